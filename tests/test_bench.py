@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from bench import family, family_picture, lora_cut, serve_faults, serve_load
+from bench import classification, family, family_picture, lora_cut, serve_faults, serve_load
 from bench.common import do_missing, read_lines
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
@@ -168,6 +168,39 @@ def test_a_trial_of_the_table_of_methods_that_diverges_is_a_line_and_the_next_on
     assert good["held_out_loss"] > 0
     assert family.final_scores("trec", "accuracy") == {"lora r=1": [good["scores"]["accuracy"]]}
     assert f"{good['scores']['accuracy']:.1f} (1 more diverged)" in family.table()
+
+
+@pytest.mark.parametrize("task", ["trec", "rte"])
+def test_classifiers_are_trained_from_the_same_head_on_the_same_rows(
+    task: str, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_file, test_file, columns = classification.TASKS[task]
+    for file in (train_file, test_file):
+        rows = [{**dict.fromkeys(columns.values(), f"say {n}"), "label": "ab"[n % 2]} for n in range(40)]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(classification, "LINES", tmp_path / "lines.jsonl")
+    bases = {"minilm": str(tiny_model_dir)}
+    tries = [
+        classification.Trial("minilm", task, method, factor, 1)
+        for method in classification.METHODS
+        for factor in (1.0, 2.0, 3.0)
+    ]
+    for trial in tries:
+        trial = dataclasses.replace(trial, final=trial.factor == 3.0)
+        line = classification.do(trial, tmp_path, bases)
+        assert line["held_out_loss"] > 0
+        assert (line["scores"] is None) == (not trial.final)
+        assert line["head"] == 64 * 2
+        assert (line["trained"] == 0) == (trial.method == "linear probe")
+
+
+def test_the_rates_of_a_classifier_are_those_with_the_lowest_held_out_loss() -> None:
+    trial = classification.Trial("minilm", "trec", "VeRA r=256", 1.0, 100)
+    lines = [
+        {**dataclasses.asdict(trial), "factor": f, "held_out_loss": x} for f, x in ((1.0, 2.0), (2.0, None), (3.0, 1.0))
+    ]
+    assert classification.best_factor(trial, lines) == 3.0
+    assert classification.best_factor(trial, lines[:2]) is None
 
 
 @pytest.mark.parametrize("method", family.METHODS)
