@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ here they are one linear, c_attn."""
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training of a recipe. ``changes`` are those of the command line, each as KEY=VALUE."""
+    """One training of a recipe. ``changes`` are those of the command line, KEY=VALUE, quoted as a shell does."""
 
     recipe: str
     seed: int
@@ -90,7 +91,7 @@ def recipe_of(trial: Trial, runs: Path) -> Recipe:
     seeds = [f"{section}.seed={trial.seed}" for section in ("data", "adapter", "training")]
     digest = [hashlib.sha256(trial.changes.encode()).hexdigest()[:8]] if trial.changes else []
     run = runs / "-".join([*trial.recipe.split("/"), str(trial.seed), *digest])
-    changes = [*seeds, f"training.output_dir={run}", *trial.changes.split()]
+    changes = [*seeds, f"training.output_dir={run}", *shlex.split(trial.changes)]
     return load_recipe(ROOT / "recipes" / f"{trial.recipe}.yaml", changes)
 
 
@@ -145,6 +146,8 @@ def table(name: str, lines: list[dict[str, Any]]) -> str:
                 ours = f"{statistics.median(values):.1f}" if values else "diverged"
                 if len(values) > 1:
                     ours += f" ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)"
+                if values and len(values) < len(found):
+                    ours += f", {len(found) - len(values)} diverged"
                 seconds = statistics.median(line["seconds"] for line in found)
                 rows.append(
                     [
@@ -152,7 +155,7 @@ def table(name: str, lines: list[dict[str, Any]]) -> str:
                         change,
                         ours,
                         f"{figure:.1f}",
-                        f"{row.trained:,}",
+                        f"{found[0]['trained']:,}",
                         f"{seconds:,.0f}",
                         found[0]["device"],
                     ]
@@ -184,7 +187,7 @@ def main() -> None:
     of_recipe = {row.recipe: row for name, row in rows.items() if not args.only or name in args.only}
 
     def plan() -> Iterator[Trial]:
-        return (Trial(recipe, seed, " ".join(args.changes)) for seed in args.seeds for recipe in of_recipe)
+        return (Trial(recipe, seed, shlex.join(args.changes)) for seed in args.seeds for recipe in of_recipe)
 
     def do_one(trial: Trial) -> dict[str, Any]:
         return do(trial, of_recipe[trial.recipe], args.runs)

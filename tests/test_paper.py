@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_a_table_is_run_and_shown_beside_the_papers_figures(
     for score, figure in row.scores.items():
         assert f"{name}, {score}" in shown
         assert f"| {figure} |" in shown
+    assert f"| {found[0]['trained']:,} |" in shown and found[0]["trained"] < row.trained  # of the tiny model that ran
+
+
+def test_the_table_says_how_many_seeds_diverged(tmp_path: Path) -> None:
+    common = {"recipe": "glue/rte-roberta-base", "changes": "", "seconds": 1.0, "device": "cpu", "trained": 7}
+    lines = [{**common, "scores": scores} for scores in ({"accuracy": 80.0}, None, {"accuracy": 60.0})]
+    assert "| 70.0 (60.0 to 80.0, 2 seeds), 1 diverged |" in paper.table("glue-base", lines)
+
+
+def test_a_change_may_have_spaces(tmp_path: Path) -> None:
+    trial = Trial("e2e/gpt2-medium", 0, shlex.join(["data.system=Say it briefly.", "adapter.rank=8"]))
+    recipe = paper.recipe_of(trial, tmp_path)
+    assert (recipe.data.system, recipe.adapter.rank) == ("Say it briefly.", 8)
 
 
 def test_the_best_epoch_is_the_papers_score(tmp_path: Path) -> None:
