@@ -116,7 +116,9 @@ class RowTokenizer:
         found = []
         for row, examples in zip(rows, own, strict=True):
             if row.rejected is None:
-                found += [replace(_answered(example), desirable=row.desirable) for example in examples]
+                judged = [replace(_answered(example), desirable=row.desirable) for example in examples]
+                # a bad answer is none that others are compared with
+                found += judged if row.desirable else [replace(example, reference=None) for example in judged]
             elif both := [*examples, *next(rejected)]:
                 found += self._pair(both)
         # both rows of a pair may have been left out, which is one row of the data

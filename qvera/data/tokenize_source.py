@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder
+from qvera.data.formats import PREFERENCES
 from qvera.data.image_rows import ImageEncoder
 from qvera.data.readers import load_hub
 from qvera.data.row_kinds import row_tokenizer, template_of
@@ -172,9 +173,12 @@ def tokenize_source(
     return source
 
 
-def _why_none(section: DataSection, rows: int) -> str:
-    """What became of all ``rows`` of a source, and what to do about it."""
+def _why_none(section: DataSection, rows: int, dropped: Mapping[str, Sequence[str]]) -> str:
+    """What became of all ``rows`` of a source, and what to do about it; ``dropped``: see `RowCounts`."""
     limit = section.max_length
+    if section.format in PREFERENCES:
+        reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
+        return f"all {rows} are left out: {reasons}. Fix the rows, or raise data.max_length ({limit})."
     if section.too_long == "drop":  # which leaves out no row for anything else
         return (
             f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
@@ -214,7 +218,7 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Con
     rows = write_table(batches(), directory / f"{part.name}.arrow")
     if not len(rows):
         purpose = "held-out" if part.name == EVAL else "training"
-        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, count)}")
+        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, count, source.counts.dropped)}")
     return rows
 
 

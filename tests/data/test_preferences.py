@@ -102,11 +102,18 @@ def test_answers_are_cut_alike_and_a_pair_is_dropped_as_a_whole(tmp_path: Path) 
     assert [pair.source[-1] for pair in whole.train] == ["4"]
 
 
+def test_where_no_pair_is_left_the_error_says_why(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "chosen": "same", "rejected": "same"}] * 2
+    with pytest.raises(InputError, match=r"all 2 are left out: chosen and rejected are the same \(2\)\. Fix the rows"):
+        read(tmp_path, rows)
+
+
 def test_judged_answers_keep_their_labels(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "completion": "a", "label": label} for label in (True, False, 1, "False")]
     examples = list(read(tmp_path, rows, "unpaired-preference").train)
     assert [example.desirable for example in examples] == [True, False, True, False]
     assert [word for example in examples for word, _ in example.shown()] == ["good answer", "bad answer"] * 2
+    assert [example.reference for example in examples] == ["a", None, "a", None]
 
 
 PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
