@@ -49,7 +49,7 @@ NOT_RUN = {
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera push": "needs a hub; tests/cli/test_hub.py does",
     "qvera chat anna/orders": "needs a hub; tests/cli/test_hub.py does the same with generate",
-    "qvera generate anna/orders": "needs a hub; tests/cli/test_hub.py does",
+    "qvera generate anna/orders@v1.0": "needs a hub; tests/cli/test_hub.py does",
     "qvera export anna/orders": "needs a hub; tests/cli/test_hub.py does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",
