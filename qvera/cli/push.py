@@ -42,5 +42,6 @@ def push(
         )
     size = sum(file.stat().st_size for file in files)
     with progress(f"Sending {formatting.size(size)}"):
-        address = send_files(contents_of(subject, repo), repo, private=private, message=f"{subject.kind} by qvera")
-    print(f"{address}: {formatting.size(size)} in {len(files)} files, and README.md")
+        contents = contents_of(subject, repo)
+        address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
+    print(f"{address}: {formatting.size(size)} in {len(contents) - 1} files, and README.md")

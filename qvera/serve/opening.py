@@ -50,8 +50,9 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
     single, directory = None, Path(resolve_path(path))
-    if is_adapter_of_hub(path):
-        directory = local_directory(directory)
+    own_name = directory.resolve().name
+    if is_adapter_of_hub(path):  # its directory is called as its commit
+        directory, own_name = local_directory(directory), Path(path.partition("@")[0]).name
     has_adapters = any((directory / file).is_file() for file in (RECIPE_FILE, ADAPTER_CONFIG))
     if has_adapters or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)
@@ -69,9 +70,10 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
         opened = _open_base(path, adapters)
     section = opened.target.section
     name = Path(resolve_path(section.path)).name
-    store = AdapterStore(adapters, {name, section.path, path})
+    # the path of an adapter must not be taken for its base
+    store = AdapterStore(adapters, {name, section.path} if single is not None else {name, section.path, path})
     if single is not None:
-        store.add(directory.resolve().name, single)
+        store.add(own_name, single)
     return Served(opened, store, name)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from qvera.evaluation.run_info import directory_facts
 from qvera.models.hub import is_hub_id
+from qvera.serve import opening
 from qvera.training.trainer import train
 from tests.hub_server import Hub, hub_server
 
@@ -108,6 +109,14 @@ def test_an_adapter_of_the_hub_is_asked_with_the_template_of_its_training(make_r
         )
     assert (tmp_path / "run.jsonl").read_text() == (tmp_path / "hub.jsonl").read_text()
     assert "alpaca" in template and (tmp_path / "merged" / "chat_template.jinja").read_text() == template
+
+
+def test_an_adapter_of_the_hub_is_served_under_its_name(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "is_adapter_of_hub", lambda name: True)
+    monkeypatch.setattr(opening, "local_directory", lambda name: trained_run / "adapter")
+    store = opening.open_served("anna/orders@v1.0").store
+    assert store.names() == ["orders"]
+    assert not {"anna/orders", "anna/orders@v1.0", "orders"} & store.base_names  # none of them means the base
 
 
 def test_what_the_hub_refuses_is_said_in_a_sentence(trained_run: Path, tmp_path: Path) -> None:
