@@ -185,6 +185,8 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
         "all_special": sorted(tokenizer.all_special_tokens),
         "add_bos_token": getattr(tokenizer, "add_bos_token", None),
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", None),
+        "model_max_length": tokenizer.model_max_length,  # this and the next one: of labelled texts
+        "model_input_names": tokenizer.model_input_names,
         "chat_template": tokenizer.chat_template,
         "probe": tokenizer("a")["input_ids"],
     }

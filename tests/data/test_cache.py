@@ -39,6 +39,7 @@ from qvera.data import (
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.data.test_same_rows import byte_tokenizer, write_rows
+from tests.tasks.encoders import word_tokenizer
 
 pytestmark = pytest.mark.process
 
@@ -198,6 +199,31 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
     assert same(after, build_datasets(section, tokenizer()))
     if key not in ("code", "a library"):
         assert not same(before, after)
+
+
+def _short(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.model_max_length = 6
+
+
+def _without_types(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("change", [_short, _without_types])
+def test_settings_of_a_tokenizer_that_labelled_rows_depend_on_make_another_entry(
+    change: Callable[[PreTrainedTokenizerFast], None], tmp_path: Path
+) -> None:
+    rows = [{"text": "say red again", "text_pair": f"say {n}", "label": "ab"[n % 2]} for n in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = DataSection(path=str(tmp_path / "pairs.jsonl"), format="classification")
+    build_datasets(section, word_tokenizer())
+    assert len(entries()) == 1
+    tokenizer = word_tokenizer()
+    change(tokenizer)
+    found = build_datasets(section, tokenizer)
+    assert found.stats.cache_entries == []
+    assert len(found.train[0].input_ids) == (6 if change is _short else 8)
+    assert (found.train[0].pair_start is None) == (change is _without_types)
 
 
 def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: Path) -> None:
