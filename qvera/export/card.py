@@ -19,6 +19,7 @@ from qvera.evaluation.load import EvalTarget, adapter_sha256, find_target, templ
 from qvera.evaluation.run_info import directory_facts
 from qvera.export.card_scores import metrics_of, read_evaluation, scores_text
 from qvera.export.gguf.architecture import ARCHITECTURES
+from qvera.export.lora import VLLM_RANKS
 from qvera.models.hub import is_hub_id
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils import formatting
@@ -245,20 +246,15 @@ def _usage(subject: CardSubject, repo: str) -> str:
         ),
     ]
     answers = not subject.model_class.has_own_head
-    lines = [f"qvera generate {repo} --prompt 'Hello'"] if answers else [f"qvera eval {repo} --data rows.csv"]
+    rows = "pictures/" if subject.model_class.reads_images else "rows.csv"
+    lines = [f"qvera generate {repo} --prompt 'Hello'"] if answers else [f"qvera eval {repo} --data {rows}"]
     if answers:
         lines.append(f"qvera chat {repo}")
     if subject.chat_template is not None and answers:
         parts.append(f"Prompts have the chat template in {CHAT_TEMPLATE}.\n")
     parts += ["qvera:\n", _block("bash", "\n".join(lines))]
     parts += ["Merged, for transformers alone:\n", _block("bash", f"qvera export {repo} merged/ --to merged")]
-    if answers and _has_lora(subject):
-        rank = min(int(subject.adapter.get("rank") or 64), 64)
-        served = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules name=lora/"
-        if is_lora:
-            served = served.replace("name=lora/", f"name={repo}")
-        else:
-            served = f"qvera export {repo} lora/ --to lora{_rank_option(subject, rank)}\n{served}"
+    if answers and _has_lora(subject) and (served := _vllm(subject, base, repo, is_lora)):
         parts += ["vLLM:\n", _block("bash", served)]
     if answers and (subject.run.get("model") or {}).get("architecture") in (None, *ARCHITECTURES):
         text = f"qvera export {repo} gguf/ --to gguf\nollama create NAME -f gguf/Modelfile"
@@ -274,8 +270,16 @@ def _has_lora(subject: CardSubject) -> bool:
     return name not in names() or method_of(AdapterSection.model_construct(method=name)).is_low_rank
 
 
-def _rank_option(subject: CardSubject, rank: int) -> str:
-    return f" --rank {rank}" if int(subject.adapter.get("rank") or 0) > rank else ""
+def _vllm(subject: CardSubject, base: str, repo: str, is_lora: bool) -> str:
+    """How vLLM serves it, whole where vLLM takes its rank; "" for a LoRA of a rank that vLLM does not take."""
+    own = int(subject.adapter.get("rank") or 0)
+    place = next((rank for rank in VLLM_RANKS if rank >= own), None)
+    if place is None and is_lora:
+        return ""
+    lora = repo if is_lora else "lora/"
+    served = f"vllm serve {base} --enable-lora --max-lora-rank {place or VLLM_RANKS[-1]} --lora-modules name={lora}"
+    cut = f" --rank {VLLM_RANKS[-1]}" if place is None else ""
+    return served if is_lora else f"qvera export {repo} lora/ --to lora{cut}\n{served}"
 
 
 def _class_of(subject: CardSubject) -> str:
@@ -313,7 +317,7 @@ def _training(subject: CardSubject) -> str:
     rows = {
         "data": ", ".join(path if is_hub_id(path) else Path(path).name for path in sources if path),
         "rows": data.get("train_rows"),
-        "template": data.get("template"),
+        "template": None if subject.model_class.has_own_head else data.get("template"),
         "method": facts["method"],
         "rank": facts.get("rank"),
         "adapted linears": ", ".join(targets) if isinstance(targets, list) else targets,

@@ -111,6 +111,22 @@ def test_the_card_of_a_cut_lora_has_its_own_scores(run: Path) -> None:
     assert "They are those of the adapter before it was exported." in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "rank", "expected"),
+    [
+        ("VERA", 256, "lora/ --to lora\nvllm serve B --enable-lora --max-lora-rank 256 --lora-modules name=lora/"),
+        ("VERA", 1024, "lora/ --to lora --rank 512\nvllm serve B --enable-lora --max-lora-rank 512"),
+        ("LORA", 12, "vllm serve B --enable-lora --max-lora-rank 16 --lora-modules name=anna/x"),
+        ("LORA", 1024, None),
+    ],
+)
+def test_the_card_gives_vllm_a_rank_that_it_takes(run: Path, kind: str, rank: int, expected: str | None) -> None:
+    subject = find_subject(run)
+    facts = {**subject.adapter, "peft_type": kind, "method": kind.lower(), "rank": rank}
+    text = model_card(subject._replace(adapter=facts), "anna/x").replace("serve tiny-llama ", "serve B ")
+    assert expected in text if expected is not None else "vllm" not in text
+
+
 def test_only_weights_settings_and_tokenizer_are_shared(run: Path) -> None:
     adapter = run / "adapter"
     for name in ("eval.json", "answers.txt", "rows.json", "adapter_config.json.bak"):
