@@ -112,7 +112,7 @@ def evaluate(
             "html": html is not None,
             "judge": judge is not None,
         }
-        refuse_options(target, base=base, with_base=with_base, **text_only)
+        refuse_options(target, base=base, with_base=with_base and judging is None, **text_only)
         section = _data_section(run, data, rows, target)
         about = _subject(target, section, base_alone=False, data=data)
         found = evaluate_labels(target, section, data is not None, rows)

@@ -27,6 +27,7 @@ from qvera.tasks.classification import SequenceClassification, label_scores
 from qvera.training.plan import make_plan
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError
+from tests.evaluation.test_judge import serving as judge_server
 from tests.tasks.encoders import save_family
 from tests.tasks.sessions import gradients, session_of
 
@@ -298,6 +299,9 @@ def test_commands_for_text_refuse_a_classifier(finished: Path, capsys: pytest.Ca
         assert "is a classifier" in capsys.readouterr().err
     assert main(["eval", str(finished), "--with-base"]) == 2
     assert "no head that was trained" in capsys.readouterr().err
+    with judge_server(lambda text: "[[A]]") as server:
+        assert main(["eval", str(finished), "--judge", server.url]) == 2
+    assert "--judge: is for models that write text" in capsys.readouterr().err
 
 
 def test_held_out_rows_have_the_same_scores_on_any_number_of_ranks(finished: Path) -> None:
