@@ -30,6 +30,7 @@ from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_sha256, read_json
+from qvera.utils.paths import CERTIFICATE
 from qvera.utils.safetensors_io import (
     TensorEntry,
     TensorSpec,
@@ -294,7 +295,8 @@ def _write_small_files(
     """Index, tokenizer and other files of the source, record, and config.json last."""
     write_index(out, shards)
     for file in sorted(source.directory.iterdir()):
-        if file.name in ("config.json", RECORD) or file.name.startswith(".") or not file.is_file():
+        # the certificate of an export is of the 16-bit files
+        if file.name in ("config.json", RECORD, CERTIFICATE) or file.name.startswith(".") or not file.is_file():
             continue
         if not file.name.lower().endswith(_NOT_COPIED):
             shutil.copyfile(file, out / file.name)

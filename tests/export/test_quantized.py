@@ -110,3 +110,13 @@ def test_a_directory_with_other_files_is_refused_before_anything_is_merged(
     with pytest.raises(InputError, match="is not empty"):
         export_quantized(directory, section, tmp_path / "out", ExportSection(), "nf4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+def test_a_quantized_copy_of_an_export_has_no_certificate_of_other_files(
+    adapter: tuple[ModelSection, Path], tmp_path: Path
+) -> None:
+    section, directory = adapter
+    export_merged(directory, section, tmp_path / "merged", ExportSection())
+    assert main(["quantize", str(tmp_path / "merged"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "merged" / "qvera_export.json").is_file()
+    assert not (tmp_path / "out" / "qvera_export.json").exists()
