@@ -204,8 +204,9 @@ def test_an_adapter_opens_in_plain_peft(finished: Path, vit: Path) -> None:
 @pytest.mark.parametrize("kind", ["merged", "lora", "peft"])
 def test_an_export_gives_the_trained_logits(finished: Path, vit: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
-    options = ["--base", "dequantized"] if kind == "merged" else []
-    assert main(["export", str(finished), str(out), "--to", kind, "--dtype", "float32", *options]) == 0
+    fp32 = ["--dtype", "float32"]
+    options = {"merged": [*fp32, "--base", "dequantized"], "lora": fp32, "peft": []}[kind]
+    assert main(["export", str(finished), str(out), "--to", kind, *options]) == 0
     if kind == "merged":
         opened = open_run(finished)
         model, processor = AutoModelForImageClassification.from_pretrained(out), AutoImageProcessor.from_pretrained(out)
