@@ -169,8 +169,9 @@ def test_the_adapter_gives_the_same_logits_in_plain_peft(finished: Path, tiny_mo
 
 @pytest.mark.parametrize("kind", ["merged", "lora", "peft"])
 def test_an_export_gives_the_trained_logits(finished: Path, tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
-    options = ["--base", "dequantized"] if kind == "merged" else []
-    assert main(["export", str(finished), str(tmp_path / "out"), "--to", kind, "--dtype", "float32", *options]) == 0
+    fp32 = ["--dtype", "float32"]
+    options = {"merged": [*fp32, "--base", "dequantized"], "lora": fp32, "peft": []}[kind]
+    assert main(["export", str(finished), str(tmp_path / "out"), "--to", kind, *options]) == 0
     opened = open_run(finished)
     if kind == "merged":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
