@@ -109,6 +109,12 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(
             f"Held-out rows that are also training rows{whose}: {stats.repeated_rows:,}. Held-out scores will flatter."
         )
+    if stats.labels is not None and stats.eval_rows > 1 and sum(map(bool, stats.eval_label_rows)) == 1:
+        label = stats.labels.names[max(range(len(stats.eval_label_rows)), key=stats.eval_label_rows.__getitem__)]
+        lines.append(
+            f"All {stats.eval_rows:,} held-out rows have the label {label}, so their scores say little. "
+            "data.eval_limit takes the first rows of a file; shuffle the file, or hold out more."
+        )
     if stats.special_token_rows:
         lines.append(
             f"Rows whose text contains special tokens (such as </s>), which are read as those tokens: "

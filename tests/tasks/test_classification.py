@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from qvera.adapters.files.save_load import named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection, Recipe
-from qvera.data import Datasets, Labels, build_datasets
+from qvera.data import Datasets, Labels, build_datasets, data_warnings
 from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.loader import causal_model
@@ -464,3 +464,18 @@ def test_rows_of_numbers_are_not_counted_by_label(classify: Any, tmp_path: Path)
         build_datasets(recipe.data, load_tokenizer(recipe.model))
     with pytest.raises(InputError, match=r"rows_per_label: counts the rows of classes, and data.regression has none"):
         classify(data={"rows_per_label": 2, "regression": True})
+
+
+def test_held_out_rows_of_one_label_are_pointed_out(classify: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("rows.jsonl", "held_out.jsonl")]
+    for path in paths:
+        rows = [{"text": f"say {path.stem} {n}", "label": "pet" if n < 6 else "fruit"} for n in range(12)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def said(**data: Any) -> str:
+        files = {"path": str(paths[0]), "eval_path": str(paths[1]), "eval_fraction": 0.0}
+        recipe = classify(data={**files, **data})
+        return "\n".join(data_warnings(build_datasets(recipe.data, load_tokenizer(recipe.model)).stats))
+
+    assert "All 6 held-out rows have the label pet, so their scores say little." in said(eval_limit=6)
+    assert "held-out rows have the label" not in said(eval_limit=7)
