@@ -154,9 +154,13 @@ def evaluate(
         def held_out(say: Callable[[str], None]) -> dict[str, Any]:
             if not with_loss:
                 return {}
-            text = f"held-out loss, {{}} of {len(examples)} rows"
-            done = lambda rows: say(text.format(rows))  # noqa: E731
-            return task.held_out_loss(model, examples, datasets, settings, progress=done)
+            return task.held_out_loss(
+                model,
+                examples,
+                datasets,
+                settings,
+                progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
+            )
 
         with progress(f"{label}scoring") as show:
             return score_model(

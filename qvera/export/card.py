@@ -341,9 +341,7 @@ def _training(subject: CardSubject) -> str:
 def _license_text(subject: CardSubject) -> str:
     found = _license(subject.base)
     if not found:
-        return (
-            "## License\n\nThe files of the base that were at hand name no license. That of the base holds here too.\n"
-        )
+        return "## License\n\nThe license of the base model applies. Its files on this machine do not name it.\n"
     return f"## License\n\nThat of the base: {found.get('license_name') or found['license']}.\n"
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Preferences(CausalLM):
-    """Answers are held against each other. One instance serves one run: it has TRL's trainer of the run's model."""
+    """The loss compares answers. Each run has an instance of its own, which keeps TRL's trainer for the run's model."""
 
     joins_rows = False
     _loss: PreferenceLoss

@@ -87,7 +87,7 @@ def test_lengths_and_counts_are_those_of_both_rows(tmp_path: Path) -> None:
     assert len(np.unique(datasets.train.ids_hash)) == 2  # they differ in the rejected answer only
 
 
-def test_answers_are_cut_alike_and_a_pair_is_dropped_as_a_whole(tmp_path: Path) -> None:
+def test_max_length_cuts_each_answer_and_leaves_out_a_pair_without_one(tmp_path: Path) -> None:
     rows = [
         {"prompt": "x", "chosen": "a", "rejected": "b" * 70},  # the rejected answer alone is too long
         {"prompt": "x" * 90, "chosen": "a", "rejected": "b"},  # no answer is left
