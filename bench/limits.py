@@ -134,13 +134,14 @@ def _command_line(pid: int) -> bytes:
 
 def _held_and_mapped(pids: list[int]) -> tuple[int, int]:
     """Sums over processes. Between fork and exec a child's pages are its parent's, and they are counted once: a compiler that
-    a process with 3 GB calls is no second 3 GB. (A worker that a process forks to keep is not told from that; there are
-    none here.)
+    a process with 3 GB calls is no second 3 GB. Nor are the pages of the process that measures, which are those of the
+    command until its exec. (A worker that a process forks to keep is not told from that; there are none here.)
     """
-    commands = {pid: _command_line(pid) for pid in pids}  # first: a child that calls exec meanwhile counts as a fork
+    # first: a child that calls exec meanwhile counts as a fork
+    commands = {pid: _command_line(pid) for pid in [*pids, os.getpid()]}
     found = {pid: _status(pid) for pid in pids}
     for pid, one in list(found.items()):
-        if one.parent in found and one.held > 2**24 and commands[pid] == commands[one.parent]:
+        if one.parent in commands and one.held > 2**24 and commands[pid] == commands[one.parent]:
             del found[pid]
     return sum(one.held for one in found.values()), sum(one.mapped for one in found.values())
 

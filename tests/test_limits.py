@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 
 import pytest
 
@@ -31,6 +33,21 @@ def test_a_fork_before_its_exec_is_not_a_second_process() -> None:
     found = measured([sys.executable, "-c", _FORKS])
     assert found.returncode == 0
     assert _HELD < found.peak_bytes < 1.3 * _HELD
+
+
+def test_what_the_measuring_process_holds_is_not_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bytearray(os.urandom(1000)) * (_HELD // 1000)
+    enter = Cgroup.enter
+
+    def slowly(group: Cgroup) -> None:  # between the fork and the exec of the command
+        enter(group)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Cgroup, "enter", slowly)
+    found = measured([sys.executable, "-c", "import time; time.sleep(0.1)"])
+    assert len(held) == _HELD
+    assert found.returncode == 0
+    assert 0 < found.peak_bytes < 0.5 * _HELD
 
 
 def test_two_processes_are_two() -> None:
