@@ -174,7 +174,7 @@ def test_a_trial_of_the_table_of_methods_that_diverges_is_a_line_and_the_next_on
 def test_classifiers_are_trained_from_the_same_head_on_the_same_rows(
     task: str, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_file, test_file, columns = classification.TASKS[task]
+    train_file, test_file, columns, _ = classification.TASKS[task]
     for file in (train_file, test_file):
         rows = [{**dict.fromkeys(columns.values(), f"say {n}"), "label": "ab"[n % 2]} for n in range(40)]
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
