@@ -31,6 +31,13 @@ class Task(ABC):
     """Whether rows may stand in one sequence (``data.prefix_once``, ``data.packing``)."""
     unit: ClassVar[str]
     """What has a loss of its own: a token, or a row."""
+    loss_is_trl: ClassVar[bool] = False
+    """Whether TRL computes its loss: it pads rows, makes logits in pieces of its own size, and enables gradient
+    checkpointing anew in each pass."""
+    makes_all_logits: bool = False
+    """Whether the logits of all tokens of a pass are held at once."""
+    passes_without_gradient: int = 0
+    """Forward passes over the rows beside the one that the gradient comes from."""
     has_reference: bool = False
     """Whether its loss compares the model with itself without the adapter."""
     exported_class: ClassVar[ModelClass] = CAUSAL_LM

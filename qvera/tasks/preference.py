@@ -28,10 +28,14 @@ class Preferences(CausalLM):
     """The loss compares answers. Each run has an instance of its own, which keeps TRL's trainer for the run's model."""
 
     joins_rows = False
+    loss_is_trl = True
     _loss: PreferenceLoss
 
     def __init__(self, objective: str) -> None:
         self.has_reference = objective != "orpo"
+        self.makes_all_logits = objective == "orpo"
+        # the reference's, and for KTO two more over prompts with other rows' answers
+        self.passes_without_gradient = {"orpo": 0, "dpo": 1, "kto": 3}[objective]
 
     def check(self, recipe: Recipe) -> None:
         """See `Task.check`: the losses are TRL's."""

@@ -67,7 +67,7 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
 def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
     training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
-    rows, is_likelihood = pass_rows(run.recipe), training.objective == "sft"
+    rows = pass_rows(run.recipe)
     fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
     if data.has_adapters:  # whose rows are cut into passes together, which need not divide a step of one
         fewer_rows = _eighths(rows, 1)
@@ -77,7 +77,9 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
         "training.gradient_checkpointing": _slower_modes(run),
         "model.stream": [True] if run.can_stream and not run.streams else [],
         "training.per_device_train_batch_size": [] if data.packing else fewer_rows,
-        "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK) if is_likelihood else [],
+        "training.loss_chunk_tokens": []
+        if run.task.loss_is_trl
+        else _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
         "data.max_length": [n for n in _eighths(longest, 8) if n >= _SHORTEST_TOKENS],
         "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
         "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],

@@ -91,5 +91,5 @@ def modes_of(run: PlannedRun) -> Iterator[Mode]:
     """What there is on a machine for a run, the fastest first."""
     yield from (False, True)
     # TRL enables checkpointing anew in each pass, as transformers does it
-    if accelerator.has_own_memory(run.machine.device_type) and run.recipe.training.objective == "sft":
+    if accelerator.has_own_memory(run.machine.device_type) and not run.task.loss_is_trl:
         yield "offload"

@@ -259,8 +259,8 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     hidden, vocabulary = run.shape.hidden, run.shape.vocabulary
     if run.shape.head:
         return _head_loss(run)
-    if run.recipe.training.objective != "sft":
-        return _preference_loss(run)
+    if run.task.loss_is_trl:
+        return _trl_loss(run)
     trained = min(batch.trained_tokens, batch.all_tokens)
     rounded = round_up_length(trained) if rounds_lengths(machine.dtype, machine.device_type) else trained
     chunk = min(run.recipe.training.loss_chunk_tokens, rounded)
@@ -294,11 +294,11 @@ def _pixels(run: PlannedRun) -> tuple[Component, ...]:
     return (Component("pixel values", "loss", numbers * each),) if numbers else ()
 
 
-def _preference_loss(run: PlannedRun) -> tuple[Component, ...]:
-    """Memory of TRL's losses. ORPO's takes all logits; the others go by tiles of tokens and of the vocabulary."""
+def _trl_loss(run: PlannedRun) -> tuple[Component, ...]:
+    """Memory of TRL's losses. ORPO's makes all logits; the others go by tiles of tokens and of the vocabulary."""
     batch, size = run.batch, run.itemsize
     hidden, vocabulary, tokens = run.shape.hidden, run.shape.vocabulary, run.batch.all_tokens
-    if run.recipe.training.objective == "orpo":
+    if run.task.makes_all_logits:
         copies = size + _ORPO_FP32_COPIES * 4
         return (Component("logits of all tokens", "loss", tokens * vocabulary * copies),)
     on_gpu = run.machine.on_gpu

@@ -224,9 +224,9 @@ def make_plan(
         name = implementation_on(device, config, machine.dtype, whole_rows=many)
     prefix_once = recipe.data.prefix_once and task.joins_rows
     joined = joining_of(config, name, prefix_once, recipe.data.packing, whole_rows=many)
-    is_likelihood = recipe.training.objective == "sft"  # TRL pads rows to their own length, and masks the padding
-    rounded = is_likelihood and rounds_lengths(machine.dtype, machine.device_type)
-    batch_of = longest_batch(rows, joined, rounded, masked or not is_likelihood, shape.image_tokens)
+    # TRL pads rows to their own length, and masks the padding
+    rounded = not task.loss_is_trl and rounds_lengths(machine.dtype, machine.device_type)
+    batch_of = longest_batch(rows, joined, rounded, masked or task.loss_is_trl, shape.image_tokens)
     run, decided, streaming = decide_both(
         PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=wanted_slots(recipe, adapter_rows))
     )

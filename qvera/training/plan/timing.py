@@ -18,8 +18,6 @@ _TOKENS_OF_LAYER = 4096
 """Enough for an accelerator's full rate, and a bound on the memory that the timing takes."""
 _WEIGHTS_OF_PIECE, _TOKENS_OF_PIECE, _FLOPS_OF_PIECE = 2**20, 1024, 30e9
 _BUDGET_SECONDS = 0.5
-_PASSES_WITHOUT_GRADIENT = {"sft": 0, "orpo": 0, "dpo": 1, "kto": 3}
-"""By objective: the reference's, and for KTO two more over prompts with other rows' answers."""
 
 
 def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
@@ -166,9 +164,9 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)
     head = 6.0 * T * s.head_numbers if s.head else 4.0 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
-    objective = run.recipe.training.objective
-    more = 1 + _PASSES_WITHOUT_GRADIENT[objective] / passes
-    head *= 1 if objective == "sft" else (3 + _PASSES_WITHOUT_GRADIENT[objective]) / 2  # TRL makes logits again
+    without_gradient = run.task.passes_without_gradient
+    more = 1 + without_gradient / passes
+    head *= (3 + without_gradient) / 2 if run.task.loss_is_trl else 1  # TRL makes logits again
     return {
         "frozen products": ("products", s.layers * flops * more),
         "dequantization": ("dequantization", s.layers * weights * more),
