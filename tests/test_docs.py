@@ -95,6 +95,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, ti
     shutil.copy(tiny_rows, here / "rows.jsonl")
     lines = ["prompt,completion", *(f"{row['prompt']},{row['completion']}" for row in rows)]
     (here / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    labelled = ["text,label", *(f"{row['prompt']},{'ab'[n % 2]}" for n, row in enumerate(rows))]
+    (here / "reviews.csv").write_text("\n".join(labelled) + "\n", encoding="utf-8")
     (here / "prompts.txt").write_text("say red 1\nsay blue 2\n", encoding="utf-8")
     recipe: dict[str, Any] = {
         "model": {"path": str(tiny_model_dir), "compute_dtype": "float32"},

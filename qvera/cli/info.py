@@ -71,6 +71,8 @@ def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
 
 def _text(name: str, value: object) -> str:
     """A fact as people read it: sizes, durations and shares with their units."""
+    if value in ([], {}):
+        return "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(key, inner)}" for key, inner in value.items())
     if isinstance(value, list):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +14,16 @@ from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from qvera.config.schema import DataSection
+    from qvera.config.schema import Recipe
     from qvera.data import DataStats
 
 COLUMN_OPTIONS = "--prompt-column NAME --answer-column NAME"
+_COLUMNS = {
+    "classification": ("text", "label"),
+    "image": ("image", "label"),
+    "preference": ("prompt", "chosen"),
+}
+"""Format → the fields that the two options name, where they are not a prompt and its completion."""
 LONGEST_TOKENS = 2048
 """``max_length`` of a new recipe is at most this, however long the rows are."""
 
@@ -30,8 +34,16 @@ def init(
     ),
     model: Annotated[str | None, typer.Option(metavar="PATH", help="A model directory or a hub id.")] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="A file or directory of rows, or a hub id.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the prompt.")] = None,
-    answer_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the answer.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="sequence-classification or image-classification.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(metavar="NAME", help="dpo, orpo or kto, for preferences.")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column with the prompt; of a classifier the text or image.")
+    ] = None,
+    answer_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column with the answer; of a classifier the label.")
+    ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt for all rows.")] = None,
 ) -> None:
     """Write a commented recipe for your model and data.
@@ -47,23 +59,38 @@ def init(
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
     from qvera.config.load import load_recipe
-    from qvera.config.schema import DataSection, ModelSection
-    from qvera.models.tokenizer import load_tokenizer
+    from qvera.config.schema import parse_recipe
 
     quiet_libraries()
-    tokenizer = load_tokenizer(ModelSection(path=model))
-    columns = {"prompt": prompt_column, "completion": answer_column}
-    given = {ours: theirs for ours, theirs in columns.items() if theirs}
-    section = DataSection(path=data, columns=given, system=system, max_length=1 << 20)
-    section, stats = _inspect(section, tokenizer)
-    replace_text(out, recipe_text(model, section, stats))
+    kind = {"task": task, "training": {"objective": objective} if objective else None}
+    rows = {"path": data, **_given({"system": system})}
+    recipe = parse_recipe({"model": model, "data": rows, **_given(kind)}, "the options")
+    if recipe.data.format != "image":
+        recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
+    recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
+    replace_text(out, recipe_text(recipe, stats))
     load_recipe(out)
-    print(f"{out}: {stats.train_rows:,} rows, format {stats.format}, the longest has {stats.longest_tokens:,} tokens")
+    classes = f", {stats.targets_text}" if stats.labels is not None else ""
+    longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
+    print(f"{out}: {stats.train_rows:,} rows, format {stats.format}{longest}{classes}")
     if stats.unused_columns:
         unused = ", ".join(stats.unused_columns)
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
+        if {"label", "labels"} & set(stats.unused_columns):
+            print("                  To train a classifier of these labels: --task sequence-classification")
     print(f"look at the rows  qvera preview {out}\nfind a rate       qvera train {out} --find-lr")
     print(f"train             qvera train {out}")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _with_columns(recipe: Recipe, prompt: str | None, answer: str | None) -> Recipe:
+    """The recipe with the columns that the two options name."""
+    fields = _COLUMNS.get(recipe.data.format, ("prompt", "completion"))
+    columns = _given(dict(zip(fields, (prompt, answer), strict=True)))
+    return recipe.replace(data=recipe.data.replace(columns=columns))
 
 
 def _ask(option: str, question: str) -> str:
@@ -73,31 +100,35 @@ def _ask(option: str, question: str) -> str:
     return str(typer.prompt(question, err=True)).strip()
 
 
-def _inspect(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSection, DataStats]:
+def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     """Read the rows; on a terminal ask for the columns if they are of no known format."""
     from qvera.data import build_datasets
+    from qvera.models.processor import load_processor
+    from qvera.tasks import task_of
 
+    processor = load_processor(recipe.model, task_of(recipe).exported_class)
     try:
-        return section, build_datasets(section, tokenizer, console).stats
+        return recipe, build_datasets(recipe.data, processor, console).stats
     except InputError as error:
+        if "has a chosen and a rejected answer" in str(error):
+            raise InputError(f"{error} Here: --objective dpo.") from None
         if "match no known format" not in str(error):
             raise
         if not sys.stdin.isatty():
-            raise InputError(f"{error} Here: {COLUMN_OPTIONS}.") from None
+            raise InputError(f"{error} Here: {COLUMN_OPTIONS}, or --task for rows with labels.") from None
         console.print(str(error), markup=False, highlight=False)
     prompt = _ask("--prompt-column", "Column with the prompt")
     answer = _ask("--answer-column", "Column with the answer")
-    section = section.replace(columns={"prompt": prompt, "completion": answer})
-    return section, build_datasets(section, tokenizer, console).stats
+    recipe = _with_columns(recipe, prompt, answer)
+    return recipe, build_datasets(recipe.data, processor, console).stats
 
 
-def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
-    """The recipe, with the schema's defaults as comments; ``stats`` are of all rows of ``data``, none held out."""
+def recipe_text(recipe: Recipe, stats: DataStats) -> str:
+    """The recipe, with the schema's defaults as comments; ``stats`` are of all its rows, none held out."""
     from qvera import config
     from qvera.config import schema
 
-    adapter, training = schema.AdapterSection(), schema.TrainingSection()
-    quantization = schema.ModelSection(path=model).quantization
+    adapter, training, data = schema.AdapterSection(), schema.TrainingSection(), recipe.data
     longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
     held_out = min(0.1, 200 / max(1, stats.train_rows)) if stats.train_rows >= 10 else 0.0
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
@@ -106,18 +137,27 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
     for key in ("columns", "system"):
         if value := getattr(data, key):
             rows += f"\n  {key}: {json.dumps(value)}"
+    if data.format != "image":  # whose tokens are those of its patches
+        rows += f"\n  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}"
+    task = "" if stats.labels is None else f"task: {recipe.task}\n"
+    rates = (
+        f"learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr finds it"
+    )
+    if stats.labels is not None:
+        rates += "\n  # head_learning_rate:       # default: learning_rate"
+    if (objective := recipe.training.objective) != training.objective:
+        rates = f"objective: {objective}\n  {rates}"
     return f"""\
 # yaml-language-server: $schema={Path(config.__file__).with_name("recipe.schema.json")}
 # Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory
 # where you run qvera. A line that begins with # shows a default.
 
-model:
-  path: {json.dumps(model)}
-  quantization: {quantization}            # the frozen base in 4 bits
+{task}model:
+  path: {json.dumps(recipe.model.path)}
+  quantization: {recipe.model.quantization}            # the frozen base in 4 bits
 
 data:
 {rows}
-  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}
   eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and after
 
 adapter:
@@ -128,7 +168,7 @@ training:
   # output_dir: runs/NAME      # default: the name of this file
   num_train_epochs: {training.num_train_epochs:g}
   global_batch_size: {min(training.global_batch_size, max(1, stats.train_rows))}
-  learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr suggests a rate
+  {rates}
   # lr_scheduler_type: {training.lr_scheduler_type}
   # save_steps: {training.save_steps}
 """

@@ -176,15 +176,17 @@ def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``pairs``, ``wins``, ``ties``, ``losses``, ``unreadable``; ``win_rate``, the mean of 1 for a win and ½ for a
-        tie, and its standard error ``win_rate_error``; ``score`` and ``other_score``, the mean scores; ``consistent``,
-        the share of asked pairs on which both orders agree; ``first_preferred``, of the verdicts that prefer an answer
-        the share that prefers the one read first (½: no bias). None where there is nothing to take a mean of.
+        tie, and its standard error ``win_rate_error``; ``score`` and ``other_score``, the mean scores of readable
+        pairs; ``consistent``, the share of asked pairs on which both orders agree; ``first_preferred``, of the verdicts
+        that prefer an answer the share that prefers the one read first (½: no bias). None where there is nothing to
+        take a mean of.
     """
     outcomes = [row["outcome"] for row in judged]
     points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes if outcome != "unreadable"]
-    both = [row["preferences"] for row in judged if row["replies"] and row["outcome"] != "unreadable"]
+    readable = [row for row in judged if row["replies"] and row["outcome"] != "unreadable"]
+    both = [row["preferences"] for row in readable]
     first = [place * sign > 0 for pair in both for place, sign in zip(pair, (1, -1), strict=True) if place]
-    scores = [pair for pair in chain.from_iterable(row["scores"] for row in judged) if pair is not None]
+    scores = [pair for pair in chain.from_iterable(row["scores"] for row in readable) if pair is not None]
 
     def mean(values: Sequence[float]) -> float | None:
         return statistics.fmean(values) if values else None

@@ -28,8 +28,15 @@ def is_hub_id(name: str | Path) -> bool:
 
     Beside files that are here, it is taken for a misspelt path.
     """
-    path = Path(name)
-    return _HUB_ID.fullmatch(str(name)) is not None and not path.exists() and not path.parent.exists()
+    return _hub_id(name) is not None
+
+
+def _hub_id(name: str | Path) -> tuple[str, str | None] | None:
+    """Repository and revision of an id; None where the name is none, see `is_hub_id`."""
+    path, found = Path(name), _HUB_ID.fullmatch(str(name))
+    if found is None or path.exists() or path.parent.exists():
+        return None
+    return found["repo"], found["revision"]
 
 
 def local_directory(path: Path) -> Path:
@@ -38,28 +45,22 @@ def local_directory(path: Path) -> Path:
     Raises:
         InputError: it is an id, and can't be downloaded.
     """
-    if not is_hub_id(path):
+    if (found := _hub_id(path)) is None:
         return path
-    found = _HUB_ID.fullmatch(str(path))
-    assert found is not None
+    repo, revision = found
     try:
-        return Path(
-            snapshot_download(
-                found["repo"], revision=found["revision"], allow_patterns=list(FILES), ignore_patterns="*/*"
-            )
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), ignore_patterns="*/*"))
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(f"{path}: no such directory here, and not to be had from the hub: {_reason(error)}") from None
 
 
 def is_adapter_of_hub(name: str) -> bool:
     """Whether a repository of the hub has an adapter in it; False for any other name, and where it can't be asked."""
-    if not is_hub_id(name):
+    if (found := _hub_id(name)) is None:
         return False
-    found = _HUB_ID.fullmatch(name)
-    assert found is not None
+    repo, revision = found
     try:
-        hf_hub_download(found["repo"], ADAPTER_CONFIG, revision=found["revision"])
+        hf_hub_download(repo, ADAPTER_CONFIG, revision=revision)
     except Exception:  # no such file or repository, or no network: what loads it then says so
         return False
     return True

@@ -120,6 +120,7 @@ def test_info(trained_run: Path, capsys: Any) -> None:
         assert re.fullmatch("[0-9a-f]{64}", facts["adapter_sha256"])
     assert main(["info", str(trained_run)]) == 0
     said = capsys.readouterr().out
+    assert ", halvings none," in said
     assert re.search(r"^adapter_file_bytes +[\d.]+ kB$", said, re.MULTILINE)
     assert re.search(r"seconds [\d.]+ (s|min), .*peak_bytes [\d.]+ [MG]B", said)
     assert re.search(r"^projection_seed +0$", said, re.MULTILINE)

@@ -13,6 +13,7 @@ from qvera.cli import doctor
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import json_schema
+from tests.tasks.images import save_vit, write_folders
 
 Capture = pytest.CaptureFixture[str]
 
@@ -77,7 +78,47 @@ def test_columns_that_are_not_read_are_named(tiny_model_dir: Path, tmp_path: Pat
     file = tmp_path / "mails.csv"
     file.write_text("text,label\nwhere is it,shipping\nmoney back,refund\n")
     assert main(["init", str(tmp_path / "new.yaml"), "--model", str(tiny_model_dir), "--data", str(file)]) == 0
-    assert "not read          label. To train on other columns" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not read          label. To train on other columns" in said
+    assert "To train a classifier of these labels: --task sequence-classification" in said
+
+
+def test_the_new_recipe_of_a_classifier_knows_its_classes(
+    tiny_model_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file, out = tmp_path / "mails.csv", tmp_path / "new.yaml"
+    file.write_text("mail,about\n" + "where is it,shipping\nmoney back,refund\n" * 6)
+    line = ["init", str(out), "--model", str(tiny_model_dir), "--data", str(file), "--task", "sequence-classification"]
+    assert main([*line, "--prompt-column", "mail", "--answer-column", "about"]) == 0
+    assert "12 rows, format classification" in (said := capsys.readouterr().out)
+    assert "2 classes (refund: 6, shipping: 6)" in said
+    recipe = load_recipe(out)
+    assert (recipe.task, recipe.data.columns) == ("sequence-classification", {"text": "mail", "label": "about"})
+    assert main(["preview", str(out)]) == 0
+
+
+def test_the_new_recipe_of_preferences_has_their_objective(
+    tiny_model_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "new.yaml"
+    file.write_text(json.dumps({"prompt": "say", "chosen": "red", "rejected": "blue"}) + "\n")
+    line = ["init", str(out), "--model", str(tiny_model_dir), "--data", str(file)]
+    assert main(line) == 2
+    assert "Here: --objective dpo" in capsys.readouterr().err
+    assert main([*line, "--objective", "orpo"]) == 0
+    assert (load_recipe(out).training.objective, load_recipe(out).data.format) == ("orpo", "preference")
+
+
+def test_the_new_recipe_of_a_classifier_of_images_has_no_lengths(tmp_path: Path, capsys: Capture) -> None:
+    out, pictures = tmp_path / "new.yaml", write_folders(tmp_path / "pictures")
+    line = ["init", str(out), "--model", str(save_vit(tmp_path / "vit")), "--data", str(pictures)]
+    assert main([*line, "--task", "image-classification"]) == 0
+    assert "max_length" not in out.read_text()
+    assert load_recipe(out).task == "image-classification"
+    assert main(["preview", str(out), "--rows", "0"]) == 0
+    capsys.readouterr()
+    assert main(["init", str(tmp_path / "b.yaml"), "--task", "images", *line[2:]]) == 2
+    assert "task: should be 'causal-lm'" in capsys.readouterr().err
 
 
 def test_doctor_reports_a_working_machine(capsys: Capture) -> None:

@@ -68,6 +68,12 @@ def test_an_answer_wins_where_it_is_preferred_in_both_orders() -> None:
     assert (found["score"], found["other_score"]) == pytest.approx(((11 + 2 + 4) / 3, (5 + 6 + 4) / 3))
 
 
+def test_a_pair_with_one_unreadable_reply_has_no_part_in_the_mean_scores() -> None:
+    replies = iter(["[[9, 1]]", "who knows", "[[3, 4]]", "[[4, 3]]"])
+    found = summary_of(judge_pairs([Pair("q", "one", "two")] * 2, PROMPT, lambda _: next(replies), at_once=1))
+    assert (found["unreadable"], found["score"], found["other_score"]) == (1, 3.0, 4.0)
+
+
 def test_a_judge_that_always_prefers_the_first_answer_makes_ties_and_is_found_out() -> None:
     found = summary_of(judge_pairs([Pair("q", "one", "two")] * 3, PROMPT, first_wins))
     assert (found["ties"], found["win_rate"], found["consistent"], found["first_preferred"]) == (3, 0.5, 0.0, 1.0)
