@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qvera.export.gguf import families as gguf_families
 from tests.conftest import small_tokenizer
 from tests.tasks.images import image_processor
 
@@ -53,6 +55,11 @@ class Family:
     has_experts: bool = False
     limits: str = ""
     """For the page: what it can't do beside that."""
+
+    @property
+    def has_gguf(self) -> bool:
+        """Whether ``qvera export --to gguf`` writes it."""
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type] in gguf_families.FAMILIES
 
     def config(self) -> Any:
         """A config of two layers, of width 64."""
@@ -216,8 +223,8 @@ def encoder_table() -> str:
 def table() -> str:
     """The table of docs/models.md."""
     lines = [
-        "| family | `model_type` | `all-linear` adapts | 4-bit weights | packing, `prefix_once` | continuous batches | limits |",
-        "|---|---|---|---|---|---|---|",
+        "| family | `model_type` | `all-linear` adapts | 4-bit weights | packing, `prefix_once` | continuous batches | GGUF | limits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for one in FAMILIES.values():
         targets = ", ".join(one.targets.split()) if one.targets != _SEVEN else "the seven of Llama"
@@ -227,7 +234,7 @@ def table() -> str:
             f"`{one.model_type}`",
             targets,
             four_bit,
-            *("yes" if x else "no" for x in (one.joins, one.continuous)),
+            *("yes" if x else "no" for x in (one.joins, one.continuous, one.has_gguf)),
         ]
         lines.append(f"| {' | '.join(cells)} | {one.limits or '–'} |")
     return "\n".join(lines)

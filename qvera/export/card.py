@@ -18,7 +18,7 @@ from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import EvalTarget, adapter_sha256, find_target, template_beside, template_of
 from qvera.evaluation.run_info import directory_facts
 from qvera.export.card_scores import metrics_of, read_evaluation, scores_text
-from qvera.export.gguf.architecture import ARCHITECTURES
+from qvera.export.gguf.families import FAMILIES
 from qvera.export.lora import VLLM_RANKS
 from qvera.models.hub import is_hub_id
 from qvera.models.model_class import CAUSAL_LM, ModelClass
@@ -256,7 +256,7 @@ def _usage(subject: CardSubject, repo: str) -> str:
     parts += ["Merged, for transformers alone:\n", _block("bash", f"qvera export {repo} merged/ --to merged")]
     if answers and _has_lora(subject) and (served := _vllm(subject, base, repo, is_lora)):
         parts += ["vLLM:\n", _block("bash", served)]
-    if answers and (subject.run.get("model") or {}).get("architecture") in (None, *ARCHITECTURES):
+    if answers and (subject.run.get("model") or {}).get("architecture") in (None, *FAMILIES):
         text = f"qvera export {repo} gguf/ --to gguf\nollama create NAME -f gguf/Modelfile"
         parts += ["Ollama:\n", _block("bash", text)]
     return "\n".join(parts)

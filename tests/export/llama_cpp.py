@@ -22,11 +22,11 @@ class Answer(NamedTuple):
 class LlamaCpp:
     """A model that llama.cpp has loaded."""
 
-    def __init__(self, model: Path, adapter: Path | None) -> None:
+    def __init__(self, model: Path, adapter: Path | None, context: int) -> None:
         xllamacpp = pytest.importorskip("xllamacpp")
         settings = xllamacpp.CommonParams()
         settings.model.path = str(model)
-        settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
+        settings.n_ctx, settings.n_parallel, settings.warmup = context, 1, False
         settings.cpuparams.n_threads = 1
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -61,9 +61,9 @@ def half_characters(tokenizer: Any, count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def llama_cpp(model: Path, adapter: Path | None = None) -> Iterator[LlamaCpp]:
-    """Load a GGUF file, with a LoRA where there is one."""
-    loaded = LlamaCpp(model, adapter)
+def llama_cpp(model: Path, adapter: Path | None = None, context: int = 256) -> Iterator[LlamaCpp]:
+    """Load a GGUF file, with a LoRA where there is one; ``context`` in tokens."""
+    loaded = LlamaCpp(model, adapter, context)
     try:
         yield loaded
     finally:
@@ -73,7 +73,7 @@ def llama_cpp(model: Path, adapter: Path | None = None) -> Iterator[LlamaCpp]:
 @torch.no_grad()
 def transformers_answer(model: Any, ids: list[int], banned: Sequence[int] = (), count: int = 8) -> Answer:
     """The same of a transformers model, which ends where llama.cpp does: before the end token."""
-    allowed = torch.zeros(model.config.vocab_size)
+    allowed = torch.zeros(model.config.get_text_config().vocab_size)
     allowed[list(banned)] = -torch.inf
     row, cache, tokens, values = torch.tensor([ids]), None, list[int](), list[float]()
     for _ in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qvera.export import export_merged
 from qvera.export.deltas import read_deltas
 from qvera.export.gguf import export_gguf, export_gguf_lora
 from qvera.export.gguf import file as gguf_file
+from qvera.export.gguf.architecture import GgufArchitecture
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError, RunFailed
@@ -41,6 +43,17 @@ LLAMA_3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256, "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [2.0, 3.0, 5.0, 8.0],
+}  # fmt: skip
+GEMMA_3: dict[str, Any] = {
+    "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 6,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+    },
+}  # fmt: skip
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256, "eos_token_id": 2,
@@ -55,6 +68,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "granite": (
+        "Granite",
+        {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {}),
+    "phi3-long": ("Phi3", {"rope_parameters": LONG, "max_position_embeddings": 512}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 3}),
+    "gemma3": ("Gemma3Text", GEMMA_3),
+    "gemma3-images": ("Gemma3Text", GEMMA_3),
 }
 
 
@@ -65,7 +90,7 @@ def byte_level(kind: str) -> PreTrainedTokenizerFast:
     if kind == "smollm":
         before = [pre_tokenizers.Digits(individual_digits=True)]
     elif kind != "gpt-2":
-        numbers = r"\p{N}{1,3}" if kind == "llama-bpe" else r"\p{N}"
+        numbers = r"\p{N}{1,3}" if kind in ("llama-bpe", "dbrx") else r"\p{N}"
         pattern = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers
             + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,8 +115,8 @@ def byte_level(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token=bos)
 
 
-def sentence_pieces() -> PreTrainedTokenizerFast:
-    """A BPE as SentencePiece makes it, with scores and byte fallback, in the form of Llama 2's tokenizer.json."""
+def sentence_pieces(kind: str = "llama") -> PreTrainedTokenizerFast:
+    """A BPE as SentencePiece makes it, with scores and byte fallback, in the form of Llama 2's or Gemma's tokenizer.json."""
     base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     # SentencePiece orders pieces by score; every two pieces whose sum is a piece are merged
     pieces = [
@@ -121,21 +146,37 @@ def sentence_pieces() -> PreTrainedTokenizerFast:
         if piece[:place] in vocabulary and piece[place:] in vocabulary
     ]
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "gemma":
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        backend.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "▁▁")])
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def small_model(name: str, directory: Path, tokenizer: Any = None) -> ModelSection:
+def small_config(name: str) -> Any:
     kind, changes = MODELS[name]
-    torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    if name != "gemma3-images":
+        return config
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    return transformers.Gemma3Config(text_config=config, vision_config=vision, mm_tokens_per_image=4, eos_token_id=2)
+
+
+def small_model(name: str, directory: Path, tokenizer: Any = None) -> ModelSection:
+    config = small_config(name)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms and biases that are told apart
@@ -160,6 +201,11 @@ def merged_model(adapter: Path, section: ModelSection, directory: Path) -> tuple
     return model, AutoTokenizer.from_pretrained(directory)
 
 
+def tolerance_of(name: str) -> float:
+    """Of log probabilities: llama.cpp looks Gemma's GELU up in a table of 16-bit numbers."""
+    return 3e-3 if name.startswith("gemma") else 2e-4
+
+
 def assert_same(found: Answer, expected: Answer, tolerance: float) -> None:
     assert found.tokens == expected.tokens
     assert found.prompt_tokens == expected.prompt_tokens
@@ -174,24 +220,36 @@ def test_llama_cpp_answers_as_transformers_does_on_the_merged_model(name: str, t
     model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
     assert list(certificate["files"]) == ["model-f32.gguf"]
     assert certificate == json.loads((tmp_path / "gguf" / "qvera_export.json").read_text())
-    assert len(certificate["delta"]) == 14
+    assert len(certificate["delta"]) == len(read_deltas(adapter, empty_model(section), section).layers)
     with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
         banned = half_characters(tokenizer, 320)
         for prompt in PROMPTS:
             ids = tokenizer(prompt)["input_ids"]
-            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), 2e-4)
+            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), tolerance_of(name))
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "llama"])
+def test_longer_texts_have_the_other_factors_of_phi_3(tmp_path: Path) -> None:
+    section = small_model("phi3-long", tmp_path / "base")
+    adapter = small_adapter(section, tmp_path / "adapter")
+    export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
+    ids = tokenizer(" ".join(PROMPTS * 8))["input_ids"]
+    assert 256 < len(ids) < 500
+    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf", context=512) as loaded:
+        banned = half_characters(tokenizer, 320)
+        assert_same(loaded.answer(ids, banned), transformers_answer(model, ids, banned), 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "llama", "gemma"])
 def test_llama_cpp_reads_the_same_tokens(kind: str, tmp_path: Path) -> None:
-    tokenizer = sentence_pieces() if kind == "llama" else byte_level(kind)
+    tokenizer = sentence_pieces(kind) if kind in ("llama", "gemma") else byte_level(kind)
     # one that looks special, and one that does not
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<|call|>", "[WORD]")])
     section = small_model("llama", tmp_path / "base", tokenizer)
     adapter = small_adapter(section, tmp_path / "adapter")
     export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
     texts = [*PROMPTS, "the words say the   word", "say the<|call|>word [WORD] the", "1234567 say 12.5", "\n\n\n   the"]
-    if kind != "llama":
+    if kind not in ("llama", "gemma"):
         texts += ["<|im_start|>user\nthe word<|im_end|>\n", "I'll say'd X'LL"]
     with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
         banned = half_characters(tokenizer, 320)
@@ -216,8 +274,17 @@ def test_smaller_types_are_as_near_as_they_can_be(dtype: str, tolerance: float, 
         assert_same(loaded.answer(ids, banned, 4), transformers_answer(model, ids, banned, 4), tolerance)
 
 
-@pytest.mark.parametrize("settings", [{}, {"b_groups": 2, "input_scale": True}, {"method": "lora", "alpha": 4}])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("qwen2", {"b_groups": 2, "input_scale": True}),
+        ("llama", {"method": "lora", "alpha": 4}),
+        ("granite", {}),
+        ("phi3", {}),
+        ("gemma3", {}),
+    ],
+)
 def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -235,7 +302,7 @@ def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
         banned = half_characters(tokenizer, 320)
         for prompt in PROMPTS:
             ids = tokenizer(prompt)["input_ids"]
-            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), 2e-4)
+            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), tolerance_of(name))
             assert bare.answer(prompt, banned) != loaded.answer(prompt, banned)
 
 
@@ -257,6 +324,27 @@ def test_layers_of_other_ranks_are_scaled_to_one_alpha(tmp_path: Path) -> None:
     with llama_cpp(tmp_path / "b" / "model-f32.gguf", tmp_path / "lora" / "adapter-f32.gguf") as loaded:
         banned = half_characters(tokenizer, 320)
         assert_same(loaded.answer(ids, banned), transformers_answer(model, ids, banned), 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64 (not 32)"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "layer_types ['full_attention'"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma", {"hidden_activation": "gelu"}, "hidden_act gelu"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers [1, 1, 1, 1]"),
+        ("granite", {"rope_parameters": {**LONG}}, "rope_type longrope"),
+    ],
+)
+def test_what_llama_cpp_decides_in_its_own_way_is_refused(name: str, changes: dict[str, Any], words: str) -> None:
+    config = small_config(name)
+    config.architectures = [f"{MODELS[name][0].removesuffix('Text')}ForCausalLM"]
+    GgufArchitecture(config)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(InputError, match=re.escape(words)):
+        GgufArchitecture(config)
 
 
 def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
@@ -292,9 +380,13 @@ def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
     named.save_pretrained(tmp_path / "named")
     named = json.loads((tmp_path / "named" / "tokenizer.json").read_text())
     merges = {**tokens, "model": {**tokens["model"], "ignore_merges": True}}
+    digits = sentence_pieces().backend_tokenizer
+    digits.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    digits = json.loads(digits.to_str())
     for changed, words in (
         (splits, "splits texts into words by ['Whitespace']"),
         (merges, "has ignore_merges True"),
+        (digits, "splits texts into words by ['Digits']"),
         (named, "looks for its added token '[WORD]' as '▁[WORD]'"),
         (pieces, "does not merge '▁' and 'the' to its token '▁the'"),
     ):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qvera.export.gguf.families import FAMILIES, head_size
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,21 +19,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class Architecture(NamedTuple):
-    """What llama.cpp calls it, and whether its q and k have the rows of a head as pairs (Llama's first release)."""
-
-    name: str
-    paired: bool
-
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", True),
-    "MistralForCausalLM": Architecture("llama", True),
-    "Qwen2ForCausalLM": Architecture("qwen2", False),
-    "Qwen3ForCausalLM": Architecture("qwen3", False),
-}
-"""Those whose files a test has loaded in llama.cpp and compared with transformers."""
-_NOT_WRITTEN = re.compile(r"\.rotary_emb\.inv_freq$")
+_NOT_WRITTEN = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.")
+_TEXT_MODEL = re.compile(r"(^|\.)language_model\.")
+"""The part of a model of images and text that is written."""
 _PAIRED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
 
 
@@ -47,17 +36,21 @@ class GgufArchitecture:
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
         written = (config.architectures or ["?"])[0]
-        if written not in ARCHITECTURES:
-            raise _refused(f"{written}; here {', '.join(ARCHITECTURES)} are written")
-        self.name, self.paired = ARCHITECTURES[written]
-        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.rope: dict[str, Any] = dict(config.rope_parameters or {})
-        if self.rope.get("rope_type", "default") not in ("default", "linear", "yarn", "llama3"):
+        self.config = config = config.get_text_config()
+        if written not in FAMILIES:
+            raise _refused(f"{written}; here {', '.join(FAMILIES)} are written")
+        self.family = FAMILIES[written]
+        self.name = self.family.name
+        rope = config.rope_parameters or {}
+        self.rope: dict[str, Any] = dict(rope.get("full_attention", rope))
+        if self.rope.get("rope_type", "default") not in self.family.rope_types:
             raise _refused(f"{written} with rope_type {self.rope['rope_type']}")
-        if getattr(config, "hidden_act", "silu") != "silu":
-            raise _refused(f"{written} with hidden_act {config.hidden_act}")
+        activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+        if activation != self.family.activation:
+            raise _refused(f"{written} with hidden_act {activation}")
+        if (difference := self.family.difference(config)) is not None:
+            raise _refused(f"{written} with {difference}")
         import gguf
 
         number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
@@ -71,14 +64,20 @@ class GgufArchitecture:
         """
         if _NOT_WRITTEN.search(name):
             return None
-        found: str | None = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        text_name = _TEXT_MODEL.sub(r"\1", name)
+        found: str | None = self._names.get_name(text_name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise _refused(f"a tensor {name}")
         return found
 
     def is_paired(self, name: str) -> bool:
         """Whether the rows of ``name`` change places (`paired_rows`)."""
-        return self.paired and _PAIRED.search(name) is not None
+        return self.family.paired and _PAIRED.search(name) is not None
+
+    def shifted(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of ``name`` as llama.cpp multiplies by them: a norm that adds one to its weight has it added."""
+        is_norm = self.family.adds_one and name.endswith("norm.weight")
+        return rows.float() + 1 if is_norm else rows
 
     def paired_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """All rows of q or k, in llama.cpp's order: element i of each head beside element i + half of it."""
@@ -89,10 +88,15 @@ class GgufArchitecture:
         return halves.transpose(1, 2).reshape(rows.shape)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors that no checkpoint has: the factors by which Llama 3.1 divides its rotary frequencies."""
+        """Tensors that no checkpoint has: the factors by which Llama 3.1 and Phi-3 divide their rotary frequencies."""
+        if self.rope.get("rope_type") == "longrope":
+            return {
+                f"rope_factors_{kind}.weight": torch.tensor(self.rope[f"{kind}_factor"]) for kind in ("long", "short")
+            }
         if self.rope.get("rope_type") != "llama3":
             return {}
-        frequencies = 1.0 / (self.rope["rope_theta"] ** (torch.arange(0, self.head_size, 2).float() / self.head_size))
+        size = head_size(self.config)
+        frequencies = 1.0 / (self.rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size))
         factor, low, high = (self.rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
         context = self.rope["original_max_position_embeddings"]
         factors = []
@@ -107,8 +111,9 @@ class GgufArchitecture:
         import gguf
 
         config, rope = self.config, self.rope
-        # llama.cpp gives these architectures no sliding window: within one window the answers are the same
-        context = min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf)
+        window = None if self.family.slides else getattr(config, "sliding_window", None)
+        # where llama.cpp's attention does not slide, the answers are the same within one window
+        context = min(config.max_position_embeddings, window or math.inf)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(int(context))
         writer.add_embedding_length(config.hidden_size)
@@ -130,11 +135,9 @@ class GgufArchitecture:
                 if rope.get(key) is not None:
                     add(rope[key])
         if getattr(config, "head_dim", None):
-            writer.add_key_length(self.head_size)
-            writer.add_value_length(self.head_size)
-        if self.name == "llama":
-            writer.add_vocab_size(config.vocab_size)
-            writer.add_rope_dimension_count(self.head_size)
+            writer.add_key_length(config.head_dim)
+            writer.add_value_length(config.head_dim)
+        self.family.add_settings(config, writer)
 
 
 def _refused(what: str) -> InputError:

@@ -72,7 +72,7 @@ def export_gguf(
     architecture.add_settings(writer)
     kind = "ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"
     writer.add_file_type(gguf.LlamaFileType[kind])
-    add_tokenizer(writer, merging.tokenizer, config)
+    add_tokenizer(writer, merging.tokenizer, architecture.config)
     stopped = f"Stopped by {{}} before the GGUF file in {out} was whole. The same command begins again."
     require_space(out, sum(tensor.bytes for tensor in tensors), "the GGUF file")
     with StopRequests() as stop, new_directory(out) as partial:
@@ -115,7 +115,7 @@ def _rows(
             done += 1
             progress(done, count, name)
         if not architecture.is_paired(name):
-            yield rows
+            yield architecture.shifted(name, rows)
             continue
         parts.append(rows)
         if block.last:

@@ -53,6 +53,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config
         writer.add_tokenizer_model("gpt2" if byte_level else "llama")
         writer.add_tokenizer_pre(_splitter(tree) if byte_level else "default")
         if not byte_level:
+            _refuse_words(tree)
             _refuse_other_merges(model)
             scores = _scores(model)
             writer.add_token_scores([scores.get(token, _PIECE_OF_NO_MERGE) for token in tokens])
@@ -125,8 +126,11 @@ def _splitter(tree: dict[str, Any]) -> str:
     name = _SPLITTERS.get(tuple(found))
     if name is None:
         raise _refused(f"splits texts into words by {found}, for which no name of llama.cpp's is known here")
-    if (name == "llama-bpe") != bool(tree["model"].get("ignore_merges")):
-        raise _refused(f"has ignore_merges {tree['model'].get('ignore_merges')}, which llama.cpp's {name} has not")
+    ignores_merges = bool(tree["model"].get("ignore_merges"))
+    if name == "llama-bpe" and not ignores_merges:
+        return "dbrx"  # the same words
+    if name != "llama-bpe" and ignores_merges:
+        raise _refused(f"has ignore_merges True, which llama.cpp's {name} has not")
     return name
 
 
@@ -151,6 +155,15 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
     for place, (left, right) in enumerate(_pairs(model)):
         scores.setdefault(left + right, -float(place))
     return scores
+
+
+def _refuse_words(tree: dict[str, Any]) -> None:
+    """Refuse a split into words before the merges: SentencePiece and llama.cpp make none, but for spaces."""
+    parts = tree.get("pre_tokenizer") or {}
+    for part in parts.get("pretokenizers", [parts] if parts else []):
+        of_spaces = part["type"] == "Split" and part["pattern"] == {"String": " "}
+        if part["type"] != "Metaspace" and not of_spaces:
+            raise _refused(f"splits texts into words by {[part['type']]}")
 
 
 def _refuse_other_merges(model: dict[str, Any]) -> None:
