@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from bench import classification, family, family_picture, lora_cut, serve_faults, serve_load
+from bench import classification, family, family_picture, gguf_answers, lora_cut, serve_faults, serve_load
 from bench.common import do_missing, read_lines
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
@@ -266,3 +266,8 @@ def test_the_page_of_serving_at_scale_shows_the_measured_loss_of_a_cut() -> None
     page = (ROOT / "docs" / "serving-at-scale.md").read_text(encoding="utf-8")
     cases = json.loads((ROOT / "bench" / "results" / "lora_cut.json").read_text())["cases"]
     assert lora_cut.table(cases) in page
+
+
+def test_the_page_of_exports_has_the_answers_of_llama_cpp() -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert gguf_answers.table(json.loads((ROOT / "bench" / "results" / "gguf_answers.json").read_text())) in page
