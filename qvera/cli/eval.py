@@ -144,6 +144,7 @@ def evaluate(
     datasets = build_datasets(section, opened.base.tokenizer, console)
     examples = (datasets.train if data is not None else held_out_rows(datasets, target.name))[:rows]
     prompts = [] if no_generation else prompts_of(examples, group_prompts)
+    others = None if judging is None else judging.others(prompts)
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     answer_tokens = max_new_tokens or settings.sample_max_new_tokens
     task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
@@ -207,7 +208,7 @@ def evaluate(
         decode = opened.base.tokenizer.decode
         questions = [decode(prompt.example.prompt_ids.tolist(), skip_special_tokens=True) for prompt in prompts]
         try:
-            document["judge"] = judging.judge(answers, questions)
+            document["judge"] = judging.judge(answers, questions, others)
         except (InputError, RunFailed) as error:  # the answers are written all the same
             failure = error
     _write_and_print(document, f"{len(prompts)} answers", predictions, json_file, html)

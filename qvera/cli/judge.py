@@ -15,6 +15,9 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qvera.data import Example
+    from qvera.evaluation.evaluate import EvalPrompt
+
 _MOST_TOKENS = 2048
 """Of a judge's reply; models that think first need more than a few sentences."""
 
@@ -58,24 +61,43 @@ class Judge:
         client = ServerClient.at(address)
         return cls(client, client.pick_judge(model), against, text)
 
-    def judge(self, answers: list[dict[str, Any]], questions: Sequence[str]) -> dict[str, Any]:
+    def others(self, prompts: Sequence[EvalPrompt]) -> list[str] | None:
+        """What the answer to each prompt is compared with; None: the base's answers, which are not there yet.
+
+        Raises:
+            InputError: a prompt has nothing to compare with, or the file's answers are to other prompts.
+        """
+        if self.against == "base":
+            return None
+        if self.against == "reference":
+            without = [prompt.example.source for prompt in prompts if not prompt.references]
+            if without:
+                raise InputError(f"--judge-against reference: {without[0]} has no reference to compare with.")
+            return [prompt.references[0] for prompt in prompts]
+        return _other_answers(Path(self.against), [prompt.example for prompt in prompts])
+
+    def judge(
+        self, answers: list[dict[str, Any]], questions: Sequence[str], others: Sequence[str] | None
+    ) -> dict[str, Any]:
         """Ask about each answer, and write ``judge`` into its row.
 
         Args:
             answers: the rows of `qvera.evaluation.evaluate.score_model`, with ``base_answer`` where they are compared
                 with the base.
             questions: what each of them answers, as a person reads it.
+            others: of `others`.
 
         Returns:
             `summary_of` the rows, and who judged against what.
 
         Raises:
-            InputError: a row has nothing to compare with, or the server refuses.
+            InputError: the server refuses.
             RunFailed: the server can't be reached, or fails.
         """
+        others = [row["base_answer"] for row in answers] if others is None else others
         pairs = [
             Pair(question, row["answer"], other, row["references"])
-            for question, row, other in zip(questions, answers, self._others(answers), strict=True)
+            for question, row, other in zip(questions, answers, others, strict=True)
         ]
         if self.against == "reference":  # the judge must not be told which of the two it is
             pairs = [Pair(pair.question, pair.answer, pair.other) for pair in pairs]
@@ -95,37 +117,26 @@ class Judge:
         message = {"role": "user", "content": text}
         return self.client.chat(self.model, [message], temperature=0.0, max_tokens=_MOST_TOKENS)
 
-    def _others(self, answers: list[dict[str, Any]]) -> list[str]:
-        """What each answer is compared with."""
-        if self.against == "base":
-            return [row["base_answer"] for row in answers]
-        if self.against == "reference":
-            without = [row["source"] for row in answers if not row["references"]]
-            if without:
-                raise InputError(f"--judge-against reference: {without[0]} has no reference to compare with.")
-            return [row["references"][0] for row in answers]
-        return _other_answers(Path(self.against), answers)
 
-
-def _other_answers(path: Path, answers: list[dict[str, Any]]) -> list[str]:
+def _other_answers(path: Path, examples: Sequence[Example]) -> list[str]:
     where = f"--judge-against {path}"
     try:  # str.splitlines would split an answer at other characters too
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: can't be read as UTF-8 text: {error}.") from None
-    if len(lines) != len(answers):
+    if len(lines) != len(examples):
         raise InputError(
-            f"{where}: has {len(lines)} answers, and there are {len(answers)} here. Evaluate both on the same rows."
+            f"{where}: has {len(lines)} answers, and there are {len(examples)} here. Evaluate both on the same rows."
         )
     found = []
-    for number, (line, row) in enumerate(zip(lines, answers, strict=True), start=1):
+    for number, (line, example) in enumerate(zip(lines, examples, strict=True), start=1):
         try:
             prompt, answer = (json.loads(line)[key] for key in ("prompt", "answer"))
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{where}: line {number} is none of `qvera eval --predictions`.") from None
-        if not isinstance(answer, str) or prompt != row["prompt"]:
+        if not isinstance(answer, str) or prompt != example.prompt_text:
             raise InputError(
-                f"{where}: line {number} answers another prompt than {row['source']}. Evaluate both on the same rows, "
+                f"{where}: line {number} answers another prompt than {example.source}. Evaluate both on the same rows, "
                 "with the same template."
             )
         found.append(answer)

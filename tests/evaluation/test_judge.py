@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qvera.cli.main import main
+from qvera.data import Example
+from qvera.evaluation import evaluate
 from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, outcome_of, read_verdict, summary_of
 from qvera.utils.errors import InputError, RunFailed
 
@@ -168,7 +171,9 @@ def prompt_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.process
-def test_eval_has_a_server_judge_the_answers(trained_run: Path, tmp_path: Path, prompt_file: Path, capsys: Any) -> None:
+def test_eval_has_a_server_judge_the_answers(
+    trained_run: Path, tmp_path: Path, prompt_file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = [tmp_path / name for name in ("scores.json", "page.html", "answers.jsonl")]
     with serving(longest_wins) as server:
         ask = ["eval", str(trained_run), "--max-new-tokens", "6", "--judge", server.url]
@@ -177,6 +182,10 @@ def test_eval_has_a_server_judge_the_answers(trained_run: Path, tmp_path: Path, 
         bodies = list(server.bodies)
         assert main([*ask, "--judge-against", str(files[2]), "--json", str(tmp_path / "again.json")]) == 0
         assert main([*ask, "--json", str(tmp_path / "base.json")]) == 0
+        short = tmp_path / "short.jsonl"
+        short.write_text(files[2].read_text().partition("\n")[0] + "\n")
+        monkeypatch.setattr(evaluate, "score_model", lambda *_, **__: pytest.fail("nothing is answered in vain"))
+        assert main([*ask, "--judge-against", str(short)]) == 2
     document, again, base = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("scores", "again", "base"))
     rows, summary = document["answers"], document["judge"]
     points = {1: "win", 0: "tie", -1: "loss"}
@@ -227,10 +236,15 @@ def test_wrong_options_are_said_before_anything_is_loaded(tmp_path: Path, capsys
             assert said in " ".join(capsys.readouterr().err.split()), options
 
 
+def asked(prompt: str) -> Example:
+    nothing = np.zeros(0, np.int32)
+    return Example(nothing, nothing.astype(bool), "rows.jsonl:1", nothing, prompt, None)
+
+
 def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
     from qvera.cli.judge import _other_answers
 
-    rows = [{"prompt": "a", "source": "rows.jsonl:1", "answer": "x"}]
+    rows = [asked("a")]
     for text, said in (
         ('{"prompt": "b", "answer": "y"}\n', "line 1 answers another prompt than rows.jsonl:1"),
         ("[]\n", "line 1 is none of"),
@@ -247,6 +261,6 @@ def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
 def test_answers_with_line_separators_in_them_are_compared(tmp_path: Path) -> None:
     from qvera.cli.judge import _other_answers
 
-    rows = [{"prompt": "a\u2028b", "source": "rows.jsonl:1", "answer": "x\x85y"}]
-    (tmp_path / "answers.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
-    assert _other_answers(tmp_path / "answers.jsonl", rows) == ["x\x85y"]
+    row = {"prompt": "a\u2028b", "answer": "x\x85y"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert _other_answers(tmp_path / "answers.jsonl", [asked("a\u2028b")]) == ["x\x85y"]
