@@ -48,6 +48,14 @@ def test_sft_with_trl(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, mon
     assert_qvera_opens(tmp_path / "out")
 
 
+def test_grpo_with_trl(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
+    arguments = [str(tiny_model_dir), str(tiny_rows), "out", "--steps", "3", "--answer-tokens", "6"]
+    run_script("trl_grpo.py", [*arguments, "--learning-rate", "0.1"], monkeypatch, tmp_path)
+    assert capsys.readouterr().out.count("'rewards/likeness/mean'") == 3
+    assert_qvera_opens(tmp_path / "out")
+
+
 def assert_qvera_opens(adapter: Path) -> None:
     """The trained adapter is one that qvera's own commands take, and its vectors have moved."""
     from qvera.adapters.files.save_load import named_vectors
