@@ -24,6 +24,7 @@ from qvera.export.deltas import read_deltas
 from qvera.export.gguf import export_gguf, export_gguf_lora
 from qvera.export.gguf import file as gguf_file
 from qvera.export.gguf.architecture import GgufArchitecture
+from qvera.export.gguf.tokenizer import model_name
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError, RunFailed
@@ -258,6 +259,28 @@ def test_llama_cpp_reads_the_same_tokens(kind: str, tmp_path: Path) -> None:
             read = loaded.answer(text, banned, 1)
             assert read == loaded.answer(ids, banned, 1), (text, tokenizer.convert_ids_to_tokens(ids))
             assert read.prompt_tokens == len(ids)
+
+
+def test_spaces_after_special_tokens_are_read_as_phi_3_reads_them(tmp_path: Path) -> None:
+    tokenizer = sentence_pieces()
+    stripping = [AddedToken(text, normalized=False, rstrip=True) for text in ("</s>", "<|user|>", "<|end|>")]
+    tokenizer.add_tokens([*stripping, AddedToken("<|endoftext|>", normalized=False)])
+    section = small_model("phi3", tmp_path / "base", tokenizer)
+    export_gguf(small_adapter(section, tmp_path / "adapter"), section, tmp_path / "gguf", ExportSection(), "float32")
+    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
+        for text in ("<|user|>\n  say the word<|end|>\nthe", "<s> the</s> word"):
+            ids = tokenizer(text)["input_ids"]
+            assert loaded.answer(text, (), 1) == loaded.answer(ids, (), 1), tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_a_model_is_not_called_phi_3_where_it_keeps_spaces() -> None:
+    pieces = sentence_pieces()
+    assert model_name("my-Phi3-run", pieces) == "my-phi_3-run"
+    for options in ({"rstrip": True}, {"lstrip": True}, {"single_word": True}):
+        changed = sentence_pieces()
+        changed.add_tokens([AddedToken("<|user|>", normalized=False, **options)])
+        with pytest.raises(InputError, match=re.escape("its added token '<|user|>'")):
+            model_name("any", changed)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 0.1), ("q8_0", 0.1)])

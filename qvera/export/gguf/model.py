@@ -14,7 +14,7 @@ from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.gguf.architecture import GgufArchitecture
 from qvera.export.gguf.file import TYPES, GgufTensor, new_writer, require_gguf, tensor_type, write_gguf
 from qvera.export.gguf.modelfile import modelfile
-from qvera.export.gguf.tokenizer import add_tokenizer
+from qvera.export.gguf.tokenizer import add_tokenizer, model_name
 from qvera.export.merging import Merged, Merging
 from qvera.utils.atomic import disk_errors, new_directory, require_space
 from qvera.utils.errors import Interrupted
@@ -67,7 +67,7 @@ def export_gguf(
 
     identity = merging.identity()
     facts = {"adapter_sha256": identity["adapter"], "base_fingerprint": merging.base.fingerprint}
-    writer = new_writer(architecture.name, Path(section.path).name, facts)
+    writer = new_writer(architecture.name, model_name(Path(section.path).name, merging.tokenizer), facts)
     writer.add_type(gguf.GGUFType.MODEL)
     architecture.add_settings(writer)
     kind = "ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"

@@ -7,6 +7,7 @@ as SentencePiece makes it, whose merges llama.cpp finds by the scores of the pie
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,33 @@ _SPLITTERS = {
     ("words",): "gpt-2",
 }
 """How a text becomes words → llama.cpp's name of it (``tokenizer.ggml.pre``; llama-vocab.cpp has the same patterns)."""
+_PHI_3 = re.compile("phi-?3", re.IGNORECASE)
+_NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 _SPACE = "▁"
 _PIECE_OF_NO_MERGE = -1e6
 _NOT_A_TOKEN = "[PAD{}]"
+
+
+def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a GGUF file may call a model ``name``.
+
+    A file does not say which added tokens take the spaces beside them away. llama.cpp decides by the name: where it has
+    phi-3 in it, all but `_NOT_STRIPPED` take those after them, and elsewhere none do (``impl::load`` of
+    llama-vocab.cpp).
+
+    Raises:
+        InputError: llama.cpp has neither for this tokenizer.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    strips = {token.content for token in added if token.rstrip}
+    if other := [token.content for token in added if token.lstrip or token.single_word]:
+        raise _refused(f"takes its added token {other[0]!r} only between spaces, or with those before it")
+    if not strips:
+        return _PHI_3.sub("phi_3", name)
+    contents = {token.content for token in added}
+    if strips != contents - _NOT_STRIPPED or not contents.issuperset(_NOT_STRIPPED | {"</s>"}):
+        raise _refused(f"takes its added token {min(strips)!r} with the spaces after it")
+    return name if _PHI_3.search(name) else f"Phi-3 {name}"
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
