@@ -19,7 +19,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,14 @@ def best_factor(trial: Trial, lines: list[dict[str, Any]]) -> float | None:
 
 
 def plan(only: list[str]) -> Iterator[Trial]:
-    """All trials, the small base first. ``only``: bases, tasks or both."""
-    for base in [base for base in BASES if base in only] or BASES:
-        for task in [task for task in TASKS if task in only] or TASKS:
-            for method in METHODS:
+    """All trials, the small base first. ``only``: bases, tasks and methods; of each kind all where none is named."""
+
+    def chosen(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in only] or list(names)
+
+    for base in chosen(BASES):
+        for task in chosen(TASKS):
+            for method in chosen(METHODS):
                 tried = [Trial(base, task, method, factor, STEPS[base]) for factor in METHODS[method][3]]
                 yield from tried
                 if (factor := best_factor(tried[0], read_lines(LINES))) is not None:
@@ -198,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("data", type=Path, nargs="?", help="directory with trec_train.jsonl and the others")
-    parser.add_argument("--only", nargs="*", default=[], choices=[*BASES, *TASKS], help="bases, tasks, or both")
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=[*BASES, *TASKS, *METHODS], help="bases, tasks, methods"
+    )
     parser.add_argument("--minilm", help="directory of all-MiniLM-L6-v2")
     parser.add_argument("--trials", type=int, help="stop after as many")
     args = parser.parse_args()
