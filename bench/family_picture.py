@@ -13,6 +13,7 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from bench.common import with_table
 from bench.family import COLUMNS, final_scores, finals, table
 from qvera.evaluation.report.charts import nice_ticks
 
@@ -81,13 +82,6 @@ def _panel(task: str, found: dict[str, list[float]], methods: list[str], left: i
     return parts
 
 
-def page(text: str) -> str:
-    """The text of table.md with the table of now."""
-    begin, end = "<!-- table:begin -->\n", "<!-- table:end -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}{table()}\n{end}{rest.partition(end)[2]}"
-
-
 def main() -> None:
     """Write the picture, and the table into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +89,7 @@ def main() -> None:
     directory: Path = parser.parse_args().directory
     (directory / "table.svg").write_text(picture(), encoding="utf-8")
     written = directory / "table.md"
-    written.write_text(page(written.read_text(encoding="utf-8")), encoding="utf-8")
+    written.write_text(with_table(written.read_text(encoding="utf-8"), "table", table()), encoding="utf-8")
 
 
 if __name__ == "__main__":

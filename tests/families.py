@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bench.common import with_table
 from qvera.export.gguf import families as gguf_families
 from tests.conftest import small_tokenizer
 from tests.tasks.images import image_processor
@@ -243,11 +244,7 @@ def table() -> str:
 def page() -> str:
     """docs/models.md with the tables of today."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, made in (("families", table()), ("encoders", encoder_table())):
-        head, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
-        _, end, tail = rest.partition(f"<!-- {name}:end -->")
-        text = f"{head}{begin}{made}\n{end}{tail}"
-    return text
+    return with_table(with_table(text, "families", table()), "encoders", encoder_table())
 
 
 if __name__ == "__main__":

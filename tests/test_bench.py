@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import classification, family, family_picture, gguf_answers, lora_cut, serve_faults, serve_load
-from bench.common import do_missing, read_lines
+from bench.common import do_missing, read_lines, with_table
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
 from qvera.training.trainer import train
@@ -213,8 +213,14 @@ def test_each_method_of_the_table_is_a_whole_recipe(
 
 def test_the_page_of_methods_shows_the_committed_trials() -> None:
     page = ROOT / "docs" / "methods" / "table.md"
-    assert page.read_text(encoding="utf-8") == family_picture.page(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    assert text == with_table(text, "table", family.table())
     assert (page.parent / "table.svg").read_text(encoding="utf-8") == family_picture.picture()
+
+
+def test_the_page_of_classifiers_shows_the_committed_trials() -> None:
+    text = classification.PAGE.read_text(encoding="utf-8")
+    assert text == with_table(text, "table", classification.table())
 
 
 def test_an_answer_of_the_wrong_adapter_is_a_fault_at_the_time_when_it_is_wrong() -> None:
