@@ -5,7 +5,8 @@
 
 `run` takes the trials in the order of `plan`: for each method four learning rates around its own (`RATES`), 50 steps of 8
 rows on E2E NLG and TREC, chosen by the loss on held-out rows of the training part; then 150 steps with three seeds on
-the same two, scored on the test sets; then RTE and Alpaca for both LoRAs and the four best others. Each trial is
+the same two, scored on the test sets; then RTE and Alpaca for both LoRAs and the four best others, with one seed of
+the methods in `FIRST` before anything else. Each trial is
 `qvera train` itself with a recipe; a line in results/family.jsonl has the recipe's parts, the scores and the header.
 A trial that stands there is not repeated. Losses and scores do not depend on what else the machine does; seconds do.
 """
@@ -54,6 +55,8 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 """Label → adapter section with about 0.2 million trained numbers (the recommended preset: 0.48; LoRA r=16: 4.9), and a
 learning rate to search around. Most telling first."""
 
+FIRST = ("lora r=16", "vera", "vera, two b and an a", "lora r=1")
+"""They have a line on all four tasks before any other method: the yardsticks, VeRA, and the preset that is in question."""
 TASKS = ("e2e", "trec", "rte", "alpaca")
 COLUMNS = {
     "e2e": ("bleu-lowercase", "E2E, BLEU", 1),
@@ -183,23 +186,29 @@ def best_rate(method: str, task: str) -> float | None:
 def plan() -> Iterator[Trial]:
     """All trials, the most telling first. A final one follows from the rates tried before it."""
     known = [name for name, (adapter, _) in METHODS.items() if adapter.get("method", "vera") in methods.names()]
-    for task in TASKS[:2]:
-        for method in known:
-            for factor in RATES:
-                yield Trial(method, task, float(f"{METHODS[method][1] * factor:.2g}"), 50)
-            if (rate := best_rate(method, task)) is not None:
-                yield Trial(method, task, rate, 150, 0, True)
+    others = [name for name in known if name not in FIRST]
+    for chosen in (FIRST, others):
+        for task in TASKS[:2]:
+            for method in chosen:
+                for factor in RATES:
+                    yield Trial(method, task, float(f"{METHODS[method][1] * factor:.2g}"), 50)
+                yield from _finals([method], task, SEEDS[0])
+        if chosen == FIRST:
+            for task in TASKS[2:]:
+                yield from _finals(FIRST, task, SEEDS[0])
     for seed in SEEDS[1:]:
         for task in TASKS[:2]:
-            for method in known:
-                if (rate := best_rate(method, task)) is not None:
-                    yield Trial(method, task, rate, 150, seed, True)
-    chosen = [m for m in known if m.startswith("lora r=")] + best_four(known)
-    for task in TASKS[2:]:
-        for seed in SEEDS:
-            for method in chosen:
-                if (rate := best_rate(method, task)) is not None:
-                    yield Trial(method, task, rate, 150, seed, True)
+            yield from _finals([*FIRST, *others], task, seed)
+    for seed in SEEDS:
+        for task in TASKS[2:]:
+            yield from _finals([m for m in known if m.startswith("lora r=")] + best_four(known), task, seed)
+
+
+def _finals(chosen: Iterable[str], task: str, seed: int) -> Iterator[Trial]:
+    """A final trial for each of these methods whose rates were tried."""
+    for method in chosen:
+        if (rate := best_rate(method, task)) is not None:
+            yield Trial(method, task, rate, 150, seed, True)
 
 
 def best_four(known: list[str]) -> list[str]:
