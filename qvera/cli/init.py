@@ -112,6 +112,8 @@ def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     except InputError as error:
         if "has a chosen and a rejected answer" in str(error):
             raise InputError(f"{error} Here: --objective dpo.") from None
+        if "Name yours in data.columns (" in str(error):  # a format that the options ask for lacks a column
+            raise InputError(f"{error} Here: {COLUMN_OPTIONS}.") from None
         if "match no known format" not in str(error):
             raise
         if not sys.stdin.isatty():

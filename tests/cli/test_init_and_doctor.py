@@ -89,6 +89,9 @@ def test_the_new_recipe_of_a_classifier_knows_its_classes(
     file, out = tmp_path / "mails.csv", tmp_path / "new.yaml"
     file.write_text("mail,about\n" + "where is it,shipping\nmoney back,refund\n" * 6)
     line = ["init", str(out), "--model", str(tiny_model_dir), "--data", str(file), "--task", "sequence-classification"]
+    assert main(line) == 2
+    assert "needs the columns text, label" in (said := capsys.readouterr().err)
+    assert "Here: --prompt-column NAME --answer-column NAME" in said
     assert main([*line, "--prompt-column", "mail", "--answer-column", "about"]) == 0
     assert "12 rows, format classification" in (said := capsys.readouterr().out)
     assert "2 classes (refund: 6, shipping: 6)" in said
