@@ -158,9 +158,8 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
 def best_factor(trial: Trial, lines: list[dict[str, Any]]) -> float | None:
     """Of the method's factors the one with the lowest held-out loss, where all were tried."""
     same = ("base", "task", "method", "final")
-    tried = [line for line in lines if all(line[key] == getattr(trial, key) for key in same)]
-    losses = {line["factor"]: line["held_out_loss"] for line in tried if not common.diverged(line)}
-    return min(losses, key=losses.__getitem__) if losses and len(tried) >= len(METHODS[trial.method][3]) else None
+    tried = (line for line in lines if all(line[key] == getattr(trial, key) for key in same))
+    return common.best_rate(tried, len(METHODS[trial.method][3]), "factor")
 
 
 def plan(only: list[str]) -> Iterator[Trial]:

@@ -104,10 +104,13 @@ def do_missing(
         done += 1
 
 
-def best_rate(lines: Iterable[Mapping[str, Any]], rates: int) -> float | None:
-    """The learning rate with the lowest held-out loss, or None where fewer than ``rates`` were tried or all diverged."""
+def best_rate(lines: Iterable[Mapping[str, Any]], rates: int, key: str = "learning_rate") -> float | None:
+    """The learning rate with the lowest held-out loss, or None where fewer than ``rates`` were tried or all diverged.
+
+    ``key``: of a line, what tells its rate from others.
+    """
     tried = list(lines)
-    losses = {float(line["learning_rate"]): line["held_out_loss"] for line in tried if not diverged(line)}
+    losses = {float(line[key]): line["held_out_loss"] for line in tried if not diverged(line)}
     return min(losses, key=losses.__getitem__) if losses and len(tried) >= rates else None
 
 

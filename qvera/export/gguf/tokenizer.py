@@ -136,10 +136,9 @@ def _refuse_changed_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 def _splitter(tree: dict[str, Any]) -> str:
     """llama.cpp's name of how a byte-level BPE splits texts into words."""
-    parts = tree.get("pre_tokenizer") or {}
     found = []
-    for part in parts.get("pretokenizers", [parts]):
-        kind = part.get("type")
+    for part in _steps(tree, "pre_tokenizer", "pretokenizers"):
+        kind = part["type"]
         if kind == "Digits" and part["individual_digits"]:
             found.append("digits")
         elif kind == "Split" and part["behavior"] == "Isolated" and not part["invert"] and "Regex" in part["pattern"]:
@@ -161,12 +160,17 @@ def _splitter(tree: dict[str, Any]) -> str:
 
 def _prefixes_space(tree: dict[str, Any]) -> bool:
     """Whether a text is read as if a space stood before it."""
-    parts = [tree.get("pre_tokenizer") or {}, *((tree.get("normalizer") or {}).get("normalizers", []))]
-    parts += [tree.get("normalizer") or {}]
+    steps = _steps(tree, "normalizer", "normalizers") + _steps(tree, "pre_tokenizer", "pretokenizers")
     return any(
-        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
-        for part in parts
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
     )
+
+
+def _steps(tree: dict[str, Any], stage: str, members: str) -> list[dict[str, Any]]:
+    """The steps of a stage of tokenizer.json: those of its sequence (``members``), itself, or none."""
+    whole = tree.get(stage) or {}
+    return list(whole.get(members, [whole] if whole else []))
 
 
 def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -184,8 +188,7 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
 
 def _refuse_words(tree: dict[str, Any]) -> None:
     """Refuse a split into words before the merges: SentencePiece and llama.cpp make none, but for spaces."""
-    parts = tree.get("pre_tokenizer") or {}
-    for part in parts.get("pretokenizers", [parts] if parts else []):
+    for part in _steps(tree, "pre_tokenizer", "pretokenizers"):
         of_spaces = part["type"] == "Split" and part["pattern"] == {"String": " "}
         if part["type"] != "Metaspace" and not of_spaces:
             raise _refused(f"splits texts into words by {[part['type']]}")
