@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qvera.data.formats import UNRENDERED, Conversation, Turn
 from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
-from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.errors import InputError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ class ChatTemplate:
                 messages, tools=tools, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt, **blanks
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TemplateError(" ".join(str(error).split()).rstrip(".") or type(error).__name__) from None
+            raise TemplateError(one_line(error)) from None
 
     def marker_end(self, text: str, start: int, stop: int, last: bool = False) -> int | None:
         """Where the end-of-turn marker ends that template text [start, stop) holds: its first special token."""

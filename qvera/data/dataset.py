@@ -19,6 +19,7 @@ from qvera.data.labelled import Labels, few_of_each_label, labels_of
 from qvera.data.row_kinds import encoder_of, template_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
+from qvera.data.source_rows import with_label_names
 from qvera.data.tasks import Tasks, take_tasks
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
@@ -224,7 +225,7 @@ def build_datasets(
         section = section.replace(label_names=list(labels.names))
     encoder = encoder_of(section, processor)
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
-    sections = _sources(section)
+    sections = [with_label_names(each) for each in _sources(section)]
     read = tokenized if cached else tokenized_uncached
     sources = [read(each, encoder, console) for each in sections]
     tasks = take_tasks(section, sections, sources) if section.sampling == "task" else Tasks()
@@ -260,7 +261,9 @@ def build_datasets(
         for part in (train, held_out, *tasks.held_out.values()):
             part.processor = processor
     if section.format in LABELLED:
-        stats.labels = found = labels or labels_of(section, train, held_out, *tasks.held_out.values())
+        stats.labels = found = labels or labels_of(
+            section, train, held_out, *tasks.held_out.values(), known=sections[0].label_names
+        )
         stats.label_rows, stats.eval_label_rows = found.counts(train), found.counts(held_out)
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = template_of(section, encoder, sources[0].format)

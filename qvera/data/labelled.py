@@ -214,11 +214,14 @@ def rows_by_label(rows: Rows) -> dict[str, int]:
     return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(_reference(rows))}
 
 
-def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:
+def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequence[str] = ()) -> Labels:
     """What the labels of the training rows are, checked against those of the held-out rows.
 
-    Classes are those of ``data.label_names``, else those of the training rows, sorted: numbers by value, names by their
-    characters. A label with a fraction makes it a regression, unless ``data.regression`` says.
+    Classes are those of ``data.label_names``, else ``known`` and those of the training rows, sorted: numbers by value,
+    names by their characters. A label with a fraction makes it a regression, unless ``data.regression`` says.
+
+    Args:
+        known: what a hub dataset calls its classes, in their order. They come first, and may have no rows.
 
     Raises:
         InputError: fewer than two classes, a class without training rows, a label that is no class, or
@@ -234,18 +237,19 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:
             if any(_as_number(label) is None for label in rows_by_label(rows)):
                 labels.targets(rows)
         return labels
-    names = section.label_names or sorted(found, key=lambda label: (numbers[label] or 0.0, label))
-    if None in numbers.values() and not section.label_names:
-        names = sorted(found)
-    if unused := [name for name in names if name not in found]:
+    others = sorted(found.keys() - set(known), key=lambda label: (numbers[label] or 0.0, label))
+    if None in numbers.values():
+        others.sort()
+    names = section.label_names or [*known, *others]
+    if unused := [name for name in section.label_names if name not in found]:
         raise InputError(
             f"data.label_names: no training row of {section.path} has the label {first_of(unused)}. Add rows of it, or "
             "remove the name."
         )
-    if len(names) < 2:
+    if len(found) < 2:
         raise InputError(
-            f"{section.path}: all {len(train):,} training rows have the label {names[0]!r}, and a classifier needs two "
-            "labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
+            f"{section.path}: all {len(train):,} training rows have the label {min(found)!r}, and a classifier needs "
+            "two labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
         )
     labels = Labels(tuple(names))
     for rows in (train, *held_out):

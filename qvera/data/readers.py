@@ -6,14 +6,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qvera.data.hub import load_hub
 from qvera.data.image_folder import image_files, image_row
 from qvera.data.images import IMAGE_EXTENSIONS
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, one_line
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BATCH_BYTES = 16 * 2**20
@@ -348,7 +349,7 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
         for number, fields in enumerate(rows, start=1):
             yield RawRow(fields, f"{file} row {number}", file=file)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
+        raise InputError(f"{file}: can't be read as Parquet: {one_line(error)}. Is the file complete?") from None
 
 
 def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
@@ -357,34 +358,6 @@ def _read_hub(path: str, split: str, config_name: str | None, revision: str | No
         yield RawRow(dict(fields), f"{path}[{split}] row {number}")
     if not number:
         raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
-
-
-def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterable[dict[str, Any]]:
-    """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped. Images are not decoded.
-
-    Raises:
-        InputError: there is none of that name, or the hub can't be reached.
-    """
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(path, name=config_name, split=split, revision=revision)
-        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        for name in images:  # rows get them as they are stored
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        return dataset
-    except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
-        hint = "Check data.path, data.config_name, data.split and data.revision."
-        if isinstance(error, ConnectionError) or "offline" in str(error).lower():
-            hint = "The hub can't be reached: connect, or set data.path to a local file."
-        raise InputError(
-            f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
-            f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {_one_line(error)}. {hint}"
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return _shortened(" ".join(f"{error}".split()) or type(error).__name__, 300).rstrip(".")
 
 
 def _shortened(text: str, limit: int = 60) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from qvera.config.schema import DataSection
-from qvera.data.formats import RowFormat, detect_format
+from qvera.data.formats import LABELLED, RowFormat, detect_format
+from qvera.data.hub import class_names, load_hub
 from qvera.data.readers import RawRow, adapter_files, describe, local_files, read_file, read_rows
 from qvera.data.sampler import random_order
 from qvera.utils.adapter_names import escape_name
@@ -37,6 +38,24 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
         InputError: nothing of that name, or a directory whose files can't be read as the recipe says.
     """
     return adapter_files(path) if section.adapter_files else local_files(path)
+
+
+def with_label_names(section: DataSection) -> DataSection:
+    """The source with the names that a hub dataset itself has for the integer labels of its classes, in their order.
+
+    Names that the recipe gives are kept. Names that are numbers themselves, as of MNIST, are not used: an integer label
+    would be mistaken for one of them.
+
+    Raises:
+        InputError: the dataset can't be loaded.
+    """
+    is_named = section.label_names or section.format not in LABELLED or section.regression is True
+    if is_named or local_files(section.path) is not None:
+        return section
+    dataset = load_hub(section.path, section.split, section.config_name, section.revision)
+    columns = [section.columns["label"]] if "label" in section.columns else ["label", "labels"]
+    names = next(filter(None, (class_names(dataset, column) for column in columns)), [])
+    return section.replace(label_names=[] if any(map(str.isdecimal, names)) else names)
 
 
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:

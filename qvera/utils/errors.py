@@ -51,6 +51,12 @@ def first_line(error: BaseException) -> str:
     return line if line.endswith(".") else line + "."
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's whole message on one line without a full stop, at most ``limit`` characters; or the error's type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= limit else text[: limit - 1] + "…").rstrip(".")
+
+
 def did_you_mean(name: object, known: Iterable[object]) -> str:
     """The end of a sentence about an unknown name: "; did you mean 'x'?", or a full stop where nothing is near."""
     near = difflib.get_close_matches(str(name), list(map(str, known)), n=1)

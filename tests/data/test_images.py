@@ -146,7 +146,7 @@ def test_a_hub_dataset_gives_its_images_undecoded(
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["blue", "red"])})
     hub = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: hub)
-    section = section_of(Path("some/cifar"), columns={"label": "fine_label"}, label_names=["blue", "red"])
+    section = section_of(Path("some/cifar"), columns={"label": "fine_label"})
     found = build_datasets(section, images, cached=False)
     assert [row.reference for row in found.train] == ["red", "blue"]
     assert found.train[0].image.open().size == picture("red", 1).size

@@ -371,6 +371,49 @@ def test_a_number_is_no_place_among_classes_that_are_numbers(classify: Any, tmp_
 
 
 @pytest.mark.parametrize(
+    ("names", "own", "expected"),
+    [
+        (["neutral", "good", "bad"], [], ["neutral", "good", "bad"]),  # in its order, one without rows
+        (["neutral", "good", "bad"], ["so-so", "fine", "awful"], None),
+        (["1", "2", "3"], [], ["1", "2"]),  # the integer 1 is the name 2: integers they stay
+    ],
+    ids=["named by the dataset", "named by the recipe", "names that are numbers"],
+)
+def test_a_hub_dataset_names_its_integer_labels(
+    names: list[str], own: list[str], expected: list[str] | None, classify: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.ClassLabel(names=names)})
+    rows = {"text": ["red", "plum", "oak"], "labels": [1, 2, 1]}
+    hub = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: hub)
+    recipe = classify(data={"path": "owner/reviews", "label_names": own, "eval_fraction": 0.0})
+    if expected is None:
+        with pytest.raises(InputError, match="no training row of owner/reviews has the label so-so"):
+            build_datasets(recipe.data, open_tokenizer(recipe))
+        return
+    found = build_datasets(recipe.data, open_tokenizer(recipe))
+    assert found.labels == Labels(tuple(expected))
+    assert found.stats.label_rows == ([0, 2, 1] if len(expected) == 3 else [2, 1])
+
+
+def test_a_hub_dataset_of_one_label_is_refused_for_all_its_names(
+    classify: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    hub = datasets.Dataset.from_dict({"text": ["red", "plum"], "label": [0, 0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: hub)
+    recipe = classify(data={"path": "owner/reviews", "eval_fraction": 0.0})
+    with pytest.raises(InputError, match="all 2 training rows have the label 'bad', and a classifier needs two"):
+        build_datasets(recipe.data, open_tokenizer(recipe))
+
+
+@pytest.mark.parametrize(
     "section",
     [
         {"data": {"packing": True}}, {"data": {"prefix_once": False}}, {"data": {"train_on": "last"}},

@@ -54,8 +54,8 @@ class DataSource(Section):
     else ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
     label_names: list[NonEmpty] = []
     """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a
-    number is trained as text. Of the classification tasks the classes, in order; without it they are the
-    labels of the training rows, sorted."""
+    number is trained as text. Of the classification tasks the classes, in order; without it they are those
+    of a hub dataset's own label names, or the labels of the training rows, sorted."""
     system: Annotated[str | None, _CAUSAL] = None
     """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
     limit: Positive | None = None
