@@ -128,6 +128,7 @@ def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
             "eval_path": str(files["held"]),
             "test": str(files["test"]),
             "max_length": 512,
+            "group_by_length": True,  # else half of all tokens would be padding
         }
     columns = ("question",) if task == "trec" else ("premise", "hypothesis")
     directory = data / "text_classification"
