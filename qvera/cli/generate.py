@@ -25,7 +25,7 @@ from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.data.formats import Conversation
+    from qvera.data.conversations import Conversation
     from qvera.evaluation.load import EvalTarget
 
 
@@ -180,7 +180,7 @@ def _questions(
     """
     from qvera.config.schema import DataSection
     from qvera.data import Turn, read_prompts
-    from qvera.data.formats import Conversation
+    from qvera.data.conversations import Conversation
     from qvera.evaluation.named_adapters import require_named
 
     if target is not None and many and not names and (file is None or file.suffix.lower() == ".txt"):

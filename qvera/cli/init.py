@@ -103,19 +103,18 @@ def _ask(option: str, question: str) -> str:
 def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     """Read the rows; on a terminal ask for the columns if they are of no known format."""
     from qvera.data import build_datasets
+    from qvera.data.row_format import MissingColumn, UnaskedPreferences, UnknownFormat
     from qvera.models.processor import load_processor
     from qvera.tasks import task_of
 
     processor = load_processor(recipe.model, task_of(recipe).exported_class)
     try:
         return recipe, build_datasets(recipe.data, processor, console).stats
-    except InputError as error:
-        if "has a chosen and a rejected answer" in str(error):
-            raise InputError(f"{error} Here: --objective dpo.") from None
-        if "Name yours in data.columns (" in str(error):  # a format that the options ask for lacks a column
-            raise InputError(f"{error} Here: {COLUMN_OPTIONS}.") from None
-        if "match no known format" not in str(error):
-            raise
+    except UnaskedPreferences as error:
+        raise InputError(f"{error} Here: --objective dpo.") from None
+    except MissingColumn as error:
+        raise InputError(f"{error} Here: {COLUMN_OPTIONS}.") from None
+    except UnknownFormat as error:
         if not sys.stdin.isatty():
             raise InputError(f"{error} Here: {COLUMN_OPTIONS}, or --task for rows with labels.") from None
         console.print(str(error), markup=False, highlight=False)

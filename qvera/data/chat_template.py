@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvera.data.formats import UNRENDERED, Conversation, Turn
+from qvera.data.conversations import Conversation, Turn
 from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
+from qvera.data.row_format import UNRENDERED
 from qvera.utils.errors import InputError, did_you_mean, one_line
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from qvera.config.schema import DataSection
 from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized, tokenized_uncached
 from qvera.data.chat_template import OWN, ChatTemplate
-from qvera.data.formats import LABELLED, UNRENDERED
 from qvera.data.image_processor import ImageProcessor
 from qvera.data.labelled import Labels, few_of_each_label, labels_of
+from qvera.data.row_format import LABELLED, UNRENDERED
 from qvera.data.row_kinds import encoder_of, template_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order

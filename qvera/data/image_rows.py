@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from qvera.config.schema import DataSection
-from qvera.data.formats import RowFormat, row_value
+from qvera.data.conversations import row_value
 from qvera.data.image_processor import StoredImage
 from qvera.data.labelled import row_label
 from qvera.data.readers import RawRow, describe
+from qvera.data.row_format import RowFormat
 from qvera.data.rows import Example
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvera.config.schema import DataSection
-from qvera.data.formats import RowFormat, row_text, row_value
+from qvera.data.conversations import row_text, row_value
 from qvera.data.readers import RawRow, describe
+from qvera.data.row_format import RowFormat
 from qvera.data.rows import Example, Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts, RowTokenizer

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qvera.data.formats import Conversation
+from qvera.data.conversations import Conversation
 
 if TYPE_CHECKING:
     from qvera.data.chat_template import ChatTemplate

@@ -7,17 +7,9 @@ they begin with in common.
 
 from __future__ import annotations
 
-from qvera.data.formats import (
-    Conversation,
-    RowFormat,
-    Turn,
-    row_optional_text,
-    row_text,
-    row_tools,
-    row_turns,
-    row_value,
-)
+from qvera.data.conversations import Conversation, Turn, row_optional_text, row_text, row_tools, row_turns, row_value
 from qvera.data.readers import RawRow, describe
+from qvera.data.row_format import RowFormat
 from qvera.utils.errors import InputError
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
-from qvera.data.formats import LABELLED, RowFormat
 from qvera.data.image_processor import ImageProcessor
 from qvera.data.image_rows import ImageEncoder, ImageReader
 from qvera.data.labelled import LabelledTokenizer
+from qvera.data.row_format import LABELLED, RowFormat
 from qvera.data.tokenization import RowTokenizer
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from qvera.config.schema import DataSection
-from qvera.data.formats import LABELLED, RowFormat, detect_format
 from qvera.data.hub import class_names, load_hub
 from qvera.data.readers import RawRow, adapter_files, describe, local_files, read_file, read_rows
+from qvera.data.row_format import LABELLED, RowFormat, detect_format
 from qvera.data.sampler import random_order
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError, did_you_mean

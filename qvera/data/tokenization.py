@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import ChatTemplate
+from qvera.data.conversations import Conversation, Text, parse_row
 from qvera.data.encoding import Bounds, Encoder
-from qvera.data.formats import PREFERENCES, Conversation, RowFormat, Text, parse_row
 from qvera.data.loss_mask import AnswerSpan
 from qvera.data.preferences import parse_preference
 from qvera.data.readers import RawRow
+from qvera.data.row_format import PREFERENCES, RowFormat
 from qvera.data.rows import Example, record_batch
 from qvera.utils.errors import InputError
 

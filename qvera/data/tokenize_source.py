@@ -25,9 +25,9 @@ import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder
-from qvera.data.formats import PREFERENCES
 from qvera.data.hub import load_hub
 from qvera.data.image_rows import ImageEncoder
+from qvera.data.row_format import PREFERENCES
 from qvera.data.row_kinds import row_tokenizer, template_of
 from qvera.data.rows import Rows, write_table
 from qvera.data.source_rows import choose_rows, raw_rows, source_files, source_paths, survey

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection
 from qvera.data import Encoder, Example, build_datasets, resolve_template
-from qvera.data.formats import detect_format, parse_row
+from qvera.data.conversations import parse_row
 from qvera.data.readers import RawRow
+from qvera.data.row_format import detect_format
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer
