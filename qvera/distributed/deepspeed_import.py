@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 import warnings
-from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -59,21 +58,6 @@ def require_deepspeed(word: str) -> None:
             f"deepspeed: {word} needs DeepSpeed, which can't be imported: {first_line(error)} {advice}, or leave the "
             "key out: without it several processes share the gradients only."
         ) from None
-
-
-def require_overflow_check() -> None:
-    """Refuse a DeepSpeed that would step fp32 vectors by a gradient that is not finite, as a loss scale may make it.
-
-    Raises:
-        InputError: it is older than 0.19.8 (0.19.6 takes such a step).
-    """
-    _imported()
-    if not hasattr(import_module("deepspeed.runtime.utils"), "is_invalid_grad_norm"):
-        raise InputError(
-            "model.compute_dtype: float16 under a deepspeed key takes DeepSpeed 0.19.8 or newer, which skips a step "
-            f"whose gradient overflows; {metadata.version('deepspeed')} is installed. Update it, take bfloat16 or "
-            "float32, or leave the deepspeed key out."
-        )
 
 
 def _imported() -> ModuleType:

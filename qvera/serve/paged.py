@@ -80,9 +80,7 @@ _PARAMETERS = {
     "cache.PagedAttentionCache.search_prefix_match": "request_id prompt_ids",
     "cache.PagedAttentionCache.mark_complete_blocks": "state complete_blocks",
     "cache.PagedAttentionCache.reset": "",
-    "model_runner.ModelRunner.__init__": (
-        "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs"
-    ),
+    "model_runner.ModelRunner.__init__": "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs",
     "model_runner.ModelRunner._sample": "scores output_ids",
     "scheduler.FIFOScheduler.__init__": "cache safety_margin max_requests_per_batch",
     "requests.RequestState.create_equivalent_initial_request": "",
@@ -92,6 +90,10 @@ _FIELDS = {
     "requests.RequestState": "request_id initial_tokens generated_tokens",
     "requests.FutureRequestState": "state has_new_token query_length",
     "requests.GenerationOutput": "request_id error",
+    "continuous_api.ContinuousBatchingConfig": (
+        "page_size num_blocks max_batch_tokens max_requests_per_batch max_blocks_per_request allow_block_sharing "
+        "use_async_batching use_cuda_graph auto_switch_to_flash"
+    ),
 }
 _ATTRIBUTES = {
     "continuous_api.ContinuousBatchingManager": (
@@ -126,8 +128,7 @@ def missing_internals() -> list[str]:
             missing.append(path)
     for path, fields in {**_FIELDS, **_ATTRIBUTES}.items():
         try:
-            owner = look_up(path)
-            text = inspect.getsource(owner)
+            text = inspect.getsource(look_up(path))
             missing += [f"{path}.{field}" for field in fields.split() if not re.search(rf"\b{field}\b", text)]
         except (ImportError, AttributeError):
             missing.append(path)

@@ -22,7 +22,7 @@ from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
-from qvera.distributed.deepspeed_import import require_deepspeed, require_overflow_check
+from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of
 from qvera.distributed.zero_params import BaseSharder
@@ -110,8 +110,6 @@ class TrainingSession:
         recipe, group = self.recipe, self.group
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
-        if self.scaler is not None and self.zero is not None:
-            group.agree(require_overflow_check)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
         self.sharder: BaseSharder | None = None
         asked = recipe.training.gradient_checkpointing

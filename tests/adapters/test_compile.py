@@ -47,6 +47,9 @@ def test_compiled_output_and_gradients(kind: str, more: dict[str, Any]) -> None:
         assert relative(one, other) < 3e-6
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch 2.10 compiles a layer in four parts"
+)
 @pytest.mark.parametrize("more", [{}, {"groups": 3, "scaled": True}], ids=["vera", "groups-and-a"])
 @pytest.mark.parametrize("kind", ["linear", "nf4+dq-bfloat16", "int8"])
 def test_no_graph_break(kind: str, more: dict[str, Any]) -> None:
