@@ -2,7 +2,7 @@
 
 A device is a CPU or an accelerator (CUDA, ROCm, XPU, MPS, or a backend that registered itself), and everything else in
 the package asks no further. `torch.accelerator` names the device; its module (`torch.get_device_module`) answers the
-rest, which torch 2.10 and all later versions do for every backend. What a backend does not count (MPS has no peak) is
+rest, which torch 2.9 and all later versions do for every backend. What a backend does not count (MPS has no peak) is
 None here, and the caller falls back to the memory of the process.
 
 CUDA-only, and marked so below: whether 16-bit products are emulated, memory that pages itself, and cuBLAS' workspaces.
