@@ -252,7 +252,7 @@ def finals() -> dict[str, dict[str, Any]]:
 
 
 def table() -> str:
-    """The finals as Markdown: mean over the seeds, lowest and highest; CPU seconds and memory of those on E2E."""
+    """The finals as Markdown: mean over the seeds, lowest and highest; loss, CPU seconds and memory of those on E2E."""
     found = {task: final_scores(task, score) for task, (score, _, _) in COLUMNS.items()}
     rows = []
     for method, line in sorted(finals().items(), key=lambda item: int(item[1]["trained"])):
@@ -261,12 +261,16 @@ def table() -> str:
             ended = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, True)]
             cells.append(common.mean_and_range(found[task].get(method, []), digits, sum(map(common.diverged, ended))))
         costs = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, "e2e", True)]
+        losses = [x["held_out_loss"] for x in costs if not common.diverged(x)]
+        cells.append(common.mean_and_range(losses, 3, len(costs) - len(losses)))
         for key, unit in (("cpu_seconds", 1), ("peak_bytes", 10**9)):
             values = [x[key] / unit for x in costs if x.get(key)]
             cells.append(f"{statistics.median(values):.{0 if unit == 1 else 2}f}" if values else "")
         rows.append(cells)
     labels = [label for _, label, _ in COLUMNS.values()]
-    return markdown(["method", "trained", "file, kB", *labels, "E2E run, CPU s", "memory, GB"], rows)
+    return markdown(
+        ["method", "trained", "file, kB", *labels, "E2E, held-out loss", "E2E run, CPU s", "memory, GB"], rows
+    )
 
 
 def main() -> None:
