@@ -47,14 +47,24 @@ def with_label_names(section: DataSection) -> DataSection:
     would be mistaken for one of them.
 
     Raises:
-        InputError: the dataset can't be loaded.
+        InputError: a dataset can't be loaded, or that of the held-out rows has other names.
     """
     is_named = section.label_names or section.format not in LABELLED or section.regression is True
     if is_named or local_files(section.path) is not None:
         return section
-    dataset = load_hub(section.path, section.split, section.config_name, section.revision)
     columns = [section.columns["label"]] if "label" in section.columns else ["label", "labels"]
-    names = next(filter(None, (class_names(dataset, column) for column in columns)), [])
+    found = []
+    for path, split in source_paths(section):
+        if local_files(path) is None:
+            dataset = load_hub(path, split, section.config_name, section.revision)
+            found.append(next(filter(None, (class_names(dataset, column) for column in columns)), []))
+    names = found[0]
+    if names and any(others and others != names for others in found):
+        raise InputError(
+            f"{section.held_out_path}: calls its classes {', '.join(found[-1])}, and {section.path} calls them "
+            f"{', '.join(names)}: an integer label would mean two things. Take held-out rows with the same classes in "
+            "the same order."
+        )
     return section.replace(label_names=[] if any(map(str.isdecimal, names)) else names)
 
 

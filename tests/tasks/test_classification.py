@@ -398,6 +398,26 @@ def test_a_hub_dataset_names_its_integer_labels(
     assert found.stats.label_rows == ([0, 2, 1] if len(expected) == 3 else [2, 1])
 
 
+def test_held_out_rows_of_a_hub_dataset_must_name_the_same_classes(
+    classify: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def load_dataset(path: str, **_: object) -> datasets.Dataset:
+        label = datasets.ClassLabel(names=["bad", "good"] if path == "owner/train" else ["good", "bad"])
+        features = datasets.Features({"text": datasets.Value("string"), "label": label})
+        return datasets.Dataset.from_dict({"text": ["red", "plum"], "label": [0, 1]}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    recipe = classify(data={"path": "owner/train", "eval_path": "owner/test", "eval_fraction": 0.0})
+    with pytest.raises(
+        InputError, match="owner/test: calls its classes good, bad, and owner/train calls them bad, good"
+    ):
+        build_datasets(recipe.data, open_tokenizer(recipe))
+    recipe = classify(data={"path": "owner/train", "eval_split": "test", "eval_fraction": 0.0})
+    assert build_datasets(recipe.data, open_tokenizer(recipe)).labels == Labels(("bad", "good"))
+
+
 def test_a_hub_dataset_of_one_label_is_refused_for_all_its_names(
     classify: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
