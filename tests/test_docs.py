@@ -25,7 +25,7 @@ from tests.many_adapters import write_customers, write_run
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_ALL_METHODS = ["docs/methods/index.md", "docs/methods/table.md"]
+OF_ALL_METHODS = ["docs/methods/index.md", "docs/methods/table.md", "docs/methods/adding.md"]
 METHOD_PAGES = sorted({f"docs/methods/{p.name}" for p in (ROOT / "docs" / "methods").glob("*.md")} - {*OF_ALL_METHODS})
 OTHER_PAGES = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *OTHER_PAGES, *OF_ALL_METHODS, *METHOD_PAGES]

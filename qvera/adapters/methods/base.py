@@ -1,7 +1,7 @@
 """What a method of adaptation declares: its tensors, where they start, and the factors of ΔW that they make.
 
 A method is one file in this package. The layer, the adapter file, the exports and the plan ask it and know no method by
-name. docs/methods/index.md shows how to add one.
+name. docs/methods/adding.md shows how to add one.
 """
 
 from __future__ import annotations

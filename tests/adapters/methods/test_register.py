@@ -1,4 +1,4 @@
-"""The method that docs/methods/index.md adds: ΔW = v uᵀ."""
+"""The method that docs/methods/adding.md adds: ΔW = v uᵀ."""
 
 from __future__ import annotations
 
