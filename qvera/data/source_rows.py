@@ -43,29 +43,45 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
 def with_label_names(section: DataSection) -> DataSection:
     """The source with the names that a hub dataset itself has for the integer labels of its classes, in their order.
 
-    Names that the recipe gives are kept. Names that are numbers themselves, as of MNIST, are not used: an integer label
-    would be mistaken for one of them.
+    Names that the recipe or a trained model gives are kept. Names that are numbers themselves, as of MNIST, are not
+    used: an integer label would be mistaken for one of them.
 
     Raises:
-        InputError: a dataset can't be loaded, or that of the held-out rows has other names.
+        InputError: a dataset can't be loaded; that of the held-out rows has other names than that of the training rows;
+            or a dataset has the given names in another order.
     """
-    is_named = section.label_names or section.format not in LABELLED or section.regression is True
-    if is_named or local_files(section.path) is not None:
+    if section.format not in LABELLED or section.regression is True:
         return section
     columns = [section.columns["label"]] if "label" in section.columns else ["label", "labels"]
     found = []
     for path, split in source_paths(section):
         if local_files(path) is None:
             dataset = load_hub(path, split, section.config_name, section.revision)
-            found.append(next(filter(None, (class_names(dataset, column) for column in columns)), []))
-    names = found[0]
-    if names and any(others and others != names for others in found):
-        raise InputError(
-            f"{section.held_out_path}: calls its classes {', '.join(found[-1])}, and {section.path} calls them "
-            f"{', '.join(names)}: an integer label would mean two things. Take held-out rows with the same classes in "
-            "the same order."
-        )
+            found.append((path, next(filter(None, (class_names(dataset, column) for column in columns)), [])))
+    if given := section.label_names:
+        _require_same_names(found, given, "data.label_names or the trained model", may_rename=True)
+        return section
+    if not found or found[0][0] != section.path:
+        return section
+    names = found[0][1]
+    _require_same_names(found[1:], names, section.path)
     return section.replace(label_names=[] if any(map(str.isdecimal, names)) else names)
+
+
+def _require_same_names(
+    found: list[tuple[str, list[str]]], names: list[str], source: str, may_rename: bool = False
+) -> None:
+    """Refuse a dataset (its path and its own names) in which an integer label is another class than in ``names``.
+
+    ``may_rename``: wholly other names are fine, the same ones in another order are not.
+    """
+    for path, own in found:
+        if own and names and own != names and not (may_rename and sorted(own) != sorted(names)):
+            raise InputError(
+                f"{path}: calls its classes {', '.join(own)}, and {source} calls them {', '.join(names)}: an integer "
+                "label would mean two things. Take rows with the same classes in the same order, or whose labels are "
+                "names."
+            )
 
 
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
