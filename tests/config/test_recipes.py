@@ -20,6 +20,7 @@ OVER_LLAMA = [
     "instruct/llama-7b",
     "instruct/llama2-13b",
     "instruct/llama2-7b",
+    "instruct/llama3.1-8b",
     "instruct/smollm2-135m",
     "preference/llama3-8b-dpo",
     "preference/llama3-8b-kto",

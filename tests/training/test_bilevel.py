@@ -29,7 +29,8 @@ LOWER = {"vera": {"b"}, "bilora": {"A", "B"}}
 def run(request: Any, make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """Eight steps: lower, lower, upper, lower, lower, upper, and two of the lower level on all rows."""
     training = {**LEVELS, "max_steps": 8, "save_steps": 1, "save_total_limit": 9, "weight_decay": 0.1}
-    recipe = make_recipe(training=training, adapter={"method": request.param, "rank": 4})
+    adapter = {"method": request.param, "rank": 4, **({"alpha": 4} if request.param == "bilora" else {})}
+    recipe = make_recipe(training=training, adapter=adapter)
     run_dir = tmp_path_factory.mktemp("bilevel") / "run"
     train(recipe, run_dir)
     return recipe, run_dir

@@ -34,7 +34,7 @@ class Bilora(TrainedPair):
 
     name = "bilora"
     keys = frozenset({"alpha", "orthogonal_penalty"})
-    usual = {"adapter.rank": 8, "training.learning_rate": 2e-3}
+    usual = {"adapter.rank": 8, "adapter.alpha": 2048, "training.learning_rate": 2e-3}
     upper_kinds = frozenset({"qvera_d"})
     samples_tokens = False  # the gradient of Λ is made of that of Λ Q: it would be a sample too
 

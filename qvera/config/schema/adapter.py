@@ -62,8 +62,8 @@ class AdapterSection(Section):
     """With spiel, the share of the values that get a new place each time: those of smallest size. It falls to zero
     along a line until the last step. The first change moves all values, whose places were random."""
     alpha: PositiveFloat | None = None
-    """α of LoRA and LoRTA: ΔW = (α / rank) B A, and of bilora, ΔW = (α / rank) P Λ Q. Default: the rank, so that the
-    scale is 1."""
+    """α of LoRA and LoRTA, ΔW = (α / rank) B A: by default the rank, so that the scale is 1. And of bilora,
+    ΔW = (α / rank) P Λ Q, where it is required."""
     use_rslora: Bool = False
     """Use the rank-stabilised scale α / √rank (arXiv 2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"

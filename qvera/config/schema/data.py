@@ -19,8 +19,8 @@ class DataSource(Section):
     """Rows of one kind, and how they become text."""
 
     path: NonEmpty
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id. Of images also a
-    directory with a folder for each class."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id. Images may also be
+    in a directory with a folder for each class."""
     weight: Passes = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 is every other row (chosen by ``data.seed``, the same
     rows in every epoch). To give a small source half of an epoch, weigh it by rows: 1,000 rows beside 10,000 need a

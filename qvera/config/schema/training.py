@@ -68,14 +68,14 @@ class TrainingSection(Section):
     per_device_eval_batch_size: Positive = 4
     """Rows per forward pass of an evaluation."""
     learning_rate: PositiveFloat = 4e-3
-    """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need more:
-    3e-2 for 135M parameters. ``qvera train RECIPE --find-lr`` suggests one."""
+    """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need a
+    higher one: see docs/evaluation.md, or let ``qvera train RECIPE --find-lr`` suggest one."""
     head_learning_rate: Annotated[PositiveFloat | None, _HEADED] = None
     """The highest learning rate of the head, which is trained whole; warmup and schedule are those of the vectors.
     Default: ``learning_rate``."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
     """The learning rate after the warmup: a decay to zero along a cosine or a line, or constant. The line did better
-    than the cosine wherever both were tried (docs/evaluation.md)."""
+    than the cosine wherever both were tried (docs/benchmarks.md)."""
     warmup_ratio: Fraction = 0.1
     """The share of all steps in which the learning rate rises to its highest."""
     warmup_steps: NonNegative = 0

@@ -69,7 +69,7 @@ def excess(run_dir: Path) -> float:
 def test_a_penalty_makes_the_factors_more_orthogonal(make_recipe: Any, tmp_path: Path) -> None:
     found = {}
     for penalty in (0.0, 10.0):
-        adapter = {"method": "bilora", "rank": 4, "orthogonal_penalty": penalty}
+        adapter = {"method": "bilora", "rank": 4, "alpha": 4, "orthogonal_penalty": penalty}
         training = {"max_steps": 12, "learning_rate": 2e-2, "bilevel": True, "bilevel_share": 0.25}
         run_dir = tmp_path / str(penalty)
         train(make_recipe(adapter=adapter, training=training), run_dir)
@@ -79,7 +79,7 @@ def test_a_penalty_makes_the_factors_more_orthogonal(make_recipe: Any, tmp_path:
 
 
 def test_what_does_not_go_with_bilora_is_refused(make_recipe: Any, tmp_path: Path) -> None:
-    adapter = {"method": "bilora", "rank": 4}
+    adapter = {"method": "bilora", "rank": 4, "alpha": 4}
     with pytest.raises(InputError, match="adapter.orthogonal_penalty: is added to gradients of which DeepSpeed has"):
         train(make_recipe(adapter=adapter).replace(deepspeed="zero2"), tmp_path / "zero")
     with pytest.raises(InputError, match="adapter.orthogonal_penalty: is read by bilora only"):
