@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import AdapterName, Json, RunPath, console, progress, quiet_libraries, require_new_file
+from qvera.cli.common import (
+    AdapterName,
+    Json,
+    RunPath,
+    console,
+    print_table,
+    progress,
+    quiet_libraries,
+    require_new_file,
+)
 from qvera.cli.export import require_no_added_tokens
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
@@ -206,24 +215,14 @@ def _print_analysis(document: dict[str, Any]) -> None:
     """Tables by kind of linear and of losses, and a sentence on intruders."""
     from qvera.evaluation.report.analysis import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
 
-    _print_table(["", *ROLE_TITLES], role_rows(document))
+    print_table(["", *ROLE_TITLES], role_rows(document))
     print(f"\n{summary(document)}")
     losses = loss_rows(document)
     if losses:
         print()
-        _print_table(["loss", *(title.lower() for title in loss_titles(document))], losses)
+        print_table(["loss", *(title.lower() for title in loss_titles(document))], losses)
     else:
         print("Forgetting: not measured; --text FILE compares the loss on other text with that of the base.")
     if reduced := document["reduced"]:
         size = formatting.size(reduced["bytes"])
         print(f"{size} in {reduced['path']}: LoRA of rank {reduced['rank']}, exact, intruders at {reduced['keep']:g}")
-
-
-def _print_table(titles: list[str], rows: list[tuple[str, list[str]]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]), box=None, pad_edge=False)
-    for name, cells in rows:
-        table.add_row(name, *cells)
-    Console(highlight=False, markup=False).print(table)

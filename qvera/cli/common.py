@@ -5,8 +5,7 @@ import functools
 import inspect
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ import typer
 from rich.console import Console
 
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
+from qvera.utils.status_line import status_line
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")]
 RunPath = Annotated[
@@ -79,26 +79,11 @@ TopP = Annotated[float, typer.Option(callback=_top_p, metavar="P", help="Nucleus
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")]
 
 console = Console(stderr=True)
-LOG_SECONDS = 30
-"""Without a terminal, progress is a line in a log at most this often."""
 
 
-@contextlib.contextmanager
-def progress(text: str) -> Iterator[Callable[[str], None]]:
-    """Show what a command is doing: a spinner on a terminal, else a line now and then. Yields what takes a new text."""
-    if console.is_terminal:
-        with console.status(text) as status:
-            yield status.update
-        return
-    last = time.monotonic()
-
-    def log(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_SECONDS:
-            last = time.monotonic()
-            console.print(text, markup=False, highlight=False)
-
-    yield log
+def progress(text: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+    """Show what a command is doing; what is yielded takes a new text (`status_line`)."""
+    return status_line(console, text)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:

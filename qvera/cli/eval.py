@@ -96,11 +96,12 @@ def evaluate(
     quiet_libraries()
 
     from qvera.config.schema import TrainingSection
-    from qvera.data import build_datasets
+    from qvera.data import build_datasets, lengths_of
     from qvera.evaluation.evaluate import prompts_of, score_model
     from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.evaluation.report.read import inputs_sha256
+    from qvera.models.positions import require_positions
     from qvera.tasks import TASKS, task_of
     from qvera.utils import memory
 
@@ -144,6 +145,7 @@ def evaluate(
     datasets = build_datasets(section, opened.base.tokenizer, console)
     examples = (datasets.train if data is not None else held_out_rows(datasets, target.name))[:rows]
     prompts = [] if no_generation else prompts_of(examples, group_prompts)
+    require_positions(opened.model, lengths_of(examples))
     others = None if judging is None else judging.others(prompts)
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     answer_tokens = max_new_tokens or settings.sample_max_new_tokens
@@ -278,6 +280,12 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
         adapter_column=None,
         adapter_files=False,
         mixture=[],
+        sampling="rows",
+        task_column=None,
+        task_labels=None,
+        task_count=None,
+        task_steps=1,
+        held_out_tasks=0,
         weight=1.0,
         eval_path=None,
         eval_split=None,

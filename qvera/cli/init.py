@@ -58,7 +58,7 @@ def init(
     model = model or _ask("--model", "Base model (a directory or a hub id)")
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
-    from qvera.config.load import load_recipe
+    from qvera.config.load import read_yaml
     from qvera.config.schema import parse_recipe
 
     quiet_libraries()
@@ -68,8 +68,9 @@ def init(
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
-    replace_text(out, recipe_text(recipe, stats))
-    load_recipe(out)
+    text = recipe_text(recipe, stats)
+    parse_recipe(read_yaml(text, str(out))[0], str(out))
+    replace_text(out, text)
     classes = f", {stats.targets_text}" if stats.labels is not None else ""
     longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}{longest}{classes}")
@@ -80,6 +81,11 @@ def init(
             print("                  To train a classifier of these labels: --task sequence-classification")
     print(f"look at the rows  qvera preview {out}\nfind a rate       qvera train {out} --find-lr")
     print(f"train             qvera train {out}")
+
+
+def _yaml(value: object) -> str:
+    """A value as JSON, which is YAML; not with escapes, whose two halves of an emoji YAML takes for two characters."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -133,14 +139,16 @@ def recipe_text(recipe: Recipe, stats: DataStats) -> str:
     longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
     held_out = min(0.1, 200 / max(1, stats.train_rows)) if stats.train_rows >= 10 else 0.0
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
-    # a JSON string is a YAML string, whatever is in it
-    rows = f"  path: {json.dumps(data.path)}\n  format: {stats.format}"
+    rows = f"  path: {_yaml(data.path)}\n  format: {stats.format}"
     for key in ("columns", "system"):
         if value := getattr(data, key):
-            rows += f"\n  {key}: {json.dumps(value)}"
+            rows += f"\n  {key}: {_yaml(value)}"
     if data.format != "image":  # whose tokens are those of its patches
         rows += f"\n  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}"
     task = "" if stats.labels is None else f"task: {recipe.task}\n"
+    step_rows = min(training.global_batch_size, max(1, stats.train_rows))
+    if recipe.training.objective == "kto":  # whose passes have two rows or more
+        step_rows = max(2, step_rows - step_rows % 2)
     rates = (
         f"learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr finds it"
     )
@@ -154,7 +162,7 @@ def recipe_text(recipe: Recipe, stats: DataStats) -> str:
 # where you run qvera. A line that begins with # shows a default.
 
 {task}model:
-  path: {json.dumps(recipe.model.path)}
+  path: {_yaml(recipe.model.path)}
   quantization: {recipe.model.quantization}            # the frozen base in 4 bits
 
 data:
@@ -168,7 +176,7 @@ adapter:
 training:
   # output_dir: runs/NAME      # default: the name of this file
   num_train_epochs: {training.num_train_epochs:g}
-  global_batch_size: {min(training.global_batch_size, max(1, stats.train_rows))}
+  global_batch_size: {step_rows}
   {rates}
   # lr_scheduler_type: {training.lr_scheduler_type}
   # save_steps: {training.save_steps}

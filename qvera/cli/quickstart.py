@@ -31,7 +31,7 @@ def quickstart(
 
     quiet_libraries()
     files = prepare(report=console.print)
-    where = f"training.output_dir={json.dumps(output_dir)}"
+    where = f"training.output_dir={json.dumps(output_dir, ensure_ascii=False)}"
     recipe = load_recipe(files.recipe, [*files.overrides(), where, *overrides])
     if fetch_only:
         for what, path in zip(("base model", "training", "held out", "recipe"), files, strict=True):
@@ -65,9 +65,9 @@ class QuickstartFiles(NamedTuple):
 
     def overrides(self) -> list[str]:
         """``--set`` values that point the recipe at these files."""
-        # a JSON string is a YAML string, whatever characters a path has
+        # JSON without escapes is YAML, whatever characters a path has
         paths = {"model.path": self.base, "data.path": self.train, "data.eval_path": self.heldout}
-        return [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
+        return [f"{key}={json.dumps(str(path), ensure_ascii=False)}" for key, path in paths.items()]
 
 
 def recipe_path(name: str = "quickstart.yaml") -> Path:

@@ -107,7 +107,10 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
         return
     before, after = result.get("eval_before"), result.get("eval_after")
     if before and after:
-        print(f"held-out loss     {before['loss']:.4f} → {after['loss']:.4f}")
+        print(
+            "held-out loss     "
+            + " → ".join(formatting.text_or_dash(one["loss"], "{:.4f}".format) for one in (before, after))
+        )
         if "exact_match" in after:
             share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
             print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")

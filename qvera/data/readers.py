@@ -212,6 +212,9 @@ _Repeated = list[tuple[dict[str, Any], str]]
 """Objects that hold a key twice, and the key."""
 
 
+_TOO_MANY_DIGITS = "a whole number of more than 4,300 digits"
+
+
 def _parse_json(text: str) -> tuple[object, _Repeated]:
     """A JSON value, and its objects in which a key occurs twice, where Python's parser silently takes the last one."""
     repeated: _Repeated = []
@@ -241,7 +244,7 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
             source = f"{file}:{number}"
             try:
                 value, repeated = _parse_json(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise _bad_line(source, number, line, error) from None
             if not isinstance(value, dict):
                 hint = " The file is one JSON list: rename it to .json." if number == 1 and line[0] == "[" else ""
@@ -258,7 +261,10 @@ def _bad_line(source: str, number: int, line: str, error: Exception) -> InputErr
         return InputError(
             f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
         )
-    detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        detail = f"{error.msg} at column {error.colno}"
+    else:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else _TOO_MANY_DIGITS
     return InputError(
         f"{source}: not valid JSON: {detail}, in {_shortened(line)!r}. Expected one complete JSON object on each line; "
         "fix or remove the line."
@@ -279,6 +285,8 @@ def _read_json(file: Path) -> Iterator[RawRow]:
             ) from None
         where = f"{error.msg} at column {error.colno}"
         raise InputError(f"{file}:{error.lineno}: not valid JSON: {where}. Fix it there.") from None
+    except ValueError:
+        raise InputError(f"{file}: not valid JSON: {_TOO_MANY_DIGITS}. Shorten it, or write it as text.") from None
     except RecursionError:
         raise InputError(f"{file}: the JSON is nested too deeply to be rows. Expected a list of objects.") from None
     if isinstance(value, dict):

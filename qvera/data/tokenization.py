@@ -236,7 +236,10 @@ class RowTokenizer:
             self._drop(whole, "cut to length, without a trained token")
             return []
         prompt_ids = whole.prompt_ids[asked[: len(whole.prompt_ids)]]
-        return [replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)]
+        row = replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)
+        if len(whole.prompt_ids) and not len(prompt_ids):  # nothing to ask with: as text without a prompt
+            row = replace(row, prompt_text="", reference=None)
+        return [row]
 
     def _kept_sides(self, whole: Example, header: int) -> np.ndarray:
         """Which tokens of a row max_source_length and max_target_length leave, bool [T]; ``header`` as in `_fitted`."""

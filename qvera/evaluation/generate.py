@@ -19,6 +19,7 @@ from qvera.data import microbatches
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear, quantization
 from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.models.positions import position_limit
 from qvera.models.structure import decoder_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -115,7 +116,8 @@ def generate(
 
     Args:
         prompts: token ids, BOS included where the model wants one.
-        max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
+        max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier, and so does the end of the
+            model's positions (`position_limit`).
         temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
         adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.multi_adapter`);
         ``__base__`` for none.
@@ -128,13 +130,19 @@ def generate(
         The decoded answers, without prompt and special tokens.
 
     Raises:
-        InputError: one of the settings is out of its range.
+        InputError: one of the settings is out of its range, or the model has no positions for a prompt and an answer.
         RunFailed: memory ran out with a single prompt.
         ValueError: ``adapters`` does not name one adapter for each prompt.
     """
     _check_settings(max_new_tokens, batch_size, temperature, top_p)
     if adapters is not None and len(adapters) != len(prompts):
         raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
+    limit = position_limit(model)
+    if limit is not None and (longest := max(map(len, prompts), default=0)) >= limit:
+        raise InputError(
+            f"a prompt has {longest:,} tokens, and the model has positions for {limit:,}, the answer's included. "
+            "Shorten it."
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -167,10 +175,11 @@ def generate(
                 settings["cache_implementation"] = "static"
             if adapters is not None:
                 settings["adapter_names"] = [adapters[i] for i in rows]
+            most = max_new_tokens if limit is None else min(max_new_tokens, limit - max(len(prompts[i]) for i in rows))
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=most,
                 pad_token_id=pad,
                 eos_token_id=ends,
                 streamer=streamer,

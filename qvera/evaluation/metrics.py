@@ -21,6 +21,8 @@ References = Sequence[Sequence[str]]
 
 def exact_match(answer: str, reference: str) -> bool:
     """Whether an answer is its reference: equal as JSON values where both are JSON, else equal up to white space."""
+    if answer == reference:  # NaN is JSON for Python, and not equal to itself
+        return True
     try:
         return json.loads(answer) == json.loads(reference)
     except (ValueError, RecursionError):  # RecursionError: an answer of thousands of brackets

@@ -85,7 +85,9 @@ class PreferenceLoss:
         own_tokenizer.pad_token_id = pad_id
         with _quiet(), _as_it_was(model):
             self._trainer = _make_trainer(model, own_tokenizer, training, self._device)
-            if "ref" in model.peft_config:  # a copy of a fresh adapter, whose output is that of the base alone
+            if "ref" in getattr(
+                model, "peft_config", {}
+            ):  # a copy of a fresh adapter, whose output is that of the base alone
                 model.delete_adapter("ref")
 
     def __call__(self, examples: Sequence[Example]) -> tuple[torch.Tensor, int]:

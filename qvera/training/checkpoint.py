@@ -40,7 +40,7 @@ FORMAT = 1
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
 _STATE = "state.json"
 _HOOKS = "hooks.safetensors"
-_NAME = re.compile(r"(step|round)-(\d{8})$")
+_NAME = re.compile(r"(step|round)-\d{8}")
 
 Found = TypeVar("Found")
 
@@ -188,7 +188,7 @@ def write(
 
 def directories(directory: Path) -> list[Path]:
     """The checkpoint directories there, whole or damaged, oldest first."""
-    return sorted(p for p in directory.iterdir() if _NAME.search(p.name)) if directory.is_dir() else []
+    return sorted(p for p in directory.iterdir() if _NAME.fullmatch(p.name)) if directory.is_dir() else []
 
 
 def newest(

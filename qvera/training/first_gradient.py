@@ -19,10 +19,10 @@ from qvera.adapters.methods import method_of
 from qvera.adapters.products.weight_gradients import collected
 from qvera.adapters.projection import forget_inputs
 from qvera.models.loader import causal_model
-from qvera.training.logging import status_line
 from qvera.training.optim import current_rate
 from qvera.utils import memory
 from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from qvera.training.session import TrainingSession

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +18,10 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage
+from qvera.utils.status_line import LINE_SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-LINE_SECONDS = 60.0
-"""In a log that is no terminal, progress is a line at least this often while steps are taken."""
 
 
 def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
@@ -97,24 +94,6 @@ def repeat_line(record: dict[str, Any]) -> str | None:
             f"{record[f'pass_{unit}']:,} {unit} in a pass, and so are later ones."
         )
     return None
-
-
-@contextlib.contextmanager
-def status_line(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Yield what says how far a long stage has come: a spinner on a terminal, a line a minute in a log."""
-    if console.is_terminal:
-        with console.status(text) as status:
-            yield status.update
-        return
-    next_line = time.monotonic() + LINE_SECONDS
-
-    def update(text: str) -> None:
-        nonlocal next_line
-        if time.monotonic() >= next_line:
-            next_line = time.monotonic() + LINE_SECONDS
-            console.print(text, highlight=False)
-
-    yield update
 
 
 class ProgressBar(Progress):

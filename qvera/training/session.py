@@ -30,13 +30,13 @@ from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype, require_packing, rows_joined
+from qvera.models.positions import require_positions
 from qvera.models.processor import load_processor
 from qvera.tasks import task_of
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
 from qvera.training.first_gradient import start_from_gradient
-from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler, require_all_stepped
 from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
 from qvera.training.plan.shape import NotPlannable
@@ -51,6 +51,7 @@ from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import is_out_of_memory
+from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -140,6 +141,8 @@ class TrainingSession:
                 model_class=self.task.model_class(recipe, self.datasets),
             )
         self.model.peft_config["default"].token_sampler = token_sampler(recipe)
+        for rows in (self.datasets.train, self.datasets.eval):
+            require_positions(self.model, rows.lengths)
         if recipe.data.packing:
             require_packing(self.model)
         self.task.prepare(self.model, self.base.tokenizer, self.datasets, recipe.training)

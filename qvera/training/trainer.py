@@ -24,7 +24,7 @@ from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
-from qvera.training.logging import ProgressBar, repeat_line, status_line
+from qvera.training.logging import ProgressBar, repeat_line
 from qvera.training.many.trainer import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
@@ -34,6 +34,7 @@ from qvera.training.run_json import add_result, begun_run, begun_samples
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
+from qvera.utils.status_line import status_line
 
 
 def train(

@@ -35,11 +35,12 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
 ) -> None:
     out = tmp_path / "new.yaml"
     assert (
-        main(["init", str(out), "--model", str(tiny_model_dir), "--data", str(tiny_rows), "--system", 'Say "it".']) == 0
+        main(["init", str(out), "--model", str(tiny_model_dir), "--data", str(tiny_rows), "--system", 'Say "it" 🙂.'])
+        == 0
     )
     recipe = load_recipe(out)
     assert (recipe.model.path, recipe.data.path) == (str(tiny_model_dir), str(tiny_rows))
-    assert (recipe.data.format, recipe.data.system) == ("prompt-completion", 'Say "it".')
+    assert (recipe.data.format, recipe.data.system) == ("prompt-completion", 'Say "it" 🙂.')
     assert recipe.data.max_length == 64
     assert recipe.data.eval_fraction == 0.1
     assert f"qvera preview {out}" in capsys.readouterr().out
@@ -110,6 +111,9 @@ def test_the_new_recipe_of_preferences_has_their_objective(
     assert "Here: --objective dpo" in capsys.readouterr().err
     assert main([*line, "--objective", "orpo"]) == 0
     assert (load_recipe(out).training.objective, load_recipe(out).data.format) == ("orpo", "preference")
+    file.write_text(7 * (json.dumps({"prompt": "say", "completion": "red", "label": True}) + "\n"))
+    assert main(["init", str(tmp_path / "kto.yaml"), *line[2:], "--objective", "kto"]) == 0
+    assert load_recipe(tmp_path / "kto.yaml").training.per_device_train_batch_size > 1
 
 
 def test_the_new_recipe_of_a_classifier_of_images_has_no_lengths(tmp_path: Path, capsys: Capture) -> None:

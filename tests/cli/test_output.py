@@ -6,12 +6,14 @@ import contextlib
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from qvera.cli import common
 from qvera.cli.main import main
+from qvera.cli.train import print_result
 
 pytestmark = pytest.mark.process
 
@@ -54,12 +56,21 @@ def test_a_reader_that_left_is_no_error_message(
 
 def test_progress_in_a_log_is_a_line_now_and_then(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with common.progress("Answering") as show:
-        for done in range(100):
+        for done in range(200):
             clock[0] = float(done)
-            show(f"{done} of 100")
-    assert capsys.readouterr().err.splitlines() == ["30 of 100", "60 of 100", "90 of 100"]
+            show(f"{done} of 200")
+    assert capsys.readouterr().err.splitlines() == ["60 of 200", "120 of 200", "180 of 200"]
+
+
+def test_a_loss_that_is_not_known_is_a_dash_at_the_end_of_a_run(tmp_path: Path, capsys: Capture) -> None:
+    """One that was not finite is null in a checkpoint, and so in a resumed run."""
+    result = {"eval_before": {"loss": None}, "eval_after": {"loss": 1.25}, "tokens_per_second": None}
+    result |= {"peak_bytes": 10**6, "mapped_bytes": 0}
+    adapter = {"trainable_parameters": 8, "lora_r64_parameters": 64, "file_bytes": 100}
+    print_result(tmp_path, {"result": result, "adapter": adapter})
+    assert "held-out loss     – → 1.2500" in capsys.readouterr().out
 
 
 def test_a_missing_extra_is_named_before_the_run_is_opened(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,10 @@ def test_prepare_points_the_recipe_at_the_cache(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match=r"instruct/llama2-7b\.yaml, instruct/llama3\.1-8b\.yaml, instruct/smollm2-135m\.yaml, .*quickstart\.yaml"):
+    with pytest.raises(
+        InputError,
+        match=r"instruct/llama2-7b\.yaml, instruct/llama3\.1-8b\.yaml, instruct/smollm2-135m\.yaml, .*quickstart\.yaml",
+    ):
         recipe_path("nothing.yaml")
 
 

@@ -80,6 +80,12 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
         ),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 .*UTF-16"),
         ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
+        (
+            "a.jsonl",
+            '{"n": ' + "7" * 5000 + "}\n",
+            r"a\.jsonl:1: not valid JSON: a whole number of more than 4,300 digits",
+        ),
+        ("a.json", '[{"n": ' + "7" * 5000 + "}]", r"a\.json: not valid JSON: a whole number of more than 4,300 digits"),
         ("a.json", "", r"a\.json: the file is empty"),
         ("a.json", "[]", r"a\.json: holds no rows"),
         ("a.json", '[{"a": 1},\n{"a": }]', r"a\.json:2: not valid JSON: Expecting value at column 7"),

@@ -157,6 +157,7 @@ def test_the_tasks_of_a_cut_selection_stay(three_sources: DataSection, base_toke
     [
         ({"sampling": "task"}, "sampling: task needs several tasks; set data.task_column"),
         ({"sampling": "task", "task_column": "skill", "weight": 2.0}, "weight: data.sampling: task gives every task"),
+        ({"sampling": "task", "mixture": [DataSource(path="b", weight=2.0)]}, "mixture.0.weight: data.sampling: task"),
         ({"sampling": "task", "task_column": "skill", "group_by_length": True}, "group_by_length: a step's rows"),
         (
             {"sampling": "task", "task_column": "skill", "task_labels": 2},

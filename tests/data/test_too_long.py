@@ -106,6 +106,13 @@ def test_a_cut_at_the_start_keeps_the_bos_of_a_row_that_has_one_left(
     assert counts.truncated_rows == 1
 
 
+def test_a_row_whose_prompt_is_cut_off_is_text_without_one(make_tokenizer: MakeTokenizer) -> None:
+    row = messages([("question", "yes " * 30)])
+    (cut,), _ = examples(row, make_tokenizer(bos=None), max_length=8, too_long="cut-start")
+    assert (len(cut.prompt_ids), cut.prompt_text, cut.reference) == (0, "", None)
+    assert not cut.is_labelled
+
+
 @pytest.mark.parametrize("too_long", ["split", "drop"])
 def test_what_a_long_row_lost_to_its_source_and_target_length_is_counted(
     too_long: str, write: Write, tokenizer: PreTrainedTokenizerFast

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qvera.cli.main import main
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, OutOfMemory
 from tests.training.test_trainer import cut_off, losses, same, vectors
@@ -60,6 +61,12 @@ def test_a_held_out_task_is_learned_in_a_few_steps(adapted: Path, task_files: li
     page = (adapted / "report.html").read_text()
     assert "Held-out tasks" in page
     assert f'<th scope="row">{task_files[2]}</th><td>4</td><td>8</td>' in page
+
+
+def test_other_rows_are_scored_as_rows_not_as_tasks(adapted: Path, task_files: list[str], tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    assert main(["eval", str(adapted), "--data", task_files[1], "--no-generation", "--json", str(scores)]) == 0
+    assert json.loads(scores.read_text())["scores"]["loss"] > 0
 
 
 def test_adapting_leaves_the_run_as_it_was(adapted: Path, over_tasks: Any, tmp_path: Path) -> None:

@@ -321,6 +321,7 @@ def test_half_written_and_foreign_directories_are_passed_over(tmp_path: Path) ->
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.step == 4
+    assert [path.name for path in checkpoint.directories(tmp_path)] == ["step-00000004"]
 
 
 def test_a_write_that_fails_leaves_no_checkpoint_under_its_name(

@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 
 from qvera.training import logging
-from qvera.training.logging import MetricsLog, ProgressBar, read_records, status_line
+from qvera.training.logging import MetricsLog, ProgressBar, read_records
+from qvera.utils import status_line as status_line_module
 from qvera.utils.errors import RunFailed
+from qvera.utils.status_line import status_line
 from tests.disk import fill, small_disk
 
 
@@ -28,7 +30,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(logging, "time", clock)
+    for module in (logging, status_line_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

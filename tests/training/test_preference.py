@@ -98,6 +98,21 @@ def test_exports_are_compared_on_both_answers(recipe_of: Any, tmp_path: Path, ca
 
 
 @trl
+def test_a_model_without_an_adapter_is_scored_by_orpo(recipe_of: Any, tmp_path: Path) -> None:
+    """Its loss needs no reference."""
+    run = str(tmp_path / "run")
+    train(recipe_of("orpo", max_steps=8, output_dir=run), tmp_path / "run")
+    assert main(["export", run, str(tmp_path / "merged"), "--dtype", "float32", "--no-compare"]) == 0
+    losses = []
+    for number, asked in enumerate(([run], [str(tmp_path / "merged"), "--recipe", run], [run, "--base"])):
+        file = tmp_path / f"scores-{number}.json"
+        assert main(["eval", *asked, "--no-generation", "--json", str(file)]) == 0
+        losses.append(json.loads(file.read_text())["scores"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[2] > losses[0]
+
+
+@trl
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(objective: str, recipe_of: Any, tmp_path: Path) -> None:
     recipe = recipe_of(objective, max_steps=6, save_steps=2, save_total_limit=3, gradient_checkpointing=True)
@@ -177,7 +192,11 @@ REFUSED: list[tuple[str, dict[str, dict[str, Any]], str]] = [
     ("sft", {"data": {"format": "preference"}}, "preference is for training.objective: dpo or orpo. Set that"),
     ("sft", {"training": {"beta": 0.2}}, "training.beta: has no effect without"),
     ("orpo", {"training": {"loss_type": "ipo"}}, "training.loss_type: has no effect without training.objective: dpo"),
-    ("dpo", {"data": {"mixture": [{"path": "y", "label_names": ["a", "b"]}]}}, "data.label_names: has no meaning for"),
+    (
+        "dpo",
+        {"data": {"mixture": [{"path": "y", "label_names": ["a", "b"]}]}},
+        "data.mixture.0.label_names: has no meaning for",
+    ),
     ("dpo", {"training": {"bilevel": True}}, "training.bilevel: is not built for"),
     ("dpo", {"training": {"torch_compile": True}}, "training.torch_compile: is not built for"),
     ("dpo", {"training": {"loss_chunk_tokens": 64}}, "training.loss_chunk_tokens"),

@@ -47,7 +47,7 @@ def test_a_record_that_can_be_made_again_is_read_or_none(tmp_path: Path) -> None
 def test_the_utilities_and_the_cache_of_bases_import_no_torch() -> None:
     code = f"""
 import importlib, pkgutil, sys, types
-package = sys.modules["qvera"] = types.ModuleType("qvera")  # the rooms alone, whatever the package itself imports
+package = sys.modules["qvera"] = types.ModuleType("qvera")  # its packages alone, whatever the package itself imports
 package.__path__ = [{str(Path(qvera.__file__).parent)!r}]
 for module in pkgutil.iter_modules(importlib.import_module("qvera.utils").__path__):
     importlib.import_module("qvera.utils." + module.name)

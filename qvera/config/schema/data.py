@@ -182,8 +182,9 @@ class DataSection(DataSource):
             return
         if self.task_column is None and not self.mixture:
             yield "sampling", "task needs several tasks; set data.task_column, or add sources to data.mixture."
-        if any(source.weight != 1 for source in (self, *self.mixture)):
-            yield "weight", "data.sampling: task gives every task equally many steps; remove the weights."
+        for key, source in self.sources("weight"):
+            if source.weight != 1:
+                yield key, "data.sampling: task gives every task equally many steps; remove the weights."
         if self.group_by_length:
             yield "group_by_length", "a step's rows are those of its task (data.sampling); remove one of the two."
         if (self.task_labels is None) != (self.task_count is None):
@@ -193,6 +194,13 @@ class DataSection(DataSource):
                 yield "task_labels", "counts values of data.task_column, which is not set."
             if self.held_out_tasks:
                 yield "held_out_tasks", "a value may be in many tasks of data.task_labels; remove one of the two."
+
+    def sources(self, key: str) -> Iterator[tuple[str, DataSource]]:
+        """This section and each part of ``mixture``, with the name that ``key`` (of this section) has there."""
+        yield key, self
+        section, dot, name = key.rpartition(".")
+        for number, part in enumerate(self.mixture):
+            yield f"{section}{dot}mixture.{number}.{name}", part
 
     @property
     def has_adapters(self) -> bool:

@@ -116,15 +116,15 @@ class Recipe(Section):
         name, wanted = f"task: {self.task}", _FORMAT_OF.get(self.task)
         if wanted is None:
             name, wanted = f"training.objective: {objective}", _FORMAT_OF_OBJECTIVE.get(objective)
-        for source in (self.data, *self.data.mixture):
+        for key, source in self.data.sources("data.format"):
             if wanted is not None and source.format != wanted:
-                yield "data.format", f"{name} reads rows of the format {wanted}; remove this key."
+                yield key, f"{name} reads rows of the format {wanted}; remove this key."
             elif wanted is None and source.format in _FORMAT_OF.values():
                 task = next(task for task, format in _FORMAT_OF.items() if format == source.format)
-                yield "data.format", f"{source.format} is for task: {task}. Set that beside the sections."
+                yield key, f"{source.format} is for task: {task}. Set that beside the sections."
             elif wanted is None and source.format in _FORMAT_OF_OBJECTIVE.values():
                 fitting = " or ".join(one for one, form in _FORMAT_OF_OBJECTIVE.items() if form == source.format)
-                yield "data.format", f"{source.format} is for training.objective: {fitting}. Set that."
+                yield key, f"{source.format} is for training.objective: {fitting}. Set that."
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""

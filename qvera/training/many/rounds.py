@@ -68,9 +68,8 @@ def bank_nll(
     batch = evaluate.make_batch(passes.model, examples, pad_id, prefix_once=False, whole_rows=True)
     row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(passes.device)
     with passes.bank.rows(slots, evaluate.row_tokens(batch, examples)), torch.set_grad_enabled(weights is not None):
-        total, nll = evaluate.row_nll(
-            passes.model, batch, training.loss_chunk_tokens, row_weights, training.label_smoothing
-        )
+        smoothing = 0.0 if weights is None else training.label_smoothing
+        total, nll = evaluate.row_nll(passes.model, batch, training.loss_chunk_tokens, row_weights, smoothing)
         if weights is not None:
             total.backward()
     return nll

@@ -27,7 +27,7 @@ from qvera.data import Example
 from qvera.distributed.group import ALONE, for_all
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training.failures import step_error
-from qvera.training.logging import MetricsLog, ProgressBar, status_line
+from qvera.training.logging import MetricsLog, ProgressBar
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.results import adapter_result, add_results, without_rows
@@ -44,6 +44,7 @@ from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.formatting import size
 from qvera.utils.paths import ADAPTERS
+from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from qvera.training.many.checkpoints import ManyCheckpoint
@@ -371,7 +372,7 @@ class ManyTrainer(Run):
     def _end(self, error: OutOfMemory) -> RunFailed:
         """Save the round before one that memory did not suffice for, and write run.json; returns the error to raise."""
         if self.group.world_size > 1:
-            return error  # the other ranks are elsewhere
+            return OutOfMemory(str(error))  # this rank's own: the others are elsewhere, and must hear of it
         if self.round == self.whole_round != self.saved_round:
             self.save_checkpoint()
         if self.saved_round:

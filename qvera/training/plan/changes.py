@@ -12,6 +12,7 @@ from qvera.training.plan.checkpointing import modes_of
 from qvera.training.plan.longest import BatchOf, pass_rows
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import plan_rank
+from qvera.utils.errors import InputError
 
 _SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
 
@@ -44,24 +45,27 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
     The last resort, all changes at their extreme, is given even where it does not fit.
     """
 
-    def tried(settings: dict[str, Any]) -> Change:
-        other = changed(run.recipe, settings)
+    def tried(settings: dict[str, Any]) -> Change | None:
+        try:
+            other = changed(run.recipe, settings)
+        except InputError:  # the recipe's task or objective has no such key, or does not take the value
+            return None
         memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)))
         return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
 
     steps = list(_steps(run))
-    found = [next((change for value in values if (change := tried({key: value})).fits), None) for key, values in steps]
+    alone = ((tried({key: value}) for value in values) for key, values in steps)
+    found = [next((change for change in of_key if change is not None and change.fits), None) for of_key in alone]
     if any(found):
         return [change for change in found if change is not None]
-    last: list[Change] = []
-    together: dict[str, Any] = {}
+    last: Change | None = None
     for key, values in steps:
         for value in values:
-            together[key] = value
-            last = [tried(dict(together))]
-            if last[0].fits:
-                return last
-    return last
+            together = tried({**(last.settings if last else {}), key: value})
+            last = together or last
+            if last is not None and last.fits:
+                return [last]
+    return [] if last is None else [last]
 
 
 def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
@@ -77,9 +81,7 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
         "training.gradient_checkpointing": _slower_modes(run),
         "model.stream": [True] if run.can_stream and not run.streams else [],
         "training.per_device_train_batch_size": [] if data.packing else fewer_rows,
-        "training.loss_chunk_tokens": []
-        if run.task.loss_is_trl
-        else _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
+        "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
         "data.max_length": [n for n in _eighths(longest, 8) if n >= _SHORTEST_TOKENS],
         "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
         "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],

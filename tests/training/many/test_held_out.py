@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from qvera.cli.train import print_result
+from qvera.distributed.group import Group, for_all
 from qvera.evaluation.named_adapters import require_named
 from qvera.training.many.roster import AdapterRun
 from qvera.training.many.trainer import ManyTrainer
@@ -123,6 +124,25 @@ def test_a_base_that_does_not_answer_the_held_out_rows_is_told_from_a_rate_that_
     assert found["anna"]["status"] == "done"
     print_result(tmp_path / "run", json.loads((tmp_path / "run" / "run.json").read_text()))
     assert "held-out loss" not in capsys.readouterr().out  # there is no mean
+
+
+def test_a_held_out_loss_is_without_label_smoothing(make_recipe: Any, tmp_path: Path) -> None:
+    """Before training all answer as the base, however the run's loss is smoothed."""
+    losses = []
+    for smoothing in (0.0, 0.3):
+        found = train_many(recipe_of(make_recipe, tmp_path, label_smoothing=smoothing), tmp_path / f"run-{smoothing}")
+        losses.append({name: entry["eval_before"]["loss"] for name, entry in found.items()})
+    assert losses[0] == losses[1]
+
+
+def test_a_process_whose_round_does_not_fit_tells_the_others(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in rounds of their own, and must not wait for it as for one that has ended with all."""
+    trainer = ManyTrainer(recipe_of(make_recipe, tmp_path), tmp_path / "run", Group())
+    monkeypatch.setattr(trainer, "group", Group(world_size=2))
+    error = trainer._end(for_all(OutOfMemory("Round 3: memory ran out")))
+    assert isinstance(error, OutOfMemory) and not error.shared
 
 
 def test_memory_that_runs_out_in_one_saves_no_half_done_round(

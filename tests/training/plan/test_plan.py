@@ -131,6 +131,30 @@ def test_changes_make_it_fit(config_only: Path) -> None:
     assert len(last.settings) > 4
 
 
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        ({"task": "sequence-classification"}, {"training.loss_chunk_tokens"}),
+        ({"training": {"objective": "dpo"}}, {"training.loss_chunk_tokens"}),
+        ({"training": {"objective": "kto", "per_device_train_batch_size": 4}}, {"training.loss_chunk_tokens"}),
+    ],
+    ids=["classifier", "dpo", "kto"],
+)
+def test_changes_are_keys_and_values_that_the_recipe_takes(
+    keys: dict[str, Any], refused: set[str], config_only: Path
+) -> None:
+    """A classifier has no chunks of logits, and a pass of KTO's has two rows."""
+    training = {"gradient_checkpointing": False, **keys.get("training", {})}
+    tree = {"model": str(config_only), "data": {"path": "some/hub-data"}, **keys, "training": training}
+    recipe = parse_recipe(tree, "t")
+    for size in (make_plan(recipe, gpu(10**9)).memory.total_bytes * 2 // 3, 1000):
+        changes = make_plan(recipe, gpu(size)).changes
+        assert changes
+        assert not refused & {key for change in changes for key in change.settings}
+        for change in changes:
+            changed(recipe, change.settings)
+
+
 def test_rows_a_pass_are_no_change_where_rows_are_packed(config_only: Path) -> None:
     """Packing replaces training.per_device_train_batch_size."""
     tree: dict[str, Any] = {"model": str(config_only), "training": {"gradient_checkpointing": True}}

@@ -1,0 +1,37 @@
+"""How many tokens a model takes that has a learned table of positions, such as GPT-2, OPT and BERT."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from qvera.utils.errors import InputError
+
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The most tokens of a row; None for a model that computes its positions (RoPE, ALiBi)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            # OPT begins at its offset, RoBERTa behind the padding's position
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - int(getattr(module, "offset", unused))
+    return None
+
+
+def require_positions(model: nn.Module, lengths: np.ndarray) -> None:
+    """Refuse rows that the model has no positions for.
+
+    Args:
+        lengths: tokens of each row.
+
+    Raises:
+        InputError: one is longer than `position_limit`.
+    """
+    limit = position_limit(model)
+    if limit is not None and len(lengths) and lengths.max() > limit:
+        raise InputError(
+            f"data.max_length: a row has {lengths.max():,} tokens, and the model has positions for {limit:,}. Set it "
+            f"to {limit} or less."
+        )

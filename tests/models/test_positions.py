@@ -1,0 +1,64 @@
+"""Models with a learned table of positions: rows and answers that are longer than it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from qvera.config.schema import parse_recipe
+from qvera.evaluation.generate import generate
+from qvera.models.positions import position_limit
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.conftest import small_llama, small_tokenizer
+from tests.tasks.encoders import save_family
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With 64 positions."""
+    return save_family("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.mark.parametrize(("family", "limit"), [("gpt2", 64), ("bert", 64), ("roberta", 65)])
+def test_the_limit_is_the_length_of_the_table(family: str, limit: int, tmp_path: Path) -> None:
+    """RoBERTa begins behind the padding's id, which is 0 here: one of its 66 rows stays unused."""
+    from transformers import AutoModel
+
+    assert position_limit(AutoModel.from_pretrained(save_family(family, tmp_path))) == limit
+
+
+def test_opt_begins_at_its_offset_and_a_llama_has_no_table() -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+    opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32))
+    assert position_limit(opt) == 32
+    assert position_limit(small_llama()) is None
+
+
+def test_rows_beyond_the_table_are_refused_before_the_first_step(gpt2: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"say {n} " * 60}) + "\n" for n in range(8)))
+    tree: dict[str, Any] = {
+        "model": {"path": str(gpt2), "compute_dtype": "float32"},
+        "data": {"path": str(rows), "max_length": 100, "eval_fraction": 0.2},
+        "training": {"max_steps": 1, "output_dir": str(tmp_path / "run"), "report_to": [], "sample_count": 0},
+    }
+    with pytest.raises(InputError, match="data.max_length: a row has 100 tokens, and the model has positions for 64"):
+        train(parse_recipe(tree, "t"), tmp_path / "run")
+    tree["data"]["max_length"] = 64
+    result = train(parse_recipe(tree, "t"), tmp_path / "again")
+    assert result is not None and result.run["status"] == "done"
+
+
+def test_an_answer_ends_where_the_positions_do(gpt2: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2), small_tokenizer()
+    assert AutoConfig.from_pretrained(gpt2).n_positions == 64
+    prompt = [5] * 60
+    answers = generate(model, tokenizer, [prompt, prompt[:30]], max_new_tokens=1000, batch_size=2)
+    assert len(answers) == 2
+    with pytest.raises(InputError, match="a prompt has 64 tokens, and the model has positions for 64"):
+        generate(model, tokenizer, [[5] * 64], max_new_tokens=1)
