@@ -69,9 +69,13 @@ class RowPlan:
     def forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """base(x), and for each row of x [rows, ..., n] the low-rank path of its own adapter.
 
+        The MLPs of some models (OPT, Llama 4) get [rows · tokens, n].
+
         Raises:
             ValueError: adapters are merged into the base, or the batch has another number of rows.
         """
+        if x.dim() == 2 and x.shape[0] != self.rows and x.shape[0] % self.rows == 0:  # all tokens behind each other
+            return self.forward(layer, x.view(self.rows, -1, x.shape[-1]), *args, **kwargs).flatten(0, 1)
         if x.shape[0] != self.rows:
             raise ValueError(f"adapter_names: has {self.rows} names for a batch of {x.shape[0]} rows.")
         result = base_output(layer, x, *args, **kwargs)

@@ -192,13 +192,13 @@ class QveraModel(BaseTuner):
         wrong_kind = [f"{key} ({type(base).__name__})" for key, base in matched if layer_shape(base) is None]
         if wrong_kind:
             raise InputError(
-                f"targets: QVERA adapts linear layers only, but these are none: {', '.join(wrong_kind[:5])}."
+                f"adapter.targets: QVERA adapts linear layers only, but these are none: {', '.join(wrong_kind[:5])}."
             )
         if not matched or (unmatched and not isinstance(targets, str)):
             linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
             limits = [f"{k} {v}" for k in _LIMITS if (v := getattr(config, k)) is not None]
             raise InputError(
-                f"targets: no module of this model is named {', '.join(sorted(unmatched or names))}"
+                f"adapter.targets: no module of this model is named {', '.join(sorted(unmatched or names))}"
                 f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(linears)}."
             )
         config.target_modules = _short_names(targets, [key for key, _ in matched], model)

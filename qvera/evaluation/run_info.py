@@ -18,8 +18,8 @@ from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
 from qvera.utils.safetensors_io import own_facts, unreadable
 
-_PROJECTIONS = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B"})
-"""Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
+_UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", "qvera_places"})
+"""Ends of the names of tensors in a file that are not trained: projections, and where SpIEL's values are."""
 
 
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
@@ -128,7 +128,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
     weights = directory / ADAPTER_WEIGHTS
     config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
     parameters = _parameters(weights)
-    trained = {name: count for name, count in parameters.items() if name.rpartition(".")[2] not in _PROJECTIONS}
+    trained = {name: count for name, count in parameters.items() if name.rpartition(".")[2] not in _UNTRAINED}
     heads = tuple(f"base_model.model.{name}." for name in config.get("modules_to_save") or ())
     head = {name: trained.pop(name) for name in list(trained) if name.startswith(heads)}
     is_lora = config["peft_type"] == "LORA"
@@ -145,6 +145,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "b_groups": config.get("b_groups", 1),
         "input_scale": config.get("input_scale", False),
         "magnitude": bool(config.get("magnitude")),
+        "experts": config.get("experts", 1),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
         "adapted_modules": config.get("shared_by")
         or len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),

@@ -253,6 +253,8 @@ def _usage(subject: CardSubject, repo: str) -> str:
     if subject.chat_template is not None and answers:
         parts.append(f"Prompts have the chat template in {CHAT_TEMPLATE}.\n")
     parts += ["qvera:\n", _block("bash", "\n".join(lines))]
+    if not _has_delta(subject):
+        return "\n".join(parts)
     parts += ["Merged, for transformers alone:\n", _block("bash", f"qvera export {repo} merged/ --to merged")]
     if answers and _has_lora(subject) and (served := _vllm(subject, base, repo, is_lora)):
         parts += ["vLLM:\n", _block("bash", served)]
@@ -260,6 +262,11 @@ def _usage(subject: CardSubject, repo: str) -> str:
         text = f"qvera export {repo} gguf/ --to gguf\nollama create NAME -f gguf/Modelfile"
         parts += ["Ollama:\n", _block("bash", text)]
     return "\n".join(parts)
+
+
+def _has_delta(subject: CardSubject) -> bool:
+    """Whether the adapter is a change of weights; that of Mo-SARA differs from token to token."""
+    return int(subject.adapter.get("experts") or 1) == 1
 
 
 def _has_lora(subject: CardSubject) -> bool:

@@ -123,7 +123,7 @@ def export_lora(
     the adapter's own.
 
     Raises:
-        InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
+        InputError: ``out`` is not empty, or a factor does not fit into ``dtype``.
     """
     own = adapter.lora_config if factors is None else None
 
@@ -179,7 +179,11 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
             f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale, adapter.magnitude), and "
             "PEFT's VeRA has one b and one d. Export it with --to lora (exact) or --to merged."
         )
-    if adapter.pair is None or any(delta.factors.vectors is None for delta in adapter.layers.values()):
+    if (
+        adapter.pair is None
+        or adapter.method != "vera"
+        or any(delta.factors.vectors is None for delta in adapter.layers.values())
+    ):
         raise InputError(
             f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with --to lora or --to "
             "merged."

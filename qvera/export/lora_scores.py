@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import held_out_rows
 from qvera.tasks import task_of
+from qvera.utils import accelerator
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +82,8 @@ def compare_lora(
     progress("Scoring the trained adapter")
     trained = adapter_scores(opened, recipe, datasets, rows)
     del opened
+    gc.collect()  # a quantized weight and its module hold each other
+    accelerator.empty_cache()
     progress("Loading the LoRA on its base")
     opened = open_lora(lora, target.run)
     progress("Scoring the LoRA")

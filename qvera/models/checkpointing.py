@@ -111,10 +111,12 @@ class OffloadedInputs:
 
 def draws_random_numbers(model: nn.Module) -> bool:
     """Whether a forward pass in training mode drops elements or adds noise, so that recomputing must draw the same."""
-    config = getattr(model, "config", None)
-    named = config.to_dict().items() if config is not None else ()
+    config: Any = getattr(model, "config", None)
+    trees = [] if config is None else [config.to_dict(), config.get_text_config().to_dict()]
     words = ("drop", "jitter", "noise")
-    by_config = any(isinstance(v, float) and v > 0 and any(word in k for word in words) for k, v in named)
+    by_config = any(
+        isinstance(v, float) and v > 0 and any(word in k for word in words) for tree in trees for k, v in tree.items()
+    )
     return by_config or any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
 
 

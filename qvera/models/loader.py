@@ -18,6 +18,7 @@ from qvera.data.encoding import pad_id_of, require_eos
 from qvera.distributed.zero_params import whole_numel
 from qvera.models import attention, linear, quantization, quantized_cache, stream
 from qvera.models.hub import base_directory
+from qvera.models.loss import require_own_logits
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, load_config, require_own_weights
@@ -148,6 +149,8 @@ def load_base(
         place_token_rows(model, ids)
     linear.freeze_linears(model)
     attention.choose_implementation(model, device, dtype)
+    if not model_class.has_own_head and sharder is None and attention.needs_padding_mask(model):
+        require_own_logits(model)  # of a type that is not among the tested ones
     facts = read_back(model, section, dtype, prequantized=_is_quantized(config))
     if ids:
         facts["added_tokens"] = ids

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qvera.data import IGNORED
 from qvera.data.collate import round_up_length, rounds_lengths
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
+from qvera.models.structure import decoder_of
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,19 +40,61 @@ class Head(NamedTuple):
 
         Raises:
             RuntimeError: the model has no output embeddings.
+            InputError: an adapter is on them, which the loss would pass over.
         """
         module = model.get_output_embeddings()
         if module is None:
             raise RuntimeError(f"{type(model).__name__} has no output embeddings, so it is no causal language model")
-        config = model.config
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(module, getattr(config, "final_logit_softcapping", None), float(scale))
+        if isinstance(module, BaseTunerLayer):
+            raise InputError(
+                "adapter.targets: the loss is computed without an adapter on the output head, and this model has one. "
+                "Adapt the linears of its layers (all-linear)."
+            )
+        configs = model.config.get_text_config(), model.config  # a model that takes images too has two
+
+        def setting(*names: str) -> float | None:
+            return next((found for c in configs for name in names if (found := getattr(c, name, None))), None)
+
+        scale = (setting("logit_scale", "lm_head_multiplier") or 1.0) / (setting("logits_scaling") or 1.0)
+        return cls(module, setting("final_logit_softcapping", "logits_soft_cap"), float(scale))
 
     def logits(self, product: torch.Tensor) -> torch.Tensor:
         """Logits from h Wᵀ + bias; the same tensor where the model neither scales nor caps them."""
         scaled = product if self.scale == 1.0 else product * self.scale
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+@torch.no_grad()
+def require_own_logits(model: PreTrainedModel) -> None:
+    """Compare a model's logits for two tokens with `Head`'s of its decoder's last hidden states.
+
+    The product with the head's weight is replaced by numbers from -1000 to 1000, so that a factor or a cap shows
+    whatever the weights are.
+
+    Raises:
+        InputError: they differ.
+    """
+    head, asked = Head.of(model), torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    seen = torch.empty(0)
+
+    def replace_product(module: nn.Module, inputs: tuple[torch.Tensor, ...], product: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen = inputs[0]
+        return torch.linspace(-1e3, 1e3, product.shape[-1], device=product.device).to(product).expand_as(product)
+
+    hook = head.module.register_forward_hook(replace_product)
+    try:
+        logits = model(input_ids=asked, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    hidden = decoder_of(model)(input_ids=asked, use_cache=False).last_hidden_state
+    wide = torch.linspace(-1e3, 1e3, logits.shape[-1], device=logits.device)
+    is_same = seen.shape == hidden.shape and torch.allclose(seen.float(), hidden.float(), rtol=1e-2, atol=1e-3)
+    if not is_same or not torch.allclose(logits, head.logits(wide).expand_as(logits), rtol=2e-2, atol=1e-2):
+        raise InputError(
+            f"model.path: {type(model).__name__} (model_type {model.config.model_type}) scales or caps its logits in a "
+            "way that qvera's loss does not know, so its losses would be wrong. Take another model, or report this one."
+        )
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):

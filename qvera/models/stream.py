@@ -205,6 +205,8 @@ class LayerStream:
                 found.append(self._chunks.take(size))
                 _fill(found[-1], source)
         except RuntimeError:
+            found.clear()
+            accelerator.empty_host_cache()  # the page cache needs that RAM now
             return None
         return found
 

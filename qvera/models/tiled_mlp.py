@@ -38,13 +38,14 @@ def tile_tokens(tokens: int) -> int:
 def can_tile(mlp: nn.Module, x: torch.Tensor) -> bool:
     """Whether tiles pay for x [..., hidden], and give the same numbers.
 
-    Not where the MLP drops elements (a tile's second pass would drop others), and not under ZeRO-3, which would gather
-    the weights for each tile.
+    Not where the MLP drops elements (a tile's second pass would drop others), not where a layer looks at the gradients
+    of a whole pass (SpIEL's candidates), and not under ZeRO-3, which would gather the weights for each tile.
     """
     if x.numel() // x.shape[-1] <= TILED_ABOVE_TOKENS or torch.compiler.is_compiling():
         return False
     drops = mlp.training and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in mlp.modules())
-    return not drops and not any(is_sharded(p) for p in mlp.parameters())
+    watched = any(getattr(m, "gradient_watch", None) is not None for m in mlp.modules())
+    return not drops and not watched and not any(is_sharded(p) for p in mlp.parameters())
 
 
 class _Keep(torch.autograd.Function):

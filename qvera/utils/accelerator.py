@@ -96,6 +96,13 @@ def empty_cache() -> None:
         empty()
 
 
+def empty_host_cache() -> None:
+    """Give page-locked RAM that torch keeps, and no tensor uses, back to the system, where this torch can."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None)
+    if is_available() and empty is not None:
+        empty()
+
+
 def free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
     """Memory of an accelerator that no process holds, and all it has; None where that is not known (MPS)."""
     ask = _function(device, "mem_get_info")

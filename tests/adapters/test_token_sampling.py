@@ -80,6 +80,16 @@ def test_all_tokens_are_the_exact_gradient_and_zero_rows_are_no_trouble() -> Non
     assert torch.isfinite(sample_tokens(p, 3).weight).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_diverges_ends_by_its_loss_and_not_in_the_draw(value: float) -> None:
+    """torch.multinomial refuses such probabilities, on CUDA by an assertion that takes the process with it."""
+    x = torch.randn(8, 3)
+    x[2, 1] = value
+    p = token_probabilities(x)
+    assert torch.isfinite(p).all()
+    assert len(sample_tokens(p, 3).tokens) == 3
+
+
 def lora_parts(tokens: int = 60, n: int = 24, m: int = 20, r: int = 4) -> tuple[torch.Tensor, ...]:
     x, base, g = torch.randn(2, tokens // 2, n), torch.randn(2, tokens // 2, m), torch.randn(2, tokens // 2, m)
     x = (x * torch.rand(2, tokens // 2, 1).pow(3)).requires_grad_()

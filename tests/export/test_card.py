@@ -127,6 +127,13 @@ def test_the_card_gives_vllm_a_rank_that_it_takes(run: Path, kind: str, rank: in
     assert expected in text if expected is not None else "vllm" not in text
 
 
+def test_the_card_of_an_adapter_whose_change_differs_by_token_names_no_export(run: Path) -> None:
+    subject = find_subject(run)
+    text = model_card(subject._replace(adapter={**subject.adapter, "method": "sara", "experts": 3}), "anna/x")
+    assert "qvera generate anna/x" in text
+    assert not any(word in text for word in ("qvera export", "vllm", "ollama"))
+
+
 def test_only_weights_settings_and_tokenizer_are_shared(run: Path) -> None:
     adapter = run / "adapter"
     for name in ("eval.json", "answers.txt", "rows.json", "adapter_config.json.bak"):

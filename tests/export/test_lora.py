@@ -259,6 +259,15 @@ def test_a_cut_is_measured_on_held_out_rows(
     assert header["qvera_version"] == __version__ and "/" not in header["base"]
 
 
+def test_sara_whose_ranks_differ_is_no_vera_of_peft(tiny_model_dir: Path, tmp_path: Path) -> None:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(method="sara", rank=16, singular_share=0.5), section.path)
+    save_adapter(model, tmp_path / "adapter")
+    adapter = read_deltas(tmp_path / "adapter", empty_model(section))
+    with pytest.raises(InputError, match="method is sara, which PEFT's VeRA is not"):
+        export_stock_vera(adapter, tmp_path / "out")
+
+
 def test_ranks_are_named_as_vllm_takes_them() -> None:
     assert "--max-lora-rank 16;" in serving_text(9)
     assert "--max-lora-rank 320;" in serving_text(300)

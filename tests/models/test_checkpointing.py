@@ -7,10 +7,13 @@ import random
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
+from transformers import Gemma3Config
 
 from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection
@@ -199,6 +202,8 @@ def test_offload_on_a_cpu_is_plain_checkpointing(mode: Any) -> None:
 def test_random_state_is_kept_where_a_layer_draws_from_it() -> None:
     assert not draws_random_numbers(adapted())
     assert draws_random_numbers(small_llama(attention_dropout=0.1))
+    config = Gemma3Config(text_config={"attention_dropout": 0.1, "num_hidden_layers": 1, "hidden_size": 16})
+    assert draws_random_numbers(cast(nn.Module, SimpleNamespace(config=config, modules=list)))  # one within another
     dropping = attach(small_llama(), AdapterSection(rank=8, dropout=0.2))
     assert draws_random_numbers(dropping)
     perturb(dropping)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.multi_adapter import load_adapters
 from qvera.cli.serve import _start_engine
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
 from qvera.evaluation.generate import generate
@@ -103,6 +104,26 @@ def test_a_run_learns_and_resumes_to_the_same_bytes(
     together = generate(opened.model, opened.base.tokenizer, prompts, max_new_tokens=4)
     alone = [generate(opened.model, opened.base.tokenizer, [one], max_new_tokens=4)[0] for one in prompts]
     assert together == alone
+
+
+def test_prompts_of_a_batch_are_answered_by_adapters_of_their_own(
+    checkpoint: tuple[Family, Path], tmp_path: Path
+) -> None:
+    """The MLPs of OPT and Llama 4 get the tokens of all rows behind each other."""
+    family, directory = checkpoint
+    section = ModelSection(path=str(directory), quantization=quantization(family), compute_dtype="float32")
+    names = ["a0", "a1"]
+    write_adapters(tmp_path, directory, {name: seed for seed, name in enumerate(names)})
+    alone = []
+    for name in names:
+        model = load_adapter(load_base(section).model, tmp_path / name).eval()
+        with torch.no_grad():
+            alone.append(model(input_ids=IDS).logits)
+    model = load_adapters(load_base(section).model, {name: tmp_path / name for name in names})
+    with torch.no_grad():
+        mixed = model.eval()(input_ids=IDS, adapter_names=names).logits
+    for row in range(2):
+        torch.testing.assert_close(mixed[row], alone[row][row], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_are_packed_or_that_is_refused(checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 
 from qvera.data import IGNORED, Example, collate, collate_prefix_once
 from qvera.data.collate import pad_batch
-from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
+from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logits, row_cross_entropy
+from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
 
@@ -249,16 +252,62 @@ def test_scaling_and_softcap_are_read_from_the_config() -> None:
     module = nn.Linear(2, 3)
 
     def of(**config: Any) -> Head:
-        fake: Any = SimpleNamespace(get_output_embeddings=lambda: module, config=SimpleNamespace(**config))
+        fake: Any = SimpleNamespace(get_output_embeddings=lambda: module, config=PretrainedConfig(**config))
         return Head.of(fake)
 
     assert of() == (module, None, 1.0)
     assert of(final_logit_softcapping=30.0) == (module, 30.0, 1.0)  # Gemma 2
     assert of(logit_scale=0.0625) == (module, None, 0.0625)  # Cohere
     assert of(logits_scaling=8.0) == (module, None, 0.125)  # Granite
+    assert of(logits_soft_cap=30.0) == (module, 30.0, 1.0)  # RecurrentGemma
     headless: Any = SimpleNamespace(get_output_embeddings=lambda: None, config=SimpleNamespace())
     with pytest.raises(RuntimeError, match="no output embeddings"):
         Head.of(headless)
+
+
+def test_a_head_with_an_adapter_is_refused() -> None:
+    model = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(InputError, match="without an adapter on the output head"):
+        Head.of(model.get_base_model())
+
+
+@pytest.mark.parametrize("family", ["HyperCLOVAX", "Gemma2", "Cohere", "Granite", "FalconH1", "Llama"])
+def test_a_model_that_scales_its_logits_in_a_way_of_its_own_is_refused(family: str) -> None:
+    """HyperCLOVAX multiplies by what Granite divides by."""
+    import transformers
+
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this transformers has no {family}")
+    changes: dict[str, Any] = {
+        "HyperCLOVAX": {"logits_scaling": 4.0},
+        "Gemma2": {"final_logit_softcapping": 30.0, "head_dim": 8},
+        "Cohere": {"logit_scale": 0.3},
+        "Granite": {"logits_scaling": 4.0},
+        "FalconH1": {"lm_head_multiplier": 0.1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    }.get(family, {})
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=120, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    if family != "HyperCLOVAX":
+        require_own_logits(model)
+        return
+    with pytest.raises(InputError, match="HyperCLOVAXForCausalLM .model_type hyperclovax. scales or caps its logits"):
+        require_own_logits(model)
+
+
+def test_gemma_4_that_takes_images_too_caps_its_logits_by_the_config_of_its_text() -> None:
+    import transformers
+
+    if not hasattr(transformers, "Gemma4ForConditionalGeneration"):
+        pytest.skip("this transformers has no Gemma 4")
+    cap = {"final_logit_softcapping": 5.0}
+    text = {**cap, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 120, "hidden_size_per_layer_input": 0}
+    config = transformers.Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+    fake: Any = SimpleNamespace(get_output_embeddings=lambda: nn.Linear(2, 3), config=config)
+    assert Head.of(fake).softcap == 5.0
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite"])

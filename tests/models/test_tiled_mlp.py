@@ -79,6 +79,16 @@ def test_an_mlp_that_drops_elements_is_not_tiled(monkeypatch: pytest.MonkeyPatch
     results(adapted(dropout=0.5), 1, 40)
 
 
+def test_a_layer_that_looks_at_the_gradients_of_a_pass_sees_all_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SpIEL's first look finds the places that may get a value next."""
+    model = adapted()
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.zeros(1, 40, mlp.down_proj.out_features)
+    assert tiled_mlp.can_tile(mlp, x)
+    mlp.down_proj.gradient_watch = lambda g, x: None
+    assert not tiled_mlp.can_tile(mlp, x)
+
+
 def test_without_a_checkpoint_and_under_autocast() -> None:
     """The function by itself: no gradient of x is asked for, then one is, in another dtype than the weights'."""
     torch.manual_seed(0)

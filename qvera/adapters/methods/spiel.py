@@ -54,7 +54,9 @@ class Spiel(Method):
                 f"{n * m} weights. With adapter.method spiel it can be at most {n * m // (2 * (n + m))} here."
             )
         if n * m >= 2**31:
-            raise InputError(f"targets: {place.name or 'a linear'} has {n * m} weights, and places are 32-bit numbers.")
+            raise InputError(
+                f"adapter.targets: {place.name or 'a linear'} has {n * m} weights, and places are 32-bit numbers."
+            )
         return {VALUES: (count,), PLACES: (count,)}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:

@@ -164,7 +164,7 @@ class SparseChange(NamedTuple):
         """
         raise InputError(
             "this adapter's method is spiel: its ΔW has single elements all over the weight, so its rank is near the "
-            "weight's own. No LoRA is the same, and --to lora, qvera analyze and sums of adapters need one. Export it "
+            "weight's own. No LoRA is the same, and --to lora, --reduce and sums of adapters need one. Export it "
             "with --to merged, which is exact."
         )
 

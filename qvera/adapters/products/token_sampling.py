@@ -37,6 +37,8 @@ def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) ->
     """
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     odds = norms if g_norms is None else norms * g_norms.to(norms.dtype)
+    # a run that diverges ends by its loss, not in multinomial, which on CUDA would take the whole process with it
+    odds = torch.nan_to_num(odds, nan=1.0, posinf=1.0)
     # as the paper's code does: no probability is 0
     odds = odds + torch.finfo(odds.dtype).eps * odds.mean().clamp_min(torch.finfo(odds.dtype).tiny)
     return odds / odds.sum()

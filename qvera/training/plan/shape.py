@@ -91,7 +91,8 @@ class Shape:
         if missing:
             known = ", ".join(sorted({x.role for x in self.linears}))
             raise InputError(
-                f"targets: no module of this model is named {', '.join(missing)}. Its linears are named {known}."
+                f"adapter.targets: no linear of this model's layers is named {', '.join(missing)}. They are named "
+                f"{known}."
             )
         chosen = {x.name for hits in found.values() for x in hits}
         return tuple(x for x in self.linears if x.name in chosen)
