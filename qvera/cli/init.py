@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,11 +82,6 @@ def init(
     print(f"train             qvera train {out}")
 
 
-def _yaml(value: object) -> str:
-    """A value as JSON, which is YAML; not with escapes, whose two halves of an emoji YAML takes for two characters."""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -134,15 +128,16 @@ def recipe_text(recipe: Recipe, stats: DataStats) -> str:
     """The recipe, with the schema's defaults as comments; ``stats`` are of all its rows, none held out."""
     from qvera import config
     from qvera.config import schema
+    from qvera.config.load import yaml_text
 
     adapter, training, data = schema.AdapterSection(), schema.TrainingSection(), recipe.data
     longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
     held_out = min(0.1, 200 / max(1, stats.train_rows)) if stats.train_rows >= 10 else 0.0
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
-    rows = f"  path: {_yaml(data.path)}\n  format: {stats.format}"
+    rows = f"  path: {yaml_text(data.path)}\n  format: {stats.format}"
     for key in ("columns", "system"):
         if value := getattr(data, key):
-            rows += f"\n  {key}: {_yaml(value)}"
+            rows += f"\n  {key}: {yaml_text(value)}"
     if data.format != "image":  # whose tokens are those of its patches
         rows += f"\n  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}"
     task = "" if stats.labels is None else f"task: {recipe.task}\n"
@@ -162,7 +157,7 @@ def recipe_text(recipe: Recipe, stats: DataStats) -> str:
 # where you run qvera. A line that begins with # shows a default.
 
 {task}model:
-  path: {_yaml(recipe.model.path)}
+  path: {yaml_text(recipe.model.path)}
   quantization: {recipe.model.quantization}            # the frozen base in 4 bits
 
 data:
@@ -171,7 +166,7 @@ data:
 
 adapter:
   rank: {adapter.rank}
-  targets: {json.dumps(adapter.targets)}
+  targets: {yaml_text(adapter.targets)}
 
 training:
   # output_dir: runs/NAME      # default: the name of this file

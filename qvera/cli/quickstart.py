@@ -1,6 +1,5 @@
 """`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +26,11 @@ def quickstart(
     Example:
         qvera quickstart
     """
-    from qvera.config.load import load_recipe
+    from qvera.config.load import load_recipe, yaml_text
 
     quiet_libraries()
     files = prepare(report=console.print)
-    where = f"training.output_dir={json.dumps(output_dir, ensure_ascii=False)}"
+    where = f"training.output_dir={yaml_text(output_dir)}"
     recipe = load_recipe(files.recipe, [*files.overrides(), where, *overrides])
     if fetch_only:
         for what, path in zip(("base model", "training", "held out", "recipe"), files, strict=True):
@@ -65,9 +64,10 @@ class QuickstartFiles(NamedTuple):
 
     def overrides(self) -> list[str]:
         """``--set`` values that point the recipe at these files."""
-        # JSON without escapes is YAML, whatever characters a path has
+        from qvera.config.load import yaml_text
+
         paths = {"model.path": self.base, "data.path": self.train, "data.eval_path": self.heldout}
-        return [f"{key}={json.dumps(str(path), ensure_ascii=False)}" for key, path in paths.items()]
+        return [f"{key}={yaml_text(str(path))}" for key, path in paths.items()]
 
 
 def recipe_path(name: str = "quickstart.yaml") -> Path:

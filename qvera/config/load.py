@@ -55,6 +55,11 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         loader.dispose()
 
 
+def yaml_text(value: object) -> str:
+    """A value on one line of YAML, its texts in quotes, whatever characters they have."""
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', allow_unicode=True, width=2**31).strip()
+
+
 def _note_lines(
     node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], as_written: bool = False
 ) -> None:

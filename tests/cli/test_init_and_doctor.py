@@ -16,6 +16,7 @@ from qvera.config.schema import json_schema
 from tests.tasks.images import save_vit, write_folders
 
 Capture = pytest.CaptureFixture[str]
+SYSTEM = 'Say "it" 🙂: # \\ \u2028 \x85 \n.'
 
 
 @pytest.fixture
@@ -34,13 +35,11 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "new.yaml"
-    assert (
-        main(["init", str(out), "--model", str(tiny_model_dir), "--data", str(tiny_rows), "--system", 'Say "it" 🙂.'])
-        == 0
-    )
+    line = ["init", str(out), "--model", str(tiny_model_dir), "--data", str(tiny_rows)]
+    assert main([*line, "--system", SYSTEM]) == 0
     recipe = load_recipe(out)
     assert (recipe.model.path, recipe.data.path) == (str(tiny_model_dir), str(tiny_rows))
-    assert (recipe.data.format, recipe.data.system) == ("prompt-completion", 'Say "it" 🙂.')
+    assert (recipe.data.format, recipe.data.system) == ("prompt-completion", SYSTEM)
     assert recipe.data.max_length == 64
     assert recipe.data.eval_fraction == 0.1
     assert f"qvera preview {out}" in capsys.readouterr().out
