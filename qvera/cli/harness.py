@@ -46,6 +46,7 @@ def harness(
 
     from qvera.evaluation.lm_eval import find_tasks, run_harness
     from qvera.evaluation.load import find_target, open_target, require_answers, require_base
+    from qvera.evaluation.prompts import PromptWriter
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include)
@@ -55,6 +56,10 @@ def harness(
         require_base(target)
     with progress(f"Loading {run}"):
         opened = open_target(target, adapter=not base)
+    system = None
+    if chat:  # as the run was trained, not as its tokenizer would have it
+        writer = PromptWriter.of(opened)
+        opened.base.tokenizer.chat_template, system = writer.template.jinja, writer.system
     found = run_harness(
         opened,
         manager,
@@ -63,6 +68,7 @@ def harness(
         limit=limit,
         num_fewshot=few_shot,
         apply_chat_template=chat,
+        system_instruction=system,
         log_samples=json_file is not None,
     )
     if json_file is not None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,14 +307,23 @@ def _read_json(file: Path) -> Iterator[RawRow]:
     _require_unique_keys(repeated, str(file))  # within a row
 
 
-def _read_csv(file: Path) -> Iterator[RawRow]:
+def csv_records(lines: Iterable[str], file: Path) -> Any:
+    """A reader of the records in the lines of a .csv or .tsv file, as the module csv has it."""
     # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless.
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    return csv.reader(lines, delimiter=_delimiter(file), strict=True)
+
+
+def _delimiter(file: Path) -> str:
+    return "\t" if file.suffix.lower() == ".tsv" else ","
+
+
+def _read_csv(file: Path) -> Iterator[RawRow]:
+    delimiter = _delimiter(file)
     header: list[str] = []
     line = 1  # where a record starts: a quoted field may span lines
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        reader = csv_records(stream, file)
         try:
             for record in reader:
                 if record and not header:

@@ -81,7 +81,11 @@ class ServerClient:
     def _pick_model(self, models: Mapping[str, str | None], name: str | None, base: bool) -> str:
         adapters = [model for model, parent in models.items() if parent is not None]
         bases = [model for model, parent in models.items() if parent is None]
-        if base and bases:
+        if base and not bases:
+            raise InputError(f"--base: this key may not use the base of {self.url}.")
+        if not models:
+            raise InputError(f"{self.url}: has no model that this key may use.")
+        if base:
             return bases[0]
         if name is not None:
             if name not in models and "*" not in name:  # a blend is not listed

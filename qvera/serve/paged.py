@@ -32,10 +32,12 @@ from transformers import DynamicCache, GenerationConfig
 from qvera.evaluation.generate import CACHE_ARGUMENT
 from qvera.models.attention import takes_open_mask
 from qvera.models.structure import decoder_of
+from qvera.serve.cache_size import PAGE_TOKENS, cache_tokens
 from qvera.serve.paged_trial import ordinary_logits, require_same
 from qvera.serve.requests import EngineSettings
-from qvera.utils import accelerator, memory
+from qvera.utils import accelerator
 from qvera.utils.errors import RunFailed, first_line
+from qvera.utils.out_of_memory import is_out_of_memory
 
 try:
     from transformers import ContinuousBatchingConfig
@@ -56,8 +58,6 @@ TESTED_VERSIONS = ("5.24",)
 """Of transformers, major and minor: those whose internals `missing_internals` was written for."""
 _KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that need not be tried before the first request."""
-PAGE_TOKENS = 16
-"""Tokens of a page, and so of what is shared: a common prefix of fewer is computed again."""
 
 _PARAMETERS = {
     "continuous_api.ContinuousBatchProcessor.__init__": (
@@ -155,23 +155,6 @@ def key_dtype(model: PreTrainedModel) -> torch.dtype:
     return dtype
 
 
-def cache_tokens(model: PreTrainedModel, settings: EngineSettings, dtype: torch.dtype) -> int:
-    """How many tokens' keys and values are kept: as the settings say, or what an eighth of the free memory holds.
-
-    Half of it on an accelerator with memory of its own. At most what all running requests can fill.
-    """
-    if settings.cache_tokens is not None:
-        return settings.cache_tokens
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # keys and values in the cache, and a column of the attention mask
-    token_bytes = (config.num_hidden_layers * 2 * heads * size + settings.step_tokens) * dtype.itemsize
-    share = 2 if accelerator.has_own_memory(model.device) else 8
-    fits = memory.available_bytes(model.device) // share // token_bytes
-    return max(PAGE_TOKENS, min(fits, settings.max_running * config.max_position_embeddings))
-
-
 class PagedModel:
     """A model with a paged cache, that runs one step of all its requests at a time. For one thread."""
 
@@ -213,9 +196,14 @@ class PagedModel:
                 self._manager = self._make_manager(settings)
                 self._processor = self._make_processor(choose, adapter_of)
                 require_same(self, self._processor, wanted)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
             self.close()
-            if is_known or isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
+                raise RunFailed(
+                    f"the cache of keys and values does not fit into memory ({first_line(error)}) Lower "
+                    "--cache-tokens or --running."
+                ) from None
+            if is_known:
                 raise
             raise RunFailed(
                 f"transformers' continuous batching can't run {type(model).__name__} ({type(error).__name__}: "
@@ -308,6 +296,9 @@ class PagedModel:
     def run(self) -> None:
         """Run the step that was prepared. ``choose`` is called in it; where that gave None, `reset` has to follow."""
         self._processor.model_runner.counts = True
+        # transformers runs the step on a stream of its own; what the adapters' bank has sent comes on the default one
+        if (stream := getattr(self._processor.inputs_and_outputs, "compute_stream", None)) is not None:
+            stream.wait_stream(torch.accelerator.current_stream(self._model.device))
         self._processor._generation_step(self._model)
         if self._processor.model_runner.counts:
             self._processor.update_batch()

@@ -18,7 +18,7 @@ from typing import Any
 from qvera.evaluation.named_adapters import name_of, named_directories, run_of
 from qvera.serve.content import read_content
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
-from qvera.utils.adapter_names import directory_names, shown_name
+from qvera.utils.adapter_names import directory_names, shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_stamp, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, TRAINING_FACTS
@@ -108,8 +108,11 @@ class AdapterStore:
         """
         return list(self._weights(model, self._directories()))
 
-    def add(self, name: str, directory: Path) -> None:
+    def add(self, name: str, directory: Path, replace: bool = False) -> None:
         """Give an adapter directory a name.
+
+        Args:
+            replace: take the name from another one that has it.
 
         Raises:
             InputError: it is no adapter directory, or the name is taken by another one.
@@ -124,11 +127,11 @@ class AdapterStore:
             raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}, so it is not an adapter directory.")
         with self._lock:
             other = self._directories().get(name)
-            if other is not None and other.absolute() != directory:
+            if other is not None and other.absolute() != directory and not replace:
                 raise InputError(f"{shown_name(name)}: is the name of another adapter; unload that one first.")
             if self._removed.get(name) == directory:
                 del self._removed[name]
-            elif other is None:
+            elif other is None or other.absolute() != directory:
                 self._added[name] = directory
             self._visible = None
 
@@ -150,7 +153,8 @@ class AdapterStore:
         """Where an adapter of this name lies, or would lie if there were one.
 
         Raises:
-            InputError: the name is no name, or means the base or a blend, or there is no directory of adapters.
+            InputError: the name is no name, or means the base, a blend, or an adapter that lies elsewhere; or there is
+                no directory of adapters.
         """
         if name in self.base_names:
             raise InputError(f"{shown_name(name)}: is the name of the base.")
@@ -159,7 +163,14 @@ class AdapterStore:
         known = self._directories()
         if self._is_blend(name, known):
             raise InputError(f"{shown_name(name)}: means a sum of adapters that are there; expected a name of its own.")
-        return known.get(name) or self._root / directory_names([*known, name])[name]
+        found = known.get(name)
+        if found is None:
+            return self._root / directory_names([*known, name])[name]
+        if found.parent.absolute() != self._root.absolute() or unescape_name(found.name) != name:
+            raise InputError(
+                f"{shown_name(name)}: is the name of an adapter in another directory, which stays as it is."
+            )
+        return found
 
     def facts(self, name: str) -> AdapterFacts:
         """What is known of an adapter, from its config and what its run or its job has written.

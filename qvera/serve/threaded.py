@@ -166,7 +166,8 @@ class ThreadedEngine(ABC):
     def _require_room(self) -> None:
         if self._dead is not None or self._closing:
             raise EngineDead(self._dead or "the engine is closing")
-        if len(self._waiting) >= self.settings.max_waiting:
+        free = max(0, self.settings.max_running - len(self.running))
+        if len(self._waiting) >= self.settings.max_waiting + free:
             raise Busy(f"{len(self._waiting):,} requests wait already")
 
     def _in_thread(self, task: Callable[[], None]) -> Future[None]:

@@ -237,6 +237,8 @@ def test_a_full_queue_is_busy_and_what_does_not_fit_is_refused(tiny_model_dir: P
         with pytest.raises(Busy):
             submit(engine, request([3]))
         assert first.end() == EndEvent("length")
+    with engine_of(tiny_model_dir, max_running=2, max_waiting=0) as engine:  # a free place is no place in a queue
+        assert [submit(engine, request([3], max_tokens=1)).end() for _ in range(2)] == [EndEvent("length")] * 2
     with pytest.raises(EngineDead):
         submit(engine, request([3]))
 

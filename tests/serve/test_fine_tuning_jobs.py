@@ -377,6 +377,46 @@ def test_a_full_disk_is_waited_for_and_loses_nothing(
         assert {path.stem for path in directory.files.iterdir()} == {job.training_file, done.result_file}
 
 
+def test_an_adapter_that_can_not_be_written_holds_up_no_other_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    now = [0.0]
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        trainer = ScriptedTrainer()
+        jobs = jobs_of(directory, tmp_path / "adapters", trainer)
+        jobs.worker._clock = lambda: now[0]
+        with jobs:
+            first, second = create(jobs), create(jobs, suffix="ben")
+            for job in (first, second):
+                wait_for_rows(jobs, job)
+            real = trainer.save_adapter
+
+            def not_the_first(run: Any, place: Path) -> None:
+                if run.id == first.id and now[0] < 100:
+                    raise RunFailed("the directory is read-only")
+                real(run, place)
+
+            monkeypatch.setattr(trainer, "save_adapter", not_the_first)
+            while jobs.worker.has_work():
+                jobs.worker.do_part()
+            status = {job.id: jobs.database.job(job.id).status for job in (first, second)}
+            assert status == {first.id: "finishing", second.id: "succeeded"}
+            now[0] = 200.0
+            while jobs.worker.has_work():
+                jobs.worker.do_part()
+            assert jobs.database.job(first.id).status == "succeeded"
+
+
+def test_a_field_in_quotes_does_not_pass_the_limit_of_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion\n5" pipe,one\n"' + ("x" * 99 + "\n") * 42_000 + '",two\n')
+    with pytest.raises(InputError, match=r"rows.csv:\d+: a row may have at most 4,194,304 characters"):
+        preparing._require_short_rows(file)
+    file.write_text("prompt,completion\n" + '5" pipe,"one\ntwo"\n' * 300_000)
+    preparing._require_short_rows(file)
+
+
 def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

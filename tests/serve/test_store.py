@@ -88,6 +88,18 @@ def test_a_new_name_means_neither_the_base_nor_a_sum_of_others(tmp_path: Path) -
             store.directory_for(name)
 
 
+def test_what_is_trained_under_a_name_is_not_written_over_an_adapter_that_lies_elsewhere(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "root", base_names=["tiny"])
+    for directory in ("root/a", "root/b", "run/adapter"):
+        _write(tmp_path / directory)
+    store.add("served", tmp_path / "run" / "adapter")
+    store.add("a", tmp_path / "root" / "b", replace=True)
+    for name in ("served", "a"):
+        with pytest.raises(InputError, match="is the name of an adapter in another directory"):
+            store.directory_for(name)
+    assert store.directory_for("b") == tmp_path / "root" / "b"
+
+
 def test_one_of_ten_thousand_is_found_by_four_looks_and_two_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,9 +35,10 @@ async def chat(request: Request, body: ChatBody) -> Response:
         service.require_model(body.model, access)
         return service.prompts.ids(_turns(body, service))
 
-    prompts = [await while_connected(request.receive, service.in_thread(prompt))]
+    prompts = [await while_connected(request.receive, service.read_prompts(access, prompt))]
     top = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_of(body, service, prompts, body.max_completion_tokens or body.max_tokens, top)
+    keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
+    sampling = sampling_of(body, service, prompts, body.max_completion_tokens or body.max_tokens, top, keys)
     call = Call(body.model, prompts, body.n or 1, sampling, stop, continues=False, began=request.state.began)
     return await answer(request, body, call, ChatForm(service.texts, top is not None))
 

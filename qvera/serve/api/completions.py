@@ -28,8 +28,9 @@ async def complete(request: Request, body: CompletionBody) -> Response:
         service.require_model(body.model, access)
         return _prompts(body, service)
 
-    ids = await while_connected(request.receive, service.in_thread(prompts))
-    sampling = sampling_of(body, service, ids, 16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+    ids = await while_connected(request.receive, service.read_prompts(access, prompts))
+    wanted = min(16, service.limits.new_tokens) if body.max_tokens is None else body.max_tokens
+    sampling = sampling_of(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"))
     call = Call(body.model, ids, body.n or 1, sampling, stop, continues=True, began=request.state.began)
     return await answer(request, body, call, CompletionForm(service.texts, body.logprobs is not None))
 

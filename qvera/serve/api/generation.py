@@ -96,13 +96,19 @@ def check_body(body: GenerationBody, service: Service) -> list[str]:
 
 
 def sampling_of(
-    body: GenerationBody, service: Service, prompts: Sequence[Sequence[int]], wanted: int | None, top: int | None
+    body: GenerationBody,
+    service: Service,
+    prompts: Sequence[Sequence[int]],
+    wanted: int | None,
+    top: int | None,
+    keys: tuple[str, str],
 ) -> Sampling:
     """How the tokens of a call's answers are chosen; checks the prompts' lengths and the number of answers.
 
     Args:
         wanted: new tokens of an answer; None: as many as fit.
         top: likely tokens to name, None: none and no log-probabilities either.
+        keys: what the call calls ``wanted`` and ``top``.
 
     Raises:
         ApiError: 400; names the key and the limit.
@@ -122,9 +128,9 @@ def sampling_of(
             code="context_length_exceeded",
         )
     if wanted is not None and wanted > limits.new_tokens:
-        raise bad_request(f"max_tokens: at most {limits.new_tokens:,} are taken, got {wanted:,}.", "max_tokens")
+        raise bad_request(f"{keys[0]}: at most {limits.new_tokens:,} are taken, got {wanted:,}.", keys[0])
     if top is not None and top > limits.top_logprobs:
-        raise bad_request(f"top_logprobs: at most {limits.top_logprobs} are taken, got {top}.", "top_logprobs")
+        raise bad_request(f"{keys[1]}: at most {limits.top_logprobs} are taken, got {top}.", keys[1])
     return Sampling(
         max_tokens=wanted or min(limits.new_tokens, context - longest),
         temperature=1.0 if body.temperature is None else body.temperature,

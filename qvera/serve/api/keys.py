@@ -153,6 +153,8 @@ def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[st
         InputError: the file is not one of keys, or has a key of this name, or ``may`` holds what nobody can do.
     """
     _require_actions("--may", may)
+    if not name.strip():
+        raise InputError("--new-key: the name is empty; expected a text to know the key by.")
     with FileLock(path.with_name(f".{path.name}.lock")):
         entries: list[dict[str, Any]] = []
         if path.exists():

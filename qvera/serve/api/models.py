@@ -16,6 +16,7 @@ from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.api.training import answered, training_of
 from qvera.serve.fine_tuning.errors import NotMade
+from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
 
 router = APIRouter()
@@ -130,7 +131,7 @@ async def _load(request: Request, name: str, directory: str | None = None, repla
                 raise bad_request(
                     f"The adapter {name!r} is there already. Replace it with load_inplace: true.", "lora_name"
                 )
-            service.store.add(name, _inside(service.store.root, directory))
+            service.store.add(name, _inside(service.store.root, directory, access), replace)
         try:
             adapter = service.resolve(name, access)
             assert adapter is not None
@@ -170,17 +171,17 @@ def _require_adapter(service: Service, name: str, access: Access) -> None:
         raise service.unknown(name, access)
 
 
-def _inside(root: Path | None, directory: str) -> Path:
+def _inside(root: Path | None, directory: str, access: Access) -> Path:
     """The place of a directory in the server's own directory of adapters.
 
     Raises:
-        ApiError: it lies elsewhere, whether it exists or not.
+        ApiError: it lies elsewhere, or is not the sender's, whether it exists or not.
     """
     if root is None:
         raise ApiError(403, "This server has no directory of adapters (--adapters DIR).", "lora_path")
     try:
         inside = (root / directory).resolve()
-        good = inside.parent == root.resolve() and inside.is_dir()
+        good = inside.parent == root.resolve() and inside.is_dir() and access.covers(unescape_name(inside.name))
     except (OSError, ValueError, RuntimeError):  # a name that no file can have
         good = False
     if not good:

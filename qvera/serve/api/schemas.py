@@ -190,7 +190,7 @@ class HyperparametersBody(Body):
 
     outcome = "training"
     n_epochs: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False, strict=True)] | Literal["auto"] = "auto"
-    batch_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=1024, strict=True)] | Literal["auto"] = "auto"
     learning_rate_multiplier: (
         Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False, strict=True)] | Literal["auto"]
     ) = "auto"

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _THREADS = 4
 """Prompts that are tokenized, and adapters that are read, at a time."""
+_PROMPTS_OF_A_KEY = 2
+"""Prompts of one key that are tokenized at a time: a megabyte of text takes a second."""
 _QUICK_THREADS = 2
 _DISK_THREADS = 4
 _COMPARED_NAMES = 1000
@@ -58,8 +60,8 @@ class Adapters(Protocol):
     def resolve(self, model: str) -> ResolvedAdapter | None:
         """The adapter by its content now; None: the base. Raises `UnknownAdapter`, or InputError: it is damaged."""
 
-    def add(self, name: str, directory: Path) -> None:
-        """Give an adapter's directory a name. Raises InputError: it is none, or the name is no name."""
+    def add(self, name: str, directory: Path, replace: bool = False) -> None:
+        """Give an adapter's directory a name. Raises InputError: it is none, or the name is no name, or is taken."""
 
     def remove(self, name: str) -> None:
         """Forget a name. Raises `UnknownAdapter`."""
@@ -102,6 +104,7 @@ class Service:
     _disk_threads: ThreadPoolExecutor = field(init=False)
     _open_answers: dict[str, int] = field(default_factory=dict)
     _open_uploads: dict[str, int] = field(default_factory=dict)
+    _turns: dict[str, asyncio.Semaphore] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -121,10 +124,31 @@ class Service:
             ApiError: the engine has ended.
         """
         threads = {"long": self._threads, "quick": self._quick_threads, "disk": self._disk_threads}[kind]
+        return await _result(threads.submit(work))
+
+    async def read_prompts(self, access: Access, work: Callable[[], T]) -> T:
+        """Make token ids of a call's prompts: `in_thread`, but of one key a few at a time, and counted as open answers.
+
+        Raises:
+            ApiError: 429, the key has too many open; or as ``work``.
+        """
+        if self.keys is None:
+            return await self.in_thread(work)
+        self.open_answers(access, 1)
         try:
-            return await asyncio.get_running_loop().run_in_executor(threads, work)
-        except EngineDead as error:
-            raise ApiError(503, f"The engine has ended: {error}") from None
+            turns = self._turns.setdefault(access.name, asyncio.Semaphore(_PROMPTS_OF_A_KEY))
+            loop = asyncio.get_running_loop()
+            await turns.acquire()
+
+            def release(_: object) -> None:  # when the work has ended, whether or not the client still waits for it
+                with contextlib.suppress(RuntimeError):  # the server has stopped
+                    loop.call_soon_threadsafe(turns.release)
+
+            future = self._threads.submit(work)
+            future.add_done_callback(release)
+            return await _result(future)
+        finally:
+            self.open_answers(access, -1)
 
     def cancel_soon(self, request_id: str) -> None:
         """Have the engine free a request's place; returns at once."""
@@ -211,6 +235,18 @@ class Service:
         hint = did_you_mean(shown, self.names(access)[:_COMPARED_NAMES])
         message = f"The model {shown!r} does not exist, or this key may not use it{hint}"
         return ApiError(404, message, "model", "model_not_found")
+
+
+async def _result(future: Future[T]) -> T:
+    """What a thread has found.
+
+    Raises:
+        ApiError: the engine has ended.
+    """
+    try:
+        return await asyncio.wrap_future(future)
+    except EngineDead as error:
+        raise ApiError(503, f"The engine has ended: {error}") from None
 
 
 def service_of(request: Request) -> Service:

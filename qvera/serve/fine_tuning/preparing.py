@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
 from qvera.data import build_datasets, data_warnings
+from qvera.data.readers import csv_records
 from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
 from qvera.serve.fine_tuning.errors import UnknownRecord
 from qvera.serve.fine_tuning.recipes import Recipes, section_in
@@ -105,7 +108,7 @@ class Preparer:
                 size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
                 raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
             if place.suffix in (".jsonl", ".csv", ".tsv"):
-                _require_short_lines(place)
+                _require_short_rows(place)
         recipe = self._recipes.of(job, *(place.name for place in places))
         has_begun = directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):
@@ -155,8 +158,11 @@ class Preparer:
         return self._directory.without_places(text), param
 
 
-def _require_short_lines(file: Path) -> None:
-    """Raises InputError for a line that would take much memory, without reading it as a whole."""
+def _require_short_rows(file: Path) -> None:
+    """Raises InputError for a row that would take much memory, without reading it as a whole."""
+    if file.suffix in (".csv", ".tsv"):
+        _require_short_records(file)
+        return
     with file.open("rb") as stream:
         for number in itertools.count(1):
             line = stream.readline(_MOST_LINE_BYTES + 1)
@@ -166,3 +172,23 @@ def _require_short_lines(file: Path) -> None:
                 )
             if not line:
                 return
+
+
+def _require_short_records(file: Path) -> None:
+    """`_require_short_rows` of CSV, where a field in quotes may span lines. The reader finds what else is wrong."""
+    bytes_of_record, line_number = 0, 0
+
+    def lines(stream: TextIO) -> Iterator[str]:
+        nonlocal bytes_of_record, line_number
+        while line := stream.readline(_MOST_LINE_BYTES + 1):
+            bytes_of_record, line_number = bytes_of_record + len(line), line_number + 1
+            if bytes_of_record > _MOST_LINE_BYTES:
+                raise InputError(
+                    f"{file}:{line_number}: a row may have at most {_MOST_LINE_BYTES:,} characters; divide it, and "
+                    "check the quotes."
+                )
+            yield line
+
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream, contextlib.suppress(csv.Error):
+        for _ in csv_records(lines(stream), file):
+            bytes_of_record = 0

@@ -49,6 +49,7 @@ class Trained:
 
     Attributes:
         is_named: whether its adapter may be written under its name; what lies there since may be the job's own.
+        retry_at: when its adapter is written again, which a disk did not take.
     """
 
     job: Job
@@ -56,6 +57,7 @@ class Trained:
     saved_step: int
     saved_at: float
     is_named: bool
+    retry_at: float = 0.0
 
 
 class Worker:
@@ -108,7 +110,9 @@ class Worker:
         with self._lock:
             if self._parked_until is not None and self._clock() < self._parked_until:
                 return False
-            return bool(self._trained or self._stops or self._ready)
+            now = self._clock()
+            trains = any(not one.run.has_ended or now >= one.retry_at for one in list(self._trained.values()))
+            return bool(trains or self._stops or self._ready)
 
     # The engine's thread
 
@@ -187,7 +191,7 @@ class Worker:
 
     def _train(self) -> None:
         try:
-            records = self._trainer.do_part()
+            records = [] if all(one.run.has_ended for one in self._trained.values()) else self._trainer.do_part()
         except Exception as error:
             _logger.exception("training failed; the jobs that were trained together are ended")
             for trained in list(self._trained.values()):
@@ -201,7 +205,8 @@ class Worker:
         for trained in list(self._trained.values()):
             try:
                 if trained.run.has_ended:
-                    self._finish(trained)
+                    if self._clock() >= trained.retry_at:
+                        self._finish(trained)
                 elif self._is_due(trained):
                     self._save(trained)
             except RunFailed:
@@ -238,8 +243,14 @@ class Worker:
         if not self._database.move(job.id, TRAINED, "finishing"):
             return  # cancelled or paused: `_take_stops` sees to it
         trained.is_named = True
-        self._trainer.save_adapter(run, directory)
-        write_facts(directory, job, run)
+        try:
+            self._trainer.save_adapter(run, directory)
+            write_facts(directory, job, run)
+        except RunFailed as error:  # it holds up no other job
+            _logger.warning("%s: its adapter can't be written; again in %g s: %s", job.id, _PARK_SECONDS, error)
+            trained.retry_at = self._clock() + _PARK_SECONDS
+            self._wake_in(_PARK_SECONDS)
+            return
         self._store.add(job.model, directory)
         results = steps_csv(self._database.metrics(job.id))
         file = self._directory.write_results(job.owner, f"{job.id}-steps.csv", results)
@@ -278,9 +289,14 @@ class Worker:
         _logger.warning("training waits %g s: %s", _PARK_SECONDS, error)
         with self._lock:
             self._parked_until = self._clock() + _PARK_SECONDS
-            self._timer = threading.Timer(_PARK_SECONDS, self._wake)
-            self._timer.daemon = True
-            self._timer.start()
+        self._wake_in(_PARK_SECONDS)
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()  # the later one is enough: what was to be done before is done then
+        self._timer = threading.Timer(seconds, self._wake)
+        self._timer.daemon = True
+        self._timer.start()
 
     def close(self) -> None:
         """Save what is being trained, once the engine's thread has ended."""

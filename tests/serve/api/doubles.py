@@ -181,7 +181,7 @@ class NamedStore:
     def _sha256(self, name: str) -> str:
         return hashlib.sha256(self.contents[name]).hexdigest()
 
-    def add(self, name: str, directory: Path) -> None:
+    def add(self, name: str, directory: Path, replace: bool = False) -> None:
         if not (directory / "content").is_file():
             raise InputError(f"{directory.name}: is no adapter.")
         self.contents[name] = (directory / "content").read_bytes()

@@ -281,6 +281,10 @@ def test_adapters_are_loaded_and_unloaded_by_name(start: Start, tmp_path: Any) -
     assert served.post("/v1/load_lora_adapter", taken).status_code == 400
     assert served.post("/v1/load_lora_adapter", {**taken, "load_inplace": True}).status_code == 200
     assert "carl" in served.store.names()
+    (root / "dora").mkdir()
+    (root / "dora" / "content").write_text("dora")
+    replaced = {"lora_name": "carl", "lora_path": "dora", "load_inplace": True}
+    assert served.post("/v1/load_lora_adapter", replaced).status_code == 200
     for path in ("../outside", str(tmp_path / "outside"), "link", "/etc", ".", "..", "a\0b", "x" * 5000):
         refused = served.post("/v1/load_lora_adapter", {"lora_name": "evil", "lora_path": path})
         assert refused.status_code == 403, path

@@ -98,6 +98,11 @@ def test_what_a_server_refuses_is_said(
     assert "Name one with --adapter NAME: anna, ben" in refused()
     assert "has no model of this name; did you mean 'anna'?" in refused("--adapter", "ana")
     assert "--static-cache: is for a run" in refused("--static-cache")
+    monkeypatch.setenv(KEY_VARIABLE, new_key(tmp_path / "keys.json", "anna", ["anna"], ["use"]))
+    assert "--base: this key may not use the base" in refused("--base")
+    monkeypatch.setenv(KEY_VARIABLE, new_key(tmp_path / "keys.json", "later", ["later"], ["use"]))
+    assert "has no model that this key may use" in refused()
+    monkeypatch.setenv(KEY_VARIABLE, key)
     served.engine.fails = "the engine broke"
     assert main([*ask, "--adapter", "anna"]) == 1
     assert "the engine broke" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from qvera.serve.api.keys import Access, KeyFile, new_key
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start
+from tests.serve.api.doubles import NamedStore
 
 
 def raw_call(body: dict[str, Any], path: str = "/v1/chat/completions", host: str = "localhost") -> bytes:
@@ -95,6 +96,22 @@ def test_a_key_that_is_taken_out_of_the_file_is_refused_at_once(start: Start, ke
     assert served.post("/v1/load_adapter", {"name": "anna"}, headers=headers["loads"]).status_code == 200
 
 
+def test_a_key_gives_its_names_to_no_other_directory(start: Start, tmp_path: Path) -> None:
+    """Nor does it learn which there are."""
+    root, path = tmp_path / "adapters", tmp_path / "keys.json"
+    for name in ("anna", "ben"):
+        (root / name).mkdir(parents=True)
+        (root / name / "content").write_text(name)
+    headers = {"Authorization": f"Bearer {new_key(path, 'anna', ['anna'], ['use', 'load'])}"}
+    served = start(keys=KeyFile(path), store=NamedStore({}, root))
+    answers = [
+        served.post("/v1/load_lora_adapter", {"lora_name": "anna", "lora_path": other}, headers=headers)
+        for other in ("ben", "nobody", "anna")
+    ]
+    assert [answer.status_code for answer in answers] == [403, 403, 200]
+    assert answers[0].json() == answers[1].json()
+
+
 def test_the_file_holds_no_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     key = new_key(path, "anna", ["*"], ["use"])
@@ -107,6 +124,8 @@ def test_the_file_holds_no_key(tmp_path: Path) -> None:
     assert KeyFile(path).find(key + "x") is None
     with pytest.raises(InputError, match="'anna' already"):
         new_key(path, "anna", ["*"], ["use"])
+    with pytest.raises(InputError, match="--new-key: the name is empty"):
+        new_key(path, " ", ["*"], ["use"])
 
 
 @pytest.mark.parametrize(
@@ -369,6 +388,33 @@ def test_a_long_prompt_does_not_stop_the_event_loop(start: Start, monkeypatch: p
     go_on.set()
     waiting.join(20)
     assert not waiting.is_alive()
+
+
+def test_long_prompts_of_one_key_hold_up_no_other(start: Start, keys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, headers = keys
+    served = start(keys=KeyFile(path), open_answers=6)
+    go_on, real = threading.Event(), type(served.prompts.encoder).encode_prompt
+
+    def slow(self: Any, prompt: str, *rest: Any) -> list[int]:
+        if "long" in prompt:
+            go_on.wait(20)
+        return real(self, prompt, *rest)
+
+    monkeypatch.setattr(type(served.prompts.encoder), "encode_prompt", slow)
+    body, codes = {"model": "anna", "prompt": "long", "max_tokens": 1}, []
+
+    def ask() -> None:
+        codes.append(served.post("/v1/completions", body, headers=headers["all"]).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: codes == [429, 429])  # six are open
+    assert served.post("/v1/completions", {**body, "prompt": "say"}, headers=headers["anna"]).status_code == 200
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(codes) == [200] * 6 + [429] * 2
 
 
 # The end
