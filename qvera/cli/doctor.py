@@ -75,6 +75,11 @@ def examine() -> Iterator[Finding]:
     slow = dtype == "float32"
     yield Finding("compute dtype", dtype + (" (this CPU has no fast 16-bit instructions)" if slow else ""))
     yield four_bit_kernels(device)
+    if accelerator.is_accelerator(device):
+        from qvera.kernels.choice import triton_problem
+
+        problem = triton_problem()
+        yield Finding("triton kernels", "work" if problem is None else "can't be built", fix=problem or "")
     yield compiler()
     yield free_disk("disk here", Path.cwd(), False, "training.output_dir")
     yield free_disk("cache", cache_root(), True, "the environment variable QVERA_CACHE")

@@ -32,10 +32,12 @@ def in_group() -> Iterator[Group]:
     If the calling program has set up torch.distributed already, its process group is used and left alone.
 
     Raises:
-        InputError: one of the launcher's environment variables is missing or wrong.
+        InputError: one of the launcher's environment variables is missing or wrong, there are more processes than
+            accelerators, or the program's own group takes no CPU tensors.
         RunFailed: the other processes did not come.
     """
     if dist.is_initialized():
+        require_backend_of_cpu()
         yield Group(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
         return
     text = os.environ.get("WORLD_SIZE", "1")
@@ -53,6 +55,11 @@ def in_group() -> Iterator[Group]:
             "with `qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
         )
     local_rank = int(os.environ["LOCAL_RANK"])
+    if 0 < (seen := accelerator.device_count()) <= local_rank:
+        raise InputError(
+            f"LOCAL_RANK is {local_rank}, and this process sees {seen} accelerator{'s'[: seen != 1]}, numbered from 0. "
+            "Start one process for each (`qvera launch --gpus N`), and let each see all of them."
+        )
     accelerator.use_device(local_rank)
     with _clear_errors(count):
         store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
@@ -77,6 +84,20 @@ def in_group() -> Iterator[Group]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def require_backend_of_cpu() -> None:
+    """Refuse a process group of the calling program that can't send numbers and texts.
+
+    Raises:
+        InputError: it has a backend for an accelerator's tensors alone.
+    """
+    config = dist.get_backend_config()
+    if "cpu" not in config and dist.get_backend() != "gloo":
+        raise InputError(
+            f"torch.distributed was set up with {config}, which takes no CPU tensors. Set it up with "
+            f"init_process_group({accelerator.collective_backend()!r}), or leave it to qvera."
+        )
 
 
 def restarted() -> bool:

@@ -63,8 +63,11 @@ def launch_command(
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
         return [*runner, "--module", *inner]
+    here = accelerator.device_count()
+    if gpus is not None and 0 < here < gpus:
+        raise InputError(f"--gpus {gpus}: this machine shows {here} of them (CUDA_VISIBLE_DEVICES hides others).")
     if gpus is None:
-        gpus = max(accelerator.device_count(), 1)
+        gpus = max(here, 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
     if max_restarts:
         command += ["--max-restarts", str(max_restarts)]

@@ -2,11 +2,12 @@
 
 import functools
 import os
+import warnings
 
 import torch
 
 from qvera.utils import accelerator
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, first_line
 
 SWITCH = "QVERA_KERNELS"
 """The environment variable: ``off`` for plain torch code everywhere, ``on`` for kernels on every accelerator without
@@ -44,4 +45,22 @@ def _triton_runs_on(device_type: str) -> bool:
         from torch.utils._triton import has_triton
     except ImportError:  # it is torch's own helper, and may move
         return False
-    return accelerator.current_device().type == device_type and has_triton()
+    if accelerator.current_device().type != device_type or not has_triton():
+        return False
+    if (problem := triton_problem()) is not None:
+        warnings.warn(f"Kernels are off: {problem} Slower, with the same results.", stacklevel=2)
+    return problem is None
+
+
+def triton_problem() -> str | None:
+    """Why triton can't launch a kernel on this machine, with what to do; None where it can.
+
+    It compiles a launcher in C first, which takes a compiler and Python's headers.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever a compiler that is not there raises
+        return f"triton can't build its launcher ({first_line(error)}). Debian and Ubuntu: apt install gcc python3-dev."
+    return None

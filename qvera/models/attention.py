@@ -298,6 +298,16 @@ class _KeysOfRows(torch.autograd.Function):
         return torch.cat([copies.view(-1, prefix, *g.shape[1:]).sum(0), rest]), None, None, None
 
 
+def _lacks_grouped_kernel(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether sdpa would take grouped keys by its mathematical form, which makes [heads, T, T] in fp32.
+
+    Of its fast kernels only flash attention knows groups, and that takes 16 bits and a card from Ampere on.
+    """
+    if key.shape[1] == query.shape[1] or not accelerator.is_accelerator(query.device):
+        return False
+    return query.dtype.itemsize != 2 or not accelerator.multiplies_bfloat16(query.device)
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -320,6 +330,13 @@ def _attention(
     The names from ``cu_seq_lens_q`` on are those of `qvera.data.collate`. Without them it is sdpa.
     """
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        if attention_mask is None and _lacks_grouped_kernel(query, key):
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            is_causal = query.shape[2] > 1 and getattr(module, "is_causal", True)
+            out = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=is_causal, scale=scaling
+            )
+            return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )

@@ -212,8 +212,10 @@ class ZeroEngine(LocalEngine):
             self._gather_unsharded()  # DeepSpeed does so after a step, but not after one that it skips
         if self.scaler is not None:
             # DeepSpeed has divided the gradients by the scale; the scaler looks at their norm in place of them
-            probe = nn.Parameter(torch.zeros(()))
-            probe.grad = torch.tensor(norm)
+            # on its own device: a copy of what it found that is still on its way would overwrite the overflow
+            device = next(iter(self.vectors.values())).device
+            probe = nn.Parameter(torch.zeros((), device=device))
+            probe.grad = torch.tensor(norm, device=device)
             self.scaler.unscale_(torch.optim.SGD([probe]))
             self.scaler.update()
         return norm, rate

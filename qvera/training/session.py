@@ -21,7 +21,7 @@ from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import Recipe
-from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
+from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, lengths_of, print_preflight
 from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of
@@ -142,7 +142,7 @@ class TrainingSession:
             )
         self.model.peft_config["default"].token_sampler = token_sampler(recipe)
         for rows in (self.datasets.train, self.datasets.eval):
-            require_positions(self.model, rows.lengths)
+            require_positions(self.model, lengths_of(rows))
         if recipe.data.packing:
             require_packing(self.model)
         self.task.prepare(self.model, self.base.tokenizer, self.datasets, recipe.training)

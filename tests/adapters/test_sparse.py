@@ -62,7 +62,7 @@ def test_forward_and_every_gradient(
     m: int,
     k: int,
 ) -> None:
-    monkeypatch.setattr(sparse, "_BLOCK_ELEMENTS", elements)  # blocks of few tokens, or one
+    monkeypatch.setattr(sparse, "_block_elements", lambda on_accelerator: elements)  # blocks of few tokens, or one
     p = parts(T, n, m, k)
     p["base"], p["g"], p["x"] = p["base"].to(base_dtype), p["g"].to(base_dtype), p["x"].to(dtype)
     p["values"] = p["values"].to(torch.promote_types(dtype, torch.float32))
@@ -108,7 +108,7 @@ def test_like_the_authors_layer() -> None:
 
 @pytest.mark.parametrize("elements", [2**21, 100])
 def test_largest_products_and_samples(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(sparse, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(sparse, "_block_elements", lambda on_accelerator: elements)
     p = parts(20, 33, 17, 40)
     whole = (p["g"].t() @ p["x"]).flatten()
     places, found = largest_products(p["g"], p["x"], 40)
@@ -150,7 +150,7 @@ class _Sizes(TorchDispatchMode):
 
 
 def test_nothing_of_the_weights_size_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_BLOCK_ELEMENTS", 2**13)
+    monkeypatch.setattr(sparse, "_block_elements", lambda on_accelerator: 2**13)
     p = parts(8, 512, 768, 500)
     x, values = p["x"].float().requires_grad_(), p["values"].float().requires_grad_()
     with _Sizes() as seen:

@@ -189,6 +189,22 @@ def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.setenv(name, value)
 
 
+def test_a_process_without_an_accelerator_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, RANK="1", LOCAL_RANK="1")
+    monkeypatch.setattr("qvera.utils.accelerator.device_count", lambda: 1)
+    with pytest.raises(InputError, match="LOCAL_RANK is 1, and this process sees 1 accelerator, numbered"), in_group():
+        raise AssertionError("joined without a device")
+
+
+def test_a_group_of_the_program_that_takes_no_cpu_tensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `init_process_group("nccl")`, which qvera's numbers and texts can't be sent by."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: "cuda:nccl")
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    with pytest.raises(InputError, match="set up with cuda:nccl, which takes no CPU tensors"), in_group():
+        raise AssertionError("joined")
+
+
 def test_a_process_that_is_never_started_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch)
     monkeypatch.setattr("qvera.distributed.init.JOIN_TIMEOUT", datetime.timedelta(seconds=2))

@@ -36,6 +36,13 @@ def test_one_machine() -> None:
     assert launch.launch_command(RECIPE, gpus=2, max_restarts=3) == restarts
 
 
+def test_more_processes_than_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="--gpus 4: this machine shows 2 of them .CUDA_VISIBLE_DEVICES"):
+        launch.launch_command(RECIPE, gpus=4)
+    assert launch.launch_command(RECIPE, gpus=2) == launch.launch_command(RECIPE)
+
+
 def test_one_of_several_machines() -> None:
     command = launch.launch_command(RECIPE, gpus=4, node_rank=1, nnodes=3, rdzv="node0:29500")
     place = ["--nnodes", "3", "--node-rank", "1", "--master-addr", "node0", "--master-port", "29500"]

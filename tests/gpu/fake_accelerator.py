@@ -166,12 +166,17 @@ def _attention(
     """The kernel that CUDA chooses; left alone torch takes the mathematical form on a backend it does not know."""
     if query.device.type != TYPE:
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if attn_mask is None:
+    is_ampere = torch.bfloat16 in torch.get_device_module(TYPE).get_amp_supported_dtype()  # or newer
+    if attn_mask is None and query.dtype.itemsize == 2 and is_ampere:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is None and enable_gqa:  # no fast kernel has groups in fp32
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
     if enable_gqa:  # the memory-efficient kernel has no groups
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-    if mask.dtype == torch.bool:
+    mask = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
     needs_sum = torch.is_grad_enabled() and query.requires_grad
     found = aten._scaled_dot_product_efficient_attention(

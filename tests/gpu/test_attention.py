@@ -11,6 +11,7 @@ import torch
 from qvera.data import Example
 from qvera.data.collate import Joined
 from qvera.evaluation import evaluate
+from qvera.models import attention
 from qvera.training.plan import Machine, PlannedRun, shape_of
 from qvera.training.plan.activations import kept_bytes
 from qvera.training.plan.longest import batch_of
@@ -77,3 +78,32 @@ def test_attention_takes_no_mask_and_waits_for_nothing(passes: dict[str, Any], k
 def test_keys_and_values_behind_a_prefix_take_a_gather_each_and_another_in_backward(passes: dict[str, Any]) -> None:
     assert passes["packed behind a prefix"]["gathers"] - passes["packed"]["gathers"] == 2 * 4
     assert passes["joined"]["tokens"] == sum(LENGTHS) - 3 * 40
+
+
+def grouped_keys(fake: FakeAccelerator) -> dict[str, list[str]]:
+    """Attention's kernels for grouped keys without a mask, by dtype: on this card, and on one without bfloat16."""
+    card: Any = torch.get_device_module(fake.device.type)
+    found: dict[str, list[str]] = {}
+    for dtypes in ([torch.float16, torch.bfloat16], [torch.float16]):
+        card.get_amp_supported_dtype = lambda dtypes=dtypes: dtypes
+        for dtype in (torch.float32, torch.float16):
+            with fake.record() as seen:
+                q, k, v = (
+                    torch.empty(1, heads, 64, 128, dtype=dtype, device=fake.device, requires_grad=True)
+                    for heads in (32, 8, 8)
+                )
+                out, _ = attention._attention(torch.nn.Module(), q, k, v, None, scaling=0.1)
+                out.sum().backward()
+            assert k.grad is not None and k.grad.shape == k.shape
+            found[f"{dtype}, {len(dtypes)}"] = sorted(name for name in seen.kernels if "atten" in name or "bmm" in name)
+    return found
+
+
+def test_grouped_keys_never_meet_the_mathematical_form() -> None:
+    """It makes [heads, T, T] in fp32. Flash attention has groups, in 16 bits, on a card that has bfloat16."""
+    flash = ["aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_backward"]
+    efficient = [name.replace("flash", "efficient") for name in flash]
+    assert measured(grouped_keys) == {
+        "torch.float32, 2": efficient, "torch.float16, 2": flash,
+        "torch.float32, 1": efficient, "torch.float16, 1": efficient,
+    }  # fmt: skip

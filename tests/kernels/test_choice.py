@@ -29,6 +29,18 @@ def test_kernels_are_for_accelerators_and_obey_the_switch(
     assert use_kernels(torch.empty(2), torch.empty(2, dtype=dtype)) is taken
 
 
+def test_a_machine_without_a_compiler_runs_plain_code_and_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton_utils = pytest.importorskip("torch.utils._triton")
+    monkeypatch.setattr(triton_utils, "has_triton", lambda: True)
+    monkeypatch.setattr(choice.accelerator, "current_device", lambda: torch.device("cuda", 0))
+    with pytest.warns(UserWarning, match="Kernels are off: triton can't build its launcher .*apt install gcc"):
+        assert not choice._triton_runs_on("cuda")  # there is no driver here
+    monkeypatch.setattr(choice, "triton_problem", lambda: None)
+    assert choice._triton_runs_on("cuda")
+
+
 def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
     monkeypatch.setenv("QVERA_KERNELS", "0")

@@ -70,6 +70,21 @@ def test_right_padding_needs_no_mask(kind: str, implementation: str | None, chan
     assert all(torch.equal(gradients[name], masked_gradients[name]) for name in gradients)
 
 
+def test_repeated_keys_give_what_grouped_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card without flash attention for the dtype."""
+    model, rows = model_of("llama", CAUSAL), rows_of(31, 7, 19, 2)
+    batch = evaluate.make_batch(model, rows, 0, prefix_once=False)
+    nll, gradients = loss_and_gradients(model, batch)
+    repeated = []
+    monkeypatch.setattr(
+        attention, "_lacks_grouped_kernel", lambda q, k: repeated.append(q.shape[1] > k.shape[1]) or True
+    )
+    own_nll, own_gradients = loss_and_gradients(model, batch)
+    assert repeated and all(repeated)
+    torch.testing.assert_close(own_nll, nll)
+    assert all(torch.allclose(own_gradients[name], g, rtol=1e-4, atol=1e-6) for name, g in gradients.items())
+
+
 def test_a_model_that_sees_later_tokens_keeps_its_mask() -> None:
     model = model_of("gemma3_text", "sdpa", use_bidirectional_attention=True)
     assert needs_padding_mask(model)

@@ -188,7 +188,9 @@ class Method(ABC):
         """Bytes that autograd keeps for one linear beside x, z and y; ``itemsize`` is that of the compute dtype."""
         return 0
 
-    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+    def working_bytes(
+        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+    ) -> int:
         """The most bytes that the products at one linear take for the moment, beside W and the gradient of x."""
         largest = max(math.prod(shape) for shape in self.tensors(adapter, place).values())
         return place.out_features * self.rank_at(adapter, place) * itemsize + 4 * largest

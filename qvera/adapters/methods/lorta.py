@@ -94,7 +94,9 @@ class Lorta(TrainedPair):
         alpha = config.rank if config.alpha is None else config.alpha
         return {"alpha": alpha, "lorta_convention": config.lorta_convention}
 
-    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+    def working_bytes(
+        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+    ) -> int:
         """The blocks, their gradient and that of A, in fp32."""
         return 4 * adapter.rank * (2 * place.out_features + place.in_features)
 

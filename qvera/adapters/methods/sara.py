@@ -129,7 +129,9 @@ class _Mixture(Sara):
         wide = 4 if itemsize == 4 else 8
         return tokens * (k * (wide + 2 * itemsize) + 4 * (2 + adapter.experts)) + 4 * k
 
-    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+    def working_bytes(
+        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+    ) -> int:
         k = self.rank_at(adapter, place)
         return 4 * k * (2 * place.out_features + 3 * tokens)
 

@@ -84,9 +84,11 @@ class Spiel(Method):
     ) -> SparseChange:
         return SparseChange(tensors[VALUES], tensors[PLACES], place.out_features, place.in_features)
 
-    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+    def working_bytes(
+        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+    ) -> int:
         (count,) = self.tensors(adapter, place)[VALUES]
-        return working_bytes(tokens, place.out_features, place.in_features, count)
+        return working_bytes(tokens, place.out_features, place.in_features, count, on_accelerator)
 
     def state_bytes(self, adapter: AdapterSection, place: Place) -> int:
         (count,) = self.tensors(adapter, place)[VALUES]

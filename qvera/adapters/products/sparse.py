@@ -25,13 +25,18 @@ from qvera.utils.errors import InputError
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 """Is given the output's gradient [T, m] and the input [T, n] of a layer in its backward pass."""
 
-_BLOCK_ELEMENTS = 2**21
-"""Elements of a transposed block of tokens, or of a block of rows of gᵀ x: 8 MB in fp32."""
+
+def _block_elements(on_accelerator: bool) -> int:
+    """Elements of a transposed block of tokens, or of a block of rows of gᵀ x.
+
+    8 MB in fp32, for a CPU's cache. On an accelerator 64 MB: smaller blocks wait for their launches.
+    """
+    return 2**24 if on_accelerator else 2**21
 
 
 def _token_blocks(*tensors: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same tokens of each tensor [T, features], as [features, block] in ``dtype``, block by block."""
-    step = max(1, _BLOCK_ELEMENTS // max(tensor.shape[1] for tensor in tensors))
+    step = max(1, _block_elements(not tensors[0].is_cpu) // max(tensor.shape[1] for tensor in tensors))
     for blocks in zip(*(tensor.split(step) for tensor in tensors), strict=True):
         yield tuple(block.to(dtype).t().contiguous() for block in blocks)
 
@@ -41,8 +46,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_blocks(rows: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
-    """``rows`` [m, ...] cut so that a block times ``columns`` numbers is no more than a few MB."""
-    return rows.split(max(1, _BLOCK_ELEMENTS // columns))
+    """``rows`` [m, ...] cut so that a block times ``columns`` numbers is no more than `_block_elements`."""
+    return rows.split(max(1, _block_elements(not rows.is_cpu) // columns))
 
 
 def row_starts(indices: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -123,14 +128,15 @@ def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torc
     return largest_places((rows.to(wide.dtype) @ wide for rows in row_blocks(g.t(), x.shape[1])), count)
 
 
-def working_bytes(tokens: int, rows: int, columns: int, count: int) -> int:
+def working_bytes(tokens: int, rows: int, columns: int, count: int, on_accelerator: bool) -> int:
     """The most that forward and backward of `add_sparse` take for the moment, without the gradient of x.
 
     Two blocks of tokens, each with its copy before it is transposed; indices and values in another order, and x in fp32
     with a block of gᵀ x while candidates are looked for.
     """
-    block = min(tokens * max(rows, columns), _BLOCK_ELEMENTS)
-    searching = tokens * columns + 3 * min(_BLOCK_ELEMENTS, rows * columns)
+    most = _block_elements(on_accelerator)
+    block = min(tokens * max(rows, columns), most)
+    searching = tokens * columns + 3 * min(most, rows * columns)
     return 4 * max(4 * block, searching) + 36 * count
 
 

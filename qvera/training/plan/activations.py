@@ -96,7 +96,9 @@ def _attention_bytes(run: PlannedRun) -> int:
     if _by_groups(run):
         return _group_kept_bytes(run) + normed
     masked = b.padded or (b.joined and not b.offsets)
-    keys = q if masked and run.attention == "sdpa" else kv  # with a mask sdpa repeats grouped keys and values
+    # with a mask sdpa repeats grouped keys and values, and so do we where there is no flash attention for them
+    repeats = (masked and run.attention == "sdpa") or (run.machine.on_gpu and run.machine.dtype != torch.bfloat16)
+    keys = q if repeats else kv
     keys = b.keys * s.kv_heads * s.head_dim if b.keys else keys  # the common prefix's are copied for each row
     # sdpa turns a padding mask into an additive one in every layer; a joined sequence's is additive and shared
     mask = b.rows * b.tokens**2 * size if b.padded and not b.joined and run.attention == "sdpa" else 0
@@ -186,7 +188,7 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
         return read + row_product_bytes(run, x)
     pair = x.m * run.rank_at(x)
     if not run.method.has_vectors:
-        return read + run.method.working_bytes(section, x.place, run.batch.all_tokens, size)
+        return read + run.method.working_bytes(section, x.place, run.batch.all_tokens, size, run.machine.on_gpu)
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
