@@ -113,7 +113,8 @@ def test_prompts_of_a_batch_are_answered_by_adapters_of_their_own(
     family, directory = checkpoint
     section = ModelSection(path=str(directory), quantization=quantization(family), compute_dtype="float32")
     names = ["a0", "a1"]
-    write_adapters(tmp_path, directory, {name: seed for seed, name in enumerate(names)})
+    settings = {"quantization": quantization(family)}
+    write_adapters(tmp_path, directory, {name: seed for seed, name in enumerate(names)}, settings)
     alone = []
     for name in names:
         model = load_adapter(load_base(section).model, tmp_path / name).eval()
