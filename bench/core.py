@@ -9,7 +9,7 @@ as an adapted model has: for scale. ``floor`` is VeRA's products alone: z for ea
 and ∂x, at the same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique
 storages seen by saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode
 census), parameters and buffers excluded from both. ``held`` keeps W + ΔW until the vectors change, as `qvera train` does where
-memory allows (`adapters.fused.HeldWeight`). After ``--passes`` of forward and backward every trained number is changed,
+memory allows (`qvera.adapters.products.fused.HeldWeight`). After ``--passes`` of forward and backward every trained number is changed,
 as an optimizer would, so W + ΔW is made anew once in that many. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads,
 random weights in NF4, 512 tokens; ``checkpointed`` a whole step with our loss under gradient checkpointing.
 """

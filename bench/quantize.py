@@ -67,6 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint", type=Path, metavar="DIR")
     parser.add_argument("--scratch", type=Path, metavar="DIR")
     parser.add_argument("--limit", type=parse_bytes, default=1_500_000_000, metavar="BYTES", help="default: 1.5GB")
+    parser.add_argument("--result", default="quantize", help="the name of the file in bench/results")
     args = parser.parse_args()
     if (args.shape or args.checkpoint) and not args.scratch:
         parser.error("--scratch says where the files go")
@@ -101,4 +102,4 @@ if __name__ == "__main__":
             f"{found['seconds']:.0f} s, peak {found['peak_bytes'] / 1e9:.2f} GB under a limit of "
             f"{args.limit / 1e9:.1f} GB"
         )
-    print(write_result("quantize", document))
+    print(write_result(args.result, document))

@@ -7,7 +7,7 @@
 Held-out loss after 50 steps of 8 rows, linear decay, seed 0; rows, their order and the loop are those of bench/e2e.py
 and bench/alpaca.py. Attention is eager (faster on a CPU), so the third digit may differ: plain VeRA is 1.3836 here and
 1.3819 there. Lines go to results/variants-TASK.jsonl; a trial that stands there is not repeated. What earned its place
-is in qvera/vera (``adapter.b_groups``, ``adapter.input_scale``); this is where the rest can be run again.
+is in qvera/adapters (``adapter.b_groups``, ``adapter.input_scale``); this is where the rest can be run again.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pytest
 import torch
 
 from bench import classification, family, family_picture, gguf_answers, lora_cut, serve_faults, serve_load
-from bench.common import do_missing, read_lines, with_table
+from bench.common import RESULTS, do_missing, read_lines, with_table
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
+from qvera.training.lr_finder import read_curve
 from qvera.training.trainer import train
 from tests.serve.helpers import require_tested_transformers
 
@@ -41,7 +43,7 @@ def gpu_bench(out: Path, *parts: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_gpu_bench_writes_rows_as_it_goes(tmp_path: Path) -> None:
+def test_the_gpu_bench_writes_a_header_rows_and_an_end(tmp_path: Path) -> None:
     header, *rows, end = gpu_bench(tmp_path / "gpu.jsonl", "profile_step")
     assert header["part"] == "header" and header["versions"]["torch"]
     assert rows[-1]["launches"] >= sum(row["launches"] for row in rows[:-1])
@@ -171,7 +173,7 @@ def test_a_trial_of_the_table_of_methods_that_diverges_is_a_line_and_the_next_on
 
 
 @pytest.mark.parametrize("task", ["trec", "rte"])
-def test_classifiers_are_trained_from_the_same_head_on_the_same_rows(
+def test_a_classifier_is_trained_and_scored_by_each_method(
     task: str, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_file, test_file, columns, _ = classification.TASKS[task]
@@ -277,3 +279,16 @@ def test_the_page_of_serving_at_scale_shows_the_measured_loss_of_a_cut() -> None
 def test_the_page_of_exports_has_the_answers_of_llama_cpp() -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     assert gguf_answers.table(json.loads((ROOT / "bench" / "results" / "gguf_answers.json").read_text())) in page
+
+
+@pytest.mark.parametrize(
+    ("name", "steepest", "suggested"), [("quickstart", 0.0076, 0.046), ("e2e", 0.014, 0.07), ("instruct", 0.014, 0.07)]
+)
+def test_the_range_tests_of_the_docs_are_those_of_their_points(name: str, steepest: float, suggested: float) -> None:
+    points = read_lines(RESULTS / f"lr-range-{name}.jsonl")
+    smoothed = [point["smoothed_loss"] for point in points]
+    found = read_curve(points)
+    assert (float(f"{found.steepest:.2g}"), float(f"{found.suggestion:.2g}")) == (steepest, suggested)
+    assert [point["smoothed_loss"] for point in points] == pytest.approx(smoothed)
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert re.search(rf"\| {name} \([^|]*\) \| {steepest:g} \| {suggested:g} \|", page, re.IGNORECASE)

@@ -101,11 +101,12 @@ def test_the_cheaper_way_to_the_gradients_is_taken(tokens: int, rank: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("groups", "scaled"), [(1, False), (2, True)], ids=["one b", "two b and an a"])
 @pytest.mark.parametrize("rank", WAYS.values(), ids=WAYS)
 def test_in_sixteen_bits_it_is_as_close_to_the_reference_as_the_low_rank_path(
-    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rank: int, groups: int, scaled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = adapted("nf4+dq-bfloat16", dtype, rank=rank)
+    layer = adapted("nf4+dq-bfloat16", dtype, rank=rank, groups=groups, scaled=scaled)
     torch.manual_seed(5)
     x, upstream = torch.randn(2, TOKENS // 2, IN).to(dtype), torch.randn(2, TOKENS // 2, OUT).to(dtype)
     expected = reference(layer, x, upstream, dtype)
@@ -113,7 +114,8 @@ def test_in_sixteen_bits_it_is_as_close_to_the_reference_as_the_low_rank_path(
     monkeypatch.setattr(fused, "summed_weight", no_product)
     monkeypatch.setattr(fused, "pays", lambda *_: False)
     low_rank = run(layer, x, upstream)
-    for name, one, other, truth in zip(NAMES, taken, low_rank, expected, strict=True):
+    names = (*NAMES, "a") if scaled else NAMES
+    for name, one, other, truth in zip(names, taken, low_rank, expected, strict=True):
         assert relative(one, truth) < 1.5 * relative(other, truth) + torch.finfo(dtype).eps / 4, name
 
 

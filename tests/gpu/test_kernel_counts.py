@@ -31,6 +31,10 @@ def counts(fake: FakeAccelerator) -> dict[str, Any]:
         ]
         for name in ("qvera, r=256", "qvera, r=1024", "qvera LoRA, r=16", "PEFT LoRA, r=16", *ADAPTERS)
     }
+    passes["qvera, r=256, 4 adapters"] = [
+        dict(layer_kernels(fake, CASES["qvera, r=256, 32 adapters"], checkpointing=checkpointing, adapters=4))
+        for checkpointing in (False, True)
+    ]
     kept = {name: layer_kept_bytes(fake, CASES[name]) for name in ("qvera LoRA, r=16", "PEFT LoRA, r=16")}
     return passes | {"dequantized weights": dequantized_weights(fake), "kept": kept}
 
@@ -51,8 +55,9 @@ def test_an_adapted_layer_launches_no_more_than_its_ceiling(found: dict[str, Any
 
 
 def test_a_pass_of_many_adapters_launches_the_same_kernels_however_many_there_are(found: dict[str, Any]) -> None:
-    """32 of them; one after the other they would take 32 times those of one adapter."""
+    """One after the other 32 would take 32 times those of one adapter."""
     plain, with_checkpoint = found["qvera, r=256, 32 adapters"]
+    assert found["qvera, r=256, 4 adapters"] == [plain, with_checkpoint]
     assert sum(plain.values()) <= MANY_CEILING, plain
     assert sum(with_checkpoint.values()) <= MANY_CEILING_WITH_CHECKPOINT, with_checkpoint
     assert (plain["qvera.dequantize_4bit"], with_checkpoint["qvera.dequantize_4bit"]) == (14, 21)

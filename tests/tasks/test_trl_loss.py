@@ -183,11 +183,14 @@ def test_metrics_are_means_over_the_passes_that_count(model: Any) -> None:
         loss.count_pass()
         loss(PAIRS[2:])
         loss.count_pass()
-        loss(PAIRS)  # of a step that is not taken, say
+        loss(PAIRS[:1])  # of a step that is not taken, say
     found = loss.take_metrics()
     chosen, rejected = (sum(reward) / len(PAIRS) for reward in zip(*rewards, strict=True))
-    assert found["rewards/chosen"] == pytest.approx(chosen, abs=0.03)
-    assert found["rewards/margins"] == pytest.approx(chosen - rejected, abs=0.06)
+    is_exact = model.get_base_model().model.embed_tokens(torch.tensor([0])).dtype == torch.float32
+    tolerance = 1e-4 if is_exact else 1e-2
+    assert len({len(PAIRS[:2]), len(PAIRS[2:])}) == 2  # so that a mean of the passes' means is another one
+    assert found["rewards/chosen"] == pytest.approx(chosen, abs=tolerance)
+    assert found["rewards/margins"] == pytest.approx(chosen - rejected, abs=tolerance)
     assert found["rewards/accuracies"] == pytest.approx(sum(w > r for w, r in rewards) / len(PAIRS))
     assert loss.take_metrics() == {}
 

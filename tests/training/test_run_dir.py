@@ -49,8 +49,7 @@ def test_the_second_process_is_told_of_the_first_and_a_dead_one_is_succeeded(tmp
 def test_a_restarted_run_waits_for_the_one_whose_place_it_takes(tmp_path: Path) -> None:
     pid = hold_lock_in_another_process(tmp_path / "run", seconds=0.5)
     with run_lock(tmp_path / "run", "node1", wait_seconds=60):
-        pass
-    os.waitpid(pid, 0)
+        assert os.waitpid(pid, os.WNOHANG)[0] == pid  # the one that held it has ended
 
 
 def test_directories_made_for_the_lock_alone_are_removed(tmp_path: Path) -> None:

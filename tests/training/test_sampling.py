@@ -80,7 +80,15 @@ def test_a_sampled_lora_learns_nearly_as_well_and_resumes_to_the_bit(make_recipe
     assert same(vectors(again), vectors(tmp_path / "sampled"))
 
 
-def test_recomputed_layers_draw_in_their_recomputation(make_recipe: Any) -> None:
+def test_recomputed_layers_draw_in_their_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[bool] = []
+    real = TokenSampler.draw
+
+    def draw(self: TokenSampler, x: torch.Tensor) -> Any:
+        draws.append(torch._C._current_graph_task_id() >= 0)  # in backward
+        return real(self, x)
+
+    monkeypatch.setattr(TokenSampler, "draw", draw)
     model = sampled_lora(0.3)
     enable_checkpointing(model, True)
     model.train()
@@ -88,6 +96,7 @@ def test_recomputed_layers_draw_in_their_recomputation(make_recipe: Any) -> None
     model(ids).logits.square().mean().backward()
     grads = [p.grad for name, p in model.named_parameters() if "qvera_A" in name]
     assert all(grad is not None and grad.any() for grad in grads)
+    assert draws.count(True) == draws.count(False) >= len(grads)
 
 
 def test_a_plan_counts_the_sample(make_recipe: Any) -> None:

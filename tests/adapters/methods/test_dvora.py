@@ -41,6 +41,24 @@ def pair_of(rank: int, dtype: torch.dtype) -> SharedProjection:
     return projection
 
 
+@pytest.mark.parametrize("kind", ["linear", "nf4+dq-bfloat16"])
+def test_dropout_is_on_the_input_of_the_change_alone(kind: str) -> None:
+    base = base_layer(kind, torch.float32)
+    layer = adapted(base, pair_of(12, torch.float32), dropout=0.5).train()
+    perturb(layer)
+    x = torch.randn(3, 7, IN)
+    torch.manual_seed(7)
+    y = layer(x)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(x, 0.5)
+    W, factors = dense_weight(base).float(), layer.parts("default")
+    delta = factors.delta()
+    rows = (factors.magnitude / torch.linalg.vector_norm(W + delta, dim=1)).detach()
+    expected = rows * (x @ W.t() + dropped @ delta.t()) + (0.0 if base.bias is None else base.bias)
+    assert relative(y.detach(), expected) < 1e-5
+    assert relative(layer.eval()(x).detach(), expected) > 1e-2
+
+
 @pytest.mark.parametrize("name", ["dora_peft", "dora_rslora_peft"])
 def test_given_factors_it_is_peft_s_dora(name: str) -> None:
     """With b = 1 and d = scaling / s, ΔW is the stored LoRA; the gradients of d and b follow from those of A and B."""

@@ -136,9 +136,7 @@ def test_runs_are_chosen_and_compared_by_keyboard(build_run: Build, serve: Serve
     page.close()
 
 
-def test_a_server_that_ends_is_said_and_one_that_comes_again_is_found(
-    build_run: Build, serve: Serve, browser: Any, tmp_path: Path
-) -> None:
+def test_a_server_that_ends_is_said(build_run: Build, serve: Serve, browser: Any, tmp_path: Path) -> None:
     build_run(name="one")
     served = serve(tmp_path)
     page = browser.new_page()

@@ -218,7 +218,7 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
     recipe = str(write_recipe())
     assert main(["plan", recipe, "--no-timing"]) == 0
     said = capsys.readouterr().out
-    assert said.rstrip().splitlines()[-1].startswith("Fits") or "Fits" in said
+    assert "Fits" in said
     assert "the longest batch of the data" in " ".join(said.split())
     assert main(["plan", recipe, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
