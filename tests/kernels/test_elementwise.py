@@ -66,8 +66,8 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, as_on_an_accelerator
         y, grads = elementwise.swiglu(a, c), elementwise.swiglu_backward(g, a, c)
     assert y.dtype == dtype
     exact = torch.nn.functional.silu(a.double()) * c.double()
-    for found in (y, elementwise.plain_swiglu(a, c)):
-        assert (found.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm() + 1e-9
+    for forward in (y, elementwise.plain_swiglu(a, c)):
+        assert (forward.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm() + 1e-9
     truth = true_gradients(lambda a, c: torch.nn.functional.silu(a) * c, [a, c], [g])
     for found in (grads, elementwise.plain_swiglu_backward(g, a, c)):
         for grad, true in zip(found, truth, strict=True):
