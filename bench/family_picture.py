@@ -2,7 +2,8 @@
 
     python bench/family_picture.py docs/methods
 
-A row is a method and a column a task. A dot is the mean of the seeds, and a line goes from the lowest to the highest.
+A row is a method and a column a task. A dot is the mean of the seeds, and a line goes from the lowest to the highest. A
+mean far from the others (`_limits`) is a number at the column's edge, so that these can be told apart.
 It reads results/family.jsonl, the lines of bench/family.py.
 """
 
@@ -37,7 +38,7 @@ def picture() -> str:
     height = _TOP + _ROW * len(methods) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        'aria-label="Scores of every method on every task, ordered by trained numbers">',
+        'aria-label="Scores of every method on every task, ordered by trained parameters">',
         f"<style>{_STYLE}</style>",
     ]
     for row, method in enumerate(methods):
@@ -45,21 +46,31 @@ def picture() -> str:
         parts.append(f'<text x="12" y="{y}">{escape(method)}</text>')
         trained = f"{facts[method]['trained']:,}"
         parts.append(f'<text class="soft" x="{_LEFT - 24}" y="{y}" text-anchor="end">{trained}</text>')
-    parts.append(f'<text class="soft" x="{_LEFT - 24}" y="{_TOP - 14}" text-anchor="end">trained numbers</text>')
+    parts.append(f'<text class="soft" x="{_LEFT - 24}" y="{_TOP - 14}" text-anchor="end">parameters</text>')
     for column, task in enumerate(shown):
         parts += _panel(task, tasks[task], methods, _LEFT + (_WIDTH + _GAP) * column, height)
     parts.append(
         f'<text class="soft" x="12" y="{height - 8}">SmolLM2-135M in NF4, 150 steps of 8 rows. '
-        "Dot: mean of the seeds; line: lowest to highest.</text></svg>"
+        "Dot: mean of the seeds; line: lowest to highest; number: a mean beyond the column.</text></svg>"
     )
     return "\n".join(parts) + "\n"
 
 
+def _limits(found: dict[str, list[float]]) -> tuple[float, float]:
+    """The values of a column, without means that are more than 1.5 times the middle half's width away from it."""
+    means = [statistics.mean(seeds) for seeds in found.values()]
+    first, _, third = statistics.quantiles(means, method="inclusive") if len(means) > 1 else means * 3
+    far = 1.5 * (third - first)
+    near = [seeds for seeds in found.values() if first - far <= statistics.mean(seeds) <= third + far]
+    values = [value for seeds in near or found.values() for value in seeds]
+    return min(values), max(values)
+
+
 def _panel(task: str, found: dict[str, list[float]], methods: list[str], left: int, height: int) -> list[str]:
     _, label, digits = COLUMNS[task]
-    values = [value for seeds in found.values() for value in seeds]
-    spare = 0.05 * (max(values) - min(values)) or 0.5
-    low, high = min(values) - spare, max(values) + spare
+    lowest, highest = _limits(found)
+    spare = 0.05 * (highest - lowest) or 0.5
+    low, high = lowest - spare, highest + spare
 
     def place(value: float) -> float:
         return round(left + (value - low) / (high - low) * _WIDTH, 1)
@@ -77,6 +88,10 @@ def _panel(task: str, found: dict[str, list[float]], methods: list[str], left: i
         said = f"{method}: {mean:.{digits}f} ({min(seeds):.{digits}f} to {max(seeds):.{digits}f}), {len(seeds)} seeds"
         kind = ' class="lora"' if method.startswith("lora r=") else ""
         parts.append(f"<g{kind}><title>{escape(said)}</title>")
+        if not lowest <= mean <= highest:
+            at, anchor = (left, "start") if mean < lowest else (left + _WIDTH, "end")
+            parts.append(f'<text class="soft" x="{at}" y="{y + 4}" text-anchor="{anchor}">{mean:.{digits}f}</text></g>')
+            continue
         parts.append(f'<line class="span" x1="{place(min(seeds))}" x2="{place(max(seeds))}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot" cx="{place(mean)}" cy="{y}" r="5"/></g>')
     return parts
