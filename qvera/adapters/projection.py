@@ -54,10 +54,31 @@ def uniform_pair(rank: int, in_features: int, out_features: int, seeds: Seeds) -
 
 def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seeds) -> str:
     """SHA-256 over the little-endian fp32 bytes of A [rank, in_features] and then B [out_features, rank]."""
+    return pair_sha256(*uniform_pair(rank, in_features, out_features, seed))
+
+
+def pair_sha256(A: np.ndarray, B: np.ndarray) -> str:
+    """See `projection_sha256`."""
     digest = hashlib.sha256()
-    for matrix in uniform_pair(rank, in_features, out_features, seed):
+    for matrix in (A, B):
         digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
     return digest.hexdigest()
+
+
+def require_sha256(wanted: str | None, found: str, seeds: Seeds) -> None:
+    """Refuse projections that are not those that an adapter was trained with.
+
+    Args:
+        wanted: of the adapter's config; None: it names none.
+
+    Raises:
+        InputError: they differ.
+    """
+    if wanted is not None and wanted != found:
+        raise InputError(
+            f"the projections of seed {seeds} have SHA-256 {found[:16]}… here and {wanted[:16]}… in the adapter: the "
+            "file was changed, or made by another generator."
+        )
 
 
 class SharedInput:

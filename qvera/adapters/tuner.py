@@ -14,7 +14,7 @@ from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
-from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256
+from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256, require_sha256
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.model_config import head_size
 from qvera.models.structure import beside_the_layers
@@ -213,11 +213,7 @@ class QveraModel(BaseTuner):
                 f"its targets need {shapes}: it belongs to another base model."
             )
         digest = projection_sha256(config.rank, largest_in, largest_out, config.seeds)
-        if config.projection_sha256 is not None and config.projection_sha256 != digest:
-            raise InputError(
-                f"the projections of seed {config.seeds} have SHA-256 {digest[:16]}… here and "
-                f"{config.projection_sha256[:16]}… in the adapter: the file was changed, or made by another generator."
-            )
+        require_sha256(config.projection_sha256, digest, config.seeds)
         config.projection_shapes, config.projection_sha256 = shapes, digest
 
     def _create_and_replace(

@@ -93,6 +93,8 @@ def export(
         return
     if compare_only:
         certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
+        if certificate.get("kind") != "merged":
+            raise InputError(f"{out}: --compare-only measures merged exports (--to merged), and this is another one.")
         if recipe is None:
             raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
         if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -75,6 +76,8 @@ def merge_adapters(
         if adapter.head:
             raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
     factors = weights or [1.0 / len(deltas)] * len(deltas)
+    if wrong := [weight for weight in factors if not math.isfinite(weight)]:
+        raise InputError(f"--weights: expected numbers, got {wrong[0]:g}.")
     own_rank = sum(adapter.rank for adapter in deltas)
     why = same_directions(deltas) if to is None else None
     if to is None:

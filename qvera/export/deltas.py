@@ -25,7 +25,7 @@ from qvera.adapters.files.adapter_file import read_adapter
 from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
-from qvera.adapters.projection import Pair, uniform_pair
+from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.models.model_config import head_size
@@ -328,6 +328,7 @@ def _own_pair(config: QveraConfig) -> Pair | None:
     if not largest:
         raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
     A, B = uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.seeds)
+    require_sha256(config.projection_sha256, pair_sha256(A, B), config.seeds)
     return torch.from_numpy(A), torch.from_numpy(B)
 
 

@@ -143,6 +143,26 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
     return found
 
 
+def require_same_inputs(path: Path, saved: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of other rows or another base.
+
+    Args:
+        path: of the checkpoint.
+        saved: the `TrainingSession.inputs` that it was saved with; None: of an earlier version, which kept none.
+        inputs: those of now.
+
+    Raises:
+        InputError: they differ.
+    """
+    what = {"rows": "rows (data.path)", "base": "weights of the base (model.path)"}
+    known = {key: value for key, value in (saved or {}).items() if value is not None and inputs.get(key) is not None}
+    if changed := [name for key, name in what.items() if key in known and known[key] != inputs[key]]:
+        raise InputError(
+            f"{path}: was saved with other {' and other '.join(changed)} than are there now, so the run would not "
+            "become what it would have. Put them back, or start a new run in another training.output_dir."
+        )
+
+
 def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The newest checkpoint of this run that verifies; None where the run ended before its first one.
 

@@ -21,7 +21,16 @@ from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import Recipe
-from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, lengths_of, print_preflight
+from qvera.data import (
+    Datasets,
+    Example,
+    batches_of,
+    build_datasets,
+    data_sha256,
+    data_warnings,
+    lengths_of,
+    print_preflight,
+)
 from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of
@@ -85,6 +94,11 @@ class TrainingSession:
 
     def __exit__(self, *error: object) -> None:
         self.resources.close()
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What later steps depend on besides the recipe: the rows, and the base's weights."""
+        return {"rows": data_sha256(self.datasets), "base": self.base.facts.get("fingerprint")}
 
     def warn(self, text: str) -> None:
         """Print a sentence in yellow."""

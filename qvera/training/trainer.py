@@ -29,7 +29,7 @@ from qvera.training.many.trainer import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import newest_checkpoint, write_run
+from qvera.training.run_dir import newest_checkpoint, require_same_inputs, write_run
 from qvera.training.run_json import add_result, begun_run, begun_samples
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
@@ -256,6 +256,7 @@ class Trainer(Run):
         hooks = self.hooks.state_dict()
         state = {
             "recipe": self.recipe.to_dict(),
+            "inputs": self.inputs,
             "schedule": self.schedule.state_dict(),
             "loss_scale": None if self.scaler is None else self.scaler.state_dict(),
             "gradient_checkpointing": self.checkpointing,
@@ -285,6 +286,7 @@ class Trainer(Run):
         if one is None:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
             return
+        require_same_inputs(one.path, one.state.get("inputs"), self.inputs)
         self.hooks.load_state_dict(one.hook_state)
         checkpoint.restore(one, named_vectors(self.model), self.optimizer, self.group.rank)
         self.schedule.load_state_dict(one.state["schedule"])

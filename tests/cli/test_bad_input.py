@@ -286,6 +286,10 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "adapter of another kind": (adapter_edited("peft_type", "LORA", "chat"), "PEFT can't put this adapter on its base"),
     "adapter of a newer format": (adapter_edited("format_version", 99, "chat"), "format version 99"),
     "adapter with other projections": (adapter_edited("projection_sha256", "0" * 64, "eval"), "SHA-256"),
+    "export of other projections": (
+        lambda p: [*adapter_edited("projection_seed", 5, "export")(p), str(p.root / "x")],
+        "SHA-256",
+    ),
     "adapter for another model": (adapter_for_another_model, "another base model"),
     "export over something": (export_over_something, "not empty"),
     "export with a missing shard": (export_missing_shard, "missing"),

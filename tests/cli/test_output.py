@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,3 +79,8 @@ def test_a_missing_extra_is_named_before_the_run_is_opened(capsys: Capture, monk
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     assert main(["eval", "no-such-run", "--metrics", "bleu"]) == 2
     assert "qvera[metrics]" in capsys.readouterr().err
+
+
+def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path) -> None:
+    command = f"{sys.executable} -m qvera info {shlex.quote(str(trained_run))} >&- 2>&- <&-"
+    assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0

@@ -346,6 +346,11 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     assert difference["logit_max_difference"] > 0
     assert {k: v for k, v in contents(out).items() if k != "qvera_export.json"} == before
     assert main(["export", run, str(tmp_path / "nothing"), "--compare-only"]) == 2
+    assert main(["export", run, str(tmp_path / "lora"), "--to", "lora"]) == 0
+    certificate = (tmp_path / "lora" / "qvera_export.json").read_bytes()
+    assert main(["export", run, str(tmp_path / "lora"), "--compare-only"]) == 2
+    assert "--compare-only measures merged exports" in capsys.readouterr().err
+    assert (tmp_path / "lora" / "qvera_export.json").read_bytes() == certificate
 
 
 def test_available_memory_is_no_more_than_the_machine_has() -> None:

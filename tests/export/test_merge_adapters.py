@@ -284,6 +284,8 @@ def test_refusals_name_the_difference(
     assert why("a", "a") is None
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "1", "2"]) == 2
     assert "give one for each" in capsys.readouterr().err
+    assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "nan"]) == 2
+    assert "--weights: expected numbers, got nan" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "full")]) == 2

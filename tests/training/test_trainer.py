@@ -29,6 +29,7 @@ from qvera.training import checkpoint, run, trainer
 from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, Interrupted, NotFinite, RunFailed
+from tests.conftest import small_llama
 from tests.disk import fill, read_only, small_disk
 from tests.training.test_checkpoint import vouch_for
 
@@ -73,6 +74,25 @@ def cut_off(run_dir: Path, copy: Path, *, after: int) -> Path:
         if int(path.name[-8:]) > after:
             shutil.rmtree(path)
     return copy
+
+
+@pytest.mark.parametrize("what", ["rows (data.path)", "weights of the base (model.path)"])
+def test_a_run_does_not_go_on_with_other_inputs_under_the_same_paths(
+    what: str, make_recipe: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_model_dir, model)
+    shutil.copy(make_recipe().data.path, rows)
+    recipe = make_recipe(model={"path": str(model)}, data={"path": str(rows)})
+    train(recipe, tmp_path / "run")
+    if "rows" in what:
+        rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    else:
+        small_llama(seed=5).save_pretrained(model)
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=rf"was saved with other {re.escape(what)} than are there now"):
+        train(recipe, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:

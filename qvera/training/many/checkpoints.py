@@ -23,7 +23,7 @@ import torch
 
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
-from qvera.training.run_dir import changed_keys, require_none_saved
+from qvera.training.run_dir import changed_keys, require_none_saved, require_same_inputs
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
@@ -85,6 +85,7 @@ def save(trainer: ManyTrainer) -> None:
     }
     state = {
         "recipe": trainer.recipe.to_dict(),
+        "inputs": trainer.inputs,
         "processes": trainer.group.world_size,
         "slots": trainer.bank.slots,
         "gradient_checkpointing": trainer.checkpointing,
@@ -162,3 +163,4 @@ def _check(found: ManyCheckpoint, trainer: ManyTrainer) -> None:
         )
     if names != [run.name for run in trainer.runs]:
         raise InputError(f"{path}: has other adapters than {trainer.recipe.data.path} names now. Put the rows back.")
+    require_same_inputs(path, state.get("inputs"), trainer.inputs)

@@ -136,13 +136,24 @@ def test_a_round_that_runs_out_of_memory_is_undone_and_the_one_before_is_saved(
     assert_same(tmp_path / "run", run_dir)
 
 
-def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_other_rows_or_damaged_checkpoints_are_refused(
+    whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any
+) -> None:
     recipe, run_dir = whole
     cut = killed(run_dir, tmp_path / "cut", after=3)
     write_rows(tmp_path / "other.jsonl", COUNTS | {"zoe": 5})
     other = recipe.replace(data=recipe.data.replace(path=str(tmp_path / "other.jsonl")))
     with pytest.raises(InputError, match=r"data\.path changed"):
         train(other, cut, resume=True)
+    rows = Path(recipe.data.path)
+    text = rows.read_text()
+    rows.write_text(text.replace("1", "2", 1))
+    try:
+        with pytest.raises(InputError, match="no checkpoint that can be used"):
+            train(recipe, cut, resume=True)
+        assert "was saved with other rows (data.path) than are there now" in " ".join(capsys.readouterr().err.split())
+    finally:
+        rows.write_text(text)
     for path in checkpoint.directories(cut / "checkpoints"):
         (path / "vectors.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint that can be used, and the run has taken \d+ rounds"):
