@@ -298,7 +298,7 @@ class PagedModel:
         self._processor.model_runner.counts = True
         # transformers runs the step on a stream of its own; what the adapters' bank has sent comes on the default one
         if (stream := getattr(self._processor.inputs_and_outputs, "compute_stream", None)) is not None:
-            stream.wait_stream(torch.accelerator.current_stream(self._model.device))
+            stream.wait_stream(accelerator.computing_stream(self._model.device))
         self._processor._generation_step(self._model)
         if self._processor.model_runner.counts:
             self._processor.update_batch()

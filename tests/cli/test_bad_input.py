@@ -243,7 +243,10 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "tokenizer without eos": (no_eos, "no end-of-sequence token"),
     "added token that is there": (set_key("model", added_tokens=["<|im_end|>"]), "is a token of this model already"),
     "pad token that is not there": (set_key("model", pad_token="<pad>"), "'<pad>' is no token of this model"),
-    "unknown target": (set_key("adapter", targets=["q_proj", "query"]), "no module of this model is named query"),
+    "unknown target": (
+        set_key("adapter", targets=["q_proj", "query"]),
+        "no linear of this model's layers is named query",
+    ),
     "init_from is no adapter": (set_key("adapter", init_from="./nowhere"), "no such adapter directory"),
     "no such data file": (set_key("data", path="./rowz.jsonl"), "rowz.jsonl"),
     "unknown data extension": (lambda p: p.with_rows(GOOD_ROW, name="rows.xlsx"), ".xlsx"),

@@ -136,9 +136,7 @@ def test_a_round_that_runs_out_of_memory_is_undone_and_the_one_before_is_saved(
     assert_same(tmp_path / "run", run_dir)
 
 
-def test_other_rows_or_damaged_checkpoints_are_refused(
-    whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any
-) -> None:
+def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any) -> None:
     recipe, run_dir = whole
     cut = killed(run_dir, tmp_path / "cut", after=3)
     write_rows(tmp_path / "other.jsonl", COUNTS | {"zoe": 5})
