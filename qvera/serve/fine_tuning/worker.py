@@ -110,8 +110,8 @@ class Worker:
         with self._lock:
             if self._parked_until is not None and self._clock() < self._parked_until:
                 return False
-            now = self._clock()
-            trains = any(not one.run.has_ended or now >= one.retry_at for one in list(self._trained.values()))
+            seconds = self._clock()
+            trains = any(not one.run.has_ended or seconds >= one.retry_at for one in list(self._trained.values()))
             return bool(trains or self._stops or self._ready)
 
     # The engine's thread
