@@ -26,7 +26,7 @@ mistakes.
 **Overrides.** `--set section.key=value` on the command line replaces one key. The value is YAML.
 
 **Paths.** A relative path starts at the directory in which you run the command, not at the recipe's. `~` is your home
-directory. `..` in a path works as in a shell.
+directory. `..` in a path works as in a shell. A finished run finds its base again from any directory.
 
 **Mistakes.** Unknown keys, wrong types, values out of range and keys that contradict each other are errors. They are reported
 all at once, each with its line.

@@ -20,9 +20,9 @@ from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.files.save_load import load_vectors
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods import method_of
+from qvera.adapters.methods import Place, method_of
 from qvera.adapters.products import functional
-from qvera.adapters.projection import SharedProjection, vera_scale
+from qvera.adapters.projection import SharedProjection, require_projection, vera_scale
 from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
 from qvera.utils import accelerator
@@ -215,6 +215,20 @@ def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> Qver
     return config
 
 
+def require_places_projection(config: QveraConfig, places: Sequence[Place], directory: Path) -> None:
+    """Compare what an adapter's config says of its projections with those that its seed gives for its linears.
+
+    Raises:
+        InputError: they differ.
+    """
+    if not places:
+        return
+    try:
+        require_projection(config, max(p.in_features for p in places), max(p.out_features for p in places))
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+
+
 def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> PeftModel:
     """One ordinary, unchanged adapter for each seed. It draws the pair and makes the layers, by their names."""
     targets = {target for config in configs.values() for target in config.target_modules or ()}
@@ -278,3 +292,4 @@ def _fill(
         b[row] = own["qvera_b"]
         if a is not None:
             a[row] = own["qvera_a"]
+    require_places_projection(config, [layers[name.removeprefix(PREFIX)].place for name in found], directory)

@@ -9,11 +9,12 @@ layer multiplies them into its d (`vera_scale`), so that one pair serves layers 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from torch import nn
 from qvera.adapters.products import functional
 from qvera.utils.errors import InputError
 from qvera.utils.uniform import uniform_matrix
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
@@ -52,6 +56,7 @@ def uniform_pair(rank: int, in_features: int, out_features: int, seeds: Seeds) -
     return A, np.concatenate([uniform_matrix(out_features, each, seed, _STREAM_B) for seed in chain], axis=1)
 
 
+@functools.lru_cache(maxsize=64)  # of a thousand adapters on a base, all have one of a few pairs
 def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seeds) -> str:
     """SHA-256 over the little-endian fp32 bytes of A [rank, in_features] and then B [out_features, rank]."""
     return pair_sha256(*uniform_pair(rank, in_features, out_features, seed))
@@ -79,6 +84,29 @@ def require_sha256(wanted: str | None, found: str, seeds: Seeds) -> None:
             f"the projections of seed {seeds} have SHA-256 {found[:16]}… here and {wanted[:16]}… in the adapter: the "
             "file was changed, or made by another generator."
         )
+
+
+def require_projection(config: QveraConfig, largest_in: int, largest_out: int) -> tuple[dict[str, list[int]], str]:
+    """Refuse an adapter whose projections were other ones than those that its seed gives on this base.
+
+    Args:
+        largest_in, largest_out: the largest in_features and out_features of the linears that the adapter is on.
+
+    Returns:
+        The shapes of A and B, and their SHA-256.
+
+    Raises:
+        InputError: shapes or values differ from those that its config names; one that names none passes.
+    """
+    shapes = {"A": [config.rank, largest_in], "B": [largest_out, config.rank]}
+    if config.projection_shapes is not None and config.projection_shapes != shapes:
+        raise InputError(
+            f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and its "
+            f"targets need {shapes}: it belongs to another base model."
+        )
+    digest = projection_sha256(config.rank, largest_in, largest_out, config.seeds)
+    require_sha256(config.projection_sha256, digest, config.seeds)
+    return shapes, digest
 
 
 class SharedInput:

@@ -14,7 +14,7 @@ from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
-from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256, require_sha256
+from qvera.adapters.projection import OwnProjection, SharedProjection, require_projection
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.model_config import head_size
 from qvera.models.structure import beside_the_layers
@@ -164,7 +164,7 @@ class QveraModel(BaseTuner):
         shapes = [(place.in_features, place.out_features) for place, _ in found]
         largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
-        self._check_projection(config, largest_in, largest_out)
+        config.projection_shapes, config.projection_sha256 = require_projection(config, largest_in, largest_out)
         for home in homes:
             self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
 
@@ -203,18 +203,6 @@ class QveraModel(BaseTuner):
             )
         config.target_modules = _short_names(targets, [key for key, _ in matched], model)
         return matched
-
-    @staticmethod
-    def _check_projection(config: QveraConfig, largest_in: int, largest_out: int) -> None:
-        shapes = {"A": [config.rank, largest_in], "B": [largest_out, config.rank]}
-        if config.projection_shapes is not None and config.projection_shapes != shapes:
-            raise InputError(
-                f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and "
-                f"its targets need {shapes}: it belongs to another base model."
-            )
-        digest = projection_sha256(config.rank, largest_in, largest_out, config.seeds)
-        require_sha256(config.projection_sha256, digest, config.seeds)
-        config.projection_shapes, config.projection_sha256 = shapes, digest
 
     def _create_and_replace(
         self,

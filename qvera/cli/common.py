@@ -150,27 +150,26 @@ def with_exit_code(
         except (QveraError, KeyboardInterrupt, OSError) as error:
             if show_traceback():
                 raise
-            code = _report(command, error)
+            code = report(command, error)
         raise typer.Exit(code)
 
     return run
 
 
-def _report(command: str, error: BaseException) -> int:
+def report(command: str, error: BaseException) -> int:
     """Print what an error says; returns the exit code."""
     if isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    name = f"qvera {command}".strip()
     if isinstance(error, QveraError):
         if not error.shared or os.environ.get("RANK", "0") == "0":
-            print(f"qvera {command}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        print(f"qvera {command}: interrupted before there was anything to save.", file=sys.stderr)
+        print(f"{name}: interrupted before there was anything to save.", file=sys.stderr)
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        print(f"qvera {command}: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -37,7 +37,8 @@ from qvera.cli import (
     train,
     ui,
 )
-from qvera.cli.common import help_of, with_exit_code
+from qvera.cli.common import help_of, report, with_exit_code
+from qvera.cli.streams import command_streams
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
@@ -132,14 +133,15 @@ def _set_allocator() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 interrupted and saved."""
     _set_allocator()
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started it (`>&-`)
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for as long as the process lives
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 gets a ? in place of an arrow
-            stream.reconfigure(errors="replace")
+    with command_streams():
+        return _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         code = build_app()(args=arguments, prog_name="qvera", standalone_mode=False) or EXIT_DONE
+        if code == EXIT_DONE:
+            sys.stdout.flush()
     except _UsageError as error:
         at = getattr(error, "ctx", None)
         command = at.command_path if at is not None else "qvera"
@@ -149,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = error.exit_code
     except typer.Abort:
         code = EXIT_FAILED
+    except OSError as error:  # of a text that no command prints: the help, the versions
+        code = report("", error)
     if "RANK" in os.environ:  # one of several processes
         from qvera.distributed.heartbeat import end_if_stuck
         from qvera.distributed.launch import leave_exit_code

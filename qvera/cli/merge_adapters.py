@@ -98,8 +98,9 @@ def merge_adapters(
 def _require_one_base(found: list[tuple[EvalTarget, Path]]) -> None:
     """All adapters must have one base: by content if all say it, else by name."""
     from qvera.adapters.files.adapter_file import read_config
+    from qvera.adapters.files.save_load import portable_name
 
-    names = [target.section.path for target, _ in found]
+    names = [portable_name(target.section.path) for target, _ in found]
     prints = [getattr(read_config(path), "base_fingerprint", None) for _, path in found]
     if all(prints):
         different = any(not same_base(prints[0], other) for other in prints)

@@ -237,5 +237,9 @@ def _start_engine(name: Literal["auto", "continuous", "static"], served: Served,
         console.print(f"{error} Answering in static batches.", markup=False, highlight=False)
         engine = StaticEngine(served.opened.base, settings)
     engine.start()
-    warm_up(engine, served.store)
+    try:
+        warm_up(engine, served.store, served.own)
+    except InputError:
+        engine.close()
+        raise
     return engine

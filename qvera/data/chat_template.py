@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,7 @@ class ChatTemplate:
     special: re.Pattern[str] = field(init=False, repr=False)
     _added: re.Pattern[str] = field(init=False, repr=False)
     _layouts: Layouts = field(default_factory=dict, repr=False)
+    _written: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         added = list(self.tokenizer.added_tokens_decoder.values())
@@ -148,9 +150,10 @@ class ChatTemplate:
             The text, and the characters at which its earlier answers start (for `Encoder.encode_prompt`).
 
         Raises:
-            InputError: the template refuses the turns.
+            InputError: the template refuses the turns, or leaves a part of them out.
         """
         conversation = Conversation([*turns, Turn("assistant", "x")], "The conversation", tools)
+        self._require_written(conversation, self.messages(turns))
         try:
             text, (*earlier, last) = self.lay_out(conversation, [len(turns)])
         except InputError:  # a template may take the question and refuse or rewrite such an answer
@@ -167,10 +170,12 @@ class ChatTemplate:
             needed: the turns that are going to be trained; other answers may stay without a place.
 
         Raises:
-            InputError: names the row; the template refuses it, or rewrites it so that answers can't be placed.
+            InputError: names the row; the template refuses it, leaves a part of it out, or rewrites it so that answers
+                can't be placed.
         """
         turns = conversation.turns
         messages = self.messages(turns)
+        self._require_written(conversation, messages)
         try:
             text = self.render(messages, conversation.tools)
             answers = answer_spans(self, self._layouts, text, messages, conversation)
@@ -187,6 +192,38 @@ class ChatTemplate:
                 f"name another data.template ({', '.join(NAMED_TEMPLATES)})."
             )
         return text, answers
+
+    def _require_written(self, conversation: Conversation, messages: list[Message]) -> None:
+        """Refuse (InputError) a row with a part that this template passes over, as many do with tools.
+
+        Such a row would be trained as if that part were not in it. Each kind of part is looked at until a row has
+        shown that the template writes it.
+        """
+        tools = conversation.tools
+        without: dict[str, tuple[list[Message], Tools]] = {}
+        if tools:
+            without["tools"] = (messages, None)
+        if any("tool_calls" in message for message in messages):
+            without["tool_calls"] = ([{k: m[k] for k in m if k != "tool_calls"} for m in messages], tools)
+        for role in {message["role"] for message in messages} & {"system", "tool"}:
+            longer = [{**m, "content": m["content"] + "x"} if m["role"] == role else m for m in messages]
+            without[f"turns of the role {role}"] = (longer, tools)
+        unseen = {part: changed for part, changed in without.items() if part not in self._written}
+        if not unseen:
+            return
+        try:
+            whole = self.render(messages, tools)
+        except TemplateError:  # the caller, who renders it too, says so
+            return
+        for part, changed in unseen.items():
+            with contextlib.suppress(TemplateError):  # what it refuses it has read
+                if self.render(*changed) == whole:
+                    raise InputError(
+                        f"{conversation.source}: the chat template ({self.name}) does not write {part}, so the model "
+                        "would not see them. Take them out of the rows, or train a base whose own chat template writes "
+                        f"them (data.template: {OWN})."
+                    )
+            self._written.add(part)
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:

@@ -24,6 +24,7 @@ from qvera.evaluation.named_adapters import (
     require_named,
     run_of,
 )
+from qvera.evaluation.run_base import with_base_found
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory, local_directory
@@ -151,7 +152,7 @@ def find_target(
         return dataclasses.replace(_adapter_target(require_named(path, name), given, run, name), path=path)
     refuse_name(path, name)
     if (path / RECIPE_FILE).is_file():
-        own = load_run_recipe(path)
+        own = with_base_found(load_run_recipe(path), path / "adapter")
         return EvalTarget(path, "a run", own.model, path / "adapter", given or own, run if given else path)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter_target(path, given, run)
@@ -176,7 +177,7 @@ def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name:
     """The target of an adapter directory; without a recipe with that of the run that it lies in."""
     beside, name = run_of(adapter), name or name_of(adapter)
     if given is None and beside is not None:
-        given, run = load_recipe(beside / RECIPE_FILE, of_a_run=True), beside
+        given, run = with_base_found(load_recipe(beside / RECIPE_FILE, of_a_run=True), adapter), beside
     section = _base_of_adapter(adapter) if given is None else given.model
     what = f"an adapter ({_config(adapter)['peft_type']})" if name is None else f"adapter {name!r}"
     return EvalTarget(adapter, what, section, adapter, given, run, name)

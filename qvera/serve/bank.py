@@ -25,7 +25,7 @@ from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, method_of
-from qvera.adapters.multi_adapter import base_output, require_shareable
+from qvera.adapters.multi_adapter import base_output, require_places_projection, require_shareable
 from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
 from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.adapters.shared_model import add_adapter, give_to_answers
@@ -39,6 +39,10 @@ from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import VeraConfig
+
     from qvera.models.loader import Base
 
 
@@ -87,6 +91,22 @@ class _Part(NamedTuple):
     slot: int | None
     """The one that all tokens of the batch use; None: see ``tokens``."""
     tokens: TokenRows | None
+
+
+def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
+    """The config of an adapter that can be served beside others.
+
+    Raises:
+        InputError: it has another method than VeRA without magnitude and phases, or more than vectors.
+    """
+    config = require_shareable(found, directory)
+    if not method_of(config).is_banked:
+        raise InputError(
+            f"{directory}: the method {method_of(config).name} with these options is not served beside other adapters; "
+            "expected vera without magnitude and without phases. `qvera export --to merged` makes a checkpoint of its "
+            "own, which `qvera serve` takes."
+        )
+    return config
 
 
 class ServingBank:
@@ -167,17 +187,12 @@ class ServingBank:
         # the config was read by its path: it has to be the one of the content
         if content.sha256 != part.sha256 or read_file(part.directory / ADAPTER_CONFIG) != content.config:
             raise AdapterChanged(f"{part.directory}: was replaced while it was read; ask again.")
-        config = require_shareable(found, part.directory)
+        config = require_served(found, part.directory)
         require_base(config, part.directory, str(self._base.facts.get("path")), self._base.facts.get("fingerprint"))
-        if not method_of(config).is_banked:
-            raise InputError(
-                f"{part.directory}: the method {method_of(config).name} with these options is not served beside other "
-                "adapters; expected vera without magnitude and without phases. `qvera export --to merged` makes a "
-                "checkpoint of its own."
-            )
         linears = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in vectors})
         kind = Kind(config.projection_seed, config.rank, config.b_groups, config.input_scale, tuple(linears))
         self._require_fit(part, config, linears, vectors)
+        require_places_projection(config, [self._places[name] for name in linears], part.directory)
         return kind, vectors
 
     def _require_fit(

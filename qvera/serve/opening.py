@@ -7,11 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvera.adapters.files.adapter_file import read_config
 from qvera.config.schema import ModelSection
 from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root
 from qvera.models.hub import is_adapter_of_hub, local_directory
 from qvera.models.loader import load_base
+from qvera.serve.bank import require_served
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
@@ -29,11 +31,13 @@ class Served:
 
     Attributes:
         base_name: how the base is listed.
+        own: the name of the one adapter that the server was started for; None: it was started for a base, or for many.
     """
 
     opened: OpenRun
     store: AdapterStore
     base_name: str
+    own: str | None = None
 
 
 def open_served(path: str, adapters: Path | None = None) -> Served:
@@ -57,6 +61,8 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if has_adapters or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)
         require_answers(target, "qvera serve")
+        if adapters_root(directory) is None and target.adapter is not None:
+            require_served(read_config(target.adapter), target.adapter)  # before a big model is loaded
         opened = open_target(target, adapter=False)
         if adapters_root(directory) is not None:
             adapters = adapters or directory
@@ -74,14 +80,25 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     store = AdapterStore(adapters, {name, section.path} if single is not None else {name, section.path, path})
     if single is not None:
         store.add(own_name, single)
-    return Served(opened, store, name)
+    return Served(opened, store, name, None if single is None else own_name)
 
 
-def warm_up(engine: Engine, store: AdapterStore) -> None:
+def warm_up(engine: Engine, store: AdapterStore, own: str | None = None) -> None:
     """Make the layers that adapters need now, by loading one, so that the first request for one does not wait for it.
 
     Adapters that differ from it in rank or targets still need layers of their own.
+
+    Args:
+        own: the one adapter that there has to be (`Served.own`).
+
+    Raises:
+        InputError: that one can't be served.
     """
+    if own is not None:
+        adapter = store.resolve(own)
+        assert adapter is not None
+        engine.load(adapter)
+        return
     for name in store.names()[:_TRIED]:
         with contextlib.suppress(InputError):  # a damaged one is told to who asks for it
             if (adapter := store.resolve(name)) is not None:

@@ -21,7 +21,8 @@ from qvera.training.logging import read_records
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import existing_parent, plain_json, try_read_json
-from qvera.utils.paths import RUN_OWNER
+from qvera.utils.formatting import first_of
+from qvera.utils.paths import ADAPTERS, RUN_OWNER
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,12 +83,18 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
                 place.rmdir()
 
 
+_WRITTEN = ("adapter", ADAPTERS, "checkpoints", "metrics.jsonl", "run.json", "report.html")
+"""What a run writes besides its recipe."""
+
+
 def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a directory that does not fit what was asked for; nothing is written.
 
     Raises:
-        InputError: it holds a run (without ``resume``), none (with it), or one of another recipe.
+        InputError: nothing can be written there; it holds a run or files by the names of a run's (without ``resume``),
+            no run (with it), or one of another recipe.
     """
+    require_writable(run_dir)
     existing = run_dir / "recipe.yaml"
     if not resume and existing.exists():
         raise InputError(
@@ -95,11 +102,24 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
+    if not resume and (others := [name for name in _WRITTEN if _holds_something(run_dir / name)]):
+        raise InputError(
+            f"{run_dir}: holds {first_of(others)} and no recipe.yaml. It is no run, and one would write over that. "
+            "Choose another training.output_dir, or move them away."
+        )
     if resume and (changed := changed_keys(load_recipe(existing, of_a_run=True).to_dict(), recipe)):
         raise InputError(
             f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run "
             "in another training.output_dir."
         )
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return (
+        path.exists() and path.stat().st_size > 0
+    )  # a run that died in its first moment leaves an empty metrics.jsonl
 
 
 def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:

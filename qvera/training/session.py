@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
-from qvera.adapters.files.save_load import attach, rate_factors
+from qvera.adapters.files.save_load import attach, check_start, rate_factors
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
@@ -81,6 +81,9 @@ class TrainingSession:
         group.agree(lambda: check_recipe(recipe))
         group.agree(lambda: self.task.check(recipe))
         check_same_setup(recipe, group, self.console)
+        self.sharder: BaseSharder | None = None
+        asked = recipe.training.gradient_checkpointing
+        self.checkpointing: Mode = True if asked == "auto" else asked  # where no plan can be made
         self.device = accelerator.current_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
         if recipe.training.full_determinism:
@@ -116,6 +119,15 @@ class TrainingSession:
         self.datasets = self.group.agree(lambda: self._read_rows(preview))
         check_same_data(self.datasets, self.recipe, self.group)
 
+    def check_model(self) -> None:
+        """Check what needs no weights of the base: the plan, the targets, and what the adapter starts from.
+
+        Raises:
+            InputError: it does not fit, a target matches nothing, or ``adapter.init_from`` does not fit.
+        """
+        self.group.agree(lambda: check_start(self.recipe.adapter))
+        self._plan_memory()
+
     def load_model(self) -> None:
         """Plan the memory, load the base, put a fresh adapter on it and build its optimizer.
 
@@ -126,9 +138,6 @@ class TrainingSession:
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
-        self.sharder: BaseSharder | None = None
-        asked = recipe.training.gradient_checkpointing
-        self.checkpointing: Mode = True if asked == "auto" else asked  # where no plan can be made
         if self.zero is not None and self.zero.shards_base:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)

@@ -29,7 +29,7 @@ from qvera.training.many.trainer import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import newest_checkpoint, require_same_inputs, write_run
+from qvera.training.run_dir import check_run_dir, newest_checkpoint, require_same_inputs, write_run
 from qvera.training.run_json import add_result, begun_run, begun_samples
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
@@ -47,7 +47,8 @@ def train(
         run_dir: must not hold a run yet, unless ``resume``.
         resume: go on from the newest checkpoint in ``run_dir`` that verifies. A run whose processes torchrun restarted
             does so by itself.
-        dry_run: stop after the data was read and shown; nothing is written (returns None).
+        dry_run: check all that can be checked without the base's weights, show rows and the plan, and stop; nothing is
+            written (returns None).
         console: for progress; default: standard error.
 
     Returns:
@@ -62,11 +63,13 @@ def train(
     """
     kind = ManyTrainer if recipe.data.has_adapters else Trainer
     with in_group() as group, kind(recipe, run_dir, group, console) as trainer:
-        if not dry_run:
-            trainer.open_run_dir(resume)
-        trainer.load_data(preview=dry_run)
         if dry_run:
+            group.on_first(lambda: check_run_dir(run_dir, recipe, resume))
+            trainer.load_data(preview=True)
+            trainer.check_model()
             return None
+        trainer.open_run_dir(resume)
+        trainer.load_data()
         trainer.load_model()
         trainer.setup()
         return trainer.train()

@@ -235,6 +235,14 @@ def test_what_has_no_place_for_saved_modules_says_so(tiny_model_dir: Path, tmp_p
         read_deltas(tmp_path / "adapter", small_llama())
 
 
+def test_several_adapters_are_compared_with_their_projections(tmp_path: Path) -> None:
+    save_adapter(get_peft_model(small_llama(), QveraConfig(rank=8)), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "projection_sha256": "0" * 64}))
+    with pytest.raises(InputError, match=r"adapter: the projections of seed 0 have SHA-256 .* another generator"):
+        load_adapters(small_llama(), {"it": tmp_path / "adapter"})
+
+
 def test_a_rank_beyond_memory_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rank: should be less than or equal to 65536, got 1000000000"):
         QveraConfig(rank=10**9, target_modules=["lin0"])

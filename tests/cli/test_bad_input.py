@@ -122,6 +122,21 @@ def out_holds_a_run(place: Place) -> list[str]:
     return place.train()
 
 
+def out_holds_files_of_a_run(place: Place) -> list[str]:
+    shutil.copytree(place.run, place.root / "out")
+    (place.root / "out" / "recipe.yaml").unlink()
+    return place.train()
+
+
+def base_moved(place: Place) -> list[str]:
+    run = place.copied_run()
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["path"] = "models/base"  # as it stood in the recipe; it is no id of the hub
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    adapter_edited("base_model_name_or_path", str(place.root / "models" / "base"))(place)
+    return ["generate", str(run), str(place.root / "rows.jsonl"), "--out", str(place.root / "answers.jsonl")]
+
+
 def resume_nothing(place: Place) -> list[str]:
     return place.train("--resume")
 
@@ -140,7 +155,8 @@ def adapter_cut_short(place: Place) -> list[str]:
 
 def adapter_edited(key: str, value: Any, command: str = "info") -> Callable[[Place], list[str]]:
     def spoil(place: Place) -> list[str]:
-        file = place.copied_run() / "adapter" / "adapter_config.json"
+        run = place.root / "run"
+        file = (run if run.exists() else place.copied_run()) / "adapter" / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
         return [command, str(place.root / "run")]
 
@@ -326,6 +342,12 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "unknown metric": (
         lambda p: ["eval", str(p.run), "--metrics", "exact,bleurt"],
         "no metric 'bleurt'; known: exact, bleu",
+    ),
+    "output directory with files of a run": (out_holds_files_of_a_run, "holds adapter (and 4 more) and no recipe.yaml"),
+    "base of a run is not there": (base_moved, "is not there. Put it back, or write its new place as model.path"),
+    "serve of an adapter of other projections": (
+        adapter_edited("projection_sha256", "0" * 64, "serve"),
+        "made by another generator",
     ),
     "eval of no run": (lambda p: ["eval", str(p.root)], "nor an exported checkpoint (no config.json)"),
     "eval of a model without rows": (lambda p: ["eval", str(p.root / "model")], "Name a file with --data FILE"),

@@ -257,8 +257,12 @@ def test_the_help_of_the_range_test_names_its_defaults() -> None:
         assert f"(default: {value:g})" in text
 
 
-def test_ctrl_c_saves_and_exits_75(write_recipe: Any, tmp_path: Path) -> None:
-    """SIGTERM and equality to the bit after it: tests/training/test_trainer.py."""
+@pytest.mark.parametrize("is_read", [True, False], ids=["", "the reader of its log is gone"])
+def test_ctrl_c_saves_and_exits_75(is_read: bool, write_recipe: Any, tmp_path: Path) -> None:
+    """SIGTERM and equality to the bit after it: tests/training/test_trainer.py.
+
+    Ctrl-C under ``2>&1 | tee LOG`` ends the tee too, and what is printed then has nowhere to go.
+    """
     run = tmp_path / "run"
     settings = {"max_steps": 60, "save_steps": 50, "per_device_train_batch_size": 1, "output_dir": str(run)}
     recipe = str(write_recipe(training=settings))
@@ -269,11 +273,20 @@ def test_ctrl_c_saves_and_exits_75(write_recipe: Any, tmp_path: Path) -> None:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    said = ""
+    if not is_read:
+        assert process.stderr is not None
+        process.stderr.close()
+        seen = len(metrics.read_text().splitlines())
+        while len(metrics.read_text().splitlines()) < seen + 4:  # with a line of progress every three steps
+            assert process.poll() is None
+            time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "--resume goes on" in said
-    assert "Traceback" not in said
+    if is_read:
+        _, said = process.communicate(timeout=60)
+        assert "--resume goes on" in said
+        assert "Traceback" not in said
+    assert process.wait(timeout=60) == 75, said
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert 3 < len(metrics.read_text().splitlines()) < 60
     assert main(["train", recipe, "--resume"]) == 0
@@ -289,3 +302,19 @@ def test_an_unexpected_error_is_exit_1(trained_run: Path, capsys: Any, monkeypat
     monkeypatch.setattr(run_info, "directory_facts", full)
     assert main(["info", str(trained_run)]) == 1
     assert "/data/out: No space left on device" in capsys.readouterr().err
+
+
+def test_a_run_with_a_relative_base_is_used_from_any_directory(
+    write_recipe: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(tiny_model_dir)
+    run = tmp_path / "run"
+    path = write_recipe(model={"path": "models/base"}, training={"max_steps": 1, "output_dir": str(run)})
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(path)]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["export", str(run), "merged"]) == 0
+    assert main(["export", str(run), "lora", "--to", "lora"]) == 0
+    assert main(["merge-adapters", str(run), "lora", "sum", "--to", "lora"]) == 0, capsys.readouterr().err

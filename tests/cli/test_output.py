@@ -81,6 +81,14 @@ def test_a_missing_extra_is_named_before_the_run_is_opened(capsys: Capture, monk
     assert "qvera[metrics]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_what_no_command_prints_ends_at_a_full_disk_too(option: str) -> None:
+    command = f"{sys.executable} -m qvera {option} > /dev/full"
+    ended = subprocess.run(["bash", "-c", command], timeout=120, stderr=subprocess.PIPE, text=True)
+    assert ended.stderr == "qvera: No space left on device\n"
+    assert ended.returncode == 1
+
+
 def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path) -> None:
     command = f"{sys.executable} -m qvera info {shlex.quote(str(trained_run))} >&- 2>&- <&-"
     assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from qvera.data import NAMED_TEMPLATES, Example
+from qvera.data.chat_template import resolve_template
+from qvera.data.conversations import Turn
 from qvera.utils.errors import InputError
 from tests.data.conftest import MARKERS, MakeTokenizer
 from tests.data.real_templates import LLAMA_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
@@ -328,3 +330,44 @@ def test_generation_blocks_are_what_transformers_makes_of_them(tmp_path: Path, m
     # by text: qvera starts an answer on a token of its own, so that a generation prompt has the ids it had in training
     assert decoded(tokenizer, example.input_ids) == decoded(tokenizer, own["input_ids"])
     assert decoded(tokenizer, example.input_ids[example.trained]) == decoded(tokenizer, trained)
+
+
+_TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+_CALLED: Messages = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [call_of("look_up", {})]},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "Sun."},
+]
+_NO_TOOL_TURNS = "{% for m in messages if m['role'] != 'tool' %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("row", "jinja", "part"),
+    [
+        ({"messages": _CALLED[:1] + _CALLED[3:], "tools": [_TOOL]}, SMOLLM2, "tools"),
+        ({"messages": _CALLED}, SMOLLM2, "tool_calls"),
+        ({"messages": _CALLED[:1] + _CALLED[2:]}, _NO_TOOL_TURNS, "turns of the role tool"),
+    ],
+    ids=["tools", "calls", "answers of tools"],
+)
+def test_a_template_that_passes_over_a_part_is_refused(
+    row: dict[str, Any], jinja: str, part: str, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(chat_template=jinja)
+    with pytest.raises(InputError, match=rf"rows.jsonl:2.*does not write {part}, so the model would not see them"):
+        build(tmp_path, [{"messages": _CALLED[:1] + _CALLED[3:]}, row], tokenizer)
+    with pytest.raises(InputError, match=f"does not write {part}"):
+        asked = row["messages"][:-1]
+        turns = [Turn(m["role"], m["content"], extra={k: m[k] for k in m if k == "tool_calls"}) for m in asked]
+        resolve_template("auto", tokenizer).prompt(turns, row.get("tools"))
+
+
+def test_a_row_that_the_template_refuses_hides_no_later_one(make_tokenizer: MakeTokenizer) -> None:
+    refuses = "{% if not m['content'] %}{{ raise_exception('empty') }}{% endif %}"
+    jinja = "{% for m in messages %}" + refuses + "{{ m['content'] }}{% endfor %}"
+    template = resolve_template("auto", make_tokenizer(chat_template=jinja))
+    with pytest.raises(InputError, match="refuses the messages: empty"):
+        template.prompt([Turn("user", "")], [_TOOL])
+    with pytest.raises(InputError, match="does not write tools"):
+        template.prompt([Turn("user", "Weather?")], [_TOOL])

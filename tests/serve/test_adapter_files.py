@@ -151,6 +151,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "nan": (_nan, "NaN or Inf"),
     "lacks a vector": (_lacks_a_vector, "has the shape None"),
     "another base": (_change_config(base_fingerprint="0" * 64), "another base model"),
+    "other projections": (_change_config(projection_sha256="0" * 64), "made by another generator"),
     "another rank": (_change_config(rank=9), "rank is 9"),
     "not ours": (_change_config(peft_type="IA3"), "peft_type is IA3"),
     "config is a list": (lambda directory: _write(directory / ADAPTER_CONFIG, "[]"), "holds a list"),

@@ -436,7 +436,33 @@ def test_a_finished_run_is_not_overwritten(make_recipe: Any, six_steps: tuple[Re
 def test_dry_run_writes_nothing(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
     assert train(make_recipe(), tmp_path / "run", dry_run=True) is None
     assert not (tmp_path / "run").exists()
-    assert "⟦" in capsys.readouterr().err  # rows, as `qvera preview` prints them
+    shown = capsys.readouterr().err
+    assert "⟦" in shown  # rows, as `qvera preview` prints them
+    assert "Fits: " in shown  # the plan
+
+
+def test_dry_run_finds_what_a_run_would_be_refused_for(
+    six_steps: tuple[Recipe, Path], make_recipe: Any, tmp_path: Path
+) -> None:
+    refused = {
+        "already holds a run": (make_recipe(), six_steps[1]),
+        "adapter.targets: no linear .* is named no_proj": (make_recipe(adapter={"targets": ["no_proj"]}), tmp_path),
+        "has rank 8, the recipe 4": (
+            make_recipe(adapter={"rank": 4, "init_from": str(six_steps[1] / "adapter")}),
+            tmp_path,
+        ),
+    }
+    for message, (recipe, run_dir) in refused.items():
+        with pytest.raises(InputError, match=message):
+            train(recipe, run_dir, dry_run=True)
+
+
+def test_a_fresh_run_writes_over_no_files_of_others(make_recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()  # empty: nothing is lost
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(InputError, match="holds report.html and no recipe.yaml"):
+        train(make_recipe(), tmp_path)
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: Any, tmp_path: Path) -> None:

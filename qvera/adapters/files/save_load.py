@@ -20,10 +20,10 @@ from torch import nn
 from qvera.adapters.config import LABELS_VERSION, QveraConfig
 from qvera.adapters.files import lora_file
 from qvera.adapters.files.adapter_file import read_adapter, require_base, require_tokens
+from qvera.adapters.files.start import read_start, require_same_model, require_same_recipe
 from qvera.adapters.layer import QveraLinear, SharedTensors
-from qvera.adapters.methods import Source, method_of
+from qvera.adapters.methods import method_of
 from qvera.adapters.peft_compat import accelerated_peft
-from qvera.adapters.projection import require_same_pairs
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
@@ -107,6 +107,16 @@ def new_config(
     )
 
 
+def check_start(section: AdapterSection) -> None:
+    """Check ``section.init_from``, where there is one, as far as that goes without a model; see `start_from`.
+
+    Raises:
+        InputError: there is no such adapter, or it has another method, rank or seed.
+    """
+    if section.init_from is not None:
+        require_same_recipe(read_start(section.init_from)[0], new_config(section), section.init_from)
+
+
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
     """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config.
 
@@ -114,33 +124,9 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
         InputError: it does not fit.
     """
     directory = Path(resolve_path(init_from))
-    theirs, vectors = read_adapter(directory)
-    if not isinstance(theirs, QveraConfig):
-        raise InputError(
-            f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
-            "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
-        )
-    fields = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude", "labels", "problem_type")}
-    if method_of(config).source is not Source.TRAINED:
-        fields |= {
-            "projection_seed": "seed",
-            "seed_chain": "seeds of phases",
-            "projection_shapes": "projections (by its targets and base) of shapes",
-            "projection_sha256": "projections' SHA-256",
-        }
-    has = {key: (getattr(theirs, field), getattr(config, field)) for field, key in fields.items()}
-    if theirs.method == config.method:
-        given = method_of(theirs).conditions(theirs)
-        has |= {key: (given[key], wanted) for key, wanted in method_of(config).conditions(config).items()}
-    for key, (given_value, wanted) in has.items():
-        if given_value != wanted:
-            raise InputError(f"adapter.init_from: {init_from} has {key} {given_value}, the recipe {wanted}.")
-    require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
-    try:
-        require_same_pairs(config.pair_numbers or {}, theirs.pair_numbers or {})
-    except InputError as error:
-        raise InputError(f"adapter.init_from: {init_from}: {error}") from None
-    require_tokens(theirs, init_from, config.added_tokens)
+    theirs, vectors = read_start(init_from)
+    require_same_recipe(theirs, config, init_from)
+    require_same_model(theirs, config, init_from)
     if config.added_tokens:
         rows = read_token_rows(directory)
         put_token_rows(peft_model.get_base_model(), config.added_tokens, rows, directory / ADDED_ROWS)

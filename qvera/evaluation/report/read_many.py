@@ -30,7 +30,7 @@ STATUS_TEXTS = {
 }
 """A status of run.json → how people read it. An adapter without one has not finished."""
 
-_TRAIN_KEYS = ("step", "loss", "learning_rate", "grad_norm")
+_TRAIN_KEYS = ("step", "loss", "learning_rate", "grad_norm", "input_tokens")
 _EVAL_KEYS = ("step", "loss", "perplexity", "rows")
 
 

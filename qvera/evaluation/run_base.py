@@ -1,0 +1,35 @@
+"""The base of a run, found from any directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qvera.config.schema import ModelSection, Recipe
+from qvera.utils.errors import InputError
+from qvera.utils.files import try_read_json
+from qvera.utils.paths import ADAPTER_CONFIG, resolve_path
+
+
+def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
+    """The recipe of a run, with a ``model.path`` that leads to its base.
+
+    A run keeps the path as its recipe had it, which may be relative to the directory that it was trained from. The
+    adapter's config has the whole path.
+
+    Args:
+        adapter: the directory of its adapter, or of one of them.
+
+    Raises:
+        InputError: the base was a local directory, and is not there any more.
+    """
+    section: ModelSection = recipe.model
+    known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
+    if Path(resolve_path(section.path)).is_dir() or not isinstance(known, str) or not os.path.isabs(known):
+        return recipe
+    if not Path(known).is_dir():
+        raise InputError(
+            f"{known}: is the base model that {adapter} was trained on, and is not there. Put it back, or write its "
+            "new place as model.path into the recipe.yaml of the run."
+        )
+    return recipe.replace(model=section.replace(path=known))
