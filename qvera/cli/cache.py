@@ -92,9 +92,11 @@ def verify(names: Names = None) -> None:
     Example:
         qvera cache verify
     """
-    chosen = [e for e in _entries() if e.finished and (not names or any(e.name.startswith(n) for n in names))]
-    if names and not chosen:
-        raise InputError(f"{', '.join(names)}: nothing of that name is in the cache; `qvera cache ls` lists what is.")
+    finished = [entry for entry in _entries() if entry.finished]
+    for name in names or ():
+        if not any(entry.name.startswith(name) for entry in finished):
+            raise InputError(f"{name}: nothing of that name is in the cache; `qvera cache ls` lists what is.")
+    chosen = [e for e in finished if not names or any(e.name.startswith(n) for n in names)]
     for entry in chosen:
         problem = entry.kind.problem_of(entry.directory)
         if problem is not None:

@@ -220,14 +220,15 @@ def _export_gguf_lora(
 
     require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--to gguf-lora")
     adapter = read_deltas(adapter_dir, empty_model(section), section)
-    factors = None
+    factors = errors = None
     if rank is not None:
         whole = ((name, delta.lora()) for name, delta in adapter.layers.items())
         factors, errors = lora.truncate_all(whole, adapter.rank, rank, torch.float32)
-        print(lora.truncation_text(errors, adapter.rank, rank))
     size = export_gguf_lora(
         adapter, adapter_dir, section, out, dtype, factors, chat_template=chat.template, system=chat.system
     )
+    if rank is not None and errors is not None:
+        print(lora.truncation_text(errors, adapter.rank, rank))
     print(f"{formatting.size(size)} in {out}: LoRA of rank {rank or adapter.rank} on {len(adapter.layers)} linears")
     print(f"Put the path of the base's GGUF file into {out / 'Modelfile'} for Ollama, or name both files to llama.cpp.")
 
@@ -289,10 +290,11 @@ def write_lora(
     if rank is not None:
         whole = factors.items() if factors else ((name, delta.lora()) for name, delta in adapter.layers.items())
         factors, errors = lora.truncate_all(whole, own_rank, rank, dtype)
-        print(lora.truncation_text(errors, own_rank, rank))
+        text = lora.truncation_text(errors, own_rank, rank)
     else:
-        print(f"{kind} of rank {own_rank}: {lora.rounding_text(dtype)}")
+        text = f"{kind} of rank {own_rank}: {lora.rounding_text(dtype)}"
     size = formatting.size(lora.export_lora(adapter, out, dtype, factors))
+    print(text)
     print(f"{size} in {out}: {kind} of rank {rank or own_rank} on {len(adapter.layers)} linears, for stock PEFT")
     return errors
 

@@ -98,7 +98,8 @@ def generate(
     names = list(dict.fromkeys(name for _, name in questions if name is not None))
     keys: dict[str, str] = {}
     if many:
-        require_all_named(run, names)  # before a big model is loaded
+        in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
+        require_all_named(run, names, in_rows)  # before a big model is loaded
     with progress(f"Loading {run}") as show:
         if len(names) > 1:
             several = open_adapters(run, names, lambda done: show(f"Loading {run}: {done} of {len(names)} adapters"))
@@ -151,8 +152,8 @@ def _ask_server(
 
     def answer(question: tuple[Conversation, str | None]) -> str:
         row, name = question
-        if row.tools:
-            raise InputError(f"{row.source}: names tools, which a server does not take.")
+        if row.tools or any("tool_calls" in turn.extra or turn.role == "tool" for turn in row.turns):
+            raise InputError(f"{row.source}: has tools or calls of tools, which a server does not take.")
         messages = [{"role": turn.role, "content": turn.content} for turn in row.turns]
         return client.chat(models[name], messages, **settings)
 

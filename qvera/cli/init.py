@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,14 +73,15 @@ def init(
     replace_text(out, text)
     classes = f", {stats.targets_text}" if stats.labels is not None else ""
     longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
+    named = shlex.quote(str(out))
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}{longest}{classes}")
     if stats.unused_columns:
         unused = ", ".join(stats.unused_columns)
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
         if {"label", "labels"} & set(stats.unused_columns):
             print("                  To train a classifier of these labels: --task sequence-classification")
-    print(f"look at the rows  qvera preview {out}\nfind a rate       qvera train {out} --find-lr")
-    print(f"train             qvera train {out}")
+    print(f"look at the rows  qvera preview {named}\nfind a rate       qvera train {named} --find-lr")
+    print(f"train             qvera train {named}")
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

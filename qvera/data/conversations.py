@@ -1,6 +1,7 @@
 """Raw rows → conversations, each row checked; prompts too."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,8 @@ def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str
                 f"{len(label_names)}), got {describe(value)}. Fix the row, or data.label_names."
             )
         return label_names[int(digits)]
+    if is_number and not math.isfinite(value):  # type: ignore[arg-type]
+        raise InputError(f"{row.source}: {column} must be text or a number, got {value}. Fix the row, or leave it out.")
     return str(value) if is_number else row_text(row, format, name)
 
 

@@ -7,7 +7,7 @@ Imports neither torch nor PEFT.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,12 +76,13 @@ def require_named(path: Path, name: str | None) -> Path:
     raise InputError(f"{path}: has {len(known):,} adapters; name one with --adapter NAME. {_list(path, known)}")
 
 
-def require_all_named(path: Path, names: Iterable[str]) -> dict[str, Path]:
+def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, str] | None = None) -> dict[str, Path]:
     """Name → directory of some adapters of a run or of a directory of adapters. Nothing in any of them is read.
 
     Args:
         path: what `adapters_root` knows.
         names: as the data has them.
+        sources: name → where it stands, for messages; those that are not in it are of ``--adapter``.
 
     Raises:
         InputError: there is none of one of these names.
@@ -91,9 +92,10 @@ def require_all_named(path: Path, names: Iterable[str]) -> dict[str, Path]:
         if name not in known:
             why = _why_not_saved(path, name)
             end = did_you_mean(name, known) if why is None else f": {why}."
-            raise InputError(
-                f"--adapter {shown_name(name)}: {path} has no adapter of this name{end} {_list(path, known)}"
-            )
+            said = f"--adapter {shown_name(name)}: {path} has no adapter of this name"
+            if sources and name in sources:
+                said = f"{sources[name]}: {path} has no adapter {shown_name(name)}"
+            raise InputError(f"{said}{end} {_list(path, known)}")
         found[name] = known[name]
     return found
 

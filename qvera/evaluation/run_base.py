@@ -24,8 +24,11 @@ def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
         InputError: the base was a local directory, and is not there any more.
     """
     section: ModelSection = recipe.model
+    path = Path(resolve_path(section.path))
     known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
-    if Path(resolve_path(section.path)).is_dir() or not isinstance(known, str) or not os.path.isabs(known):
+    if path.is_dir() or not isinstance(known, str) or not os.path.isabs(known):
+        return recipe
+    if Path(known).parts[-len(path.parts) :] != path.parts:  # an id of the hub, which somebody has put there since
         return recipe
     if not Path(known).is_dir():
         raise InputError(

@@ -54,8 +54,8 @@ def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
         return f"{line}. Little is lost."
     lost = "Most" if typical > 0.5 else "Part"
     return (
-        f"{line}. {lost} of what was trained is lost: VeRA spreads its change over all {own} directions. Leave out "
-        "--rank for the whole LoRA, or use --to merged."
+        f"{line}. {lost} of what was trained is lost: the change is spread over all {own} directions. Leave out --rank "
+        "for the whole LoRA, or use --to merged."
     )
 
 
@@ -171,23 +171,22 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     Raises:
         InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
     """
-    if adapter.groups > 1 or adapter.input_scale or adapter.magnitude:
-        has = [f"{adapter.groups} vectors b for each linear"] if adapter.groups > 1 else []
-        has += ["a vector a for each linear"] if adapter.input_scale else []
-        has += ["a magnitude for each linear"] if adapter.magnitude else []
+    ways = "--to lora (exact) or --to merged" if adapter.is_low_rank else "--to merged"
+    phases = len(getattr(adapter.config, "seed_chain", None) or ())
+    has = [f"vectors of {phases} phases (training.resample_every)"] if phases else []
+    has += [f"{adapter.groups} vectors b for each linear (adapter.b_groups)"] if adapter.groups > max(phases, 1) else []
+    has += ["a vector a for each linear (adapter.input_scale)"] if adapter.input_scale else []
+    has += ["a magnitude for each linear (adapter.magnitude)"] if adapter.magnitude else []
+    if has:
         raise InputError(
-            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale, adapter.magnitude), and "
-            "PEFT's VeRA has one b and one d. Export it with --to lora (exact) or --to merged."
+            f"this adapter has {' and '.join(has)}, and PEFT's VeRA has one b and one d. Export it with {ways}."
         )
     if (
         adapter.pair is None
         or adapter.method != "vera"
         or any(delta.factors.vectors is None for delta in adapter.layers.values())
     ):
-        raise InputError(
-            f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with --to lora or --to "
-            "merged."
-        )
+        raise InputError(f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with {ways}.")
     specs, values = [], []
     for name, delta in adapter.layers.items():
         assert delta.factors.vectors is not None

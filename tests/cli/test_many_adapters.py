@@ -147,6 +147,7 @@ def test_a_directory_of_adapters_needs_no_run(run: Path, prompts: Path, tmp_path
         ("generate RUN", "or --prompt TEXT; give one of them."),
         ("generate RUN PROMPTS --prompt x", "or --prompt TEXT; give one of them."),
         ("generate RUN ROWS", "rows.jsonl:2: names no adapter. Expected one in its column 'customer' or 'adapter'"),
+        ("generate RUN STRANGER", "rows.csv:3: RUN has no adapter bem. There are: "),
         ("merge-adapters RUN RUN OUT --adapter dan", "--adapter: takes the adapters of one run"),
         ("compare RUN RUN2", "RUN: trained many adapters; name those to compare with --adapter NAME."),
         ("compare RUN --adapter dan", "compare takes two runs or more, got 1."),
@@ -160,7 +161,8 @@ def test_wrong_lines_are_answered_before_anything_is_loaded(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"customer": "dan", "prompt": "x"}\n{"prompt": "x"}\n')
     places = {"RUN2": shutil.copytree(run, tmp_path / "two"), "RUN": run, "PROMPTS": prompts}
-    places |= {"OUT": tmp_path / "out", "ROWS": tmp_path / "rows.jsonl"}
+    (tmp_path / "rows.csv").write_text("customer,prompt\ndan,x\nbem,x\nbem,y\n")
+    places |= {"OUT": tmp_path / "out", "ROWS": tmp_path / "rows.jsonl", "STRANGER": tmp_path / "rows.csv"}
     for word, path in places.items():
         line, said = line.replace(word, str(path)), said.replace(word, str(path))
     monkeypatch.setattr("qvera.models.loader.load_base", lambda *_: pytest.fail("a model was loaded"))

@@ -341,6 +341,7 @@ def test_ls_verify_and_rm(section: DataSection, capsys: pytest.CaptureFixture[st
     assert row["rows"]["train"] > 90
     assert row["size_bytes"] > 50_000
     assert main(["cache", "verify", name[:10]]) == 0
+    assert main(["cache", "verify", name[:10], "other"]) == 2
     assert "as written" in capsys.readouterr().out
     assert main(["cache", "rm", name[:10]]) == 0
     assert entries() == []

@@ -128,6 +128,7 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"text": "x", "q": "y"}, {"format": "text", "columns": {"prompt": "q"}}, "format text does not read 'prompt'"),
         ({"text": 5}, {}, r"f\.jsonl:7: text must be text, got a number .5"),
         ({"text": None}, {}, "text must be text, got null"),
+        ({"prompt": "p", "completion": float("nan")}, {}, "7: completion must be text or a number, got nan"),
         ({"instruction": "i", "output": ["o"]}, {}, "output must be text, got a list"),
         ({"q": 1, "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, "7: q must be text, got a number"),
         ({"messages": "hi"}, {}, "messages must be a list of turns .*got a string .'hi'"),

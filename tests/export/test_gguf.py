@@ -386,7 +386,7 @@ def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
     for changes, words in (
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
-        ({"architectures": ["ArceeForCausalLM"]}, "ArceeForCausalLM; here LlamaForCausalLM,"),
+        ({"architectures": ["ArceeForCausalLM"]}, "What is written: LlamaForCausalLM,"),
     ):
         config.write_text(json.dumps({**tree, **changes}))
         message = refusal(section, adapter)

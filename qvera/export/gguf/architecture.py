@@ -39,7 +39,7 @@ class GgufArchitecture:
         written = (config.architectures or ["?"])[0]
         self.config = config = config.get_text_config()
         if written not in FAMILIES:
-            raise _refused(f"{written}; here {', '.join(FAMILIES)} are written")
+            raise _refused(written, f" What is written: {', '.join(FAMILIES)}.")
         self.family = FAMILIES[written]
         self.name = self.family.name
         rope = config.rope_parameters or {}
@@ -140,8 +140,8 @@ class GgufArchitecture:
         self.family.add_settings(config, writer)
 
 
-def _refused(what: str) -> InputError:
+def _refused(what: str, known: str = "") -> InputError:
     return InputError(
         f"--to gguf: {what} has not been compared with llama.cpp, so it is not written. Convert the merged export "
-        "(--to merged) with llama.cpp's convert_hf_to_gguf.py."
+        f"(--to merged) with llama.cpp's convert_hf_to_gguf.py.{known}"
     )
