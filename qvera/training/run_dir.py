@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
+from qvera.data import data_sha256
 from qvera.evaluation.report.write import write_report
 from qvera.training import checkpoint
 from qvera.training.logging import read_records
@@ -26,6 +27,9 @@ from qvera.utils.paths import ADAPTERS, RUN_OWNER
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from qvera.data import Datasets
+    from qvera.models.loader import Base
 
 _LOCK = ".qvera_run.lock"
 
@@ -163,12 +167,17 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
     return found
 
 
+def inputs_of(datasets: Datasets, base: Base) -> dict[str, Any]:
+    """What the later steps of a training depend on besides its recipe: the rows, and the base's weights."""
+    return {"rows": data_sha256(datasets), "base": base.facts.get("fingerprint")}
+
+
 def require_same_inputs(path: Path, saved: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
     """Refuse to go on from a checkpoint of other rows or another base.
 
     Args:
         path: of the checkpoint.
-        saved: the `TrainingSession.inputs` that it was saved with; None: of an earlier version, which kept none.
+        saved: the `inputs_of` that it was saved with; None: of an earlier version, which kept none.
         inputs: those of now.
 
     Raises:

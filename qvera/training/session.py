@@ -26,7 +26,6 @@ from qvera.data import (
     Example,
     batches_of,
     build_datasets,
-    data_sha256,
     data_warnings,
     lengths_of,
     print_preflight,
@@ -53,6 +52,7 @@ from qvera.training.plan.sharding import spread_of
 from qvera.training.planning import plan_run, resumed_mode
 from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
 from qvera.training.resample import phase_count
+from qvera.training.run_dir import inputs_of
 from qvera.training.sampling import token_sampler
 from qvera.training.step import StepAttempt
 from qvera.training.step_hooks import build_hooks
@@ -100,8 +100,8 @@ class TrainingSession:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What later steps depend on besides the recipe: the rows, and the base's weights."""
-        return {"rows": data_sha256(self.datasets), "base": self.base.facts.get("fingerprint")}
+        """`inputs_of` this training."""
+        return inputs_of(self.datasets, self.base)
 
     def warn(self, text: str) -> None:
         """Print a sentence in yellow."""

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qvera.data import data_sha256
 from qvera.training.checkpoint import TrainState
-from qvera.training.run_dir import changed_keys
+from qvera.training.run_dir import changed_keys, inputs_of
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import plain_json
@@ -45,7 +44,8 @@ def save_run(file: Path, run: LiveRun, bank: TrainingBank, adamw: BankAdamW, bas
     if run.best is not None:
         tensors["best"] = run.best
     state = {
-        **_identity(run, base),
+        "job": run.id,
+        **inputs_of(run.datasets, base),
         "recipe": run.recipe.to_dict(),
         "optimizer_steps": adamw.steps[slot],
         "state": dataclasses.asdict(run.state),
@@ -101,7 +101,7 @@ class SavedRun:
             ) from None
         if changed := changed_keys(found.state["recipe"], run.recipe):
             raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.id}.")
-        for key, value in _identity(run, base).items():
+        for key, value in {"job": run.id, **inputs_of(run.datasets, base)}.items():
             if found.state.get(key) != value:
                 raise InputError(f"{file}: has another {key} than {run.id}. Give the file of this job, or begin anew.")
         return found
@@ -115,11 +115,6 @@ class SavedRun:
         adamw.steps[slot] = self.state["optimizer_steps"]
         run.best, run.state = self.tensors.get("best"), TrainState(**self.state["state"])
         run.after, run.reason = self.state["after"], self.state["reason"]
-
-
-def _identity(run: LiveRun, base: Base) -> dict[str, Any]:
-    """What a saved job has in common with the one that goes on from it, besides the recipe."""
-    return {"job": run.id, "rows": data_sha256(run.datasets), "base": base.facts.get("fingerprint")}
 
 
 def _sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
