@@ -22,6 +22,7 @@ from qvera.adapters.files.save_load import load_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import Place, method_of
 from qvera.adapters.products import functional
+from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
 from qvera.adapters.projection import SharedProjection, require_projection, vera_scale
 from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
@@ -123,6 +124,31 @@ def base_output(layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: ob
     if layer.holds_inference_weight and not layer._inference_adapters and not torch.is_grad_enabled():
         return layer.inference_product(x)
     return layer.base_layer(x, *args, **kwargs)
+
+
+def add_own_paths(
+    layer: QveraLinear,
+    x: torch.Tensor,
+    result: torch.Tensor,
+    own: Mapping[str, torch.Tensor],
+    pair: SharedProjection,
+    tokens: TokenRows | None,
+) -> torch.Tensor:
+    """result + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for the adapter i of each token (`row_vectors`).
+
+    Args:
+        layer: on which; it says s and the compute dtype.
+        x: its input [..., n].
+        result: its output [..., m] without adapters.
+        own: ``qvera_d`` [R, r], ``qvera_b`` [R, m] or [R, G, m] and, where the adapters have one, ``qvera_a`` [R, n].
+        pair: A and B of all of them.
+        tokens: the adapter of each token; None: there is one.
+    """
+    dtype, rank = linear.compute_dtype(layer.base_layer, x), own["qvera_d"].shape[-1]
+    inner = scale_rows(x.to(dtype), own["qvera_a"], tokens) if "qvera_a" in own else x
+    z = pair.project(inner, rank, dtype)  # shared by q, k and v, which read the same x, where there is no a
+    scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
+    return expand_rows(result, z, own["qvera_d"], own["qvera_b"], B, scale, tokens)
 
 
 def plan_rows(names: Sequence[str], banks: Sequence[SeedBank], device: torch.device) -> RowPlan:

@@ -18,11 +18,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.multi_adapter import base_output
-from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
-from qvera.adapters.projection import vera_scale
+from qvera.adapters.multi_adapter import add_own_paths, base_output
+from qvera.adapters.products.row_vectors import TokenRows
 from qvera.adapters.vector_layout import VectorLayout
-from qvera.models import linear
 from qvera.utils import accelerator
 
 if TYPE_CHECKING:
@@ -180,9 +178,4 @@ class TrainingBank:
         if layer.disable_adapters:
             return result
         own = {kind: _TakeRows.apply(view, view.grad, slots) for kind, view in self._of_layer[layer.place.name].items()}
-        dtype, pair = linear.compute_dtype(layer.base_layer, x), layer.qvera_projection[self.adapter]
-        rank = own["qvera_d"].shape[-1]
-        inner = scale_rows(x.to(dtype), own["qvera_a"], tokens) if "qvera_a" in own else x
-        z = pair.project(inner, rank, dtype)  # shared by q, k and v where there is no a
-        scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
-        return expand_rows(result, z, own["qvera_d"], own["qvera_b"], B, scale, tokens)
+        return add_own_paths(layer, x, result, own, layer.qvera_projection[self.adapter], tokens)

@@ -25,12 +25,11 @@ from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, method_of
-from qvera.adapters.multi_adapter import base_output, require_places_projection, require_shareable
-from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
-from qvera.adapters.projection import SharedProjection, vera_scale
+from qvera.adapters.multi_adapter import add_own_paths, base_output, require_places_projection, require_shareable
+from qvera.adapters.products.row_vectors import TokenRows
+from qvera.adapters.projection import SharedProjection
 from qvera.adapters.shared_model import add_adapter, give_to_answers
 from qvera.adapters.vector_layout import VectorLayout
-from qvera.models import linear
 from qvera.serve.content import read_content, read_file
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
 from qvera.serve.slots import SlotTable
@@ -307,18 +306,11 @@ class ServingBank:
     def _forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """base(x), and for each token the low-rank path of its own adapter; x [rows, tokens, n]."""
         result = base_output(layer, x, *args, **kwargs)
-        dtype = linear.compute_dtype(layer.base_layer, x)
         for bank, slot, tokens in self._parts:
             own = bank.of_linear.get(layer.place.name)
             if own is None:
                 continue
             if slot is not None:
                 own = {tensor: view[slot : slot + 1] for tensor, view in own.items()}
-            # z is shared by q, k and v, which read the same x, where there is no a
-            inner = scale_rows(x.to(dtype), own["qvera_a"], tokens) if "qvera_a" in own else x
-            rank = bank.kind.rank
-            z = bank.pair.project(inner, rank, dtype)
-            scale = vera_scale(rank, layer.in_features)
-            B = bank.pair.B[: layer.out_features, :rank]
-            result = expand_rows(result, z, own["qvera_d"], own["qvera_b"], B, scale, tokens)
+            result = add_own_paths(layer, x, result, own, bank.pair, tokens)
         return result
