@@ -17,6 +17,7 @@ from bench.metamathqa import rows, run
 from bench.metamathqa.answers import accuracy, is_right, parse_answer, parse_number
 from bench.metamathqa.published import PUBLISHED
 from qvera.adapters.methods import Place, check_recipe, method_of, names
+from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection
 from qvera.training.trainer import Trainer
 from tests.conftest import small_tokenizer
@@ -190,6 +191,21 @@ def test_the_whole_command_on_a_tiny_model(
     monkeypatch.setattr("qvera.training.trainer.Trainer.train_step", None)
     (again,) = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")[4:]
     assert {**again, "date": ""} == {**final, "date": "", "cpu_seconds": None}
+
+
+def test_the_recipes_are_written_for_training_by_hand(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows_files = [str(file) for file in maths_rows(tmp_path)]
+    to = tmp_path / "recipes"
+    run.main(
+        ["--model", str(tiny_model_dir), "--quantization", "nf4", "none", "--local-rows", *rows_files, "--runs",
+         str(tmp_path / "runs"), "--steps", "10", "--sweep-steps", "2", "--write-recipes", str(to)]
+    )  # fmt: skip
+    written = {file.stem: load_recipe(file) for file in to.glob("*.yaml")}
+    assert len(written) == 2 * len(run.known_methods())
+    for recipe in written.values():
+        check_recipe(recipe)
+        assert recipe.training.max_steps == 10 and Path(str(recipe.data.path)).is_file()
+    assert written["vera_r=256-nf4"].adapter.rank == 256 and written["vera_r=256-none"].model.quantization == "none"
 
 
 def test_another_model_of_the_same_name_is_trained_itself(

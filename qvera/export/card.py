@@ -188,9 +188,18 @@ def _front_matter(subject: CardSubject) -> dict[str, Any]:
     return tree
 
 
+def _title(facts: dict[str, Any]) -> str:
+    """How people write the method of an adapter's facts."""
+    name = str(facts["method"])
+    if name not in names():
+        return name
+    options = {key: facts[key] for key in ("magnitude", "experts") if key in facts}
+    return method_of(AdapterSection.model_construct(method=name, **options)).title or name
+
+
 def _summary(subject: CardSubject) -> str:
     facts = subject.adapter
-    method = {"vera": "VeRA", "lora": "LoRA"}.get(facts["method"], facts["method"])
+    method = _title(facts)
     article = "An" if method[0].lower() in "aeiou" else "A"
     rank = f" of rank {facts['rank']}" if facts.get("rank") else ""
     trained = facts.get("trained_parameters")

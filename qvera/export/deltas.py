@@ -124,6 +124,11 @@ class AdapterDeltas:
         return getattr(self.config, "method", "vera")
 
     @property
+    def is_stock_vera(self) -> bool:
+        """Whether its vectors are those of PEFT's own VeRA."""
+        return not isinstance(self.config, QveraConfig) or method_of(self.config).is_stock_vera
+
+    @property
     def is_low_rank(self) -> bool:
         """Whether ΔW has factors of low rank (`Delta.lora`)."""
         return not isinstance(self.config, QveraConfig) or method_of(self.config).is_low_rank

@@ -181,11 +181,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
         raise InputError(
             f"this adapter has {' and '.join(has)}, and PEFT's VeRA has one b and one d. Export it with {ways}."
         )
-    if (
-        adapter.pair is None
-        or adapter.method != "vera"
-        or any(delta.factors.vectors is None for delta in adapter.layers.values())
-    ):
+    if adapter.pair is None or not adapter.is_stock_vera:
         raise InputError(f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with {ways}.")
     specs, values = [], []
     for name, delta in adapter.layers.items():

@@ -33,8 +33,8 @@ def phase_count(recipe: Recipe, rows: int) -> int:
         return 1
     if not method_of(recipe.adapter).can_resample:
         raise InputError(
-            f"training.resample_every: draws new projections of a seed, which adapter.method {recipe.adapter.method} "
-            "does not have, or not together with adapter.magnitude. Remove one of the two."
+            "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and adapter.method "
+            f"is {recipe.adapter.method}. Remove one of the two."
         )
     phases = max(1, -(-planned_steps(recipe, rows) // every))
     if phases * recipe.adapter.rank > MOST_RANK:

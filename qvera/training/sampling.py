@@ -24,8 +24,7 @@ def token_sampler(recipe: Recipe) -> TokenSampler | None:
     if not method.keeps_input:
         raise InputError(
             f"training.sample_tokens: there is nothing to save with adapter.method {method.name}. A is frozen, so "
-            f"backward keeps no input of a layer, only z = A x, {recipe.adapter.rank} numbers a token, once for all "
-            "layers that read the same input. Remove it."
+            f"backward keeps no input of a layer, only z = A x, {recipe.adapter.rank} numbers a token. Remove it."
         )
     if not method.samples_tokens:
         raise InputError(

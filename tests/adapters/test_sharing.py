@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from qvera.adapters.files.save_load import attach
 from qvera.adapters.products import functional
 from qvera.adapters.projection import SharedProjection
+from qvera.config.schema import AdapterSection
+from tests.conftest import small_llama
 
 
 @pytest.fixture
@@ -44,6 +47,13 @@ def test_the_same_tensor_is_projected_once_and_gradients_add_up(projection: Shar
     assert len(count) == 1
     (first.sum() + 2 * second.sum()).backward()
     torch.testing.assert_close(x.grad, 3 * projection.A[:4, :10].sum(0).expand(3, 10))
+
+
+def test_a_shared_core_has_one_z_for_the_linears_that_read_the_same_input(count: list[int]) -> None:
+    model = attach(small_llama(), AdapterSection(method="shared-core", rank=4))
+    model(input_ids=torch.tensor([[5, 9, 200]])).logits.sum().backward()
+    layers = model.config.num_hidden_layers
+    assert len(count) == 4 * layers  # q, k and v; o; gate and up; down
 
 
 def test_the_same_leaf_in_two_steps_gets_a_graph_for_each(projection: SharedProjection, count: list[int]) -> None:

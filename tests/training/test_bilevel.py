@@ -22,10 +22,10 @@ pytestmark = pytest.mark.process
 LEVELS = {"bilevel": True, "bilevel_share": 0.25, "bilevel_lower_steps": 2, "bilevel_retrain": 0.25}
 
 
-LOWER = {"vera": {"b"}, "bilora": {"A", "B"}}
+LOWER = {"vera": {"b"}, "sara": {"b"}, "bilora": {"A", "B"}}
 
 
-@pytest.fixture(scope="module", params=["vera", "bilora"])
+@pytest.fixture(scope="module", params=LOWER)
 def run(request: Any, make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """Eight steps: lower, lower, upper, lower, lower, upper, and two of the lower level on all rows."""
     training = {**LEVELS, "max_steps": 8, "save_steps": 1, "save_total_limit": 9, "weight_decay": 0.1}

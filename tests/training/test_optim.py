@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from qvera.config.schema import TrainingSection
+from qvera.adapters.methods import method_of
+from qvera.config.schema import AdapterSection, TrainingSection
 from qvera.training.optim import build_optimizer, build_schedule, current_rate
 
 
@@ -50,7 +51,9 @@ def test_rates_per_parameter_are_those_of_peft_s_lora_plus() -> None:
         groups = [json.loads(line) for line in stored["lora_qv_groups"]]
     expected = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["params"]}
     vectors = {one["name"]: torch.nn.Parameter(torch.zeros(one["shape"])) for one in trainable}
-    factors = {name: ratio for name in vectors if ".lora_B." in name}
+    adapter = AdapterSection(method="lora", rank=8, loraplus_lr_ratio=ratio)
+    kinds = {name: "qvera_B" if ".lora_B." in name else "qvera_A" for name in vectors}
+    factors = {name: method_of(adapter).rate_factor(kind, adapter) for name, kind in kinds.items()}
     section = TrainingSection(learning_rate=rate, weight_decay=decay)
     built = build_optimizer(section, vectors, factors)
     names = {id(vector): name for name, vector in vectors.items()}

@@ -183,6 +183,7 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
     head = sum(p.numel() for p in head_tensors(model).values() if p.requires_grad)
     return {
         "method": config.method,
+        "title": method_of(config).title or config.method,
         "rank": config.rank,
         "b_groups": config.b_groups,
         "input_scale": config.input_scale,

@@ -82,4 +82,9 @@ def check_recipe(recipe: Recipe) -> None:
                     f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
                     f"{value:g} is a usual value."
                 )
+    if recipe.data.has_adapters and not method.is_banked:
+        raise InputError(
+            "adapter.method: only vera without magnitude trains many adapters in one run, and this is "
+            f"{section.method}. Train one (remove data.adapter_column or data.adapter_files), or choose vera."
+        )
     method.check(recipe)

@@ -57,6 +57,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     """``adapter.method`` in a recipe, and ``method`` in adapter_config.json."""
+    title: ClassVar[str] = ""
+    """The name as people write it, where that is another one."""
     keys: ClassVar[frozenset[str]] = frozenset()
     """The keys of the adapter section that it reads beside those that every method has."""
     usual: ClassVar[Mapping[str, Any]] = {}
@@ -91,7 +93,9 @@ class Method(ABC):
     writes_lora: ClassVar[bool] = False
     """Whether its tensors are ``qvera_A`` and ``qvera_B`` of a LoRA: adapters are then files of PEFT's LoRA."""
     is_banked: ClassVar[bool] = False
-    """Whether `qvera.adapters.multi_adapter` can hold many of them as rows of stacked tensors."""
+    """Whether many of them can be trained, served and held together, as rows of stacked tensors."""
+    is_stock_vera: ClassVar[bool] = False
+    """Whether its d and b are those of PEFT's own VeRA, over a pair that all linears share."""
 
     def variant(self, adapter: AdapterSettings) -> Method:
         """The method for these settings: itself, or another one that an option turns it into."""

@@ -33,6 +33,7 @@ class Bilora(TrainedPair):
     """Q is ``qvera_A``, P is ``qvera_B`` and Λ is ``qvera_d``."""
 
     name = "bilora"
+    title = "BiLoRA"
     keys = frozenset({"alpha", "orthogonal_penalty"})
     usual = {"adapter.rank": 8, "adapter.alpha": 2048, "training.learning_rate": 2e-3}
     upper_kinds = frozenset({"qvera_d"})

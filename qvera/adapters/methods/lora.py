@@ -30,6 +30,7 @@ class Lora(TrainedPair):
     """A and B for each linear; ``init_lora_weights`` says where they start."""
 
     name = "lora"
+    title = "LoRA"
     keys = frozenset({"alpha", "use_rslora", "init_lora_weights", "loraplus_lr_ratio"})
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
     writes_lora = True

@@ -31,6 +31,7 @@ class LoraSb(Method):
     """
 
     name = "lora-sb"
+    title = "LoRA-SB"
     keys = frozenset({"gradient_rows"})
     usual = {"adapter.rank": 96, "training.learning_rate": 1e-4}
     source = Source.TRAINED

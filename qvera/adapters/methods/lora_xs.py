@@ -51,6 +51,7 @@ class LoraXs(Method):
     """R [rank, rank] for each linear, from 0. The authors start it at random numbers of size 1e-5."""
 
     name = "lora-xs"
+    title = "LoRA-XS"
     usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
     source = Source.OWN
 

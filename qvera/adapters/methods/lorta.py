@@ -41,6 +41,7 @@ class Lorta(TrainedPair):
     """Shared by all linears: A, B and C_h of each group, C_l as ``qvera_layers``, rows of C_m as ``qvera_module_…``."""
 
     name = "lorta"
+    title = "LoRTA"
     keys = frozenset({"alpha", "lorta_convention"})
     usual = {"adapter.rank": 64, "training.learning_rate": 1e-2}
 

@@ -38,8 +38,10 @@ class Sara(Method):
     """d [k] and b [out_features] for each linear, k its rank; VeRA's starts."""
 
     name = "sara"
+    title = "SARA"
     keys = frozenset({"singular_share", "frozen_pair", "experts", "d_initial", "train_d"})
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
+    upper_kinds = frozenset({"qvera_d"})  # as VeRA's
     has_vectors = True
 
     def variant(self, adapter: AdapterSettings) -> Method:
@@ -102,6 +104,7 @@ class _Svd(Sara):
 class _Mixture(Sara):
     """d [experts, k], b [out_features], and the router's w_in [k] and w_out [experts]."""
 
+    title = "Mo-SARA"
     has_vectors = False
     is_low_rank = False
     has_delta = False

@@ -38,6 +38,7 @@ class Spiel(Method):
     """Values [k] from 0, and their places, int32 [k]: sorted indices into the flattened weight."""
 
     name = "spiel"
+    title = "SpIEL"
     keys = frozenset({"growth", "reselect_every", "accumulate_steps", "drop_share"})
     usual = {"adapter.rank": 8, "training.learning_rate": 1e-3}
     source = Source.TRAINED

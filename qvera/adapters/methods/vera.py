@@ -34,12 +34,14 @@ class Vera(Method):
     """
 
     name = "vera"
+    title = "VeRA"
     keys = frozenset({"b_groups", "input_scale", "magnitude", "d_initial", "train_d"})
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
     upper_kinds = frozenset({"qvera_d"})  # where BiLoRA's P Λ Q has Λ
     can_resample = True
     has_vectors = True
     is_banked = True
+    is_stock_vera = True
 
     def variant(self, adapter: AdapterSettings) -> Method:
         if getattr(adapter, "seed_chain", None):
@@ -88,6 +90,7 @@ class VeraPhases(Vera):
     """
 
     is_banked = False
+    is_stock_vera = False
 
     def variant(self, adapter: AdapterSettings) -> VeraPhases:
         return self
@@ -121,9 +124,11 @@ _PHASES = VeraPhases()
 class _WithMagnitude(Vera):
     """m [out_features] beside d and b: the norms of the rows of W + ΔW, from those of W."""
 
+    title = "DVoRA"
     is_low_rank = False
     stands_alone = True
     is_banked = False
+    is_stock_vera = False
     can_resample = False
     keeps_output = True
 

@@ -190,11 +190,6 @@ class Recipe(Section):
     def many_adapters_contradictions(self, names: str) -> Iterator[tuple[str, str]]:
         """Yield keys with which no adapters can be trained together. ``names``: what asks for many of them."""
         adapter, training = self.adapter, self.training
-        if adapter.method != "vera":
-            yield (
-                "adapter.method",
-                f"only vera trains many adapters ({names}) in one run, and this is {adapter.method}.",
-            )
         if adapter.dropout:
             yield (
                 "adapter.dropout",

@@ -53,6 +53,7 @@ def run_context(run: Run) -> dict[str, Any]:
         "memory_chart": _memory_chart(run, measured_bytes),
         "measured_bytes": measured_bytes,
         "samples": _samples(run),
+        "method": run.text("adapter", "title") or run.text("adapter", "method") or "VeRA",  # older runs name none
         "targets": ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
         "lengths": length_histogram(edges, counts),
         "settings": changed_settings(run.recipe).items(),

@@ -24,6 +24,7 @@ from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.factor_record import FACTORS
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
+from qvera.training import first_gradient
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -255,6 +256,24 @@ def test_lora_sb_starts_from_the_sign_of_the_gradient(make_recipe: Any, tmp_path
         error = (sign.double() * 1e30 - B @ (R * 1e30) @ A).square().sum()
         step = 6 * 6  # the run's only step has moved each element of R by the rate
         assert error < best + 1.05 * step, name
+
+
+def test_lora_sb_takes_the_gradients_of_as_many_weights_as_memory_holds(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(adapter={"method": "lora-sb", "rank": 6, "gradient_rows": 4}, training={"max_steps": 1})
+    held: list[int] = []
+    collected = first_gradient.collected
+    monkeypatch.setattr(
+        first_gradient, "collected", lambda model, linears: held.append(len(linears)) or collected(model, linears)
+    )
+    train(recipe, tmp_path / "together")
+    count, held[:] = held[0], []
+    monkeypatch.setattr(first_gradient, "_SHARE_OF_FREE_MEMORY", 2**50)
+    train(recipe, tmp_path / "one by one")
+    assert held == [1] * count
+    (_, one), (_, other) = (_adapter_of(tmp_path / name) for name in ("together", "one by one"))
+    assert all(torch.equal(one[name][kind], other[name][kind]) for name in one for kind in one[name])
 
 
 def _adapter_of(directory: Path) -> tuple[QveraConfig, dict[str, dict[str, torch.Tensor]]]:

@@ -1,72 +1,65 @@
-"""The method that docs/methods/adding.md adds: ΔW = v uᵀ."""
+"""The method that the code of docs/methods/adding.md adds: ΔW = v uᵀ."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from qvera.adapters import QveraLinear, methods
-from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.methods import Method, Place, Source, check_recipe
-from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
-from qvera.models.loader import load_base
+from qvera.adapters.methods import check_recipe
+from qvera.cli.main import main
+from qvera.config.schema import parse_recipe
+from qvera.evaluation.load import open_run
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3]])
 
 
-class Bottleneck(Method):
-    """ΔW = v uᵀ: a LoRA of rank 1 whose u and v are trained."""
-
-    name = "bottleneck"
-    source = Source.TRAINED
-    keeps_input = True
-
-    def tensors(self, adapter: Any, place: Place) -> dict[str, tuple[int, ...]]:
-        return {"qvera_u": (1, place.in_features), "qvera_v": (place.out_features, 1)}
-
-    def start(self, name: str, shape: tuple[int, ...], adapter: Any, place: Place) -> torch.Tensor:
-        return torch.zeros(shape) if name == "qvera_v" else torch.full(shape, place.in_features**-0.5)
-
-    def factors(self, adapter: Any, place: Place, tensors: Mapping[str, torch.Tensor], pair: Any) -> Factors:
-        return Factors(tensors["qvera_u"], tensors["qvera_v"])
-
-    def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
-        factors = layer.parts(adapter_name)
-        return factors.expand(y, torch.nn.functional.linear(x, factors.A.to(x.dtype)), overwrite)
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of the page, which registers the method."""
     monkeypatch.setattr(methods, "_METHODS", {**methods._METHODS})
-    methods.register(Bottleneck())
+    page = (ROOT / "docs" / "methods" / "adding.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert "bottleneck" in methods.names()
 
 
-def test_a_registered_method_trains_saves_and_loads(tiny_model_dir: Path, tmp_path: Path) -> None:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(method="bottleneck", rank=1))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert {n for m in model.modules() if isinstance(m, QveraLinear) for n in m.vectors("default")} == {
-        "qvera_u",
-        "qvera_v",
-    }
-    save_adapter(model, tmp_path / "adapter")
-    loaded = load_adapter(load_base(section).model, tmp_path / "adapter")
+def test_a_registered_method_trains_saves_and_loads(make_recipe: Any, tmp_path: Path) -> None:
+    training = {"max_steps": 4, "learning_rate": 3e-2, "gradient_checkpointing": True}
+    result = train(make_recipe(adapter={"method": "bottleneck", "rank": 1}, training=training), tmp_path / "run")
+    assert result is not None
+    facts, outcome = result.run["adapter"], result.run["result"]
+    assert outcome["eval_after"]["loss"] < outcome["eval_before"]["loss"]
+    assert result.run["plan"]["trained_numbers"] == facts["trainable_parameters"]
+    assert "bottleneck of rank 1 on 14 linear layers" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    opened = open_run(tmp_path / "run")
+    kinds = {kind for m in opened.model.modules() if isinstance(m, QveraLinear) for kind in m.vectors("default")}
+    assert kinds == {"qvera_u", "qvera_v"}
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "lora"), "--to", "lora", "--dtype", "float32"]) == 0
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+        trained = opened.model(input_ids=IDS).logits
+        stock = PeftModel.from_pretrained(opened.model.unload(), tmp_path / "lora").eval()
+        torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_no_code_outside_of_the_methods_asks_for_one_by_its_name() -> None:
+    names = "|".join(methods.names())
+    named = re.compile(rf"\bmethod\b\W{{1,3}}(==|!=|in|not in)\W{{1,3}}({names})\b")
+    files = [f for kind in ("py", "html") for f in (ROOT / "qvera").rglob(f"*.{kind}")]
+    outside = [file for file in files if file.parent.name != "methods"]
+    assert len(outside) > 300
+    assert [str(file) for file in outside if named.search(file.read_text(encoding="utf-8"))] == []
+    assert named.search('if adapter.method == "vera":') and named.search("{% if method in ('vera', 'b') %}")
 
 
 @pytest.mark.parametrize(

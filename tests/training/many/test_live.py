@@ -296,7 +296,10 @@ def test_an_error_in_a_part_spoils_nothing(
 def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recipe: Any, own: dict[str, Any]) -> None:
     base = load_base(make_recipe().model)
     for sections, message in (
-        ({"adapter": {"method": "lora", "rank": 4}}, "adapter.method: only vera"),
+        (
+            {"adapter": {"method": "lora", "rank": 4}},
+            "adapter.method: lora with these options can't be trained beside answers",
+        ),
         ({"adapter": {"magnitude": True}}, "adapter.magnitude"),
         ({"training": {"optim": "adamw_8bit"}}, "training.optim"),
     ):
