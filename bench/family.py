@@ -66,6 +66,14 @@ COLUMNS = {
 }
 """Task → its score in a line, its title, and the digits that are shown."""
 
+E2E_SCORES = {
+    "bleu-lowercase": ("BLEU", 1),
+    "rougeL": ("ROUGE-L", 100),
+    "chrf": ("chrF", 1),
+    "ter": ("TER (less is better)", 1),
+}
+"""Score of a line on E2E → its title, and what it is multiplied with."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -271,6 +279,18 @@ def table() -> str:
     return markdown(
         ["method", "trained", "file, kB", *labels, "E2E, held-out loss", "E2E run, CPU s", "memory, GB"], rows
     )
+
+
+def e2e_table() -> str:
+    """Every score of the texts of E2E as Markdown: mean over the seeds, lowest and highest."""
+    rows = []
+    for method, line in sorted(finals().items(), key=lambda item: int(item[1]["trained"])):
+        cells = [method, f"{line['trained']:,}"]
+        for score, (_, factor) in E2E_SCORES.items():
+            found = final_scores("e2e", score).get(method, [])
+            cells.append(common.mean_and_range([factor * value for value in found], 1))
+        rows.append(cells)
+    return markdown(["method", "trained", *(title for title, _ in E2E_SCORES.values())], rows)
 
 
 def main() -> None:

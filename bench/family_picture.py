@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 
 from bench.common import with_table
-from bench.family import COLUMNS, final_scores, finals, table
+from bench.family import COLUMNS, e2e_table, final_scores, finals, table
 from qvera.evaluation.report.charts import nice_ticks
 
 _LEFT, _TOP, _ROW, _WIDTH, _GAP = 250, 58, 26, 190, 34
@@ -104,7 +104,8 @@ def main() -> None:
     directory: Path = parser.parse_args().directory
     (directory / "table.svg").write_text(picture(), encoding="utf-8")
     written = directory / "table.md"
-    written.write_text(with_table(written.read_text(encoding="utf-8"), "table", table()), encoding="utf-8")
+    text = with_table(written.read_text(encoding="utf-8"), "table", table())
+    written.write_text(with_table(text, "e2e", e2e_table()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def test_each_method_of_the_table_is_a_whole_recipe(
 def test_the_page_of_methods_shows_the_committed_trials() -> None:
     page = ROOT / "docs" / "methods" / "table.md"
     text = page.read_text(encoding="utf-8")
-    assert text == with_table(text, "table", family.table())
+    assert text == with_table(with_table(text, "table", family.table()), "e2e", family.e2e_table())
     assert (page.parent / "table.svg").read_text(encoding="utf-8") == family_picture.picture()
 
 
