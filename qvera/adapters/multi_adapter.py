@@ -247,7 +247,7 @@ def require_places_projection(config: QveraConfig, places: Sequence[Place], dire
     Raises:
         InputError: they differ.
     """
-    if not places:
+    if not places or config.projection_sha256 is None:
         return
     try:
         require_projection(config, max(p.in_features for p in places), max(p.out_features for p in places))

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 class LossyStream:
     """A text stream whose failed writes are dropped: its reader is gone (`2>&1 | head`), or its disk is full.
 
-    After the first failed write all later ones go to the null device, those of subprocesses too.
+    After the first failed write all later ones go to the null device, and those of processes started from then on too.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -37,19 +37,36 @@ class LossyStream:
     def _dropping(self) -> Iterator[None]:
         try:
             yield
+        except BlockingIOError:  # a reader that is slow for a moment, on a pipe that does not wait
+            pass
         except OSError:
             drop(self._stream)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_stream":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
 
 def drop(stream: TextIO) -> None:
     """Send what a stream still holds, and all that is written to it from now on, to the null device."""
     with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        try:
+            os.dup2(null, number)
+        finally:
+            os.close(null)
+
+
+@contextlib.contextmanager
+def for_who_still_reads() -> Iterator[None]:
+    """A context whose output is dropped where nobody reads standard output any more: what it tells of is done."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvera.cli.common import FindLr, LrFrom, LrSteps, LrTo, Overrides, RecipePath, Resume, console, quiet_libraries
+from qvera.cli.streams import for_who_still_reads
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
@@ -22,7 +23,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the data, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show rows and plan, then stop.")] = False,
     find_lr: FindLr = False,
     lr_from: LrFrom = None,
     lr_to: LrTo = None,
@@ -52,7 +53,8 @@ def train(
         return
     result = train_run(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
     if result is not None:
-        print_result(result.run_dir, result.run)
+        with for_who_still_reads():
+            print_result(result.run_dir, result.run)
 
 
 def range_test(

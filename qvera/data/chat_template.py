@@ -94,7 +94,7 @@ class ChatTemplate:
     special: re.Pattern[str] = field(init=False, repr=False)
     _added: re.Pattern[str] = field(init=False, repr=False)
     _layouts: Layouts = field(default_factory=dict, repr=False)
-    _written: set[str] = field(default_factory=set, repr=False)
+    _written: set[tuple[str, bool]] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         added = list(self.tokenizer.added_tokens_decoder.values())
@@ -153,12 +153,13 @@ class ChatTemplate:
             InputError: the template refuses the turns, or leaves a part of them out.
         """
         conversation = Conversation([*turns, Turn("assistant", "x")], "The conversation", tools)
-        self._require_written(conversation, self.messages(turns))
         try:
             text, (*earlier, last) = self.lay_out(conversation, [len(turns)])
         except InputError:  # a template may take the question and refuse or rewrite such an answer
+            messages = self.messages(turns)
+            self._require_written(conversation.source, messages, tools, prompt=True)
             try:
-                return self.render(self.messages(turns), tools, prompt=True), []
+                return self.render(messages, tools, prompt=True), []
             except TemplateError as error:
                 raise InputError(f"The chat template ({self.name}) refuses the messages: {error}.") from None
         return text[: last.start], [answer.start for answer in earlier]
@@ -175,7 +176,7 @@ class ChatTemplate:
         """
         turns = conversation.turns
         messages = self.messages(turns)
-        self._require_written(conversation, messages)
+        self._require_written(conversation.source, messages, conversation.tools)
         try:
             text = self.render(messages, conversation.tools)
             answers = answer_spans(self, self._layouts, text, messages, conversation)
@@ -193,37 +194,49 @@ class ChatTemplate:
             )
         return text, answers
 
-    def _require_written(self, conversation: Conversation, messages: list[Message]) -> None:
+    def _require_written(self, source: str, messages: list[Message], tools: Tools, prompt: bool = False) -> None:
         """Refuse (InputError) a row with a part that this template passes over, as many do with tools.
 
         Such a row would be trained as if that part were not in it. Each kind of part is looked at until a row has
-        shown that the template writes it.
+        shown that the template writes it; a template may write it in a prompt alone.
         """
-        tools = conversation.tools
-        without: dict[str, tuple[list[Message], Tools]] = {}
+        without: dict[str, list[tuple[list[Message], Tools]]] = {}
         if tools:
-            without["tools"] = (messages, None)
+            without["tools"] = [(messages, None)]
         if any("tool_calls" in message for message in messages):
-            without["tool_calls"] = ([{k: m[k] for k in m if k != "tool_calls"} for m in messages], tools)
-        for role in {message["role"] for message in messages} & {"system", "tool"}:
-            longer = [{**m, "content": m["content"] + "x"} if m["role"] == role else m for m in messages]
-            without[f"turns of the role {role}"] = (longer, tools)
-        unseen = {part: changed for part, changed in without.items() if part not in self._written}
+            without["tool_calls"] = [([{k: m[k] for k in m if k != "tool_calls"} for m in messages], tools)]
+        for role in sorted({message["role"] for message in messages} & {"system", "tool"}):
+            places = [i for i, m in enumerate(messages) if m["role"] == role and m["content"].strip()]
+            longer = [
+                [{**m, "content": m["content"] + "x"} if i == at else m for i, m in enumerate(messages)]
+                for at in places
+            ]
+            without[f"turns of the role {role}"] = [(changed, tools) for changed in longer]
+        unseen = {part: changes for part, changes in without.items() if changes and (part, prompt) not in self._written}
         if not unseen:
             return
         try:
-            whole = self.render(messages, tools)
+            whole = self.render(messages, tools, prompt)
         except TemplateError:  # the caller, who renders it too, says so
             return
-        for part, changed in unseen.items():
-            with contextlib.suppress(TemplateError):  # what it refuses it has read
-                if self.render(*changed) == whole:
-                    raise InputError(
-                        f"{conversation.source}: the chat template ({self.name}) does not write {part}, so the model "
-                        "would not see them. Take them out of the rows, or train a base whose own chat template writes "
-                        f"them (data.template: {OWN})."
-                    )
-            self._written.add(part)
+        for part, changes in unseen.items():
+            for changed in changes:
+                with contextlib.suppress(TemplateError):  # what it refuses it has read
+                    if self.render(*changed, prompt) == whole:
+                        raise InputError(f"{source}: {self._unwritten_text(part)}")
+            self._written.add((part, prompt))
+
+    def _unwritten_text(self, part: str) -> str:
+        text = f"the chat template ({self.name}) does not write {part}, so the model would not see them. "
+        others = ", ".join(name for name in NAMED_TEMPLATES if name != self.name)
+        if not part.startswith("tool"):  # all named templates write every role
+            return f"{text}Name another data.template ({others}), or leave them out of the rows and of data.system."
+        own = self.tokenizer.chat_template
+        if self.name == OWN and isinstance(own, dict) and "tool_use" in own:
+            return f"{text}Make the tokenizer's template tool_use its only one, or take them out of the rows."
+        way = "a base whose own chat template writes them"
+        way = way if self.name == OWN else f"{way}, with data.template: {OWN}"
+        return f"{text}Take them out of the rows, or train {way}."
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:

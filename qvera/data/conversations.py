@@ -209,8 +209,8 @@ def _turn(item: object, where: str) -> Turn:
     if role is None:
         hint = did_you_mean(item[role_key], _ROLES)
         raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
-    extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k) is not None}
-    calls_tools = role == "assistant" and "tool_calls" in extra
+    extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k)}  # Arrow fills up with []
+    calls_tools = role == "assistant" and item.get("tool_calls") is not None
     content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)
     _require_whole_characters(content, f"{where}.{content_key}")
     _require_whole_characters(extra, where)

@@ -164,8 +164,9 @@ def end_if_stuck(exit_code: int) -> None:
     the middle of C++ code, which aborts the process ("terminate called without an active exception").
     """
     if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody reads
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(exit_code)
 
 

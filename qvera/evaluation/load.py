@@ -187,7 +187,8 @@ def _recipe_of(path: Path) -> Recipe:
     file = path / RECIPE_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"--recipe {path}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
-    return load_recipe(file, of_a_run=path.is_dir())
+    recipe = load_recipe(file, of_a_run=path.is_dir())
+    return with_base_found(recipe, path / "adapter") if path.is_dir() else recipe
 
 
 def _has_adapter(adapter: Path, sha256: str) -> bool:

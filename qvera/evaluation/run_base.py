@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from qvera.config.schema import ModelSection, Recipe
-from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, resolve_path
 
@@ -19,20 +18,12 @@ def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
 
     Args:
         adapter: the directory of its adapter, or of one of them.
-
-    Raises:
-        InputError: the base was a local directory, and is not there any more.
     """
     section: ModelSection = recipe.model
     path = Path(resolve_path(section.path))
     known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
-    if path.is_dir() or not isinstance(known, str) or not os.path.isabs(known):
+    if path.is_dir() or not isinstance(known, str) or not os.path.isabs(known) or not Path(known).is_dir():
         return recipe
     if Path(known).parts[-len(path.parts) :] != path.parts:  # an id of the hub, which somebody has put there since
         return recipe
-    if not Path(known).is_dir():
-        raise InputError(
-            f"{known}: is the base model that {adapter} was trained on, and is not there. Put it back, or write its "
-            "new place as model.path into the recipe.yaml of the run."
-        )
     return recipe.replace(model=section.replace(path=known))

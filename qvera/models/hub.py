@@ -126,7 +126,8 @@ def base_directory(section: ModelSection) -> Path:
         return Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns, ignore_patterns=again))
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(
-            f"model.path: the base {name!r} can't be downloaded from the hub ({type(error).__name__}: {error})."
+            f"model.path: the base {name!r} is no directory here, and can't be downloaded from the hub "
+            f"({type(error).__name__}: {error})."
         ) from None
 
 

@@ -98,12 +98,17 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
     Raises:
         InputError: it has another method than VeRA without magnitude and phases, or more than vectors.
     """
-    config = require_shareable(found, directory)
+    way = "`qvera export --to merged` makes a checkpoint of its own, which `qvera serve` takes."
+    if tokens := getattr(found, "added_tokens", None):
+        raise InputError(f"{directory}: adds the tokens {', '.join(tokens)}, whose rows are not served. {way}")
+    try:
+        config = require_shareable(found, directory)
+    except InputError as error:
+        raise InputError(f"{error} Or serve it merged: {way}") from None
     if not method_of(config).is_banked:
         raise InputError(
             f"{directory}: the method {method_of(config).name} with these options is not served beside other adapters; "
-            "expected vera without magnitude and without phases. `qvera export --to merged` makes a checkpoint of its "
-            "own, which `qvera serve` takes."
+            f"expected vera without magnitude and without phases. {way}"
         )
     return config
 

@@ -61,7 +61,7 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if has_adapters or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)
         require_answers(target, "qvera serve")
-        if adapters_root(directory) is None and target.adapter is not None:
+        if adapters is None and adapters_root(directory) is None and target.adapter is not None:
             require_served(read_config(target.adapter), target.adapter)  # before a big model is loaded
         opened = open_target(target, adapter=False)
         if adapters_root(directory) is not None:
@@ -80,7 +80,7 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     store = AdapterStore(adapters, {name, section.path} if single is not None else {name, section.path, path})
     if single is not None:
         store.add(own_name, single)
-    return Served(opened, store, name, None if single is None else own_name)
+    return Served(opened, store, name, own_name if single is not None and adapters is None else None)
 
 
 def warm_up(engine: Engine, store: AdapterStore, own: str | None = None) -> None:

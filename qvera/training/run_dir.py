@@ -87,10 +87,6 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
                 place.rmdir()
 
 
-_WRITTEN = ("adapter", ADAPTERS, "checkpoints", "metrics.jsonl", "run.json", "report.html")
-"""What a run writes besides its recipe."""
-
-
 def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a directory that does not fit what was asked for; nothing is written.
 
@@ -106,7 +102,10 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    if not resume and (others := [name for name in _WRITTEN if _holds_something(run_dir / name)]):
+    adapter = ADAPTERS if recipe.data.has_adapters else "adapter"
+    written = [adapter, "metrics.jsonl", "run.json", "report.html", "checkpoints/step-*", "checkpoints/round-*"]
+    found = (path for name in written for path in sorted(run_dir.glob(name)) if _holds_something(path))
+    if not resume and (others := [path.relative_to(run_dir) for path in found]):
         raise InputError(
             f"{run_dir}: holds {first_of(others)} and no recipe.yaml. It is no run, and one would write over that. "
             "Choose another training.output_dir, or move them away."

@@ -343,8 +343,8 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda p: ["eval", str(p.run), "--metrics", "exact,bleurt"],
         "no metric 'bleurt'; known: exact, bleu",
     ),
-    "output directory with files of a run": (out_holds_files_of_a_run, "holds adapter (and 4 more) and no recipe.yaml"),
-    "base of a run is not there": (base_moved, "is not there. Put it back, or write its new place as model.path"),
+    "output directory with files of a run": (out_holds_files_of_a_run, "and 4 more) and no recipe.yaml"),
+    "base of a run is not there": (base_moved, "the base 'models/base' is no directory here, and can't be downloaded"),
     "serve of an adapter of other projections": (
         adapter_edited("projection_sha256", "0" * 64, "serve"),
         "made by another generator",

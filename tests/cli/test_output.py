@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qvera.cli import common
 from qvera.cli.main import main
+from qvera.cli.streams import LossyStream
 from qvera.cli.train import print_result
 
 pytestmark = pytest.mark.process
@@ -54,6 +56,29 @@ def test_a_reader_that_left_is_no_error_message(
         assert main(["info", str(trained_run)]) == 1
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_is_slow_for_a_moment_gets_what_comes_later() -> None:
+    written: list[str] = []
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            if text == "lost":
+                raise BlockingIOError
+            written.append(text)
+            return len(text)
+
+    stream = LossyStream(Slow())
+    for text in ("one", "lost", "two"):
+        stream.write(text)
+    assert written == ["one", "two"]
+
+
+def test_a_run_that_is_done_is_done_whoever_reads_its_result(write_recipe: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(training={"max_steps": 1, "output_dir": str(tmp_path / "run")})
+    command = f"{sys.executable} -m qvera train {shlex.quote(str(recipe))} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", command], timeout=240).returncode == 0
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_progress_in_a_log_is_a_line_now_and_then(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

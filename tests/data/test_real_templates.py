@@ -363,6 +363,37 @@ def test_a_template_that_passes_over_a_part_is_refused(
         resolve_template("auto", tokenizer).prompt(turns, row.get("tools"))
 
 
+_MISTRAL_SYSTEM = """{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] ==
+'system' %}{{ messages[0]['content'] }} {% endif %}{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}{{ m['content']
++ eos_token }}{% endif %}{% endfor %}"""  # the system turn is written where the last turn is a user's, as Mistral 0.3 has it
+
+
+def test_a_template_that_writes_a_part_in_prompts_alone_is_refused_in_rows_alone(
+    make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(chat_template=_MISTRAL_SYSTEM)
+    turns = [{"role": "system", "content": "Be brief."}, *_CALLED[:1], *_CALLED[3:]]
+    text, _ = resolve_template("auto", tokenizer).prompt([Turn("system", "Be brief."), Turn("user", "hi")])
+    assert text == "[INST] Be brief. hi[/INST]"
+    with pytest.raises(InputError, match=r"role system.*Name another data.template \(.*mistral"):
+        build(tmp_path, [{"messages": turns}], tokenizer)
+
+
+def test_parts_that_say_nothing_are_not_missed(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    """Arrow gives every turn the keys of all turns."""
+    silent = "{% for m in messages if m['role'] != 'system' %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+    turns = [{"role": "system", "content": ""}, *_CALLED[:1], {**_CALLED[3], "tool_calls": []}]
+    found = build(tmp_path, [{"messages": turns}], make_tokenizer(chat_template=silent))
+    assert len(found.train) == 1
+
+
+def test_a_tokenizer_with_a_template_for_tools_is_told_of_it(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template={"default": SMOLLM2, "tool_use": QWEN_25})
+    row = {"messages": _CALLED[:1] + _CALLED[3:], "tools": [_TOOL]}
+    with pytest.raises(InputError, match="Make the tokenizer's template tool_use its only one"):
+        build(tmp_path, [row], tokenizer)
+
+
 def test_a_row_that_the_template_refuses_hides_no_later_one(make_tokenizer: MakeTokenizer) -> None:
     refuses = "{% if not m['content'] %}{{ raise_exception('empty') }}{% endif %}"
     jinja = "{% for m in messages %}" + refuses + "{{ m['content'] }}{% endfor %}"

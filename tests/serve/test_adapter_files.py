@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qvera.adapters.files import save_load
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
-from qvera.serve.opening import warm_up
+from qvera.serve.opening import open_served, warm_up
 from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
@@ -206,6 +206,22 @@ def test_methods_that_are_not_vectors_of_one_pair_are_refused(tiny_model_dir: Pa
         for name in store.names():
             with pytest.raises(InputError, match="not served beside other adapters"):
                 submit(engine, request([3], store.resolve(name)))
+
+
+def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
+    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapters(tmp_path, tiny_model_dir, {"dvora": 1}, magnitude=True)
+    shutil.copytree(adapters_dir / "a1", tmp_path / "tokens")
+    _change_config(added_tokens={"<call>": 300})(tmp_path / "tokens")
+    served = open_served(str(tmp_path / "dvora"), adapters_dir)  # it says which base the others have
+    assert served.own is None
+    assert {"dvora", "a1"} <= set(served.store.names())
+    monkeypatch.setattr("qvera.models.loader.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    with pytest.raises(InputError, match=r"not served beside other adapters.*export --to merged"):
+        open_served(str(tmp_path / "dvora"))
+    with pytest.raises(InputError, match=r"adds the tokens <call>, whose rows are not served.*export --to merged"):
+        open_served(str(tmp_path / "tokens"))
 
 
 def test_a_blend_of_adapters_with_one_d_answers_by_the_weighted_sum_of_their_b(

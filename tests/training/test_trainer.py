@@ -458,7 +458,9 @@ def test_dry_run_finds_what_a_run_would_be_refused_for(
 
 
 def test_a_fresh_run_writes_over_no_files_of_others(make_recipe: Any, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()  # empty: nothing is lost
+    for name in ("checkpoints/llama", "adapters"):  # somebody's, which no run of one adapter writes over
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(InputError, match="holds report.html and no recipe.yaml"):
         train(make_recipe(), tmp_path)

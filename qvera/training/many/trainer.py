@@ -67,8 +67,6 @@ class ManyTrainer(Run):
     def load_data(self, preview: bool = False) -> None:
         """See `TrainingSession.load_data`; then the adapters of this process, as they begin."""
         super().load_data(preview)
-        if preview:
-            return
         every = self.group.agree(lambda: adapter_runs(self.recipe, self.datasets))
         self.runs = [
             every[number] for number in deal([run.steps for run in every], self.group.world_size)[self.group.rank]
