@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
@@ -151,7 +150,6 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     if not section.eval_fraction:
         del keys["seed"]  # it has chosen nothing here
     tokenizer = encoder.tokenizer
-    dated = "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None))
     return {
         "format": 1,
         "content": content,  # and the names of files, which messages show
@@ -159,7 +157,6 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
         "keys": keys,
         "code": _code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
-        "day": datetime.date.today().isoformat() if dated else None,  # for templates that write it
     }
 
 

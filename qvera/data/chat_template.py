@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvera.data.conversations import Conversation, Turn
+from qvera.data.conversations import REASONING, Conversation, Turn
 from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
 from qvera.data.row_format import UNRENDERED
 from qvera.utils.errors import InputError, did_you_mean, one_line
@@ -28,6 +28,20 @@ _MARKERS = {
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
 """What the tokenizer must have as single tokens; without them the model could not learn to stop."""
+_DAY = {
+    "%d": "26", "%e": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday",
+    "%a": "Fri", "%H": "00", "%M": "00", "%S": "00",
+}  # fmt: skip
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DAY.items())
+    + " }}{%- endmacro %}"
+)
+"""Gives a template that asks for today's date the day that Llama 3's own has where there is no clock, 26 Jul 2024.
+
+Rows are then the same tokens on every day, on every rank, and when a run goes on. transformers hands no function of
+ours to a template.
+"""
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str = "messages") -> ChatTemplate:
@@ -86,12 +100,14 @@ class ChatTemplate:
         name: ``tokenizer`` or a named template; `resolve_template` takes it back.
         jinja: its source, for ``tokenizer.chat_template`` beside an adapter.
         special: finds the tokenizer's special tokens in a text.
+        source: what is rendered: the template with a clock that stands still.
     """
 
     name: str
     jinja: str
     tokenizer: PreTrainedTokenizerBase
     special: re.Pattern[str] = field(init=False, repr=False)
+    source: str = field(init=False, repr=False)
     _added: re.Pattern[str] = field(init=False, repr=False)
     _layouts: Layouts = field(default_factory=dict, repr=False)
     _written: set[tuple[str, bool]] = field(default_factory=set, repr=False)
@@ -100,6 +116,7 @@ class ChatTemplate:
         added = list(self.tokenizer.added_tokens_decoder.values())
         named = list(self.tokenizer.all_special_tokens)
         self.special = _any_of([token.content for token in added if token.special] + named)
+        self.source = _CLOCK + self.jinja if "strftime_now" in self.jinja else self.jinja
         self._added = _any_of([token.content for token in added] + named)
 
     def messages(self, turns: list[Turn]) -> list[Message]:
@@ -126,7 +143,12 @@ class ChatTemplate:
         blanks = {k: "" for k in ("bos_token", "eos_token") if getattr(self.tokenizer, k, None) is None}
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt, **blanks
+                messages,
+                tools=tools,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **blanks,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateError(one_line(error)) from None
@@ -205,13 +227,20 @@ class ChatTemplate:
             without["tools"] = [(messages, None)]
         if any("tool_calls" in message for message in messages):
             without["tool_calls"] = [([{k: m[k] for k in m if k != "tool_calls"} for m in messages], tools)]
-        for role in sorted({message["role"] for message in messages} & {"system", "tool"}):
-            places = [i for i, m in enumerate(messages) if m["role"] == role and m["content"].strip()]
-            longer = [
-                [{**m, "content": m["content"] + "x"} if i == at else m for i, m in enumerate(messages)]
-                for at in places
+        for key in REASONING:
+            if any(key in message for message in messages):
+                without[key] = [([{k: m[k] for k in m if k != key} for m in messages], tools)]
+        spoken = [(i, m["role"]) for i, m in enumerate(messages) if m["content"].strip()]
+        places = {
+            "turns of the role tool": [i for i, role in spoken if role == "tool"],
+            "turns of the role system": [i for i, role in spoken if role == "system" and i == 0],
+            "system turns behind the first turn": [i for i, role in spoken if role == "system" and i > 0],
+        }
+        for part, found in places.items():
+            without[part] = [
+                ([{**m, "content": m["content"] + "x"} if i == at else m for i, m in enumerate(messages)], tools)
+                for at in found
             ]
-            without[f"turns of the role {role}"] = [(changed, tools) for changed in longer]
         unseen = {part: changes for part, changes in without.items() if changes and (part, prompt) not in self._written}
         if not unseen:
             return

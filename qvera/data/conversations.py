@@ -19,7 +19,13 @@ _ALIASES = {
     "assistant": ("gpt", "chatgpt", "model", "bot", "function_call"),
     "tool": ("function", "observation", "ipython"),
 }
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message with what an assistant thought before its answer."""
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
+_ANSWERS = {"alpaca": "output", "prompt-completion": "completion"}
+"""Format → the column of its answers."""
+_PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
+"""Keys of a message that only some templates read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,8 @@ class Turn:
         trained: what the row says about training on this turn (``weight`` or ``train``); None: ``train_on`` decides.
         context: Alpaca's ``input``. Kept apart because the alpaca template has a heading for it; every other template
             gets it below the instruction.
-        extra: what only some templates read (``tool_calls``, ``name``, ``tool_call_id``), passed through.
+        extra: what only some templates read (``tool_calls``, ``reasoning_content``, ...), passed through.
+        in_prompt: it is part of the prompt of a row with prompt and completion, where the completion alone is trained.
     """
 
     role: str
@@ -40,6 +47,7 @@ class Turn:
     trained: bool | None = None
     context: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    in_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +102,17 @@ def parse_row(
         context = row_optional_text(row, format, "input")
         question = Turn("user", row_text(row, format, "instruction"), context=context if context.strip() else None)
         turns = [question, Turn("assistant", _answer(row, format, "output", label_names))]
-    elif isinstance(
-        row_value(row, format, "prompt"), list
-    ):  # TRL's conversational form: both sides are lists of messages
-        turns = row_turns(row, format, "prompt") + row_turns(row, format, "completion")
+    elif messages_in(row_value(row, format, "prompt")) is not None:
+        # TRL's conversational form: both sides are lists of messages, and the completion is trained
+        asked = [replace(turn, in_prompt=True) for turn in row_turns(row, format, "prompt")]
+        turns = asked + row_turns(row, format, "completion")
     else:
         answer = _answer(row, format, "completion", label_names)
         turns = [Turn("user", row_text(row, format, "prompt")), Turn("assistant", answer)]
+    if label_names and not isinstance(row.fields.get(format.column(_ANSWERS.get(format.name, ""))), (int, str)):
+        raise InputError(
+            f"data.label_names: names the labels of a column of answers, and {row.source} has messages. Remove it."
+        )
     if turns[0].role != "system" and (own_system or system):
         turns = [Turn("system", own_system or system or ""), *turns]
     return Conversation(turns, row.source, tools)
@@ -170,7 +182,31 @@ def row_tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}.")
-    return tools
+    return _without_nulls(tools)  # type: ignore[no-any-return]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without keys whose value is null: Parquet gives every object the keys of all objects."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _calls(calls: Any) -> Any:
+    """Tool calls with their arguments as objects, as templates take them; OpenAI's API has them as JSON texts."""
+    calls = _without_nulls(calls)
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
+            function["arguments"] = arguments
+    return calls
+
+
+def messages_in(value: object) -> list[Any] | None:
+    """The list of messages that a value is, maybe as JSON text, as a CSV has it; None: it is another text."""
+    found = _from_json(value)
+    are_turns = isinstance(found, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
+    return found if isinstance(value, list) or (are_turns and found) else None  # type: ignore[return-value]
 
 
 def _from_json(value: object) -> object:
@@ -209,7 +245,9 @@ def _turn(item: object, where: str) -> Turn:
     if role is None:
         hint = did_you_mean(item[role_key], _ROLES)
         raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
-    extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k)}  # Arrow fills up with []
+    extra = {k: item[k] for k in _PASSED_ON if item.get(k)}  # Arrow fills up with []
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _calls(extra["tool_calls"])
     calls_tools = role == "assistant" and item.get("tool_calls") is not None
     content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)
     _require_whole_characters(content, f"{where}.{content_key}")

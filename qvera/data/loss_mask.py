@@ -117,7 +117,7 @@ def _generation_blocks(
         rendered, blocks = render_jinja_template(
             [messages],
             tools=conversation.tools,
-            chat_template=template.jinja,
+            chat_template=template.source,
             return_assistant_tokens_mask=True,
             add_generation_prompt=False,
             **{"bos_token": "", "eos_token": "", **template.tokenizer.special_tokens_map},

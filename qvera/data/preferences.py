@@ -7,7 +7,16 @@ they begin with in common.
 
 from __future__ import annotations
 
-from qvera.data.conversations import Conversation, Turn, row_optional_text, row_text, row_tools, row_turns, row_value
+from qvera.data.conversations import (
+    Conversation,
+    Turn,
+    messages_in,
+    row_optional_text,
+    row_text,
+    row_tools,
+    row_turns,
+    row_value,
+)
 from qvera.data.readers import RawRow, describe
 from qvera.data.row_format import RowFormat
 from qvera.utils.errors import InputError
@@ -46,7 +55,7 @@ def parse_preference(row: RawRow, format: RowFormat, system: str | None = None) 
 
 def _turns(row: RawRow, format: RowFormat, name: str, role: str) -> list[Turn]:
     """A list of messages as turns, or a text as one turn of this role."""
-    if isinstance(row_value(row, format, name), list):
+    if messages_in(row_value(row, format, name)) is not None:
         return row_turns(row, format, name)
     return [Turn(role, row_text(row, format, name))]
 

@@ -130,6 +130,7 @@ def _data_files(directory: Path) -> list[Path]:
         )
     train = [p.name for p in files if _TRAIN_NAME.search(p.stem)]
     held_out = [p.name for p in files if _HELD_OUT_NAME.search(p.stem) and p.name not in train]
+    train = train or [p.name for p in files if p.name not in held_out]
     if train and held_out:
         # Reading them all would train on what the person means to test with.
         raise InputError(

@@ -8,7 +8,7 @@ from qvera.utils.errors import InputError, did_you_mean
 
 # The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
 _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("tools",)),
+    "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system")),
     "prompt-completion": (("prompt", "completion"), ("system", "tools")),

@@ -99,6 +99,11 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
             f"data.eval_split: {section.eval_split!r} has a meaning for hub datasets only, and {path} is local. Remove "
             "the key, and name the file of held-out rows in data.eval_path."
         )
+    if not held_out and section.split != "train" and local_files(path) is not None:
+        raise InputError(
+            f"data.split: {section.split!r} has a meaning for hub datasets only, and {path} is local. Remove the key, "
+            "and name the file of that split in data.path."
+        )
     if section.adapter_files:
         rows = (replace(row, owner=file.stem) for file in adapter_files(path) for row in read_file(file))
     elif path == section.path or not Path(path).expanduser().exists():

@@ -41,15 +41,16 @@ def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: S
         InputError: there is one task alone, fewer labels than a task has, or ``data.held_out_tasks`` does not fit or
         has a task of a single row.
     """
+    own = source_names(sections)
     of_train, of_eval = (
         [
-            np.array(rows.owners() if section.task_column else [about.path] * len(rows), dtype=object)
-            for about, rows in zip(sections, parts, strict=True)
+            np.array(rows.owners() if section.task_column else [name] * len(rows), dtype=object)
+            for name, rows in zip(own, parts, strict=True)
         ]
         for parts in ([s.train for s in sources], [s.eval for s in sources])
     )
     names = sorted({name for values in of_train for name in values}) if section.task_column else []
-    names = names or list(dict.fromkeys(about.path for about in sections))
+    names = names or own
     if len(names) < 2:
         raise InputError(
             f"data.sampling: task needs several tasks, and all rows are of {names[0]!r}. Remove it, or name another "
@@ -83,6 +84,16 @@ def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: S
 def _without(rows: Rows, values: np.ndarray, names: dict[str, list[Rows]]) -> Rows:
     kept = np.array([value not in names for value in values], dtype=bool)
     return rows if kept.all() else rows.take(np.flatnonzero(kept))
+
+
+def source_names(sections: Sequence[DataSection]) -> list[str]:
+    """What the sources are called as tasks: by their paths, and where these repeat by what else tells them apart."""
+    paths = [about.path for about in sections]
+    names = [
+        path if paths.count(path) == 1 else " ".join(filter(None, (path, about.config_name, about.split)))
+        for path, about in zip(paths, sections, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{name} {number}" for number, name in enumerate(names, start=1)]
 
 
 def held_out_names(section: DataSection, names: Sequence[str]) -> list[str]:

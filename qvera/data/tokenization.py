@@ -155,7 +155,8 @@ class RowTokenizer:
         answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         if self.section.train_on == "last" or self.row_format.name in PREFERENCES:
             answers = answers[-1:]
-        return [i for i in answers if conversation.turns[i].trained is not False]
+        turns = conversation.turns
+        return [i for i in answers if turns[i].trained or (turns[i].trained is None and not turns[i].in_prompt)]
 
     def _is_empty(self, row: Conversation | Text) -> bool:
         if isinstance(row, Text):
@@ -184,12 +185,14 @@ class RowTokenizer:
             trained = np.full(len(input_ids), train_all)
             # behind an answer that is not trained an eos would teach nothing
             is_open = bool(answers) and answers[-1].turn == last and not answers[-1].marked
-            append_eos = is_open and (train_all or last in wanted)
+            append_eos = is_open and (last in wanted or (train_all and row.turns[last].trained is not False))
             for answer, answer_bounds in zip(answers, bounds, strict=True):
                 opening, start, end = (token + shift for token in answer_bounds)
                 if answer.turn in wanted:
                     header = header if trained.any() else start - opening
                     trained[start:end] = True
+                elif row.turns[answer.turn].trained is False:
+                    trained[start:end] = False
                 if answer.turn == last:
                     prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
                     reference = row.turns[last].content
@@ -209,15 +212,15 @@ class RowTokenizer:
         Args:
             header: tokens right before the first trained one that open the answer.
         """
-        keep = self._kept_sides(whole, header)
-        asked = keep  # what is left of the prompt that the answer is asked for with: a cut at the start shortens it too
+        # asked: what is left of the prompt that the answer is asked for with. A cut at the start shortens it too
+        asked, keep = self._kept_sides(whole, header)
         kept, limit, too_long = np.flatnonzero(keep), self.section.max_length, self.section.too_long
         is_long = len(kept) > limit
         if is_long and too_long == "cut-start":
             bos = int(self.encoder.starts_with_bos(whole.input_ids[kept]))
             keep[kept[bos : len(kept) - limit + bos]] = False
+            asked &= keep
         elif is_long and too_long == "cut-end":
-            asked = keep.copy()  # an answer that is cut off is asked for with all of its prompt
             keep[kept[limit:]] = False
         is_cut = not keep.all()
         if is_cut:  # a row that is split or dropped below has lost these too
@@ -241,8 +244,11 @@ class RowTokenizer:
             row = replace(row, prompt_text="", reference=None)
         return [row]
 
-    def _kept_sides(self, whole: Example, header: int) -> np.ndarray:
-        """Which tokens of a row max_source_length and max_target_length leave, bool [T]; ``header`` as in `_fitted`."""
+    def _kept_sides(self, whole: Example, header: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens of a row max_source_length leaves, and which both it and max_target_length leave, bool [T] each.
+
+        ``header``: as in `_fitted`.
+        """
         source, target = self.section.max_source_length, self.section.max_target_length
         first = int(np.argmax(whole.trained))
         keep = np.ones(len(whole.trained), dtype=bool)
@@ -250,9 +256,10 @@ class RowTokenizer:
             # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
             header = min(header, source)
             keep[source - header : first - header] = False
+        asked = keep.copy()
         if target is not None:
             keep[first + target :] = False
-        return keep
+        return asked, keep
 
     def _drop(self, row: Example, reason: str) -> None:
         self._counts.dropped.setdefault(reason, []).append(row.source)

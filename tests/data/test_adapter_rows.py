@@ -358,7 +358,6 @@ KEYS = {"path": "rows.jsonl", "adapter_column": "customer"}
         ),
         ({"data": {"weight": 2.0}}, "data.weight: each adapter"),
         ({"data": {"sampling": "task", "task_column": "t"}}, "data.sampling: task draws steps over tasks"),
-        ({"adapter": {"method": "lora", "rank": 4}}, "adapter.method: only vera trains many adapters"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout: each adapter"),
         ({"adapter": {"magnitude": True}}, "adapter.magnitude: its norms"),
         ({"model": {"path": "m", "added_tokens": ["<x>"]}}, "model.added_tokens: are not built for many"),

@@ -247,33 +247,12 @@ def _dated() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class _Tomorrow(cache.datetime.date):
-    @classmethod
-    def today(cls) -> Any:
-        return cls(2100, 1, 1)
-
-
-def test_a_template_that_writes_the_date_is_good_for_a_day(
-    section: DataSection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(section: DataSection) -> None:
     section = section.replace(template="auto")
     build_datasets(section, _dated())
-    assert build_datasets(section, _dated()).stats.cache_entries
-    monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
-    assert not build_datasets(section, _dated()).stats.cache_entries
-
-
-def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cache.tokenize_source
-
-    def make(*arguments: Any) -> Any:
-        made = real(*arguments)
-        monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
-        return made
-
-    monkeypatch.setattr(cache, "tokenize_source", make)
-    section = section.replace(template="auto")
-    assert len(build_datasets(section, _dated()).train) >= 80
+    found = build_datasets(section, _dated())
+    assert found.stats.cache_entries
+    assert "26 Jul 2024" in _dated().decode(found.train[0].input_ids.tolist())
 
 
 def test_an_entry_is_on_disk_before_it_has_its_name(

@@ -331,6 +331,13 @@ def test_held_out_rows_may_be_another_split_of_a_hub_dataset(
 def test_a_split_of_held_out_rows_must_be_another_one_of_a_hub_dataset(write: Write, base_tokenizer: Any) -> None:
     with pytest.raises(InputError, match=r"data\.eval_split: 'test' has a meaning for hub datasets only"):
         build_datasets(DataSection(path=write(pairs(4)), eval_split="test"), base_tokenizer)
+    with pytest.raises(InputError, match=r"data\.split: 'validation' has a meaning for hub datasets only"):
+        build_datasets(DataSection(path=write(pairs(4)), split="validation"), base_tokenizer)
+    with pytest.raises(InputError, match=r"data\.label_names: names the labels of a column of answers, and .*:1 has"):
+        chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "1"}]}
+        build_datasets(DataSection(path=write([chat]), label_names=["no", "yes"]), base_tokenizer)
+    with pytest.raises(InputError, match=r"data\.label_names: names a label twice"):
+        parse_recipe({"model": "m", "data": {"path": "a/b", "label_names": ["x", "y", "y"]}}, "r.yaml")
     with pytest.raises(InputError, match=r"eval_split: is data\.split too \(train\), so nothing would be held out"):
         parse_recipe({"model": "m", "data": {"path": "a/b", "eval_split": "train"}}, "r.yaml")
     with pytest.raises(InputError, match=r"eval_fraction: held-out rows already come from data\.eval_split"):

@@ -414,3 +414,46 @@ def test_a_token_across_the_end_of_an_answer_belongs_to_it(base_tokenizer: PreTr
     whole = base_tokenizer("yes\n\n", add_special_tokens=False)["input_ids"]
     assert base_tokenizer.decode(whole[-1:]) == "\n\n"
     assert encoder.encode(["yes\n\n"], [[(0, 0, len("yes\n"))]]) == [(whole, [(0, 0, len(whole))])]
+
+
+def test_a_turn_of_weight_0_is_not_trained_where_all_text_is(
+    smollm2_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "wrong", "weight": 0},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "right"},
+    ]
+    found = build(tmp_path, [{"messages": messages}], smollm2_tokenizer, train_on="all").train[0]
+    text = trained_text(smollm2_tokenizer, found)
+    assert "wrong" not in text and "one" in text and "right" in text
+
+
+def test_the_prompt_of_a_row_is_not_trained_though_an_assistant_speaks_in_it(
+    smollm2_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As in TRL, whose conversational rows have examples in their prompts; a CSV has the lists as JSON."""
+    asked = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "shown"},
+        {"role": "user", "content": "3 + 3?"},
+    ]
+    answer = [{"role": "assistant", "content": "six"}]
+    plain = build(tmp_path, [{"prompt": asked, "completion": answer}], smollm2_tokenizer).train[0]
+    assert trained_text(smollm2_tokenizer, plain) == "six<|im_end|>"
+    texts = {"prompt": json.dumps(asked), "completion": json.dumps(answer)}
+    as_text = build(tmp_path, [texts], smollm2_tokenizer).train[0]
+    assert as_text.input_ids.tolist() == plain.input_ids.tolist()
+    data = [{"prompt": '[{"a": 1}]', "completion": "a\n1"}]  # JSON that is no messages is the text that it is
+    assert '[{"a": 1}]' in decoded(smollm2_tokenizer, build(tmp_path, data, smollm2_tokenizer).train[0].input_ids)
+
+
+def test_a_short_target_leaves_the_prompt_of_the_last_turn_whole(
+    smollm2_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    turns = [("user", "one"), ("assistant", "first answer"), ("user", "two"), ("assistant", "final")]
+    whole = one(tmp_path, turns, smollm2_tokenizer)
+    cut = one(tmp_path, turns, smollm2_tokenizer, max_target_length=3)
+    assert len(cut.input_ids) < len(whole.input_ids)
+    assert cut.prompt_ids.tolist() == whole.prompt_ids.tolist()

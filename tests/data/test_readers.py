@@ -61,7 +61,11 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
     write([ROW], "test.jsonl")
     with pytest.raises(InputError, match="different splits .*train.jsonl and test.jsonl"):
         rows(str(tmp_path))
+    (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match="different splits .*rows.jsonl and test.jsonl"):
+        rows(str(tmp_path))
     (tmp_path / "test.jsonl").rename(tmp_path / "train-contest.jsonl")
+    (tmp_path / "rows.jsonl").rename(tmp_path / "train.jsonl")
     assert len(rows(str(tmp_path))) == 2
 
 

@@ -332,7 +332,10 @@ def test_generation_blocks_are_what_transformers_makes_of_them(tmp_path: Path, m
     assert decoded(tokenizer, example.input_ids[example.trained]) == decoded(tokenizer, trained)
 
 
-_TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}},
+}
 _CALLED: Messages = [
     {"role": "user", "content": "Weather?"},
     {"role": "assistant", "content": "I look.", "tool_calls": [call_of("look_up", {})]},
@@ -385,6 +388,42 @@ def test_parts_that_say_nothing_are_not_missed(make_tokenizer: MakeTokenizer, tm
     turns = [{"role": "system", "content": ""}, *_CALLED[:1], {**_CALLED[3], "tool_calls": []}]
     found = build(tmp_path, [{"messages": turns}], make_tokenizer(chat_template=silent))
     assert len(found.train) == 1
+
+
+def test_calls_are_objects_without_keys_that_only_other_rows_have(
+    make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    """OpenAI's API has arguments as JSON texts, and Parquet gives every object the keys of all objects."""
+    tokenizer = tokenizer_of("qwen-2.5", make_tokenizer)
+    texts = []
+    for arguments in ({"city": "Rome"}, '{"city": "Rome"}', {"city": "Rome", "x": None}):
+        called = [_CALLED[0], {**_CALLED[1], "tool_calls": [call_of("look_up", arguments)]}, *_CALLED[2:]]
+        tool = {**_TOOL, "function": {**_TOOL["function"], "strict": None}}
+        texts.append(build(tmp_path, [{"messages": called, "tools": [tool]}], tokenizer).train[0].input_ids.tolist())
+    assert texts[0] == texts[1] == texts[2]
+    assert '"arguments": {"city": "Rome"}}' in decoded(tokenizer, texts[0])
+    assert "null" not in decoded(tokenizer, texts[0])
+
+
+def test_reasoning_is_trained_where_the_template_writes_it(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    writes = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}</s>"
+    jinja = "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}<|assistant|>"
+    ends = "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = make_tokenizer(chat_template=f"{jinja}{writes}{ends}")
+    row = {"messages": [*_CALLED[:1], {**_CALLED[3], "reasoning_content": "June."}]}
+    found = build(tmp_path, [row], tokenizer).train[0]
+    assert decoded(tokenizer, found.input_ids[found.trained]) == "<think>June.</think>Sun.</s>"
+    with pytest.raises(InputError, match="does not write reasoning_content"):
+        build(tmp_path, [row], make_tokenizer(chat_template=SMOLLM2))
+
+
+def test_a_later_system_turn_is_looked_at_by_itself(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    written = "{% if m['role'] != 'system' or loop.first %}{{ m['content'] + eos_token }}{% endif %}"
+    first_only = f"{{% for m in messages %}}{written}{{% endfor %}}"
+    ordinary = [{"role": "system", "content": "Be brief."}, *_CALLED[:1], *_CALLED[3:]]
+    later = [*ordinary, {"role": "system", "content": "Now at length."}, *_CALLED[:1], *_CALLED[3:]]
+    with pytest.raises(InputError, match=r"rows.jsonl:2.*does not write system turns behind the first turn"):
+        build(tmp_path, [{"messages": ordinary}, {"messages": later}], make_tokenizer(chat_template=first_only))
 
 
 def test_a_tokenizer_with_a_template_for_tools_is_told_of_it(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from qvera.config.schema import DataSection, DataSource, parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.data.parts import BilevelBatches, TaskBatches
-from qvera.data.tasks import label_tasks
+from qvera.data.tasks import label_tasks, source_names
 from qvera.utils.errors import InputError
 
 Write = Callable[..., str]
@@ -108,6 +108,19 @@ def three_sources(write: Write) -> DataSection:
 def recipe_of(data: DataSection, **training: Any) -> Any:
     training = {"global_batch_size": 4, "per_device_train_batch_size": 2, **training}
     return parse_recipe({"model": "m", "data": data.to_dict(), "training": training}, "test")
+
+
+def test_sources_of_one_path_are_told_apart_by_what_else_they_are() -> None:
+    glue = [DataSection(path="nyu-mll/glue", config_name=name) for name in ("sst2", "rte")]
+    assert source_names([*glue, DataSection(path="a.jsonl")]) == [
+        "nyu-mll/glue sst2 train",
+        "nyu-mll/glue rte train",
+        "a.jsonl",
+    ]
+    assert source_names([DataSection(path="a.jsonl"), DataSection(path="a.jsonl")]) == [
+        "a.jsonl train 1",
+        "a.jsonl train 2",
+    ]
 
 
 def test_each_source_is_a_task(three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -151,6 +151,9 @@ class DataSection(DataSource):
             yield from self._adapter_contradictions()
         if self.regression is True and self.rows_per_label is not None:
             yield "rows_per_label", "counts the rows of classes, and data.regression has none; remove one of the two."
+        for key, source in self.sources("label_names"):
+            if len(set(source.label_names)) < len(source.label_names):
+                yield key, "names a label twice; each class has a name of its own."
         if self.regression is True and self.label_names:
             yield "label_names", "are names of classes, and data.regression has none; remove one of the two."
         if self.format == "classification" and self.too_long == "split":
