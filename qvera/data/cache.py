@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder
 from qvera.data.image_rows import ImageEncoder
+from qvera.data.readers import local_files
 from qvera.data.rows import Rows
+from qvera.data.source_rows import source_paths
 from qvera.data.tokenization import RowCounts
 from qvera.data.tokenize_source import EVAL, TRAIN, TokenizedSource, source_bytes, source_content, tokenize_source
 from qvera.utils.atomic import disk_errors, flush, replace_text
@@ -143,6 +145,8 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     size_bytes = source_bytes(section)
     if size_bytes is not None and size_bytes < _WORTH_BYTES:
         return None
+    if section.format == "image" and _may_name_images(section):
+        return None  # its content is not that of the images
     content, tokenizer_hash = source_content(section, hashes), encoder.sha256()
     if content is None or tokenizer_hash is None:
         return None
@@ -158,6 +162,12 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
         "code": _code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
     }
+
+
+def _may_name_images(section: DataSection) -> bool:
+    """Whether rows may have paths of images in them: those of text files do, Parquet has bytes."""
+    files = [file for path, _ in source_paths(section) for file in local_files(path) or ()]
+    return any(file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv") for file in files)
 
 
 def _code_sha256() -> str:

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("mask_hash", pa.uint64()),
         ("owner", pa.string()),
         ("pair_start", pa.int32()),
-        ("image", pa.binary()),
+        ("image", pa.large_binary()),  # a chunk of large images is more than 2 GiB
         ("rejected_ids", pa.list_(pa.int32())),
         ("desirable", pa.bool_()),
     ]

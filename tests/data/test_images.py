@@ -20,6 +20,7 @@ from qvera.config.schema import parse_recipe
 from qvera.data import build_datasets, cache, data_sha256
 from qvera.data.image_processor import Draw, ImageProcessor, crop_box
 from qvera.data.images import open_image, require_pillow
+from qvera.data.rows import SCHEMA
 from qvera.utils.errors import InputError
 from tests.tasks.images import SIZE, image_processor, picture, write_folders
 
@@ -171,6 +172,28 @@ def test_a_copy_of_the_images_in_another_place_is_read_from_there(
         assert again.stats.cache_entries
         assert again.train[0].image.content == str(tmp_path / place / "rows" / "blue" / "00.png")
         shutil.rmtree(tmp_path / "one", ignore_errors=True)
+
+
+def test_an_image_that_changed_or_went_is_seen_though_its_data_file_is_the_same(
+    tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
+    write_folders(tmp_path / "rows", 2)
+    files = sorted((tmp_path / "rows").rglob("*.png"))
+    lines = [{"image": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
+    (tmp_path / "paths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    section = section_of(tmp_path / "paths.jsonl")
+    before = data_sha256(build_datasets(section, images))
+    shutil.copy(files[-1], files[0])
+    assert data_sha256(build_datasets(section, images)) != before
+    files[0].unlink()
+    with pytest.raises(InputError, match=r"paths.jsonl:1.*00.png"):
+        build_datasets(section, images)
+
+
+def test_a_chunk_may_be_more_than_2_gib() -> None:
+    """256 images of 9 MiB: Arrow's plain binary counts its bytes in 32 bits."""
+    assert pa.types.is_large_binary(SCHEMA.field("image").type)
 
 
 def _beside(root: Path) -> None:
