@@ -92,6 +92,11 @@ def export(
         replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
         return
     if compare_only:
+        if not options.certificate_rows:
+            raise InputError(
+                f"{run}: --compare-only compares on as many rows as export.certificate_rows of its recipe says, and "
+                "that is 0. Set it to 16 there."
+            )
         certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
         if certificate.get("kind") != "merged":
             raise InputError(f"{out}: --compare-only measures merged exports (--to merged), and this is another one.")
@@ -255,7 +260,7 @@ def _export_adapter(
     else:
         errors = write_lora(adapter, out, dtype, adapter.rank, rank, None)
         if not model_class.has_own_head:
-            print(serving_text(rank or adapter.rank))
+            print(serving_text(rank or adapter.rank, adapter.magnitude))
     return {
         "format": 1,
         "kind": to,
@@ -341,7 +346,7 @@ def _difference(
     """The measured part of a merged export's certificate; ``run`` and ``adapter`` as they were named."""
     from qvera.data import build_datasets
     from qvera.evaluation.load import open_target
-    from qvera.evaluation.named_adapters import held_out_rows
+    from qvera.evaluation.named_adapters import rows_to_compare
     from qvera.export.compare import measure_difference, too_little_memory
     from qvera.tasks import task_of
 
@@ -358,8 +363,9 @@ def _difference(
         task = task_of(recipe)
         labels = opened.labels if task.exported_class.has_own_head else None
         datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
-        rows = (held_out_rows(datasets, target.name) or datasets.train)[: options.certificate_rows]
+        rows, split = rows_to_compare(datasets, target.name)
+        rows = rows[: options.certificate_rows]
         with progress("Comparing the trained with the exported model"):
-            return measure_difference(opened.model, out, rows, datasets.pad_id, task, labels)
+            return {"split": split, **measure_difference(opened.model, out, rows, datasets.pad_id, task, labels)}
 
     return _measured(measure, again)

@@ -33,8 +33,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes (0.14)."""
 
 
-def serving_text(rank: int) -> str:
-    """With which setting the engines that serve LoRA take one of this rank."""
+def serving_text(rank: int, is_dora: bool = False) -> str:
+    """With which setting the engines that serve LoRA take one of this rank; what to do where they take none."""
+    if is_dora:
+        return "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged"
     place = next((known for known in VLLM_RANKS if known >= rank), None)
     if place is None:
         return f"vLLM takes ranks up to {VLLM_RANKS[-1]}: cut it with --rank. SGLang reads the rank from the adapter"

@@ -248,17 +248,23 @@ def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adap
 
 
 def test_wrong_options_of_the_command_are_refused_before_any_work(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = str(trained_run)
+    run, bad, latin = str(trained_run), tmp_path / "bad.jsonl", tmp_path / "latin.txt"
+    bad.write_text("{no JSON\n")
+    latin.write_bytes(b"caf\xe9")
+    monkeypatch.setattr(analyze, "analyze_adapter", lambda *_, **__: pytest.fail("the adapter was analyzed"))
     for options, said in (
         (["--reduce", "0.5"], "--reduce: needs --out DIR"),
         (["--out", str(tmp_path / "x")], "--out: goes with --reduce only"),
         (["--reduce", "0.5", "--out", run], "not an empty directory"),
         (["--text", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+        (["--text", str(bad), "--reduce", "0.5", "--out", str(tmp_path / "x")], "bad.jsonl:1"),
+        (["--text", str(latin), "--reduce", "0.5", "--out", str(tmp_path / "x")], "latin.txt: is not UTF-8"),
     ):
         assert main(["analyze", run, *options]) == 2
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
     assert main(["analyze", run, "--reduce", "1.5", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
     assert "Invalid value for '--reduce'" in said

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
+from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged, merge_adapters
 from qvera.models import safetensors_stream
@@ -351,6 +352,14 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     assert main(["export", run, str(tmp_path / "lora"), "--compare-only"]) == 2
     assert "--compare-only measures merged exports" in capsys.readouterr().err
     assert (tmp_path / "lora" / "qvera_export.json").read_bytes() == certificate
+
+
+def test_a_recipe_without_rows_to_compare_on_is_named(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    recipe = load_recipe(run / "recipe.yaml", of_a_run=True)
+    (run / "recipe.yaml").write_text(recipe.replace(export=recipe.export.replace(certificate_rows=0)).to_yaml())
+    assert main(["export", str(run), str(tmp_path / "out"), "--compare-only"]) == 2
+    assert "export.certificate_rows of its recipe says, and that is 0. Set it to 16" in capsys.readouterr().err
 
 
 def test_available_memory_is_no_more_than_the_machine_has() -> None:

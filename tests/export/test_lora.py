@@ -276,6 +276,16 @@ def test_ranks_are_named_as_vllm_takes_them() -> None:
     assert "cut it with --rank" in serving_text(1024)
 
 
+def test_a_dora_is_not_for_vllm(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
+    model = attach(load_base(section).model, AdapterSection(rank=RANK, magnitude=True), section.path)
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "dora"), "--to", "lora"]) == 0
+    said = capsys.readouterr().out
+    assert "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged" in said
+    assert "--max-lora-rank" not in said
+
+
 def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:
     _, section, adapter_dir = trained
     adapter = read_deltas(adapter_dir, empty_model(section))
