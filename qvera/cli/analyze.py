@@ -22,7 +22,7 @@ from qvera.cli.common import (
     quiet_libraries,
     require_new_file,
 )
-from qvera.cli.export import require_no_added_tokens
+from qvera.cli.export import chat_of, require_no_added_tokens
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
@@ -91,8 +91,10 @@ def analyze(
         require_answers(target, "--text")
         texts = _texts(target, text, rows)
     sha256 = adapter_sha256(target)  # now: the run may go on meanwhile
+    template = None
     if out is not None:
         require_empty(out)
+        template = chat_of(target).beside
         require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--reduce")
     with progress("Analyzing") as show:
         analysis = analyze_adapter(
@@ -115,15 +117,14 @@ def analyze(
         "top_k": top_k,
         "epsilon": epsilon,
         "linears": [
-            dataclasses.asdict(linear) | {"role": linear.role, "relative_norm": linear.relative_norm}
-            for linear in analysis.linears
+            dataclasses.asdict(linear) | {"relative_norm": linear.relative_norm} for linear in analysis.linears
         ],
         "reduced": None,
         "losses": [],
         "versions": memory.versions(),
     }
     if reduce is not None and out is not None:
-        document["reduced"] = _reduce(analysis, out, reduce)
+        document["reduced"] = _reduce(analysis, out, reduce, template)
     if text is not None:
         document["losses"] = _losses(target, texts, rows, out)
     if html is not None:
@@ -139,14 +140,14 @@ def analyze(
         print(f"{html}: the same, layer by layer")
 
 
-def _reduce(analysis: Analysis, out: Path, keep: float) -> dict[str, Any]:
+def _reduce(analysis: Analysis, out: Path, keep: float, chat_template: str | None) -> dict[str, Any]:
     """Write the adapter with its intruders reduced; returns what was written."""
     import torch
 
     from qvera.export.lora import export_lora
 
     factors = analysis.mitigated()
-    written_bytes = export_lora(analysis.adapter, out, torch.float32, factors)
+    written_bytes = export_lora(analysis.adapter, out, torch.float32, factors, chat_template)
     return {"keep": keep, "path": str(out), "rank": factors.rank, "bytes": written_bytes}
 
 

@@ -354,6 +354,28 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     assert (tmp_path / "lora" / "qvera_export.json").read_bytes() == certificate
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("export", "RUN", "OUT", "--to", "lora", "--rank", "1"),
+        ("export", "RUN", "OUT", "--to", "gguf-lora"),
+        ("merge-adapters", "RUN", "OUT", "--weights", "2"),
+        ("analyze", "RUN", "--reduce", "1", "--out", "OUT"),
+    ],
+)
+def test_an_output_that_is_not_free_is_refused_before_any_work(
+    line: tuple[str, ...], trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("qvera.adapters.files.adapter_file.load_file", lambda _: pytest.fail("vectors were read"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, said in ((".", ".: is the directory that this command runs in"), ("../full", "is not an empty directory")):
+        assert main([{"RUN": str(trained_run), "OUT": out}.get(part, part) for part in line]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_recipe_without_rows_to_compare_on_is_named(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
     run = shutil.copytree(trained_run, tmp_path / "run")
     recipe = load_recipe(run / "recipe.yaml", of_a_run=True)
