@@ -335,8 +335,11 @@ def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:
     assert "logits of a chunk" not in names
 
 
-def test_commands_for_text_refuse_a_classifier(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["generate", "--prompt", "x"], ["chat"], ["serve"]):
+def test_commands_for_text_refuse_a_classifier(
+    finished: Path, labelled_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qvera.export.analyze.analyze_adapter", lambda *_, **__: pytest.fail("it was analyzed"))
+    for command in (["generate", "--prompt", "x"], ["chat"], ["serve"], ["analyze", "--text", str(labelled_rows)]):
         assert main([command[0], str(finished), *command[1:]]) == 2
         assert "is a classifier" in capsys.readouterr().err
     assert main(["eval", str(finished), "--with-base"]) == 2
