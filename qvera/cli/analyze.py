@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -22,12 +22,14 @@ from qvera.cli.common import (
     quiet_libraries,
     require_new_file,
 )
-from qvera.cli.export import require_no_added_tokens
+from qvera.cli.export import chat_of, require_no_added_tokens
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
+from qvera.utils.files import plain_json
 
 if TYPE_CHECKING:
     from qvera.config.schema import DataSection
+    from qvera.data.rows import Rows
     from qvera.evaluation.load import EvalTarget
     from qvera.export.analyze import Analysis
 
@@ -78,15 +80,21 @@ def analyze(
     quiet_libraries()
 
     from qvera.adapters.files.adapter_file import read_config
-    from qvera.evaluation.load import adapter_sha256, find_adapter
+    from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
     from qvera.export.analyze import analyze_adapter
     from qvera.utils import memory
     from qvera.utils.atomic import require_empty
 
     target, adapter_dir = find_adapter(run, adapter)
+    texts: list[Text] = []
+    if text is not None:  # a file that can't be read is said before minutes of work
+        require_answers(target, "--text")
+        texts = _texts(target, text, rows)
     sha256 = adapter_sha256(target)  # now: the run may go on meanwhile
+    template = None
     if out is not None:
         require_empty(out)
+        template = chat_of(target).beside
         require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--reduce")
     with progress("Analyzing") as show:
         analysis = analyze_adapter(
@@ -109,74 +117,94 @@ def analyze(
         "top_k": top_k,
         "epsilon": epsilon,
         "linears": [
-            dataclasses.asdict(linear) | {"role": linear.role, "relative_norm": linear.relative_norm}
-            for linear in analysis.linears
+            dataclasses.asdict(linear) | {"relative_norm": linear.relative_norm} for linear in analysis.linears
         ],
         "reduced": None,
         "losses": [],
         "versions": memory.versions(),
     }
     if reduce is not None and out is not None:
-        document["reduced"] = _reduce(analysis, out, reduce)
+        document["reduced"] = _reduce(analysis, out, reduce, template)
     if text is not None:
-        document["losses"] = _losses(target, text, rows, out)
+        document["losses"] = _losses(target, texts, rows, out)
     if html is not None:
         from qvera.evaluation.report.analysis import analysis_page
         from qvera.utils.atomic import replace_text
 
         replace_text(html, analysis_page(document))
     if as_json:
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        print(json.dumps(plain_json(document), indent=1, ensure_ascii=False))
         return
     _print_analysis(document)
     if html is not None:
         print(f"{html}: the same, layer by layer")
 
 
-def _reduce(analysis: Analysis, out: Path, keep: float) -> dict[str, Any]:
+def _reduce(analysis: Analysis, out: Path, keep: float, chat_template: str | None) -> dict[str, Any]:
     """Write the adapter with its intruders reduced; returns what was written."""
     import torch
 
     from qvera.export.lora import export_lora
 
     factors = analysis.mitigated()
-    written_bytes = export_lora(analysis.adapter, out, torch.float32, factors)
+    written_bytes = export_lora(analysis.adapter, out, torch.float32, factors, chat_template)
     return {"keep": keep, "path": str(out), "rank": factors.rank, "bytes": written_bytes}
 
 
-def _losses(target: EvalTarget, text: Path, limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
-    """The loss of base, adapter and reduced adapter on ``text`` and on the run's held-out rows, if it has any."""
-    from qvera.config.schema import DataSection, TrainingSection
-    from qvera.data import build_datasets
-    from qvera.evaluation.evaluate import held_out_loss, scoring
-    from qvera.evaluation.load import base_of, open_target, require_answers, template_of
-    from qvera.evaluation.named_adapters import held_out_rows
+class Text(NamedTuple):
+    """Rows that a loss is measured on."""
 
-    recipe = target.recipe
-    settings = recipe.training if recipe is not None else TrainingSection()
-    require_answers(target, "--text")
-    with progress("Loading the model"):
-        opened = open_target(target)
-    tokenizer = opened.base.tokenizer
+    label: str
+    rows: Rows
+    pad_id: int
+
+
+def _texts(target: EvalTarget, text: Path, limit: int | None) -> list[Text]:
+    """The rows of ``text``, and the run's held-out rows, if it has any.
+
+    Raises:
+        InputError: they can't be read.
+    """
+    from qvera.config.schema import DataSection
+    from qvera.data import build_datasets
+    from qvera.evaluation.load import template_beside, template_of
+    from qvera.evaluation.named_adapters import held_out_rows
+    from qvera.models.tokenizer import load_tokenizer
+
+    recipe, tokenizer = target.recipe, load_tokenizer(target.section)
+    if (template := template_beside(target)) is not None:
+        tokenizer.chat_template = template
     with _rows_file(text) as path:
         about: dict[str, Any] = {"path": str(path), "limit": limit}
         if recipe is not None:
             about |= {"template": template_of(recipe, target.run), "max_length": recipe.data.max_length}
-        found = [(str(text), build_datasets(DataSection(**about), tokenizer, console))]
-    examples = [(label, datasets.train, datasets.pad_id) for label, datasets in found]
+        datasets = build_datasets(DataSection(**about), tokenizer, console)
+    found = [Text(str(text), datasets.train, datasets.pad_id)]
     if recipe is not None and recipe.data.has_held_out_rows:
         section: DataSection = recipe.data.replace(template=template_of(recipe, target.run))
         datasets = build_datasets(section, tokenizer, console)
-        held_out = held_out_rows(datasets, target.name)
-        examples.append(("held-out rows of the run", held_out, datasets.pad_id))
+        if held_out := held_out_rows(datasets, target.name):  # one of many adapters may have none
+            found.append(Text("held-out rows of the run", held_out, datasets.pad_id))
+    return found
+
+
+def _losses(target: EvalTarget, texts: list[Text], limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
+    """The loss of base, adapter and reduced adapter on each text."""
+    from qvera.config.schema import TrainingSection
+    from qvera.evaluation.evaluate import held_out_loss, scoring
+    from qvera.evaluation.load import base_of, open_target
+
+    settings = target.recipe.training if target.recipe is not None else TrainingSection()
+    with progress("Loading the model"):
+        opened = open_target(target)
     tables: list[dict[str, Any]] = [
         {"text": label, "rows": len(some[:limit]), "base": None, "adapter": None, "reduced": None}
-        for label, some, _ in examples
+        for label, some, _ in texts
     ]
 
     def measure(model: Any, column: str) -> None:
         with progress(f"Loss ({column})") as show, scoring(model):
-            for table, (label, some, pad_id) in zip(tables, examples, strict=True):
+            for table, (label, some, pad_id) in zip(tables, texts, strict=True):
                 show(f"Loss ({column}): {label}, {table['rows']} rows")
                 table[column] = held_out_loss(
                     model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from qvera.cli.common import AdapterName, EvalPath, console, progress, quiet_libraries, require_new_file
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import plain_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +85,13 @@ def evaluate(
     from qvera.cli.eval_labels import evaluate_labels, refuse_options
     from qvera.cli.judge import Judge
 
-    _check_options(base, with_base, no_generation, group_prompts, json_file, predictions, html)
+    for_answers = {
+        "--predictions": predictions is not None,
+        "--group-prompts": group_prompts,
+        "--metrics": metrics != "exact",
+        "--max-new-tokens": max_new_tokens is not None,
+    }
+    _check_options(base, with_base, no_generation, for_answers, json_file, predictions, html)
     judging = Judge.of_options(judge, judge_model, judge_against, judge_prompt, no_generation)
     if judging is not None and judging.against == "base":
         if base:
@@ -99,11 +107,11 @@ def evaluate(
     from qvera.data import build_datasets, lengths_of
     from qvera.evaluation.evaluate import prompts_of, score_model
     from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
-    from qvera.evaluation.named_adapters import held_out_rows
+    from qvera.evaluation.named_adapters import require_held_out_rows
     from qvera.evaluation.report.read import inputs_sha256
     from qvera.models.positions import require_positions
     from qvera.tasks import TASKS, task_of
-    from qvera.utils import memory
+    from qvera.utils import accelerator, memory
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     if target.model_class.has_own_head:
@@ -143,7 +151,7 @@ def evaluate(
     with progress(f"Loading {run}"):
         opened = open_target(target, adapter=not base)
     datasets = build_datasets(section, opened.base.tokenizer, console)
-    examples = (datasets.train if data is not None else held_out_rows(datasets, target.name))[:rows]
+    examples = (datasets.train if data is not None else require_held_out_rows(datasets, target.name))[:rows]
     prompts = [] if no_generation else prompts_of(examples, group_prompts)
     require_positions(opened.model, lengths_of(examples))
     others = None if judging is None else judging.others(prompts)
@@ -182,9 +190,15 @@ def evaluate(
     if with_base:
         if target.adapter is None:  # the base of an export is a model of its own; both need not be held
             opened.model = opened.base.model = None
+            if target.recipe is not None:  # a task that was prepared scores the model that it was prepared with
+                task = task_of(target.recipe)
+            gc.collect()  # TRL's trainer and its model hold each other
+            accelerator.empty_cache()
         with contextlib.ExitStack() as until_scored:
             with progress("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
                 model = until_scored.enter_context(base_of(opened))
+            if target.adapter is None:
+                task.prepare(model, opened.base.tokenizer, datasets, settings)
             base_scores, base_rows = score(model, "Base: ", with_loss=not task.has_reference)
         answers = [
             row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
@@ -226,10 +240,10 @@ def _write_and_print(
     from qvera.evaluation.report.pages import answers_page
 
     if predictions is not None:
-        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
+        lines = (json.dumps(plain_json(answer), ensure_ascii=False) + "\n" for answer in document["answers"])
         replace_text(predictions, "".join(lines))
     if json_file is not None:
-        replace_text(json_file, json.dumps(document, indent=1, ensure_ascii=False))
+        replace_text(json_file, json.dumps(plain_json(document), indent=1, ensure_ascii=False))
     if html is not None:
         replace_text(html, answers_page(document))
     _print_scores(document)
@@ -240,19 +254,22 @@ def _write_and_print(
             print(f"{path}: {content}")
 
 
-def _check_options(base: bool, with_base: bool, no_generation: bool, group_prompts: bool, *files: Path | None) -> None:
-    """Raise InputError if options contradict each other, or a file (JSON, predictions, page) exists."""
+def _check_options(
+    base: bool, with_base: bool, no_generation: bool, for_answers: dict[str, bool], *files: Path | None
+) -> None:
+    """Raise InputError if options contradict each other, or a file (JSON, predictions, page) exists.
+
+    ``for_answers``: options that have no effect without answers, and whether each was given.
+    """
     if base and with_base:
         raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
-    if no_generation and files[1] is not None:
-        raise InputError("--predictions: writes answers, and --no-generation asks for none; drop one of them.")
-    if no_generation and group_prompts:
-        raise InputError("--group-prompts: is for answers, and --no-generation asks for none; drop one of them.")
-    given = [path for path in files if path is not None]
-    for path in given:
+    if no_generation and (given := [name for name, is_given in for_answers.items() if is_given]):
+        raise InputError(f"{given[0]}: is for answers, and --no-generation asks for none; drop one of them.")
+    written = [path for path in files if path is not None]
+    for path in written:
         require_new_file(path)
-    if len({path.absolute() for path in given}) < len(given):
-        raise InputError(f"{given[0]}: --json, --predictions and --html need a file each.")
+    if len({path.absolute() for path in written}) < len(written):
+        raise InputError(f"{written[0]}: --json, --predictions and --html need a file each.")
 
 
 def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTarget) -> DataSection:

@@ -55,6 +55,7 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
     from qvera.evaluation.class_metrics import require_packages
     from qvera.evaluation.evaluate import scoring
     from qvera.evaluation.load import open_target
+    from qvera.evaluation.named_adapters import require_held_out_rows
     from qvera.evaluation.report.read import inputs_sha256
     from qvera.models.positions import require_positions
     from qvera.tasks import classification_of
@@ -67,7 +68,7 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
         opened = open_target(target)
     labels = opened.labels
     datasets = build_datasets(section, opened.base.tokenizer, console, labels=labels)
-    rows = (datasets.train if all_rows else datasets.eval)[:limit]
+    rows = (datasets.train if all_rows else require_held_out_rows(datasets, target.name))[:limit]
     require_positions(opened.model, lengths_of(rows))
     batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
     with progress("Scoring") as show, scoring(opened.model):

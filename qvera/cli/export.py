@@ -12,7 +12,7 @@ import typer
 
 from qvera.cli.common import AdapterName, GgufDtype, RunPath, console, progress, quiet_libraries
 from qvera.utils import formatting
-from qvera.utils.atomic import replace_text
+from qvera.utils.atomic import replace_text, require_empty
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
@@ -75,7 +75,9 @@ def export(
     options = recipe.export if recipe is not None else ExportSection()
     written = dtype or options.dtype
     options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
-    chat = _chat(target)
+    chat = chat_of(target)
+    if to != "merged":
+        require_empty(out)  # before factors are cut, or a model is converted
     if to.startswith("gguf"):
         require_answers(target, f"--to {to}")
     if to == "gguf":
@@ -86,12 +88,17 @@ def export(
         if to == "gguf-lora":
             _export_gguf_lora(section, adapter_dir, out, written, rank, chat)
             return
-        certificate = _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
+        certificate = _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank, chat)
         if rank is not None and recipe is not None and not no_compare and options.certificate_rows:
             certificate["difference"] = _lora_difference(recipe, target, out, options)
         replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
         return
     if compare_only:
+        if not options.certificate_rows:
+            raise InputError(
+                f"{run}: --compare-only compares on as many rows as export.certificate_rows of its recipe says, and "
+                "that is 0. Set it to 16 there."
+            )
         certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
         if certificate.get("kind") != "merged":
             raise InputError(f"{out}: --compare-only measures merged exports (--to merged), and this is another one.")
@@ -131,13 +138,21 @@ def _check_options(
 
 
 class Chat(NamedTuple):
-    """What a run was trained with, for those who will talk to the export: its chat template and system prompt."""
+    """What a run was trained with, for those who will talk to the export.
+
+    Attributes:
+        template: the chat template.
+        system: the system prompt.
+        beside: the template, where it is not the base's own: an adapter needs it beside its files.
+    """
 
     template: str | None
     system: str | None
+    beside: str | None
 
 
-def _chat(target: EvalTarget) -> Chat:
+def chat_of(target: EvalTarget) -> Chat:
+    """Of a run, or of an adapter with a template beside it."""
     from qvera.data import resolve_template
     from qvera.evaluation.load import template_beside, template_of
     from qvera.models.tokenizer import load_tokenizer
@@ -145,11 +160,14 @@ def _chat(target: EvalTarget) -> Chat:
 
     recipe = target.recipe
     if recipe is None:
-        return Chat(template_beside(target), None)
+        beside = template_beside(target)
+        return Chat(beside, None, beside)
     if not task_of(recipe).has_answers:
-        return Chat(None, None)
-    template = resolve_template(template_of(recipe, target.run), load_tokenizer(target.section))
-    return Chat(template.jinja, recipe.data.system)
+        return Chat(None, None, None)
+    tokenizer = load_tokenizer(target.section)
+    template = resolve_template(template_of(recipe, target.run), tokenizer).jinja
+    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return Chat(template, recipe.data.system, None if template == own else template)
 
 
 def _merge(
@@ -234,7 +252,7 @@ def _export_gguf_lora(
 
 
 def _export_adapter(
-    to: str, section: ModelSection, adapter_dir: Path, out: Path, dtype: torch.dtype, rank: int | None
+    to: str, section: ModelSection, adapter_dir: Path, out: Path, dtype: torch.dtype, rank: int | None, chat: Chat
 ) -> dict[str, Any]:
     """--to lora and --to peft; returns the certificate."""
     from qvera.adapters.files.adapter_file import read_config
@@ -250,12 +268,12 @@ def _export_adapter(
     adapter = read_deltas(adapter_dir, empty_model(section, None, model_class), section)
     errors = None
     if to == "peft":
-        size = export_stock_vera(adapter, out)
+        size = export_stock_vera(adapter, out, chat.beside)
         print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")
     else:
-        errors = write_lora(adapter, out, dtype, adapter.rank, rank, None)
+        errors = write_lora(adapter, out, dtype, adapter.rank, rank, None, chat.beside)
         if not model_class.has_own_head:
-            print(serving_text(rank or adapter.rank))
+            print(serving_text(rank or adapter.rank, adapter.magnitude))
     return {
         "format": 1,
         "kind": to,
@@ -277,11 +295,12 @@ def write_lora(
     own_rank: int,
     rank: int | None,
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None,
+    chat_template: str | None,
 ) -> dict[str, float] | None:
     """Print errors, rank and size, and write a LoRA: of ``own_rank``, where it is exact, or cut to ``rank``.
 
-    ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``. Returns the
-    error of each layer where it is cut.
+    ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``. Where there is
+    a ``chat_template``, it is written beside them. Returns the error of each layer where it is cut.
     """
     from qvera.export import lora
 
@@ -293,7 +312,7 @@ def write_lora(
         text = lora.truncation_text(errors, own_rank, rank)
     else:
         text = f"{kind} of rank {own_rank}: {lora.rounding_text(dtype)}"
-    size = formatting.size(lora.export_lora(adapter, out, dtype, factors))
+    size = formatting.size(lora.export_lora(adapter, out, dtype, factors, chat_template))
     print(text)
     print(f"{size} in {out}: {kind} of rank {rank or own_rank} on {len(adapter.layers)} linears, for stock PEFT")
     return errors
@@ -341,7 +360,7 @@ def _difference(
     """The measured part of a merged export's certificate; ``run`` and ``adapter`` as they were named."""
     from qvera.data import build_datasets
     from qvera.evaluation.load import open_target
-    from qvera.evaluation.named_adapters import held_out_rows
+    from qvera.evaluation.named_adapters import rows_to_compare
     from qvera.export.compare import measure_difference, too_little_memory
     from qvera.tasks import task_of
 
@@ -358,8 +377,9 @@ def _difference(
         task = task_of(recipe)
         labels = opened.labels if task.exported_class.has_own_head else None
         datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
-        rows = (held_out_rows(datasets, target.name) or datasets.train)[: options.certificate_rows]
+        rows, split = rows_to_compare(datasets, target.name)
+        rows = rows[: options.certificate_rows]
         with progress("Comparing the trained with the exported model"):
-            return measure_difference(opened.model, out, rows, datasets.pad_id, task, labels)
+            return {"split": split, **measure_difference(opened.model, out, rows, datasets.pad_id, task, labels)}
 
     return _measured(measure, again)

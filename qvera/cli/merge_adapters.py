@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperCommand
 
 from qvera.cli.common import AdapterNames, Dtype, quiet_libraries
-from qvera.cli.export import require_no_added_tokens, write_lora
+from qvera.cli.export import chat_of, require_no_added_tokens, write_lora
+from qvera.utils.atomic import require_empty
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import same_base
 
@@ -67,6 +68,7 @@ def merge_adapters(
     if names and len(adapters) != 1:
         raise InputError("--adapter: takes the adapters of one run; name one directory and OUT.")
     found = [find_adapter(adapters[0], name) for name in names] or [find_adapter(path) for path in adapters]
+    require_empty(out)
     _require_one_base(found)
     for _, directory in found:
         require_no_added_tokens(read_config(directory), directory, "merge-adapters")
@@ -78,6 +80,7 @@ def merge_adapters(
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     if wrong := [weight for weight in factors if not math.isfinite(weight)]:
         raise InputError(f"--weights: expected numbers, got {wrong[0]:g}.")
+    template = _template(found)
     own_rank = sum(adapter.rank for adapter in deltas)
     why = same_directions(deltas) if to is None else None
     if to is None:
@@ -85,14 +88,23 @@ def merge_adapters(
     if to == "qvera":
         if rank is not None:
             raise InputError("--rank: goes with --to lora only.")
-        write_vectors(found[0][1], weighted_sum(deltas, factors), out)
+        write_vectors(found[0][1], weighted_sum(deltas, factors), out, template)
         print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
     stacked = stacked_factors(deltas, factors)
     if why is not None:
         lora = f"a LoRA of rank {rank or own_rank}"
         print(f"No QVERA adapter is the exact sum of these: {why}. So this writes {lora}.")
-    write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked)
+    write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked, template)
+
+
+def _template(found: list[tuple[EvalTarget, Path]]) -> str | None:
+    """The chat template that goes beside a sum: that of all of its adapters, where it is not the base's own."""
+    templates = {chat_of(target).beside for target, _ in found}
+    if len(templates) > 1:
+        print("The adapters were trained with different chat templates, so none is written beside their sum.")
+        return None
+    return templates.pop()
 
 
 def _require_one_base(found: list[tuple[EvalTarget, Path]]) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def require_packages(task: str) -> None:
@@ -26,11 +24,14 @@ def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     """``accuracy``; ``f1``, of two classes that of the second, else the mean over the classes; ``matthews``; ``top5``.
 
     The last is the share of rows whose class is among the five with the highest logits, where there are ten or more.
+    Empty where there are no rows, or a logit is not finite: scikit-learn refuses these.
 
     Args:
         targets: the number of each row's class, int [n].
         logits: fp [n, classes].
     """
+    if not len(targets) or not np.isfinite(logits).all():
+        return {}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, top_k_accuracy_score
 
     found, classes = logits.argmax(1), list(range(logits.shape[1]))
@@ -46,10 +47,10 @@ def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
 
 def value_scores(targets: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    """``pearson`` and ``spearman`` of values fp [n]; neither where one side is constant or there is one row."""
+    """``pearson`` and ``spearman`` of values fp [n]; neither where a side is constant or not finite, or of one row."""
     from scipy.stats import pearsonr, spearmanr
 
-    if len(targets) < 2:
+    if len(targets) < 2 or not np.isfinite(found).all():
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a constant side has no correlation

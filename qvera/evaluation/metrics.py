@@ -24,9 +24,20 @@ def exact_match(answer: str, reference: str) -> bool:
     if answer == reference:  # NaN is JSON for Python, and not equal to itself
         return True
     try:
-        return json.loads(answer) == json.loads(reference)
+        return _same_json(json.loads(answer), json.loads(reference))
     except (ValueError, RecursionError):  # RecursionError: an answer of thousands of brackets
         return " ".join(answer.split()) == " ".join(reference.split())
+
+
+def _same_json(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; 1 is 1.0, and no number is true or false, as it is for Python."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same_json, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same_json(value, other[key]) for key, value in one.items())
+    return bool(one == other)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE
 
 if TYPE_CHECKING:
     from qvera.data import Datasets
+    from qvera.data.adapter_rows import AdapterRows
     from qvera.data.rows import Rows
 
 _SHOWN_NAMES = 8
@@ -136,9 +137,40 @@ def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
     """
     if name is None or not datasets.adapters:
         return datasets.eval
+    return datasets.eval.take(_rows_of(datasets, name).eval)
+
+
+def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
+    """`held_out_rows`, at least one.
+
+    Raises:
+        InputError: no row is held out; or as `held_out_rows`.
+    """
+    if rows := held_out_rows(datasets, name):
+        return rows
+    whose = "the recipe holds out no rows" if name is None else f"adapter {shown_name(name)} has no held-out rows"
+    raise InputError(f"{whose}, so there is nothing to score it on. Name a file with --data.")
+
+
+def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
+    """The rows on which an export is compared with its run, and which they are: ``held-out`` or ``training``.
+
+    Where no rows are held out, they are the training rows of this adapter.
+
+    Raises:
+        InputError: as `held_out_rows`.
+    """
+    if rows := held_out_rows(datasets, name):
+        return rows, "held-out"
+    if name is None or not datasets.adapters:
+        return datasets.train, "training"
+    return datasets.train.take(_rows_of(datasets, name).train), "training"
+
+
+def _rows_of(datasets: Datasets, name: str) -> AdapterRows:
     for adapter in datasets.adapters:
         if adapter.name == name:
-            return datasets.eval.take(adapter.eval)
+            return adapter
     raise InputError(
         f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class LinearAnalysis:
 
     Attributes:
         name: of its module.
+        role: the shortest end of that name which tells it from the others of its layer (`roles_of`).
         layer: the number in its name; None where it has none.
         shape: (out_features, in_features).
         rank: of the factors of ΔW; 0 for a sparse one, which has none.
@@ -43,6 +45,7 @@ class LinearAnalysis:
     """
 
     name: str
+    role: str
     layer: int | None
     shape: tuple[int, int]
     rank: int
@@ -53,11 +56,6 @@ class LinearAnalysis:
     cosines: list[float]
     exact: list[bool]
     intruders: list[int]
-
-    @property
-    def role(self) -> str:
-        """The last part of the name: q_proj."""
-        return self.name.rpartition(".")[2]
 
     @property
     def relative_norm(self) -> float:
@@ -152,22 +150,41 @@ def analyze_adapter(
     reader, layers = base.reader(section, {}), base.adapter.layers
     entries = {entry.name: entry for entry in base.entries}
     names = [name for name, _ in base.model.named_modules() if name in layers]
-    linears, mitigations = [], {}
+    linears, mitigations, roles = [], {}, roles_of(names)
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)
         weight = read_trained_weight(reader, entries[f"{name}.weight"])
         factors = layers[name].lora() if base.adapter.is_low_rank else None
-        linear, mitigation = _analyze(name, weight, layers[name], factors, top_k, epsilon, keep)
+        linear, mitigation = _analyze(name, roles[name], weight, layers[name], factors, top_k, epsilon, keep)
         linears.append(linear)
         if mitigation is not None:
             mitigations[name] = mitigation
     return Analysis(base.adapter, linears, mitigations)
 
 
+def roles_of(names: Iterable[str]) -> dict[str, str]:
+    """Name of a linear → its role: the shortest end of the name that no other kind has; the same in all layers.
+
+    ``q_proj``; where several kinds end alike, as RoBERTa's do in ``dense``, ``attention.output.dense``.
+    """
+    kinds = {name: tuple(_LAYER.sub(".*.", name, count=1).strip(".").split(".")) for name in names}
+    sharing: Counter[tuple[str, ...]] = Counter()
+    for kind in set(kinds.values()):
+        sharing.update(kind[start:] for start in range(len(kind)))
+
+    def role(kind: tuple[str, ...]) -> str:
+        ends = [kind[start:] for start in reversed(range(len(kind)))]
+        own = next((end for end in ends if sharing[end] == 1), kind)
+        return ".".join(own).removeprefix("*.")
+
+    return {name: role(kind) for name, kind in kinds.items()}
+
+
 @torch.no_grad()
 def _analyze(
     name: str,
+    role: str,
     weight: torch.Tensor,
     delta: Delta,
     factors: Factors | None,
@@ -191,6 +208,7 @@ def _analyze(
     layer = _LAYER.search(name)
     linear = LinearAnalysis(
         name=name,
+        role=role,
         layer=int(layer[1]) if layer else None,
         shape=delta.shape,
         rank=0 if factors is None else len(factors[0]),

@@ -65,7 +65,8 @@ def scores_text(
         trained, exported = ({"loss": difference[f"loss_{side}"]} for side in ("trained", "exported"))
     if isinstance(trained, dict) and isinstance(exported, dict):
         rows = difference if "rows" in difference else exported
-        parts.append(_table(f"{_on(rows, 'rows')}, this export beside its run.", {"run": trained, "export": exported}))
+        what = "training rows" if difference.get("split") == "training" else "rows"
+        parts.append(_table(f"{_on(rows, what)}, this export beside its run.", {"run": trained, "export": exported}))
     if not any(parts):
         return ""
     return "## Scores\n\n" + "\n".join(filter(None, parts))

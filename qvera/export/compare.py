@@ -107,6 +107,12 @@ def measure_difference(
     }
 
 
+def rows_text(count: int, difference: dict[str, Any]) -> str:
+    """How many rows two models were compared on; said where they are training rows, which ``split`` tells."""
+    kind = "training " if difference.get("split") == "training" else ""
+    return f"{count} {kind}row{'s' * (count != 1)}"
+
+
 def difference_text(difference: dict[str, Any], base: str) -> str:
     """What `measure_difference` gave (or ``not_measured`` and why) in a sentence or two, for ``base`` of the export."""
     if "not_measured" in difference:
@@ -114,7 +120,7 @@ def difference_text(difference: dict[str, Any], base: str) -> str:
     rows, unit = difference["rows"], difference.get("unit", "token")
     agree = difference.get("answers_agree", rows)
     text = (
-        f"trained vs exported on {rows} rows: loss {difference['loss_trained']:.4f} vs "
+        f"trained vs exported on {rows_text(rows, difference)}: loss {difference['loss_trained']:.4f} vs "
         f"{difference['loss_exported']:.4f}, "
     )
     if "kl_mean" not in difference:

@@ -22,6 +22,7 @@ from qvera.export.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.atomic import new_directory
 from qvera.utils.errors import InputError
+from qvera.utils.paths import CHAT_TEMPLATE
 from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")
@@ -33,8 +34,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes (0.14)."""
 
 
-def serving_text(rank: int) -> str:
-    """With which setting the engines that serve LoRA take one of this rank."""
+def serving_text(rank: int, is_dora: bool = False) -> str:
+    """With which setting the engines that serve LoRA take one of this rank; what to do where they take none."""
+    if is_dora:
+        return "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged"
     place = next((known for known in VLLM_RANKS if known >= rank), None)
     if place is None:
         return f"vLLM takes ranks up to {VLLM_RANKS[-1]}: cut it with --rank. SGLang reads the rank from the adapter"
@@ -114,13 +117,14 @@ def export_lora(
     out: Path,
     dtype: torch.dtype,
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    chat_template: str | None = None,
 ) -> int:
     """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes. With a magnitude it is PEFT's DoRA.
 
     A LoRA's own A and B are copied, with its alpha. Linears may differ in rank.
 
     ``factors`` are A' [r, n] and B' [m, r] by layer name (`truncate_all`, `merge_adapters.stacked_factors`), by default
-    the adapter's own.
+    the adapter's own. ``chat_template`` is that of its training, where it is not the base's own.
 
     Raises:
         InputError: ``out`` is not empty, or a factor does not fit into ``dtype``.
@@ -162,11 +166,13 @@ def export_lora(
     config = own or LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
     values = itertools.chain(tensors(), adapter.head.values())
     header = {**adapter.header(), **_facts(adapter)}
-    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, values, header)
+    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, values, header, chat_template)
 
 
-def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
+def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | None = None) -> int:
     """Write an adapter of PEFT's own VeRA, its projections in the file, each layer's scale in its d; returns its bytes.
+
+    ``chat_template`` as in `export_lora`.
 
     Raises:
         InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
@@ -196,7 +202,8 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]
     values += adapter.head.values()
     config = VeraConfig(r=adapter.rank, save_projection=True, **_common(adapter))
-    return write_adapter(out, config.to_dict(), specs, (value.float() for value in values), adapter.header())
+    floats = (value.float() for value in values)
+    return write_adapter(out, config.to_dict(), specs, floats, adapter.header(), chat_template)
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
@@ -217,10 +224,10 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
 
 
 def _facts(adapter: AdapterDeltas) -> dict[str, str]:
-    """What only qvera reads, for the header of a LoRA: what the outputs of its head mean."""
-    if not adapter.head:
-        return {}
-    return {FACTS: json.dumps({key: getattr(adapter.config, key) for key in ("labels", "problem_type")})}
+    """What only qvera reads, for the header of a LoRA: its base and tokens, and what the outputs of its head mean."""
+    keys = ("base_fingerprint", "pad_token", "eos_token", *(("labels", "problem_type") if adapter.head else ()))
+    found = {key: value for key in keys if (value := getattr(adapter.config, key, None)) is not None}
+    return {FACTS: json.dumps(found)} if found else {}
 
 
 def write_adapter(
@@ -229,10 +236,11 @@ def write_adapter(
     specs: list[TensorSpec],
     tensors: Iterator[torch.Tensor],
     header: Mapping[str, str] = MappingProxyType({}),
+    chat_template: str | None = None,
 ) -> int:
-    """Both files of an adapter directory, under a temporary name until they are whole; returns their bytes.
+    """The files of an adapter directory, under a temporary name until they are whole; returns their bytes.
 
-    ``header`` goes into that of the safetensors file.
+    ``header`` goes into that of the safetensors file; ``chat_template``, where there is one, into a file of its own.
 
     Raises:
         InputError: ``out`` holds something, or can't be written.
@@ -241,4 +249,6 @@ def write_adapter(
         write_shard(partial / ADAPTER_WEIGHTS, specs, tensors, header)
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # PEFT's configs have sets
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        if chat_template is not None:
+            (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     return sum(file.stat().st_size for file in out.iterdir())

@@ -11,7 +11,8 @@ from qvera.data import build_datasets
 from qvera.evaluation.evaluate import prompts_of, score_model
 from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
-from qvera.evaluation.named_adapters import held_out_rows
+from qvera.evaluation.named_adapters import rows_to_compare
+from qvera.export.compare import rows_text
 from qvera.tasks import task_of
 from qvera.utils import accelerator
 
@@ -62,9 +63,9 @@ def compare_lora(
     console: Console | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Score the adapter of ``target`` and the LoRA that was made of it, on at most ``limit`` held-out rows.
+    """Score the adapter of ``target`` and the LoRA that was made of it, on at most ``limit`` rows.
 
-    One model is in memory at a time.
+    One model is in memory at a time. ``split`` of the result says which rows they are (`rows_to_compare`).
 
     Args:
         recipe: of the run.
@@ -78,7 +79,8 @@ def compare_lora(
     opened = open_target(target)
     labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
-    rows = (held_out_rows(datasets, target.name) or datasets.train)[:limit]
+    rows, split = rows_to_compare(datasets, target.name)
+    rows = rows[:limit]
     progress("Scoring the trained adapter")
     trained = adapter_scores(opened, recipe, datasets, rows)
     del opened
@@ -87,13 +89,14 @@ def compare_lora(
     progress("Loading the LoRA on its base")
     opened = open_lora(lora, target.run)
     progress("Scoring the LoRA")
-    return {"trained": trained, "exported": adapter_scores(opened, recipe, datasets, rows)}
+    return {"split": split, "trained": trained, "exported": adapter_scores(opened, recipe, datasets, rows)}
 
 
 def scores_text(difference: dict[str, Any]) -> str:
     """What `compare_lora` gave in a sentence."""
     trained, exported = difference["trained"], difference["exported"]
-    text = f"trained vs exported on {trained['rows']} rows: loss {trained['loss']:.4f} vs {exported['loss']:.4f}"
+    rows = rows_text(trained["rows"], difference)
+    text = f"trained vs exported on {rows}: loss {trained['loss']:.4f} vs {exported['loss']:.4f}"
     if "exact_match" in trained:
         text += f", right answers {trained['exact_match']:.1%} vs {exported['exact_match']:.1%}"
     return text

@@ -124,14 +124,15 @@ def _check_weights(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) 
         raise InputError(f"--weights: got {len(weights)} for {len(adapters)} adapters; give one for each.")
 
 
-def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path) -> None:
-    """A QVERA adapter directory with the config of ``source`` and these vectors.
+def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path, chat_template: str | None = None) -> None:
+    """A QVERA adapter directory with the config of ``source``, these vectors, and a template where there is one.
 
     Raises:
         InputError: ``out`` is not new or empty.
     """
     specs = [TensorSpec(name, vector.dtype, tuple(vector.shape)) for name, vector in vectors.items()]
-    write_adapter(out, read_json(source / ADAPTER_CONFIG, "an adapter's config"), specs, iter(vectors.values()))
+    config = read_json(source / ADAPTER_CONFIG, "an adapter's config")
+    write_adapter(out, config, specs, iter(vectors.values()), chat_template=chat_template)
 
 
 def union(adapters: Sequence[AdapterDeltas]) -> AdapterDeltas:

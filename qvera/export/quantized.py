@@ -23,13 +23,14 @@ from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model
 from qvera.models.packed_weights import packed_weights, without_statistics
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
+from qvera.models.quantized_record import content_identity, problem_of, read_record, settings_of
 from qvera.models.safetensors_stream import CheckpointReader
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text, require_new_or_unfinished
 from qvera.utils.errors import InputError, Interrupted
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
-from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors, file_stamps
+from qvera.utils.safetensors_io import TensorEntry, base_fingerprint, checkpoint_tensors, file_stamps
 from qvera.utils.signals import StopRequests
 
 
@@ -45,7 +46,8 @@ def export_quantized(
 ) -> dict[str, Any]:
     """Write the merged model to ``out`` in bitsandbytes' 4-bit format; returns its certificate (also written there).
 
-    The merge in ``options.dtype`` lies in .OUT.merged until it is quantized. Both steps go on from finished shards.
+    The merge in ``options.dtype`` lies in .OUT.merged until the errors of the weights are measured. The certificate is
+    written last. An interrupted call is gone on with where it was: in the merge, the quantizing, or the measuring.
 
     Args:
         adapter_dir: the trained adapter.
@@ -59,11 +61,21 @@ def export_quantized(
     Raises:
         InputError, RunFailed, Interrupted: as `export_merged` and `quantize_checkpoint`.
     """
-    require_new_or_unfinished(out, "quantize")  # before anything is merged
     model_class = getattr(read_config(adapter_dir), "model_class", CAUSAL_LM)
     _require_quantizable(section.replace(quantization=quantization), model_class)
-    merged = out.absolute().with_name(f".{out.name}.merged")
+    place = out.absolute()
+    merged = place.with_name(f".{place.name}.merged")
+    target = ModelSection(
+        path=str(merged),
+        quantization=quantization,  # type: ignore[arg-type]
+        double_quant=section.double_quant,
+        quant_storage=section.quant_storage,
+        trust_remote_code=section.trust_remote_code,
+    )
     certificate = _finished_merge(merged, adapter_dir, section, options)
+    record = None if certificate is None else _finished_copy(out, target, certificate["files"], model_class)
+    if record is None:
+        require_new_or_unfinished(out, "quantize")  # before anything is merged
     if certificate is None:
         certificate = export_merged(
             adapter_dir,
@@ -73,30 +85,26 @@ def export_quantized(
             chat_template=chat_template,
             progress=lambda done, total, name: progress(f"Merging: {done} of {total} tensors ({name})"),
         )
-    target = ModelSection(
-        path=str(merged),
-        quantization=quantization,  # type: ignore[arg-type]
-        double_quant=section.double_quant,
-        quant_storage=section.quant_storage,
-        trust_remote_code=section.trust_remote_code,
-    )
     with StopRequests() as stop:
 
-        def report(stage: str, done: int, total: int, what: str) -> None:
-            progress(f"{stage.capitalize()}: {done / max(total, 1):.0%} ({what})")
+        def say(text: str) -> None:
+            progress(text)
             if stop.asked:
-                raise Interrupted(f"{stop.asked}: stopped. The same command goes on from the finished shards.")
+                raise Interrupted(f"{stop.asked}: stopped. The same command goes on from there.")
 
-        record = quantize_checkpoint(
-            target, read_source(target, merged, model_class), out, device=accelerator.current_device(), progress=report
-        )
-    progress("Measuring the error of each weight")
+        def report(stage: str, done: int, total: int, what: str) -> None:
+            say(f"{stage.capitalize()}: {done / max(total, 1):.0%} ({what})")
+
+        if record is None:
+            source = read_source(target, merged, model_class)
+            record = quantize_checkpoint(target, source, out, device=accelerator.current_device(), progress=report)
+        errors = weight_errors(merged, out, target, model_class, lambda name: say(f"Measuring the error of {name}"))
     certificate |= {
         "files": {name: file["sha256"] for name, file in record["files"].items()},
         "quantized": {
             "quantization": quantization,
             "double_quant": section.double_quant,
-            "relative_errors": weight_errors(merged, out, target, model_class),
+            "relative_errors": errors,
         },
     }
     replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
@@ -123,6 +131,7 @@ def _finished_merge(
     same = (
         found["adapter"]["sha256"] == file_sha256(adapter_dir / ADAPTER_WEIGHTS)
         and found["base"]["path"] == section.path
+        and found["base"]["fingerprint"] == base_fingerprint(base_directory(section))
         and (found["base"]["weights"], found["dtype"]) == (options.base, options.dtype)
     )
     if not same:
@@ -130,13 +139,32 @@ def _finished_merge(
     return found
 
 
+def _finished_copy(
+    out: Path, target: ModelSection, files: dict[str, str], model_class: ModelClass
+) -> dict[str, Any] | None:
+    """The record of a quantized copy that an interrupted call finished and had not measured; None: there is none.
+
+    ``target`` is the merge that it has to be of, ``files`` its shards' SHA-256.
+    """
+    record = read_record(out)
+    if record is None or (out / CERTIFICATE).exists() or any(out.glob(".qvera_quantize*")):
+        return None
+    source = read_source(target, Path(target.path), model_class)
+    identity = content_identity(source.config_sha256, files, settings_of(target, model_class.settings))
+    return record if record["identity"] == identity and problem_of(out) is None else None
+
+
 @torch.no_grad()
 def weight_errors(
-    dense: Path, quantized: Path, section: ModelSection, model_class: ModelClass = CAUSAL_LM
+    dense: Path,
+    quantized: Path,
+    section: ModelSection,
+    model_class: ModelClass = CAUSAL_LM,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
     """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), W being that of the checkpoint ``dense``.
 
-    One weight of ``dense`` is in memory at a time.
+    One weight of ``dense`` is in memory at a time. ``progress`` takes the name of each, and may raise, to stop.
     """
     model = empty_model(section, base_directory(section.replace(path=str(quantized))), model_class)
     stored = checkpoint_tensors(quantized)
@@ -147,6 +175,7 @@ def weight_errors(
     errors = {}
     for entry in without_statistics(stored, packed):
         if entry.name in packed:
+            progress(entry.name)
             errors[entry.name] = _error(reader, source, entry, entries[entry.name])
     return errors
 

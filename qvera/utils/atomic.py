@@ -119,7 +119,16 @@ def require_new_or_unfinished(out: Path, what: str) -> Path:
 
 
 def require_empty(out: Path) -> None:
-    """Refuse an output directory that holds something (InputError)."""
+    """Refuse an output directory that holds something, or that `new_directory` can't put another one in place of.
+
+    Raises:
+        InputError: it is such a directory.
+    """
+    if out.resolve() == Path.cwd():  # an empty one too: who is in it would be in a directory that is gone
+        raise InputError(
+            f"{out}: is the directory that this command runs in, and what is written takes the place of a directory as "
+            "a whole. Name another one."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."

@@ -190,11 +190,52 @@ def test_eval_scores_the_rows_of_one_adapter(run: Path, tmp_path: Path, capsys: 
     assert "15" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def run_with_a_single_row(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of anna, and of solo, whose only row can't be held out."""
+    root = tmp_path_factory.mktemp("single")
+    rows = write_customers(root / "rows.csv", ["anna"])
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write("solo,say 1 green,green green\n")
+    recipe = make_recipe(data={"path": str(rows), "adapter_column": "customer", "eval_fraction": 0.3})
+    return write_run(root / "run", recipe, ["anna", "solo"])
+
+
+def test_an_adapter_without_held_out_rows_is_compared_on_its_own_training_rows(
+    run_with_a_single_row: Path, tmp_path: Path, capsys: Any
+) -> None:
+    line = ["export", str(run_with_a_single_row), "--adapter", "solo"]
+    assert main([*line, str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert "trained vs exported on 1 training row: loss" in capsys.readouterr().out
+    found = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())["difference"]
+    assert (found["split"], found["rows"]) == ("training", 1)
+    assert main([*line, str(tmp_path / "lora"), "--to", "lora", "--rank", "2"]) == 0
+    assert "trained vs exported on 1 training row: loss" in capsys.readouterr().out
+    found = json.loads((tmp_path / "lora" / "qvera_export.json").read_text())["difference"]
+    assert (found["split"], found["trained"]["rows"]) == ("training", 1)
+
+
+def test_an_adapter_without_held_out_rows_is_scored_on_a_file_only(
+    run_with_a_single_row: Path, tmp_path: Path, capsys: Any
+) -> None:
+    line = ["eval", str(run_with_a_single_row), "--adapter", "solo", "--no-generation"]
+    assert main(line) == 2
+    assert "adapter solo has no held-out rows, so there is nothing to score it on. Name a file with --data." in (
+        capsys.readouterr().err
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("the sea is grey\n")
+    line = ["analyze", str(run_with_a_single_row), "--adapter", "solo", "--top-k", "2", "--text", str(text), "--json"]
+    assert main(line) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [losses["text"] for losses in document["losses"]] == [str(text)]
+
+
 def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     merged = tmp_path / "merged"
     assert main(["export", str(run), str(merged), "--adapter", "../chloe", "--dtype", "float32"]) == 0
     difference = json.loads((merged / "qvera_export.json").read_text())["difference"]
-    assert difference["rows"] == 3
+    assert (difference["rows"], difference["split"]) == (3, "held-out")
     target = find_target(merged)
     assert (target.name, target.run) == ("../chloe", run)
     line = ["merge-adapters", str(run), str(tmp_path / "sum"), "--to", "lora"]

@@ -23,6 +23,7 @@ from qvera.evaluation import metrics as textscores
 from qvera.evaluation.metrics import NAMES, row_scores, scores_of, text_metrics
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
+from qvera.tasks.causal_lm import CausalLM
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
@@ -315,6 +316,24 @@ def test_each_metric_is_at_its_best_for_equal_texts_and_falls_with_other_words(n
     assert metric.signature()
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("true", "1", False),
+        ("0", "false", False),
+        ('{"a": [1, true]}', '{"a": [1, 1]}', False),
+        ('{"a": [1, true]}', '{"a":[1.0,true]}', True),
+        ("1", "1.0", True),
+        ("true", "true ", True),
+        ('{"a": 1}', '{"b": 1}', False),
+        ("[1]", "[1, 2]", False),
+        ("null", "0", False),
+    ],
+)
+def test_an_exact_match_of_json_tells_true_from_1(answer: str, reference: str, equal: bool) -> None:
+    assert textscores.exact_match(answer, reference) is equal
+
+
 def test_known_values() -> None:
     """ROUGE-L by hand: 4 of 5 words in order, of 6: P 4/5, R 4/6."""
     (rouge,) = text_metrics(["rougeL"])
@@ -375,6 +394,26 @@ def test_compare_shows_what_eval_left_in_the_run(run: Path, capsys: Any) -> None
     assert said[0].startswith("other: eval.json is of another adapter")
     assert "not of the same inputs (run: 8 rows of" in said[1]
     assert "other: 5 rows of" in said[1]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_json(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CausalLM, "held_out_loss", lambda *_, **__: {"loss": math.nan, "rows": 8})
+    file = tmp_path / "scores.json"
+    assert main(["eval", str(trained_run), "--no-generation", "--json", str(file)]) == 0
+    document = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert document["scores"]["loss"] is None
+
+
+@pytest.mark.parametrize(
+    "option", [("--metrics", "bleu"), ("--max-new-tokens", "4"), ("--predictions", "p.jsonl"), ("--group-prompts",)]
+)
+def test_options_for_answers_are_refused_where_none_are_asked_for(
+    option: tuple[str, ...], trained_run: Path, capsys: Any
+) -> None:
+    assert main(["eval", str(trained_run), "--no-generation", *option]) == 2
+    assert f"{option[0]}: is for answers, and --no-generation asks for none" in capsys.readouterr().err
 
 
 def test_adapter_hash_is_of_what_was_asked(run: Path) -> None:

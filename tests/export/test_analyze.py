@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.factors import Factors
@@ -201,7 +202,7 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
     W, A, B = (torch.randn(*shape, generator=draw) for shape in ((20, 12), (3, 12), (20, 3)))
     d, b = torch.randn(3, generator=draw), torch.randn(20, generator=draw)
     plain, turned = (
-        analyze._analyze("h.3.mlp.c_fc", weight, delta, delta.lora(), 5, 0.5, 0.5)
+        analyze._analyze("h.3.mlp.c_fc", "c_fc", weight, delta, delta.lora(), 5, 0.5, 0.5)
         for weight, delta in (
             (W, Delta(Factors(A, B, d, b, 0.5), False)),
             (W.t().contiguous(), Delta(Factors(A, B, d, b, 0.5), True)),
@@ -214,10 +215,43 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
+def test_linears_of_a_layer_that_end_alike_have_names_and_cells_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=304, n_positions=64, bos_token_id=0, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    small_tokenizer().save_pretrained(tmp_path / "gpt2")
+    section = ModelSection(path=str(tmp_path / "gpt2"), compute_dtype="float32", quantization="none")
+    saved_adapter(section, tmp_path / "adapter", targets=["c_proj", "c_fc"])
+    page = tmp_path / "page.html"
+    assert main(["analyze", str(tmp_path / "adapter"), "--top-k", "2", "--html", str(page)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[0]: row[1] for row in rows if row and row[0].endswith(("c_proj", "c_fc"))} == {
+        "attn.c_proj": "2",
+        "c_fc": "2",
+        "mlp.c_proj": "2",
+    }
+    for layer in (0, 1):
+        for role in ("attn.c_proj", "mlp.c_proj"):
+            assert f"layer {layer}: {role} " in page.read_text()
+
+
+def test_a_role_is_the_same_in_all_layers() -> None:
+    ends = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    names = [f"roberta.encoder.layer.{layer}.{end}" for layer in (0, 11) for end in ends]
+    roles = analyze.roles_of([*names, "classifier.dense"])
+    assert list(roles.values()) == 2 * ["query", *ends[1:]] + ["classifier.dense"]
+    assert analyze.roles_of([f"{part}.layers.3.q_proj" for part in ("text", "vision")]) == {
+        "text.layers.3.q_proj": "text.layers.*.q_proj",
+        "vision.layers.3.q_proj": "vision.layers.*.q_proj",
+    }
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     delta = Delta(Factors(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3)), False)
     with pytest.raises(RunFailed, match=r"q_proj: W \+ ΔW has NaN or Inf"):
-        analyze._analyze("q_proj", torch.ones(3, 4), delta, None, 2, 0.5, None)
+        analyze._analyze("q_proj", "q_proj", torch.ones(3, 4), delta, None, 2, 0.5, None)
 
 
 def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adapter(
@@ -248,17 +282,23 @@ def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adap
 
 
 def test_wrong_options_of_the_command_are_refused_before_any_work(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = str(trained_run)
+    run, bad, latin = str(trained_run), tmp_path / "bad.jsonl", tmp_path / "latin.txt"
+    bad.write_text("{no JSON\n")
+    latin.write_bytes(b"caf\xe9")
+    monkeypatch.setattr(analyze, "analyze_adapter", lambda *_, **__: pytest.fail("the adapter was analyzed"))
     for options, said in (
         (["--reduce", "0.5"], "--reduce: needs --out DIR"),
         (["--out", str(tmp_path / "x")], "--out: goes with --reduce only"),
         (["--reduce", "0.5", "--out", run], "not an empty directory"),
         (["--text", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+        (["--text", str(bad), "--reduce", "0.5", "--out", str(tmp_path / "x")], "bad.jsonl:1"),
+        (["--text", str(latin), "--reduce", "0.5", "--out", str(tmp_path / "x")], "latin.txt: is not UTF-8"),
     ):
         assert main(["analyze", run, *options]) == 2
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
     assert main(["analyze", run, "--reduce", "1.5", "--out", str(tmp_path / "x")]) == 2
     said = capsys.readouterr().err
     assert "Invalid value for '--reduce'" in said

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
+from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged, merge_adapters
 from qvera.models import safetensors_stream
@@ -351,6 +352,36 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     assert main(["export", run, str(tmp_path / "lora"), "--compare-only"]) == 2
     assert "--compare-only measures merged exports" in capsys.readouterr().err
     assert (tmp_path / "lora" / "qvera_export.json").read_bytes() == certificate
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("export", "RUN", "OUT", "--to", "lora", "--rank", "1"),
+        ("export", "RUN", "OUT", "--to", "gguf-lora"),
+        ("merge-adapters", "RUN", "OUT", "--weights", "2"),
+        ("analyze", "RUN", "--reduce", "1", "--out", "OUT"),
+    ],
+)
+def test_an_output_that_is_not_free_is_refused_before_any_work(
+    line: tuple[str, ...], trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("qvera.adapters.files.adapter_file.load_file", lambda _: pytest.fail("vectors were read"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, said in ((".", ".: is the directory that this command runs in"), ("../full", "is not an empty directory")):
+        assert main([{"RUN": str(trained_run), "OUT": out}.get(part, part) for part in line]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_recipe_without_rows_to_compare_on_is_named(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    recipe = load_recipe(run / "recipe.yaml", of_a_run=True)
+    (run / "recipe.yaml").write_text(recipe.replace(export=recipe.export.replace(certificate_rows=0)).to_yaml())
+    assert main(["export", str(run), str(tmp_path / "out"), "--compare-only"]) == 2
+    assert "export.certificate_rows of its recipe says, and that is 0. Set it to 16" in capsys.readouterr().err
 
 
 def test_available_memory_is_no_more_than_the_machine_has() -> None:

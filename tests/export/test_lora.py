@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import __version__
 from qvera.adapters import QveraLinear
+from qvera.adapters.files.adapter_file import read_config
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
+from qvera.evaluation.load import find_target
 from qvera.export.deltas import read_deltas
 from qvera.export.lora import (
     export_lora,
@@ -32,6 +34,7 @@ from qvera.export.lora import (
 )
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.adapters.helpers import perturb, relative
@@ -270,10 +273,52 @@ def test_sara_whose_ranks_differ_is_no_vera_of_peft(tiny_model_dir: Path, tmp_pa
         export_stock_vera(adapter, tmp_path / "out")
 
 
+def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(make_recipe: Any, tmp_path: Path) -> None:
+    """Their run is not there any more; what they are asked with is beside them."""
+    run = tmp_path / "run"
+    tokens = {"eos_token": "<|endoftext|>", "pad_token": "<|im_start|>"}
+    data, training = {"template": "alpaca", "max_length": 192}, {"max_steps": 1, "sample_count": 0}
+    train(make_recipe(model=tokens, data=data, training=training), run)
+    fingerprint = read_config(run / "adapter").base_fingerprint  # type: ignore[union-attr]
+    assert fingerprint
+    lines = {
+        "lora": ["export", run, tmp_path / "lora", "--to", "lora", "--dtype", "float32"],
+        "sum": ["merge-adapters", run, tmp_path / "sum", "--to", "lora", "--weights", "1"],
+        "scaled": ["merge-adapters", run, tmp_path / "scaled", "--weights", "1"],
+        "reduced": ["analyze", run, "--top-k", "2", "--reduce", "1", "--out", tmp_path / "reduced"],
+        "vera": ["export", run, tmp_path / "vera", "--to", "peft"],
+    }
+    ask = ["--prompt", "say red 1", "--max-new-tokens", "4", "--out"]
+    assert main(["generate", str(run), *ask, str(tmp_path / "run.jsonl")]) == 0
+    for line in lines.values():
+        assert main([*map(str, line)]) == 0
+    run.rename(tmp_path / "gone")
+    for name in lines:
+        template = (tmp_path / name / "chat_template.jinja").read_text()
+        assert "### Instruction:" in template
+        if name != "vera":  # PEFT's VeRA has no place for them
+            section = find_target(tmp_path / name).section
+            assert {key: getattr(section, key) for key in tokens} == tokens, name
+            assert read_config(tmp_path / name).base_fingerprint == fingerprint, name  # type: ignore[union-attr]
+    assert main(["generate", str(tmp_path / "lora"), *ask, str(tmp_path / "lora.jsonl")]) == 0
+    asked = [json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("run", "lora")]
+    assert asked[0]["answer"] == asked[1]["answer"]
+
+
 def test_ranks_are_named_as_vllm_takes_them() -> None:
     assert "--max-lora-rank 16;" in serving_text(9)
     assert "--max-lora-rank 320;" in serving_text(300)
     assert "cut it with --rank" in serving_text(1024)
+
+
+def test_a_dora_is_not_for_vllm(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
+    model = attach(load_base(section).model, AdapterSection(rank=RANK, magnitude=True), section.path)
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "dora"), "--to", "lora"]) == 0
+    said = capsys.readouterr().out
+    assert "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged" in said
+    assert "--max-lora-rank" not in said
 
 
 def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:

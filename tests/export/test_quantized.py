@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters.files.save_load import attach, save_adapter
@@ -19,7 +22,7 @@ from qvera.evaluation.load import open_run
 from qvera.export import export_merged, quantized
 from qvera.export.quantized import export_quantized
 from qvera.models.loader import load_base
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, Interrupted
 from tests.adapters.helpers import perturb
 
 pytestmark = pytest.mark.process
@@ -34,6 +37,10 @@ def adapter(tiny_model_dir: Path, tmp_path: Path) -> tuple[ModelSection, Path]:
     perturb(model)
     save_adapter(model, tmp_path / "adapter")
     return section, tmp_path / "adapter"
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -89,16 +96,58 @@ def test_an_interrupted_one_goes_on_from_the_finished_merge(
     section, directory = adapter
     out, options = tmp_path / "out", ExportSection()
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(quantized, "quantize_checkpoint", fail)
+        patch.setattr(quantized, "quantize_checkpoint", interrupted)
         export_quantized(directory, section, out, options, "nf4")
     with pytest.raises(InputError, match="holds the merge of another export"):
         export_quantized(directory, section, out, ExportSection(dtype="bfloat16"), "nf4")
-    monkeypatch.setattr(quantized, "export_merged", fail)  # it is not made again
+    monkeypatch.setattr(quantized, "export_merged", interrupted)  # it is not made again
     assert len(export_quantized(directory, section, out, options, "nf4")["quantized"]["relative_errors"]) == 14
+
+
+def test_one_that_was_stopped_while_it_was_measured_goes_on_with_that(
+    adapter: tuple[ModelSection, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, directory = adapter
+    out, options, real = tmp_path / "out", ExportSection(), quantized._error
+    measured: list[str] = []
+
+    def stopping(*arguments: Any) -> float:
+        measured.append(arguments[2].name)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="The same command goes on from there"):
+        patch.setattr(quantized, "_error", stopping)
+        export_quantized(directory, section, out, options, "nf4")
+    assert len(measured) == 1
+    assert (out / "config.json").is_file() and not (out / "qvera_export.json").exists()
+    with pytest.raises(InputError, match="is not empty"):
+        export_quantized(directory, section, out, options, "fp4")
+    monkeypatch.setattr(quantized, "quantize_checkpoint", lambda *_, **__: pytest.fail("it was quantized again"))
+    certificate = export_quantized(directory, section, out, options, "nf4")
+    assert len(certificate["quantized"]["relative_errors"]) == 14
+    assert json.loads((out / "qvera_export.json").read_text()) == certificate
+    assert set(certificate["files"]) == {path.name for path in out.glob("*.safetensors")}
+    assert not (tmp_path / ".out.merged").exists()
+    with pytest.raises(InputError, match="is not empty"):  # it is finished
+        export_quantized(directory, section, out, options, "nf4")
+
+
+def test_a_merge_into_a_base_that_was_replaced_is_not_gone_on_with(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    section = ModelSection(path=str(base), compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)  # it does not know its base
+    save_adapter(model, tmp_path / "adapter")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantized, "quantize_checkpoint", interrupted)
+        export_quantized(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "nf4")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="holds the merge of another export"):
+        export_quantized(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "nf4")
 
 
 def test_a_directory_with_other_files_is_refused_before_anything_is_merged(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,16 +19,17 @@ from transformers import AutoModelForSequenceClassification
 
 from qvera.adapters.files.save_load import named_vectors
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection, Recipe
+from qvera.config.schema import ModelSection, Recipe, parse_recipe
 from qvera.data import Datasets, Labels, build_datasets, data_warnings
 from qvera.distributed.group import Group
+from qvera.evaluation.class_metrics import class_scores
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.loader import causal_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.classification import SequenceClassification, label_scores
 from qvera.training.plan import make_plan
 from qvera.training.trainer import Trainer, train
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, NotFinite
 from tests.evaluation.test_judge import serving as judge_server
 from tests.tasks.encoders import save_family
 from tests.tasks.sessions import gradients, session_of
@@ -282,6 +285,44 @@ def test_the_scores_of_labels_are_those_of_their_definitions() -> None:
     assert values["loss"] == pytest.approx((0.25 + 0 + 36) / 3)
 
 
+def test_logits_that_are_not_finite_have_no_scores_of_classes() -> None:
+    """scikit-learn refuses them."""
+    from tests.tasks.rows import labelled
+
+    names = tuple(map(str, range(10)))
+    found = torch.zeros(3, 10)
+    found[1, 4] = torch.nan
+    scores = label_scores(found, [labelled(name) for name in "123"], Labels(names))
+    assert scores.keys() == {"loss", "rows", "trained_tokens"}
+    assert scores["rows"] == 3
+    assert class_scores(np.zeros(0, int), np.zeros((0, 10))) == {}
+    values = label_scores(torch.tensor([[1.0], [torch.nan]]), [labelled("1.5"), labelled("2")], Labels(("v",), True))
+    assert "pearson" not in values
+
+
+def test_a_run_whose_logits_become_nan_ends_with_a_message_about_its_loss(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {n}", "label": f"c{n % 10}"}) + "\n" for n in range(40)))
+    real, calls = SequenceClassification.held_out_logits, itertools.count()
+
+    def spoilt_after_training(task: SequenceClassification, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = real(task, *args, **kwargs)
+        return logits * torch.nan if next(calls) else logits
+
+    monkeypatch.setattr(SequenceClassification, "held_out_logits", spoilt_after_training)
+    tree = {
+        "task": "sequence-classification",
+        "model": {"path": str(tiny_model_dir), "compute_dtype": "float32"},
+        "adapter": {"rank": 8},
+        "data": {"path": str(rows), "eval_fraction": 0.3},
+        "training": {"max_steps": 1, "global_batch_size": 4, "report_to": []},
+    }
+    with pytest.raises(NotFinite, match=r"Step 1: its held-out loss is not finite"):
+        train(parse_recipe(tree, "test recipe"), tmp_path / "run")
+
+
 def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:
     recipe = classify()
     plan = make_plan(recipe, CPU)
@@ -294,8 +335,11 @@ def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:
     assert "logits of a chunk" not in names
 
 
-def test_commands_for_text_refuse_a_classifier(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["generate", "--prompt", "x"], ["chat"], ["serve"]):
+def test_commands_for_text_refuse_a_classifier(
+    finished: Path, labelled_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qvera.export.analyze.analyze_adapter", lambda *_, **__: pytest.fail("it was analyzed"))
+    for command in (["generate", "--prompt", "x"], ["chat"], ["serve"], ["analyze", "--text", str(labelled_rows)]):
         assert main([command[0], str(finished), *command[1:]]) == 2
         assert "is a classifier" in capsys.readouterr().err
     assert main(["eval", str(finished), "--with-base"]) == 2

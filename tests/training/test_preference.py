@@ -98,7 +98,7 @@ def test_exports_are_compared_on_both_answers(recipe_of: Any, tmp_path: Path, ca
 
 
 @trl
-def test_a_model_without_an_adapter_is_scored_by_orpo(recipe_of: Any, tmp_path: Path) -> None:
+def test_a_model_without_an_adapter_is_scored_by_orpo_and_its_base_beside_it(recipe_of: Any, tmp_path: Path) -> None:
     """Its loss needs no reference."""
     run = str(tmp_path / "run")
     train(recipe_of("orpo", max_steps=8, output_dir=run), tmp_path / "run")
@@ -106,10 +106,13 @@ def test_a_model_without_an_adapter_is_scored_by_orpo(recipe_of: Any, tmp_path: 
     losses = []
     for number, asked in enumerate(([run], [str(tmp_path / "merged"), "--recipe", run], [run, "--base"])):
         file = tmp_path / f"scores-{number}.json"
-        assert main(["eval", *asked, "--no-generation", "--json", str(file)]) == 0
+        also = ["--with-base"] if number == 1 else []
+        assert main(["eval", *asked, *also, "--no-generation", "--json", str(file)]) == 0
         losses.append(json.loads(file.read_text())["scores"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[2] > losses[0]
+    of_base = json.loads((tmp_path / "scores-1.json").read_text())["base_scores"]
+    assert of_base["loss"] == pytest.approx(losses[2], rel=1e-3)
 
 
 @trl

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
+from qvera.utils.atomic import OutputDirectory, disk_errors, new_directory, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.signals import StopRequests
 from tests.helpers import start_process, wait_until
@@ -68,6 +68,18 @@ def hold(out: Path, mark: Path) -> None:
     with OutputDirectory.open(out, IDENTITY, "export"):
         mark.touch()
         time.sleep(600)
+
+
+def test_the_directory_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), Path("../here"), tmp_path / "link"):
+        with pytest.raises(InputError, match="is the directory that this command runs in"), new_directory(out):
+            pytest.fail("it was opened")
+    with new_directory(Path("below")) as partial:
+        (partial / "file").touch()
+    assert [p.name for p in (tmp_path / "here").rglob("*")] == ["below", "file"]
 
 
 def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Path) -> None:

@@ -18,4 +18,4 @@ class ExportSection(Section):
     max_shard_size_bytes: Annotated[int, Strict(), Field(ge=1, le=2**50)] = 5_000_000_000
     """The largest safetensors file, in bytes."""
     certificate_rows: NonNegative = 16
-    """Held-out rows on which the trained and the exported model are compared."""
+    """Held-out rows on which the trained and the exported model are compared; training rows where none are held out."""
