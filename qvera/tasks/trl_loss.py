@@ -181,7 +181,8 @@ def _labelled_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
 def _judged_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Judged answers for the collator of TRL's KTOTrainer.
 
-    The divergence is estimated from each prompt with the answer of the row before it in the pass, as TRL does it.
+    The divergence is estimated from each prompt with the answer of the row before it in the pass, as TRL does it; in a
+    pass of one row that is its own.
     """
     answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
     return [
