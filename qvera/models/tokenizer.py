@@ -59,9 +59,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError) as error:
+        where = "" if Path(name).is_dir() else ", which is no directory here"
         raise InputError(
-            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
-            "tokenizer.model beside the weights; or name another one with model.tokenizer."
+            f"model.path: no tokenizer can be loaded from {name!r}{where} ({first_line(error)}). Expected tokenizer.json "
+            "or tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
     return tokenizer

@@ -344,7 +344,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "no metric 'bleurt'; known: exact, bleu",
     ),
     "output directory with files of a run": (out_holds_files_of_a_run, "and 4 more) and no recipe.yaml"),
-    "base of a run is not there": (base_moved, "the base 'models/base' is no directory here, and can't be downloaded"),
+    "base of a run is not there": (base_moved, "from 'models/base', which is no directory here ("),
     "serve of an adapter of other projections": (
         adapter_edited("projection_sha256", "0" * 64, "serve"),
         "made by another generator",
