@@ -145,7 +145,7 @@ def outputs_of(words: list[str]) -> list[str]:
         found.append(positional[1])
     if words[0] == "init":
         found.append(positional[0])
-    if words[0] == "train" and not {"--resume", "--dry-run", "--find-lr"} & set(words):
+    if words[0] == "train" and not {"--resume", "--find-lr"} & set(words):
         found.append("runs/my")
     return found
 
