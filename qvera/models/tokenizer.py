@@ -61,8 +61,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, HFValidationError, KeyError) as error:
         where = "" if Path(name).is_dir() else ", which is no directory here"
         raise InputError(
-            f"model.path: no tokenizer can be loaded from {name!r}{where} ({first_line(error)}). Expected tokenizer.json "
-            "or tokenizer.model beside the weights; or name another one with model.tokenizer."
+            f"model.path: no tokenizer can be loaded from {name!r}{where} ({first_line(error)}). Expected "
+            "tokenizer.json or tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
     return tokenizer
