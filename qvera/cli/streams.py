@@ -33,6 +33,9 @@ class LossyStream:
         with self._dropping():
             self._stream.flush()
 
+    def close(self) -> None:
+        """Leave it open: it is the process's, and a log handler that outlives the command may close what it has."""
+
     @contextlib.contextmanager
     def _dropping(self) -> Iterator[None]:
         try:

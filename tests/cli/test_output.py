@@ -74,6 +74,13 @@ def test_a_reader_that_is_slow_for_a_moment_gets_what_comes_later() -> None:
     assert written == ["one", "two"]
 
 
+def test_a_log_handler_that_outlives_a_command_does_not_close_the_stream() -> None:
+    """absl's closes every stream that is not sys.stderr by then."""
+    inner = io.StringIO()
+    LossyStream(inner).close()
+    assert not inner.closed
+
+
 def test_a_run_that_is_done_is_done_whoever_reads_its_result(write_recipe: Any, tmp_path: Path) -> None:
     recipe = write_recipe(training={"max_steps": 1, "output_dir": str(tmp_path / "run")})
     command = f"{sys.executable} -m qvera train {shlex.quote(str(recipe))} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
