@@ -177,7 +177,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
     Raises:
         InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
     """
-    ways = "--to lora (exact) or --to merged" if adapter.is_low_rank else "--to merged"
+    ways = "--to lora (exact) or --to merged" if adapter.is_low_rank or adapter.magnitude else "--to merged"
     phases = len(getattr(adapter.config, "seed_chain", None) or ())
     has = [f"vectors of {phases} phases (training.resample_every)"] if phases else []
     has += [f"{adapter.groups} vectors b for each linear (adapter.b_groups)"] if adapter.groups > max(phases, 1) else []

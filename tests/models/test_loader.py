@@ -281,6 +281,7 @@ def test_attach_counts_and_names() -> None:
     )
     assert adapter_facts(model) == {
         "method": "vera",
+        "title": "VeRA",
         "rank": 8,
         "b_groups": 1,
         "input_scale": False,
