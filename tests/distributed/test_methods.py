@@ -23,7 +23,6 @@ SHORT_METHODS: dict[str, dict[str, Any]] = {
     "lora-xs": {"method": "lora-xs", "rank": 4},
     "shared-core": {"method": "shared-core", "rank": 4},
     "lorta": {"method": "lorta", "rank": 4},
-    "bilora": {"method": "bilora", "rank": 4, "alpha": 8, "orthogonal_penalty": 0},
     "sara": SARA,
     "mo-sara of the svd": {**SARA, "frozen_pair": "svd", "experts": 3},
 }
