@@ -238,15 +238,16 @@ def _export_gguf_lora(
 
     require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--to gguf-lora")
     adapter = read_deltas(adapter_dir, empty_model(section), section)
-    factors = errors = None
+    factors = lost = None
     if rank is not None:
         whole = ((name, delta.lora()) for name, delta in adapter.layers.items())
         factors, errors = lora.truncate_all(whole, adapter.rank, rank, torch.float32)
+        lost = lora.truncation_text(errors, adapter.rank, rank)
     size = export_gguf_lora(
         adapter, adapter_dir, section, out, dtype, factors, chat_template=chat.template, system=chat.system
     )
-    if rank is not None and errors is not None:
-        print(lora.truncation_text(errors, adapter.rank, rank))
+    if lost is not None:
+        print(lost)
     print(f"{formatting.size(size)} in {out}: LoRA of rank {rank or adapter.rank} on {len(adapter.layers)} linears")
     print(f"Put the path of the base's GGUF file into {out / 'Modelfile'} for Ollama, or name both files to llama.cpp.")
 

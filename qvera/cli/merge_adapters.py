@@ -100,7 +100,8 @@ def merge_adapters(
 
 def _template(found: list[tuple[EvalTarget, Path]]) -> str | None:
     """The chat template that goes beside a sum: that of all of its adapters, where it is not the base's own."""
-    templates = {chat_of(target).beside for target, _ in found}
+    of_runs = {target.run or target.path: target for target, _ in found}  # a run's adapters share one
+    templates = {chat_of(target).beside for target in of_runs.values()}
     if len(templates) > 1:
         print("The adapters were trained with different chat templates, so none is written beside their sum.")
         return None

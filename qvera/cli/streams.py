@@ -86,7 +86,7 @@ def command_streams() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     stderr = sys.stderr
-    sys.stderr = LossyStream(stderr)  # type: ignore[assignment]
+    sys.stderr = LossyStream(stderr)  # type: ignore[assignment]  # a TextIO by what it does, not by its class
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder
 from qvera.data.image_rows import ImageEncoder
-from qvera.data.readers import local_files
+from qvera.data.readers import EXTENSIONS, local_files
 from qvera.data.rows import Rows
 from qvera.data.source_rows import source_paths
 from qvera.data.tokenization import RowCounts
@@ -167,7 +167,7 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
 def _may_name_images(section: DataSection) -> bool:
     """Whether rows may have paths of images in them: those of text files do, Parquet has bytes."""
     files = [file for path, _ in source_paths(section) for file in local_files(path) or ()]
-    return any(file.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv") for file in files)
+    return any(file.suffix.lower() in EXTENSIONS and file.suffix.lower() != ".parquet" for file in files)
 
 
 def _code_sha256() -> str:

@@ -22,8 +22,6 @@ _ALIASES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message with what an assistant thought before its answer."""
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
-_ANSWERS = {"alpaca": "output", "prompt-completion": "completion"}
-"""Format → the column of its answers."""
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Keys of a message that only some templates read."""
 
@@ -94,6 +92,7 @@ def parse_row(
         return Text(row_text(row, format, "text"), row.source)
     tools = row_tools(row, format)
     own_system = row_optional_text(row, format, "system")
+    is_chat = format.name in ("messages", "sharegpt")
     if format.name == "messages":
         turns = row_turns(row, format, "messages")
     elif format.name == "sharegpt":
@@ -104,12 +103,13 @@ def parse_row(
         turns = [question, Turn("assistant", _answer(row, format, "output", label_names))]
     elif messages_in(row_value(row, format, "prompt")) is not None:
         # TRL's conversational form: both sides are lists of messages, and the completion is trained
+        is_chat = True
         asked = [replace(turn, in_prompt=True) for turn in row_turns(row, format, "prompt")]
         turns = asked + row_turns(row, format, "completion")
     else:
         answer = _answer(row, format, "completion", label_names)
         turns = [Turn("user", row_text(row, format, "prompt")), Turn("assistant", answer)]
-    if label_names and not isinstance(row.fields.get(format.column(_ANSWERS.get(format.name, ""))), (int, str)):
+    if label_names and is_chat:
         raise InputError(
             f"data.label_names: names the labels of a column of answers, and {row.source} has messages. Remove it."
         )
@@ -155,7 +155,7 @@ def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str
                 f"{len(label_names)}), got {describe(value)}. Fix the row, or data.label_names."
             )
         return label_names[int(digits)]
-    if is_number and not math.isfinite(value):  # type: ignore[arg-type]
+    if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{row.source}: {column} must be text or a number, got {value}. Fix the row, or leave it out.")
     return str(value) if is_number else row_text(row, format, name)
 
@@ -182,7 +182,8 @@ def row_tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}.")
-    return _without_nulls(tools)  # type: ignore[no-any-return]
+    found: list[dict[str, Any]] = _without_nulls(tools)
+    return found
 
 
 def _without_nulls(value: Any) -> Any:
@@ -205,8 +206,10 @@ def _calls(calls: Any) -> Any:
 def messages_in(value: object) -> list[Any] | None:
     """The list of messages that a value is, maybe as JSON text, as a CSV has it; None: it is another text."""
     found = _from_json(value)
-    are_turns = isinstance(found, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
-    return found if isinstance(value, list) or (are_turns and found) else None  # type: ignore[return-value]
+    if not isinstance(found, list):
+        return None
+    are_turns = bool(found) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
+    return found if isinstance(value, list) or are_turns else None
 
 
 def _from_json(value: object) -> object:

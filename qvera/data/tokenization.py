@@ -218,8 +218,8 @@ class RowTokenizer:
         is_long = len(kept) > limit
         if is_long and too_long == "cut-start":
             bos = int(self.encoder.starts_with_bos(whole.input_ids[kept]))
-            keep[kept[bos : len(kept) - limit + bos]] = False
-            asked &= keep
+            cut = kept[bos : len(kept) - limit + bos]
+            keep[cut] = asked[cut] = False
         elif is_long and too_long == "cut-end":
             keep[kept[limit:]] = False
         is_cut = not keep.all()

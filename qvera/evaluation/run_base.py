@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qvera.config.schema import ModelSection, Recipe
+from qvera.config.schema import Recipe
 from qvera.utils.files import try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, resolve_path
 
@@ -19,11 +19,10 @@ def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
     Args:
         adapter: the directory of its adapter, or of one of them.
     """
-    section: ModelSection = recipe.model
-    path = Path(resolve_path(section.path))
+    path = Path(resolve_path(recipe.model.path))
     known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
     if path.is_dir() or not isinstance(known, str) or not os.path.isabs(known) or not Path(known).is_dir():
         return recipe
     if Path(known).parts[-len(path.parts) :] != path.parts:  # an id of the hub, which somebody has put there since
         return recipe
-    return recipe.replace(model=section.replace(path=known))
+    return recipe.replace(model=recipe.model.replace(path=known))

@@ -166,7 +166,7 @@ def analyze_adapter(
 def roles_of(names: Iterable[str]) -> dict[str, str]:
     """Name of a linear → its role: the shortest end of the name that no other kind has; the same in all layers.
 
-    ``q_proj``; where several kinds end alike, as RoBERTa's do in ``dense``, ``attention.output.dense``.
+    ``q_proj``, or ``attention.output.dense`` where several kinds have the same last part, as RoBERTa's ``dense``.
     """
     kinds = {name: tuple(_LAYER.sub(".*.", name, count=1).strip(".").split(".")) for name in names}
     sharing: Counter[tuple[str, ...]] = Counter()

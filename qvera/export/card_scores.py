@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qvera.export.compare import rows_name
 from qvera.models.hub import is_hub_id
 from qvera.utils import formatting
 from qvera.utils.files import try_read_json
@@ -65,8 +66,11 @@ def scores_text(
         trained, exported = ({"loss": difference[f"loss_{side}"]} for side in ("trained", "exported"))
     if isinstance(trained, dict) and isinstance(exported, dict):
         rows = difference if "rows" in difference else exported
-        what = "training rows" if difference.get("split") == "training" else "rows"
-        parts.append(_table(f"{_on(rows, what)}, this export beside its run.", {"run": trained, "export": exported}))
+        parts.append(
+            _table(
+                f"{_on(rows, rows_name(difference))}, this export beside its run.", {"run": trained, "export": exported}
+            )
+        )
     if not any(parts):
         return ""
     return "## Scores\n\n" + "\n".join(filter(None, parts))

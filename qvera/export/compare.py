@@ -4,7 +4,7 @@ The trained model runs on a quantized base; the export is merged into 16-bit wei
 two are different models, and this measures by how much.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,15 @@ def measure_difference(
     }
 
 
+def rows_name(difference: Mapping[str, Any]) -> str:
+    """What the rows are called that two models were compared on; ``split`` tells where they are training rows."""
+    return "training rows" if difference.get("split") == "training" else "rows"
+
+
 def rows_text(count: int, difference: dict[str, Any]) -> str:
-    """How many rows two models were compared on; said where they are training rows, which ``split`` tells."""
-    kind = "training " if difference.get("split") == "training" else ""
-    return f"{count} {kind}row{'s' * (count != 1)}"
+    """How many rows two models were compared on, and of which kind (`rows_name`)."""
+    name = rows_name(difference)
+    return f"{count} {name.removesuffix('s') if count == 1 else name}"
 
 
 def difference_text(difference: dict[str, Any], base: str) -> str:

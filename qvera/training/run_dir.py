@@ -102,10 +102,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    adapter = ADAPTERS if recipe.data.has_adapters else "adapter"
-    written = [adapter, "metrics.jsonl", "run.json", "report.html", "checkpoints/step-*", "checkpoints/round-*"]
-    found = (path for name in written for path in sorted(run_dir.glob(name)) if _holds_something(path))
-    if not resume and (others := [path.relative_to(run_dir) for path in found]):
+    if not resume and (others := _written_by_a_run(run_dir, recipe)):
         raise InputError(
             f"{run_dir}: holds {first_of(others)} and no recipe.yaml. It is no run, and one would write over that. "
             "Choose another training.output_dir, or move them away."
@@ -117,12 +114,13 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
 
 
-def _holds_something(path: Path) -> bool:
-    if path.is_dir():
-        return any(path.iterdir())
-    return (
-        path.exists() and path.stat().st_size > 0
-    )  # a run that died in its first moment leaves an empty metrics.jsonl
+def _written_by_a_run(run_dir: Path, recipe: Recipe) -> list[Path]:
+    """What has a name that a run gives, and is not empty: a run that died at once leaves an empty metrics.jsonl."""
+    adapter = ADAPTERS if recipe.data.has_adapters else "adapter"
+    written = [adapter, "metrics.jsonl", "run.json", "report.html", "checkpoints/step-*", "checkpoints/round-*"]
+    found = [path for name in written for path in sorted(run_dir.glob(name))]
+    holds = [any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0 for path in found]
+    return [path.relative_to(run_dir) for path, is_full in zip(found, holds, strict=True) if is_full]
 
 
 def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:

@@ -21,15 +21,7 @@ from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import Recipe
-from qvera.data import (
-    Datasets,
-    Example,
-    batches_of,
-    build_datasets,
-    data_warnings,
-    lengths_of,
-    print_preflight,
-)
+from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, lengths_of, print_preflight
 from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of

@@ -215,9 +215,7 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
-def test_linears_of_a_layer_that_end_alike_have_names_and_cells_of_their_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_linears_whose_names_end_alike_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=304, n_positions=64, bos_token_id=0, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")

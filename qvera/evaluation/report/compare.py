@@ -188,7 +188,7 @@ def run_figures(run: Run) -> Figures:
         "peak_bytes": run.totals["peak_bytes"],
         "seconds_a_step": statistics.median(step_seconds) if step_seconds else None,
         "steps": run.totals["steps"],
-        "tokens": (tokens_by_step(run)[-1][1] if run.train else None) or None,  # 0: the file does not say
+        "tokens": (tokens_by_step(run)[-1][1] or None) if run.train else None,  # 0: the file does not say
         "seconds": run.totals["seconds"],
     }
 
