@@ -199,10 +199,10 @@ class Method(ABC):
         largest = max(math.prod(shape) for shape in self.tensors(adapter, place).values())
         return place.out_features * self.rank_at(adapter, place) * itemsize + 4 * largest
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, itemsize: int) -> int:
-        """Bytes of A and B in the compute dtype that one linear keeps for backward, beside its tensors."""
+    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
+        """Bytes of A and B in the compute dtype ``dtype`` that one linear keeps for backward, beside its tensors."""
         numbers = self.rank_at(adapter, place) * (place.in_features + place.out_features)
-        return numbers * itemsize if self.keeps_input and itemsize < 4 else 0
+        return numbers * dtype.itemsize if self.keeps_input and dtype.itemsize < 4 else 0
 
     def state_bytes(self, adapter: AdapterSection, place: Place) -> int | None:
         """Bytes that the method's own `optimizer` and `step_hook` hold for one linear; None: it has none of its own."""

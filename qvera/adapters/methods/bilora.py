@@ -58,9 +58,9 @@ class Bilora(TrainedPair):
     def conditions(self, config: QveraConfig) -> dict[str, object]:
         return {"alpha": config.rank if config.alpha is None else config.alpha}
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, itemsize: int) -> int:
+    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
         """Λ Q, which is made for each linear."""
-        return max(super().cast_bytes(adapter, place, itemsize), adapter.rank * place.in_features * itemsize)
+        return max(super().cast_bytes(adapter, place, dtype), adapter.rank * place.in_features * dtype.itemsize)
 
     def step_hook(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group

@@ -54,6 +54,10 @@ class LoraSb(Method):
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         return name == "qvera_R"
 
+    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
+        numbers = adapter.rank * (place.in_features + place.out_features)
+        return numbers * dtype.itemsize if dtype != self.dtype("qvera_frozen_A") else 0
+
     def from_gradient(
         self, adapter: AdapterSettings, place: Place, gradient: torch.Tensor, rate: float
     ) -> dict[str, torch.Tensor]:

@@ -101,10 +101,10 @@ class Lorta(TrainedPair):
         """The blocks, their gradient and that of A, in fp32."""
         return 4 * adapter.rank * (2 * place.out_features + place.in_features)
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, itemsize: int) -> int:
+    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
         """The blocks, which are made for each linear, and A where it is cast."""
         cut = place.out_features if _is_input_first(adapter) else place.in_features
-        return max(super().cast_bytes(adapter, place, itemsize), adapter.rank * cut * itemsize)
+        return max(super().cast_bytes(adapter, place, dtype), adapter.rank * cut * dtype.itemsize)
 
 
 def _is_input_first(adapter: AdapterSettings) -> bool:

@@ -89,7 +89,7 @@ class Spiel(Method):
         self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
         (count,) = self.tensors(adapter, place)[VALUES]
-        return working_bytes(tokens, place.out_features, place.in_features, count, on_accelerator)
+        return working_bytes(tokens, place.out_features, place.in_features, count, itemsize, on_accelerator)
 
     def state_bytes(self, adapter: AdapterSection, place: Place) -> int:
         (count,) = self.tensors(adapter, place)[VALUES]

@@ -128,16 +128,21 @@ def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torc
     return largest_places((rows.to(wide.dtype) @ wide for rows in row_blocks(g.t(), x.shape[1])), count)
 
 
-def working_bytes(tokens: int, rows: int, columns: int, count: int, on_accelerator: bool) -> int:
+def working_bytes(tokens: int, rows: int, columns: int, count: int, itemsize: int, on_accelerator: bool) -> int:
     """The most that forward and backward of `add_sparse` take for the moment, without the gradient of x.
 
-    Two blocks of tokens, each with its copy before it is transposed; indices and values in another order, and x in fp32
-    with a block of gᵀ x while candidates are looked for.
+    A block of tokens of x and of y in fp32, and in 16 bits one of them before it is transposed; of several blocks the
+    last one is there while the next is made. Or, while candidates are looked for, a block of gᵀ x and its absolute
+    values, and in 16 bits x and a block of g in fp32. Beside them indices and values in another order.
     """
     most = _block_elements(on_accelerator)
-    block = min(tokens * max(rows, columns), most)
-    searching = tokens * columns + 3 * min(most, rows * columns)
-    return 4 * max(4 * block, searching) + 36 * count
+    block = max(1, min(tokens, most // max(rows, columns)))
+    products = block * (rows + columns) * (2 if tokens > block else 1)
+    searching = 2 * min(most, rows * columns)
+    if itemsize < 4:
+        products += block * max(rows, columns)
+        searching += tokens * (columns + min(rows, max(1, most // columns)))
+    return 4 * max(products, searching) + 36 * count
 
 
 class SparseChange(NamedTuple):

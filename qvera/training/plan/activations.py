@@ -136,7 +136,7 @@ def _group_moment_bytes(run: PlannedRun) -> int:
 
 def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
     """Z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
-    T, size, rank, section = run.batch.all_tokens, run.itemsize, run.rank, run.recipe.adapter
+    T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     attention_keeps = run.attention != "eager" and not _by_groups(run)  # its output, which o_proj reads
     held: dict[tuple[str, str], int] = {}
     for x in linears:
@@ -155,16 +155,15 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         if run.method.keeps_output:
             held[x.name, "y"] = T * x.m * size + 8 * x.m  # what its rows are scaled with in fp32, and their norms
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
-            held[x.name, "z"] = T * rank * size + T * x.n + (T * x.n * size if section.input_scale else 0)
+            held[x.name, "z"] = T * run.rank_at(x) * size + T * x.n + (T * x.n * size if section.input_scale else 0)
         elif run.keeps_input(x):
             continue
-        elif run.is_summed(x):
-            held[source, "z without a graph"] = T * rank * size
         else:
             shared = run.method.source is Source.SEEDED and not section.input_scale
             own_rank = run.rank_at(x)  # readers of other ranks have another z
-            held[source if shared else x.name, f"z of rank {own_rank}"] = T * own_rank * size
-        held[x.name, "A, B"] = run.method.cast_bytes(section, x.place, size)
+            graph = "without" if run.is_summed(x) else "with"
+            held[source if shared else x.name, f"z of rank {own_rank} {graph} a graph"] = T * own_rank * size
+        held[x.name, "A, B"] = run.method.cast_bytes(section, x.place, run.machine.dtype)
     return sum(held.values())
 
 
@@ -271,7 +270,7 @@ def _attention_moments(run: PlannedRun) -> list[int]:
 def _z_bytes(run: PlannedRun) -> dict[str, int]:
     """Bytes of the z that each linear keeps, by its role; linears with one input share theirs."""
     kept = [x for x in run.layer if x.name in run.adapted_names and not run.keeps_input(x)]
-    return {x.role: run.batch.all_tokens * run.rank * run.itemsize for x in kept}
+    return {x.role: run.batch.all_tokens * run.rank_at(x) * run.itemsize for x in kept}
 
 
 def _input_gradients(run: PlannedRun, role: str) -> int:

@@ -108,6 +108,7 @@ def test_the_count_on_a_7b_is_the_formulas(case: Case) -> None:
     ("quantization", "dtype"),
     [
         ("nf4", "float32"),
+        ("nf4", "bfloat16"),
         ("int8", "bfloat16"),
         ("none", "float16"),
         pytest.param("none", "float32", marks=pytest.mark.slow),
