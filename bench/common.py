@@ -134,8 +134,9 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     Returns:
         What a trial's line says of any run: ``trained`` numbers, ``file_bytes``, ``seconds``, ``peak_bytes``, the losses
         ``train_loss`` and ``held_out_loss``, and ``cpu_seconds`` of this process for the run and its evaluations, which
-        other work on the machine changes little; None where a part of the run was there already. A run that diverged has a ``held_out_loss`` of infinity, and
-        ``file_bytes`` None.
+        other work on the machine changes little; None where a part of the run was there already. A run that diverged has
+        a ``held_out_loss`` of infinity, and
+        ``file_bytes`` None. ``base_fingerprint`` and ``data_sha256`` say what was read.
     """
     from rich.console import Console  # here: benches that measure memory do not train in their process
 
@@ -153,6 +154,8 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
         run = json.loads(record.read_text(encoding="utf-8"))
     after = run["result"]["eval_after"]
     return {
+        "base_fingerprint": run["model"]["fingerprint"],
+        "data_sha256": run["data"]["sha256"],
         "trained": run["adapter"]["trainable_parameters"],
         "file_bytes": run["adapter"]["file_bytes"],
         "seconds": run["result"]["seconds"],

@@ -21,7 +21,7 @@ def begun_run(session: TrainingSession, started: str) -> dict[str, Any]:
         "planned_steps": session.steps,
         "model": session.base.facts,
         "adapter": {**adapter_facts(session.model), "file_bytes": None},
-        "data": session.datasets.stats.to_dict(),
+        "data": {**session.datasets.stats.to_dict(), "sha256": session.inputs["rows"]},
         "versions": memory.versions(),
         "device": memory.device_name(session.device),
         "plan": None if session.plan is None else session.plan.to_dict(),

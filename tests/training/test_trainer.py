@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
+from qvera.data import build_datasets, data_sha256
 from qvera.evaluation import evaluate
 from qvera.evaluation.load import open_run
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training import checkpoint, run, trainer
 from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
@@ -530,9 +532,12 @@ def test_run_json_says_what_a_run_is_made_of_while_it_goes(
         log(self, record)
 
     monkeypatch.setattr(Trainer, "log", spy)
-    result = train(make_recipe(training={"max_steps": 2, "sample_count": 1}), tmp_path / "run")
+    recipe = make_recipe(training={"max_steps": 2, "sample_count": 1})
+    result = train(recipe, tmp_path / "run")
     assert result is not None
     begun, done = seen[0], result.run
+    read = build_datasets(recipe.data, load_tokenizer(recipe.model))
+    assert begun["data"]["sha256"] == data_sha256(read)
     assert (begun["status"], begun["planned_steps"]) == ("running", 2)
     assert begun["result"] == {"eval_before": done["result"]["eval_before"]}
     assert [begun["samples"][0] | {"after": done["samples"][0]["after"]}] == done["samples"]
