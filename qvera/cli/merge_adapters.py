@@ -40,7 +40,7 @@ def merge_adapters(
     weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One each (default: average).")] = None,
     to: Annotated[Literal["qvera", "lora"] | None, typer.Option(help="Default: qvera if exact, else lora.")] = None,
     rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of a LoRA.")] = "float32",
+    dtype: Annotated[Dtype | None, typer.Option(help="Of a LoRA. Default: float32.")] = None,
 ) -> None:
     """Scale, add or interpolate adapters of one base.
 
@@ -88,6 +88,8 @@ def merge_adapters(
     if to == "qvera":
         if rank is not None:
             raise InputError("--rank: goes with --to lora only.")
+        if dtype is not None:
+            raise InputError("--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora.")
         write_vectors(found[0][1], weighted_sum(deltas, factors), out, template)
         print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
@@ -95,7 +97,7 @@ def merge_adapters(
     if why is not None:
         lora = f"a LoRA of rank {rank or own_rank}"
         print(f"No QVERA adapter is the exact sum of these: {why}. So this writes {lora}.")
-    write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked, template)
+    write_lora(union(deltas), out, getattr(torch, dtype or "float32"), own_rank, rank, stacked, template)
 
 
 def _template(found: list[tuple[EvalTarget, Path]]) -> str | None:

@@ -29,7 +29,7 @@ VALUE = "value"
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """A row: ``text_pair`` is None for a single text; the label is a name, or a number as text."""
+    """A row. ``text_pair`` is None where it is missing or empty; the label is a name, or a number as text."""
 
     text: str
     text_pair: str | None
@@ -53,10 +53,10 @@ def parse_labelled(row: RawRow, format: RowFormat, label_names: Sequence[str] = 
     Raises:
         InputError: a column is missing or of the wrong type, or the label is missing or not one of ``label_names``.
     """
-    pair = format.column("text_pair")
-    text_pair = row_text(row, format, "text_pair") if row.fields.get(pair) is not None else None
+    has_pair = row.fields.get(format.column("text_pair")) is not None
+    pair = row_text(row, format, "text_pair") if has_pair else ""
     label = row_label(row, format, label_names)
-    return LabelledText(row_text(row, format, "text"), text_pair, label, row.source)
+    return LabelledText(row_text(row, format, "text"), pair if pair.strip() else None, label, row.source)
 
 
 def row_label(row: RawRow, format: RowFormat, names: Sequence[str] = ()) -> str:
@@ -109,9 +109,11 @@ class LabelledTokenizer(RowTokenizer):
         for row in rows:
             self._counts.special_token_rows += bool(self.template.special.search(row.whole))
             ids, pair_start = self._ids(row)
-            limit = min(self.section.max_length, self.encoder.tokenizer.model_max_length)
+            asked, most = self.section.max_length, self.encoder.tokenizer.model_max_length
+            limit = min(asked, most)
             if len(ids) > limit and self.section.too_long == "drop":
-                self._counts.dropped.setdefault(f"longer than data.max_length ({limit})", []).append(row.source)
+                whose = "data.max_length" if asked <= most else "the tokenizer's model_max_length"
+                self._counts.dropped.setdefault(f"longer than {whose} ({limit})", []).append(row.source)
                 continue
             if len(ids) > limit:
                 self._counts.truncated_rows += 1

@@ -264,6 +264,8 @@ def test_a_sum_can_be_cut(directories: dict[str, Path], tmp_path: Path, capsys: 
     cut = ["merge-adapters", used[0], str(tmp_path / "cut2"), "--rank", "4"]
     assert main([*cut, "--to", "qvera"]) == 2
     assert "--rank: goes with --to lora only" in capsys.readouterr().err
+    assert main([*cut[:-2], "--dtype", "float16"]) == 2
+    assert "--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora." in capsys.readouterr().err
     assert main(cut) == 0  # a rank asks for a LoRA
     assert json.loads((tmp_path / "cut2" / "adapter_config.json").read_text())["r"] == 4
     assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 4

@@ -78,9 +78,19 @@ def test_the_second_text_of_a_pair_has_its_token_type(classify: Any, tmp_path: P
 
 
 def test_a_row_is_no_longer_than_its_model_takes(classify: Any, tmp_path: Path) -> None:
-    (tmp_path / "long.jsonl").write_text('{"text": "' + "red " * 100 + '", "label": 1}\n{"text": "hen", "label": 0}\n')
+    rows = [{"text": "red " * 100, "label": 1}, {"text": "hen", "label": 0}, {"text": "plum", "label": 1}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = classify(data={"path": str(tmp_path / "long.jsonl"), "eval_fraction": 0.0, "max_length": 512})
     datasets = build_datasets(recipe.data, word_tokenizer())
-    assert datasets.train.lengths.tolist() == [64, 3]  # the tokenizer's model_max_length
+    assert datasets.train.lengths.tolist() == [64, 3, 3]  # the tokenizer's model_max_length
     assert datasets.train[0].input_ids[-1] == 3  # still ends with [SEP]
     assert (datasets.stats.truncated_rows, datasets.stats.truncated_tokens) == (1, 38)
+    dropped = build_datasets(recipe.data.replace(too_long="drop"), word_tokenizer()).stats.dropped
+    assert list(dropped) == ["longer than the tokenizer's model_max_length (64)"]
+
+
+def test_an_empty_second_text_is_none(classify: Any, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("premise,hypothesis,label\nred,plum,1\nhen,,0\nhen, ,1\n")
+    recipe = classify(data={"path": str(tmp_path / "pairs.csv"), "eval_fraction": 0.0})
+    datasets = build_datasets(recipe.data, word_tokenizer())
+    assert datasets.train.lengths.tolist() == [5, 3, 3]  # [CLS] hen [SEP], without another [SEP]
