@@ -16,6 +16,11 @@ from qvera.adapters.products import functional
 from qvera.kernels.low_rank import times_b
 
 
+def no_zeros(norms: torch.Tensor) -> torch.Tensor:
+    """The norms with 1 in place of 0: what a row of zeros may be divided by."""
+    return norms.masked_fill(norms == 0, 1.0)
+
+
 class Factors(NamedTuple):
     """ΔW [m, n] of one adapter in one layer, in factors."""
 
@@ -78,14 +83,14 @@ class Factors(NamedTuple):
     def change(self, weight: torch.Tensor) -> torch.Tensor:
         """What W [m, n] changes by: ΔW, or with a magnitude diag(m / ‖W + ΔW‖) (W + ΔW) - W. In fp32, without a graph.
 
-        The norms are those of the rows.
+        The norms are those of the rows. A row of zeros stays one.
         """
         delta = self.delta()
         if self.magnitude is None:
             return delta
         weight = weight.detach().to(delta)
         summed = delta.add_(weight)
-        factor = self.magnitude.detach().float() / torch.linalg.vector_norm(summed, dim=1)
+        factor = self.magnitude.detach().float() / no_zeros(torch.linalg.vector_norm(summed, dim=1))
         return summed.mul_(factor.unsqueeze(1)).sub_(weight)
 
     def outputs(self, part: slice) -> Factors:

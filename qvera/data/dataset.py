@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -191,11 +192,14 @@ class Datasets:
 
 
 def data_sha256(datasets: Datasets) -> str:
-    """SHA-256 over all rows' tokens and masks: equal where two machines read the same data the same way."""
+    """SHA-256 over all rows' tokens, masks and tasks: equal where two machines read the same data the same way."""
     digest = hashlib.sha256()
     for rows in (datasets.train, datasets.eval, *datasets.held_out_tasks.values()):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
             digest.update(len(column).to_bytes(8, "little") + np.ascontiguousarray(column).tobytes())
+    if (task_of := getattr(datasets.train, "task_of", None)) is not None:
+        names = json.dumps([datasets.task_names, list(datasets.held_out_tasks)])
+        digest.update(np.ascontiguousarray(task_of).tobytes() + names.encode())
     for adapter in datasets.adapters:
         for part in (adapter.name.encode(), adapter.train.tobytes(), adapter.eval.tobytes()):
             digest.update(len(part).to_bytes(8, "little") + part)

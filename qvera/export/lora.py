@@ -127,7 +127,7 @@ def export_lora(
     the adapter's own. ``chat_template`` is that of its training, where it is not the base's own.
 
     Raises:
-        InputError: ``out`` is not empty, or a factor does not fit into ``dtype``.
+        InputError: ``out`` is not empty, a factor does not fit into ``dtype``, or a magnitude is 0.
     """
     own = adapter.lora_config if factors is None else None
 
@@ -146,6 +146,7 @@ def export_lora(
             TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, ranks[name])),
         ]
         if delta.magnitude is not None:  # a rounded one would round whole rows of W
+            _require_no_zero_norm(name, delta.magnitude)
             specs.append(TensorSpec(f"{PREFIX}{name}.lora_magnitude_vector", torch.float32, (m,)))
 
     def tensors() -> Iterator[torch.Tensor]:
@@ -167,6 +168,15 @@ def export_lora(
     values = itertools.chain(tensors(), adapter.head.values())
     header = {**adapter.header(), **_facts(adapter)}
     return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, values, header, chat_template)
+
+
+def _require_no_zero_norm(name: str, magnitude: torch.Tensor) -> None:
+    """Refuse (InputError) rows that PEFT's DoRA, which divides by their norms, would make NaN."""
+    if rows := int((magnitude == 0).sum()):
+        raise InputError(
+            f"{name}: {rows} of its {len(magnitude)} rows are zeros (a pruned base), and PEFT's DoRA divides by their "
+            "norms. Export with --to merged."
+        )
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | None = None) -> int:

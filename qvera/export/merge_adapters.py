@@ -24,8 +24,10 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     first = adapters[0]
     if not all(isinstance(adapter.config, QveraConfig) for adapter in adapters):
         return "one of them is an adapter of PEFT's own VeRA"
-    if first.pair is None or any(delta.factors.vectors is None for delta in first.layers.values()):
+    if any(delta.factors.vectors is None for delta in first.layers.values()):
         return f"the method {first.method} has no vectors d and b"
+    if first.pair is None:
+        return "their linears have a pair of A and B each"
     for other in adapters[1:]:
         for what, ours, theirs in (
             ("method", first.method, other.method),

@@ -107,14 +107,13 @@ class Classification(Task):
             return self.row_logits(model, [rows[i] for i in numbers], pad_id)
 
         found = over_held_out(model, rows, compute, batch_size, self.too_large, progress, group)
-        mine = [(numbers, logits.tolist()) for numbers, logits in found]
-        by_row = {
-            number: values
-            for part in group.gather(mine)
-            for numbers, batch in part
-            for number, values in zip(numbers, batch, strict=True)
-        }
-        return torch.tensor([by_row[number] for number in range(len(rows))])
+        mine = [(numbers, logits.float().cpu()) for numbers, logits in found]
+        outputs = max(group.gather(mine[0][1].shape[1] if mine else 0))
+        logits = torch.zeros(len(rows), outputs)
+        for numbers, batch in mine:
+            logits[numbers] = batch
+        group.all_reduce([logits])  # a row is one rank's, and 0 on the others
+        return logits
 
     def line(self, scores: dict[str, Any]) -> str:
         """See `Task.line`."""

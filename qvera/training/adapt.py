@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from qvera.adapters.files.save_load import rate_factors
+from qvera.adapters.methods import method_of
 from qvera.adapters.stepping.step_hook import StepHooks
 from qvera.data import Batches, Rows, lengths_of
 from qvera.data.sampler import random_order
@@ -54,8 +55,9 @@ def _adapted(session: TrainingSession, name: str, rows: Rows) -> dict[str, Any]:
     pass_rows = min(training.per_device_train_batch_size, session.batches.pass_rows)
     pack_tokens = session.batches.pack_tokens
     inner.batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
-    factors = rate_factors(session.model, recipe)
-    inner.optimizer = build_optimizer(training.replace(learning_rate=rate), vectors, factors)
+    adapting = recipe.replace(training=training.replace(learning_rate=rate))
+    own = method_of(recipe.adapter).optimizer(session.model, adapting)
+    inner.optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(session.model, recipe))
     inner.schedule, inner.steps = LambdaLR(inner.optimizer, lambda _: 1.0), training.adapt_steps
     inner.engine = inner.make_engine()
     after: float | None = None

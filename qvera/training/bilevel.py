@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qvera.adapters.stepping.step_hook import StepHook
-from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,21 +22,10 @@ class BilevelHook(StepHook):
     """
 
     def __init__(self, batches: BilevelBatches, vectors: dict[str, nn.Parameter], method: Method) -> None:
-        """``vectors`` are those that are trained, by their keys in the adapter file.
-
-        Raises:
-            InputError: one of the levels has nothing to train.
-        """
+        """``vectors`` are those that are trained, by their keys in the adapter file."""
         self.batches = batches
         self.upper = [v for name, v in vectors.items() if name.rpartition(".")[2] in method.upper_kinds]
         self.lower = [v for name, v in vectors.items() if name.rpartition(".")[2] not in method.upper_kinds]
-        if not self.upper or not self.lower:
-            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in vectors}))
-            more = "train d as well (adapter.train_d)" if method.upper_kinds else "choose adapter.method bilora"
-            raise InputError(
-                f"training.bilevel: needs two groups of trained parameters, and this adapter ({method.name}) trains "
-                f"{kinds} only. Remove it, or {more}."
-            )
 
     def before_step(self, step: int) -> None:
         """See `StepHook.before_step`."""

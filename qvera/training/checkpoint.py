@@ -305,17 +305,31 @@ def restore(
     for key, tensor in checkpoint.optimizer.items():
         name, _, part = key.rpartition("/")
         device = "cpu" if part == "step" or name not in vectors else vectors[name].device  # AdamW counts on the CPU
-        states.setdefault(name, {})[part] = tensor.to(device)
+        states.setdefault(name, {})[part] = _paged(optimizer, vectors.get(name), tensor, tensor.to(device))
     for name in states.keys() & vectors.keys():
         optimizer.state[vectors[name]] = states[name]
     set_random_state(checkpoint.random, rank)
 
 
-def prune(directory: Path, keep: int, also: set[int]) -> None:
-    """Delete leftovers of killed writes, and checkpoints other than the newest ``keep`` and the steps ``also``."""
-    names = directories(directory)
-    for path in names[: max(len(names) - keep, 0)]:
-        if int(path.name[-8:]) not in also:
+def _paged(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None, tensor: torch.Tensor, on_device: torch.Tensor
+) -> torch.Tensor:
+    """Optimizer state where bitsandbytes' paged optimizers keep it: only what they allocate themselves is paged."""
+    if not getattr(optimizer, "is_paged", False) or parameter is None or tensor.shape != parameter.shape:
+        return on_device
+    buffer: torch.Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
+    return buffer.copy_(tensor)
+
+
+def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
+    """Delete leftovers of killed writes, and checkpoints other than the newest ``keep`` and the steps ``also``.
+
+    ``saved`` is the newest step. Checkpoints of later ones are damaged, since the run went on from an earlier one.
+    """
+    numbers = {int(path.name[-8:]): path for path in directories(directory)}
+    kept = sorted(number for number in numbers if number <= saved)[-keep:]
+    for number, path in numbers.items():
+        if number not in kept and (number > saved or number not in also):
             shutil.rmtree(path)
     for path in directory.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)

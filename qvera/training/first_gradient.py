@@ -8,7 +8,9 @@ many linears at a time as a quarter of the free memory holds, each time in one p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +21,15 @@ from qvera.adapters.methods import method_of
 from qvera.adapters.products.weight_gradients import collected
 from qvera.adapters.projection import forget_inputs
 from qvera.models.loader import causal_model
+from qvera.training.failures import longest_batch_error
 from qvera.training.optim import current_rate
 from qvera.utils import memory
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import RunFailed
+from qvera.utils.out_of_memory import Shortage, or_shortage
 from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
+    from qvera.data import Batches, Example
     from qvera.training.session import TrainingSession
 
 _SHARE_OF_FREE_MEMORY = 4
@@ -34,29 +39,24 @@ def start_from_gradient(session: TrainingSession) -> None:
     """Give the adapter its start. All ranks call it together; each takes its share of the rows.
 
     Raises:
-        InputError: the base is sharded (ZeRO-3).
+        InputError: memory does not suffice for it.
         RunFailed: a gradient is not finite.
     """
-    section, group, train = session.recipe.adapter, session.group, session.datasets.train
-    if session.sharder is not None:
-        raise InputError(
-            f"adapter.method: {section.method} starts from gradients of whole weights, and ZeRO-3 shards them. Use "
-            "deepspeed: zero1, zero2 or none."
-        )
+    section, group = session.recipe.adapter, session.group
     layers = {name: m for name, m in session.model.named_modules() if isinstance(m, QveraLinear)}
-    rows = session.batches.epoch_order(0)[: section.gradient_rows].tolist()
-    passes = session.batches.passes(rows, group.rank, group.world_size)
+    rows = _first_rows(session.batches, max(session.steps, session.batches.per_epoch), section.gradient_rows)
+    batches = copy.copy(session.batches)  # passes that are halved here are not those of the steps
     method, rate = method_of(section), current_rate(session.schedule)
     parts = _parts(layers, memory.available_bytes(session.device) // _SHARE_OF_FREE_MEMORY)
     with status_line(session.console, "Gradient of the first rows") as update, _base_alone(session.model, layers):
         for number, part in enumerate(parts):
-            linears = {name: layer.base_layer for name, layer in part.items()}
-            with collected(causal_model(session.model), linears) as gradients:
-                for done, micro in enumerate(passes):
-                    share = (number + done / len(passes)) / len(parts)
-                    update(f"Gradient of the first {len(rows)} rows: {share:.0%}")
-                    if micro:
-                        session.nll([train[i] for i in micro])[0].backward()
+
+            def show(share: float, number: int = number) -> None:
+                update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
+
+            gradients = _gradients(
+                session, {name: layer.base_layer for name, layer in part.items()}, batches, rows, show
+            )
             for name, layer in part.items():
                 gradient = gradients.pop(name)
                 group.all_reduce([gradient])
@@ -68,6 +68,57 @@ def start_from_gradient(session: TrainingSession) -> None:
                 with torch.no_grad():
                     for kind, vector in layer.vectors("default").items():
                         vector.copy_(made[kind])
+
+
+def _gradients(
+    session: TrainingSession,
+    linears: dict[str, nn.Module],
+    batches: Batches,
+    rows: list[int],
+    show: Callable[[float], None],
+) -> dict[str, torch.Tensor]:
+    """The sums of these linears' gradients over this rank's rows. Where memory runs out, passes are halved.
+
+    Raises:
+        InputError: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row.
+    """
+    group, train = session.group, session.datasets.train
+
+    def in_passes(passes: list[list[int]]) -> dict[str, torch.Tensor]:
+        with collected(causal_model(session.model), linears) as gradients:
+            for done, micro in enumerate(passes):
+                show(done / len(passes))
+                if micro:
+                    session.nll([train[i] for i in micro])[0].backward()
+        return gradients
+
+    while True:
+        passes = batches.passes(rows, group.rank, group.world_size)
+        found = or_shortage(functools.partial(in_passes, passes), session.device)
+        forget_inputs(session.model)
+        short = [one for one in group.gather(str(found) if isinstance(found, Shortage) else None) if one is not None]
+        if not isinstance(found, Shortage) and not short:
+            return found
+        largest = [train[i] for i in max(passes, key=len)]
+        most, tokens = (max(sizes) for sizes in zip(*group.gather([len(largest), _tokens(largest)]), strict=True))
+        if session.recipe.training.on_oom == "save" or most == 1:
+            raise longest_batch_error(session.recipe, session.plan, bool(session.checkpointing), largest)
+        session.warn(f"The gradient of the first rows does not fit into memory ({short[0]}): its passes are halved.")
+        batches.limit((tokens if session.recipe.data.packing else most) // 2)
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
+    """The first ``most`` rows that so many steps train on, each once, in the order that they come in."""
+    found: dict[int, None] = {}
+    for step in range(steps):
+        if len(found) >= most:
+            break
+        found |= dict.fromkeys(batches.rows(step))
+    return list(found)[:most]
 
 
 def _parts(layers: dict[str, QveraLinear], most_bytes: int) -> list[dict[str, QveraLinear]]:

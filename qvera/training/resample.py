@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods import method_of
 from qvera.adapters.stepping.step_hook import StepHook
 from qvera.config.schema.adapter import MOST_RANK
 from qvera.data import planned_steps
@@ -26,16 +25,11 @@ def phase_count(recipe: Recipe, rows: int) -> int:
     """How many phases a run over that many training rows has; 1 without ``training.resample_every``.
 
     Raises:
-        InputError: the adapter's method has no phases, or they come to a larger rank than an adapter may have.
+        InputError: they come to a larger rank than an adapter may have.
     """
     every = recipe.training.resample_every
     if not every:
         return 1
-    if not method_of(recipe.adapter).can_resample:
-        raise InputError(
-            "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and adapter.method "
-            f"is {recipe.adapter.method}. Remove one of the two."
-        )
     phases = max(1, -(-planned_steps(recipe, rows) // every))
     if phases * recipe.adapter.rank > MOST_RANK:
         raise InputError(
@@ -67,6 +61,14 @@ class ResampleHook(StepHook):
         self.optimizer, self.every = optimizer, training.resample_every
         self.moves = training.resample_momentum == "move"
         self._enter(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase: it is what a run that goes on after its last step is scored with."""
+        return {"phase": self.config.current_phase}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `StepHook.load_state_dict`."""
+        self._enter(state.get("phase", 0))
 
     def _enter(self, phase: int) -> None:
         self.config.current_phase = min(phase, len(self.config.seed_chain or ()) - 1)

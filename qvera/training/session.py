@@ -19,6 +19,7 @@ from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import attach, check_start, rate_factors
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, lengths_of, print_preflight
@@ -45,7 +46,6 @@ from qvera.training.planning import plan_run, resumed_mode
 from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
 from qvera.training.resample import phase_count
 from qvera.training.run_dir import inputs_of
-from qvera.training.sampling import token_sampler
 from qvera.training.step import StepAttempt
 from qvera.training.step_hooks import build_hooks
 from qvera.utils import accelerator, memory
@@ -155,7 +155,8 @@ class TrainingSession:
                 progress=lambda name: update(f"Decomposing weights: {name}"),
                 model_class=self.task.model_class(recipe, self.datasets),
             )
-        self.model.peft_config["default"].token_sampler = token_sampler(recipe)
+        if share := recipe.training.sample_tokens:
+            self.model.peft_config["default"].token_sampler = TokenSampler(share)
         for rows in (self.datasets.train, self.datasets.eval):
             require_positions(self.model, lengths_of(rows))
         if recipe.data.packing:

@@ -272,7 +272,8 @@ class Trainer(Run):
                 self.log_file.flush()
             directory, best = self.run_dir / "checkpoints", self.state.best_step
             checkpoint.save(directory, self.state.step, vectors, optimizer, plain_json(state), random, hooks)
-            checkpoint.prune(directory, self.recipe.training.save_total_limit, set() if best is None else {best})
+            keep, also = self.recipe.training.save_total_limit, set() if best is None else {best}
+            checkpoint.prune(directory, self.state.step, keep, also)
 
         self.group.on_first(write)
         self.saved_step = self.state.step

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from qvera.adapters import QveraConfig, QveraLinear
@@ -201,6 +201,26 @@ def test_training_goes_on_from_an_adapter_of_stock_peft(tmp_path: Path) -> None:
             attach(small_llama(), lora(**{**same, **change}))
     with pytest.raises(InputError, match="method lora, the recipe vera"):
         attach(small_llama(), AdapterSection(rank=4, init_from=str(tmp_path / "theirs"), targets=same["targets"]))
+
+
+def test_training_goes_on_from_a_lora_of_several_ranks(tmp_path: Path) -> None:
+    expected = logits(stock_lora(tmp_path / "theirs", **PATTERNS[2]))
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = attach(small_llama(), lora(alpha=10, targets=targets, init_from=str(tmp_path / "theirs")))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(stock(tmp_path / "ours")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_of_two_loras_is_saved_with_its_own_tensors(tmp_path: Path) -> None:
+    model = attach(small_llama(), lora())
+    model.add_adapter("two", model.peft_config["default"])
+    perturb(model)
+    save_adapter(model, tmp_path / "two", adapter="two")
+    _, tensors = read_adapter(tmp_path / "two")
+    own = get_peft_model_state_dict(model, adapter_name="two", save_embedding_layers=False)
+    assert tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[key], own[key]) for key in own)
 
 
 def test_rows_of_a_batch_use_loras_and_vera_side_by_side(tmp_path: Path) -> None:

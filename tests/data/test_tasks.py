@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection, DataSource, parse_recipe
-from qvera.data import batches_of, build_datasets
+from qvera.data import batches_of, build_datasets, data_sha256
 from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.tasks import label_tasks, source_names
 from qvera.utils.errors import InputError
@@ -147,6 +147,16 @@ def test_held_out_tasks_are_in_no_step_and_in_no_evaluation(
     assert [data.task_names[number] for number in data.train.task_of] == [row.owner for row in data.train]
     assert data.stats.unused_columns == []
     assert data.stats.train_rows == len(data.train) == data.stats.sources[0].taken
+
+
+def test_the_hash_of_the_rows_knows_their_tasks(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    def hash_of(*kinds: str) -> str:
+        rows = [{"prompt": f"say {i}", "completion": " no", "kind": kind} for i, kind in enumerate(kinds)]
+        section = DataSection(path=write(rows, "kinds.jsonl"), sampling="task", task_column="kind")
+        return data_sha256(build_datasets(section, base_tokenizer))
+
+    assert hash_of("a", "b", "a", "b") == hash_of("a", "b", "a", "b")
+    assert len({hash_of(*kinds) for kinds in ("abab", "baab", "acac")}) == 3
 
 
 def test_a_task_may_be_several_labels(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:

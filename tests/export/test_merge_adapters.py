@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,8 @@ def test_refusals_name_the_difference(
     assert why("a", "pairs") == "they differ in b_groups"
     assert why("scaled", "scaled") is None
     assert why("a", "a") is None
+    own_pairs = dataclasses.replace(deltas(directories["a"], tiny_model_dir), pair=None)  # as sara's of the weights
+    assert same_directions([own_pairs, own_pairs]) == "their linears have a pair of A and B each"
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "1", "2"]) == 2
     assert "give one for each" in capsys.readouterr().err
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "nan"]) == 2

@@ -91,11 +91,11 @@ def test_several_ranks_step_no_vector_of_the_other_level() -> None:
         ),
         (
             {"adapter": {"train_d": False}},
-            "needs two groups of trained parameters, and this adapter .vera. trains qvera_b only",
+            "needs two groups of trained parameters, and adapter.method vera has one here. Remove it, or train d",
         ),
         (
             {"adapter": {"method": "lora", "rank": 4}},
-            "this adapter .lora. trains qvera_A, qvera_B only. Remove it, or choose adapter.method bilora",
+            "adapter.method lora has one here. Remove it, or choose adapter.method bilora",
         ),
     ],
 )

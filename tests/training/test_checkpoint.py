@@ -366,21 +366,38 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000004"]
 
 
+def test_paged_state_is_paged_again(tmp_path: Path) -> None:
+    vectors = {"layers.0.q.qvera_b": nn.Parameter(torch.randn(6))}
+    optimizer: Any = torch.optim.AdamW(vectors.values(), lr=0.1)
+    step(vectors, optimizer)
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, vectors, optimizer, STATE))
+    paged: list[torch.Tensor] = []
+    optimizer.is_paged = True
+    optimizer.get_state_buffer = lambda p, dtype: (paged.append(torch.zeros_like(p, dtype=dtype)), paged[-1])[1]
+    checkpoint.restore(loaded, vectors, optimizer)
+    state = optimizer.state[vectors["layers.0.q.qvera_b"]]
+    assert {id(tensor) for tensor in paged} == {id(state["exp_avg"]), id(state["exp_avg_sq"])}
+    assert torch.equal(state["exp_avg"], loaded.optimizer["layers.0.q.qvera_b/exp_avg"])
+
+
 @pytest.mark.parametrize(
-    ("keep", "also", "left"),
+    ("saved", "keep", "also", "left"),
     [
-        (2, set(), [30, 40]),
-        (2, {10}, [10, 30, 40]),
-        (1, {40}, [40]),
-        (1, {99}, [40]),
-        (9, set(), [10, 20, 30, 40]),
+        (40, 2, set(), [30, 40]),
+        (40, 2, {10}, [10, 30, 40]),
+        (40, 1, {40}, [40]),
+        (40, 1, {99}, [40]),
+        (40, 9, set(), [10, 20, 30, 40]),
+        (30, 1, {10}, [10, 30]),  # 40 was damaged, and the run went on from an earlier one
     ],
 )
-def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, also: set[int], left: list[int]) -> None:
+def test_prune_keeps_the_newest_and_the_best(
+    tmp_path: Path, saved: int, keep: int, also: set[int], left: list[int]
+) -> None:
     save_steps(tmp_path, 40, 10, 20, 30)
     (tmp_path / ".partial-step-00000050").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    checkpoint.prune(tmp_path, keep, also)
+    checkpoint.prune(tmp_path, saved, keep, also)
     assert names(tmp_path) == ["notes.txt", *(f"step-{n:08d}" for n in left)]
 
 

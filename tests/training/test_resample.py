@@ -100,6 +100,14 @@ def test_a_run_in_phases_is_resumed_to_the_bit(run: tuple[Any, Path], tmp_path: 
         assert same(vectors(again), vectors(whole))
 
 
+def test_a_run_resumed_after_its_last_step_is_scored_with_all_phases(run: tuple[Any, Path], tmp_path: Path) -> None:
+    recipe, whole = run
+    again = cut_off(whole, tmp_path / "again", after=8)
+    train(recipe, again, resume=True)
+    one, other = (json.loads((d / "run.json").read_text())["result"]["eval_after"]["loss"] for d in (whole, again))
+    assert one == other
+
+
 def dense_phases(tensors: dict[str, torch.Tensor], name: str, seeds: list[int], n: int, m: int) -> torch.Tensor:
     """ΔW as the sum of plain VeRA adapters of the phases' seeds, in float64."""
     d, b = tensors[f"{name}.qvera_d"].double(), tensors[f"{name}.qvera_b"].double()

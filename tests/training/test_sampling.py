@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from qvera.adapters.files.save_load import attach
+from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training.plan import make_plan
-from qvera.training.sampling import token_sampler
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
@@ -26,12 +26,20 @@ LORA = {"method": "lora", "rank": 4}
 
 def test_vera_has_nothing_to_save(make_recipe: Any) -> None:
     recipe = make_recipe(training={"sample_tokens": 0.3})
-    for refused in (lambda: token_sampler(recipe), lambda: make_plan(recipe, torch.device("cpu"))):
+    for refused in (lambda: check_recipe(recipe), lambda: make_plan(recipe, torch.device("cpu"))):
         with pytest.raises(
             InputError, match="nothing to save with adapter.method vera. A is frozen, so .* only z = A x, 8"
         ):
             refused()
-    assert token_sampler(make_recipe()) is None
+
+
+def test_a_method_whose_input_side_is_made_of_others_is_refused(make_recipe: Any) -> None:
+    for adapter in (
+        {"method": "bilora", "rank": 4, "alpha": 4},
+        {"method": "lorta", "lorta_convention": "output-first", "rank": 4, "alpha": 4},
+    ):
+        with pytest.raises(InputError, match="keeps its inputs for more than the gradient of a trained A"):
+            check_recipe(make_recipe(adapter=adapter, training={"sample_tokens": 0.3, "learning_rate": 1e-3}))
 
 
 def sampled_lora(share: float | None) -> Any:

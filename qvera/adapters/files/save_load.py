@@ -19,7 +19,7 @@ from torch import nn
 
 from qvera.adapters.config import LABELS_VERSION, QveraConfig
 from qvera.adapters.files import lora_file
-from qvera.adapters.files.adapter_file import read_adapter, require_base, require_tokens
+from qvera.adapters.files.adapter_file import read_adapter, read_config, require_base, require_tokens
 from qvera.adapters.files.start import read_start, require_same_model, require_same_recipe
 from qvera.adapters.layer import QveraLinear, SharedTensors
 from qvera.adapters.methods import method_of
@@ -74,6 +74,8 @@ def attach(
         config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
         config.task_type = None if model_class.reads_images else "SEQ_CLS"  # type: ignore[assignment]
         config.format_version = max(config.format_version, LABELS_VERSION)
+    if section.init_from is not None:
+        take_from_start(config, section.init_from)
     config.progress = progress
     try:
         peft_model = put_on(model, config)
@@ -115,6 +117,13 @@ def check_start(section: AdapterSection) -> None:
     """
     if section.init_from is not None:
         require_same_recipe(read_start(section.init_from)[0], new_config(section), section.init_from)
+
+
+def take_from_start(config: QveraConfig, init_from: str) -> None:
+    """Set what a fresh adapter's config has from the adapter directory ``init_from`` (`Method.fields_of_start`)."""
+    theirs = read_config(Path(resolve_path(init_from)))
+    for field in method_of(config).fields_of_start:
+        setattr(config, field, getattr(theirs, field, None))
 
 
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
@@ -243,7 +252,8 @@ def _write_adapter(
         # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
         if isinstance(config, QveraConfig) and method_of(config).writes_lora:
             partial.mkdir()
-            lora_file.write(partial, config, get_peft_model_state_dict(model, save_embedding_layers=False))
+            found = vectors or get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+            lora_file.write(partial, config, found)
         elif vectors is not None:
             partial.mkdir(parents=True)
             tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}

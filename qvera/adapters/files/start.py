@@ -44,10 +44,13 @@ def require_same_recipe(theirs: QveraConfig, config: QveraConfig, init_from: str
     """Compare what the recipe alone decides: before any model is loaded.
 
     Raises:
-        InputError: the adapter has another method, rank or seed.
+        InputError: the adapter has another method, rank or seed, or other settings of its method.
     """
     fields = _OF_RECIPE | (_SEEDS if method_of(config).source is not Source.TRAINED else {})
     _require_equal(theirs, config, init_from, fields)
+    given, wanted = (method_of(one).conditions(one) for one in (theirs, config))
+    for key, value in wanted.items():
+        _require(given[key], value, key, init_from)
 
 
 def require_same_model(theirs: QveraConfig, config: QveraConfig, init_from: str) -> None:
@@ -58,9 +61,6 @@ def require_same_model(theirs: QveraConfig, config: QveraConfig, init_from: str)
     """
     fields = _OF_MODEL | (_PROJECTIONS if method_of(config).source is not Source.TRAINED else {})
     _require_equal(theirs, config, init_from, fields)
-    given, wanted = (method_of(one).conditions(one) for one in (theirs, config))
-    for key, value in wanted.items():
-        _require(given[key], value, key, init_from)
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
     try:
         require_same_pairs(config.pair_numbers or {}, theirs.pair_numbers or {})

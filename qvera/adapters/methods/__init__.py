@@ -87,4 +87,31 @@ def check_recipe(recipe: Recipe) -> None:
             "adapter.method: only vera without magnitude trains many adapters in one run, and this is "
             f"{section.method}. Train one (remove data.adapter_column or data.adapter_files), or choose vera."
         )
+    _check_schedules(recipe, method)
     method.check(recipe)
+
+
+def _check_schedules(recipe: Recipe, method: Method) -> None:
+    """Check that the schedules of the training section suit the method."""
+    section, training = recipe.adapter, recipe.training
+    if training.sample_tokens and not method.keeps_input:
+        raise InputError(
+            f"training.sample_tokens: there is nothing to save with adapter.method {method.name}. A is frozen, so "
+            f"backward keeps no input of a layer, only z = A x, {section.rank} numbers a token. Remove it."
+        )
+    if training.sample_tokens and not method.samples_tokens:
+        raise InputError(
+            f"training.sample_tokens: adapter.method {method.name}, as it is set here, keeps its inputs for more than "
+            "the gradient of a trained A. Remove it."
+        )
+    if training.resample_every and not method.can_resample:
+        raise InputError(
+            "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and adapter.method "
+            f"is {section.method}. Remove one of the two."
+        )
+    if training.bilevel and not any(method.is_trained(kind, section) for kind in method.upper_kinds):
+        more = "train d as well (adapter.train_d)" if method.upper_kinds else "choose adapter.method bilora"
+        raise InputError(
+            f"training.bilevel: needs two groups of trained parameters, and adapter.method {method.name} has one here. "
+            f"Remove it, or {more}."
+        )

@@ -79,6 +79,8 @@ class Method(ABC):
     """Whether its path takes the ``token_sampler`` of the adapter's config (``training.sample_tokens``)."""
     can_resample: ClassVar[bool] = False
     """Whether ``training.resample_every`` fits: its tensors of several phases are those of one seed chain."""
+    fields_of_start: ClassVar[tuple[str, ...]] = ()
+    """The fields of the config that an adapter has from the one that it starts from (``adapter.init_from``)."""
     place_names: ClassVar[frozenset[str]] = frozenset()
     """Those of its tensors that hold places in a weight: int32, never trained by gradients."""
     has_delta: ClassVar[bool] = True

@@ -62,18 +62,18 @@ class Bilora(TrainedPair):
         """Λ Q, which is made for each linear."""
         return max(super().cast_bytes(adapter, place, dtype), adapter.rank * place.in_features * dtype.itemsize)
 
-    def step_hook(
-        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
-    ) -> StepHook | None:
-        penalty = recipe.adapter.orthogonal_penalty
-        if not penalty:
-            return None
-        if recipe.deepspeed is not None:
+    def check(self, recipe: Recipe) -> None:
+        if recipe.adapter.orthogonal_penalty and recipe.deepspeed is not None:
             raise InputError(
                 "adapter.orthogonal_penalty: is added to gradients of which DeepSpeed has its own copies. Set it to 0, "
                 "or remove the deepspeed key."
             )
-        return OrthogonalPenalty(model, penalty, optimizer)
+
+    def step_hook(
+        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
+    ) -> StepHook | None:
+        penalty = recipe.adapter.orthogonal_penalty
+        return OrthogonalPenalty(model, penalty, optimizer) if penalty else None
 
 
 class OrthogonalPenalty(StepHook):

@@ -34,6 +34,7 @@ class Lora(TrainedPair):
     keys = frozenset({"alpha", "use_rslora", "init_lora_weights", "loraplus_lr_ratio"})
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
     writes_lora = True
+    fields_of_start = ("rank_pattern", "alpha_pattern")
 
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
         rank = self.rank_at(adapter, place)
@@ -64,8 +65,7 @@ class Lora(TrainedPair):
 
     def conditions(self, config: QveraConfig) -> dict[str, object]:
         alpha = config.rank if config.alpha is None else config.alpha
-        patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-        return {"alpha": alpha, "use_rslora": config.use_rslora, **patterns}
+        return {"alpha": alpha, "use_rslora": config.use_rslora}
 
     def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
         return getattr(adapter, "loraplus_lr_ratio", 1.0) if name == "qvera_B" else 1.0

@@ -18,10 +18,13 @@ from qvera.adapters.methods.lora_xs import require_rank
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.products.weight_gradients import sign_step
 from qvera.adapters.projection import Pair
+from qvera.distributed.zero_config import zero_config_of
 from qvera.models.svd import rows_of_tensor, truncated_svd
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.methods.base import AdapterSettings
+    from qvera.config.schema import Recipe
 
 
 class LoraSb(Method):
@@ -57,6 +60,14 @@ class LoraSb(Method):
     def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
         numbers = adapter.rank * (place.in_features + place.out_features)
         return numbers * dtype.itemsize if dtype != self.dtype("qvera_frozen_A") else 0
+
+    def check(self, recipe: Recipe) -> None:
+        zero = zero_config_of(recipe)
+        if zero is not None and zero.shards_base:
+            raise InputError(
+                f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), and adapter.method {self.name} starts from "
+                "gradients of whole weights. Use zero1, zero2 or none."
+            )
 
     def from_gradient(
         self, adapter: AdapterSettings, place: Place, gradient: torch.Tensor, rate: float

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Place
+from qvera.adapters.methods.base import Method, Place
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.utils.errors import InputError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.adapters.projection import Pair
+    from qvera.config.schema import Recipe
 
 LAYERS = "qvera_layers"
 """C_l. Its row i is layer i's."""
@@ -44,6 +45,16 @@ class Lorta(TrainedPair):
     title = "LoRTA"
     keys = frozenset({"alpha", "lorta_convention"})
     usual = {"adapter.rank": 64, "training.learning_rate": 1e-2}
+
+    def variant(self, adapter: AdapterSettings) -> Method:
+        return self if _is_input_first(adapter) else _OUTPUT_FIRST
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.training.torch_compile:
+            raise InputError(
+                "training.torch_compile: adapter.method lorta has other factors in each layer, and torch would compile "
+                "8 of them and run the rest as they are. Remove it, or choose another method."
+            )
 
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
         return {}
@@ -105,6 +116,13 @@ class Lorta(TrainedPair):
         """The blocks, which are made for each linear, and A where it is cast."""
         cut = place.out_features if _is_input_first(adapter) else place.in_features
         return max(super().cast_bytes(adapter, place, dtype), adapter.rank * cut * dtype.itemsize)
+
+
+class _OutputFirst(Lorta):
+    samples_tokens = False  # its input side is made of B and C: their gradients would be samples too
+
+
+_OUTPUT_FIRST = _OutputFirst()
 
 
 def _is_input_first(adapter: AdapterSettings) -> bool:

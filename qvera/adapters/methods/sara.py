@@ -32,6 +32,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.methods.base import AdapterSettings
+    from qvera.config.schema import Recipe
 
 
 class Sara(Method):
@@ -46,6 +47,16 @@ class Sara(Method):
 
     def variant(self, adapter: AdapterSettings) -> Method:
         return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
+
+    def conditions(self, config: QveraConfig) -> dict[str, object]:
+        return {key: getattr(config, key) for key in ("singular_share", "frozen_pair", "experts")}
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.training.torch_compile:
+            raise InputError(
+                "training.torch_compile: with adapter.method sara each linear has a rank of its own, and torch would "
+                "compile 8 layers and run the rest as they are. Remove it, or choose another method."
+            )
 
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[Place, nn.Module]]) -> None:
         """Write the ranks into the config, where it is a fresh one."""

@@ -111,11 +111,13 @@ class Spiel(Method):
             ("training.optim", training.optim, "adamw"),
             ("deepspeed", recipe.deepspeed, None),
             ("training.torch_compile", training.torch_compile, False),
+            ("task", recipe.task, "causal-lm"),
         ):
             if given != taken:
                 raise InputError(
                     f"{key}: is {given}, and adapter.method spiel, whose values change their places between steps, has "
-                    f"optimizers of its own that run in plain torch. Remove {key}, or choose another method."
+                    "optimizers of its own, over these values alone, that run in plain torch. Remove "
+                    f"{key}, or choose another method."
                 )
 
     def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -138,7 +140,7 @@ class Spiel(Method):
         assert isinstance(optimizer, AgedAdamW | SparseSM3)
         section = recipe.adapter
         settings = section.reselect_every, section.accumulate_steps, section.drop_share
-        return Reselection(_sparse_layers(model), optimizer, *settings, steps, group)
+        return Reselection(_sparse_layers(model), optimizer, *settings, steps, section.init_from is None, group)
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:

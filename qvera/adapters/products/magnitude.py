@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.factors import Factors
+from qvera.adapters.factors import Factors, no_zeros
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.distributed.zero_params import gathered
 from qvera.kernels.low_rank import row_blocks, times_b
@@ -52,7 +52,7 @@ class RowNorms(nn.Module):
         return self.squares.sqrt()
 
     def of_sum(self, factors: Factors, gram: torch.Tensor) -> torch.Tensor:
-        """‖w_i + δ_i‖ [m] in fp32 or wider, without a graph.
+        """‖w_i + δ_i‖ [m] in fp32 or wider, without a graph; 1 where it is 0, as of a pruned row, which stays 0.
 
         On a CPU the latest are held until d or b changes in value. Elsewhere that comparison would wait for the device.
 
@@ -81,7 +81,7 @@ class RowNorms(nn.Module):
             C = times_b(B[rows].to(total), b[..., rows].to(total)) * middle
             crossed = (self.products[rows, :rank].to(total) * C).sum(1)
             total[rows] = self.squares[rows] + 2 * crossed + ((C @ gram) * C).sum(1)
-        return total.clamp_min_(0).sqrt_()
+        return no_zeros(total.clamp_min_(0).sqrt_())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RowNorms:
         self._latest = None

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+_UNITS = 2**52
+
 
 class TokenSample(NamedTuple):
     """Tokens to keep and their weights; a token that was drawn twice is there twice."""
@@ -37,34 +39,54 @@ def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) ->
     """
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     odds = norms if g_norms is None else norms * g_norms.to(norms.dtype)
-    # a run that diverges ends by its loss, not in multinomial, which on CUDA would take the whole process with it
+    # a run that diverges ends by its loss: no place below is out of range, which on CUDA would end the whole process
     odds = torch.nan_to_num(odds, nan=1.0, posinf=1.0)
     # as the paper's code does: no probability is 0
     odds = odds + torch.finfo(odds.dtype).eps * odds.mean().clamp_min(torch.finfo(odds.dtype).tiny)
     return odds / odds.sum()
 
 
-def kept_count(p: torch.Tensor, k: int) -> int:
-    """|C|, the tokens of the largest p [T] that a sample of ``k`` < T tokens keeps for certain; less than k."""
-    highest = torch.cat([p.new_zeros(1), p.topk(k - 1).values.cumsum(0)])
-    slots = k - torch.arange(k, device=p.device)
-    return int(((1 - highest) / slots).argmin())
+def _in_units(p: torch.Tensor) -> torch.Tensor:
+    """p in units of 1 / `_UNITS`, int64: torch has running sums of integers on CUDA that are the same each time.
+
+    It has none of floats, and refuses them with ``training.full_determinism``.
+    """
+    return (p.double() * _UNITS).long()
+
+
+def kept_count(highest: torch.Tensor) -> torch.Tensor:
+    """|C|, int64 [1]: how many of the k tokens with the ``highest`` p [k] a sample keeps for certain; less than k."""
+    slots = len(highest) - torch.arange(len(highest), device=highest.device)
+    return (_not_kept(highest) / slots).argmin(0, keepdim=True)
 
 
 def sample_tokens(p: torch.Tensor, k: int, generator: torch.Generator | None = None) -> TokenSample:
-    """Draw a sample of ``k`` of T tokens, 0 < k; all of them, each with weight 1, where k >= T."""
+    """Draw a sample of ``k`` of T tokens, 0 < k; all of them, each with weight 1, where k >= T.
+
+    Shapes do not depend on what is drawn, so that the host never waits for an accelerator.
+    """
     if k >= len(p):
         return TokenSample(torch.arange(len(p), device=p.device), torch.ones_like(p))
-    kept = p.topk(kept_count(p, k)).indices
-    rest = p.clone()
-    rest[kept] = 0.0
-    drawn = torch.multinomial(rest, k - len(kept), replacement=True, generator=generator)
-    return TokenSample(torch.cat([kept, drawn]), torch.cat([torch.ones_like(p[kept]), drawn_weights(p, kept, drawn)]))
+    highest = p.topk(k)
+    count = kept_count(highest.values)
+    is_kept = torch.arange(k, device=p.device) < count
+    rest = _in_units(p.scatter(0, highest.indices, highest.values.masked_fill(is_kept, 0.0))).cumsum(0)
+    numbers = torch.rand(k, dtype=torch.float64, device=p.device, generator=generator)
+    places = torch.minimum((numbers * rest[-1:]).long(), rest[-1:] - 1)
+    drawn = torch.searchsorted(rest, places, right=True)
+    weight = drawn_weights(p[drawn], _not_kept(highest.values).gather(0, count), k - count)
+    return TokenSample(torch.where(is_kept, highest.indices, drawn), weight.to(p.dtype).masked_fill(is_kept, 1.0))
 
 
-def drawn_weights(p: torch.Tensor, kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """(1 - p_C) / (p_t (k - |C|)) of the drawn tokens [k - |C|]; ``kept`` int64 [|C|] are the tokens of C."""
-    return (1 - p[kept].sum()) / (p[drawn] * len(drawn))
+def drawn_weights(p: torch.Tensor, not_kept: torch.Tensor, draws: torch.Tensor | int) -> torch.Tensor:
+    """(1 - p_C) / (p_t (k - |C|)) of drawn tokens: their p, ``not_kept`` is 1 - p_C and ``draws`` k - |C|."""
+    return not_kept / (p * draws)
+
+
+def _not_kept(highest: torch.Tensor) -> torch.Tensor:
+    """1 - p_C, fp64 [k], where C are the first 0, 1, .. k - 1 of the highest p [k]."""
+    units = _in_units(highest)
+    return 1 - (units.cumsum(0) - units).double() / _UNITS
 
 
 def sampled_product(g: torch.Tensor, x_rows: torch.Tensor, sample: TokenSample) -> torch.Tensor:

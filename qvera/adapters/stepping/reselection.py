@@ -173,9 +173,9 @@ class SparseLayer(NamedTuple):
 class Reselection(StepHook):
     """Changes the places of sparse values between optimizer steps.
 
-    Steps ``accumulate``, ``every`` + ``accumulate``, 2 ``every`` + ``accumulate``, .. are followed by a change. The
-    first moves all values, since their places were random; later ones ``drop_share`` of them, times the share of the
-    run's steps that are left.
+    Steps ``accumulate``, ``every`` + ``accumulate``, 2 ``every`` + ``accumulate``, .. are followed by a change, but for
+    the run's last step. It moves ``drop_share`` of the values, times the share of the run's steps that are left. The
+    first one moves all of them where ``places_are_random``.
 
     Several ranks: the candidates are those of rank 0's first micro-batch. The step that finds them is not counted then,
     since the others have no gradients at these places yet.
@@ -187,6 +187,7 @@ class Reselection(StepHook):
         accumulate: steps over which gradients are summed before each, at most ``every``.
         drop_share: see above.
         total_steps: of the run.
+        places_are_random: at the start; False: another training chose them.
         group: the run's processes.
 
     Raises:
@@ -201,11 +202,12 @@ class Reselection(StepHook):
         accumulate: int,
         drop_share: float,
         total_steps: int,
+        places_are_random: bool = True,
         group: Group | None = None,
     ) -> None:
         self.layers, self.optimizer, self.group = dict(layers), optimizer, group or Group()
         self.every, self.accumulate, self.drop_share, self.total_steps = every, accumulate, drop_share, total_steps
-        self.candidates: dict[str, Candidates] = {}
+        self.places_are_random, self.candidates = places_are_random, dict[str, Candidates]()
         if self.group.world_size > 1 and accumulate == 1 and isinstance(optimizer, AgedAdamW):
             raise InputError(
                 "adapter.accumulate_steps: is 1, and with several processes the first of these steps only finds the "
@@ -228,9 +230,10 @@ class Reselection(StepHook):
         if self.candidates:
             self._end_step(loss_scale)
         if step % self.every == self.accumulate % self.every:
-            share = 1.0 if step == self.accumulate else self.drop_share * max(0.0, 1 - step / self.total_steps)
-            for name in self.layers:
-                self._change(name, share)
+            left = max(0.0, 1 - step / self.total_steps)
+            moves_all = step == self.accumulate and self.places_are_random
+            for name in self.layers if left else ():
+                self._change(name, 1.0 if moves_all else self.drop_share * left)
             self.candidates = {}
 
     def _end_step(self, loss_scale: float) -> None:

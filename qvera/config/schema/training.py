@@ -167,9 +167,9 @@ class TrainingSection(Section):
     as the new subspace has it (Flora; about 1/√in_features of it) and the old second moments. ``move`` is for
     ``optim: adamw``."""
     sample_tokens: Fraction = 0.0
-    """For methods that train A (``lora``, ``lorta``): the share of each input's tokens that backward keeps for the
-    gradient of A, drawn so that it is right in expectation (WTA-CRS, arXiv 2305.15265). Less memory, noisier steps. 0:
-    all."""
+    """For methods that train A (``lora``, input-first ``lorta``): the share of each input's tokens that backward keeps
+    for the gradient of A, drawn so that it is right in expectation (WTA-CRS, arXiv 2305.15265). Less memory, noisier
+    steps. 0: all."""
     adapt_steps: Annotated[NonNegative, OnlyWith("data.held_out_tasks")] = 0
     """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
     rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:

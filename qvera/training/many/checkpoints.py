@@ -94,7 +94,7 @@ def save(trainer: ManyTrainer) -> None:
         "adapters": [_entry(run) for run in trainer.runs],
     }
     checkpoint.write(directory, "round", trainer.round, files, plain_json(state))
-    checkpoint.prune(directory, trainer.recipe.training.save_total_limit, set())
+    checkpoint.prune(directory, trainer.round, trainer.recipe.training.save_total_limit, set())
 
 
 def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> ManyCheckpoint | None:

@@ -30,7 +30,6 @@ from qvera.training.plan.shape import Shape, shape_of
 from qvera.training.plan.sharding import Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
 from qvera.training.resample import phase_count, with_phases
-from qvera.training.sampling import token_sampler
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 1_250  # adapter_config.json
@@ -203,7 +202,6 @@ def make_plan(
             keys do not suit its method.
     """
     check_recipe(recipe)
-    token_sampler(recipe)
     phases = phase_count(recipe, 0 if rows is None else len(rows))
     if rows is not None or recipe.training.max_steps >= 0:
         recipe = with_phases(recipe, phases)

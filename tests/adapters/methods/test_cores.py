@@ -14,10 +14,12 @@ from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors
+from qvera.adapters.files.save_load import attach, check_start, load_adapter, named_vectors, save_adapter
+from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.functional import project
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
+from qvera.data.parts import TaskBatches
 from qvera.evaluation.load import open_run
 from qvera.export.deltas import read_deltas
 from qvera.models.checkpointing import enable_checkpointing
@@ -26,6 +28,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training import first_gradient
 from qvera.training.plan import make_plan
+from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import IN, OUT, base_layer, dense_weight, perturb, relative
@@ -274,6 +277,69 @@ def test_lora_sb_takes_the_gradients_of_as_many_weights_as_memory_holds(
     assert held == [1] * count
     (_, one), (_, other) = (_adapter_of(tmp_path / name) for name in ("together", "one by one"))
     assert all(torch.equal(one[name][kind], other[name][kind]) for name in one for kind in one[name])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_lora_sb_halves_the_passes_that_memory_does_not_suffice_for(
+    packing: bool, make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"max_steps": 1, "per_device_train_batch_size": 4, "try_longest_batch": False}
+    adapter = {"method": "lora-sb", "rank": 6, "gradient_rows": 8}
+    recipe = make_recipe(adapter=adapter, training=training, data={"packing": packing, "max_length": 128})
+    train(recipe, tmp_path / "whole")
+    real = TrainingSession.nll
+
+    def nll(session: TrainingSession, examples: Any, *rest: Any) -> Any:
+        if not rest and len(examples) > 2:  # not a step's
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(session, examples, *rest)
+
+    monkeypatch.setattr(TrainingSession, "nll", nll)
+    with pytest.raises(InputError, match="does not fit into memory"):
+        train(recipe.replace(training=recipe.training.replace(on_oom="save")), tmp_path / "save")
+    train(recipe.replace(training=recipe.training.replace(on_oom="halve")), tmp_path / "halved")
+    (_, one), (_, other) = (_adapter_of(tmp_path / name) for name in ("whole", "halved"))
+    for name, tensors in one.items():
+        for kind in ("qvera_frozen_A", "qvera_frozen_B"):
+            same = (tensors[kind] - other[name][kind]).abs() < 0.02
+            assert same.float().mean() > 0.95, name  # a sign of a gradient near 0 may differ
+
+
+def test_lora_sb_starts_from_the_rows_of_the_first_steps() -> None:
+    tasks = [np.arange(20), np.arange(20, 1000)]
+    batches = TaskBatches(np.full(1000, 5), 8, tasks=tasks)
+    trained = [row for step in range(20) for row in batches.rows(step)]
+    assert first_gradient._first_rows(batches, 125, 50) == list(dict.fromkeys(trained))[:50]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "deepspeed", "words"),
+    [
+        ({"method": "lora-sb"}, {}, "zero3", "deepspeed: zero3 shards the base"),
+        ({"method": "bilora", "alpha": 4, "orthogonal_penalty": 0.1}, {}, "zero1", "adapter.orthogonal_penalty"),
+        ({"method": "sara", "singular_share": 0.3}, {"torch_compile": True}, None, "a rank of its own"),
+        (
+            {"method": "lorta", "alpha": 4},
+            {"torch_compile": True},
+            None,
+            "training.torch_compile: adapter.method lorta",
+        ),
+    ],
+)
+def test_what_the_recipe_alone_rules_out_is_refused_before_anything_is_loaded(
+    adapter: Any, training: Any, deepspeed: str | None, words: str, make_recipe: Any
+) -> None:
+    recipe = make_recipe(adapter={"rank": 4, **adapter}, training={"learning_rate": 1e-3, **training})
+    with pytest.raises(InputError, match=words):
+        check_recipe(recipe.replace(deepspeed=deepspeed))
+
+
+def test_a_sara_of_other_settings_is_no_start(tmp_path: Path) -> None:
+    section = AdapterSection(method="sara", rank=8, singular_share=0.5, frozen_pair="svd")
+    save_adapter(attach(small_llama(), section), tmp_path / "adapter")
+    other = section.replace(singular_share=0.3, init_from=str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match=r"has singular_share 0\.5, the recipe 0\.3"):
+        check_start(other)
 
 
 def _adapter_of(directory: Path) -> tuple[QveraConfig, dict[str, dict[str, torch.Tensor]]]:

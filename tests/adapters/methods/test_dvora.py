@@ -129,6 +129,27 @@ def test_merged_into_a_dense_weight_it_has_the_same_outputs() -> None:
         torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
 
 
+def test_a_row_of_zeros_stays_one_and_is_no_dora(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = base_layer("linear", torch.float32)
+    base.weight.data[5] = 0.0
+    layer = adapted(base, pair_of(12, torch.float32)).train()
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(layer(x), base(x))
+    perturb(layer)
+    layer.vectors("default")["qvera_m"].data[5] = 0.0  # as it began
+    y = layer(x)
+    y.square().sum().backward()
+    assert all(torch.isfinite(vector.grad).all() for vector in layer.vectors("default").values())
+    torch.testing.assert_close(y[:, 5], base.bias[5].expand(3))
+    dense_run(tiny_model_dir, tmp_path / "adapter")
+    deltas = read_deltas(tmp_path / "adapter", empty_model(ModelSection(path=str(tiny_model_dir))))
+    magnitude = next(iter(deltas.layers.values())).magnitude
+    assert magnitude is not None
+    magnitude[3] = 0.0
+    with pytest.raises(InputError, match=r"1 of its \d+ rows are zeros .*Export with --to merged"):
+        export_lora(deltas, tmp_path / "dora", torch.float32)
+
+
 def test_adapters_of_one_seed_hold_what_is_made_from_the_weight_once() -> None:
     projection = pair_of(12, torch.float32)
     layer = adapted(base_layer("linear"), projection)

@@ -80,6 +80,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(run_dir: Path, mak
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize(("steps", "moved"), [(4, 0.25), (2, 0.0)])
+def test_an_adapter_that_is_trained_further_keeps_its_places(
+    steps: int, moved: float, run_dir: Path, make_recipe: Any, tmp_path: Path
+) -> None:
+    """A change after step 2 drops half of the values times the share of steps that are left; after the last step none.
+
+    Not more than these move; fewer, where a dropped place is among the best candidates and stays.
+    """
+    tree = settings(GROWTHS[0], tmp_path / "further", max_steps=steps, save_steps=100)
+    tree["adapter"] |= {"init_from": str(run_dir / "adapter"), "drop_share": 0.5}
+    train(make_recipe(**tree), tmp_path / "further")
+    before, after = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (run_dir, tmp_path / "further"))
+    for name in (n for n in before if n.endswith(PLACES)):
+        kept = torch.isin(after[name], before[name]).float().mean()
+        assert 1 - moved <= kept <= 1 - moved / 2, name
+
+
 def test_checkpointing_changes_no_bit(make_recipe: Any, tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
