@@ -168,7 +168,7 @@ def markdown() -> str:
         f"linears,",
         "bf16 and gradient checkpointing, up to the model's own context length. Decimal GB, with 0.5 GB for the CUDA "
         "context.",
-        "\\*: with the base streamed from RAM, layer by layer (`model.stream`). **Computed from shapes, not measured: no GPU "
+        "\\*: with the base streamed from RAM, layer by layer (`model.stream`, slower). **Computed from shapes, not measured: no GPU "
         "has run these.**",
         "",
         "| | memory at 512 tokens | " + " | ".join(head) + " |",

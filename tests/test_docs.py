@@ -195,9 +195,10 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_example_of_many_adapters_runs(workspace: Path) -> None:
+def test_the_example_of_many_adapters_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = python_blocks("docs/many-adapters.md")
-    names: dict[str, Any] = {"Path": Path, "RUN": workspace / "runs" / "customers"}
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(workspace)
     exec(compile(block, "docs/many-adapters.md", "exec"), names)
     assert len(set(names["answers"])) == 2
 

@@ -76,16 +76,15 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
         alone += f"{name}: {capsys.readouterr().out}"
     assert together == alone
 
-    (curl,) = (line for line in commands("README.md") if line.startswith("curl "))
+    (curl,) = (line for line in commands("docs/serve.md") if line.startswith("curl ") and "completions" in line)
     server = Command(*serve[1:])
     try:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         assert {model.id for model in client.models.list()} == {*shipped, "tiny-llama"}
         said = {}
         for name in ("chloe", "gina", "tara"):
-            line = (
-                curl.replace("127.0.0.1:8000", server.url).replace("gina", name).replace("40}", '40, "temperature": 0}')
-            )
+            line = curl.replace("http://127.0.0.1:8000", server.url).replace("chloe", name)
+            line = line.replace("40}", '40, "temperature": 0}')
             found = subprocess.run(shlex.split(line), check=True, capture_output=True, text=True, timeout=120)
             said[name] = json.loads(found.stdout)["choices"][0]["text"]
             prompt = json.loads(shlex.split(line)[-1])["prompt"]

@@ -12,7 +12,7 @@ from qvera.utils.atomic import replace_text
 
 
 def card(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter directory, or an export.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter, an export, or a hub id.")],
     adapter: AdapterName = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: README.md beside the weights.")] = None,
     repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Where it will be, for its commands.")] = None,

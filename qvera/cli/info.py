@@ -15,7 +15,7 @@ MAX_ADAPTERS = 50
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A run, an adapter directory or a merged export.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A run, adapter, merged export, or a hub id.")],
     adapter: AdapterName = None,
     as_json: Json = False,
 ) -> None:

@@ -34,7 +34,7 @@ class Weights(TyperCommand):
 
 
 def merge_adapters(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Run or adapter directories.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Runs, adapter directories, or hub ids.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory.")],
     names: AdapterNames,
     weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One each (default: average).")] = None,

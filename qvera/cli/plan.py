@@ -39,6 +39,7 @@ def plan(
     """
     from rich.console import Console
 
+    from qvera.adapters.files.save_load import check_start
     from qvera.config.load import load_recipe
     from qvera.distributed.zero_config import zero_config_of
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
@@ -47,6 +48,7 @@ def plan(
 
     quiet_libraries()
     loaded = load_recipe(recipe, overrides)
+    check_start(loaded.adapter)
     device = accelerator.current_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
     several = nodes is not None or gpus is not None

@@ -21,7 +21,7 @@ def quickstart(
 ) -> None:
     """Fetch a small Llama, train it, show before and after.
 
-    The task ships with qvera: an order in free text becomes a line of JSON. About 6 minutes on 2 CPU cores.
+    The task ships with qvera: an order in free text becomes a line of JSON. 3 to 6 minutes on 2 CPU cores.
 
     Example:
         qvera quickstart

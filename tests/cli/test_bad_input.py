@@ -264,6 +264,23 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "no linear of this model's layers is named query",
     ),
     "init_from is no adapter": (set_key("adapter", init_from="./nowhere"), "no such adapter directory"),
+    "a plan of an init_from that is no adapter": (
+        lambda place: ["plan", *place.train()[1:], "--set", "adapter.init_from=./nowhere"],
+        "no such adapter directory",
+    ),
+    "a rank above a linear's singular values": (
+        lambda place: [
+            "plan",
+            *place.train()[1:],
+            "--set",
+            "adapter.method=lora-xs",
+            "--set",
+            "adapter.rank=512",
+            "--set",
+            "training.learning_rate=4e-3",
+        ],
+        "singular values, and the rank is 512",
+    ),
     "no such data file": (set_key("data", path="./rowz.jsonl"), "rowz.jsonl"),
     "unknown data extension": (lambda p: p.with_rows(GOOD_ROW, name="rows.xlsx"), ".xlsx"),
     "data file is empty": (lambda p: p.with_rows(), "rows.jsonl"),

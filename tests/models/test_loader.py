@@ -191,6 +191,7 @@ def refused(path: Path | str, **changes: Any) -> str:
 
 def test_no_such_directory(tmp_path: Path) -> None:
     assert "is not a directory" in refused(tmp_path / "nothing")
+    assert "`qvera quickstart --fetch-only` fetches it" in refused(tmp_path / "quickstart" / "smollm2")
 
 
 def test_a_file_is_no_model_directory(tmp_path: Path) -> None:

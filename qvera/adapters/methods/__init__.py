@@ -97,7 +97,7 @@ def _check_schedules(recipe: Recipe, method: Method) -> None:
     if training.sample_tokens and not method.keeps_input:
         raise InputError(
             f"training.sample_tokens: there is nothing to save with adapter.method {method.name}. A is frozen, so "
-            f"backward keeps no input of a layer, only z = A x, {section.rank} numbers a token. Remove it."
+            f"backward keeps no input x for its gradient, only z = A x, {section.rank} numbers a token. Remove it."
         )
     if training.sample_tokens and not method.samples_tokens:
         raise InputError(

@@ -56,6 +56,7 @@ class LoraXs(Method):
     source = Source.OWN
 
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        require_rank(adapter.rank, place)
         return {"qvera_R": (adapter.rank, adapter.rank)}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:

@@ -5,7 +5,8 @@ all, and at most ``rank``. A and B are prefixes of VeRA's shared random pair, or
 own Σ Vᵀ and U. No code of the authors is public: what is theirs here is the rule for the rank, the form U Λ V, and the
 router; a vector b [out_features] from 0 makes the start exact, as a third party's code has it.
 
-With ``experts`` above 1 it is Mo-SARA: several vectors d, mixed for each token by softmax(w_out (w_in · z)), z = A x.
+With ``experts`` above 1 it is Mo-SARA: several vectors d, mixed for each token by softmax(w_out (w_in · z / rms(z))),
+z = A x.
 Its change is another one for each token, so it can't be merged, nor be a LoRA.
 """
 

@@ -207,7 +207,8 @@ class Reselection(StepHook):
     ) -> None:
         self.layers, self.optimizer, self.group = dict(layers), optimizer, group or Group()
         self.every, self.accumulate, self.drop_share, self.total_steps = every, accumulate, drop_share, total_steps
-        self.places_are_random, self.candidates = places_are_random, dict[str, Candidates]()
+        self.places_are_random = places_are_random
+        self.candidates: dict[str, Candidates] = {}
         if self.group.world_size > 1 and accumulate == 1 and isinstance(optimizer, AgedAdamW):
             raise InputError(
                 "adapter.accumulate_steps: is 1, and with several processes the first of these steps only finds the "
