@@ -69,7 +69,7 @@ class CommandsByPanel(TyperGroup):
         formatter.write("\n".join(lines))
 
 
-_USAGE = "qvera [--version | --traceback] COMMAND. Exits: 1 failed, 2 bad input, 75 saved"
+_USAGE = "qvera [--traceback] COMMAND [...]. Exit codes: 1 failed, 2 bad input, 75 saved"
 
 
 def build_app() -> typer.Typer:

@@ -457,8 +457,6 @@ def test_a_short_target_leaves_the_prompt_of_the_last_turn_whole(
     cut = one(tmp_path, turns, smollm2_tokenizer, max_target_length=3)
     assert len(cut.input_ids) < len(whole.input_ids)
     assert cut.prompt_ids.tolist() == whole.prompt_ids.tolist()
-    lead = cut.trained.tolist().index(
-        True
-    )  # the row is cut at its start too: the prompt loses its beginning, not its end
+    lead = cut.trained.tolist().index(True)  # the row is cut at its start too, so the prompt loses its beginning
     short = one(tmp_path, turns, smollm2_tokenizer, max_target_length=3, max_length=lead + 2, too_long="cut-start")
     assert short.prompt_ids[-8:].tolist() == whole.prompt_ids[-8:].tolist()
