@@ -97,4 +97,7 @@ def test_the_start_from_the_first_gradient_is_that_of_one_process(place: Place, 
 def test_a_start_from_whole_gradients_is_refused_where_weights_are_sharded(place: Place) -> None:
     for found in place.found:
         assert found["lora-sb-zero3"]["error"] == "InputError"
-        assert "ZeRO-3 shards them. Use deepspeed: zero1, zero2 or none" in found["lora-sb-zero3"]["text"]
+        assert (
+            "adapter.method lora-sb starts from gradients of whole weights. Use zero1, zero2 or none"
+            in found["lora-sb-zero3"]["text"]
+        )
