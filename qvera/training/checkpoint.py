@@ -305,18 +305,19 @@ def restore(
     for key, tensor in checkpoint.optimizer.items():
         name, _, part = key.rpartition("/")
         device = "cpu" if part == "step" or name not in vectors else vectors[name].device  # AdamW counts on the CPU
-        states.setdefault(name, {})[part] = _paged(optimizer, vectors.get(name), tensor, tensor.to(device))
+        states.setdefault(name, {})[part] = _placed(tensor, device, optimizer, vectors.get(name))
     for name in states.keys() & vectors.keys():
         optimizer.state[vectors[name]] = states[name]
     set_random_state(checkpoint.random, rank)
 
 
-def _paged(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None, tensor: torch.Tensor, on_device: torch.Tensor
+def _placed(
+    tensor: torch.Tensor, device: torch.device | str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None
 ) -> torch.Tensor:
-    """Optimizer state where bitsandbytes' paged optimizers keep it: only what they allocate themselves is paged."""
+    """Optimizer state on the device; a paged optimizer's in a buffer of its own, which alone is paged."""
     if not getattr(optimizer, "is_paged", False) or parameter is None or tensor.shape != parameter.shape:
-        return on_device
+        return tensor.to(device)
+    # a method of bitsandbytes' Optimizer8bit, which torch's class does not have
     buffer: torch.Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
     return buffer.copy_(tensor)
 
