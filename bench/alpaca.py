@@ -20,7 +20,7 @@ from bench.common import RESULTS, header, smollm2
 from bench.trials import MORE, Trial, Written, add_half, run
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 
 STEPS = 50  # of 8 rows
 
@@ -73,7 +73,7 @@ def main() -> None:
             model, base, _, facts = run(trial, recipe)
             rows = recipe.data.replace(eval_path=str(Path(directory) / "score.json"))
             scored = build_datasets(rows, base.tokenizer)
-            found = evaluate.held_out_loss(model, scored.eval, pad_id=scored.pad_id, batch_size=4, chunk_tokens=512)
+            found = held_out.held_out_loss(model, scored.eval, pad_id=scored.pad_id, batch_size=4, chunk_tokens=512)
             written.add(trial, {**facts, "score_loss": found["loss"], "score_rows": found["rows"]})
 
 

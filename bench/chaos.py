@@ -44,7 +44,7 @@ from bench.common import RESULTS, header, train_records
 from bench.synthesise import tokenizer
 from bench.tracer import AFTER, GO, KILL, Stop, Traced
 from qvera.cli.main import main as qvera
-from qvera.evaluation import evaluate
+from qvera.models import forward
 from qvera.training.engine import LocalEngine
 from qvera.training.trainer import Trainer
 
@@ -109,7 +109,7 @@ class Marker:
 
             setattr(owner, name, wrapped)
 
-        around(evaluate, "batch_nll", FORWARD)
+        around(forward, "batch_nll", FORWARD)
         around(LocalEngine, "backward", BACKWARD)
         around(LocalEngine, "step", UPDATE)
         step: Any = Trainer.train_step

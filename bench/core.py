@@ -35,8 +35,8 @@ from bench.trials import MORE
 from qvera.adapters import QveraLinear, hold_training_weights
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.evaluation.evaluate import batch_nll
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.forward import batch_nll
 from qvera.models.linear import freeze_linears
 from qvera.models.loader import load_base, pick_compute_dtype
 from qvera.models.norm_mlp import reduce_saved_activations

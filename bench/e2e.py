@@ -31,7 +31,7 @@ from bench.trials import MORE, Trial, Written, add_half, run
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
-from qvera.evaluation.evaluate import answer_rows
+from qvera.evaluation.held_out import answer_rows
 from qvera.evaluation.metrics import scores_of, text_metrics
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "e2e" / "smollm2-135m.yaml"

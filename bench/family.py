@@ -31,7 +31,7 @@ from bench.common import write_rows as _rows
 from qvera.adapters import methods
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.evaluation.metrics import scores_of, text_metrics
 
 LINES = RESULTS / "family.jsonl"
@@ -171,10 +171,10 @@ def scores(trial: Trial, recipe: Recipe, data: dict[str, Any]) -> dict[str, floa
     base, model = load_trained(recipe)
     rows = build_datasets(recipe.data.replace(eval_path=data["test"]), base.tokenizer)
     if trial.task == "alpaca":
-        found = evaluate.held_out_loss(model, rows.eval, pad_id=rows.pad_id, batch_size=4, chunk_tokens=512)
+        found = held_out.held_out_loss(model, rows.eval, pad_id=rows.pad_id, batch_size=4, chunk_tokens=512)
         return {"loss": found["loss"]}
     tokens = 80 if trial.task == "e2e" else 8
-    answers = evaluate.answer_rows(model, base.tokenizer, rows.eval, max_new_tokens=tokens, batch_size=42)
+    answers = held_out.answer_rows(model, base.tokenizer, rows.eval, max_new_tokens=tokens, batch_size=42)
     if trial.task != "e2e":
         return {"accuracy": 100 * statistics.mean(bool(row["exact"]) for row in answers)}
     said = [" ".join(row["answer"].split()) for row in answers]

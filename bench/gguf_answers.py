@@ -20,7 +20,7 @@ from typing import Any
 from bench.common import header, markdown, write_result
 from qvera.cli.main import main as qvera
 from qvera.data import build_datasets
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.evaluation.load import open_run
 from qvera.evaluation.metrics import exact_match
 from qvera.utils import formatting
@@ -51,7 +51,7 @@ def main() -> None:
     datasets = build_datasets(recipe.data.replace(eval_limit=args.rows), opened.base.tokenizer)
     rows = [row for row in datasets.eval if len(row.prompt_ids)]
     references = [str(row.reference) for row in rows]
-    answered = evaluate.answer_rows(opened.model, opened.base.tokenizer, rows, max_new_tokens=new_tokens)
+    answered = held_out.answer_rows(opened.model, opened.base.tokenizer, rows, max_new_tokens=new_tokens)
     expected = [row["answer"] for row in answered]
     document: dict[str, Any] = {**header(), "rows": len(rows), "cases": {}}
 

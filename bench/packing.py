@@ -18,7 +18,7 @@ from bench.common import header, interleaved, perturb, smollm2, write_result
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.data import batches_of, build_datasets
-from qvera.evaluation import evaluate
+from qvera.models import forward
 from qvera.models.loader import load_base
 
 WAYS = {
@@ -57,7 +57,7 @@ def main() -> None:
         tokens[name] = sum(len(datasets.train[i].input_ids) for one in chosen for i in one)
         passes[name] = len(chosen)
         made = [
-            evaluate.make_batch(
+            forward.make_batch(
                 model, [datasets.train[i] for i in one], datasets.pad_id, recipe.data.prefix_once, recipe.data.packing
             )
             for one in chosen
@@ -65,7 +65,7 @@ def main() -> None:
 
         def run(made: list[dict[str, Any]] = made) -> None:
             for batch in made:
-                nll, count = evaluate.batch_nll(model, batch, 512)
+                nll, count = forward.batch_nll(model, batch, 512)
                 (nll / count).backward()
             for parameter in parameters:
                 parameter.grad = None

@@ -105,8 +105,8 @@ def best_epoch(run: Path, score: str) -> float:
 def e2e_scores(recipe: Recipe, names: list[str]) -> dict[str, float]:
     """Scores of greedy answers to the inputs of the test split, each with all its references, in percent."""
     from qvera.data import build_datasets
-    from qvera.evaluation.evaluate import prompts_of
     from qvera.evaluation.generate import generate
+    from qvera.evaluation.held_out import prompts_of
     from qvera.evaluation.metrics import scores_of, text_metrics
 
     base, model = common.load_trained(recipe)

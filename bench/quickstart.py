@@ -24,14 +24,14 @@ from bench.quickstart_score import regex_baseline, score
 from bench.trials import Trial, adapted, train
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.evaluation.load import open_run
 from qvera.models.loader import load_base
 
 
 def scored(model: Any, tokenizer: Any, rows: Sequence[Any], tokens: int) -> dict[str, Any]:
     began = time.perf_counter()
-    answers = evaluate.answer_rows(model, tokenizer, rows, max_new_tokens=tokens)
+    answers = held_out.answer_rows(model, tokenizer, rows, max_new_tokens=tokens)
     found = score([a["answer"] for a in answers], [a["reference"] for a in answers])
     return {"exact_match": found.exact_match, "rows": found.rows, "parsed": found.parsed, "fields": found.fields,
             "seconds": time.perf_counter() - began}  # fmt: skip

@@ -24,7 +24,7 @@ from qvera.cli.quickstart import recipe_path
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import build_datasets
-from qvera.evaluation.evaluate import batch_nll, hidden_states, make_batch
+from qvera.models.forward import batch_nll, hidden_states, make_batch
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
+from qvera.models import forward
 from qvera.models.loader import Base, load_base
 from qvera.training.optim import build_schedule
 
@@ -119,8 +120,8 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
         count = sum(datasets.train[i].trained_tokens for i in rows)
         total = 0.0
         for micro in batches.passes(rows):
-            batch = evaluate.make_batch(model, [datasets.train[i] for i in micro], datasets.pad_id)
-            nll, _ = evaluate.batch_nll(model, batch, section.loss_chunk_tokens)
+            batch = forward.make_batch(model, [datasets.train[i] for i in micro], datasets.pad_id)
+            nll, _ = forward.batch_nll(model, batch, section.loss_chunk_tokens)
             (nll / count).backward()
             total += float(nll.detach())
         torch.nn.utils.clip_grad_norm_(trained.values(), section.max_grad_norm or float("inf"))
@@ -158,11 +159,11 @@ def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Ba
             return model, base, datasets, json.loads(file.metadata()["facts"])
     facts = train(model, trial, recipe, datasets)
     if datasets.eval:
-        held_out = evaluate.held_out_loss(
+        scores = held_out.held_out_loss(
             model, datasets.eval, pad_id=datasets.pad_id, batch_size=recipe.training.per_device_eval_batch_size,
             chunk_tokens=recipe.training.loss_chunk_tokens,
         )  # fmt: skip
-        facts["held_out_loss"] = held_out["loss"]
+        facts["held_out_loss"] = scores["loss"]
     if kept is not None:
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(trained, kept, {"facts": json.dumps(facts)})

@@ -13,8 +13,7 @@ from bench.trials import Trial
 from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
-from qvera.evaluation import evaluate
-from qvera.models import linear, quantization
+from qvera.models import forward, linear, quantization
 from qvera.models.loader import Base
 
 
@@ -148,7 +147,7 @@ def see_inputs(
     hooks = [module.register_forward_hook(hook(name)) for name, module in linears]
     with torch.no_grad():
         for example in datasets.train[:16]:  # one by one: no padding
-            evaluate.batch_nll(model, evaluate.make_batch(model, [example], datasets.pad_id), 512)
+            forward.batch_nll(model, forward.make_batch(model, [example], datasets.pad_id), 512)
     for one in hooks:
         one.remove()
 

@@ -16,7 +16,7 @@ from bench.common import best_rate, read_lines, smollm2
 from bench.metamathqa import rows, run
 from bench.metamathqa.answers import accuracy, is_right, parse_answer, parse_number
 from bench.metamathqa.published import PUBLISHED
-from qvera.adapters.methods import Place, check_recipe, method_of, names
+from qvera.adapters.methods import LinearSpec, check_recipe, method_of, names
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection
 from qvera.training.trainer import Trainer
@@ -150,7 +150,7 @@ def test_the_numbers_that_a_recipe_trains_on_llama_3b(label: str, trained: int) 
     shapes = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden),
               (hidden, inner), (hidden, inner), (inner, hidden)]  # fmt: skip
     adapter = AdapterSection(**run.METHODS[label][0])
-    tensors = [method_of(adapter).tensors(adapter, Place("", *shape)) for shape in shapes]
+    tensors = [method_of(adapter).tensors(adapter, LinearSpec("", *shape)) for shape in shapes]
     assert 28 * sum(math.prod(shape) for one in tensors for shape in one.values()) == trained
 
 

@@ -17,7 +17,7 @@ from bench.gpu.common import Results, base_on_disk, options, qvera, write_rows
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import Example
-from qvera.evaluation.evaluate import batch_nll, make_batch
+from qvera.models.forward import batch_nll, make_batch
 from qvera.models.loader import load_base
 from qvera.training.engine import trained_vectors
 

@@ -17,8 +17,8 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from bench.common import perturb
 from bench.gpu.common import Results, base_on_device, compute_dtype, options, peak_bytes, reset_peak, synchronize
 from qvera.adapters import QveraConfig
-from qvera.evaluation.evaluate import batch_nll
 from qvera.models import linear
+from qvera.models.forward import batch_nll
 
 CHUNK_TOKENS = 512
 _EVERYWHERE: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}

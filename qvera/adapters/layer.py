@@ -13,10 +13,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from qvera.adapters.adapted_forward import AdaptedForward, layer_shape
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.low_rank_path import LowRankPath, layer_shape
-from qvera.adapters.methods import Method, Place, method_of
+from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.models import quantization
@@ -48,11 +48,11 @@ class SharedTensors(nn.ModuleDict):
         return dict(tensors.items())
 
 
-class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
+class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     """y = base(x) + ΔW x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
     The tensors of an adapter, fp32, lie under the names that its method gives them (`Method.tensors`): VeRA's are
-    ``qvera_d`` [rank] and ``qvera_b`` [out_features]. `LowRankPath.forward` has the formula; it runs in the base
+    ``qvera_d`` [rank] and ``qvera_b`` [out_features]. `AdaptedForward.forward` has the formula; it runs in the base
     layer's compute dtype.
     """
 
@@ -87,7 +87,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         self.qvera_shared: dict[str, VectorDict] = {}
         """Adapter → tensors that belong to the whole model (`SharedTensors`); not a part of this module."""
         self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
-        self.place = Place(full_name, self.in_features, self.out_features)
+        self.spec = LinearSpec(full_name, self.in_features, self.out_features)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
@@ -109,7 +109,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         if shared is not None:
             self.qvera_shared[adapter_name] = shared
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        for name, shape in method.tensors(config, self.place).items():
+        for name, shape in method.tensors(config, self.spec).items():
             holds_places = name in method.place_names
             if not hasattr(self, name):
                 setattr(self, name, VectorDict())
@@ -121,7 +121,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             if device.type == "meta":
                 start = torch.empty(shape, device=device, dtype=method.dtype(name))
             else:
-                start = method.start(name, shape, config, self.place).to(device)
+                start = method.start(name, shape, config, self.spec).to(device)
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
         method.put_on(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -164,20 +164,20 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         return self.qvera_settings[adapter][0]
 
     def token_sampler(self, adapter: str) -> TokenSampler | None:
-        """See `LowRankPath.token_sampler`."""
+        """See `AdaptedForward.token_sampler`."""
         return self.qvera_settings[adapter][1].token_sampler
 
     def parts(self, adapter: str) -> Factors:
         """The factors of one adapter in this layer; a shared A and B are views of the pair."""
         method, config = self.qvera_settings[adapter]
-        return method.factors(config, self.place, self.tensors(adapter), self.pair(adapter))
+        return method.factors(config, self.spec, self.tensors(adapter), self.pair(adapter))
 
     def pair(self, adapter: str) -> Pair | None:
         """The frozen A and B of one adapter in this layer; None where its method has none."""
         if adapter not in self.qvera_projection:
             return None
         method, config = self.qvera_settings[adapter]
-        rank = method.rank_at(config, self.place)
+        rank = method.rank_at(config, self.spec)
         return self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
 
     def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
@@ -211,13 +211,13 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         if adapter not in self.qvera_projection:
             return None
         method, config = self.qvera_settings[adapter]
-        return self.qvera_projection[adapter].project(x, method.rank_at(config, self.place), dtype)
+        return self.qvera_projection[adapter].project(x, method.rank_at(config, self.spec), dtype)
 
     def int8_dtype(self) -> torch.dtype:
         """The dtype that the layer computes in over an int8 base: that of a frozen pair, or as the model was made."""
         return next((pair.A.dtype for pair in self.qvera_projection.values()), self.made_in)
 
-    get_delta_weight = LowRankPath.delta_weight_fp32  # PEFT's name for it
+    get_delta_weight = AdaptedForward.delta_weight_fp32  # PEFT's name for it
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: active) adapters to the base weight; `unmerge` restores the original bytes.

@@ -20,9 +20,9 @@ from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.files.save_load import load_vectors
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods import Place, method_of
+from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products import functional
-from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
+from qvera.adapters.products.row_vectors import TokenSlots, expand_rows, scale_rows
 from qvera.adapters.projection import SharedProjection, require_projection, vera_scale
 from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
@@ -64,7 +64,7 @@ class RowPlan:
     rows: int
     banked: list[tuple[SeedBank, torch.Tensor | None, torch.Tensor]]
     """For each bank: the rows of the batch (None: all of them), and the adapter of each of those."""
-    live: list[tuple[str, torch.Tensor | None]]
+    unbanked: list[tuple[str, torch.Tensor | None]]
     """For each adapter that is ordinary parameters: its name, and its rows (None: all of them)."""
 
     def forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -97,7 +97,7 @@ class RowPlan:
                 result = functional.outward(z, B, b, result)
             else:
                 result = result.index_add(0, rows, functional.outward(z, B, b).to(result.dtype))
-        for name, rows in self.live:
+        for name, rows in self.unbanked:
             if not layer.carries(name):
                 continue
             if rows is None:
@@ -108,9 +108,9 @@ class RowPlan:
 
     def _banked_parts(self, layer: QveraLinear) -> Iterator[_Part]:
         for bank, rows, adapters in self.banked:
-            if layer.place.name not in bank.layers:  # made by an adapter that was put on later
+            if layer.spec.name not in bank.layers:  # made by an adapter that was put on later
                 continue
-            d, b, a = bank.layers[layer.place.name]
+            d, b, a = bank.layers[layer.spec.name]
             pair = next(
                 p for p in layer.qvera_projection.values() if isinstance(p, SharedProjection) and p.seed == bank.seed
             )
@@ -132,7 +132,7 @@ def add_own_paths(
     result: torch.Tensor,
     own: Mapping[str, torch.Tensor],
     pair: SharedProjection,
-    tokens: TokenRows | None,
+    tokens: TokenSlots | None,
 ) -> torch.Tensor:
     """result + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for the adapter i of each token (`row_vectors`).
 
@@ -167,7 +167,7 @@ def plan_rows(names: Sequence[str], banks: Sequence[SeedBank], device: torch.dev
             plan.banked.append((bank, *placed(mine, [bank.names[names[i]] for i in mine])))
         left = [i for i in left if names[i] not in bank.names]
     for name in dict.fromkeys(names[i] for i in left):
-        plan.live.append((name, placed([i for i in left if names[i] == name])[0]))
+        plan.unbanked.append((name, placed([i for i in left if names[i] == name])[0]))
     return plan
 
 
@@ -200,7 +200,7 @@ def load_adapters(
         if progress is not None:
             progress(done)
     assert peft_model is not None
-    layers = {m.place.name: m for m in peft_model.modules() if isinstance(m, QveraLinear)}
+    layers = {m.spec.name: m for m in peft_model.modules() if isinstance(m, QveraLinear)}
     kinds: dict[tuple[int, int, bool, int], dict[str, QveraConfig]] = {}
     for name, config in banked.items():
         key = config.projection_seed, config.b_groups, config.input_scale, config.rank if config.b_groups > 1 else 0
@@ -241,16 +241,16 @@ def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> Qver
     return config
 
 
-def require_places_projection(config: QveraConfig, places: Sequence[Place], directory: Path) -> None:
+def require_projection_of(config: QveraConfig, specs: Sequence[LinearSpec], directory: Path) -> None:
     """Compare what an adapter's config says of its projections with those that its seed gives for its linears.
 
     Raises:
         InputError: they differ.
     """
-    if not places or config.projection_sha256 is None:
+    if not specs or config.projection_sha256 is None:
         return
     try:
-        require_projection(config, max(p.in_features for p in places), max(p.out_features for p in places))
+        require_projection(config, max(p.in_features for p in specs), max(p.out_features for p in specs))
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
 
@@ -309,13 +309,13 @@ def _fill(
         layer = layers.get(name.removeprefix(PREFIX))
         if layer is None:
             raise InputError(f"{directory}: its vectors of {name} do not fit this model.")
-        expected = method_of(config).tensors(config, layer.place)
+        expected = method_of(config).tensors(config, layer.spec)
         given = {kind: tuple(vector.shape) for kind, vector in own.items()}
         if given != expected:
             raise InputError(f"{directory}: {name} has the vectors {given}, this model and its config need {expected}.")
-        d, b, a = bank.layers[layer.place.name]
+        d, b, a = bank.layers[layer.spec.name]
         d[row, : config.rank] = own["qvera_d"] * vera_scale(config.rank, layer.in_features)
         b[row] = own["qvera_b"]
         if a is not None:
             a[row] = own["qvera_a"]
-    require_places_projection(config, [layers[name.removeprefix(PREFIX)].place for name in found], directory)
+    require_projection_of(config, [layers[name.removeprefix(PREFIX)].spec for name in found], directory)

@@ -15,8 +15,8 @@ from peft import PeftType, VeraConfig, VeraModel, mapping
 from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
+from qvera.adapters.adapted_forward import AdaptedForward
 from qvera.adapters.factors import Factors
-from qvera.adapters.low_rank_path import LowRankPath
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import SharedInput
 from qvera.models import linear
@@ -45,7 +45,7 @@ class _Pair(SharedInput):
         return {**super().__getstate__(), "_casts": {}}
 
 
-class _AcceleratedLayer(LowRankPath):
+class _AcceleratedLayer(AdaptedForward):
     """Mixed into one of PEFT's VeRA layers."""
 
     vera_A: Any  # noqa: N815  # PEFT's names
@@ -88,7 +88,7 @@ def _accelerated_class(stock: type) -> type:
 
 
 class AcceleratedVeraModel(VeraModel):
-    """PEFT's VeraModel whose layers compute by `LowRankPath`."""
+    """PEFT's VeraModel whose layers compute by `AdaptedForward`."""
 
     def _pre_injection_hook(self, model: nn.Module, config: VeraConfig, adapter_name: str) -> None:
         linear.freeze_linears(model)

@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.multi_adapter import add_own_paths, base_output
-from qvera.adapters.products.row_vectors import TokenRows
+from qvera.adapters.products.row_vectors import TokenSlots
 from qvera.adapters.vector_layout import VectorLayout
 from qvera.utils import accelerator
 
@@ -85,7 +85,7 @@ class TrainingBank:
             if isinstance(module, QveraLinear) and module.carries(adapter):
                 self._layers.append(module)
                 kinds = module.vectors(adapter)
-                self._of_layer[module.place.name] = {kind: self._view(f"{name}.{kind}") for kind in kinds}
+                self._of_layer[module.spec.name] = {kind: self._view(f"{name}.{kind}") for kind in kinds}
 
     def _view(self, key: str) -> nn.Parameter:
         """One tensor of all adapters [slots, ...], which shares memory with `vectors` and its gradient with theirs."""
@@ -132,7 +132,7 @@ class TrainingBank:
             return
         arrays = {"slots": taken, "index": np.repeat(np.searchsorted(taken, slots), tokens)}
         sent = accelerator.tensors_on(self.device, {k: np.asarray(v, dtype=np.int64) for k, v in arrays.items()})
-        of_tokens = TokenRows(sent["index"], len(taken))
+        of_tokens = TokenSlots(sent["index"], len(taken))
 
         def forward(layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
             return self._forward(layer, sent["slots"], of_tokens, x, *args, **kwargs)
@@ -167,7 +167,7 @@ class TrainingBank:
         self,
         layer: QveraLinear,
         slots: torch.Tensor,
-        tokens: TokenRows,
+        tokens: TokenSlots,
         x: torch.Tensor,
         *args: object,
         **kwargs: object,
@@ -177,5 +177,5 @@ class TrainingBank:
         result = base_output(layer, x, *args, **kwargs)
         if layer.disable_adapters:
             return result
-        own = {kind: _TakeRows.apply(view, view.grad, slots) for kind, view in self._of_layer[layer.place.name].items()}
+        own = {kind: _TakeRows.apply(view, view.grad, slots) for kind, view in self._of_layer[layer.spec.name].items()}
         return add_own_paths(layer, x, result, own, layer.qvera_projection[self.adapter], tokens)

@@ -9,10 +9,10 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
+from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers
-from qvera.adapters.low_rank_path import layer_shape
-from qvera.adapters.methods import Place, Source, method_of
+from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import OwnProjection, SharedProjection, require_projection
 from qvera.models import linear, norm_mlp, rope
@@ -124,7 +124,7 @@ class QveraModel(BaseTuner):
         return shared[adapter_name] if adapter_name in shared else None  # noqa: SIM401  # a ModuleDict has no get
 
     def _share_tensors(
-        self, model: nn.Module, config: QveraConfig, adapter_name: str, linears: Sequence[tuple[Place, nn.Module]]
+        self, model: nn.Module, config: QveraConfig, adapter_name: str, linears: Sequence[tuple[LinearSpec, nn.Module]]
     ) -> None:
         """Make the tensors that the linears of an adapter share, where its method has such.
 
@@ -132,7 +132,7 @@ class QveraModel(BaseTuner):
             InputError: the linears are on several devices.
         """
         method = method_of(config)
-        shapes = method.shared_tensors(config, [place for place, _ in linears], head_size(model))
+        shapes = method.shared_tensors(config, [spec for spec, _ in linears], head_size(model))
         if not shapes:
             return
         devices = sorted({str(base.weight.device) for _, base in linears})
@@ -156,12 +156,12 @@ class QveraModel(BaseTuner):
     def _prepare_projection(self, model: nn.Module, config: QveraConfig, adapter_name: str) -> None:
         linear.freeze_linears(model)
         matched = self._match_targets(model, config)
-        found = [(Place(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
+        found = [(LinearSpec(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
         method_of(config).prepare(config, found)
         self._share_tensors(model, config, adapter_name, found)
         if method_of(config).source is not Source.SEEDED:
             return
-        shapes = [(place.in_features, place.out_features) for place, _ in found]
+        shapes = [(spec.in_features, spec.out_features) for spec, _ in found]
         largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
         config.projection_shapes, config.projection_sha256 = require_projection(config, largest_in, largest_out)
@@ -236,7 +236,7 @@ class QveraModel(BaseTuner):
         method, home, shape = method_of(config), _home(base, self.model), layer_shape(base)
         if method.source is Source.SEEDED:
             return self._projection(config, *home)
-        if shape is None or (pair := method.own_pair(config, Place(name, *shape), base)) is None:
+        if shape is None or (pair := method.own_pair(config, LinearSpec(name, *shape), base)) is None:
             return None
         config.check_pair(name, pair)
         A, B = (factor.to(*home) for factor in pair)

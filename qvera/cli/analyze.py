@@ -30,7 +30,7 @@ from qvera.utils.files import plain_json
 if TYPE_CHECKING:
     from qvera.config.schema import DataSection
     from qvera.data.rows import Rows
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
     from qvera.export.analyze import Analysis
 
 
@@ -159,7 +159,7 @@ class Text(NamedTuple):
     pad_id: int
 
 
-def _texts(target: EvalTarget, text: Path, limit: int | None) -> list[Text]:
+def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
     """The rows of ``text``, and the run's held-out rows, if it has any.
 
     Raises:
@@ -188,10 +188,10 @@ def _texts(target: EvalTarget, text: Path, limit: int | None) -> list[Text]:
     return found
 
 
-def _losses(target: EvalTarget, texts: list[Text], limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
+def _losses(target: Artifact, texts: list[Text], limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
     """The loss of base, adapter and reduced adapter on each text."""
     from qvera.config.schema import TrainingSection
-    from qvera.evaluation.evaluate import held_out_loss, scoring
+    from qvera.evaluation.held_out import held_out_loss, scoring
     from qvera.evaluation.load import base_of, open_target
 
     settings = target.recipe.training if target.recipe is not None else TrainingSection()

@@ -60,7 +60,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Literal["float16", "bfloat16", "float32"]
 GgufDtype = Literal["float16", "bfloat16", "float32", "q8_0"]
 
-# What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.range_test.RangeTest.
+# What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.lr_range.LrRange.
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")]
 FindLr = Annotated[bool, typer.Option("--find-lr", help="Test a range of learning rates; suggest one.")]
 LrFrom = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the first rate (default: 1e-05).")]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qvera.config.schema import DataSection
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
 
 
 def evaluate(
@@ -105,7 +105,7 @@ def evaluate(
 
     from qvera.config.schema import TrainingSection
     from qvera.data import build_datasets, lengths_of
-    from qvera.evaluation.evaluate import prompts_of, score_model
+    from qvera.evaluation.held_out import prompts_of, score_model
     from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
     from qvera.evaluation.named_adapters import require_held_out_rows
     from qvera.evaluation.report.read import inputs_sha256
@@ -272,7 +272,7 @@ def _check_options(
         raise InputError(f"{written[0]}: --json, --predictions and --html need a file each.")
 
 
-def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTarget) -> DataSection:
+def _data_section(run: Path, data: str | None, rows: int | None, target: Artifact) -> DataSection:
     """Where the rows come from: the recipe's held-out rows, or all of a file that is read as the recipe's rows are."""
     from qvera.config.schema import DataSection
     from qvera.evaluation.load import template_of
@@ -312,7 +312,7 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
     )
 
 
-def _subject(target: EvalTarget, section: DataSection, *, base_alone: bool, data: str | None) -> dict[str, Any]:
+def _subject(target: Artifact, section: DataSection, *, base_alone: bool, data: str | None) -> dict[str, Any]:
     """What was evaluated on what."""
     what = "the base alone" if base_alone else target.what
     column = "Adapter" if target.adapter is not None else "Export" if target.merged else "Model"

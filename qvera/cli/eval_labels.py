@@ -9,7 +9,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.config.schema import DataSection
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
 
 TITLES = {
     "accuracy": "Accuracy",
@@ -21,7 +21,7 @@ TITLES = {
 }
 
 
-def refuse_options(target: EvalTarget, **given: bool) -> None:
+def refuse_options(target: Artifact, **given: bool) -> None:
     """Refuse options (by name, and whether it was given) that a classifier has no answer to.
 
     Raises:
@@ -37,7 +37,7 @@ def refuse_options(target: EvalTarget, **given: bool) -> None:
         raise InputError(f"{asked[0]}: is for models that write text, and {target.path} is a classifier. Leave it out.")
 
 
-def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, limit: int | None) -> dict[str, Any]:
+def evaluate_labels(target: Artifact, section: DataSection, all_rows: bool, limit: int | None) -> dict[str, Any]:
     """Score a classifier.
 
     Args:
@@ -53,7 +53,7 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
 
     from qvera.data import build_datasets, lengths_of
     from qvera.evaluation.class_metrics import require_packages
-    from qvera.evaluation.evaluate import scoring
+    from qvera.evaluation.held_out import scoring
     from qvera.evaluation.load import open_target
     from qvera.evaluation.named_adapters import require_held_out_rows
     from qvera.evaluation.report.read import inputs_sha256

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from qvera.config.schema import ExportSection, ModelSection, Recipe
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
     from qvera.export.deltas import AdapterDeltas
 
 
@@ -151,7 +151,7 @@ class Chat(NamedTuple):
     beside: str | None
 
 
-def chat_of(target: EvalTarget) -> Chat:
+def chat_of(target: Artifact) -> Chat:
     """Of a run, or of an adapter with a template beside it."""
     from qvera.data import resolve_template
     from qvera.evaluation.load import template_beside, template_of
@@ -328,7 +328,7 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
         )
 
 
-def _lora_difference(recipe: Recipe, target: EvalTarget, out: Path, options: ExportSection) -> dict[str, Any]:
+def _lora_difference(recipe: Recipe, target: Artifact, out: Path, options: ExportSection) -> dict[str, Any]:
     """What the cut costs on held-out rows, printed too."""
     from qvera.export.lora_scores import compare_lora, scores_text
 
@@ -356,7 +356,7 @@ def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, An
 
 
 def _difference(
-    recipe: Recipe, target: EvalTarget, run: Path, adapter: str | None, out: Path, options: ExportSection
+    recipe: Recipe, target: Artifact, run: Path, adapter: str | None, out: Path, options: ExportSection
 ) -> dict[str, Any]:
     """The measured part of a merged export's certificate; ``run`` and ``adapter`` as they were named."""
     from qvera.data import build_datasets

@@ -26,7 +26,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.data.conversations import Conversation
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
 
 
 def generate(
@@ -170,7 +170,7 @@ def _ask_server(
 
 
 def _questions(
-    target: EvalTarget | None, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
+    target: Artifact | None, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
 ) -> list[tuple[Conversation, str | None]]:
     """What is asked, and which adapter answers it; None where there is one only.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qvera.data import Example
-    from qvera.evaluation.evaluate import EvalPrompt
+    from qvera.evaluation.held_out import EvalPrompt
 
 _MOST_TOKENS = 2048
 """Of a judge's reply; models that think first need more than a few sentences."""
@@ -82,7 +82,7 @@ class Judge:
         """Ask about each answer, and write ``judge`` into its row.
 
         Args:
-            answers: the rows of `qvera.evaluation.evaluate.score_model`, with ``base_answer`` where they are compared
+            answers: the rows of `qvera.evaluation.held_out.score_model`, with ``base_answer`` where they are compared
                 with the base.
             questions: what each of them answers, as a person reads it.
             others: of `others`.

@@ -17,7 +17,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
 
 
 class Weights(TyperCommand):
@@ -100,7 +100,7 @@ def merge_adapters(
     write_lora(union(deltas), out, getattr(torch, dtype or "float32"), own_rank, rank, stacked, template)
 
 
-def _template(found: list[tuple[EvalTarget, Path]]) -> str | None:
+def _template(found: list[tuple[Artifact, Path]]) -> str | None:
     """The chat template that goes beside a sum: that of all of its adapters, where it is not the base's own."""
     of_runs = {target.run or target.path: target for target, _ in found}  # a run's adapters share one
     templates = {chat_of(target).beside for target in of_runs.values()}
@@ -110,7 +110,7 @@ def _template(found: list[tuple[EvalTarget, Path]]) -> str | None:
     return templates.pop()
 
 
-def _require_one_base(found: list[tuple[EvalTarget, Path]]) -> None:
+def _require_one_base(found: list[tuple[Artifact, Path]]) -> None:
     """All adapters must have one base: by content if all say it, else by name."""
     from qvera.adapters.files.adapter_file import read_config
     from qvera.adapters.files.save_load import portable_name

@@ -15,7 +15,7 @@ from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.config.range_test import RangeTest
+    from qvera.config.lr_range import LrRange
     from qvera.config.schema import Recipe
 
 
@@ -59,13 +59,13 @@ def train(
 
 def range_test(
     find_lr: bool, lr_from: float | None, lr_to: float | None, lr_steps: int | None, **of_a_run: bool
-) -> RangeTest | None:
+) -> LrRange | None:
     """The range test that --find-lr asks for; None: a run. It can't have the options ``of_a_run``.
 
     Raises:
         InputError: options contradict each other, or the rates do not rise.
     """
-    from qvera.config.range_test import RangeTest
+    from qvera.config.lr_range import LrRange
 
     values = {"start": lr_from, "end": lr_to, "steps": lr_steps}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
@@ -74,13 +74,13 @@ def range_test(
             if value:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option}: goes with a run, and --find-lr makes none; drop one of them.")
-        return RangeTest(**given)
+        return LrRange(**given)
     if given:
         raise InputError("--lr-from, --lr-to, --lr-steps go with --find-lr only; a run has training.learning_rate.")
     return None
 
 
-def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
+def _find_lr(recipe: Recipe, run_dir: Path, ramp: LrRange) -> None:
     from qvera.training.lr_finder import PAGE, POINTS, RULE, find_lr, rate_text
 
     found = find_lr(recipe, run_dir, ramp, console=console)

@@ -20,8 +20,8 @@ from qvera.data.row_format import LABELLED, UNRENDERED
 from qvera.data.row_kinds import encoder_of, template_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
+from qvera.data.sampling_by_task import Tasks, take_tasks
 from qvera.data.source_rows import with_label_names
-from qvera.data.tasks import Tasks, take_tasks
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
 

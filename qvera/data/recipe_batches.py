@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.rows import lengths_of
 from qvera.data.sampler import Batches, steps_per_epoch
-from qvera.data.tasks import task_rows
+from qvera.data.sampling_by_task import task_rows
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

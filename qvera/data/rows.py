@@ -168,7 +168,7 @@ class Rows(Sequence[Example]):
         table: of `SCHEMA`.
         chosen: int64 [n]; the numbers of the rows that are taken. None: all of them.
         max_tokens: give each row as it would be with at most so many tokens and without a prompt.
-        task_of: int64 [n]; the number of each row's task, where the run has tasks (`qvera.data.tasks`).
+        task_of: int64 [n]; the number of each row's task, where the run has tasks (`qvera.data.sampling_by_task`).
         processor: of images; it makes their pixel values.
 
     Attributes:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationMixin
 
-from qvera.adapters import LowRankPath
+from qvera.adapters import AdaptedForward
 from qvera.data import microbatches
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear, quantization
@@ -43,7 +43,7 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, getattr(inner.config, "use_cache", None)  # an encoder may have none
-    layers = [m for m in model.modules() if isinstance(m, LowRankPath) and not m.disable_adapters]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedForward) and not m.disable_adapters]
     layers = [m for m in layers if not is_sharded(m.base_layer.weight)]
     if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
         layers = []
@@ -52,12 +52,12 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.hold_inference_weight(True, base_only)
+                layer.cache_merged_weight(True, base_only)
             with linear.inference_layout(model, skip=[layer.base_layer for layer in layers]):
                 yield
     finally:
         for layer in layers:
-            layer.hold_inference_weight(False)
+            layer.cache_merged_weight(False)
         if used_cache is None:
             del inner.config.use_cache
         else:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.evaluation.load import OpenRun
 from qvera.utils.errors import InputError, first_line
 
@@ -73,7 +73,7 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with evaluate.scoring(opened.model):
+    with held_out.scoring(opened.model):
         try:
             found = simple_evaluate(
                 model=HFLM(pretrained=opened.model, tokenizer=opened.base.tokenizer, batch_size=batch_size),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalTarget:
+class Artifact:
     """A directory that can be evaluated, before anything big is read.
 
     Attributes:
@@ -75,7 +75,7 @@ class EvalTarget:
 class OpenRun:
     """A model ready for scores and answers, its base, and what was opened (``target.recipe`` is its recipe, if any)."""
 
-    target: EvalTarget
+    target: Artifact
     base: loader.Base
     model: Any
 
@@ -87,7 +87,7 @@ class OpenRun:
         return Labels(names, config.problem_type == REGRESSION)
 
 
-def require_answers(target: EvalTarget, what: str) -> None:
+def require_answers(target: Artifact, what: str) -> None:
     """Refuse a classifier where text is wanted.
 
     Raises:
@@ -100,7 +100,7 @@ def require_answers(target: EvalTarget, what: str) -> None:
         )
 
 
-def find_adapter(path: Path, name: str | None = None) -> tuple[EvalTarget, Path]:
+def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
     """A run or an adapter as `find_target` finds it, and the directory of its adapter.
 
     Raises:
@@ -127,7 +127,7 @@ def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None)
 
 def find_target(
     path: Path, recipe: Path | None = None, *, name: str | None = None, needs_name: bool = True
-) -> EvalTarget:
+) -> Artifact:
     """Find out what a directory is, or what the hub has by this id (``user/name`` or ``user/name@revision``).
 
     Args:
@@ -153,7 +153,7 @@ def find_target(
     refuse_name(path, name)
     if (path / RECIPE_FILE).is_file():
         own = with_base_found(load_run_recipe(path), path / "adapter")
-        return EvalTarget(path, "a run", own.model, path / "adapter", given or own, run if given else path)
+        return Artifact(path, "a run", own.model, path / "adapter", given or own, run if given else path)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter_target(path, given, run)
     if not (path / "config.json").is_file():
@@ -163,24 +163,24 @@ def find_target(
         )
     section = ModelSection(path=str(path), quantization="none")
     if not (path / CERTIFICATE).is_file():
-        return EvalTarget(path, "a checkpoint", section, None, given, run)
+        return Artifact(path, "a checkpoint", section, None, given, run)
     certificate = read_certificate(path)
     exported, name = Path(certificate["adapter"]["path"]), None
     if given is None and _has_adapter(exported, certificate["adapter"]["sha256"]):
         run, name = run_of(exported), name_of(exported)
         assert run is not None
         given = load_recipe(run / RECIPE_FILE, of_a_run=True)
-    return EvalTarget(path, "a merged export", section, None, given, run, name, certificate)
+    return Artifact(path, "a merged export", section, None, given, run, name, certificate)
 
 
-def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name: str | None = None) -> EvalTarget:
+def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name: str | None = None) -> Artifact:
     """The target of an adapter directory; without a recipe with that of the run that it lies in."""
     beside, name = run_of(adapter), name or name_of(adapter)
     if given is None and beside is not None:
         given, run = with_base_found(load_recipe(beside / RECIPE_FILE, of_a_run=True), adapter), beside
     section = _base_of_adapter(adapter) if given is None else given.model
     what = f"an adapter ({_config(adapter)['peft_type']})" if name is None else f"adapter {name!r}"
-    return EvalTarget(adapter, what, section, adapter, given, run, name)
+    return Artifact(adapter, what, section, adapter, given, run, name)
 
 
 def _recipe_of(path: Path) -> Recipe:
@@ -221,7 +221,7 @@ def _base_of_adapter(adapter: Path) -> ModelSection:
     )
 
 
-def adapter_sha256(target: EvalTarget) -> str | None:
+def adapter_sha256(target: Artifact) -> str | None:
     """Of the adapter's file, or of the one that a merged export was made with; None where there is neither."""
     if target.adapter is None:
         return None if target.merged is None else str(target.merged["adapter"]["sha256"])
@@ -246,13 +246,13 @@ def template_of(recipe: Recipe, run: Path | None) -> str:
     return used if isinstance(used, str) and used in NAMED_TEMPLATES else name
 
 
-def template_beside(target: EvalTarget) -> str | None:
+def template_beside(target: Artifact) -> str | None:
     """The chat template in the directory of an adapter whose run is not known; None: there is none, or a recipe is."""
     file = None if target.adapter is None or target.recipe is not None else target.adapter / CHAT_TEMPLATE
     return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
 
-def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
+def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
     """Load it, ready for scores and answers.
 
     A run's or an adapter's base is loaded as its recipe says, or, without one, as the defaults of ``model`` do. A
@@ -325,7 +325,7 @@ def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) 
     return peft_model.eval()
 
 
-def _load_merged_base(target: EvalTarget) -> loader.Base:
+def _load_merged_base(target: Artifact) -> loader.Base:
     require_base(target)
     assert target.merged is not None
     section, trained = _base_of_export(target.merged), target.merged.get("trained_on") or {}
@@ -343,7 +343,7 @@ def _base_of_export(certificate: dict[str, Any]) -> ModelSection:
     return ModelSection(path=base["path"], revision=base.get("revision"), quantization="none")
 
 
-def require_base(target: EvalTarget) -> None:
+def require_base(target: Artifact) -> None:
     """Look for a base to compare with, as far as can be said before it is loaded.
 
     Raises:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.files.adapter_file import read_adapter, require_base
-from qvera.adapters.low_rank_path import layer_shape
 from qvera.config.schema import ModelSection
 from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from qvera.adapters.methods import method_of, names
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
-from qvera.evaluation.load import EvalTarget, adapter_sha256, find_target, template_beside, template_of
+from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_of
 from qvera.evaluation.run_info import directory_facts
 from qvera.export.card_scores import metrics_of, read_evaluation, scores_text
 from qvera.export.gguf.families import FAMILIES
@@ -112,7 +112,7 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     return CardSubject(kind, path, facts, base, model_class, recipe, *outcome, certificate)
 
 
-def _outcome(target: EvalTarget) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """run.json, eval.json and chat template of an adapter's run; of one of many adapters what is said of it alone."""
     if target.run is None or target.adapter is None or target.recipe is None:
         return {}, {}, template_beside(target)

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera import __version__
+from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files import lora_file
 from qvera.adapters.files.adapter_file import read_adapter
 from qvera.adapters.files.factor_cache import FactorCache
-from qvera.adapters.low_rank_path import layer_shape
-from qvera.adapters.methods import Place, Source, method_of
+from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
@@ -221,14 +221,14 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
                 f"{adapter_dir}: changes {name}, which the base model does not have as a linear layer: it is another "
                 "model's adapter."
             )
-        place = Place(name, *shape)
+        spec = LinearSpec(name, *shape)
         n, m = shape
         if own is None:
             rank = config.r
             expected: dict[str, tuple[int, ...]] = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)}
         else:
-            rank = method_of(own).rank_at(own, place)
-            expected = method_of(own).tensors(own, place)
+            rank = method_of(own).rank_at(own, spec)
+            expected = method_of(own).tensors(own, spec)
         given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
         largest = None if pair is None else (pair[0].shape[1], pair[1].shape[0])
         if given != expected or (largest is not None and (n > largest[0] or m > largest[1])):
@@ -245,10 +245,10 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
             factors = Factors(*views, vectors["vera_lambda_d"], vectors["vera_lambda_b"])
         else:
             try:
-                method_of(own).check_tensors(place, vectors)
+                method_of(own).check_tensors(spec, vectors)
             except InputError as error:
                 raise InputError(f"{adapter_dir}: {error}") from None
-            factors = method_of(own).factors(own, place, {**shared, **vectors}, views)
+            factors = method_of(own).factors(own, spec, {**shared, **vectors}, views)
         layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
@@ -283,9 +283,9 @@ def _shared_tensors(
     if not given:
         return {}
     shapes = {name: shape for name, module in base.named_modules() if (shape := layer_shape(module)) is not None}
-    places = [Place(name, *shape) for name, shape in shapes.items() if check_target_module_exists(config, name)]
-    found.update({place.name: found.get(place.name, {}) for place in places})
-    expected = method_of(config).shared_tensors(config, places, head_size(base)) if places else {}
+    specs = [LinearSpec(name, *shape) for name, shape in shapes.items() if check_target_module_exists(config, name)]
+    found.update({spec.name: found.get(spec.name, {}) for spec in specs})
+    expected = method_of(config).shared_tensors(config, specs, head_size(base)) if specs else {}
     if (has := {name: tuple(tensor.shape) for name, tensor in given.items()}) != expected:
         raise InputError(
             f"{adapter_dir}: the base with its config asks for the shared tensors {expected}, but the adapter has "
@@ -305,24 +305,24 @@ def _pairs_of_weights(
     if method.source is not Source.OWN:
         return {}
     shapes = {name: shape for name in names if name in modules and (shape := layer_shape(modules[name])) is not None}
-    places = [Place(name, *shape) for name, shape in shapes.items()]
+    specs = [LinearSpec(name, *shape) for name, shape in shapes.items()]
     cache, numbers = FactorCache.of(config), config.pair_numbers or {}
-    pairs = {p.name: cache.find(p.name, method.rank_at(config, p), numbers.get(p.name)) for p in places}
+    pairs = {p.name: cache.find(p.name, method.rank_at(config, p), numbers.get(p.name)) for p in specs}
     model = None
-    for place in places:
-        if pairs[place.name] is not None:
+    for spec in specs:
+        if pairs[spec.name] is not None:
             continue
         if model is None:
             if section is None:
                 raise InputError(
-                    f"{place.name}: A and B are not in the cache. Open the run once, as with qvera eval, on this "
+                    f"{spec.name}: A and B are not in the cache. Open the run once, as with qvera eval, on this "
                     "machine; then they are."
                 )
             model = load_base(section, torch.device("cpu"), model_class=config.model_class).model
-        made = method.own_pair(config, place, model.get_submodule(place.name))
+        made = method.own_pair(config, spec, model.get_submodule(spec.name))
         assert made is not None
-        config.check_pair(place.name, made)
-        pairs[place.name] = made
+        config.check_pair(spec.name, made)
+        pairs[spec.name] = made
     return {name: pair for name, pair in pairs.items() if pair is not None}
 
 

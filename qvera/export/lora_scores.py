@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.data import build_datasets
-from qvera.evaluation.evaluate import prompts_of, score_model
-from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
+from qvera.evaluation.held_out import prompts_of, score_model
+from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import rows_to_compare
 from qvera.export.compare import rows_text
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Rows) -> dict[str, Any]:
     """Held-out loss, and the share of right answers (``exact_match``) where rows have references.
 
-    The rest is `qvera.evaluation.evaluate.score_model`'s.
+    The rest is `qvera.evaluation.held_out.score_model`'s.
     """
     settings, task = recipe.training, task_of(recipe)
     task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
@@ -57,7 +57,7 @@ def open_lora(lora: Path, run: Path | None) -> OpenRun:
 
 def compare_lora(
     recipe: Recipe,
-    target: EvalTarget,
+    target: Artifact,
     lora: Path,
     limit: int,
     console: Console | None = None,

@@ -10,7 +10,7 @@ and values, and no layer waits for the device to look at the mask.
 
 Both are attention implementations of transformers, registered under names of their own and set in the config of one
 model (`choose_implementation`). Accelerators use them. A CPU keeps sdpa, but for the passes of many adapters, whose
-joined rows it attends to in groups of like length. Of a batch from `qvera.evaluation.evaluate.make_batch` an
+joined rows it attends to in groups of like length. Of a batch from `qvera.models.forward.make_batch` an
 accelerator never reads a value on the host. They take every other batch as sdpa does, masks included. So far they have
 run on a CPU and on the fake accelerator of the tests; on no GPU.
 """

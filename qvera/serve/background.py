@@ -69,13 +69,13 @@ class Background:
             self._park(work, error)
             return False
 
-    def do_part(self) -> bool:
+    def run_slice(self) -> bool:
         """Do the part that `has_part` found; False: it failed, and whatever it left in the model is to be forgotten."""
         work, began = self._work, self.clock()
         if work is None:  # taken away since
             return True
         try:
-            work.do_part()
+            work.run_slice()
         except Exception as error:
             self._park(work, error)
             went_well = False

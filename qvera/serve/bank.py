@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.low_rank_path import layer_shape
-from qvera.adapters.methods import Place, method_of
-from qvera.adapters.multi_adapter import add_own_paths, base_output, require_places_projection, require_shareable
-from qvera.adapters.products.row_vectors import TokenRows
+from qvera.adapters.methods import LinearSpec, method_of
+from qvera.adapters.multi_adapter import add_own_paths, base_output, require_projection_of, require_shareable
+from qvera.adapters.products.row_vectors import TokenSlots
 from qvera.adapters.projection import SharedProjection
 from qvera.adapters.shared_model import add_adapter, give_to_answers
 from qvera.adapters.vector_layout import VectorLayout
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from qvera.models.loader import Base
 
 
-class Kind(NamedTuple):
+class AdapterShape(NamedTuple):
     """What adapters of one tensor have in common."""
 
     seed: int
@@ -61,7 +61,7 @@ class HostVectors:
     """An adapter's vectors as they were read, in the order of its kind's columns."""
 
     identity: str
-    kind: Kind
+    kind: AdapterShape
     row: torch.Tensor
     """fp32 [numbers], not on the device."""
 
@@ -69,7 +69,9 @@ class HostVectors:
 class _KindBank:
     """The adapters of one kind that are on the device."""
 
-    def __init__(self, kind: Kind, layout: VectorLayout, pair: SharedProjection, slots: int, device: torch.device):
+    def __init__(
+        self, kind: AdapterShape, layout: VectorLayout, pair: SharedProjection, slots: int, device: torch.device
+    ):
         self.kind, self.pair = kind, pair
         self.table = SlotTable(slots)
         self.vectors = torch.zeros(slots + 1, layout.numbers, device=device)  # row 0 is of zeros: the base alone
@@ -89,7 +91,7 @@ class _Part(NamedTuple):
     bank: _KindBank
     slot: int | None
     """The one that all tokens of the batch use; None: see ``tokens``."""
-    tokens: TokenRows | None
+    tokens: TokenSlots | None
 
 
 def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
@@ -125,11 +127,11 @@ class ServingBank:
         self._base = base
         self.device = next(base.model.parameters()).device
         self._places = {
-            name: Place(name, *shape)
+            name: LinearSpec(name, *shape)
             for name, module in base.model.named_modules()
             if (shape := layer_shape(module)) is not None
         }
-        self._kinds: dict[Kind, _KindBank] = {}
+        self._kinds: dict[AdapterShape, _KindBank] = {}
         self._numbers = itertools.count()  # of kinds that were begun
         self._parts: list[_Part] = []
         self._read: weakref.WeakValueDictionary[str, HostVectors] = weakref.WeakValueDictionary()
@@ -158,7 +160,7 @@ class ServingBank:
         with self._lock:
             return self._read.setdefault(adapter.identity, HostVectors(adapter.identity, kind, row))
 
-    def _blend(self, adapter: ResolvedAdapter) -> tuple[Kind, dict[str, torch.Tensor]]:
+    def _blend(self, adapter: ResolvedAdapter) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
         kinds, parts = zip(*(self._read_part(part) for part in adapter.parts), strict=True)
         if len(parts) == 1 and adapter.parts[0].weight == 1:
             return kinds[0], parts[0]
@@ -185,7 +187,7 @@ class ServingBank:
             for key, vector in parts[0].items()
         }
 
-    def _read_part(self, part: AdapterPart) -> tuple[Kind, dict[str, torch.Tensor]]:
+    def _read_part(self, part: AdapterPart) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
         content = read_content(part.directory)
         found, vectors = read_adapter(part.directory, content.vectors)
         # the config was read by its path: it has to be the one of the content
@@ -194,9 +196,9 @@ class ServingBank:
         config = require_served(found, part.directory)
         require_base(config, part.directory, str(self._base.facts.get("path")), self._base.facts.get("fingerprint"))
         linears = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in vectors})
-        kind = Kind(config.projection_seed, config.rank, config.b_groups, config.input_scale, tuple(linears))
+        kind = AdapterShape(config.projection_seed, config.rank, config.b_groups, config.input_scale, tuple(linears))
         self._require_fit(part, config, linears, vectors)
-        require_places_projection(config, [self._places[name] for name in linears], part.directory)
+        require_projection_of(config, [self._places[name] for name in linears], part.directory)
         return kind, vectors
 
     def _require_fit(
@@ -216,7 +218,7 @@ class ServingBank:
                     f"{expected.get(key)}."
                 )
 
-    def _layout(self, kind: Kind) -> VectorLayout:
+    def _layout(self, kind: AdapterShape) -> VectorLayout:
         config = QveraConfig(rank=kind.rank, b_groups=kind.groups, input_scale=kind.input_scale)
         return VectorLayout(
             {
@@ -272,7 +274,7 @@ class ServingBank:
         """Of the vectors of all slots, used or not."""
         return sum(bank.vectors.nbytes for bank in list(self._kinds.values()))
 
-    def _add_kind(self, kind: Kind) -> _KindBank:
+    def _add_kind(self, kind: AdapterShape) -> _KindBank:
         """Put an ordinary, unchanged adapter on the model, which draws the pair and makes the layers."""
         name = f"__kind_{next(self._numbers)}__"
         config = QveraConfig(
@@ -306,13 +308,13 @@ class ServingBank:
                 continue
             index = np.repeat(np.array(slots, dtype=np.int64), counts)
             sent = accelerator.tensors_on(self.device, {"slots": index})["slots"]
-            self._parts.append(_Part(bank, None, TokenRows(sent, self.slots + 1)))
+            self._parts.append(_Part(bank, None, TokenSlots(sent, self.slots + 1)))
 
     def _forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """base(x), and for each token the low-rank path of its own adapter; x [rows, tokens, n]."""
         result = base_output(layer, x, *args, **kwargs)
         for bank, slot, tokens in self._parts:
-            own = bank.of_linear.get(layer.place.name)
+            own = bank.of_linear.get(layer.spec.name)
             if own is None:
                 continue
             if slot is not None:

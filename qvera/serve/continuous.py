@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qvera.serve.live import Live
+from qvera.serve.active_request import ActiveRequest
 from qvera.serve.paged import PagedModel, Scheduled
 from qvera.serve.requests import EngineSettings, TokenEvent
 from qvera.serve.sampling import choose_tokens
@@ -32,12 +32,12 @@ class ContinuousEngine(ThreadedEngine):
     def __init__(self, base: Base, settings: EngineSettings) -> None:
         super().__init__(base, settings)
         self._paged = PagedModel(base.model, settings, self._choose, self._identity)
-        self._chosen: list[tuple[Live, TokenEvent | None]] = []
-        self._suspects: deque[Live] = deque()
+        self._chosen: list[tuple[ActiveRequest, TokenEvent | None]] = []
+        self._suspects: deque[ActiveRequest] = deque()
         """Requests of a step that did not count; the first of them runs alone."""
-        self._alone: Live | None = None
+        self._alone: ActiveRequest | None = None
         """The suspect that runs now."""
-        self._cleared: list[Live] = []
+        self._cleared: list[ActiveRequest] = []
         self._batch: list[Scheduled] = []
 
     @property
@@ -54,13 +54,13 @@ class ContinuousEngine(ThreadedEngine):
         """Not while requests run alone."""
         return not self._suspects and not self._cleared
 
-    def begin(self, live: Live) -> None:
+    def begin(self, live: ActiveRequest) -> None:
         """Queue a request, or what is left of it."""
         sampling = live.request.sampling
         left = sampling.max_tokens - len(live.answer)
         self._paged.add(live.request.id, [*live.request.prompt, *live.answer], left, sorted(sampling.stop_tokens))
 
-    def drop(self, live: Live) -> None:
+    def drop(self, live: ActiveRequest) -> None:
         """Leave a request out of the next step."""
         self._paged.cancel(live.request.id)
 
@@ -71,7 +71,7 @@ class ContinuousEngine(ThreadedEngine):
         self._cleared.clear()
         self._alone = None
 
-    def step(self) -> Iterable[tuple[Live, TokenEvent | None]]:
+    def step(self) -> Iterable[tuple[ActiveRequest, TokenEvent | None]]:
         """See `ThreadedEngine.step`."""
         self._chosen = []
         if self._suspects or self._cleared:

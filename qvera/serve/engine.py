@@ -15,7 +15,7 @@ class BackgroundWork(Protocol):
         Where it has become true, `Engine.wake` tells the engine.
         """
 
-    def do_part(self) -> None:
+    def run_slice(self) -> None:
         """Do one part; called in the engine's thread. It has to be short, since no request gets a token meanwhile.
 
         It may change the model for the time of the call. An error does not end the engine: it is logged, and nothing

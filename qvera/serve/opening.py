@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qvera.adapters.files.adapter_file import read_config
 from qvera.config.schema import ModelSection
-from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target, require_answers
+from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root
 from qvera.models.hub import is_adapter_of_hub, local_directory
 from qvera.models.loader import load_base
@@ -114,4 +114,4 @@ def _open_base(path: str, adapters: Path | None) -> OpenRun:
     section = ModelSection(path=path) if target is None else target.section.replace(path=path)
     base = load_base(section)
     recipe, run = (None, None) if target is None else (target.recipe, target.run)
-    return OpenRun(EvalTarget(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)
+    return OpenRun(Artifact(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)

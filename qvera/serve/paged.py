@@ -33,7 +33,7 @@ from qvera.evaluation.generate import CACHE_ARGUMENT
 from qvera.models.attention import takes_open_mask
 from qvera.models.structure import decoder_of
 from qvera.serve.cache_size import PAGE_TOKENS, cache_tokens
-from qvera.serve.paged_trial import ordinary_logits, require_same
+from qvera.serve.check_paged_logits import ordinary_logits, require_same
 from qvera.serve.requests import EngineSettings
 from qvera.utils import accelerator
 from qvera.utils.errors import RunFailed, first_line

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
-from qvera.serve.live import Live
+from qvera.serve.active_request import ActiveRequest
 from qvera.serve.requests import EngineSettings, TokenEvent
 from qvera.serve.sampling import choose_tokens
 from qvera.serve.threaded import ThreadedEngine
@@ -27,7 +27,7 @@ class StaticEngine(ThreadedEngine):
 
     def __init__(self, base: Base, settings: EngineSettings) -> None:
         super().__init__(base, settings)
-        self._rows: list[Live] = []
+        self._rows: list[ActiveRequest] = []
         self._mask = torch.empty(0)
         self._next = torch.empty(0)
         self._cache: Any = None
@@ -36,17 +36,17 @@ class StaticEngine(ThreadedEngine):
         """Whether no batch runs."""
         return all(live.ended for live in self._rows)
 
-    def begin(self, live: Live) -> None:
+    def begin(self, live: ActiveRequest) -> None:
         """Nothing: `step` makes a batch of all that are running."""
 
-    def drop(self, live: Live) -> None:
+    def drop(self, live: ActiveRequest) -> None:
         """Nothing: `step` passes over rows that have ended."""
 
     def recover(self) -> None:
         """Forget the batch."""
         self._rows, self._cache = [], None
 
-    def step(self) -> Iterable[tuple[Live, TokenEvent | None]]:
+    def step(self) -> Iterable[tuple[ActiveRequest, TokenEvent | None]]:
         """One token for each row of the batch; a new batch where all rows of the last one have ended."""
         if all(live.ended for live in self._rows):
             self._rows = list(self.running.values())

@@ -20,9 +20,9 @@ import torch
 
 from qvera.adapters.projection import forget_inputs
 from qvera.evaluation.generate import generating
+from qvera.serve.active_request import ActiveRequest
 from qvera.serve.background import Background
 from qvera.serve.bank import HostVectors, ServingBank
-from qvera.serve.live import Live
 from qvera.serve.requests import (
     Busy,
     EndEvent,
@@ -55,9 +55,9 @@ class ThreadedEngine(ABC):
         """``base``: in evaluation mode, without adapters. It belongs to the engine until `close`."""
         self.settings, self.model = settings, base.model
         self.bank = ServingBank(base, settings.slots)
-        self.running: dict[str, Live] = {}
+        self.running: dict[str, ActiveRequest] = {}
         self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        self._waiting: deque[Live] = deque()
+        self._waiting: deque[ActiveRequest] = deque()
         self._cancelled: set[str] = set()
         self._tasks: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._closing = False
@@ -88,7 +88,7 @@ class ThreadedEngine(ABC):
         vectors = None if request.adapter is None else self.bank.read(request.adapter)
         with self._wake:
             self._require_room()
-            self._waiting.append(Live(request, on_event, vectors))
+            self._waiting.append(ActiveRequest(request, on_event, vectors))
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -182,15 +182,15 @@ class ThreadedEngine(ABC):
     # The engine's thread
 
     @abstractmethod
-    def begin(self, live: Live) -> None:
+    def begin(self, live: ActiveRequest) -> None:
         """A request has got its place and its slot; it is in ``running``."""
 
     @abstractmethod
-    def drop(self, live: Live) -> None:
+    def drop(self, live: ActiveRequest) -> None:
         """A request has ended before its last token; the next step must be without it."""
 
     @abstractmethod
-    def step(self) -> Iterable[tuple[Live, TokenEvent | None]]:
+    def step(self) -> Iterable[tuple[ActiveRequest, TokenEvent | None]]:
         """Run the model once.
 
         Returns:
@@ -335,10 +335,10 @@ class ThreadedEngine(ABC):
             if self._closing:
                 return
             answering = bool(self.running or self._waiting)
-        if self.background.has_part(answering) and not self.background.do_part():
+        if self.background.has_part(answering) and not self.background.run_slice():
             forget_inputs(self.model)
 
-    def _pass_on(self, live: Live, event: TokenEvent | None) -> None:
+    def _pass_on(self, live: ActiveRequest, event: TokenEvent | None) -> None:
         if event is None:
             self._drop(live, EndEvent("error", NOT_FINITE))
             return
@@ -354,11 +354,11 @@ class ThreadedEngine(ABC):
         elif len(live.answer) >= sampling.max_tokens:
             self._end(live, EndEvent("length"))
 
-    def _drop(self, live: Live, event: EndEvent) -> None:
+    def _drop(self, live: ActiveRequest, event: EndEvent) -> None:
         self.drop(live)
         self._end(live, event)
 
-    def _end(self, live: Live, event: EndEvent) -> None:
+    def _end(self, live: ActiveRequest, event: EndEvent) -> None:
         live.ended = True
         with self._wake:
             was_running = self.running.pop(live.request.id, None) is not None

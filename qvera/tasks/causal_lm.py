@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from qvera.data import IGNORED, collate
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
+from qvera.models import forward
 from qvera.models.loader import causal_model
 from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
@@ -47,9 +48,9 @@ class CausalLM(Task):
     ) -> tuple[torch.Tensor, int]:
         """See `Task.loss`."""
         data, training = recipe.data, recipe.training
-        batch = evaluate.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
+        batch = forward.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
         chunk, smoothing = training.loss_chunk_tokens, training.label_smoothing
-        return evaluate.batch_nll(model, batch, chunk, core, expected_grad, smoothing)
+        return forward.batch_nll(model, batch, chunk, core, expected_grad, smoothing)
 
     def held_out_loss(
         self,
@@ -61,7 +62,7 @@ class CausalLM(Task):
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
         """See `Task.held_out_loss`; adds ``perplexity``."""
-        return evaluate.held_out_loss(
+        return held_out.held_out_loss(
             model,
             rows,
             pad_id=datasets.pad_id,
@@ -76,7 +77,7 @@ class CausalLM(Task):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Task.logits`."""
         batch = collate(rows, pad_id, next(model.parameters()).device)
-        hidden, targets = evaluate.hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:]
+        hidden, targets = forward.hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:]
         trained, head = targets != IGNORED, Head.of(causal_model(model))
         return head.logits(head.module(hidden[trained]).float()).cpu(), targets[trained].cpu()
 
@@ -101,7 +102,7 @@ class CausalLM(Task):
         indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
         answers: list[dict[str, Any]] = []
         if group.first or any_sharded(model):
-            answers = evaluate.answer_rows(
+            answers = held_out.answer_rows(
                 model,
                 tokenizer,
                 [rows[i] for i in indices],

@@ -19,7 +19,7 @@ from qvera.data.collate import round_up_length, rounds_lengths
 from qvera.data.labelled import FORMAT, VALUE, Labels, labelled_arrays
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.class_metrics import class_scores, require_packages, value_scores
-from qvera.evaluation.evaluate import over_held_out
+from qvera.evaluation.held_out import over_held_out
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
 from qvera.models.loader import causal_model

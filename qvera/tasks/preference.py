@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qvera.distributed.group import ALONE, Group
-from qvera.evaluation.evaluate import over_held_out
+from qvera.evaluation.held_out import over_held_out
 from qvera.tasks.causal_lm import CausalLM
 from qvera.tasks.trl_loss import PreferenceLoss, require_trl
 

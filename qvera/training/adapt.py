@@ -15,7 +15,7 @@ from qvera.adapters.methods import method_of
 from qvera.adapters.stepping.step_hook import StepHooks
 from qvera.data import Batches, Rows, lengths_of
 from qvera.data.sampler import random_order
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.optim import build_optimizer
@@ -89,5 +89,5 @@ def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
 
 
 def _query_loss(session: TrainingSession) -> float:
-    with evaluate.scoring(session.model):
+    with held_out.scoring(session.model):
         return session.held_out_loss()["loss"]

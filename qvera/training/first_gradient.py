@@ -63,7 +63,7 @@ def start_from_gradient(session: TrainingSession) -> None:
                 if not torch.isfinite(gradient).all():
                     raise RunFailed(f"{name}: its gradient over the first {len(rows)} rows has NaN or Inf.")
                 config = layer.qvera_settings["default"][1]
-                made = method.from_gradient(config, layer.place, gradient, rate)
+                made = method.from_gradient(config, layer.spec, gradient, rate)
                 made = group.broadcast_tensors({kind: tensor.cpu() for kind, tensor in made.items()})
                 with torch.no_grad():
                     for kind, vector in layer.vectors("default").items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe
 from qvera.distributed.init import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart
@@ -66,7 +66,7 @@ class RangeTestResult:
 
 
 def find_lr(
-    recipe: Recipe, out: Path, ramp: RangeTest | None = None, *, console: Console | None = None
+    recipe: Recipe, out: Path, ramp: LrRange | None = None, *, console: Console | None = None
 ) -> RangeTestResult | None:
     """Run the test and write ``lr-range.jsonl`` and ``lr-range.html`` into ``out``; a run there is left as it is.
 
@@ -82,7 +82,7 @@ def find_lr(
         InputError: as `trainer.train`.
         NotFinite: the very first loss was not finite.
     """
-    ramp = ramp or RangeTest()
+    ramp = ramp or LrRange()
     with in_group() as group, TrainingSession(recipe, out, group, console) as session:
         group.on_first(lambda: require_writable(out))
         session.load_data()
@@ -96,7 +96,7 @@ def find_lr(
         return result
 
 
-def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[str, Any]], float | None]:
+def _take_steps(session: TrainingSession, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:
     """The records of the steps, and the rate at which the loss diverged."""
     points: list[dict[str, Any]] = []
     session.model.train()
@@ -167,7 +167,7 @@ def read_curve(points: list[dict[str, Any]], diverged: float | None = None) -> R
     return RangeTestResult(points, math.exp(rates[lowest]), math.exp(rates[steepest]), diverged)
 
 
-def _write(out: Path, recipe: Recipe, ramp: RangeTest, result: RangeTestResult) -> None:
+def _write(out: Path, recipe: Recipe, ramp: LrRange, result: RangeTestResult) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
@@ -178,7 +178,7 @@ def _write(out: Path, recipe: Recipe, ramp: RangeTest, result: RangeTestResult) 
         ) from None
 
 
-def range_page(name: str, recipe: Recipe, ramp: RangeTest, result: RangeTestResult) -> str:
+def range_page(name: str, recipe: Recipe, ramp: LrRange, result: RangeTestResult) -> str:
     """The page as HTML: loss over the rate, with the suggested rate and where the loss diverged.
 
     ``name``: of the output directory.

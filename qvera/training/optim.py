@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe, TrainingSection
 from qvera.models.bitsandbytes_import import bitsandbytes
 from qvera.utils import accelerator
@@ -106,10 +106,10 @@ def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, s
     The warm-up differs from transformers' in one thing. There the first of w steps has rate 0 and changes nothing; here
     step i (from 0) has the share (i + 1) / (w + 1) of ``learning_rate``. Step w has all of it in both.
     """
-    return LambdaLR(optimizer, rate_shares(section, steps))
+    return LambdaLR(optimizer, lr_lambda(section, steps))
 
 
-def rate_shares(section: TrainingSection, steps: int) -> Callable[[int], float]:
+def lr_lambda(section: TrainingSection, steps: int) -> Callable[[int], float]:
     """What share of ``learning_rate`` each of ``steps`` optimizer steps (from 0) has, as `build_schedule` says."""
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
     name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
@@ -118,7 +118,7 @@ def rate_shares(section: TrainingSection, steps: int) -> Callable[[int], float]:
     return lambda step: (step + 1) / (warmup + 1) if step < warmup else share(step)
 
 
-def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> LambdaLR:
+def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: LrRange) -> LambdaLR:
     """Rates that grow by the same factor each step, from ``ramp.start`` to ``ramp.end``, in place of `build_schedule`.
 
     They are what ``training.learning_rate`` would be.

@@ -18,7 +18,7 @@ from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.config.schema import Recipe
 from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.training import checkpoint
 from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
@@ -240,7 +240,7 @@ class Trainer(Run):
             The scores, and the answers to show as samples.
         """
         training, rows, task = self.recipe.training, self.datasets.eval, self.task
-        with status_line(self.console, f"{label}: held-out loss") as update, evaluate.scoring(self.model):
+        with status_line(self.console, f"{label}: held-out loss") as update, held_out.scoring(self.model):
             result = self.held_out_loss()
 
             def say(text: str) -> None:

@@ -14,9 +14,9 @@ import torch
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
 from qvera.data import Example
-from qvera.evaluation.evaluate import batch_nll, make_batch
 from qvera.models import compile
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.forward import batch_nll, make_batch
 from qvera.training import session
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -136,8 +136,8 @@ def packable(tokens: int) -> Example:
 def test_a_layer_after_answers_is_the_one_that_was_compiled() -> None:
     layer = adapted("linear")
     before = set(vars(layer))
-    layer.hold_inference_weight(True)
-    layer.hold_inference_weight(False)
+    layer.cache_merged_weight(True)
+    layer.cache_merged_weight(False)
     assert not layer.holds_inference_weight
     assert "_inference_weight" not in set(vars(layer)) - before
 

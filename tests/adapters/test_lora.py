@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.files.adapter_file import read_adapter
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.methods import Place, method_of
+from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.products import low_rank
 from qvera.config.schema import AdapterSection
@@ -71,9 +71,9 @@ def test_a_fresh_adapter_leaves_the_logits(start: str) -> None:
 
 
 def test_starts_have_the_sizes_of_peft_s_and_depend_on_seed_and_place() -> None:
-    place, method = Place("model.layers.0.self_attn.q_proj", 400, 300), method_of(lora())
+    spec, method = LinearSpec("model.layers.0.self_attn.q_proj", 400, 300), method_of(lora())
 
-    def start(kind: str, name: str = "qvera_A", seed: int = 0, at: Place = place) -> torch.Tensor:
+    def start(kind: str, name: str = "qvera_A", seed: int = 0, at: LinearSpec = spec) -> torch.Tensor:
         config = QveraConfig(method="lora", rank=40, init_lora_weights=kind, projection_seed=seed)
         return method.start(name, method.tensors(config, at)[name], config, at)
 
@@ -85,7 +85,10 @@ def test_starts_have_the_sizes_of_peft_s_and_depend_on_seed_and_place() -> None:
     assert (B @ A).abs().max() < 1e-6 * (B.norm() * A.norm())
     assert A.std() == pytest.approx(B.std().item(), rel=0.1)
     assert torch.equal(default, start("default"))
-    for other in (start("default", seed=1), start("default", at=Place("model.layers.1.self_attn.q_proj", 400, 300))):
+    for other in (
+        start("default", seed=1),
+        start("default", at=LinearSpec("model.layers.1.self_attn.q_proj", 400, 300)),
+    ):
         assert relative(other, default) > 1
 
 

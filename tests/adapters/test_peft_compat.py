@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import qvera
-from qvera.adapters import LowRankPath
+from qvera.adapters import AdaptedForward
 from qvera.models import linear
 from tests.adapters.helpers import relative
 from tests.conftest import small_llama
@@ -87,10 +87,10 @@ def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("kind", BASES)
 def test_logits_gradients_names_and_dtypes_are_pefts(kind: str, tiny_model_dir: Path) -> None:
     ours, stock = both(kind, tiny_model_dir)
-    layers = [m for m in ours.modules() if isinstance(m, LowRankPath)]
+    layers = [m for m in ours.modules() if isinstance(m, AdaptedForward)]
     assert len(layers) == 14
     assert all(isinstance(m, StockLinear) or "Linear" in type(m).__name__ for m in layers)
-    assert not any(isinstance(m, LowRankPath) for m in stock.modules())
+    assert not any(isinstance(m, AdaptedForward) for m in stock.modules())
     assert isinstance(ours.base_model, VeraModel)
     describe = lambda m: {n: (p.dtype, p.shape, p.requires_grad) for n, p in m.named_parameters()}  # noqa: E731
     assert describe(ours) == describe(stock)
@@ -133,7 +133,7 @@ def test_files_are_interchangeable(direction: str, save_projection: bool, tiny_m
         loaded = PeftModel.from_pretrained(small_llama(), source)
     finally:
         qvera.restore_peft()
-    assert any(isinstance(m, LowRankPath) for m in loaded.modules()) is (direction == "stock to ours")
+    assert any(isinstance(m, AdaptedForward) for m in loaded.modules()) is (direction == "stock to ours")
     torch.testing.assert_close(step_logits(loaded.train()), step_logits(stock), rtol=1e-4, atol=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_restore_gives_stock_back_and_twice_is_harmless() -> None:
     qvera.restore_peft()
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] is VeraModel
     model = get_peft_model(small_llama(), config())
-    assert not any(isinstance(m, LowRankPath) for m in model.modules())
+    assert not any(isinstance(m, AdaptedForward) for m in model.modules())
     qvera.restore_peft()
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] is VeraModel
 
@@ -184,7 +184,7 @@ def test_merge_and_unmerge_are_pefts(safe: bool, accelerated: None) -> None:
         if name in weights:
             torch.testing.assert_close(parameter, weights[name])
     plain = ours.merge_and_unload()
-    assert not any(isinstance(m, LowRankPath) for m in plain.modules())
+    assert not any(isinstance(m, AdaptedForward) for m in plain.modules())
     torch.testing.assert_close(step_logits(plain), expected, rtol=1e-4, atol=1e-4)
     broken = perturbed(get_peft_model(small_llama(), config()))
     with torch.no_grad():
@@ -281,7 +281,9 @@ def test_outputs_can_be_changed_in_place_as_those_of_peft(tokens: int) -> None:
     for context in (qvera.adapters.accelerated_peft, contextlib.nullcontext):
         with context():
             model = perturbed(get_peft_model(Residual(), config(target_modules=["lin"])))  # type: ignore[arg-type]
-        assert any(isinstance(m, LowRankPath) for m in model.modules()) is (context is qvera.adapters.accelerated_peft)
+        assert any(isinstance(m, AdaptedForward) for m in model.modules()) is (
+            context is qvera.adapters.accelerated_peft
+        )
         x = torch.linspace(-1, 1, 3 * tokens * 64).view(3, tokens, 64).requires_grad_()
         y = model(x)
         y.square().mean().backward()
@@ -360,7 +362,7 @@ def test_trl_sft_trainer(accelerated: None, tmp_path: Path, tiny_model_dir: Path
         model=base("nf4", tiny_model_dir), args=arguments, train_dataset=rows, peft_config=config(),
         processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
     )  # fmt: skip
-    assert any(isinstance(m, LowRankPath) for m in trainer.model.modules())
+    assert any(isinstance(m, AdaptedForward) for m in trainer.model.modules())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -375,5 +377,5 @@ def test_vectors_pickle(accelerated: None) -> None:
 def test_only_linears_are_made(accelerated: None) -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config(target_modules=["0"]))
     layer = model.base_model.model[0]
-    assert isinstance(layer, LowRankPath)
+    assert isinstance(layer, AdaptedForward)
     assert isinstance(layer, StockLinear)

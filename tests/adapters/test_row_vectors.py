@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
+from qvera.adapters.products.row_vectors import TokenSlots, expand_rows, scale_rows
 from tests.adapters.helpers import relative
 
 ROWS, IN, OUT, RANK = 4, 7, 11, 6
@@ -20,12 +20,12 @@ LAYOUTS = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def _layout(name: str) -> tuple[TokenRows | None, torch.Tensor, tuple[int, ...], int]:
+def _layout(name: str) -> tuple[TokenSlots | None, torch.Tensor, tuple[int, ...], int]:
     """The row of each token, as the product takes it and plain; the dimensions in front of the last one; the rows."""
     index = torch.tensor(LAYOUTS[name])
     if name == "one row":
         return None, index, (1, len(index)), 1
-    return TokenRows(index, ROWS), index, (ROWS, 5) if name == "padded" else (1, len(index)), ROWS
+    return TokenSlots(index, ROWS), index, (ROWS, 5) if name == "padded" else (1, len(index)), ROWS
 
 
 def _plain(
@@ -130,7 +130,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(layou
 def test_many_tokens_are_added_up_in_fp32(alone: bool) -> None:
     """In bf16 a sum of ones would stop at 256."""
     count = 3001
-    tokens = None if alone else TokenRows(torch.zeros(count, dtype=torch.int64), 1)
+    tokens = None if alone else TokenSlots(torch.zeros(count, dtype=torch.int64), 1)
     z = torch.ones(1, count, 1, dtype=torch.bfloat16)
     d, b = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True)
     y = expand_rows(torch.zeros_like(z), z, d, b, torch.ones(1, 1), 1.0, tokens)

@@ -15,9 +15,9 @@ from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection, TrainingSection
 from qvera.data import Example
-from qvera.evaluation.evaluate import batch_nll, make_batch, row_nll, row_tokens
 from qvera.models.attention import VARLEN
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.forward import batch_nll, make_batch, row_nll, row_tokens
 from qvera.models.loader import causal_model
 from qvera.training.many.optimizer import BankAdamW
 from tests.conftest import small_llama

@@ -249,10 +249,10 @@ def test_weights_take_several_numbers_after_one_option() -> None:
 
 
 def test_the_help_of_the_range_test_names_its_defaults() -> None:
-    from qvera.config.range_test import RangeTest
+    from qvera.config.lr_range import LrRange
 
     helps = [get_args(option)[1].help for option in (common.LrFrom, common.LrTo, common.LrSteps)]
-    ramp = RangeTest()
+    ramp = LrRange()
     for text, value in zip(helps, (ramp.start, ramp.end, ramp.steps), strict=True):
         assert f"(default: {value:g})" in text
 

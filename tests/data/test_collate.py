@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qvera.adapters import QveraConfig
 from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.collate import Joined, common_prefix
-from qvera.evaluation import evaluate
+from qvera.models import forward
 from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
@@ -79,9 +79,9 @@ def test_same_loss_and_gradients(rows: list[Example], kind: str, attention: str)
             p.add_(torch.randn(p.shape, generator=generator) * 0.3)
     found = []
     for once in (False, True):
-        batch = evaluate.make_batch(model, rows, 0, once)
+        batch = forward.make_batch(model, rows, 0, once)
         assert (batch["input_ids"].shape[0] == 1) == once
-        nll, count = evaluate.batch_nll(model, batch, 512)
+        nll, count = forward.batch_nll(model, batch, 512)
         found.append((nll, count, torch.autograd.grad(nll / count, parameters)))
     assert found[0][1] == found[1][1] == sum(r.trained_tokens for r in rows)
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
@@ -103,18 +103,18 @@ def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, at
             p.add_(torch.randn(p.shape, generator=generator) * 0.3)
     chooser = np.random.default_rng(1)
     rows = [example(chooser.integers(3, 300, n).tolist(), n // 2) for n in (31, 7, 19, 4)]
-    batch = evaluate.make_batch(model, rows, 0, packing=True)
+    batch = forward.make_batch(model, rows, 0, packing=True)
     assert batch["input_ids"].shape == (1, sum(len(r.input_ids) for r in rows))
-    hidden = evaluate.hidden_states(model, batch)
-    nll, count = evaluate.batch_nll(model, batch, 512)
+    hidden = forward.hidden_states(model, batch)
+    nll, count = forward.batch_nll(model, batch, 512)
     packed = torch.autograd.grad(nll, parameters)
     alone = [torch.zeros_like(p) for p in parameters]
     start, losses = 0, []
     for row in rows:
-        one = evaluate.make_batch(model, [row], 0)
+        one = forward.make_batch(model, [row], 0)
         end = start + len(row.input_ids)
-        torch.testing.assert_close(hidden[0, start:end], evaluate.hidden_states(model, one)[0], rtol=1e-4, atol=1e-5)
-        own, _ = evaluate.batch_nll(model, one, 512)
+        torch.testing.assert_close(hidden[0, start:end], forward.hidden_states(model, one)[0], rtol=1e-4, atol=1e-5)
+        own, _ = forward.batch_nll(model, one, 512)
         within, _ = fused_linear_cross_entropy(
             hidden[:, start:end], batch["labels"][:, start:end], Head.of(causal_model(model)), 512
         )
@@ -159,21 +159,21 @@ def test_packed_one_token_rows_and_rows_trained_from_the_start_count_what_padded
     rows = [example([5], 0), example([7, 8, 9], 0), example([4], 0), example([6, 3], 1)]
     for implementation in ("sdpa", VARLEN):
         model = small_llama(attn_implementation=implementation)
-        packed, padded = (evaluate.make_batch(model, rows, 0, packing=packing) for packing in (True, False))
+        packed, padded = (forward.make_batch(model, rows, 0, packing=packing) for packing in (True, False))
         assert packed["input_ids"].shape == (1, 7)
-        nll, count = evaluate.batch_nll(model, packed, 8)
-        wanted, wanted_count = evaluate.batch_nll(model, padded, 8)
+        nll, count = forward.batch_nll(model, packed, 8)
+        wanted, wanted_count = forward.batch_nll(model, padded, 8)
         assert count == wanted_count == 3
         torch.testing.assert_close(nll, wanted, rtol=1e-5, atol=0)
 
 
 def test_rows_do_not_see_each_other(rows: list[Example]) -> None:
     model = small("llama")
-    before = evaluate.hidden_states(model, evaluate.make_batch(model, rows, 0))
+    before = forward.hidden_states(model, forward.make_batch(model, rows, 0))
     ids = rows[0].input_ids.copy()
     ids[-1] = 299 if ids[-1] != 299 else 298
     changed = [example(ids.tolist(), int(np.argmax(rows[0].trained))), *rows[1:]]
-    after = evaluate.hidden_states(model, evaluate.make_batch(model, changed, 0))
+    after = forward.hidden_states(model, forward.make_batch(model, changed, 0))
     end = len(rows[0].input_ids)
     assert not torch.equal(before[0, end - 1], after[0, end - 1])
     torch.testing.assert_close(before[0, end:], after[0, end:], rtol=0, atol=0)

@@ -9,7 +9,7 @@ import torch
 from qvera.config.schema import parse_recipe
 from qvera.data import Example, batches_of, collate, collate_prefix_once
 from qvera.data.collate import LENGTHS_PER_OCTAVE, pad_batch, round_up_length, rounds_lengths
-from qvera.evaluation import evaluate
+from qvera.models import forward
 from qvera.models.attention import VARLEN, open_mask
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.training.plan.longest import token_counts
@@ -64,7 +64,7 @@ def test_a_padded_batch_has_the_losses_and_gradients_of_the_batch(attention: str
     found = []
     for one in (batch, longer):
         model.zero_grad()
-        nll, count = evaluate.batch_nll(model, one, 8)
+        nll, count = forward.batch_nll(model, one, 8)
         nll.backward()
         found.append((nll.detach(), count, [p.grad.clone() for p in model.get_decoder().layers.parameters()]))
     (nll, count, gradients), (other_nll, other_count, other_gradients) = found
@@ -99,9 +99,9 @@ def test_lengths_are_rounded_up_in_16_bits_and_never_beyond_the_positions_there_
     lengths = {}
     for dtype, positions in ((torch.float32, 512), (BF16, 512), (BF16, 34)):
         model = small_llama(max_position_embeddings=positions).to(dtype)
-        lengths[dtype, positions] = evaluate.make_batch(model, rows, 2, False)["input_ids"].shape[1]
+        lengths[dtype, positions] = forward.make_batch(model, rows, 2, False)["input_ids"].shape[1]
     assert lengths == {(torch.float32, 512): 33, (BF16, 512): 36, (BF16, 34): 34}
-    packed = evaluate.make_batch(small_llama().to(BF16), rows, 2, packing=True)
+    packed = forward.make_batch(small_llama().to(BF16), rows, 2, packing=True)
     assert packed["input_ids"].shape[1] == 56
     assert packed["attention_mask"].shape == (1, 1, 56, 56)
 
@@ -109,26 +109,26 @@ def test_lengths_are_rounded_up_in_16_bits_and_never_beyond_the_positions_there_
 def test_whole_rows_of_one_sequence_have_the_losses_of_each_alone_and_what_fills_it_up_counts_nowhere() -> None:
     rows, weights = rows_of(21, 9, 17, prefix=5), torch.tensor([0.3, 1.0, 0.7])
     model = small_llama(attn_implementation=VARLEN)
-    alone = [evaluate.batch_nll(model, evaluate.make_batch(model, [row], 2), 64)[0] for row in rows]
+    alone = [forward.batch_nll(model, forward.make_batch(model, [row], 2), 64)[0] for row in rows]
     (torch.stack(alone) * weights).sum().backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(wanted) == 20
     for more in (0, 5):
         model.zero_grad()
-        batch = evaluate.make_batch(model, rows, 2, whole_rows=True)
+        batch = forward.make_batch(model, rows, 2, whole_rows=True)
         batch = pad_batch(batch, 47 + more, 2)
         if more:
             batch["attention_mask"] = open_mask(batch["input_ids"])
-        total, nll = evaluate.row_nll(model, batch, 64, weights)
+        total, nll = forward.row_nll(model, batch, 64, weights)
         total.backward()
-        assert evaluate.row_tokens(batch, rows) == [21, 9, 17 + more]
+        assert forward.row_tokens(batch, rows) == [21, 9, 17 + more]
         torch.testing.assert_close(nll, torch.stack(alone).detach(), rtol=1e-5, atol=1e-5)
         for name, gradient in wanted.items():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
-    rounded = evaluate.make_batch(model.to(BF16), rows, 2, whole_rows=True)
+    rounded = forward.make_batch(model.to(BF16), rows, 2, whole_rows=True)
     assert rounded["cu_seq_lens_q"].tolist() == [0, 21, 30, 47, 48]
     model.set_attn_implementation("sdpa")  # which has no offsets
-    assert evaluate.make_batch(model.float(), rows, 2, whole_rows=True)["input_ids"].shape == (3, 21)
+    assert forward.make_batch(model.float(), rows, 2, whole_rows=True)["input_ids"].shape == (3, 21)
 
 
 def test_ever_new_lengths_leave_no_memory_behind() -> None:
@@ -139,8 +139,8 @@ def test_ever_new_lengths_leave_no_memory_behind() -> None:
     model = small_llama().to(BF16)
 
     def step(length: int) -> int:
-        batch = evaluate.make_batch(model, rows_of(length), 2)
-        evaluate.batch_nll(model, batch, 64)[0].backward()
+        batch = forward.make_batch(model, rows_of(length), 2)
+        forward.batch_nll(model, batch, 64)[0].backward()
         model.zero_grad(set_to_none=True)
         held = memory.allocated_bytes()
         assert held is not None
@@ -167,6 +167,6 @@ def test_the_plan_counts_the_token_counts_of_a_run(packing: bool) -> None:
         met = set()
         for step in range(steps):
             for members in batches.passes(batches.rows(step)):
-                batch = evaluate.make_batch(model, [rows[i] for i in members], 2, False, packing)
+                batch = forward.make_batch(model, [rows[i] for i in members], 2, False, packing)
                 met.add(tuple(batch["input_ids"].shape))
         assert token_counts(recipe, rows, steps, True) == len(met)

@@ -35,7 +35,7 @@ def name_of(stage: str | None) -> str:
     return stage or "none"
 
 
-class Place:
+class LinearSpec:
     """A model of four layers, rows, and what the runs left behind."""
 
     def __init__(self, root: Path, rows: Path, **model: Any) -> None:
@@ -92,9 +92,9 @@ ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
     """Runs of one process, and of two processes under the quick stages."""
-    place = Place(tmp_path_factory.mktemp("stages"), tiny_rows)
+    place = LinearSpec(tmp_path_factory.mktemp("stages"), tiny_rows)
     root = place.root
     place.alone("alone")
     place.alone("alone-uneven", **UNEVEN)
@@ -102,7 +102,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     train(parse_recipe(place.float16(), "alone-float16"), root / "alone-float16")
     place.alone("grown", max_steps=STEPS, save_steps=CUT)  # cut back to its step 4 below
     shutil.rmtree(root / "grown" / "checkpoints" / f"step-{STEPS:08d}")
-    tied = Place(root / "tied", tiny_rows, tie_word_embeddings=True)
+    tied = LinearSpec(root / "tied", tiny_rows, tie_word_embeddings=True)
     tied.alone("alone")
     # ZeRO-3 first: what it needs must not be there from an easier stage
     tasks = [task for stage in reversed(QUICK) for task in stage_tasks(place, stage)]
@@ -129,7 +129,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
 
 
 @pytest.fixture(scope="module")
-def slow_stages(place: Place) -> None:
+def slow_stages(place: LinearSpec) -> None:
     """The same of the other stages, in a second spawn, added to what ``place`` has."""
     tasks = [task for stage in SLOW for task in stage_tasks(place, stage)]
     ahead = place.root / "ahead.json"  # as on a GPU
@@ -147,7 +147,7 @@ def stage(request: pytest.FixtureRequest) -> str | None:
     return request.param
 
 
-def stage_tasks(place: Place, stage: str | None) -> list[dict[str, Any]]:
+def stage_tasks(place: LinearSpec, stage: str | None) -> list[dict[str, Any]]:
     """A whole run, and two steps at a rank at which vectors weigh something beside what a step leaves lying about."""
     wide = place.recipe(stage, max_steps=2, **BARE)
     wide["adapter"]["rank"] = WIDE
@@ -173,20 +173,20 @@ def close(one: Path, other: Path, rtol: float = 1e-5) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=rtol * moved)
 
 
-def test_two_processes_give_the_numbers_of_one(place: Place, stage: str | None) -> None:
+def test_two_processes_give_the_numbers_of_one(place: LinearSpec, stage: str | None) -> None:
     run = place.root / name_of(stage)
     assert len(losses(run)) == STEPS
     close(run, place.root / "alone")
     assert losses(run, "eval") == pytest.approx(losses(place.root / "alone", "eval"), rel=1e-5)
 
 
-def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(place: Place) -> None:
+def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(place: LinearSpec) -> None:
     close(place.root / "halved", place.root / "alone")
     result = json.loads((place.root / "halved" / "run.json").read_text())["result"]
     assert result["halvings"] == [{"step": 2, "pass_rows": 1}]
 
 
-def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: Place) -> None:
+def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: LinearSpec) -> None:
     for found in place.found:
         assert found["short"]["error"] == "OutOfMemory"
         assert "Step 2: memory ran out in a forward and backward pass (rank 1, 2 rows," in found["short"]["text"]
@@ -195,7 +195,7 @@ def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: Place) -> No
 
 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)
-def test_all_ranks_skip_a_step_whose_gradient_overflows(place: Place, stage: str | None) -> None:
+def test_all_ranks_skip_a_step_whose_gradient_overflows(place: LinearSpec, stage: str | None) -> None:
     """And then take it: the numbers of one process in float16."""
     run = place.root / f"{name_of(stage)}-float16"
     assert json.loads((run / "run.json").read_text())["result"]["skipped_steps"] >= 1
@@ -204,7 +204,7 @@ def test_all_ranks_skip_a_step_whose_gradient_overflows(place: Place, stage: str
 
 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)
-def test_step_hooks_are_called_around_each_step_that_is_taken(place: Place, stage: str | None) -> None:
+def test_step_hooks_are_called_around_each_step_that_is_taken(place: LinearSpec, stage: str | None) -> None:
     """All ranks call them in the same order. `before_step` is called again for a step whose gradient overflowed."""
     word = f"{name_of(stage)}-float16"
     skipped = json.loads((place.root / word / "run.json").read_text())["result"]["skipped_steps"]
@@ -219,7 +219,7 @@ def test_step_hooks_are_called_around_each_step_that_is_taken(place: Place, stag
         assert [found[f"{name_of(stage)}-resumed"]["hook_calls"] for found in place.found] == [loaded, loaded]
 
 
-def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) -> None:
+def test_scores_and_answers_are_those_of_one(place: LinearSpec, stage: str | None) -> None:
     mine, alone = (json.loads((place.root / d / "run.json").read_text()) for d in (name_of(stage), "alone"))
     for when in ("eval_before", "eval_after"):
         assert mine["result"][when]["loss"] == pytest.approx(alone["result"][when]["loss"], rel=1e-5)
@@ -234,7 +234,7 @@ def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) ->
     assert all(r["peak_bytes"] > 0 for r in mine["processes"]["ranks"])
 
 
-def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
+def test_a_stage_is_what_it_says(place: LinearSpec, stage: str | None) -> None:
     trained = sum(t.numel() for t in vectors(place.root / "alone").values())
     for found in (rank[name_of(stage)] for rank in place.found):
         assert found["engine"] == ("LocalEngine" if stage is None else "ZeroEngine")
@@ -256,7 +256,7 @@ def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
     assert place.found[0][name_of(stage)]["zero_optimizer"] == wanted
 
 
-def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: Place, stage: str | None) -> None:
+def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: LinearSpec, stage: str | None) -> None:
     """Whose numbers are those of a run alone, so it leaves no trace (`test_two_processes_give_the_numbers_of_one`)."""
     word = name_of(stage)
     assert [rank[word]["longest_batch_tries"] for rank in place.found] == [1, 1]
@@ -267,7 +267,7 @@ def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: Place, s
     assert plan["measured"]["predicted_bytes"] == plan["memory"]["total_bytes"]
 
 
-def test_the_plan_of_a_rank_is_what_its_live_tensors_come_to(place: Place, stage: str | None) -> None:
+def test_the_plan_of_a_rank_is_what_its_live_tensors_come_to(place: LinearSpec, stage: str | None) -> None:
     word = f"{name_of(stage)}-planned"
     plan = json.loads((place.root / word / "run.json").read_text())["plan"]
     assert plan["processes"] == {"deepspeed": name_of(stage), "nodes": 1, "per_node": 2}
@@ -292,7 +292,7 @@ def test_the_plan_of_a_rank_is_what_its_live_tensors_come_to(place: Place, stage
 
 
 @pytest.mark.parametrize("stage", RESUMED, ids=name_of)
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: Place, stage: str | None) -> None:
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: LinearSpec, stage: str | None) -> None:
     word = name_of(stage)
     for found in (rank[f"{word}-cut"] for rank in place.found):
         assert (found["error"], found["exit_code"]) == ("Interrupted", 75)
@@ -306,7 +306,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: P
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
-def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stage: str | None) -> None:
+def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: LinearSpec, stage: str | None) -> None:
     mine, alone = (place.root / d / "checkpoints" / f"step-{STEPS:08d}" for d in (name_of(stage), "alone"))
     for file in ("vectors.safetensors", "optimizer.safetensors"):
         ours, theirs = load_file(mine / file), load_file(alone / file)
@@ -324,7 +324,7 @@ def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stag
     assert abs(sizes[0] - sizes[1]) < packed / 8  # the second rank's random state
 
 
-def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
+def test_every_row_is_trained_once_an_epoch_by_one_rank(place: LinearSpec) -> None:
     """Five steps of seven rows are an epoch of 32, the last with four; the ranks' shares are the batch of one process."""
     for word in ("zero2-uneven", "zero3-uneven"):
         by_step = [[row for rank in place.found for row in rank[word]["rows"][step]] for step in range(STEPS)]
@@ -339,23 +339,23 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow_stages")
-def test_layers_gathered_ahead_change_nothing(place: Place) -> None:
+def test_layers_gathered_ahead_change_nothing(place: LinearSpec) -> None:
     close(place.root / "zero3-ahead", place.root / "alone")
 
 
 @pytest.mark.parametrize("word", ["zero2-uneven", "zero3-uneven", "none-one-row", "zero3-one-row"])
-def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: Place, word: str) -> None:
+def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: LinearSpec, word: str) -> None:
     close(place.root / word, place.root / f"alone-{word.partition('-')[2]}")
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(place: Place) -> None:
+def test_a_checkpoint_goes_on_with_another_number_of_processes(place: LinearSpec) -> None:
     close(place.root / "grown", place.root / "alone")  # 1 → 2, and into ZeRO-3
     assert [len(rank["grown-on"]["rows"]) for rank in place.found] == [STEPS - CUT] * 2
     place.alone("shrunk", resume=True, **BARE)  # 2 → 1, and out of ZeRO-3
     close(place.root / "shrunk", place.root / "alone")
 
 
-def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothing(place: Place) -> None:
+def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothing(place: LinearSpec) -> None:
     """As in SmolLM2 and Llama-3.2. It is the mapped file's, so that on a CPU it takes no memory of a rank's own."""
     run, alone = place.root / "tied" / "zero3", place.root / "tied" / "alone"
     close(run, alone)
@@ -368,7 +368,7 @@ def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothin
         assert rank["tied-on-two"]["packed_held_bytes"] == rank["zero3"]["packed_held_bytes"]
 
 
-def test_the_adapter_of_every_stage_is_an_ordinary_one(place: Place) -> None:
+def test_the_adapter_of_every_stage_is_an_ordinary_one(place: LinearSpec) -> None:
     files = {"adapter_config.json", "adapter_model.safetensors"}
     base = load_base(parse_recipe(place.recipe(), "x").model)
     for stage in QUICK:
@@ -379,7 +379,7 @@ def test_the_adapter_of_every_stage_is_an_ordinary_one(place: Place) -> None:
     assert sum("qvera_d" in name for name, _ in model.named_parameters()) == LAYERS * 7
 
 
-def test_processes_that_are_not_alike_are_refused_by_name(place: Place) -> None:
+def test_processes_that_are_not_alike_are_refused_by_name(place: LinearSpec) -> None:
     for rank in place.found:
         found = rank["unlike"]
         assert found["error"] == "InputError"

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.adapters import LowRankPath, QveraLinear
+from qvera.adapters import AdaptedForward, QveraLinear
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import Example
-from qvera.evaluation import evaluate
 from qvera.evaluation import generate as generation
+from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import exact_match
+from qvera.models import forward
 from qvera.models.loader import causal_model, load_base
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes
@@ -72,7 +73,7 @@ def test_answers_and_held_out_loss_go_on_with_fewer_rows_where_memory_runs_out(d
     rows = [Example(np.array(p, dtype=np.int32), t, "", none, "", None) for p, t in zip(PROMPTS, trained, strict=True)]
     settings: dict[str, Any] = {"pad_id": 0, "batch_size": 4, "chunk_tokens": 8}
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
-    loss = evaluate.held_out_loss(model, rows, **settings)
+    loss = held_out.held_out_loss(model, rows, **settings)
 
     def fail_once(*_: Any) -> None:
         hook.remove()
@@ -84,7 +85,7 @@ def test_answers_and_held_out_loss_go_on_with_fewer_rows_where_memory_runs_out(d
         assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == answers
     hook = decoder.register_forward_pre_hook(fail_once)
     with pytest.warns(UserWarning, match="4 held-out rows at a time .* going on with 2"):
-        again = evaluate.held_out_loss(model, rows, **settings)
+        again = held_out.held_out_loss(model, rows, **settings)
     assert again["loss"] == pytest.approx(loss["loss"], rel=1e-6)
     assert again["trained_tokens"] == loss["trained_tokens"]
 
@@ -286,10 +287,10 @@ def test_scoring_holds_weights_only_where_the_loss_stays_the_same(tiny_model_dir
     }
     model.eval()
     with torch.no_grad():
-        alone, _ = evaluate.batch_nll(model, batch, 64)
-        with evaluate.scoring(model):
-            held, _ = evaluate.batch_nll(model, batch, 64)
-            layers = [m for m in model.modules() if isinstance(m, LowRankPath)]
+        alone, _ = forward.batch_nll(model, batch, 64)
+        with held_out.scoring(model):
+            held, _ = forward.batch_nll(model, batch, 64)
+            layers = [m for m in model.modules() if isinstance(m, AdaptedForward)]
             assert all(layer.holds_inference_weight == (dtype == "float32") for layer in layers)
     torch.testing.assert_close(held, alone, rtol=1e-6 if dtype == "float32" else 0, atol=0)
 

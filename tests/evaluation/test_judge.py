@@ -16,7 +16,7 @@ import pytest
 
 from qvera.cli.main import main
 from qvera.data import Example
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, outcome_of, read_verdict, summary_of
 from qvera.utils.errors import InputError, RunFailed
 
@@ -184,7 +184,7 @@ def test_eval_has_a_server_judge_the_answers(
         assert main([*ask, "--json", str(tmp_path / "base.json")]) == 0
         short = tmp_path / "short.jsonl"
         short.write_text(files[2].read_text().partition("\n")[0] + "\n")
-        monkeypatch.setattr(evaluate, "score_model", lambda *_, **__: pytest.fail("nothing is answered in vain"))
+        monkeypatch.setattr(held_out, "score_model", lambda *_, **__: pytest.fail("nothing is answered in vain"))
         assert main([*ask, "--judge-against", str(short)]) == 2
     document, again, base = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("scores", "again", "base"))
     rows, summary = document["answers"], document["judge"]

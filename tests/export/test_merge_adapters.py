@@ -105,7 +105,7 @@ def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection
         (0, ["halves"]),
         (0, ["scaled"]),
     ]
-    sizes = {(m.place.name, m.out_features) for m in model.modules() if isinstance(m, QveraLinear)}
+    sizes = {(m.spec.name, m.out_features) for m in model.modules() if isinstance(m, QveraLinear)}
     assert {(name, b.shape[2]) for name, (d, b, a) in banks[0].layers.items() if d.shape == (4, 8)} == sizes
     assert sum("qvera" in name for name, _ in model.named_parameters()) == 2 * 2 * 14  # one unchanged adapter a seed
     pairs = {id(p) for m in model.modules() if isinstance(m, QveraLinear) for p in m.qvera_projection.values()}
@@ -330,7 +330,7 @@ def test_a_lora_is_on_the_linears_that_limits_left(limits: dict[str, Any], tmp_p
     export_lora(union(deltas), tmp_path / "sum", torch.float32, stacked_factors(deltas, [1.0, 0.5]))
     for name, expected in (("lora", deltas[:1]), ("sum", deltas)):
         loaded = load_adapter(small_llama(), tmp_path / name)  # refuses linears without values
-        layers = {m.place.name: m for m in loaded.modules() if isinstance(m, QveraLinear)}
+        layers = {m.spec.name: m for m in loaded.modules() if isinstance(m, QveraLinear)}
         assert layers.keys() == {layer for one in expected for layer in one.layers}
         for layer, module in layers.items():
             total = sum(

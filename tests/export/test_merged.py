@@ -248,7 +248,7 @@ def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, 
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name, module in opened.model.named_modules():
         if isinstance(module, QveraLinear):
-            module.hold_inference_weight(True)
+            module.cache_merged_weight(True)
             held = module._inference_weight
             assert held is not None
             torch.testing.assert_close(

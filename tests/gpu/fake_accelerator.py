@@ -18,7 +18,7 @@ The backend can't be unregistered, so it has to be used in a process of its own.
     seen.timeline       # every `Moment`, in order
     seen.peaks          # the `Moment` with the most bytes in each part of a step
 
-Kernels of one layer: forward is `qvera.evaluation.evaluate.batch_nll`, backward ``session.engine.backward``; what one
+Kernels of one layer: forward is `qvera.models.forward.batch_nll`, backward ``session.engine.backward``; what one
 layer takes is the difference between a model of two layers and one of one (`per_layer`). A custom operator counts as one
 launch, unless `qvera.kernels.operators.LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
 (a 70B takes some 20 s of one core), or of few layers where a figure is linear; ``session.base_bytes`` is what is alive once the base
@@ -66,10 +66,9 @@ from qvera.adapters.files import adapter_file
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
-from qvera.evaluation import evaluate
 from qvera.kernels import choice
 from qvera.kernels.operators import LAUNCHES
-from qvera.models import attention, linear, loss
+from qvera.models import attention, forward, linear, loss
 from qvera.models.loader import Base
 from qvera.training.optim import build_schedule
 from qvera.training.session import TrainingSession
@@ -350,7 +349,7 @@ class FakeAccelerator:
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         self._recorder = self._stack.enter_context(_Recorder())
         self._stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
-        self._stack.enter_context(mock.patch.object(evaluate, "fused_linear_cross_entropy", self._loss))
+        self._stack.enter_context(mock.patch.object(forward, "fused_linear_cross_entropy", self._loss))
         # A and B have no values here, and drawing them takes seconds
         self._stack.enter_context(mock.patch.object(projection, "uniform_matrix", _no_values))
         self._stack.enter_context(mock.patch.object(adapter_file, "load_file", _load_file))

@@ -10,8 +10,7 @@ import torch
 
 from qvera.data import Example
 from qvera.data.collate import Joined
-from qvera.evaluation import evaluate
-from qvera.models import attention
+from qvera.models import attention, forward
 from qvera.training.plan import Machine, PlannedRun, shape_of
 from qvera.training.plan.activations import kept_bytes
 from qvera.training.plan.longest import batch_of
@@ -43,8 +42,8 @@ def forward_and_backward(fake: FakeAccelerator) -> dict[str, Any]:
         for kind, (packing, prefix) in KINDS.items():
             rows, about = rows_with(prefix), found[kind]
             with fake.record() as seen:
-                batch = evaluate.make_batch(session.model, rows, 0, prefix > 0, packing)
-                nll, _ = evaluate.batch_nll(session.model, batch, 512)
+                batch = forward.make_batch(session.model, rows, 0, prefix > 0, packing)
+                nll, _ = forward.batch_nll(session.model, batch, 512)
                 about["alive_bytes"].append(fake.alive_bytes - seen.start_bytes)
                 nll.backward()
             del nll

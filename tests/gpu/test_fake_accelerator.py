@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate
 from qvera.export.deltas import read_deltas
 from qvera.export.merging import Merging
@@ -38,7 +38,7 @@ STEP_SYNCS = {
     "training.engine.step: list": 1,  # the gradient norm: a step that is not finite must not be taken
 }
 """In an optimizer step, however many layers and passes it has."""
-EVALUATION_SYNCS = {"evaluation.evaluate.held_out_loss: list": 1}
+EVALUATION_SYNCS = {"evaluation.held_out.held_out_loss: list": 1}
 """In the loss of all held-out rows."""
 TOKEN_SYNCS = {
     "evaluation.generate.answer: number": 1,  # transformers asks whether all answers have ended
@@ -69,8 +69,8 @@ def everything(fake: FakeAccelerator) -> dict[str, Any]:
         states = [value for state in session.optimizer.state.values() for key, value in state.items() if key != "step"]
         found[shape]["states"] = sorted({str(value.device) for value in states})
         found[shape]["step"] = seen.to_dict()
-        with fake.record() as seen, evaluate.scoring(session.model):
-            evaluate.held_out_loss(session.model, session.datasets.eval, pad_id=0, batch_size=1, chunk_tokens=512)
+        with fake.record() as seen, held_out.scoring(session.model):
+            held_out.held_out_loss(session.model, session.datasets.eval, pad_id=0, batch_size=1, chunk_tokens=512)
         found[shape]["evaluation"] = seen.to_dict()
         found[shape]["answers"] = [answers(fake, session, questions) for questions in (8, 10)]
         base, adapter = fake.model(shape, layers=2), written_adapter(fake, session)

@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qvera.data import collate_prefix_once
 from qvera.data.collate import Joined
-from qvera.evaluation import evaluate
-from qvera.models import attention
+from qvera.models import attention, forward
 from qvera.models.attention import (
     CAUSAL,
     VARLEN,
@@ -45,7 +44,7 @@ def model_of(kind: str, implementation: str | None, **changes: Any) -> Any:
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    nll, _ = evaluate.batch_nll(model, batch, 64)
+    nll, _ = forward.batch_nll(model, batch, 64)
     nll.backward()
     return nll.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -60,7 +59,7 @@ CASES += [(kind, "eager", {}) for kind in ("llama", "gemma2", "gpt2")]
 def test_right_padding_needs_no_mask(kind: str, implementation: str | None, changes: dict[str, Any]) -> None:
     model = model_of(kind, implementation, **changes)
     rows = rows_of(31, 7, 19, 2)
-    batch = evaluate.make_batch(model, rows, 0, prefix_once=False)
+    batch = forward.make_batch(model, rows, 0, prefix_once=False)
     assert "attention_mask" not in batch
     mask = torch.tensor([[column < len(row.input_ids) for column in range(31)] for row in rows])
     nll, gradients = loss_and_gradients(model, batch)
@@ -73,7 +72,7 @@ def test_right_padding_needs_no_mask(kind: str, implementation: str | None, chan
 def test_repeated_keys_give_what_grouped_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a card without flash attention for the dtype."""
     model, rows = model_of("llama", CAUSAL), rows_of(31, 7, 19, 2)
-    batch = evaluate.make_batch(model, rows, 0, prefix_once=False)
+    batch = forward.make_batch(model, rows, 0, prefix_once=False)
     nll, gradients = loss_and_gradients(model, batch)
     repeated = []
     monkeypatch.setattr(
@@ -89,7 +88,7 @@ def test_a_model_that_sees_later_tokens_keeps_its_mask() -> None:
     model = model_of("gemma3_text", "sdpa", use_bidirectional_attention=True)
     assert needs_padding_mask(model)
     rows = rows_of(31, 7, 19)
-    batch = evaluate.make_batch(model, rows, 0)
+    batch = forward.make_batch(model, rows, 0)
     assert batch["attention_mask"].sum() == 31 + 7 + 19
     nll, _ = loss_and_gradients(model, batch)
     del batch["attention_mask"]
@@ -180,7 +179,7 @@ def test_offsets_go_through_a_checkpoint(prefix: int) -> None:
         if checkpointing:
             enable_checkpointing(model)
             model.enable_input_require_grads()
-        batch = evaluate.make_batch(model, rows, 0, packing=True)
+        batch = forward.make_batch(model, rows, 0, packing=True)
         assert batch.get("prefix_length", 0) == prefix
         found.append(loss_and_gradients(model, batch))
     assert torch.equal(found[0][0], found[1][0])
@@ -193,10 +192,10 @@ def test_padded_batches_and_masks_are_taken_as_sdpa_takes_them(implementation: s
     ids = torch.randint(3, 300, (2, 9))
     left = torch.ones_like(ids)
     left[0, :4] = 0
-    wanted = loss_and_gradients(model, evaluate.make_batch(model, rows, 0, prefix_once=False))
+    wanted = loss_and_gradients(model, forward.make_batch(model, rows, 0, prefix_once=False))
     answers = model.eval().generate(ids, attention_mask=left, max_new_tokens=4, do_sample=False)
     model.train().set_attn_implementation(implementation)
-    batch = evaluate.make_batch(model, rows, 0, prefix_once=False)
+    batch = forward.make_batch(model, rows, 0, prefix_once=False)
     assert batch["attention_mask"].stride() == (0, 0)
     nll, gradients = loss_and_gradients(model, batch)
     assert torch.equal(nll, wanted[0])
@@ -214,8 +213,8 @@ def test_nothing_about_rows_is_read_on_the_host() -> None:
     model = model_of("llama", VARLEN).to("meta")
     for rows in (rows_of(31, 17, 12), rows_of(31, 17, 12, prefix=8)):
         for packing in (False, True):
-            batch = evaluate.make_batch(model, rows, 0, packing=packing)
-            hidden = evaluate.hidden_states(model, batch)
+            batch = forward.make_batch(model, rows, 0, packing=packing)
+            hidden = forward.hidden_states(model, batch)
             assert hidden.shape[:2] == batch["input_ids"].shape
             hidden.sum().backward()
             assert model.model.layers[0].self_attn.k_proj.weight.grad.shape == (32, 64)
@@ -259,10 +258,10 @@ def test_flash_attn_gets_offsets_for_packed_rows_and_for_a_single_row() -> None:
     model = model_of("llama", "sdpa")
     model.config._attn_implementation_internal = "flash_attention_2"  # flash-attn is not installed here
     rows = rows_of(31, 17, 12, prefix=8)
-    packed = evaluate.make_batch(model, rows, 0, packing=True)
+    packed = forward.make_batch(model, rows, 0, packing=True)
     assert packed["cu_seq_lens_q"].tolist() == [0, 31, 48, 60]
-    single = evaluate.make_batch(model, rows[:1], 0)
+    single = forward.make_batch(model, rows[:1], 0)
     assert single["cu_seq_lens_k"].tolist() == [0, 31]
-    padded = evaluate.make_batch(model, rows, 0)
+    padded = forward.make_batch(model, rows, 0)
     assert padded["input_ids"].shape == (3, 31)
     assert all("key_index" not in batch and "attention_mask" not in batch for batch in (packed, single, padded))

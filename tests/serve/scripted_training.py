@@ -13,7 +13,7 @@ import numpy as np
 
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import AdapterRows, Datasets, planned_steps
-from qvera.evaluation.load import EvalTarget
+from qvera.evaluation.load import Artifact
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.fine_tuning.recipes import Recipes
@@ -42,7 +42,7 @@ class ScriptedTrainer:
     """Every part is one step of all in flight; step k has the loss 1 / k, and takes ten tokens.
 
     Attributes:
-        fails: what `do_part` raises, once.
+        fails: what `run_slice` raises, once.
         not_finite: ids of jobs that diverge at their next step.
         before: called with the name of each method but `prepare` before it does anything.
     """
@@ -69,8 +69,8 @@ class ScriptedTrainer:
         run.state = TrainState() if saved is None else TrainState(**json.loads(saved.read_text()))
         self.in_flight.append(run)
 
-    def do_part(self) -> list[dict[str, Any]]:
-        self.before("do_part")
+    def run_slice(self) -> list[dict[str, Any]]:
+        self.before("run_slice")
         if self.fails is not None:
             error, self.fails = self.fails, None
             raise error
@@ -142,14 +142,14 @@ class Driver:
             self._woken.clear()
             assert self.jobs is not None
             while not self._closing and not self.hold.is_set() and self.jobs.worker.has_work():
-                self.jobs.worker.do_part()
+                self.jobs.worker.run_slice()
 
 
-def target(**data: Any) -> EvalTarget:
+def target(**data: Any) -> Artifact:
     """A base that is served as a recipe says, or by the defaults."""
     section = ModelSection(path="tiny")
     recipe = Recipe.model_validate({"model": "tiny", "data": {"path": "x.csv", **data}}) if data else None
-    return EvalTarget(Path("tiny"), "a base", section, recipe=recipe)
+    return Artifact(Path("tiny"), "a base", section, recipe=recipe)
 
 
 def jobs_of(
@@ -157,7 +157,7 @@ def jobs_of(
     root: Path,
     trainer: ScriptedTrainer,
     wake: Callable[[], None] = lambda: None,
-    served: EvalTarget | None = None,
+    served: Artifact | None = None,
 ) -> Jobs:
     """Jobs whose adapters go into ``root``."""
     store = AdapterStore(root, base_names=["tiny", "hub/tiny"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qvera.config.schema import Recipe
-from qvera.evaluation.load import EvalTarget
+from qvera.evaluation.load import Artifact
 from qvera.serve.fine_tuning import preparing
 from qvera.serve.fine_tuning import worker as worker_module
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
@@ -50,7 +50,7 @@ def run_all(jobs: Jobs) -> None:
 
     def nothing_left() -> bool:
         while jobs.worker.has_work():
-            jobs.worker.do_part()
+            jobs.worker.run_slice()
         return not [job for job in jobs.database.open_jobs() if job.status != "paused"]
 
     wait_until(nothing_left, 20)
@@ -81,7 +81,7 @@ def kill_at(number: int, trainer: ScriptedTrainer, jobs: Jobs, monkeypatch: pyte
 
     for owner, name in (
         (trainer, "begin"),
-        (trainer, "do_part"),
+        (trainer, "run_slice"),
         (trainer, "save"),
         (trainer, "save_adapter"),
         (trainer, "end"),
@@ -144,7 +144,7 @@ def test_steps_after_the_last_saved_state_are_taken_again(tmp_path: Path) -> Non
             job = create(jobs)
             wait_until(lambda: jobs.worker.has_work())
             for _ in range(3):
-                jobs.worker.do_part()
+                jobs.worker.run_slice()
         # leaving it saved it, as SIGTERM does
         assert directory.state(job.id).exists()
     with (
@@ -164,7 +164,7 @@ def test_a_job_does_not_go_on_by_another_recipe(tmp_path: Path) -> None:
             begun, fresh = create(jobs), create(jobs, "ben")
             wait_until(lambda: directory.database.job(fresh.id).status == "queued")
             jobs.pause(fresh.id, "me")
-            jobs.worker.do_part()
+            jobs.worker.run_slice()
         jobs.resume(fresh.id, "me")
     served = target(max_length=99)
     with TrainingDirectory.open(tmp_path / "training") as directory:
@@ -189,7 +189,7 @@ def test_a_job_that_begins_by_the_recipe_of_a_later_server_goes_on_by_it(tmp_pat
             with jobs_of(directory, tmp_path / "adapters", ScriptedTrainer(), served=served) as jobs:
                 wait_until(jobs.worker.has_work)
                 for _ in range(parts):
-                    jobs.worker.do_part()
+                    jobs.worker.run_slice()
             ended = directory.database.job(job.id)
             assert ended.recipe["data"]["max_length"] == 99
     assert ended.status == "succeeded", ended.error
@@ -205,7 +205,7 @@ def test_a_job_that_is_resumed_before_it_was_saved_goes_on(tmp_path: Path) -> No
     ):
         first = create(jobs)
         wait_for_rows(jobs, first)
-        jobs.worker.do_part()
+        jobs.worker.run_slice()
         second = create(jobs, "ben")
         wait_until(lambda: second.id in jobs.worker._ready)
 
@@ -233,7 +233,7 @@ def test_a_pause_that_comes_late_to_the_worker_does_not_stop_the_resumed_job(
     ):
         job = create(jobs)
         wait_for_rows(jobs, job)
-        jobs.worker.do_part()
+        jobs.worker.run_slice()
         resuming = threading.Thread(target=lambda: jobs.resume(job.id, "me"))
         stop = jobs.worker.stop
 
@@ -309,7 +309,7 @@ def test_rows_for_which_there_is_no_room_hold_up_no_other_job(tmp_path: Path, mo
 
         def done() -> bool:
             while jobs.worker.has_work():
-                jobs.worker.do_part()
+                jobs.worker.run_slice()
             return directory.database.job(second.id).status == "succeeded"
 
         wait_until(done, 20)
@@ -369,7 +369,7 @@ def test_a_full_disk_is_waited_for_and_loses_nothing(
                     now[0] += 31
                     waits += 1
                     assert waits < 10
-                jobs.worker.do_part()
+                jobs.worker.run_slice()
         assert waits == 2
         done = jobs.database.job(job.id)
         assert done.status == "succeeded"
@@ -399,12 +399,12 @@ def test_an_adapter_that_can_not_be_written_holds_up_no_other_job(
 
             monkeypatch.setattr(trainer, "save_adapter", not_the_first)
             while jobs.worker.has_work():
-                jobs.worker.do_part()
+                jobs.worker.run_slice()
             status = {job.id: jobs.database.job(job.id).status for job in (first, second)}
             assert status == {first.id: "finishing", second.id: "succeeded"}
             now[0] = 200.0
             while jobs.worker.has_work():
-                jobs.worker.do_part()
+                jobs.worker.run_slice()
             assert jobs.database.job(first.id).status == "succeeded"
 
 
@@ -433,11 +433,11 @@ def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(
         jobs.worker._clock = lambda: now[0]
         job = create(jobs)
         wait_for_rows(jobs, job)
-        jobs.worker.do_part()
+        jobs.worker.run_slice()
         jobs.cancel(job.id, "me")
         with monkeypatch.context() as failing:
             failing.setattr(Path, "unlink", broken)
-            jobs.worker.do_part()
+            jobs.worker.run_slice()
         assert not jobs.worker.has_work()
         now[0] += 31
         other = create(jobs, "ben")
@@ -504,4 +504,4 @@ def test_what_was_cut_off_is_removed(tmp_path: Path) -> None:
 def test_a_recipe_that_can_t_train_beside_others_is_refused(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"model": "tiny", "data": {"path": "x"}, "adapter": {"dropout": 0.1}})
     with pytest.raises(InputError, match="(?s)--training-dir: the recipe of .*adapter.dropout"):
-        Recipes(EvalTarget(tmp_path, "a run", recipe.model, recipe=recipe, run=tmp_path))
+        Recipes(Artifact(tmp_path, "a run", recipe.model, recipe=recipe, run=tmp_path))

@@ -15,8 +15,8 @@ import torch
 from qvera.serve.background import Background
 from qvera.serve.requests import EndEvent, GenerationRequest
 from qvera.serve.threaded import ThreadedEngine
-from qvera.training.many.live import LiveTrainer
-from qvera.training.many.live_run import LiveRun
+from qvera.training.many.online import OnlineTrainer
+from qvera.training.many.online_job import OnlineJob
 from tests.helpers import wait_until
 from tests.serve.helpers import (
     BASE,
@@ -30,24 +30,24 @@ from tests.serve.helpers import (
     submit,
     tiny_base,
 )
-from tests.training.many.live_jobs import Jobs, datasets_of, job_recipe, server_recipe, write_job_rows
+from tests.training.many.online_jobs import Jobs, datasets_of, job_recipe, server_recipe, write_job_rows
 
 
 class Training:
     """Background work: a trainer's jobs, which begin in the engine's thread and are not ended."""
 
-    def __init__(self, trainer: LiveTrainer) -> None:
+    def __init__(self, trainer: OnlineTrainer) -> None:
         self.trainer = trainer
-        self.queue: deque[LiveRun] = deque()
+        self.queue: deque[OnlineJob] = deque()
         self.parts = 0
 
     def has_work(self) -> bool:
         return bool(self.queue) or self.trainer.has_work
 
-    def do_part(self) -> None:
+    def run_slice(self) -> None:
         while self.queue:
             self.trainer.begin(self.queue.popleft())
-        self.trainer.do_part()
+        self.trainer.run_slice()
         self.parts += 1
 
 
@@ -106,7 +106,7 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     if kind == "continuous":
         require_tested_transformers()
     base = tiny_base(tiny_model_dir, **model)
-    trainer = LiveTrainer(base, recipe, slots=2)
+    trainer = OnlineTrainer(base, recipe, slots=2)
     runs = [trainer.prepare(name, one, datasets_of(one)) for name, one in own.items()]
     work = Training(trainer)
     with engine_of(tiny_model_dir, kind, base=base, training_share=0.5) as engine:
@@ -150,7 +150,7 @@ class Parts:
         self.asked += 1
         return self.has
 
-    def do_part(self) -> None:
+    def run_slice(self) -> None:
         self.parts += 1
         self.do()
 
@@ -205,7 +205,7 @@ def test_a_pause_follows_the_length_of_the_part_before_it() -> None:
     background.set(Parts(lambda: take(next(lengths))))
     for length, pause in ((2.0, 6.0), (5.0, 15.0)):
         assert background.has_part(answering=True)
-        assert background.do_part()
+        assert background.run_slice()
         assert background.has_part(answering=False)
         clock.now += pause - 0.01
         assert not background.has_part(answering=True)
@@ -220,14 +220,14 @@ def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
     clock = Clock()
     background = Background(0.1, clock)
     background.set(Parts(lambda: setattr(clock, "now", clock.now + 5)))
-    assert background.do_part()
+    assert background.run_slice()
     waited = 0
     for _ in range(440):  # steps of a tenth of a second, and as long between two requests
         clock.now += 0.1
         background.answered()
         clock.now += 0.1
         if background.has_part(answering=False):
-            background.do_part()
+            background.run_slice()
             waited += 1
     assert waited == 1  # 45 s after the first one, and the next one would be after 95 s
     assert background.seconds_to_wait(answering=False) == pytest.approx(0.9)

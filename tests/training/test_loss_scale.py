@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.evaluation import evaluate
+from qvera.models import forward
 from qvera.models.loader import load_base
 from qvera.training.lr_finder import find_lr
 from qvera.training.trainer import train
@@ -37,7 +37,7 @@ def gradients(directory: Path, dtype: str, trained_tokens: int, scale: float | N
     ids = torch.arange(3, 51).view(2, 24)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     factor = torch.tensor((scale or 1.0) / trained_tokens)
-    nll, _ = evaluate.batch_nll(model, batch, 16, None, None if scale is None else factor)
+    nll, _ = forward.batch_nll(model, batch, 16, None, None if scale is None else factor)
     (nll * factor).backward()
     found = [vector.grad for vector in named_vectors(model).values() if vector.requires_grad]
     return [grad / (scale or 1.0) for grad in found if grad is not None]
@@ -117,7 +117,7 @@ def test_a_float16_run_learns_as_in_float32_whatever_its_scale(make_recipe: Any,
 def test_a_gradient_that_no_scale_makes_finite_fails_the_run(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = evaluate.batch_nll
+    real = forward.batch_nll
 
     def poisoned(*args: Any) -> Any:
         nll, count = real(*args)
@@ -125,7 +125,7 @@ def test_a_gradient_that_no_scale_makes_finite_fails_the_run(
             nll.register_hook(lambda grad: grad * math.inf)
         return nll, count
 
-    monkeypatch.setattr(evaluate, "batch_nll", poisoned)
+    monkeypatch.setattr(forward, "batch_nll", poisoned)
     recipe = make_recipe(model=FLOAT16, training={"initial_scale_power": 2, "try_longest_batch": False})
     with pytest.raises(RunFailed, match=r"Step 1: .*rows\.jsonl:\d+"):
         train(recipe, tmp_path / "run")
@@ -134,7 +134,7 @@ def test_a_gradient_that_no_scale_makes_finite_fails_the_run(
 
 def test_the_range_test_repeats_steps_too(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(model=FLOAT16, training={"initial_scale_power": 20})
-    result = find_lr(recipe, tmp_path, RangeTest(start=1e-4, end=1e-3, steps=10))
+    result = find_lr(recipe, tmp_path, LrRange(start=1e-4, end=1e-3, steps=10))
     assert result is not None
     assert [point["step"] for point in result.points] == list(range(1, 11))
     rates = [point["learning_rate"] for point in result.points]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.config.schema import parse_recipe
 from qvera.training.lr_finder import (
     PAGE,
@@ -75,7 +75,7 @@ def test_it_stops_where_the_loss_diverges(make_recipe: Any, tmp_path: Path) -> N
     learnt = make_recipe(training={"max_steps": 60, "learning_rate": 0.05})
     train(learnt, tmp_path / "learnt")
     recipe = make_recipe(adapter={"init_from": str(tmp_path / "learnt" / "adapter")})
-    found = find_lr(recipe, tmp_path / "out", RangeTest(start=1e-4, end=1e3, steps=71))
+    found = find_lr(recipe, tmp_path / "out", LrRange(start=1e-4, end=1e3, steps=71))
     assert found is not None
     assert found.diverged is not None
     assert found.diverged == found.points[-1]["learning_rate"] < 1e3
@@ -87,7 +87,7 @@ def test_it_stops_where_the_loss_diverges(make_recipe: Any, tmp_path: Path) -> N
 
 def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
     out, recipe = tmp_path / "out", make_recipe(training={"max_steps": 2})
-    ramp = RangeTest(start=1e-4, end=1e-2, steps=10)
+    ramp = LrRange(start=1e-4, end=1e-2, steps=10)
     found = find_lr(recipe, out, ramp)
     assert found is not None
     assert found.suggestion is None
@@ -112,7 +112,7 @@ def test_its_steps_are_those_of_a_run(make_recipe: Any, tmp_path: Path, changes:
     """A ramp that does not rise is a run at a constant rate: same rows, same losses, same gradients, to the bit."""
     steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 12, "learning_rate": 0.02}
     recipe = make_recipe(training=steady, data=changes, adapter={"dropout": 0.1})
-    found = find_lr(recipe, tmp_path / "ramp", RangeTest(start=0.02, end=math.nextafter(0.02, 1), steps=12))
+    found = find_lr(recipe, tmp_path / "ramp", LrRange(start=0.02, end=math.nextafter(0.02, 1), steps=12))
     train(recipe, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
@@ -126,7 +126,7 @@ def test_its_steps_are_those_of_a_run(make_recipe: Any, tmp_path: Path, changes:
 def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = find_lr(make_recipe(), tmp_path / "out", RangeTest(start=1e-3, end=1e36, steps=14))
+    found = find_lr(make_recipe(), tmp_path / "out", LrRange(start=1e-3, end=1e36, steps=14))
     assert found is not None
     assert found.diverged == found.points[-1]["learning_rate"]
     assert len(points_of(tmp_path / "out")) == len(found.points) < 14
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
 
     monkeypatch.setattr(TrainingSession, "train_step", failing)
     after = 6
-    found = find_lr(make_recipe(), tmp_path / "cut", RangeTest(start=1e-4, end=1e-2, steps=20))
+    found = find_lr(make_recipe(), tmp_path / "cut", LrRange(start=1e-4, end=1e-2, steps=20))
     assert found is not None
     assert [p["loss"] is None for p in found.points] == [False] * 6 + [True]
     assert found.diverged == pytest.approx(1e-4 * 100 ** (6 / 19))
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     assert "NaN" not in (tmp_path / "cut" / POINTS).read_text()
     after, calls = 0, []
     with pytest.raises(NotFinite):
-        find_lr(make_recipe(), tmp_path / "none", RangeTest(start=1e-4, end=1e-2, steps=20))
+        find_lr(make_recipe(), tmp_path / "none", LrRange(start=1e-4, end=1e-2, steps=20))
     assert not (tmp_path / "none").exists()
 
 
@@ -249,7 +249,7 @@ def test_a_page_without_a_suggestion() -> None:
     recipe = parse_recipe(
         {"model": "<model>", "data": {"path": "rows.jsonl"}, "training": {"learning_rate": 4e-3}}, "a test"
     )
-    page = range_page("out", recipe, RangeTest(), found)
+    page = range_page("out", recipe, LrRange(), found)
     assert "the loss never fell" in page
     assert "&lt;model&gt;" in page
     assert 'class="plot"' not in page

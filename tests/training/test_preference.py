@@ -166,10 +166,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 
 @trl
 def test_a_range_test_of_rates_uses_the_objective(recipe_of: Any, tmp_path: Path) -> None:
-    from qvera.config.range_test import RangeTest
+    from qvera.config.lr_range import LrRange
     from qvera.training.lr_finder import find_lr
 
-    found = find_lr(recipe_of("dpo"), tmp_path / "out", RangeTest(steps=10))
+    found = find_lr(recipe_of("dpo"), tmp_path / "out", LrRange(steps=10))
     assert found is not None and found.points[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 

@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 
 from qvera.cli.main import main
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe
 from qvera.data import Example
 from qvera.data.rows import Rows
 from qvera.distributed.group import Group
-from qvera.evaluation import evaluate
+from qvera.models import forward
 from qvera.training.failures import step_error
 from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
@@ -187,7 +187,7 @@ def test_an_evaluation_that_does_not_fit_is_made_again_in_the_run_that_goes_on(
     training = {"max_steps": max_steps, "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}
     recipe = make_recipe(training=training)
     train(recipe, tmp_path / "whole")
-    real, held_out_loss = evaluate.batch_nll, Trainer.held_out_loss
+    real, held_out_loss = forward.batch_nll, Trainer.held_out_loss
 
     def too_much(*args: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -195,7 +195,7 @@ def test_an_evaluation_that_does_not_fit_is_made_again_in_the_run_that_goes_on(
         return real(*args)
 
     def later(trainer: Trainer) -> Any:
-        monkeypatch.setattr(evaluate, "batch_nll", too_much if trainer.state.step else real)
+        monkeypatch.setattr(forward, "batch_nll", too_much if trainer.state.step else real)
         return held_out_loss(trainer)
 
     monkeypatch.setattr(Trainer, "held_out_loss", later)
@@ -293,7 +293,7 @@ def test_memory_that_runs_out_before_the_first_pass_ends_the_run_too(
 def test_a_range_test_does_not_take_it_for_divergence(make_recipe: Any, tmp_path: Path, fail: Any) -> None:
     fail(step=3, rows=0)
     with pytest.raises(OutOfMemory, match="Step 3: memory ran out"):
-        find_lr(make_recipe(), tmp_path, RangeTest(steps=10))
+        find_lr(make_recipe(), tmp_path, LrRange(steps=10))
 
 
 def test_deepspeed_can_not_halve(make_recipe: Any) -> None:

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets, data_sha256
-from qvera.evaluation import evaluate
 from qvera.evaluation.load import open_run
+from qvera.models import forward
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training import checkpoint, run, trainer
 from qvera.training.run_dir import run_lock
@@ -331,7 +331,7 @@ def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Pat
 
 def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3})
-    original = evaluate.batch_nll
+    original = forward.batch_nll
     calls = 0
 
     def poisoned(*args: Any) -> Any:
@@ -340,12 +340,12 @@ def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: P
         nll, count = original(*args)
         return (nll * float("nan") if calls == 12 else nll), count  # 2 held-out batches, then 2 a step: step 5's second
 
-    evaluate.batch_nll = poisoned  # type: ignore[assignment]
+    forward.batch_nll = poisoned  # type: ignore[assignment]
     try:
         with pytest.raises(RunFailed, match=r"Step 5: .*rows\.jsonl:\d+"):
             train(recipe, tmp_path / "run")
     finally:
-        evaluate.batch_nll = original
+        forward.batch_nll = original
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
 

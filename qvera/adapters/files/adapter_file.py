@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file
 
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.files import lora_file
-from qvera.adapters.methods import Place, method_of
+from qvera.adapters.methods import LinearSpec, method_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
@@ -70,7 +70,7 @@ def _rank_of(config: QveraConfig | VeraConfig, key: str) -> int:
     if not isinstance(config, QveraConfig):
         return config.r
     name = key.removeprefix(PREFIX).rpartition(".")[0]
-    return method_of(config).rank_at(config, Place(name, config.rank, config.rank))
+    return method_of(config).rank_at(config, LinearSpec(name, config.rank, config.rank))
 
 
 def read_config(directory: Path) -> QveraConfig | VeraConfig:

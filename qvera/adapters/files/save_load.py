@@ -316,7 +316,7 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
         if isinstance(module, QveraLinear) and module.carries(adapter):
             own = {kind: vectors[f"{name}.{kind}"] for kind in module.vectors(adapter)}
             try:
-                module.method(adapter).check_tensors(module.place, own)
+                module.method(adapter).check_tensors(module.spec, own)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.base import LinearSpec, Method, Source
 from qvera.adapters.methods.bilora import Bilora
 from qvera.adapters.methods.lora import Lora
 from qvera.adapters.methods.lora_sb import LoraSb
@@ -21,7 +21,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from qvera.adapters.methods.base import AdapterSettings
 
-__all__ = ["Method", "Place", "Source", "check_recipe", "method_of", "names", "register"]
+__all__ = ["LinearSpec", "Method", "Source", "check_recipe", "method_of", "names", "register"]
 
 _METHODS: dict[str, Method] = {}
 

@@ -18,10 +18,10 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
+    from qvera.adapters.adapted_forward import AdaptedForward
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.factors import Factors
     from qvera.adapters.layer import QveraLinear
-    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.projection import Pair
     from qvera.adapters.stepping.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe
@@ -43,7 +43,7 @@ class Source(Enum):
 
 
 @dataclass(frozen=True)
-class Place:
+class LinearSpec:
     """One adapted linear of a model."""
 
     name: str
@@ -104,17 +104,17 @@ class Method(ABC):
         return self
 
     @abstractmethod
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         """The tensors that an adapter file has for one linear: name → shape. Names begin with ``qvera_``."""
 
     def shared_tensors(
-        self, adapter: AdapterSettings, places: Sequence[Place], head_size: int | None
+        self, adapter: AdapterSettings, specs: Sequence[LinearSpec], head_size: int | None
     ) -> dict[str, tuple[int, ...]]:
         """The tensors that all adapted linears share, held once: name → shape. Names begin with ``qvera_``.
 
         Args:
             adapter: the adapter's settings.
-            places: all linears that it adapts.
+            specs: all linears that it adapts.
             head_size: the size of the model's attention heads; None where it has none.
 
         Raises:
@@ -123,7 +123,7 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         """The initial value of one of these tensors, in its `dtype` on the CPU."""
 
     def start_shared(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings) -> torch.Tensor:
@@ -132,28 +132,28 @@ class Method(ABC):
 
     @abstractmethod
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         """ΔW of one linear in factors.
 
         Args:
             adapter: the adapter's settings.
-            place: the linear.
+            spec: the linear.
             tensors: its tensors by name, and those that it shares.
             pair: its frozen A [r, n] and B [m, r], where `source` has one.
         """
 
-    def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[Place, nn.Module]]) -> None:  # noqa: B027
+    def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:  # noqa: B027
         """Called before the adapter is put on these linears: what its shapes depend on is written into its config."""
 
     def from_gradient(
-        self, adapter: AdapterSettings, place: Place, gradient: torch.Tensor, rate: float
+        self, adapter: AdapterSettings, spec: LinearSpec, gradient: torch.Tensor, rate: float
     ) -> dict[str, torch.Tensor]:
         """The tensors of one linear at the first step, where `starts_from_gradient`.
 
         Args:
             adapter: the adapter's settings.
-            place: the linear.
+            spec: the linear.
             gradient: of its frozen weight, over the first rows, [m, n] fp32.
             rate: the learning rate of the first step.
         """
@@ -167,7 +167,7 @@ class Method(ABC):
         """Whether the tensor of that name is trained."""
         return True
 
-    def check_tensors(self, place: Place, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: B027  # optional
+    def check_tensors(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: B027  # optional
         """Check what an adapter file has for one linear, beyond names and shapes.
 
         Raises:
@@ -182,31 +182,31 @@ class Method(ABC):
         """The tensor's learning rate as a multiple of ``training.learning_rate``."""
         return 1.0
 
-    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
         """The rank at one linear."""
         return adapter.rank
 
-    def own_pair(self, adapter: QveraConfig, place: Place, base_layer: nn.Module) -> Pair | None:
+    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module) -> Pair | None:
         """The frozen pair of one linear where `source` is OWN, made from its base layer."""
         return None
 
-    def kept_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+    def kept_bytes(self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int) -> int:
         """Bytes that autograd keeps for one linear beside x, z and y; ``itemsize`` is that of the compute dtype."""
         return 0
 
     def working_bytes(
-        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
         """The most bytes that the products at one linear take for the moment, beside W and the gradient of x."""
-        largest = max(math.prod(shape) for shape in self.tensors(adapter, place).values())
-        return place.out_features * self.rank_at(adapter, place) * itemsize + 4 * largest
+        largest = max(math.prod(shape) for shape in self.tensors(adapter, spec).values())
+        return spec.out_features * self.rank_at(adapter, spec) * itemsize + 4 * largest
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
+    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
         """Bytes of A and B in the compute dtype ``dtype`` that one linear keeps for backward, beside its tensors."""
-        numbers = self.rank_at(adapter, place) * (place.in_features + place.out_features)
+        numbers = self.rank_at(adapter, spec) * (spec.in_features + spec.out_features)
         return numbers * dtype.itemsize if self.keeps_input and dtype.itemsize < 4 else 0
 
-    def state_bytes(self, adapter: AdapterSection, place: Place) -> int | None:
+    def state_bytes(self, adapter: AdapterSection, spec: LinearSpec) -> int | None:
         """Bytes that the method's own `optimizer` and `step_hook` hold for one linear; None: it has none of its own."""
         return None
 
@@ -216,12 +216,12 @@ class Method(ABC):
         What has to be held is a module in ``layer.qvera_frozen``. Under ZeRO-3 all ranks come here together.
         """
 
-    def held_bytes(self, adapter: AdapterSettings, places: Sequence[Place], itemsize: int) -> int:
+    def held_bytes(self, adapter: AdapterSettings, specs: Sequence[LinearSpec], itemsize: int) -> int:
         """Bytes that `put_on` makes the linears hold; ``itemsize`` is that of the compute dtype."""
         return 0
 
     def add(
-        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+        self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
     ) -> torch.Tensor:
         """The layer's output with the adapter: y [..., m] is W x, the result is (W + ΔW) x.
 
@@ -234,7 +234,7 @@ class Method(ABC):
         """
         return layer.add_low_rank(adapter_name, x, y, overwrite)
 
-    def with_base(self, layer: LowRankPath, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    def with_base(self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
         """(W + ΔW) x by one node with the frozen product in it, or None: `add` is then called with W x.
 
         Asked only where the layer has one adapter, without dropout, over a linear with a whole and frozen weight and
@@ -242,7 +242,7 @@ class Method(ABC):
         """
         return None
 
-    def delta(self, layer: LowRankPath, adapter_name: str) -> torch.Tensor:
+    def delta(self, layer: AdaptedForward, adapter_name: str) -> torch.Tensor:
         """ΔW [m, n] in fp32, without a graph."""
         return layer.parts(adapter_name).delta()
 

@@ -21,7 +21,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.adapters.methods.base import AdapterSettings, Place
+    from qvera.adapters.methods.base import AdapterSettings, LinearSpec
     from qvera.adapters.projection import Pair
     from qvera.config.schema import Recipe
     from qvera.distributed.group import Group
@@ -39,17 +39,17 @@ class Bilora(TrainedPair):
     upper_kinds = frozenset({"qvera_d"})
     samples_tokens = False  # the gradient of Λ is made of that of Λ Q: it would be a sample too
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         rank = adapter.rank
-        return {"qvera_A": (rank, place.in_features), "qvera_B": (place.out_features, rank), "qvera_d": (rank,)}
+        return {"qvera_A": (rank, spec.in_features), "qvera_B": (spec.out_features, rank), "qvera_d": (rank,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         if name != "qvera_d":
-            return torch.randn(shape, generator=start_generator(adapter, f"{place.name}.{name}")) * _START_STD
+            return torch.randn(shape, generator=start_generator(adapter, f"{spec.name}.{name}")) * _START_STD
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.ones(shape)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         A, B, d = (at_least_fp32(tensors[name]) for name in ("qvera_A", "qvera_B", "qvera_d"))
         scale = (adapter.rank if adapter.alpha is None else adapter.alpha) / adapter.rank
@@ -58,9 +58,9 @@ class Bilora(TrainedPair):
     def conditions(self, config: QveraConfig) -> dict[str, object]:
         return {"alpha": config.rank if config.alpha is None else config.alpha}
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
+    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
         """Λ Q, which is made for each linear."""
-        return max(super().cast_bytes(adapter, place, dtype), adapter.rank * place.in_features * dtype.itemsize)
+        return max(super().cast_bytes(adapter, spec, dtype), adapter.rank * spec.in_features * dtype.itemsize)
 
     def check(self, recipe: Recipe) -> None:
         if recipe.adapter.orthogonal_penalty and recipe.deepspeed is not None:

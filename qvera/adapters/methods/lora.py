@@ -14,7 +14,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Place
+from qvera.adapters.methods.base import LinearSpec
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.utils.errors import InputError
@@ -36,15 +36,15 @@ class Lora(TrainedPair):
     writes_lora = True
     fields_of_start = ("rank_pattern", "alpha_pattern")
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        rank = self.rank_at(adapter, place)
-        return {"qvera_A": (rank, place.in_features), "qvera_B": (place.out_features, rank)}
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        rank = self.rank_at(adapter, spec)
+        return {"qvera_A": (rank, spec.in_features), "qvera_B": (spec.out_features, rank)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
-        rank, n = self.tensors(adapter, place)["qvera_A"]
-        generator = start_generator(adapter, place.name)
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+        rank, n = self.tensors(adapter, spec)["qvera_A"]
+        generator = start_generator(adapter, spec.name)
         if adapter.init_lora_weights == "orthogonal":
-            A, B = orthogonal_pair(rank, n, place.out_features, generator)
+            A, B = orthogonal_pair(rank, n, spec.out_features, generator)
             return A if name == "qvera_A" else B
         bound = math.sqrt(1 / n)  # Kaiming's with a = √5
         if name == "qvera_A" and adapter.init_lora_weights == "gaussian":
@@ -56,11 +56,11 @@ class Lora(TrainedPair):
         return uniform(shape, math.sqrt(1 / rank), generator)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         A, B = at_least_fp32(tensors["qvera_A"]), at_least_fp32(tensors["qvera_B"])
         rank = A.shape[0]
-        scale = alpha_at(adapter, place) / (math.sqrt(rank) if adapter.use_rslora else rank)
+        scale = alpha_at(adapter, spec) / (math.sqrt(rank) if adapter.use_rslora else rank)
         return Factors(A, B, scale=scale)
 
     def conditions(self, config: QveraConfig) -> dict[str, object]:
@@ -70,8 +70,8 @@ class Lora(TrainedPair):
     def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
         return getattr(adapter, "loraplus_lr_ratio", 1.0) if name == "qvera_B" else 1.0
 
-    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
-        return int(_of_pattern(getattr(adapter, "rank_pattern", None), place, adapter.rank))
+    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
+        return int(_of_pattern(getattr(adapter, "rank_pattern", None), spec, adapter.rank))
 
     def check(self, recipe: Recipe) -> None:
         adapter = recipe.adapter
@@ -79,15 +79,15 @@ class Lora(TrainedPair):
             raise InputError(f"adapter.init_lora_weights: orthogonal takes an even adapter.rank, got {adapter.rank}.")
 
 
-def alpha_at(adapter: AdapterSettings, place: Place) -> float:
+def alpha_at(adapter: AdapterSettings, spec: LinearSpec) -> float:
     """alpha of one linear: of a PEFT adapter's ``alpha_pattern``, else the adapter's, else its rank."""
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    return _of_pattern(getattr(adapter, "alpha_pattern", None), place, alpha)
+    return _of_pattern(getattr(adapter, "alpha_pattern", None), spec, alpha)
 
 
-def _of_pattern(pattern: Mapping[str, float] | None, place: Place, default: float) -> float:
+def _of_pattern(pattern: Mapping[str, float] | None, spec: LinearSpec, default: float) -> float:
     """The value of the first name or regular expression in PEFT's ``rank_pattern`` that fits, as PEFT looks it up."""
-    return default if not pattern else pattern.get(get_pattern_key(list(pattern), place.name), default)
+    return default if not pattern else pattern.get(get_pattern_key(list(pattern), spec.name), default)
 
 
 def orthogonal_pair(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.base import LinearSpec, Method, Source
 from qvera.adapters.methods.lora_xs import require_rank
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.products.weight_gradients import sign_step
@@ -41,12 +41,12 @@ class LoraSb(Method):
     starts_at_base = False
     starts_from_gradient = True
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        require_rank(adapter.rank, place)
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        require_rank(adapter.rank, spec)
         r = adapter.rank
-        return {"qvera_frozen_A": (r, place.in_features), "qvera_frozen_B": (place.out_features, r), "qvera_R": (r, r)}
+        return {"qvera_frozen_A": (r, spec.in_features), "qvera_frozen_B": (spec.out_features, r), "qvera_R": (r, r)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         if getattr(adapter, "init_weights", True):
             return torch.zeros(shape, dtype=self.dtype(name))
         return torch.randn(shape).to(self.dtype(name))
@@ -57,8 +57,8 @@ class LoraSb(Method):
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         return name == "qvera_R"
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
-        numbers = adapter.rank * (place.in_features + place.out_features)
+    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
+        numbers = adapter.rank * (spec.in_features + spec.out_features)
         return numbers * dtype.itemsize if dtype != self.dtype("qvera_frozen_A") else 0
 
     def check(self, recipe: Recipe) -> None:
@@ -70,12 +70,12 @@ class LoraSb(Method):
             )
 
     def from_gradient(
-        self, adapter: AdapterSettings, place: Place, gradient: torch.Tensor, rate: float
+        self, adapter: AdapterSettings, spec: LinearSpec, gradient: torch.Tensor, rate: float
     ) -> dict[str, torch.Tensor]:
         found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), adapter.rank)
         return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         return Factors(tensors["qvera_frozen_A"], tensors["qvera_frozen_B"], R=at_least_fp32(tensors["qvera_R"]))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Method, Place
+from qvera.adapters.methods.base import LinearSpec, Method
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.utils.errors import InputError
@@ -56,28 +56,28 @@ class Lorta(TrainedPair):
                 "8 of them and run the rest as they are. Remove it, or choose another method."
             )
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         return {}
 
     def shared_tensors(
-        self, adapter: AdapterSettings, places: Sequence[Place], head_size: int | None
+        self, adapter: AdapterSettings, specs: Sequence[LinearSpec], head_size: int | None
     ) -> dict[str, tuple[int, ...]]:
         if head_size is None:
             raise InputError("adapter.method: lorta cuts weights into attention heads, and this model has none.")
         rank, shapes = adapter.rank, dict[str, tuple[int, ...]]()
-        groups: dict[str, list[Place]] = {}
-        for place in places:
-            groups.setdefault(_group(place), []).append(place)
+        groups: dict[str, list[LinearSpec]] = {}
+        for spec in specs:
+            groups.setdefault(_group(spec), []).append(spec)
         for group, members in groups.items():
-            sides = members[0].in_features, max(place.out_features for place in members)
+            sides = members[0].in_features, max(spec.out_features for spec in members)
             whole, cut = sides if _is_input_first(adapter) else sides[::-1]
             shapes[f"qvera_A_{group}"] = whole, rank
             shapes[f"qvera_B_{group}"] = rank, head_size
             shapes[f"qvera_heads_{group}"] = math.ceil(cut / head_size), rank
-        shapes[LAYERS] = 1 + max(_layer_and_module(place)[0] for place in places), rank
-        return shapes | {_module_row(place): (rank,) for place in places}
+        shapes[LAYERS] = 1 + max(_layer_and_module(spec)[0] for spec in specs), rank
+        return shapes | {_module_row(spec): (rank,) for spec in specs}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         raise NotImplementedError
 
     def start_shared(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings) -> torch.Tensor:
@@ -89,33 +89,33 @@ class Lorta(TrainedPair):
         return uniform(shape, bound, start_generator(adapter, name))
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
-        group, (layer, _) = _group(place), _layer_and_module(place)
+        group, (layer, _) = _group(spec), _layer_and_module(spec)
         A, B, heads = (at_least_fp32(tensors[f"qvera_{kind}_{group}"]) for kind in ("A", "B", "heads"))
-        d = at_least_fp32(tensors[LAYERS])[layer] * at_least_fp32(tensors[_module_row(place)])
-        cut = place.out_features if _is_input_first(adapter) else place.in_features
+        d = at_least_fp32(tensors[LAYERS])[layer] * at_least_fp32(tensors[_module_row(spec)])
+        cut = spec.out_features if _is_input_first(adapter) else spec.in_features
         heads = heads[: math.ceil(cut / B.shape[1])] * d
         blocks = (heads.unsqueeze(1) * B.t()).flatten(0, 1)[:cut]  # [cut, r]
         scale = (adapter.rank if adapter.alpha is None else adapter.alpha) / adapter.rank
         if _is_input_first(adapter):
             return Factors(A.t(), blocks, scale=scale)
-        return Factors(blocks.t(), A[: place.out_features], scale=scale)
+        return Factors(blocks.t(), A[: spec.out_features], scale=scale)
 
     def conditions(self, config: QveraConfig) -> dict[str, object]:
         alpha = config.rank if config.alpha is None else config.alpha
         return {"alpha": alpha, "lorta_convention": config.lorta_convention}
 
     def working_bytes(
-        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
         """The blocks, their gradient and that of A, in fp32."""
-        return 4 * adapter.rank * (2 * place.out_features + place.in_features)
+        return 4 * adapter.rank * (2 * spec.out_features + spec.in_features)
 
-    def cast_bytes(self, adapter: AdapterSettings, place: Place, dtype: torch.dtype) -> int:
+    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
         """The blocks, which are made for each linear, and A where it is cast."""
-        cut = place.out_features if _is_input_first(adapter) else place.in_features
-        return max(super().cast_bytes(adapter, place, dtype), adapter.rank * cut * dtype.itemsize)
+        cut = spec.out_features if _is_input_first(adapter) else spec.in_features
+        return max(super().cast_bytes(adapter, spec, dtype), adapter.rank * cut * dtype.itemsize)
 
 
 class _OutputFirst(Lorta):
@@ -129,24 +129,24 @@ def _is_input_first(adapter: AdapterSettings) -> bool:
     return adapter.lorta_convention == "input-first"
 
 
-def _layer_and_module(place: Place) -> tuple[int, str]:
+def _layer_and_module(spec: LinearSpec) -> tuple[int, str]:
     """``model.layers.3.self_attn.q_proj`` → 3 and ``self_attn.q_proj``."""
-    parts = place.name.split(".")
+    parts = spec.name.split(".")
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():
             return int(part), ".".join(parts[index + 1 :])
     raise InputError(
-        f"adapter.targets: {place.name or 'a linear'} is in no numbered layer, and lorta has a factor for the layers. "
+        f"adapter.targets: {spec.name or 'a linear'} is in no numbered layer, and lorta has a factor for the layers. "
         "Name linears of the model's layers only, or use another adapter.method."
     )
 
 
-def _group(place: Place) -> str:
+def _group(spec: LinearSpec) -> str:
     """What shares A, B and C_h: linears of one part of a layer and one in_features, such as ``self_attn_4096``."""
-    *part, _ = _layer_and_module(place)[1].split(".")
-    return "_".join([*part, str(place.in_features)])
+    *part, _ = _layer_and_module(spec)[1].split(".")
+    return "_".join([*part, str(spec.in_features)])
 
 
-def _module_row(place: Place) -> str:
+def _module_row(spec: LinearSpec) -> str:
     """The tensor that is this linear's row of C_m."""
-    return "qvera_module_" + _layer_and_module(place)[1].replace(".", "_")
+    return "qvera_module_" + _layer_and_module(spec)[1].replace(".", "_")

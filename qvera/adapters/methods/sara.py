@@ -21,7 +21,7 @@ from torch import nn
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.files.factor_cache import FactorCache
-from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.base import LinearSpec, Method, Source
 from qvera.adapters.methods.lora_xs import svd_pair
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
@@ -59,31 +59,31 @@ class Sara(Method):
                 "compile 8 layers and run the rest as they are. Remove it, or choose another method."
             )
 
-    def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[Place, nn.Module]]) -> None:
+    def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:
         """Write the ranks into the config, where it is a fresh one."""
         if adapter.ranks is not None:
             return
         ranks, cache = {}, FactorCache.of(adapter)
-        for place, base_layer in linears:
+        for spec, base_layer in linears:
             weight = base_layer.weight
             assert isinstance(weight, nn.Parameter)
             if weight.is_meta:
                 continue
             with gathered([weight]):
-                values = cache.singular_values(place.name, base_layer)
-            ranks[place.name] = min(adapter.rank, rank_of_share(values, adapter.singular_share))
+                values = cache.singular_values(spec.name, base_layer)
+            ranks[spec.name] = min(adapter.rank, rank_of_share(values, adapter.singular_share))
         adapter.ranks = ranks or None
 
-    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
         """The linear's rank; of a recipe, which knows no weights, the highest that it may have."""
         ranks = getattr(adapter, "ranks", None) or {}
-        most = min(adapter.rank, place.in_features, place.out_features)
-        return int(ranks.get(place.name, most))
+        most = min(adapter.rank, spec.in_features, spec.out_features)
+        return int(ranks.get(spec.name, most))
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        return {"qvera_b": (place.out_features,), "qvera_d": (self.rank_at(adapter, place),)}
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        return {"qvera_b": (spec.out_features,), "qvera_d": (self.rank_at(adapter, spec),)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         if not getattr(adapter, "init_weights", True):
             return torch.randn(shape)
         return torch.full(shape, 0.0 if name == "qvera_b" else adapter.d_initial)
@@ -91,25 +91,25 @@ class Sara(Method):
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         return name != "qvera_d" or adapter.train_d
 
-    def scale(self, adapter: AdapterSettings, place: Place) -> float:
+    def scale(self, adapter: AdapterSettings, spec: LinearSpec) -> float:
         """VeRA's, by the highest rank for all linears: the step of a linear does not depend on its own rank."""
-        return vera_scale(adapter.rank, place.in_features)
+        return vera_scale(adapter.rank, spec.in_features)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         assert pair is not None
         d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
-        return Factors(*pair, d, b, self.scale(adapter, place))
+        return Factors(*pair, d, b, self.scale(adapter, spec))
 
 
 class _Svd(Sara):
     source = Source.OWN
 
-    def own_pair(self, adapter: QveraConfig, place: Place, base_layer: nn.Module) -> Pair | None:
-        return svd_pair(adapter, place, base_layer, self.rank_at(adapter, place))
+    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module) -> Pair | None:
+        return svd_pair(adapter, spec, base_layer, self.rank_at(adapter, spec))
 
-    def scale(self, adapter: AdapterSettings, place: Place) -> float:
+    def scale(self, adapter: AdapterSettings, spec: LinearSpec) -> float:
         return 1.0
 
 
@@ -121,37 +121,37 @@ class _Mixture(Sara):
     is_low_rank = False
     has_delta = False
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        k, experts = self.rank_at(adapter, place), adapter.experts
-        vectors: dict[str, tuple[int, ...]] = {"qvera_b": (place.out_features,), "qvera_d": (experts, k)}
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        k, experts = self.rank_at(adapter, spec), adapter.experts
+        vectors: dict[str, tuple[int, ...]] = {"qvera_b": (spec.out_features,), "qvera_d": (experts, k)}
         return {**vectors, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         """b as SARA's; d around d_initial and the router at random, so that the experts are not all the same."""
         if name == "qvera_b" or not getattr(adapter, "init_weights", True):
-            return super().start(name, shape, adapter, place)
+            return super().start(name, shape, adapter, spec)
         seed = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {place.name} {name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name} {name}".encode()))
         drawn = torch.randn(shape, generator=generator)
         return adapter.d_initial * (1 + drawn / 2) if name == "qvera_d" else drawn / shape[0] ** 0.5
 
-    def kept_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+    def kept_bytes(self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int) -> int:
         """What `add` multiplies with: of each token z / rms(z), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, the score and the weights.
 
         z / rms(z) is in fp32; in 16 bits z is kept in fp32 for it too. Then there is the vector of ones.
         """
-        k = self.rank_at(adapter, place)
+        k = self.rank_at(adapter, spec)
         wide = 4 if itemsize == 4 else 8
         return tokens * (k * (wide + 2 * itemsize) + 4 * (2 + adapter.experts)) + 4 * k
 
     def working_bytes(
-        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
-        k = self.rank_at(adapter, place)
-        return 4 * k * (2 * place.out_features + 3 * tokens)
+        k = self.rank_at(adapter, spec)
+        return 4 * k * (2 * spec.out_features + 3 * tokens)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         raise InputError(
             f"adapter.experts: the router mixes {adapter.experts} sets of values for each token, so there is no one ΔW "
@@ -168,7 +168,7 @@ class _Mixture(Sara):
         score = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-12)) @ vectors["qvera_router_in"]
         gates = torch.softmax(score.unsqueeze(-1) * vectors["qvera_router_out"], dim=-1)  # [..., experts]
         mixed = z * (gates @ vectors["qvera_d"]).to(z.dtype)
-        scale = self.scale(layer.qvera_settings[adapter_name][1], layer.place)
+        scale = self.scale(layer.qvera_settings[adapter_name][1], layer.spec)
         one = torch.ones(B.shape[1], device=z.device)
         return functional.expand(y, mixed, one, at_least_fp32(vectors["qvera_b"]), B, scale, overwrite)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Method, Place
+from qvera.adapters.methods.base import LinearSpec, Method
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 
@@ -26,15 +26,15 @@ class SharedCore(Method):
     name = "shared-core"
     usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         return {"qvera_R": (adapter.rank, adapter.rank)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         assert pair is not None
-        scale = vera_scale(adapter.rank, place.in_features)
+        scale = vera_scale(adapter.rank, spec.in_features)
         return Factors(*pair, scale=scale, R=at_least_fp32(tensors["qvera_R"]))

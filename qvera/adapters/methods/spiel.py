@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.base import LinearSpec, Method, Source
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.products.sparse import SparseChange, add_sparse, working_bytes
 from qvera.adapters.projection import Pair
@@ -27,7 +27,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qvera.adapters.low_rank_path import LowRankPath
+    from qvera.adapters.adapted_forward import AdaptedForward
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.config.schema import Recipe
 
@@ -46,60 +46,60 @@ class Spiel(Method):
     is_low_rank = False
     place_names = frozenset({PLACES})
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        n, m = place.in_features, place.out_features
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        n, m = spec.in_features, spec.out_features
         count = adapter.rank * (n + m)
         if 2 * count > n * m:
             raise InputError(
-                f"adapter.rank: {adapter.rank} gives {place.name or 'a linear'} {count} values, more than half of its "
+                f"adapter.rank: {adapter.rank} gives {spec.name or 'a linear'} {count} values, more than half of its "
                 f"{n * m} weights. With adapter.method spiel it can be at most {n * m // (2 * (n + m))} here."
             )
         if n * m >= 2**31:
             raise InputError(
-                f"adapter.targets: {place.name or 'a linear'} has {n * m} weights, and places are 32-bit numbers."
+                f"adapter.targets: {spec.name or 'a linear'} has {n * m} weights, and places are 32-bit numbers."
             )
         return {VALUES: (count,), PLACES: (count,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         if name == PLACES:
             seed = adapter.seed if isinstance(adapter, AdapterSection) else adapter.projection_seed
-            return random_places(shape[0], place.in_features * place.out_features, seed, place.name)
+            return random_places(shape[0], spec.in_features * spec.out_features, seed, spec.name)
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
 
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         return name == VALUES
 
-    def check_tensors(self, place: Place, tensors: Mapping[str, torch.Tensor]) -> None:
-        places, size = tensors[PLACES], place.in_features * place.out_features
+    def check_tensors(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+        places, size = tensors[PLACES], spec.in_features * spec.out_features
         if places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any():
             raise InputError(
-                f"{PLACES} of {place.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
+                f"{PLACES} of {spec.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
                 "damaged, or another model's adapter."
             )
 
-    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
         return 0
 
     def factors(  # type: ignore[override]  # no factors, but what the exports need of them
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> SparseChange:
-        return SparseChange(tensors[VALUES], tensors[PLACES], place.out_features, place.in_features)
+        return SparseChange(tensors[VALUES], tensors[PLACES], spec.out_features, spec.in_features)
 
     def working_bytes(
-        self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int, on_accelerator: bool
+        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
-        (count,) = self.tensors(adapter, place)[VALUES]
-        return working_bytes(tokens, place.out_features, place.in_features, count, itemsize, on_accelerator)
+        (count,) = self.tensors(adapter, spec)[VALUES]
+        return working_bytes(tokens, spec.out_features, spec.in_features, count, itemsize, on_accelerator)
 
-    def state_bytes(self, adapter: AdapterSection, place: Place) -> int:
-        (count,) = self.tensors(adapter, place)[VALUES]
+    def state_bytes(self, adapter: AdapterSection, spec: LinearSpec) -> int:
+        (count,) = self.tensors(adapter, spec)[VALUES]
         if adapter.growth == "momentum":
-            return 4 * (count + place.out_features + place.in_features)
+            return 4 * (count + spec.out_features + spec.in_features)
         # age and two averages of each value; place, two sums and the step's gradient of each candidate
         return 4 * (3 + 4) * count
 
     def add(
-        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+        self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
     ) -> torch.Tensor:
         values, places, *_ = layer.parts(adapter_name)
         x = layer.dropout_of(adapter_name)(x)
@@ -151,7 +151,7 @@ def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     for module in model.modules():
         if isinstance(module, QveraLinear) and module.carries("default"):
             tensors = module.vectors("default")
-            found[module.place.name] = SparseLayer(module, tensors[VALUES], tensors[PLACES])
+            found[module.spec.name] = SparseLayer(module, tensors[VALUES], tensors[PLACES])
     return found
 
 

@@ -14,7 +14,7 @@ from qvera.models import linear
 if TYPE_CHECKING:
     from torch import nn
 
-    from qvera.adapters.low_rank_path import LowRankPath
+    from qvera.adapters.adapted_forward import AdaptedForward
     from qvera.adapters.methods.base import AdapterSettings
 
 
@@ -26,13 +26,13 @@ class TrainedPair(Method):
     samples_tokens = True
 
     def add(
-        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+        self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
     ) -> torch.Tensor:
         factors = layer.parts(adapter_name)
         inner = layer.dropout_of(adapter_name)(x).to(linear.compute_dtype(layer.base_layer, x))
         return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite, layer.token_sampler(adapter_name))
 
-    def with_base(self, layer: LowRankPath, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    def with_base(self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
         base: nn.Linear = layer.base_layer
         if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
             return None

@@ -14,7 +14,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Method, Place
+from qvera.adapters.methods.base import LinearSpec, Method
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.products.magnitude import RowNorms
@@ -22,8 +22,8 @@ from qvera.adapters.projection import Pair, vera_scale
 from qvera.models import quantization
 
 if TYPE_CHECKING:
+    from qvera.adapters.adapted_forward import AdaptedForward
     from qvera.adapters.layer import QveraLinear
-    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.methods.base import AdapterSettings
 
 
@@ -48,15 +48,15 @@ class Vera(Method):
             return _PHASES
         return _WITH_MAGNITUDE if adapter.magnitude else self
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        m, groups = place.out_features, adapter.b_groups
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        m, groups = spec.out_features, adapter.b_groups
         shapes: dict[str, tuple[int, ...]] = {"qvera_b": (m,) if groups == 1 else (groups, m)}
         shapes["qvera_d"] = (adapter.rank,)
         if adapter.input_scale:
-            shapes["qvera_a"] = (place.in_features,)
+            shapes["qvera_a"] = (spec.in_features,)
         return shapes
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
         init = getattr(adapter, "init_weights", True)
         if name == "qvera_d" and not init:
             return torch.randn(shape)
@@ -64,12 +64,12 @@ class Vera(Method):
         return torch.full(shape, starts[name])
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         assert pair is not None
         d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
         a = at_least_fp32(tensors["qvera_a"]) if "qvera_a" in tensors else None
-        return Factors(*pair, d, b, vera_scale(adapter.rank, place.in_features), a)
+        return Factors(*pair, d, b, vera_scale(adapter.rank, spec.in_features), a)
 
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         return name != "qvera_d" or adapter.train_d
@@ -95,12 +95,12 @@ class VeraPhases(Vera):
     def variant(self, adapter: AdapterSettings) -> VeraPhases:
         return self
 
-    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
         phases, current = _phases(adapter)
         return adapter.rank // phases * (current + 1)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         assert pair is not None
         phases, current = _phases(adapter)
@@ -109,7 +109,7 @@ class VeraPhases(Vera):
         if getattr(adapter, "current_phase", None) is not None:
             d = torch.cat([d[: current * rank].detach(), d[current * rank : (current + 1) * rank]])
             b = torch.cat([b[:current].detach(), b[current : current + 1]])
-        return Factors(*pair, d, b, vera_scale(rank, place.in_features))
+        return Factors(*pair, d, b, vera_scale(rank, spec.in_features))
 
 
 def _phases(adapter: Any) -> tuple[int, int]:
@@ -132,11 +132,11 @@ class _WithMagnitude(Vera):
     can_resample = False
     keeps_output = True
 
-    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
-        return {**super().tensors(adapter, place), "qvera_m": (place.out_features,)}
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        return {**super().tensors(adapter, spec), "qvera_m": (spec.out_features,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
-        return torch.ones(shape) if name == "qvera_m" else super().start(name, shape, adapter, place)
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+        return torch.ones(shape) if name == "qvera_m" else super().start(name, shape, adapter, spec)
 
     def put_on(self, layer: QveraLinear, adapter_name: str) -> None:
         pair = layer.qvera_projection[adapter_name]
@@ -155,16 +155,16 @@ class _WithMagnitude(Vera):
         if not magnitude.is_meta:
             magnitude.data.copy_(norms.of_weight())
 
-    def held_bytes(self, adapter: AdapterSettings, places: Sequence[Place], itemsize: int) -> int:
+    def held_bytes(self, adapter: AdapterSettings, specs: Sequence[LinearSpec], itemsize: int) -> int:
         """W Aᵀ and ‖w_i‖² for each linear, and A Aᵀ for each in_features."""
-        rows = sum(place.out_features for place in places)
-        sizes = {place.in_features for place in places}
+        rows = sum(spec.out_features for spec in specs)
+        sizes = {spec.in_features for spec in specs}
         return rows * (adapter.rank * itemsize + 4) + 4 * adapter.rank**2 * len(sizes)
 
     def factors(
-        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
-        factors = super().factors(adapter, place, tensors, pair)
+        factors = super().factors(adapter, spec, tensors, pair)
         return factors._replace(magnitude=at_least_fp32(tensors["qvera_m"]))
 
     def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
@@ -179,7 +179,7 @@ class _WithMagnitude(Vera):
         bias = layer.base_layer.bias
         return scaled if bias is None else scaled + (bias - bias * factor).to(scaled.dtype)
 
-    def delta(self, layer: LowRankPath, adapter_name: str) -> torch.Tensor:
+    def delta(self, layer: AdaptedForward, adapter_name: str) -> torch.Tensor:
         """W' - W [m, n] in fp32, without a graph."""
         weight = quantization.dequantized_weight(layer.base_layer, torch.float32)
         return layer.parts(adapter_name).change(weight.t() if isinstance(layer.base_layer, Conv1D) else weight)

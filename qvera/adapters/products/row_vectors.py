@@ -11,7 +11,7 @@ and for the upstream gradient g, summed over the tokens of a row:
 These are the three dense products of one adapter over all rows, however many adapters there are. Building C or M, as
 one adapter does, would take [m, r] for each of them. Only z is kept; u is computed again.
 
-A `TokenRows` says which row's vectors each token takes: in a padded batch, in rows that stand one behind the other in
+A `TokenSlots` says which row's vectors each token takes: in a padded batch, in rows that stand one behind the other in
 one sequence, or in any order. No token is multiplied with another row's vectors, not even with a zero in between.
 """
 
@@ -29,7 +29,7 @@ from qvera.kernels.columns import scaled_columns
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenSlots:
     """Which row's vectors each of T tokens takes. One row's tokens may stand anywhere, and it may have none.
 
     Attributes:
@@ -53,7 +53,7 @@ class TokenRows:
 def _scaled(
     x: torch.Tensor,
     vectors: torch.Tensor,
-    tokens: TokenRows | None,
+    tokens: TokenSlots | None,
     scale: float = 1.0,
     base: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _scaled(
     return scaled_columns(x, vectors if index is not None else vectors[0], scale, base, index, base is not None)
 
 
-def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: TokenRows | None) -> torch.Tensor:
+def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> torch.Tensor:
     """Σ left ⊙ right of each row's tokens, [..., k] twice → [R, k]: in ``dtype``, in a fixed order everywhere."""
     if tokens is None:
         return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
@@ -72,7 +72,7 @@ def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: To
 
 
 def _outward(
-    inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor, tokens: TokenRows | None
+    inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor, tokens: TokenSlots | None
 ) -> torch.Tensor:
     """base + b_i ⊙ (inner_i Bᵀ), group by group: what is added is made in the memory of the product."""
     groups, B = b.shape[1], B.to(inner.dtype)
@@ -92,7 +92,7 @@ class _ExpandRows(torch.autograd.Function):
         b: torch.Tensor,
         B: torch.Tensor,
         scale: float,
-        tokens: TokenRows | None,
+        tokens: TokenSlots | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale, ctx.tokens = scale, tokens  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ class _ExpandRows(torch.autograd.Function):
     def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
-        tokens: TokenRows | None = ctx.tokens  # type: ignore[attr-defined]
+        tokens: TokenSlots | None = ctx.tokens  # type: ignore[attr-defined]
         upstream, B, groups = g.to(z.dtype), B.to(z.dtype), b.shape[1]
         sums, parts = [], []
         inner = _scaled(z, d, tokens, ctx.scale) if need_b else z
@@ -129,7 +129,7 @@ def expand_rows(
     b: torch.Tensor,
     B: torch.Tensor,
     scale: float,
-    tokens: TokenRows | None,
+    tokens: TokenSlots | None,
 ) -> torch.Tensor:
     """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each row i of the batch.
 
@@ -152,7 +152,7 @@ def expand_rows(
 
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor, tokens: TokenRows | None) -> torch.Tensor:
+    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
         ctx.save_for_backward(x, a)
         ctx.tokens = tokens  # type: ignore[attr-defined]
         return _scaled(x, a, tokens)
@@ -161,13 +161,13 @@ class _ScaleRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a = ctx.saved_tensors
-        tokens: TokenRows | None = ctx.tokens  # type: ignore[attr-defined]
+        tokens: TokenSlots | None = ctx.tokens  # type: ignore[attr-defined]
         need_x, need_a = ctx.needs_input_grad[:2]
         grad_a = _sum(h, x, a.dtype, tokens) if need_a else None
         return _scaled(h, a, tokens) if need_x else None, grad_a, None
 
 
-def scale_rows(x: torch.Tensor, a: torch.Tensor, tokens: TokenRows | None) -> torch.Tensor:
+def scale_rows(x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
     """diag(a_i) x_i for each row: [..., n] of T tokens and [R, n] give [..., n] in x's dtype.
 
     Differentiable once in both. ``tokens``: see `expand_rows`.

@@ -24,7 +24,7 @@ from qvera.distributed.group import Group
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.low_rank_path import LowRankPath
+    from qvera.adapters.adapted_forward import AdaptedForward
 
 
 class Candidates:
@@ -165,7 +165,7 @@ def replace(indices: torch.Tensor, values: torch.Tensor, change: Replacement) ->
 class SparseLayer(NamedTuple):
     """A linear with sparse values, for `Reselection`."""
 
-    layer: LowRankPath
+    layer: AdaptedForward
     values: nn.Parameter  # [k]
     places: torch.Tensor  # int32 [k]
 
@@ -181,7 +181,7 @@ class Reselection(StepHook):
     since the others have no gradients at these places yet.
 
     Args:
-        layers: by name. Their `LowRankPath.gradient_watch` is set while gradients are accumulated.
+        layers: by name. Their `AdaptedForward.gradient_watch` is set while gradients are accumulated.
         optimizer: of all values. Its class says how new places are chosen.
         every: steps from one change to the next.
         accumulate: steps over which gradients are summed before each, at most ``every``.

@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from qvera.serve.api.event_stream import EventStream
-from qvera.serve.api.generation import Answers, Call, Piece, ScoredToken, while_connected
+from qvera.serve.api.generation import Call, Generation, Piece, ScoredToken, while_connected
 from qvera.serve.api.service import access_of, service_of
 from qvera.serve.api.stream import chunk_events
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qvera.serve.api.schemas import GenerationBody
 
 
-class Form(Protocol):
+class ResponseFormat(Protocol):
     """How one of OpenAI's two APIs writes an answer.
 
     Attributes:
@@ -42,7 +42,7 @@ class Form(Protocol):
         """What a stream says of a piece."""
 
 
-async def answer(request: Request, body: GenerationBody, call: Call, form: Form) -> Response:
+async def answer(request: Request, body: GenerationBody, call: Call, form: ResponseFormat) -> Response:
     """Answer a call as its body asks, whole or as a stream.
 
     Raises:
@@ -52,7 +52,7 @@ async def answer(request: Request, body: GenerationBody, call: Call, form: Form)
     """
     service = service_of(request)
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
-    answers = Answers(service, call, access_of(request))
+    answers = Generation(service, call, access_of(request))
     if not body.stream:
         texts = await while_connected(request.receive, _whole(answers, call))
 
@@ -70,7 +70,7 @@ async def answer(request: Request, body: GenerationBody, call: Call, form: Form)
     return EventStream(chunk_events(chunks), answers.close)
 
 
-async def _whole(answers: Answers, call: Call) -> list[tuple[str, list[ScoredToken], str]]:
+async def _whole(answers: Generation, call: Call) -> list[tuple[str, list[ScoredToken], str]]:
     """Text, tokens and end of each answer."""
     count = len(call.prompts) * call.n
     texts: list[list[str]] = [[] for _ in range(count)]
@@ -88,7 +88,7 @@ async def _whole(answers: Answers, call: Call) -> list[tuple[str, list[ScoredTok
 
 
 async def _chunks(
-    answers: Answers, call: Call, form: Form, head: dict[str, Any], with_usage: bool
+    answers: Generation, call: Call, form: ResponseFormat, head: dict[str, Any], with_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     for index in range(len(call.prompts) * call.n):
@@ -101,7 +101,7 @@ async def _chunks(
         yield {**head, "choices": [], "usage": _usage(answers)}
 
 
-def _usage(answers: Answers) -> dict[str, int]:
+def _usage(answers: Generation) -> dict[str, int]:
     return {
         "prompt_tokens": answers.prompt_tokens,
         "completion_tokens": answers.new_tokens,

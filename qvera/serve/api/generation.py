@@ -141,7 +141,7 @@ def sampling_of(
     )
 
 
-class Answers:
+class Generation:
     """The answers to a call while they come: `start`, then `pieces`, and `close` however it ends.
 
     Attributes:

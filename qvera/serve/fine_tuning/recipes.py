@@ -10,7 +10,7 @@ from qvera.evaluation.load import template_of
 from qvera.serve.fine_tuning.records import Job
 
 if TYPE_CHECKING:
-    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.load import Artifact
 
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 AUTO = "auto"
@@ -35,7 +35,7 @@ class Recipes:
         server: what all jobs share: the adapter's shape, the optimizer, the size of a pass.
     """
 
-    def __init__(self, target: EvalTarget) -> None:
+    def __init__(self, target: Artifact) -> None:
         """``target``: what is served; its recipe counts, where it has one.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.fine_tuning.recipes import Recipes
-from qvera.training.many.live import LiveTrainer
+from qvera.training.many.online import OnlineTrainer
 from qvera.training.run_dir import require_writable
 from qvera.utils.errors import InputError
 
@@ -32,7 +32,7 @@ def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_o
         )
     require_writable(served.store.root / "adapter", "--adapters")
     recipes = Recipes(served.opened.target)
-    trainer = LiveTrainer(served.opened.base, recipes.server, at_once)
+    trainer = OnlineTrainer(served.opened.base, recipes.server, at_once)
     jobs = Jobs(directory, recipes, trainer, served.store, served.opened.base.tokenizer, engine.wake)
     engine.set_background(jobs.worker)
     return jobs

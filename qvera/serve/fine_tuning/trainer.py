@@ -1,4 +1,4 @@
-"""What the worker knows of `qvera.training.many.live.LiveTrainer`."""
+"""What the worker knows of `qvera.training.many.online.OnlineTrainer`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Trainer(Protocol):
     def begin(self, run: Any, saved: Path | None = None) -> None:
         """Take a slot; go on from what `save` wrote. Raises InputError where the file does not fit."""
 
-    def do_part(self) -> list[dict[str, Any]]:
+    def run_slice(self) -> list[dict[str, Any]]:
         """One pass; returns records of kind ``train`` or ``eval`` with ``adapter``, ``step`` and ``loss``."""
 
     def end(self, run: Any) -> None:

@@ -116,8 +116,8 @@ class Worker:
 
     # The engine's thread
 
-    def do_part(self) -> None:
-        """See `BackgroundWork.do_part`. Errors end jobs, or are waited for; none gets out."""
+    def run_slice(self) -> None:
+        """See `BackgroundWork.run_slice`. Errors end jobs, or are waited for; none gets out."""
         try:
             with self._lock:
                 self._parked_until = None
@@ -191,7 +191,7 @@ class Worker:
 
     def _train(self) -> None:
         try:
-            records = [] if all(one.run.has_ended for one in self._trained.values()) else self._trainer.do_part()
+            records = [] if all(one.run.has_ended for one in self._trained.values()) else self._trainer.run_slice()
         except Exception as error:
             _logger.exception("training failed; the jobs that were trained together are ended")
             for trained in list(self._trained.values()):

@@ -95,7 +95,7 @@ class AdapterRun:
     def begin(self, shares: Callable[[int], float]) -> None:
         """Make what it needs in flight besides its slot.
 
-        ``shares``: `qvera.training.optim.rate_shares` of its steps.
+        ``shares``: `qvera.training.optim.lr_lambda` of its steps.
         """
         self.batches, self.shares = adapter_batches(self.recipe, self.datasets, self.rows), shares
 

@@ -18,7 +18,8 @@ import torch
 
 from qvera.adapters.projection import forget_inputs
 from qvera.data import Example, microbatches
-from qvera.evaluation import evaluate
+from qvera.evaluation import held_out
+from qvera.models import forward
 from qvera.training.failures import not_finite_text
 from qvera.utils.errors import RunFailed
 from qvera.utils.out_of_memory import Shortage, each_in_halves, or_shortage
@@ -60,16 +61,16 @@ def bank_nll(
     Args:
         passes: whose model and bank.
         training: says how many tokens' logits are in memory at a time.
-        pad_id: see `evaluate.make_batch`.
+        pad_id: see `forward.make_batch`.
         slots: of each row's adapter.
         examples: the rows.
         weights: of each row; None: no gradient is computed.
     """
-    batch = evaluate.make_batch(passes.model, examples, pad_id, prefix_once=False, whole_rows=True)
+    batch = forward.make_batch(passes.model, examples, pad_id, prefix_once=False, whole_rows=True)
     row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(passes.device)
-    with passes.bank.rows(slots, evaluate.row_tokens(batch, examples)), torch.set_grad_enabled(weights is not None):
+    with passes.bank.rows(slots, forward.row_tokens(batch, examples)), torch.set_grad_enabled(weights is not None):
         smoothing = 0.0 if weights is None else training.label_smoothing
-        total, nll = evaluate.row_nll(passes.model, batch, training.loss_chunk_tokens, row_weights, smoothing)
+        total, nll = forward.row_nll(passes.model, batch, training.loss_chunk_tokens, row_weights, smoothing)
         if weights is not None:
             total.backward()
     return nll
@@ -305,7 +306,7 @@ class HeldOutScores:
             self._found.append((rows, self._trainer.pass_nll([self._wanted[p].slot for p, _ in rows], examples)))
 
     def results(self) -> list[dict[str, Any] | None]:
-        """For each adapter what `evaluate.held_out_loss` returns, the seconds those of all; None: no rows."""
+        """For each adapter what `held_out.held_out_loss` returns, the seconds those of all; None: no rows."""
         sums, tokens = [0.0] * len(self._wanted), [0] * len(self._wanted)
         values = torch.cat([nll for _, nll in self._found]).tolist() if self._found else []
         for (place, row), nll in zip((one for rows, _ in self._found for one in rows), values, strict=True):
@@ -313,7 +314,7 @@ class HeldOutScores:
             tokens[place] += int(self._wanted[place].source.trained_tokens[row])
         seconds = time.perf_counter() - self._began
         return [
-            evaluate.loss_scores(total, count, len(own.numbers), seconds) if len(own.numbers) else None
+            held_out.loss_scores(total, count, len(own.numbers), seconds) if len(own.numbers) else None
             for total, count, own in zip(sums, tokens, self._wanted, strict=True)
         ]
 

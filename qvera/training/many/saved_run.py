@@ -27,13 +27,13 @@ from qvera.utils.safetensors_io import save_tensors
 if TYPE_CHECKING:
     from qvera.adapters.training_bank import TrainingBank
     from qvera.models.loader import Base
-    from qvera.training.many.live_run import LiveRun
+    from qvera.training.many.online_job import OnlineJob
     from qvera.training.many.optimizer import BankAdamW
 
 FORMAT = "1"
 
 
-def save_run(file: Path, run: LiveRun, bank: TrainingBank, adamw: BankAdamW, base: Base) -> None:
+def save_run(file: Path, run: OnlineJob, bank: TrainingBank, adamw: BankAdamW, base: Base) -> None:
     """Write the state of an adapter in flight; after a kill the file is the new one or the old one.
 
     Raises:
@@ -74,7 +74,7 @@ class SavedRun:
     state: dict[str, Any]
 
     @classmethod
-    def read(cls, file: Path, run: LiveRun, base: Base) -> Self:
+    def read(cls, file: Path, run: OnlineJob, base: Base) -> Self:
         """Read and verify the file of a job.
 
         Raises:
@@ -106,7 +106,7 @@ class SavedRun:
                 raise InputError(f"{file}: has another {key} than {run.id}. Give the file of this job, or begin anew.")
         return found
 
-    def put_into(self, run: LiveRun, bank: TrainingBank, adamw: BankAdamW) -> None:
+    def put_into(self, run: OnlineJob, bank: TrainingBank, adamw: BankAdamW) -> None:
         """Let a job in flight go on from here."""
         slot = run.held_slot
         bank.vectors[slot].copy_(self.tensors["vectors"])

@@ -33,7 +33,7 @@ from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.results import adapter_result, add_results, without_rows
 from qvera.training.many.roster import AdapterRun, Roster, adapter_runs, deal
 from qvera.training.many.rounds import HeldOutRows, Round, bank_nll, held_out_losses, longest_pass
-from qvera.training.optim import rate_shares
+from qvera.training.optim import lr_lambda
 from qvera.training.plan.bank import wanted_slots
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import write_run
@@ -184,7 +184,7 @@ class ManyTrainer(Run):
     @functools.cached_property
     def _shares(self) -> Callable[[int], Callable[[int], float]]:
         """The schedule of a number of steps; adapters with equally many steps share it."""
-        return functools.cache(functools.partial(rate_shares, self.recipe.training))
+        return functools.cache(functools.partial(lr_lambda, self.recipe.training))
 
     def pass_nll(
         self, slots: Sequence[int], examples: Sequence[Example], weights: Sequence[float] | None = None

@@ -150,7 +150,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
         elif reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
-        if more := run.method.kept_bytes(section, x.place, T, size):
+        if more := run.method.kept_bytes(section, x.spec, T, size):
             held[x.name, "of the method's own"] = more
         if run.method.keeps_output:
             held[x.name, "y"] = T * x.m * size + 8 * x.m  # what its rows are scaled with in fp32, and their norms
@@ -163,7 +163,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             own_rank = run.rank_at(x)  # readers of other ranks have another z
             graph = "without" if run.is_summed(x) else "with"
             held[source if shared else x.name, f"z of rank {own_rank} {graph} a graph"] = T * own_rank * size
-        held[x.name, "A, B"] = run.method.cast_bytes(section, x.place, run.machine.dtype)
+        held[x.name, "A, B"] = run.method.cast_bytes(section, x.spec, run.machine.dtype)
     return sum(held.values())
 
 
@@ -187,7 +187,7 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
         return read + row_product_bytes(run, x)
     pair = x.m * run.rank_at(x)
     if not run.method.has_vectors:
-        return read + run.method.working_bytes(section, x.place, run.batch.all_tokens, size, run.machine.on_gpu)
+        return read + run.method.working_bytes(section, x.spec, run.batch.all_tokens, size, run.machine.on_gpu)
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)

@@ -176,7 +176,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     (dense_size, dense_mapped), (expert_size, experts_mapped) = machine.dense_itemsize(), machine.dense_itemsize(False)
     dense = (shape.dense_numbers - shape.expert_numbers - tables) * dense_size
     trained = run.vector_sizes(trained_only=True)
-    method, places = run.method, [x.place for x in run.adapted]
+    method, specs = run.method, [x.spec for x in run.adapted]
     buffers = 2 * max(layer_bytes(run), default=0) if run.streams else 0
     if run.streams and machine.on_gpu:
         linears -= sum(layer_bytes(run))
@@ -191,7 +191,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("embedding and head with more rows", "base", tables * dense_size),
         Component("the head as it began", "base", 4 * shape.head_numbers),
         Component("projections A, B", "projections", _projection_numbers(run) * size),
-        Component("made from the weights", "projections", method.held_bytes(recipe.adapter, places, size)),
+        Component("made from the weights", "projections", method.held_bytes(recipe.adapter, specs, size)),
         *_vectors(run, trained),
     ]
     return tuple(c for c in found if c.bytes)
@@ -212,7 +212,7 @@ def _vectors(run: PlannedRun, trained: list[int]) -> tuple[Component, ...]:
 
 def _optimizer_bytes(run: PlannedRun, trained: list[int]) -> int:
     """Bytes of the optimizer's state: the method's own, or of that which the recipe names."""
-    own = [run.method.state_bytes(run.recipe.adapter, x.place) for x in run.adapted]
+    own = [run.method.state_bytes(run.recipe.adapter, x.spec) for x in run.adapted]
     if None in own:
         return optimizer_state_bytes(trained, run.recipe.training.optim)
     return sum(size for size in own if size is not None)

@@ -163,13 +163,13 @@ class PlannedRun:
 
         Those of a head that is trained whole are among them.
         """
-        section, method, places = self.recipe.adapter, self.method, [x.place for x in self.adapted]
+        section, method, specs = self.recipe.adapter, self.method, [x.spec for x in self.adapted]
         found = {
-            f"{PREFIX}{place.name}.{kind}": size
-            for place in places
-            for kind, size in method.tensors(section, place).items()
+            f"{PREFIX}{spec.name}.{kind}": size
+            for spec in specs
+            for kind, size in method.tensors(section, spec).items()
         }
-        shared = method.shared_tensors(section, places, self.shape.head_dim)
+        shared = method.shared_tensors(section, specs, self.shape.head_dim)
         found |= {f"{SHARED_PREFIX}{kind}": size for kind, size in shared.items()}
         head = {f"{PREFIX}{name}": size for name, size in self.shape.head}
         if not trained_only:
@@ -263,7 +263,7 @@ class PlannedRun:
 
     def rank_at(self, x: Linear) -> int:
         """The adapter's rank at one linear."""
-        return self.method.rank_at(self.recipe.adapter, x.place)
+        return self.method.rank_at(self.recipe.adapter, x.spec)
 
     @property
     def attention(self) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.low_rank_path import layer_shape
-from qvera.adapters.methods import Place
+from qvera.adapters.adapted_forward import layer_shape
+from qvera.adapters.methods import LinearSpec
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import head_size
 from qvera.models.processor import image_sides, image_tokens
@@ -39,9 +39,9 @@ class Linear:
         return self.name.rpartition(".")[2]
 
     @property
-    def place(self) -> Place:
+    def spec(self) -> LinearSpec:
         """The linear as an adapter's method sees it."""
-        return Place(self.name, self.n, self.m)
+        return LinearSpec(self.name, self.n, self.m)
 
 
 @dataclass(frozen=True)

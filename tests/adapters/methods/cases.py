@@ -71,8 +71,8 @@ def _bilora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> tor
 
 
 def _spiel(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
-    places = t["qvera_places"].long()
-    return W + torch.zeros(W.numel(), dtype=W.dtype).index_put((places,), t["qvera_values"]).view(W.shape)
+    specs = t["qvera_places"].long()
+    return W + torch.zeros(W.numel(), dtype=W.dtype).index_put((specs,), t["qvera_values"]).view(W.shape)
 
 
 def _lora_xs(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:

@@ -101,7 +101,7 @@ def routed(layer: QveraLinear, x: torch.Tensor, vectors: dict[str, torch.Tensor]
     z = x @ A.t()
     score = (z / z.square().mean(-1, keepdim=True).sqrt()) @ vectors["qvera_router_in"]
     gates = torch.softmax(score.unsqueeze(-1) * vectors["qvera_router_out"], -1)
-    scale = method.scale(config, layer.place)  # type: ignore[attr-defined]
+    scale = method.scale(config, layer.spec)  # type: ignore[attr-defined]
     delta = scale * vectors["qvera_b"] * ((z * (gates @ vectors["qvera_d"])) @ B.t())
     return nn.functional.linear(x, dense_weight(layer.base_layer), layer.base_layer.bias.double()) + delta
 

@@ -18,7 +18,7 @@ from qvera.adapters import QveraLinear
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
-from qvera.adapters.methods import Place, method_of
+from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.low_rank import trained_path
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
@@ -54,8 +54,8 @@ class Authors:
         return self.data[key]
 
     def factors(self, layer: int, module: int) -> Factors:
-        place = Place(f"model.layers.{layer}.self_attn.{MODULES[module]}", 24, 24)
-        return method_of(self.adapter).factors(self.adapter, place, self.tensors, None)
+        spec = LinearSpec(f"model.layers.{layer}.self_attn.{MODULES[module]}", 24, 24)
+        return method_of(self.adapter).factors(self.adapter, spec, self.tensors, None)
 
     def path(self, layer: int, module: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What our layer computes, with its own backward."""
@@ -135,7 +135,7 @@ def test_heads_wider_than_the_model_has_room_for() -> None:
         model = moved(attach(copy.deepcopy(base), AdapterSection(**adapter)))
         for layer in (m for m in model.modules() if isinstance(m, QveraLinear)):
             own = {name: tensor.double() for name, tensor in layer.tensors("default").items()}
-            dense = lorta_delta(own, layer.place.name, 5, layer.in_features, adapter is LORTA)
+            dense = lorta_delta(own, layer.spec.name, 5, layer.in_features, adapter is LORTA)
             delta = layer.delta_weight_fp32("default")
             assert relative(delta, dense[: layer.out_features, : layer.in_features].detach()) < 1e-5
             x = torch.randn(3, layer.in_features)
@@ -246,7 +246,9 @@ def test_what_it_can_not_share_is_refused() -> None:
     with pytest.raises(InputError, match=r"adapter\.targets: lm_head is in no numbered layer"):
         attach(small_llama(), AdapterSection(**LORTA, targets=["lm_head", "q_proj"]))
     with pytest.raises(InputError, match=r"adapter\.method: lorta .* heads"):
-        method_of(AdapterSection(**LORTA)).shared_tensors(AdapterSection(**LORTA), [Place("layers.0.q", 4, 4)], None)
+        method_of(AdapterSection(**LORTA)).shared_tensors(
+            AdapterSection(**LORTA), [LinearSpec("layers.0.q", 4, 4)], None
+        )
 
 
 def test_a_model_on_several_devices_is_refused() -> None:
@@ -270,8 +272,8 @@ def test_gradients_of_a_whole_model_are_those_of_dense_weights(adapter: dict[str
     shared = {name.rpartition(".")[2]: v.detach().clone().requires_grad_() for name, v in named_vectors(model).items()}
     weights = {}
     for layer in (m for m in model.modules() if isinstance(m, QveraLinear)):
-        delta = lorta_delta(shared, layer.place.name, 5, layer.in_features, adapter is LORTA)
-        weights[f"{layer.place.name}.weight"] = layer.base_layer.weight.detach() + delta[: layer.out_features]
+        delta = lorta_delta(shared, layer.spec.name, 5, layer.in_features, adapter is LORTA)
+        weights[f"{layer.spec.name}.weight"] = layer.base_layer.weight.detach() + delta[: layer.out_features]
     torch.func.functional_call(
         small_llama().double(), weights, kwargs={"input_ids": IDS, "labels": IDS}
     ).loss.backward()

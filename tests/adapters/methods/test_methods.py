@@ -120,7 +120,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
 ) -> None:
     model = moved(fresh(case, tiny_model_dir, quantization=quantization, compute_dtype=dtype))
     compute = getattr(torch, dtype)
-    layers = {m.place.name: m for m in model.modules() if isinstance(m, QveraLinear)}
+    layers = {m.spec.name: m for m in model.modules() if isinstance(m, QveraLinear)}
     for name in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):  # grouped keys; wide and narrow
         layer = layers[name].train()
         model.zero_grad()
@@ -242,7 +242,7 @@ def test_the_factors_of_a_file_are_those_of_the_layer(run_dir: Path) -> None:
     model = load_adapter(base_of(run_dir).model, run_dir / "adapter")
     section = load_recipe(run_dir / "recipe.yaml").model
     deltas = read_deltas(run_dir / "adapter", empty_model(section)).layers
-    layers = {m.place.name: m for m in model.modules() if isinstance(m, QveraLinear)}
+    layers = {m.spec.name: m for m in model.modules() if isinstance(m, QveraLinear)}
     assert deltas.keys() == layers.keys()
     for name, delta in deltas.items():
         weight = dense_weight(layers[name].base_layer).float()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.config.schema import parse_recipe
 from qvera.evaluation.report.analysis import analysis_page
 from qvera.evaluation.report.compare import compare_runs
@@ -214,7 +214,7 @@ def ramp(build_run: Build, root: Path) -> Path:
     points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
     found = RangeTestResult(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
     tree = {"model": "SmolLM2-135M-Instruct", "data": {"path": "data/repairs.jsonl"}}
-    page = range_page("repairs", parse_recipe(tree, "a test"), RangeTest(steps=60), found)
+    page = range_page("repairs", parse_recipe(tree, "a test"), LrRange(steps=60), found)
     (root / "lr-range.html").write_text(page, encoding="utf-8")
     return root / "lr-range.html"
 

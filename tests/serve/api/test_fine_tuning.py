@@ -266,8 +266,8 @@ def hold_at(served: Served, step: int) -> Callable[[], None]:
 
     def before(name: str) -> None:
         nonlocal steps
-        steps += name == "do_part"
-        if steps == step and name == "do_part":
+        steps += name == "run_slice"
+        if steps == step and name == "run_slice":
             go_on.wait(30)
 
     served.trained.trainer.before = before

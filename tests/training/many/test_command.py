@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from qvera.cli.main import main
-from qvera.config.range_test import RangeTest
+from qvera.config.lr_range import LrRange
 from qvera.training import session
 from qvera.training.lr_finder import find_lr
 from qvera.training.many.trainer import ManyTrainer
@@ -77,7 +77,7 @@ def test_a_rate_can_be_looked_for_over_the_rows_of_all(make_recipe: Any, tmp_pat
     """The test of learning rates trains one adapter over all rows."""
     write_rows(tmp_path / "rows.jsonl", {"anna": 9, "ben": 5})
     recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", {"max_steps": 3})
-    found = find_lr(recipe, tmp_path / "rates", RangeTest(steps=12))
+    found = find_lr(recipe, tmp_path / "rates", LrRange(steps=12))
     assert found is not None and (tmp_path / "rates" / "lr-range.jsonl").is_file()
 
 

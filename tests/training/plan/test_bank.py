@@ -12,9 +12,9 @@ from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets, collate_prefix_once
 from qvera.data.collate import Joined, pad_batch
-from qvera.evaluation.evaluate import row_tokens
 from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.forward import row_tokens
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, PlannedRun, make_plan, plan_memory, shape_of
 from qvera.training.plan.bank import slot_bytes, wanted_slots

@@ -1,6 +1,6 @@
 """The forward pass of an adapted linear: a frozen base layer plus what its adapters add.
 
-`LowRankPath` is mixed into qvera's own layers (`qvera.adapters.layer`) and into PEFT's VeRA layers after
+`AdaptedForward` is mixed into qvera's own layers (`qvera.adapters.layer`) and into PEFT's VeRA layers after
 `accelerate_peft`. Subclasses say what the factors are.
 """
 
@@ -35,7 +35,7 @@ def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-class LowRankPath:
+class AdaptedForward:
     """Mixed into a PEFT layer with a frozen ``base_layer``; what a kind of adapter adds is where its factors are."""
 
     base_layer: Any  # a linear of torch, bitsandbytes or transformers
@@ -197,7 +197,7 @@ class LowRankPath:
         """Whether the adapter adds one ΔW x, the same ΔW for all tokens."""
         return True
 
-    def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:
+    def cache_merged_weight(self, hold: bool, base_only: bool = False) -> None:
         """Hold W + ΔW of the active adapters [m, n] in the compute dtype, or let go of it.
 
         One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
@@ -228,7 +228,7 @@ class LowRankPath:
         self._builds_per_pass = (1.0 if hold else fused.BUILDS_UNHELD) if builds is None else builds
 
     def held_dtype(self) -> torch.dtype:
-        """The dtype of `hold_inference_weight`."""
+        """The dtype of `cache_merged_weight`."""
         base = self.base_layer
         dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
         return dtype if dtype.is_floating_point else self.int8_dtype()
@@ -250,7 +250,7 @@ class LowRankPath:
 
 
 def hold_training_weights(model: nn.Module, hold: bool = True, builds: float | None = None) -> None:
-    """Hold W + ΔW of every adapted layer between optimizer steps (`LowRankPath.hold_training_weight`).
+    """Hold W + ΔW of every adapted layer between optimizer steps (`AdaptedForward.hold_training_weight`).
 
     Beside the model it takes all adapted weights in the compute dtype; worth it on a CPU with that much memory to
     spare. `qvera train` does it by itself where the plan says that it fits. Layers that take another path for it
@@ -263,5 +263,5 @@ def hold_training_weights(model: nn.Module, hold: bool = True, builds: float | N
             1/4 where it is held over the four passes of a step. None: once where it is held, else twice.
     """
     for module in model.modules():
-        if isinstance(module, LowRankPath):
+        if isinstance(module, AdaptedForward):
             module.hold_training_weight(hold, builds)

@@ -29,8 +29,8 @@ Purpose = Literal["before", "due", "after"]
 
 
 @dataclasses.dataclass(eq=False)
-class LiveRun(AdapterRun):
-    """The training of one adapter; made by `qvera.training.many.live.LiveTrainer.prepare`."""
+class OnlineJob(AdapterRun):
+    """The training of one adapter; made by `qvera.training.many.online.OnlineTrainer.prepare`."""
 
     @property
     def id(self) -> str:
@@ -59,7 +59,7 @@ class LiveRun(AdapterRun):
         return self.reason is not None or (self.takes_no_step and self.next_evaluation is None)
 
 
-def prepared_run(number: int, id: str, recipe: Recipe, datasets: Datasets, server: Recipe) -> LiveRun:
+def prepared_run(number: int, id: str, recipe: Recipe, datasets: Datasets, server: Recipe) -> OnlineJob:
     """A job over all rows of ``datasets``.
 
     Args:
@@ -83,7 +83,7 @@ def prepared_run(number: int, id: str, recipe: Recipe, datasets: Datasets, serve
         raise InputError(f"{id}: no row is left to train on. Raise data.max_length, or give other rows.")
     own = AdapterRows(id, np.arange(rows), np.arange(held_out), datasets.stats.repeated_rows)
     step_rows = min(recipe.training.global_batch_size, rows)
-    return LiveRun(number, own, id, planned_steps(recipe, rows), step_rows, recipe, datasets)
+    return OnlineJob(number, own, id, planned_steps(recipe, rows), step_rows, recipe, datasets)
 
 
 def require_trainable(base: Base, recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Jobs for a `LiveTrainer` on the tiny model, with rows and recipes of their own."""
+"""Jobs for a `OnlineTrainer` on the tiny model, with rows and recipes of their own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, build_datasets
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.many.live import LiveTrainer
-from qvera.training.many.live_run import LiveRun
+from qvera.training.many.online import OnlineTrainer
+from qvera.training.many.online_job import OnlineJob
 
 PASS_ROWS = 8
 
@@ -55,10 +55,10 @@ class Jobs:
     """A trainer and what came out of its parts."""
 
     def __init__(self, recipe: Recipe, slots: int = 4) -> None:
-        self.trainer = LiveTrainer(load_base(recipe.model), recipe, slots)
+        self.trainer = OnlineTrainer(load_base(recipe.model), recipe, slots)
         self.records: list[dict[str, Any]] = []
 
-    def begin(self, name: str, recipe: Recipe, saved: Path | None = None) -> LiveRun:
+    def begin(self, name: str, recipe: Recipe, saved: Path | None = None) -> OnlineJob:
         """A job, in flight."""
         run = self.trainer.prepare(name, recipe, datasets_of(recipe))
         self.trainer.begin(run, saved)
@@ -67,14 +67,14 @@ class Jobs:
     def do_parts(self, until: Callable[[], object]) -> None:
         """Parts until it holds, or nothing is left to do."""
         while self.trainer.has_work and not until():
-            self.records += self.trainer.do_part()
+            self.records += self.trainer.run_slice()
 
-    def finish(self, runs: Iterable[LiveRun]) -> dict[str, torch.Tensor]:
+    def finish(self, runs: Iterable[OnlineJob]) -> dict[str, torch.Tensor]:
         """Parts until nothing is left; the vectors of these jobs."""
         self.do_parts(lambda: False)
         return {run.id: self.vectors(run) for run in runs}
 
-    def vectors(self, run: LiveRun) -> torch.Tensor:
+    def vectors(self, run: OnlineJob) -> torch.Tensor:
         """A job's vectors now, fp32 [numbers]."""
         return self.trainer.bank.vectors[run.held_slot].clone()
 

@@ -6,7 +6,7 @@ from qvera.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RangeTest:
+class LrRange:
     """The learning rates of ``--find-lr``, a range test (Smith, arXiv 1506.01186, section 3.3). Not a part of a recipe.
 
     Raises:

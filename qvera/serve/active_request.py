@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class Live:
+class ActiveRequest:
     """A request that has not ended."""
 
     def __init__(

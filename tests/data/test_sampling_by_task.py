@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from qvera.config.schema import DataSection, DataSource, parse_recipe
 from qvera.data import batches_of, build_datasets, data_sha256
 from qvera.data.parts import BilevelBatches, TaskBatches
-from qvera.data.tasks import label_tasks, source_names
+from qvera.data.sampling_by_task import label_tasks, source_names
 from qvera.utils.errors import InputError
 
 Write = Callable[..., str]

@@ -42,12 +42,12 @@ from qvera.models.attention import implementation_on
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
-from qvera.training.many.live_run import LiveRun, Purpose, prepared_run, require_trainable
+from qvera.training.many.online_job import OnlineJob, Purpose, prepared_run, require_trainable
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.roster import AdapterRun
 from qvera.training.many.rounds import HeldOutRows, HeldOutScores, Round, bank_nll
 from qvera.training.many.saved_run import SavedRun, save_run
-from qvera.training.optim import rate_shares
+from qvera.training.optim import lr_lambda
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, OutOfMemory, RunFailed
 
@@ -63,7 +63,7 @@ ADAPTER = "__training__"
 """PEFT's name of the adapter that stands for all that are trained."""
 
 
-class LiveTrainer:
+class OnlineTrainer:
     """Trains adapters on a base that answers requests meanwhile.
 
     All methods but `prepare` are called in the thread that runs the model.
@@ -96,7 +96,7 @@ class LiveTrainer:
         self.recipe, self.slots, self._base = recipe, slots, base
         self.device = next(base.model.parameters()).device
         self.pass_rows = recipe.training.per_device_train_batch_size
-        self.in_flight: list[LiveRun] = []
+        self.in_flight: list[OnlineJob] = []
         self._free = list(range(slots))
         self._numbers = itertools.count()
         self._attached = False
@@ -104,7 +104,7 @@ class LiveTrainer:
         self._rounds = 0
         self._round: Round | None = None
         self._scores: HeldOutScores | None = None
-        self._scored: list[tuple[LiveRun, Purpose] | None] = []  # by their places in `_scores`; None: it has ended
+        self._scored: list[tuple[OnlineJob, Purpose] | None] = []  # by their places in `_scores`; None: it has ended
 
     @property
     def free_slots(self) -> int:
@@ -113,10 +113,10 @@ class LiveTrainer:
 
     @property
     def has_work(self) -> bool:
-        """Whether `do_part` has anything to do. May be called from any thread."""
+        """Whether `run_slice` has anything to do. May be called from any thread."""
         return any(not run.has_ended for run in list(self.in_flight))
 
-    def prepare(self, id: str, recipe: Recipe, datasets: Datasets) -> LiveRun:
+    def prepare(self, id: str, recipe: Recipe, datasets: Datasets) -> OnlineJob:
         """A job that `begin` takes. May be called from any thread.
 
         Args:
@@ -129,7 +129,7 @@ class LiveTrainer:
         """
         return prepared_run(next(self._numbers), id, recipe, datasets, self.recipe)
 
-    def begin(self, run: LiveRun, saved: Path | None = None) -> None:
+    def begin(self, run: OnlineJob, saved: Path | None = None) -> None:
         """Give a job a slot; it takes its first step in the next round.
 
         The first call puts the trained adapter on the model, which takes as long as the first request for an adapter.
@@ -154,14 +154,14 @@ class LiveTrainer:
             run.slot, run.status = slot, "in_flight"
             if found is not None:
                 found.put_into(run, self.bank, self.adamw)
-            run.begin(rate_shares(run.recipe.training, run.steps))
+            run.begin(lr_lambda(run.recipe.training, run.steps))
         except BaseException:
             run.slot, run.status = None, "waiting"
             heapq.heappush(self._free, slot)
             raise
         self.in_flight.append(run)
 
-    def do_part(self) -> list[dict[str, Any]]:
+    def run_slice(self) -> list[dict[str, Any]]:
         """Do the next part of the work: one pass, or the step of a round.
 
         Returns:
@@ -180,7 +180,7 @@ class LiveTrainer:
             forget_inputs(self.model)
             raise
 
-    def end(self, run: LiveRun) -> None:
+    def end(self, run: OnlineJob) -> None:
         """Free a job's slot: it is saved, paused or cancelled. Its part of a round under way is dropped."""
         if run not in self.in_flight:
             return
@@ -198,7 +198,7 @@ class LiveTrainer:
         run.slot, run.batches, run.shares = None, None, None
         run.status = "waiting" if not run.has_ended else "done" if run.reason is None else "not_finite"
 
-    def save(self, run: LiveRun, file: Path) -> None:
+    def save(self, run: OnlineJob, file: Path) -> None:
         """Write what a job in flight goes on from, as of its last step, to one file (`saved_run`).
 
         Raises:
@@ -206,7 +206,7 @@ class LiveTrainer:
         """
         save_run(file, run, self.bank, self.adamw, self._base)
 
-    def save_adapter(self, run: LiveRun, directory: Path) -> None:
+    def save_adapter(self, run: OnlineJob, directory: Path) -> None:
         """Write the adapter of a job in flight, as other adapters are saved.
 
         Raises:
@@ -348,7 +348,7 @@ class LiveTrainer:
         self._scored = []
         return records
 
-    def _take_score(self, run: LiveRun, wanted: Purpose, result: dict[str, Any]) -> bool:
+    def _take_score(self, run: OnlineJob, wanted: Purpose, result: dict[str, Any]) -> bool:
         """Note a held-out loss; False: it is that of an earlier step once more."""
         vectors, is_new = self.bank.vectors[run.held_slot], True
         if wanted == "before":

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from qvera.data import Example
 from qvera.models.loader import load_base
 from qvera.training.many import saved_run
-from qvera.training.many.live import LiveTrainer
-from qvera.training.many.live_run import LiveRun
+from qvera.training.many.online import OnlineTrainer
+from qvera.training.many.online_job import OnlineJob
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.many.live_jobs import (
+from tests.training.many.online_jobs import (
     Jobs,
     datasets_of,
     difference,
@@ -135,7 +135,7 @@ def test_a_saved_job_goes_on_to_the_bit_from_any_part(make_recipe: Any, own: dic
     run = whole.begin("anna", own["anna"])
     files: list[Path] = []
     while whole.trainer.has_work:
-        whole.records += whole.trainer.do_part()
+        whole.records += whole.trainer.run_slice()
         files.append(tmp_path / f"{len(files)}.safetensors")
         whole.trainer.save(run, files[-1])
     steps = [json.dumps(one["loss"]) for one in whole.of("anna", "train")]
@@ -200,9 +200,9 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
     """Let passes fail after their backward for which ``fits(rows)`` is false; the rows of those that did not fail."""
-    real, sizes = LiveTrainer.pass_nll, list[int]()
+    real, sizes = OnlineTrainer.pass_nll, list[int]()
 
-    def pass_nll(self: LiveTrainer, slots: Any, examples: Sequence[Example], weights: Any = None) -> torch.Tensor:
+    def pass_nll(self: OnlineTrainer, slots: Any, examples: Sequence[Example], weights: Any = None) -> torch.Tensor:
         found = real(self, slots, examples, weights)
         if not fits(examples):
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
@@ -210,7 +210,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
             sizes.append(len(examples))
         return found
 
-    monkeypatch.setattr(LiveTrainer, "pass_nll", pass_nll)
+    monkeypatch.setattr(OnlineTrainer, "pass_nll", pass_nll)
     return sizes
 
 
@@ -256,7 +256,7 @@ def test_a_job_with_a_row_that_does_not_fit_ends_and_says_so(
 def test_a_job_whose_loss_is_not_finite_ends_and_the_others_are_as_without_it(
     make_recipe: Any, own: dict[str, Any]
 ) -> None:
-    def until_two(jobs: Jobs) -> list[LiveRun]:
+    def until_two(jobs: Jobs) -> list[OnlineJob]:
         runs = [jobs.begin(name, own[name]) for name in own]
         jobs.do_parts(lambda: runs[1].state.step == 2)
         return runs
@@ -287,9 +287,9 @@ def test_an_error_in_a_part_spoils_nothing(
     jobs.do_parts(lambda: run.state.step == 1)
     jobs.do_parts(lambda: jobs.trainer.bank.gradients.any())
     with monkeypatch.context() as patch:
-        patch.setattr(LiveTrainer, "pass_nll", lambda *_: 1 / 0)
+        patch.setattr(OnlineTrainer, "pass_nll", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            jobs.trainer.do_part()
+            jobs.trainer.run_slice()
     assert torch.equal(jobs.finish([run])["anna"], expected["anna"])
 
 
@@ -304,11 +304,11 @@ def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recip
         ({"training": {"optim": "adamw_8bit"}}, "training.optim"),
     ):
         with pytest.raises(InputError, match=message):
-            LiveTrainer(base, server_recipe(make_recipe, **sections), 2)
+            OnlineTrainer(base, server_recipe(make_recipe, **sections), 2)
     half = load_base(make_recipe(model={"compute_dtype": "float16"}).model)
     with pytest.raises(InputError, match="float16, which needs a loss scale"):
-        LiveTrainer(half, server_recipe(make_recipe), 2)
-    trainer = LiveTrainer(base, server_recipe(make_recipe), 2)
+        OnlineTrainer(half, server_recipe(make_recipe), 2)
+    trainer = OnlineTrainer(base, server_recipe(make_recipe), 2)
     other = own["anna"].replace(adapter=own["anna"].adapter.replace(rank=4))
     with pytest.raises(InputError, match=r"anna: adapter\.rank differ from the server's recipe"):
         trainer.prepare("anna", other, datasets_of(own["anna"]))

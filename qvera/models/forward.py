@@ -1,0 +1,134 @@
+"""The forward pass: rows → a batch on the model's device → hidden states → summed loss.
+
+Training, held-out scores and answers all begin here. Which attention takes joined rows is decided in
+`qvera.models.loader.rows_joined`; the loss in `qvera.models.loss` never holds all logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvera.data import Example, collate, collate_prefix_once
+from qvera.data.collate import pad_batch, round_up_length, rounds_lengths
+from qvera.distributed.zero_params import gathered
+from qvera.models import linear
+from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
+from qvera.models.loader import causal_model, rows_joined
+from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
+from qvera.models.structure import decoder_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def make_batch(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    prefix_once: bool = True,
+    packing: bool = False,
+    whole_rows: bool = False,
+) -> dict[str, Any]:
+    """Collate rows into a batch on the model's device.
+
+    The rows become one sequence where that is asked for or cheaper, and where the model supports it. On a CPU in 16
+    bits the batch is padded to one of a few lengths (`qvera.data.collate`).
+
+    Args:
+        prefix_once: what the rows begin with is computed once for all of them, where that pays.
+        packing: one sequence without padding, whether it pays or not (`require_packing`).
+        whole_rows: in place of both, one sequence in which each row is whole, where attention takes offsets: what rows
+            have in common may not be computed once for all where their adapters differ.
+    """
+    device, inner = next(model.parameters()).device, causal_model(model)
+    implementation = inner.config._attn_implementation or ""
+    # flash-attn takes offsets for one row too: transformers would look for rows in its positions in every layer
+    offsets = packing or whole_rows or (len(examples) == 1 and implementation.startswith("flash_attention"))
+    joined = rows_joined(inner, prefix_once, offsets, whole_rows)
+    batch = None if joined is None else collate_prefix_once(examples, device, offsets, joined)
+    batch = batch or collate(examples, pad_id, device, masked=needs_padding_mask(inner))
+    dtype = linear.embedding_dtype(inner.get_input_embeddings())
+    if rounds_lengths(dtype, device.type) and "prefix_length" not in batch:
+        tokens = batch["input_ids"].shape[1]
+        wanted = round_up_length(tokens)
+        if "cu_seq_lens_q" not in batch:
+            wanted = min(wanted, getattr(inner.config, "max_position_embeddings", None) or wanted)
+        batch = pad_batch(batch, max(tokens, wanted), pad_id)
+    sees = batch.get("attention_mask")
+    if sees is not None and sees.dim() == 4:  # additive, which both attention implementations take
+        hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
+    elif sees is None and takes_open_mask(implementation):
+        batch["attention_mask"] = open_mask(batch["input_ids"])
+    return batch
+
+
+def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
+    """How many tokens of a batch each row has, padding included; what fills up a sequence of rows is the last one's."""
+    rows, length = batch["input_ids"].shape
+    if "cu_seq_lens_q" not in batch:
+        return [length] * rows
+    tokens = [len(example.input_ids) for example in examples]
+    return [*tokens[:-1], length - sum(tokens[:-1])]
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None) -> torch.Tensor:
+    """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head.
+
+    ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "trained")}
+    return (decoder or decoder_of(causal_model(model)))(**inputs, use_cache=False).last_hidden_state
+
+
+def batch_nll(
+    model: nn.Module,
+    batch: dict[str, Any],
+    chunk_tokens: int,
+    decoder: Callable[..., Any] | None = None,
+    expected_grad: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, int]:
+    """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are.
+
+    ``expected_grad``, ``label_smoothing``: see `fused_linear_cross_entropy`.
+    """
+    hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
+    with gathered(head.module.parameters(recurse=False)):
+        return fused_linear_cross_entropy(
+            hidden,
+            batch["labels"],
+            head,
+            chunk_tokens,
+            expected_grad=expected_grad,
+            trained=batch.get("trained"),
+            label_smoothing=label_smoothing,
+        )
+
+
+def row_nll(
+    model: nn.Module,
+    batch: dict[str, Any],
+    chunk_tokens: int,
+    row_weights: torch.Tensor,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum (scalar, differentiable) of the rows' negative log likelihoods, and each row's own [B].
+
+    Args:
+        model, batch, chunk_tokens, label_smoothing: see `batch_nll`; a row of the batch, or of its offsets, for
+            each row.
+        row_weights: fp32 [B].
+    """
+    hidden, trained = hidden_states(model, batch), batch["trained"]
+    if "cu_seq_lens_q" in batch:
+        of_trained = torch.searchsorted(batch["cu_seq_lens_q"], trained, right=True) - 1
+    else:
+        of_trained = trained // batch["labels"].shape[1]
+    head = Head.of(causal_model(model))
+    return row_cross_entropy(
+        hidden, batch["labels"], head, chunk_tokens, trained, of_trained, row_weights, label_smoothing
+    )
