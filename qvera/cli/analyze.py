@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qvera.config.schema import DataSection
     from qvera.data.rows import Rows
     from qvera.evaluation.load import Artifact
-    from qvera.export.analyze import Analysis
+    from qvera.exporting.analyze import Analysis
 
 
 def analyze(
@@ -81,7 +81,7 @@ def analyze(
 
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
-    from qvera.export.analyze import analyze_adapter
+    from qvera.exporting.analyze import analyze_adapter
     from qvera.utils import memory
     from qvera.utils.atomic import require_empty
 
@@ -144,7 +144,7 @@ def _reduce(analysis: Analysis, out: Path, keep: float, chat_template: str | Non
     """Write the adapter with its intruders reduced; returns what was written."""
     import torch
 
-    from qvera.export.lora import export_lora
+    from qvera.exporting.lora import export_lora
 
     factors = analysis.mitigated()
     written_bytes = export_lora(analysis.adapter, out, torch.float32, factors, chat_template)

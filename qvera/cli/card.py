@@ -27,7 +27,7 @@ def card(
     """
     quiet_libraries()
 
-    from qvera.export.card import find_subject, model_card
+    from qvera.exporting.card import find_subject, model_card
 
     subject = find_subject(path, adapter)
     file = out or subject.directory / "README.md"

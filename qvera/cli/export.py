@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qvera.config.schema import ExportSection, ModelSection, Recipe
     from qvera.evaluation.load import Artifact
-    from qvera.export.deltas import AdapterDeltas
+    from qvera.exporting.deltas import AdapterDeltas
 
 
 def export(
@@ -67,7 +67,7 @@ def export(
     from qvera.adapters.files.adapter_file import read_config, require_base
     from qvera.config.schema import ExportSection
     from qvera.evaluation.load import find_adapter, require_answers
-    from qvera.export.compare import difference_text
+    from qvera.exporting.compare import difference_text
     from qvera.models.loader import fingerprint_of
 
     target, adapter_dir = find_adapter(run, adapter)
@@ -174,8 +174,8 @@ def _merge(
     section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection, chat: Chat, quantize: str | None
 ) -> dict[str, Any]:
     """Write the merged checkpoint; returns its certificate."""
-    from qvera.export import export_merged
-    from qvera.export.quantized import errors_text, export_quantized
+    from qvera.exporting import export_merged
+    from qvera.exporting.quantized import errors_text, export_quantized
 
     with progress("Merging") as show:
         if quantize is None:
@@ -205,7 +205,7 @@ def _merge_to_gguf(
     section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection, dtype: str, chat: Chat
 ) -> None:
     """--to gguf."""
-    from qvera.export.gguf import export_gguf
+    from qvera.exporting.gguf import export_gguf
 
     with progress("Merging") as show:
         certificate = export_gguf(
@@ -231,9 +231,9 @@ def _export_gguf_lora(
     import torch
 
     from qvera.adapters.files.adapter_file import read_config
-    from qvera.export import lora
-    from qvera.export.deltas import read_deltas
-    from qvera.export.gguf import export_gguf_lora
+    from qvera.exporting import lora
+    from qvera.exporting.deltas import read_deltas
+    from qvera.exporting.gguf import export_gguf_lora
     from qvera.models.model_config import empty_model
 
     require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--to gguf-lora")
@@ -257,8 +257,8 @@ def _export_adapter(
 ) -> dict[str, Any]:
     """--to lora and --to peft; returns the certificate."""
     from qvera.adapters.files.adapter_file import read_config
-    from qvera.export.deltas import read_deltas
-    from qvera.export.lora import export_stock_vera, serving_text
+    from qvera.exporting.deltas import read_deltas
+    from qvera.exporting.lora import export_stock_vera, serving_text
     from qvera.models.model_class import CAUSAL_LM
     from qvera.models.model_config import empty_model
     from qvera.utils import memory
@@ -303,7 +303,7 @@ def write_lora(
     ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``. Where there is
     a ``chat_template``, it is written beside them. Returns the error of each layer where it is cut.
     """
-    from qvera.export import lora
+    from qvera.exporting import lora
 
     errors = None
     kind = "DoRA" if adapter.magnitude else "LoRA"
@@ -330,7 +330,7 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
 
 def _lora_difference(recipe: Recipe, target: Artifact, out: Path, options: ExportSection) -> dict[str, Any]:
     """What the cut costs on held-out rows, printed too."""
-    from qvera.export.lora_scores import compare_lora, scores_text
+    from qvera.exporting.lora_scores import compare_lora, scores_text
 
     def measure() -> dict[str, Any]:
         with progress(f"Loading {target.path}") as show:
@@ -362,7 +362,7 @@ def _difference(
     from qvera.data import build_datasets
     from qvera.evaluation.load import open_target
     from qvera.evaluation.named_adapters import rows_to_compare
-    from qvera.export.compare import measure_difference, too_little_memory
+    from qvera.exporting.compare import measure_difference, too_little_memory
     from qvera.tasks import task_of
 
     option = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"

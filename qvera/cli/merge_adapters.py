@@ -60,8 +60,8 @@ def merge_adapters(
 
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import find_adapter
-    from qvera.export.deltas import read_deltas
-    from qvera.export.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
+    from qvera.exporting.deltas import read_deltas
+    from qvera.exporting.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_class import CAUSAL_LM
     from qvera.models.model_config import empty_model
 

@@ -27,7 +27,7 @@ def push(
     """
     quiet_libraries()
 
-    from qvera.export.card import contents_of, files_of, find_subject, local_base
+    from qvera.exporting.card import contents_of, files_of, find_subject, local_base
     from qvera.models.hub import send_files
 
     subject = find_subject(path, adapter)

@@ -20,8 +20,8 @@ from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.products import low_rank
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
-from qvera.export.deltas import read_deltas
-from qvera.export.lora import export_lora
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.lora import export_lora
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import IN, OUT, base_layer, perturb, relative
 from tests.conftest import small_llama

@@ -18,8 +18,8 @@ from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, 
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, parse_recipe
-from qvera.export.deltas import read_deltas
-from qvera.export.merge_adapters import same_directions
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.merge_adapters import same_directions
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train

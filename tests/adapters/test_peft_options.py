@@ -20,7 +20,7 @@ from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.files.save_load import load_adapter, named_vectors, save_adapter
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.config.schema import ModelSection
-from qvera.export.deltas import read_deltas
+from qvera.exporting.deltas import read_deltas
 from qvera.models import linear
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb

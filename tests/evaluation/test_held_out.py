@@ -27,7 +27,7 @@ from qvera.tasks.causal_lm import CausalLM
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
-from tests.export.test_merged import perturb
+from tests.exporting.test_merged import perturb
 
 pytestmark = pytest.mark.process
 

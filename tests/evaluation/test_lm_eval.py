@@ -19,7 +19,7 @@ from qvera.cli.main import main
 from qvera.evaluation import lm_eval
 from qvera.models.loader import load_base
 from qvera.training.trainer import train
-from tests.export.test_merged import perturb
+from tests.exporting.test_merged import perturb
 
 pytestmark = pytest.mark.process
 

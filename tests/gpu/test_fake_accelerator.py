@@ -20,8 +20,8 @@ from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate
-from qvera.export.deltas import read_deltas
-from qvera.export.merging import Merging
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.merging import Merging
 from qvera.models.safetensors_stream import Block
 from tests.gpu.fake_accelerator import FakeAccelerator, FakeSession
 from tests.gpu.own_process import measured

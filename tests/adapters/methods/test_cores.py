@@ -21,7 +21,7 @@ from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.data.parts import TaskBatches
 from qvera.evaluation.load import open_run
-from qvera.export.deltas import read_deltas
+from qvera.exporting.deltas import read_deltas
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.factor_record import FACTORS
 from qvera.models.loader import load_base

@@ -19,9 +19,9 @@ from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.projection import vera_scale
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
-from qvera.export.deltas import read_deltas
-from qvera.export.lora import export_lora, export_stock_vera
-from qvera.export.merge_adapters import same_directions
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.lora import export_lora, export_stock_vera
+from qvera.exporting.merge_adapters import same_directions
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError

@@ -22,7 +22,7 @@ from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.low_rank import trained_path
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
-from qvera.export.deltas import read_deltas
+from qvera.exporting.deltas import read_deltas
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import dense_weight, relative
 from tests.adapters.methods.cases import lorta_delta

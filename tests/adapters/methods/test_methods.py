@@ -20,7 +20,7 @@ from qvera.adapters.multi_adapter import load_adapters
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, Recipe, parse_recipe
-from qvera.export.deltas import read_deltas
+from qvera.exporting.deltas import read_deltas
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train

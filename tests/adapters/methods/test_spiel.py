@@ -18,7 +18,7 @@ from qvera.adapters.methods.spiel import PLACES, VALUES
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.distributed.group import Group
-from qvera.export.deltas import read_deltas
+from qvera.exporting.deltas import read_deltas
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.plan import make_plan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvera.export.gguf.families import FAMILIES, head_size
+from qvera.exporting.gguf.families import FAMILIES, head_size
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

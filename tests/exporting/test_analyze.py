@@ -19,16 +19,16 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.export import analyze, intruders
-from qvera.export.analyze import analyze_adapter
-from qvera.export.deltas import Delta
-from qvera.export.lora import export_lora
+from qvera.exporting import analyze, intruders
+from qvera.exporting.analyze import analyze_adapter
+from qvera.exporting.deltas import Delta
+from qvera.exporting.lora import export_lora
 from qvera.models.loader import load_base
 from qvera.models.quantization import dequantized_weight
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
-from tests.export.test_lora import stock_base
+from tests.exporting.test_lora import stock_base
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.process

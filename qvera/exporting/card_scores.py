@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvera.export.compare import rows_name
+from qvera.exporting.compare import rows_name
 from qvera.models.hub import is_hub_id
 from qvera.utils import formatting
 from qvera.utils.files import try_read_json

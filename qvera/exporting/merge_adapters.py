@@ -8,8 +8,8 @@ import torch
 
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.save_load import ADAPTER_CONFIG
-from qvera.export.deltas import AdapterDeltas, Delta
-from qvera.export.lora import LIMITS, write_adapter
+from qvera.exporting.deltas import AdapterDeltas, Delta
+from qvera.exporting.lora import LIMITS, write_adapter
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 from qvera.utils.safetensors_io import TensorSpec

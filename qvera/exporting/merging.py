@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from qvera.adapters.files.adapter_file import require_tokens
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.data.encoding import pad_id_of
-from qvera.export.base import open_adapter_on_base
-from qvera.export.deltas import TokenTable, token_tables
-from qvera.export.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
+from qvera.exporting.base import open_adapter_on_base
+from qvera.exporting.deltas import TokenTable, token_tables
+from qvera.exporting.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
 from qvera.models.processor import load_processor
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order
 from qvera.models.tokenizer import ADDED_ROWS, ids_of

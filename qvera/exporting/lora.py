@@ -18,7 +18,7 @@ from peft import LoraConfig, VeraConfig
 
 from qvera.adapters.config import PREFIX
 from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
-from qvera.export.deltas import AdapterDeltas
+from qvera.exporting.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.atomic import new_directory
 from qvera.utils.errors import InputError

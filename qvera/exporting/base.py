@@ -12,8 +12,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.config.schema import ModelSection
-from qvera.export.deltas import AdapterDeltas, read_deltas
-from qvera.export.stream import PackedBaseReader, TrainedBaseReader
+from qvera.exporting.deltas import AdapterDeltas, read_deltas
+from qvera.exporting.stream import PackedBaseReader, TrainedBaseReader
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from qvera.config.schema import ModelSection
-from qvera.export.base import open_adapter_on_base, read_trained_weight
-from qvera.export.deltas import AdapterDeltas, Delta
-from qvera.export.intruders import delta_singular_values, effective_rank, find_intruders, mitigation_factors
+from qvera.exporting.base import open_adapter_on_base, read_trained_weight
+from qvera.exporting.deltas import AdapterDeltas, Delta
+from qvera.exporting.intruders import delta_singular_values, effective_rank, find_intruders, mitigation_factors
 from qvera.models.safetensors_stream import rows_per_block
 from qvera.utils.errors import InputError, RunFailed
 
@@ -37,10 +37,10 @@ class LinearAnalysis:
         shape: (out_features, in_features).
         rank: of the factors of ΔW; 0 for a sparse one, which has none.
         weight_norm, delta_norm: ‖W‖ and ‖ΔW‖, Frobenius.
-        effective_rank: of ΔW (`qvera.export.intruders.effective_rank`).
+        effective_rank: of ΔW (`qvera.exporting.intruders.effective_rank`).
         singular_values: the first k of W + ΔW.
         cosines: of their left vectors, each the largest with any left singular vector of W.
-        exact: whether a cosine is exact; else it is a bound on the same side of ε (`qvera.export.intruders.Cosines`).
+        exact: whether a cosine is exact; else it is a bound on the same side of ε (`Cosines`).
         intruders: which of the k are intruder dimensions, from 0.
     """
 
@@ -83,7 +83,7 @@ class Analysis:
         return max(linear.rank for linear in self.linears)
 
     def mitigated(self) -> MitigatedFactors:
-        """The adapter with its intruders taken down, as factors for `qvera.export.lora.export_lora`."""
+        """The adapter with its intruders taken down, as factors for `qvera.exporting.lora.export_lora`."""
         ranks = {linear.name: linear.rank + len(linear.intruders) for linear in self.linears}
         return MitigatedFactors(self.adapter, self.mitigations, max(ranks.values()))
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.data import Example
-from qvera.export import compare, export_merged
-from qvera.export.compare import difference_text, measure_difference
+from qvera.exporting import compare, export_merged
+from qvera.exporting.compare import difference_text, measure_difference
 from qvera.models.loader import load_base
 from tests.adapters.helpers import perturb
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvera.export import intruders
-from qvera.export.intruders import (
+from qvera.exporting import intruders
+from qvera.exporting.intruders import (
     delta_singular_values,
     effective_rank,
     find_intruders,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qvera.data.chat_template import NAMED_TEMPLATES
-from qvera.export.gguf.modelfile import GO_TEMPLATES, known_template, modelfile
+from qvera.exporting.gguf.modelfile import GO_TEMPLATES, known_template, modelfile
 from tests.conftest import small_tokenizer
-from tests.export.go_template import render
+from tests.exporting.go_template import render
 
 USER, OTHER = {"role": "user", "content": "3 red mugs"}, {"role": "user", "content": 'and {{ "two" }} more'}
 ANSWER, SYSTEM = {"role": "assistant", "content": "Yes."}, {"role": "system", "content": "Be brief."}

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.export.merging import Merged, Merging
+from qvera.exporting.merging import Merged, Merging
 from qvera.models.safetensors_stream import write_index, write_shard
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import Interrupted

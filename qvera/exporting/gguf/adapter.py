@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig
 
 from qvera.config.schema import ModelSection
-from qvera.export.deltas import AdapterDeltas
-from qvera.export.gguf.architecture import GgufArchitecture
-from qvera.export.gguf.file import TYPES, GgufTensor, new_writer, require_gguf, tensor_type, write_gguf
-from qvera.export.gguf.modelfile import modelfile
+from qvera.exporting.deltas import AdapterDeltas
+from qvera.exporting.gguf.architecture import GgufArchitecture
+from qvera.exporting.gguf.file import TYPES, GgufTensor, new_writer, require_gguf, tensor_type, write_gguf
+from qvera.exporting.gguf.modelfile import modelfile
 from qvera.models.hub import base_directory
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils import memory

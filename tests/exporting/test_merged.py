@@ -19,7 +19,7 @@ from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.load import open_run
-from qvera.export import export_merged, merged
+from qvera.exporting import export_merged, merged
 from qvera.models import linear, quantization
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError, Interrupted, RunFailed

@@ -12,7 +12,7 @@ from qvera.evaluation.held_out import prompts_of, score_model
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import rows_to_compare
-from qvera.export.compare import rows_text
+from qvera.exporting.compare import rows_text
 from qvera.tasks import task_of
 from qvera.utils import accelerator
 

@@ -19,8 +19,8 @@ from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.load import open_run
-from qvera.export import export_merged, quantized
-from qvera.export.quantized import export_quantized
+from qvera.exporting import export_merged, quantized
+from qvera.exporting.quantized import export_quantized
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError, Interrupted
 from tests.adapters.helpers import perturb

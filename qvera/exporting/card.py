@@ -17,9 +17,9 @@ from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_of
 from qvera.evaluation.run_info import directory_facts
-from qvera.export.card_scores import metrics_of, read_evaluation, scores_text
-from qvera.export.gguf.families import FAMILIES
-from qvera.export.lora import VLLM_RANKS
+from qvera.exporting.card_scores import metrics_of, read_evaluation, scores_text
+from qvera.exporting.gguf.families import FAMILIES
+from qvera.exporting.lora import VLLM_RANKS
 from qvera.models.hub import is_hub_id
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils import formatting

@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from qvera.cli.main import main
-from qvera.export import card
-from qvera.export.card import files_of, find_subject, model_card
+from qvera.exporting import card
+from qvera.exporting.card import files_of, find_subject, model_card
 from qvera.utils.files import file_sha256
 from tests.many_adapters import write_run
 

@@ -16,8 +16,8 @@ import torch
 
 from qvera.adapters.files.adapter_file import read_config
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.export.merged import export_merged
-from qvera.export.stream import PackedBaseReader
+from qvera.exporting.merged import export_merged
+from qvera.exporting.stream import PackedBaseReader
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model

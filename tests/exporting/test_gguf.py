@@ -19,17 +19,17 @@ from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.run_info import directory_facts
-from qvera.export import export_merged
-from qvera.export.deltas import read_deltas
-from qvera.export.gguf import export_gguf, export_gguf_lora
-from qvera.export.gguf import file as gguf_file
-from qvera.export.gguf.architecture import GgufArchitecture
-from qvera.export.gguf.tokenizer import model_name
+from qvera.exporting import export_merged
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.gguf import export_gguf, export_gguf_lora
+from qvera.exporting.gguf import file as gguf_file
+from qvera.exporting.gguf.architecture import GgufArchitecture
+from qvera.exporting.gguf.tokenizer import model_name
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
-from tests.export.llama_cpp import Answer, half_characters, llama_cpp, transformers_answer
+from tests.exporting.llama_cpp import Answer, half_characters, llama_cpp, transformers_answer
 
 pytestmark = pytest.mark.process
 

@@ -20,7 +20,7 @@ from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
-from qvera.export import export_merged, merge_adapters
+from qvera.exporting import export_merged, merge_adapters
 from qvera.models import safetensors_stream
 from qvera.models.loader import load_base
 from qvera.utils import memory

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.export.gguf.architecture import GgufArchitecture
-from qvera.export.gguf.file import TYPES, GgufTensor, new_writer, require_gguf, tensor_type, write_gguf
-from qvera.export.gguf.modelfile import modelfile
-from qvera.export.gguf.tokenizer import add_tokenizer, model_name
-from qvera.export.merging import Merged, Merging
+from qvera.exporting.gguf.architecture import GgufArchitecture
+from qvera.exporting.gguf.file import TYPES, GgufTensor, new_writer, require_gguf, tensor_type, write_gguf
+from qvera.exporting.gguf.modelfile import modelfile
+from qvera.exporting.gguf.tokenizer import add_tokenizer, model_name
+from qvera.exporting.merging import Merged, Merging
 from qvera.utils.atomic import disk_errors, new_directory, require_space
 from qvera.utils.errors import Interrupted
 from qvera.utils.paths import CERTIFICATE

@@ -22,8 +22,8 @@ from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.load import find_target
-from qvera.export.deltas import read_deltas
-from qvera.export.lora import (
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.lora import (
     export_lora,
     export_stock_vera,
     rounding_text,
@@ -38,7 +38,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.adapters.helpers import perturb, relative
-from tests.export.test_merged import deltas
+from tests.exporting.test_merged import deltas
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 RANK = 8
