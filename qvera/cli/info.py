@@ -41,7 +41,7 @@ def info(
 
 def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
     """A row for each adapter: its rows, steps, losses and how it ended."""
-    from qvera.evaluation.report.read_many import entries_of
+    from qvera.evaluation.report.read import entries_of
 
     entries = entries_of({"adapters": adapters})
     shown = (

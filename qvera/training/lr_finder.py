@@ -18,10 +18,9 @@ import numpy as np
 from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe
 from qvera.distributed.init import in_group
-from qvera.evaluation.report.charts import Chart, Line, line_chart
+from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
-from qvera.evaluation.report.smoothing import smooth
 from qvera.training.logging import ProgressBar
 from qvera.training.optim import build_range_test, current_rate
 from qvera.training.run_dir import require_writable

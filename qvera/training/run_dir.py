@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.data import data_sha256
-from qvera.evaluation.report.write import write_report
+from qvera.evaluation.report.run_page import write_report
 from qvera.training import checkpoint
 from qvera.training.logging import read_records
 from qvera.utils.atomic import disk_errors, replace_text

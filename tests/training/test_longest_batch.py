@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from qvera.evaluation.report.write import write_report
+from qvera.evaluation.report.run_page import write_report
 from qvera.training import planning
 from qvera.training.plan import Machine, make_plan
 from qvera.training.session import TrainingSession

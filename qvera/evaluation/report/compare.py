@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qvera.evaluation.report.read import Evaluation, Run, get, get_number, read_run
-from qvera.evaluation.report.read_many import read_adapter, trained_many
+from qvera.evaluation.report.read import Evaluation, Run, get, get_number, read_adapter, read_run, trained_many
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -171,7 +170,7 @@ def _labels(places: Sequence[Path]) -> list[str]:
 
 def run_figures(run: Run) -> Figures:
     """The figures of one run under the keys of `SCORES` and `COSTS`."""
-    curve = [(loss, step) for step, loss in run.held_out_losses if loss is not None]
+    curve = [(loss, step) for step, loss in run.held_out() if loss is not None]
     loss_lowest, lowest_step = min(curve, default=(None, None))
     loss_after = run.number("result", "eval_after", "loss")
     if loss_after is None and curve and curve[-1][1] > 0:
@@ -236,7 +235,7 @@ def _gaps_in_files(run: Run, label: str, figures: Figures) -> list[str]:
         state = f"its status is {status}" if status else "has not finished"
         gaps.append(f"{label}: {state}; its figures are those so far.")
     gaps += [f"{label}: {note}" for note in run.notes]
-    if not run.held_out_losses:
+    if not run.held_out():
         gaps.append(f"{label}: has no held-out loss, so only its training loss is shown.")
     missing = [column.title for column in COSTS if figures[column.key] is None]
     if missing and run.info:

@@ -10,17 +10,18 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from qvera.data.images import thumbnail_uri
-from qvera.evaluation.report.answer_diff import Sample, make_sample
-from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart
+from qvera.evaluation.metrics import exact_match
+from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, loss_curves
 from qvera.evaluation.report.compare import (
     COSTS,
     SCORES,
@@ -32,23 +33,30 @@ from qvera.evaluation.report.compare import (
     yaml_text,
 )
 from qvera.evaluation.report.read import get, get_number, get_text, score_key, series
-from qvera.evaluation.report.smoothing import loss_curves
 from qvera.utils.formatting import count, duration, moment, percent, significant, size, text_or_dash
 
 if TYPE_CHECKING:
     from qvera.data import DataStats, Example
 
+Sample = dict[str, Any]
+"""A prompt with its answers, each cut where it differs from the nearest reference, and its references."""
+
 MAX_ROWS = 500
 """Rows on the page of an evaluation; all of them are in the predictions file."""
 
 _HERE = Path(__file__).parent
+_TOKENS = re.compile(r"\w+|\s+|[^\w\s]")
+_MAX_TOKENS = 2_000
+"""Matching is quadratic. Longer answers are shown unmarked."""
+_MIN_RATIO = 0.35
+"""Texts with less in common than this are shown unmarked: marks would cover everything."""
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @functools.cache
 def environment() -> Environment:
     """The templates, with autoescape: every text that they print is escaped, also inside attributes."""
-    found = Environment(
+    templates = Environment(
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -56,22 +64,18 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     script = (_HERE / "script.js").read_text(encoding="utf-8")
-    found.globals |= {function.__name__: function for function in (get, get_number, get_text)}
-    found.globals |= {
+    templates.globals |= {function.__name__: function for function in (get, get_number, get_text)}
+    templates.globals |= {
         "newline": "\n",  # browsers drop the first one of a <pre>, which else would be the text's own
         "style": Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         "script": Markup(script),
         "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     formats: tuple[Callable[[float], str], ...] = (count, duration, percent, significant, size)
-    found.filters |= {function.__name__: _or_nothing(function) for function in formats}
-    found.filters |= {"moment": moment, "yaml": yaml_text, "code_spans": _code_spans}
-    return found
-
-
-def _or_nothing(text: Callable[[float], str]) -> Callable[[float | None], str]:
-    """The same format, with "" for a value that is not known."""
-    return lambda value: "" if value is None else text(value)
+    for text in formats:  # "" for a value that is not known
+        templates.filters[text.__name__] = lambda value, text=text: "" if value is None else text(value)
+    templates.filters |= {"moment": moment, "yaml": yaml_text, "code_spans": _code_spans}
+    return templates
 
 
 def _code_spans(text: str) -> Markup:
@@ -119,18 +123,14 @@ def _sample(row: dict[str, Any], evaluation: dict[str, Any]) -> Sample:
         """The scores of one answer, without exact match, which the verdict says already."""
         return " · ".join(f"{labels[name]} {significant(value)}" for name, value in scores.items() if name != "exact")
 
-    verdict = _judge_note(row["judge"]) if "judge" in row else ""
-    notes = [text for text in (note(row["scores"]), verdict) if text]
-    answers = [(evaluation["subject"]["column"], row["answer"], " · ".join(notes))]
+    notes = [note(row["scores"])]
+    if judged := row.get("judge"):  # its outcome, and its scores beside the other answer's in both orders
+        pairs = ", ".join(f"{mine:g} to {other:g}" for mine, other in filter(None, judged["scores"]))
+        notes.append(f"judge: {judged['outcome']}" + (f" ({pairs})" if pairs else ""))
+    answers = [(evaluation["subject"]["column"], row["answer"], " · ".join(filter(None, notes)))]
     if "base_answer" in row:
         answers.insert(0, ("Base", row["base_answer"], note(row["base_scores"])))
     return make_sample(row["source"], row["prompt"], answers, row["references"])
-
-
-def _judge_note(judged: dict[str, Any]) -> str:
-    """The judge's outcome of one answer, and its scores beside the other answer's in both orders."""
-    scores = ", ".join(f"{mine:g} to {other:g}" for mine, other in filter(None, judged["scores"]))
-    return f"judge: {judged['outcome']}" + (f" ({scores})" if scores else "")
 
 
 def _judge_facts(judge: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -177,7 +177,7 @@ def _loss_chart(comparison: Comparison, held_out: bool, unit: str) -> Chart | No
     """Losses of all runs over steps, or over the tokens that each had seen by then."""
     lines = []
     for colour, (label, run) in enumerate(comparison.runs.items(), start=1):
-        points = run.held_out_losses if held_out else loss_curves(series(run.train, "loss"))[1]
+        points = run.held_out() if held_out else loss_curves(series(run.train, "loss"))[1]
         if unit == "token":  # without steps that metrics.jsonl does not know
             seen = {0.0: 0.0, **dict(tokens_by_step(run))}
             points = [(seen[step], value) for step, value in points if step in seen]
@@ -232,3 +232,69 @@ def preview_page(
         lengths=length_histogram(stats.histogram_edges, stats.histogram_counts),
         rows=[shown(word, row) for one in rows for word, row in one.shown()],
     )
+
+
+class DiffSpan(NamedTuple):
+    """A stretch of an answer: its text ("" where words are missing), and what the other text has in its place."""
+
+    text: str
+    differs: bool = False
+    missing: str = ""
+
+
+def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]], references: Sequence[str]) -> Sample:
+    """Compare the answers to one prompt, for the macro `sample` of templates/parts.html.
+
+    Args:
+        answers: Who gave it, the answer, and a note below it. It is compared with the reference that it shares the most
+            words with; without any, with the first answer.
+    """
+    shown = []
+    for name, answer, note in answers:
+        equal = [reference for reference in references if exact_match(answer, reference)]
+        other = _nearest(answer, references) if references else answers[0][1]
+        spans = [DiffSpan(answer)] if equal else word_diff(answer, other)
+        verdict = _verdict(answer, references, equal)
+        shown.append({"name": name, "spans": spans, "equal": bool(equal), "verdict": verdict, "note": note})
+    return {"title": title, "prompt": prompt, "answers": shown, "references": references}
+
+
+def word_diff(answer: str, other: str) -> list[DiffSpan]:
+    """Cut ``answer`` into spans that ``other`` has too and spans that it does not have.
+
+    The texts of the spans joined are ``answer``. Texts with little in common come back as one unmarked span.
+    """
+    left, right = _TOKENS.findall(answer), _TOKENS.findall(other)
+    plain = [DiffSpan(answer)]
+    if not left or not right or max(len(left), len(right)) > _MAX_TOKENS:
+        return plain
+    matcher = SequenceMatcher(None, left, right, autojunk=False)
+    if matcher.ratio() < _MIN_RATIO:
+        return plain
+    return [
+        DiffSpan("".join(left[i:j]), tag in ("replace", "delete"), "" if tag == "equal" else "".join(right[k:m]))
+        for tag, i, j, k, m in matcher.get_opcodes()
+    ]
+
+
+def _nearest(answer: str, references: Sequence[str]) -> str:
+    """The reference that shares the most words with an answer."""
+
+    def shared(reference: str) -> float:
+        words, others = set(answer.split()), set(reference.split())
+        return len(words & others) / (len(words | others) or 1)
+
+    return max(references, key=shared)
+
+
+def _verdict(answer: str, references: Sequence[str], equal: Sequence[str]) -> str:
+    """The comparison in words, or ""."""
+    if not answer.strip():
+        return "empty"
+    if not references:
+        return ""
+    if not equal:
+        return "differs"
+    which = "the reference" if len(references) == 1 else "a reference"
+    same = any(answer.split() == reference.split() for reference in equal)
+    return f"equals {which}" if same else f"same JSON as {which}"

@@ -1,18 +1,25 @@
 """Read a run directory. What is missing or broken becomes a note on the page, not an error."""
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 import hashlib
 import json
+import math
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qvera.config.schema import parse_recipe
-from qvera.utils.errors import InputError
+from qvera.utils.adapter_names import shown_name
+from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_sha256, read_json
+from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
 Point = tuple[float, float | None]
 """x (a step, say) and y. A y of None is a gap in the curve."""
@@ -109,7 +116,7 @@ class Run:
     @property
     def settings(self) -> dict[str, object]:
         """``section.key`` → value; keys that a recipe of an older qvera lacks have their defaults. {} without one."""
-        return _defaults() | flat_settings(self.recipe) if self.recipe else {}
+        return _defaults() | _flat_settings(self.recipe) if self.recipe else {}
 
     def values(self, key: str) -> list[float]:
         """The finite values of every training step."""
@@ -141,11 +148,10 @@ class Run:
         """Size of the adapter file."""
         return self.number("adapter", "file_bytes") or self.adapter_file_bytes
 
-    @property
-    def held_out_losses(self) -> list[Point]:
-        """Held-out loss by step, from metrics.jsonl and, before and after training, from run.json."""
-        points = dict(series(self.evals, "loss"))
-        before, after = (self.number("result", when, "loss") for when in ("eval_before", "eval_after"))
+    def held_out(self, key: str = "loss") -> list[Point]:
+        """A held-out score by step, from metrics.jsonl and, before and after training, from run.json."""
+        points = dict(series(self.evals, key))
+        before, after = (self.number("result", when, key) for when in ("eval_before", "eval_after"))
         if before is not None:
             points.setdefault(0.0, before)
         # after training the last vectors are evaluated, or the best ones where the recipe asks for those
@@ -166,8 +172,7 @@ class Run:
         return int(min(losses)[1]) if len(losses) > 1 else None
 
 
-def flat_settings(recipe: dict[str, object]) -> dict[str, object]:
-    """``section.key`` → value, in the recipe's order."""
+def _flat_settings(recipe: dict[str, object]) -> dict[str, object]:
     return {
         f"{name}.{key}" if isinstance(keys, dict) else str(name): value
         for name, keys in recipe.items()
@@ -176,9 +181,8 @@ def flat_settings(recipe: dict[str, object]) -> dict[str, object]:
 
 
 def _defaults() -> dict[str, object]:
-    """``section.key`` → default of every setting that has one."""
     tree = parse_recipe({"model": {"path": "-"}, "data": {"path": "-"}}, "the defaults").to_dict()
-    return {key: value for key, value in flat_settings(tree).items() if key not in ("model.path", "data.path")}
+    return {key: value for key, value in _flat_settings(tree).items() if key not in ("model.path", "data.path")}
 
 
 def changed_settings(recipe: dict[str, object]) -> dict[str, object]:
@@ -187,7 +191,8 @@ def changed_settings(recipe: dict[str, object]) -> dict[str, object]:
     A key that this version does not know counts as changed: the recipe may be a later version's.
     """
     defaults = _defaults()
-    return {key: value for key, value in flat_settings(recipe).items() if key not in defaults or value != defaults[key]}
+    settings = _flat_settings(recipe)
+    return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
 
 def score_key(name: str) -> str:
@@ -204,9 +209,6 @@ def inputs_sha256(answers: Sequence[object]) -> str:
 def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = True) -> Run:
     """Read what ``qvera train`` has written so far; eval.json, which can be large, only where asked for.
 
-    Args:
-        metrics: read metrics.jsonl too.
-
     Raises:
         InputError: There is no such directory, or no run has written to it.
     """
@@ -221,8 +223,14 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     notes: list[str] = []
     info = _read_object(root / "run.json", "the summary of a run", notes)
     recipe_text, recipe = _read_recipe(root / "recipe.yaml", notes)
-    train, evals = _read_metrics(root / "metrics.jsonl", notes) if metrics else ([], [])
-    weights = root / "adapter" / "adapter_model.safetensors"
+    # A resumed run may write a step again. The later line is the one that led to the adapter.
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    for row in read_rows(root / "metrics.jsonl", ("step",), notes) if metrics else ():
+        if (kind := get_text(row, "kind")) in kinds:
+            kinds[kind][int(row["step"])] = row
+    train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
+    notes += not_finite_notes(train)
+    weights = root / "adapter" / ADAPTER_WEIGHTS
     return Run(
         name=root.resolve().name,
         info=info,
@@ -236,20 +244,24 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     )
 
 
-def _read_text(path: Path, notes: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        notes.append(f"{path.name}: can't be read ({error.strerror}).")
-        return ""
-
-
 def _read_object(path: Path, what: str, notes: list[str], keys: Sequence[str] = ()) -> dict[str, Any]:
     try:
         return read_json(path, what, keys, fix="The rest is shown without it.")
     except InputError as error:
         notes.append(str(error).replace(str(path), path.name))
         return {}
+
+
+def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    text, tree = "", None
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        notes.append(f"{path.name}: can't be read ({error.strerror}).")
+    except (yaml.YAMLError, RecursionError):
+        notes.append(f"{path.name} is not valid YAML: it is shown as it is.")
+    return text, tree if isinstance(tree, dict) else {}
 
 
 def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation | None:
@@ -265,8 +277,7 @@ def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation |
         return None
     listed = metrics if isinstance(metrics, list) else []
     by_key = {score_key(get_text(metric, "name")): metric for metric in listed}
-    found = {key: get_number(tree, "scores", key) for key in by_key}
-    scores = {key: value for key, value in found.items() if value is not None}
+    scores = {key: score for key in by_key if (score := get_number(tree, "scores", key)) is not None}
     if not scores:
         notes.append(f"{path.name} has no scores of answers, and nothing else of it is shown.")
         return None
@@ -297,16 +308,6 @@ def _adapter_doubts(about: object, path: Path, weights: Path) -> list[str]:
     except OSError as error:
         return [f"{path.name} can't be checked against the run's adapter ({error.strerror}): it may be of another one."]
     return [f"{path.name} is of another adapter than the run has now: its scores are not this run's. {again}"]
-
-
-def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
-    text = _read_text(path, notes)
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        notes.append(f"{path.name} is not valid YAML: it is shown as it is.")
-        tree = None
-    return text, tree if isinstance(tree, dict) else {}
 
 
 def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None:
@@ -346,20 +347,195 @@ def read_rows(path: Path, places: Sequence[str], notes: list[str], containing: s
         notes.append(f"metrics.jsonl: {len(unreadable)} lines can't be read and are left out (line {shown}).")
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    # A resumed run may write a step again. The later line is the one that led to the adapter.
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    for row in read_rows(path, ("step",), notes):
-        if get_text(row, "kind") in kinds:
-            kinds[get_text(row, "kind")][int(row["step"])] = row
-    train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
-    notes += not_finite_notes(train)
-    return train, evals
-
-
 def not_finite_notes(train: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence on training steps whose loss is not finite, if there are any."""
     broken = [row["step"] for row in train if "loss" in row and get_number(row, "loss") is None]
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
     sentence = "The training loss is not a finite number at step {:,}{}: left out of the curve."
     return [sentence.format(int(broken[0]), more)] if broken else []
+
+
+_STATUS_TEXTS = {"stopped_early": "stopped early", "not_finite": "not finite", "no_rows": "no rows"}
+"""A status of run.json → how people read it, where that differs."""
+_ENTRY_NUMBERS = ("rows", "eval_rows", "steps", "best_step", "train_loss_first", "train_loss_last")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """One adapter of a run that trained many, as run.json has it; None for a number that it does not say.
+
+    Attributes:
+        name: as the data has it.
+        directory: of its files in ``adapters/``, and of its page; "" where it has none.
+        status: of run.json; "" for one that has not finished.
+        flags: what a person should look at, in words.
+        tree: the whole entry of run.json.
+    """
+
+    name: str
+    directory: str = ""
+    status: str = ""
+    rows: float | None = None
+    eval_rows: float | None = None
+    steps: float | None = None
+    best_step: float | None = None
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    flags: tuple[str, ...] = ()
+    tree: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def status_text(self) -> str:
+        """The status as people read it."""
+        return _STATUS_TEXTS.get(self.status, self.status or "unfinished")
+
+    @property
+    def ended_badly(self) -> bool:
+        """Whether there is nothing of it that could be used."""
+        return self.status in ("not_finite", "no_rows")
+
+    @property
+    def is_flagged(self) -> bool:
+        """Whether a person should look at it."""
+        return self.ended_badly or bool(self.flags)
+
+
+def entries_of(info: object) -> list[AdapterEntry]:
+    """The adapters of a run.json, in its order; what is no adapter is left out."""
+    listed = get(info, "adapters")
+    entries = []
+    for tree in listed if isinstance(listed, list) else ():
+        name, directory, flags = get_text(tree, "name"), get_text(tree, "directory"), get(tree, "flags")
+        if not name:
+            continue
+        # run.json may come from anywhere: a directory that leads elsewhere is none
+        is_plain = directory == Path(directory).name and not directory.startswith(".")
+        entries.append(
+            AdapterEntry(
+                name=name,
+                directory=directory if is_plain else "",
+                status=get_text(tree, "status"),
+                **{key: get_number(tree, key) for key in _ENTRY_NUMBERS},
+                loss_before=get_number(tree, "eval_before", "loss"),
+                loss_after=get_number(tree, "eval_after", "loss"),
+                flags=tuple(str(flag) for flag in flags) if isinstance(flags, list) else (),
+                tree=tree,
+            )
+        )
+    return entries
+
+
+_CURVE_KEYS = {
+    "train": ("step", "loss", "learning_rate", "grad_norm", "input_tokens"),
+    "eval": ("step", "loss", "perplexity", "rows"),
+}
+
+
+class AdapterCurve:
+    """The numbers of one adapter's lines in metrics.jsonl, which may have a million lines in all; NaN: not known."""
+
+    def __init__(self) -> None:
+        self._values = {kind: array("d") for kind in _CURVE_KEYS}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep what `rows` gives back of a line."""
+        if (kind := get_text(row, "kind")) in _CURVE_KEYS:
+            numbers = (get_number(row, key) for key in _CURVE_KEYS[kind])
+            self._values[kind].extend(math.nan if number is None else number for number in numbers)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """Training steps or evaluations by rising step, each step once: the last one that was written."""
+        values, keys = self._values[kind], _CURVE_KEYS[kind]
+        by_step: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(values), len(keys)):
+            row = dict(zip(keys, values[start : start + len(keys)], strict=True))
+            by_step[int(row["step"])] = row | {"step": int(row["step"])}
+        return [by_step[step] for step in sorted(by_step)]
+
+
+@dataclass(frozen=True)
+class ManyRun:
+    """A run that trained many adapters.
+
+    Attributes:
+        run: the files of the run as a whole. Its steps are the rounds of the first process, each once.
+        entries: its adapters, in the order of the data. Of a run that was killed, those that have begun.
+        curves: by name of the adapter.
+    """
+
+    run: Run
+    entries: list[AdapterEntry]
+    curves: dict[str, AdapterCurve]
+
+    def adapter_run(self, entry: AdapterEntry) -> Run:
+        """One adapter as a run of its own, for its page and for comparisons."""
+        curve = self.curves.get(entry.name, AdapterCurve())
+        info = {key: self.run.info.get(key) for key in ("model", "adapter", "device", "versions", "processes")}
+        keys = ("steps", "best_step", "train_loss_first", "train_loss_last", "eval_before", "eval_after")
+        status = "done" if entry.status in ("done", "stopped_early") else entry.status
+        info |= {"status": status, "result": {key: entry.tree.get(key) for key in keys}}
+        return dataclasses.replace(
+            self.run, name=entry.name, info=info, train=curve.rows("train"), evals=curve.rows("eval"), notes=[]
+        )
+
+
+def trained_many(info: object, recipe: object) -> bool:
+    """Whether a run trained many adapters, as its run.json or its recipe says."""
+    named = get_text(recipe, "data", "adapter_column") or get(recipe, "data", "adapter_files") is True
+    return bool(named) or isinstance(get(info, "adapters"), list)
+
+
+def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
+    """Read what ``qvera train`` has written so far of a run of many adapters.
+
+    Args:
+        only: keep the curve of this adapter alone, and no rounds.
+
+    Raises:
+        InputError: there is no such directory, or no run has written to it.
+    """
+    root = Path(run_dir)
+    run = read_run(root, metrics=False)
+    entries = entries_of(run.info)
+    rounds: dict[int, dict[str, Any]] = {}
+    curves: dict[str, AdapterCurve] = {}
+    written = "" if only is None else json.dumps(only)  # as the trainer writes it
+    for row in read_rows(root / "metrics.jsonl", ("step", "round"), run.notes, containing=written):
+        if row.get("kind") == "round":
+            if not row.get("rank"):
+                rounds[int(get_number(row, "round") or 0)] = row
+        elif (name := get_text(row, "adapter")) and (only is None or name == only):
+            curves.setdefault(name, AdapterCurve()).add(row)
+    known = {entry.name for entry in entries}
+    entries += [AdapterEntry(name) for name in curves if name not in known]
+    weights = next((root / ADAPTERS / entry.directory / ADAPTER_WEIGHTS for entry in entries if entry.directory), None)
+    size = weights.stat().st_size if weights is not None and weights.is_file() else None
+    train = [round_as_step(rounds[number]) for number in sorted(rounds)]
+    return ManyRun(dataclasses.replace(run, adapter_file_bytes=size, train=train), entries, curves)
+
+
+def read_adapter(run_dir: Path, name: str) -> Run:
+    """One adapter of a run that trained many, as a run of its own, with the scores of an eval.json in its directory.
+
+    Raises:
+        InputError: there is no such run, or it trained no adapter of this name.
+    """
+    many = read_many(run_dir, only=name)
+    entry = next((entry for entry in many.entries if entry.name == name), None)
+    if entry is None:
+        known = [entry.name for entry in many.entries]
+        what = "has no adapter of this name" if known else "did not train many adapters"
+        raise InputError(f"--adapter {shown_name(name)}: {run_dir} {what}{did_you_mean(name, known)}")
+    run = many.adapter_run(entry)
+    directory = run_dir / ADAPTERS / entry.directory
+    evaluation = read_evaluation(directory / "eval.json", directory / ADAPTER_WEIGHTS, run.notes)
+    return dataclasses.replace(run, evaluation=evaluation)
+
+
+def round_as_step(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of a round with the keys of one of a step, by which `Run.totals` counts."""
+    seconds, speed = get_number(row, "step_seconds"), get_number(row, "tokens_per_second")
+    tokens = None if seconds is None or speed is None else seconds * speed
+    return {**row, "step": row["round"], "input_tokens": tokens}

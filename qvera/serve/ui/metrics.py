@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qvera.evaluation.report.read import get_number, get_text, parse_row
-from qvera.evaluation.report.read_many import AdapterEntry, round_as_step
+from qvera.evaluation.report.read import AdapterEntry, get_number, get_text, parse_row, round_as_step
 from qvera.serve.ui.directories import open_plain
 from qvera.utils.formatting import count, size
 

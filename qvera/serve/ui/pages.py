@@ -11,11 +11,9 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from qvera.evaluation.report.compare import compare, require_comparable
-from qvera.evaluation.report.many_pages import adapter_page, many_page
 from qvera.evaluation.report.pages import compare_page, render
-from qvera.evaluation.report.read import Run, get_number
-from qvera.evaluation.report.read_many import read_many
-from qvera.evaluation.report.run_page import run_page
+from qvera.evaluation.report.read import Run, get_number, read_many
+from qvera.evaluation.report.run_page import adapter_page, many_page, run_page
 from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
 from qvera.serve.ui.finder import Finder, find
 from qvera.serve.ui.summaries import Summaries, Summary, left_seconds

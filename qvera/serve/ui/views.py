@@ -9,8 +9,18 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvera.evaluation.report.read import Run, get_text, not_finite_notes, read_evaluation, read_run
-from qvera.evaluation.report.read_many import AdapterEntry, ManyRun, entries_of, read_adapter, trained_many
+from qvera.evaluation.report.read import (
+    AdapterEntry,
+    ManyRun,
+    Run,
+    entries_of,
+    get_text,
+    not_finite_notes,
+    read_adapter,
+    read_evaluation,
+    read_run,
+    trained_many,
+)
 from qvera.serve.ui.directories import RunDirectories, unreadable
 from qvera.serve.ui.metrics import MetricsFile, Read
 from qvera.serve.ui.state import State, state_of

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvera.evaluation.metrics import exact_match
-from qvera.evaluation.report.answer_diff import DiffSpan, make_sample, word_diff
+from qvera.evaluation.report.pages import DiffSpan, make_sample, word_diff
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,7 @@ def test_little_in_common_is_not_marked() -> None:
     assert word_diff("I am sorry to hear that", '{"device": "dishwasher"}') == [DiffSpan("I am sorry to hear that")]
 
 
+@settings(max_examples=30)
 @given(st.text(), st.text())
 def test_pieces_join_to_the_answer(answer: str, other: str) -> None:
     assert "".join(piece.text for piece in word_diff(answer, other)) == answer

@@ -21,12 +21,14 @@ from qvera.evaluation.report.charts import (
     line_chart,
     log_ticks,
     nice_ticks,
+    running_median,
+    smooth,
     stacked_bars,
+    thin,
     values_range,
 )
 from qvera.evaluation.report.pages import environment
 from qvera.evaluation.report.read import Point
-from qvera.evaluation.report.smoothing import running_median, smooth, thin
 
 finite = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 

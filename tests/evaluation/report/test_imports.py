@@ -17,7 +17,7 @@ def test_reading_comparing_and_showing_runs_imports_no_torch(build_run: Callable
         found = compare_runs([Path(name) for name in sys.argv[1:]])
         assert not {"jinja2", "numpy"} & set(sys.modules), "a table needs no page"
         from qvera.evaluation.report.pages import compare_page
-        from qvera.evaluation.report.write import write_report
+        from qvera.evaluation.report.run_page import write_report
         assert "1.18 GB" in compare_page(found)
         write_report(sys.argv[1])
         heavy = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"} & set(sys.modules)

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from qvera.evaluation.report.read import changed_settings, read_run
-from qvera.evaluation.report.run_page import run_page
-from qvera.evaluation.report.write import write_report
+from qvera.evaluation.report.run_page import run_page, write_report
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.report.conftest import RECIPE, eval_rows, plan, run_info, train_rows
 
@@ -344,7 +343,7 @@ def test_a_run_that_evaluates_only_around_training(build_run: Build) -> None:
 def test_the_score_after_training_stands_at_its_step(build_run: Build, load_best: bool, steps: list[int]) -> None:
     recipe = RECIPE | {"training": RECIPE["training"] | {"load_best_model_at_end": load_best}}
     run = read_run(build_run(evals=eval_rows({40: 0.17, 80: 0.07}), recipe=recipe))
-    assert [step for step, _ in run.held_out_losses] == steps
+    assert [step for step, _ in run.held_out()] == steps
 
 
 @pytest.mark.parametrize("left", ["recipe.yaml", "metrics.jsonl", "run.json"])

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from qvera.evaluation.report.read import read_run
-from qvera.evaluation.report.read_many import read_many
+from qvera.evaluation.report.read import read_many, read_run
 from qvera.serve.ui import metrics
 from qvera.serve.ui.events import MOST_NEW_BYTES, news_since
 from qvera.serve.ui.metrics import NOTHING, MetricsFile, Position
@@ -56,7 +55,7 @@ def test_rounds_and_adapters_are_those_of_the_report(tmp_path: Path, seed: int) 
     assert found.totals.adapter_steps == 24
     assert [entry.name for entry in found.entries()] == [entry.name for entry in whole.entries]
     for entry in found.entries():
-        steps, _ = whole.curves[entry.name].rows()
+        steps = whole.curves[entry.name].rows("train")
         assert (entry.steps, entry.train_loss_first) == (steps[-1]["step"], steps[0]["loss"])
 
 
