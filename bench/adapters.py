@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.common import header, interleaved, smollm2, write_result
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate
 from qvera.models.loader import load_base
@@ -64,8 +64,8 @@ def main() -> None:
         result["load_seconds"] = time.perf_counter() - began
         gc.collect()
         result["bytes_beyond_base"] = psutil.Process().memory_info().rss - before
-        stacked = [tensors for bank in many.base_model.banks for tensors in bank.layers.values()]
-        result["bank_bytes"] = sum(one.nbytes for tensors in stacked for one in tensors if one is not None)
+        banks = {id(bank): bank for bank, _ in many.base_model.banked.values()}
+        result["bank_bytes"] = sum(bank.vectors.nbytes for bank in banks.values())
         print(json.dumps({k: result[k] for k in ("load_seconds", "bytes_beyond_base", "bank_bytes")}))
         one = load_adapter(load_base(section).model, directories["user-0000"])
         names = list(directories)[: args.rows]

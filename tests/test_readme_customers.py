@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from bench.customer_rows import STYLES, row, write_rows
-from qvera.adapters import tuner
+from qvera.adapters.bank import MixedForward, User
 from qvera.cli.main import main
 from qvera.evaluation.named_adapters import require_named
 from tests.serve.command import Command
@@ -62,14 +62,12 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
     assert "20 adapters trained together" in (run / "report.html").read_text(encoding="utf-8")
     capsys.readouterr()
 
-    batches: list[set[str]] = []
-    plan_rows = tuner.plan_rows
-    monkeypatch.setattr(
-        tuner, "plan_rows", lambda names, *others: (batches.append(set(names)), plan_rows(names, *others))[1]
-    )
+    batches: list[set[User]] = []
+    use = MixedForward.use
+    monkeypatch.setattr(MixedForward, "use", lambda self, users: (batches.append(set(users)), use(self, users))[1])
     short = ["--max-new-tokens", "8"]
     assert main([*answer, *short]) == 0
-    assert {len(names) for names in batches} == {3}
+    assert {len(users) for users in batches} == {3}
     together, alone = capsys.readouterr().out, ""
     for name in [word for option, word in zip(answer, answer[1:], strict=False) if option == "--adapter"]:
         assert main(["generate", str(require_named(run, name)), *answer[answer.index("--prompt") :], *short]) == 0

@@ -52,8 +52,6 @@ class AdaptedForward:
     _builds_per_pass: float = fused.BUILDS_UNHELD
     gradient_watch: Watch | None = None
     """Called in backward with the output's gradient and the input, for methods that choose places by it."""
-    _row_forward: Callable[..., torch.Tensor] | None = None
-    """The forward pass of a batch whose rows use different adapters, while there is one (`multi_adapter.RowPlan`)."""
 
     @abstractmethod
     def carries(self, adapter: str) -> bool:
@@ -131,12 +129,7 @@ class AdaptedForward:
         return functional.project(inner, A.to(dtype))
 
     def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
-        """The same y in a cheaper way, or with another adapter for each row.
-
-        None where the formula itself has to be taken.
-        """
-        if self._row_forward is not None:
-            return self._row_forward(self, x, *args, **kwargs)
+        """The same y in a cheaper way; None where the formula itself has to be taken."""
         names = self._adapters_in_use()
         # another adapter may have been made active since the weight was made: then the normal path is the right one
         held = self._inference_weight is not None and tuple(names) == self._inference_adapters

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -20,6 +20,9 @@ from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.models import quantization
+
+if TYPE_CHECKING:
+    from qvera.adapters.bank import MixedForward
 
 
 class VectorDict(nn.ParameterDict):
@@ -61,6 +64,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection", "qvera_frozen")
     made_in: torch.dtype = torch.float32
     """The dtype that the layer computed in when it was made; a trained pair says nothing of it."""
+    mixed: MixedForward | None = None
+    """The forward pass of a batch whose tokens use different adapters, while there is one."""
     # PEFT's, which a type checker can't see
     enable_adapters: Any
 
@@ -146,6 +151,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         for modules in (self.qvera_projection, self.qvera_frozen):
             if adapter_name in modules:
                 modules[adapter_name].to(device)
+
+    def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
+        if self.mixed is not None:
+            return self.mixed.forward(self, x, *args, **kwargs)
+        return super()._fast_forward(x, *args, **kwargs)
 
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""

@@ -1,4 +1,4 @@
-"""Adapters of several owners on one loaded base: those that answer requests, and one that is trained meanwhile.
+"""Many adapters on one loaded base: those that answer, and one that is trained meanwhile.
 
 They share one PEFT model, so that adapters of one seed share its pair A, B. Answers are computed in a layout of their
 own (`qvera.evaluation.generate.generating`): copies of weights in layers, and a forward pass by which each token uses
@@ -8,21 +8,99 @@ its own adapter. `training_layout` takes a training pass out of that without und
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from qvera.adapters.files.save_load import put_on
+from peft import PeftModel, VeraConfig
+from torch import nn
+
+from qvera.adapters.adapted_forward import layer_shape
+from qvera.adapters.bank import AdapterBank, AdapterShape, User, shape_of
+from qvera.adapters.config import PEFT_TYPE, QveraConfig
+from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
+from qvera.adapters.files.save_load import load_vectors, put_on
 from qvera.adapters.layer import QveraLinear, adapted_layers
+from qvera.adapters.methods import LinearSpec, method_of
+from qvera.models.loader import Base
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import nn
+    import torch
+    from transformers import PreTrainedModel
 
-    from qvera.adapters.config import QveraConfig
-    from qvera.models.loader import Base
-
-_OF_ANSWERS = ("_row_forward", "_inference_weight", "_inference_pack")
+_OF_ANSWERS = ("mixed", "_inference_weight", "_inference_pack")
 """What modules have for answers alone. Without it they compute as in a run of training."""
+
+
+def load_adapters(
+    model: nn.Module, directories: Mapping[str, Path], progress: Callable[[int], None] | None = None
+) -> PeftModel:
+    """Put many QVERA adapters on a loaded base model; ranks, seeds and targets may differ.
+
+    Rows of one batch then name theirs: ``model(..., adapter_names=[...])``, or `qvera.evaluation.generate.generate`
+    with ``adapters``. They are for answers, not for training.
+
+    Args:
+        model: the loaded base model.
+        directories: adapter name → directory.
+        progress: called with the number of adapters read.
+
+    Raises:
+        InputError: one of them is no QVERA adapter, or not one for this model.
+    """
+    if not directories:
+        raise InputError("load_adapters: takes at least one adapter directory.")
+    specs, alone = linear_specs(model), dict[str, QveraConfig]()
+    banked: dict[AdapterShape, dict[str, dict[str, torch.Tensor]]] = {}
+    for number, (name, given) in enumerate(directories.items(), 1):
+        config = require_shareable(read_config(Path(given)), Path(given))
+        if method_of(config).is_banked:
+            vectors = read_adapter(Path(given))[1]
+            banked.setdefault(shape_of(config, vectors, specs, Path(given)), {})[name] = vectors
+        else:
+            alone[name] = config
+        if progress is not None:
+            progress(number)
+    base, users = Base(cast("PreTrainedModel", model), None, {}), dict[str, User]()
+    for number, (shape, members) in enumerate(banked.items()):
+        adapted = add_adapter(base, f"__shape_{number}__", shape.config)
+        bank = AdapterBank(adapted, 1 + len(members), f"__shape_{number}__")
+        for slot, (name, vectors) in enumerate(members.items(), 1):
+            bank.put(slot, vectors)
+            users[name] = bank, slot
+    for name, config in alone.items():
+        adapted = add_adapter(base, name, config)
+        load_vectors(adapted, read_adapter(Path(directories[name]))[1], str(directories[name]), name)
+    adapted.base_model.__dict__["banked"] = users
+    return adapted
+
+
+def linear_specs(model: nn.Module) -> dict[str, LinearSpec]:
+    """The linears of a base model that can be adapted, by their names."""
+    shapes = {name: layer_shape(module) for name, module in model.named_modules()}
+    return {name: LinearSpec(name, *shape) for name, shape in shapes.items() if shape is not None}
+
+
+def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
+    """The config of an adapter that can be one of many on a model.
+
+    Raises:
+        InputError: it is PEFT's own VeRA, or has more than vectors: rows of tokens, whole modules, biases; or its
+            targets are a pattern.
+    """
+    if not isinstance(config, QveraConfig):
+        raise InputError(
+            f"{directory}: is an adapter of PEFT's VeRA; many on one model have to be {PEFT_TYPE} adapters."
+        )
+    require_tokens(config, directory, None)  # many adapters would each want rows of their own
+    if config.modules_to_save or config.bias != "none":
+        raise InputError(
+            f"{directory}: has trained modules or biases beside its vectors; load it alone (load_adapter)."
+        )
+    if isinstance(config.target_modules, str):
+        raise InputError(f"{directory}: its targets are a pattern, not names; many adapters need names.")
+    return config
 
 
 def add_adapter(base: Base, name: str, config: QveraConfig) -> PeftModel:

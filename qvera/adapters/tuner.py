@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from qvera.adapters.adapted_forward import layer_shape
+from qvera.adapters.bank import MixedForward, User
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers
 from qvera.adapters.methods import LinearSpec, Source, method_of
-from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import OwnProjection, SharedProjection, require_projection
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.model_config import head_size
@@ -21,9 +21,15 @@ from qvera.models.structure import beside_the_layers
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
+BASE = "__base__"
+"""PEFT's name for "no adapter" in ``adapter_names``."""
+
 
 class QveraModel(BaseTuner):
-    """Adapts the linears of a model; one pair A, B of a seed serves all layers and all adapters that draw theirs."""
+    """Adapts the linears of a model; one pair A, B of a seed serves all layers and all adapters that draw theirs.
+
+    ``banked`` has the adapters that `qvera.adapters.shared_model.load_adapters` has put into banks, by their names.
+    """
 
     uses_shared_state: bool = True
     prefix: str = "qvera_"
@@ -59,21 +65,16 @@ class QveraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        banks: list[SeedBank] = self.__dict__.get("banks", [])
-        known = {BASE, *self.peft_config}.union(*(bank.names for bank in banks))
-        unknown = sorted(set(adapter_names) - known)
+        banked: dict[str, User] = self.__dict__.get("banked", {})
+        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config, *banked})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         layers = adapted_layers(self)
-        rows = [name for name in adapter_names for _ in range(num_beams or 1)]
-        plan = plan_rows(rows, banks, layers[0].base_layer.weight.device)
-        try:
-            for layer in layers:
-                layer._row_forward = plan.forward
+        mixed = MixedForward(layers[0].base_layer.weight.device)
+        users = [None if name == BASE else banked.get(name, name) for name in adapter_names]
+        mixed.use([user for user in users for _ in range(num_beams or 1)])
+        with mixed.installed(layers):
             yield
-        finally:
-            for layer in layers:
-                layer._row_forward = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Check the targets and the projections of an adapter, draw the pair that it needs, then let PEFT put it in.

@@ -119,7 +119,7 @@ def generate(
         max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier, and so does the end of the
             model's positions (`position_limit`).
         temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
-        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.multi_adapter`);
+        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.shared_model`);
         ``__base__`` for none.
         static_cache: keys and values in tensors of a fixed size, with which transformers compiles a step and records
         it as a CUDA graph. That takes a minute for each new size of a batch, so it is for many long answers.

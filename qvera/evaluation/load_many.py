@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qvera.adapters import multi_adapter
 from qvera.adapters.files import adapter_file
+from qvera.adapters.shared_model import load_adapters
 from qvera.evaluation.load import OpenRun, find_target, open_target
 from qvera.evaluation.named_adapters import require_all_named
 
@@ -43,7 +43,7 @@ def open_adapters(path: Path, names: Sequence[str], progress: Callable[[int], No
     for name, config in configs.items():
         adapter_file.require_base(config, directories[name], facts["path"], facts.get("fingerprint"))
     keys = {name: str(number) for number, name in enumerate(directories)}
-    opened.model = multi_adapter.load_adapters(
+    opened.model = load_adapters(
         opened.base.model, {keys[name]: directory for name, directory in directories.items()}, progress
     )
     return OpenAdapters(opened, keys)

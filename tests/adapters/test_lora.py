@@ -16,8 +16,8 @@ from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.files.adapter_file import read_adapter
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.methods import LinearSpec, method_of
-from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.products import low_rank
+from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.deltas import read_deltas

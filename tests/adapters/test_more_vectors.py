@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, register
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.exporting.deltas import read_deltas

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.files.save_load import load_adapter, named_vectors, save_adapter
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.models import linear

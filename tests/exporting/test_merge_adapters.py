@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qvera.adapters import QveraLinear
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
@@ -26,6 +26,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
+from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
 
@@ -95,19 +96,17 @@ def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
         )  # nothing named, nothing on
 
 
-def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection, directories: dict[str, Path]) -> None:
+def test_adapters_of_one_shape_share_a_bank_and_those_of_one_seed_a_pair(
+    section: ModelSection, directories: dict[str, Path]
+) -> None:
     model = load_adapters(load_base(section).model, directories)
-    banks = model.base_model.banks
-    assert [(bank.seed, sorted(bank.names)) for bank in banks] == [
-        (0, ["a", "b", "few", "smaller"]),
-        (9, ["seed"]),
-        (0, ["pairs"]),
-        (0, ["halves"]),
-        (0, ["scaled"]),
-    ]
-    sizes = {(m.spec.name, m.out_features) for m in model.modules() if isinstance(m, QveraLinear)}
-    assert {(name, b.shape[2]) for name, (d, b, a) in banks[0].layers.items() if d.shape == (4, 8)} == sizes
-    assert sum("qvera" in name for name, _ in model.named_parameters()) == 2 * 2 * 14  # one unchanged adapter a seed
+    users = model.base_model.banked
+    assert sorted(users) == sorted(directories)
+    assert users["a"][0] is users["b"][0]
+    assert len({id(bank) for bank, _ in users.values()}) == len(directories) - 1
+    for name, (bank, slot) in users.items():
+        taken = bank.take(slot)
+        assert all(torch.equal(taken[key], v) for key, v in load_file(directories[name] / ADAPTER_WEIGHTS).items())
     pairs = {id(p) for m in model.modules() if isinstance(m, QveraLinear) for p in m.qvera_projection.values()}
     assert len(pairs) == 2
 
@@ -166,7 +165,7 @@ def test_what_is_no_qvera_adapter_is_refused(
         load_adapters(load_base(section).model, {"x": tmp_path / "x"})
     other = small_llama(intermediate_size=128).to(torch.float32)
     save_adapter(attach(other, AdapterSection(rank=8), "other"), tmp_path / "other")
-    with pytest.raises(InputError, match="this model and its config need"):
+    with pytest.raises(InputError, match="this base and the adapter's config need"):
         load_adapters(load_base(section).model, {"a": directories["a"], "other": tmp_path / "other"})
 
 

@@ -18,8 +18,8 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import attach
-from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection
 from qvera.models.attention import open_mask
 from qvera.models.checkpointing import enable_checkpointing
@@ -86,7 +86,7 @@ def layer_kernels(
     """Name → launches of one decoder layer, forward and backward, on a batch of one row of ``tokens`` (above 1,536).
 
     With ``checkpointing`` the layer's recomputation is counted too. With several ``adapters`` the tokens are those of
-    as many rows in one sequence, each of an adapter of its own (`TrainingBank`).
+    as many rows in one sequence, each of an adapter of its own (`AdapterBank`).
     """
     passes = [_one_pass(fake, prepare(fake.model(shape, layers)), tokens, checkpointing, adapters) for layers in (1, 2)]
     counts = per_layer(passes[1], passes[0])
@@ -104,7 +104,7 @@ def _inputs(model: Any, tokens: int, adapters: int) -> Iterator[dict[str, Any]]:
         return
     ends = torch.empty(adapters + 1, dtype=torch.int32, device=ids.device)
     lengths = [tokens // adapters] * adapters
-    with TrainingBank(model, adapters).rows(range(adapters), lengths):
+    with AdapterBank(model, adapters).rows(range(adapters), lengths):
         yield {
             "input_ids": ids,
             "position_ids": ids,

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.files.save_load import named_vectors
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate
 from qvera.exporting.deltas import read_deltas

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.cli.serve import _start_engine
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
 from qvera.evaluation.generate import generate

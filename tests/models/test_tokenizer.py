@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, parse_recipe

@@ -169,7 +169,7 @@ class _WithMagnitude(Vera):
 
     def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
         """bias + f ⊙ (W x + ΔW x) with f = m / ‖W + ΔW‖, which is 1 for a fresh adapter."""
-        if layer._row_forward is None and len(layer.active_names()) > 1:
+        if layer.mixed is None and len(layer.active_names()) > 1:
             raise ValueError(f"{adapter_name} scales the rows of W + ΔW and can't be active together with others.")
         factors = layer.parts(adapter_name)
         assert factors.magnitude is not None

@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import new_config, save_adapter, start_from
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
-from qvera.adapters.training_bank import TrainingBank
 from qvera.models import linear
 from qvera.models.attention import implementation_on
 from qvera.models.checkpointing import enable_checkpointing
@@ -76,7 +76,7 @@ class OnlineTrainer:
     """
 
     model: PeftModel
-    bank: TrainingBank
+    bank: AdapterBank
     adamw: BankAdamW
 
     def __init__(self, base: Base, recipe: Recipe, slots: int) -> None:
@@ -235,7 +235,7 @@ class OnlineTrainer:
             for layer in adapted_layers(self.model):
                 if layer.carries(ADAPTER):
                     layer.set_adapter([ADAPTER])  # what its method trains gets gradients
-            self.bank = TrainingBank(self.model, self.slots, ADAPTER)
+            self.bank = AdapterBank(self.model, self.slots, ADAPTER)
         self.adamw = BankAdamW(self.bank, self.recipe.training)
         mode = self.recipe.training.gradient_checkpointing
         enable_checkpointing(self.model, True if mode == "auto" else mode, by_tiles=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from qvera.adapters.training_bank import TrainingBank
+    from qvera.adapters.bank import AdapterBank
     from qvera.config.schema import TrainingSection
 
 _BLOCK_NUMBERS = 2**22
@@ -17,14 +17,14 @@ _BLOCK_NUMBERS = 2**22
 
 
 class BankAdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the rows of a `TrainingBank`.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the rows of a `AdapterBank`.
 
     Attributes:
         first, second: the moments, fp32 [slots, trained_numbers].
         steps: how many steps each slot's adapter has taken.
     """
 
-    def __init__(self, bank: TrainingBank, section: TrainingSection) -> None:
+    def __init__(self, bank: AdapterBank, section: TrainingSection) -> None:
         self.bank = bank
         self.betas = section.adam_beta1, section.adam_beta2
         self.epsilon, self.weight_decay = section.adam_epsilon, section.weight_decay

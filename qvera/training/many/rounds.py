@@ -27,7 +27,7 @@ from qvera.utils.out_of_memory import Shortage, each_in_halves, or_shortage
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from qvera.adapters.training_bank import TrainingBank
+    from qvera.adapters.bank import AdapterBank
     from qvera.config.schema import TrainingSection
     from qvera.data import Rows
     from qvera.training.many.optimizer import BankAdamW
@@ -39,7 +39,7 @@ class Passes(Protocol):
 
     model: PeftModel
     device: torch.device
-    bank: TrainingBank
+    bank: AdapterBank
     adamw: BankAdamW
 
     def pass_nll(

@@ -25,7 +25,7 @@ from qvera.utils.files import plain_json
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
-    from qvera.adapters.training_bank import TrainingBank
+    from qvera.adapters.bank import AdapterBank
     from qvera.models.loader import Base
     from qvera.training.many.online_job import OnlineJob
     from qvera.training.many.optimizer import BankAdamW
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "1"
 
 
-def save_run(file: Path, run: OnlineJob, bank: TrainingBank, adamw: BankAdamW, base: Base) -> None:
+def save_run(file: Path, run: OnlineJob, bank: AdapterBank, adamw: BankAdamW, base: Base) -> None:
     """Write the state of an adapter in flight; after a kill the file is the new one or the old one.
 
     Raises:
@@ -106,7 +106,7 @@ class SavedRun:
                 raise InputError(f"{file}: has another {key} than {run.id}. Give the file of this job, or begin anew.")
         return found
 
-    def put_into(self, run: OnlineJob, bank: TrainingBank, adamw: BankAdamW) -> None:
+    def put_into(self, run: OnlineJob, bank: AdapterBank, adamw: BankAdamW) -> None:
         """Let a job in flight go on from here."""
         slot = run.held_slot
         bank.vectors[slot].copy_(self.tensors["vectors"])

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qvera.adapters import hold_training_weights
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import save_adapter
-from qvera.adapters.training_bank import TrainingBank
 from qvera.data import Example
 from qvera.distributed.group import ALONE, for_all
 from qvera.models.checkpointing import enable_checkpointing
@@ -98,7 +98,7 @@ class ManyTrainer(Run):
                 slots = min(slots, self.plan.slots)
         else:
             slots = self.found.state["slots"]
-        self.bank = TrainingBank(self.model, slots)
+        self.bank = AdapterBank(self.model, slots)
         self.adamw = BankAdamW(self.bank, self.recipe.training)
 
     def setup(self) -> None:

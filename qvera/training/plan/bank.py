@@ -63,7 +63,7 @@ def with_fitting_slots(run: PlannedRun, needed_bytes: int) -> PlannedRun:
 
 
 def row_bytes(run: PlannedRun, x: Linear) -> int:
-    """What autograd keeps of one linear for the adapters of a pass, in fp32 (`qvera.adapters.products.row_vectors`)."""
+    """What autograd keeps of one linear for the adapters of a pass, in fp32 (`qvera.adapters.products.slots`)."""
     numbers = run.rank + run.recipe.adapter.b_groups * x.m + (x.n if run.recipe.adapter.input_scale else 0)
     return 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * numbers
 

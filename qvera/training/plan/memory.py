@@ -198,7 +198,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
 
 
 def _vectors(run: PlannedRun, trained: list[int]) -> tuple[Component, ...]:
-    """Vectors, gradients and optimizer state: of one adapter, or of those in flight together (`TrainingBank`)."""
+    """Vectors, gradients and optimizer state: of one adapter, or of those in flight together (`AdapterBank`)."""
     if run.slots:
         # and the ordinary adapter that the model has, and what every adapter begins with
         bank = run.slots * slot_bytes(run) + 2 * run.vector_bytes

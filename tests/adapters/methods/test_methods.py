@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import method_of
-from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, Recipe, parse_recipe

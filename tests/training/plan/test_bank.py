@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvera.adapters.training_bank import TrainingBank
+from qvera.adapters.bank import AdapterBank
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets, collate_prefix_once
 from qvera.data.collate import Joined, pad_batch
@@ -135,7 +135,7 @@ def test_the_peak_of_a_pass_with_many_adapters_is_the_plan_s(more: str, case: in
     machine = Machine("test", "cpu", dtype, False, 10**12)
     memory = plan_memory(PlannedRun(shape_of(small_llama(**changes)), made, of, machine, slots=2))
     model = live.tiny(made.replace(training=made.training.replace(gradient_checkpointing=False)), dtype, **changes)
-    bank = TrainingBank(model, 2)
+    bank = AdapterBank(model, 2)
     enable_checkpointing(model, checkpointing, by_tiles=False)
     with bank.rows([i % 2 for i in range(rows)], [tokens] * rows):
         if not checkpointing:
@@ -159,7 +159,7 @@ def test_the_peak_of_a_joined_pass_is_the_plan_s(more: str, dtype: torch.dtype, 
     memory = plan_memory(PlannedRun(shape_of(small_llama(**BIG)), made, of, machine, slots=2))
     plain = made.replace(training=made.training.replace(gradient_checkpointing=False))
     model = live.tiny(plain, dtype, attn_implementation=VARLEN, **BIG)
-    bank = TrainingBank(model, 2)
+    bank = AdapterBank(model, 2)
     enable_checkpointing(model, checkpointing, by_tiles=False)
     inputs = collate_prefix_once(rows, packing=True, joined=Joined.ROWS)
     assert inputs is not None

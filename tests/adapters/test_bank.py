@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection, TrainingSection
 from qvera.data import Example
 from qvera.models.attention import VARLEN
@@ -37,7 +37,7 @@ def _rows() -> list[Example]:
 
 
 @contextlib.contextmanager
-def _pass(model: PeftModel, bank: TrainingBank, slots: Sequence[int], joined: bool) -> Iterator[dict[str, Any]]:
+def _pass(model: PeftModel, bank: AdapterBank, slots: Sequence[int], joined: bool) -> Iterator[dict[str, Any]]:
     """The rows as a batch, padded or as one sequence, within the bank's context."""
     causal_model(model).set_attn_implementation(VARLEN if joined else "sdpa")
     batch = make_batch(model, _rows(), 0, whole_rows=True, prefix_once=False)
@@ -77,7 +77,7 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
         alone.append({k: v.grad.clone() for k, v in named_vectors(model).items() if v.grad is not None})
         for i in mine:
             losses[i] = batch_nll(model, make_batch(model, [rows[i]], 0), 4)[0].detach()
-    bank = TrainingBank(model, 3)
+    bank = AdapterBank(model, 3)
     for slot in range(3):
         bank.put(slot, vectors[slot])
     enable_checkpointing(model, checkpointing)
@@ -106,7 +106,7 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
     (nll / tokens).backward()
     expected = {key: vector.grad.clone() for key, vector in ordinary.items() if vector.grad is not None}
     model.zero_grad()
-    bank = TrainingBank(model, 2)
+    bank = AdapterBank(model, 2)
     bank.put(1, vectors)
     weights = torch.full((len(rows),), 1 / tokens)
     for times in (1, 2):  # gradients are added up
@@ -124,7 +124,7 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
 def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are(joined: bool) -> None:
     model = _model()
     vectors = [_vectors(model, seed) for seed in range(3)]
-    bank = TrainingBank(model, 3)
+    bank = AdapterBank(model, 3)
     weights = torch.full((len(SLOTS),), 0.1)
     found = []
     for broken in (False, True):
@@ -144,7 +144,7 @@ def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are(joined: boo
 def test_the_optimizer_of_a_bank_is_torchs_adamw_for_each_adapter() -> None:
     """Adapters begin at different steps, have different rates, and one of them is broken once."""
     model = _model()
-    bank = TrainingBank(model, 3)
+    bank = AdapterBank(model, 3)
     section = TrainingSection.model_validate({"output_dir": "x", "weight_decay": 0.03, "max_grad_norm": 0.5})
     optimizer = BankAdamW(bank, section)
     alone = [torch.nn.Parameter(bank.initial.clone()) for _ in range(3)]
@@ -176,7 +176,7 @@ def test_the_optimizer_of_a_bank_is_torchs_adamw_for_each_adapter() -> None:
 def test_what_is_put_into_a_slot_comes_out_again() -> None:
     model = _model()
     vectors = _vectors(model, 4)
-    bank = TrainingBank(model, 2)
+    bank = AdapterBank(model, 2)
     bank.put(1, vectors)
     assert all(torch.equal(tensor, vectors[key]) for key, tensor in bank.take(1).items())
     bank.start(1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qvera.adapters.products.row_vectors import TokenSlots, expand_rows, scale_rows
+from qvera.adapters.products.slots import TokenSlots, expand_slots, scale_slots
 from tests.adapters.helpers import relative
 
 ROWS, IN, OUT, RANK = 4, 7, 11, 6
@@ -65,7 +65,7 @@ def test_every_token_gets_the_product_and_every_vector_the_gradient_of_its_row(
         _drawn((rows, *[groups][:groups], OUT), vectors, 3),
     ]
     base, z, d, b = inputs
-    found, expected = expand_rows(base, z, d, b, B, 0.7, tokens), _plain(base, z, d, b, B, 0.7, index)
+    found, expected = expand_slots(base, z, d, b, B, 0.7, tokens), _plain(base, z, d, b, B, 0.7, index)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(4)).to(base_dtype)
     found_gradients = torch.autograd.grad(found, inputs, g)
     tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
@@ -80,7 +80,7 @@ def test_every_token_gets_the_product_and_every_vector_the_gradient_of_its_row(
 def test_every_token_is_scaled_with_the_vector_of_its_row(layout: str, dtype: torch.dtype) -> None:
     tokens, index, front, rows = _layout(layout)
     x, a = _drawn((*front, IN), dtype, 0), _drawn((rows, IN), torch.promote_types(dtype, torch.float32), 1)
-    found, expected = scale_rows(x, a, tokens), x.double() * a.double()[index].view(x.shape)
+    found, expected = scale_slots(x, a, tokens), x.double() * a.double()[index].view(x.shape)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     pairs = zip(
         (found, *torch.autograd.grad(found, (x, a), g)),
@@ -97,8 +97,8 @@ def test_gradients_of_the_row_product_in_float64(layout: str, groups: int) -> No
     shapes = ((*front, 5), (*front, 4), (rows, 4), (rows, groups, 5))
     inputs = [_drawn(shape, torch.float64, seed) for seed, shape in enumerate(shapes)]
     B = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    assert torch.autograd.gradcheck(lambda base, z, d, b: expand_rows(base, z, d, b, B, 1.3, tokens), inputs)
-    assert torch.autograd.gradcheck(lambda x, a: scale_rows(x, a, tokens), (inputs[1], inputs[2]))
+    assert torch.autograd.gradcheck(lambda base, z, d, b: expand_slots(base, z, d, b, B, 1.3, tokens), inputs)
+    assert torch.autograd.gradcheck(lambda x, a: scale_slots(x, a, tokens), (inputs[1], inputs[2]))
 
 
 @pytest.mark.parametrize("layout", ["padded", "joined", "scattered"])
@@ -117,7 +117,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(layou
             else:
                 inputs[2][~others] = inputs[3][~others] = value
         base, z, d, b = (t.requires_grad_() for t in inputs)
-        y = expand_rows(base, scale_rows(z, d, tokens), d, b, B, 0.7, tokens)
+        y = expand_slots(base, scale_slots(z, d, tokens), d, b, B, 0.7, tokens)
         gradients = torch.autograd.grad(y.square().sum(), (base, z, d, b))
         kept = (others_tokens, others_tokens, others, others)
         results.append([y[others_tokens], *(g[keep] for g, keep in zip(gradients, kept, strict=True))])
@@ -133,5 +133,5 @@ def test_many_tokens_are_added_up_in_fp32(alone: bool) -> None:
     tokens = None if alone else TokenSlots(torch.zeros(count, dtype=torch.int64), 1)
     z = torch.ones(1, count, 1, dtype=torch.bfloat16)
     d, b = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True)
-    y = expand_rows(torch.zeros_like(z), z, d, b, torch.ones(1, 1), 1.0, tokens)
+    y = expand_slots(torch.zeros_like(z), z, d, b, torch.ones(1, 1), 1.0, tokens)
     assert [g.item() for g in torch.autograd.grad(y.sum(), (d, b))] == [count, count]

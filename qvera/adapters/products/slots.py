@@ -82,7 +82,7 @@ def _outward(
     return total
 
 
-class _ExpandRows(torch.autograd.Function):
+class _ExpandSlots(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: AutogradContext,
@@ -122,7 +122,7 @@ class _ExpandRows(torch.autograd.Function):
         return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 
 
-def expand_rows(
+def expand_slots(
     base: torch.Tensor,
     z: torch.Tensor,
     d: torch.Tensor,
@@ -147,10 +147,10 @@ def expand_rows(
         as they are, forward and backward. Sums over tokens are taken in the dtype of the vectors.
     """
     grouped = b if b.dim() == 3 else b.unsqueeze(1)
-    return _ExpandRows.apply(base, z, d, grouped, B, scale, tokens)
+    return _ExpandSlots.apply(base, z, d, grouped, B, scale, tokens)
 
 
-class _ScaleRows(torch.autograd.Function):
+class _ScaleSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
         ctx.save_for_backward(x, a)
@@ -167,9 +167,9 @@ class _ScaleRows(torch.autograd.Function):
         return _scaled(h, a, tokens) if need_x else None, grad_a, None
 
 
-def scale_rows(x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
+def scale_slots(x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
     """diag(a_i) x_i for each row: [..., n] of T tokens and [R, n] give [..., n] in x's dtype.
 
-    Differentiable once in both. ``tokens``: see `expand_rows`.
+    Differentiable once in both. ``tokens``: see `expand_slots`.
     """
-    return _ScaleRows.apply(x, a, tokens)
+    return _ScaleSlots.apply(x, a, tokens)
