@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from qvera.adapters.files.save_load import rate_factors
+from qvera.adapters.hooks import SCHEDULES, TrainingHook
 from qvera.adapters.methods import method_of
-from qvera.adapters.stepping.step_hook import StepHooks
 from qvera.data import Batches, Rows, lengths_of
 from qvera.data.sampler import random_order
 from qvera.evaluation import held_out
-from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.optim import build_optimizer
 from qvera.utils.errors import NotFinite
@@ -48,18 +46,15 @@ def _adapted(session: TrainingSession, name: str, rows: Rows) -> dict[str, Any]:
     query = query[: data.eval_limit]
     rate = training.adapt_learning_rate or training.learning_rate
     trained = {name: vector.detach().clone() for name, vector in vectors.items()}
-    inner = copy.copy(session)  # the same model, stepped on other rows
-    inner.datasets = dataclasses.replace(session.datasets, train=support, eval=query)
-    inner.state, inner.hooks = TrainState(), StepHooks()
     size = min(training.global_batch_size, len(support))
     pass_rows = min(training.per_device_train_batch_size, session.batches.pass_rows)
     pack_tokens = session.batches.pack_tokens
-    inner.batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
+    batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
     adapting = recipe.replace(training=training.replace(learning_rate=rate))
     own = method_of(recipe.adapter).optimizer(session.model, adapting)
-    inner.optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(session.model, recipe))
-    inner.schedule, inner.steps = LambdaLR(inner.optimizer, lambda _: 1.0), training.adapt_steps
-    inner.engine = inner.make_engine()
+    optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(session.model, recipe))
+    datasets = dataclasses.replace(session.datasets, train=support, eval=query)
+    inner = session.branch(datasets, batches, optimizer, LambdaLR(optimizer, lambda _: 1.0))
     after: float | None = None
     try:
         before = _query_loss(inner)
@@ -91,3 +86,15 @@ def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
 def _query_loss(session: TrainingSession) -> float:
     with held_out.scoring(session.model):
         return session.held_out_loss()["loss"]
+
+
+class AdaptHook(TrainingHook):
+    """`adapt_to_held_out_tasks` at the end of a run."""
+
+    def finish(self, training: TrainingSession) -> dict[str, Any]:
+        """See `TrainingHook.finish`."""
+        found = adapt_to_held_out_tasks(training)
+        return {"adaptation": found} if found else {}
+
+
+SCHEDULES["adapt"] = lambda training: AdaptHook() if training.recipe.training.adapt_steps else None

@@ -128,7 +128,7 @@ def save(
         vectors: by their names in the adapter file.
         state: JSON values for state.json.
         random: generator states of all ranks (`random_state`); default: this process's.
-        hooks: the state of the step hooks, tensors and JSON values (`StepHooks.state_dict`).
+        hooks: the state of the step hooks, tensors and JSON values (`TrainingHooks.state_dict`).
 
     Raises:
         RunFailed: the disk is full or read-only; earlier checkpoints are kept.

@@ -8,28 +8,25 @@ many linears at a time as a quarter of the free memory holds, each time in one p
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from qvera.adapters.hooks import SCHEDULES, TrainingHook
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import method_of
 from qvera.adapters.products.weight_gradients import collected
 from qvera.adapters.projection import forget_inputs
 from qvera.models.loader import causal_model
-from qvera.training.failures import longest_batch_error
 from qvera.training.optim import current_rate
 from qvera.utils import memory
 from qvera.utils.errors import RunFailed
-from qvera.utils.out_of_memory import Shortage, or_shortage
 from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
-    from qvera.data import Batches, Example
+    from qvera.data import Batches
     from qvera.training.session import TrainingSession
 
 _SHARE_OF_FREE_MEMORY = 4
@@ -45,7 +42,6 @@ def start_from_gradient(session: TrainingSession) -> None:
     section, group = session.recipe.adapter, session.group
     layers = {name: m for name, m in session.model.named_modules() if isinstance(m, QveraLinear)}
     rows = _first_rows(session.batches, max(session.steps, session.batches.per_epoch), section.gradient_rows)
-    batches = copy.copy(session.batches)  # passes that are halved here are not those of the steps
     method, rate = method_of(section), current_rate(session.schedule)
     parts = _parts(layers, memory.available_bytes(session.device) // _SHARE_OF_FREE_MEMORY)
     with status_line(session.console, "Gradient of the first rows") as update, _base_alone(session.model, layers):
@@ -54,9 +50,7 @@ def start_from_gradient(session: TrainingSession) -> None:
             def show(share: float, number: int = number) -> None:
                 update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
 
-            gradients = _gradients(
-                session, {name: layer.base_layer for name, layer in part.items()}, batches, rows, show
-            )
+            gradients = _gradients(session, {name: layer.base_layer for name, layer in part.items()}, rows, show)
             for name, layer in part.items():
                 gradient = gradients.pop(name)
                 group.all_reduce([gradient])
@@ -71,18 +65,10 @@ def start_from_gradient(session: TrainingSession) -> None:
 
 
 def _gradients(
-    session: TrainingSession,
-    linears: dict[str, nn.Module],
-    batches: Batches,
-    rows: list[int],
-    show: Callable[[float], None],
+    session: TrainingSession, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
 ) -> dict[str, torch.Tensor]:
-    """The sums of these linears' gradients over this rank's rows. Where memory runs out, passes are halved.
-
-    Raises:
-        InputError: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row.
-    """
-    group, train = session.group, session.datasets.train
+    """The sums of these linears' gradients over this rank's rows."""
+    train = session.datasets.train
 
     def in_passes(passes: list[list[int]]) -> dict[str, torch.Tensor]:
         with collected(causal_model(session.model), linears) as gradients:
@@ -92,23 +78,7 @@ def _gradients(
                     session.nll([train[i] for i in micro])[0].backward()
         return gradients
 
-    while True:
-        passes = batches.passes(rows, group.rank, group.world_size)
-        found = or_shortage(functools.partial(in_passes, passes), session.device)
-        forget_inputs(session.model)
-        short = [one for one in group.gather(str(found) if isinstance(found, Shortage) else None) if one is not None]
-        if not isinstance(found, Shortage) and not short:
-            return found
-        largest = [train[i] for i in max(passes, key=len)]
-        most, tokens = (max(sizes) for sizes in zip(*group.gather([len(largest), _tokens(largest)]), strict=True))
-        if session.recipe.training.on_oom == "save" or most == 1:
-            raise longest_batch_error(session.recipe, session.plan, bool(session.checkpointing), largest)
-        session.warn(f"The gradient of the first rows does not fit into memory ({short[0]}): its passes are halved.")
-        batches.limit((tokens if session.recipe.data.packing else most) // 2)
-
-
-def _tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in examples)
+    return session.over_passes(rows, in_passes, "The gradient of the first rows")
 
 
 def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
@@ -154,3 +124,19 @@ def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[No
             vector.requires_grad_(requires_grad)
         model.train(was_training)
         forget_inputs(model)
+
+
+class FirstGradientHook(TrainingHook):
+    """`start_from_gradient` before the first step."""
+
+    def start(self, training: TrainingSession) -> None:
+        """See `TrainingHook.start`."""
+        start_from_gradient(training)
+
+
+def _hook(training: Any) -> FirstGradientHook | None:
+    section = training.recipe.adapter
+    return FirstGradientHook() if method_of(section).starts_from_gradient and section.init_from is None else None
+
+
+SCHEDULES["first_gradient"] = _hook

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qvera.adapters.factors import Factors
+from qvera.adapters.hooks import SCHEDULES, TrainingHook
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.stepping.step_hook import StepHook
 from qvera.config.schema.adapter import MOST_RANK
 from qvera.data import planned_steps
 from qvera.training.momentum import carried_share
@@ -49,7 +49,7 @@ def with_phases(recipe: Recipe, phases: int) -> Recipe:
     )
 
 
-class ResampleHook(StepHook):
+class ResampleHook(TrainingHook):
     """Begins a phase every ``every`` steps; which one a step is in is a function of the step.
 
     A new phase begins with b = 0 and d = d_initial, and without optimizer state, or with what `move_state` makes of it.
@@ -67,18 +67,18 @@ class ResampleHook(StepHook):
         return {"phase": self.config.current_phase}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `StepHook.load_state_dict`."""
+        """See `TrainingHook.load_state_dict`."""
         self._enter(state.get("phase", 0))
 
     def _enter(self, phase: int) -> None:
         self.config.current_phase = min(phase, len(self.config.seed_chain or ()) - 1)
 
     def before_step(self, step: int) -> None:
-        """See `StepHook.before_step`."""
+        """See `TrainingHook.before_step`."""
         self._enter((step - 1) // self.every)
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """See `StepHook.after_step`."""
+        """See `TrainingHook.after_step`."""
         before = self.config.current_phase
         self._enter(step // self.every)
         if self.config.current_phase == before:
@@ -115,3 +115,12 @@ def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.O
         momentum[phase] = share.to(momentum.dtype) * momentum[phase - 1] if name == "qvera_b" else 0.0
         momentum[phase - 1] = 0.0
         squares[phase] = squares[phase - 1]
+
+
+def _hook(training: Any) -> ResampleHook | None:
+    if not training.model.peft_config["default"].seed_chain:
+        return None
+    return ResampleHook(training.model, training.optimizer, training.recipe.training)
+
+
+SCHEDULES["resample"] = _hook

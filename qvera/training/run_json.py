@@ -41,7 +41,7 @@ def add_result(
     status: str,
     after: dict[str, Any] | None,
     samples: Sequence[dict[str, Any]],
-    adaptation: Sequence[dict[str, Any]] = (),
+    extra: dict[str, Any],
 ) -> None:
     """Add what came out of a run to its run.json. All ranks call this together.
 
@@ -50,7 +50,7 @@ def add_result(
         status: ``done``, ``interrupted`` or ``failed``.
         after: the scores after training, as `Trainer.score` returns them.
         samples: the answers after training.
-        adaptation: what `adapt.adapt_to_held_out_tasks` found.
+        extra: what the hooks add to the result.
     """
     state = session.state
     run["status"] = status
@@ -69,7 +69,7 @@ def add_result(
         "seconds": state.train_seconds,
         "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
         **measurements(run, session),
-        **({"adaptation": list(adaptation)} if adaptation else {}),
+        **extra,
     }
     run["samples"] = [
         {**before, "after": after["answer"]}

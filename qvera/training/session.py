@@ -6,23 +6,34 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import attach, check_start, rate_factors
+from qvera.adapters.hooks import SCHEDULES, TrainingHook, TrainingHooks
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import Recipe
-from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, lengths_of, print_preflight
+from qvera.data import (
+    Batches,
+    Datasets,
+    Example,
+    batches_of,
+    build_datasets,
+    data_warnings,
+    lengths_of,
+    print_preflight,
+)
 from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of
@@ -34,10 +45,10 @@ from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtyp
 from qvera.models.positions import require_positions
 from qvera.models.processor import load_processor
 from qvera.tasks import task_of
+from qvera.training import adapt, bilevel, first_gradient, resample  # noqa: F401  # they put their schedules into SCHEDULES
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
-from qvera.training.first_gradient import start_from_gradient
 from qvera.training.optim import build_optimizer, build_scaler, require_all_stepped
 from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
 from qvera.training.plan.shape import NotPlannable
@@ -47,15 +58,16 @@ from qvera.training.rank_checks import check_disk_space, check_same_data, check_
 from qvera.training.resample import phase_count
 from qvera.training.run_dir import inputs_of
 from qvera.training.step import StepAttempt
-from qvera.training.step_hooks import build_hooks
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import is_out_of_memory
+from qvera.utils.out_of_memory import Shortage, is_out_of_memory, or_shortage
 from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
+
+T = TypeVar("T")
 
 
 class TrainingSession:
@@ -172,8 +184,14 @@ class TrainingSession:
         if own is not None:
             require_all_stepped(own, vectors, recipe)
         self.optimizer = own or build_optimizer(recipe.training, vectors, rate_factors(self.model, recipe))
-        steps = planned_steps(recipe, len(self.datasets.train))
-        self.hooks = build_hooks(recipe, self.model, self.optimizer, self.batches, steps, group)
+        self.steps = planned_steps(recipe, len(self.datasets.train))
+        hooks: dict[str, TrainingHook | None] = {
+            recipe.adapter.method: method_of(recipe.adapter).step_hook(
+                self.model, recipe, self.optimizer, self.steps, group
+            ),
+            **{name: make(self) for name, make in SCHEDULES.items()},
+        }
+        self.hooks = TrainingHooks({name: hook for name, hook in hooks.items() if hook is not None})
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:
         """Build what steps the vectors, and try the longest batch of ``steps`` steps once, before the first of them.
@@ -193,15 +211,11 @@ class TrainingSession:
     def prepare_model(self) -> None:
         """Gradient checkpointing, compilation and held weights, as recipe and plan say, before the first pass."""
         enable_checkpointing(self.model, self.checkpointing)
-        if self._starts_from_gradient():
-            start_from_gradient(self)
+        if self.state.step == 0:
+            self.hooks.start(self)
         if self.recipe.training.torch_compile:
             compile_layers(self.model)
         hold_training_weights(self.model, self.plan is not None and self.plan.holds_weights, self.builds_per_pass)
-
-    def _starts_from_gradient(self) -> bool:
-        section = self.recipe.adapter
-        return method_of(section).starts_from_gradient and self.state.step == 0 and section.init_from is None
 
     def make_engine(self) -> LocalEngine:
         """Plain torch, or DeepSpeed where the recipe asks for it."""
@@ -337,6 +351,45 @@ class TrainingSession:
     ) -> tuple[torch.Tensor, int]:
         """Summed loss of the rows' targets, and how many there are (`qvera.tasks.Task.loss`)."""
         return self.task.loss(self.model, rows, self.datasets, self.recipe, core, expected_grad)
+
+    def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:
+        """What ``do`` makes of this rank's passes over training rows; all ranks call it together.
+
+        Where memory runs out on one of them, all begin again with passes of half the size. Those of later steps stay as
+        they are.
+
+        Args:
+            do: called with the passes; it undoes nothing, what it returned before is dropped.
+            what: for the warning, as ``The gradient of the first rows``.
+
+        Raises:
+            InputError: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row.
+        """
+        group, train, batches = self.group, self.datasets.train, copy.copy(self.batches)
+        while True:
+            passes = batches.passes(rows, group.rank, group.world_size)
+            result = or_shortage(functools.partial(do, passes), self.device)
+            forget_inputs(self.model)
+            short = [text for text in group.gather(str(result) if isinstance(result, Shortage) else None) if text]
+            if not isinstance(result, Shortage) and not short:
+                return result
+            largest = [train[i] for i in max(passes, key=len)]
+            sizes = group.gather([len(largest), sum(len(example.input_ids) for example in largest)])
+            most, tokens = (max(each) for each in zip(*sizes, strict=True))
+            if self.recipe.training.on_oom == "save" or most == 1:
+                raise longest_batch_error(self.recipe, self.plan, bool(self.checkpointing), largest)
+            self.warn(f"{what} does not fit into memory ({short[0]}): its passes are halved.")
+            batches.limit((tokens if self.recipe.data.packing else most) // 2)
+
+    def branch(
+        self, datasets: Datasets, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LRScheduler
+    ) -> TrainingSession:
+        """A training of the same model on other rows, without hooks, from step 0; this one's state stays as it is."""
+        other = copy.copy(self)
+        other.datasets, other.batches, other.optimizer, other.schedule = datasets, batches, optimizer, schedule
+        other.state, other.hooks = TrainState(), TrainingHooks()
+        other.engine = other.make_engine()
+        return other
 
     def held_out_loss(self) -> dict[str, Any]:
         """Loss and scores of all held-out rows, the very same values on all ranks."""

@@ -82,6 +82,7 @@ class StepAttempt:
             "memory_bytes": memory.memory_bytes(session.device),
             "peak_bytes": session.watch.peak_bytes,
             **session.task.take_metrics(group),
+            **session.hooks.metrics(),
         }
 
     def _accumulate(self) -> list[float]:

@@ -20,7 +20,6 @@ from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
 from qvera.evaluation import held_out
 from qvera.training import checkpoint
-from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
@@ -110,7 +109,7 @@ class Trainer(Run):
         training, state = self.recipe.training, self.state
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
-        adaptation: list[dict[str, Any]] = []
+        extra: dict[str, Any] = {}
         with self.signals, self.trackers:
             if state.before is None and self.datasets.eval:
                 state.before, state.samples_before = self.score("Before training")
@@ -147,13 +146,12 @@ class Trainer(Run):
             try:
                 if self.datasets.eval:
                     after, samples = self.score("After training")
-                if training.adapt_steps:
-                    adaptation = adapt_to_held_out_tasks(self)
+                extra = self.hooks.finish(self)
             except OutOfMemory as error:
                 raise self.end(error) from None
             if after is not None and not has_finite_loss(after):
                 self._refuse_adapter(after)
-        self.finish("done", after, samples, adaptation)
+        self.finish("done", after, samples, extra)
         return RunResult(self.run_dir, self.run) if self.group.first else None
 
     def _refuse_adapter(self, after: dict[str, Any]) -> None:
@@ -334,11 +332,11 @@ class Trainer(Run):
         status: str,
         after: dict[str, Any] | None = None,
         samples: Sequence[dict[str, Any]] = (),
-        adaptation: Sequence[dict[str, Any]] = (),
+        extra: dict[str, Any] | None = None,
     ) -> None:
-        """Write run.json and the report.
+        """Write run.json and the report. ``extra``: what the hooks add to the result.
 
         The ranks wait for it: a launcher that sees one leave with 75 ends the others.
         """
-        add_result(self.run, self, status, after, samples, adaptation)
+        add_result(self.run, self, status, after, samples, extra or {})
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))

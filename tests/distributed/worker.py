@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvera.adapters.stepping.step_hook import StepHook, StepHooks
+from qvera.adapters.hooks import SCHEDULES, TrainingHook
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero_params
@@ -27,13 +27,13 @@ from qvera.distributed.heartbeat import end_if_stuck
 from qvera.distributed.init import in_group
 from qvera.models import quantization
 from qvera.models.loader import causal_model
-from qvera.training import session, trainer
+from qvera.training import trainer
 from qvera.training.optim import optimizer_bytes
 from qvera.training.trainer import Trainer
 from qvera.utils.errors import QveraError
 
 
-class Recorder(StepHook):
+class Recorder(TrainingHook):
     """Notes every call, and in its state, as a number and as a tensor, the last step that was taken."""
 
     def __init__(self) -> None:
@@ -78,8 +78,7 @@ class Watch:
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
-        self.build_hooks = session.build_hooks
-        session.build_hooks = lambda *_: StepHooks({"recorder": self.recorder})  # type: ignore[assignment]
+        SCHEDULES["recorder"] = lambda _: self.recorder
         nll = self.nll = Trainer.nll
 
         def watched_nll(trainer: Trainer, rows: Any, *rest: Any) -> Any:
@@ -139,7 +138,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
-        session.build_hooks = self.build_hooks  # type: ignore[assignment]
+        del SCHEDULES["recorder"]
         Trainer.nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:

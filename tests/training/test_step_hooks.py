@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from qvera.adapters.files.save_load import named_vectors
-from qvera.adapters.stepping.step_hook import StepHook, StepHooks
-from qvera.training import session
+from qvera.adapters.hooks import SCHEDULES, TrainingHook, TrainingHooks
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from tests.training.test_trainer import cut_off, losses, same, vectors
@@ -18,7 +17,7 @@ from tests.training.test_trainer import cut_off, losses, same, vectors
 pytestmark = pytest.mark.process
 
 
-class Pull(StepHook):
+class Pull(TrainingHook):
     """Pulls every b towards its mean over the steps, which it keeps, and counts the steps."""
 
     def __init__(self, model: Any) -> None:
@@ -51,11 +50,11 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> list[Pull]:
     """Every run of the test gets a `Pull`; they are collected here."""
     made: list[Pull] = []
 
-    def build(recipe: Any, model: Any, *_: Any) -> StepHooks:
-        made.append(Pull(model))
-        return StepHooks({"pull": made[-1]})
+    def pull(training: Any) -> TrainingHook:
+        made.append(Pull(training.model))
+        return made[-1]
 
-    monkeypatch.setattr(session, "build_hooks", build)
+    monkeypatch.setitem(SCHEDULES, "pull", pull)
     return made
 
 
@@ -87,7 +86,7 @@ def test_an_attempt_that_memory_did_not_suffice_for_is_begun_again(
 
 
 def test_hooks_keep_their_states_apart() -> None:
-    class Counter(StepHook):
+    class Counter(TrainingHook):
         count = 0
 
         def after_step(self, step: int, loss_scale: float = 1.0) -> None:
@@ -100,9 +99,9 @@ def test_hooks_keep_their_states_apart() -> None:
             self.count = state.get("count", -1)
 
     first, second = Counter(), Counter()
-    StepHooks({"first": first}).after_step(3)
-    saved = StepHooks({"first": first, "second": second}).state_dict()
+    TrainingHooks({"first": first}).after_step(3)
+    saved = TrainingHooks({"first": first, "second": second}).state_dict()
     assert saved == {"first/count": 3, "second/count": 0}
     loaded = Counter(), Counter()
-    StepHooks(dict(zip(("second", "third"), loaded, strict=True))).load_state_dict(saved)
+    TrainingHooks(dict(zip(("second", "third"), loaded, strict=True))).load_state_dict(saved)
     assert [one.count for one in loaded] == [0, -1]

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from qvera.adapters.adapted_forward import AdaptedForward
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.factors import Factors
+    from qvera.adapters.hooks import TrainingHook
     from qvera.adapters.layer import QveraLinear
     from qvera.adapters.projection import Pair
-    from qvera.adapters.stepping.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe
     from qvera.distributed.group import Group
 
@@ -256,7 +256,7 @@ class Method(ABC):
 
     def step_hook(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
-    ) -> StepHook | None:
+    ) -> TrainingHook | None:
         """What is done between optimizer steps; None: nothing.
 
         Args:

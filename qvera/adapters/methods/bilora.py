@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from qvera.adapters.factors import Factors
+from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator
 from qvera.adapters.products.functional import at_least_fp32
-from qvera.adapters.stepping.step_hook import StepHook
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ class Bilora(TrainedPair):
 
     def step_hook(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
-    ) -> StepHook | None:
+    ) -> TrainingHook | None:
         penalty = recipe.adapter.orthogonal_penalty
         return OrthogonalPenalty(model, penalty, optimizer) if penalty else None
 
 
-class OrthogonalPenalty(StepHook):
+class OrthogonalPenalty(TrainingHook):
     """Adds γ ‖M - I‖² of every trained P (M = PᵀP) and Q (M = QQᵀ) to what the optimizer minimizes.
 
     Its gradient, 4 γ (M - I) X, joins that of the loss after clipping, on every rank the same. A factor without a

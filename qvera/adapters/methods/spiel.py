@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods.base import LinearSpec, Method, Source
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.products.sparse import SparseChange, add_sparse, working_bytes
 from qvera.adapters.projection import Pair
 from qvera.adapters.stepping.reselection import Reselection, SparseLayer
 from qvera.adapters.stepping.sparse_optim import AgedAdamW, SparseSM3
-from qvera.adapters.stepping.step_hook import StepHook
 from qvera.config.schema import AdapterSection
 from qvera.distributed.group import Group
 from qvera.utils.errors import InputError
@@ -136,7 +136,7 @@ class Spiel(Method):
 
     def step_hook(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
-    ) -> StepHook:
+    ) -> TrainingHook:
         assert isinstance(optimizer, AgedAdamW | SparseSM3)
         section = recipe.adapter
         settings = section.reselect_every, section.accumulate_steps, section.drop_share

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.products.sparse import largest_places, largest_products, row_blocks, sampled_product
 from qvera.adapters.stepping.sparse_optim import AgedAdamW, Seeds, SparseSM3
-from qvera.adapters.stepping.step_hook import StepHook
 from qvera.distributed.group import Group
 from qvera.utils.errors import InputError
 
@@ -170,7 +170,7 @@ class SparseLayer(NamedTuple):
     places: torch.Tensor  # int32 [k]
 
 
-class Reselection(StepHook):
+class Reselection(TrainingHook):
     """Changes the places of sparse values between optimizer steps.
 
     Steps ``accumulate``, ``every`` + ``accumulate``, 2 ``every`` + ``accumulate``, .. are followed by a change, but for
