@@ -9,10 +9,7 @@ The defaults need `qvera quickstart --fetch-only` once.
 import argparse
 from pathlib import Path
 
-from qvera.config.schema import parse_recipe
-from qvera.evaluation.generate import generate
-from qvera.evaluation.load import open_run
-from qvera.training.trainer import train
+import qvera
 from qvera.utils.paths import cache_root
 
 cache = cache_root() / "quickstart"
@@ -24,16 +21,12 @@ parser.add_argument("--steps", type=int, default=60)
 args = parser.parse_args()
 
 # A recipe is the same tree as in YAML. What it does not say has a default (docs/recipe.md).
-recipe = {
-    "model": {"path": args.model, "quantization": "nf4"},
-    "data": {"path": args.rows, "eval_fraction": 0.05, "max_length": 256},
-    "adapter": {"rank": 256, "targets": "all-linear"},
-    "training": {"max_steps": args.steps, "global_batch_size": 4, "learning_rate": 3e-2, "sample_max_new_tokens": 40},
-}
-result = train(parse_recipe(recipe, "finetune.py"), args.out).run["result"]
+recipe = qvera.Recipe(
+    model={"path": args.model, "quantization": "nf4"},
+    data={"path": args.rows, "eval_fraction": 0.05, "max_length": 256},
+    adapter={"rank": 256, "targets": "all-linear"},
+    training={"max_steps": args.steps, "global_batch_size": 4, "learning_rate": 3e-2, "sample_max_new_tokens": 40},
+)
+result = qvera.train(recipe, args.out).run["result"]
 print(f"held-out loss {result['eval_before']['loss']:.3f} → {result['eval_after']['loss']:.3f}")
-
-run = open_run(args.out)
-chat = [{"role": "user", "content": "Please send two blue mugs to Ann in Leeds."}]
-prompt = run.base.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-print(generate(run.model, run.base.tokenizer, [prompt], max_new_tokens=60)[0])
+print(*qvera.generate(args.out, "Please send two blue mugs to Ann in Leeds.", max_new_tokens=60))

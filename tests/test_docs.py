@@ -203,14 +203,20 @@ def test_the_example_of_many_adapters_runs(workspace: Path, monkeypatch: pytest.
     assert len(set(names["answers"])) == 2
 
 
-def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path) -> None:
+def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, workspace: Path) -> None:
+    """On one name: qvera itself, PEFT and transformers are all that they import."""
     blocks = python_blocks("docs/api.md")
-    assert len(blocks) == 4
-    names = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows), "WHERE": str(tmp_path)}
+    assert len(blocks) == 5
+    imported = re.findall(r"^(?:import|from) (\S+)", "\n".join(blocks), re.MULTILINE)
+    assert set(imported) == {"qvera", "peft", "transformers"}
+    names: dict[str, Any] = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows)}
+    names |= {"CUSTOMERS": str(workspace / "customers.csv"), "WHERE": str(tmp_path)}
     for block in blocks:
         exec(compile(block, "docs/api.md", "exec"), names)
-    assert len(names["answers"]) == 8
+    assert len(names["answers"]) == 2
+    assert names["steps"] == [1, 2]
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))["status"] == "done"
 
 
 def test_the_recipes_on_the_pages_are_accepted(tmp_path: Path, tiny_model_dir: Path) -> None:

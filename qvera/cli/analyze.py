@@ -22,7 +22,6 @@ from qvera.cli.common import (
     quiet_libraries,
     require_new_file,
 )
-from qvera.cli.export import chat_of, require_no_added_tokens
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
@@ -82,6 +81,7 @@ def analyze(
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
     from qvera.exporting.analyze import analyze_adapter
+    from qvera.exporting.export import chat_of, require_no_added_tokens
     from qvera.utils import memory
     from qvera.utils.atomic import require_empty
 

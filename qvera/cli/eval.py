@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import AdapterName, EvalPath, console, progress, quiet_libraries, require_new_file
+from qvera.cli.common import AdapterName, EvalPath, console, quiet_libraries, require_new_file
 from qvera.utils.atomic import replace_text
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from qvera.config.schema import DataSection
+    from qvera.evaluation.judge import Judge
     from qvera.evaluation.load import Artifact
+
+_MOST_JUDGE_TOKENS = 2048
+"""Of a judge's reply; models that think first need more than a few sentences."""
 
 
 def evaluate(
@@ -82,9 +78,6 @@ def evaluate(
     Example:
         qvera eval runs/quickstart --with-base --html page.html
     """
-    from qvera.cli.eval_labels import evaluate_labels, refuse_options
-    from qvera.cli.judge import Judge
-
     for_answers = {
         "--predictions": predictions is not None,
         "--group-prompts": group_prompts,
@@ -92,7 +85,7 @@ def evaluate(
         "--max-new-tokens": max_new_tokens is not None,
     }
     _check_options(base, with_base, no_generation, for_answers, json_file, predictions, html)
-    judging = Judge.of_options(judge, judge_model, judge_against, judge_prompt, no_generation)
+    judging = _judge_of(judge, judge_model, judge_against, judge_prompt, no_generation)
     if judging is not None and judging.against == "base":
         if base:
             raise InputError("--judge: compares with the base, and --base asks for it; add --judge-against.")
@@ -100,18 +93,13 @@ def evaluate(
 
     from qvera.evaluation.metrics import text_metrics
 
-    chosen = [] if no_generation else text_metrics(metrics.split(","))  # a missing package is named at once
+    names = metrics.split(",")
+    if not no_generation:
+        text_metrics(names)  # a missing package is named at once
     quiet_libraries()
 
-    from qvera.config.schema import TrainingSection
-    from qvera.data import build_datasets, lengths_of
-    from qvera.evaluation.held_out import prompts_of, score_model
-    from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
-    from qvera.evaluation.named_adapters import require_held_out_rows
-    from qvera.evaluation.report.read import inputs_sha256
-    from qvera.models.positions import require_positions
-    from qvera.tasks import TASKS, task_of
-    from qvera.utils import accelerator, memory
+    from qvera.evaluation.load import find_target, require_base
+    from qvera.tasks.evaluate import evaluate as evaluate_target
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     if target.model_class.has_own_head:
@@ -121,122 +109,94 @@ def evaluate(
             "html": html is not None,
             "judge": judge is not None,
         }
-        refuse_options(target, base=base, with_base=with_base and judging is None, **text_only)
-        section = _data_section(run, data, rows, target)
-        about = _subject(target, section, base_alone=False, data=data)
-        found = evaluate_labels(target, section, data is not None, rows)
-        about |= {"inputs_sha256": found.pop("inputs_sha256"), "adapter_sha256": adapter_sha256(target)}
-        more = {"base_scores": None, "judge": None, "versions": memory.versions()}
-        what = f"{len(found['answers'])} labels"
-        _write_and_print({"subject": about, **found, **more}, what, predictions, json_file, None)
-        return
-    if base or with_base:
-        require_base(target)
-    elif html is not None:  # the page has a column for the base, if there is one
+        _refuse_options(target, base=base, with_base=with_base and judging is None, **text_only)
+    elif html is not None and not (base or with_base):  # the page has a column for the base, if there is one
         try:
             require_base(target)
             with_base = True
         except InputError as error:
             if target.merged is not None:
                 console.print(f"The page will have no base beside the answers. {error}", style="yellow", markup=False)
-    task = TASKS["causal-lm"] if target.recipe is None else task_of(target.recipe)
-    if task.has_reference and (base or target.adapter is None):
-        alone = "the base alone (--base)" if base else target.what
-        raise InputError(
-            f"{run}: rewards are measured against the base with its adapter switched off, so {alone} has none. "
-            "Evaluate the run (--with-base adds the base's answers), or ask with `qvera generate`."
-        )
-    section = _data_section(run, data, rows, target)
-    sha256 = None if base else adapter_sha256(target)  # now: the run may go on while we score
-    with progress(f"Loading {run}"):
-        opened = open_target(target, adapter=not base)
-    datasets = build_datasets(section, opened.base.tokenizer, console)
-    examples = (datasets.train if data is not None else require_held_out_rows(datasets, target.name))[:rows]
-    prompts = [] if no_generation else prompts_of(examples, group_prompts)
-    require_positions(opened.model, lengths_of(examples))
-    others = None if judging is None else judging.others(prompts)
-    settings = target.recipe.training if target.recipe is not None else TrainingSection()
-    answer_tokens = max_new_tokens or settings.sample_max_new_tokens
-    task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
-
-    def score(
-        model: PreTrainedModel | PeftModel, label: str, with_loss: bool = True
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        def held_out(say: Callable[[str], None]) -> dict[str, Any]:
-            if not with_loss:
-                return {}
-            return task.held_out_loss(
-                model,
-                examples,
-                datasets,
-                settings,
-                progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
-            )
-
-        with progress(f"{label}scoring") as show:
-            return score_model(
-                model,
-                opened.base.tokenizer,
-                held_out,
-                prompts,
-                chosen,
-                settings,
-                max_new_tokens=answer_tokens,
-                progress=lambda text: show(label + text),
-            )
-
-    scores, answers = score(opened.model, "")
-    base_scores = None
-    if with_base:
-        if target.adapter is None:  # the base of an export is a model of its own; both need not be held
-            opened.model = opened.base.model = None
-            if target.recipe is not None:  # a task that was prepared scores the model that it was prepared with
-                task = task_of(target.recipe)
-            gc.collect()  # TRL's trainer and its model hold each other
-            accelerator.empty_cache()
-        with contextlib.ExitStack() as until_scored:
-            with progress("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
-                model = until_scored.enter_context(base_of(opened))
-            if target.adapter is None:
-                task.prepare(model, opened.base.tokenizer, datasets, settings)
-            base_scores, base_rows = score(model, "Base: ", with_loss=not task.has_reference)
-        answers = [
-            row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
-            for row, of_base in zip(answers, base_rows, strict=True)
-        ]
-    about = _subject(target, section, base_alone=base, data=data)
-    about |= {"inputs_sha256": inputs_sha256(answers), "max_new_tokens": answer_tokens, "adapter_sha256": sha256}
-    document: dict[str, Any] = {
-        "subject": about,
-        "scores": scores,
-        "base_scores": base_scores,
-        "metrics": [
-            {"name": m.name, "label": m.label, "signature": m.signature(), "lower_is_better": m.lower_is_better}
-            for m in chosen
-            if scores.get("scored_rows")
-        ],
-        "judge": None,
-        "versions": memory.versions(),
-        "answers": answers,
-    }
-    failure = None
-    if judging is not None:
-        decode = opened.base.tokenizer.decode
-        questions = [decode(prompt.example.prompt_ids.tolist(), skip_special_tokens=True) for prompt in prompts]
-        try:
-            document["judge"] = judging.judge(answers, questions, others)
-        except (InputError, RunFailed) as error:  # the answers are written all the same
-            failure = error
-    _write_and_print(document, f"{len(prompts)} answers", predictions, json_file, html)
+    document = evaluate_target(
+        target,
+        data,
+        limit=rows,
+        base_alone=base,
+        with_base=with_base,
+        metrics=names,
+        group_prompts=group_prompts,
+        answers=not no_generation,
+        max_new_tokens=max_new_tokens,
+        judge=judging,
+        console=console,
+    )
+    failure = document.pop("judge_error", None)
+    what = f"{len(document['answers'])} {'labels' if target.model_class.has_own_head else 'answers'}"
+    _write_and_print(document, what, predictions, json_file, html)
     if failure is not None:
         raise failure
+
+
+def _judge_of(
+    url: str | None, model: str | None, against: str | None, prompt: Path | None, no_generation: bool
+) -> Judge | None:
+    """From the options of the command line; None: nobody judges. The server is asked which models it has.
+
+    Raises:
+        InputError: options contradict each other, a file is missing, or the server has no such model.
+        RunFailed: it can't be reached.
+    """
+    if url is None:
+        given = {"--judge-model": model, "--judge-against": against, "--judge-prompt": prompt}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"{names[0]}: goes with --judge URL only.")
+        return None
+    if no_generation:
+        raise InputError("--judge: compares answers, and --no-generation asks for none; drop one of them.")
+
+    from qvera.evaluation.judge import Judge, JudgePrompt
+    from qvera.serve.client import ServerClient, server_url
+
+    if (address := server_url(Path(url))) is None:
+        raise InputError(f"--judge {url}: takes the address of a server, such as http://127.0.0.1:8000.")
+    against = against or "base"
+    if against not in ("base", "reference") and not Path(against).is_file():
+        raise InputError(
+            f"--judge-against {against}: takes `base`, `reference`, or a file that `qvera eval --predictions` "
+            "wrote, and there is no such file."
+        )
+    text = JudgePrompt.read(prompt)
+    client = ServerClient.at(address)
+    picked = client.pick_judge(model)
+
+    def ask(question: str) -> str:
+        message = {"role": "user", "content": question}
+        return client.chat(picked, [message], temperature=0.0, max_tokens=_MOST_JUDGE_TOKENS)
+
+    return Judge(ask, client.url, picked, against, text)
+
+
+def _refuse_options(target: Artifact, **given: bool) -> None:
+    """Refuse options (by name, and whether it was given) that a classifier has no answer to.
+
+    Raises:
+        InputError: the base alone is asked for, or what is for text.
+    """
+    for name in ("base", "with_base"):
+        if given.pop(name):
+            raise InputError(
+                f"--{name.replace('_', '-')}: {target.path} is a classifier, and its base has no head that was trained "
+                "for these labels. Leave it out; run.json has the scores from before training."
+            )
+    if asked := [f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given]:
+        raise InputError(f"{asked[0]}: is for models that write text, and {target.path} is a classifier. Leave it out.")
 
 
 def _write_and_print(
     document: dict[str, Any], what: str, predictions: Path | None, json_file: Path | None, html: Path | None
 ) -> None:
     """Write the files that were asked for, and print the scores; ``what``: what the predictions are."""
-    from qvera.cli.judge import summary_text
+    from qvera.evaluation.judge import summary_text
     from qvera.evaluation.report.pages import answers_page
 
     if predictions is not None:
@@ -270,62 +230,6 @@ def _check_options(
         require_new_file(path)
     if len({path.absolute() for path in written}) < len(written):
         raise InputError(f"{written[0]}: --json, --predictions and --html need a file each.")
-
-
-def _data_section(run: Path, data: str | None, rows: int | None, target: Artifact) -> DataSection:
-    """Where the rows come from: the recipe's held-out rows, or all of a file that is read as the recipe's rows are."""
-    from qvera.config.schema import DataSection
-    from qvera.evaluation.load import template_of
-
-    recipe = target.recipe
-    if data is None:
-        if recipe is None:
-            raise InputError(
-                f"{run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the "
-                "run (or recipe) that it belongs to with --recipe."
-            )
-        if not recipe.data.has_held_out_rows:
-            raise InputError(f"{run}: its recipe holds out no rows; name a file with --data.")
-        return recipe.data.replace(template=template_of(recipe, target.run))
-    if recipe is None:
-        return DataSection(path=data, limit=rows)
-    return recipe.data.replace(
-        path=data,
-        config_name=None,  # of the recipe's own source, like its revision
-        revision=None,
-        template=template_of(recipe, target.run),
-        adapter_column=None,
-        adapter_files=False,
-        mixture=[],
-        sampling="rows",
-        task_column=None,
-        task_labels=None,
-        task_count=None,
-        task_steps=1,
-        held_out_tasks=0,
-        weight=1.0,
-        eval_path=None,
-        eval_split=None,
-        rows_per_label=None,
-        eval_fraction=0.0,
-        limit=rows,
-    )
-
-
-def _subject(target: Artifact, section: DataSection, *, base_alone: bool, data: str | None) -> dict[str, Any]:
-    """What was evaluated on what."""
-    what = "the base alone" if base_alone else target.what
-    column = "Adapter" if target.adapter is not None else "Export" if target.merged else "Model"
-    held_out = section.held_out_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"
-    if section.eval_split is not None:
-        held_out += f", split {section.eval_split}"
-    return {
-        "path": str(target.path),
-        "what": what[0].upper() + what[1:],
-        "column": "Base" if base_alone else column,
-        "base": target.merged["base"]["path"] if target.merged else target.section.path,
-        "data": data or held_out,
-    }
 
 
 def _print_scores(document: dict[str, Any]) -> None:

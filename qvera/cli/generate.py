@@ -16,6 +16,7 @@ from qvera.cli.common import (
     Seed,
     Temperature,
     TopP,
+    console,
     progress,
     quiet_libraries,
     require_new_file,
@@ -85,43 +86,29 @@ def generate(
         return
     quiet_libraries()
 
-    from qvera.evaluation.generate import generate as generate_texts
-    from qvera.evaluation.load import find_target, open_target, require_answers
-    from qvera.evaluation.load_many import open_adapters
+    from qvera.api import load
+    from qvera.evaluation.load import find_target, require_answers
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
-    from qvera.evaluation.prompts import PromptWriter
 
     many = not base and adapters_root(run) is not None
     target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
     require_answers(target, "qvera generate")
     questions = _questions(target, prompts, prompt or [], adapters, many)
-    names = list(dict.fromkeys(name for _, name in questions if name is not None))
-    keys: dict[str, str] = {}
+    names = [name for _, name in questions]
     if many:
         in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
-        require_all_named(run, names, in_rows)  # before a big model is loaded
-    with progress(f"Loading {run}") as show:
-        if len(names) > 1:
-            several = open_adapters(run, names, lambda done: show(f"Loading {run}: {done} of {len(names)} adapters"))
-            opened, keys = several.opened, several.keys
-        else:
-            opened = open_target(find_target(run, name=names[0]) if names else target, adapter=not base)
-    writer = PromptWriter.of(opened)
-    encoded = [writer.ids(row.turns, row.tools) for row, _ in questions]
-    with progress("Answering") as show:
-        answers = generate_texts(
-            opened.model,
-            opened.base.tokenizer,
-            encoded,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            adapters=[keys[name] for _, name in questions if name is not None] if keys else None,
-            static_cache=static_cache,
-            progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
-        )
+        require_all_named(run, filter(None, dict.fromkeys(names)), in_rows)  # before a big model is loaded
+    model = load(run, [name for name in names if name is not None] if many else None, base=base, console=console)
+    answers = model.generate(
+        [row for row, _ in questions],
+        adapter=names,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        static_cache=static_cache,
+    )
     _write(questions, answers, out)
 
 

@@ -26,7 +26,6 @@ from qvera.cli import (
     info,
     init,
     launch,
-    merge_adapters,
     plan,
     preview,
     push,
@@ -45,7 +44,7 @@ PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
     "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info, ui.ui),
     "Use": (chat.chat, generate.generate, serve.serve),
-    "Share": (export.export, merge_adapters.merge_adapters, card.card, push.push),
+    "Share": (export.export, export.merge_adapters, card.card, push.push),
     "Setup": (doctor.doctor, schema.schema),
     "Bases": (quantize.quantize,),
 }
@@ -102,7 +101,7 @@ def build_app() -> typer.Typer:
             help=text,
             epilog=f"Example: {example}",
             rich_help_panel=panel,
-            cls=merge_adapters.Weights if function is merge_adapters.merge_adapters else None,
+            cls=export.Weights if function is export.merge_adapters else None,
         )(with_exit_code(command or name, function, lambda: tracebacks[0]))
 
     for panel, functions in PANELS.items():

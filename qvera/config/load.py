@@ -119,7 +119,7 @@ def _override(tree: object, override: str) -> dict[object, object]:
     node = whole
     for part in parts[:-1]:
         child = node.get(part)
-        if part == "model" and node is whole and isinstance(child, str):
+        if part in ("model", "data") and node is whole and isinstance(child, str):
             child = {"path": child}
         node[part] = dict(child) if isinstance(child, dict) else {}
         node = node[part]

@@ -7,6 +7,7 @@ preferred both times, as in the paper; where the two verdicts differ, the pair i
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import statistics
@@ -16,9 +17,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.data import Example
+    from qvera.evaluation.held_out import EvalPrompt
 
 Outcome = Literal["win", "tie", "loss", "unreadable"]
 
@@ -204,3 +209,119 @@ def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "consistent": mean([pair[0] == pair[1] for pair in both]),
         "first_preferred": mean(first),
     }
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model of a server that compares answers, and what they are compared with."""
+
+    ask: Callable[[str], str]
+    """Sends it a text and returns its reply."""
+    server: str
+    model: str
+    against: str
+    """``base``, ``reference``, or a file that ``qvera eval --predictions`` wrote."""
+    prompt: JudgePrompt
+
+    def others(self, prompts: Sequence[EvalPrompt]) -> list[str] | None:
+        """What the answer to each prompt is compared with; None: the base's answers, which are not there yet.
+
+        Raises:
+            InputError: a prompt has nothing to compare with, or the file's answers are to other prompts.
+        """
+        if self.against == "base":
+            return None
+        if self.against == "reference":
+            without = [prompt.example.source for prompt in prompts if not prompt.references]
+            if without:
+                raise InputError(f"--judge-against reference: {without[0]} has no reference to compare with.")
+            return [prompt.references[0] for prompt in prompts]
+        return other_answers(Path(self.against), [prompt.example for prompt in prompts])
+
+    def judge(
+        self,
+        answers: list[dict[str, Any]],
+        questions: Sequence[str],
+        others: Sequence[str] | None,
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Ask about each answer, and write ``judge`` into its row.
+
+        Args:
+            answers: the rows of `qvera.evaluation.held_out.score_model`, with ``base_answer`` where they are compared
+                with the base.
+            questions: what each of them answers, as a person reads it.
+            others: of `others`.
+            say: takes how far it is.
+
+        Returns:
+            `summary_of` the rows, and who judged against what.
+
+        Raises:
+            InputError: the server refuses.
+            RunFailed: the server can't be reached, or fails.
+        """
+        others = [row["base_answer"] for row in answers] if others is None else others
+        pairs = [
+            Pair(question, row["answer"], other, row["references"])
+            for question, row, other in zip(questions, answers, others, strict=True)
+        ]
+        if self.against == "reference":  # the judge must not be told which of the two it is
+            pairs = [Pair(pair.question, pair.answer, pair.other) for pair in pairs]
+        judged = judge_pairs(
+            pairs, self.prompt, self.ask, progress=lambda done: say(f"Judging: {done} of {2 * len(pairs)} replies")
+        )
+        for row, found in zip(answers, judged, strict=True):
+            row["judge"] = found
+        about = {"server": self.server, "model": self.model, "against": self.against}
+        return {**about, "prompt_sha256": self.prompt.sha256, **summary_of(judged)}
+
+
+def other_answers(path: Path, examples: Sequence[Example]) -> list[str]:
+    """The answers of a file that ``qvera eval --predictions`` wrote, which must be to these examples (InputError)."""
+    where = f"--judge-against {path}"
+    try:  # str.splitlines would split an answer at other characters too
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: can't be read as UTF-8 text: {error}.") from None
+    if len(lines) != len(examples):
+        raise InputError(
+            f"{where}: has {len(lines)} answers, and there are {len(examples)} here. Evaluate both on the same rows."
+        )
+    found = []
+    for number, (line, example) in enumerate(zip(lines, examples, strict=True), start=1):
+        try:
+            prompt, answer = (json.loads(line)[key] for key in ("prompt", "answer"))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{where}: line {number} is none of `qvera eval --predictions`.") from None
+        if not isinstance(answer, str) or prompt != example.prompt_text:
+            raise InputError(
+                f"{where}: line {number} answers another prompt than {example.source}. Evaluate both on the same rows, "
+                "with the same template."
+            )
+        found.append(answer)
+    return found
+
+
+def summary_text(summary: dict[str, Any], name: str) -> list[str]:
+    """The result in a few lines. ``name``: who is compared."""
+    sides = f"{name} against {summary['against']}"
+    lines = [
+        f"judge             {summary['model']}: {sides}, {summary['pairs']:,} pairs, each in both orders",
+        f"wins/ties/losses  {summary['wins']:,} / {summary['ties']:,} / {summary['losses']:,}",
+    ]
+    if summary["win_rate"] is not None:
+        error = "" if summary["win_rate_error"] is None else f" ± {summary['win_rate_error']:.3f} (standard error)"
+        lines.append(f"win rate          {summary['win_rate']:.3f}{error}; a tie counts half")
+    if summary["score"] is not None:
+        lines.append(f"mean scores       {summary['score']:.2f} against {summary['other_score']:.2f}")
+    if summary["consistent"] is not None:
+        text = f"same verdict      in both orders for {summary['consistent']:.0%} of the pairs"
+        if summary["first_preferred"] is not None:
+            text += f"; the first answer was preferred in {summary['first_preferred']:.0%} of the verdicts"
+        lines.append(text)
+    if summary["unreadable"]:
+        lines.append(
+            f"without verdict   {summary['unreadable']:,} pairs: a reply had no [[7, 4]] or [[A]], [[B]], [[C]]"
+        )
+    return lines

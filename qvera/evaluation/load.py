@@ -100,19 +100,24 @@ def require_answers(target: Artifact, what: str) -> None:
         )
 
 
-def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
-    """A run or an adapter as `find_target` finds it, and the directory of its adapter.
+def require_adapter(target: Artifact) -> Path:
+    """The directory of its adapter.
 
     Raises:
-        InputError: as `find_target`, or it is a whole checkpoint.
+        InputError: it is a whole checkpoint.
     """
-    target = find_target(path, name=name)
     if target.adapter is None:
         raise InputError(
-            f"{path}: is {target.what}, and neither a run (with {RECIPE_FILE}) nor an adapter directory (with "
+            f"{target.path}: is {target.what}, and neither a run (with {RECIPE_FILE}) nor an adapter directory (with "
             f"{ADAPTER_CONFIG})."
         )
-    return target, target.adapter
+    return target.adapter
+
+
+def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
+    """A run or an adapter as `find_target` finds it, and the directory of its adapter (`require_adapter`)."""
+    target = find_target(path, name=name)
+    return target, require_adapter(target)
 
 
 def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None) -> OpenRun:

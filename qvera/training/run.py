@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class Run(TrainingSession):
         self.signals = StopRequests()
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
+        self.on_step: Callable[[dict[str, Any]], object] | None = None
+        self.callback_error: Exception | None = None
         self.run: dict[str, Any] = {}
         names = recipe.training.report_to if group.first else []
         self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
@@ -77,6 +80,27 @@ class Run(TrainingSession):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last, unit, again=again)
             replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+
+    def write_records(self, *records: dict[str, Any]) -> None:
+        """Write records to metrics.jsonl and, on rank 0, hand them to `on_step`, which may ask the run to stop.
+
+        It stops as for a signal, at the end of a step: whatever the callback does, what is on disk is a run.
+        """
+        if self.log_file is None:
+            return
+        self.log_file.write(*records)
+        if self.on_step is None or not self.group.first or self.callback_error is not None:
+            return
+        for record in records:
+            try:
+                if self.on_step(dict(record)) is not False:
+                    continue
+            except StopIteration:
+                pass
+            except Exception as error:  # raised once the step is saved (`trainer.train`)
+                self.callback_error = error
+            self.signals.asked = self.signals.asked or "on_step"
+            return
 
     def write_begun(self, **known: Any) -> None:
         """Write run.json while the run goes; ``known``: what it has besides `begun_run`. All ranks call this."""

@@ -7,7 +7,7 @@ the same bits as an uninterrupted one.
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ from qvera.utils.status_line import status_line
 
 
 def train(
-    recipe: Recipe, run_dir: Path, *, resume: bool = False, dry_run: bool = False, console: Console | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_step: Callable[[dict[str, Any]], object] | None = None,
+    console: Console | None = None,
 ) -> RunResult | None:
     """Train an adapter, or many, as a recipe says, and write a run directory.
 
@@ -48,6 +54,7 @@ def train(
             does so by itself.
         dry_run: check all that can be checked without the base's weights, show rows and the plan, and stop; nothing is
             written (returns None).
+        on_step: as `qvera.api.train` has it.
         console: for progress; default: standard error.
 
     Returns:
@@ -56,7 +63,8 @@ def train(
     Raises:
         InputError: recipe, data, model or run directory are wrong, or another process trains there; nothing was
         written.
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved at the step boundary.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came, or ``on_step`` stopped the run; a checkpoint was saved at the step
+            boundary.
         RunFailed: the loss, the gradient or the held-out loss at the end became NaN or Inf, or the disk is full; the
             last checkpoint is kept.
     """
@@ -71,7 +79,12 @@ def train(
         trainer.load_data()
         trainer.load_model()
         trainer.setup()
-        return trainer.train()
+        trainer.on_step = on_step
+        try:
+            return trainer.train()
+        finally:  # in place of Interrupted, or after the last step
+            if trainer.callback_error is not None:
+                raise trainer.callback_error
 
 
 class Trainer(Run):
@@ -195,8 +208,7 @@ class Trainer(Run):
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl, the trackers and the progress bar."""
-        if self.log_file is not None:
-            self.log_file.write(record)
+        self.write_records(record)
         self.trackers.log(record)
         if (line := repeat_line(record)) is not None:
             self.console.print(line, style="yellow", highlight=False, soft_wrap=True)

@@ -242,7 +242,7 @@ def asked(prompt: str) -> Example:
 
 
 def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
-    from qvera.cli.judge import _other_answers
+    from qvera.evaluation.judge import other_answers
 
     rows = [asked("a")]
     for text, said in (
@@ -252,15 +252,15 @@ def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
     ):
         (tmp_path / "answers.jsonl").write_text(text)
         with pytest.raises(InputError, match=said):
-            _other_answers(tmp_path / "answers.jsonl", rows)
+            other_answers(tmp_path / "answers.jsonl", rows)
     (tmp_path / "answers.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(InputError, match="can't be read as UTF-8"):
-        _other_answers(tmp_path / "answers.jsonl", rows)
+        other_answers(tmp_path / "answers.jsonl", rows)
 
 
 def test_answers_with_line_separators_in_them_are_compared(tmp_path: Path) -> None:
-    from qvera.cli.judge import _other_answers
+    from qvera.evaluation.judge import other_answers
 
     row = {"prompt": "a\u2028b", "answer": "x\x85y"}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert _other_answers(tmp_path / "answers.jsonl", [asked("a\u2028b")]) == ["x\x85y"]
+    assert other_answers(tmp_path / "answers.jsonl", [asked("a\u2028b")]) == ["x\x85y"]

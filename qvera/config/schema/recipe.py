@@ -43,8 +43,8 @@ class Recipe(Section):
 
     model: Annotated[ModelSection, BeforeValidator(_path_alone, json_schema_input_type=str | ModelSection)]
     """The frozen base model: a mapping, or its path alone."""
-    data: DataSection
-    """Where rows come from, how they become text, and which tokens are trained."""
+    data: Annotated[DataSection, BeforeValidator(_path_alone, json_schema_input_type=str | DataSection)]
+    """Where rows come from, how they become text, and which tokens are trained: a mapping, or their path alone."""
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     """The VeRA adapter."""
     training: TrainingSection = Field(default_factory=TrainingSection)
@@ -81,35 +81,26 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fit_shared_pass(cls, tree: object) -> object:
-        if not isinstance(tree, dict) or not isinstance(training := tree.get("training", {}), dict):
+    def _complete(cls, tree: object) -> object:
+        """Fill in defaults that depend on other keys: the format of rows, and how many share a forward pass."""
+        if not isinstance(tree, dict) or not isinstance(training := tree.get("training", {}), dict | TrainingSection):
             return tree
-        data = tree.get("data")
-        keys = data if isinstance(data, dict) else dict(data) if isinstance(data, DataSection) else {}
-        if not (keys.get("adapter_column") or keys.get("adapter_files")):
-            return tree
-        return {**tree, "training": {"per_device_train_batch_size": _SHARED_PASS_ROWS, **training}}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fit_format(cls, tree: object) -> object:
-        """Read rows in the format that the task has, where the recipe says no other."""
-        if not isinstance(tree, dict):
-            return tree
-        training = tree.get("training")
-        objective = training.get("objective") if isinstance(training, dict) else getattr(training, "objective", None)
-        wanted = _FORMAT_OF.get(str(tree.get("task"))) or _FORMAT_OF_OBJECTIVE.get(str(objective))
-        if wanted is None:
-            return tree
-        data = tree.get("data")
+        data, keys = _path_alone(tree.get("data")), dict(training)
         if isinstance(data, DataSection):
-            return {**tree, "data": data.replace(format=wanted) if data.format == "auto" else data}
+            data = dict(data)
         if not isinstance(data, dict):
             return tree
-        mixture = data.get("mixture", [])
-        if isinstance(mixture, list):
-            mixture = [_with_format(source, wanted) for source in mixture]
-        return {**tree, "data": _with_format({**data, "mixture": mixture}, wanted)}
+        wanted = _FORMAT_OF.get(str(tree.get("task"))) or _FORMAT_OF_OBJECTIVE.get(str(keys.get("objective")))
+        if wanted is not None:
+            mixture = data.get("mixture", [])
+            if isinstance(mixture, list):
+                mixture = [_with_format(source, wanted) for source in mixture]
+            data = {"format": wanted, **data, "mixture": mixture}
+            if data["format"] == "auto":
+                data["format"] = wanted
+        if isinstance(training, dict) and (data.get("adapter_column") or data.get("adapter_files")):
+            training = {"per_device_train_batch_size": _SHARED_PASS_ROWS, **training}
+        return {**tree, "data": data, **({"training": training} if training else {})}
 
     def _format_contradictions(self) -> Iterator[tuple[str, str]]:
         objective = self.training.objective

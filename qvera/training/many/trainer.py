@@ -323,9 +323,9 @@ class ManyTrainer(Run):
 
     def log(self, records: Sequence[dict[str, Any]]) -> None:  # type: ignore[override]
         """Write records to metrics.jsonl; those of rounds go to the trackers too."""
-        if records and self.log_file is not None:
+        if records:
             rank = {"rank": self.group.rank} if self.group.rank else {}
-            self.log_file.write(*({**record, **rank} for record in records))
+            self.write_records(*({**record, **rank} for record in records))
         for record in records:
             if record["kind"] == "round":
                 self.trackers.log({**record, "step": record["round"]})

@@ -1,0 +1,359 @@
+"""The Python API: what ``import qvera`` gives. Each function does the work of a command, without what that prints.
+
+A path is what the commands take: a run, an adapter, an exported checkpoint, or an id on the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from qvera.config.load import load_recipe
+from qvera.config.lr_range import LrRange
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import Turn
+from qvera.data.conversations import Conversation
+from qvera.evaluation import generate as answering
+from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, require_answers
+from qvera.evaluation.load_many import open_adapters
+from qvera.evaluation.named_adapters import adapters_root, named_directories, require_all_named, require_named
+from qvera.evaluation.prompts import PromptWriter
+from qvera.exporting import export as exports
+from qvera.tasks import evaluate as evaluations
+from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.status_line import status_line
+
+if TYPE_CHECKING:
+    from qvera.training.lr_finder import RangeTestResult
+    from qvera.training.run import RunResult
+
+Prompt = str | Sequence[Mapping[str, Any]] | Conversation
+"""A user's text; messages with ``role`` and ``content``, as OpenAI's API has them; or a row as qvera reads it."""
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_step: Callable[[dict[str, Any]], object] | None = None,
+    console: Console | None = None,
+) -> RunResult | None:
+    """Train an adapter, or many, and write a run directory, as ``qvera train`` does.
+
+    Args:
+        recipe: a recipe, its tree, or the path of its file.
+        run_dir: where the run goes; default: as ``qvera train`` has it.
+        resume: go on from the newest checkpoint.
+        dry_run: check all that can be checked before the weights are read, show rows and the plan, and stop.
+        on_step: called with each record of metrics.jsonl right after it is written, in the process that writes it.
+            Where it returns False or raises StopIteration, the run stops as it does for Ctrl-C: it saves a checkpoint
+            and raises Interrupted. Another exception stops it the same way, and is raised once that is saved.
+        console: for progress; default: standard error.
+
+    Returns:
+        ``run_dir``, and ``run``: the content of its run.json. None after a dry run, and in a process that is not the
+        first of several.
+
+    Raises:
+        InputError: recipe, data, model or run directory are wrong; nothing was written.
+        Interrupted: a signal came, or ``on_step`` stopped the run; it is saved, and ``resume`` goes on.
+        RunFailed: a loss is not finite, or the disk is full; the last checkpoint is kept.
+    """
+    from qvera.training import trainer  # here, so that to answer imports no training
+
+    read, where = _recipe_and_directory(recipe, run_dir, resume)
+    return trainer.train(read, where, resume=resume, dry_run=dry_run, on_step=on_step, console=console)
+
+
+def find_lr(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path | None = None,
+    *,
+    start: float = LrRange.start,
+    end: float = LrRange.end,
+    steps: int = LrRange.steps,
+    console: Console | None = None,
+) -> RangeTestResult | None:
+    """Test a range of learning rates, as ``qvera train --find-lr`` does, and write the curve into ``out``.
+
+    Returns:
+        ``suggestion`` (None where there is none, with a ``reason``), ``steepest``, ``diverged`` and ``points``. None in
+        a process that is not the first of several.
+
+    Raises:
+        InputError: as `train`, or the rates do not rise.
+    """
+    from qvera.training import lr_finder
+
+    read, where = _recipe_and_directory(recipe, out)
+    return lr_finder.find_lr(read, where, LrRange(start=start, end=end, steps=steps), console=console)
+
+
+def _recipe_and_directory(
+    recipe: Recipe | Mapping[str, Any] | str | Path, directory: str | Path | None, of_a_run: bool = False
+) -> tuple[Recipe, Path]:
+    from qvera.training.run_dir import run_directory
+
+    file = None
+    if isinstance(recipe, str | Path):
+        file = Path(recipe)
+        recipe = load_recipe(file, of_a_run=of_a_run)
+    elif not isinstance(recipe, Recipe):
+        recipe = parse_recipe(dict(recipe), "the recipe", drop_idle_keys=of_a_run)
+    return recipe, run_directory(recipe, file) if directory is None else Path(directory)
+
+
+def load(
+    path: str | Path,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    recipe: str | Path | None = None,
+    base: bool = False,
+    console: Console | None = None,
+) -> Model:
+    """Find a run, an adapter or an export. Its weights are read when they are needed first.
+
+    Args:
+        path: its directory, or its id on the hub.
+        adapter: which adapter, or which ones, of a run that trained many or a directory of adapters; default: all.
+        recipe: a recipe or a run, whose rows and settings are used in place of those of the run itself.
+        base: the base model without the adapter.
+        console: for progress; default: standard error.
+
+    Raises:
+        InputError: there is no such directory or adapter, or it is none of these.
+    """
+    path, given = Path(path), None if recipe is None else Path(recipe)
+    if isinstance(adapter, str) or base or (root := adapters_root(path)) is None:
+        name = adapter if isinstance(adapter, str) else None
+        return Model(find_target(path, given, name=name, needs_name=not base), base=base, console=console)
+    names = list(dict.fromkeys(named_directories(root) if adapter is None else adapter))
+    require_all_named(path, names)
+    if len(names) == 1:
+        return Model(find_target(path, given, name=names[0]), console=console)
+    return Model(find_target(path, given, needs_name=False), names=names, console=console)
+
+
+class Model:
+    """What `load` found. The model is loaded once, by the first call that needs it.
+
+    Attributes:
+        target: what it is: the directory, the base, the recipe.
+        names: of the adapters that are loaded together; none where there is one adapter or none.
+    """
+
+    def __init__(
+        self, target: Artifact, *, names: Sequence[str] = (), base: bool = False, console: Console | None = None
+    ) -> None:
+        self.target, self.names, self.base_alone = target, tuple(names), base
+        self.console = console or Console(stderr=True)
+        self._keys: dict[str, str] = {}
+
+    @functools.cached_property
+    def opened(self) -> OpenRun:
+        """Base, tokenizer and adapter, in memory."""
+        path = self.target.path
+        with status_line(self.console, f"Loading {path}") as show:
+            if not self.names:
+                return open_target(self.target, adapter=not self.base_alone)
+            count = len(self.names)
+            several = open_adapters(path, self.names, lambda done: show(f"Loading {path}: {done} of {count} adapters"))
+            self._keys = several.keys
+            return several.opened
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        static_cache: bool = False,
+    ) -> list[str]:
+        """Answer each prompt, as ``qvera generate`` does.
+
+        Args:
+            prompts: a text or many. A text is given the recipe's system prompt; messages are taken as they are.
+            adapter: where several are loaded: which one answers all prompts, or one for each of them (None: the base
+                alone).
+            temperature: 0: greedy, else sampled with ``top_p`` and ``seed``.
+            static_cache: compile a step and record it as a CUDA graph: for many long answers.
+
+        Raises:
+            InputError: it is a classifier, an adapter is not loaded, or a prompt is too long.
+            RunFailed: memory does not suffice for a single prompt.
+        """
+        require_answers(self.target, "qvera generate")
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(listed):
+            raise InputError(f"adapter: names {len(names)} adapters for {len(listed)} prompts; name one for each.")
+        if self.names:
+            if adapter is None:
+                require_named(self.target.path, None)
+            for name in names:
+                if name is not None and name not in self.names:
+                    raise InputError(f"adapter: {name!r} is not loaded{did_you_mean(name, self.names)}")
+        elif wrong := [name for name in names if name not in (None, self.target.name)]:
+            raise InputError(f"adapter: {wrong[0]!r} is not loaded; name it in `load`.")
+        opened = self.opened
+        writer = PromptWriter.of(opened)
+        rows = [_conversation(prompt, number, writer.system) for number, prompt in enumerate(listed, start=1)]
+        encoded = [writer.ids(row.turns, row.tools) for row in rows]
+        with status_line(self.console, "Answering") as show:
+            return answering.generate(
+                opened.model,
+                opened.base.tokenizer,
+                encoded,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                adapters=["__base__" if n is None else self._keys[n] for n in names] if self.names else None,
+                static_cache=static_cache,
+                progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
+            )
+
+    def evaluate(
+        self,
+        rows: str | Path | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        limit: int | None = None,
+        metrics: Sequence[str] = ("exact",),
+        group_prompts: bool = False,
+        answers: bool = True,
+        max_new_tokens: int | None = None,
+        with_base: bool = False,
+    ) -> dict[str, Any]:
+        """Held-out loss, answers and their scores, as ``qvera eval`` has them.
+
+        Args:
+            rows: a file, or the rows themselves, in a format of ``data.format``; default: the recipe's held-out rows.
+            limit: use only the first rows.
+            metrics: how answers are compared with references: ``exact``, ``bleu``, ``rougeL`` and others.
+            group_prompts: rows with the same prompt are one, with all their references.
+            answers: False: loss only.
+            max_new_tokens: tokens of an answer at most; default: the recipe's.
+            with_base: evaluate the base model too.
+
+        Returns:
+            What ``qvera eval --json`` writes: ``scores``, ``base_scores``, ``answers``, and what was evaluated.
+
+        Raises:
+            InputError: there are no rows, several adapters are loaded, or a package that a metric needs is missing.
+        """
+        if self.names:
+            require_named(self.target.path, None)
+        with contextlib.ExitStack() as until_scored:
+            if rows is not None and not isinstance(rows, str | Path):
+                folder = until_scored.enter_context(tempfile.TemporaryDirectory(prefix="qvera-rows-"))
+                lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+                rows = Path(folder) / "rows.jsonl"
+                rows.write_text(lines, encoding="utf-8")
+            if with_base and self.target.adapter is None:  # an export's weights make room for those of its base
+                until_scored.callback(self.__dict__.pop, "opened", None)
+            return evaluations.evaluate(
+                self.target,
+                None if rows is None else str(rows),
+                limit=limit,
+                base_alone=self.base_alone,
+                with_base=with_base,
+                metrics=metrics,
+                group_prompts=group_prompts,
+                answers=answers,
+                max_new_tokens=max_new_tokens,
+                opened=lambda: self.opened,
+                console=self.console,
+            )
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        to: exports.To = "merged",
+        rank: int | None = None,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        base: Literal["original", "dequantized"] | None = None,
+        compare: bool = True,
+    ) -> dict[str, Any] | None:
+        """Write a checkpoint or an adapter that other tools load, as ``qvera export`` does.
+
+        Args:
+            out: a new or empty directory.
+            to: ``merged``, ``lora``, ``peft``, ``gguf`` or ``gguf-lora``.
+            rank: of a LoRA: keep the best directions.
+            dtype: default: the recipe's, float16.
+            quantize: of a merge: ``nf4`` or ``fp4``.
+            base: merge into the ``original`` weights or the ``dequantized`` ones; default: the recipe's.
+            compare: measure the difference between the trained and the exported model.
+
+        Returns:
+            The certificate: what was written from what; None for ``gguf-lora``.
+
+        Raises:
+            InputError: the arguments contradict each other, or there is no adapter.
+            RunFailed: a weight is out of the dtype's range, or the disk is full.
+        """
+        if self.names:
+            require_named(self.target.path, None)
+        return exports.export(
+            self.target,
+            Path(out),
+            to=to,
+            rank=rank,
+            dtype=dtype,
+            quantize=quantize,
+            base=base,
+            compare=compare,
+            console=self.console,
+        )
+
+
+def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversation:
+    if isinstance(prompt, Conversation):
+        return prompt
+    if isinstance(prompt, str):
+        turns = [Turn("system", system)] if system else []
+        return Conversation([*turns, Turn("user", prompt)], f"prompt {number}")
+    try:
+        turns = [Turn(message["role"], message["content"]) for message in prompt]
+    except (KeyError, TypeError):
+        raise InputError(f"prompt {number}: expected a text, or messages with `role` and `content`.") from None
+    return Conversation(turns, f"prompt {number}")
+
+
+def generate(
+    path: str | Path, prompts: str | Sequence[Prompt], *, adapter: str | Sequence[str] | None = None, **settings: Any
+) -> list[str]:
+    """`load` it and answer the prompts; ``settings``: those of `Model.generate`."""
+    return load(path, adapter).generate(prompts, adapter=adapter, **settings)
+
+
+def evaluate(
+    path: str | Path,
+    rows: str | Path | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    adapter: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`load` it and score it on rows; ``settings``: those of `Model.evaluate`."""
+    return load(path, adapter).evaluate(rows, **settings)
+
+
+def export(path: str | Path, out: str | Path, *, adapter: str | None = None, **settings: Any) -> dict[str, Any] | None:
+    """`load` it and export its adapter; ``settings``: those of `Model.export`."""
+    return load(path, adapter).export(out, **settings)

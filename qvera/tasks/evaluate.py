@@ -1,0 +1,281 @@
+"""Evaluate a run, an adapter or an export on rows: held-out loss, answers and their scores, or labels."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qvera.config.schema import DataSection, TrainingSection
+from qvera.data import build_datasets, lengths_of
+from qvera.evaluation.class_metrics import require_packages
+from qvera.evaluation.held_out import prompts_of, score_model, scoring
+from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, open_target, require_base, template_of
+from qvera.evaluation.metrics import text_metrics
+from qvera.evaluation.named_adapters import require_held_out_rows
+from qvera.evaluation.report.read import inputs_sha256
+from qvera.models.positions import require_positions
+from qvera.tasks import TASKS, classification_of, task_of
+from qvera.tasks.classification import label_scores, predictions
+from qvera.utils import accelerator, memory
+from qvera.utils.errors import InputError, QveraError
+from qvera.utils.status_line import status_line
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from qvera.evaluation.judge import Judge
+
+TITLES = {
+    "accuracy": "Accuracy",
+    "top5": "Top 5",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
+"""Score of a classifier → its name for people."""
+
+
+def evaluate(
+    target: Artifact,
+    rows: str | None = None,
+    *,
+    limit: int | None = None,
+    base_alone: bool = False,
+    with_base: bool = False,
+    metrics: Sequence[str] = ("exact",),
+    group_prompts: bool = False,
+    answers: bool = True,
+    max_new_tokens: int | None = None,
+    judge: Judge | None = None,
+    opened: Callable[[], OpenRun] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What ``qvera eval --json`` writes: ``subject``, ``scores``, ``base_scores``, ``metrics``, ``answers`` and more.
+
+    Args:
+        target: what is evaluated.
+        rows: a file of rows, read as the recipe's are. None: the held-out rows of its recipe.
+        limit: use only the first rows.
+        base_alone: evaluate the base model without the adapter.
+        with_base: evaluate the base model too.
+        metrics: how answers are compared with references (`qvera.evaluation.metrics`).
+        group_prompts: rows with the same prompt are one, with all their references.
+        answers: whether prompts are answered; False: loss only.
+        max_new_tokens: tokens of an answer at most. None: the recipe's.
+        judge: another model that compares the answers. Where it fails, its error stands under ``judge_error``: the
+            answers are not lost for it.
+        opened: gives the model where it may be loaded already.
+        console: for progress; default: standard error.
+
+    Raises:
+        InputError: there are no rows, there is no base to compare with, or a package that a metric needs is missing.
+    """
+    console = console or Console(stderr=True)
+    if target.model_class.has_own_head:
+        return _evaluate_labels(target, rows, limit, opened, console)
+    chosen = text_metrics(metrics) if answers else []
+    if base_alone or with_base:
+        require_base(target)
+    task = TASKS["causal-lm"] if target.recipe is None else task_of(target.recipe)
+    if task.has_reference and (base_alone or target.adapter is None):
+        alone = "the base alone (--base)" if base_alone else target.what
+        raise InputError(
+            f"{target.path}: rewards are measured against the base with its adapter switched off, so {alone} has none. "
+            "Evaluate the run (--with-base adds the base's answers), or ask with `qvera generate`."
+        )
+    section = _data_section(target, rows, limit)
+    sha256 = None if base_alone else adapter_sha256(target)  # now: the run may go on while we score
+    model = _open(target, opened, console, adapter=not base_alone)
+    datasets = build_datasets(section, model.base.tokenizer, console)
+    examples = (datasets.train if rows is not None else require_held_out_rows(datasets, target.name))[:limit]
+    prompts = prompts_of(examples, group_prompts) if answers else []
+    require_positions(model.model, lengths_of(examples))
+    others = None if judge is None else judge.others(prompts)
+    settings = target.recipe.training if target.recipe is not None else TrainingSection()
+    answer_tokens = max_new_tokens or settings.sample_max_new_tokens
+    task.prepare(model.model, model.base.tokenizer, datasets, settings)
+
+    def score(
+        scored: PreTrainedModel | PeftModel, label: str, with_loss: bool = True
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        def held_out(say: Callable[[str], None]) -> dict[str, Any]:
+            if not with_loss:
+                return {}
+            return task.held_out_loss(
+                scored,
+                examples,
+                datasets,
+                settings,
+                progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
+            )
+
+        with status_line(console, f"{label}scoring") as show:
+            return score_model(
+                scored,
+                model.base.tokenizer,
+                held_out,
+                prompts,
+                chosen,
+                settings,
+                max_new_tokens=answer_tokens,
+                progress=lambda text: show(label + text),
+            )
+
+    scores, answered = score(model.model, "")
+    base_scores = None
+    if with_base:
+        if target.adapter is None:  # the base of an export is a model of its own; both need not be held
+            model.model = model.base.model = None
+            if target.recipe is not None:  # a task that was prepared scores the model that it was prepared with
+                task = task_of(target.recipe)
+            gc.collect()  # TRL's trainer and its model hold each other
+            accelerator.empty_cache()
+        with contextlib.ExitStack() as until_scored:
+            with status_line(console, "Loading the base"):
+                base = until_scored.enter_context(base_of(model))
+            if target.adapter is None:
+                task.prepare(base, model.base.tokenizer, datasets, settings)
+            base_scores, base_rows = score(base, "Base: ", with_loss=not task.has_reference)
+        answered = [
+            row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
+            for row, of_base in zip(answered, base_rows, strict=True)
+        ]
+    about = _subject(target, section, base_alone, rows)
+    about |= {"inputs_sha256": inputs_sha256(answered), "max_new_tokens": answer_tokens, "adapter_sha256": sha256}
+    document: dict[str, Any] = {
+        "subject": about,
+        "scores": scores,
+        "base_scores": base_scores,
+        "metrics": [
+            {"name": m.name, "label": m.label, "signature": m.signature(), "lower_is_better": m.lower_is_better}
+            for m in chosen
+            if scores.get("scored_rows")
+        ],
+        "judge": None,
+        "versions": memory.versions(),
+        "answers": answered,
+    }
+    if judge is not None:
+        decode = model.base.tokenizer.decode
+        questions = [decode(prompt.example.prompt_ids.tolist(), skip_special_tokens=True) for prompt in prompts]
+        try:
+            with status_line(console, "Judging") as show:
+                document["judge"] = judge.judge(answered, questions, others, show)
+        except QveraError as error:
+            document["judge_error"] = error
+    return document
+
+
+def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Console, *, adapter: bool = True) -> OpenRun:
+    if opened is not None:
+        return opened()
+    with status_line(console, f"Loading {target.path}"):
+        return open_target(target, adapter=adapter)
+
+
+def _evaluate_labels(
+    target: Artifact,
+    rows: str | None,
+    limit: int | None,
+    opened: Callable[[], OpenRun] | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Score a classifier; ``answers`` are its predictions."""
+    task = classification_of(target.model_class)
+    require_packages(task.name)
+    section = _data_section(target, rows, limit)
+    about = _subject(target, section, False, rows)
+    sha256 = adapter_sha256(target)
+    section = section.replace(format=task.row_format)  # an adapter alone has no recipe that says it
+    model = _open(target, opened, console)
+    labels = model.labels
+    datasets = build_datasets(section, model.base.tokenizer, console, labels=labels)
+    examples = (datasets.train if rows is not None else require_held_out_rows(datasets, target.name))[:limit]
+    require_positions(model.model, lengths_of(examples))
+    batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
+    with status_line(console, "Scoring") as show, scoring(model.model):
+        logits = task.held_out_logits(
+            model.model,
+            examples,
+            datasets.pad_id,
+            batch_size,
+            progress=lambda done: show(f"Scoring, {done} of {len(examples)} rows"),
+        )
+    scores = label_scores(logits, examples, labels)
+    del scores["trained_tokens"]
+    package = "scipy" if labels.is_regression else "scikit-learn"
+    signature = f"{package} {metadata.version(package)}"
+    inputs = [{"prompt": row.prompt_text, "references": [row.reference]} for row in examples]
+    return {
+        "subject": {**about, "inputs_sha256": inputs_sha256(inputs), "adapter_sha256": sha256},
+        "scores": {**scores, "scored_rows": len(examples)},
+        "metrics": [
+            {"name": name, "label": title, "signature": signature, "lower_is_better": False}
+            for name, title in TITLES.items()
+            if name in scores
+        ],
+        "answers": predictions(logits, examples, labels),
+        "base_scores": None,
+        "judge": None,
+        "versions": memory.versions(),
+    }
+
+
+def _data_section(target: Artifact, data: str | None, rows: int | None) -> DataSection:
+    """Where the rows come from: the recipe's held-out rows, or all of a file that is read as the recipe's rows are."""
+    recipe = target.recipe
+    if data is None:
+        if recipe is None:
+            raise InputError(
+                f"{target.path}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, "
+                "or the run (or recipe) that it belongs to with --recipe."
+            )
+        if not recipe.data.has_held_out_rows:
+            raise InputError(f"{target.path}: its recipe holds out no rows; name a file with --data.")
+        return recipe.data.replace(template=template_of(recipe, target.run))
+    if recipe is None:
+        return DataSection(path=data, limit=rows)
+    return recipe.data.replace(
+        path=data,
+        config_name=None,  # of the recipe's own source, like its revision
+        revision=None,
+        template=template_of(recipe, target.run),
+        adapter_column=None,
+        adapter_files=False,
+        mixture=[],
+        sampling="rows",
+        task_column=None,
+        task_labels=None,
+        task_count=None,
+        task_steps=1,
+        held_out_tasks=0,
+        weight=1.0,
+        eval_path=None,
+        eval_split=None,
+        rows_per_label=None,
+        eval_fraction=0.0,
+        limit=rows,
+    )
+
+
+def _subject(target: Artifact, section: DataSection, base_alone: bool, data: str | None) -> dict[str, Any]:
+    """What was evaluated on what."""
+    what = "the base alone" if base_alone else target.what
+    column = "Adapter" if target.adapter is not None else "Export" if target.merged else "Model"
+    held_out = section.held_out_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"
+    if section.eval_split is not None:
+        held_out += f", split {section.eval_split}"
+    return {
+        "path": str(target.path),
+        "what": what[0].upper() + what[1:],
+        "column": "Base" if base_alone else column,
+        "base": target.merged["base"]["path"] if target.merged else target.section.path,
+        "data": data or held_out,
+    }

@@ -1,0 +1,135 @@
+"""`import qvera`: a recipe in Python, a callback a step, and what `load` gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qvera
+from qvera.cli.main import main
+from tests.many_adapters import write_run
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model_dir: Path, tiny_rows: Path) -> dict[str, Any]:
+    """The sections of a short recipe."""
+    return {
+        "model": {"path": str(tiny_model_dir), "compute_dtype": "float32"},
+        "data": {"path": str(tiny_rows), "max_length": 64, "eval_fraction": 0.1},
+        "adapter": {"rank": 8},
+        "training": {"max_steps": 4, "global_batch_size": 4, "learning_rate": 2e-2, "sample_count": 0, "report_to": []},
+    }
+
+
+def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
+    short = qvera.Recipe(model="some/model", data="rows.jsonl", training={"max_steps": 4})
+    assert (short.model.path, short.data.path, short.training.max_steps) == ("some/model", "rows.jsonl", 4)
+    labelled = qvera.Recipe(model="m", data="rows.csv", task="sequence-classification")
+    assert labelled.data.format == "classification"
+    assert labelled.replace(training={"max_steps": 3}).data.format == "classification"
+    with pytest.raises(qvera.InputError, match=r"training\.max_step: unknown key\. Did you mean `max_steps`\?"):
+        qvera.Recipe(model="m", data="rows.jsonl", training={"max_step": 4})
+
+
+def test_the_callback_gets_each_record_and_false_stops_the_run_for_a_resume(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    """The resumed run ends as one that was never stopped."""
+    records: list[dict[str, Any]] = []
+    small = {**small, "training": {**small["training"], "eval_steps": 2}}
+    whole = qvera.train(small, tmp_path / "whole", on_step=records.append)
+    assert whole is not None
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == [record["kind"] for record in records]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
+
+    def stop(record: dict[str, Any]) -> bool:
+        return record["step"] < 3
+
+    with pytest.raises(qvera.Interrupted, match="Stopped by on_step after step 3 of 4, and saved"):
+        qvera.train(small, tmp_path / "stopped", on_step=stop)
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+    resumed = qvera.train(small, tmp_path / "stopped", resume=True)
+    assert resumed is not None
+    assert resumed.run["result"]["eval_after"]["loss"] == whole.run["result"]["eval_after"]["loss"]
+
+
+@pytest.mark.parametrize("error", [StopIteration, ZeroDivisionError])
+@pytest.mark.parametrize("last", [2, 4])
+def test_an_error_of_the_callback_leaves_a_run_that_is_whole(
+    small: dict[str, Any], tmp_path: Path, error: type[Exception], last: int
+) -> None:
+    """The step is saved; after the last one the run is done."""
+
+    def fail(record: dict[str, Any]) -> None:
+        if record["step"] == last:
+            raise error
+
+    if last == 4 and error is StopIteration:  # nothing is left to stop
+        assert qvera.train(small, tmp_path / "run", on_step=fail) is not None
+    else:
+        with pytest.raises(qvera.Interrupted if error is StopIteration else error):
+            qvera.train(small, tmp_path / "run", on_step=fail)
+    status = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"]
+    assert status == ("done" if last == 4 else "interrupted")
+    if last < 4:
+        assert qvera.train(small, tmp_path / "run", resume=True) is not None
+
+
+def test_load_answers_scores_and_exports_as_the_commands_do(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = qvera.load(trained_run)
+    assert "opened" not in vars(run)  # nothing big is read before it is needed
+    assert main(["eval", str(trained_run), "--json", str(tmp_path / "eval.json")]) == 0
+    found, written = run.evaluate(), json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert found["scores"]["loss"] == written["scores"]["loss"]
+    assert [row["answer"] for row in found["answers"]] == [row["answer"] for row in written["answers"]]
+    opened = run.opened
+    capsys.readouterr()
+    assert main(["generate", str(trained_run), "--prompt", "say red 1", "--max-new-tokens", "6"]) == 0
+    (answer,) = run.generate("say red 1", max_new_tokens=6)
+    assert capsys.readouterr().out.strip() == answer.strip()
+    assert run.generate([[{"role": "user", "content": "say red 1"}]], max_new_tokens=6) == [answer]
+    rows = [{"prompt": "say red 1", "completion": "red red"}, {"prompt": "say blue 2", "completion": "blue blue"}]
+    scored = run.evaluate(rows, with_base=True, max_new_tokens=4)
+    assert scored["scores"]["rows"] == 2
+    assert scored["base_scores"]["loss"] != scored["scores"]["loss"]
+    assert run.opened is opened  # loaded once
+    certificate = run.export(tmp_path / "lora", to="lora", dtype="float32")
+    assert certificate is not None
+    assert certificate == json.loads((tmp_path / "lora" / "qvera_export.json").read_text(encoding="utf-8"))
+    merged = qvera.export(trained_run, tmp_path / "merged", compare=False)
+    assert merged is not None
+    exported = qvera.load(tmp_path / "merged")
+    assert exported.evaluate(rows, with_base=True, answers=False)["base_scores"] is not None
+    assert len(exported.generate("say red 1", max_new_tokens=2)) == 1  # its weights are read again
+
+
+def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_path: Path) -> None:
+    names = ["anna", "ben", "chloe"]
+    tree = {**small, "data": {"path": "customers.csv", "adapter_column": "customer"}, "training": {}}
+    run = write_run(tmp_path / "run", qvera.Recipe(**tree), names)
+    model = qvera.load(run)
+    assert sorted(model.names) == names
+    prompts = ["say red 1"] * 4
+    answers = model.generate(prompts, adapter=["anna", "ben", None, "anna"], max_new_tokens=6)
+    assert answers[0] == answers[3] != answers[1]
+    assert answers[:1] == qvera.generate(run, prompts[0], adapter="anna", max_new_tokens=6)
+    assert answers[2:3] == qvera.load(run, base=True).generate(prompts[0], max_new_tokens=6)
+    for adapter, said in (
+        (None, "has 3 adapters; name one"),
+        ("ana", "'ana' is not loaded; did you mean 'anna'"),
+        (["anna"], "names 1 adapters for 4 prompts"),
+    ):
+        with pytest.raises(qvera.InputError, match=said):
+            model.generate(prompts, adapter=adapter)
+    with pytest.raises(qvera.InputError, match="has 3 adapters; name one"):
+        model.evaluate("rows.jsonl")
+    with pytest.raises(qvera.InputError, match="name it in `load`"):
+        qvera.load(run, "ben").generate(prompts, adapter="anna")
