@@ -29,7 +29,7 @@ from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.slots import TokenSlots, expand_slots, scale_slots
-from qvera.adapters.projection import require_projection, vera_scale
+from qvera.adapters.projection import vera_scale
 from qvera.models import linear
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
@@ -165,7 +165,7 @@ def shape_of(
     if linears and config.projection_sha256 is not None:
         sizes = [(specs[name].in_features, specs[name].out_features) for name in linears]
         try:
-            require_projection(config, *(max(side) for side in zip(*sizes, strict=True)))
+            config.check_projection(*(max(side) for side in zip(*sizes, strict=True)))
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
     settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale

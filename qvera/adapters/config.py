@@ -9,7 +9,15 @@ from typing import Any
 from peft import PeftConfig
 
 from qvera.adapters.products.token_sampling import TokenSampler
-from qvera.adapters.projection import GENERATOR, Pair, Seeds, pair_number, require_same_pairs
+from qvera.adapters.projection import (
+    GENERATOR,
+    Pair,
+    Seeds,
+    pair_number,
+    projection_sha256,
+    require_same_pairs,
+    require_sha256,
+)
 from qvera.config.schema import AdapterSection
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class, image_class
 from qvera.utils.errors import InputError
@@ -167,6 +175,25 @@ class QveraConfig(PeftConfig):
     def seeds(self) -> Seeds:
         """The seed of A and B, or those of its phases."""
         return tuple(self.seed_chain) if self.seed_chain else self.projection_seed
+
+    def check_projection(self, largest_in: int, largest_out: int) -> None:
+        """Compare the projections that the seed gives with those of training, or note them in a fresh config.
+
+        Args:
+            largest_in, largest_out: the largest in_features and out_features of the linears that the adapter is on.
+
+        Raises:
+            InputError: shapes or values are others.
+        """
+        shapes = {"A": [self.rank, largest_in], "B": [largest_out, self.rank]}
+        if self.projection_shapes is not None and self.projection_shapes != shapes:
+            raise InputError(
+                f"this adapter was trained with projections of shapes {self.projection_shapes}, but this model and its "
+                f"targets need {shapes}: it belongs to another base model."
+            )
+        digest = projection_sha256(self.rank, largest_in, largest_out, self.seeds)
+        require_sha256(self.projection_sha256, digest, self.seeds)
+        self.projection_shapes, self.projection_sha256 = shapes, digest
 
     def check_pair(self, name: str, pair: Pair) -> None:
         """Compare the own pair of a linear with the one that the adapter was trained with, or note it in a fresh one.

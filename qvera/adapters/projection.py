@@ -14,7 +14,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from torch import nn
 from qvera.adapters.products import functional
 from qvera.utils.errors import InputError
 from qvera.utils.uniform import uniform_matrix
-
-if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
@@ -63,7 +60,7 @@ def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seed
 
 
 def pair_sha256(A: np.ndarray, B: np.ndarray) -> str:
-    """See `projection_sha256`."""
+    """`projection_sha256` of a pair that is there."""
     digest = hashlib.sha256()
     for matrix in (A, B):
         digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
@@ -84,29 +81,6 @@ def require_sha256(wanted: str | None, found: str, seeds: Seeds) -> None:
             f"the projections of seed {seeds} have SHA-256 {found[:16]}… here and {wanted[:16]}… in the adapter: the "
             "file was changed, or made by another generator."
         )
-
-
-def require_projection(config: QveraConfig, largest_in: int, largest_out: int) -> tuple[dict[str, list[int]], str]:
-    """Refuse an adapter whose projections were other ones than those that its seed gives on this base.
-
-    Args:
-        largest_in, largest_out: the largest in_features and out_features of the linears that the adapter is on.
-
-    Returns:
-        The shapes of A and B, and their SHA-256.
-
-    Raises:
-        InputError: shapes or values differ from those that its config names; one that names none passes.
-    """
-    shapes = {"A": [config.rank, largest_in], "B": [largest_out, config.rank]}
-    if config.projection_shapes is not None and config.projection_shapes != shapes:
-        raise InputError(
-            f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and its "
-            f"targets need {shapes}: it belongs to another base model."
-        )
-    digest = projection_sha256(config.rank, largest_in, largest_out, config.seeds)
-    require_sha256(config.projection_sha256, digest, config.seeds)
-    return shapes, digest
 
 
 class SharedInput:

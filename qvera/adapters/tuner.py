@@ -14,7 +14,7 @@ from qvera.adapters.bank import MixedForward, User
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers
 from qvera.adapters.methods import LinearSpec, Source, method_of
-from qvera.adapters.projection import OwnProjection, SharedProjection, require_projection
+from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.model_config import head_size
 from qvera.models.structure import beside_the_layers
@@ -165,7 +165,7 @@ class QveraModel(BaseTuner):
         shapes = [(spec.in_features, spec.out_features) for spec, _ in found]
         largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
-        config.projection_shapes, config.projection_sha256 = require_projection(config, largest_in, largest_out)
+        config.check_projection(largest_in, largest_out)
         for home in homes:
             self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
 

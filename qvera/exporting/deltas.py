@@ -21,8 +21,7 @@ from qvera import __version__
 from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.files import lora_file
-from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.files.adapter_file import lora_config, read_adapter
 from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
@@ -137,7 +136,7 @@ class AdapterDeltas:
     def lora_config(self) -> LoraConfig | None:
         """Of an adapter that is a LoRA: stock PEFT's config for its own A and B."""
         if isinstance(self.config, QveraConfig) and method_of(self.config).writes_lora:
-            return lora_file.lora_config(self.config)
+            return lora_config(self.config)
         return None
 
     @property

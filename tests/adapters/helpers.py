@@ -1,4 +1,4 @@
-"""Frozen layers of every kind that QVERA adapts, their dense weights read in a second way, and vectors away from zero."""
+"""Layers of every kind that QVERA adapts, and what they should compute, read and written out in a second way."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
 from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.projection import uniform_pair
 from qvera.models import linear
 
 IN, OUT = 64, 96
@@ -102,3 +105,149 @@ def weight_bytes(layer: Any) -> bytes:
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the expected."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# The formula in double precision
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def parts(
+    T: int, n: int, m: int, r: int, seed: int = 0, groups: int = 1, scaled: bool = False
+) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    found = {"x": normal(T, n), "W": normal(m, n), "A": normal(r, n), "B": normal(m, r), "d": normal(r)}
+    found["b"] = normal(m) if groups == 1 else normal(groups, m)
+    return {**found, "a": normal(n)} if scaled else found
+
+
+def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A Λ_a x over the groups."""
+    x, d, b = (p[k].clone().requires_grad_() for k in ("x", "d", "b"))
+    a = p["a"].clone().requires_grad_() if "a" in p else torch.ones(p["A"].shape[1], dtype=p["A"].dtype)
+    weight, each = p["W"], b.view(-1, len(p["W"]))
+    width = len(d) // len(each)
+    for g, own in enumerate(each):
+        k = slice(g * width, (g + 1) * width)
+        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k] @ torch.diag(a)
+    y = x @ weight.t()
+    y.backward(upstream)
+    found = {"y": y.detach()}
+    for name, leaf in (("x", x), ("d", d), ("b", b), ("a", a)):
+        if leaf.grad is not None:  # an a of ones that nobody trains has none
+            found[name] = leaf.grad
+    return found
+
+
+def rounded(p: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Operands as a layer of this dtype sees them, back in fp64: x, W, A and B rounded; the vectors in fp32 or wider."""
+    vector = torch.promote_types(dtype, torch.float32)
+    return {k: v.to(vector if k in "dba" else dtype).double() for k, v in p.items()}
+
+
+# One adapted layer
+
+RANK = 12
+
+
+def adapted(
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    rank: int = RANK,
+    dropout: float = 0.0,
+    freeze: bool = True,
+    groups: int = 1,
+    scaled: bool = False,
+) -> QveraLinear:
+    base = base_layer(kind, dtype, freeze=freeze)
+    linear.freeze_linears(base)
+    projection = SharedProjection(3, torch.device("cpu"), dtype)
+    projection.ensure(rank + 5, IN + 9, OUT + 2)  # larger than this layer, as in a model
+    config = QveraConfig(rank=rank, b_groups=groups, input_scale=scaled, projection_seed=3, dropout=dropout)
+    layer = QveraLinear(base, "default", projection, config)
+    perturb(layer)
+    return layer
+
+
+def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """diag(b) B, column by column: column k with the b of its group."""
+    each = b.view(-1, OUT)
+    width = B.shape[1] // len(each)
+    return torch.stack([each[k // width] * B[:, k] for k in range(B.shape[1])], dim=1)
+
+
+def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    base: Any = layer.base_layer
+    x = x.detach().double().requires_grad_()
+    rank = layer.parts("default").rank
+    a, b_matrix = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
+    b = layer.vectors("default")["qvera_b"].detach().double().requires_grad_()
+    d = layer.vectors("default")["qvera_d"].detach().double().requires_grad_()
+    vectors = [b, d]
+    if "qvera_a" in layer.vectors("default"):
+        vectors.append(layer.vectors("default")["qvera_a"].detach().double().requires_grad_())
+        a = a @ torch.diag(vectors[2])
+    scale = (6 / IN) ** 0.5 * (6 / rank) ** 0.5
+    y = x @ (dense_weight(base) + scale * times_b(b_matrix, b) @ torch.diag(d) @ a).t()
+    if base.bias is not None:
+        y = y + base.bias.double()
+    y.backward(upstream.double())
+    return [y.detach(), *(leaf.grad for leaf in (x, *vectors) if leaf.grad is not None)]
+
+
+def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(upstream)
+    grads = [x.grad, *(vector.grad for vector in layer.vectors("default").values())]
+    assert all(g is not None for g in grads)
+    return [y.detach(), *(g.clone() for g in grads if g is not None)]
+
+
+# Real shapes, on the meta device
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "LLaMA-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "Llama-3-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "Llama-3.2-1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def on_meta(name: str, **changes: Any) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**{**SHAPES[name], **changes})).requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

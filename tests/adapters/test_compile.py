@@ -20,8 +20,7 @@ from qvera.models.forward import batch_nll, make_batch
 from qvera.training import session
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import IN, OUT, relative
-from tests.adapters.test_layer import adapted, run
+from tests.adapters.helpers import IN, OUT, adapted, relative, run
 from tests.conftest import small_llama
 
 pytestmark = pytest.mark.process

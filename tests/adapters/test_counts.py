@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import adapter_facts, attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection
+from tests.adapters.helpers import SHAPES, on_meta, trainable
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "LLaMA-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "Llama-3-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "Llama-3.2-1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-}
 # The table of shared/facts.md; its first two rows are VeRA's 1.6M / 1.4M / 2.4M (arXiv 2310.11454, table 4).
 COUNTS = {  # rank 256, rank 1024, LoRA rank 64
     "LLaMA-7B": (1_417_216, 1_589_248, 159_907_840),
@@ -56,18 +25,9 @@ COUNTS = {  # rank 256, rank 1024, LoRA rank 64
 }
 
 
-def on_meta(name: str, **changes: Any) -> LlamaForCausalLM:
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**{**SHAPES[name], **changes})).requires_grad_(False)
-
-
 def one_layer(name: str) -> tuple[LlamaForCausalLM, int]:
     """The model with one of its layers, and how many there are: all are the same, so a count is that often the layer's."""
     return on_meta(name, num_hidden_layers=1), SHAPES[name]["num_hidden_layers"]
-
-
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -13,7 +13,7 @@ import torch
 from qvera.adapters.products.functional import delta_weight, expand, few_tokens, project, scale_input
 from qvera.kernels import low_rank
 from qvera.kernels.low_rank import combined
-from tests.adapters.helpers import relative
+from tests.adapters.helpers import TOLERANCE, parts, relative, rounded, textbook
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -25,95 +25,36 @@ SETTINGS = [  # tokens, dtype and the base's dtype: every pair of two of them
     (257, torch.bfloat16, None), (1, torch.bfloat16, torch.float32), (3, torch.bfloat16, torch.bfloat16),
     (257, torch.float16, None), (3, torch.float16, torch.float32), (1, torch.float16, torch.bfloat16),
 ]  # fmt: skip
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-def parts(
-    T: int, n: int, m: int, r: int, seed: int = 0, groups: int = 1, scaled: bool = False
-) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    found = {"x": normal(T, n), "W": normal(m, n), "A": normal(r, n), "B": normal(m, r), "d": normal(r)}
-    found["b"] = normal(m) if groups == 1 else normal(groups, m)
-    return {**found, "a": normal(n)} if scaled else found
-
-
-def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A Λ_a x over the groups."""
-    x, d, b = (p[k].clone().requires_grad_() for k in ("x", "d", "b"))
-    a = p["a"].clone().requires_grad_() if "a" in p else torch.ones(p["A"].shape[1], dtype=p["A"].dtype)
-    weight, each = p["W"], b.view(-1, len(p["W"]))
-    width = len(d) // len(each)
-    for g, own in enumerate(each):
-        k = slice(g * width, (g + 1) * width)
-        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k] @ torch.diag(a)
-    y = x @ weight.t()
-    y.backward(upstream)
-    found = {"y": y.detach()}
-    for name, leaf in (("x", x), ("d", d), ("b", b), ("a", a)):
-        if leaf.grad is not None:  # an a of ones that nobody trains has none
-            found[name] = leaf.grad
-    return found
-
-
-def rounded(p: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Operands as a layer of this dtype sees them, back in fp64: x, W, A and B rounded; the vectors in fp32 or wider."""
-    vector = torch.promote_types(dtype, torch.float32)
-    return {k: v.to(vector if k in "dba" else dtype).double() for k, v in p.items()}
-
-
-@pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
-@pytest.mark.parametrize(("T", "dtype", "base_dtype"), SETTINGS)
-def test_forward_and_every_gradient(
-    T: int, dtype: torch.dtype, base_dtype: torch.dtype | None, n: int, m: int, r: int, groups: int
-) -> None:
-    scale, base_dtype = 0.37, base_dtype or dtype
-    exact = rounded(parts(T, n, m, r, groups=groups), dtype)
-    vector = torch.promote_types(dtype, torch.float32)
-    upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    upstream = upstream.to(base_dtype).double()
-    expected = textbook(exact, scale, upstream)
-
-    x = exact["x"].to(dtype).requires_grad_()
-    d, b = (exact[k].to(vector).requires_grad_() for k in "db")
-    # the base product in fp64, so that what is measured is the adapter's own error
-    base = (x.double() @ exact["W"].t()).to(base_dtype)
-    y = expand(base, project(x, exact["A"].to(dtype)), d, b, exact["B"].to(dtype), scale)
-    y.backward(upstream.to(base_dtype))
-
-    assert y.dtype == base_dtype
-    assert x.grad is not None
-    assert d.grad is not None
-    assert b.grad is not None
-    assert x.grad.dtype == dtype
-    assert d.grad.dtype == vector
-    assert b.grad.dtype == vector
-    tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
-    for actual, name in ((y, "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
-        assert relative(actual.detach(), expected[name]) < tolerance, name
+SCALED = [(257, torch.float64), (1, torch.float32), (257, torch.bfloat16), (3, torch.float16)]  # with an a
 
 
 @pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
 @pytest.mark.parametrize(
-    ("T", "dtype"), [(257, torch.float64), (1, torch.float32), (257, torch.bfloat16), (3, torch.float16)]
+    ("T", "dtype", "base_dtype", "scaled"),
+    [*((*setting, False) for setting in SETTINGS), *((*setting, None, True) for setting in SCALED)],
 )
-def test_a_scaled_input_and_every_gradient(T: int, dtype: torch.dtype, n: int, m: int, r: int, groups: int) -> None:
-    exact = rounded(parts(T, n, m, r, groups=groups, scaled=True), dtype)
+def test_forward_and_every_gradient(
+    T: int, dtype: torch.dtype, base_dtype: torch.dtype | None, scaled: bool, n: int, m: int, r: int, groups: int
+) -> None:
+    base_dtype = base_dtype or dtype
+    exact = rounded(parts(T, n, m, r, groups=groups, scaled=scaled), dtype)
     vector = torch.promote_types(dtype, torch.float32)
-    upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
+    upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = upstream.to(base_dtype).double()
     expected = textbook(exact, 0.37, upstream)
-    x = exact["x"].to(dtype).requires_grad_()
-    d, b, a = (exact[k].to(vector).requires_grad_() for k in "dba")
-    z = project(scale_input(x, a), exact["A"].to(dtype))
-    y = expand((x.double() @ exact["W"].t()).to(dtype), z, d, b, exact["B"].to(dtype), 0.37)
-    y.backward(upstream.to(dtype))
-    assert a.grad is not None
-    assert a.grad.dtype == vector
-    for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b"), (a.grad, "a")):
-        assert actual is not None and relative(actual, expected[name]) < 1.5 * TOLERANCE[dtype], name
+    leaves = {"x": exact["x"].to(dtype), **{k: exact[k].to(vector) for k in "dba" if k in exact}}
+    x, d, b, *a = (leaf.requires_grad_() for leaf in leaves.values())
+    # the base product in fp64, so that what is measured is the adapter's own error
+    base = (x.double() @ exact["W"].t()).to(base_dtype)
+    z = project(scale_input(x, a[0]) if a else x, exact["A"].to(dtype))
+    y = expand(base, z, d, b, exact["B"].to(dtype), 0.37)
+    y.backward(upstream.to(base_dtype))
+    assert y.dtype == base_dtype
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype]) * (1.5 if scaled else 1)
+    assert relative(y.detach(), expected["y"]) < tolerance
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype
+        assert relative(leaf.grad, expected[name]) < tolerance, name
 
 
 def of_peft(number: int) -> tuple[dict[str, torch.Tensor], float]:

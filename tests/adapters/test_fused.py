@@ -10,9 +10,7 @@ from torch import nn
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import fused
-from tests.adapters.helpers import IN, KINDS, OUT, relative
-from tests.adapters.test_functional import parts, textbook
-from tests.adapters.test_layer import adapted, reference, run
+from tests.adapters.helpers import IN, KINDS, OUT, adapted, parts, reference, relative, run, textbook
 
 NAMES = ("y", "x", "b", "d")
 WAYS = {"keeps z": 12, "keeps x": 80}  # the rank decides

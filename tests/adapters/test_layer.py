@@ -16,29 +16,24 @@ from torch import nn
 from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
 from qvera.adapters.projection import uniform_pair
 from qvera.models import linear
-from tests.adapters.helpers import FOUR_BIT, IN, KINDS, OUT, base_layer, dense_weight, perturb, relative, weight_bytes
+from tests.adapters.helpers import (
+    FOUR_BIT,
+    IN,
+    KINDS,
+    OUT,
+    RANK,
+    adapted,
+    base_layer,
+    dense_weight,
+    perturb,
+    reference,
+    relative,
+    run,
+    times_b,
+    weight_bytes,
+)
 
-RANK = 12
 QUANTIZED = ("int8", *FOUR_BIT)
-
-
-def adapted(
-    kind: str,
-    dtype: torch.dtype = torch.float32,
-    rank: int = RANK,
-    dropout: float = 0.0,
-    freeze: bool = True,
-    groups: int = 1,
-    scaled: bool = False,
-) -> QveraLinear:
-    base = base_layer(kind, dtype, freeze=freeze)
-    linear.freeze_linears(base)
-    projection = SharedProjection(3, torch.device("cpu"), dtype)
-    projection.ensure(rank + 5, IN + 9, OUT + 2)  # larger than this layer, as in a model
-    config = QveraConfig(rank=rank, b_groups=groups, input_scale=scaled, projection_seed=3, dropout=dropout)
-    layer = QveraLinear(base, "default", projection, config)
-    perturb(layer)
-    return layer
 
 
 def expected_delta(layer: QveraLinear, adapter: str = "default", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -49,46 +44,10 @@ def expected_delta(layer: QveraLinear, adapter: str = "default", dtype: torch.dt
     if "qvera_a" in layer.vectors(adapter):
         a = a @ torch.diag(layer.vectors(adapter)["qvera_a"].double())
     return (
-        _times_b(b, layer.vectors(adapter)["qvera_b"].double())
+        times_b(b, layer.vectors(adapter)["qvera_b"].double())
         @ torch.diag(layer.vectors(adapter)["qvera_d"].double())
         @ a
     )
-
-
-def _times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """diag(b) B, column by column: column k with the b of its group."""
-    each = b.view(-1, OUT)
-    width = B.shape[1] // len(each)
-    return torch.stack([each[k // width] * B[:, k] for k in range(B.shape[1])], dim=1)
-
-
-def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    base: Any = layer.base_layer
-    x = x.detach().double().requires_grad_()
-    rank = layer.parts("default").rank
-    a, b_matrix = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
-    b = layer.vectors("default")["qvera_b"].detach().double().requires_grad_()
-    d = layer.vectors("default")["qvera_d"].detach().double().requires_grad_()
-    vectors = [b, d]
-    if "qvera_a" in layer.vectors("default"):
-        vectors.append(layer.vectors("default")["qvera_a"].detach().double().requires_grad_())
-        a = a @ torch.diag(vectors[2])
-    scale = (6 / IN) ** 0.5 * (6 / rank) ** 0.5
-    y = x @ (dense_weight(base) + scale * _times_b(b_matrix, b) @ torch.diag(d) @ a).t()
-    if base.bias is not None:
-        y = y + base.bias.double()
-    y.backward(upstream.double())
-    return [y.detach(), *(leaf.grad for leaf in (x, *vectors) if leaf.grad is not None)]
-
-
-def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
-    layer.zero_grad()
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    y.backward(upstream)
-    grads = [x.grad, *(vector.grad for vector in layer.vectors("default").values())]
-    assert all(g is not None for g in grads)
-    return [y.detach(), *(g.clone() for g in grads if g is not None)]
 
 
 @pytest.mark.parametrize(

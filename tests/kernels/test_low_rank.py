@@ -13,8 +13,7 @@ from qvera.adapters.products.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.kernels import columns, low_rank, operators
 from qvera.kernels.operators import LAUNCHES
-from tests.adapters.helpers import relative
-from tests.adapters.test_functional import TOLERANCE, parts, rounded, textbook
+from tests.adapters.helpers import TOLERANCE, parts, relative, rounded, textbook
 from tests.kernels.conftest import Calls
 
 SETTINGS = [  # tokens, n, m, r, groups, dtype, base's dtype

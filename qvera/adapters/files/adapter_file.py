@@ -1,8 +1,14 @@
-"""An adapter directory read without a model, and checked against the base that it was trained on."""
+"""An adapter directory read without a model, checked against its base, and the files of PEFT's LoRA.
+
+A ``lora`` adapter is stock PEFT's on disk, so that any tool can load it. What only qvera knows, such as the fingerprint
+of the base, is JSON in the header of its weights file (`safetensors_io.FACTS`), which others pass over; an adapter
+without it is read too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,14 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
-from qvera.adapters.files import lora_file
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qvera.utils.safetensors_io import same_base, unreadable
+from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable
+
+LORA = "LORA"
+"""PEFT's peft_type of a LoRA."""
 
 
 def read_adapter(
@@ -46,7 +55,7 @@ def read_adapter(
     except (SafetensorError, OSError) as error:
         raise unreadable(weights_file, error) from None
     if isinstance(config, QveraConfig) and method_of(config).writes_lora:
-        tensors = {lora_file.to_ours(key): tensor for key, tensor in tensors.items()}
+        tensors = {_to_ours(key): tensor for key, tensor in tensors.items()}
     key, suffix = ("rank", ".qvera_d") if isinstance(config, QveraConfig) else ("r", ".vera_lambda_d")
     place_names = method_of(config).place_names if isinstance(config, QveraConfig) else frozenset()
     for name, tensor in sorted(tensors.items()):
@@ -66,7 +75,6 @@ def read_adapter(
 
 
 def _rank_of(config: QveraConfig | VeraConfig, key: str) -> int:
-    """The rank that an adapter's config says for the linear of a key in its file."""
     if not isinstance(config, QveraConfig):
         return config.r
     name = key.removeprefix(PREFIX).rpartition(".")[0]
@@ -84,7 +92,7 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
         raise InputError(f"{directory}: no such adapter directory.")
     require_files(directory)
     raw = read_json(config_file, "a PEFT adapter config", keys=["peft_type"])
-    kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig, lora_file.PEFT_TYPE: LoraConfig}.get(str(raw["peft_type"]))
+    kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig, LORA: LoraConfig}.get(str(raw["peft_type"]))
     if kind is None:
         raise InputError(
             f"{config_file}: peft_type is {raw['peft_type']}, expected {PEFT_TYPE} (or PEFT's own VERA or LORA)."
@@ -95,7 +103,7 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
             # PEFT warns of projections that are not in the file; here they are drawn and used
             warnings.simplefilter("ignore", UserWarning)
             if kind is LoraConfig:
-                return lora_file.config_of(raw, directory)
+                return _config_of_lora(raw, directory)
             return kind(**{k: v for k, v in raw.items() if k in known})
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from None
@@ -122,7 +130,7 @@ def model_class_of(directory: Path, raw: dict[str, Any]) -> ModelClass:
     Raises:
         InputError: it is a classifier's, and nothing says what its outputs mean.
     """
-    if raw["peft_type"] in (PEFT_TYPE, lora_file.PEFT_TYPE) and runs_on_our_layers(raw):
+    if raw["peft_type"] in (PEFT_TYPE, LORA) and runs_on_our_layers(raw):
         config = read_config(directory)
         if isinstance(config, QveraConfig) and config.labels:
             return config.model_class
@@ -136,8 +144,8 @@ def model_class_of(directory: Path, raw: dict[str, Any]) -> ModelClass:
 
 def runs_on_our_layers(raw: dict[str, Any]) -> bool:
     """Whether an adapter with this adapter_config.json runs on qvera's layers. PEFT loads every other one."""
-    if raw["peft_type"] == lora_file.PEFT_TYPE:
-        return lora_file.refusal(raw) is None
+    if raw["peft_type"] == LORA:
+        return lora_refusal(raw) is None
     return raw["peft_type"] in (PEFT_TYPE, "VERA")
 
 
@@ -168,3 +176,98 @@ def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: st
             f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has "
             f"{str(fingerprint)[:16]}. Point model.path at the base it was trained on."
         )
+
+
+# PEFT's LoRA
+
+_LORA_FACTS = (
+    "format_version", "projection_seed", "base_fingerprint", "added_tokens", "pad_token", "eos_token", "labels",
+    "problem_type",
+)  # fmt: skip
+_LORA_SAME = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "use_rslora",
+    "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+)  # fmt: skip
+_LORA_READ = {*_LORA_SAME, "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"}
+_LORA_WITHOUT_EFFECT = {
+    "peft_type", "peft_version", "auto_mapping", "fan_in_fan_out", "megatron_core", "runtime_config", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+"""Of no effect on what an adapter computes once it is trained, or only together with another key that is refused."""
+
+_LORA_STARTS = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", False: "default", "eva": "default"}
+"""Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ and others change them."""
+
+_LORA_SUFFIXES = {"lora_A.weight": "qvera_A", "lora_B.weight": "qvera_B"}
+
+
+def lora_refusal(raw: dict[str, Any]) -> str | None:
+    """Why qvera can't compute with an adapter of this LoRA config, as ``key: sentence``; None: it can."""
+    defaults = LoraConfig().to_dict()
+    for key, value in sorted(raw.items()):
+        if key not in _LORA_READ | _LORA_WITHOUT_EFFECT and value and value != defaults.get(key):
+            return f"{key}: is {value!r}, which this qvera's LoRA has not"
+    if raw.get("init_lora_weights", True) not in _LORA_STARTS:
+        return (
+            f"init_lora_weights: is {raw['init_lora_weights']!r}, which may have changed the base weights; convert the "
+            "adapter with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    return None
+
+
+def _config_of_lora(raw: dict[str, Any], directory: Path) -> QveraConfig:
+    if (why := lora_refusal(raw)) is not None:
+        raise InputError(f"{why}. Expected a plain LoRA.")
+    known = {field.name for field in dataclasses.fields(QveraConfig)}
+    values = {key: raw[key] for key in _LORA_SAME if raw.get(key) not in (None, {}) and key in known}
+    values["target_modules"] = raw.get("target_modules")
+    for ours, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
+        if theirs in raw:
+            values[ours] = raw[theirs]
+    if raw.get("bias", "none") != "none":
+        values["bias"] = {"lora_only": "qvera_only"}.get(raw["bias"], raw["bias"])
+    values["init_lora_weights"] = _LORA_STARTS[raw.get("init_lora_weights", True)]
+    facts = own_facts(directory / ADAPTER_WEIGHTS)
+    return QveraConfig(method="lora", **values, **{key: facts[key] for key in _LORA_FACTS if key in facts})
+
+
+def lora_config(config: QveraConfig) -> LoraConfig:
+    """The config that stock PEFT reads."""
+    start = {"default": True}.get(config.init_lora_weights, config.init_lora_weights)
+    alpha = config.rank if config.alpha is None else config.alpha
+    stock = LoraConfig(
+        r=config.rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=config.dropout,
+        bias={"qvera_only": "lora_only"}.get(config.bias, config.bias),
+        init_lora_weights=start,
+        **{key: value for key in _LORA_SAME if (value := getattr(config, key)) is not None},
+    )
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(names := getattr(stock, key), set):  # so that the same adapter is the same file
+            setattr(stock, key, sorted(names))
+    return stock
+
+
+def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors for stock PEFT; ``tensors`` have our keys."""
+    stock = lora_config(config)
+    stock.inference_mode = True
+    stock.save_pretrained(str(directory))
+    facts = {key: value for key in _LORA_FACTS if (value := getattr(config, key)) is not None}
+    found = {to_peft(key): tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+    specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()]
+    # safetensors' own writer puts the entries of the header in any order
+    write_shard(directory / ADAPTER_WEIGHTS, specs, iter(found.values()), {FACTS: json.dumps(facts)})
+
+
+def to_peft(key: str) -> str:
+    """PEFT's key of one of our tensors: ``….qvera_A`` → ``….lora_A.weight``; others as they are."""
+    name, _, kind = key.rpartition(".")
+    return next((f"{name}.{theirs}" for theirs, ours in _LORA_SUFFIXES.items() if ours == kind), key)
+
+
+def _to_ours(key: str) -> str:
+    return next(
+        (key.removesuffix(theirs) + ours for theirs, ours in _LORA_SUFFIXES.items() if key.endswith(theirs)), key
+    )

@@ -18,12 +18,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from qvera.adapters.config import LABELS_VERSION, QveraConfig
-from qvera.adapters.files import lora_file
-from qvera.adapters.files.adapter_file import read_adapter, read_config, require_base, require_tokens
-from qvera.adapters.files.start import read_start, require_same_model, require_same_recipe
+from qvera.adapters.files.adapter_file import read_adapter, read_config, require_base, require_tokens, write_lora
 from qvera.adapters.layer import QveraLinear, SharedTensors
-from qvera.adapters.methods import method_of
+from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
+from qvera.adapters.projection import require_same_pairs
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
@@ -75,7 +74,9 @@ def attach(
         config.task_type = None if model_class.reads_images else "SEQ_CLS"  # type: ignore[assignment]
         config.format_version = max(config.format_version, LABELS_VERSION)
     if section.init_from is not None:
-        take_from_start(config, section.init_from)
+        theirs = read_config(Path(resolve_path(section.init_from)))
+        for field in method_of(config).fields_of_start:
+            setattr(config, field, getattr(theirs, field, None))
     config.progress = progress
     try:
         peft_model = put_on(model, config)
@@ -109,6 +110,16 @@ def new_config(
     )
 
 
+_OF_RECIPE = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude")}
+_SEEDS = {"projection_seed": "seed", "seed_chain": "seeds of phases"}
+_OF_MODEL = {key: key for key in ("labels", "problem_type")}
+_PROJECTIONS = {
+    "projection_shapes": "projections (by its targets and base) of shapes",
+    "projection_sha256": "projections' SHA-256",
+}
+"""Fields of `QveraConfig` that an adapter and its start must have in common → what an error calls them."""
+
+
 def check_start(section: AdapterSection) -> None:
     """Check ``section.init_from``, where there is one, as far as that goes without a model; see `start_from`.
 
@@ -116,30 +127,54 @@ def check_start(section: AdapterSection) -> None:
         InputError: there is no such adapter, or it has another method, rank or seed.
     """
     if section.init_from is not None:
-        require_same_recipe(read_start(section.init_from)[0], new_config(section), section.init_from)
-
-
-def take_from_start(config: QveraConfig, init_from: str) -> None:
-    """Set what a fresh adapter's config has from the adapter directory ``init_from`` (`Method.fields_of_start`)."""
-    theirs = read_config(Path(resolve_path(init_from)))
-    for field in method_of(config).fields_of_start:
-        setattr(config, field, getattr(theirs, field, None))
+        _read_start(new_config(section), section.init_from)
 
 
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
     """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config.
 
     Raises:
-        InputError: it does not fit.
+        InputError: it has other settings, projections or tokens, another base, or is an adapter of PEFT's own VeRA.
     """
-    directory = Path(resolve_path(init_from))
-    theirs, vectors = read_start(init_from)
-    require_same_recipe(theirs, config, init_from)
-    require_same_model(theirs, config, init_from)
+    directory, (theirs, vectors) = Path(resolve_path(init_from)), _read_start(config, init_from)
+    seeded = method_of(config).source is not Source.TRAINED
+    _require_equal(theirs, config, init_from, _OF_MODEL | (_PROJECTIONS if seeded else {}))
+    require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
+    try:
+        require_same_pairs(config.pair_numbers or {}, theirs.pair_numbers or {})
+    except InputError as error:
+        raise InputError(f"adapter.init_from: {init_from}: {error}") from None
+    require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
         rows = read_token_rows(directory)
         put_token_rows(peft_model.get_base_model(), config.added_tokens, rows, directory / ADDED_ROWS)
     load_vectors(peft_model, vectors, init_from, adapter)
+
+
+def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, torch.Tensor]]:
+    """The adapter that one of this config starts from, compared as far as the recipe alone decides."""
+    theirs, vectors = read_adapter(Path(resolve_path(init_from)))
+    if not isinstance(theirs, QveraConfig):
+        raise InputError(
+            f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
+            "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
+        )
+    seeded = method_of(config).source is not Source.TRAINED
+    _require_equal(theirs, config, init_from, _OF_RECIPE | (_SEEDS if seeded else {}))
+    given = method_of(theirs).conditions(theirs)
+    for key, value in method_of(config).conditions(config).items():
+        _require(given[key], value, key, init_from)
+    return theirs, vectors
+
+
+def _require_equal(theirs: QveraConfig, config: QveraConfig, init_from: str, fields: dict[str, str]) -> None:
+    for field, key in fields.items():
+        _require(getattr(theirs, field), getattr(config, field), key, init_from)
+
+
+def _require(given: object, wanted: object, key: str, init_from: str) -> None:
+    if given != wanted:
+        raise InputError(f"adapter.init_from: {init_from} has {key} {given}, the recipe {wanted}.")
 
 
 def portable_name(name: str) -> str:
@@ -233,59 +268,59 @@ def save_adapter(
         RunFailed: the disk is full; an adapter that was there before is still there.
     """
     with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
-        _write_adapter(model, directory, tokenizer, vectors, adapter)
+        partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+        _discard(partial)
+        try:
+            _write_files(model, partial, tokenizer, vectors, adapter)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if not (directory.exists() and exchange(partial, directory)):  # else a server would find none for a moment
+            if directory.exists():
+                _discard(old)
+                directory.rename(old)
+            partial.rename(directory)
+        flush(directory.parent)
+        for replaced in (partial, old):
+            _discard(replaced)
+        for leftover in directory.parent.iterdir():  # of a process that was killed in here
+            found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
+            if found and not psutil.pid_exists(int(found[1])):
+                _discard(leftover)
     ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADDED_ROWS)
     return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
 
-def _write_adapter(
+def _write_files(
     model: PeftModel,
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: dict[str, torch.Tensor] | None,
     adapter: str,
 ) -> None:
-    partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    _discard(partial)
-    try:
-        config = model.peft_config[adapter]
-        # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
-        if isinstance(config, QveraConfig) and method_of(config).writes_lora:
-            partial.mkdir()
-            found = vectors or get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-            lora_file.write(partial, config, found)
-        elif vectors is not None:
-            partial.mkdir(parents=True)
-            tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
-            save_tensors(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
-            written = copy.copy(config)  # as PEFT writes it: for answers
-            written.inference_mode = True
-            written.save_pretrained(str(partial))
-        else:
-            model.save_pretrained(str(partial), save_embedding_layers=False)
-            (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        ids = getattr(config, "added_tokens", None)
-        if ids:
-            save_token_rows(model.get_base_model(), ids, partial)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-        for file in partial.iterdir():
-            flush(file)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if not (directory.exists() and exchange(partial, directory)):  # else a server would find none for a moment
-        if directory.exists():
-            _discard(old)
-            directory.rename(old)
-        partial.rename(directory)
-    flush(directory.parent)
-    for replaced in (partial, old):
-        _discard(replaced)
-    for leftover in directory.parent.iterdir():  # of a process that was killed in here
-        found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            _discard(leftover)
+    config = model.peft_config[adapter]
+    # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
+    if isinstance(config, QveraConfig) and method_of(config).writes_lora:
+        directory.mkdir()
+        ours = vectors or get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        write_lora(directory, config, ours)
+    elif vectors is not None:
+        directory.mkdir(parents=True)
+        tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
+        save_tensors(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
+        written = copy.copy(config)  # as PEFT writes it: for answers
+        written.inference_mode = True
+        written.save_pretrained(str(directory))
+    else:
+        model.save_pretrained(str(directory), save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    ids = getattr(config, "added_tokens", None)
+    if ids:
+        save_token_rows(model.get_base_model(), ids, directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+    for file in directory.iterdir():
+        flush(file)
 
 
 def _discard(path: Path) -> None:

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): ΔW = s B A with A [r, n] and B [m, r] trained; s = alpha / r, rank-stabilised alpha / √r.
 
 The rank-stabilised scale is that of arXiv 2312.03732, the learning rate of B that of LoRA+ (arXiv 2402.12354). Adapters
-are files of PEFT's LoRA (`qvera.adapters.files.lora_file`), and the options have PEFT's names.
+are files of PEFT's LoRA (`qvera.adapters.files.adapter_file`), and the options have PEFT's names.
 """
 
 from __future__ import annotations

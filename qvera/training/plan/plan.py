@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qvera.adapters.files.lora_file import to_peft
+from qvera.adapters.files.adapter_file import to_peft
 from qvera.adapters.methods import Source, check_recipe
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows

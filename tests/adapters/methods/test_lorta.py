@@ -24,10 +24,9 @@ from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.exporting.deltas import read_deltas
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import dense_weight, relative
+from tests.adapters.helpers import dense_weight, on_meta, relative, trainable
 from tests.adapters.methods.cases import lorta_delta
 from tests.adapters.methods.test_methods import IDS, logits, moved
-from tests.adapters.test_counts import on_meta, trainable
 from tests.conftest import small_llama
 
 REFERENCE = Path(__file__).parent.parent / "reference"

@@ -24,9 +24,8 @@ from qvera.exporting.deltas import read_deltas
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
-from tests.adapters.helpers import dense_weight, relative
+from tests.adapters.helpers import SHAPES, dense_weight, on_meta, relative, trainable
 from tests.adapters.methods.cases import CASES, Case
-from tests.adapters.test_counts import SHAPES, on_meta, trainable
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
