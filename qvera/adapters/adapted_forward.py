@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import functional, fused
-from qvera.adapters.products.sparse import Watch
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
@@ -50,8 +49,8 @@ class AdaptedForward:
     _inference_adapters: tuple[str, ...] = ()
     _training_weight: fused.HeldWeight | None = None
     _builds_per_pass: float = fused.BUILDS_UNHELD
-    gradient_watch: Watch | None = None
-    """Called in backward with the output's gradient and the input, for methods that choose places by it."""
+    needs_whole_passes: bool = False
+    """Whether a method has to see all tokens of a pass at once: then an MLP does not go by tiles."""
 
     @abstractmethod
     def carries(self, adapter: str) -> bool:

@@ -18,6 +18,7 @@ from qvera.adapters.projection import (
     require_same_pairs,
     require_sha256,
 )
+from qvera.config import plugins
 from qvera.config.schema import AdapterSection
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class, image_class
 from qvera.utils.errors import InputError
@@ -30,7 +31,7 @@ SHARED_PREFIX = "base_model.shared."
 
 FORMAT_VERSION = LABELS_VERSION = 4
 """The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``,
-``seed_chain``, ``magnitude``; 4: ``labels``.
+``magnitude``; 4: ``labels``.
 
 An adapter names the oldest format that has all it needs."""
 
@@ -40,6 +41,8 @@ BIASES = ("none", "all", "qvera_only")
 _DEFAULTS = AdapterSection()
 
 
+@dataclass
+@plugins.extensible("ConfigFields")
 @dataclass
 class QveraConfig(PeftConfig):
     """A VeRA adapter over a (quantized) base model. Defaults are those of a recipe's adapter section.
@@ -74,20 +77,12 @@ class QveraConfig(PeftConfig):
             and checked when it is loaded, so that it never runs on other projections than it was trained with.
         projection_sha256: the hash of A and B.
         pair_numbers: linear → `qvera.adapters.projection.pair_number` of its own A and B, where it has such.
-        singular_share: SARA's share of the sum of a weight's singular values, by which its rank is chosen.
-        frozen_pair: where SARA's A and B come from.
-        experts: SARA's sets of values that a router mixes.
-        ranks: linear → the rank that SARA's rule gave.
-        lorta_convention: on which side of a weight LoRTA's A is.
         shared_by: how many linears share the adapter's tensors; None where each has its own.
         format_version: version of this file's meaning.
         base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on.
         added_tokens: token → id of the tokens that its recipe added, whose rows lie beside the vectors.
         pad_token: the recipe's padding token.
         eos_token: the recipe's end-of-sequence token.
-        seed_chain: the seeds of the phases of a run that resampled its projections, ``projection_seed`` first. The rank
-            is that of all phases together, and each has one of ``b_groups`` vectors b
-            (`qvera.adapters.methods.vera.VeraPhases`).
         labels: the names of a classification head's outputs, in order; None: the model is a language model.
         problem_type: of that head, as transformers' config has it.
 
@@ -120,18 +115,12 @@ class QveraConfig(PeftConfig):
     projection_shapes: dict[str, list[int]] | None = None
     projection_sha256: str | None = None
     pair_numbers: dict[str, float] | None = None
-    singular_share: float = _DEFAULTS.singular_share
-    frozen_pair: str = _DEFAULTS.frozen_pair
-    experts: int = _DEFAULTS.experts
-    ranks: dict[str, int] | None = None
-    lorta_convention: str = _DEFAULTS.lorta_convention
     shared_by: int | None = None
     format_version: int = 1
     base_fingerprint: str | None = None
     added_tokens: dict[str, int] | None = None
     pad_token: str | None = None
     eos_token: str | None = None
-    seed_chain: list[int] | None = None
     labels: list[str] | None = None
     problem_type: str | None = None
 
@@ -160,12 +149,8 @@ class QveraConfig(PeftConfig):
             self.format_version = max(self.format_version, 2)
         if self.method != _DEFAULTS.method or self.magnitude:
             self.format_version = max(self.format_version, 3)
-        if self.seed_chain:
-            self.format_version = max(self.format_version, 3)
         if self.labels:
             self.format_version = max(self.format_version, LABELS_VERSION)
-        self.current_phase: int | None = None
-        """The phase of ``seed_chain`` that is trained now; None outside of training. Not part of the file."""
         self.token_sampler: TokenSampler | None = None
         """What draws the tokens that backward keeps (``training.sample_tokens``); likewise."""
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
@@ -173,8 +158,8 @@ class QveraConfig(PeftConfig):
 
     @property
     def seeds(self) -> Seeds:
-        """The seed of A and B, or those of its phases."""
-        return tuple(self.seed_chain) if self.seed_chain else self.projection_seed
+        """The seed of A and B, or several where they are those of several seeds side by side."""
+        return self.projection_seed
 
     def check_projection(self, largest_in: int, largest_out: int) -> None:
         """Compare the projections that the seed gives with those of training, or note them in a fresh config.
@@ -209,19 +194,7 @@ class QveraConfig(PeftConfig):
         self.pair_numbers.setdefault(name, found)
         require_same_pairs({name: found}, self.pair_numbers)
 
-    def _check_seed_chain(self) -> None:
-        chain = self.seed_chain
-        if not chain:
-            return
-        whole = isinstance(chain, list) and all(type(seed) is int and 0 <= seed < 2**64 for seed in chain)
-        if not whole or chain[0] != self.projection_seed or len(chain) != self.b_groups:
-            raise InputError(
-                f"seed_chain: takes the seeds of {self.b_groups} phases (b_groups), the first of them "
-                f"{self.projection_seed} (projection_seed), got {chain!r}."
-            )
-
     def _check_values(self) -> None:
-        self._check_seed_chain()
         _DEFAULTS.replace(**{name: getattr(self, name) for name in _SHARED})
         try:
             _DEFAULTS.replace(seed=self.projection_seed)

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from qvera.utils.cache_dir import CacheEntry, DiskCache
 
 
-def _kinds() -> tuple[DiskCache, DiskCache, DiskCache]:
-    """The kinds of entries: quantized bases, tokenized rows, decomposed weights."""
+def _kinds() -> tuple[DiskCache, ...]:
+    """The kinds of entries: quantized bases, tokenized rows, and what plug-ins keep."""
+    from qvera.config import plugins
     from qvera.data.cache import ROWS
-    from qvera.models.factor_record import FACTORS
     from qvera.models.quantized_record import BASES
 
-    return BASES, ROWS, FACTORS
+    return BASES, ROWS, *plugins.load_all("qvera.caches")
 
 
 def _entries() -> list[CacheEntry]:
@@ -35,7 +35,7 @@ def ls(as_json: Json = False) -> None:
     Example:
         qvera cache ls
     """
-    bases, rows_cache, _ = _kinds()
+    bases, rows_cache, *_ = _kinds()
     rows: list[dict[str, Any]] = []
     for entry in _entries():
         record = entry.record or {}

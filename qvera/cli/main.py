@@ -13,7 +13,6 @@ import typer
 from typer.core import TyperGroup
 
 from qvera.cli import (
-    analyze,
     cache,
     card,
     chat,
@@ -38,11 +37,12 @@ from qvera.cli import (
 )
 from qvera.cli.common import help_of, report, with_exit_code
 from qvera.cli.streams import command_streams
+from qvera.config import plugins
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
-    "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info, ui.ui),
+    "Look": (eval.evaluate, compare.compare, harness.harness, info.info, ui.ui),
     "Use": (chat.chat, generate.generate, serve.serve),
     "Share": (export.export, export.merge_adapters, card.card, push.push),
     "Setup": (doctor.doctor, schema.schema),
@@ -105,7 +105,7 @@ def build_app() -> typer.Typer:
         )(with_exit_code(command or name, function, lambda: tracebacks[0]))
 
     for panel, functions in PANELS.items():
-        for function in functions:
+        for function in (*functions, *(plugins.load_all("qvera.commands") if panel == "Look" else ())):
             add(app, function, panel)
     cached = typer.Typer(help=cache.__doc__)
     for function in (cache.ls, cache.rm, cache.verify):

@@ -22,7 +22,6 @@ from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files.adapter_file import lora_config, read_adapter
-from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
 from qvera.config.schema import ModelSection
@@ -305,8 +304,7 @@ def _pairs_of_weights(
         return {}
     shapes = {name: shape for name in names if name in modules and (shape := layer_shape(modules[name])) is not None}
     specs = [LinearSpec(name, *shape) for name, shape in shapes.items()]
-    cache, numbers = FactorCache.of(config), config.pair_numbers or {}
-    pairs = {p.name: cache.find(p.name, method.rank_at(config, p), numbers.get(p.name)) for p in specs}
+    pairs = {spec.name: method.own_pair(config, spec, None) for spec in specs}
     model = None
     for spec in specs:
         if pairs[spec.name] is not None:

@@ -44,7 +44,7 @@ def can_tile(mlp: nn.Module, x: torch.Tensor) -> bool:
     if x.numel() // x.shape[-1] <= TILED_ABOVE_TOKENS or torch.compiler.is_compiling():
         return False
     drops = mlp.training and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in mlp.modules())
-    watched = any(getattr(m, "gradient_watch", None) is not None for m in mlp.modules())
+    watched = any(getattr(m, "needs_whole_passes", False) for m in mlp.modules())
     return not drops and not watched and not any(is_sharded(p) for p in mlp.parameters())
 
 

@@ -39,7 +39,8 @@ def start_from_gradient(session: TrainingSession) -> None:
         InputError: memory does not suffice for it.
         RunFailed: a gradient is not finite.
     """
-    section, group = session.recipe.adapter, session.group
+    section: Any = session.recipe.adapter
+    group = session.group
     layers = {name: m for name, m in session.model.named_modules() if isinstance(m, QveraLinear)}
     rows = _first_rows(session.batches, max(session.steps, session.batches.per_epoch), section.gradient_rows)
     method, rate = method_of(section), current_rate(session.schedule)

@@ -266,7 +266,8 @@ def test_a_cut_is_measured_on_held_out_rows(
 
 def test_sara_whose_ranks_differ_is_no_vera_of_peft(tiny_model_dir: Path, tmp_path: Path) -> None:
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(method="sara", rank=16, singular_share=0.5), section.path)
+    adapter_section = AdapterSection.model_validate({"method": "sara", "rank": 16, "singular_share": 0.5})
+    model = attach(load_base(section).model, adapter_section, section.path)
     save_adapter(model, tmp_path / "adapter")
     adapter = read_deltas(tmp_path / "adapter", empty_model(section))
     with pytest.raises(InputError, match="method is sara, which PEFT's VeRA is not"):

@@ -85,7 +85,7 @@ def test_a_layer_that_looks_at_the_gradients_of_a_pass_sees_all_of_its_tokens(mo
     mlp = model.get_base_model().model.layers[0].mlp
     x = torch.zeros(1, 40, mlp.down_proj.out_features)
     assert tiled_mlp.can_tile(mlp, x)
-    mlp.down_proj.gradient_watch = lambda g, x: None
+    mlp.down_proj.needs_whole_passes = True
     assert not tiled_mlp.can_tile(mlp, x)
 
 

@@ -338,7 +338,7 @@ def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:
 def test_commands_for_text_refuse_a_classifier(
     finished: Path, labelled_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qvera.exporting.analyze.analyze_adapter", lambda *_, **__: pytest.fail("it was analyzed"))
+    monkeypatch.setattr("qvera.lab.analysis.analyze_adapter", lambda *_, **__: pytest.fail("it was analyzed"))
     for command in (["generate", "--prompt", "x"], ["chat"], ["serve"], ["analyze", "--text", str(labelled_rows)]):
         assert main([command[0], str(finished), *command[1:]]) == 2
         assert "is a classifier" in capsys.readouterr().err

@@ -6,15 +6,9 @@ import difflib
 from typing import TYPE_CHECKING
 
 from qvera.adapters.methods.base import LinearSpec, Method, Source
-from qvera.adapters.methods.bilora import Bilora
 from qvera.adapters.methods.lora import Lora
-from qvera.adapters.methods.lora_sb import LoraSb
-from qvera.adapters.methods.lora_xs import LoraXs
-from qvera.adapters.methods.lorta import Lorta
-from qvera.adapters.methods.sara import Sara
-from qvera.adapters.methods.shared_core import SharedCore
-from qvera.adapters.methods.spiel import Spiel
 from qvera.adapters.methods.vera import Vera
+from qvera.config import plugins
 from qvera.config.schema import AdapterSection, Recipe
 from qvera.utils.errors import InputError
 
@@ -23,34 +17,37 @@ if TYPE_CHECKING:
 
 __all__ = ["LinearSpec", "Method", "Source", "check_recipe", "method_of", "names", "register"]
 
-_METHODS: dict[str, Method] = {}
+_METHODS: dict[str, Method] = {method.name: method for method in (Vera(), Lora())}
+_GROUP = "qvera.methods"
 
 
 def register(method: Method) -> None:
-    """Make a method known under its name; one of the same name is replaced."""
+    """Make a method known under its name, for this process; a package's methods are known by their entry points."""
     _METHODS[method.name] = method
-
-
-for _method in (Vera(), Lora(), SharedCore(), Spiel(), LoraXs(), LoraSb(), Lorta(), Sara(), Bilora()):
-    register(_method)
 
 
 def names() -> list[str]:
     """The names of all methods."""
-    return sorted(_METHODS)
+    return sorted({*_METHODS, *plugins.names(_GROUP)})
 
 
 def method_of(adapter: AdapterSettings) -> Method:
     """The method of an adapter's config or of a recipe's adapter section.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, or the package that brings it can't be imported.
     """
-    method = _METHODS.get(adapter.method)
+    name = adapter.method
+    method = _METHODS.get(name)
     if method is None:
-        close = difflib.get_close_matches(adapter.method, _METHODS, n=1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"adapter.method: takes one of {', '.join(names())}, got {adapter.method!r}.{meant}")
+        if name not in plugins.names(_GROUP):
+            close = difflib.get_close_matches(name, names(), n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"adapter.method: takes one of {', '.join(names())}, got {name!r}.{meant}")
+        try:
+            method = plugins.load(_GROUP, name)()
+        except InputError as error:
+            raise InputError(f"adapter.method: {error}") from None
     return method.variant(adapter)
 
 
@@ -68,7 +65,8 @@ def check_recipe(recipe: Recipe) -> None:
     method = method_of(section)
     for key in sorted(section.model_fields_set - _EVERY_METHOD - method.keys):
         if getattr(section, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
-            readers = [name for name, other in _METHODS.items() if key in other.keys]
+            known = {**{each.name: each for each in plugins.load_all(_GROUP)}, **_METHODS}
+            readers = [name for name, other in known.items() if key in other.keys]
             raise InputError(
                 f"adapter.{key}: is read by {', '.join(readers)} only, and adapter.method is {section.method}. Remove "
                 "one of the two."

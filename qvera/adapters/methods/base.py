@@ -186,8 +186,11 @@ class Method(ABC):
         """The rank at one linear."""
         return adapter.rank
 
-    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module) -> Pair | None:
-        """The frozen pair of one linear where `source` is OWN, made from its base layer."""
+    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None) -> Pair | None:
+        """The frozen pair of one linear where `source` is OWN, made from its base layer.
+
+        Without one: the pair as this machine keeps it, or None.
+        """
         return None
 
     def kept_bytes(self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int) -> int:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.products.functional import AutogradContext
-from qvera.models import svd
 
 
 class _AddUp(torch.autograd.Function):
@@ -48,7 +48,9 @@ def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[di
             hook = embedding.register_forward_hook(lambda _module, _inputs, y: _with_gradient(y))
             stack.callback(hook.remove)
         for name, linear in linears.items():
-            m, n = svd.rows_of(linear).shape
+            shape = layer_shape(linear)
+            assert shape is not None
+            n, m = shape
             weight = linear.weight
             assert isinstance(weight, torch.Tensor)
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -5,30 +5,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from qvera.config.fields import (
-    Bool,
-    Fraction,
-    NonEmpty,
-    NonNegativeFloat,
-    Number,
-    Positive,
-    PositiveFloat,
-    Section,
-    Seed,
-)
+from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, PositiveFloat, Section, Seed
+from qvera.config.plugins import extensible
 
 MOST_RANK = 65_536
 
 
+@extensible("AdapterKeys")
 class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
     method: NonEmpty = "vera"
-    """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``lorta``, ``bilora``, ``shared-core``,
-    ``sara`` or ``spiel``. With another one than ``vera`` the rank and the learning rate have no default."""
+    """The method of adaptation: ``vera``, ``lora``, or one that a package brings (docs/methods/index.md has qvera's
+    own). With another one than ``vera`` the rank and the learning rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=MOST_RANK)] = 256
-    """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
-    of this rank has numbers."""
+    """Rows of the projection A. VeRA's vector d has as many elements."""
     b_groups: Positive = 1
     """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same
     products, as RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
@@ -50,20 +41,9 @@ class AdapterSection(Section):
     """The seed of the shared projections A and B. The same seed gives the same projections on every machine."""
     train_d: Bool = True
     """Train d as well as b. ``false``: adapters of the same seed can be added, averaged and interpolated exactly."""
-    growth: Literal["accumulated-gradient", "momentum"] = "accumulated-gradient"
-    """With spiel, which places of a weight get a value: those with the largest gradient over ``accumulate_steps``
-    steps, with AdamW, or with the largest product of SM3's row and column accumulators, with SM3: 4 bytes a
-    value, where AdamW and the candidates take 28."""
-    reselect_every: Positive = 20
-    """With spiel, the steps from one change of places to the next. The first one comes after ``accumulate_steps``."""
-    accumulate_steps: Positive = 5
-    """With spiel, the optimizer steps over which the gradient at new places is summed before each change."""
-    drop_share: Fraction = 0.2
-    """With spiel, the share of the values that get a new place each time: those of smallest size. It falls to zero
-    along a line until the last step. The first change moves all values, whose places were random."""
     alpha: PositiveFloat | None = None
-    """α of LoRA and LoRTA, ΔW = (α / rank) B A: by default the rank, so that the scale is 1. And of bilora,
-    ΔW = (α / rank) P Λ Q, where it is required."""
+    """α of ΔW = (α / rank) B A, where A and B are trained (LoRA and its like): by default the rank, so that the scale
+    is 1."""
     use_rslora: Bool = False
     """Use the rank-stabilised scale α / √rank (arXiv 2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"
@@ -72,32 +52,15 @@ class AdapterSection(Section):
     loraplus_lr_ratio: PositiveFloat = 1.0
     """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of ``training.learning_rate``, which is that of A.
     The paper uses 16."""
-    orthogonal_penalty: NonNegativeFloat = 0.1
-    """Read by ``bilora``: γ of γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²), which is added to the loss for every linear. 0: none."""
-    singular_share: Annotated[float, Field(gt=0, le=1), *Number] = 0.1
-    """Read by ``sara``: a layer's rank is the number of its weight's leading singular values whose sum is this share of
-    the sum of all, and at most ``rank``."""
-    frozen_pair: Literal["seeded", "svd"] = "seeded"
-    """Read by ``sara``: A and B are VeRA's shared random pair, or each layer's own from the SVD of its weight."""
-    experts: Positive = 1
-    """Read by ``sara``: vectors d that a trained router mixes for each token (Mo-SARA). Above 1 the adapter can't be
-    merged or exported as a LoRA."""
-    lorta_convention: Literal["input-first", "output-first"] = "input-first"
-    """Read by ``lorta``: the side of each weight that the shared A is on; the other side is cut into heads. The
-    authors' language-model code is input-first, their fork of PEFT output-first."""
-    gradient_rows: Positive = 50
-    """Read by ``lora-sb``: the first rows of the training, from whose gradient A, B and R are made."""
     init_from: str | None = None
     """An adapter directory whose tensors to start from. It must have the same base model, method, rank and targets, and
-    the same other keys of its method (such as b_groups, magnitude, alpha or experts). Where A and B are drawn from the
+    the same other keys of its method (such as b_groups, magnitude or alpha). Where A and B are drawn from the
     seed, that must be the same too."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys that contradict each other."""
         if self.rank % self.b_groups:
             yield "b_groups", f"{self.b_groups} does not divide adapter.rank ({self.rank})."
-        if self.accumulate_steps > self.reselect_every:
-            yield "accumulate_steps", f"{self.accumulate_steps} is more than adapter.reselect_every."
         if self.magnitude and self.input_scale:
             yield "magnitude", "can't be combined with adapter.input_scale; remove one of the two."
         if self.input_scale and not self.train_d:

@@ -83,9 +83,16 @@ def _code_spans(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def render(template: str, **context: object) -> str:
-    """A whole page. What HTML has no place for (control characters, surrogates) becomes U+FFFD."""
-    return _UNPRINTABLE.sub("\ufffd", environment().get_template(template).render(context))
+def render(template: str | Path, **context: object) -> str:
+    """A whole page, of a template by its name here or of a plug-in's own file.
+
+    What HTML has no place for (control characters, surrogates) becomes U+FFFD.
+    """
+    if isinstance(template, Path):
+        found = environment().from_string(template.read_text(encoding="utf-8"))
+    else:
+        found = environment().get_template(template)
+    return _UNPRINTABLE.sub("\ufffd", found.render(context))
 
 
 def answers_page(evaluation: dict[str, Any]) -> str:

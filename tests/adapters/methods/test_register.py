@@ -1,8 +1,11 @@
-"""The method that the code of docs/methods/adding.md adds: ΔW = v uᵀ."""
+"""The package of docs/methods/adding.md, installed: its method ΔW = v uᵀ is found by its entry point."""
 
 from __future__ import annotations
 
 import re
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from peft import PeftModel
 from qvera.adapters import QveraLinear, methods
 from qvera.adapters.methods import check_recipe
 from qvera.cli.main import main
-from qvera.config.schema import parse_recipe
+from qvera.config import plugins
+from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.evaluation.load import open_run
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -24,16 +28,38 @@ IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3]])
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the code of the page, which registers the method."""
-    monkeypatch.setattr(methods, "_METHODS", {**methods._METHODS})
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with the page's code and entry points, as pip installs it."""
     page = (ROOT / "docs" / "methods" / "adding.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(code, {})
+    (code,), (points,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "toml"))
+    site = tmp_path / "site"
+    (site / "my_methods-1.0.dist-info").mkdir(parents=True)
+    (site / "my_methods.py").write_text(code, encoding="utf-8")
+    groups = tomllib.loads(points)["project"]["entry-points"]
+    lines = [f"[{group}]\n{name} = {value}\n" for group, named in groups.items() for name, value in named.items()]
+    (site / "my_methods-1.0.dist-info" / "entry_points.txt").write_text("".join(lines), encoding="utf-8")
+    (site / "my_methods-1.0.dist-info" / "METADATA").write_text("Name: my-methods\nVersion: 1.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(site)
+    plugins.entry_points.cache_clear()
     assert "bottleneck" in methods.names()
+    yield
+    monkeypatch.undo()
+    plugins.entry_points.cache_clear()
 
 
+def test_a_package_that_cannot_be_imported_is_an_error_where_its_method_is_asked_for(installed: None) -> None:
+    broken = EntryPoint("broken", "no_such_module:Method", "qvera.methods")
+    plugins.entry_points()["qvera.methods"]["broken"] = broken
+    assert "broken" in methods.names()
+    assert methods.method_of(AdapterSection()).name == "vera"
+    with pytest.raises(
+        InputError, match="adapter.method: broken: no_such_module:Method can't be loaded: No module named"
+    ):
+        methods.method_of(AdapterSection(method="broken"))
+
+
+@pytest.mark.usefixtures("installed")
 def test_a_registered_method_trains_saves_and_loads(make_recipe: Any, tmp_path: Path) -> None:
     training = {"max_steps": 4, "learning_rate": 3e-2, "gradient_checkpointing": True}
     result = train(make_recipe(adapter={"method": "bottleneck", "rank": 1}, training=training), tmp_path / "run")

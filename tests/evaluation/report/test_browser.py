@@ -13,10 +13,10 @@ import pytest
 
 from qvera.config.lr_range import LrRange
 from qvera.config.schema import parse_recipe
-from qvera.evaluation.report.analysis import analysis_page
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import answers_page, compare_page
 from qvera.evaluation.report.run_page import write_report
+from qvera.lab.analysis_page import analysis_page
 from qvera.training.lr_finder import RangeTestResult, range_page
 from tests.evaluation.report.conftest import (
     RECIPE,

@@ -10,8 +10,8 @@ import torch
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach
-from qvera.adapters.products.sparse import Watch, largest_products
 from qvera.config.schema import Recipe, parse_recipe
+from qvera.lab.sparse import Watch, largest_products
 from qvera.models import quantization
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
@@ -176,7 +176,10 @@ def test_the_peak_of_the_other_methods_is_the_plan_s(method: str, case: int, che
         assert 0 <= excess < (0.01 if method in ("lora-sb", "bilora") else 1e-9)
     for layer in model.modules():
         if method == "spiel" and isinstance(layer, QveraLinear):  # a step that looks for other places takes the most
-            layer.gradient_watch = looking_for(len(layer.vectors("default")["qvera_values"]))
+            layer.__dict__ |= {
+                "needs_whole_passes": True,
+                "gradient_watch": looking_for(len(layer.vectors("default")["qvera_values"])),
+            }
     step = sum(c.bytes for c in memory.moments[memory.peak_moment])
     counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
     # spiel looks for places before W x has its gradient of x; the plan has both at one time

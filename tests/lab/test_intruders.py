@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvera.exporting import intruders
-from qvera.exporting.intruders import (
+from qvera.lab import analysis as intruders
+from qvera.lab.analysis import (
     delta_singular_values,
     effective_rank,
     find_intruders,
@@ -18,7 +18,7 @@ from qvera.exporting.intruders import (
     largest_share_bounds,
     mitigation_factors,
 )
-from qvera.models.svd import leading_singular_vectors, singular_vectors
+from qvera.lab.svd import leading_singular_vectors, singular_vectors
 
 SHAPES = ("tall", "wide", "square")
 REFERENCE = Path(__file__).parent / "reference"

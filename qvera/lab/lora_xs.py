@@ -1,7 +1,8 @@
-"""A and B from a base's weights, decomposed once and kept on disk (`qvera.models.factor_record`).
+"""LoRA-XS (arXiv 2405.17604): ΔW = B R A with R [rank, rank] trained between the truncated SVD of the frozen weight.
 
-They belong to a base by its fingerprint, to a linear by its name and by how it is stored, and to a rank. A base without
-a fingerprint, and a cache that can't be written, only cost time: then they are computed each time.
+A = Σ Vᵀ and B = U of the weight as the base holds it, quantized or not (`qvera.lab.svd`). They are never in the
+adapter's file. The cache has them (`FactorCache`): they belong to a base by its fingerprint, to a linear by its name
+and by how it is stored, and to a rank. A base without a fingerprint, and a cache that can't be written, only cost time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import glob
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +21,70 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from qvera.adapters.factors import Factors
+from qvera.adapters.methods.base import LinearSpec, Method, Source
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, pair_number, same_pair
-from qvera.models import quantization, svd
-from qvera.models.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
+from qvera.distributed.zero_params import gathered
+from qvera.lab import svd
+from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
+from qvera.lab.keys import Settings
+from qvera.models import quantization
 from qvera.utils.atomic import flush, replace_text
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
+
+
+def require_rank(rank: int, spec: LinearSpec) -> None:
+    """Raise InputError where a linear has fewer singular values than the rank asks for."""
+    most = min(spec.in_features, spec.out_features)
+    if rank > most:
+        raise InputError(
+            f"adapter.rank: {spec.name} [{spec.out_features}, {spec.in_features}] has {most} singular values, and "
+            f"the rank is {rank}. Lower the rank, or name other layers in adapter.targets."
+        )
+
+
+def svd_pair(adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None, rank: int) -> Pair | None:
+    """A and B of a linear from the SVD of its weight, fp32: from the cache, or made now and put there."""
+    if base_layer is None:
+        return FactorCache.of(adapter).find(spec.name, rank, (adapter.pair_numbers or {}).get(spec.name))
+    require_rank(rank, spec)
+    weight = base_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    if weight.is_meta:
+        return weight.new_empty(rank, spec.in_features), weight.new_empty(spec.out_features, rank)
+    cache = FactorCache.of(adapter)
+    with gathered([weight]):
+        return cache.pair(spec.name, base_layer, rank)
+
+
+class LoraXs(Method):
+    """R [rank, rank] for each linear, from 0. The authors start it at random numbers of size 1e-5."""
+
+    name = "lora-xs"
+    title = "LoRA-XS"
+    usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
+    source = Source.OWN
+
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        require_rank(adapter.rank, spec)
+        return {"qvera_R": (adapter.rank, adapter.rank)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
+        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
+
+    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None) -> Pair | None:
+        return svd_pair(adapter, spec, base_layer, adapter.rank)
+
+    def factors(
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        assert pair is not None
+        return Factors(*pair, R=at_least_fp32(tensors["qvera_R"]))
+
 
 _WAY = ["block krylov", 1, svd.BLOCKS, svd.OVERSAMPLING]
 """How weights are decomposed. With another number here nothing of what is cached is found."""

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.projection import pair_number
 from qvera.cli.main import main
-from qvera.models.factor_record import FACTORS
+from qvera.lab.factor_record import FACTORS
+from qvera.lab.lora_xs import FactorCache
 from tests.adapters.helpers import base_layer
 
 

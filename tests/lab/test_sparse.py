@@ -11,8 +11,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.adapters.products import sparse
-from qvera.adapters.products.sparse import SparseChange, add_sparse, largest_places, largest_products, sampled_product
+from qvera.lab import sparse
+from qvera.lab.sparse import SparseChange, add_sparse, largest_places, largest_products, sampled_product
 from tests.adapters.helpers import relative
 
 REFERENCE = Path(__file__).parent / "reference"

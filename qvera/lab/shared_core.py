@@ -7,7 +7,6 @@ but R and linears that read the same input share z.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +14,7 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
-
-if TYPE_CHECKING:
-    from qvera.adapters.methods.base import AdapterSettings
+from qvera.lab.keys import Settings
 
 
 class SharedCore(Method):
@@ -26,14 +23,14 @@ class SharedCore(Method):
     name = "shared-core"
     usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         return {"qvera_R": (adapter.rank, adapter.rank)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
 
     def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         assert pair is not None
         scale = vera_scale(adapter.rank, spec.in_features)

@@ -19,10 +19,10 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.exporting import analyze, intruders
-from qvera.exporting.analyze import analyze_adapter
 from qvera.exporting.deltas import Delta
 from qvera.exporting.lora import export_lora
+from qvera.lab import analysis
+from qvera.lab.analysis import analyze_adapter
 from qvera.models.loader import load_base
 from qvera.models.quantization import dequantized_weight
 from qvera.training.trainer import train
@@ -180,7 +180,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def test_one_linear_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intruders, "DENSE_SIDE", 0)  # as a large weight is treated
+    monkeypatch.setattr(analysis, "DENSE_SIDE", 0)  # as a large weight is treated
     peaks = {}
     for layers in (1, 2):
         base = tmp_path / f"{layers}-layers"
@@ -202,7 +202,7 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
     W, A, B = (torch.randn(*shape, generator=draw) for shape in ((20, 12), (3, 12), (20, 3)))
     d, b = torch.randn(3, generator=draw), torch.randn(20, generator=draw)
     plain, turned = (
-        analyze._analyze("h.3.mlp.c_fc", "c_fc", weight, delta, delta.lora(), 5, 0.5, 0.5)
+        analysis._analyze("h.3.mlp.c_fc", "c_fc", weight, delta, delta.lora(), 5, 0.5, 0.5)
         for weight, delta in (
             (W, Delta(Factors(A, B, d, b, 0.5), False)),
             (W.t().contiguous(), Delta(Factors(A, B, d, b, 0.5), True)),
@@ -238,9 +238,9 @@ def test_linears_whose_names_end_alike_are_shown_apart(tmp_path: Path, capsys: p
 def test_a_role_is_the_same_in_all_layers() -> None:
     ends = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
     names = [f"roberta.encoder.layer.{layer}.{end}" for layer in (0, 11) for end in ends]
-    roles = analyze.roles_of([*names, "classifier.dense"])
+    roles = analysis.roles_of([*names, "classifier.dense"])
     assert list(roles.values()) == 2 * ["query", *ends[1:]] + ["classifier.dense"]
-    assert analyze.roles_of([f"{part}.layers.3.q_proj" for part in ("text", "vision")]) == {
+    assert analysis.roles_of([f"{part}.layers.3.q_proj" for part in ("text", "vision")]) == {
         "text.layers.3.q_proj": "text.layers.*.q_proj",
         "vision.layers.3.q_proj": "vision.layers.*.q_proj",
     }
@@ -249,7 +249,7 @@ def test_a_role_is_the_same_in_all_layers() -> None:
 def test_a_weight_that_is_not_finite_is_named() -> None:
     delta = Delta(Factors(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3)), False)
     with pytest.raises(RunFailed, match=r"q_proj: W \+ ΔW has NaN or Inf"):
-        analyze._analyze("q_proj", "q_proj", torch.ones(3, 4), delta, None, 2, 0.5, None)
+        analysis._analyze("q_proj", "q_proj", torch.ones(3, 4), delta, None, 2, 0.5, None)
 
 
 def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adapter(
@@ -285,7 +285,7 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
     run, bad, latin = str(trained_run), tmp_path / "bad.jsonl", tmp_path / "latin.txt"
     bad.write_text("{no JSON\n")
     latin.write_bytes(b"caf\xe9")
-    monkeypatch.setattr(analyze, "analyze_adapter", lambda *_, **__: pytest.fail("the adapter was analyzed"))
+    monkeypatch.setattr(analysis, "analyze_adapter", lambda *_, **__: pytest.fail("the adapter was analyzed"))
     for options, said in (
         (["--reduce", "0.5"], "--reduce: needs --out DIR"),
         (["--out", str(tmp_path / "x")], "--out: goes with --reduce only"),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qvera.config.schema import DataSection
     from qvera.data.rows import Rows
     from qvera.evaluation.load import Artifact
-    from qvera.exporting.analyze import Analysis
+    from qvera.lab.analysis import Analysis
 
 
 def analyze(
@@ -80,8 +80,8 @@ def analyze(
 
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
-    from qvera.exporting.analyze import analyze_adapter
     from qvera.exporting.export import chat_of, require_no_added_tokens
+    from qvera.lab.analysis import analyze_adapter
     from qvera.utils import memory
     from qvera.utils.atomic import require_empty
 
@@ -128,7 +128,7 @@ def analyze(
     if text is not None:
         document["losses"] = _losses(target, texts, rows, out)
     if html is not None:
-        from qvera.evaluation.report.analysis import analysis_page
+        from qvera.lab.analysis_page import analysis_page
         from qvera.utils.atomic import replace_text
 
         replace_text(html, analysis_page(document))
@@ -241,7 +241,7 @@ def _rows_file(text: Path) -> Iterator[Path]:
 
 def _print_analysis(document: dict[str, Any]) -> None:
     """Tables by kind of linear and of losses, and a sentence on intruders."""
-    from qvera.evaluation.report.analysis import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
+    from qvera.lab.analysis_page import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
 
     print_table(["", *ROLE_TITLES], role_rows(document))
     print(f"\n{summary(document)}")

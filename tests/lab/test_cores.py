@@ -22,8 +22,8 @@ from qvera.config.schema import AdapterSection
 from qvera.data.parts import TaskBatches
 from qvera.evaluation.load import open_run
 from qvera.exporting.deltas import read_deltas
+from qvera.lab.factor_record import FACTORS
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.models.factor_record import FACTORS
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training import first_gradient
@@ -35,7 +35,7 @@ from tests.adapters.helpers import IN, OUT, base_layer, dense_weight, perturb, r
 from tests.conftest import small_llama
 from tests.helpers import sampled
 
-REFERENCE = Path(__file__).parents[1] / "reference"
+REFERENCE = Path(__file__).parent / "reference"
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 SARA: dict[str, Any] = {"method": "sara", "rank": 16, "singular_share": 0.3}
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -146,7 +146,9 @@ def test_a_fresh_mixture_is_the_base_and_checkpointing_changes_no_bit(variant: s
 
 
 def test_sara_ranks_follow_the_spectrum() -> None:
-    model = attach(small_llama(), AdapterSection(method="sara", rank=1000, singular_share=0.4))
+    model = attach(
+        small_llama(), AdapterSection.model_validate({"method": "sara", "rank": 1000, "singular_share": 0.4})
+    )
     config: Any = model.peft_config["default"]
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, QveraLinear):
@@ -335,7 +337,7 @@ def test_what_the_recipe_alone_rules_out_is_refused_before_anything_is_loaded(
 
 
 def test_a_sara_of_other_settings_is_no_start(tmp_path: Path) -> None:
-    section = AdapterSection(method="sara", rank=8, singular_share=0.5, frozen_pair="svd")
+    section = AdapterSection.model_validate({"method": "sara", "rank": 8, "singular_share": 0.5, "frozen_pair": "svd"})
     save_adapter(attach(small_llama(), section), tmp_path / "adapter")
     other = section.replace(singular_share=0.3, init_from=str(tmp_path / "adapter"))
     with pytest.raises(InputError, match=r"has singular_share 0\.5, the recipe 0\.3"):

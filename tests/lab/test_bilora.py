@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.methods.bilora import OrthogonalPenalty
+from qvera.lab.bilora import OrthogonalPenalty
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.test_trainer import vectors

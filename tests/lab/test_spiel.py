@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from qvera.adapters.config import PREFIX
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import method_of
-from qvera.adapters.methods.spiel import PLACES, VALUES
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.distributed.group import Group
 from qvera.exporting.deltas import read_deltas
+from qvera.lab.spiel import PLACES, VALUES
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.plan import make_plan

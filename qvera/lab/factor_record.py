@@ -1,6 +1,6 @@
 """The cache of decomposed weights: what it holds, without torch.
 
-`qvera.adapters.files.factor_cache` makes and reads it.
+`qvera.lab.lora_xs` makes and reads it.
 
 An entry is $QVERA_CACHE/factors/factors-KEY, where KEY is the hash of a base's fingerprint and of the way to decompose.
 In it are record.json, and a safetensors file for each linear and rank, whose header has the SHA-256 of its data. It

@@ -29,7 +29,7 @@ from tests.adapters.methods.cases import lorta_delta
 from tests.adapters.methods.test_methods import IDS, logits, moved
 from tests.conftest import small_llama
 
-REFERENCE = Path(__file__).parent.parent / "reference"
+REFERENCE = Path(__file__).parent / "reference"
 LORTA = {"method": "lorta", "rank": 5}
 OUTPUT_FIRST = {**LORTA, "lorta_convention": "output-first"}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,7 +41,9 @@ class Authors:
     def __init__(self, file: str, convention: str) -> None:
         stored = np.load(REFERENCE / file)
         self.data = {key: torch.from_numpy(value) for key, value in stored.items() if value.dtype == np.float64}
-        self.adapter = AdapterSection(method="lorta", rank=5, alpha=8, lorta_convention=convention)
+        self.adapter = AdapterSection.model_validate(
+            {"method": "lorta", "rank": 5, "alpha": 8, "lorta_convention": convention}
+        )
         names = {"A": "qvera_A_self_attn_24", "B": "qvera_B_self_attn_24", "C_h": "qvera_heads_self_attn_24"}
         leaf = {key: self.data[key].clone().requires_grad_() for key in (*names, "C_l", "C_m")}
         self.leaves = leaf
@@ -102,7 +104,7 @@ def test_output_first_gives_the_numbers_of_the_authors_fork_of_peft() -> None:
 @pytest.mark.parametrize(("convention", "wide"), [("input-first", 1), ("output-first", 6)])
 def test_it_starts_where_the_authors_do(convention: str, wide: int) -> None:
     """A in ±1/√r, the C in ±1/√r or, in the fork of PEFT, ±√(6/r), B zero."""
-    section = AdapterSection(method="lorta", rank=64, lorta_convention=convention)
+    section = AdapterSection.model_validate({"method": "lorta", "rank": 64, "lorta_convention": convention})
     found: dict[str, list[torch.Tensor]] = {}
     for name, vector in named_vectors(attach(small_llama(), section)).items():
         found.setdefault(name.rpartition(".")[2].split("_")[1], []).append(vector.detach().flatten())

@@ -20,19 +20,18 @@ import torch
 from torch import nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.methods.base import LinearSpec, Method, Source
-from qvera.adapters.methods.lora_xs import svd_pair
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 from qvera.distributed.zero_params import gathered
-from qvera.models.svd import rank_of_share
+from qvera.lab.keys import Settings
+from qvera.lab.lora_xs import FactorCache, svd_pair
+from qvera.lab.svd import rank_of_share
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.adapters.methods.base import AdapterSettings
     from qvera.config.schema import Recipe
 
 
@@ -46,7 +45,7 @@ class Sara(Method):
     upper_kinds = frozenset({"qvera_d"})  # as VeRA's
     has_vectors = True
 
-    def variant(self, adapter: AdapterSettings) -> Method:
+    def variant(self, adapter: Settings) -> Method:
         return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
 
     def conditions(self, config: QveraConfig) -> dict[str, object]:
@@ -74,29 +73,29 @@ class Sara(Method):
             ranks[spec.name] = min(adapter.rank, rank_of_share(values, adapter.singular_share))
         adapter.ranks = ranks or None
 
-    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
+    def rank_at(self, adapter: Settings, spec: LinearSpec) -> int:
         """The linear's rank; of a recipe, which knows no weights, the highest that it may have."""
         ranks = getattr(adapter, "ranks", None) or {}
         most = min(adapter.rank, spec.in_features, spec.out_features)
         return int(ranks.get(spec.name, most))
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         return {"qvera_b": (spec.out_features,), "qvera_d": (self.rank_at(adapter, spec),)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         if not getattr(adapter, "init_weights", True):
             return torch.randn(shape)
         return torch.full(shape, 0.0 if name == "qvera_b" else adapter.d_initial)
 
-    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
+    def is_trained(self, name: str, adapter: Settings) -> bool:
         return name != "qvera_d" or adapter.train_d
 
-    def scale(self, adapter: AdapterSettings, spec: LinearSpec) -> float:
+    def scale(self, adapter: Settings, spec: LinearSpec) -> float:
         """VeRA's, by the highest rank for all linears: the step of a linear does not depend on its own rank."""
         return vera_scale(adapter.rank, spec.in_features)
 
     def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         assert pair is not None
         d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
@@ -106,10 +105,10 @@ class Sara(Method):
 class _Svd(Sara):
     source = Source.OWN
 
-    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module) -> Pair | None:
+    def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None) -> Pair | None:
         return svd_pair(adapter, spec, base_layer, self.rank_at(adapter, spec))
 
-    def scale(self, adapter: AdapterSettings, spec: LinearSpec) -> float:
+    def scale(self, adapter: Settings, spec: LinearSpec) -> float:
         return 1.0
 
 
@@ -121,12 +120,12 @@ class _Mixture(Sara):
     is_low_rank = False
     has_delta = False
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         k, experts = self.rank_at(adapter, spec), adapter.experts
         vectors: dict[str, tuple[int, ...]] = {"qvera_b": (spec.out_features,), "qvera_d": (experts, k)}
         return {**vectors, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         """b as SARA's; d around d_initial and the router at random, so that the experts are not all the same."""
         if name == "qvera_b" or not getattr(adapter, "init_weights", True):
             return super().start(name, shape, adapter, spec)
@@ -135,7 +134,7 @@ class _Mixture(Sara):
         drawn = torch.randn(shape, generator=generator)
         return adapter.d_initial * (1 + drawn / 2) if name == "qvera_d" else drawn / shape[0] ** 0.5
 
-    def kept_bytes(self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int) -> int:
+    def kept_bytes(self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int) -> int:
         """What `add` multiplies with: of each token z / rms(z), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, the score and the weights.
 
         z / rms(z) is in fp32; in 16 bits z is kept in fp32 for it too. Then there is the vector of ones.
@@ -145,13 +144,13 @@ class _Mixture(Sara):
         return tokens * (k * (wide + 2 * itemsize) + 4 * (2 + adapter.experts)) + 4 * k
 
     def working_bytes(
-        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
+        self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
         k = self.rank_at(adapter, spec)
         return 4 * k * (2 * spec.out_features + 3 * tokens)
 
     def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         raise InputError(
             f"adapter.experts: the router mixes {adapter.experts} sets of values for each token, so there is no one ΔW "

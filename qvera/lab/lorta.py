@@ -26,11 +26,11 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.lab.keys import Settings
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.adapters.methods.base import AdapterSettings
     from qvera.adapters.projection import Pair
     from qvera.config.schema import Recipe
 
@@ -46,7 +46,7 @@ class Lorta(TrainedPair):
     keys = frozenset({"alpha", "lorta_convention"})
     usual = {"adapter.rank": 64, "training.learning_rate": 1e-2}
 
-    def variant(self, adapter: AdapterSettings) -> Method:
+    def variant(self, adapter: Settings) -> Method:
         return self if _is_input_first(adapter) else _OUTPUT_FIRST
 
     def check(self, recipe: Recipe) -> None:
@@ -56,11 +56,11 @@ class Lorta(TrainedPair):
                 "8 of them and run the rest as they are. Remove it, or choose another method."
             )
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         return {}
 
     def shared_tensors(
-        self, adapter: AdapterSettings, specs: Sequence[LinearSpec], head_size: int | None
+        self, adapter: Settings, specs: Sequence[LinearSpec], head_size: int | None
     ) -> dict[str, tuple[int, ...]]:
         if head_size is None:
             raise InputError("adapter.method: lorta cuts weights into attention heads, and this model has none.")
@@ -77,10 +77,10 @@ class Lorta(TrainedPair):
         shapes[LAYERS] = 1 + max(_layer_and_module(spec)[0] for spec in specs), rank
         return shapes | {_module_row(spec): (rank,) for spec in specs}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         raise NotImplementedError
 
-    def start_shared(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings) -> torch.Tensor:
+    def start_shared(self, name: str, shape: tuple[int, ...], adapter: Settings) -> torch.Tensor:
         """B = 0 and the others uniform, within the bounds of the code whose convention it is."""
         if name.startswith("qvera_B_") and getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
@@ -89,7 +89,7 @@ class Lorta(TrainedPair):
         return uniform(shape, bound, start_generator(adapter, name))
 
     def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         group, (layer, _) = _group(spec), _layer_and_module(spec)
         A, B, heads = (at_least_fp32(tensors[f"qvera_{kind}_{group}"]) for kind in ("A", "B", "heads"))
@@ -107,12 +107,12 @@ class Lorta(TrainedPair):
         return {"alpha": alpha, "lorta_convention": config.lorta_convention}
 
     def working_bytes(
-        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
+        self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
     ) -> int:
         """The blocks, their gradient and that of A, in fp32."""
         return 4 * adapter.rank * (2 * spec.out_features + spec.in_features)
 
-    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
+    def cast_bytes(self, adapter: Settings, spec: LinearSpec, dtype: torch.dtype) -> int:
         """The blocks, which are made for each linear, and A where it is cast."""
         cut = spec.out_features if _is_input_first(adapter) else spec.in_features
         return max(super().cast_bytes(adapter, spec, dtype), adapter.rank * cut * dtype.itemsize)
@@ -125,7 +125,7 @@ class _OutputFirst(Lorta):
 _OUTPUT_FIRST = _OutputFirst()
 
 
-def _is_input_first(adapter: AdapterSettings) -> bool:
+def _is_input_first(adapter: Settings) -> bool:
     return adapter.lorta_convention == "input-first"
 
 

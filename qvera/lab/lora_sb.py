@@ -14,16 +14,16 @@ import torch
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method, Source
-from qvera.adapters.methods.lora_xs import require_rank
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.products.weight_gradients import sign_step
 from qvera.adapters.projection import Pair
 from qvera.distributed.zero_config import zero_config_of
-from qvera.models.svd import rows_of_tensor, truncated_svd
+from qvera.lab.keys import Settings
+from qvera.lab.lora_xs import require_rank
+from qvera.lab.svd import rows_of_tensor, truncated_svd
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.methods.base import AdapterSettings
     from qvera.config.schema import Recipe
 
 
@@ -41,12 +41,12 @@ class LoraSb(Method):
     starts_at_base = False
     starts_from_gradient = True
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         require_rank(adapter.rank, spec)
         r = adapter.rank
         return {"qvera_frozen_A": (r, spec.in_features), "qvera_frozen_B": (spec.out_features, r), "qvera_R": (r, r)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         if getattr(adapter, "init_weights", True):
             return torch.zeros(shape, dtype=self.dtype(name))
         return torch.randn(shape).to(self.dtype(name))
@@ -54,10 +54,10 @@ class LoraSb(Method):
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name == "qvera_R" else torch.bfloat16
 
-    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
+    def is_trained(self, name: str, adapter: Settings) -> bool:
         return name == "qvera_R"
 
-    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
+    def cast_bytes(self, adapter: Settings, spec: LinearSpec, dtype: torch.dtype) -> int:
         numbers = adapter.rank * (spec.in_features + spec.out_features)
         return numbers * dtype.itemsize if dtype != self.dtype("qvera_frozen_A") else 0
 
@@ -70,12 +70,12 @@ class LoraSb(Method):
             )
 
     def from_gradient(
-        self, adapter: AdapterSettings, spec: LinearSpec, gradient: torch.Tensor, rate: float
+        self, adapter: Settings, spec: LinearSpec, gradient: torch.Tensor, rate: float
     ) -> dict[str, torch.Tensor]:
         found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), adapter.rank)
         return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
 
     def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         return Factors(tensors["qvera_frozen_A"], tensors["qvera_frozen_B"], R=at_least_fp32(tensors["qvera_R"]))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from qvera.adapters.products.weight_gradients import collected, sign_step
+from qvera.lab.svd import rows_of_tensor, truncated_svd
 from qvera.models import linear
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.models.svd import rows_of_tensor, truncated_svd
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
 

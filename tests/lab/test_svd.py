@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.models import svd
-from qvera.models.svd import TruncatedSvd, rank_of_share, rows_of, rows_of_tensor, singular_values, truncated_svd
+from qvera.lab import svd
+from qvera.lab.svd import TruncatedSvd, rank_of_share, rows_of, rows_of_tensor, singular_values, truncated_svd
 from tests.adapters.helpers import FOUR_BIT, IN, KINDS, OUT, base_layer, dense_weight
 
-REFERENCE = Path(__file__).parents[1] / "adapters" / "reference"
+REFERENCE = Path(__file__).parent / "reference"
 
 
 def decaying(m: int, n: int, fall: float = 0.97, seed: int = 0) -> torch.Tensor:

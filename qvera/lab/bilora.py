@@ -17,11 +17,12 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.lab.keys import Settings
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.adapters.methods.base import AdapterSettings, LinearSpec
+    from qvera.adapters.methods.base import LinearSpec
     from qvera.adapters.projection import Pair
     from qvera.config.schema import Recipe
     from qvera.distributed.group import Group
@@ -39,17 +40,17 @@ class Bilora(TrainedPair):
     upper_kinds = frozenset({"qvera_d"})
     samples_tokens = False  # the gradient of Λ is made of that of Λ Q: it would be a sample too
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         rank = adapter.rank
         return {"qvera_A": (rank, spec.in_features), "qvera_B": (spec.out_features, rank), "qvera_d": (rank,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         if name != "qvera_d":
             return torch.randn(shape, generator=start_generator(adapter, f"{spec.name}.{name}")) * _START_STD
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.ones(shape)
 
     def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         A, B, d = (at_least_fp32(tensors[name]) for name in ("qvera_A", "qvera_B", "qvera_d"))
         scale = (adapter.rank if adapter.alpha is None else adapter.alpha) / adapter.rank
@@ -58,12 +59,13 @@ class Bilora(TrainedPair):
     def conditions(self, config: QveraConfig) -> dict[str, object]:
         return {"alpha": config.rank if config.alpha is None else config.alpha}
 
-    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
+    def cast_bytes(self, adapter: Settings, spec: LinearSpec, dtype: torch.dtype) -> int:
         """Λ Q, which is made for each linear."""
         return max(super().cast_bytes(adapter, spec, dtype), adapter.rank * spec.in_features * dtype.itemsize)
 
     def check(self, recipe: Recipe) -> None:
-        if recipe.adapter.orthogonal_penalty and recipe.deepspeed is not None:
+        adapter: Settings = recipe.adapter
+        if adapter.orthogonal_penalty and recipe.deepspeed is not None:
             raise InputError(
                 "adapter.orthogonal_penalty: is added to gradients of which DeepSpeed has its own copies. Set it to 0, "
                 "or remove the deepspeed key."
@@ -72,7 +74,8 @@ class Bilora(TrainedPair):
     def step_hook(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
     ) -> TrainingHook | None:
-        penalty = recipe.adapter.orthogonal_penalty
+        adapter: Settings = recipe.adapter
+        penalty = adapter.orthogonal_penalty
         return OrthogonalPenalty(model, penalty, optimizer) if penalty else None
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters.products import sparse
-from qvera.adapters.products.sparse import sampled_product
-from qvera.adapters.stepping.reselection import Candidates, by_accumulated_gradient, by_momentum, replace
-from qvera.adapters.stepping.sparse_optim import AgedAdamW, Seeds, SparseSM3
+from qvera.lab import sparse
+from qvera.lab.sparse import sampled_product
+from qvera.lab.spiel import AgedAdamW, Candidates, Seeds, SparseSM3, by_accumulated_gradient, by_momentum, replace
 
 REFERENCE = Path(__file__).parent / "reference"
 

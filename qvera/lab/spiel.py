@@ -1,0 +1,587 @@
+"""SpIEL (arXiv 2401.16405): ΔW has k trained values at k places of the weight, and the places change in training.
+
+k is what a LoRA of the same rank trains, rank (in_features + out_features). The authors give every weight the same
+share of its elements instead.
+
+Every so many steps a share of the values, those of smallest size, is dropped, and as many places are grown, at zero
+(section 3.2):
+
+- by accumulated gradient (AG), with AdamW: candidates are the k places where the gradient of one micro-batch is
+  largest. Their gradients are summed over some steps, and those with the largest sums are grown.
+- by momentum approximation (MA), with SM3: the places where the product of its row and column accumulators is largest.
+
+Neither ever has a tensor of the weight's size: gᵀ x and the products come as blocks of rows (`sparse.largest_places`).
+Both optimizers can give a value of one parameter a new place: its state starts anew, the other values keep theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from qvera.adapters.hooks import TrainingHook
+from qvera.adapters.methods.base import LinearSpec, Method, Source
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.projection import Pair
+from qvera.config.schema import AdapterSection
+from qvera.distributed.group import Group
+from qvera.lab.keys import Settings
+from qvera.lab.sparse import (
+    SparseChange,
+    add_sparse,
+    largest_places,
+    largest_products,
+    row_blocks,
+    sampled_product,
+    working_bytes,
+)
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.adapted_forward import AdaptedForward
+    from qvera.config.schema import Recipe
+
+
+VALUES, PLACES = "qvera_values", "qvera_places"
+
+
+class Spiel(Method):
+    """Values [k] from 0, and their places, int32 [k]: sorted indices into the flattened weight."""
+
+    name = "spiel"
+    title = "SpIEL"
+    keys = frozenset({"growth", "reselect_every", "accumulate_steps", "drop_share"})
+    usual = {"adapter.rank": 8, "training.learning_rate": 1e-3}
+    source = Source.TRAINED
+    keeps_input = True
+    is_low_rank = False
+    place_names = frozenset({PLACES})
+
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+        n, m = spec.in_features, spec.out_features
+        count = adapter.rank * (n + m)
+        if 2 * count > n * m:
+            raise InputError(
+                f"adapter.rank: {adapter.rank} gives {spec.name or 'a linear'} {count} values, more than half of its "
+                f"{n * m} weights. With adapter.method spiel it can be at most {n * m // (2 * (n + m))} here."
+            )
+        if n * m >= 2**31:
+            raise InputError(
+                f"adapter.targets: {spec.name or 'a linear'} has {n * m} weights, and places are 32-bit numbers."
+            )
+        return {VALUES: (count,), PLACES: (count,)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
+        if name == PLACES:
+            seed = adapter.seed if isinstance(adapter, AdapterSection) else adapter.projection_seed
+            return random_places(shape[0], spec.in_features * spec.out_features, seed, spec.name)
+        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
+
+    def is_trained(self, name: str, adapter: Settings) -> bool:
+        return name == VALUES
+
+    def check_tensors(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+        places, size = tensors[PLACES], spec.in_features * spec.out_features
+        if places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any():
+            raise InputError(
+                f"{PLACES} of {spec.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
+                "damaged, or another model's adapter."
+            )
+
+    def rank_at(self, adapter: Settings, spec: LinearSpec) -> int:
+        return 0
+
+    def factors(  # type: ignore[override]  # no factors, but what the exports need of them
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> SparseChange:
+        return SparseChange(tensors[VALUES], tensors[PLACES], spec.out_features, spec.in_features)
+
+    def working_bytes(
+        self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
+    ) -> int:
+        (count,) = self.tensors(adapter, spec)[VALUES]
+        return working_bytes(tokens, spec.out_features, spec.in_features, count, itemsize, on_accelerator)
+
+    def state_bytes(self, adapter: Settings, spec: LinearSpec) -> int:
+        (count,) = self.tensors(adapter, spec)[VALUES]
+        if adapter.growth == "momentum":
+            return 4 * (count + spec.out_features + spec.in_features)
+        # age and two averages of each value; place, two sums and the step's gradient of each candidate
+        return 4 * (3 + 4) * count
+
+    def add(
+        self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+    ) -> torch.Tensor:
+        values, places, *_ = layer.parts(adapter_name)
+        x = layer.dropout_of(adapter_name)(x)
+        return add_sparse(y, x, at_least_fp32(values), places, overwrite, getattr(layer, "gradient_watch", None))
+
+    def check(self, recipe: Recipe) -> None:
+        training = recipe.training
+        for key, given, taken in (
+            ("training.optim", training.optim, "adamw"),
+            ("deepspeed", recipe.deepspeed, None),
+            ("training.torch_compile", training.torch_compile, False),
+            ("task", recipe.task, "causal-lm"),
+        ):
+            if given != taken:
+                raise InputError(
+                    f"{key}: is {given}, and adapter.method spiel, whose values change their places between steps, has "
+                    "optimizers of its own, over these values alone, that run in plain torch. Remove "
+                    f"{key}, or choose another method."
+                )
+
+    def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        training = recipe.training
+        values = _sparse_layers(model)
+        shared: dict[str, Any] = {
+            "lr": training.learning_rate,
+            "eps": training.adam_epsilon,
+            "weight_decay": training.weight_decay,
+        }
+        adapter: Settings = recipe.adapter
+        if adapter.growth == "momentum":
+            places = [(one.places, (one.layer.out_features, one.layer.in_features)) for one in values.values()]
+            return SparseSM3([one.values for one in values.values()], places, momentum=training.adam_beta1, **shared)
+        betas = training.adam_beta1, training.adam_beta2
+        return AgedAdamW([one.values for one in values.values()], betas=betas, **shared)
+
+    def step_hook(
+        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
+    ) -> TrainingHook:
+        assert isinstance(optimizer, AgedAdamW | SparseSM3)
+        section: Settings = recipe.adapter
+        settings = section.reselect_every, section.accumulate_steps, section.drop_share
+        return Reselection(_sparse_layers(model), optimizer, *settings, steps, section.init_from is None, group)
+
+
+def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The linears with an adapter "default", by their names in the base model."""
+    from qvera.adapters.layer import QveraLinear  # which imports the methods
+
+    found = {}
+    for module in model.modules():
+        if isinstance(module, QveraLinear) and module.carries("default"):
+            tensors = module.vectors("default")
+            found[module.spec.name] = SparseLayer(module, tensors[VALUES], tensors[PLACES])
+    return found
+
+
+def random_places(count: int, among: int, seed: int, name: str) -> torch.Tensor:
+    """``count`` different numbers below ``among``, int32, sorted; of this seed and linear always the same."""
+    words = np.random.Philox(key=np.array([seed, zlib.crc32(name.encode())], dtype=np.uint64))
+    found = np.empty(0, dtype=np.int64)
+    while len(found) < count:  # drawn one after another until there are enough, so that every choice is as likely
+        drawn = (words.random_raw(count - len(found)) >> np.uint64(32)).astype(np.int64) * among >> 32
+        found = np.union1d(found, drawn)
+    return torch.from_numpy(found.astype(np.int32))
+
+
+class Candidates:
+    """The places of one weight that may get a value next, and their gradients, summed over optimizer steps.
+
+    Attributes:
+        indices: the places, int32 [k], sorted; None before the first micro-batch.
+        total: sum of their gradients over the steps counted, [k] in fp32 or wider.
+        squares: sum of the squares of the steps' gradients.
+        steps: how many steps were counted.
+        agreed: whether the places stay when a step is dropped: a step was counted, or all ranks have these.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.steps = count, 0
+        self.indices: torch.Tensor | None = None
+        self.agreed = False
+        self.total: torch.Tensor | None = None
+        self.squares: torch.Tensor | None = None
+        self._step: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def watch(self, g: torch.Tensor, x: torch.Tensor) -> None:
+        """Add a micro-batch: the gradient of the output [T, m] and the input [T, n]. The first one finds the places."""
+        if self.indices is None:
+            self.indices, self._step = largest_products(g, x, self.count)
+            return
+        found = sampled_product(g, x, self.indices)
+        self._step = found if self._step is None else self._step + found
+
+    def drop_step(self) -> None:
+        """Forget the micro-batches of a step that was not taken; in the first step the places too."""
+        self._step = None
+        if not self.agreed:
+            self.indices = None
+
+    def agree(self, indices: torch.Tensor) -> None:
+        """Take these places, and forget the gradients of the step that is under way."""
+        self.indices, self._step, self.agreed = indices, None, True
+
+    def step_gradient(self) -> torch.Tensor:
+        """The gradients of the step that is under way, [k]; to be summed over ranks in place."""
+        if self._step is None:  # this rank had no rows
+            assert self.indices is not None
+            self._step = torch.zeros(len(self.indices), device=self.indices.device)
+        return self._step
+
+    def end_step(self, loss_scale: float = 1.0) -> None:
+        """Count the micro-batches since the last call as the gradient of one step, divided by the loss scale."""
+        if self._step is None:
+            return
+        step, self._step = self._step / loss_scale, None
+        if self.total is None or self.squares is None:
+            self.total, self.squares = torch.zeros_like(step), torch.zeros_like(step)
+        self.total += step
+        self.squares.addcmul_(step, step)
+        self.steps += 1
+        self.agreed = True
+
+
+class Replacement(NamedTuple):
+    """Which values get which new places."""
+
+    slots: torch.Tensor
+    """The values that are dropped, as positions among the weight's values, [c]."""
+    places: torch.Tensor
+    """The places that are grown, int32 [c]; none has a value now."""
+    chosen: torch.Tensor | None = None
+    """By accumulated gradient: their positions among the candidates, [c]."""
+
+
+def smallest(values: torch.Tensor, share: float) -> torch.Tensor:
+    """Positions of the share (rounded down) of ``values`` [k] with the smallest size, smallest first."""
+    return values.abs().topk(int(len(values) * share), largest=False, sorted=True).indices
+
+
+def by_accumulated_gradient(
+    indices: torch.Tensor, values: torch.Tensor, share: float, candidates: torch.Tensor, total: torch.Tensor
+) -> Replacement:
+    """The replacement by the largest |total| among the candidates that keep no value.
+
+    A place that is among the dropped and among the grown stays as it is, with its value. Where too few candidates are
+    left, fewer values are dropped.
+
+    Args:
+        indices: the places of the values, int32 [k].
+        values: [k].
+        share: how many of them to drop.
+        candidates: places, int32.
+        total: the sum of gradients at each candidate.
+    """
+    dropped = smallest(values, share)
+    stays = torch.ones_like(values, dtype=torch.bool)
+    stays[dropped] = False
+    free = (~torch.isin(candidates, indices[stays])).nonzero().squeeze(1)
+    best = total[free].abs().topk(min(len(dropped), len(free)), sorted=True).indices
+    grown = free[best]
+    places = candidates[grown]
+    new = ~torch.isin(places, indices[dropped])
+    slots = dropped[~torch.isin(indices[dropped], places)]
+    grown = grown[new]
+    return Replacement(slots[: len(grown)], candidates[grown], grown)
+
+
+def by_momentum(
+    indices: torch.Tensor, values: torch.Tensor, share: float, row: torch.Tensor, column: torch.Tensor
+) -> Replacement:
+    """The replacement by the largest row_i column_j among the places without a value. What is dropped stays out.
+
+    Args:
+        indices: the places of the values, int32 [k], sorted.
+        values: [k].
+        share: how many of them to drop.
+        row: SM3's accumulator of each row [m].
+        column: of each column [n].
+    """
+    dropped = smallest(values, share)
+    products = (rows.unsqueeze(1) * column for rows in row_blocks(row, len(column)))
+    places, _ = largest_places(products, len(dropped), skip=indices)
+    return Replacement(dropped[: len(places)], places)
+
+
+@torch.no_grad()
+def replace(indices: torch.Tensor, values: torch.Tensor, change: Replacement) -> torch.Tensor:
+    """Give the values their new places, in place; grown ones start at zero and all are sorted by place again.
+
+    Returns:
+        For each value its slot before, [k].
+    """
+    indices[change.slots] = change.places
+    values[change.slots] = 0.0
+    order = indices.argsort()
+    indices.copy_(indices[order])
+    values.copy_(values[order])
+    return order
+
+
+class SparseLayer(NamedTuple):
+    """A linear with sparse values, for `Reselection`."""
+
+    layer: AdaptedForward
+    values: nn.Parameter  # [k]
+    places: torch.Tensor  # int32 [k]
+
+
+class Reselection(TrainingHook):
+    """Changes the places of sparse values between optimizer steps.
+
+    Steps ``accumulate``, ``every`` + ``accumulate``, 2 ``every`` + ``accumulate``, .. are followed by a change, but for
+    the run's last step. It moves ``drop_share`` of the values, times the share of the run's steps that are left. The
+    first one moves all of them where ``places_are_random``.
+
+    Several ranks: the candidates are those of rank 0's first micro-batch. The step that finds them is not counted then,
+    since the others have no gradients at these places yet.
+
+    Args:
+        layers: by name. Each gets a ``gradient_watch`` while gradients are accumulated.
+        optimizer: of all values. Its class says how new places are chosen.
+        every: steps from one change to the next.
+        accumulate: steps over which gradients are summed before each, at most ``every``.
+        drop_share: see above.
+        total_steps: of the run.
+        places_are_random: at the start; False: another training chose them.
+        group: the run's processes.
+
+    Raises:
+        InputError: several processes, and no step is left to accumulate gradients in.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, SparseLayer],
+        optimizer: AgedAdamW | SparseSM3,
+        every: int,
+        accumulate: int,
+        drop_share: float,
+        total_steps: int,
+        places_are_random: bool = True,
+        group: Group | None = None,
+    ) -> None:
+        self.layers, self.optimizer, self.group = dict(layers), optimizer, group or Group()
+        self.every, self.accumulate, self.drop_share, self.total_steps = every, accumulate, drop_share, total_steps
+        self.places_are_random = places_are_random
+        self.candidates: dict[str, Candidates] = {}
+        if self.group.world_size > 1 and accumulate == 1 and isinstance(optimizer, AgedAdamW):
+            raise InputError(
+                "adapter.accumulate_steps: is 1, and with several processes the first of these steps only finds the "
+                "candidates. Set it to 2 or more."
+            )
+
+    def before_step(self, step: int) -> None:
+        """Watch gradients in the steps before a change; drop what an attempt without a step has left."""
+        if (step - 1) % self.every >= self.accumulate or not isinstance(self.optimizer, AgedAdamW):
+            return
+        for name, (layer, values, _) in self.layers.items():
+            candidates = self.candidates.setdefault(name, Candidates(len(values)))
+            candidates.drop_step()
+            layer.gradient_watch = candidates.watch  # type: ignore[attr-defined]
+            layer.needs_whole_passes = True
+
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
+        """Count the step's gradients, and change the places where it is time."""
+        for layer, *_ in self.layers.values():
+            layer.gradient_watch, layer.needs_whole_passes = None, False  # type: ignore[attr-defined]
+        if self.candidates:
+            self._end_step(loss_scale)
+        if step % self.every == self.accumulate % self.every:
+            left = max(0.0, 1 - step / self.total_steps)
+            moves_all = step == self.accumulate and self.places_are_random
+            for name in self.layers if left else ():
+                self._change(name, 1.0 if moves_all else self.drop_share * left)
+            self.candidates = {}
+
+    def _end_step(self, loss_scale: float) -> None:
+        several = self.group.world_size > 1
+        if several and not all(candidates.agreed for candidates in self.candidates.values()):
+            for name, candidates in self.candidates.items():  # one at a time: together they are as large as the adapter
+                found = {} if candidates.indices is None else {name: candidates.indices.cpu()}
+                candidates.agree(self.group.broadcast_tensors(found)[name].to(self.layers[name].values.device))
+            return
+        for candidates in self.candidates.values():
+            if several:
+                self.group.all_reduce([candidates.step_gradient()])
+            candidates.end_step(loss_scale)
+
+    def _change(self, name: str, share: float) -> None:
+        _, values, places = self.layers[name]
+        if isinstance(self.optimizer, SparseSM3):
+            state = self.optimizer.state_of(values)
+            change = by_momentum(places, values, share, state["row"], state["column"])
+            self.optimizer.take_over(values, change.slots, replace(places, values, change))
+            return
+        found = self.candidates[name]
+        if found.indices is None or found.total is None or found.squares is None:  # no token came through the layer
+            return
+        change = by_accumulated_gradient(places, values, share, found.indices, found.total)
+        chosen = change.chosen
+        seeds = Seeds(found.total[chosen] / found.steps, found.squares[chosen] / found.steps, found.steps)
+        self.optimizer.take_over(values, change.slots, replace(places, values, change), seeds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The candidates and their sums, between the steps before a change."""
+        found: dict[str, Any] = {}
+        for name, candidates in self.candidates.items():
+            for part in ("indices", "total", "squares"):
+                if (tensor := getattr(candidates, part)) is not None:
+                    found[f"{name}:{part}"] = tensor
+            found[f"{name}:steps"] = candidates.steps
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.candidates = {}
+        for key, value in state.items():
+            name, _, part = key.rpartition(":")
+            candidates = self.candidates.setdefault(name, Candidates(len(self.layers[name].values)))
+            on_device = value.to(self.layers[name].values.device) if isinstance(value, torch.Tensor) else value
+            setattr(candidates, part, on_device)
+            candidates.agreed = True
+
+
+class Seeds(NamedTuple):
+    """What is known of the gradients at new places, one element for each."""
+
+    mean: torch.Tensor
+    mean_square: torch.Tensor
+    steps: int
+    """How many optimizer steps' gradients these are the means of."""
+
+
+def _loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What an optimizer's ``closure`` gives, as torch's own optimizers call it; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class AgedAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) in torch's form, with the bias correction of each value's own age (SpIEL, 2401.16405).
+
+    The state of a parameter is ``age``, ``exp_avg`` and ``exp_avg_sq``, of its shape, in fp32 or wider. The age is the
+    number of gradients in the averages. While no value takes a new place, the steps are those of `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step for every parameter that has a gradient."""
+        loss = _loss_of(closure)
+        for group in self.param_groups:
+            rate, (beta1, beta2) = group["lr"], group["betas"]
+            for parameter in group["params"]:
+                if (grad := parameter.grad) is None:
+                    continue
+                state = self._state_of(parameter)
+                age, mean, square = state["age"].add_(1), state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                size = square.div(_weight_sum(beta2, age)).sqrt_().add_(group["eps"])
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.addcdiv_(mean / _weight_sum(beta1, age), size, value=-rate)
+        return loss
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state.update({key: torch.zeros_like(parameter) for key in ("age", "exp_avg", "exp_avg_sq")})
+        return state
+
+    @torch.no_grad()
+    def take_over(self, parameter: nn.Parameter, slots: torch.Tensor, order: torch.Tensor, seeds: Seeds) -> None:
+        """Start the state of some values anew from their places' gradients so far, then put all into a new order.
+
+        The averages are as if Adam had seen ``seeds.steps`` gradients with these means, so that after bias correction
+        they are the means themselves.
+
+        Args:
+            parameter: [k].
+            slots: which values, [c].
+            order: for each value of the new order its slot now, [k].
+            seeds: of ``slots``, each [c].
+        """
+        beta1, beta2 = next(g["betas"] for g in self.param_groups if any(p is parameter for p in g["params"]))
+        state, steps = self._state_of(parameter), torch.tensor(float(seeds.steps), dtype=torch.float64)
+        state["age"][slots] = float(seeds.steps)
+        state["exp_avg"][slots] = (seeds.mean * _weight_sum(beta1, steps).item()).to(parameter.dtype)
+        state["exp_avg_sq"][slots] = (seeds.mean_square * _weight_sum(beta2, steps).item()).to(parameter.dtype)
+        for key, value in state.items():
+            state[key] = value[order]
+
+
+def _weight_sum(beta: float, age: torch.Tensor) -> torch.Tensor:
+    """1 - beta ** age, the sum of the weights in an average of that many gradients; exact where it is small."""
+    return torch.expm1(age * math.log(beta)).neg_() if beta else torch.ones_like(age)
+
+
+class SparseSM3(torch.optim.Optimizer):
+    """SM3 (arXiv 1901.11150, algorithm SM3-II) with momentum, over sparse values, with decoupled weight decay.
+
+    The squares of the gradients are remembered as a largest sum for each row [m] and each column [n] of the weight, and
+    not for each value. The state of a parameter is ``row``, ``column`` and ``momentum`` [k], fp32 or wider.
+
+    Args:
+        params: the values [k] of each weight.
+        places: for each of them its flat indices (int32 [k], read at every step) and the weight's shape.
+        momentum: the share of the last update in the next.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        places: Sequence[tuple[torch.Tensor, tuple[int, int]]],
+        lr: float,
+        momentum: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+        self._places = dict(zip(params, places, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step for every parameter that has a gradient."""
+        loss = _loss_of(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (grad := parameter.grad) is None:
+                    continue
+                indices, (_, columns) = self._places[parameter]
+                state, i, j = self.state_of(parameter), (indices // columns).long(), (indices % columns).long()
+                square = torch.minimum(state["row"][i], state["column"][j]).addcmul_(grad, grad)
+                state["row"].scatter_reduce_(0, i, square, "amax")
+                state["column"].scatter_reduce_(0, j, square, "amax")
+                update = square.add_(group["eps"]).rsqrt_().mul_(grad)
+                state["momentum"].lerp_(update, 1 - group["momentum"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(state["momentum"], alpha=group["lr"])
+        return loss
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """The state of a parameter; zeros before its first step."""
+        state = self.state[parameter]
+        if not state:
+            _, (rows, columns) = self._places[parameter]
+            state["row"], state["column"] = parameter.new_zeros(rows), parameter.new_zeros(columns)
+            state["momentum"] = torch.zeros_like(parameter)
+        return state
+
+    @torch.no_grad()
+    def take_over(self, parameter: nn.Parameter, slots: torch.Tensor, order: torch.Tensor) -> None:
+        """Start the momentum of some values anew, then put all into a new order; see `AgedAdamW.take_over`."""
+        momentum = self.state_of(parameter)["momentum"]
+        momentum[slots] = 0.0
+        self.state[parameter]["momentum"] = momentum[order]
