@@ -4,7 +4,7 @@
 
 Three pairs, interleaved, each in the state that `qvera train` brings a run into:
 
-- ``short steps``: an adapter's step has 4 rows. Together, a pass has 32 rows of 8 adapters (`ManyTrainer.take_round`).
+- ``short steps``: an adapter's step has 4 rows. Together, a pass has 32 rows of 8 adapters (`ManyTrainer.take_turn`).
   Alone, an adapter takes its steps one after the other (`TrainingSession.train_step`). What loading the next adapter
   takes is not counted, which favours those alone.
 - ``full batches``: a step has 32 rows, so a pass is full with one adapter. Together, a round has one adapter.
@@ -32,7 +32,7 @@ from rich.console import Console
 from bench.common import header, smollm2, write_result
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.distributed.group import ALONE
-from qvera.training.many.trainer import ManyTrainer
+from qvera.training.many import ManyTrainer
 from qvera.training.trainer import Trainer
 
 THINGS = "chair table lamp door window bottle book train boat garden ladder kettle".split()
@@ -108,7 +108,7 @@ def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -
 
     def together() -> int:
         before = sum(run.state.step for run in many.runs)
-        many.take_round()
+        many.take_turn()
         return sum(run.state.step for run in many.runs) - before
 
     def one_after_the_other() -> int:

@@ -1,4 +1,9 @@
-"""What runs of one adapter and of many have in common: directory, lock, signals, metrics and their first files."""
+"""A run: the loop around the steps, and its directory with lock, signals, metrics.jsonl, checkpoints and run.json.
+
+A run is a function of its recipe. The rows of optimizer step k depend on k alone, the loss is the mean over the trained
+tokens of the whole global batch, and a checkpoint holds everything else that a step depends on. So a resumed run gives
+the same bits as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
-from qvera.training.logging import MetricsLog, Trackers
+from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors, replace_text
+from qvera.utils.errors import Interrupted
 from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
@@ -34,7 +41,13 @@ class RunResult:
 
 
 class Run(TrainingSession):
-    """A session with a run directory. `Trainer` trains one adapter in it, `many.trainer.ManyTrainer` many."""
+    """A session with a run directory: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order.
+
+    `trainer.Trainer` trains one adapter in it, `many.ManyTrainer` many.
+    """
+
+    unit = "step"
+    """What is counted, saved and logged: optimizer steps of the adapter, or rounds of all of them."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
         """See `TrainingSession`; the recipe's trackers are checked too."""
@@ -47,6 +60,7 @@ class Run(TrainingSession):
         self.on_step: Callable[[dict[str, Any]], object] | None = None
         self.callback_error: Exception | None = None
         self.run: dict[str, Any] = {}
+        self.saved = 0
         names = recipe.training.report_to if group.first else []
         self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
 
@@ -65,21 +79,23 @@ class Run(TrainingSession):
 
         self.resume = group.on_first(open_it)
 
-    def open_files(self, last: int, unit: str = "step", again: str | None = None) -> None:
-        """Open metrics.jsonl without the records after ``last``, which are made again, then write recipe.yaml.
+    def open_files(self, again: str | None = None) -> None:
+        """Open metrics.jsonl without the records after the last step, which are made again, then write recipe.yaml.
 
-        Args:
-            last: step or round of the last records that are kept.
-            unit: the key that numbers the records, ``step`` or ``round``.
-            again: the kind of record of ``last`` that is made again too.
+        ``again``: the kind of record of the last step that is made again too. All ranks call this.
 
         Raises:
             RunFailed: the disk is full or read-only.
         """
-        with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last, unit, again=again)
-            replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+
+        def open_them() -> None:
+            self.group.set_flag(f"begun {self.run_dir}")
+            with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", self.count, self.unit, again=again)
+                replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+
+        self.group.on_first(open_them)
 
     def write_records(self, *records: dict[str, Any]) -> None:
         """Write records to metrics.jsonl and, on rank 0, hand them to `on_step`, which may ask the run to stop.
@@ -106,3 +122,72 @@ class Run(TrainingSession):
         """Write run.json while the run goes; ``known``: what it has besides `begun_run`. All ranks call this."""
         self.run |= known
         self.group.on_first(lambda: write_run_json(self.run_dir, self.run))
+
+    def train(self) -> RunResult | None:
+        """Take the steps that are left: step, log, evaluate, save. Then save what came out and write run.json.
+
+        Returns:
+            The result on rank 0, None on the others.
+        """
+        with self.signals, self.trackers:
+            self.score_before()
+            self.model.train()
+            with ProgressBar(self.console, self.steps, self.steps_behind) as self.progress:
+                while self.has_steps_left and not self.stop_requested():
+                    if self.take_turn():
+                        self.save_checkpoint()
+            if self.count != self.saved:
+                self.save_checkpoint()
+            self.meet()
+            if self.stopped_by is not None:
+                self.finish("interrupted")
+                of_all = f" of {self.steps}" if self.unit == "step" else ""
+                text = f"Stopped by {self.stopped_by} after {self.unit} {self.count}{of_all}, and saved. "
+                raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
+            self.complete()
+        self.finish("done")
+        return RunResult(self.run_dir, self.run) if self.group.first else None
+
+    @property
+    def count(self) -> int:
+        """How many steps or rounds have been taken."""
+        return self.state.step
+
+    @property
+    def steps_behind(self) -> int:
+        """How many of ``steps`` are behind, for the progress bar."""
+        return self.state.step
+
+    @property
+    def has_steps_left(self) -> bool:
+        """Whether `take_turn` has anything to do."""
+        raise NotImplementedError
+
+    def score_before(self) -> None:
+        """Score the held-out rows before the first step, unless that is done."""
+        raise NotImplementedError
+
+    def take_turn(self) -> bool:
+        """Take one step or round, log it, evaluate where that is due; whether a checkpoint is due."""
+        raise NotImplementedError
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asks this run to stop."""
+        raise NotImplementedError
+
+    def save_checkpoint(self) -> None:
+        """Save everything that a later step depends on, and delete checkpoints beyond the recipe's limit."""
+        raise NotImplementedError
+
+    def meet(self) -> None:
+        """Wait until every process has taken its last step, where they do not take them together."""
+
+    def complete(self) -> None:
+        """Save what was trained, and score it."""
+
+    def finish(self, status: str) -> None:
+        """Write run.json and the report; ``status``: ``done``, ``interrupted`` or ``failed``. All ranks call it.
+
+        The ranks wait for it: a launcher that sees one leave with 75 ends the others.
+        """
+        raise NotImplementedError

@@ -1,6 +1,6 @@
-"""One loaded training: its rows, model, optimizer and engine, and the optimizer step that it takes.
+"""A training from its recipe to its first step: rows, plan, base, adapter, optimizer, engine, longest batch.
 
-`trainer.Trainer` makes a run of it, `lr_finder.find_lr` a learning-rate range test.
+`trainer.Trainer` makes a run of it, `lr_finder.find_lr` a learning-rate range test. The steps are `loop.AloneLoop`'s.
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ from qvera.training import adapt, bilevel, first_gradient, resample  # noqa: F40
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
+from qvera.training.loop import AloneLoop
 from qvera.training.optim import build_optimizer, build_scaler, require_all_stepped
-from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
+from qvera.training.plan import Plan, Sharing, longest_rows, make_plan, planned_steps
+from qvera.training.plan.checkpointing import mode_word, with_mode
 from qvera.training.plan.shape import NotPlannable
 from qvera.training.plan.sharding import spread_of
-from qvera.training.planning import plan_run, resumed_mode
-from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
+from qvera.training.plan.show import run_lines
+from qvera.training.rank_checks import check_disk_space, check_memory, check_same_data, check_same_setup, count_nodes
 from qvera.training.resample import phase_count
 from qvera.training.run_dir import inputs_of
-from qvera.training.step import StepAttempt
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
@@ -67,15 +68,18 @@ from qvera.utils.status_line import status_line
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
+    from qvera.models.model_class import ModelClass
+
 T = TypeVar("T")
 
 
-class TrainingSession:
+class TrainingSession(AloneLoop):
     """What a training has loaded, as attributes. All ranks call each method together, in the order they stand here."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
         """Compare the ranks and seed them; nothing is loaded yet. See `trainer.train` for the parameters."""
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
+        self.step_group = group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
         self.state, self.task = TrainState(), task_of(recipe)
@@ -120,8 +124,29 @@ class TrainingSession:
         Raises:
             InputError: anything wrong with the data, no row left to train on, or ranks with different rows.
         """
-        self.datasets = self.group.agree(lambda: self._read_rows(preview))
-        check_same_data(self.datasets, self.recipe, self.group)
+        recipe, console = self.recipe, self.console
+
+        def read() -> Datasets:
+            tokenizer = load_processor(recipe.model, self.task.exported_class)
+            datasets = build_datasets(recipe.data, tokenizer, console)
+            if not datasets.train:
+                raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
+            if preview:
+                print_preflight(datasets, tokenizer, console)
+                return datasets
+            stats = datasets.stats
+            console.print(
+                f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; "
+                f"{stats.targets_text}. `qvera preview` shows the rows.",
+                highlight=False,
+                soft_wrap=True,
+            )
+            for line in data_warnings(stats):
+                self.warn(line)
+            return datasets
+
+        self.datasets = self.group.agree(read)
+        check_same_data(self.datasets, recipe, self.group)
 
     def check_model(self) -> None:
         """Check what needs no weights of the base: the plan, the targets, and what the adapter starts from.
@@ -148,7 +173,8 @@ class TrainingSession:
         self.plan = self._plan_memory()
         # of W + ΔW. Layers choose their path by it, so a run that goes on keeps it, whatever memory allows now
         self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
-        self.base = self._load_base()
+        model_class = self.task.model_class(recipe, self.datasets)
+        self.base = self._load_base(model_class)
         if recipe.data.has_adapters:
             choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
         facts = self.base.facts
@@ -165,7 +191,7 @@ class TrainingSession:
                 recipe.model,
                 phases,
                 progress=lambda name: update(f"Decomposing weights: {name}"),
-                model_class=self.task.model_class(recipe, self.datasets),
+                model_class=model_class,
             )
         if share := recipe.training.sample_tokens:
             self.model.peft_config["default"].token_sampler = TokenSampler(share)
@@ -208,14 +234,18 @@ class TrainingSession:
             self._try_longest_batch()
             self.engine.forget_module_order()
 
-    def prepare_model(self) -> None:
-        """Gradient checkpointing, compilation and held weights, as recipe and plan say, before the first pass."""
-        enable_checkpointing(self.model, self.checkpointing)
+    def prepare_model(self, alone: bool = True) -> None:
+        """Gradient checkpointing, compilation and held weights, as recipe and plan say, before the first pass.
+
+        ``alone``: every pass is of one adapter. Else no W + ΔW can be held, and no MLP be taken by tiles.
+        """
+        enable_checkpointing(self.model, self.checkpointing, by_tiles=alone)
         if self.state.step == 0:
             self.hooks.start(self)
         if self.recipe.training.torch_compile:
             compile_layers(self.model)
-        hold_training_weights(self.model, self.plan is not None and self.plan.holds_weights, self.builds_per_pass)
+        holds = alone and self.plan is not None and self.plan.holds_weights
+        hold_training_weights(self.model, holds, self.builds_per_pass)
 
     def make_engine(self) -> LocalEngine:
         """Plain torch, or DeepSpeed where the recipe asks for it."""
@@ -228,43 +258,16 @@ class TrainingSession:
         return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload", self.scaler)
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step on the mean loss over the global batch's trained tokens: accumulate gradients, clip, step.
-
-        With loss scaling, a gradient that overflows takes no step, and neither does one that memory does not suffice
-        for: the next call takes the same step again, with a lower scale or with fewer rows a pass.
+        """`take_step` as a whole: one optimizer step on the mean loss over the global batch's targets.
 
         Returns:
             The record for metrics.jsonl: of kind ``train``, or ``skipped`` or ``out_of_memory`` where no step was
             taken. ``learning_rate`` and ``loss_scale`` are those the step was taken with.
-
-        Raises:
-            RunFailed: the loss or the gradient is not finite; no step was taken.
-            OutOfMemory: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row. The step was
-            undone; on all ranks, unless the error is not `shared`.
         """
-        return StepAttempt(self).take()
+        *_, [record] = self.take_step()
+        return record
 
-    def _read_rows(self, preview: bool) -> Datasets:
-        recipe, console = self.recipe, self.console
-        tokenizer = load_processor(recipe.model, self.task.exported_class)
-        datasets = build_datasets(recipe.data, tokenizer, console)
-        if not datasets.train:
-            raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
-        if preview:
-            print_preflight(datasets, tokenizer, console)
-            return datasets
-        stats = datasets.stats
-        console.print(
-            f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; "
-            f"{stats.targets_text}. `qvera preview` shows the rows.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        for line in data_warnings(stats):
-            self.warn(line)
-        return datasets
-
-    def _load_base(self) -> Base:
+    def _load_base(self, model_class: ModelClass) -> Base:
         section = self.recipe.model
         if self.plan is not None:
             section = section.replace(stream=self.plan.streaming.streams)
@@ -273,19 +276,40 @@ class TrainingSession:
             def progress(stage: str, done: int, total: int, _: str) -> None:
                 update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
 
-            model_class = self.task.model_class(self.recipe, self.datasets)
             read = functools.partial(load_base, section, self.device, progress, self.sharder, model_class)
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
-        """The plan of this rank; None where none can be made. Sets ``checkpointing``, which all ranks share."""
-        recipe, group = self.recipe, self.group
+        """The plan of this rank, printed in a few lines; None where none can be made. Sets ``checkpointing`` for all.
+
+        A plan that does not fit is a warning on a CPU, where swap may make room, and where it is near what a GPU has
+        (`Plan.is_refused`).
+
+        Raises:
+            InputError: it does not fit into the memory of a GPU.
+        """
+        recipe, group, data = self.recipe, self.group, self.datasets
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
+        adapter_rows = [len(adapter.train) for adapter in data.adapters]
+
+        def plan_of(recipe: Recipe) -> Plan:
+            return make_plan(recipe, self.device, data.train, sharing, adapter_rows=adapter_rows, datasets=data)
+
         try:
-            plan, self.checkpointing = plan_run(recipe, self.device, self.datasets, sharing, group, self.console)
+            plan = plan_of(recipe)
+            # ranks with less memory decide for all
+            self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
+            if self.checkpointing != plan.checkpointing:
+                plan = plan_of(with_mode(recipe, self.checkpointing))
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
             return None
+        if plan.is_refused and group.world_size == 1:
+            raise InputError("\n".join(run_lines(plan)))
+        style = None if plan.fits and not plan.is_tight else "yellow"
+        for line in run_lines(plan):
+            self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        check_memory(plan, group, self.console)
         if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
         return plan
@@ -293,10 +317,22 @@ class TrainingSession:
     def keep_checkpointing(self, recorded: Mode, group: Group) -> None:
         """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits.
 
-        ``group``: the ranks that decide it together; all of them call this.
+        The MLPs of recomputed layers go by tiles where there are many tokens, so another choice may give other bits.
+
+        Args:
+            recorded: in the checkpoint.
+            group: the ranks that decide it together; all of them call this.
         """
-        if self.recipe.training.gradient_checkpointing == "auto":
-            self.checkpointing = resumed_mode(recorded, self.checkpointing, self.plan, group, self.console)
+        if self.recipe.training.gradient_checkpointing != "auto" or recorded == self.checkpointing:
+            return
+        if all(group.gather(self.plan is None or self.plan.decided.fits(recorded))):
+            self.console.print(f"Gradient checkpointing stays {mode_word(recorded)}, as the run began.")
+            self.checkpointing = recorded
+            return
+        self.warn(
+            f"Gradient checkpointing was {mode_word(recorded)} when the run began, which does not fit into memory now; "
+            f"it goes on with {mode_word(self.checkpointing)}, and its numbers may differ in the last bits."
+        )
 
     def _try_longest_batch(self) -> None:
         if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
@@ -342,15 +378,6 @@ class TrainingSession:
         """Forward and backward over the rows; the gradients are dropped."""
         nll, trained = self.nll(examples)
         torch.autograd.grad(nll / trained, list(trained_vectors(self.model).values()), allow_unused=True)
-
-    def nll(
-        self,
-        rows: list[Example],
-        core: Callable[..., torch.Tensor] | None = None,
-        expected_grad: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, int]:
-        """Summed loss of the rows' targets, and how many there are (`qvera.tasks.Task.loss`)."""
-        return self.task.loss(self.model, rows, self.datasets, self.recipe, core, expected_grad)
 
     def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:
         """What ``do`` makes of this rank's passes over training rows; all ranks call it together.

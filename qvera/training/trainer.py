@@ -1,9 +1,6 @@
-"""The training loop.
+"""`train`, and the run of one adapter."""
 
-A run is a function of its recipe. The rows of optimizer step k depend on k alone, the loss is the mean over the trained
-tokens of the whole global batch, and a checkpoint holds everything else that a step depends on. So a resumed run gives
-the same bits as an uninterrupted one.
-"""
+from __future__ import annotations
 
 import dataclasses
 import shutil
@@ -23,15 +20,14 @@ from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
-from qvera.training.logging import ProgressBar, repeat_line
-from qvera.training.many.trainer import ManyTrainer
+from qvera.training.logging import repeat_line
+from qvera.training.many import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
-from qvera.training.plan import planned_steps
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import check_run_dir, newest_checkpoint, require_same_inputs, write_run
 from qvera.training.run_json import add_result, begun_run, begun_samples
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
 from qvera.utils.status_line import status_line
 
@@ -88,20 +84,23 @@ def train(
 
 
 class Trainer(Run):
-    """A run of one adapter: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
+    """A run of one adapter. All processes call each method together."""
+
+    def __init__(self, *args: Any) -> None:
+        """See `Run`."""
+        super().__init__(*args)
+        self.after: dict[str, Any] | None = None
+        self.samples: Sequence[dict[str, Any]] = ()
+        self.extra: dict[str, Any] = {}
 
     def setup(self) -> None:
         """Build the schedule, load the checkpoint to resume from, build the engine and open the run's files."""
-        self.steps = planned_steps(self.recipe, len(self.datasets.train))
         self.schedule = build_schedule(self.recipe.training, self.optimizer, self.steps)
         if self.resume:
             self.load_checkpoint()
-        self.saved_step = self.state.step  # a directory of another step's name may be damaged
+        self.saved = self.state.step  # a directory of another step's name may be damaged
         self.build_engine(self.schedule, self.steps)
-        if self.group.first:
-            self.group.set_flag(f"begun {self.run_dir}")
-        due = "eval" if self.state.evaluation_due else None
-        self.group.on_first(lambda: self.open_files(self.state.step, again=due))
+        self.open_files(again="eval" if self.state.evaluation_due else None)
         self.run = begun_run(self, self.started)
         facts, others = self.run["adapter"], self.group.world_size - 1
         head = f", and {facts['head_parameters']:,} of a head," if "head_parameters" in facts else ""
@@ -113,73 +112,63 @@ class Trainer(Run):
         )
         self.write_begun()
 
-    def train(self) -> RunResult | None:
-        """Take the steps that are left, then evaluate, save the adapter and write run.json.
+    @property
+    def has_steps_left(self) -> bool:
+        """See `Run.has_steps_left`; an evaluation that memory ran out in is made first."""
+        return self.state.evaluation_due or (self.state.step < self.steps and not self.state.stopped_early)
 
-        Returns:
-            The result on rank 0, None on the others.
-        """
+    def score_before(self) -> None:
+        """See `Run.score_before`."""
+        state = self.state
+        if state.before is None and self.datasets.eval:
+            state.before, state.samples_before = self.score("Before training")
+            self.write_begun(result={"eval_before": state.before}, samples=begun_samples(state.samples_before))
+
+    def take_turn(self) -> bool:
+        """See `Run.take_turn`. The best vectors are saved as well, so that they are on disk whatever comes."""
         training, state = self.recipe.training, self.state
-        after: dict[str, Any] | None = None
-        samples: list[dict[str, Any]] = []
-        extra: dict[str, Any] = {}
-        with self.signals, self.trackers:
-            if state.before is None and self.datasets.eval:
-                state.before, state.samples_before = self.score("Before training")
-                self.write_begun(result={"eval_before": state.before}, samples=begun_samples(state.samples_before))
-            self.model.train()
-            with ProgressBar(self.console, self.steps, state.step) as self.progress:
-                if state.evaluation_due:  # the run ran out of memory in it
-                    self.evaluate()
-                    self.save_checkpoint()
-                while state.step < self.steps and not state.stopped_early and not self.stop_requested():
-                    try:
-                        record = self.train_step()
-                    except RunFailed as error:
-                        raise self.end(error) from None
-                    self.log(record)
-                    if record["kind"] != "train":
-                        continue
-                    best_step = state.best_step
-                    if self.datasets.eval and training.eval_steps and state.step % training.eval_steps == 0:
-                        state.evaluation_due = True
-                        self.evaluate()
-                    # the best vectors are on disk, whatever comes
-                    if state.step % training.save_steps == 0 or state.best_step != best_step:
-                        self.save_checkpoint()
-            if state.step != self.saved_step:
-                self.save_checkpoint()
-            if self.stopped_by is not None:
-                self.finish("interrupted")
-                text = f"Stopped by {self.stopped_by} after step {state.step} of {self.steps}, and saved. "
-                raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
-            if training.load_best_model_at_end and state.best_step not in (None, state.step):
-                self.load_best_vectors()
-            self.save_adapter()
+        goes_on_with_evaluation, best_step = state.evaluation_due, state.best_step
+        if not goes_on_with_evaluation:
             try:
-                if self.datasets.eval:
-                    after, samples = self.score("After training")
-                extra = self.hooks.finish(self)
-            except OutOfMemory as error:
+                record = self.train_step()
+            except RunFailed as error:
                 raise self.end(error) from None
-            if after is not None and not has_finite_loss(after):
-                self._refuse_adapter(after)
-        self.finish("done", after, samples, extra)
-        return RunResult(self.run_dir, self.run) if self.group.first else None
+            self.log(record)
+            if record["kind"] != "train":  # it was not taken
+                return False
+            every = training.eval_steps
+            state.evaluation_due = bool(self.datasets.eval) and every > 0 and state.step % every == 0
+        if state.evaluation_due:
+            self.evaluate()
+        return goes_on_with_evaluation or state.step % training.save_steps == 0 or state.best_step != best_step
 
-    def _refuse_adapter(self, after: dict[str, Any]) -> None:
-        """Take back an adapter whose held-out loss is not finite, where that of the base was.
+    def complete(self) -> None:
+        """See `Run.complete`.
 
         Raises:
-            NotFinite: it was taken back; checkpoints are kept.
+            NotFinite: the held-out loss is not finite, where that of the base was; the adapter was taken back.
         """
         state = self.state
+        if self.recipe.training.load_best_model_at_end and state.best_step not in (None, state.step):
+            self.load_best_vectors()
+        self.save_adapter()
+        after: dict[str, Any] | None = None
+        samples: list[dict[str, Any]] = []
+        try:
+            if self.datasets.eval:
+                after, samples = self.score("After training")
+            self.extra = self.hooks.finish(self)
+        except OutOfMemory as error:
+            raise self.end(error) from None
+        self.after, self.samples = after, samples
+        if self.after is None or has_finite_loss(self.after):
+            return
         text = held_out_not_finite(f"Step {state.step}", state.before)
         if state.before is not None and not has_finite_loss(state.before):
             self.warn(text)
             return
         self.group.on_first(lambda: shutil.rmtree(self.run_dir / "adapter"))
-        self.finish("failed", after)
+        self.finish("failed")
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def end(self, error: RunFailed) -> RunFailed:
@@ -187,7 +176,7 @@ class Trainer(Run):
         if self.group.world_size > 1 and not error.shared:
             return error  # the other ranks are elsewhere
         if isinstance(error, OutOfMemory) and self.state.step:
-            if self.state.step != self.saved_step:
+            if self.state.step != self.saved:
                 self.save_checkpoint()
             error = for_all(
                 OutOfMemory(
@@ -198,7 +187,7 @@ class Trainer(Run):
         return error
 
     def stop_requested(self) -> bool:
-        """Whether a signal asks this run to stop, whichever rank got it; all ranks stop at the same step."""
+        """See `Run.stop_requested`; whichever rank got it, all stop at the same step."""
         asked, group = self.signals.asked, self.group
         if group.sum([float(asked is not None)])[0]:
             found = group.gather([asked, group.host])
@@ -262,7 +251,7 @@ class Trainer(Run):
         return result, samples
 
     def save_checkpoint(self) -> None:
-        """Save everything that a later step depends on, and delete checkpoints beyond the recipe's limit."""
+        """See `Run.save_checkpoint`."""
         vectors, optimizer = self.engine.unsharded()
         vectors = {**named_vectors(self.model), **vectors}
         random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
@@ -286,7 +275,7 @@ class Trainer(Run):
             checkpoint.prune(directory, self.state.step, keep, also)
 
         self.group.on_first(write)
-        self.saved_step = self.state.step
+        self.saved = self.state.step
 
     def load_checkpoint(self) -> None:
         """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one.
@@ -339,16 +328,7 @@ class Trainer(Run):
 
         self.run["adapter"]["file_bytes"] = self.group.on_first(save)
 
-    def finish(
-        self,
-        status: str,
-        after: dict[str, Any] | None = None,
-        samples: Sequence[dict[str, Any]] = (),
-        extra: dict[str, Any] | None = None,
-    ) -> None:
-        """Write run.json and the report. ``extra``: what the hooks add to the result.
-
-        The ranks wait for it: a launcher that sees one leave with 75 ends the others.
-        """
-        add_result(self.run, self, status, after, samples, extra or {})
+    def finish(self, status: str) -> None:
+        """See `Run.finish`."""
+        add_result(self.run, self, status, self.after, self.samples, self.extra)
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))

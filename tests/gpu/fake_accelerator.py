@@ -513,7 +513,7 @@ class FakeSession(TrainingSession):
         self.build_engine(schedule, recipe.training.max_steps)
         self.model.train()  # as the trainer does; layers recompute only in this mode
 
-    def _load_base(self) -> Base:
+    def _load_base(self, *_: object) -> Base:
         tokenizer: Any = FakeTokenizer()
         return Base(self._fake.model(*self._wanted), tokenizer, {})
 

@@ -34,7 +34,7 @@ RANK = 64
 # Every place where the host waits for the device.
 
 STEP_SYNCS = {
-    "training.step._accumulate: list": 1,  # the losses of all passes, once they are all under way
+    "training.loop.add_up: list": 1,  # the losses of all passes, once they are all under way
     "training.engine.step: list": 1,  # the gradient norm: a step that is not finite must not be taken
 }
 """In an optimizer step, however many layers and passes it has."""

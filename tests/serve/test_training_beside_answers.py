@@ -15,8 +15,8 @@ import torch
 from qvera.serve.background import Background
 from qvera.serve.requests import EndEvent, GenerationRequest
 from qvera.serve.threaded import ThreadedEngine
-from qvera.training.many.online import OnlineTrainer
-from qvera.training.many.online_job import OnlineJob
+from qvera.training.online import OnlineTrainer
+from qvera.training.roster import AdapterRun
 from tests.helpers import wait_until
 from tests.serve.helpers import (
     BASE,
@@ -38,7 +38,7 @@ class Training:
 
     def __init__(self, trainer: OnlineTrainer) -> None:
         self.trainer = trainer
-        self.queue: deque[OnlineJob] = deque()
+        self.queue: deque[AdapterRun] = deque()
         self.parts = 0
 
     def has_work(self) -> bool:
@@ -127,7 +127,7 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     assert [*first, *rest, *last] == without
     for run in runs:
         assert run.reason is None
-        assert torch.equal(trainer.bank.vectors[run.held_slot], expected[run.id])
+        assert torch.equal(trainer.bank.vectors[run.held_slot], expected[run.name])
 
 
 class Clock:

@@ -12,7 +12,6 @@ from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import attach
 from qvera.adapters.products import fused
 from qvera.config.schema import parse_recipe
-from qvera.training import planning
 from qvera.training.plan import Batch, Machine, PlannedRun, make_plan, shape_of
 from qvera.training.trainer import train
 from tests.conftest import small_llama
@@ -45,7 +44,8 @@ def test_a_run_that_goes_on_without_the_memory_gives_the_same_bits(
     def with_memory(available_bytes: int) -> None:
         machine = Machine("a CPU", "cpu", torch.float32, True, available_bytes)
         monkeypatch.setattr(
-            planning, "make_plan", lambda recipe, _, *rest, **more: make_plan(recipe, machine, *rest, **more)
+            "qvera.training.session.make_plan",
+            lambda recipe, _, *rest, **more: make_plan(recipe, machine, *rest, **more),
         )
 
     with_memory(10**12)

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from qvera.evaluation.report.run_page import write_report
-from qvera.training import planning
 from qvera.training.plan import Machine, make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
@@ -73,7 +72,10 @@ def test_only_a_plan_that_is_far_too_large_for_a_gpu_is_refused(
     needed = make_plan(recipe, card).needed_bytes
     for share, said in ((1.05, "Fits, barely"), (0.9, "Does not fit by the plan")):
         machine = dataclasses.replace(card, available_bytes=int(needed * share))
-        monkeypatch.setattr(planning, "make_plan", lambda recipe, device, *_, **__: make_plan(recipe, machine))  # noqa: B023
+        monkeypatch.setattr(
+            "qvera.training.session.make_plan",
+            lambda recipe, device, *_, **__: make_plan(recipe, machine),  # noqa: B023
+        )
         console = Console(file=io.StringIO(), width=300)
         train(recipe, tmp_path / str(share), console=console)
         assert said in console.file.getvalue()  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Fa
         monkeypatch.setattr(TwoThreads, "copy", failure.copying(TwoThreads.copy))
         monkeypatch.setattr(ThreadStream, "copy", failure.copying(ThreadStream.copy))
 
-        def offload(model: Any, mode: Any) -> None:
+        def offload(model: Any, *_: Any, **__: Any) -> None:
             enable_checkpointing(model)
             made.append(ThreadStream(longest_seconds=0.002))
             chunks = PinnedChunks(CHUNK_BYTES, pin_memory=False)

@@ -29,7 +29,6 @@ from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.changes import changed
 from qvera.training.session import TrainingSession
-from qvera.training.step import StepAttempt
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.out_of_memory import Shortage
@@ -268,17 +267,17 @@ def test_memory_that_runs_out_before_the_first_pass_ends_the_run_too(
     """While the rows of step 3 are read: fewer rows a pass would not help."""
     recipe = make_recipe(training={"max_steps": 4, "save_steps": 4, "on_oom": on_oom})
     train(recipe, tmp_path / "whole")
-    real, take = Rows.__getitem__, StepAttempt.take
+    real, take = Rows.__getitem__, Trainer.train_step
 
     def too_much(rows: Rows, index: Any) -> Any:
         monkeypatch.setattr(Rows, "__getitem__", real)  # the message is planned with the rows
         raise MemoryError
 
-    def third(attempt: StepAttempt) -> Any:
-        monkeypatch.setattr(Rows, "__getitem__", too_much if attempt.number == 3 else real)
-        return take(attempt)
+    def third(trainer: Trainer) -> Any:
+        monkeypatch.setattr(Rows, "__getitem__", too_much if trainer.state.step == 2 else real)
+        return take(trainer)
 
-    monkeypatch.setattr(StepAttempt, "take", third)
+    monkeypatch.setattr(Trainer, "train_step", third)
     with pytest.raises(
         OutOfMemory, match="Step 3: memory ran out before the first forward and backward pass: "
     ) as caught:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.fine_tuning.recipes import Recipes
-from qvera.training.many.online import OnlineTrainer
+from qvera.training.online import OnlineTrainer
 from qvera.training.run_dir import require_writable
 from qvera.utils.errors import InputError
 

@@ -1,4 +1,4 @@
-"""What the worker knows of `qvera.training.many.online.OnlineTrainer`."""
+"""What the worker knows of `qvera.training.online.OnlineTrainer`."""
 
 from __future__ import annotations
 

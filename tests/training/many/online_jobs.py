@@ -15,8 +15,8 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, build_datasets
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.many.online import OnlineTrainer
-from qvera.training.many.online_job import OnlineJob
+from qvera.training.online import OnlineTrainer
+from qvera.training.roster import AdapterRun
 
 PASS_ROWS = 8
 
@@ -58,7 +58,7 @@ class Jobs:
         self.trainer = OnlineTrainer(load_base(recipe.model), recipe, slots)
         self.records: list[dict[str, Any]] = []
 
-    def begin(self, name: str, recipe: Recipe, saved: Path | None = None) -> OnlineJob:
+    def begin(self, name: str, recipe: Recipe, saved: Path | None = None) -> AdapterRun:
         """A job, in flight."""
         run = self.trainer.prepare(name, recipe, datasets_of(recipe))
         self.trainer.begin(run, saved)
@@ -69,12 +69,12 @@ class Jobs:
         while self.trainer.has_work and not until():
             self.records += self.trainer.run_slice()
 
-    def finish(self, runs: Iterable[OnlineJob]) -> dict[str, torch.Tensor]:
+    def finish(self, runs: Iterable[AdapterRun]) -> dict[str, torch.Tensor]:
         """Parts until nothing is left; the vectors of these jobs."""
         self.do_parts(lambda: False)
-        return {run.id: self.vectors(run) for run in runs}
+        return {run.name: self.vectors(run) for run in runs}
 
-    def vectors(self, run: OnlineJob) -> torch.Tensor:
+    def vectors(self, run: AdapterRun) -> torch.Tensor:
         """A job's vectors now, fp32 [numbers]."""
         return self.trainer.bank.vectors[run.held_slot].clone()
 

@@ -15,7 +15,7 @@ from qvera.cli.main import main
 from qvera.config.lr_range import LrRange
 from qvera.training import session
 from qvera.training.lr_finder import find_lr
-from qvera.training.many.trainer import ManyTrainer
+from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.many.runs import entries, many_recipe, records, write_rows

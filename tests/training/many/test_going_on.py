@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from qvera.adapters.files.save_load import save_adapter
 from qvera.config.schema import Recipe
 from qvera.training import checkpoint
-from qvera.training.many.trainer import ManyTrainer
+from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from tests.disk import fill, small_disk
@@ -94,15 +95,16 @@ def test_a_stopped_run_is_saved_and_goes_on(
     whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run_dir = whole
-    real = ManyTrainer.take_round
+    real = ManyTrainer.take_turn
 
-    def take_round(self: ManyTrainer) -> None:
-        real(self)
+    def take_turn(self: ManyTrainer) -> bool:
+        is_due = real(self)
         if self.round == 5:
             signal.raise_signal(signal.SIGTERM)
+        return is_due
 
     with monkeypatch.context() as patch:
-        patch.setattr(ManyTrainer, "take_round", take_round)
+        patch.setattr(ManyTrainer, "take_turn", take_turn)
         with pytest.raises(Interrupted, match="Stopped by SIGTERM after round 5, and saved") as stopped:
             train(recipe, tmp_path / "run")
     assert stopped.value.exit_code == 75
@@ -163,16 +165,16 @@ def test_a_disk_that_fills_up_while_one_is_saved_keeps_the_finished_ones(
 ) -> None:
     recipe, run_dir = whole
     with small_disk(tmp_path / "disk", 8 << 20) as disk:
-        real = ManyTrainer._save_adapter
+        real = save_adapter
         fillers: list[Path] = []
 
-        def save(self: ManyTrainer, run: Any) -> None:
+        def save(*args: Any, **kwargs: Any) -> Any:
             if (disk / "run" / "adapters" / "ben").exists() and not fillers:
                 fillers.append(fill(disk, leave_bytes=2_000))
-            real(self, run)
+            return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ManyTrainer, "_save_adapter", save)
+            patch.setattr("qvera.training.many.save_adapter", save)
             with pytest.raises(RunFailed, match=r"adapters/\w+: the disk is full.*--resume"):
                 train(recipe, disk / "run")
         kept = all_files(disk / "run")

@@ -15,8 +15,8 @@ from rich.console import Console
 from qvera.cli.train import print_result
 from qvera.distributed.group import Group, for_all
 from qvera.evaluation.named_adapters import require_named
-from qvera.training.many.roster import AdapterRun
-from qvera.training.many.trainer import ManyTrainer
+from qvera.training.many import ManyTrainer
+from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, OutOfMemory
 from tests.training.many.runs import entries, many_recipe, records, train_many, write_rows

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qvera.training.many.optimizer import BankAdamW
-from qvera.training.many.trainer import ManyTrainer
+from qvera.training.many import ManyTrainer
+from qvera.training.optim import BankAdamW
 from qvera.utils.errors import RunFailed
 from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, write_rows
 from tests.training.many.test_alone import poison
@@ -46,14 +46,14 @@ def test_a_nan_does_not_reach_the_others(make_recipe: Any, tmp_path: Path, monke
         return [math.inf if slot in bad else norm for slot, norm in zip(slots, norms, strict=True)]
 
     bad: list[int] = []
-    take = ManyTrainer.take_round
+    take = ManyTrainer.take_turn
 
-    def take_round(self: ManyTrainer) -> None:
+    def take_turn(self: ManyTrainer) -> bool:
         bad[:] = [run.held_slot for run in self.roster.in_flight if run.name == "ben" and run.state.step == 2]
-        take(self)
+        return take(self)
 
     monkeypatch.setattr(BankAdamW, "step", refuse)
-    monkeypatch.setattr(ManyTrainer, "take_round", take_round)
+    monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)
     assert train_many(recipe, tmp_path / "without")["ben"]["status"] == "not_finite"
     assert all_files(tmp_path / "run") == all_files(tmp_path / "without")
     for name in ("anna", "cleo", "dan"):
@@ -64,13 +64,14 @@ def test_a_run_whose_adapters_all_diverge_fails(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "rows.jsonl", {"anna": 4, "ben": 2})
-    real = ManyTrainer.take_round
+    real = ManyTrainer.take_turn
 
-    def take_round(self: ManyTrainer) -> None:
-        real(self)
+    def take_turn(self: ManyTrainer) -> bool:
+        is_due = real(self)
         self.bank.vectors.fill_(math.nan)
+        return is_due
 
-    monkeypatch.setattr(ManyTrainer, "take_round", take_round)
+    monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)
     with pytest.raises(RunFailed, match="No adapter's loss stayed finite"):
         train_many(many_recipe(make_recipe, tmp_path / "rows.jsonl"), tmp_path / "run")
     assert {entry["status"] for entry in entries(tmp_path / "run").values()} == {"not_finite"}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from qvera.data import Example
 from qvera.models.loader import load_base
-from qvera.training.many import saved_run
-from qvera.training.many.online import OnlineTrainer
-from qvera.training.many.online_job import OnlineJob
+from qvera.training import bank_checkpoint
+from qvera.training.online import OnlineTrainer
+from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.many.online_jobs import (
@@ -61,10 +61,10 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
     for run in runs:
         assert run.has_ended
         assert run.reason is None
-        expected = json.loads((tmp_path / run.id / "run.json").read_text())["result"]
+        expected = json.loads((tmp_path / run.name / "run.json").read_text())["result"]
         for kind in ("train", "eval"):
-            ours = [record for record in jobs.of(run.id, kind) if record["step"]]
-            theirs = records(tmp_path / run.id, kind)
+            ours = [record for record in jobs.of(run.name, kind) if record["step"]]
+            theirs = records(tmp_path / run.name, kind)
             for one, other in zip(ours, theirs, strict=kind == "train"):
                 for key in other.keys() & {"step", "epoch", "learning_rate", "trained_tokens", "input_tokens", "rows"}:
                     assert one[key] == other[key]
@@ -74,17 +74,17 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
             assert (scores is None) == (expected[when] is None)
             if scores is not None:
                 assert scores["loss"] == pytest.approx(expected[when]["loss"], rel=1e-5)
-        jobs.trainer.save_adapter(run, tmp_path / "out" / run.id)
+        jobs.trainer.save_adapter(run, tmp_path / "out" / run.name)
         trained, alone = (
             load_file(path / "adapter_model.safetensors")
-            for path in (tmp_path / "out" / run.id, tmp_path / run.id / "adapter")
+            for path in (tmp_path / "out" / run.name, tmp_path / run.name / "adapter")
         )
         assert trained.keys() == alone.keys()
         flat = [torch.cat([tensors[key].flatten() for key in sorted(alone)]) for tensors in (trained, alone)]
         assert difference(*flat) <= 1e-5
         config = "adapter_config.json"
-        assert json.loads((tmp_path / "out" / run.id / config).read_text()) == json.loads(
-            (tmp_path / run.id / "adapter" / config).read_text()
+        assert json.loads((tmp_path / "out" / run.name / config).read_text()) == json.loads(
+            (tmp_path / run.name / "adapter" / config).read_text()
         )
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
         metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     state = json.loads(metadata["state"])
     text = json.dumps({**state, "state": {**state["state"], "mood": "good"}})
-    written = {**metadata, "state": text, "sha256": saved_run._sha256(text, tensors)}
+    written = {**metadata, "state": text, "sha256": bank_checkpoint._sha256(text, tensors)}
     save_file(tensors, tmp_path / "newer", written)
     other_rate = own["anna"].replace(training=own["anna"].training.replace(learning_rate=0.5))
     for name, recipe, file, message in (
@@ -256,7 +256,7 @@ def test_a_job_with_a_row_that_does_not_fit_ends_and_says_so(
 def test_a_job_whose_loss_is_not_finite_ends_and_the_others_are_as_without_it(
     make_recipe: Any, own: dict[str, Any]
 ) -> None:
-    def until_two(jobs: Jobs) -> list[OnlineJob]:
+    def until_two(jobs: Jobs) -> list[AdapterRun]:
         runs = [jobs.begin(name, own[name]) for name in own]
         jobs.do_parts(lambda: runs[1].state.step == 2)
         return runs

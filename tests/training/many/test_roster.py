@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from qvera.data import AdapterRows
-from qvera.training.many.roster import AdapterRun, Roster, deal
-from qvera.training.many.rounds import RoundRow, cut_round, longest_pass
+from qvera.training.loop import AdapterRow, cut_round
 from qvera.training.plan.bank import slots_to_fill
+from qvera.training.roster import AdapterRun, Roster, deal, longest_pass
 
 
 def runs(*steps_and_rows: tuple[int, int]) -> list[AdapterRun]:
@@ -64,7 +64,7 @@ def test_a_number_of_adapters_at_once_is_kept_whatever_the_pass_has() -> None:
 
 def test_a_round_is_cut_by_length_and_each_adapter_keeps_its_order() -> None:
     one, other = runs((1, 3), (1, 3))
-    rows = [RoundRow(one, row) for row in (0, 1, 2)] + [RoundRow(other, row) for row in (3, 4, 5)]
+    rows = [AdapterRow(one, row) for row in (0, 1, 2)] + [AdapterRow(other, row) for row in (3, 4, 5)]
     passes = cut_round(rows, [5, 9, 5, 7, 5, 5], 4)
     assert [[row for _, row in part] for part in passes] == [[0, 2, 4, 5], [3, 1]]
 

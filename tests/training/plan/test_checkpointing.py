@@ -15,7 +15,6 @@ from rich.console import Console
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.models.checkpointing import Mode
-from qvera.training import planning
 from qvera.training.plan import Batch, Machine, PlannedRun, Sharing, make_plan, plan_memory, shape_of
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.checkpointing import decide, with_mode
@@ -121,7 +120,10 @@ def test_a_resumed_run_keeps_what_was_decided_where_that_still_fits(
     train(recipe, whole)
     for share, kept, said in ((1.5, False, "Gradient checkpointing stays off"), (0.9, True, "was off when the run")):
         machine = Machine("a CPU", "cpu", torch.float32, True, int(share * 1e9), runtime_bytes=10**9)
-        monkeypatch.setattr(planning, "make_plan", lambda recipe, _, *a, **k: make_plan(recipe, machine, *a, **k))  # noqa: B023
+        monkeypatch.setattr(
+            "qvera.training.session.make_plan",
+            lambda recipe, _, *a, **k: make_plan(recipe, machine, *a, **k),  # noqa: B023
+        )
         console = Console(file=io.StringIO(), width=1000)
         again = train(recipe, cut_off(whole, tmp_path / str(share), after=1), resume=True, console=console)
         assert again is not None

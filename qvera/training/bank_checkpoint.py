@@ -1,4 +1,4 @@
-"""Checkpoints of a run of many adapters: what every later round depends on.
+"""Checkpoints of a bank: of a run of many adapters, and of one job that is trained beside answers.
 
 ``checkpoints/round-00000100/`` has the files that `qvera.training.checkpoint.write` writes::
 
@@ -10,35 +10,47 @@
 
 Of several processes each has its own adapters, so each has its own checkpoints: process k > 0 in
 ``checkpoints/rank-0000k/``.
+
+`save_run` writes one adapter in training to one safetensors file. Tensors, fp32: ``vectors`` [numbers], the moments
+``first`` and ``second`` [trained numbers], and ``best`` [numbers] where the recipe keeps the vectors of the best step.
+Metadata: ``format``, ``state`` (a JSON object) and ``sha256`` over the state and all tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
-from qvera.training.run_dir import changed_keys, require_none_saved, require_same_inputs
-from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.errors import InputError
+from qvera.training.run_dir import changed_keys, inputs_of, require_none_saved, require_same_inputs
+from qvera.utils.atomic import disk_errors, flush, replace_text
+from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import plain_json
+from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
-    from qvera.training.many.roster import AdapterRun
-    from qvera.training.many.trainer import ManyTrainer
+    from qvera.adapters.bank import AdapterBank
+    from qvera.models.loader import Base
+    from qvera.training.many import ManyTrainer
+    from qvera.training.optim import BankAdamW
+    from qvera.training.roster import AdapterRun
 
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
 _BEST = "best.safetensors"
+_JOB_FORMAT = "1"
 _FRESH = vars(TrainState())  # what is still as at the beginning is left out: there may be a hundred thousand adapters
 
 
 @dataclasses.dataclass
-class ManyCheckpoint:
+class BankCheckpoint:
     """A checkpoint that was read and verified."""
 
     path: Path
@@ -97,7 +109,7 @@ def save(trainer: ManyTrainer) -> None:
     checkpoint.prune(directory, trainer.round, trainer.recipe.training.save_total_limit, set())
 
 
-def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> ManyCheckpoint | None:
+def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> BankCheckpoint | None:
     """The newest checkpoint of this process that verifies; None where the run ended before its first one.
 
     Raises:
@@ -106,8 +118,8 @@ def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> ManyCheckpoint 
     run_dir, rank = trainer.run_dir, trainer.group.rank
     directory = checkpoint_dir(run_dir, rank)
 
-    def use(path: Path) -> ManyCheckpoint:
-        found = ManyCheckpoint(path, *checkpoint.read(path, _FILES, (_BEST,)))
+    def use(path: Path) -> BankCheckpoint:
+        found = BankCheckpoint(path, *checkpoint.read(path, _FILES, (_BEST,)))
         _check(found, trainer)
         return found
 
@@ -117,7 +129,7 @@ def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> ManyCheckpoint 
     return found
 
 
-def restore(trainer: ManyTrainer, found: ManyCheckpoint) -> None:
+def restore(trainer: ManyTrainer, found: BankCheckpoint) -> None:
     """Put a checkpoint into the trainer's bank, optimizer, adapters and torch's generators.
 
     Raises:
@@ -143,7 +155,7 @@ def _entry(run: AdapterRun) -> dict[str, Any]:
     return {**kept, "state": {key: value for key, value in vars(run.state).items() if value != _FRESH[key]}}
 
 
-def _check(found: ManyCheckpoint, trainer: ManyTrainer) -> None:
+def _check(found: BankCheckpoint, trainer: ManyTrainer) -> None:
     """Raises InputError for a checkpoint of another recipe, other data or another number of processes."""
     state, path = found.state, found.path
     if changed := changed_keys(state.get("recipe") or {}, trainer.recipe):
@@ -164,3 +176,96 @@ def _check(found: ManyCheckpoint, trainer: ManyTrainer) -> None:
     if names != [run.name for run in trainer.runs]:
         raise InputError(f"{path}: has other adapters than {trainer.recipe.data.path} names now. Put the rows back.")
     require_same_inputs(path, state.get("inputs"), trainer.inputs)
+
+
+def save_run(file: Path, run: AdapterRun, bank: AdapterBank, adamw: BankAdamW, base: Base) -> None:
+    """Write the state of an adapter in flight; after a kill the file is the new one or the old one.
+
+    Raises:
+        RunFailed: the disk is full or read-only; a file that was there before is still there.
+    """
+    slot = run.held_slot
+    tensors = {"vectors": bank.vectors[slot], "first": adamw.first[slot], "second": adamw.second[slot]}
+    if run.best is not None:
+        tensors["best"] = run.best
+    state = {
+        "job": run.name,
+        **inputs_of(run.datasets, base),
+        "recipe": run.recipe.to_dict(),
+        "optimizer_steps": adamw.steps[slot],
+        "state": dataclasses.asdict(run.state),
+        "after": run.after,
+        "reason": run.reason,
+    }
+    text = json.dumps(plain_json(state))
+    held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": _JOB_FORMAT, "state": text, "sha256": _sha256(text, held)}
+    partial = file.with_name(f".{file.name}.partial")
+    with disk_errors(str(file), "What was saved before is kept."):
+        try:
+            save_tensors(held, partial, metadata)
+            flush(partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+        flush(file.parent)
+
+
+@dataclasses.dataclass
+class SavedRun:
+    """What was read from a file of `save_run`."""
+
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path, run: AdapterRun, base: Base) -> Self:
+        """Read and verify the file of a job.
+
+        Raises:
+            InputError: it is missing or damaged, or of another job, other rows, another recipe or another base.
+        """
+        try:
+            with safe_open(file, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no dict
+            if metadata["format"] != _JOB_FORMAT:
+                raise InputError(f"{file}: has the format {metadata['format']}; this qvera reads format {_JOB_FORMAT}.")
+            if metadata["sha256"] != _sha256(metadata["state"], tensors):
+                raise ValueError("its SHA-256 is another one")
+            found = cls(tensors, json.loads(metadata["state"]))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"{file}: is no saved state of a job, or is damaged ({first_line(error)}) Begin the job anew."
+            ) from None
+        try:
+            TrainState(**found.state["state"])
+        except TypeError as error:
+            raise InputError(
+                f"{file}: was written by another version of qvera ({error}). Begin the job anew."
+            ) from None
+        if changed := changed_keys(found.state["recipe"], run.recipe):
+            raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.name}.")
+        for key, value in {"job": run.name, **inputs_of(run.datasets, base)}.items():
+            if found.state.get(key) != value:
+                raise InputError(
+                    f"{file}: has another {key} than {run.name}. Give the file of this job, or begin anew."
+                )
+        return found
+
+    def put_into(self, run: AdapterRun, bank: AdapterBank, adamw: BankAdamW) -> None:
+        """Let a job in flight go on from here."""
+        slot = run.held_slot
+        bank.vectors[slot].copy_(self.tensors["vectors"])
+        adamw.first[slot].copy_(self.tensors["first"])
+        adamw.second[slot].copy_(self.tensors["second"])
+        adamw.steps[slot] = self.state["optimizer_steps"]
+        run.best, run.state = self.tensors.get("best"), TrainState(**self.state["state"])
+        run.after, run.reason = self.state["after"], self.state["reason"]
+
+
+def _sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name].numpy().tobytes())
+    return digest.hexdigest()

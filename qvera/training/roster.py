@@ -13,9 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from qvera.data import adapter_batches, planned_steps
 from qvera.training.checkpoint import TrainState
 from qvera.training.failures import has_finite_loss, held_out_not_finite
+from qvera.training.optim import lr_lambda
 from qvera.utils.adapter_names import directory_names
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from qvera.data import Batches, Datasets
     from qvera.data.adapter_rows import AdapterRows
 
+Purpose = Literal["before", "due", "after"]
 Status = Literal["waiting", "in_flight", "done", "stopped_early", "not_finite"]
 LEFT: tuple[Status, ...] = ("done", "stopped_early", "not_finite")
 """An adapter of this status is not trained any more."""
@@ -77,14 +81,30 @@ class AdapterRun:
         return self.status in LEFT
 
     @property
-    def has_ended(self) -> bool:
-        """Whether it takes no further step, though it may still be in flight."""
-        return self.reason is not None or self.state.stopped_early or not self.steps_left
-
-    @property
     def steps_left(self) -> int:
         """Optimizer steps that it has still to take."""
         return 0 if self.has_left else self.steps - self.state.step
+
+    @property
+    def takes_no_step(self) -> bool:
+        """Whether its steps are taken, or it was stopped. Its last score may still be missing."""
+        return self.reason is not None or self.state.stopped_early or not self.steps_left
+
+    @property
+    def next_evaluation(self) -> Purpose | None:
+        """Why its held-out loss is wanted now: before its first step, by its recipe, or of the vectors to be saved."""
+        if self.reason is not None or not len(self.rows.eval):
+            return None
+        if not self.state.step and self.state.before is None:
+            return "before"
+        if self.state.evaluation_due:
+            return "due"
+        return "after" if self.takes_no_step and self.after is None else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do though it may still be in flight: it may be saved, or has a ``reason``."""
+        return self.takes_no_step and self.next_evaluation is None
 
     @property
     def held_slot(self) -> int:
@@ -92,12 +112,10 @@ class AdapterRun:
         assert self.slot is not None
         return self.slot
 
-    def begin(self, shares: Callable[[int], float]) -> None:
-        """Make what it needs in flight besides its slot.
-
-        ``shares``: `qvera.training.optim.lr_lambda` of its steps.
-        """
-        self.batches, self.shares = adapter_batches(self.recipe, self.datasets, self.rows), shares
+    def begin(self) -> None:
+        """Make what it needs in flight besides its slot."""
+        self.batches = adapter_batches(self.recipe, self.datasets, self.rows)
+        self.shares = lr_lambda(self.recipe.training, self.steps)
 
     def next_rows(self) -> list[int]:
         """Numbers of the training rows of its next step, as if it were trained alone."""
@@ -116,12 +134,27 @@ class AdapterRun:
         every = self.recipe.training.eval_steps
         return bool(len(self.rows.eval)) and every > 0 and self.state.step % every == 0
 
-    def add_evaluation(self, loss: float, vectors: torch.Tensor) -> None:
-        """Note a held-out loss, and keep the vectors [numbers] that gave it where the recipe wants the best ones."""
-        training = self.recipe.training
-        self.state.add_evaluation(loss, training.early_stopping_patience)
-        if training.load_best_model_at_end and self.state.best_step == self.state.step:
-            self.best = vectors.to("cpu", copy=True)
+    def add_score(self, why: Purpose, result: dict[str, Any], vectors: torch.Tensor) -> bool:
+        """Note a held-out loss of ``vectors`` [numbers]; False: it is that of an earlier step once more.
+
+        The vectors of the best step are kept where the recipe asks for them, and are back after the last step. An
+        adapter whose last loss is not finite gets a reason not to be saved.
+        """
+        training, is_new = self.recipe.training, True
+        if why == "before":
+            self.state.before = result
+        elif why == "due":
+            self.state.evaluation_due = False
+            self.state.add_evaluation(result["loss"], training.early_stopping_patience)
+            if training.load_best_model_at_end and self.state.best_step == self.state.step:
+                self.best = vectors.to("cpu", copy=True)
+            if self.takes_no_step and not self.put_best_back(vectors):
+                self.after = result  # of the very vectors that are saved
+        else:
+            self.after, is_new = result, self.best is None
+        if self.after is not None and not has_finite_loss(self.after):
+            self.reason, self.after = held_out_not_finite(f"step {self.state.step}", self.state.before), None
+        return is_new
 
     def put_best_back(self, vectors: torch.Tensor) -> bool:
         """Write the vectors of its best step over ``vectors`` [numbers]; False where those are what it has."""
@@ -129,11 +162,6 @@ class AdapterRun:
             return False
         vectors.copy_(self.best)
         return True
-
-    def refuse_bad_score(self) -> None:
-        """Give a reason not to save its vectors, where their held-out loss is not finite."""
-        if self.after is not None and not has_finite_loss(self.after):
-            self.reason, self.after = held_out_not_finite(f"step {self.state.step}", self.state.before), None
 
 
 def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
@@ -202,15 +230,24 @@ class Roster:
         """Whether all adapters have left."""
         return not self.queue and not self.in_flight
 
+    @property
+    def free_slots(self) -> int:
+        """How many adapters may begin."""
+        return len(self._free)
+
     def admit(self) -> list[AdapterRun]:
         """Let the next of the queue in while there is room, and return them; each has a slot."""
         admitted: list[AdapterRun] = []
         while self.queue and self._free and self._has_room(self.queue[0]):
-            run = self.queue.popleft()
-            run.slot, run.status = heapq.heappop(self._free), "in_flight"
-            self.in_flight.append(run)
-            admitted.append(run)
+            admitted.append(self.queue.popleft())
+            self.enter(admitted[-1])
         return admitted
+
+    def enter(self, run: AdapterRun) -> int:
+        """Give an adapter the lowest free slot."""
+        run.slot, run.status = heapq.heappop(self._free), "in_flight"
+        self.in_flight.append(run)
+        return run.slot
 
     def _has_room(self, run: AdapterRun) -> bool:
         if self.pass_rows is None or not self.in_flight:
@@ -225,3 +262,20 @@ class Roster:
         self.left += 1
         self.steps_behind += run.steps_left
         run.slot, run.status, run.batches, run.shares, run.best = None, status, None, None, None
+
+
+def longest_pass(runs: Sequence[AdapterRun], lengths: np.ndarray, slots: int, pass_rows: int) -> list[int]:
+    """The longest rows that a pass may have: of one adapter at most as many as its step has, of at most ``slots``.
+
+    Args:
+        runs: the adapters.
+        lengths: int [n]; tokens of each training row.
+        slots: how many adapters are in flight at most.
+        pass_rows: rows of a pass at most.
+    """
+    rows: list[int] = []
+    for run in runs:
+        own = run.rows.train
+        rows += own[np.argsort(-lengths[own], kind="stable")[: run.step_rows]].tolist()
+    most = sum(sorted((run.step_rows for run in runs), reverse=True)[:slots])
+    return sorted(rows, key=lambda row: -lengths[row])[: min(pass_rows, most)]

@@ -1,1 +1,0 @@
-"""Many adapters trained together, in one pass over one base model."""
