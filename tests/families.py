@@ -83,7 +83,7 @@ _EXPERTS = "experts are neither adapted nor quantized"
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
     "llama4": Family(
-        "Llama 4, text", "llama4_text", continuous=False, has_experts=True, limits=_EXPERTS,
+        "Llama 4, text", "llama4_text", has_experts=True, limits=_EXPERTS,
         changes={
             "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
             "attention_chunk_size": 64,
@@ -116,11 +116,11 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family("StableLM", "stablelm", continuous=False),
     "starcoder2": Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}, joins=True),
     "gpt_neox": Family(
-        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, joins=True, continuous=False
+        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, joins=True
     ),
     "opt": Family(
         "OPT", "opt", "q_proj k_proj v_proj out_proj fc1 fc2",
-        {"num_key_value_heads": ..., "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}, continuous=False,
+        {"num_key_value_heads": ..., "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
     ),
     "gpt2": Family(
         "GPT-2", "gpt2", "c_attn c_proj c_fc",

@@ -23,7 +23,6 @@ from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
 from qvera.training.lr_finder import read_curve
 from qvera.training.trainer import train
-from tests.serve.helpers import require_tested_transformers
 
 pytestmark = pytest.mark.process
 
@@ -259,7 +258,6 @@ def test_an_answer_of_the_wrong_adapter_is_a_fault_at_the_time_when_it_is_wrong(
     ids=" ".join,
 )
 def test_a_server_stands_the_faults_of_the_bench(parts: list[str], tiny_model_dir: Path, tmp_path: Path) -> None:
-    require_tested_transformers()
     sizes = ["--adapters", "4", "--seconds", "8", "--kills", "2", "--changes", "12", "--slow", "24", "--bodies", "200"]
     out = tmp_path / "faults.json"
     code = serve_faults.main(["--base", str(tiny_model_dir), "--parts", *parts, *sizes, "--out", str(out)])

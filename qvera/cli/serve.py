@@ -12,7 +12,7 @@ from qvera.cli.common import console, progress, quiet_libraries, require_package
 from qvera.serve.address import is_loopback
 from qvera.serve.api.limits import DEFAULTS
 from qvera.serve.requests import EngineSettings
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def serve(
     ] = None,
     engine: Annotated[
         Literal["auto", "continuous", "static"],
-        typer.Option(help="How requests are batched; auto: continuous where this transformers was tested."),
+        typer.Option(help="How requests are batched; auto: continuous where the model allows it."),
     ] = "auto",
     running: Annotated[int, typer.Option(min=1, metavar="N", help="Requests answered at a time.")] = (
         _ENGINE.max_running
@@ -146,13 +146,14 @@ def serve(
         max_waiting=queue,
         slots=slots,
         cache_tokens=cache_tokens,
+        batching=engine,
         training_share=training_share,
     )
     with bound(host, port) as (listener, url), _opened(training_dir) as directory:
         with progress(f"Loading {model}"):
             served = open_served(model, adapters)
             base, prompts = served.opened.base, PromptWriter.of(served.opened)
-            answering = _start_engine(engine, served, settings)
+            answering = _start_engine(served, settings)
         with contextlib.ExitStack() as ending:
             ending.callback(answering.close)
             jobs = _open_jobs(directory, served, answering, train_at_once)
@@ -214,28 +215,13 @@ def _require_safe(host: str, keys: Path | None) -> None:
         )
 
 
-def _start_engine(name: Literal["auto", "continuous", "static"], served: Served, settings: EngineSettings) -> Engine:
-    from qvera.serve.continuous import ContinuousEngine
+def _start_engine(served: Served, settings: EngineSettings) -> Engine:
+    from qvera.serve.engine import Engine
     from qvera.serve.opening import warm_up
-    from qvera.serve.paged import missing_internals
-    from qvera.serve.static import StaticEngine
 
-    if name == "auto" and (missing := missing_internals()):
-        console.print(
-            f"Continuous batching does not know this version of transformers ({missing[0]}); answering in static "
-            "batches.",
-            markup=False,
-            highlight=False,
-        )
-        name = "static"
-    kind = StaticEngine if name == "static" else ContinuousEngine
-    try:
-        engine = kind(served.opened.base, settings)
-    except RunFailed as error:
-        if name != "auto":
-            raise
-        console.print(f"{error} Answering in static batches.", markup=False, highlight=False)
-        engine = StaticEngine(served.opened.base, settings)
+    engine = Engine(served.opened.base, settings)
+    if engine.why_static is not None:
+        console.print(f"{engine.why_static} Answering in static batches.", markup=False, highlight=False)
     engine.start()
     try:
         warm_up(engine, served.store, served.own)

@@ -1,34 +1,136 @@
-"""What the HTTP side knows of an engine. An engine's thread and asyncio meet only through ``on_event``."""
+"""The engine: a thread that runs the model, the queue before it, and the events of each request.
 
+Only the engine's thread touches the model and the bank's slots, and only it calls ``on_event``, so a request gets its
+events in order and exactly one end. Other threads leave what they want in queues under one lock. No other thread may
+load a model meanwhile: transformers changes torch's own functions while it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from qvera.serve.requests import EngineStats, Event, GenerationRequest, ResolvedAdapter
+import torch
+
+from qvera.adapters.projection import forget_inputs
+from qvera.evaluation.generate import generating
+from qvera.serve.background import Background
+from qvera.serve.bank import HostVectors, ServingBank
+from qvera.serve.blocks import CachedTokens
+from qvera.serve.paged import PagedBatches
+from qvera.serve.requests import (
+    Busy,
+    EndEvent,
+    EngineDead,
+    EngineSettings,
+    EngineStats,
+    Event,
+    GenerationRequest,
+    ResolvedAdapter,
+    TokenEvent,
+)
+from qvera.serve.sampling import TokenChooser, choose_tokens
+from qvera.serve.static import StaticBatches
+from qvera.utils.errors import InputError, RunFailed, first_line
+
+if TYPE_CHECKING:
+    from qvera.models.loader import Base
+
+_logger = logging.getLogger(__name__)
+_MOST_FAILURES = 3
+"""Steps that fail one after the other, without a good one between them, end the engine."""
+NOT_FINITE = "the model's output was not finite, so no token can be drawn from it"
 
 
 class BackgroundWork(Protocol):
-    """What an engine does with the model where answers leave time, part by part."""
+    """What an engine does with the model where answers leave time, slice by slice."""
 
     def has_work(self) -> bool:
-        """Whether there is a part to do. Called in the engine's thread between two steps, so it has to be quick.
+        """Whether there is a slice to do. Called in the engine's thread between two steps, so it has to be quick.
 
         Where it has become true, `Engine.wake` tells the engine.
         """
 
     def run_slice(self) -> None:
-        """Do one part; called in the engine's thread. It has to be short, since no request gets a token meanwhile.
+        """Do one slice; called in the engine's thread. It has to be short, since no request gets a token meanwhile.
 
         It may change the model for the time of the call. An error does not end the engine: it is logged, and nothing
         more is done until `Engine.wake` is called.
         """
 
 
-class Engine(Protocol):
-    """Answers requests, many at a time. All methods may be called from any thread."""
+class ActiveRequest(CachedTokens):
+    """A request that has not ended, and what the engine knows of it."""
+
+    def __init__(
+        self, request: GenerationRequest, on_event: Callable[[Event], None], vectors: HostVectors | None
+    ) -> None:
+        super().__init__(request.prompt, "" if vectors is None else vectors.identity)
+        self.request, self.on_event, self.vectors = request, on_event, vectors
+        self.slot = 0
+        self.chooser: TokenChooser | None = None
+        self.ended = False
+
+    def send(self, event: Event) -> bool:
+        """Pass an event on; False where the receiver failed, which ends nobody else's request."""
+        try:
+            self.on_event(event)
+        except Exception:
+            _logger.exception("the receiver of request %s failed", self.request.id)
+            return False
+        return True
+
+
+class Engine:
+    """Answers requests, many at a time. All public methods may be called from any thread.
+
+    Attributes:
+        running: requests that have a place in the batch, by their ids, in the order in which they got it.
+        why_static: why requests are batched statically though `EngineSettings.batching` is "auto"; else None.
+    """
+
+    def __init__(self, base: Base, settings: EngineSettings) -> None:
+        """Get ready; `start` begins.
+
+        Args:
+            base: in evaluation mode, without adapters. It belongs to the engine until `close`.
+
+        Raises:
+            RunFailed: continuous batching was asked for, and this model can't be run so, or memory is short.
+        """
+        self.settings, self.model = settings, base.model
+        self.why_static: str | None = None
+        self._batches = self._open_batches()
+        self.bank = ServingBank(base, settings.slots)
+        self.running: dict[str, ActiveRequest] = {}
+        self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
+        self._waiting: deque[ActiveRequest] = deque()
+        self._cancelled: set[str] = set()
+        self._tasks: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._closing = False
+        self._dead: str | None = None
+        self._failures = self._prompt_tokens = self._generated = self._finished = 0
+        self.background = Background(settings.training_share)
+        self._woken = False
+        self._wake = threading.Condition()
+        self._layout = contextlib.ExitStack()
+        self._thread = threading.Thread(target=self._run, name="qvera-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    # Called from any thread
 
     @property
     def longest_tokens(self) -> int:
         """How many tokens prompt and answer may have together."""
+        return self._batches.longest_tokens
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
         """Queue a request. An adapter whose vectors are not in memory is read before this returns.
@@ -44,9 +146,21 @@ class Engine(Protocol):
             AdapterChanged: its file was replaced after it was resolved.
             EngineDead: the engine has ended.
         """
+        self._require_fit(request)
+        with self._wake:
+            self._require_room()
+        vectors = None if request.adapter is None else self.bank.read(request.adapter)
+        with self._wake:
+            self._require_room()
+            self._waiting.append(ActiveRequest(request, on_event, vectors))
+            self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
         """End a request and free its place; its last event is ``EndEvent("cancelled")``. Unknown ids are ignored."""
+        with self._wake:
+            if request_id in self.running or any(active.request.id == request_id for active in self._waiting):
+                self._cancelled.add(request_id)
+                self._wake.notify()
 
     def load(self, adapter: ResolvedAdapter) -> None:
         """Read an adapter and put its vectors on the device, so that its first request does not wait for that.
@@ -58,18 +172,279 @@ class Engine(Protocol):
             AdapterChanged: as `submit`.
             EngineDead: the engine has ended.
         """
+        vectors = self.bank.read(adapter)
+
+        def put() -> None:
+            if self._acquire(vectors) is not None:
+                self.bank.release(vectors)
+
+        self._in_thread(put).result()
 
     def unload(self, identity: str) -> None:
         """Free an adapter's slot as soon as no request uses it; requests that were submitted finish on it."""
+        with contextlib.suppress(EngineDead):
+            self._in_thread(lambda: self.bank.unload(identity))
 
     def set_background(self, work: BackgroundWork | None) -> None:
         """Do this work where answers leave time (`EngineSettings.training_share`); None: no more."""
+        self.background.set(work)
+        self.wake()
 
     def wake(self) -> None:
         """The background work has something to do, or is to be tried again after an error."""
+        self.background.resume()
+        with self._wake:
+            self._woken = True
+            self._wake.notify()
 
     def stats(self) -> EngineStats:
         """The engine at this moment."""
+        with self._wake:
+            return EngineStats(
+                running=len(self.running),
+                waiting=len(self._waiting),
+                adapters_resident=self.bank.resident,
+                adapter_slots=self.settings.slots,
+                bank_bytes=self.bank.size_bytes,
+                dead=self._dead,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated,
+                finished=self._finished,
+                background_seconds=self.background.seconds,
+                background_parts=self.background.parts,
+                background_failure=self.background.failure,
+            )
 
     def close(self) -> None:
         """End the engine's thread. Requests that have not ended get ``EndEvent("cancelled")``."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._batches.close()
+
+    def _require_fit(self, request: GenerationRequest) -> None:
+        prompt, longest = request.prompt, self.longest_tokens
+        if not prompt:
+            raise InputError("prompt: has no tokens; expected at least one.")
+        if len(prompt) + request.sampling.max_tokens > longest:
+            raise InputError(
+                f"prompt and max_tokens: {len(prompt):,} and {request.sampling.max_tokens:,} tokens are more than the "
+                f"{longest:,} that fit; shorten the prompt or lower max_tokens."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+            raise InputError(f"prompt: token ids of this model are 0 to {self._vocabulary - 1:,}.")
+
+    def _require_room(self) -> None:
+        if self._dead is not None or self._closing:
+            raise EngineDead(self._dead or "the engine is closing")
+        free = max(0, self.settings.max_running - len(self.running))
+        if len(self._waiting) >= self.settings.max_waiting + free:
+            raise Busy(f"{len(self._waiting):,} requests wait already")
+
+    def _in_thread(self, task: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise EngineDead(self._dead or "the engine is closing")
+            self._tasks.append((task, future))
+            self._wake.notify()
+        return future
+
+    # The engine's thread
+
+    def _open_batches(self) -> PagedBatches | StaticBatches:
+        if self.settings.batching != "static":
+            try:
+                return PagedBatches(self.model, self.settings)
+            except RunFailed as error:
+                if self.settings.batching == "continuous":
+                    raise
+                self.why_static = str(error)
+        return StaticBatches(self.model)
+
+    def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
+        """Run the model once.
+
+        Returns:
+            For each request that got a token: the event, or None where its logits were not finite.
+        """
+        batch = self._batches.schedule(self.running.values())
+        self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch])
+        drawing, logits = self._batches.run(batch)
+        choosers = [chooser for request in drawing if (chooser := request.chooser) is not None]
+        return list(zip(drawing, choose_tokens(logits, choosers), strict=True))
+
+    def _run(self) -> None:
+        dead = "the engine was closed"
+        try:
+            with torch.no_grad(), self._layout:
+                self._layout.enter_context(generating(self.model, base_only=True))
+                while self._wait_for_work():
+                    self._do_tasks()
+                    self._take_cancelled()
+                    self._admit()
+                    self._try_step()
+                    self._try_part()
+        except BaseException as error:  # whatever it is, nobody may wait for this thread for ever
+            _logger.exception("the engine's thread ended")
+            dead = f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self._end_all(dead)
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; False: the engine is to end."""
+        while True:
+            with self._wake:
+                self._woken = False
+                if self._is_asked():
+                    return not self._closing
+            # without the lock, which the work may wait for; one that has something to do from here on sets the flag.
+            # The time is asked for first: if it came in between, nobody would look for the part any more.
+            seconds = self.background.seconds_to_wait(answering=False)
+            if not seconds and self.background.has_part(answering=False):
+                return True
+            with self._wake:
+                if not (self._woken or self._is_asked()):
+                    self._wake.wait(seconds or None)
+
+    def _is_asked(self) -> bool:
+        """Whether there is something to do but background work; with the lock."""
+        return bool(self._closing or self._waiting or self._tasks or self._cancelled or self.running)
+
+    def _do_tasks(self) -> None:
+        while True:
+            with self._wake:
+                if not self._tasks:
+                    return
+                task, future = self._tasks.popleft()
+            try:
+                task()
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+
+    def _take_cancelled(self) -> None:
+        with self._wake:
+            cancelled, self._cancelled = self._cancelled, set()
+            gone = [active for active in self._waiting if active.request.id in cancelled]
+            for active in gone:
+                self._waiting.remove(active)
+        for active in gone:
+            self._end(active, EndEvent("cancelled"))
+        for request_id in cancelled:
+            if (running := self.running.get(request_id)) is not None:
+                self._end(running, EndEvent("cancelled"))
+
+    def _admit(self) -> None:
+        """Give places to waiting requests, in their order: none passes one that waits for a slot."""
+        while len(self.running) < self.settings.max_running and self._batches.may_begin():
+            with self._wake:
+                active = self._waiting[0] if self._waiting else None
+            if active is None:
+                return
+            try:
+                slot = 0 if active.vectors is None else self._acquire(active.vectors)
+            except Exception as error:
+                _logger.exception("adapter of request %s", active.request.id)
+                with self._wake:
+                    self._waiting.popleft()
+                active.vectors = None
+                self._end(active, EndEvent("error", _message(error)))
+                continue
+            if slot is None:
+                return
+            active.slot = slot
+            active.chooser = TokenChooser(active.request.sampling, self.bank.device)
+            with self._wake:
+                self._waiting.popleft()
+                self.running[active.request.id] = active
+                self._prompt_tokens += len(active.request.prompt)
+
+    def _acquire(self, vectors: HostVectors) -> int | None:
+        if not self.bank.needs_layers(vectors):
+            return self.bank.acquire(vectors)
+        # layers that are made anew take the layout of answers too
+        self._layout.close()
+        try:
+            return self.bank.acquire(vectors)
+        finally:
+            self._layout.enter_context(generating(self.model, base_only=True))
+
+    def _try_step(self) -> None:
+        if not self.running:
+            return
+        try:
+            got = self.step()
+        except Exception as error:
+            _logger.exception("a step failed")
+            self._failures += 1
+            message = _message(error)
+            for active in list(self.running.values()):
+                self._end(active, EndEvent("error", message))
+            if self._failures >= _MOST_FAILURES:
+                raise
+            forget_inputs(self.model)
+            self._batches.reset()
+            return
+        self._failures = 0
+        self.background.answered()
+        for active, event in got:
+            self._pass_on(active, event)
+
+    def _try_part(self) -> None:
+        """Do a part of the background work, if it is its turn."""
+        with self._wake:
+            if self._closing:
+                return
+            answering = bool(self.running or self._waiting)
+        if self.background.has_part(answering):
+            with self._batches.paused():
+                went_well = self.background.run_slice()
+            if not went_well:
+                forget_inputs(self.model)
+
+    def _pass_on(self, active: ActiveRequest, event: TokenEvent | None) -> None:
+        if event is None:
+            self._end(active, EndEvent("error", NOT_FINITE))
+            return
+        sampling = active.request.sampling
+        if event.token in sampling.stop_tokens:
+            self._end(active, EndEvent("stop"))
+            return
+        active.tokens.append(event.token)
+        with self._wake:
+            self._generated += 1
+        if not active.send(event):
+            self._end(active, EndEvent("cancelled"))
+        elif len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
+            self._end(active, EndEvent("length"))
+
+    def _end(self, active: ActiveRequest, event: EndEvent) -> None:
+        active.ended = True
+        with self._wake:
+            was_running = self.running.pop(active.request.id, None) is not None
+            self._finished += 1
+        self._batches.end(active)
+        if was_running and active.vectors is not None:
+            self.bank.release(active.vectors)
+        active.send(event)
+
+    def _end_all(self, dead: str) -> None:
+        with self._wake:
+            self._dead = dead
+            left = [*self.running.values(), *self._waiting]
+            self._waiting.clear()
+            tasks = list(self._tasks)
+            reason: Literal["cancelled", "error"] = "cancelled" if self._closing else "error"
+        for active in left:
+            self._end(active, EndEvent(reason, "" if self._closing else dead))
+        for _, future in tasks:
+            future.set_exception(EngineDead(dead))
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"

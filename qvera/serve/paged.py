@@ -1,391 +1,340 @@
-"""transformers' continuous batching, taken apart: its scheduler, paged cache and inputs, with our loop and our tokens.
+"""A step of many requests as one sequence [1, tokens], with keys and values in blocks: paged attention.
 
-``ContinuousBatchingManager`` of `PreTrainedModel.init_continuous_batching` is public, and would do most: queue, cancel,
-schedule, page. Four things that a server of many adapters needs are not in it:
+Everything goes through transformers' public interfaces: an attention function and a mask function that are registered
+under a name of ours, and arguments that a model hands on to its attention. Each layer gets the *rule* of its mask
+(causal, within a window, within a chunk) and applies it to the positions of each request. A query meets keys and values
+of its own request only; so one whose numbers are not finite spoils no other.
 
-- tokens of a request's own random numbers, and the likeliest tokens with theirs: its runner draws all rows by one
-  ``torch.multinomial``, and a logits processor may change logits but learns neither the request nor the token;
-- prefixes shared within one adapter: blocks are known by a hash of tokens alone, so that with
-  ``allow_block_sharing=True`` one adapter answers from the keys and values of another;
-- an error that ends the requests of a step and not the thread, after which the manager takes nothing any more;
-- adapters whose slots are free again at a known moment: between two steps.
-
-So a manager is made, which resolves settings and attention, and is never started. Its parts are put together as its own
-``_create_batch_processor`` does, with `_Cache` and `_Runner` for two of them, and `PagedModel.step` runs a step.
-No code of transformers is patched. `missing_internals` names what it takes that is not public.
-
-CUDA graphs, compiled steps and asynchronous batches are off: they need tokens drawn without asking the host.
+What a model does with these interfaces is tried before the first request (`_require_same_logits`).
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-import transformers
-from transformers import DynamicCache, GenerationConfig
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from qvera.evaluation.generate import CACHE_ARGUMENT
-from qvera.models.attention import takes_open_mask
-from qvera.models.structure import decoder_of
-from qvera.serve.cache_size import PAGE_TOKENS, cache_tokens
-from qvera.serve.check_paged_logits import ordinary_logits, require_same
-from qvera.serve.requests import EngineSettings
-from qvera.utils import accelerator
+from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens, T
+from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.out_of_memory import is_out_of_memory
-
-try:
-    from transformers import ContinuousBatchingConfig
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
-    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
-    from transformers.generation.continuous_batching.model_runner import ModelRunner
-    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
-    from transformers.generation.continuous_batching.scheduler import FIFOScheduler
-
-    _imported = True
-except ImportError:
-    _imported = False
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TESTED_VERSIONS = ("5.24",)
-"""Of transformers, major and minor: those whose internals `missing_internals` was written for."""
-_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types that need not be tried before the first request."""
+    from qvera.serve.requests import EngineSettings
 
-_PARAMETERS = {
-    "continuous_api.ContinuousBatchProcessor.__init__": (
-        "cache config generation_config continuous_batching_config logit_processor input_queue cancel_queue "
-        "output_router background_thread_status model_device model_dtype scheduler distributed_helper"
-    ),
-    "continuous_api.ContinuousBatchProcessor.prepare_next_batch": "",
-    "continuous_api.ContinuousBatchProcessor.update_batch": "",
-    "continuous_api.ContinuousBatchProcessor._generation_step": "model",
-    "continuous_api.ContinuousBatchProcessor.reset": "",
-    "continuous_api.ContinuousBatchingManager.add_request": (
-        "input_ids request_id max_new_tokens streaming record_timestamps eos_token_id logit_processor_kwargs"
-    ),
-    "continuous_api.ContinuousBatchingManager.cancel_request": "request_id",
-    "continuous_api.OutputRouter.deliver": "output",
-    "continuous_api.OutputRouter.deliver_batch": "outputs",
-    "cache.PagedAttentionCache.__init__": (
-        "config continuous_batching_config device distributed_helper dtype model_supports_logits_to_keep"
-    ),
-    "cache.PagedAttentionCache.search_prefix_match": "request_id prompt_ids",
-    "cache.PagedAttentionCache.mark_complete_blocks": "state complete_blocks",
-    "cache.PagedAttentionCache.reset": "",
-    "model_runner.ModelRunner.__init__": "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs",
-    "model_runner.ModelRunner._sample": "scores output_ids",
-    "scheduler.FIFOScheduler.__init__": "cache safety_margin max_requests_per_batch",
-    "requests.RequestState.create_equivalent_initial_request": "",
-}
-"""What is called or overridden, in ``transformers.generation.continuous_batching``, with its parameters."""
-_FIELDS = {
-    "requests.RequestState": "request_id initial_tokens generated_tokens",
-    "requests.FutureRequestState": "state has_new_token query_length",
-    "requests.GenerationOutput": "request_id error",
-    "continuous_api.ContinuousBatchingConfig": (
-        "page_size num_blocks max_batch_tokens max_requests_per_batch max_blocks_per_request allow_block_sharing "
-        "use_async_batching use_cuda_graph auto_switch_to_flash"
-    ),
-}
-_ATTRIBUTES = {
-    "continuous_api.ContinuousBatchingManager": (
-        "continuous_batching_config logit_processor distributed_helper background_thread_status input_queue "
-        "cancel_queue"
-    ),
-    "continuous_api.ContinuousBatchProcessor": "model_runner inputs_and_outputs scheduler",
-    "input_outputs.ContinuousBatchingIOs": "requests_in_batch",
-    "cache.PagedAttentionCache": "num_blocks max_batch_tokens cache_allocators",
-}
-"""What instances set in ``__init__``."""
+PAGED = "qvera_paged"
+"""The name of the attention."""
+Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""transformers' mask function: batch, head, positions of queries and keys → what may be seen."""
+_TOLERANCES = {4: 1e-3, 2: 0.05}
+"""Bytes of a key → by how much logits may differ from those of an ordinary pass, relative to their norm."""
 
 
-def missing_internals() -> list[str]:
-    """What this module takes from transformers and the installed one lacks, or has otherwise; empty if all is there."""
-    root = "transformers.generation.continuous_batching"
-    missing = []
+class _Layer(NamedTuple):
+    """The cache of a layer: keys and values [blocks, BLOCK_TOKENS, kv heads, size]."""
 
-    def look_up(path: str) -> Any:
-        module, *names = path.split(".")
-        found: Any = importlib.import_module(f"{root}.{module}")
-        for name in names:
-            found = getattr(found, name)
-        return found
-
-    for path, expected in _PARAMETERS.items():
-        try:
-            given = [name for name in inspect.signature(look_up(path)).parameters if name != "self"]
-            if given != expected.split():
-                missing.append(f"{path} takes {', '.join(given) or 'nothing'}, not {expected or 'nothing'}")
-        except (ImportError, AttributeError):
-            missing.append(path)
-    for path, fields in {**_FIELDS, **_ATTRIBUTES}.items():
-        try:
-            text = inspect.getsource(look_up(path))
-            missing += [f"{path}.{field}" for field in fields.split() if not re.search(rf"\b{field}\b", text)]
-        except (ImportError, AttributeError):
-            missing.append(path)
-    return missing
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
-class Scheduled(NamedTuple):
-    """A request's share of the next step."""
+class _Group(NamedTuple):
+    """Requests that attend together: the same number of queries, and about as many blocks."""
 
-    request_id: str
-    tokens: int
-    has_new_token: bool
-    """False: its prompt goes on in the step after."""
-
-
-@torch.no_grad()
-def key_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of keys and values, which need not be that of any weight: a pass over one token tells."""
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    decoder_of(model)(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
-    dtype = cache.layers[0].keys.dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    table: torch.Tensor
+    """int64 [requests, blocks]; a shorter request's row ends with its own first block, which no query may see there."""
+    positions: torch.Tensor
+    """int64 [requests, queries]."""
 
 
-class PagedModel:
-    """A model with a paged cache, that runs one step of all its requests at a time. For one thread."""
+@dataclass
+class _Step:
+    """What the attention of all layers needs to know of a step."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        settings: EngineSettings,
-        choose: Callable[[torch.Tensor, Sequence[Scheduled]], Sequence[int] | None],
-        adapter_of: Callable[[str], str],
-    ) -> None:
-        """Make the cache.
+    layers: dict[int, _Layer]
+    write: torch.Tensor
+    """int64 [tokens]: where a token's keys and values go, block · BLOCK_TOKENS + place."""
+    groups: list[_Group]
+    masks: dict[tuple[int, Rule, int], torch.Tensor] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None,
+        softcap: float | None, sinks: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of the step's tokens in one layer.
 
         Args:
-            model: the base; its attention is switched to a paged one where it has to be, until `close`.
-            settings: the engine's.
-            choose: called in a step with logits [rows, vocabulary], fp32, and one request for each of the first rows.
-                It gives their tokens, or None where the step is not to count.
-            adapter_of: request → the identity of its adapter; requests of one identity share prefixes.
+            q: [tokens, heads, size]; k and v: [tokens, kv heads, size].
+            softcap: scores are softcap · tanh(score / softcap).
+            sinks: [heads], scores of a key that is nothing.
+
+        Returns:
+            [tokens, heads, size of v].
+        """
+        keys, values = self.layers[layer]
+        keys.flatten(0, 1).index_copy_(0, self.write, k)
+        values.flatten(0, 1).index_copy_(0, self.write, v)
+        kv_heads, shared = k.shape[1], q.shape[1] // k.shape[1]
+        outputs, begin = [], 0
+        for number, (table, positions) in enumerate(self.groups):
+            rows, queries = positions.shape
+            # heads that share keys stand beside each other, as more queries of one head
+            query = q[begin : begin + rows * queries].reshape(rows, queries, kv_heads, shared, -1)
+            query = query.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, shared * queries, -1)
+            key, value = (
+                x.flatten(1).index_select(0, table.flatten()).view(rows, -1, *x.shape[2:]).transpose(1, 2)
+                for x in (keys, values)
+            )
+            mask = self._mask(number, rule, shared, q.dtype)
+            if softcap is None and sinks is None:
+                out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            else:
+                scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = (scores / softcap).tanh() * softcap
+                scores = scores + mask
+                if sinks is not None:
+                    sink = sinks.float().view(1, kv_heads, shared, 1).expand(rows, -1, -1, queries)
+                    scores = torch.cat([scores, sink.reshape(rows, kv_heads, -1, 1)], -1)
+                out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
+            out = out.view(rows, kv_heads, shared, queries, -1).permute(0, 3, 1, 2, 4)
+            outputs.append(out.reshape(rows * queries, q.shape[1], -1))
+            begin += rows * queries
+        return torch.cat(outputs)
+
+    def _mask(self, number: int, rule: Rule, shared: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of a group, [requests, 1, shared · queries, keys]; the same for most layers."""
+        if (found := self.masks.get((number, rule, shared))) is not None:
+            return found
+        table, positions = self.groups[number]
+        of_queries = positions.unsqueeze(2)
+        of_keys = torch.arange(table.shape[1] * BLOCK_TOKENS, device=table.device).view(1, 1, -1)
+        seen = rule(0, 0, of_queries, of_keys) & (of_keys <= of_queries)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=table.device).masked_fill_(~seen, float("-inf"))
+        mask = mask.unsqueeze(1).expand(-1, shared, -1, -1).reshape(len(table), 1, -1, mask.shape[2])
+        self.masks[number, rule, shared] = mask
+        return mask
+
+
+class _Shapes(dict[int, tuple[torch.Size, torch.Size, torch.dtype]]):
+    """Stands in for a step to see the keys and values of each layer: kv heads and size of both, and their dtype."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+        """Note the layer, and attend to nothing."""
+        self[layer] = k.shape[1:], v.shape[1:], k.dtype
+        return q.new_zeros(*q.shape[:2], v.shape[2])
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    paged_step: _Step | _Shapes | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers: [1, heads, tokens, size] → [1, tokens, heads, size]."""
+    if paged_step is None or not callable(attention_mask) or position_bias is not None:
+        raise RuntimeError("its layers do not pass on what paged attention needs")
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out = paged_step.attend(module.layer_idx, q, k, v, attention_mask, scaling, softcap, s_aux)
+    return out.unsqueeze(0), None
+
+
+def _rule(*_: object, mask_function: Rule, **__: object) -> Rule:
+    """A mask function of transformers that gives the rule in place of a mask."""
+    return mask_function
+
+
+AttentionInterface.register(PAGED, _attention)
+AttentionMaskInterface.register(PAGED, _rule)
+
+
+class PagedBatches:
+    """Runs requests that join and leave the batch at any step. For one thread."""
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
+        """Make the cache, and switch the model's attention until `close`.
 
         Raises:
-            RunFailed: this transformers is another one than was tested, this model can't be run from pages, or memory
-                is short.
+            RunFailed: this model can't be run from blocks, or memory is short.
         """
-        if (missing := missing_internals()) or not _imported:
-            raise RunFailed(
-                f"transformers {transformers.__version__} has another continuous batching than qvera knows "
-                f"(tested: {', '.join(TESTED_VERSIONS)}): {missing[0] if missing else 'it can not be imported'}. "
-                "Install a tested version, or use the static engine."
-            )
-        self._model, self._dtype = model, key_dtype(model)
+        self._model, self._step_tokens = model, settings.step_tokens
         self._attention = model.config._attn_implementation
-        is_known = model.config.model_type in _KNOWN_TYPES
-        wanted = {} if is_known else ordinary_logits(model)
-        if takes_open_mask(self._attention):  # ours, of an accelerator: transformers pages its own only
-            model.set_attn_implementation("sdpa")
+        self._layers: dict[int, _Layer] = {}
         try:
-            # the seed that a processor draws is torch's global one, which belongs to whoever called us
-            with accelerator.forked_random_state():
-                self._manager = self._make_manager(settings)
-                self._processor = self._make_processor(choose, adapter_of)
-                require_same(self, self._processor, wanted)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
+            with torch.no_grad():
+                expected = _ordinary_logits(model)
+                model.set_attn_implementation(PAGED)
+                shapes = _Shapes()
+                self._forward([0], [0], [0], shapes)
+                if model.config._attn_implementation != PAGED or not shapes:
+                    raise RuntimeError("its attention is not made for other implementations")
+                count = max(1, _cache_tokens(model, settings, shapes) // BLOCK_TOKENS)
+                for layer, (key, value, dtype) in shapes.items():
+                    empty = functools.partial(torch.zeros, dtype=dtype, device=model.device)
+                    self._layers[layer] = _Layer(empty(count, BLOCK_TOKENS, *key), empty(count, BLOCK_TOKENS, *value))
+                self._blocks = Blocks(count, settings.share_prefixes)
+                self._require_same_logits(expected)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, MemoryError) as error:
             self.close()
             if is_out_of_memory(error):
                 raise RunFailed(
                     f"the cache of keys and values does not fit into memory ({first_line(error)}) Lower "
                     "--cache-tokens or --running."
                 ) from None
-            if is_known:
-                raise
             raise RunFailed(
-                f"transformers' continuous batching can't run {type(model).__name__} ({type(error).__name__}: "
-                f"{first_line(error)}) Use the static engine (--engine static)."
+                f"continuous batching can't run {type(model).__name__} ({type(error).__name__}: {first_line(error)}) "
+                "Use the static engine (--engine static)."
             ) from None
-
-    def _make_manager(self, settings: EngineSettings) -> Any:
-        model = self._model
-        return model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS,
-                num_blocks=max(1, cache_tokens(model, settings, self._dtype) // PAGE_TOKENS),
-                max_batch_tokens=settings.step_tokens,
-                max_requests_per_batch=min(settings.max_running, settings.step_tokens),
-                max_blocks_per_request=0,
-                allow_block_sharing=settings.share_prefixes,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                auto_switch_to_flash=False,  # it would look for kernels on the hub
-            ),
-        )
-
-    def _make_processor(self, choose: Any, adapter_of: Callable[[str], str]) -> Any:
-        manager, model = self._manager, self._model
-        config = manager.continuous_batching_config
-        text_config = model.config.get_text_config()
-        cache = _Cache(
-            config=text_config,
-            continuous_batching_config=config,
-            device=model.device,
-            distributed_helper=manager.distributed_helper,
-            dtype=self._dtype,
-            model_supports_logits_to_keep=model._supports_logits_to_keep(),
-        )
-        cache.adapter_of = adapter_of
-        cache.vocabulary = max(text_config.vocab_size, model.get_input_embeddings().weight.shape[0])
-        processor = ContinuousBatchProcessor(
-            cache=cache,
-            config=text_config,
-            generation_config=manager.generation_config,
-            continuous_batching_config=config,
-            logit_processor=manager.logit_processor,
-            input_queue=manager.input_queue,
-            cancel_queue=manager.cancel_queue,
-            output_router=_NoOutputs(),
-            background_thread_status=manager.background_thread_status,
-            model_device=model.device,
-            model_dtype=self._dtype,
-            scheduler=FIFOScheduler(cache, config.safety_margin, config.max_requests_per_batch),
-            distributed_helper=manager.distributed_helper,
-        )
-        runner = _Runner(
-            logit_processor=manager.logit_processor,
-            cb_config=config,
-            cache=cache,
-            inputs_and_outputs=processor.inputs_and_outputs,
-            do_sample=False,
-            return_logprobs=False,
-        )
-        runner.choose, runner.scheduled = choose, self.scheduled
-        processor.model_runner = runner
-        return processor
 
     @property
     def longest_tokens(self) -> int:
         """How many tokens one request may have in all."""
-        tokens = self._processor.cache.num_blocks * PAGE_TOKENS
-        return min(int(tokens), int(self._model.config.get_text_config().max_position_embeddings))
+        most = int(self._model.config.get_text_config().max_position_embeddings)
+        return min(self._blocks.count * BLOCK_TOKENS, most)
 
-    def add(self, request_id: str, tokens: Sequence[int], max_tokens: int, stop_tokens: Sequence[int]) -> None:
-        """Queue a request that has ``max_tokens`` to go."""
-        self._manager.add_request(
-            list(tokens), request_id=request_id, max_new_tokens=max_tokens, eos_token_id=list(stop_tokens)
+    def may_begin(self) -> bool:
+        """Whether requests may join those that run."""
+        return True
+
+    def schedule(self, running: Collection[T]) -> list[tuple[T, int]]:
+        """What the next step runs: requests with their numbers of tokens, in the order of the batch."""
+        batch = self._blocks.schedule(running, self._step_tokens)
+        return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
+
+    def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
+        """Run a step; returns the requests that get a token now, and their logits [requests, vocabulary]."""
+        positions = [np.arange(request.computed, request.computed + count) for request, count in batch]
+        blocks = [
+            np.array(request.blocks)[of // BLOCK_TOKENS] for (request, _), of in zip(batch, positions, strict=True)
+        ]
+        drawing = [i for i, (request, count) in enumerate(batch) if request.computed + count == len(request.tokens)]
+        fresh = self._blocks.take_fresh()
+        arrays = {
+            "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in batch]),
+            "positions": np.concatenate(positions),
+            "write": np.concatenate(blocks) * BLOCK_TOKENS + np.concatenate(positions) % BLOCK_TOKENS,
+            "kept": np.cumsum([count for _, count in batch])[drawing or [-1]] - 1,
+            "fresh": np.array(fresh, dtype=np.int64),
+        }
+        groups = _groups(batch)
+        for number, group in enumerate(groups):
+            longest = max(len(request.blocks) for request, _ in group)
+            rows = [request.blocks + request.blocks[:1] * (longest - len(request.blocks)) for request, _ in group]
+            arrays[f"table {number}"] = np.array(rows)
+        sent = accelerator.tensors_on(self._model.device, arrays)
+        if fresh:
+            # a masked key or value that is not finite would still make others so
+            for tensor in itertools.chain.from_iterable(self._layers.values()):
+                tensor.index_fill_(0, sent["fresh"], 0)
+        parts = sent["positions"].split([sum(count for _, count in group) for group in groups])
+        tables = (sent[f"table {number}"] for number in range(len(groups)))
+        step = _Step(
+            self._layers, sent["write"], [_Group(t, p.view(len(t), -1)) for t, p in zip(tables, parts, strict=True)]
         )
+        logits = self._forward(sent["ids"], sent["positions"], sent["kept"], step)
+        for request, count in batch:
+            self._blocks.note_computed(request, count)
+        return [batch[i][0] for i in drawing], logits[: len(drawing)]
 
-    def cancel(self, request_id: str) -> None:
-        """Leave a request out of the next step, and free its pages."""
-        self._manager.cancel_request(request_id)
+    def _forward(self, ids: Any, positions: Any, kept: Any, step: _Step | _Shapes) -> torch.Tensor:
+        ids, positions, kept = (torch.as_tensor(x, device=self._model.device) for x in (ids, positions, kept))
+        logits: torch.Tensor = self._model(
+            input_ids=ids.unsqueeze(0),
+            # without a mask transformers would look for rows in the positions
+            attention_mask=torch.ones_like(ids).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            logits_to_keep=kept,
+            use_cache=False,
+            paged_step=step,
+        ).logits
+        return logits[0]
 
-    def prepare(self) -> list[Scheduled]:
-        """What the next step runs; empty: nothing."""
-        return self.scheduled() if self._processor.prepare_next_batch() else []
-
-    def scheduled(self) -> list[Scheduled]:
-        """The requests of the step that was prepared last, in the order of their tokens."""
-        batch = self._processor.inputs_and_outputs.requests_in_batch
-        return [Scheduled(one.state.request_id, one.query_length, one.has_new_token) for one in batch]
-
-    def run(self) -> None:
-        """Run the step that was prepared. ``choose`` is called in it; where that gave None, `reset` has to follow."""
-        self._processor.model_runner.counts = True
-        # transformers runs the step on a stream of its own; what the adapters' bank has sent comes on the default one
-        if (stream := getattr(self._processor.inputs_and_outputs, "compute_stream", None)) is not None:
-            stream.wait_stream(accelerator.computing_stream(self._model.device))
-        self._processor._generation_step(self._model)
-        if self._processor.model_runner.counts:
-            self._processor.update_batch()
+    def end(self, request: CachedTokens) -> None:
+        """Free a request's blocks."""
+        self._blocks.release(request)
 
     def reset(self) -> None:
         """Forget all requests, and all keys and values."""
-        manager, processor = self._manager, self._processor
-        for queue in (manager.input_queue, manager.cancel_queue):
-            while not queue.empty():
-                queue.get_nowait()
-        processor.reset()
-        processor.cache.reset()
+        self._blocks.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For the time of the block the model has its own attention."""
+        self._model.set_attn_implementation(self._attention)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(PAGED)
 
     def close(self) -> None:
         """Give the model its attention back."""
         self._model.set_attn_implementation(self._attention)
 
+    def _require_same_logits(self, expected: Sequence[torch.Tensor]) -> None:
+        """Run what `_ordinary_logits` ran from blocks, the second prompt beside the first one, and compare."""
+        requests = [CachedTokens(prompt) for prompt in _PROMPTS]
+        running, found = requests[:1], [list[torch.Tensor]() for _ in requests]
+        while running:
+            drawing, logits = self.run(self.schedule(running))
+            for request, row in zip(drawing, logits, strict=True):
+                found[requests.index(request)].append(row.float().clone())
+                request.tokens.append(_ANSWER)
+            running = [request for i, request in enumerate(requests) if len(found[i]) < 2]
+            for request in drawing:
+                if request not in running:
+                    self.end(request)
+        self.reset()
+        for rows, wanted in zip(found, expected, strict=True):
+            error = ((torch.stack(rows) - wanted).norm() / wanted.norm()).item()
+            if not error < _TOLERANCES[min(4, next(iter(self._layers.values())).keys.itemsize)]:
+                raise RuntimeError(f"its logits differ by {error:.1g} of their norm")
 
-def marked(tokens: Sequence[int], number: int, vocabulary: int) -> list[int]:
-    """Tokens with a number in the first four of them, as digits above the vocabulary.
 
-    Two that differ in number or tokens differ afterwards too, and all stay 31-bit.
+def _groups(batch: Sequence[tuple[T, int]]) -> list[list[tuple[T, int]]]:
+    """Neighbours that attend together: each with as many tokens, and at most twice the blocks of another."""
+    groups: list[list[tuple[T, int]]] = []
+    for request, count in batch:
+        if groups and groups[-1][0][1] == count and len(request.blocks) <= 2 * len(groups[-1][0][0].blocks):
+            groups[-1].append((request, count))
+        else:
+            groups.append([(request, count)])
+    return groups
+
+
+def _cache_tokens(model: PreTrainedModel, settings: EngineSettings, shapes: _Shapes) -> int:
+    """How many tokens' keys and values are kept: as the settings say, or what an eighth of the free memory holds.
+
+    Half of it on an accelerator with memory of its own. At most what all running requests can fill.
     """
-    digits, found = 2**31 // vocabulary, list(tokens)
-    if not 0 <= number < digits**4:
-        raise ValueError(f"expected a number from 0 to {digits**4 - 1}, got {number}")
-    for place in range(min(4, len(found))):
-        number, digit = divmod(number, digits)
-        found[place] += digit * vocabulary
-    return found
+    if settings.cache_tokens is not None:
+        return settings.cache_tokens
+    token_bytes = [(key.numel() + value.numel()) * dtype.itemsize for key, value, dtype in shapes.values()]
+    share = 2 if accelerator.has_own_memory(model.device) else 8
+    # a layer gathers those of all requests, and attention may copy them once more
+    fits = memory.available_bytes(model.device) // share // (sum(token_bytes) + 2 * max(token_bytes))
+    return max(BLOCK_TOKENS, min(fits, settings.max_running * model.config.get_text_config().max_position_embeddings))
 
 
-if _imported:
+_PROMPTS, _ANSWER = ([3, 4, 5], [6, 7]), 8
 
-    class _Cache(PagedAttentionCache):
-        """Pages that are shared within one adapter.
 
-        A block is found by a hash of its tokens and of its parent. What is hashed, and only that, has a mark of the
-        adapter.
-        """
-
-        adapter_of: Callable[[str], str]
-        """Request → identity."""
-        vocabulary: int
-        """How many token ids there are."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._numbers: dict[str, int] = {}
-
-        def own_tokens(self, request_id: str, tokens: list[int]) -> list[int]:
-            """The tokens of a request as they are hashed: with the number of its adapter."""
-            number = self._numbers.setdefault(self.adapter_of(request_id), len(self._numbers))
-            return marked(tokens, number, self.vocabulary)
-
-        def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-            return super().search_prefix_match(request_id, self.own_tokens(request_id, prompt_ids))
-
-        def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
-            if not complete_blocks:
-                return
-            tokens = self.own_tokens(state.request_id, state.initial_tokens + state.generated_tokens)
-            shown = RequestState(state.request_id, tokens, _status=state.status)
-            super().mark_complete_blocks(shown, complete_blocks)
-
-    class _Runner(ModelRunner):
-        """Runs the model, and lets the engine choose the tokens."""
-
-        choose: Callable[[torch.Tensor, Sequence[Scheduled]], Sequence[int] | None]
-        scheduled: Callable[[], list[Scheduled]]
-        counts = True
-
-        def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-            new = [one for one in self.scheduled() if one.has_new_token]
-            tokens = self.choose(scores[0], new)
-            if tokens is None:
-                self.counts = False
-            elif tokens:
-                output_ids[0, : len(tokens)].copy_(torch.tensor(tokens, dtype=output_ids.dtype))
-
-    class _NoOutputs(OutputRouter):
-        """The engine sees tokens as they are chosen; only a request that transformers refuses speaks here."""
-
-        def deliver(self, output: GenerationOutput) -> None:
-            if output.error is not None:
-                raise RuntimeError(output.error)
-
-        def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-            for output in outputs:
-                self.deliver(output)
+def _ordinary_logits(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Logits [2, vocabulary] of two steps of two short prompts by the model's ordinary pass."""
+    ids = (torch.tensor([[*prompt, _ANSWER]], device=model.device) for prompt in _PROMPTS)
+    return [model(input_ids=each, use_cache=False).logits[0, -2:].float() for each in ids]

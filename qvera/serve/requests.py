@@ -115,6 +115,8 @@ class EngineSettings:
     """Tokens whose keys and values are kept, of all requests together; None: as many as a share of the memory holds."""
     step_tokens: int = 512
     """Tokens in one forward pass at most; longer prompts take several."""
+    batching: Literal["auto", "continuous", "static"] = "auto"
+    """Whether requests may join a batch at any step, or batches begin and end together; auto: as the model allows."""
     share_prefixes: bool = True
     """Whether requests of one adapter share the keys and values of what their prompts begin with."""
     training_share: float = 0.1

@@ -9,16 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import transformers
-from packaging.version import Version
 
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.loader import Base, load_base
-from qvera.serve.continuous import ContinuousEngine
-from qvera.serve.paged import TESTED_VERSIONS
+from qvera.serve.engine import Engine
 from qvera.serve.requests import (
     EndEvent,
     EngineSettings,
@@ -29,22 +25,14 @@ from qvera.serve.requests import (
     TokenEvent,
 )
 from qvera.serve.sampling import TokenChooser, choose_tokens
-from qvera.serve.static import StaticEngine
 from qvera.serve.store import AdapterStore
-from qvera.serve.threaded import ThreadedEngine
 from tests.adapters.helpers import perturb
 
-ENGINES: dict[str, type[ThreadedEngine]] = {"continuous": ContinuousEngine, "static": StaticEngine}
+ENGINES = ("continuous", "static")
+"""Ways to batch requests."""
 SECONDS = 120.0
 BASE = "base"
 _numbers = itertools.count()
-
-
-def require_tested_transformers() -> None:
-    """Skip a test of the continuous engine where transformers is older than all that it is for; newer ones have to pass."""
-    oldest = min(Version(version) for version in TESTED_VERSIONS)
-    if Version(transformers.__version__) < oldest:
-        pytest.skip(f"the continuous engine takes transformers {oldest} or newer (qvera[serve])")
 
 
 def tiny_base(model_dir: Path, **model: Any) -> Base:
@@ -109,7 +97,7 @@ def request(
     return GenerationRequest(f"request {next(_numbers)}", tuple(prompt), adapter, settings)
 
 
-def submit(engine: ThreadedEngine, asked: GenerationRequest) -> Answer:
+def submit(engine: Engine, asked: GenerationRequest) -> Answer:
     """Submit it and collect its events."""
     answer = Answer()
     engine.submit(asked, answer.take)
@@ -123,13 +111,11 @@ def engine_of(
     model: dict[str, Any] | None = None,
     base: Base | None = None,
     **settings: Any,
-) -> Iterator[ThreadedEngine]:
+) -> Iterator[Engine]:
     """A running engine on a base of its own, or on this one."""
-    if kind == "continuous":
-        require_tested_transformers()
-    defaults: dict[str, Any] = {"cache_tokens": 2048, "step_tokens": 64}
+    defaults: dict[str, Any] = {"cache_tokens": 2048, "step_tokens": 64, "batching": kind}
     base = base or tiny_base(model_dir, **(model or {}))
-    engine = ENGINES[kind](base, EngineSettings(**{**defaults, **settings}))
+    engine = Engine(base, EngineSettings(**{**defaults, **settings}))
     engine.start()
     try:
         yield engine

@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
-from qvera.serve import paged
+from qvera.serve.engine import NOT_FINITE, Engine
 from qvera.serve.requests import EndEvent, EngineDead
 from qvera.serve.store import AdapterStore
-from qvera.serve.threaded import NOT_FINITE, ThreadedEngine
-from qvera.utils.errors import RunFailed
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
-from tests.serve.helpers import ENGINES, assert_same, engine_of, request, require_tested_transformers, submit
+from tests.serve.helpers import ENGINES, assert_same, engine_of, request, submit
 
 
 class _Fault:
     """A forward pass that fails for some time."""
 
-    def __init__(self, engine: ThreadedEngine, times: int) -> None:
+    def __init__(self, engine: Engine, times: int) -> None:
         self.left = times
         self.handle = engine.model.register_forward_pre_hook(self._fail)
 
@@ -121,22 +117,3 @@ def test_an_adapter_of_numbers_beyond_all_bounds_ends_its_own_requests_alone(
         assert [one.end() for one in bad] == [EndEvent("error", NOT_FINITE)] * 2
         for answer, events in zip(answers, expected, strict=True):
             assert_same(answer, events)
-
-
-def test_transformers_has_the_internals_that_the_continuous_engine_takes() -> None:
-    """Where this fails, read `qvera.serve.paged` against the new version, run tests/serve, and add it to the tested ones."""
-    require_tested_transformers()
-    assert paged.missing_internals() == []
-    assert transformers.__version__.startswith(tuple(f"{version}." for version in paged.TESTED_VERSIONS))
-
-
-def test_another_continuous_batching_is_refused_by_the_name_of_what_has_moved(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_tested_transformers()
-    from transformers.generation.continuous_batching.model_runner import ModelRunner
-
-    monkeypatch.delattr(ModelRunner, "_sample")
-    with pytest.raises(RunFailed, match=r"model_runner\.ModelRunner\._sample"), engine_of(tiny_model_dir):
-        pass
-    assert torch.is_grad_enabled()

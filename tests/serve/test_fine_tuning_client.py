@@ -25,7 +25,7 @@ from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
 from tests.many_adapters import write_customers, write_run
 from tests.serve.command import Command
-from tests.serve.helpers import require_tested_transformers, write_adapters
+from tests.serve.helpers import write_adapters
 from tests.serve.scripted_training import chat_rows
 
 pytestmark = pytest.mark.process
@@ -95,8 +95,6 @@ def new_key(path: Path, name: str, *may: str) -> str:
 def test_two_users_train_at_once_while_answers_go_on(
     engine: str, tiny_model_dir: Path, adapters: Path, tmp_path: Path
 ) -> None:
-    if engine == "continuous":
-        require_tested_transformers()
     keys = tmp_path / "keys.json"
     users = {name: new_key(keys, name, "use", "train") for name in WORDS}
     reader = new_key(keys, "reader", "use")

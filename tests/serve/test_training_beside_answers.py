@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qvera.serve.background import Background
+from qvera.serve.engine import Engine
 from qvera.serve.requests import EndEvent, GenerationRequest
-from qvera.serve.threaded import ThreadedEngine
 from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
 from tests.helpers import wait_until
@@ -25,7 +25,6 @@ from tests.serve.helpers import (
     Answer,
     engine_of,
     request,
-    require_tested_transformers,
     store_of,
     submit,
     tiny_base,
@@ -59,7 +58,7 @@ def _asked(root: Path) -> list[GenerationRequest]:
     ]
 
 
-def _answers(engine: ThreadedEngine, asked: list[GenerationRequest], before: Callable[[], object]) -> list[Any]:
+def _answers(engine: Engine, asked: list[GenerationRequest], before: Callable[[], object]) -> list[Any]:
     """One after the other, so that no answer depends on when another one came."""
     found = []
     for one in asked:
@@ -103,8 +102,6 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     with engine_of(tiny_model_dir, kind, model) as engine:
         without = _answers(engine, asked + again, lambda: None)
 
-    if kind == "continuous":
-        require_tested_transformers()
     base = tiny_base(tiny_model_dir, **model)
     trainer = OnlineTrainer(base, recipe, slots=2)
     runs = [trainer.prepare(name, one, datasets_of(one)) for name, one in own.items()]
