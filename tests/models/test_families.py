@@ -203,12 +203,12 @@ def test_many_adapters_are_trained_together(checkpoint: tuple[Family, Path], mak
 
 
 def test_a_server_takes_static_batches_where_pages_are_not_known(tmp_path: Path, capsys: Any) -> None:
-    FAMILIES["falcon"].write(tmp_path / "falcon")
-    engine = _start_engine(open_served(str(tmp_path / "falcon")), EngineSettings(cache_tokens=512))
+    FAMILIES["stablelm"].write(tmp_path / "stablelm")
+    engine = _start_engine(open_served(str(tmp_path / "stablelm")), EngineSettings(cache_tokens=512))
     try:
         assert submit(engine, request([5, 6, 7], None, 3)).end().reason == "length"
     finally:
         engine.close()
     said = " ".join(capsys.readouterr().err.split())
-    assert "continuous batching can't run FalconForCausalLM" in said
+    assert "continuous batching can't run StableLmForCausalLM" in said
     assert "Answering in static batches." in said
