@@ -105,7 +105,7 @@ def _ask(option: str, question: str) -> str:
 def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     """Read the rows; on a terminal ask for the columns if they are of no known format."""
     from qvera.data import build_datasets
-    from qvera.data.row_format import MissingColumn, UnaskedPreferences, UnknownFormat
+    from qvera.data.conversations import MissingColumn, UnaskedPreferences, UnknownFormat
     from qvera.models.processor import load_processor
     from qvera.tasks import task_of
 

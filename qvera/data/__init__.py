@@ -5,16 +5,15 @@
 
 from qvera.data.adapter_rows import AdapterRows
 from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_template
-from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.conversations import Turn, read_prompts
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
-from qvera.data.encoding import Encoder, decode
 from qvera.data.labelled import Labels
 from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.recipe_batches import adapter_batches, batches_of, planned_steps
-from qvera.data.rows import Example, Rows, lengths_of
+from qvera.data.rows import IGNORED, Example, Rows, collate, collate_prefix_once, lengths_of
 from qvera.data.sampler import Batches, microbatches, steps_per_epoch
+from qvera.data.tokenization import Encoder, decode
 
 __all__ = [
     "IGNORED",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qvera.data.rows import Rows
-from qvera.data.source_rows import members_of
+from qvera.data.source import members_of
 from qvera.utils.adapter_names import alike_names, directory_names, shown_name
 
 

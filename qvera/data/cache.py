@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.config.schema import DataSection
-from qvera.data.encoding import Encoder
-from qvera.data.image_rows import ImageEncoder
-from qvera.data.readers import EXTENSIONS, local_files
+from qvera.data.labelled import ImageEncoder
+from qvera.data.readers import EXTENSIONS, load_hub, local_files
 from qvera.data.rows import Rows
-from qvera.data.source_rows import source_paths
-from qvera.data.tokenization import RowCounts
-from qvera.data.tokenize_source import EVAL, TRAIN, TokenizedSource, source_bytes, source_content, tokenize_source
+from qvera.data.source import EVAL, TRAIN, TokenizedSource, source_files, source_paths, tokenize_source
+from qvera.data.tokenization import Encoder, RowCounts
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.cache_dir import UNFINISHED, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
@@ -162,6 +160,32 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
         "code": _code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
     }
+
+
+def source_bytes(section: DataSection) -> int | None:
+    """Bytes of the local files that a source is read from; None where some of it is a hub dataset."""
+    files = [source_files(section, path) for path, _ in source_paths(section)]
+    return None if None in files else sum(file.stat().st_size for found in files for file in found or [])
+
+
+def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
+    """What identifies a source's content: names and SHA-256 of its files, or the fingerprint of a hub dataset.
+
+    None where nothing tells one content from another.
+    """
+    content: list[list[str]] = []
+    for path, split in source_paths(section):
+        files = source_files(section, path)
+        if files is not None:
+            sha256_of = hashes.hashed(files, hashes.known(files), None)
+            content += [[str(file), sha256_of[file]] for file in files]
+            continue
+        dataset = load_hub(path, split, section.config_name, section.revision)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        if fingerprint is None:
+            return None
+        content.append([path, str(fingerprint)])
+    return content
 
 
 def _may_name_images(section: DataSection) -> bool:

@@ -1,16 +1,28 @@
-"""Conversations → the text a model reads, and which characters of it are answers."""
+"""Conversations → the text a model reads, and which characters of it are answers.
+
+Answers are never searched for: a row's text could contain anything, the template's own markers included. There are
+three ways to know where they are. Where two of them place all answers of a conversation, they place them alike; but
+each can do templates that the others can't (tests/data/test_chat_template.py has one for each):
+
+- The author's ``{% generation %}`` blocks, where there are any. They alone place an answer that the template rewrites
+  once a later turn follows. Blocks differ in what they include, which one of the next two settles.
+- The layout: the literal text that the template writes around the contents of a conversation of this shape, learned
+  once a shape, by rendering slots in place of the contents. It alone does templates that write more around an answer
+  once a later turn follows, as Qwen3's.
+- Prefixes: the conversation is rendered up to and without each answer. That is nine times as slow. It alone does tool
+  calls, empty answers and templates that strip more than white space.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qvera.data.conversations import REASONING, Conversation, Turn
-from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
-from qvera.data.row_format import UNRENDERED
+from qvera.data.conversations import REASONING, UNRENDERED, Conversation, Turn
 from qvera.utils.errors import InputError, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -42,6 +54,59 @@ _CLOCK = (
 Rows are then the same tokens on every day, on every rank, and when a run goes on. transformers hands no function of
 ours to a template.
 """
+Message = dict[str, Any]
+"""One message as ``apply_chat_template`` takes it."""
+Tools = list[dict[str, Any]] | None
+"""The JSON schemas of the tools that a conversation offers."""
+
+
+class TemplateError(Exception):
+    """The template itself refused the conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpan:
+    """Where one assistant turn is, in characters of the rendered text.
+
+    Attributes:
+        turn: its index in the conversation.
+        header: where the template text that opens it starts (the previous content ends there).
+        start: the first character that the model writes itself: the generation prompt ends here.
+        end: one past its end-of-turn marker.
+        marked: the template writes an end-of-turn marker (one token of the vocabulary) after this answer.
+    """
+
+    turn: int
+    header: int
+    start: int
+    end: int
+    marked: bool
+
+
+class _Slot(NamedTuple):
+    """A place for a content: the template's literal text before it, and what the template strips from it.
+
+    ``answer``, of an assistant's content: characters from the answer's start to the content, from the content's end to
+    the answer's end, and whether that end is a marker.
+    """
+
+    literal: str
+    turn: int
+    name: str
+    strip_left: bool
+    strip_right: bool
+    answer: tuple[int, int, bool] | None
+
+    def content(self, messages: list[Message]) -> str:
+        content: str = messages[self.turn][self.name]
+        content = content.lstrip() if self.strip_left else content
+        return content.rstrip() if self.strip_right else content
+
+
+_Layout = tuple[list[_Slot], str]
+"""What a template writes for conversations of one shape: slots with their literals, and the literal after the last."""
+_MOST_LAYOUTS = 4096
+"""A server is sent conversations of any shape for months: the oldest layouts are forgotten."""
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str = "messages") -> ChatTemplate:
@@ -56,7 +121,10 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
     Raises:
         InputError: an unknown name, or a template whose markers the tokenizer does not have.
     """
-    own = _own_template(tokenizer)
+    try:
+        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    except ValueError as error:  # several named templates and none called "default"
+        raise InputError(f"data.template: the tokenizer's chat template can't be chosen: {error} Name one.") from None
     if name == "auto":
         name = OWN if own else "plain" if format in ("prompt-completion", *UNRENDERED) else "alpaca"
     if name == OWN:
@@ -83,15 +151,6 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
     return ChatTemplate(name, NAMED_TEMPLATES[name], tokenizer)
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:  # several named templates and none called "default"
-        raise InputError(f"data.template: the tokenizer's chat template can't be chosen: {error} Name one.") from None
-
-
 @dataclass(slots=True)
 class ChatTemplate:
     """A chat template bound to a tokenizer.
@@ -101,6 +160,7 @@ class ChatTemplate:
         jinja: its source, for ``tokenizer.chat_template`` beside an adapter.
         special: finds the tokenizer's special tokens in a text.
         source: what is rendered: the template with a clock that stands still.
+        layouts: what it writes around contents, by a conversation's shape and tools; None: nothing that can be learned.
     """
 
     name: str
@@ -109,8 +169,8 @@ class ChatTemplate:
     special: re.Pattern[str] = field(init=False, repr=False)
     source: str = field(init=False, repr=False)
     _added: re.Pattern[str] = field(init=False, repr=False)
-    _layouts: Layouts = field(default_factory=dict, repr=False)
-    _written: set[tuple[str, bool]] = field(default_factory=set, repr=False)
+    layouts: dict[object, _Layout | None] = field(default_factory=dict, init=False, repr=False)
+    _written: set[tuple[str, bool]] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         added = list(self.tokenizer.added_tokens_decoder.values())
@@ -143,12 +203,7 @@ class ChatTemplate:
         blanks = {k: "" for k in ("bos_token", "eos_token") if getattr(self.tokenizer, k, None) is None}
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **blanks,
+                messages, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **blanks
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateError(one_line(error)) from None
@@ -201,7 +256,7 @@ class ChatTemplate:
         self._require_written(conversation.source, messages, conversation.tools)
         try:
             text = self.render(messages, conversation.tools)
-            answers = answer_spans(self, self._layouts, text, messages, conversation)
+            answers = _answer_spans(self, text, messages, conversation)
         except TemplateError as error:
             raise InputError(
                 f"{conversation.source}: the chat template ({self.name}) refuses the row: {error}. Its roles are "
@@ -271,3 +326,230 @@ class ChatTemplate:
 def _any_of(tokens: list[str]) -> re.Pattern[str]:
     longest_first = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _answer_spans(
+    template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
+) -> list[AnswerSpan]:
+    """The answers' places in ``text``, the rendered conversation; an answer that can't be placed is left out.
+
+    Raises:
+        TemplateError: the template takes the row, and refuses a part of it.
+    """
+    spans = _layout_spans(template, text, messages, conversation)
+    blocks = _generation_blocks(template, text, messages, conversation)
+    if spans is None:
+        spans = _prefix_spans(template, text, messages, conversation)
+    if blocks is None:
+        return spans
+    measured = {span.turn: span for span in spans}
+    return [_within_block(template, text, turn, *block, measured.get(turn)) for turn, block in blocks.items()]
+
+
+def _generation_blocks(
+    template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
+) -> dict[int, tuple[int, int]] | None:
+    """The author's own ``{% generation %}`` blocks by turn, where there is one for each assistant turn."""
+    if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.jinja):
+        return None
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        rendered, blocks = render_jinja_template(
+            [messages],
+            tools=conversation.tools,
+            chat_template=template.source,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=False,
+            **{"bos_token": "", "eos_token": "", **template.tokenizer.special_tokens_map},
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+        return None
+    assistants = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+    if rendered[0] != text or len(blocks[0]) != len(assistants):
+        return None
+    return dict(zip(assistants, blocks[0], strict=True))
+
+
+def _within_block(
+    template: ChatTemplate, text: str, turn: int, start: int, end: int, measured: AnswerSpan | None
+) -> AnswerSpan:
+    """The answer of a block [start, end): without the turn's heading, and with its end of turn but nothing behind that.
+
+    Some blocks leave the end of turn outside, some hold the turn's heading or the line break behind its end.
+    """
+    header = start
+    if measured is not None:
+        header = min(measured.header, start)
+        start = max(start, measured.start)
+        # the end of turn stands right behind a block that leaves it outside; one that stops earlier means to
+        closes = measured.marked and template.special.fullmatch(text, end, measured.end)
+        if end >= measured.end or closes:
+            return AnswerSpan(turn, header, start, measured.end, measured.marked)
+    ends = [found.end() for found in template.special.finditer(text, start, end)]
+    if ends and not text[ends[-1] : end].strip():
+        return AnswerSpan(turn, header, start, ends[-1], True)
+    following = template.special.match(text, end)
+    if following is not None and not text[start:end].endswith("\n"):
+        return AnswerSpan(turn, header, start, following.end(), True)
+    return AnswerSpan(turn, header, start, end, False)
+
+
+def _answer_start(
+    template: ChatTemplate, before: list[Message], tools: Tools, text: str, earliest: int, content: int
+) -> tuple[int, int]:
+    """Where in ``text`` the answer starts whose content is at ``content``, and its heading before that.
+
+    An answer starts where the generation prompt for the turns ``before`` ends. Llama-2's start with a space after
+    ``[/INST]``, and Qwen3's with an empty think block: both are the model's to write, since a generation prompt stops
+    before them.
+
+    Args:
+        earliest: an earlier start is none.
+    """
+    try:
+        prompt = template.render(before, tools, prompt=True) if before else ""
+        bare = template.render(before, tools) if before else ""
+    except TemplateError:
+        return content, content
+    # A template that knows no generation prompt writes a heading, which is still not the model's to write.
+    has_heading = prompt == bare and bool(text[len(prompt) : content].strip())
+    if has_heading or not text.startswith(prompt) or not earliest <= len(prompt) <= content:
+        return content, min(len(bare), content)
+    return len(prompt), min(len(bare), len(prompt))
+
+
+def _layout_spans(
+    template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
+) -> list[AnswerSpan] | None:
+    """The answers where the layout's literals and the row's contents are the text, else None."""
+    if any(turn.extra or (turn.role == "assistant" and not turn.content) for turn in conversation.turns):
+        return None
+    shape = tuple((m["role"], "context" in m, not m["content"]) for m in messages)
+    key = (shape, repr(conversation.tools) if conversation.tools else None)
+    layouts = template.layouts
+    if key not in layouts:
+        if len(layouts) >= _MOST_LAYOUTS:
+            layouts.pop(next(iter(layouts)), None)
+        layouts[key] = _learn_layout(template, messages, conversation.tools)
+    layout = layouts[key]
+    if layout is None:
+        return None
+    written = ""
+    answers = []
+    slots, closing = layout
+    for slot in slots:
+        header, written = len(written), written + slot.literal
+        start, written = len(written), written + slot.content(messages)
+        if slot.answer is not None:
+            before, after, marked = slot.answer
+            answers.append(AnswerSpan(slot.turn, header, start - before, len(written) + after, marked))
+    return answers if written + closing == text else None
+
+
+def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools) -> _Layout | None:
+    """Render slots in place of the contents; None where the template does more than to write each in its place."""
+    marks: dict[str, tuple[int, str]] = {}
+    slotted = []
+    for turn, message in enumerate(messages):
+        copy = dict(message)
+        for name in ("content", "context"):
+            if copy.get(name) or name == "context" in copy:
+                mark = f"QveraSlot{len(marks):04d}Zq7"
+                marks[mark] = (turn, name)
+                copy[name] = f"\t{mark}\t"  # a tab that is gone afterwards: the template strips
+        slotted.append(copy)
+    try:
+        text = template.render(slotted, tools)
+    except TemplateError:
+        return None
+    *parts, closing = re.split(r"(\t?)(QveraSlot\d{4}Zq7)(\t?)", text)
+    if parts[2::4] != list(marks):
+        return None  # a content is left out, written twice or moved
+    slots: list[_Slot] = []
+    end = 0
+    following = [*parts[4::4], closing]
+    for literal, left, mark, right, behind in zip(*(parts[i::4] for i in range(4)), following, strict=True):
+        turn, name = marks[mark]
+        earliest, start = end, end + len(literal)
+        end = start + len(left + mark + right)
+        answer = None
+        if messages[turn]["role"] == "assistant" and name == "content":
+            begins, _ = _answer_start(template, slotted[:turn], tools, text, earliest, start)
+            closes, marked = _slotted_end(template, slotted, turn, tools, text, end, end + len(behind))
+            answer = (start - begins, closes - end, marked)
+        slots.append(_Slot(literal, turn, name, not left, not right, answer))
+    return slots, closing
+
+
+def _slotted_end(
+    template: ChatTemplate, slotted: list[Message], turn: int, tools: Tools, text: str, end: int, latest: int
+) -> tuple[int, bool]:
+    """Where in ``text`` the answer's turn ends whose content ends at ``end``, and whether by a marker."""
+    # What follows up to the next content holds the next turn's heading too. Without a marker, what the template itself
+    # puts behind an answer (a line break, say) is all there is to learn from.
+    close = latest if turn + 1 == len(slotted) else end
+    with contextlib.suppress(TemplateError):
+        alone = template.render(slotted[: turn + 1], tools)
+        if text.startswith(alone) and end <= len(alone) <= latest:
+            close = latest = len(alone)
+    marker_end = template.marker_end(text, end, latest)
+    return (marker_end or close), marker_end is not None
+
+
+def _prefix_spans(
+    template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
+) -> list[AnswerSpan]:
+    """Render the conversation through and without each answer; left out where that is not how the text begins."""
+    answers = []
+    tools = conversation.tools
+    for turn, item in enumerate(conversation.turns):
+        if item.role != "assistant":
+            continue
+        through = template.render(messages[: turn + 1], tools)
+        place = _content_place(template, messages[: turn + 1], tools, through) if text.startswith(through) else None
+        if place is None:
+            continue  # rewritten beyond recognition: a marker inside of it could be mistaken for its end
+        content, behind = place
+        start, header = _answer_start(template, messages[:turn], tools, through, 0, content)
+        # A tool call is written behind the content, and may open with a special token of its own.
+        marker_end = template.marker_end(through, behind, len(through), last="tool_calls" in item.extra)
+        answers.append(AnswerSpan(turn, header, start, marker_end or len(through), marker_end is not None))
+    return answers
+
+
+def _content_place(
+    template: ChatTemplate, messages: list[Message], tools: Tools, through: str
+) -> tuple[int, int] | None:
+    """Where in ``through`` the last message's content starts and ends.
+
+    A slot is put in its place: what the template writes before and behind the slot stands around the content too. None
+    where the template does something else with this content.
+    """
+    *earlier, last = messages
+    mark = "QveraSlot"
+    while mark in repr(messages) + repr(tools):
+        mark += "Z"
+    try:
+        slotted = template.render([*earlier, {**last, "content": mark}], tools)
+    except TemplateError:
+        return None
+    if slotted == through:  # the content is left out, as some templates do with tool calls
+        prompt = template.render(earlier, tools, prompt=True) if earlier else ""
+        return (len(prompt), len(prompt)) if through.startswith(prompt) else None
+    before, _, behind = slotted.partition(mark)
+    if slotted != before + mark + behind or mark in behind:
+        return None
+    if through.startswith(before) and through.endswith(behind) and len(through) >= len(before) + len(behind):
+        return len(before), len(through) - len(behind)
+    if not last["content"].strip():
+        # The template writes less around nothing at all: what it shares with the other text at its end is behind it.
+        opening = _shared(through, before)
+        return opening, max(opening, len(through) - _shared(through[::-1], behind[::-1]))
+    return None
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters that two texts begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,18 +1,44 @@
-"""Raw rows → conversations, each row checked; prompts too."""
+"""Raw rows → conversations: which format they have, each row checked; prompts and preferences too."""
+
+from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qvera.config.schema import DataSection
 from qvera.data.readers import RawRow, describe, read_file, read_lines, read_rows
-from qvera.data.row_format import PREFERENCES, RowFormat, detect_format
 from qvera.utils.errors import InputError, did_you_mean
 
+# The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
+_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("system", "tools")),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "alpaca": (("instruction", "output"), ("input", "system")),
+    "prompt-completion": (("prompt", "completion"), ("system", "tools")),
+    "text": (("text",), ()),
+    "classification": (("text", "label"), ("text_pair",)),
+    "image": (("image", "label"), ()),
+    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
+    "unpaired-preference": (("prompt", "completion", "label"), ("system", "tools")),
+}
+PREFERENCES = ("preference", "unpaired-preference")
+"""Formats whose rows say which answers are better, as TRL has them: pairs of answers, or judged single answers."""
+LABELLED = ("classification", "image")
+"""Formats whose rows have a label."""
+UNRENDERED = ("text", *LABELLED)
+"""Formats whose texts are taken as they are: no template has a part in them."""
+_DETECTED = [name for name in _FORMATS if name not in (*LABELLED, *PREFERENCES)]
+"""Rows have labels, or preferences, only where the recipe's task or objective says so."""
+_USUAL_TEXTS = (
+    ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"), ("sentence",), ("question",),
+)  # fmt: skip
+"""Columns that labelled texts usually have, GLUE's among them."""
 _ALIASES = {
     "system": ("developer",),
     "user": ("human",),
@@ -24,6 +50,107 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Keys of a message that only some templates read."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """What the rows of a data set look like.
+
+    Attributes:
+        name: the name of a format, as ``data.format`` has it.
+        columns: our field name → the data set's column name, for the fields that this format reads.
+        unused: columns of the first row that nothing reads.
+    """
+
+    name: str
+    columns: dict[str, str]
+    unused: list[str]
+
+    def column(self, name: str) -> str:
+        """The data set's column for one of our field names."""
+        return self.columns.get(name, name)
+
+
+class UnknownFormat(InputError):
+    """The columns of the rows match no format; the recipe can name them."""
+
+
+class MissingColumn(InputError):
+    """The rows lack a column of the format that was asked for; the recipe can name it."""
+
+
+class UnaskedPreferences(InputError):
+    """The rows are pairs of answers, and the recipe has no objective for them."""
+
+
+def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
+    """Decide from the first row what the rows are.
+
+    Args:
+        format: ``data.format``; ``auto`` goes by the column names.
+        columns: ``data.columns``, our field name → the column's name in the file.
+
+    Raises:
+        InputError: an unknown field, or a column that is not there.
+        UnknownFormat, MissingColumn, UnaskedPreferences: see there.
+    """
+    columns = columns or {}
+    if format in LABELLED:
+        columns = {**_usual_columns(format, row.fields, columns), **columns}
+    known = sorted({name for required, optional in _FORMATS.values() for name in required + optional})
+    found = ", ".join(map(str, row.fields)) or "none"
+    for ours, theirs in columns.items():
+        if ours not in known:
+            hint = did_you_mean(ours, known)
+            raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
+        if theirs not in row.fields:
+            hint = did_you_mean(theirs, row.fields)
+            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
+    present = {name for name in known if name in columns or name in row.fields}
+    if format == "auto":
+        matches = [name for name in _DETECTED if present.issuperset(_FORMATS[name][0])]
+        # A column that the recipe names is meant to be read: formats that read it come first.
+        matches.sort(key=lambda name: not set(columns) & {*_FORMATS[name][0], *_FORMATS[name][1]})
+        if not matches:
+            shapes = "; ".join(f"{name} ({', '.join(_FORMATS[name][0])})" for name in _DETECTED)
+            if present.issuperset(_FORMATS["preference"][0]):
+                raise UnaskedPreferences(
+                    f"{row.source}: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train "
+                    "on such pairs."
+                )
+            raise UnknownFormat(
+                f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
+                "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
+            )
+        format = matches[0]
+    required, optional = _FORMATS[format]
+    missing = [name for name in required if name not in present]
+    if missing:
+        raise MissingColumn(
+            f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
+            f"Columns found: {found}. Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another "
+            "data.format."
+        )
+    # optional columns are read wherever a row has them, though the first row may not
+    read = {name: columns.get(name, name) for name in required + optional}
+    for ours in columns:
+        if ours not in read:
+            raise InputError(
+                f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(required + optional)}."
+            )
+    unused = [str(name) for name in row.fields if name not in read.values()]
+    return RowFormat(format, read, unused)
+
+
+def _usual_columns(format: str, fields: Mapping[str, object], named: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a labelled row that go by a usual name; none for the texts where the recipe names one."""
+    found: dict[str, str] = {}
+    if format == "image":
+        found = {"image": "img"} if "image" not in fields and "img" in fields else {}
+    elif not named.keys() & {"text", "text_pair"}:
+        texts = next((names for names in _USUAL_TEXTS if all(name in fields for name in names)), ())
+        found = dict(zip(("text", "text_pair"), texts, strict=False))
+    return found | ({"label": "labels"} if "label" not in fields and "labels" in fields else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +215,10 @@ def parse_row(
         InputError: a missing column, a value of the wrong type, an unknown role, half a character; names the row's
             source.
     """
+    if format.name in PREFERENCES:
+        return _parse_preference(row, format, system)
     if format.name == "text":
-        return Text(row_text(row, format, "text"), row.source)
+        return Text(row_text(row, format, "text"), row.source, row.owner)
     tools = row_tools(row, format)
     own_system = row_optional_text(row, format, "system")
     is_chat = format.name in ("messages", "sharegpt")
@@ -115,7 +244,7 @@ def parse_row(
         )
     if turns[0].role != "system" and (own_system or system):
         turns = [Turn("system", own_system or system or ""), *turns]
-    return Conversation(turns, row.source, tools)
+    return Conversation(turns, row.source, tools, row.owner)
 
 
 def row_value(row: RawRow, format: RowFormat, name: str) -> object:
@@ -286,6 +415,77 @@ def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
             raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
         return bool(value)
     return None
+
+
+def _parse_preference(row: RawRow, format: RowFormat, system: str | None) -> Conversation:
+    """A row of a preference format as a conversation that ends with its (chosen) answer.
+
+    A pair without a ``prompt`` column has it in both lists: the messages that they begin with in common.
+    """
+    paired = format.name == "preference"
+    names = ["chosen", "rejected"] if paired else ["completion"]
+    if paired and format.column("prompt") not in row.fields:
+        prompt, answers = _without_common_prompt(row, format)
+    else:
+        prompt = _text_or_turns(row, format, "prompt", "user")
+        answers = [_one_answer(row, format, name, _text_or_turns(row, format, name, "assistant")) for name in names]
+    if not prompt or prompt[-1].role in ("system", "assistant"):
+        raise InputError(f"{row.source}: the prompt must end with a turn that asks for an answer, such as a user's.")
+    own_system = row_optional_text(row, format, "system") or system
+    if prompt[0].role != "system" and own_system:
+        prompt = [Turn("system", own_system), *prompt]
+    return Conversation(
+        [*prompt, answers[0]],
+        row.source,
+        row_tools(row, format),
+        row.owner,
+        rejected=answers[1] if paired else None,
+        desirable=None if paired else _judgement(row, format),
+    )
+
+
+def _text_or_turns(row: RawRow, format: RowFormat, name: str, role: str) -> list[Turn]:
+    """A list of messages as turns, or a text as one turn of this role."""
+    if messages_in(row_value(row, format, name)) is not None:
+        return row_turns(row, format, name)
+    return [Turn(role, row_text(row, format, name))]
+
+
+def _one_answer(row: RawRow, format: RowFormat, name: str, turns: list[Turn]) -> Turn:
+    """The one assistant turn that an answer is."""
+    if [turn.role for turn in turns] != ["assistant"]:
+        roles = ", ".join(turn.role for turn in turns) or "none"
+        raise InputError(
+            f"{row.source}: {format.column(name)} must be one assistant turn after the prompt; its turns are {roles}. "
+            "Put earlier turns into the prompt."
+        )
+    if not turns[0].content.strip() and not turns[0].extra.get("tool_calls"):
+        raise InputError(f"{row.source}: {format.column(name)} is empty. Fill it in, or remove the row.")
+    return turns[0]
+
+
+def _without_common_prompt(row: RawRow, format: RowFormat) -> tuple[list[Turn], list[Turn]]:
+    """The turns that both lists begin with, and the answer that each ends with."""
+    lists = [row_turns(row, format, name) for name in ("chosen", "rejected")]
+    shared = 0
+    # the last turn of each is its answer, even where both are the same
+    while shared < min(map(len, lists)) - 1 and lists[0][shared] == lists[1][shared]:
+        shared += 1
+    names = zip(("chosen", "rejected"), lists, strict=True)
+    return lists[0][:shared], [_one_answer(row, format, name, turns[shared:]) for name, turns in names]
+
+
+def _judgement(row: RawRow, format: RowFormat) -> bool:
+    value = row_value(row, format, "label")
+    word = value.strip().lower() if isinstance(value, str) else value  # CSV has no booleans
+    if word in (True, 1, "true", "1"):
+        return True
+    if word in (False, 0, "false", "0"):
+        return False
+    raise InputError(
+        f"{row.source}: {format.column('label')} must be true (a good answer) or false, got {describe(value)}. Fix the "
+        "row."
+    )
 
 
 def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:

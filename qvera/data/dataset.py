@@ -14,21 +14,20 @@ from qvera.config.schema import DataSection
 from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized, tokenized_uncached
 from qvera.data.chat_template import OWN, ChatTemplate
-from qvera.data.image_processor import ImageProcessor
+from qvera.data.conversations import LABELLED, UNRENDERED
+from qvera.data.images import ImageProcessor
 from qvera.data.labelled import Labels, few_of_each_label, labels_of
-from qvera.data.row_format import LABELLED, UNRENDERED
-from qvera.data.row_kinds import encoder_of, template_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.sampling_by_task import Tasks, take_tasks
-from qvera.data.source_rows import with_label_names
+from qvera.data.source import encoder_of, template_of, with_label_names
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qvera.data.row_kinds import Processor
+    from qvera.data.source import Processor
 
 
 @dataclass(frozen=True, slots=True)

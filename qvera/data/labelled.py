@@ -1,11 +1,15 @@
-"""Rows of the format ``classification``: a text or a pair of texts, and a label. Tokenized, and labels as targets."""
+"""Rows with a label: of a text or a pair of texts (``classification``), or of an image. Labels as targets.
+
+An image is checked once, and decoded again when a step asks for it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,54 +17,50 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvera.config.schema import DataSection
-from qvera.data.conversations import row_text, row_value
+from qvera.data.conversations import RowFormat, row_text, row_value
+from qvera.data.images import StoredImage
 from qvera.data.readers import RawRow, describe
-from qvera.data.row_format import RowFormat
 from qvera.data.rows import Example, Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import first_of
 
-FORMAT = "classification"
 VALUE = "value"
 """The name of a regression's one output."""
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledText:
-    """A row. ``text_pair`` is None where it is missing or empty; the label is a name, or a number as text."""
+class LabelledRow:
+    """A row that was checked.
 
-    text: str
-    text_pair: str | None
+    Attributes:
+        content: its text, or its first one; or the bytes of an image, or the path of the image's file.
+        label: a name, or a number as text.
+        text_pair: its second text; None where that is missing or empty.
+    """
+
+    content: Any
     label: str
     source: str
     owner: str | None = None
+    text_pair: str | None = None
 
     @property
     def whole(self) -> str:
         """Both texts, as a person reads them."""
-        return self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
-
-
-def parse_labelled(row: RawRow, format: RowFormat, label_names: Sequence[str] = ()) -> LabelledText:
-    """Check one row.
-
-    Args:
-        label_names: the names of the classes. A label may be one of them, or, where none is a number itself, the number
-            of one, from 0.
-
-    Raises:
-        InputError: a column is missing or of the wrong type, or the label is missing or not one of ``label_names``.
-    """
-    has_pair = row.fields.get(format.column("text_pair")) is not None
-    pair = row_text(row, format, "text_pair") if has_pair else ""
-    label = row_label(row, format, label_names)
-    return LabelledText(row_text(row, format, "text"), pair if pair.strip() else None, label, row.source)
+        return str(self.content) if self.text_pair is None else f"{self.content}\n{self.text_pair}"
 
 
 def row_label(row: RawRow, format: RowFormat, names: Sequence[str] = ()) -> str:
-    """The label of a row as text; ``names`` and errors as in `parse_labelled`."""
+    """The label of a row as text.
+
+    Args:
+        names: of the classes. A label may be one of them, or, where none is a number itself, the number of one, from 0.
+
+    Raises:
+        InputError: the column or the label is missing, or the label is not one of ``names``.
+    """
     value, column = row_value(row, format, "label"), format.column("label")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None or (isinstance(value, str) and not value.strip()) or (is_number and value != value):
@@ -94,16 +94,20 @@ class LabelledTokenizer(RowTokenizer):
     """
 
     def _parse(self, row: RawRow) -> Any:
-        return parse_labelled(row, self.row_format, self.section.label_names)
+        format = self.row_format
+        has_pair = row.fields.get(format.column("text_pair")) is not None
+        pair = row_text(row, format, "text_pair") if has_pair else ""
+        label = row_label(row, format, self.section.label_names)
+        return LabelledRow(row_text(row, format, "text"), label, row.source, row.owner, pair if pair.strip() else None)
 
     def _is_empty(self, row: Any) -> bool:
-        return not row.text.strip()
+        return not row.content.strip()
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
         """See `RowTokenizer.empty_rows_message`."""
         return f"{first_of(list(sources))}: the text is empty. Fill it in, or remove the row."
 
-    def encode(self, rows: Sequence[LabelledText]) -> tuple[list[Example], RowCounts]:  # type: ignore[override]
+    def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:  # type: ignore[override]
         """See `RowTokenizer.encode`."""
         self._counts, examples = RowCounts(), []
         for row in rows:
@@ -125,26 +129,79 @@ class LabelledTokenizer(RowTokenizer):
             examples.append(Example(whole, trained, row.source, nothing, row.whole, row.label, row.owner, pair_start))
         return examples, self._counts
 
-    def _ids(self, row: LabelledText, **options: Any) -> tuple[list[int], int | None]:
+    def _ids(self, row: LabelledRow, **options: Any) -> tuple[list[int], int | None]:
         """The ids of a row, and where its second text begins if the model is told so."""
         tokenizer = self.encoder.tokenizer
-        side, tokenizer.truncation_side = tokenizer.truncation_side, self._cut_side
+        cut_side = "left" if self.section.too_long == "cut-start" else "right"
+        side, tokenizer.truncation_side = tokenizer.truncation_side, cut_side
+        count = tokenizer.num_special_tokens_to_add
         try:
-            texts = (row.text, row.text_pair) if row.text_pair is not None and self._knows_pairs else (row.whole,)
+            knows_pairs = row.text_pair is not None and count(pair=True) > count(pair=False)
+            texts = (row.content, row.text_pair) if knows_pairs else (row.whole,)
             found = tokenizer(*texts, return_attention_mask=False, verbose=False, **options)
         finally:
             tokenizer.truncation_side = side
         kinds = found.get("token_type_ids") or []
         return found["input_ids"], kinds.index(1) if 1 in kinds else None
 
-    @property
-    def _cut_side(self) -> str:
-        return "left" if self.section.too_long == "cut-start" else "right"
 
-    @property
-    def _knows_pairs(self) -> bool:
-        tokenizer = self.encoder.tokenizer
-        return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+class ImageEncoder:
+    """What stands in for a tokenizer's `Encoder`: an image is as many tokens as it has patches."""
+
+    tokenizer = None
+    pad_id = 0
+    pads_with_eos = False
+
+    def __init__(self, patches: int) -> None:
+        self.patches = patches
+
+    def sha256(self) -> str:
+        """What the rows depend on: they have absolute paths, where a recipe may have relative ones."""
+        return f"{self.patches} tokens, from {Path.cwd()}"
+
+
+class ImageReader(RowTokenizer):
+    """Rows → examples. Each image is decoded once to see that it can be, and is kept as it is stored.
+
+    An example has a token for each patch that the model makes of its image. The last one stands for its one target, the
+    label (`Example.is_labelled`).
+    """
+
+    def _parse(self, row: RawRow) -> Any:
+        label = row_label(row, self.row_format, self.section.label_names)
+        return LabelledRow(_image_content(row, self.row_format), label, row.source, row.owner)
+
+    def _is_empty(self, row: Any) -> bool:
+        return False
+
+    def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:  # type: ignore[override]
+        """See `RowTokenizer.encode`."""
+        tokens = self.encoder.patches  # type: ignore[attr-defined]
+        ids, nothing, trained = np.zeros(tokens, np.int32), np.zeros(0, np.int32), np.zeros(tokens, dtype=bool)
+        trained[-1:] = True
+        examples = []
+        for row in rows:
+            image = StoredImage(row.content, row.source)
+            image.open()
+            where = row.content if isinstance(row.content, str) else ""
+            examples.append(Example(ids, trained, row.source, nothing, where, row.label, row.owner, image=image))
+        return examples, RowCounts()
+
+
+def _image_content(row: RawRow, format: RowFormat) -> str | bytes:
+    """The bytes of a row's image, or the path of its file, which a data file may write relative to itself."""
+    value, column = row_value(row, format, "image"), format.column("image")
+    if isinstance(value, Mapping):  # as `datasets.Image` stores it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray)) and value:
+        return bytes(value)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(
+            f"{row.source}: {column} must be an image: its bytes, the path of a file, or an object with bytes or path; "
+            f"got {describe(value)}. Fix the row, or remove it."
+        )
+    directory = Path() if row.file is None else row.file.parent
+    return str((directory / Path(value).expanduser()).absolute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +290,7 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
     found = rows_by_label(train)
     numbers = {label: _as_number(label) for label in found}
     has_fraction = any(value is not None and not value.is_integer() for value in numbers.values())
-    asked = section.regression if section.format == FORMAT else False  # an image has a class
+    asked = section.regression if section.format == "classification" else False  # an image has a class
     if asked is True or (asked == "auto" and has_fraction and None not in numbers.values() and not section.label_names):
         labels = Labels((VALUE,), True)
         for rows in (train, *held_out):

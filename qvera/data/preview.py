@@ -10,8 +10,8 @@ from rich.text import Text
 
 from qvera.data.chat_template import NAMED_TEMPLATES
 from qvera.data.dataset import Datasets, DataStats
-from qvera.data.encoding import decode
 from qvera.data.rows import Example
+from qvera.data.tokenization import decode
 
 if TYPE_CHECKING:
     from rich.console import Console

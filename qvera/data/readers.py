@@ -1,5 +1,7 @@
 """Files, directories and hub datasets → raw rows, each with the place it came from."""
 
+from __future__ import annotations
+
 import csv
 import difflib
 import json
@@ -9,18 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qvera.data.hub import load_hub
-from qvera.data.image_folder import image_files, image_row
 from qvera.data.images import IMAGE_EXTENSIONS
 from qvera.utils.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BATCH_BYTES = 16 * 2**20
 _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
 _TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
 _HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev|held[-_]?out)([^a-z]|$)", re.IGNORECASE)
+
+_TRAIN_FOLDERS = ("train", "training")
+_HELD_OUT_FOLDERS = ("test", "testing", "valid", "validation", "val", "eval", "dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def read_rows(
             )
     for file in files:
         if file.suffix.lower() in IMAGE_EXTENSIONS and Path(path).expanduser().is_dir():
-            yield RawRow(image_row(file), str(file))
+            yield RawRow({"image": str(file.absolute()), "label": file.parent.name}, str(file))
         else:
             yield from read_file(file)
 
@@ -138,6 +144,47 @@ def _data_files(directory: Path) -> list[Path]:
             f"directory are read. Set data.path to {directory / train[0]} and data.eval_path to the other."
         )
     return files
+
+
+def image_files(directory: Path) -> list[Path]:
+    """The images of all classes, class by class in name order; none where the directory has no folders of images.
+
+    Hidden entries and files of other kinds are left out.
+
+    Raises:
+        InputError: the folders are splits, not classes; an image stands beside the folders; or a folder has no image.
+    """
+    folders = [entry for entry in _entries(directory) if entry.is_dir()]
+    names = {folder.name.lower(): folder for folder in folders}
+    train = next((names[name] for name in _TRAIN_FOLDERS if name in names), None)
+    held_out = next((names[name] for name in _HELD_OUT_FOLDERS if name in names), None)
+    if train is not None and held_out is not None:
+        raise InputError(
+            f"{directory}: holds the splits {train.name} and {held_out.name}, not classes. Set data.path to {train} "
+            f"and data.eval_path to {held_out}."
+        )
+    found = [[entry for entry in _entries(folder) if _is_image(entry)] for folder in folders]
+    if not any(found):
+        return []
+    if beside := [entry for entry in _entries(directory) if _is_image(entry)]:
+        raise InputError(
+            f"{beside[0]}: stands beside the folders of {directory}, and an image's folder is its class. Move it into "
+            "one, or remove it."
+        )
+    if empty := [folder for folder, images in zip(folders, found, strict=True) if not images]:
+        raise InputError(
+            f"{empty[0]}: holds no images, and each folder of {directory} is a class. Expected files that end in "
+            f"{', '.join(IMAGE_EXTENSIONS)}; add some, or remove the folder."
+        )
+    return [image for images in found for image in images]
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    return (entry for entry in sorted(directory.iterdir()) if not entry.name.startswith("."))
+
+
+def _is_image(entry: Path) -> bool:
+    return entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()
 
 
 def adapter_files(path: str) -> list[Path]:
@@ -312,15 +359,11 @@ def csv_records(lines: Iterable[str], file: Path) -> Any:
     """A reader of the records in the lines of a .csv or .tsv file, as the module csv has it."""
     # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless.
     csv.field_size_limit(2**31 - 1)
-    return csv.reader(lines, delimiter=_delimiter(file), strict=True)
-
-
-def _delimiter(file: Path) -> str:
-    return "\t" if file.suffix.lower() == ".tsv" else ","
+    return csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
 
 
 def _read_csv(file: Path) -> Iterator[RawRow]:
-    delimiter = _delimiter(file)
+    is_tsv = file.suffix.lower() == ".tsv"
     header: list[str] = []
     line = 1  # where a record starts: a quoted field may span lines
     with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -328,11 +371,11 @@ def _read_csv(file: Path) -> Iterator[RawRow]:
         try:
             for record in reader:
                 if record and not header:
-                    header = _csv_header(file, line, record, delimiter)
+                    header = _csv_header(file, line, record, is_tsv)
                 elif record and len(record) != len(header):
                     raise InputError(
                         f"{file}:{line}: {len(record)} fields where the header has {len(header)} "
-                        f"({', '.join(header)}). Fields that hold a {'tab' if delimiter == chr(9) else 'comma'} or a "
+                        f"({', '.join(header)}). Fields that hold a {'tab' if is_tsv else 'comma'} or a "
                         "line break must be in double quotes."
                     )
                 elif record:
@@ -342,9 +385,9 @@ def _read_csv(file: Path) -> Iterator[RawRow]:
             raise InputError(f"{file}:{line}: not valid CSV: {error}. Check the quotes there.") from None
 
 
-def _csv_header(file: Path, line: int, record: list[str], delimiter: str) -> list[str]:
+def _csv_header(file: Path, line: int, record: list[str], is_tsv: bool) -> list[str]:
     header = [name.strip() for name in record]
-    if len(header) == 1 and delimiter == "," and re.search(r"[;\t]", header[0]):
+    if len(header) == 1 and not is_tsv and re.search(r"[;\t]", header[0]):
         found = "semicolons" if ";" in header[0] else "tabs (rename it to .tsv)"
         raise InputError(f"{file}:{line}: columns are separated by {found}; expected commas. Convert the file.")
     for name, count in Counter(header).items():
@@ -376,6 +419,38 @@ def _read_hub(path: str, split: str, config_name: str | None, revision: str | No
         yield RawRow(dict(fields), f"{path}[{split}] row {number}")
     if not number:
         raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
+
+
+def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> datasets.Dataset:
+    """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped. Images are not decoded.
+
+    Raises:
+        InputError: there is none of that name, or the hub can't be reached.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(path, name=config_name, split=split, revision=revision)
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        for name in images:  # rows get them as they are stored
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        return dataset
+    except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
+        hint = "Check data.path, data.config_name, data.split and data.revision."
+        if isinstance(error, ConnectionError) or "offline" in str(error).lower():
+            hint = "The hub can't be reached: connect, or set data.path to a local file."
+        raise InputError(
+            f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
+            f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {one_line(error)}. {hint}"
+        ) from None
+
+
+def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
+    """The names of a column's integer labels, from 0; empty where the dataset has none for them."""
+    import datasets
+
+    feature = dataset.features.get(column)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
 
 
 def _shortened(text: str, limit: int = 60) -> str:

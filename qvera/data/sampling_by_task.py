@@ -11,7 +11,7 @@ import numpy as np
 from qvera.config.schema import DataSection
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
-from qvera.data.tokenize_source import TokenizedSource
+from qvera.data.source import TokenizedSource
 from qvera.utils.errors import InputError, did_you_mean
 
 

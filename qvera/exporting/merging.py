@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from qvera.adapters.files.adapter_file import require_tokens
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.data.encoding import pad_id_of
+from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import open_adapter_on_base
 from qvera.exporting.deltas import TokenTable, token_tables
 from qvera.exporting.stream import PackedBaseReader, TrainedBaseReader, one_thread_each

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qvera.data.collate import Joined, round_up_length
+from qvera.data.rows import Joined, round_up_length
 from qvera.utils import accelerator
 
 CAUSAL = "qvera_causal"
@@ -327,7 +327,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers: [1, heads, T, head_dim] → [1, T, heads, head_dim] where rows have offsets.
 
-    The names from ``cu_seq_lens_q`` on are those of `qvera.data.collate`. Without them it is sdpa.
+    The names from ``cu_seq_lens_q`` on are those of `qvera.data.rows`. Without them it is sdpa.
     """
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         if attention_mask is None and _lacks_grouped_kernel(query, key):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qvera.data import Example, collate, collate_prefix_once
-from qvera.data.collate import pad_batch, round_up_length, rounds_lengths
+from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.zero_params import gathered
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
@@ -35,7 +35,7 @@ def make_batch(
     """Collate rows into a batch on the model's device.
 
     The rows become one sequence where that is asked for or cheaper, and where the model supports it. On a CPU in 16
-    bits the batch is padded to one of a few lengths (`qvera.data.collate`).
+    bits the batch is padded to one of a few lengths (`qvera.data.rows`).
 
     Args:
         prefix_once: what the rows begin with is computed once for all of them, where that pays.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from qvera.config.schema import ModelSection
-from qvera.data.encoding import pad_id_of, require_eos
+from qvera.data.tokenization import pad_id_of, require_eos
 from qvera.distributed.zero_params import whole_numel
 from qvera.models import attention, linear, quantization, quantized_cache, stream
 from qvera.models.hub import base_directory
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from qvera.data.collate import Joined
+    from qvera.data.rows import Joined
 
 
 @dataclasses.dataclass

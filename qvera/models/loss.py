@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qvera.data import IGNORED
-from qvera.data.collate import round_up_length, rounds_lengths
+from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.structure import decoder_of
 from qvera.utils.errors import InputError
@@ -185,7 +185,7 @@ def fused_linear_cross_entropy(
         expected_grad: the gradient (scalar, fp32) that backward will bring, where that is known. It is then multiplied
             in before the gradient in hidden is rounded to 16 bits: with a loss scale, small ones stay above the
             smallest number of float16. Backward may bring another one; only the rounding is chosen for this.
-        trained: int64 [n], the places in the flattened hidden states that predict a trained token (`qvera.data.collate`
+        trained: int64 [n], the places in the flattened hidden states that predict a trained token (`qvera.data.rows`
             makes them on the host); None: they are looked for in the labels, for which the host waits for the device.
         label_smoothing: ε; the target distribution is 1 - ε on the label and ε spread evenly over the vocabulary
             (arXiv 1512.00567, section 7).

@@ -9,8 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoImageProcessor
 
 from qvera.config.schema import ModelSection
-from qvera.data.image_processor import ImageProcessor
-from qvera.data.images import require_pillow
+from qvera.data.images import ImageProcessor, require_pillow
 from qvera.models.hub import require_model_files
 from qvera.models.model_class import ModelClass
 from qvera.models.model_config import load_config
@@ -21,7 +20,7 @@ from qvera.utils.paths import resolve_path
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from qvera.data.row_kinds import Processor
+    from qvera.data.source import Processor
 
 PROCESSOR_FILE = "preprocessor_config.json"
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from qvera.data.collate import round_up_length, rounds_lengths
-from qvera.data.labelled import FORMAT, VALUE, Labels, labelled_arrays
+from qvera.data.labelled import VALUE, Labels, labelled_arrays
+from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.class_metrics import class_scores, require_packages, value_scores
 from qvera.evaluation.held_out import over_held_out
@@ -134,7 +134,7 @@ class SequenceClassification(Classification):
 
     name = "sequence-classification"
     exported_class = classification_class()
-    row_format = FORMAT
+    row_format = "classification"
     too_large = "Lower data.max_length."
 
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
@@ -159,7 +159,7 @@ class SequenceClassification(Classification):
     ) -> torch.Tensor:
         """See `Classification.row_logits`.
 
-        On a CPU in 16 bits the batch is padded to one of a few lengths (`qvera.data.collate`).
+        On a CPU in 16 bits the batch is padded to one of a few lengths (`qvera.data.rows`).
         """
         inner = causal_model(model)
         device, implementation = next(model.parameters()).device, inner.config._attn_implementation

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvera.data.image_processor import Draw, pixel_batch
-from qvera.data.image_rows import FORMAT
-from qvera.data.images import require_pillow
+from qvera.data.images import Draw, pixel_batch, require_pillow
 from qvera.models.loader import causal_model
 from qvera.models.model_class import ModelClass, image_class
 from qvera.tasks.classification import Classification
@@ -32,7 +30,7 @@ class ImageClassification(Classification):
 
     name = "image-classification"
     exported_class = image_class()
-    row_format = FORMAT
+    row_format = "image"
     too_large = "Use a base of a smaller image size."
 
     def check(self, recipe: Recipe) -> None:

@@ -1,41 +1,86 @@
 """Preference tuning (``training.objective``: dpo, orpo, kto) of a causal language model, by TRL's losses.
 
-A target is a pair of answers, or for KTO one judged answer.
+A target is a pair of answers, or for KTO one judged answer. TRL's trainer gets our model and, for each forward pass,
+our tokens. Its loop is not used: batches, steps, checkpoints and ranks are those of any run. All that is known of TRL
+here is how a trainer is made, its collator's keys, its ``compute_loss`` and the metrics that its ``log`` adds;
+`tests/tasks/test_preference.py` compares each loss with its paper's formula, so that a TRL that computes something else
+is noticed.
+
+The reference of DPO and KTO is the base with the adapter switched off. ORPO has none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import logging
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qvera.adapters.files.save_load import named_vectors
+from qvera.data import Example
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
+from qvera.models.checkpointing import draws_random_numbers
 from qvera.tasks.causal_lm import CausalLM
-from qvera.tasks.trl_loss import PreferenceLoss, require_trl
+from qvera.utils import accelerator
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from qvera.config.schema import Recipe, TrainingSection
-    from qvera.data import Datasets, Example
+    from qvera.data import Datasets
+
+OLDEST_TRL = "1.16.0"
+_MEASURED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
+_MEASURED_BY = {"orpo": ("nll_loss", "log_odds_ratio"), "kto": ("kl",)}
+
+
+def require_trl() -> None:
+    """Raises InputError where TRL is missing or too old."""
+    if find_spec("trl") is None:
+        found = "TRL is not installed"
+    elif tuple(map(int, version("trl").split(".")[:2])) < tuple(map(int, OLDEST_TRL.split(".")[:2])):
+        found = f"TRL {version('trl')} is installed"
+    else:
+        return
+    raise InputError(
+        f"training.objective: the losses on preferences are those of TRL {OLDEST_TRL} or later, and {found}: pip "
+        "install 'qvera[trl]'"
+    )
 
 
 class Preferences(CausalLM):
-    """The loss compares answers. Each run has an instance of its own, which keeps TRL's trainer for the run's model."""
+    """The loss compares answers. Each run has an instance of its own, which keeps TRL's trainer for the run's model.
+
+    ORPO's likelihood term is a mean over the tokens of a pass, and KTO's estimate of the divergence is one over its
+    rows, so these two depend on how rows are divided into passes.
+    """
 
     joins_rows = False
     loss_is_trl = True
-    _loss: PreferenceLoss
+    _model: nn.Module
+    _trainer: Any
 
     def __init__(self, objective: str) -> None:
+        self.objective = objective
         self.has_reference = objective != "orpo"
         self.makes_all_logits = objective == "orpo"
         # the reference's, and for KTO two more over prompts with other rows' answers
         self.passes_without_gradient = {"orpo": 0, "dpo": 1, "kto": 3}[objective]
+        self._keys = (*_MEASURED, *_MEASURED_BY.get(objective, ()))
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # metric → weighted sum, weight
+        self._pass: dict[str, tuple[float, int]] = {}  # metric → mean over the latest pass, weight
 
     def check(self, recipe: Recipe) -> None:
         """See `Task.check`: the losses are TRL's."""
@@ -44,8 +89,20 @@ class Preferences(CausalLM):
     def prepare(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, training: TrainingSection
     ) -> None:
-        """See `Task.prepare`."""
-        self._loss = PreferenceLoss(model, tokenizer, datasets.pad_id, training)
+        """See `Task.prepare`: makes TRL's trainer.
+
+        Raises:
+            InputError: TRL is missing or too old.
+        """
+        require_trl()
+        self._sums.clear()
+        own_tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token
+        own_tokenizer.pad_token_id = datasets.pad_id
+        self._model, device = model, next(model.parameters()).device
+        with _quiet(), _as_it_was(model):
+            self._trainer = _make_trainer(model, own_tokenizer, training, device)
+            if "ref" in getattr(model, "peft_config", {}):
+                model.delete_adapter("ref")  # type: ignore[operator]  # a fresh adapter, whose output is the base's
 
     def targets(self, rows: Sequence[Example]) -> int:
         """See `Task.targets`."""
@@ -60,20 +117,67 @@ class Preferences(CausalLM):
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """See `Task.loss`, and `PreferenceLoss` for what depends on the rows of a pass."""
-        return self._loss(rows)
+        """See `Task.loss`: summed over pairs, or over judged answers."""
+        return self._sum(rows)
+
+    def _sum(self, rows: Sequence[Example]) -> tuple[torch.Tensor, int]:
+        batch, device = (
+            self._trainer.data_collator(_FEATURES[self.objective](rows)),
+            next(self._model.parameters()).device,
+        )
+        batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+        def fp32_logits(*args: Any, **inputs: Any) -> Any:
+            output = self._model(*args, **inputs)
+            output.logits = output.logits.float()
+            return output
+
+        # ORPO takes the model's logits, and sums of log probabilities in 16 bits would tell few answers apart
+        loss = self._trainer.compute_loss(fp32_logits if self.objective == "orpo" else self._model, batch)
+        self._pass = self._measured(rows)
+        return loss * len(rows), len(rows)
+
+    def _measured(self, examples: Sequence[Example]) -> dict[str, tuple[float, int]]:
+        """What TRL measured in the latest pass, and over how many rows."""
+        logged: dict[str, Any] = {"loss": 0.0}
+        self._trainer.log(logged)  # adds the metrics
+        self._trainer.state.log_history.clear()
+        good = sum(example.desirable is not False for example in examples)
+        bad = sum(example.desirable is not True for example in examples)
+        found = {}
+        for key in self._keys:
+            value = logged.get(key, logged.get(f"eval_{key}"))
+            weight = good if key.endswith("chosen") else bad if key.endswith("rejected") else len(examples)
+            if value is not None and weight:
+                found[key] = float(value), weight
+        return found
 
     def count_pass(self) -> None:
         """See `Task.count_pass`."""
-        self._loss.count_pass()
-
-    def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """See `Task.take_metrics`, and `PreferenceLoss.take_metrics` for what there is."""
-        return self._loss.take_metrics(group)
+        for key, (value, weight) in self._pass.items():
+            self._sums[key][0] += value * weight
+            self._sums[key][1] += weight
+        self._pass = {}
 
     def forget_metrics(self) -> None:
         """See `Task.forget_metrics`."""
-        self._loss.forget_metrics()
+        self._sums.clear()
+
+    def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
+        """See `Task.take_metrics`.
+
+        Returns:
+            Means over all counted passes: rewards and log probabilities of chosen and rejected answers, the
+            ``rewards/margins`` between them, the share of pairs whose chosen answer has the higher reward
+            (``rewards/accuracies``), and what else the objective has. What no row has is left out.
+        """
+        sums = group.sum([number for key in self._keys for number in self._sums[key]])
+        self._sums.clear()
+        pairs = zip(self._keys, sums[::2], sums[1::2], strict=True)
+        found = {key: total / weight for key, total, weight in pairs if weight}
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
 
     def held_out_loss(
         self,
@@ -84,13 +188,13 @@ class Preferences(CausalLM):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """See `Task.held_out_loss`; adds the metrics of `PreferenceLoss.take_metrics`."""
+        """See `Task.held_out_loss`; adds the metrics of `take_metrics`."""
         started = time.perf_counter()
-        self._loss.forget_metrics()
+        self.forget_metrics()
 
         def compute(numbers: list[int]) -> torch.Tensor:
-            total, _ = self._loss([rows[i] for i in numbers])
-            self._loss.count_pass()
+            total, _ = self._sum([rows[i] for i in numbers])
+            self.count_pass()
             return total
 
         size = training.per_device_eval_batch_size
@@ -100,7 +204,7 @@ class Preferences(CausalLM):
             "loss": total / len(rows),
             "rows": len(rows),
             "trained_tokens": sum(row.trained_tokens for row in rows),
-            **self._loss.take_metrics(group),
+            **self.take_metrics(group),
             "seconds": time.perf_counter() - started,
         }
 
@@ -114,3 +218,154 @@ class Preferences(CausalLM):
         if "exact_match" in scores:
             text += f", exact match {scores['exact_match']:.1%} of {scores['exact_match_rows']} rows"
         return text
+
+
+def _pair_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Pairs for the collator of TRL's DPOTrainer."""
+    return [
+        {
+            "prompt_ids": example.input_ids[: example.answer_start].tolist(),
+            "chosen_ids": example.input_ids[example.answer_start :].tolist(),
+            "rejected_ids": _rejected(example),
+        }
+        for example in examples
+    ]
+
+
+def _labelled_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Pairs for the collator of TRL's ORPOTrainer."""
+    rows = []
+    for pair in _pair_features(examples):
+        row: dict[str, Any] = {}
+        for name in ("prompt", "chosen", "rejected"):
+            prompt, answer = pair["prompt_ids"], pair[f"{name}_ids"] if name != "prompt" else []
+            row[f"{name}_input_ids"] = prompt + answer
+            row[f"{name}_attention_mask"] = [1] * len(prompt + answer)
+            if answer:
+                row[f"{name}_labels"] = [-100] * len(prompt) + answer
+        rows.append(row)
+    return rows
+
+
+def _judged_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Judged answers for the collator of TRL's KTOTrainer.
+
+    The divergence is estimated from each prompt with the answer of the row before it in the pass, as TRL does it; in a
+    pass of one row that is its own.
+    """
+    answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
+    return [
+        {
+            "prompt_ids": example.input_ids[: example.answer_start].tolist(),
+            "completion_ids": answers[number],
+            "KL_completion_ids": answers[number - 1],
+            "label": bool(example.desirable),
+        }
+        for number, example in enumerate(examples)
+    ]
+
+
+_FEATURES: dict[str, Callable[[Sequence[Example]], list[dict[str, Any]]]] = {
+    "dpo": _pair_features,
+    "orpo": _labelled_features,
+    "kto": _judged_features,
+}
+
+
+def _rejected(example: Example) -> list[int]:
+    if example.rejected_ids is None:
+        raise ValueError(f"{example.source}: is no preference pair")
+    return example.rejected_ids.tolist()
+
+
+def _make_trainer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, training: TrainingSection, device: torch.device
+) -> Any:
+    """TRL's trainer for the objective. It asks for rows, and gets some that are never used."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    rows: dict[str, list[Any]] = {"prompt": ["a", "a"], "chosen": ["b", "b"], "rejected": ["c", "c"]}
+    settings: dict[str, Any] = {"beta": training.beta, "max_length": None}
+    if training.objective == "dpo":
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+
+        settings["loss_type"] = training.loss_type
+    elif training.objective == "kto":
+        from trl import KTOConfig as Config
+        from trl import KTOTrainer as Trainer
+
+        settings |= {"desirable_weight": training.desirable_weight, "undesirable_weight": training.undesirable_weight}
+        rows = {"prompt": ["a", "a"], "completion": ["b", "c"], "label": [True, False]}
+    else:
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+
+        settings["max_length"] = 1024  # of the rows that are never used: None is a warning
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = Config(
+            output_dir=unused,
+            max_steps=1,
+            use_cpu=not accelerator.is_accelerator(device),
+            bf16=False,  # the model computes in its own dtype
+            gradient_checkpointing=False,  # a run enables it; TRL disables it for the reference, then enables it so
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)},
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        )
+        # one process uses one GPU; TRL refuses several that it sees, as transformers would put a model on all of them
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = Trainer(model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.accelerator = _OneProcess(trainer.accelerator)
+    return trainer
+
+
+class _OneProcess:
+    """An accelerator that gathers nothing: ranks may have other numbers of rows, and `Group` sums what they found."""
+
+    def __init__(self, whole: Any) -> None:
+        self._whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself."""
+        return tensor
+
+    gather_for_metrics = gather
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give back random state, mode and vectors as they were: TRL seeds generators, and rounds vectors to 16 bits."""
+    was_training = model.training
+    vectors = {name: (vector, vector.data, vector.requires_grad) for name, vector in named_vectors(model).items()}
+    with accelerator.forked_random_state():
+        yield
+    for vector, data, requires_grad in vectors.values():
+        vector.data = data
+        vector.requires_grad_(requires_grad)
+    model.train(was_training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what TRL says of its own making, and the progress bars of rows that are never used."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if not hidden:
+            datasets.enable_progress_bars()

@@ -48,7 +48,7 @@ def allocated_bytes() -> int | None:
 
 @functools.cache
 def kernel_bytes(dtype: torch.dtype) -> int:
-    """Bytes that the CPU's kernel cache takes for each new shape of a matrix product (`qvera.data.collate`), measured.
+    """Bytes that the CPU's kernel cache takes for each new shape of a matrix product (`qvera.data.rows`), measured.
 
     0 where that can't be measured.
     """

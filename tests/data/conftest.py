@@ -11,13 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-# SmolLM2-135M-Instruct's own template (Apache-2.0): a default system prompt where the conversation brings none.
-SMOLLM2_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from tests.data.real_templates import SMOLLM2
+
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:\nSay it.\n\n### Input:\nthis\n\n### Response:\nThe answer is yes.\n\n",
@@ -83,9 +78,7 @@ def base_tokenizer(make_tokenizer: MakeTokenizer) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(make_tokenizer: MakeTokenizer) -> PreTrainedTokenizerFast:
     """As SmolLM2-Instruct's: BOS is <|im_start|> and not added, EOS and padding are <|im_end|>."""
-    return make_tokenizer(
-        bos="<|im_start|>", eos="<|im_end|>", pad="<|im_end|>", adds_bos=False, chat_template=SMOLLM2_TEMPLATE
-    )
+    return make_tokenizer(bos="<|im_start|>", eos="<|im_end|>", pad="<|im_end|>", adds_bos=False, chat_template=SMOLLM2)
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +93,7 @@ def llama2_tokenizer() -> PreTrainedTokenizerFast:
     # SentencePiece learns no token across a word boundary, and then encodes without splitting into words first.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<unk>", "<s>", "</s>", *vocabulary],
-        show_progress=False,
-        max_token_length=8,
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *vocabulary], show_progress=False, max_token_length=8
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     # The bytes had to be in the vocabulary for training; as in the real one they are tokens, not special tokens.

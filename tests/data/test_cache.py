@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -26,19 +25,10 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli.main import main
 from qvera.config.schema import DataSection, DataSource
-from qvera.data import (
-    Datasets,
-    Example,
-    Rows,
-    build_datasets,
-    cache,
-    data_sha256,
-    print_preflight,
-    tokenize_source,
-)
+from qvera.data import Datasets, Rows, build_datasets, cache, print_preflight, source
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
-from tests.data.test_same_rows import byte_tokenizer, write_rows
+from tests.data.rows import byte_tokenizer, same, write_rows
 from tests.tasks.encoders import word_tokenizer
 
 pytestmark = pytest.mark.process
@@ -57,25 +47,6 @@ def section(tmp_path: Path) -> DataSection:
     return DataSection(path=chats, template="chatml", eval_fraction=0.1, max_length=256, too_long="split")
 
 
-@pytest.fixture
-def long_section(tmp_path: Path, section: DataSection) -> DataSection:
-    """Three chunks of rows, for as many processes."""
-    write_rows(tmp_path, 700)
-    return section
-
-
-def same(one: Datasets, other: Datasets) -> bool:
-    def plain(row: Example) -> list[Any]:
-        arrays = [row.input_ids, row.trained, row.prompt_ids]
-        assert [str(a.dtype) for a in arrays] == ["int32", "bool", "int32"]
-        return [*(a.tolist() for a in arrays), row.source, row.prompt_text, row.reference]
-
-    rows = [[plain(row) for part in (data.train, data.eval) for row in part] for data in (one, other)]
-    return (
-        rows[0] == rows[1] and one.stats.to_dict() == other.stats.to_dict() and data_sha256(one) == data_sha256(other)
-    )
-
-
 def entries() -> list[str]:
     return [entry.name for entry in cache.ROWS.listed()]
 
@@ -83,13 +54,13 @@ def entries() -> list[str]:
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts that are tokenized from now on."""
     passes: list[str] = []
-    real = tokenize_source._tokenize
+    real = source._tokenize
 
     def spy(job: Any, *rest: Any) -> Any:
         passes.append(job.name)
         return real(job, *rest)
 
-    monkeypatch.setattr(tokenize_source, "_tokenize", spy)
+    monkeypatch.setattr(source, "_tokenize", spy)
     return passes
 
 
@@ -356,7 +327,7 @@ def test_small_files_and_tokenizers_in_python_are_not_kept(tmp_path: Path, secti
 def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Path) -> None:
     script = (
         "import os, sys\n"
-        "from tests.data.test_same_rows import byte_tokenizer\n"
+        "from tests.data.rows import byte_tokenizer\n"
         "from qvera.data import build_datasets\nfrom qvera.data import cache\n"
         "from qvera.config.schema import DataSection\n"
         "def hang(*a): print('made', flush=True); import time; time.sleep(600)\n"
@@ -486,196 +457,6 @@ def test_a_full_disk_of_the_first_is_not_an_error_of_the_second(
     assert isinstance(first, RunFailed)
     assert isinstance(second, Datasets)
     assert len(second.train) >= 80
-
-
-# --- several processes
-# ----------------------------------------------------------------------------------------------------
-
-
-class ThreadInPlaceOfAProcess:
-    """Does the work of one of the processes in a thread, which starts at once."""
-
-    def __init__(self, command: list[str], **options: Any) -> None:
-        reader, writer = os.pipe()
-        self.stdout, self._out = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
-        self._thread = threading.Thread(target=self._run, args=(command[-2], int(command[-1])))
-        self._thread.start()
-
-    def _run(self, job: str, number: int) -> None:
-        with contextlib.suppress(OSError), self._out:
-            tokenize_source.work(job, number, self._out)
-
-    def kill(self) -> None:
-        self.stdout.close()  # it can't write any more
-
-    def __enter__(self) -> ThreadInPlaceOfAProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join()
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize_source.subprocess, "Popen", ThreadInPlaceOfAProcess)
-
-
-def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Datasets:
-    """Rows that were really made by several processes."""
-    out = io.StringIO()
-    data = build_datasets(section, tokenizer, Console(file=out, width=500))
-    assert not data.stats.cache_entries
-    assert "One process tokenizes" not in out.getvalue()
-    return data
-
-
-def own_special_tokens() -> PreTrainedTokenizerFast:
-    """A tokenizer whose template writes special tokens that have names of their own."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"})
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
-        **tokenizer.special_tokens_map,
-    )
-    own.chat_template = (
-        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + "
-        "end_of_call }}"
-        "{% endfor %}"
-    )
-    return own
-
-
-def test_several_processes_make_the_same_rows_and_end(long_section: DataSection, root: Path) -> None:
-    long_section = long_section.replace(template="auto")
-    one = build_datasets(long_section, own_special_tokens())
-    assert own_special_tokens().decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
-    alone = {f.name: f.read_bytes() for f in (root / entries()[0]).glob("*.arrow")}
-    shutil.rmtree(root)
-    long_section = long_section.replace(tokenize_processes=2)
-    several = by_several(long_section, own_special_tokens())
-    assert same(one, several)
-    assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
-    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
-    assert "qvera.data.tokenize_source" not in children
-
-
-def test_three_processes_make_the_same_rows(long_section: DataSection, root: Path, threads: None) -> None:
-    one = build_datasets(long_section, byte_tokenizer())
-    shutil.rmtree(root)
-    long_section = long_section.replace(tokenize_processes=3)
-    assert same(one, by_several(long_section, byte_tokenizer()))
-
-
-def test_a_tokenizer_written_in_python_is_given_to_processes_too(long_section: DataSection, threads: None) -> None:
-    long_section = long_section.replace(template="zephyr", limit=300)
-    one = build_datasets(long_section, ByT5Tokenizer())
-    long_section = long_section.replace(tokenize_processes=2)
-    assert same(one, by_several(long_section, ByT5Tokenizer()))
-
-
-def test_processes_take_over_where_one_has_begun(
-    long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path, threads: None
-) -> None:
-    one = build_datasets(long_section, byte_tokenizer())
-    shutil.rmtree(root)
-    monkeypatch.setattr(tokenize_source, "_MEASURED_SECONDS", 0.0)
-    monkeypatch.setattr(tokenize_source, "_WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(tokenize_source.os, "sched_getaffinity", lambda _: {0, 1})
-    started: list[int] = []
-    real = tokenize_source._chunks_by_processes
-
-    def spy(part: Any, first: int, *rest: Any) -> Any:
-        started.append(first)
-        return real(part, first, *rest)
-
-    monkeypatch.setattr(tokenize_source, "_chunks_by_processes", spy)
-    assert same(one, build_datasets(long_section, byte_tokenizer()))
-    assert started == [1]
-
-
-@pytest.mark.parametrize("fails", ["at the start", "at the second chunk", "by a banner"])
-def test_one_process_goes_on_where_others_fail(
-    fails: str, long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path, threads: None
-) -> None:
-    one = build_datasets(long_section, byte_tokenizer())
-    shutil.rmtree(root)
-    real = tokenize_source.work
-
-    def work(job: str, number: int, out: Any) -> None:
-        if fails == "by a banner":
-            out.write(b"I am printed by a sitecustomize\n")
-        elif fails == "at the start" or number == 1:
-            raise OSError("killed")
-        real(job, number, out)
-
-    monkeypatch.setattr(tokenize_source, "work", work)
-    long_section = long_section.replace(tokenize_processes=2)
-    out = io.StringIO()
-    several = build_datasets(long_section, byte_tokenizer(), Console(file=out, width=500))
-    assert "One process tokenizes all rows: others could not be started" in out.getvalue()
-    assert same(one, several)
-
-
-WIZARD = {"messages": [{"role": "wizard", "content": "x"}]}
-NO_ANSWER = {"messages": [{"role": "user", "content": "x"}]}
-REFUSED = {
-    "messages": [
-        {"role": "user", "content": "a"},
-        {"role": "user", "content": "b"},
-        {"role": "assistant", "content": "c"},
-    ]
-}
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({600: WIZARD, 300: WIZARD, 301: WIZARD}, ":301: messages.* unknown role 'wizard'"),
-        ({600: NO_ANSWER, 300: NO_ANSWER, 301: NO_ANSWER}, ":301, .*:302, .*:601: 3 rows with no token to train on"),
-        ({600: REFUSED, 300: REFUSED, 301: REFUSED}, ":301: the chat template .* refuses the row"),
-        ({100: NO_ANSWER, 300: REFUSED, 600: NO_ANSWER}, ":301: the chat template .* refuses the row"),
-        ({100: NO_ANSWER, 600: WIZARD}, ":601: messages.* unknown role 'wizard'"),
-    ],
-    ids=[
-        "malformed",
-        "nothing to train",
-        "refused",
-        "refused after nothing to train",
-        "malformed after nothing to train",
-    ],
-)
-def test_several_processes_give_the_error_that_one_would(
-    bad: dict[int, Any], message: str, long_section: DataSection, threads: None
-) -> None:
-    lines = Path(long_section.path).read_text(encoding="utf-8").splitlines()
-    for place, row in bad.items():
-        lines[place] = json.dumps(row)
-    Path(long_section.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    long_section = long_section.replace(template="llama-2", eval_fraction=0.0)
-    errors = []
-    for processes in (1, 2):
-        long_section = long_section.replace(tokenize_processes=processes)
-        with pytest.raises(InputError, match=message) as failure:
-            build_datasets(long_section, byte_tokenizer())
-        errors.append(str(failure.value))
-    assert errors[0] == errors[1]
-
-
-def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path, threads: None) -> None:
-    files = {
-        "train.jsonl": {"instruction": "do it", "output": "done"},
-        "eval.jsonl": {"prompt": "do it", "completion": "done"},
-    }
-    for name, row in files.items():
-        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 600, encoding="utf-8")
-    section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
-    one = build_datasets(section, byte_tokenizer())
-    os.environ["QVERA_CACHE"] += "-fresh"
-    section = section.replace(tokenize_processes=2)
-    assert same(one, by_several(section, byte_tokenizer()))
-    assert one.template.name == "alpaca"
-    assert "### Instruction" in one.eval[0].prompt_text
 
 
 # --- rows as a sequence

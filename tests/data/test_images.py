@@ -18,8 +18,7 @@ from PIL import Image
 
 from qvera.config.schema import parse_recipe
 from qvera.data import build_datasets, cache, data_sha256
-from qvera.data.image_processor import Draw, ImageProcessor, crop_box
-from qvera.data.images import open_image, require_pillow
+from qvera.data.images import Draw, ImageProcessor, crop_box, open_image, require_pillow
 from qvera.data.rows import SCHEMA
 from qvera.utils.errors import InputError
 from tests.tasks.images import SIZE, image_processor, picture, write_folders

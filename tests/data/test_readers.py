@@ -77,11 +77,7 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
         ("a.jsonl", '[{"text": "x"}]\n', r"a\.jsonl:1: .*one JSON list: rename it to \.json"),
         ("a.jsonl", '[\n{"text": "x"}\n]\n', r"a\.jsonl:1: .*looks like plain JSON. Rename it to \.json"),
         ("a.jsonl", "\n\n", r"a\.jsonl: holds no rows"),
-        (
-            "a.jsonl",
-            b'{"text": "x"}\n{"text": "caf\xe9"}\n',
-            r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f Latin-1",
-        ),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f Latin-1"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 .*UTF-16"),
         ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
         (

@@ -58,9 +58,7 @@ def test_the_grouped_order_is_pinned() -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
-    limit=st.integers(30, 90),
-    ranks=st.integers(1, 4),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), limit=st.integers(30, 90), ranks=st.integers(1, 4)
 )
 def test_packed_passes_are_full_and_hold_every_row_once(lengths: list[int], limit: int, ranks: int) -> None:
     it = Batches(np.array(lengths), len(lengths), pack_tokens=limit, shuffle=False)

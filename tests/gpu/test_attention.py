@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qvera.data import Example
-from qvera.data.collate import Joined
+from qvera.data.rows import Joined
 from qvera.models import attention, forward
 from qvera.training.plan import Machine, PlannedRun, shape_of
 from qvera.training.plan.activations import kept_bytes

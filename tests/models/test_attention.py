@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qvera.data import collate_prefix_once
-from qvera.data.collate import Joined
+from qvera.data.rows import Joined
 from qvera.models import attention, forward
 from qvera.models.attention import (
     CAUSAL,
@@ -24,7 +24,7 @@ from qvera.models.attention import (
 )
 from qvera.models.checkpointing import enable_checkpointing
 from tests.adapters.helpers import relative
-from tests.data.test_padding import rows_of
+from tests.data.rows import rows_of
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

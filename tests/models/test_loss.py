@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from qvera.data import IGNORED, Example, collate, collate_prefix_once
-from qvera.data.collate import pad_batch
+from qvera.data.rows import pad_batch
 from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logits, row_cross_entropy
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
@@ -411,7 +411,7 @@ def test_prompts_cost_nothing_at_the_head() -> None:
     assert seen == [4, 4, 2]
 
 
-# The places of the trained tokens, which `qvera.data.collate` knows.
+# The places of the trained tokens, which `qvera.data.rows` knows.
 
 
 @pytest.mark.parametrize("kind", ["padded", "padded further", "joined"])

@@ -36,11 +36,7 @@ from tests.tasks.sessions import gradients, session_of
 
 CPU = torch.device("cpu")
 TASK = SequenceClassification()
-METHODS = {
-    "vera": {},
-    "lora": {"method": "lora", "rank": 4},
-    "lora-xs": {"method": "lora-xs", "rank": 4},
-}
+METHODS = {"vera": {}, "lora": {"method": "lora", "rank": 4}, "lora-xs": {"method": "lora-xs", "rank": 4}}
 
 
 @pytest.fixture(scope="module")

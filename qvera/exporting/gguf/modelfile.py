@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvera.data.chat_template import NAMED_TEMPLATES, OWN, ChatTemplate
-from qvera.data.loss_mask import Message, TemplateError
+from qvera.data.chat_template import NAMED_TEMPLATES, OWN, ChatTemplate, Message, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ import numpy as np
 
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
-from qvera.data.collate import Joined, round_up_length
+from qvera.data.rows import Joined, round_up_length
 from qvera.models.attention import groups_of
 from qvera.training.plan.run import Batch
 
@@ -100,7 +100,7 @@ def token_counts_of_many(rows: Rows, longest: Batch) -> int:
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
     """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps.
 
-    ``joined``: how rows of a batch may be put into one sequence (`qvera.data.collate`).
+    ``joined``: how rows of a batch may be put into one sequence (`qvera.data.rows`).
     """
     candidates: dict[tuple[int, ...], int] = {}
     for passes, row_tokens in _stretches(recipe, rows, steps):
@@ -120,7 +120,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None,
 def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: bool) -> int:
     """How many different token counts the forward passes of ``steps`` steps have. Joined rows count as padded ones.
 
-    ``rounded``: their lengths are rounded up (`qvera.data.collate`).
+    ``rounded``: their lengths are rounded up (`qvera.data.rows`).
     """
     found: set[tuple[int, int]] = set()
     for passes, row_tokens in _stretches(recipe, rows, steps):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from qvera.adapters.methods import Source
 from qvera.config.schema import Recipe
-from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
+from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.models.stream import PINNED_SHARE
 from qvera.training.plan.activations import input_bytes, kept_bytes, norm_bytes, product_shapes, transient_bytes

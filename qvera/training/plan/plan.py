@@ -13,7 +13,7 @@ from qvera.adapters.files.adapter_file import to_peft
 from qvera.adapters.methods import Source, check_recipe
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows
-from qvera.data.collate import rounds_lengths
+from qvera.data.rows import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer

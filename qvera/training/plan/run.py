@@ -43,7 +43,7 @@ class Machine:
     workspace_bytes: int = 0  # what the library of products keeps for itself on a GPU
     host_bytes: int | None = None  # free RAM beside an accelerator, where that is known
     stored_itemsize: int = 2  # bytes of a dense number in that file
-    kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.collate`), measured
+    kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.rows`), measured
 
     @property
     def on_gpu(self) -> bool:
@@ -114,7 +114,7 @@ class Batch:
     tokens: int  # S, of each row, padding included; of the one sequence where the rows are joined
     trained_tokens: int  # in all rows; only these reach the head
     padded: bool  # rows differ in length and the model needs a mask for it (`qvera.models.attention`)
-    joined: bool  # the rows stand in one sequence (`qvera.data.collate`)
+    joined: bool  # the rows stand in one sequence (`qvera.data.rows`)
     source: str  # where it comes from, in words
     longest_row: int  # tokens of the longest row of all, for answers
     packed_rows: int = 0  # rows of the data in it where they are packed (data.packing)

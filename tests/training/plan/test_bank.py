@@ -11,7 +11,7 @@ import torch
 from qvera.adapters.bank import AdapterBank
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets, collate_prefix_once
-from qvera.data.collate import Joined, pad_batch
+from qvera.data.rows import Joined, pad_batch
 from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import row_tokens
@@ -21,7 +21,7 @@ from qvera.training.plan.bank import slot_bytes, wanted_slots
 from qvera.training.plan.longest import batch_of
 from qvera.training.plan.show import print_plan
 from tests.conftest import small_llama
-from tests.data.test_padding import rows_of
+from tests.data.rows import rows_of
 from tests.training.plan import live
 from tests.training.plan.test_activations import BIG, CASES, batch
 from tests.training.plan.test_activations import recipe as planned_recipe

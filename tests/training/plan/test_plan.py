@@ -14,7 +14,7 @@ from bench import plan_table as table
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
-from qvera.data.collate import Joined
+from qvera.data.rows import Joined
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, Plan, Sharing, make_plan, parse_size, timing
 from qvera.training.plan.changes import changed

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from qvera.data.conversations import Conversation, Text, Turn, parse_row
+from qvera.data.conversations import Conversation, Text, Turn, detect_format, parse_row
 from qvera.data.readers import RawRow
-from qvera.data.row_format import detect_format
 from qvera.utils.errors import InputError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.conftest import small_llama, small_tokenizer
 
 pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
 
-from qvera.tasks.trl_loss import PreferenceLoss
+from qvera.tasks.preference import Preferences
 
 BETA = 0.3
 
@@ -150,18 +151,28 @@ FORMULAS: dict[str, tuple[dict[str, Any], list[Example], Callable[[Any], torch.T
 }
 
 
+def prepared(model: Any, **settings: Any) -> Preferences:
+    task = Preferences(settings["objective"])
+    task.prepare(model, small_tokenizer(), SimpleNamespace(pad_id=0), TrainingSection(**settings))  # type: ignore[arg-type]
+    return task
+
+
+def loss_of(task: Preferences, model: Any, rows: list[Example]) -> tuple[torch.Tensor, int]:
+    return task.loss(model, rows, None, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", list(FORMULAS))
 def test_loss_and_gradients_are_those_of_the_formula(model: Any, name: str) -> None:
     settings, rows, formula = FORMULAS[name]
     vectors = list(named_vectors(model).values())
     before = [vector.detach().clone() for vector in vectors]
     held_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    loss = PreferenceLoss(model, small_tokenizer(), 0, TrainingSection(beta=BETA, **settings))
+    task = prepared(model, beta=BETA, **settings)
     # no second model, and no second adapter; the vectors are as they were, and fp32
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == held_bytes
     assert list(model.peft_config) == ["default"]
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(vectors, before, strict=True))
-    found, count = loss(rows)
+    found, count = loss_of(task, model, rows)
     assert count == len(rows)
     expected = formula(model)
     is_exact = model.get_base_model().model.embed_tokens(torch.tensor([0])).dtype == torch.float32
@@ -173,18 +184,18 @@ def test_loss_and_gradients_are_those_of_the_formula(model: Any, name: str) -> N
 
 
 def test_metrics_are_means_over_the_passes_that_count(model: Any) -> None:
-    loss = PreferenceLoss(model, small_tokenizer(), 0, TrainingSection(objective="dpo", beta=BETA))
+    task = prepared(model, objective="dpo", beta=BETA)
     rewards = []
     for prompt, *answers in map(parts, PAIRS):
         ratios = [log_probabilities(model, prompt, a) - of_reference(model, prompt, a) for a in answers]
         rewards.append([BETA * ratio.sum().item() for ratio in ratios])
     with torch.no_grad():
-        loss(PAIRS[:2])
-        loss.count_pass()
-        loss(PAIRS[2:])
-        loss.count_pass()
-        loss(PAIRS[:1])  # of a step that is not taken, say
-    found = loss.take_metrics()
+        loss_of(task, model, PAIRS[:2])
+        task.count_pass()
+        loss_of(task, model, PAIRS[2:])
+        task.count_pass()
+        loss_of(task, model, PAIRS[:1])  # of a step that is not taken, say
+    found = task.take_metrics()
     chosen, rejected = (sum(reward) / len(PAIRS) for reward in zip(*rewards, strict=True))
     is_exact = model.get_base_model().model.embed_tokens(torch.tensor([0])).dtype == torch.float32
     tolerance = 1e-4 if is_exact else 1e-2
@@ -192,16 +203,16 @@ def test_metrics_are_means_over_the_passes_that_count(model: Any) -> None:
     assert found["rewards/chosen"] == pytest.approx(chosen, abs=tolerance)
     assert found["rewards/margins"] == pytest.approx(chosen - rejected, abs=tolerance)
     assert found["rewards/accuracies"] == pytest.approx(sum(w > r for w, r in rewards) / len(PAIRS))
-    assert loss.take_metrics() == {}
+    assert task.take_metrics() == {}
 
 
 def test_judged_answers_of_one_kind_have_no_margin(model: Any) -> None:
-    loss = PreferenceLoss(model, small_tokenizer(), 0, TrainingSection(objective="kto"))
+    task = prepared(model, objective="kto")
     good = [dataclasses.replace(row, desirable=True) for row in copy.copy(JUDGED)]
     with torch.no_grad():
-        total, _ = loss(good)
-    loss.count_pass()
-    found = loss.take_metrics()
+        total, _ = loss_of(task, model, good)
+    task.count_pass()
+    found = task.take_metrics()
     assert math.isfinite(total.item()) and "rewards/chosen" in found
     assert not {"rewards/rejected", "rewards/margins"} & set(found)
 
@@ -209,15 +220,15 @@ def test_judged_answers_of_one_kind_have_no_margin(model: Any) -> None:
 def test_a_missing_trl_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, make_recipe: Any, tmp_path: Path
 ) -> None:
-    from qvera.tasks import trl_loss
+    from qvera.tasks import preference
     from qvera.training.trainer import train
     from qvera.utils.errors import InputError
 
     recipe = make_recipe(training={"objective": "dpo"})
-    monkeypatch.setattr(trl_loss, "find_spec", lambda name: None)
+    monkeypatch.setattr(preference, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"TRL is not installed: pip install 'qvera\[trl\]'"):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr(trl_loss, "version", lambda name: "1.9.2")
+    monkeypatch.setattr(preference, "version", lambda name: "1.9.2")
     with pytest.raises(InputError, match=r"TRL 1.9.2 is installed: pip install 'qvera\[trl\]'"):
         train(recipe, tmp_path / "run")

@@ -1,0 +1,529 @@
+"""One source of a recipe: its raw rows, which of them are held out, and tables of its tokenized rows.
+
+It is read twice (to count, to tokenize), never held as a whole: which rows are held out depends on how many there are,
+and rows beyond ``data.eval_limit`` are never looked at. The first pass takes a fiftieth of the time.
+
+Several processes may tokenize: each reads the source itself and takes every n-th chunk of its rows. They are programs
+of their own, not forks or spawns: a fork would not copy the trainer's threads, and a spawn would run the caller's
+``__main__`` again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from qvera.config.schema import DataSection
+from qvera.data.chat_template import ChatTemplate, resolve_template
+from qvera.data.conversations import LABELLED, PREFERENCES, RowFormat, detect_format
+from qvera.data.images import ImageProcessor
+from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
+from qvera.data.readers import RawRow, adapter_files, class_names, describe, load_hub, local_files, read_file, read_rows
+from qvera.data.rows import Rows, write_table
+from qvera.data.sampler import random_order
+from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedChunk
+from qvera.utils.adapter_names import escape_name
+from qvera.utils.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    Processor: TypeAlias = PreTrainedTokenizerBase | ImageProcessor
+    """What makes rows into a model's input."""
+
+TRAIN, EVAL = "train", "eval"
+CHUNK_ROWS = 256
+"""Raw rows that are tokenized together."""
+_PROGRESS_ROWS = 2000
+"""More rows than this get a progress bar."""
+_MEASURED_SECONDS = 1.0
+"""After this long in one process it is known how long the rest would take."""
+_WORTH_SECONDS = 60.0
+"""More processes are started where one alone would take this much longer: each imports its libraries and reads the
+whole source (`bench/feeding.py`)."""
+_PROGRAM = (
+    "import sys; out, sys.stdout = sys.stdout.buffer, sys.stderr; "
+    "from qvera.data.source import work; work(sys.argv[1], int(sys.argv[2]), out)"
+)
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_TORCH": "0"}
+"""A process's: one core each, and transformers without torch, whose import takes ten times as long as all the rest."""
+
+
+def _split(section: DataSection, held_out: bool) -> str:
+    return section.eval_split or section.split if held_out else section.split
+
+
+def source_paths(section: DataSection) -> Iterator[tuple[str, str]]:
+    """Path and split of all that a source reads, training rows first; the split counts for a hub dataset only."""
+    yield section.path, section.split
+    if section.held_out_path is not None:
+        yield section.held_out_path, _split(section, True)
+
+
+def source_files(section: DataSection, path: str) -> list[Path] | None:
+    """The files of ``data.path`` or ``data.eval_path``; None for a hub dataset.
+
+    Raises:
+        InputError: nothing of that name, or a directory whose files can't be read as the recipe says.
+    """
+    return adapter_files(path) if section.adapter_files else local_files(path)
+
+
+def with_label_names(section: DataSection) -> DataSection:
+    """The source with the names that a hub dataset itself has for the integer labels of its classes, in their order.
+
+    Names that the recipe or a trained model gives are kept. Names that are numbers themselves, as of MNIST, are not
+    used: an integer label would be mistaken for one of them.
+
+    Raises:
+        InputError: a dataset can't be loaded; that of the held-out rows has other names than that of the training rows;
+            or a dataset has the given names in another order.
+    """
+    if section.format not in LABELLED or section.regression is True:
+        return section
+    columns = [section.columns["label"]] if "label" in section.columns else ["label", "labels"]
+    found = []
+    for path, split in source_paths(section):
+        if local_files(path) is None:
+            dataset = load_hub(path, split, section.config_name, section.revision)
+            found.append((path, next(filter(None, (class_names(dataset, column) for column in columns)), [])))
+    if given := section.label_names:
+        _require_same_names(found, given, "data.label_names or the trained model", may_rename=True)
+        return section
+    if not found or found[0][0] != section.path:
+        return section
+    names = found[0][1]
+    _require_same_names(found[1:], names, section.path)
+    return section.replace(label_names=[] if any(map(str.isdecimal, names)) else names)
+
+
+def _require_same_names(
+    found: list[tuple[str, list[str]]], names: list[str], source: str, may_rename: bool = False
+) -> None:
+    """Refuse a dataset (its path and its own names) in which an integer label is another class than in ``names``.
+
+    ``may_rename``: wholly other names are fine, the same ones in another order are not.
+    """
+    for path, own in found:
+        if own and names and own != names and not (may_rename and sorted(own) != sorted(names)):
+            raise InputError(
+                f"{path}: calls its classes {', '.join(own)}, and {source} calls them {', '.join(names)}: an integer "
+                "label would mean two things. Take rows with the same classes in the same order, or whose labels are "
+                "names."
+            )
+
+
+def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
+    """The raw rows of a source, one at a time, each with its task or adapter as ``owner``.
+
+    ``held_out``: those of ``data.held_out_path``, where there is one, in place of those of ``data.path``.
+
+    Raises:
+        InputError: a file or a row can't be read, or does not name its task or adapter.
+    """
+    rows: Iterator[RawRow]
+    path = str(section.held_out_path) if held_out else section.path
+    if held_out and section.eval_split is not None and local_files(path) is not None:
+        raise InputError(
+            f"data.eval_split: {section.eval_split!r} has a meaning for hub datasets only, and {path} is local. Remove "
+            "the key, and name the file of held-out rows in data.eval_path."
+        )
+    if not held_out and section.split != "train" and local_files(path) is not None:
+        raise InputError(
+            f"data.split: {section.split!r} has a meaning for hub datasets only, and {path} is local. Remove the key, "
+            "and name the file of that split in data.path."
+        )
+    if section.adapter_files:
+        rows = (replace(row, owner=file.stem) for file in adapter_files(path) for row in read_file(file))
+    elif path == section.path or not Path(path).expanduser().exists():
+        split = _split(section, held_out)
+        rows = read_rows(path, split=split, config_name=section.config_name, revision=section.revision)
+    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
+        rows = read_rows(path)
+    if section.task_column is not None:
+        rows = _with_owners(rows, section.task_column, "task")
+    elif section.adapter_column is not None:
+        rows = _with_owners(rows, section.adapter_column, "adapter")
+    limit = None if held_out else section.limit
+    return _first_of_each(rows, limit) if section.has_adapters and limit else itertools.islice(rows, limit)
+
+
+def _with_owners(rows: Iterator[RawRow], column: str, kind: str) -> Iterator[RawRow]:
+    for row in rows:
+        if column not in row.fields:
+            raise InputError(
+                f"{row.source}: no column {column!r} (data.{kind}_column){did_you_mean(column, row.fields)} Columns "
+                f"found: {', '.join(map(str, row.fields)) or 'none'}. Each row names its {kind}."
+            )
+        value = row.fields[column]
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+            is_missing = value is None or value != value or value == ""  # a missing number is a NaN
+            raise InputError(
+                f"{row.source}: the column {column!r} (data.{kind}_column) names the row's {kind} by a text or a whole "
+                f"number, got {'nothing' if is_missing else describe(value)}. Fill it in, or remove the row."
+            )
+        yield replace(row, owner=str(value))
+
+
+def _first_of_each(rows: Iterator[RawRow], limit: int) -> Iterator[RawRow]:
+    """The first ``limit`` rows of each owner."""
+    seen: Counter[str | None] = Counter()
+    for row in rows:
+        seen[row.owner] += 1
+        if seen[row.owner] <= limit:
+            yield row
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over the raw rows of a source finds.
+
+    Attributes:
+        first: the first row.
+        format: what the rows look like.
+        count: how many there are.
+        names: the adapters in order of first appearance; empty where the rows name none.
+        members: for each adapter, the numbers of its rows, int64.
+    """
+
+    first: RawRow
+    format: RowFormat
+    count: int
+    names: list[str]
+    members: list[np.ndarray]
+
+
+def survey(section: DataSection, held_out: bool = False) -> Survey:
+    """Read all rows of `raw_rows` once.
+
+    Raises:
+        InputError: as `raw_rows` and `detect_format`; the name of an adapter can't be a directory's (`escape_name`); or
+            the first rows of two adapters are of different formats.
+    """
+    firsts: dict[frozenset[str], RawRow] = {}  # by their columns: the first row of all, and of each adapter
+    count, numbers, owner_of = 0, dict[str, int](), array("q")
+    for row in raw_rows(section, held_out):
+        count += 1
+        if not firsts:
+            firsts[frozenset(row.fields)] = row
+        if section.has_adapters:
+            name = row.owner or ""
+            if name not in numbers:
+                firsts.setdefault(frozenset(row.fields), row)
+                try:
+                    escape_name(name)
+                except InputError as error:
+                    raise InputError(f"{row.source}: {error}") from None
+            owner_of.append(numbers.setdefault(name, len(numbers)))
+    first, *others = firsts.values()  # readers refuse what holds no rows
+    format = detect_format(first, section.format, section.columns)
+    for other in others:
+        if (name := detect_format(other, section.format, section.columns).name) != format.name:
+            raise InputError(
+                f"{other.source}: the row looks like {name}, and {first.source} like {format.name}. All adapters of a "
+                "run have rows of one format: convert them, or set data.format if both can be read as one."
+            )
+    members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers)) if numbers else []
+    return Survey(first, format, count, list(numbers), members)
+
+
+def members_of(numbers: np.ndarray, count: int) -> list[np.ndarray]:
+    """The rows of each of ``count`` owners, in order: int64 arrays.
+
+    Args:
+        numbers: int64 [rows]; the owner's number of each row.
+    """
+    by_owner = np.argsort(numbers, kind="stable")
+    return np.split(by_owner, np.cumsum(np.bincount(numbers, minlength=count))[:-1])
+
+
+def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which raw rows are trained on and which are held out; of many adapters, each by itself.
+
+    Args:
+        rows: of ``data.path``.
+        eval_rows: of ``data.held_out_path``; None: the held-out rows are drawn from ``rows``.
+
+    Returns:
+        bool [raw rows of ``data.path``] and bool [raw rows that held-out rows come from].
+    """
+    if eval_rows is not None:
+        held = np.zeros(eval_rows.count, dtype=bool)
+        for members in eval_rows.members or [np.arange(eval_rows.count)]:
+            held[members[: section.eval_limit]] = True
+        return np.ones(rows.count, dtype=bool), held
+    trained, held = np.ones(rows.count, dtype=bool), np.zeros(rows.count, dtype=bool)
+    for members in (rows.members or [np.arange(rows.count)]) if section.eval_fraction > 0 else ():
+        chosen = members[hold_out(len(members), section.eval_fraction, section.seed)]
+        trained[chosen] = False
+        held[chosen[: section.eval_limit]] = True
+    return trained, held
+
+
+def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Which rows are held out: bool [count], at least one of each kind where any are; of a single row none.
+
+    Args:
+        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none.
+        seed: decides which.
+    """
+    held = np.zeros(count, dtype=bool)
+    if fraction > 0:
+        chosen = min(max(1, round(count * fraction)), count - 1)
+        held[random_order(count, seed, -1)[:chosen]] = True
+    return held
+
+
+def encoder_of(section: DataSection, processor: Processor) -> Encoder | ImageEncoder:
+    """The encoder of a source's rows; raises as `Encoder`."""
+    if isinstance(processor, ImageProcessor):
+        return ImageEncoder(processor.patches)
+    return Encoder(processor, has_answers=section.format not in LABELLED)
+
+
+def template_of(section: DataSection, encoder: Encoder | ImageEncoder, format: str) -> ChatTemplate | None:
+    """The template of a source's rows; None for images. Raises as `resolve_template`."""
+    return None if isinstance(encoder, ImageEncoder) else resolve_template(section.template, encoder.tokenizer, format)
+
+
+def row_tokenizer(
+    section: DataSection, encoder: Encoder | ImageEncoder, template: ChatTemplate | None, format: RowFormat
+) -> RowTokenizer:
+    """What makes examples of a source's rows."""
+    if isinstance(encoder, ImageEncoder):
+        return ImageReader(section, encoder, template, format)  # type: ignore[arg-type]
+    assert template is not None
+    kind = LabelledTokenizer if format.name in LABELLED else RowTokenizer
+    return kind(section, encoder, template, format)
+
+
+@dataclass(slots=True)
+class TokenizedSource:
+    """A source's tokenized rows.
+
+    Attributes:
+        format, unused_columns: of its raw rows, see `RowFormat`.
+        template: the name of the template that was used.
+        counts: what its rows lost.
+        train, eval: the rows; ``eval`` is empty where none are held out.
+        adapters: names of adapters in order of first appearance, those without a row that is left too; empty where rows
+            name none.
+        cache_entry: the name of the cache's entry that they were found in; None: they were tokenized now.
+    """
+
+    format: str
+    unused_columns: list[str]
+    template: str
+    counts: RowCounts
+    train: Rows
+    eval: Rows
+    adapters: list[str] = field(default_factory=list)
+    cache_entry: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The training or the held-out rows of a source.
+
+    Attributes:
+        tokenizer: tokenizes them.
+        name: `TRAIN` or `EVAL`.
+        held_out: they are read from ``data.held_out_path``, not from ``data.path``.
+        chosen: bool [raw rows]; which of them are of this part.
+    """
+
+    tokenizer: RowTokenizer
+    name: str
+    held_out: bool
+    chosen: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return int(self.chosen.sum())
+
+    def chunks(self, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
+        """The chunks ``first``, ``first + step``, ... in order, tokenized by this process."""
+        rows = itertools.compress(raw_rows(self.tokenizer.section, self.held_out), self.chosen)
+        chunks = iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), [])  # up to an empty one
+        return map(self.tokenizer.tokenize_chunk, itertools.islice(chunks, first, None, step))
+
+
+def tokenize_source(
+    section: DataSection, encoder: Encoder | ImageEncoder, directory: Path, console: Console | None
+) -> TokenizedSource:
+    """Read, check, render and tokenize one source.
+
+    Args:
+        section: the source, with an empty ``mixture``.
+        directory: where the tables ``train.arrow`` and ``eval.arrow`` go.
+
+    Raises:
+        InputError: anything wrong with the recipe's ``data``, a file or a row.
+    """
+    rows, eval_rows = survey(section), None
+    if section.held_out_path is not None:
+        if section.eval_path == section.path and section.eval_split is None:
+            raise InputError(
+                f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
+                "set data.eval_fraction instead."
+            )
+        eval_rows = survey(section, held_out=True)
+    elif section.eval_fraction > 0 and rows.count < 2 and not section.has_adapters:
+        raise InputError(
+            f"data.eval_fraction: {rows.first.source} is the only row, so none can be held out. Add rows, or set "
+            "data.eval_path, or remove data.eval_fraction."
+        )
+    template = template_of(section, encoder, rows.format.name)  # of the held-out rows too
+    unused = [name for name in rows.format.unused if name not in (section.task_column, section.adapter_column)]
+    name = "" if template is None else template.name
+    source = TokenizedSource(rows.format.name, unused, name, RowCounts(), Rows(), Rows(), rows.names)
+    train, held = choose_rows(section, rows, eval_rows)
+    part = Part(row_tokenizer(section, encoder, template, rows.format), TRAIN, False, train)
+    source.train = _tokenize(part, directory, source, console)
+    if held.any():
+        tokenizer = row_tokenizer(section, encoder, template, (eval_rows or rows).format)
+        part = Part(tokenizer, EVAL, eval_rows is not None, held)
+        source.eval = _tokenize(part, directory, source, console)
+    return source
+
+
+def _why_none(section: DataSection, rows: int, dropped: Mapping[str, Sequence[str]]) -> str:
+    """What became of all ``rows`` of a source, and what to do about it; ``dropped``: see `RowCounts`."""
+    limit = section.max_length
+    if section.format in PREFERENCES:
+        reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
+        return f"all {rows} are left out: {reasons}. Fix the rows, or raise data.max_length ({limit})."
+    if section.too_long == "drop":  # which leaves out no row for anything else
+        return (
+            f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
+            "or shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
+            "cut-start or split."
+        )
+    return (
+        f"none of all {rows} has a trained token within data.max_length ({limit}). Raise it, or set "
+        "data.max_source_length below it, or change data.too_long."
+    )
+
+
+def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Console | None) -> Rows:
+    """A part's rows, in a file in ``directory``; what they lost is added to the counts of ``source``."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    section = part.tokenizer.section
+    path, count = section.held_out_path if part.held_out else section.path, part.rows
+    empty_rows: list[str] = []
+    console = console or Console(stderr=True)
+    progress = Progress(console=console, transient=True, disable=count <= _PROGRESS_ROWS)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        total = -(-count // CHUNK_ROWS)
+        with progress, contextlib.closing(_chunks(part, console)) as chunks:
+            for chunk in progress.track(chunks, total, description=f"Tokenizing {path}"):
+                if chunk.error:
+                    raise InputError(chunk.error)
+                empty_rows.extend(chunk.empty_rows)
+                if not empty_rows:
+                    source.counts.add(chunk.counts)
+                    yield chunk.batch
+        if empty_rows:
+            raise InputError(part.tokenizer.empty_rows_message(empty_rows))
+
+    rows = write_table(batches(), directory / f"{part.name}.arrow")
+    if not len(rows):
+        purpose = "held-out" if part.name == EVAL else "training"
+        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, count, source.counts.dropped)}")
+    return rows
+
+
+def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
+    """All chunks in order, from this process or (where the recipe says so or it is worth it) from several."""
+    cores = len(os.sched_getaffinity(0))
+    asked = part.tokenizer.section.tokenize_processes
+    rows = part.rows
+    processes = min(asked or cores, -(-rows // CHUNK_ROWS))
+    done, begun = 0, time.perf_counter()
+    if asked is None:
+        for chunk in part.chunks(0):
+            yield chunk
+            done += 1
+            seconds = time.perf_counter() - begun
+            rest = seconds * (rows / (done * CHUNK_ROWS) - 1)
+            if processes > 1 and seconds > _MEASURED_SECONDS and rest > _WORTH_SECONDS:
+                break
+        else:
+            return
+    if processes > 1:
+        try:
+            for chunk in _chunks_by_processes(part, done, processes):
+                yield chunk
+                done += 1
+            return
+        except _ProcessFailed:
+            text = "One process tokenizes all rows: others could not be started, or could not load this tokenizer."
+            console.print(text, style="yellow", markup=False)
+    yield from part.chunks(done)
+
+
+class _ProcessFailed(Exception):
+    """A process could not be started, or ended before its work was done."""
+
+
+def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[TokenizedChunk]:
+    """All chunks of a part from number ``first`` on, in order: each process writes its own to its standard output.
+
+    Raises:
+        _ProcessFailed: after the chunks that were yielded, none can be had in this way.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            job = stack.enter_context(tempfile.NamedTemporaryFile())
+            pickle.dump((part, part.tokenizer.encoder.sha256(), first, processes), job)
+            job.flush()
+            outputs: list[IO[bytes]] = []
+            for number in range(processes):
+                process = stack.enter_context(
+                    subprocess.Popen(
+                        [sys.executable, "-c", _PROGRAM, job.name, str(number)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        env={**os.environ, **_ENVIRONMENT},
+                    )
+                )
+                stack.callback(process.kill)
+                assert process.stdout is not None
+                outputs.append(process.stdout)
+            for number in range(-(-part.rows // CHUNK_ROWS) - first):
+                yield pickle.load(outputs[number % processes])
+        # the last two: Python's own start (a sitecustomize) printed something in front of the chunks
+        except (OSError, EOFError, pickle.PickleError, TypeError, AttributeError, ValueError, LookupError) as error:
+            raise _ProcessFailed(str(error)) from error
+
+
+def work(job: str, number: int, out: IO[bytes]) -> None:
+    """Write one process's chunks: ``first + number``, ``first + number + processes``, ..."""
+    with open(job, "rb") as file:
+        part, sha256, first, processes = pickle.load(file)
+    if part.tokenizer.encoder.sha256() != sha256:
+        raise SystemExit("the tokenizer is another one here")
+    for chunk in part.chunks(first + number, processes):
+        pickle.dump(chunk, out)
+        out.flush()

@@ -1,0 +1,444 @@
+"""A batch is exact; with its common prefix computed once it has the losses and gradients of the padded batch.
+
+Lengths are rounded up without a change of losses and gradients, and memory stops growing. What is held of mapped rows
+does not depend on their length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qvera.adapters import QveraConfig
+from qvera.config.schema import parse_recipe
+from qvera.data import Example, batches_of, collate, collate_prefix_once
+from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, common_prefix, pad_batch, round_up_length, rounds_lengths
+from qvera.models import forward
+from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN, open_mask
+from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.training.plan.longest import token_counts
+from qvera.utils import memory
+from tests.conftest import small_llama
+from tests.data.rows import rows_of
+from tests.families import FAMILIES
+
+
+def example(ids: list[int], prompt: int) -> Example:
+    trained = np.zeros(len(ids), dtype=bool)
+    trained[prompt:] = True
+    return Example(np.array(ids, dtype=np.int32), trained, "row", np.array([], dtype=np.int32), "", None)
+
+
+@pytest.fixture
+def rows() -> list[Example]:
+    """Five rows that begin with the same 24 tokens and differ in everything after, lengths included."""
+    chooser = np.random.default_rng(0)
+    shared = chooser.integers(3, 300, 24).tolist()
+    return [
+        example(
+            shared + chooser.integers(3, 300, 4 + i).tolist() + chooser.integers(3, 300, 3 + 2 * i).tolist(), 28 + i
+        )
+        for i in range(5)
+    ]
+
+
+def small(kind: str) -> Any:
+    if kind == "llama":
+        return small_llama()
+    torch.manual_seed(0)
+    family = next(family for family in FAMILIES.values() if family.model_type == kind)
+    return AutoModelForCausalLM.from_config(family.config())
+
+
+def test_collate_is_exact() -> None:
+    batch = collate([example([5, 6, 7], 1), example([9, 2], 1)], pad_id=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 2, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+# Each kind of model, and each kind of attention with some; the rest of the grid is slow.
+_FAST = {("mistral", "eager"), ("qwen2", VARLEN), ("qwen3", "eager"), ("llama", VARLEN), ("mixtral", VARLEN)}
+_FAST |= {(kind, "sdpa") for kind in JOINABLE_TYPES} - {(kind, "sdpa") for kind, _ in _FAST - {("llama", VARLEN)}}
+_GRID = [*itertools.product(JOINABLE_TYPES, ("sdpa", "eager", VARLEN)), ("llama", CAUSAL)]
+MODELS = pytest.mark.parametrize(
+    ("kind", "attention"), [pytest.param(*pair, marks=() if pair in _FAST else pytest.mark.slow) for pair in _GRID]
+)
+
+
+@MODELS
+def test_same_loss_and_gradients(rows: list[Example], kind: str, attention: str) -> None:
+    from peft import get_peft_model
+
+    base = small(kind)
+    base.set_attn_implementation(attention)
+    model = get_peft_model(base, QveraConfig(rank=8))
+    generator = torch.Generator().manual_seed(1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    found = []
+    for once in (False, True):
+        batch = forward.make_batch(model, rows, 0, once)
+        assert (batch["input_ids"].shape[0] == 1) == once
+        nll, count = forward.batch_nll(model, batch, 512)
+        found.append((nll, count, torch.autograd.grad(nll / count, parameters)))
+    assert found[0][1] == found[1][1] == sum(r.trained_tokens for r in rows)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    for once_grad, padded_grad in zip(found[1][2], found[0][2], strict=True):
+        torch.testing.assert_close(once_grad, padded_grad, rtol=1e-3, atol=1e-6)
+
+
+@MODELS
+def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, attention: str) -> None:
+    from peft import get_peft_model
+
+    base = small(kind)
+    base.set_attn_implementation(attention)
+    model = get_peft_model(base, QveraConfig(rank=8))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    chooser = np.random.default_rng(1)
+    rows = [example(chooser.integers(3, 300, n).tolist(), n // 2) for n in (31, 7, 19, 4)]
+    batch = forward.make_batch(model, rows, 0, packing=True)
+    assert batch["input_ids"].shape == (1, sum(len(r.input_ids) for r in rows))
+    hidden = forward.hidden_states(model, batch)
+    nll, count = forward.batch_nll(model, batch, 512)
+    packed = torch.autograd.grad(nll, parameters)
+    alone = [torch.zeros_like(p) for p in parameters]
+    start, losses = 0, []
+    for row in rows:
+        one = forward.make_batch(model, [row], 0)
+        end = start + len(row.input_ids)
+        torch.testing.assert_close(hidden[0, start:end], forward.hidden_states(model, one)[0], rtol=1e-4, atol=1e-5)
+        own, _ = forward.batch_nll(model, one, 512)
+        within, _ = fused_linear_cross_entropy(
+            hidden[:, start:end], batch["labels"][:, start:end], Head.of(causal_model(model)), 512
+        )
+        torch.testing.assert_close(within, own, rtol=1e-5, atol=0)
+        losses.append(own)
+        for total, gradient in zip(alone, torch.autograd.grad(own, parameters), strict=True):
+            total += gradient
+        start = end
+    assert count == sum(r.trained_tokens for r in rows)
+    torch.testing.assert_close(nll, torch.stack(losses).sum(), rtol=1e-5, atol=0)
+    for together, apart in zip(packed, alone, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-5)
+
+
+def test_flash_attn_takes_whole_rows_and_where_each_ends(rows: list[Example]) -> None:
+    batch = collate_prefix_once(rows, packing=True, joined=Joined.ROWS)
+    assert batch is not None
+    assert "attention_mask" not in batch
+    assert batch["input_ids"][0].tolist() == [token for r in rows for token in r.input_ids.tolist()]
+    assert batch["position_ids"][0].tolist() == [i for r in rows for i in range(len(r.input_ids))]
+    ends = np.cumsum([0, *(len(r.input_ids) for r in rows)]).tolist()
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == ends
+    assert batch["max_length_q"] == batch["max_length_k"] == max(len(r.input_ids) for r in rows)
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_each_row_has_the_prefix_s_keys_in_front_of_its_own() -> None:
+    rows = [example([1, 2, 3, 4, 5], 3), example([1, 2, 9], 2), example([1, 2, 6, 7], 3)]
+    batch = collate_prefix_once(rows, packing=True, joined=Joined.OFFSETS)
+    assert batch is not None
+    assert batch["prefix_length"] == 1
+    ids = batch["input_ids"][0]
+    assert ids.tolist() == [1, 2, 3, 4, 5, 2, 9, 2, 6, 7]
+    assert ids[batch["key_index"]].tolist() == [1, 1, 2, 3, 4, 5, 1, 2, 9, 1, 2, 6, 7]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1, 5, 7, 10]
+    assert batch["cu_seq_lens_k"].tolist() == [0, 1, 6, 9, 13]
+    assert (batch["max_length_q"], batch["max_length_k"]) == (4, 5)
+    assert batch["key_order"].tolist() == [0, 1, 6, 9, 2, 3, 4, 5, 7, 8, 10, 11, 12]
+
+
+def test_packed_one_token_rows_and_rows_trained_from_the_start_count_what_padded_ones_do() -> None:
+    rows = [example([5], 0), example([7, 8, 9], 0), example([4], 0), example([6, 3], 1)]
+    for implementation in ("sdpa", VARLEN):
+        model = small_llama(attn_implementation=implementation)
+        packed, padded = (forward.make_batch(model, rows, 0, packing=packing) for packing in (True, False))
+        assert packed["input_ids"].shape == (1, 7)
+        nll, count = forward.batch_nll(model, packed, 8)
+        wanted, wanted_count = forward.batch_nll(model, padded, 8)
+        assert count == wanted_count == 3
+        torch.testing.assert_close(nll, wanted, rtol=1e-5, atol=0)
+
+
+def test_rows_do_not_see_each_other(rows: list[Example]) -> None:
+    model = small("llama")
+    before = forward.hidden_states(model, forward.make_batch(model, rows, 0))
+    ids = rows[0].input_ids.copy()
+    ids[-1] = 299 if ids[-1] != 299 else 298
+    changed = [example(ids.tolist(), int(np.argmax(rows[0].trained))), *rows[1:]]
+    after = forward.hidden_states(model, forward.make_batch(model, changed, 0))
+    end = len(rows[0].input_ids)
+    assert not torch.equal(before[0, end - 1], after[0, end - 1])
+    torch.testing.assert_close(before[0, end:], after[0, end:], rtol=0, atol=0)
+
+
+def test_the_prefix_ends_before_the_first_trained_token_and_the_one_before_it() -> None:
+    same = list(range(3, 23))
+    assert common_prefix([example(same, 12), example(same, 15)]) == 11
+    assert common_prefix([example([1, 2, 3, 4, 5], 4), example([1, 2, 9, 4, 5], 4)]) == 2
+    assert common_prefix([example([1, 2, 3], 1), example([1, 2, 3], 1)]) == 0
+
+
+def test_not_used_where_it_does_not_pay(rows: list[Example]) -> None:
+    assert collate_prefix_once(rows[:1]) is None
+    different = [example([i + 3, *range(3, 40)], 20) for i in range(4)]
+    assert collate_prefix_once(different) is None
+    once = collate_prefix_once(rows)
+    assert once is not None
+    assert once["input_ids"].shape[1] == 24 + sum(len(r.input_ids) - 24 for r in rows)
+    assert collate(rows, 0)["input_ids"].numel() > once["input_ids"].numel()
+
+
+def test_a_sliding_window_is_left_alone(rows: list[Example]) -> None:
+    model = small("mistral")
+    assert takes_prefix_once(model)
+    model.config.sliding_window = 8
+    assert not takes_prefix_once(model)
+
+
+BF16 = torch.bfloat16
+
+
+def test_eight_lengths_an_octave() -> None:
+    lengths = [round_up_length(n) for n in range(1, 4097)]
+    assert all(n <= found <= n * (1 + 1 / LENGTHS_PER_OCTAVE) for n, found in enumerate(lengths, start=1))
+    assert lengths == sorted(lengths)
+    assert all(round_up_length(n) == n for n in lengths)
+    for octave in (16, 64, 1024, 2048):
+        assert len({n for n in lengths if octave <= n < 2 * octave}) == LENGTHS_PER_OCTAVE
+
+
+def test_only_16_bit_products_on_a_cpu() -> None:
+    cases = [(BF16, "cpu"), (torch.float16, "cpu"), (torch.float32, "cpu"), (BF16, "cuda")]
+    assert [rounds_lengths(*case) for case in cases] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["padded", "equal", "one row", "joined"])
+def test_a_padded_batch_has_the_losses_and_gradients_of_the_batch(attention: str, kind: str) -> None:
+    model = small_llama(attn_implementation=attention)
+    rows = rows_of(
+        *{"padded": (11, 19, 7), "equal": (13, 13), "one row": (17,), "joined": (21, 25, 23)}[kind], prefix=5
+    )
+    batch = collate_prefix_once(rows, packing=True) if kind == "joined" else collate(rows, 2)
+    assert batch is not None
+    longer = pad_batch(batch, batch["input_ids"].shape[1] + 6, 2)
+    for one in (batch, longer):
+        if one["attention_mask"].dim() == 4:
+            sees = one["attention_mask"]
+            one["attention_mask"] = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    assert longer["labels"].shape[1] == batch["labels"].shape[1] + 6
+    assert pad_batch(batch, batch["labels"].shape[1], 2) is batch
+    found = []
+    for one in (batch, longer):
+        model.zero_grad()
+        nll, count = forward.batch_nll(model, one, 8)
+        nll.backward()
+        found.append((nll.detach(), count, [p.grad.clone() for p in model.get_decoder().layers.parameters()]))
+    (nll, count, gradients), (other_nll, other_count, other_gradients) = found
+    assert count == other_count == sum(row.trained_tokens for row in rows)
+    torch.testing.assert_close(other_nll, nll, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(other_gradients, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "softcap"), [(1, None), (7, 5.0), (16, None), (17, 5.0), (17, None), (23, None), (40, 5.0)]
+)
+def test_rows_added_to_the_last_chunk_change_no_loss_and_no_gradient(tokens: int, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(24, 50, bias=False, dtype=BF16).requires_grad_(False)
+    hidden = torch.randn(1, tokens + 1, 24, dtype=BF16, requires_grad=True)
+    labels = torch.randint(0, 50, (1, tokens + 1))
+    nll, count = fused_linear_cross_entropy(hidden, labels, Head(head, softcap, 1.5), 20)
+    nll.backward()
+    plain = hidden.detach().float().requires_grad_()
+    logits = plain[0, :-1] @ head.weight.float().t() * 1.5
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    wanted = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    wanted.backward()
+    assert count == tokens
+    torch.testing.assert_close(nll.detach(), wanted.detach(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(hidden.grad.float(), plain.grad, rtol=3e-2, atol=2e-2)
+
+
+def test_lengths_are_rounded_up_in_16_bits_and_never_beyond_the_positions_there_are() -> None:
+    rows = rows_of(33, 20)
+    lengths = {}
+    for dtype, positions in ((torch.float32, 512), (BF16, 512), (BF16, 34)):
+        model = small_llama(max_position_embeddings=positions).to(dtype)
+        lengths[dtype, positions] = forward.make_batch(model, rows, 2, False)["input_ids"].shape[1]
+    assert lengths == {(torch.float32, 512): 33, (BF16, 512): 36, (BF16, 34): 34}
+    packed = forward.make_batch(small_llama().to(BF16), rows, 2, packing=True)
+    assert packed["input_ids"].shape[1] == 56
+    assert packed["attention_mask"].shape == (1, 1, 56, 56)
+
+
+def test_whole_rows_of_one_sequence_have_the_losses_of_each_alone_and_what_fills_it_up_counts_nowhere() -> None:
+    rows, weights = rows_of(21, 9, 17, prefix=5), torch.tensor([0.3, 1.0, 0.7])
+    model = small_llama(attn_implementation=VARLEN)
+    alone = [forward.batch_nll(model, forward.make_batch(model, [row], 2), 64)[0] for row in rows]
+    (torch.stack(alone) * weights).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(wanted) == 20
+    for more in (0, 5):
+        model.zero_grad()
+        batch = forward.make_batch(model, rows, 2, whole_rows=True)
+        batch = pad_batch(batch, 47 + more, 2)
+        if more:
+            batch["attention_mask"] = open_mask(batch["input_ids"])
+        total, nll = forward.row_nll(model, batch, 64, weights)
+        total.backward()
+        assert forward.row_tokens(batch, rows) == [21, 9, 17 + more]
+        torch.testing.assert_close(nll, torch.stack(alone).detach(), rtol=1e-5, atol=1e-5)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
+    rounded = forward.make_batch(model.to(BF16), rows, 2, whole_rows=True)
+    assert rounded["cu_seq_lens_q"].tolist() == [0, 21, 30, 47, 48]
+    model.set_attn_implementation("sdpa")  # which has no offsets
+    assert forward.make_batch(model.float(), rows, 2, whole_rows=True)["input_ids"].shape == (3, 21)
+
+
+def test_ever_new_lengths_leave_no_memory_behind() -> None:
+    if memory.allocated_bytes() is None:
+        pytest.skip("malloc does not say what it holds (no glibc 2.33)")
+    # A CPU without 16-bit products keeps next to nothing of a shape; there, Python's own objects set the bound.
+    bound_bytes = max(memory.kernel_bytes(BF16), 64_000)
+    model = small_llama().to(BF16)
+
+    def step(length: int) -> int:
+        batch = forward.make_batch(model, rows_of(length), 2)
+        forward.batch_nll(model, batch, 64)[0].backward()
+        model.zero_grad(set_to_none=True)
+        held = memory.allocated_bytes()
+        assert held is not None
+        return held
+
+    for length in (66, 72):
+        step(length)
+    before = step(65)
+    assert max(step(length) for length in range(66, 73)) - before < bound_bytes
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_plan_counts_the_token_counts_of_a_run(packing: bool) -> None:
+    rows = rows_of(*range(10, 74))
+    tree = {
+        "model": "-",
+        "data": {"path": "-", "packing": packing, "max_length": 128},
+        "training": {"global_batch_size": 8, "per_device_train_batch_size": 4},
+    }
+    recipe = parse_recipe(tree, "a test")
+    model = small_llama().to(BF16)
+    batches = batches_of(recipe, rows)
+    for steps in (3, 8, 20):
+        met = set()
+        for step in range(steps):
+            for members in batches.passes(batches.rows(step)):
+                batch = forward.make_batch(model, [rows[i] for i in members], 2, False, packing)
+                met.add(tuple(batch["input_ids"].shape))
+        assert token_counts(recipe, rows, steps, True) == len(met)
+
+
+# In a process of its own, whose private memory (RssAnon) is this and nothing else. The rows are written without a
+# tokenizer: 200
+# tokens each, some of them trained, a prompt, a source.
+SCRIPT = """
+import json, re, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, torch
+from qvera.data import Batches, Rows, collate
+from qvera.data.rows import SCHEMA, write_table
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+file, count, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+tokens, made = 200, 2048
+
+def batches():
+    for first in range(0, count, made):
+        n = min(made, count - first)
+        ids = (np.arange(n * tokens, dtype=np.int32).reshape(n, tokens) + first) % 50_000
+        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * tokens)
+        lists = lambda values: pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+        numbers = np.arange(first, first + n)
+        ids[:, 0] = numbers % 50_000
+        ids[:, 1] = numbers // 50_000
+        text = pa.array([f"rows.jsonl:{i}" for i in numbers])
+        columns = [lists(ids), lists((ids % 2).astype(np.uint8)), lists(ids), text, text, text,
+                   pa.array((ids % 2).sum(1).astype(np.int32)), *[pa.array(numbers.astype(np.uint64))] * 2]
+        columns += [pa.nulls(n, field.type) for field in list(SCHEMA)[len(columns):]]
+        yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+write_table(batches(), file)
+before = anonymous()
+rows = Rows.open(file)
+opened = anonymous() - before
+batches = Batches(rows.lengths, 64, 8, seed=1)
+seen = np.zeros(count, dtype=np.uint8)
+highest = 0
+for step in range(epochs * batches.per_epoch):
+    if step % batches.per_epoch == 0:
+        seen[:] = 0
+    for part in batches.passes(batches.rows(step)):
+        batch = collate([rows[i] for i in part], 0)
+        found = (batch["input_ids"][:, 0] + 50_000 * batch["input_ids"][:, 1]).tolist()
+        assert found == part  # each row is the one that was asked for
+        seen[part] += 1
+    if step % 256 == 0:
+        highest = max(highest, anonymous() - before)
+    if (step + 1) % batches.per_epoch == 0:
+        assert (seen == 1).all()
+del batch, found
+before = anonymous()
+some = min(count, 100_000)
+copies = [(r.input_ids.copy(), r.trained.copy(), r.prompt_ids.copy()) for r in rows[:some]]
+objects = anonymous() - before
+print(json.dumps({"opened": opened, "highest": highest, "objects": objects, "file": file.stat().st_size}))
+"""
+
+
+def check_memory(tmp_path: Path, count: int, epochs: int) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "rows.arrow"), str(count), str(epochs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = dict(json.loads(done.stdout.splitlines()[-1]))
+    assert sizes["file"] > 1_500 * count
+    # 24 bytes a row of lengths, counts and hashes; two epochs' order, 8 bytes a row each while it is drawn; and the
+    # interpreter's own few MB, whatever the rows
+    assert sizes["opened"] < 40 * count + 10_000_000
+    assert sizes["highest"] < 100 * count + 40_000_000
+    # the same rows as arrays of their own would be too much for that: the measure can fail
+    assert sizes["objects"] > 1_500 * min(count, 100_000)
+    print(f"{count:,} rows, {sizes}")
+
+
+@pytest.mark.process
+def test_an_epoch_takes_the_memory_of_its_order(tmp_path: Path) -> None:
+    check_memory(tmp_path, 50_000, 1)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_million_rows(tmp_path: Path) -> None:
+    check_memory(tmp_path, 1_000_000, 1)
