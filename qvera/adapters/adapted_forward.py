@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import functional, fused
-from qvera.adapters.products.token_sampling import TokenSampler
+from qvera.adapters.products.low_rank import Sampler
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
 from qvera.models.structure import returns_more
@@ -49,6 +49,8 @@ class AdaptedForward:
     _inference_adapters: tuple[str, ...] = ()
     _training_weight: fused.HeldWeight | None = None
     _builds_per_pass: float = fused.BUILDS_UNHELD
+    input_sampler: Sampler | None = None
+    """What chooses the tokens of x that backward keeps for the gradient of a trained A; None: all."""
     needs_whole_passes: bool = False
     """Whether a method has to see all tokens of a pass at once: then an MLP does not go by tiles."""
 
@@ -63,10 +65,6 @@ class AdaptedForward:
     @abstractmethod
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
-
-    def token_sampler(self, adapter: str) -> TokenSampler | None:
-        """What draws the tokens of x that backward keeps; None: it keeps all, where it needs x."""
-        return None
 
     @abstractmethod
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

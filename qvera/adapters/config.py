@@ -8,7 +8,6 @@ from typing import Any
 
 from peft import PeftConfig
 
-from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import (
     GENERATOR,
     Pair,
@@ -151,8 +150,6 @@ class QveraConfig(PeftConfig):
             self.format_version = max(self.format_version, 3)
         if self.labels:
             self.format_version = max(self.format_version, LABELS_VERSION)
-        self.token_sampler: TokenSampler | None = None
-        """What draws the tokens that backward keeps (``training.sample_tokens``); likewise."""
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 

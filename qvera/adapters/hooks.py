@@ -1,8 +1,7 @@
-"""What a method or a schedule adds to a training: a subclass of `TrainingHook`. The loop knows none of them by name."""
+"""What a method or a schedule (`qvera.config.plugins.Schedule`) adds to a training. The loop knows none by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 
@@ -59,11 +58,6 @@ class TrainingHook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, tensors on the CPU. Called before the vectors are loaded."""
-
-
-SCHEDULES: dict[str, Callable[[Any], TrainingHook | None]] = {}
-"""Name → what makes a schedule's hook of a training (model, batches and optimizer are there), or None where its recipe
-asks for none. A plug-in adds its own; the name stands before the hook's state in a checkpoint."""
 
 
 class TrainingHooks(TrainingHook):

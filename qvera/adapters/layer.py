@@ -17,7 +17,6 @@ from qvera.adapters.adapted_forward import AdaptedForward, layer_shape
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods import LinearSpec, Method, method_of
-from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.models import quantization
 
@@ -172,10 +171,6 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def method(self, adapter: str) -> Method:
         """The method of one adapter."""
         return self.qvera_settings[adapter][0]
-
-    def token_sampler(self, adapter: str) -> TokenSampler | None:
-        """See `AdaptedForward.token_sampler`."""
-        return self.qvera_settings[adapter][1].token_sampler
 
     def parts(self, adapter: str) -> Factors:
         """The factors of one adapter in this layer; a shared A and B are views of the pair."""

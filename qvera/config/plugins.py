@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
+from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, distributions
 from typing import Any, TypeVar
@@ -36,36 +37,122 @@ def entry_points() -> dict[str, dict[str, EntryPoint]]:
     return groups
 
 
+registered: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+"""Group → name → what this process has beside the entry points, and before one of the same name."""
+
+
 def names(group: str) -> list[str]:
     """The names in a group; nothing is imported."""
-    return list(entry_points().get(group, {}))
+    return [*{**entry_points().get(group, {}), **registered[group]}]
 
 
-@functools.cache
 def load(group: str, name: str) -> Any:
     """What stands under a name of a group.
 
     Raises:
         InputError: it can't be imported.
     """
-    point = entry_points()[group][name]
+    return registered[group][name] if name in registered[group] else _load(entry_points()[group][name])
+
+
+@functools.cache
+def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
     except Exception as error:
         package = f" of the package {point.dist.name}" if point.dist is not None else ""
-        raise InputError(f"{name}: {point.value}{package} can't be loaded: {first_line(error)}") from error
+        raise InputError(f"{point.name}: {point.value}{package} can't be loaded: {first_line(error)}") from error
 
 
-@functools.cache
-def load_all(group: str) -> tuple[Any, ...]:
-    """Everything in a group that can be imported, in the order of its names."""
+def load_all(group: str) -> list[Any]:
+    """Everything in a group that can be imported, in the order of the names."""
     loaded = []
     for name in sorted(names(group)):
         try:
             loaded.append(load(group, name))
         except InputError as error:
-            _logger.warning("%s. It is left out (%s).", error, group)
-    return tuple(loaded)
+            _warn(f"{error} It is left out ({group}).")
+    return loaded
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Say it once."""
+    _logger.warning(text)
+
+
+class Schedule:
+    """A way to train that keys of the recipe switch on: a subclass under ``qvera.schedules`` overrides what it needs.
+
+    Each method is asked of every recipe, and answers None, or nothing, where the recipe does not ask for the schedule.
+    """
+
+    name = ""
+    """Stands before the state of its hook in a checkpoint."""
+
+    def check(self, recipe: Any, method: Any) -> None:
+        """Check that the recipe suits the adapter's method.
+
+        Raises:
+            InputError: it does not.
+        """
+
+    def whole(self, recipe: Any, rows: int) -> Any:
+        """The recipe of a run over so many rows that takes as much memory as this one does in the end."""
+        return recipe
+
+    def config(self, recipe: Any, rows: int) -> dict[str, Any]:
+        """Fields of `QveraConfig` that a run over so many rows has otherwise than its recipe."""
+        return {}
+
+    def note(self, recipe: Any) -> str | None:
+        """What a plan that is made without rows does not know."""
+        return None
+
+    def kept_share(self, recipe: Any) -> float | None:
+        """The share of an input's tokens that backward keeps for a trained A."""
+        return None
+
+    def divide(self, section: Any, sections: Any, sources: Any) -> tuple[list[str], dict[str, Any]] | None:
+        """Divide tokenized rows into parts: training rows get a number each (`Rows.part_of`).
+
+        Args:
+            section: the recipe's ``data``.
+            sections: of each source.
+            sources: `TokenizedSource`, whose rows may be replaced.
+
+        Returns:
+            The names of the parts by their numbers, and rows that are set aside, by name.
+
+        Raises:
+            InputError: the rows can't be divided as the recipe asks.
+        """
+        return None
+
+    def batches(self, recipe: Any, rows: Any, sizes: tuple[Any, ...], common: dict[str, Any]) -> Any:
+        """The `qvera.data.Batches` of the run; ``sizes`` and ``common`` are what `Batches` takes."""
+        return None
+
+    def hook(self, training: Any) -> Any:
+        """Its `qvera.adapters.hooks.TrainingHook`, once model, batches and optimizer of a training are there."""
+        return None
+
+
+def schedules() -> tuple[Schedule, ...]:
+    """One of each schedule."""
+    return tuple(schedule() for schedule in load_all("qvera.schedules"))
+
+
+def added_keys(section: Any) -> dict[str, Any]:
+    """The keys that plug-ins add to a section, each with its default."""
+    core = next(each for each in reversed(type(section).__mro__) if each.__name__ == type(section).__name__)
+    fields = type(section).model_fields
+    return {key: fields[key].get_default(call_default_factory=True) for key in fields if key not in core.model_fields}  # type: ignore[attr-defined]
+
+
+def facts() -> dict[str, Any]:
+    """What plug-ins have in ``FACTS``: their fields of adapter_config.json that reports show → the defaults."""
+    return {key: value for module in load_all("qvera.recipe") for key, value in getattr(module, "FACTS", {}).items()}
 
 
 def extensible(name: str) -> Callable[[Class], Class]:

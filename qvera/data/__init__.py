@@ -8,7 +8,6 @@ from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_temp
 from qvera.data.conversations import Turn, read_prompts
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
 from qvera.data.labelled import Labels
-from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.recipe_batches import adapter_batches, batches_of, planned_steps
 from qvera.data.rows import IGNORED, Example, Rows, collate, collate_prefix_once, lengths_of
@@ -20,7 +19,6 @@ __all__ = [
     "NAMED_TEMPLATES",
     "AdapterRows",
     "Batches",
-    "BilevelBatches",
     "ChatTemplate",
     "DataStats",
     "Datasets",
@@ -28,7 +26,6 @@ __all__ = [
     "Example",
     "Labels",
     "Rows",
-    "TaskBatches",
     "Turn",
     "adapter_batches",
     "batches_of",

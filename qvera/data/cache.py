@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvera.config import plugins
 from qvera.config.schema import DataSection
 from qvera.data.labelled import ImageEncoder
 from qvera.data.readers import EXTENSIONS, load_hub, local_files
@@ -41,7 +42,7 @@ _WORTH_BYTES = 256 * 1024
 """Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
 _NOT_OF_THE_ROWS = (
     *("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes"),
-    *("sampling", "task_labels", "task_count", "task_steps", "held_out_tasks", "regression", "rows_per_label"),
+    *("adapter_column", "regression", "rows_per_label"),
 )
 """Keys of a source that decide how rows are used, not what they are.
 
@@ -148,7 +149,8 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     content, tokenizer_hash = source_content(section, hashes), encoder.sha256()
     if content is None or tokenizer_hash is None:
         return None
-    keys = {k: v for k, v in section.to_dict().items() if k not in _NOT_OF_THE_ROWS}
+    no_keys = {*_NOT_OF_THE_ROWS, *plugins.added_keys(section)}
+    keys = {k: v for k, v in section.to_dict().items() if k not in no_keys} | {"owner_column": section.owner_column}
     if not section.eval_fraction:
         del keys["seed"]  # it has chosen nothing here
     tokenizer = encoder.tokenizer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qvera.config import plugins
 from qvera.config.schema import DataSection
 from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized, tokenized_uncached
@@ -19,7 +20,6 @@ from qvera.data.images import ImageProcessor
 from qvera.data.labelled import Labels, few_of_each_label, labels_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
-from qvera.data.sampling_by_task import Tasks, take_tasks
 from qvera.data.source import encoder_of, template_of, with_label_names
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
@@ -143,8 +143,8 @@ class Datasets:
         stats: counts for the preview and run.json.
         template: the template that was used (for the first source of a mixture); None for images.
         pad_id: for `collate`.
-        task_names: with ``data.sampling: task``, the names that ``train.task_of`` has the numbers of.
-        held_out_tasks: the rows of each task that is not trained, by its name.
+        part_names: where a schedule divides the rows, the names that ``train.part_of`` has the numbers of.
+        set_aside: rows that are not trained, by name (`plugins.Schedule.divide`).
     """
 
     train: Rows
@@ -152,8 +152,8 @@ class Datasets:
     stats: DataStats
     template: ChatTemplate | None
     pad_id: int
-    task_names: list[str] = field(default_factory=list)
-    held_out_tasks: dict[str, Rows] = field(default_factory=dict)
+    part_names: list[str] = field(default_factory=list)
+    set_aside: dict[str, Rows] = field(default_factory=dict)
 
     @property
     def labels(self) -> Labels | None:
@@ -193,12 +193,12 @@ class Datasets:
 def data_sha256(datasets: Datasets) -> str:
     """SHA-256 over all rows' tokens, masks and tasks: equal where two machines read the same data the same way."""
     digest = hashlib.sha256()
-    for rows in (datasets.train, datasets.eval, *datasets.held_out_tasks.values()):
+    for rows in (datasets.train, datasets.eval, *datasets.set_aside.values()):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
             digest.update(len(column).to_bytes(8, "little") + np.ascontiguousarray(column).tobytes())
-    if (task_of := getattr(datasets.train, "task_of", None)) is not None:
-        names = json.dumps([datasets.task_names, list(datasets.held_out_tasks)])
-        digest.update(np.ascontiguousarray(task_of).tobytes() + names.encode())
+    if (part_of := getattr(datasets.train, "part_of", None)) is not None:
+        names = json.dumps([datasets.part_names, list(datasets.set_aside)])
+        digest.update(np.ascontiguousarray(part_of).tobytes() + names.encode())
     for adapter in datasets.adapters:
         for part in (adapter.name.encode(), adapter.train.tobytes(), adapter.eval.tobytes()):
             digest.update(len(part).to_bytes(8, "little") + part)
@@ -231,7 +231,8 @@ def build_datasets(
     sections = [with_label_names(each) for each in _sources(section)]
     read = tokenized if cached else tokenized_uncached
     sources = [read(each, encoder, console) for each in sections]
-    tasks = take_tasks(section, sections, sources) if section.sampling == "task" else Tasks()
+    divided = [schedule.divide(section, sections, sources) for schedule in plugins.schedules()]
+    part_names, set_aside = next((parts for parts in divided if parts is not None), ([], {}))
     if section.rows_per_label is not None:
         few = few_of_each_label([source.train for source in sources], section.rows_per_label, section.seed)
         for source, rows in zip(sources, few, strict=True):
@@ -261,16 +262,16 @@ def build_datasets(
         # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
         stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     if isinstance(processor, ImageProcessor):
-        for part in (train, held_out, *tasks.held_out.values()):
+        for part in (train, held_out, *set_aside.values()):
             part.processor = processor
     if section.format in LABELLED:
         stats.labels = found = labels or labels_of(
-            section, train, held_out, *tasks.held_out.values(), known=sections[0].label_names
+            section, train, held_out, *set_aside.values(), known=sections[0].label_names
         )
         stats.label_rows, stats.eval_label_rows = found.counts(train), found.counts(held_out)
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = template_of(section, encoder, sources[0].format)
-    return Datasets(train, held_out, stats, template, encoder.pad_id, tasks.names, tasks.held_out)
+    return Datasets(train, held_out, stats, template, encoder.pad_id, part_names, set_aside)
 
 
 def _sources(section: DataSection) -> list[DataSection]:

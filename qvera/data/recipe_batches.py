@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvera.data.parts import BilevelBatches, TaskBatches
+from qvera.config import plugins
 from qvera.data.rows import lengths_of
 from qvera.data.sampler import Batches, steps_per_epoch
-from qvera.data.sampling_by_task import task_rows
-from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -23,7 +21,7 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     """The batches of a run over its training rows.
 
     Raises:
-        InputError: there are too few rows for ``training.bilevel``.
+        InputError: there are too few rows for the schedule that the recipe asks for.
     """
     data, training = recipe.data, recipe.training
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
@@ -32,22 +30,9 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
         "seed": data.seed,
         "shuffle": data.shuffle,
     }
-    task_of = getattr(rows, "task_of", None)
-    if task_of is not None:
-        return TaskBatches(*sizes, **common, tasks=task_rows(data, task_of), steps_each=data.task_steps)
-    if training.bilevel:
-        if len(rows) < 2:
-            raise InputError("training.bilevel: cuts the rows into two parts, and there is one row. Remove it.")
-        steps = planned_steps(recipe, len(rows))
-        retraining = round(steps * training.bilevel_retrain)
-        return BilevelBatches(
-            *sizes,
-            **common,
-            upper_share=training.bilevel_share,
-            lower_steps=training.bilevel_lower_steps,
-            upper_steps=training.bilevel_upper_steps,
-            retrain_from=steps - retraining if retraining else None,
-        )
+    for schedule in plugins.schedules():
+        if (batches := schedule.batches(recipe, rows, sizes, common)) is not None:
+            return batches
     return Batches(*sizes, **common, by_length=data.group_by_length)
 
 

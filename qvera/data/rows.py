@@ -87,8 +87,7 @@ class Example:
             for rows that do not end with an assistant turn.
         prompt_text: the same as text (without a BOS that the tokenizer itself would add).
         reference: the content of that last assistant turn, or None. Of a labelled row its label.
-        owner: the task or adapter that the row belongs to (its value of ``data.task_column`` or
-            ``data.adapter_column``), or None.
+        owner: the adapter, or part of the rows, that the row belongs to (`DataSection.owner_column`), or None.
         pair_start: of a labelled pair of texts the first token of the second, where the model is told so.
         rejected_ids: of a preference pair, int32 [R]: the tokens of the worse answer. They follow the same prompt as
             the better one's, which are the trained ones of ``input_ids``. None for any other row.
@@ -200,7 +199,7 @@ class Rows(Sequence[Example]):
         table: of `SCHEMA`.
         chosen: int64 [n]; the numbers of the rows that are taken. None: all of them.
         max_tokens: give each row as it would be with at most so many tokens and without a prompt.
-        task_of: int64 [n]; the number of each row's task, where the run has tasks (`qvera.data.sampling_by_task`).
+        part_of: int64 [n]; the number of each row's part, where `plugins.Schedule.divide` makes parts.
         processor: of images; it makes their pixel values.
 
     Attributes:
@@ -215,11 +214,11 @@ class Rows(Sequence[Example]):
         table: pa.Table | None = None,
         chosen: np.ndarray | None = None,
         max_tokens: int | None = None,
-        task_of: np.ndarray | None = None,
+        part_of: np.ndarray | None = None,
         processor: ImageProcessor | None = None,
     ) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
-        self.chosen, self._max_tokens, self.task_of, self.processor = chosen, max_tokens, task_of, processor
+        self.chosen, self._max_tokens, self.part_of, self.processor = chosen, max_tokens, part_of, processor
         self.trained_tokens = self._column(self.table["trained_tokens"])
         lengths = self._column(pc.list_value_length(self.table["input_ids"]))
         rejected = self._column(pc.fill_null(pc.list_value_length(self.table["rejected_ids"]), 0))
@@ -277,7 +276,7 @@ class Rows(Sequence[Example]):
         """The rows of these numbers, in this order."""
         taken = copy.copy(self)  # without a look at the whole table
         taken.chosen = rows if self.chosen is None else self.chosen[rows]
-        taken.task_of = None if self.task_of is None else self.task_of[rows]
+        taken.part_of = None if self.part_of is None else self.part_of[rows]
         taken.lengths, taken.trained_tokens = self.lengths[rows], self.trained_tokens[rows]
         taken.all_tokens = self.all_tokens[rows]
         taken.ids_hash, taken.mask_hash = self.ids_hash[rows], self.mask_hash[rows]
@@ -288,7 +287,7 @@ class Rows(Sequence[Example]):
 
         Images are never cut.
         """
-        return self if self.processor is not None else Rows(self.table, self.chosen, max_tokens, self.task_of)
+        return self if self.processor is not None else Rows(self.table, self.chosen, max_tokens, self.part_of)
 
     def owners(self) -> list[str]:
         """The task or adapter of each row."""
@@ -305,14 +304,14 @@ class Rows(Sequence[Example]):
 def concatenated(parts: Sequence[Rows]) -> Rows:
     """The rows of several selections, one selection after the other."""
     table = pa.concat_tables([part.table for part in parts])
-    numbers = [part.task_of for part in parts if part.task_of is not None]
-    task_of = np.concatenate(numbers) if numbers else None
+    numbers = [part.part_of for part in parts if part.part_of is not None]
+    part_of = np.concatenate(numbers) if numbers else None
     if all(part.chosen is None for part in parts):
-        return Rows(table, task_of=task_of)
+        return Rows(table, part_of=part_of)
     starts = np.cumsum([0, *(part.table.num_rows for part in parts)])
     chosen = [np.arange(len(part)) if part.chosen is None else part.chosen for part in parts]
     chosen = [start + rows for start, rows in zip(starts[:-1], chosen, strict=True)]
-    return Rows(table, np.concatenate(chosen), task_of=task_of)
+    return Rows(table, np.concatenate(chosen), part_of=part_of)
 
 
 def lengths_of(rows: Sequence[Example]) -> np.ndarray:

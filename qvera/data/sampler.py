@@ -19,7 +19,7 @@ def random_order(n: int, seed: int, stream: int) -> np.ndarray:
     what a Generator makes of it. The streams: epochs count up from 0, held-out rows have -1, the batches of epochs that
     are grouped by length count down from -2, the choice of
     ``data.rows_per_label`` has 2^62, and the sources of a mixture count up from 2^63. Epoch e of part p of the
-    rows (a task, a level of `qvera.data.parts`) has (p + 1) 2^32 + e.
+    rows (as `qvera.config.plugins.Schedule.batches` may have) has (p + 1) 2^32 + e.
     """
     # uint64 by hand: numpy makes floats of large mixed lists
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)

@@ -130,12 +130,12 @@ def _require_same_names(
 
 
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
-    """The raw rows of a source, one at a time, each with its task or adapter as ``owner``.
+    """The raw rows of a source, one at a time, each with what it belongs to as ``owner``.
 
     ``held_out``: those of ``data.held_out_path``, where there is one, in place of those of ``data.path``.
 
     Raises:
-        InputError: a file or a row can't be read, or does not name its task or adapter.
+        InputError: a file or a row can't be read, or does not name what it belongs to.
     """
     rows: Iterator[RawRow]
     path = str(section.held_out_path) if held_out else section.path
@@ -156,10 +156,8 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
         rows = read_rows(path, split=split, config_name=section.config_name, revision=section.revision)
     else:  # a local eval file beside a hub dataset: the hub's keys are not about it
         rows = read_rows(path)
-    if section.task_column is not None:
-        rows = _with_owners(rows, section.task_column, "task")
-    elif section.adapter_column is not None:
-        rows = _with_owners(rows, section.adapter_column, "adapter")
+    if section.owner_column is not None:
+        rows = _with_owners(rows, *section.owner_column)
     limit = None if held_out else section.limit
     return _first_of_each(rows, limit) if section.has_adapters and limit else itertools.islice(rows, limit)
 
@@ -391,7 +389,7 @@ def tokenize_source(
             "data.eval_path, or remove data.eval_fraction."
         )
     template = template_of(section, encoder, rows.format.name)  # of the held-out rows too
-    unused = [name for name in rows.format.unused if name not in (section.task_column, section.adapter_column)]
+    unused = [name for name in rows.format.unused if name not in (section.owner_column or ())[:1]]
     name = "" if template is None else template.name
     source = TokenizedSource(rows.format.name, unused, name, RowCounts(), Rows(), Rows(), rows.names)
     train, held = choose_rows(section, rows, eval_rows)

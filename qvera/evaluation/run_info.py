@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qvera.config import plugins
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
@@ -145,7 +146,6 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "b_groups": config.get("b_groups", 1),
         "input_scale": config.get("input_scale", False),
         "magnitude": bool(config.get("magnitude")),
-        "experts": config.get("experts", 1),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
         "adapted_modules": config.get("shared_by")
         or len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
@@ -153,7 +153,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         **({"head_parameters": sum(head.values()), "labels": config.get("labels")} if head else {}),
         "adapter_file_bytes": weights.stat().st_size,
         "projection_seed": config.get("projection_seed", config.get("projection_prng_key")),
-        **({"seed_chain": config["seed_chain"]} if config.get("seed_chain") else {}),
+        **{k: v for k, default in plugins.facts().items() if (v := config.get(k, default)) is not None},
         "projection_generator": config.get("projection_generator"),
         "projection_sha256": config.get("projection_sha256"),
         "adapter_sha256": file_sha256(weights),

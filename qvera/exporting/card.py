@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from qvera.adapters.methods import method_of, names
+from qvera.adapters.methods import Method, method_of, names
+from qvera.config import plugins
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_of
@@ -188,13 +189,17 @@ def _front_matter(subject: CardSubject) -> dict[str, Any]:
     return tree
 
 
+def _method(facts: dict[str, Any]) -> Method:
+    options = {key: facts[key] for key in ("magnitude", *plugins.facts()) if key in facts}
+    return method_of(AdapterSection.model_construct(method=str(facts["method"]), **options))
+
+
 def _title(facts: dict[str, Any]) -> str:
     """How people write the method of an adapter's facts."""
     name = str(facts["method"])
     if name not in names():
         return name
-    options = {key: facts[key] for key in ("magnitude", "experts") if key in facts}
-    return method_of(AdapterSection.model_construct(method=name, **options)).title or name
+    return _method(facts).title or name
 
 
 def _summary(subject: CardSubject) -> str:
@@ -274,8 +279,8 @@ def _usage(subject: CardSubject, repo: str) -> str:
 
 
 def _has_delta(subject: CardSubject) -> bool:
-    """Whether the adapter is a change of weights; that of Mo-SARA differs from token to token."""
-    return int(subject.adapter.get("experts") or 1) == 1
+    """Whether the adapter is a change of weights, the same for all tokens."""
+    return str(subject.adapter["method"]) not in names() or _method(subject.adapter).has_delta
 
 
 def _has_lora(subject: CardSubject) -> bool:

@@ -188,8 +188,9 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
         InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
     """
     ways = "--to lora (exact) or --to merged" if adapter.is_low_rank or adapter.magnitude else "--to merged"
-    phases = len(getattr(adapter.config, "seed_chain", None) or ())
-    has = [f"vectors of {phases} phases (training.resample_every)"] if phases else []
+    seeds = getattr(adapter.config, "seeds", None)
+    phases = len(seeds) if isinstance(seeds, tuple) else 0
+    has = [f"vectors of {phases} phases, each over a pair of its own"] if phases else []
     has += [f"{adapter.groups} vectors b for each linear (adapter.b_groups)"] if adapter.groups > max(phases, 1) else []
     has += ["a vector a for each linear (adapter.input_scale)"] if adapter.input_scale else []
     has += ["a magnitude for each linear (adapter.magnitude)"] if adapter.magnitude else []

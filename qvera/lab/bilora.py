@@ -1,4 +1,4 @@
-"""BiLoRA's ΔW (arXiv 2403.13037): ΔW = s P Λ Q in AdaLoRA's form, with P [m, r], Q [r, n] and a diagonal Λ trained.
+"""BiLoRA (arXiv 2403.13037): its ΔW = s P Λ Q in AdaLoRA's form, with P [m, r], Q [r, n] and a diagonal Λ trained.
 
 With ``training.bilevel`` P and Q are the lower level and Λ is the upper one. P and Q pay for not being orthogonal:
 γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²) in Frobenius norms, summed over the linears. They start as in AdaLoRA (arXiv 2303.10512):
@@ -7,17 +7,26 @@ normal with standard deviation 0.02, Λ at 0. There is no code of BiLoRA's autho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
+from qvera.adapters.methods.base import Method
 from qvera.adapters.methods.trained_pair import TrainedPair, start_generator
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.config.plugins import Schedule
+from qvera.data import planned_steps
+from qvera.data.sampler import random_order
 from qvera.lab.keys import Settings
+from qvera.lab.tasks import LEVELS, PartBatches
+from qvera.training.engine import trained_vectors
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +46,6 @@ class Bilora(TrainedPair):
     title = "BiLoRA"
     keys = frozenset({"alpha", "orthogonal_penalty"})
     usual = {"adapter.rank": 8, "adapter.alpha": 2048, "training.learning_rate": 2e-3}
-    upper_kinds = frozenset({"qvera_d"})
     samples_tokens = False  # the gradient of Λ is made of that of Λ Q: it would be a sample too
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
@@ -108,3 +116,117 @@ class OrthogonalPenalty(TrainingHook):
         excess = X @ X.t()
         excess.diagonal().sub_(1)
         return (excess @ X).mul_(4 * self.penalty)
+
+
+UPPER = "qvera_d"
+"""The tensor of the upper level: Λ, and d of methods that have one."""
+
+
+class Bilevel(Schedule):
+    """``training.bilevel``: two groups of parameters, trained on two disjoint parts of the rows in turn."""
+
+    name = "bilevel"
+
+    def check(self, recipe: Any, method: Method) -> None:
+        has_upper = "train_d" in method.keys or isinstance(method, Bilora)
+        if recipe.training.bilevel and not (has_upper and method.is_trained(UPPER, recipe.adapter)):
+            more = "train d as well (adapter.train_d)" if has_upper else "choose adapter.method bilora"
+            raise InputError(
+                f"training.bilevel: needs two groups of trained parameters, and adapter.method {method.name} has one "
+                f"here. Remove it, or {more}."
+            )
+
+    def batches(self, recipe: Any, rows: Any, sizes: tuple[Any, ...], common: dict[str, Any]) -> BilevelBatches | None:
+        training = recipe.training
+        if not training.bilevel:
+            return None
+        if len(rows) < 2:
+            raise InputError("training.bilevel: cuts the rows into two parts, and there is one row. Remove it.")
+        steps = planned_steps(recipe, len(rows))
+        retraining = round(steps * training.bilevel_retrain)
+        return BilevelBatches(
+            *sizes,
+            **common,
+            upper_share=training.bilevel_share,
+            lower_steps=training.bilevel_lower_steps,
+            upper_steps=training.bilevel_upper_steps,
+            retrain_from=steps - retraining if retraining else None,
+        )
+
+    def hook(self, training: Any) -> BilevelHook | None:
+        if not isinstance(training.batches, BilevelBatches):
+            return None
+        return BilevelHook(training.batches, trained_vectors(training.model))
+
+
+@functools.lru_cache(maxsize=1)
+def split_levels(n: int, upper_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """0..n-1 in two disjoint parts, each in order: the lower level's and, of a share of them, the upper level's."""
+    count = min(max(round(n * upper_share), 1), n - 1)
+    drawn = random_order(n, seed, (LEVELS + 1) * 2**32)
+    return np.sort(drawn[count:]), np.sort(drawn[:count])
+
+
+@dataclass(slots=True)
+class BilevelBatches(PartBatches):
+    """Steps on two disjoint parts of the rows in turn: ``lower_steps`` on the first, ``upper_steps`` on the second.
+
+    From step ``retrain_from`` (from 0) on all rows are the lower level's (BiLoRA, arXiv 2403.13037).
+
+    Attributes:
+        upper_share: the share of the rows that the upper level trains on, at least one row of each level.
+    """
+
+    _: KW_ONLY
+    upper_share: float = 0.2
+    lower_steps: int = 1
+    upper_steps: int = 1
+    retrain_from: int | None = None
+
+    def is_upper(self, step: int) -> bool:
+        """Whether optimizer step ``step`` (from 0) is one of the upper level."""
+        if self.retrain_from is not None and step >= self.retrain_from:
+            return False
+        return step % (self.lower_steps + self.upper_steps) >= self.lower_steps
+
+    def level_rows(self, upper: bool) -> np.ndarray:
+        """The rows of a level, in the order of the data, int64."""
+        return split_levels(len(self.lengths), self.upper_share, self.seed)[upper]
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of optimizer step ``step`` (from 0): a batch of its level's rows."""
+        if self.retrain_from is not None and step >= self.retrain_from:
+            return self.part_rows(2, np.arange(len(self.lengths)), step - self.retrain_from)
+        cycle, place = divmod(step, self.lower_steps + self.upper_steps)
+        upper = self.is_upper(step)
+        batch = cycle * self.upper_steps + place - self.lower_steps if upper else cycle * self.lower_steps + place
+        return self.part_rows(int(upper), self.level_rows(upper), batch)
+
+
+class BilevelHook(TrainingHook):
+    """Lets the vectors of the step's level alone get gradients; an optimizer leaves those without one as they are.
+
+    First order: a step of one level takes the other's vectors as constants, so it costs what any step costs, less the
+    gradients that it does not need. Which level a step has is a function of the step (`BilevelBatches.is_upper`).
+    """
+
+    def __init__(self, batches: BilevelBatches, vectors: dict[str, nn.Parameter]) -> None:
+        """``vectors`` are those that are trained, by their keys in the adapter file."""
+        self.batches = batches
+        self.upper = [v for name, v in vectors.items() if name.rpartition(".")[2] == UPPER]
+        self.lower = [v for name, v in vectors.items() if name.rpartition(".")[2] != UPPER]
+
+    def before_step(self, step: int) -> None:
+        """See `TrainingHook.before_step`."""
+        upper = self.batches.is_upper(step - 1)
+        _set_trained(self.upper, upper)
+        _set_trained(self.lower, not upper)
+
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
+        """See `TrainingHook.after_step`."""
+        _set_trained([*self.upper, *self.lower], True)
+
+
+def _set_trained(vectors: Iterable[nn.Parameter], trained: bool) -> None:
+    for vector in vectors:
+        vector.requires_grad_(trained)

@@ -7,30 +7,41 @@ B depend on the rows, so the adapter's file has them, in bfloat16 as the authors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
 
 from qvera.adapters.factors import Factors
+from qvera.adapters.hooks import TrainingHook
+from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods.base import LinearSpec, Method, Source
-from qvera.adapters.products.functional import at_least_fp32
-from qvera.adapters.products.weight_gradients import sign_step
-from qvera.adapters.projection import Pair
+from qvera.adapters.products.functional import AutogradContext, at_least_fp32
+from qvera.adapters.projection import Pair, forget_inputs
 from qvera.distributed.zero_config import zero_config_of
 from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import require_rank
-from qvera.lab.svd import rows_of_tensor, truncated_svd
-from qvera.utils.errors import InputError
+from qvera.lab.svd import rows_of, rows_of_tensor, truncated_svd
+from qvera.models.loader import causal_model
+from qvera.training.optim import current_rate
+from qvera.utils import memory
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
+    from qvera.data import Batches
+    from qvera.distributed.group import Group
+    from qvera.training.session import TrainingSession
 
 
 class LoraSb(Method):
     """R [rank, rank] is trained, A [rank, in_features] and B [out_features, rank] are not.
 
-    All are 0 until `from_gradient`.
+    All are 0 until the first step (`StartFromGradient`).
     """
 
     name = "lora-sb"
@@ -39,7 +50,6 @@ class LoraSb(Method):
     usual = {"adapter.rank": 96, "training.learning_rate": 1e-4}
     source = Source.TRAINED
     starts_at_base = False
-    starts_from_gradient = True
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         require_rank(adapter.rank, spec)
@@ -69,13 +79,178 @@ class LoraSb(Method):
                 "gradients of whole weights. Use zero1, zero2 or none."
             )
 
-    def from_gradient(
-        self, adapter: Settings, spec: LinearSpec, gradient: torch.Tensor, rate: float
-    ) -> dict[str, torch.Tensor]:
-        found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), adapter.rank)
-        return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
+    def step_hook(
+        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
+    ) -> TrainingHook | None:
+        return StartFromGradient() if recipe.adapter.init_from is None else None
 
     def factors(
         self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:
         return Factors(tensors["qvera_frozen_A"], tensors["qvera_frozen_B"], R=at_least_fp32(tensors["qvera_R"]))
+
+
+def started(rank: int, gradient: torch.Tensor, rate: float) -> dict[str, torch.Tensor]:
+    """The tensors of one linear at the first step, of this learning rate, from its weight's gradient [m, n] fp32."""
+    found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), rank)
+    return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
+
+
+class StartFromGradient(TrainingHook):
+    """Gives the adapter its start: see `start_from_gradient`."""
+
+    def start(self, training: Any) -> None:
+        start_from_gradient(training)
+
+
+_SHARE_OF_FREE_MEMORY = 4
+
+
+def start_from_gradient(session: TrainingSession) -> None:
+    """Give the adapter its start. All ranks call it together; each takes its share of the rows.
+
+    Raises:
+        InputError: memory does not suffice for it.
+        RunFailed: a gradient is not finite.
+    """
+    section: Any = session.recipe.adapter
+    group = session.group
+    layers = {name: m for name, m in session.model.named_modules() if isinstance(m, QveraLinear)}
+    rows = _first_rows(session.batches, max(session.steps, session.batches.per_epoch), section.gradient_rows)
+    rate = current_rate(session.schedule)
+    parts = _parts(layers, memory.available_bytes(session.device) // _SHARE_OF_FREE_MEMORY)
+    with status_line(session.console, "Gradient of the first rows") as update, _base_alone(session.model, layers):
+        for number, part in enumerate(parts):
+
+            def show(share: float, number: int = number) -> None:
+                update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
+
+            gradients = _gradients(session, {name: layer.base_layer for name, layer in part.items()}, rows, show)
+            for name, layer in part.items():
+                gradient = gradients.pop(name)
+                group.all_reduce([gradient])
+                if not torch.isfinite(gradient).all():
+                    raise RunFailed(f"{name}: its gradient over the first {len(rows)} rows has NaN or Inf.")
+                config = layer.qvera_settings["default"][1]
+                made = started(config.rank, gradient, rate)
+                made = group.broadcast_tensors({kind: tensor.cpu() for kind, tensor in made.items()})
+                with torch.no_grad():
+                    for kind, vector in layer.vectors("default").items():
+                        vector.copy_(made[kind])
+
+
+def _gradients(
+    session: TrainingSession, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
+) -> dict[str, torch.Tensor]:
+    """The sums of these linears' gradients over this rank's rows."""
+    train = session.datasets.train
+
+    def in_passes(passes: list[list[int]]) -> dict[str, torch.Tensor]:
+        with collected(causal_model(session.model), linears) as gradients:
+            for done, micro in enumerate(passes):
+                show(done / len(passes))
+                if micro:
+                    session.nll([train[i] for i in micro])[0].backward()
+        return gradients
+
+    return session.over_passes(rows, in_passes, "The gradient of the first rows")
+
+
+def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
+    """The first ``most`` rows that so many steps train on, each once, in the order that they come in."""
+    found: dict[int, None] = {}
+    for step in range(steps):
+        if len(found) >= most:
+            break
+        found |= dict.fromkeys(batches.rows(step))
+    return list(found)[:most]
+
+
+def _parts(layers: dict[str, QveraLinear], most_bytes: int) -> list[dict[str, QveraLinear]]:
+    """The layers, in order, in groups whose weights' gradients take so many bytes together; one layer at least."""
+    parts: list[dict[str, QveraLinear]] = []
+    room = 0
+    for name, layer in layers.items():
+        size = 4 * layer.in_features * layer.out_features
+        if not parts or size > room:
+            parts.append({})
+            room = most_bytes
+        parts[-1][name] = layer
+        room -= size
+    return parts
+
+
+@contextlib.contextmanager
+def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[None]:
+    """The base without its adapter, in the mode in which layers are recomputed."""
+    was_training = model.training
+    # PEFT, asked for the base within a pass (a loss with a reference), freezes vectors of layers that are off already
+    vectors = [vector for layer in layers.values() for vector in layer.tensors("default").values()]
+    trained = [vector.requires_grad for vector in vectors]
+    try:
+        for layer in layers.values():
+            layer._disable_adapters = True
+        model.train()
+        yield
+    finally:
+        for layer in layers.values():
+            layer._disable_adapters = False
+        for vector, requires_grad in zip(vectors, trained, strict=True):
+            vector.requires_grad_(requires_grad)
+        model.train(was_training)
+        forget_inputs(model)
+
+
+class _AddUp(torch.autograd.Function):
+    """y as it is; in backward, gᵀ x is added to a matrix. x is saved as autograd saves it, so checkpoints drop it."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, y: torch.Tensor, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.total = total  # type: ignore[attr-defined]
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), total = ctx.saved_tensors, ctx.total  # type: ignore[attr-defined]
+        total.addmm_(g.reshape(-1, g.shape[-1]).t().to(total.dtype), x.reshape(-1, x.shape[-1]).to(total.dtype))
+        return g, None, None
+
+
+@contextlib.contextmanager
+def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block, each backward pass through ``model`` adds to the gradients of these linears' weights.
+
+    Yields:
+        Name → gradient [out_features, in_features], fp32 or wider, on the linear's device; zero at first.
+    """
+    gradients: dict[str, torch.Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if isinstance(embedding, nn.Module):  # nothing before the linears needs a gradient by itself
+            hook = embedding.register_forward_hook(lambda _module, _inputs, y: _with_gradient(y))
+            stack.callback(hook.remove)
+        for name, linear in linears.items():
+            m, n = rows_of(linear).shape
+            weight = linear.weight
+            assert isinstance(weight, torch.Tensor)
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            total = gradients[name] = torch.zeros(m, n, dtype=wide, device=weight.device)
+
+            def add(
+                _: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor, total: torch.Tensor = total
+            ) -> torch.Tensor | None:
+                return _AddUp.apply(y, inputs[0].detach(), total) if y.requires_grad else None
+
+            stack.callback(linear.register_forward_hook(add).remove)
+        yield gradients
+
+
+def _with_gradient(y: torch.Tensor) -> torch.Tensor:
+    return y if y.requires_grad or not torch.is_grad_enabled() else y.detach().requires_grad_()
+
+
+def sign_step(gradient: torch.Tensor, size: float) -> torch.Tensor:
+    """What the first step of a sign-based optimizer (Adam's is one) does to a weight: −size · sign(gradient)."""
+    return gradient.sign().mul_(-size)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from qvera.config import plugins
 from qvera.config.schema import DataSection, TrainingSection
 from qvera.data import build_datasets, lengths_of
 from qvera.evaluation.class_metrics import require_packages
@@ -250,12 +251,7 @@ def _data_section(target: Artifact, data: str | None, rows: int | None) -> DataS
         adapter_column=None,
         adapter_files=False,
         mixture=[],
-        sampling="rows",
-        task_column=None,
-        task_labels=None,
-        task_count=None,
-        task_steps=1,
-        held_out_tasks=0,
+        **plugins.added_keys(recipe.data),
         weight=1.0,
         eval_path=None,
         eval_split=None,

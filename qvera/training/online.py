@@ -132,7 +132,7 @@ class OnlineTrainer(BankLoop):
         changed = changed_keys(self.recipe.to_dict(), recipe)
         if other := [key for key in changed if key.startswith("adapter.") or key in shared]:
             raise InputError(f"{id}: {', '.join(other)} differ from the server's recipe, which all jobs share.")
-        if datasets.adapters or datasets.train.task_of is not None:
+        if datasets.adapters or datasets.train.part_of is not None:
             raise InputError(f"{id}: its rows are of several adapters or tasks; a job trains one adapter on all rows.")
         rows, held_out = len(datasets.train), len(datasets.eval)
         if not rows:

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import attach, check_start, rate_factors
-from qvera.adapters.hooks import SCHEDULES, TrainingHook, TrainingHooks
+from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.fused import BUILDS_UNHELD
-from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import forget_inputs
+from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import (
     Batches,
@@ -45,7 +45,6 @@ from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtyp
 from qvera.models.positions import require_positions
 from qvera.models.processor import load_processor
 from qvera.tasks import task_of
-from qvera.training import adapt, bilevel, first_gradient, resample  # noqa: F401  # they put their schedules into SCHEDULES
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
@@ -57,7 +56,6 @@ from qvera.training.plan.shape import NotPlannable
 from qvera.training.plan.sharding import spread_of
 from qvera.training.plan.show import run_lines
 from qvera.training.rank_checks import check_disk_space, check_memory, check_same_data, check_same_setup, count_nodes
-from qvera.training.resample import phase_count
 from qvera.training.run_dir import inputs_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
@@ -181,7 +179,8 @@ class TrainingSession(AloneLoop):
         if (note := experts_note(facts)) is not None:
             self.warn(note)
         identity = facts.get("fingerprint"), facts.get("added_tokens")
-        phases = phase_count(recipe, len(self.datasets.train))
+        count = len(self.datasets.train)
+        changes = {k: v for each in plugins.schedules() for k, v in each.config(recipe, count).items()}
         with status_line(self.console, "Putting the adapter on") as update:
             self.model = attach(
                 self.base.model,
@@ -189,12 +188,10 @@ class TrainingSession(AloneLoop):
                 recipe.model.path,
                 *identity,
                 recipe.model,
-                phases,
+                changes,
                 progress=lambda name: update(f"Decomposing weights: {name}"),
                 model_class=model_class,
             )
-        if share := recipe.training.sample_tokens:
-            self.model.peft_config["default"].token_sampler = TokenSampler(share)
         for rows in (self.datasets.train, self.datasets.eval):
             require_positions(self.model, lengths_of(rows))
         if recipe.data.packing:
@@ -215,7 +212,7 @@ class TrainingSession(AloneLoop):
             recipe.adapter.method: method_of(recipe.adapter).step_hook(
                 self.model, recipe, self.optimizer, self.steps, group
             ),
-            **{name: make(self) for name, make in SCHEDULES.items()},
+            **{schedule.name: schedule.hook(self) for schedule in plugins.schedules()},
         }
         self.hooks = TrainingHooks({name: hook for name, hook in hooks.items() if hook is not None})
 

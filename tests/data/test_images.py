@@ -281,7 +281,7 @@ def test_tasks_are_values_of_a_column(images: ImageProcessor, tmp_path: Path) ->
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = build_datasets(section_of(tmp_path / "rows.jsonl", sampling="task", task_column="site"), images)
-    assert found.task_names == ["site 0", "site 1", "site 2", "site 3"]
-    assert found.train.task_of is not None
-    assert [found.task_names[number] for number in found.train.task_of] == [row["site"] for row in rows]
+    assert found.part_names == ["site 0", "site 1", "site 2", "site 3"]
+    assert found.train.part_of is not None
+    assert [found.part_names[number] for number in found.train.part_of] == [row["site"] for row in rows]
     assert found.stats.unused_columns == []

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvera.adapters.hooks import SCHEDULES, TrainingHook
+from qvera.adapters.hooks import TrainingHook
+from qvera.config import plugins
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero_params
@@ -78,7 +79,15 @@ class Watch:
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
-        SCHEDULES["recorder"] = lambda _: self.recorder
+        recorder = self.recorder
+
+        class Recording(plugins.Schedule):
+            name = "recorder"
+
+            def hook(self, training: Any) -> TrainingHook:
+                return recorder
+
+        plugins.registered["qvera.schedules"]["recorder"] = Recording
         nll = self.nll = Trainer.nll
 
         def watched_nll(trainer: Trainer, rows: Any, *rest: Any) -> Any:
@@ -138,7 +147,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
-        del SCHEDULES["recorder"]
+        del plugins.registered["qvera.schedules"]["recorder"]
         Trainer.nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_a_task_that_memory_does_not_suffice_for_ends_the_run(
     def adapt(trainer: Any) -> Any:
         raise OutOfMemory("Step 1: memory ran out.")
 
-    monkeypatch.setattr("qvera.training.adapt.adapt_to_held_out_tasks", adapt)
+    monkeypatch.setattr("qvera.lab.tasks.adapt_to_held_out_tasks", adapt)
     with pytest.raises(OutOfMemory, match="Step 6 is saved: the same command with --resume goes on"):
         train(over_tasks(adapt_steps=3), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from qvera.data.parts import TaskBatches
 from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear
@@ -19,7 +20,6 @@ from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.functional import project
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
-from qvera.data.parts import TaskBatches
 from qvera.evaluation.load import open_run
 from qvera.exporting.deltas import read_deltas
 from qvera.lab.factor_record import FACTORS

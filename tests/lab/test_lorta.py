@@ -20,9 +20,9 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.low_rank import trained_path
-from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.exporting.deltas import read_deltas
+from qvera.lab.sample_tokens import TokenSampler
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import dense_weight, on_meta, relative, trainable
 from tests.adapters.methods.cases import lorta_delta
@@ -214,7 +214,7 @@ def test_a_sample_of_the_tokens_gives_the_gradient_of_a_in_expectation() -> None
         return {name: v.grad for name, v in layer.tensors("default").items() if v.grad is not None}
 
     exact = gradients()
-    layer.qvera_settings["default"][1].token_sampler = TokenSampler(0.5)
+    layer.input_sampler = TokenSampler(0.5).draw
     draws = [gradients() for _ in range(400)]
     for name, gradient in exact.items():
         mean = torch.stack([draw[name] for draw in draws]).mean(0)

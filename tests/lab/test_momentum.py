@@ -10,7 +10,7 @@ import torch
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.projection import uniform_pair
-from qvera.training.momentum import carried_share, moved_momentum
+from qvera.lab.resample import carried_share, moved_momentum
 
 AUTHORS = Path(__file__).parent / "reference"
 

@@ -20,9 +20,9 @@ from qvera.adapters.projection import uniform_pair
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
+from qvera.lab.resample import Resample, phase_count
 from qvera.training.plan import make_plan
 from qvera.training.plan.show import print_plan
-from qvera.training.resample import phase_count, with_phases
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative
@@ -32,6 +32,10 @@ from tests.training.test_trainer import cut_off, losses, same, vectors
 pytestmark = pytest.mark.process
 
 RANK, PHASES = 4, 3
+
+
+def in_phases(rank: int, phases: int, seed: int = 0) -> dict[str, Any]:
+    return {"rank": rank * phases, "b_groups": phases, "seed_chain": [seed + phase for phase in range(phases)]}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def test_the_saved_adapter_is_the_sum_of_its_phases(run: tuple[Any, Path]) -> No
 
 def test_the_gradients_of_a_phase_are_those_of_its_own_vera(tiny_model_dir: Path) -> None:
     """With earlier phases as part of a dense base, in every gradient."""
-    model = attach(small_llama(), AdapterSection(rank=RANK, seed=5), phases=PHASES)
+    model = attach(small_llama(), AdapterSection(rank=RANK, seed=5), changes=in_phases(RANK, PHASES, 5))
     perturb(model)
     model.peft_config["default"].current_phase = 1
     name, layer = next((n, m) for n, m in model.named_modules() if n.endswith("0.mlp.up_proj"))
@@ -182,7 +186,7 @@ def test_phases_export_to_an_exact_lora(run: tuple[Any, Path], tmp_path: Path, t
 def test_a_plan_is_that_of_the_last_phase(run: tuple[Any, Path]) -> None:
     recipe, run_dir = run
     assert phase_count(recipe, 32) == PHASES
-    assert with_phases(recipe, PHASES).adapter.rank == PHASES * RANK
+    assert Resample().whole(recipe, 32).adapter.rank == PHASES * RANK
     plan = make_plan(recipe, torch.device("cpu"))
     live = sum(tensor.numel() for tensor in vectors(run_dir).values())
     assert plan.trained_parameters == live
@@ -227,4 +231,4 @@ def test_a_seed_chain_that_does_not_fit_is_refused() -> None:
     for chain in ([1, 2], [0, 1, 2], [0, -1]):
         with pytest.raises(InputError, match="seed_chain: takes the seeds of 2 phases"):
             QveraConfig(rank=8, b_groups=2, seed_chain=chain)
-    assert named_vectors(attach(small_llama(), AdapterSection(rank=2), phases=2))
+    assert named_vectors(attach(small_llama(), AdapterSection(rank=2), changes=in_phases(2, 2)))

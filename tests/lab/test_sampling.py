@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from qvera.adapters.files.save_load import attach
+from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import check_recipe
-from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
+from qvera.lab.sample_tokens import TokenSampler
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
@@ -45,7 +46,8 @@ def test_a_method_whose_input_side_is_made_of_others_is_refused(make_recipe: Any
 def sampled_lora(share: float | None) -> Any:
     model = attach(small_llama(), AdapterSection(**LORA))
     perturb(model)
-    model.peft_config["default"].token_sampler = None if share is None else TokenSampler(share)
+    for layer in adapted_layers(model):
+        layer.input_sampler = None if share is None else TokenSampler(share).draw
     return model
 
 

@@ -557,8 +557,8 @@ def test_few_rows_of_several_sources_keep_their_tasks_and_are_repeated_by_weight
         return row.source.rpartition(":")[0]
 
     by_task, repeated = rows(sampling="task"), rows(weight=2.0)
-    assert by_task.train.task_of is not None
-    assert [by_task.task_names[number] for number in by_task.train.task_of] == [*map(file_of, by_task.train)]
+    assert by_task.train.part_of is not None
+    assert [by_task.part_names[number] for number in by_task.train.part_of] == [*map(file_of, by_task.train)]
     assert [source.taken for source in by_task.stats.sources] == [
         sum(file_of(row) == source.path for row in by_task.train) for source in by_task.stats.sources
     ]

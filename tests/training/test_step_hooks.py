@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qvera.adapters.files.save_load import named_vectors
-from qvera.adapters.hooks import SCHEDULES, TrainingHook, TrainingHooks
+from qvera.adapters.hooks import TrainingHook, TrainingHooks
+from qvera.config import plugins
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from tests.training.test_trainer import cut_off, losses, same, vectors
@@ -50,11 +51,14 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> list[Pull]:
     """Every run of the test gets a `Pull`; they are collected here."""
     made: list[Pull] = []
 
-    def pull(training: Any) -> TrainingHook:
-        made.append(Pull(training.model))
-        return made[-1]
+    class Pulling(plugins.Schedule):
+        name = "pull"
 
-    monkeypatch.setitem(SCHEDULES, "pull", pull)
+        def hook(self, training: Any) -> TrainingHook:
+            made.append(Pull(training.model))
+            return made[-1]
+
+    monkeypatch.setitem(plugins.registered["qvera.schedules"], "pull", Pulling)
     return made
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from qvera.adapters.layer import QveraLinear, SharedTensors
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.adapters.projection import require_same_pairs
+from qvera.config import plugins
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
@@ -45,7 +46,7 @@ def attach(
     base_fingerprint: str | None = None,
     added_tokens: dict[str, int] | None = None,
     tokens: ModelSection | None = None,
-    phases: int = 1,
+    changes: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     model_class: ModelClass = CAUSAL_LM,
 ) -> PeftModel:
@@ -60,14 +61,14 @@ def attach(
         base_fingerprint: see `qvera.utils.safetensors_io.base_fingerprint`.
         added_tokens: token → id of the tokens that the recipe adds, whose rows the model has.
         tokens: what the recipe says of padding and end-of-sequence tokens.
-        phases: how many pairs the run draws one after the other, of as many seeds from ``section.seed`` on.
+        changes: fields of the config that are other than the section says (`plugins.Schedule.config`).
         progress: called with the name of each weight that is decomposed, for methods that do so.
         model_class: that the base was loaded as.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
-    config = new_config(section, base_name, base_fingerprint, added_tokens, tokens, phases)
+    config = new_config(section, base_name, base_fingerprint, added_tokens, tokens, changes)
     if model_class.has_own_head:
         config.labels, config.problem_type = list(model_class.labels), model_class.problem_type
         config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
@@ -93,25 +94,22 @@ def new_config(
     base_fingerprint: str | None = None,
     added_tokens: dict[str, int] | None = None,
     tokens: ModelSection | None = None,
-    phases: int = 1,
+    changes: Mapping[str, Any] | None = None,
 ) -> QveraConfig:
     """The config of a fresh adapter; see `attach`."""
-    return QveraConfig.of_section(
-        section,
-        rank=section.rank * phases,
-        b_groups=section.b_groups * phases,
-        seed_chain=[(section.seed + phase) % 2**64 for phase in range(phases)] if phases > 1 else None,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=None if base_name is None else portable_name(base_name),
-        base_fingerprint=base_fingerprint,
-        added_tokens=dict(added_tokens) if added_tokens else None,
-        pad_token=None if tokens is None else tokens.pad_token,
-        eos_token=None if tokens is None else tokens.eos_token,
-    )
+    fields = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None if base_name is None else portable_name(base_name),
+        "base_fingerprint": base_fingerprint,
+        "added_tokens": dict(added_tokens) if added_tokens else None,
+        "pad_token": None if tokens is None else tokens.pad_token,
+        "eos_token": None if tokens is None else tokens.eos_token,
+    }
+    return QveraConfig.of_section(section, **fields, **(changes or {}))
 
 
 _OF_RECIPE = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude")}
-_SEEDS = {"projection_seed": "seed", "seed_chain": "seeds of phases"}
+_SEEDS = {"seeds": "seed"}
 _OF_MODEL = {key: key for key in ("labels", "problem_type")}
 _PROJECTIONS = {
     "projection_shapes": "projections (by its targets and base) of shapes",
@@ -237,7 +235,7 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) - head,
         **({"head_parameters": head} if head else {}),
         "seed": config.projection_seed,
-        **({"seed_chain": config.seed_chain} if config.seed_chain else {}),
+        **{key: value for key, default in plugins.facts().items() if (value := getattr(config, key)) != default},
         "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers.values()),
     }
 

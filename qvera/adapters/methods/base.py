@@ -73,12 +73,6 @@ class Method(ABC):
 
     keeps_output: ClassVar[bool] = False
     """Whether backward needs W x + ΔW x [T, m]."""
-    upper_kinds: ClassVar[frozenset[str]] = frozenset()
-    """The tensors that ``training.bilevel`` trains at the upper level, by name; empty where it does not fit."""
-    samples_tokens: ClassVar[bool] = False
-    """Whether its path takes the ``token_sampler`` of the adapter's config (``training.sample_tokens``)."""
-    can_resample: ClassVar[bool] = False
-    """Whether ``training.resample_every`` fits: its tensors of several phases are those of one seed chain."""
     fields_of_start: ClassVar[tuple[str, ...]] = ()
     """The fields of the config that an adapter has from the one that it starts from (``adapter.init_from``)."""
     place_names: ClassVar[frozenset[str]] = frozenset()
@@ -87,8 +81,6 @@ class Method(ABC):
     """Whether it adds one ΔW x, the same ΔW for all tokens: then it can be merged, and W + ΔW held."""
     stands_alone: ClassVar[bool] = False
     """Whether no other adapter may be active, or merged, with it, since it scales what they add."""
-    starts_from_gradient: ClassVar[bool] = False
-    """Whether `from_gradient` makes its start, before the first step."""
 
     has_vectors: ClassVar[bool] = False
     """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
@@ -145,19 +137,6 @@ class Method(ABC):
 
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:  # noqa: B027
         """Called before the adapter is put on these linears: what its shapes depend on is written into its config."""
-
-    def from_gradient(
-        self, adapter: AdapterSettings, spec: LinearSpec, gradient: torch.Tensor, rate: float
-    ) -> dict[str, torch.Tensor]:
-        """The tensors of one linear at the first step, where `starts_from_gradient`.
-
-        Args:
-            adapter: the adapter's settings.
-            spec: the linear.
-            gradient: of its frozen weight, over the first rows, [m, n] fp32.
-            rate: the learning rate of the first step.
-        """
-        raise NotImplementedError
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a tensor is held and saved in."""

@@ -23,22 +23,21 @@ class TrainedPair(Method):
 
     source = Source.TRAINED
     keeps_input = True
-    samples_tokens = True
 
     def add(
         self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
     ) -> torch.Tensor:
         factors = layer.parts(adapter_name)
         inner = layer.dropout_of(adapter_name)(x).to(linear.compute_dtype(layer.base_layer, x))
-        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite, layer.token_sampler(adapter_name))
+        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite, layer.input_sampler)
 
     def with_base(self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
         base: nn.Linear = layer.base_layer
         if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
             return None
-        factors, sampler = layer.parts(adapter_name), layer.token_sampler(adapter_name)
+        factors = layer.parts(adapter_name)
         inner = x.to(linear.compute_dtype(base, x))
-        return trained_linear(base, inner, factors.A, factors.B, factors.scale, sampler).to(x.dtype)
+        return trained_linear(base, inner, factors.A, factors.B, factors.scale, layer.input_sampler).to(x.dtype)
 
 
 def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:

@@ -1,6 +1,6 @@
 """VeRA (arXiv 2310.11454): ΔW = s diag(b) B diag(d) A diag(a), A and B random, frozen and shared by all linears.
 
-b_groups and input_scale go beyond the paper (`qvera.adapters.products.functional`), and so do phases (`VeraPhases`).
+b_groups and input_scale go beyond the paper (`qvera.adapters.products.functional`).
 With ``magnitude`` it is DVoRA, which the authors of DoRA (arXiv 2402.09353) made of it
 (`qvera.adapters.products.magnitude`).
 """
@@ -37,15 +37,11 @@ class Vera(Method):
     title = "VeRA"
     keys = frozenset({"b_groups", "input_scale", "magnitude", "d_initial", "train_d"})
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
-    upper_kinds = frozenset({"qvera_d"})  # where BiLoRA's P Λ Q has Λ
-    can_resample = True
     has_vectors = True
     is_banked = True
     is_stock_vera = True
 
     def variant(self, adapter: AdapterSettings) -> Method:
-        if getattr(adapter, "seed_chain", None):
-            return _PHASES
         return _WITH_MAGNITUDE if adapter.magnitude else self
 
     def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
@@ -75,52 +71,6 @@ class Vera(Method):
         return name != "qvera_d" or adapter.train_d
 
 
-class VeraPhases(Vera):
-    """VeRA in phases: every some steps the vectors are frozen, and a new random pair with fresh vectors goes on.
-
-        ΔW = Σ_p s diag(b_p) B_p diag(d_p) A_p        A_p, B_p of seed p, all of one rank r
-
-    As ReLoRA merges and begins again, and as Flora draws a new random subspace (arXiv 2402.03293): one pair reaches
-    changes of rank r only, and the sum has rank p r. Nothing is merged into the base; the sum is an exact LoRA of the
-    summed rank.
-
-    In tensors it is VeRA with ``b_groups``: A [p r, n] and B [m, p r] hold the pairs of all seeds, d [p r], b [p, m].
-    Only the scale s is that of rank r. A phase that has not begun has b = 0, adds nothing, and is left out of the
-    products. While it is trained (``current_phase``), only the current phase gets gradients.
-    """
-
-    is_banked = False
-    is_stock_vera = False
-
-    def variant(self, adapter: AdapterSettings) -> VeraPhases:
-        return self
-
-    def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
-        phases, current = _phases(adapter)
-        return adapter.rank // phases * (current + 1)
-
-    def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
-        assert pair is not None
-        phases, current = _phases(adapter)
-        rank = adapter.rank // phases
-        d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
-        if getattr(adapter, "current_phase", None) is not None:
-            d = torch.cat([d[: current * rank].detach(), d[current * rank : (current + 1) * rank]])
-            b = torch.cat([b[:current].detach(), b[current : current + 1]])
-        return Factors(*pair, d, b, vera_scale(rank, spec.in_features))
-
-
-def _phases(adapter: Any) -> tuple[int, int]:
-    """How many phases an adapter has, and the number of the last one that is in use."""
-    phases, current = len(adapter.seed_chain), getattr(adapter, "current_phase", None)
-    return phases, phases - 1 if current is None else current
-
-
-_PHASES = VeraPhases()
-
-
 class _WithMagnitude(Vera):
     """m [out_features] beside d and b: the norms of the rows of W + ΔW, from those of W."""
 
@@ -129,7 +79,6 @@ class _WithMagnitude(Vera):
     stands_alone = True
     is_banked = False
     is_stock_vera = False
-    can_resample = False
     keeps_output = True
 
     def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:

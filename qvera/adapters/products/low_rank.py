@@ -15,16 +15,19 @@ s goes into z and h, each rounded once. In fp16, where a small s would push them
 into the products after them (`functional.split_scale`).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from qvera.adapters.products.functional import AutogradContext, as_output, split_scale, times
-from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import wide_product
 from qvera.models import linear
+
+Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Gives the rows of x [..., n] that backward keeps, [k, n], which tokens they are, and their weights, each [k]."""
 
 
 class _Context(AutogradContext, Protocol):
@@ -116,7 +119,7 @@ def trained_path(
     B: torch.Tensor,
     scale: float,
     overwrite: bool = False,
-    sampler: TokenSampler | None = None,
+    sampler: Sampler | None = None,
 ) -> torch.Tensor:
     """y = base + s (x Aᵀ) Bᵀ.
 
@@ -137,12 +140,11 @@ def trained_path(
     return _TrainedPair.apply(x, A, B, scale, base, None, overwrite, *_sampled(sampler, x, A))
 
 
-def _sampled(sampler: TokenSampler | None, x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _sampled(sampler: Sampler | None, x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The rows of x that are kept, which they are, and their weights; None each where all are."""
     if sampler is None or not A.requires_grad:
         return None, None, None
-    kept, sample = sampler.draw(x)
-    return kept, *sample
+    return sampler(x)
 
 
 def trained_linear(
@@ -151,7 +153,7 @@ def trained_linear(
     A: torch.Tensor,
     B: torch.Tensor,
     scale: float,
-    sampler: TokenSampler | None = None,
+    sampler: Sampler | None = None,
 ) -> torch.Tensor:
     """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ for the frozen linear ``module``, whose weight and bias get no gradient.
 

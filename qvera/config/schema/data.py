@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, OnlyWith, Passes, Positive, Section, Seed
+from qvera.config.fields import Bool, Fraction, NonEmpty, OnlyWith, Passes, Positive, Section, Seed
+from qvera.config.plugins import extensible
 
-_BY_TASK = OnlyWith("data.sampling: task")
 _CAUSAL = OnlyWith("task: causal-lm")
 _OF_TEXTS = OnlyWith("task: causal-lm", "task: sequence-classification")
 _OF_IMAGES = OnlyWith("task: image-classification")
 _LABELLED = OnlyWith("task: sequence-classification", "task: image-classification")
-_EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction", "data.held_out_tasks")
+_EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction")
 
 
 class DataSource(Section):
@@ -62,6 +62,7 @@ class DataSource(Section):
     """Use only the first rows of ``path``; of many adapters, of each. Default: all."""
 
 
+@extensible("DataKeys")
 class DataSection(DataSource):
     """Where rows come from, how they become text, and which tokens are trained."""
 
@@ -102,23 +103,6 @@ class DataSection(DataSource):
     process another minute. The rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
     eval_limit: Annotated[Positive | None, _EVALUATED] = None
     """Use only the first held-out rows of each source; of many adapters, of each. Default: all."""
-    sampling: Literal["rows", "task"] = "rows"
-    """How a step's rows are drawn. ``rows``: each row once an epoch. ``task``: a step has rows of one task, and all
-    tasks have equally many steps, however many rows they have (multitask fine-tuning, arXiv 2203.04904). A task is a
-    source (``path``, or a part of ``mixture``), or a value of ``task_column``."""
-    task_column: Annotated[NonEmpty | None, _BY_TASK] = None
-    """The column whose values are the tasks, in every source. Default: each source is a task."""
-    task_labels: Annotated[Positive | None, _BY_TASK] = None
-    """With ``task_column``: a task is this many of its values, drawn at random (the paper: 5). The same value may be in
-    several tasks. Default: each value is a task."""
-    task_count: Annotated[Positive | None, _BY_TASK] = None
-    """With ``task_labels``: how many tasks are drawn."""
-    task_steps: Annotated[Positive, _BY_TASK] = 1
-    """Optimizer steps on a task before the next one has its turn. The paper trains one task after the other, which is a
-    large number here."""
-    held_out_tasks: Annotated[NonNegative | list[NonEmpty], _BY_TASK] = 0
-    """Tasks that are not trained: their names (paths, or values of ``task_column``), or how many are chosen by
-    ``seed``. ``training.adapt_steps`` adapts to each of them after training."""
     adapter_column: Annotated[NonEmpty | None, _CAUSAL] = None
     """The column that names the adapter each row trains: many VeRA adapters in one run, each with rows, order, steps,
     schedule and held-out rows of its own. A name is a text or a whole number; 1 and "1" are the same."""
@@ -146,7 +130,6 @@ class DataSection(DataSource):
             yield "eval_fraction", f"held-out rows already come from data.{key}; remove one of the two."
         if self.held_out_path == self.path and self.eval_split == self.split:
             yield "eval_split", f"is data.split too ({self.split}), so nothing would be held out. Name another split."
-        yield from self._task_contradictions()
         if self.has_adapters:
             yield from self._adapter_contradictions()
         if self.regression is True and self.rows_per_label is not None:
@@ -173,30 +156,6 @@ class DataSection(DataSource):
             yield "mixture", f"data.{key} takes all rows from data.path; put them into one file or directory."
         if self.weight != 1:
             yield "weight", f"each adapter (data.{key}) has rows of its own; set training.num_train_epochs instead."
-        if self.sampling == "task":
-            yield (
-                "sampling",
-                f"task draws steps over tasks, and each adapter (data.{key}) has steps of its own; remove one of the "
-                "two.",
-            )
-
-    def _task_contradictions(self) -> Iterator[tuple[str, str]]:
-        if self.sampling == "rows":
-            return
-        if self.task_column is None and not self.mixture:
-            yield "sampling", "task needs several tasks; set data.task_column, or add sources to data.mixture."
-        for key, source in self.sources("weight"):
-            if source.weight != 1:
-                yield key, "data.sampling: task gives every task equally many steps; remove the weights."
-        if self.group_by_length:
-            yield "group_by_length", "a step's rows are those of its task (data.sampling); remove one of the two."
-        if (self.task_labels is None) != (self.task_count is None):
-            yield "task_labels", "and data.task_count go together; set both."
-        elif self.task_labels is not None:
-            if self.task_column is None:
-                yield "task_labels", "counts values of data.task_column, which is not set."
-            if self.held_out_tasks:
-                yield "held_out_tasks", "a value may be in many tasks of data.task_labels; remove one of the two."
 
     def sources(self, key: str) -> Iterator[tuple[str, DataSource]]:
         """This section and each part of ``mixture``, with the name that ``key`` (of this section) has there."""
@@ -209,6 +168,11 @@ class DataSection(DataSource):
     def has_adapters(self) -> bool:
         """Whether each row names the adapter that it trains, so that the run trains many."""
         return self.adapter_column is not None or self.adapter_files
+
+    @property
+    def owner_column(self) -> tuple[str, str] | None:
+        """The column that says what each row belongs to, and to what kind of thing: ``data.KIND_column`` names it."""
+        return None if self.adapter_column is None else (self.adapter_column, "adapter")
 
     @property
     def has_held_out_rows(self) -> bool:

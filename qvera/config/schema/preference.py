@@ -23,12 +23,10 @@ def preference_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"data.{key}", f"is not built for {name}; set data.max_length."
     if data.packing:
         yield "data.packing", f"is not built for {name}, whose rows stand in a padded batch; remove one of the two."
-    if data.sampling == "task":
-        yield "data.sampling", f"task is not built for {name}; use rows."
     for key, source in data.sources("data.label_names"):
         if source.label_names:
             yield key, f"has no meaning for {name}; remove it."
-    for key in ("bilevel", "label_smoothing", "resample_every", "sample_tokens", "torch_compile"):
+    for key in ("label_smoothing", "torch_compile"):
         if getattr(training, key):
             yield f"training.{key}", f"is not built for {name}; remove one of the two."
     if training.loss_chunk_tokens != type(training).model_fields["loss_chunk_tokens"].default:

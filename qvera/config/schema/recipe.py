@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from qvera.config.fields import NonEmpty, OnlyWith, Section
+from qvera.config.plugins import extensible
 from qvera.config.problems import describe, move_renamed_keys
 from qvera.config.schema.adapter import AdapterSection
 from qvera.config.schema.data import DataSection, DataSource
@@ -38,6 +39,7 @@ _SHARED_PASS_ROWS = 16
 """The default of ``training.per_device_train_batch_size`` where many adapters share a forward pass."""
 
 
+@extensible("RecipeKeys")
 class Recipe(Section):
     """A whole run. The sections say what each key means."""
 
@@ -153,28 +155,6 @@ class Recipe(Section):
                     "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
                 ),
             )
-        if self.training.adapt_steps and self.deepspeed is not None:
-            yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
-        if self.training.bilevel:
-            if self.deepspeed is not None:
-                yield (
-                    "training.bilevel",
-                    "DeepSpeed expects a gradient of every vector in every step; remove one of the two.",
-                )
-            if self.data.sampling == "task":
-                yield (
-                    "training.bilevel",
-                    "cuts the rows into two parts, not into tasks (data.sampling); remove one of the two.",
-                )
-            if self.data.group_by_length:
-                yield "training.bilevel", "has an order of rows of its own; remove data.group_by_length."
-        if self.training.sample_tokens and self.training.torch_compile:
-            yield (
-                "training.sample_tokens",
-                "draws by the data's own sizes, which is not compiled; remove one of the two.",
-            )
-        if self.training.resample_every:
-            yield from self._resample_contradictions()
         if self.deepspeed is not None and self.training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 
@@ -204,26 +184,11 @@ class Recipe(Section):
             yield "training.objective", f"{training.objective} is not built for many adapters ({names}); use sft."
         if training.optim != "adamw":
             yield "training.optim", f"many adapters ({names}) are stepped together by adamw; use that."
-        for key in ("bilevel", "resample_every", "sample_tokens", "torch_compile", "exact_match_rows"):
+        for key in ("torch_compile", "exact_match_rows"):
             if getattr(training, key):
                 yield f"training.{key}", f"is not built for many adapters ({names}); remove one of the two."
         if training.on_oom == "halve":
             yield "training.on_oom", f"halve is not built for many adapters ({names}); use save."
-
-    def _resample_contradictions(self) -> Iterator[tuple[str, str]]:
-        key = "training.resample_every"
-        if self.deepspeed is not None:
-            yield key, "clears optimizer state, of which DeepSpeed has its own copies; remove one of the two."
-        if self.training.weight_decay:
-            yield key, "weight decay would go on to pull at the frozen phases; set training.weight_decay: 0."
-        if self.adapter.b_groups > 1 or self.adapter.input_scale:
-            yield key, "each phase has one b and one d; remove adapter.b_groups and adapter.input_scale."
-        if self.adapter.init_from is not None:
-            yield key, "begins with fresh vectors; remove adapter.init_from."
-        if self.training.resample_momentum == "move" and self.training.optim != "adamw":
-            yield key, f"{self.training.optim} holds its state in blocks; set training.resample_momentum: clear."
-        if self.training.bilevel:
-            yield key, "and training.bilevel are two schedules for the same vectors; remove one of the two."
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""

@@ -18,6 +18,7 @@ from qvera.config.fields import (
     Section,
     Seed,
 )
+from qvera.config.plugins import extensible
 
 _CAUSAL = OnlyWith("task: causal-lm")
 _HEADED = OnlyWith("task: sequence-classification", "task: image-classification")
@@ -25,6 +26,7 @@ _PREFERENCES = OnlyWith("training.objective: dpo", "training.objective: orpo", "
 _SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
 
 
+@extensible("TrainingKeys")
 class TrainingSection(Section):
     """The training loop. Keys are named as in transformers' TrainingArguments where the meaning is the same."""
 
@@ -85,9 +87,9 @@ class TrainingSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
     adam_beta1: Fraction = 0.9
-    """AdamW's β1; with ``adapter.growth: momentum`` the momentum of SM3."""
-    adam_beta2: Annotated[Fraction, OnlyWith("adapter.growth: accumulated-gradient")] = 0.999
-    """AdamW's β2. SM3 (``adapter.growth: momentum``) adds squares up and has none."""
+    """AdamW's β1."""
+    adam_beta2: Fraction = 0.999
+    """AdamW's β2."""
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW's ε."""
     max_grad_norm: NonNegativeFloat = 1.0
@@ -144,40 +146,6 @@ class TrainingSection(Section):
         NonNegative, OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction"), _CAUSAL
     ] = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
-    bilevel: Bool = False
-    """Train two groups of parameters on two disjoint parts of the rows in turn, so that neither fits both (BiLoRA,
-    arXiv 2403.13037, first order). VeRA: b on the lower level's rows, d on the upper level's; ``bilora``: P and Q, and
-    Λ. For small data sets."""
-    bilevel_share: Annotated[Fraction, OnlyWith("training.bilevel")] = 0.2
-    """With ``bilevel``: the share of the rows that the upper level trains on, chosen by ``data.seed``."""
-    bilevel_lower_steps: Annotated[Positive, OnlyWith("training.bilevel")] = 4
-    """With ``bilevel``: optimizer steps of the lower level before the upper one has its turn. The defaults give every
-    row one pass an epoch."""
-    bilevel_upper_steps: Annotated[Positive, OnlyWith("training.bilevel")] = 1
-    """With ``bilevel``: optimizer steps of the upper level before the lower one has its turn again."""
-    bilevel_retrain: Annotated[Fraction, OnlyWith("training.bilevel")] = 0.0
-    """With ``bilevel``: the last share of the steps, in which the lower level trains on all rows and the upper level is
-    frozen, as BiDoRA does at the end."""
-    resample_every: NonNegative = 0
-    """Freeze the trained vectors every this many optimizer steps, and go on with a new pair of projections of the next
-    seed and fresh vectors, as ReLoRA and Flora do. The adapter is the sum of all phases, of ``adapter.rank`` each. For
-    VeRA, on long runs. 0: never."""
-    resample_momentum: Annotated[Literal["clear", "move"], OnlyWith("training.resample_every")] = "clear"
-    """With ``resample_every``: whether a new phase begins without optimizer state, or with the old momentum of b as far
-    as the new subspace has it (Flora; about 1/√in_features of it) and the old second moments. ``move`` is for
-    ``optim: adamw``."""
-    sample_tokens: Fraction = 0.0
-    """For methods that train A (``lora``, input-first ``lorta``): the share of each input's tokens that backward keeps
-    for the gradient of A, drawn so that it is right in expectation (WTA-CRS, arXiv 2305.15265). Less memory, noisier
-    steps. 0: all."""
-    adapt_steps: Annotated[NonNegative, OnlyWith("data.held_out_tasks")] = 0
-    """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
-    rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:
-    none."""
-    adapt_rows: Annotated[Positive, OnlyWith("training.adapt_steps")] = 16
-    """Rows of a held-out task that ``adapt_steps`` trains on, at most half of them; the others are scored."""
-    adapt_learning_rate: Annotated[PositiveFloat | None, OnlyWith("training.adapt_steps")] = None
-    """The rate of ``adapt_steps``. Default: ``learning_rate``."""
 
     @model_validator(mode="before")
     @classmethod

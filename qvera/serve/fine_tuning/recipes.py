@@ -22,7 +22,6 @@ _OF_ROWS = (
 _NOT_OF_A_JOB = (
     *("output_dir", "save_total_limit", "adapters_at_once", "torch_compile", "try_longest_batch", "on_oom"),
     *("report_to", "sample_count", "answer_batch_size", "sample_max_new_tokens", "exact_match_rows"),
-    *("adapt_steps", "adapt_rows", "adapt_learning_rate"),
 )
 """Keys of ``training`` that are about a run directory, a report, or how a run is computed."""
 _EVALUATIONS = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")

@@ -11,6 +11,7 @@ import torch
 
 from qvera.adapters.files.adapter_file import to_peft
 from qvera.adapters.methods import Source, check_recipe
+from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows
 from qvera.data.rows import rounds_lengths
@@ -29,7 +30,6 @@ from qvera.training.plan.run import Machine, PlannedRun, this_machine
 from qvera.training.plan.shape import Shape, shape_of
 from qvera.training.plan.sharding import Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
-from qvera.training.resample import phase_count, with_phases
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 1_250  # adapter_config.json
@@ -77,8 +77,13 @@ class Plan(PlannedRun):
 
     @property
     def has_first_phase_only(self) -> bool:
-        """Whether the run resamples its projections, and without its rows nobody knows how often."""
-        return self.recipe.training.resample_every > 0
+        """Whether a schedule goes on in a way that nobody knows without the rows."""
+        return bool(self.notes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What schedules say that the plan does not know."""
+        return [note for schedule in plugins.schedules() if (note := schedule.note(self.recipe)) is not None]
 
     @property
     def trained_parameters(self) -> int:
@@ -191,7 +196,7 @@ def make_plan(
     Args:
         machine: what to plan for; a device: this process's own machine, with what it holds now.
         rows: the training rows. Without them every row is assumed to be ``data.max_length`` long, and where they are
-            also needed to count the phases of ``training.resample_every``, the plan is that of the first one.
+            also needed to know what a schedule makes of the adapter, the plan is that of its beginning.
         sharing: how many ranks there are and what each holds; the plan is that of one of them.
         every_way: plan the other ways of sharing on as many ranks too.
         adapter_rows: the training rows of each adapter, where the recipe trains many.
@@ -202,9 +207,10 @@ def make_plan(
             keys do not suit its method.
     """
     check_recipe(recipe)
-    phases = phase_count(recipe, 0 if rows is None else len(rows))
-    if rows is not None or recipe.training.max_steps >= 0:
-        recipe = with_phases(recipe, phases)
+    whole = recipe
+    for schedule in plugins.schedules():
+        whole = schedule.whole(whole, 0 if rows is None else len(rows))
+    given, recipe = recipe, whole if rows is not None or recipe.training.max_steps >= 0 else recipe
     with torch.random.fork_rng(devices=[]):
         task = task_of(recipe)
         model_class = task.model_class(recipe, datasets)
@@ -232,7 +238,7 @@ def make_plan(
     memory = plan_rank(run)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of)
-    if phases > 1:  # the rank of the plan is that of all phases, not the recipe's
+    if whole.adapter.rank != given.adapter.rank:  # a schedule has made it
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     ways = tuple(plan_ways(replace(run, holds_weights=False), sharing.nodes, sharing.per_node)) if every_way else ()
     found = memory, changes, decided, streaming, ways

@@ -12,6 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from qvera.adapters.config import PREFIX, SHARED_PREFIX
 from qvera.adapters.methods import Method, method_of
 from qvera.adapters.products import fused
+from qvera.config import plugins
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
@@ -247,9 +248,9 @@ class PlannedRun:
 
     @property
     def sampled_tokens(self) -> int | None:
-        """The tokens of each input that backward keeps (``training.sample_tokens``); None: all, where it keeps any."""
-        share = self.recipe.training.sample_tokens
-        return max(1, math.ceil(share * self.batch.all_tokens)) if share and self.method.samples_tokens else None
+        """The tokens of each input that backward keeps where a schedule keeps a share of them; None: all, if any."""
+        shares = [share for schedule in plugins.schedules() if (share := schedule.kept_share(self.recipe))]
+        return max(1, math.ceil(min(shares) * self.batch.all_tokens)) if shares else None
 
     @property
     def task(self) -> Task:

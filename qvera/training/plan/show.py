@@ -48,11 +48,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.slots:
         each = f"each of them {size(slot_bytes(plan))}"
         console.print(f"At most {plan.slots:,} adapters are trained at the same time, {each} with AdamW's moments.")
-    if plan.has_first_phase_only:
-        console.print(
-            "This is the first phase alone: without the rows nobody knows how many training.resample_every makes. Set "
-            "training.max_steps to plan all of them."
-        )
+    for note in plan.notes:
+        console.print(note)
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)

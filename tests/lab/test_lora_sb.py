@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters.products.weight_gradients import collected, sign_step
+from qvera.lab.lora_sb import collected, sign_step
 from qvera.lab.svd import rows_of_tensor, truncated_svd
 from qvera.models import linear
 from qvera.models.checkpointing import enable_checkpointing

@@ -16,9 +16,16 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from qvera.adapters.layer import adapted_layers
+from qvera.adapters.methods import method_of
+from qvera.adapters.methods.base import Method
+from qvera.adapters.methods.trained_pair import TrainedPair
+from qvera.config.plugins import Schedule
+from qvera.utils.errors import InputError
 
 _UNITS = 2**52
 
@@ -102,7 +109,7 @@ def sampled_product(g: torch.Tensor, x_rows: torch.Tensor, sample: TokenSample) 
 class TokenSampler:
     """Draws the sample that backward keeps of each input x; layers that read the same x share one.
 
-    ``training.sample_tokens`` asks for it. ‖g_t‖ is not known in forward, so p_t ∝ ‖x_t‖. Draws come from torch's
+    ‖g_t‖ is not known in forward, so p_t ∝ ‖x_t‖. Draws come from torch's
     default generator of x's device.
     """
 
@@ -111,19 +118,54 @@ class TokenSampler:
         self.share = share
         self._recent: tuple[weakref.ref[torch.Tensor], tuple[int, int], torch.Tensor, TokenSample] | None = None
 
-    def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenSample]:
-        """The rows of x [..., n] that are kept, [k, n], and the sample."""
+    def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows of x [..., n] that are kept, [k, n], and the sample: which tokens they are, and their weights."""
         # of the backward pass we are in, as in `projection.SharedInput`: a recomputation has its own
         key = x._version, torch._C._current_graph_task_id()
         recent = self._recent
         if recent is not None and recent[0]() is x and recent[1] == key:
-            return recent[2:]
+            return recent[2], *recent[3]
         rows = x.detach().reshape(-1, x.shape[-1])
         sample = sample_tokens(token_probabilities(rows), max(1, math.ceil(self.share * len(rows))))
         kept = rows[sample.tokens]
         self._recent = weakref.ref(x, self._forget), key, kept, sample
-        return kept, sample
+        return kept, *sample
 
     def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
         if self._recent is not None and self._recent[0] is dead:
             self._recent = None
+
+
+class SampleTokens(Schedule):
+    """``training.sample_tokens``: the layers get a sampler, which draws in every pass of a training."""
+
+    name = "sample_tokens"
+
+    def check(self, recipe: Any, method: Method) -> None:
+        if not recipe.training.sample_tokens:
+            return
+        if not method.keeps_input:
+            raise InputError(
+                f"training.sample_tokens: there is nothing to save with adapter.method {method.name}. A is frozen, so "
+                f"backward keeps no input x for its gradient, only z = A x, {recipe.adapter.rank} numbers a token. "
+                "Remove it."
+            )
+        if not _fits(method):
+            raise InputError(
+                f"training.sample_tokens: adapter.method {method.name}, as it is set here, keeps its inputs for more "
+                "than the gradient of a trained A. Remove it."
+            )
+
+    def kept_share(self, recipe: Any) -> float | None:
+        share = recipe.training.sample_tokens
+        return share if share and _fits(method_of(recipe.adapter)) else None
+
+    def hook(self, training: Any) -> None:
+        if share := training.recipe.training.sample_tokens:
+            sampler = TokenSampler(share)
+            for layer in adapted_layers(training.model):
+                layer.input_sampler = sampler.draw
+
+
+def _fits(method: Method) -> bool:
+    return isinstance(method, TrainedPair) and getattr(method, "samples_tokens", True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from qvera.adapters.products.low_rank import trained_linear, trained_path
-from qvera.adapters.products.token_sampling import (
+from qvera.lab.sample_tokens import (
     TokenSample,
     TokenSampler,
     drawn_weights,
@@ -106,7 +107,7 @@ def test_a_sampled_lora_has_exact_gradients_except_for_a_whose_mean_is_right(one
     x, base, g, A, B = lora_parts()
     module = torch.nn.Linear(24, 20).requires_grad_(False)
 
-    def gradients(sampler: TokenSampler | None) -> tuple[torch.Tensor, ...]:
+    def gradients(sampler: Any) -> tuple[torch.Tensor, ...]:
         if one_node:
             y = trained_linear(module, x, A, B, 0.5, sampler)
         else:
@@ -114,7 +115,7 @@ def test_a_sampled_lora_has_exact_gradients_except_for_a_whose_mean_is_right(one
         return torch.autograd.grad((y * g).sum(), (x, A, B))
 
     exact = gradients(None)
-    found = [gradients(TokenSampler(0.3)) for _ in range(250)]
+    found = [gradients(TokenSampler(0.3).draw) for _ in range(250)]
     for mine, theirs in ((found[0][0], exact[0]), (found[0][2], exact[2])):
         torch.testing.assert_close(mine, theirs)
     estimates = torch.stack([one[1] for one in found])
@@ -127,7 +128,7 @@ def test_layers_that_read_the_same_input_keep_one_sample_of_it() -> None:
     x, base, g, A, B = lora_parts()
     sampler, kept = TokenSampler(0.25), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        outputs = [trained_path(base, x, A, B, 0.5, sampler=sampler) for _ in range(3)]
+        outputs = [trained_path(base, x, A, B, 0.5, sampler=sampler.draw) for _ in range(3)]
     inputs = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point() and t.shape[-1] == 24 and len(t) != 4}
     assert list(inputs.values()) == [15 * 24]  # of 60 tokens
     torch.autograd.grad(sum((y * g).sum() for y in outputs), (x, A, B))

@@ -15,12 +15,16 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection, DataSource, parse_recipe
 from qvera.data import batches_of, build_datasets, data_sha256
-from qvera.data.parts import BilevelBatches, TaskBatches
-from qvera.data.sampling_by_task import label_tasks, source_names
+from qvera.lab.bilora import BilevelBatches
+from qvera.lab.tasks import TaskBatches, label_tasks, source_names
 from qvera.utils.errors import InputError
 
 Write = Callable[..., str]
 AUTHORS = Path(__file__).parent / "reference" / "mamf_tasks.npz"
+
+
+def data_section(**keys: Any) -> DataSection:
+    return DataSection(**keys)
 
 
 @pytest.mark.parametrize("seed", [312, 313])
@@ -102,7 +106,7 @@ def three_sources(write: Write) -> DataSection:
         for name, count in (("add", 12), ("say", 5), ("ask", 3))
     ]
     more = [DataSource(path=path) for path in paths[1:]]
-    return DataSection(path=paths[0], mixture=more, sampling="task")
+    return data_section(path=paths[0], mixture=more, sampling="task")
 
 
 def recipe_of(data: DataSection, **training: Any) -> Any:
@@ -112,12 +116,12 @@ def recipe_of(data: DataSection, **training: Any) -> Any:
 
 def test_sources_of_one_path_are_told_apart_by_what_else_they_are() -> None:
     glue = [DataSection(path="nyu-mll/glue", config_name=name) for name in ("sst2", "rte")]
-    assert source_names([*glue, DataSection(path="a.jsonl")]) == [
+    assert source_names([*glue, data_section(path="a.jsonl")]) == [
         "nyu-mll/glue sst2 train",
         "nyu-mll/glue rte train",
         "a.jsonl",
     ]
-    assert source_names([DataSection(path="a.jsonl"), DataSection(path="a.jsonl")]) == [
+    assert source_names([DataSection(path="a.jsonl"), data_section(path="a.jsonl")]) == [
         "a.jsonl train 1",
         "a.jsonl train 2",
     ]
@@ -127,7 +131,7 @@ def test_each_source_is_a_task(three_sources: DataSection, base_tokenizer: PreTr
     data = build_datasets(three_sources, base_tokenizer)
     batches = batches_of(recipe_of(three_sources), data.train)
     files = [{data.train[row].source.rpartition(":")[0] for row in batches.rows(step)} for step in range(9)]
-    assert Counter(name for names in files for name in names) == dict.fromkeys(data.task_names, 3)
+    assert Counter(name for names in files for name in names) == dict.fromkeys(data.part_names, 3)
 
 
 @pytest.mark.parametrize("held_out", [1, ["say"]])
@@ -135,16 +139,16 @@ def test_held_out_tasks_are_in_no_step_and_in_no_evaluation(
     write: Write, base_tokenizer: PreTrainedTokenizerFast, held_out: Any
 ) -> None:
     rows = [{"prompt": f"{i}", "completion": "x", "skill": ("add", "say", "ask")[i % 3]} for i in range(30)]
-    section = DataSection(
+    section = data_section(
         path=write(rows), sampling="task", task_column="skill", held_out_tasks=held_out, eval_fraction=0.3
     )
     data = build_datasets(section, base_tokenizer)
-    [(name, kept)] = data.held_out_tasks.items()
-    assert name not in data.task_names
-    assert (len(data.task_names), len(kept)) == (2, 10)
+    [(name, kept)] = data.set_aside.items()
+    assert name not in data.part_names
+    assert (len(data.part_names), len(kept)) == (2, 10)
     assert {row.owner for row in kept} == {name}
     assert name not in {row.owner for rows in (data.train, data.eval) for row in rows}
-    assert [data.task_names[number] for number in data.train.task_of] == [row.owner for row in data.train]
+    assert [data.part_names[number] for number in data.train.part_of] == [row.owner for row in data.train]
     assert data.stats.unused_columns == []
     assert data.stats.train_rows == len(data.train) == data.stats.sources[0].taken
 
@@ -152,7 +156,7 @@ def test_held_out_tasks_are_in_no_step_and_in_no_evaluation(
 def test_the_hash_of_the_rows_knows_their_tasks(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
     def hash_of(*kinds: str) -> str:
         rows = [{"prompt": f"say {i}", "completion": " no", "kind": kind} for i, kind in enumerate(kinds)]
-        section = DataSection(path=write(rows, "kinds.jsonl"), sampling="task", task_column="kind")
+        section = data_section(path=write(rows, "kinds.jsonl"), sampling="task", task_column="kind")
         return data_sha256(build_datasets(section, base_tokenizer))
 
     assert hash_of("a", "b", "a", "b") == hash_of("a", "b", "a", "b")
@@ -161,18 +165,18 @@ def test_the_hash_of_the_rows_knows_their_tasks(write: Write, base_tokenizer: Pr
 
 def test_a_task_may_be_several_labels(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": f"{i}", "completion": "x", "label": i % 6} for i in range(24)]
-    section = DataSection(path=write(rows), sampling="task", task_column="label", task_labels=2, task_count=5, seed=9)
+    section = data_section(path=write(rows), sampling="task", task_column="label", task_labels=2, task_count=5, seed=9)
     data = build_datasets(section, base_tokenizer)
     batches = batches_of(recipe_of(section), data.train)
     assert isinstance(batches, TaskBatches)
     found = [sorted({data.train[row].owner for row in task}) for task in batches.tasks]
-    assert found == [sorted(task) for task in label_tasks([data.task_names], 5, 2, 9)]
+    assert found == [sorted(task) for task in label_tasks([data.part_names], 5, 2, 9)]
 
 
 def test_the_tasks_of_a_cut_selection_stay(three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = build_datasets(three_sources, base_tokenizer).train
-    assert rows.cut(8).task_of.tolist() == rows.task_of.tolist()
-    assert rows.take(np.array([19, 0])).task_of.tolist() == [2, 0]
+    assert rows.cut(8).part_of.tolist() == rows.part_of.tolist()
+    assert rows.take(np.array([19, 0])).part_of.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ def test_the_tasks_of_a_cut_selection_stay(three_sources: DataSection, base_toke
 )
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        DataSection(path="rows.jsonl", **keys)
+        data_section(path="rows.jsonl", **keys)
 
 
 @pytest.mark.parametrize(
@@ -216,4 +220,4 @@ def test_tasks_that_are_not_there_are_refused(
 ) -> None:
     path = write([{"prompt": f"q{i}", "completion": "x", "skill": "add"} for i in range(4)], "rows.jsonl")
     with pytest.raises(InputError, match=words):
-        build_datasets(DataSection(path=path, sampling="task", **keys), base_tokenizer)
+        build_datasets(data_section(path=path, sampling="task", **keys), base_tokenizer)

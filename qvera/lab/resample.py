@@ -1,0 +1,242 @@
+"""New projections every some steps (``training.resample_every``): VeRA in phases, and what happens between two of them.
+
+    ΔW = Σ_p s diag(b_p) B_p diag(d_p) A_p        A_p, B_p of seed p, all of one rank r
+
+As ReLoRA merges and begins again, and as Flora draws a new random subspace (arXiv 2402.03293): one pair reaches changes
+of rank r only, and the sum has rank p r. Nothing is merged into the base; the sum is an exact LoRA of the summed rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.hooks import TrainingHook
+from qvera.adapters.layer import QveraLinear
+from qvera.adapters.methods.base import LinearSpec, Method
+from qvera.adapters.methods.vera import Vera
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.projection import Pair, vera_scale
+from qvera.config.plugins import Schedule
+from qvera.config.schema.adapter import MOST_RANK
+from qvera.data import planned_steps
+from qvera.lab.keys import Settings
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qvera.adapters.config import QveraConfig
+
+
+class Resample(Schedule):
+    """Phases of a run: which one a step is in is a function of the step."""
+
+    name = "resample"
+
+    def check(self, recipe: Any, method: Method) -> None:
+        if recipe.training.resample_every and (not isinstance(method, Vera) or recipe.adapter.magnitude):
+            raise InputError(
+                "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and "
+                f"adapter.method is {recipe.adapter.method}. Remove one of the two."
+            )
+
+    def config(self, recipe: Any, rows: int) -> dict[str, Any]:
+        section, phases = recipe.adapter, phase_count(recipe, rows)
+        if phases == 1:
+            return {}
+        chain = [(section.seed + phase) % 2**64 for phase in range(phases)]
+        return {"rank": section.rank * phases, "b_groups": phases, "seed_chain": chain}
+
+    def whole(self, recipe: Any, rows: int) -> Any:
+        phases = phase_count(recipe, rows)
+        if not recipe.training.resample_every:
+            return recipe
+        return recipe.replace(
+            adapter=recipe.adapter.replace(rank=recipe.adapter.rank * phases, b_groups=phases),
+            training=recipe.training.replace(resample_every=0, resample_momentum="clear"),
+        )
+
+    def note(self, recipe: Any) -> str | None:
+        if not recipe.training.resample_every:
+            return None
+        return (
+            "This is the first phase alone: without the rows nobody knows how many training.resample_every makes. Set "
+            "training.max_steps to plan all of them."
+        )
+
+    def hook(self, training: Any) -> ResampleHook | None:
+        if not training.model.peft_config["default"].seed_chain:
+            return None
+        return ResampleHook(training.model, training.optimizer, training.recipe.training)
+
+
+def phase_count(recipe: Any, rows: int) -> int:
+    """How many phases a run over that many training rows has; 1 without ``training.resample_every``.
+
+    Raises:
+        InputError: they come to a larger rank than an adapter may have.
+    """
+    every = recipe.training.resample_every
+    if not every:
+        return 1
+    phases = max(1, -(-planned_steps(recipe, rows) // every))
+    if phases * recipe.adapter.rank > MOST_RANK:
+        raise InputError(
+            f"training.resample_every: {phases} phases of rank {recipe.adapter.rank:,} are one adapter of rank "
+            f"{phases * recipe.adapter.rank:,}, and {MOST_RANK:,} is the most. Raise it, or lower adapter.rank."
+        )
+    return phases
+
+
+class ResampledVera(Vera):
+    """VeRA, which a chain of seeds turns into `VeraPhases`."""
+
+    def variant(self, adapter: Settings) -> Method:
+        return _PHASES if getattr(adapter, "seed_chain", None) else super().variant(adapter)
+
+
+class VeraPhases(Vera):
+    """Every some steps the vectors are frozen, and a new random pair with fresh vectors goes on.
+
+    In tensors it is VeRA with ``b_groups``: A [p r, n] and B [m, p r] hold the pairs of all seeds, d [p r], b [p, m].
+    Only the scale s is that of rank r. A phase that has not begun has b = 0, adds nothing, and is left out of the
+    products. While it is trained (``current_phase``), only the current phase gets gradients.
+    """
+
+    is_banked = False
+    is_stock_vera = False
+
+    def variant(self, adapter: Settings) -> VeraPhases:
+        return self
+
+    def rank_at(self, adapter: Settings, spec: LinearSpec) -> int:
+        phases, current = _phases(adapter)
+        return adapter.rank // phases * (current + 1)
+
+    def factors(
+        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        assert pair is not None
+        phases, current = _phases(adapter)
+        rank = adapter.rank // phases
+        d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
+        if getattr(adapter, "current_phase", None) is not None:
+            d = torch.cat([d[: current * rank].detach(), d[current * rank : (current + 1) * rank]])
+            b = torch.cat([b[:current].detach(), b[current : current + 1]])
+        return Factors(*pair, d, b, vera_scale(rank, spec.in_features))
+
+
+def _phases(adapter: Any) -> tuple[int, int]:
+    """How many phases an adapter has, and the number of the last one that is in use."""
+    phases, current = len(adapter.seed_chain), getattr(adapter, "current_phase", None)
+    return phases, phases - 1 if current is None else current
+
+
+_PHASES = VeraPhases()
+
+
+class ResampleHook(TrainingHook):
+    """Begins a phase every ``every`` steps; which one a step is in is a function of the step.
+
+    A new phase begins with b = 0 and d = d_initial, and without optimizer state, or with what `move_state` makes of it.
+    """
+
+    def __init__(self, model: PeftModel, optimizer: torch.optim.Optimizer, training: Any) -> None:
+        self.config: QveraConfig = model.peft_config["default"]
+        self.layers = [m for m in model.modules() if isinstance(m, QveraLinear) and m.carries("default")]
+        self.optimizer, self.every = optimizer, training.resample_every
+        self.moves = training.resample_momentum == "move"
+        self._enter(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase: it is what a run that goes on after its last step is scored with."""
+        return {"phase": self.config.current_phase}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TrainingHook.load_state_dict`."""
+        self._enter(state.get("phase", 0))
+
+    def _enter(self, phase: int) -> None:
+        self.config.current_phase = min(phase, len(self.config.seed_chain or ()) - 1)
+
+    def before_step(self, step: int) -> None:
+        """See `TrainingHook.before_step`."""
+        self._enter((step - 1) // self.every)
+
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
+        """See `TrainingHook.after_step`."""
+        before = self.config.current_phase
+        self._enter(step // self.every)
+        if self.config.current_phase == before:
+            return
+        for layer in self.layers:
+            if self.moves:
+                move_state(layer, self.config, self.optimizer)
+            else:
+                for vector in layer.vectors("default").values():
+                    self.optimizer.state.pop(vector, None)
+
+
+@torch.no_grad()
+def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state of a linear for the phase that has just begun, made of that of the phase before.
+
+    The momentum of b goes over as far as the new subspace has it (`carried_share`). d has no gradient while
+    the new b is 0, so its momentum begins at 0. The second moments stay: they are sizes, and the new directions are as
+    long as the old ones.
+    """
+    phase, rank = config.current_phase, config.rank // config.b_groups
+    assert phase
+    both = layer.parts("default")
+    assert both.d is not None
+    parts = [
+        Factors(both.A[at : at + rank], both.B[:, at : at + rank], both.d[at : at + rank], scale=both.scale)
+        for at in ((phase - 1) * rank, phase * rank)
+    ]
+    share = carried_share(*parts)
+    for name, vector in layer.vectors("default").items():
+        if not (state := optimizer.state.get(vector)):
+            continue
+        momentum, squares = (state[key].view(config.b_groups, -1) for key in ("exp_avg", "exp_avg_sq"))
+        momentum[phase] = share.to(momentum.dtype) * momentum[phase - 1] if name == "qvera_b" else 0.0
+        momentum[phase - 1] = 0.0
+        squares[phase] = squares[phase - 1]
+
+
+def moved_momentum(momentum: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The momentum of a gradient G [m, n] that is kept as G Pᵀ [m, r], in another subspace: M' = (M P_old) P_newᵀ.
+
+    Decompressed by the old projection, compressed by the new one. With normal projections of variance 1 / r,
+    E[Pᵀ P] = 1, so M' is the compressed momentum of the same G in expectation. For a projection from the left (P G)
+    transpose everything.
+
+    Args:
+        momentum: M [m, r].
+        old, new: P_old [r, n] and P_new [r', n].
+
+    Returns:
+        M' [m, r'].
+    """
+    return momentum @ (old @ new.t())
+
+
+def carried_share(old: Factors, new: Factors) -> torch.Tensor:
+    """What `moved_momentum` makes of the momentum of VeRA's b, as a factor for each element: [m].
+
+    ∂b_i = s (B_i ⊙ d) A ∂W_iᵀ is the gradient of row i of W in a subspace of one direction, v_i = s (B_i ⊙ d) A [n].
+    With v_i / ‖v_i‖² in place of P_old, what comes over to v'_i is the momentum times v_i · v'_i / ‖v_i‖². For random
+    pairs that is about 1 / √n.
+
+    Args:
+        old, new: of one linear, with A, B and d of two phases; b is not read.
+    """
+    assert old.d is not None
+    assert new.d is not None
+    left, right = old.scale * old.B.float() * old.d, new.scale * new.B.float() * new.d
+    A, A_new = old.A.float(), new.A.float()
+    own = ((left @ (A @ A.t())) * left).sum(1)
+    return ((left @ (A @ A_new.t())) * right).sum(1) / own
