@@ -146,7 +146,10 @@ class AdaptedForward:
         return self.with_base(adapter, x)
 
     def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        """(W + ΔW) x in one node, else None; asked where `Method.with_base` says."""
+        """(W + ΔW) x in one node, else None.
+
+        Asked where the layer has one adapter, without dropout, over a whole and frozen weight and bias.
+        """
         return self._summed_forward(x, adapter)
 
     def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:

@@ -53,7 +53,7 @@ def _vera_path(
 
 
 _PATHS = {"vera": _vera_path}
-"""Method → the output y [..., m] of a layer with the adapter of each token; `Method.is_banked` says which have one.
+"""Method → the output y [..., m] of a layer with the adapter of each token; those of the type VERA have one.
 
 It is given the layer, the name of the ordinary adapter that stands for the bank, x [..., n], W x, the tensors of the
 slots by kind [R, ...], and the slot of each token (None: R is 1)."""

@@ -2,7 +2,7 @@
 
     ΔW = s diag(b) B M A diag(a)        A [r, n]   B [m, r]   M = diag(d) or a dense core R [r, r]   b [m]   a [n]
 
-VeRA has d and b, LoRA-XS a core between frozen A and B, LoRA nothing but A and B. What is not there counts as 1.
+VeRA has d and b, LoRA nothing but A and B, others a core between frozen A and B. What is not there counts as 1.
 With a magnitude m [m], as in DoRA (arXiv 2402.09353), the weight is not W + ΔW but that with rows of the norms m.
 """
 

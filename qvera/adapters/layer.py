@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.adapted_forward import AdaptedForward, layer_shape
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods import LinearSpec, Method, method_of
+from qvera.adapters.methods.base import Change, trains_pair
+from qvera.adapters.products.low_rank import trained_linear
+from qvera.adapters.products.magnitude import RowNorms
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
-from qvera.models import quantization
+from qvera.models import linear, quantization
 
 if TYPE_CHECKING:
     from qvera.adapters.bank import MixedForward
@@ -87,7 +91,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection: Any = nn.ModuleDict()
         self.qvera_frozen: Any = nn.ModuleDict()
-        """Adapter → what its method made from the weight (`Method.put_on`)."""
+        """Adapter → the norms of the weight, where it has a magnitude."""
         self.qvera_shared: dict[str, VectorDict] = {}
         """Adapter → tensors that belong to the whole model (`SharedTensors`); not a part of this module."""
         self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
@@ -114,7 +118,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             self.qvera_shared[adapter_name] = shared
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         for name, shape in method.tensors(config, self.spec).items():
-            holds_places = name in method.place_names
+            dtype = method.traits(name, config).dtype
+            holds_places = not dtype.is_floating_point
             if not hasattr(self, name):
                 setattr(self, name, VectorDict())
                 if holds_places:  # PEFT asks every tensor of the other list for gradients
@@ -123,19 +128,31 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
                     self.adapter_layer_names = (*self.adapter_layer_names, name)
                 self.tensor_names = (*self.tensor_names, name)
             if device.type == "meta":
-                start = torch.empty(shape, device=device, dtype=method.dtype(name))
+                start = torch.empty(shape, device=device, dtype=dtype)
             else:
                 start = method.start(name, shape, config, self.spec).to(device)
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
-        method.put_on(self, adapter_name)
+        if method.change is Change.SCALED:
+            self._hold_norms(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _hold_norms(self, adapter: str) -> None:
+        """Make the norms of the weight, from which a magnitude starts. Under ZeRO-3 all ranks come here together."""
+        pair, A = self.qvera_projection[adapter], self.parts(adapter).A
+        others = (norms for other, norms in self.qvera_frozen.items() if self.qvera_projection[other] is pair)
+        held = next((norms for norms in others if norms.products.shape[1] >= A.shape[0]), None)
+        norms = RowNorms(self.base_layer, A, self.out_features) if held is None else held
+        self.qvera_frozen[adapter] = norms
+        magnitude = self.vectors(adapter)["qvera_m"]
+        if not magnitude.is_meta:
+            magnitude.data.copy_(norms.of_weight())
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters active, and train them, but for what their methods keep frozen; PEFT calls it."""
         super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
         for name, (method, config) in self.qvera_settings.items():
             for kind, vector in self.tensors(name).items():
-                if not method.is_trained(kind, config):
+                if not method.traits(kind, config).is_trained:
                     vector.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -190,22 +207,30 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return self.method(adapter).add(self, adapter, x, y, overwrite)
 
     def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        """(W + ΔW) x in one node, as the adapter's method has it, or by W + ΔW."""
-        y = self.method(adapter).with_base(self, adapter, x)
-        return super().with_base(adapter, x) if y is None else y
+        """(W + ΔW) x in one node: that of a trained pair, or by W + ΔW."""
+        if not trains_pair(self.method(adapter)):
+            return super().with_base(adapter, x)
+        base: nn.Linear = self.base_layer
+        if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
+            return None
+        factors, inner = self.parts(adapter), x.to(linear.compute_dtype(base, x))
+        return trained_linear(base, inner, factors.A, factors.B, factors.scale, self.input_sampler).to(x.dtype)
 
     def delta(self, adapter: str) -> torch.Tensor:
-        """ΔW [m, n] of one adapter in fp32, without a graph."""
-        return self.method(adapter).delta(self, adapter)
+        """What W changes by, [m, n] in fp32, without a graph."""
+        if self.method(adapter).change is not Change.SCALED:
+            return super().delta(adapter)
+        weight = quantization.dequantized_weight(self.base_layer, torch.float32)
+        return self.parts(adapter).change(weight.t() if isinstance(self.base_layer, Conv1D) else weight)
 
     def is_low_rank(self, adapter: str) -> bool:
         """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
-        return self.method(adapter).is_low_rank
+        return self.method(adapter).change is Change.LOW_RANK
 
     def has_delta(self, adapter: str) -> bool:
         """Whether the adapter adds one ΔW x, the same ΔW for all tokens, whatever adapters are active beside it."""
-        method = self.method(adapter)
-        return method.has_delta and not (method.stands_alone and len(self.active_names()) > 1)
+        change = self.method(adapter).change
+        return change is not Change.PER_TOKEN and not (change is Change.SCALED and len(self.active_names()) > 1)
 
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
@@ -237,7 +262,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         together = {*self.merged_adapters, *adapter_names}
-        if len(together) > 1 and (alone := [name for name in sorted(together) if self.method(name).stands_alone]):
+        alone = [name for name in sorted(together) if self.method(name).change is Change.SCALED]
+        if len(together) > 1 and alone:
             raise ValueError(f"{alone[0]} scales the rows of W + ΔW and can't be merged together with others.")
         base = self.base_layer
         merged = quantization.dequantized_weight(base, torch.float32)

@@ -31,7 +31,7 @@ Seeds: TypeAlias = int | tuple[int, ...]
 """One seed, or those of several phases (`qvera.adapters.methods.vera.VeraPhases`)."""
 
 _STREAM_A, _STREAM_B = 0, 1
-_STREAM_CHECKS = 4  # 2 and 3 are in `qvera.lab.svd`
+_STREAM_CHECKS = 4  # 2 and 3 are taken by plug-ins
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A [r, n] and B [m, r] of one linear."""

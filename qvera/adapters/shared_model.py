@@ -55,7 +55,7 @@ def load_adapters(
     banked: dict[AdapterShape, dict[str, dict[str, torch.Tensor]]] = {}
     for number, (name, given) in enumerate(directories.items(), 1):
         config = require_shareable(read_config(Path(given)), Path(given))
-        if method_of(config).is_banked:
+        if method_of(config).peft_type == "VERA":
             vectors = read_adapter(Path(given))[1]
             banked.setdefault(shape_of(config, vectors, specs, Path(given)), {})[name] = vectors
         else:

@@ -148,9 +148,9 @@ class QveraModel(BaseTuner):
         device, tensors = linears[0][1].weight.device, VectorDict()
         for name, shape in shapes.items():
             if device.type == "meta":
-                start = torch.empty(shape, device=device, dtype=method.dtype(name))
+                start = torch.empty(shape, device=device, dtype=method.traits(name, config).dtype)
             else:
-                start = method.start_shared(name, shape, config).to(device)  # type: ignore[arg-type]
+                start = method.start(name, shape, config, LinearSpec("", 0, 0)).to(device)  # type: ignore[arg-type]
             tensors[name] = nn.Parameter(start, requires_grad=adapter_name in self.active_adapters)
         self.shared[adapter_name] = tensors
 

@@ -20,7 +20,7 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFI
 from qvera.utils.safetensors_io import own_facts, unreadable
 
 _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", "qvera_places"})
-"""Ends of the names of tensors in a file that are not trained: projections, and where SpIEL's values are."""
+"""Ends of the names of tensors in a file that are not trained."""
 
 
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}

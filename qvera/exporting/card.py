@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from qvera.adapters.methods import Method, method_of, names
+from qvera.adapters.methods.base import Change
 from qvera.config import plugins
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
@@ -280,15 +281,14 @@ def _usage(subject: CardSubject, repo: str) -> str:
 
 def _has_delta(subject: CardSubject) -> bool:
     """Whether the adapter is a change of weights, the same for all tokens."""
-    return str(subject.adapter["method"]) not in names() or _method(subject.adapter).has_delta
+    return str(subject.adapter["method"]) not in names() or _method(subject.adapter).change is not Change.PER_TOKEN
 
 
 def _has_lora(subject: CardSubject) -> bool:
     """Whether the adapter is the same as a LoRA that vLLM takes."""
-    name = subject.adapter["method"]
     if subject.adapter.get("magnitude") or subject.adapter.get("added_tokens"):
         return False
-    return name not in names() or method_of(AdapterSection.model_construct(method=name)).is_low_rank
+    return str(subject.adapter["method"]) not in names() or _method(subject.adapter).change is Change.LOW_RANK
 
 
 def _vllm(subject: CardSubject, base: str, repo: str, is_lora: bool) -> str:

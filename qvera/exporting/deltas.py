@@ -21,8 +21,9 @@ from qvera import __version__
 from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.adapter_file import lora_config, read_adapter
+from qvera.adapters.files.adapter_file import lora_config, read_adapter, require_places
 from qvera.adapters.methods import LinearSpec, Source, method_of
+from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
@@ -124,17 +125,17 @@ class AdapterDeltas:
     @property
     def is_stock_vera(self) -> bool:
         """Whether its vectors are those of PEFT's own VeRA."""
-        return not isinstance(self.config, QveraConfig) or method_of(self.config).is_stock_vera
+        return not isinstance(self.config, QveraConfig) or method_of(self.config).peft_type == "VERA"
 
     @property
     def is_low_rank(self) -> bool:
         """Whether ΔW has factors of low rank (`Delta.lora`)."""
-        return not isinstance(self.config, QveraConfig) or method_of(self.config).is_low_rank
+        return not isinstance(self.config, QveraConfig) or method_of(self.config).change is Change.LOW_RANK
 
     @property
     def lora_config(self) -> LoraConfig | None:
         """Of an adapter that is a LoRA: stock PEFT's config for its own A and B."""
-        if isinstance(self.config, QveraConfig) and method_of(self.config).writes_lora:
+        if isinstance(self.config, QveraConfig) and method_of(self.config).peft_type == "LORA":
             return lora_config(self.config)
         return None
 
@@ -243,7 +244,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
             factors = Factors(*views, vectors["vera_lambda_d"], vectors["vera_lambda_b"])
         else:
             try:
-                method_of(own).check_tensors(spec, vectors)
+                require_places(spec, vectors)
             except InputError as error:
                 raise InputError(f"{adapter_dir}: {error}") from None
             factors = method_of(own).factors(own, spec, {**shared, **vectors}, views)

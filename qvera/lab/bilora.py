@@ -18,8 +18,8 @@ from torch import nn
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
-from qvera.adapters.methods.base import Method
-from qvera.adapters.methods.trained_pair import TrainedPair, start_generator
+from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Source
+from qvera.adapters.methods.lora import start_generator
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.config.plugins import Schedule
 from qvera.data import planned_steps
@@ -30,7 +30,6 @@ from qvera.training.engine import trained_vectors
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
     from qvera.adapters.methods.base import LinearSpec
     from qvera.adapters.projection import Pair
     from qvera.config.schema import Recipe
@@ -39,12 +38,13 @@ if TYPE_CHECKING:
 _START_STD = 0.02
 
 
-class Bilora(TrainedPair):
+class Bilora(Method):
     """Q is ``qvera_A``, P is ``qvera_B`` and Λ is ``qvera_d``."""
 
     name = "bilora"
     title = "BiLoRA"
-    keys = frozenset({"alpha", "orthogonal_penalty"})
+    keys = {"alpha": True, "orthogonal_penalty": False}
+    source = Source.TRAINED
     usual = {"adapter.rank": 8, "adapter.alpha": 2048, "training.learning_rate": 2e-3}
     samples_tokens = False  # the gradient of Λ is made of that of Λ Q: it would be a sample too
 
@@ -64,20 +64,12 @@ class Bilora(TrainedPair):
         scale = (adapter.rank if adapter.alpha is None else adapter.alpha) / adapter.rank
         return Factors(d.unsqueeze(1) * A, B, scale=scale)
 
-    def conditions(self, config: QveraConfig) -> dict[str, object]:
-        return {"alpha": config.rank if config.alpha is None else config.alpha}
-
-    def cast_bytes(self, adapter: Settings, spec: LinearSpec, dtype: torch.dtype) -> int:
-        """Λ Q, which is made for each linear."""
-        return max(super().cast_bytes(adapter, spec, dtype), adapter.rank * spec.in_features * dtype.itemsize)
-
-    def check(self, recipe: Recipe) -> None:
-        adapter: Settings = recipe.adapter
-        if adapter.orthogonal_penalty and recipe.deepspeed is not None:
-            raise InputError(
-                "adapter.orthogonal_penalty: is added to gradients of which DeepSpeed has its own copies. Set it to 0, "
-                "or remove the deepspeed key."
-            )
+    def memory(
+        self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
+    ) -> LinearBytes:
+        """With Λ Q, which is made for each linear."""
+        taken = super().memory(adapter, spec, tokens, dtype, on_accelerator)
+        return taken._replace(cast=max(taken.cast, adapter.rank * spec.in_features * dtype.itemsize))
 
     def step_hook(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
@@ -129,7 +121,7 @@ class Bilevel(Schedule):
 
     def check(self, recipe: Any, method: Method) -> None:
         has_upper = "train_d" in method.keys or isinstance(method, Bilora)
-        if recipe.training.bilevel and not (has_upper and method.is_trained(UPPER, recipe.adapter)):
+        if recipe.training.bilevel and not (has_upper and method.traits(UPPER, recipe.adapter).is_trained):
             more = "train d as well (adapter.train_d)" if has_upper else "choose adapter.method bilora"
             raise InputError(
                 f"training.bilevel: needs two groups of trained parameters, and adapter.method {method.name} has one "
@@ -217,13 +209,11 @@ class BilevelHook(TrainingHook):
         self.lower = [v for name, v in vectors.items() if name.rpartition(".")[2] != UPPER]
 
     def before_step(self, step: int) -> None:
-        """See `TrainingHook.before_step`."""
         upper = self.batches.is_upper(step - 1)
         _set_trained(self.upper, upper)
         _set_trained(self.lower, not upper)
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """See `TrainingHook.after_step`."""
         _set_trained([*self.upper, *self.lower], True)
 
 

@@ -182,6 +182,7 @@ class RecipeKeys(Section):
         adapter: Any
         data: Any
         training: Any
+        task: str
         deepspeed: str | None
 
     def contradictions(self) -> Problems:
@@ -195,6 +196,7 @@ class RecipeKeys(Section):
             for key in ("bilevel", "resample_every", "sample_tokens"):
                 if getattr(training, key):
                     yield f"training.{key}", f"is not built for {name}; remove one of the two."
+        yield from self._method_problems()
         if training.adapt_steps and self.deepspeed is not None:
             yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
         if training.bilevel:
@@ -204,6 +206,36 @@ class RecipeKeys(Section):
             yield "training.sample_tokens", problem
         if training.resample_every:
             yield from (("training.resample_every", problem) for problem in self._resample_problems())
+
+    def _method_problems(self) -> Problems:
+        adapter, training, method = self.adapter, self.training, self.adapter.method
+        if method == "bilora" and adapter.orthogonal_penalty and self.deepspeed is not None:
+            yield (
+                "adapter.orthogonal_penalty",
+                "is added to gradients of which DeepSpeed has its own copies. Set it to 0, or remove the deepspeed "
+                "key.",
+            )
+        if training.torch_compile and method in ("lorta", "sara"):
+            has = "other factors in each layer" if method == "lorta" else "a rank of its own for each linear"
+            yield (
+                "training.torch_compile",
+                f"adapter.method {method} has {has}, and torch would compile 8 layers and run the rest as they are. "
+                "Remove it, or choose another method.",
+            )
+        given = {
+            "training.optim": (training.optim, "adamw"),
+            "deepspeed": (self.deepspeed, None),
+            "training.torch_compile": (training.torch_compile, False),
+            "task": (self.task, "causal-lm"),
+        }
+        for key, (value, taken) in given.items() if method == "spiel" else ():
+            if value != taken:
+                yield (
+                    key,
+                    f"is {value}, and adapter.method spiel, whose values change their places between steps, has "
+                    f"optimizers of its own, over these values alone, that run in plain torch. Remove {key}, or choose "
+                    "another method.",
+                )
 
     def _bilevel_problems(self) -> Iterator[str]:
         if self.deepspeed is not None:

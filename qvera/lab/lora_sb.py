@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods.base import LinearSpec, Method, Source
+from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Source, Traits
 from qvera.adapters.products.functional import AutogradContext, at_least_fp32
 from qvera.adapters.projection import Pair, forget_inputs
+from qvera.config.plugins import Schedule
 from qvera.distributed.zero_config import zero_config_of
 from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import require_rank
@@ -32,9 +33,7 @@ from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
-    from qvera.config.schema import Recipe
     from qvera.data import Batches
-    from qvera.distributed.group import Group
     from qvera.training.session import TrainingSession
 
 
@@ -46,10 +45,9 @@ class LoraSb(Method):
 
     name = "lora-sb"
     title = "LoRA-SB"
-    keys = frozenset({"gradient_rows"})
+    keys = {"gradient_rows": False}
     usual = {"adapter.rank": 96, "training.learning_rate": 1e-4}
-    source = Source.TRAINED
-    starts_at_base = False
+    source = Source.STORED
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         require_rank(adapter.rank, spec)
@@ -58,31 +56,17 @@ class LoraSb(Method):
 
     def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
         if getattr(adapter, "init_weights", True):
-            return torch.zeros(shape, dtype=self.dtype(name))
-        return torch.randn(shape).to(self.dtype(name))
+            return torch.zeros(shape, dtype=self.traits(name, adapter).dtype)
+        return torch.randn(shape).to(self.traits(name, adapter).dtype)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name == "qvera_R" else torch.bfloat16
+    def traits(self, name: str, adapter: Settings) -> Traits:
+        return Traits() if name == "qvera_R" else Traits(torch.bfloat16, is_trained=False)
 
-    def is_trained(self, name: str, adapter: Settings) -> bool:
-        return name == "qvera_R"
-
-    def cast_bytes(self, adapter: Settings, spec: LinearSpec, dtype: torch.dtype) -> int:
-        numbers = adapter.rank * (spec.in_features + spec.out_features)
-        return numbers * dtype.itemsize if dtype != self.dtype("qvera_frozen_A") else 0
-
-    def check(self, recipe: Recipe) -> None:
-        zero = zero_config_of(recipe)
-        if zero is not None and zero.shards_base:
-            raise InputError(
-                f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), and adapter.method {self.name} starts from "
-                "gradients of whole weights. Use zero1, zero2 or none."
-            )
-
-    def step_hook(
-        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
-    ) -> TrainingHook | None:
-        return StartFromGradient() if recipe.adapter.init_from is None else None
+    def memory(
+        self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
+    ) -> LinearBytes:
+        cast = adapter.rank * (spec.in_features + spec.out_features) * dtype.itemsize if dtype != torch.bfloat16 else 0
+        return super().memory(adapter, spec, tokens, dtype, on_accelerator)._replace(cast=cast)
 
     def factors(
         self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
@@ -94,6 +78,24 @@ def started(rank: int, gradient: torch.Tensor, rate: float) -> dict[str, torch.T
     """The tensors of one linear at the first step, of this learning rate, from its weight's gradient [m, n] fp32."""
     found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), rank)
     return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
+
+
+class FirstGradient(Schedule):
+    """The start of LoRA-SB."""
+
+    name = "first_gradient"
+
+    def check(self, recipe: Any, method: Method) -> None:
+        zero = zero_config_of(recipe) if isinstance(method, LoraSb) else None
+        if zero is not None and zero.shards_base:
+            raise InputError(
+                f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), and adapter.method {method.name} starts from "
+                "gradients of whole weights. Use zero1, zero2 or none."
+            )
+
+    def hook(self, training: Any) -> StartFromGradient | None:
+        section = training.recipe.adapter
+        return StartFromGradient() if section.method == LoraSb.name and section.init_from is None else None
 
 
 class StartFromGradient(TrainingHook):

@@ -23,38 +23,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearSpec, Method
-from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
+from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Source
+from qvera.adapters.methods.lora import start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.lab.keys import Settings
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
     from qvera.adapters.projection import Pair
-    from qvera.config.schema import Recipe
 
 LAYERS = "qvera_layers"
 """C_l. Its row i is layer i's."""
 
 
-class Lorta(TrainedPair):
+class Lorta(Method):
     """Shared by all linears: A, B and C_h of each group, C_l as ``qvera_layers``, rows of C_m as ``qvera_module_…``."""
 
     name = "lorta"
     title = "LoRTA"
-    keys = frozenset({"alpha", "lorta_convention"})
+    keys = {"alpha": True, "lorta_convention": True}
+    source = Source.TRAINED
     usual = {"adapter.rank": 64, "training.learning_rate": 1e-2}
 
     def variant(self, adapter: Settings) -> Method:
         return self if _is_input_first(adapter) else _OUTPUT_FIRST
-
-    def check(self, recipe: Recipe) -> None:
-        if recipe.training.torch_compile:
-            raise InputError(
-                "training.torch_compile: adapter.method lorta has other factors in each layer, and torch would compile "
-                "8 of them and run the rest as they are. Remove it, or choose another method."
-            )
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         return {}
@@ -78,9 +70,6 @@ class Lorta(TrainedPair):
         return shapes | {_module_row(spec): (rank,) for spec in specs}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        raise NotImplementedError
-
-    def start_shared(self, name: str, shape: tuple[int, ...], adapter: Settings) -> torch.Tensor:
         """B = 0 and the others uniform, within the bounds of the code whose convention it is."""
         if name.startswith("qvera_B_") and getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
@@ -102,20 +91,15 @@ class Lorta(TrainedPair):
             return Factors(A.t(), blocks, scale=scale)
         return Factors(blocks.t(), A[: spec.out_features], scale=scale)
 
-    def conditions(self, config: QveraConfig) -> dict[str, object]:
-        alpha = config.rank if config.alpha is None else config.alpha
-        return {"alpha": alpha, "lorta_convention": config.lorta_convention}
-
-    def working_bytes(
-        self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
-    ) -> int:
-        """The blocks, their gradient and that of A, in fp32."""
-        return 4 * adapter.rank * (2 * spec.out_features + spec.in_features)
-
-    def cast_bytes(self, adapter: Settings, spec: LinearSpec, dtype: torch.dtype) -> int:
-        """The blocks, which are made for each linear, and A where it is cast."""
+    def memory(
+        self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
+    ) -> LinearBytes:
+        """The blocks, which are made for each linear, their gradient and that of A in fp32, and A where it is cast."""
         cut = spec.out_features if _is_input_first(adapter) else spec.in_features
-        return max(super().cast_bytes(adapter, spec, dtype), adapter.rank * cut * dtype.itemsize)
+        cast = max(
+            super().memory(adapter, spec, tokens, dtype, on_accelerator).cast, adapter.rank * cut * dtype.itemsize
+        )
+        return LinearBytes(0, 4 * adapter.rank * (2 * spec.out_features + spec.in_features), cast)
 
 
 class _OutputFirst(Lorta):

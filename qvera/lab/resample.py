@@ -107,8 +107,7 @@ class VeraPhases(Vera):
     products. While it is trained (``current_phase``), only the current phase gets gradients.
     """
 
-    is_banked = False
-    is_stock_vera = False
+    peft_type = None
 
     def variant(self, adapter: Settings) -> VeraPhases:
         return self
@@ -157,18 +156,15 @@ class ResampleHook(TrainingHook):
         return {"phase": self.config.current_phase}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TrainingHook.load_state_dict`."""
         self._enter(state.get("phase", 0))
 
     def _enter(self, phase: int) -> None:
         self.config.current_phase = min(phase, len(self.config.seed_chain or ()) - 1)
 
     def before_step(self, step: int) -> None:
-        """See `TrainingHook.before_step`."""
         self._enter((step - 1) // self.every)
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """See `TrainingHook.after_step`."""
         before = self.config.current_phase
         self._enter(step // self.every)
         if self.config.current_phase == before:

@@ -22,8 +22,7 @@ import torch
 
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import method_of
-from qvera.adapters.methods.base import Method
-from qvera.adapters.methods.trained_pair import TrainedPair
+from qvera.adapters.methods.base import Method, Source, trains_pair
 from qvera.config.plugins import Schedule
 from qvera.utils.errors import InputError
 
@@ -144,7 +143,7 @@ class SampleTokens(Schedule):
     def check(self, recipe: Any, method: Method) -> None:
         if not recipe.training.sample_tokens:
             return
-        if not method.keeps_input:
+        if method.source is not Source.TRAINED:
             raise InputError(
                 f"training.sample_tokens: there is nothing to save with adapter.method {method.name}. A is frozen, so "
                 f"backward keeps no input x for its gradient, only z = A x, {recipe.adapter.rank} numbers a token. "
@@ -168,4 +167,4 @@ class SampleTokens(Schedule):
 
 
 def _fits(method: Method) -> bool:
-    return isinstance(method, TrainedPair) and getattr(method, "samples_tokens", True)
+    return trains_pair(method) and getattr(method, "samples_tokens", True)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearSpec, Method, Source
+from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Source, Traits
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
@@ -32,7 +32,6 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.config.schema import Recipe
 
 
 class Sara(Method):
@@ -40,23 +39,12 @@ class Sara(Method):
 
     name = "sara"
     title = "SARA"
-    keys = frozenset({"singular_share", "frozen_pair", "experts", "d_initial", "train_d"})
+    keys = {"singular_share": True, "frozen_pair": True, "experts": True, "d_initial": False, "train_d": False}
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
     upper_kinds = frozenset({"qvera_d"})  # as VeRA's
-    has_vectors = True
 
     def variant(self, adapter: Settings) -> Method:
         return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
-
-    def conditions(self, config: QveraConfig) -> dict[str, object]:
-        return {key: getattr(config, key) for key in ("singular_share", "frozen_pair", "experts")}
-
-    def check(self, recipe: Recipe) -> None:
-        if recipe.training.torch_compile:
-            raise InputError(
-                "training.torch_compile: with adapter.method sara each linear has a rank of its own, and torch would "
-                "compile 8 layers and run the rest as they are. Remove it, or choose another method."
-            )
 
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:
         """Write the ranks into the config, where it is a fresh one."""
@@ -87,8 +75,8 @@ class Sara(Method):
             return torch.randn(shape)
         return torch.full(shape, 0.0 if name == "qvera_b" else adapter.d_initial)
 
-    def is_trained(self, name: str, adapter: Settings) -> bool:
-        return name != "qvera_d" or adapter.train_d
+    def traits(self, name: str, adapter: Settings) -> Traits:
+        return Traits(is_trained=name != "qvera_d" or adapter.train_d)
 
     def scale(self, adapter: Settings, spec: LinearSpec) -> float:
         """VeRA's, by the highest rank for all linears: the step of a linear does not depend on its own rank."""
@@ -116,9 +104,7 @@ class _Mixture(Sara):
     """d [experts, k], b [out_features], and the router's w_in [k] and w_out [experts]."""
 
     title = "Mo-SARA"
-    has_vectors = False
-    is_low_rank = False
-    has_delta = False
+    change = Change.PER_TOKEN
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         k, experts = self.rank_at(adapter, spec), adapter.experts
@@ -134,20 +120,16 @@ class _Mixture(Sara):
         drawn = torch.randn(shape, generator=generator)
         return adapter.d_initial * (1 + drawn / 2) if name == "qvera_d" else drawn / shape[0] ** 0.5
 
-    def kept_bytes(self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int) -> int:
+    def memory(
+        self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
+    ) -> LinearBytes:
         """What `add` multiplies with: of each token z / rms(z), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, the score and the weights.
 
         z / rms(z) is in fp32; in 16 bits z is kept in fp32 for it too. Then there is the vector of ones.
         """
-        k = self.rank_at(adapter, spec)
-        wide = 4 if itemsize == 4 else 8
-        return tokens * (k * (wide + 2 * itemsize) + 4 * (2 + adapter.experts)) + 4 * k
-
-    def working_bytes(
-        self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
-    ) -> int:
-        k = self.rank_at(adapter, spec)
-        return 4 * k * (2 * spec.out_features + 3 * tokens)
+        k, size = self.rank_at(adapter, spec), dtype.itemsize
+        kept = tokens * (k * ((4 if size == 4 else 8) + 2 * size) + 4 * (2 + adapter.experts)) + 4 * k
+        return LinearBytes(kept, 4 * k * (2 * spec.out_features + 3 * tokens), 0)
 
     def factors(
         self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None

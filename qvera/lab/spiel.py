@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from qvera.adapters.hooks import TrainingHook
-from qvera.adapters.methods.base import LinearSpec, Method, Source
+from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Source, Traits
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair
 from qvera.config.schema import AdapterSection
@@ -56,12 +56,10 @@ class Spiel(Method):
 
     name = "spiel"
     title = "SpIEL"
-    keys = frozenset({"growth", "reselect_every", "accumulate_steps", "drop_share"})
+    keys = {"growth": False, "reselect_every": False, "accumulate_steps": False, "drop_share": False}
     usual = {"adapter.rank": 8, "training.learning_rate": 1e-3}
     source = Source.TRAINED
-    keeps_input = True
-    is_low_rank = False
-    place_names = frozenset({PLACES})
+    change = Change.DENSE
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         n, m = spec.in_features, spec.out_features
@@ -83,16 +81,8 @@ class Spiel(Method):
             return random_places(shape[0], spec.in_features * spec.out_features, seed, spec.name)
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
 
-    def is_trained(self, name: str, adapter: Settings) -> bool:
-        return name == VALUES
-
-    def check_tensors(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-        places, size = tensors[PLACES], spec.in_features * spec.out_features
-        if places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any():
-            raise InputError(
-                f"{PLACES} of {spec.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
-                "damaged, or another model's adapter."
-            )
+    def traits(self, name: str, adapter: Settings) -> Traits:
+        return Traits() if name == VALUES else Traits(torch.int32, is_trained=False)
 
     def rank_at(self, adapter: Settings, spec: LinearSpec) -> int:
         return 0
@@ -102,18 +92,16 @@ class Spiel(Method):
     ) -> SparseChange:
         return SparseChange(tensors[VALUES], tensors[PLACES], spec.out_features, spec.in_features)
 
-    def working_bytes(
-        self, adapter: Settings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
-    ) -> int:
-        (count,) = self.tensors(adapter, spec)[VALUES]
-        return working_bytes(tokens, spec.out_features, spec.in_features, count, itemsize, on_accelerator)
-
-    def state_bytes(self, adapter: Settings, spec: LinearSpec) -> int:
-        (count,) = self.tensors(adapter, spec)[VALUES]
-        if adapter.growth == "momentum":
-            return 4 * (count + spec.out_features + spec.in_features)
-        # age and two averages of each value; place, two sums and the step's gradient of each candidate
-        return 4 * (3 + 4) * count
+    def memory(
+        self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
+    ) -> LinearBytes:
+        (count,), size = self.tensors(adapter, spec)[VALUES], dtype.itemsize
+        working = working_bytes(tokens, spec.out_features, spec.in_features, count, size, on_accelerator)
+        # SM3: momentum and two accumulators. AdamW: age and two averages of each value; place, two sums and the step's
+        # gradient of each candidate
+        is_sm3 = adapter.growth == "momentum"
+        state = 4 * (count + spec.out_features + spec.in_features) if is_sm3 else 4 * (3 + 4) * count
+        return LinearBytes(0, working, 0, state)
 
     def add(
         self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
@@ -121,21 +109,6 @@ class Spiel(Method):
         values, places, *_ = layer.parts(adapter_name)
         x = layer.dropout_of(adapter_name)(x)
         return add_sparse(y, x, at_least_fp32(values), places, overwrite, getattr(layer, "gradient_watch", None))
-
-    def check(self, recipe: Recipe) -> None:
-        training = recipe.training
-        for key, given, taken in (
-            ("training.optim", training.optim, "adamw"),
-            ("deepspeed", recipe.deepspeed, None),
-            ("training.torch_compile", training.torch_compile, False),
-            ("task", recipe.task, "causal-lm"),
-        ):
-            if given != taken:
-                raise InputError(
-                    f"{key}: is {given}, and adapter.method spiel, whose values change their places between steps, has "
-                    "optimizers of its own, over these values alone, that run in plain torch. Remove "
-                    f"{key}, or choose another method."
-                )
 
     def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         training = recipe.training

@@ -190,7 +190,6 @@ class PartBatches(Batches):
         return members[chosen[position * size : (position + 1) * size]].tolist()
 
     def stretches(self, steps: int) -> Iterator[Sequence[Sequence[int]]]:
-        """See `Batches.stretches`."""
         for first in range(0, steps, _STRETCH_STEPS):
             yield [self.rows(step) for step in range(first, min(first + _STRETCH_STEPS, steps))]
 
@@ -293,6 +292,5 @@ class AdaptHook(TrainingHook):
     """`adapt_to_held_out_tasks` at the end of a run."""
 
     def finish(self, training: Any) -> dict[str, Any]:
-        """See `TrainingHook.finish`."""
         found = adapt_to_held_out_tasks(training)
         return {"adaptation": found} if found else {}

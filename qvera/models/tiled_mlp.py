@@ -39,7 +39,7 @@ def can_tile(mlp: nn.Module, x: torch.Tensor) -> bool:
     """Whether tiles pay for x [..., hidden], and give the same numbers.
 
     Not where the MLP drops elements (a tile's second pass would drop others), not where a layer looks at the gradients
-    of a whole pass (SpIEL's candidates), and not under ZeRO-3, which would gather the weights for each tile.
+    of a whole pass (``needs_whole_passes``), and not under ZeRO-3, which would gather the weights for each tile.
     """
     if x.numel() // x.shape[-1] <= TILED_ABOVE_TOKENS or torch.compiler.is_compiling():
         return False

@@ -59,7 +59,7 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
         config = require_shareable(found, directory)
     except InputError as error:
         raise InputError(f"{error} Or serve it merged: {way}") from None
-    if not method_of(config).is_banked:
+    if method_of(config).peft_type != "VERA":
         raise InputError(
             f"{directory}: the method {method_of(config).name} with these options is not served beside other adapters; "
             f"expected vera without magnitude and without phases. {way}"

@@ -315,7 +315,7 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
     if problems:
         raise InputError("\n".join(f"{key}: {text}" for key, text in problems))
     check_recipe(recipe)
-    if not method_of(recipe.adapter).is_banked:
+    if method_of(recipe.adapter).peft_type != "VERA":
         raise InputError(
             f"adapter.method: {recipe.adapter.method} with these options can't be trained beside answers. Use vera "
             "without magnitude."

@@ -12,7 +12,7 @@ def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarra
     """The [rows, columns] fp32 matrix of a seed, uniform on [-1, 1).
 
     Args:
-        stream: which of a seed's matrices: 0 and 1 are a pair's A and B, `qvera.lab.svd` has 2 and 3, and
+        stream: which of a seed's matrices: 0 and 1 are a pair's A and B, plug-ins have 2 and 3, and
             `qvera.adapters.projection` has 4.
     """
     out = np.empty((rows, columns), dtype=np.float32)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from qvera.data.parts import TaskBatches
 from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear
@@ -22,11 +21,12 @@ from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.load import open_run
 from qvera.exporting.deltas import read_deltas
+from qvera.lab import lora_sb
 from qvera.lab.factor_record import FACTORS
+from qvera.lab.tasks import TaskBatches
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
-from qvera.training import first_gradient
 from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
@@ -268,13 +268,13 @@ def test_lora_sb_takes_the_gradients_of_as_many_weights_as_memory_holds(
 ) -> None:
     recipe = make_recipe(adapter={"method": "lora-sb", "rank": 6, "gradient_rows": 4}, training={"max_steps": 1})
     held: list[int] = []
-    collected = first_gradient.collected
+    collected = lora_sb.collected
     monkeypatch.setattr(
-        first_gradient, "collected", lambda model, linears: held.append(len(linears)) or collected(model, linears)
+        lora_sb, "collected", lambda model, linears: held.append(len(linears)) or collected(model, linears)
     )
     train(recipe, tmp_path / "together")
     count, held[:] = held[0], []
-    monkeypatch.setattr(first_gradient, "_SHARE_OF_FREE_MEMORY", 2**50)
+    monkeypatch.setattr(lora_sb, "_SHARE_OF_FREE_MEMORY", 2**50)
     train(recipe, tmp_path / "one by one")
     assert held == [1] * count
     (_, one), (_, other) = (_adapter_of(tmp_path / name) for name in ("together", "one by one"))
@@ -311,7 +311,7 @@ def test_lora_sb_starts_from_the_rows_of_the_first_steps() -> None:
     tasks = [np.arange(20), np.arange(20, 1000)]
     batches = TaskBatches(np.full(1000, 5), 8, tasks=tasks)
     trained = [row for step in range(20) for row in batches.rows(step)]
-    assert first_gradient._first_rows(batches, 125, 50) == list(dict.fromkeys(trained))[:50]
+    assert lora_sb._first_rows(batches, 125, 50) == list(dict.fromkeys(trained))[:50]
 
 
 @pytest.mark.parametrize(

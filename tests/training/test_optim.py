@@ -53,7 +53,7 @@ def test_rates_per_parameter_are_those_of_peft_s_lora_plus() -> None:
     vectors = {one["name"]: torch.nn.Parameter(torch.zeros(one["shape"])) for one in trainable}
     adapter = AdapterSection(method="lora", rank=8, loraplus_lr_ratio=ratio)
     kinds = {name: "qvera_B" if ".lora_B." in name else "qvera_A" for name in vectors}
-    factors = {name: method_of(adapter).rate_factor(kind, adapter) for name, kind in kinds.items()}
+    factors = {name: method_of(adapter).traits(kind, adapter).rate for name, kind in kinds.items()}
     section = TrainingSection(learning_rate=rate, weight_decay=decay)
     built = build_optimizer(section, vectors, factors)
     names = {id(vector): name for name, vector in vectors.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load, load_file
 
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.methods import LinearSpec, method_of
+from qvera.adapters.methods.base import Traits
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
@@ -54,12 +56,13 @@ def read_adapter(
         tensors = load_file(weights_file) if content is None else load(content)
     except (SafetensorError, OSError) as error:
         raise unreadable(weights_file, error) from None
-    if isinstance(config, QveraConfig) and method_of(config).writes_lora:
+    if isinstance(config, QveraConfig) and method_of(config).peft_type == "LORA":
         tensors = {_to_ours(key): tensor for key, tensor in tensors.items()}
     key, suffix = ("rank", ".qvera_d") if isinstance(config, QveraConfig) else ("r", ".vera_lambda_d")
-    place_names = method_of(config).place_names if isinstance(config, QveraConfig) else frozenset()
     for name, tensor in sorted(tensors.items()):
-        holds_places = name.rpartition(".")[2] in place_names
+        ours = isinstance(config, QveraConfig)
+        traits = method_of(config).traits(name.rpartition(".")[2], config) if ours else Traits()  # type: ignore[arg-type]
+        holds_places = not traits.dtype.is_floating_point
         if tensor.dtype != torch.int32 if holds_places else not tensor.dtype.is_floating_point:
             expected = "torch.int32" if holds_places else "a floating-point dtype"
             raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected {expected}.")
@@ -271,3 +274,16 @@ def _to_ours(key: str) -> str:
     return next(
         (key.removesuffix(theirs) + ours for theirs, ours in _LORA_SUFFIXES.items() if key.endswith(theirs)), key
     )
+
+
+def require_places(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse (InputError) a tensor of whole numbers that are not rising places in the weight of a linear."""
+    size = spec.in_features * spec.out_features
+    for name, places in tensors.items():
+        if places.is_floating_point():
+            continue
+        if places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any():
+            raise InputError(
+                f"{name} of {spec.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
+                "damaged, or another model's adapter."
+            )

@@ -18,7 +18,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from qvera.adapters.config import LABELS_VERSION, QveraConfig
-from qvera.adapters.files.adapter_file import read_adapter, read_config, require_base, require_tokens, write_lora
+from qvera.adapters.files.adapter_file import (
+    read_adapter,
+    read_config,
+    require_base,
+    require_places,
+    require_tokens,
+    write_lora,
+)
 from qvera.adapters.layer import QveraLinear, SharedTensors
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
@@ -76,8 +83,8 @@ def attach(
         config.format_version = max(config.format_version, LABELS_VERSION)
     if section.init_from is not None:
         theirs = read_config(Path(resolve_path(section.init_from)))
-        for field in method_of(config).fields_of_start:
-            setattr(config, field, getattr(theirs, field, None))
+        for field in ("rank_pattern", "alpha_pattern"):  # of an adapter that PEFT's LoRA has trained
+            setattr(config, field, getattr(theirs, field, {}))
     config.progress = progress
     try:
         peft_model = put_on(model, config)
@@ -108,7 +115,7 @@ def new_config(
     return QveraConfig.of_section(section, **fields, **(changes or {}))
 
 
-_OF_RECIPE = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude")}
+_OF_RECIPE = {key: key for key in ("method", "rank")}
 _SEEDS = {"seeds": "seed"}
 _OF_MODEL = {key: key for key in ("labels", "problem_type")}
 _PROJECTIONS = {
@@ -135,7 +142,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
         InputError: it has other settings, projections or tokens, another base, or is an adapter of PEFT's own VeRA.
     """
     directory, (theirs, vectors) = Path(resolve_path(init_from)), _read_start(config, init_from)
-    seeded = method_of(config).source is not Source.TRAINED
+    seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
     _require_equal(theirs, config, init_from, _OF_MODEL | (_PROJECTIONS if seeded else {}))
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
     try:
@@ -157,11 +164,12 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
             "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
         )
-    seeded = method_of(config).source is not Source.TRAINED
+    seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
     _require_equal(theirs, config, init_from, _OF_RECIPE | (_SEEDS if seeded else {}))
-    given = method_of(theirs).conditions(theirs)
-    for key, value in method_of(config).conditions(config).items():
-        _require(given[key], value, key, init_from)
+    for key, is_fixed in method_of(config).keys.items():
+        if is_fixed:  # no alpha: the rank
+            given, wanted = (one.rank if (v := getattr(one, key)) is None else v for one in (theirs, config))
+            _require(given, wanted, key, init_from)
     return theirs, vectors
 
 
@@ -213,7 +221,7 @@ def rate_factors(model: PeftModel, recipe: Recipe) -> dict[str, float]:
     return {
         name: head_factor / training.learning_rate
         if name in head
-        else method.rate_factor(name.rpartition(".")[2], section)
+        else method.traits(name.rpartition(".")[2], section).rate
         for name in named_vectors(model)
     }
 
@@ -298,7 +306,7 @@ def _write_files(
 ) -> None:
     config = model.peft_config[adapter]
     # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
-    if isinstance(config, QveraConfig) and method_of(config).writes_lora:
+    if isinstance(config, QveraConfig) and method_of(config).peft_type == "LORA":
         directory.mkdir()
         ours = vectors or get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         write_lora(directory, config, ours)
@@ -349,7 +357,7 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
         if isinstance(module, QveraLinear) and module.carries(adapter):
             own = {kind: vectors[f"{name}.{kind}"] for kind in module.vectors(adapter)}
             try:
-                module.method(adapter).check_tensors(module.spec, own)
+                require_places(module.spec, own)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
     with torch.no_grad():

@@ -65,7 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     section = recipe.adapter
     method = method_of(section)
-    for key in sorted(section.model_fields_set - _EVERY_METHOD - method.keys):
+    for key in sorted(section.model_fields_set - _EVERY_METHOD - method.keys.keys()):
         if getattr(section, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
             known = (*_CORE.values(), *plugins.load_all(_GROUP))
             readers = dict.fromkeys(other.name for other in known if key in other.keys)
@@ -82,11 +82,10 @@ def check_recipe(recipe: Recipe) -> None:
                     f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
                     f"{value:g} is a usual value."
                 )
-    if recipe.data.has_adapters and not method.is_banked:
+    if recipe.data.has_adapters and method.peft_type != "VERA":
         raise InputError(
             "adapter.method: only vera without magnitude trains many adapters in one run, and this is "
             f"{section.method}. Train one (remove data.adapter_column or data.adapter_files), or choose vera."
         )
     for schedule in plugins.schedules():
         schedule.check(recipe, method)
-    method.check(recipe)

@@ -11,9 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
+
+from qvera.adapters.products.low_rank import trained_path
+from qvera.models import linear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.factors import Factors
     from qvera.adapters.hooks import TrainingHook
-    from qvera.adapters.layer import QveraLinear
     from qvera.adapters.projection import Pair
     from qvera.config.schema import AdapterSection, Recipe
     from qvera.distributed.group import Group
@@ -38,8 +40,46 @@ class Source(Enum):
     """Frozen prefixes of one random pair of a seed, which all linears share."""
     OWN = "own"
     """Frozen, each linear's own (`Method.own_pair`)."""
+    STORED = "stored"
+    """Frozen, and in the adapter's file: they are among `Method.tensors`."""
     TRAINED = "trained"
-    """Trained: they are among `Method.tensors`, or there is no pair."""
+    """Trained, or made of what is trained, so that backward needs the input x and not only z = A x."""
+
+
+class Change(Enum):
+    """What an adapter does to the output W x of a linear."""
+
+    LOW_RANK = "low rank"
+    """It adds ΔW x with the ΔW of `Method.factors`, and exports as an exact LoRA."""
+    DENSE = "dense"
+    """It adds ΔW x with a ΔW that is of no low rank."""
+    SCALED = "scaled"
+    """It scales the rows of W + ΔW: no other adapter may be active, or merged, with it."""
+    PER_TOKEN = "per token"
+    """It adds another change for each token: it can't be merged, and W + ΔW can't be held."""
+
+
+class Traits(NamedTuple):
+    """What one tensor of a method is."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the tensor in memory and in the file. Whole numbers are rising places in the flattened weight."""
+    is_trained: bool = True
+    rate: float = 1.0
+    """Its learning rate as a multiple of ``training.learning_rate``."""
+
+
+class LinearBytes(NamedTuple):
+    """What one linear takes in a step, for the plan."""
+
+    kept: int
+    """What autograd keeps beside x, z, y and the casts."""
+    working: int
+    """The most that products take for the moment, beside W and the gradient of x."""
+    cast: int
+    """A and B in the compute dtype that are kept for backward, beside the tensors."""
+    state: int | None = None
+    """Of the method's own `optimizer` and `step_hook`; None: it has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +99,16 @@ class Method(ABC):
     """``adapter.method`` in a recipe, and ``method`` in adapter_config.json."""
     title: ClassVar[str] = ""
     """The name as people write it, where that is another one."""
-    keys: ClassVar[frozenset[str]] = frozenset()
-    """The keys of the adapter section that it reads beside those that every method has."""
+    keys: ClassVar[Mapping[str, bool]] = {}
+    """The keys of the adapter section that it reads beside those that every method has → whether its tensors mean
+    nothing without the value: then ``adapter.init_from`` takes only an adapter with the same one."""
     usual: ClassVar[Mapping[str, Any]] = {}
     """Usual values by the recipe's keys, for the error that asks for them."""
     source: ClassVar[Source] = Source.SEEDED
-    keeps_input: ClassVar[bool] = False
-    """Whether backward needs the layer's input x [T, n], as it does where A is trained, and not only z [T, r]."""
-    starts_at_base: ClassVar[bool] = True
-    """Whether a fresh adapter leaves the base model's outputs as they are."""
-    is_low_rank: ClassVar[bool] = True
-    """Whether what it adds is ΔW x with the ΔW of `factors`: then it exports as an exact LoRA."""
-
-    keeps_output: ClassVar[bool] = False
-    """Whether backward needs W x + ΔW x [T, m]."""
-    fields_of_start: ClassVar[tuple[str, ...]] = ()
-    """The fields of the config that an adapter has from the one that it starts from (``adapter.init_from``)."""
-    place_names: ClassVar[frozenset[str]] = frozenset()
-    """Those of its tensors that hold places in a weight: int32, never trained by gradients."""
-    has_delta: ClassVar[bool] = True
-    """Whether it adds one ΔW x, the same ΔW for all tokens: then it can be merged, and W + ΔW held."""
-    stands_alone: ClassVar[bool] = False
-    """Whether no other adapter may be active, or merged, with it, since it scales what they add."""
-
-    has_vectors: ClassVar[bool] = False
-    """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
-    writes_lora: ClassVar[bool] = False
-    """Whether its tensors are ``qvera_A`` and ``qvera_B`` of a LoRA: adapters are then files of PEFT's LoRA."""
-    is_banked: ClassVar[bool] = False
-    """Whether many of them can be trained, served and held together, as rows of stacked tensors."""
-    is_stock_vera: ClassVar[bool] = False
-    """Whether its d and b are those of PEFT's own VeRA, over a pair that all linears share."""
+    change: ClassVar[Change] = Change.LOW_RANK
+    peft_type: ClassVar[str | None] = None
+    """The method of PEFT whose tensors it has: ``VERA``, d and b over a pair that all linears share, which a bank takes
+    (`qvera.adapters.bank`), or ``LORA``, whose files it writes."""
 
     def variant(self, adapter: AdapterSettings) -> Method:
         """The method for these settings: itself, or another one that an option turns it into."""
@@ -116,11 +135,7 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
-        """The initial value of one of these tensors, in its `dtype` on the CPU."""
-
-    def start_shared(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings) -> torch.Tensor:
-        """The initial value of one of `shared_tensors`, likewise."""
-        raise NotImplementedError
+        """The initial value of one of these tensors on the CPU; of `shared_tensors` the linear has no name or size."""
 
     @abstractmethod
     def factors(
@@ -138,28 +153,9 @@ class Method(ABC):
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:  # noqa: B027
         """Called before the adapter is put on these linears: what its shapes depend on is written into its config."""
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a tensor is held and saved in."""
-        return torch.int32 if name in self.place_names else torch.float32
-
-    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
-        """Whether the tensor of that name is trained."""
-        return True
-
-    def check_tensors(self, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: B027  # optional
-        """Check what an adapter file has for one linear, beyond names and shapes.
-
-        Raises:
-            InputError: a tensor has values that no training gives it.
-        """
-
-    def conditions(self, config: QveraConfig) -> dict[str, object]:
-        """What its tensors mean nothing without, beside the rank: ``init_from`` takes an adapter with the same."""
-        return {}
-
-    def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
-        """The tensor's learning rate as a multiple of ``training.learning_rate``."""
-        return 1.0
+    def traits(self, name: str, adapter: AdapterSettings) -> Traits:
+        """What the tensor of that name is."""
+        return Traits()
 
     def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
         """The rank at one linear."""
@@ -172,35 +168,14 @@ class Method(ABC):
         """
         return None
 
-    def kept_bytes(self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int) -> int:
-        """Bytes that autograd keeps for one linear beside x, z and y; ``itemsize`` is that of the compute dtype."""
-        return 0
-
-    def working_bytes(
-        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, itemsize: int, on_accelerator: bool
-    ) -> int:
-        """The most bytes that the products at one linear take for the moment, beside W and the gradient of x."""
-        largest = max(math.prod(shape) for shape in self.tensors(adapter, spec).values())
-        return spec.out_features * self.rank_at(adapter, spec) * itemsize + 4 * largest
-
-    def cast_bytes(self, adapter: AdapterSettings, spec: LinearSpec, dtype: torch.dtype) -> int:
-        """Bytes of A and B in the compute dtype ``dtype`` that one linear keeps for backward, beside its tensors."""
-        numbers = self.rank_at(adapter, spec) * (spec.in_features + spec.out_features)
-        return numbers * dtype.itemsize if self.keeps_input and dtype.itemsize < 4 else 0
-
-    def state_bytes(self, adapter: AdapterSection, spec: LinearSpec) -> int | None:
-        """Bytes that the method's own `optimizer` and `step_hook` hold for one linear; None: it has none of its own."""
-        return None
-
-    def put_on(self, layer: QveraLinear, adapter_name: str) -> None:  # noqa: B027  # optional
-        """Make what is made from the weight of a linear, once it has the adapter's tensors with their initial values.
-
-        What has to be held is a module in ``layer.qvera_frozen``. Under ZeRO-3 all ranks come here together.
-        """
-
-    def held_bytes(self, adapter: AdapterSettings, specs: Sequence[LinearSpec], itemsize: int) -> int:
-        """Bytes that `put_on` makes the linears hold; ``itemsize`` is that of the compute dtype."""
-        return 0
+    def memory(
+        self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
+    ) -> LinearBytes:
+        """What a step takes at one linear, with so many tokens in a pass and this compute dtype."""
+        rank, shapes = self.rank_at(adapter, spec), self.tensors(adapter, spec).values()
+        working = spec.out_features * rank * dtype.itemsize + 4 * max(map(math.prod, shapes), default=0)
+        casts = self.source is Source.TRAINED and dtype.itemsize < 4
+        return LinearBytes(0, working, rank * (spec.in_features + spec.out_features) * dtype.itemsize if casts else 0)
 
     def add(
         self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
@@ -214,19 +189,11 @@ class Method(ABC):
             y: the base layer's output.
             overwrite: the result may take y's memory.
         """
-        return layer.add_low_rank(adapter_name, x, y, overwrite)
-
-    def with_base(self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """(W + ΔW) x by one node with the frozen product in it, or None: `add` is then called with W x.
-
-        Asked only where the layer has one adapter, without dropout, over a linear with a whole and frozen weight and
-        bias.
-        """
-        return None
-
-    def delta(self, layer: AdaptedForward, adapter_name: str) -> torch.Tensor:
-        """ΔW [m, n] in fp32, without a graph."""
-        return layer.parts(adapter_name).delta()
+        if self.source is not Source.TRAINED:
+            return layer.add_low_rank(adapter_name, x, y, overwrite)
+        factors, sampler = layer.parts(adapter_name), layer.input_sampler
+        inner = layer.dropout_of(adapter_name)(x).to(linear.compute_dtype(layer.base_layer, x))
+        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite, sampler)
 
     def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer | None:
         """An optimizer of the method's own over its trained tensors; None: the one that the recipe names.
@@ -250,9 +217,7 @@ class Method(ABC):
         """
         return None
 
-    def check(self, recipe: Recipe) -> None:  # noqa: B027  # optional
-        """Check the values of a recipe beyond what its schema does.
 
-        Raises:
-            InputError: a value does not suit the method.
-        """
+def trains_pair(method: Method) -> bool:
+    """Whether the path is that of trained factors, which may have the frozen product in its node (`trained_linear`)."""
+    return method.source is Source.TRAINED and type(method).add is Method.add

@@ -6,6 +6,7 @@ are files of PEFT's LoRA (`qvera.adapters.files.adapter_file`), and the options 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -14,27 +15,23 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearSpec
-from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
+from qvera.adapters.methods.base import LinearSpec, Method, Source, Traits
 from qvera.adapters.products.functional import at_least_fp32
-from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.adapters.projection import Pair
-    from qvera.config.schema import Recipe
 
 
-class Lora(TrainedPair):
+class Lora(Method):
     """A and B for each linear; ``init_lora_weights`` says where they start."""
 
     name = "lora"
     title = "LoRA"
-    keys = frozenset({"alpha", "use_rslora", "init_lora_weights", "loraplus_lr_ratio"})
+    keys = {"alpha": True, "use_rslora": True, "init_lora_weights": False, "loraplus_lr_ratio": False}
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
-    writes_lora = True
-    fields_of_start = ("rank_pattern", "alpha_pattern")
+    source = Source.TRAINED
+    peft_type = "LORA"
 
     def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
         rank = self.rank_at(adapter, spec)
@@ -63,20 +60,11 @@ class Lora(TrainedPair):
         scale = alpha_at(adapter, spec) / (math.sqrt(rank) if adapter.use_rslora else rank)
         return Factors(A, B, scale=scale)
 
-    def conditions(self, config: QveraConfig) -> dict[str, object]:
-        alpha = config.rank if config.alpha is None else config.alpha
-        return {"alpha": alpha, "use_rslora": config.use_rslora}
-
-    def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
-        return getattr(adapter, "loraplus_lr_ratio", 1.0) if name == "qvera_B" else 1.0
+    def traits(self, name: str, adapter: AdapterSettings) -> Traits:
+        return Traits(rate=getattr(adapter, "loraplus_lr_ratio", 1.0) if name == "qvera_B" else 1.0)
 
     def rank_at(self, adapter: AdapterSettings, spec: LinearSpec) -> int:
         return int(_of_pattern(getattr(adapter, "rank_pattern", None), spec, adapter.rank))
-
-    def check(self, recipe: Recipe) -> None:
-        adapter = recipe.adapter
-        if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:
-            raise InputError(f"adapter.init_lora_weights: orthogonal takes an even adapter.rank, got {adapter.rank}.")
 
 
 def alpha_at(adapter: AdapterSettings, spec: LinearSpec) -> float:
@@ -102,3 +90,15 @@ def orthogonal_pair(
     A = torch.randn(in_features, rank // 2, generator=generator) @ Q[0::2] / 10
     B = torch.randn(out_features, rank // 2, generator=generator) @ Q[1::2] / 10
     return A.t().contiguous(), B
+
+
+def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
+    """The random stream of an adapter's seed for a linear or a tensor of that name."""
+    seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
+    key = f"{seed}/{name}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> torch.Tensor:
+    """Uniform in ±bound."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

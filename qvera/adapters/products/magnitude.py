@@ -11,7 +11,7 @@ once for all linears of one in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -100,3 +100,9 @@ def _weight_blocks(base_layer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[
         return ((rows, weight[rows].to(dtype)) for rows in row_blocks(weight))
     assert isinstance(base_layer, nn.Linear)
     return iter(WeightBlocks(base_layer, dtype, BLOCK_WEIGHTS))
+
+
+def held_bytes(rank: int, sizes: Sequence[tuple[int, int]], itemsize: int) -> int:
+    """What `RowNorms` of linears of these (in_features, out_features) hold: W Aᵀ, ‖w_i‖², and A Aᵀ for each input."""
+    rows, inputs = sum(m for _, m in sizes), {n for n, _ in sizes}
+    return rows * (rank * itemsize + 4) + 4 * rank**2 * len(inputs)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from qvera.adapters.methods import Source
+from qvera.adapters.methods.base import Change
 from qvera.adapters.products.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
@@ -145,14 +146,15 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         source = _INPUTS.get(x.role, x.name)
         if run.mixes_rows:
             held[x.name, "vectors of each row"] = row_bytes(run, x)
-        reads_x = run.keeps_input(x) or run.method.keeps_input or (section.input_scale and not section.dropout)
+        trains_A = run.method.source is Source.TRAINED
+        reads_x = run.keeps_input(x) or trains_A or (section.input_scale and not section.dropout)
         if run.sampled_tokens is not None:  # rows of its own, with a number and a weight each
             held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
         elif reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
-        if more := run.method.kept_bytes(section, x.spec, T, size):
-            held[x.name, "of the method's own"] = more
-        if run.method.keeps_output:
+        own = run.method_bytes(x)
+        held[x.name, "of the method's own"] = own.kept
+        if run.method.change is Change.SCALED:
             held[x.name, "y"] = T * x.m * size + 8 * x.m  # what its rows are scaled with in fp32, and their norms
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
             held[x.name, "z"] = T * run.rank_at(x) * size + T * x.n + (T * x.n * size if section.input_scale else 0)
@@ -163,7 +165,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             own_rank = run.rank_at(x)  # readers of other ranks have another z
             graph = "without" if run.is_summed(x) else "with"
             held[source if shared else x.name, f"z of rank {own_rank} {graph} a graph"] = T * own_rank * size
-        held[x.name, "A, B"] = run.method.cast_bytes(section, x.spec, run.machine.dtype)
+        held[x.name, "A, B"] = own.cast
     return sum(held.values())
 
 
@@ -186,8 +188,8 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     if run.mixes_rows:
         return read + row_product_bytes(run, x)
     pair = x.m * run.rank_at(x)
-    if not run.method.has_vectors:
-        return read + run.method.working_bytes(section, x.spec, run.batch.all_tokens, size, run.machine.on_gpu)
+    if not run.has_vectors(x):
+        return read + run.method_bytes(x).working
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
@@ -206,7 +208,7 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     if few_tokens(run.batch.all_tokens, torch.empty(x.m, run.rank, device="meta"), section.b_groups):
         combining = run.batch.all_tokens * (x.m * min(section.b_groups, 2) + run.rank) * size
     # where rows are scaled: beside the gradient of the output, that of what is scaled
-    flowing = run.batch.all_tokens * x.m * size if run.method.keeps_output else 0
+    flowing = run.batch.all_tokens * x.m * size if run.method.change is Change.SCALED else 0
     return max(read, gradient, combining) + flowing
 
 

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from qvera.adapters.methods import Source
+from qvera.adapters.methods.base import Change
+from qvera.adapters.products.magnitude import held_bytes
 from qvera.config.schema import Recipe
 from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
@@ -176,7 +178,8 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     (dense_size, dense_mapped), (expert_size, experts_mapped) = machine.dense_itemsize(), machine.dense_itemsize(False)
     dense = (shape.dense_numbers - shape.expert_numbers - tables) * dense_size
     trained = run.vector_sizes(trained_only=True)
-    method, specs = run.method, [x.spec for x in run.adapted]
+    sizes = [(x.n, x.m) for x in run.adapted]
+    norms = held_bytes(run.rank, sizes, size) if run.method.change is Change.SCALED else 0
     buffers = 2 * max(layer_bytes(run), default=0) if run.streams else 0
     if run.streams and machine.on_gpu:
         linears -= sum(layer_bytes(run))
@@ -191,7 +194,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("embedding and head with more rows", "base", tables * dense_size),
         Component("the head as it began", "base", 4 * shape.head_numbers),
         Component("projections A, B", "projections", _projection_numbers(run) * size),
-        Component("made from the weights", "projections", method.held_bytes(recipe.adapter, specs, size)),
+        Component("made from the weights", "projections", norms),
         *_vectors(run, trained),
     ]
     return tuple(c for c in found if c.bytes)
@@ -212,7 +215,7 @@ def _vectors(run: PlannedRun, trained: list[int]) -> tuple[Component, ...]:
 
 def _optimizer_bytes(run: PlannedRun, trained: list[int]) -> int:
     """Bytes of the optimizer's state: the method's own, or of that which the recipe names."""
-    own = [run.method.state_bytes(run.recipe.adapter, x.spec) for x in run.adapted]
+    own = [run.method_bytes(x).state for x in run.adapted]
     if None in own:
         return optimizer_state_bytes(trained, run.recipe.training.optim)
     return sum(size for size in own if size is not None)

@@ -93,7 +93,7 @@ class Plan(PlannedRun):
     @cached_property
     def adapter_bytes(self) -> int:
         """The adapter directory: vectors and their config, with a line for each pair of A and B that is made."""
-        tensors, is_lora = self._tensors(), self.method.writes_lora
+        tensors, is_lora = self._tensors(), self.method.peft_type == "LORA"
         tensors = {to_peft(key): tensor for key, tensor in tensors.items()} if is_lora else tensors
         numbered = self.adapted if self.method.source is Source.OWN else []
         lines = sum(len(x.name) + _PAIR_NUMBER_BYTES for x in numbered)

@@ -11,6 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qvera.adapters.config import PREFIX, SHARED_PREFIX
 from qvera.adapters.methods import Method, method_of
+from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
 from qvera.adapters.products import fused
 from qvera.config import plugins
 from qvera.config.schema import ModelSection, Recipe
@@ -175,7 +176,7 @@ class PlannedRun:
         head = {f"{PREFIX}{name}": size for name, size in self.shape.head}
         if not trained_only:
             return found | head
-        found = {key: size for key, size in found.items() if method.is_trained(key.rpartition(".")[2], section)}
+        found = {key: size for key, size in found.items() if method.traits(key.rpartition(".")[2], section).is_trained}
         return found | head
 
     @property
@@ -185,7 +186,7 @@ class PlannedRun:
 
     def vector_dtype(self, key: str) -> torch.dtype:
         """The dtype of the vector with this key in the adapter file."""
-        return self.method.dtype(key.rpartition(".")[2])
+        return self.method.traits(key.rpartition(".")[2], self.recipe.adapter).dtype
 
     def vector_sizes(self, trained_only: bool = False) -> list[int]:
         """How many parameters each of these vectors has."""
@@ -243,8 +244,7 @@ class PlannedRun:
     @property
     def is_one_node(self) -> bool:
         """Whether the frozen product is in the adapter's own node (`Method.with_base`)."""
-        has_one = type(self.method).with_base is not Method.with_base
-        return has_one and not self.recipe.adapter.dropout and self.sharing.stage < 3
+        return trains_pair(self.method) and not self.recipe.adapter.dropout and self.sharing.stage < 3
 
     @property
     def sampled_tokens(self) -> int | None:
@@ -272,6 +272,16 @@ class PlannedRun:
         chosen = self.recipe.model.attn_implementation
         return self.shape.attention if chosen == "auto" else chosen
 
+    def has_vectors(self, x: Linear) -> bool:
+        """Whether the path is VeRA's, with d and b (`Factors.vectors`)."""
+        kinds = {"qvera_d", "qvera_b"} <= self.method.tensors(self.recipe.adapter, x.spec).keys()
+        return kinds and self.method.change is not Change.PER_TOKEN
+
+    def method_bytes(self, x: Linear) -> LinearBytes:
+        """What the method says of a step at one linear."""
+        tokens, machine = self.batch.all_tokens, self.machine
+        return self.method.memory(self.recipe.adapter, x.spec, tokens, machine.dtype, machine.on_gpu)
+
     def is_quantized(self, x: Linear) -> bool:
         """Whether the recipe quantizes this linear."""
         return self.recipe.model.quantization != "none" and x.quantizable
@@ -286,8 +296,8 @@ class PlannedRun:
         """Whether the layer goes through W + ΔW (`qvera.adapters.products.fused`)."""
         section, machine = self.recipe.adapter, self.machine
         sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
-        method = self.method
-        may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
+        may = x.name in self.adapted_names and not section.dropout and self.has_vectors(x)
+        may = may and self.method.change is Change.LOW_RANK
         may = may and not self.recipe.training.torch_compile and not self.mixes_rows
         return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
 

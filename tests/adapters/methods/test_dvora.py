@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.methods import LinearSpec, method_of
+from qvera.adapters.products.magnitude import held_bytes
 from qvera.adapters.projection import vera_scale
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
@@ -174,8 +174,7 @@ def test_the_plan_knows_what_is_held() -> None:
         layer(torch.randn(2, IN).to(dtype))
         norms = layer.qvera_frozen["default"]
         held = [*norms.buffers(), projection.gram(12, IN)]
-        section = AdapterSection(rank=12, magnitude=True)
-        counted = method_of(section).held_bytes(section, [LinearSpec("", IN, OUT)], dtype.itemsize)
+        counted = held_bytes(12, [(IN, OUT)], dtype.itemsize)
         assert counted == sum(t.numel() * t.element_size() for t in held)
 
 
