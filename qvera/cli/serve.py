@@ -191,7 +191,7 @@ def _opened(training_dir: Path | None) -> Iterator[TrainingDirectory | None]:
 def _open_jobs(directory: TrainingDirectory | None, served: Served, engine: Engine, at_once: int) -> Jobs | None:
     if directory is None:
         return None
-    from qvera.serve.fine_tuning.start import open_jobs
+    from qvera.serve.fine_tuning.jobs import open_jobs
 
     return open_jobs(directory, served, engine, at_once)
 

@@ -123,7 +123,7 @@ def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> BankCheckpoint 
         _check(found, trainer)
         return found
 
-    found = checkpoint.newest_of(directory, use, warn)
+    found: BankCheckpoint | None = checkpoint.newest(directory, warn, use)
     if found is None:
         require_none_saved(run_dir, directory, metrics_path(run_dir, rank), "round")
     return found

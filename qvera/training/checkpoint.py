@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,8 +41,6 @@ _FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
 _STATE = "state.json"
 _HOOKS = "hooks.safetensors"
 _NAME = re.compile(r"(step|round)-\d{8}")
-
-Found = TypeVar("Found")
 
 
 @dataclasses.dataclass
@@ -192,30 +190,17 @@ def directories(directory: Path) -> list[Path]:
 
 
 def newest(
-    directory: Path,
-    warn: Callable[[str], None] = lambda _: None,
-    check: Callable[[Checkpoint], None] = lambda _: None,
-) -> Checkpoint | None:
-    """The newest checkpoint in ``directory`` that verifies, or None.
+    directory: Path, warn: Callable[[str], None] = lambda _: None, use: Callable[[Path], Any] | None = None
+) -> Any:
+    """The newest checkpoint in ``directory`` that can be used, or None.
 
     Args:
         warn: called with a sentence about each one passed over.
-        check: a further check; raises InputError where the checkpoint can't be used.
+        use: what to return of one, default `load`; raises InputError where it can't be used.
     """
-
-    def use(path: Path) -> Checkpoint:
-        found = load(path)
-        check(found)
-        return found
-
-    return newest_of(directory, use, warn)
-
-
-def newest_of(directory: Path, use: Callable[[Path], Found], warn: Callable[[str], None]) -> Found | None:
-    """What ``use`` makes of the newest checkpoint in ``directory`` for which it raises no InputError, or None."""
     for path in reversed(directories(directory)):
         try:
-            return use(path)
+            return (use or load)(path)
         except InputError as error:
             warn(f"{error} It is passed over.")
     return None

@@ -55,9 +55,8 @@ def not_finite_error(
     """
     bad = [sources for sources, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
     found = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
-    where = ", ".join(source for one in found for source in one["rows"])
-    where = where or "the gradient only; rows " + ", ".join(rows)
-    text = _not_finite(f"Step {step}", [loss for one in found for loss in one["losses"]], norm, where)
+    where = [source for each in found for source in each["rows"]] or [f"the gradient only; rows {', '.join(rows)}"]
+    text = not_finite_text(f"Step {step}", [loss for each in found for loss in each["losses"]], norm, where)
     return for_all(
         NotFinite(
             f"{text} No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
@@ -66,19 +65,17 @@ def not_finite_error(
     )
 
 
-def not_finite_text(step: str, losses: Sequence[float], norm: float, rows: Sequence[str]) -> str:
-    """A sentence about a loss or gradient that is not finite, of one process.
+def not_finite_text(step: str, losses: Sequence[float | None], norm: float, rows: Sequence[str]) -> str:
+    """A sentence about a loss or gradient that is not finite.
 
     Args:
         step: which one it is, to begin the sentence with.
+        losses: None or NaN where one is not finite.
         rows: the sources of its rows.
     """
-    return _not_finite(step, plain_json(losses), norm, ", ".join(rows))
-
-
-def _not_finite(step: str, losses: Sequence[float | None], norm: float, rows: str) -> str:
-    shown = ", ".join("not finite" if loss is None else f"{loss:g}" for loss in losses)
-    return f"{step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {rows}."
+    shown = ", ".join("not finite" if loss is None or not math.isfinite(loss) else f"{loss:g}" for loss in losses)
+    where = ", ".join(rows)
+    return f"{step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {where}."
 
 
 def has_finite_loss(scores: dict[str, Any]) -> bool:
@@ -150,18 +147,14 @@ def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
     if recipe.training.on_oom == "halve":  # down to one row, which another key must help
         smaller = changed(recipe, {"training.per_device_train_batch_size": 1})
         plan = make_plan(smaller, plan.machine, rows, plan.sharing)
-    lines = _changes_that_fit(plan, rows, shortage)
-    if recipe.training.on_oom == "save" and recipe.deepspeed is None and not recipe.data.has_adapters:
-        lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")
-    return "\n".join(lines) or _ANY_RUN
-
-
-def _changes_that_fit(plan: Plan, rows: Rows | None, shortage: Shortage) -> list[str]:
-    """The mildest changes by which the plan takes as much less as was missing."""
+    # the mildest changes by which the plan takes as much less as was missing
     missing = max((shortage.asked_bytes or 0) - shortage.free_bytes, int(_LEAST_SHARE * plan.needed_bytes))
     fitting = min(plan.needed_bytes, plan.machine.available_bytes) - missing
     machine = dataclasses.replace(plan.machine, available_bytes=max(fitting, 0))
-    return change_lines(make_plan(plan.recipe, machine, rows, plan.sharing))[: 1 + _CHANGES]
+    lines = change_lines(make_plan(plan.recipe, machine, rows, plan.sharing))[: 1 + _CHANGES]
+    if recipe.training.on_oom == "save" and recipe.deepspeed is None and not recipe.data.has_adapters:
+        lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")
+    return "\n".join(lines) or _ANY_RUN
 
 
 def _what_failed(examples: Sequence[Example], rank: str | None) -> str:

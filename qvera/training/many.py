@@ -35,7 +35,7 @@ from qvera.training.run_json import adapter_result, add_results, begun_run, with
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, NotFinite, OutOfMemory
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage
 from qvera.utils.paths import ADAPTERS
@@ -187,6 +187,11 @@ class ManyTrainer(BankLoop, Run):
                 self.log_file = MetricsLog(path, self.round, "round", self.group.rank)
             (self.run_dir / ADAPTERS).mkdir(exist_ok=True)
 
+    @property
+    def is_whole(self) -> bool:
+        """See `Run.is_whole`; evaluations and scores of a round belong to it."""
+        return self.round == self.whole_round
+
     def score_before(self) -> None:
         """See `Run.score_before`: all begin with the same vectors, so with full passes."""
         if self.round:
@@ -211,8 +216,8 @@ class ManyTrainer(BankLoop, Run):
                 taken += [record for record in records if record["kind"] == "round"]
             self._let_out()
         except OutOfMemory as error:
-            raise self._end(error) from None
-        self.whole_round = self.round  # evaluations and scores too: it may be saved
+            raise self.end(error) from None
+        self.whole_round = self.round
         for record in taken:
             self.progress.move(
                 self.roster.steps_behind,
@@ -297,19 +302,6 @@ class ManyTrainer(BankLoop, Run):
             self.log_file.flush()
         bank_checkpoint.save(self)
         self.saved = self.round
-
-    def _end(self, error: OutOfMemory) -> RunFailed:
-        """Save the round before one that memory did not suffice for, and write run.json; returns the error to raise."""
-        if self.group.world_size > 1:
-            return OutOfMemory(str(error))  # this rank's own: the others are elsewhere, and must hear of it
-        if self.round == self.whole_round != self.saved:
-            self.save_checkpoint()
-        if self.saved:
-            error = OutOfMemory(
-                f"{error}\nRound {self.saved} is saved: the same command with --resume goes on from it."
-            )
-        self.finish("failed")
-        return error
 
     def finish(self, status: str) -> None:
         """See `Run.finish`; with the adapters of all processes.

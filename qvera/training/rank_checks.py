@@ -116,7 +116,7 @@ def check_memory(plan: Plan, group: Group, console: Console) -> None:
     console.print(f"[yellow]{text[0].upper()}{text[1:]}", highlight=False)
 
 
-def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
+def check_same_data(datasets: Datasets, path: str, group: Group) -> None:
     """Check that every rank's copy of the data has the same rows.
 
     Raises:
@@ -124,7 +124,7 @@ def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
     """
     if group.world_size == 1:
         return
-    fix = f"{recipe.data.path} holds other rows there, or is tokenized differently. Put the same files on every node."
+    fix = f"{path} holds other rows there, or is tokenized differently. Put the same files on every node."
     _require_same({"the data's SHA-256 (data.path)": data_sha256(datasets)}, group, fix)
 
 

@@ -19,7 +19,7 @@ from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.errors import Interrupted
+from qvera.utils.errors import Interrupted, OutOfMemory, RunFailed
 from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
@@ -162,6 +162,28 @@ class Run(TrainingSession):
     def has_steps_left(self) -> bool:
         """Whether `take_turn` has anything to do."""
         raise NotImplementedError
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last step was taken as a whole, so that it may be saved."""
+        return True
+
+    def end(self, error: RunFailed) -> RunFailed:
+        """Save the last whole step where memory ran out, and write run.json; returns the error to raise."""
+        if self.group.world_size > 1 and self.step_group.world_size == 1:
+            return OutOfMemory(str(error))  # this rank's own: the others are elsewhere, and must hear of it
+        if self.group.world_size > 1 and not error.shared:
+            return error  # the other ranks are elsewhere
+        if isinstance(error, OutOfMemory):
+            if self.is_whole and self.count != self.saved:
+                self.save_checkpoint()
+            if self.saved:
+                said = (
+                    f"{self.unit.capitalize()} {self.saved} is saved: the same command with --resume goes on from it."
+                )
+                error = for_all(OutOfMemory(f"{error}\n{said}"))
+        self.finish("failed")
+        return error
 
     def score_before(self) -> None:
         """Score the held-out rows before the first step, unless that is done."""

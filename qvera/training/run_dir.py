@@ -197,12 +197,23 @@ def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]
     Raises:
         InputError: the run has saved checkpoints, and none of them can be used.
     """
+
+    def use(path: Path) -> checkpoint.Checkpoint:
+        one = checkpoint.load(path)
+        if changed := changed_keys(one.state.get("recipe") or {}, recipe):
+            raise InputError(f"{path}: is of another run; {', '.join(changed)} differ from this recipe.")
+        try:
+            checkpoint.TrainState(**one.state["progressed"])
+            one.state["schedule"], one.state["optimizer_scalars"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: was written by another version of qvera ({error}).") from None
+        return one
+
     directory = run_dir / "checkpoints"
-    found = checkpoint.newest(directory, warn, check=lambda one: _check_same_run(one, recipe))
-    if found is not None:
-        return found
-    require_none_saved(run_dir, directory, run_dir / "metrics.jsonl", "step")
-    return None
+    newest: checkpoint.Checkpoint | None = checkpoint.newest(directory, warn, use)
+    if newest is None:
+        require_none_saved(run_dir, directory, run_dir / "metrics.jsonl", "step")
+    return newest
 
 
 def require_none_saved(run_dir: Path, directory: Path, records: Path, unit: str) -> None:
@@ -224,18 +235,6 @@ def require_none_saved(run_dir: Path, directory: Path, records: Path, unit: str)
             f"{directory}: holds no checkpoint that can be used, and the run has taken {taken} {unit}s. Put a whole "
             f"checkpoint back. To begin again at {unit} 0, delete {run_dir} or choose another training.output_dir."
         )
-
-
-def _check_same_run(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
-    """Raises InputError for a checkpoint of another recipe, or with a state that this version does not know."""
-    changed = changed_keys(found.state.get("recipe") or {}, recipe)
-    if changed:
-        raise InputError(f"{found.path}: is of another run; {', '.join(changed)} differ from this recipe.")
-    try:
-        checkpoint.TrainState(**found.state["progressed"])
-        found.state["schedule"], found.state["optimizer_scalars"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{found.path}: was written by another version of qvera ({error}).") from None
 
 
 def write_run_json(run_dir: Path, run: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ class TrainingSession(AloneLoop):
             return datasets
 
         self.datasets = self.group.agree(read)
-        check_same_data(self.datasets, recipe, self.group)
+        check_same_data(self.datasets, recipe.data.path, self.group)
 
     def check_model(self) -> None:
         """Check what needs no weights of the base: the plan, the targets, and what the adapter starts from.

@@ -171,21 +171,6 @@ class Trainer(Run):
         self.finish("failed")
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
-    def end(self, error: RunFailed) -> RunFailed:
-        """Save the step before one that memory did not suffice for, and write run.json; returns the error to raise."""
-        if self.group.world_size > 1 and not error.shared:
-            return error  # the other ranks are elsewhere
-        if isinstance(error, OutOfMemory) and self.state.step:
-            if self.state.step != self.saved:
-                self.save_checkpoint()
-            error = for_all(
-                OutOfMemory(
-                    f"{error}\nStep {self.state.step} is saved: the same command with --resume goes on from it."
-                )
-            )
-        self.finish("failed")
-        return error
-
     def stop_requested(self) -> bool:
         """See `Run.stop_requested`; whichever rank got it, all stop at the same step."""
         asked, group = self.signals.asked, self.group

@@ -204,7 +204,7 @@ def test_all_ranks_skip_a_step_whose_gradient_overflows(place: LinearSpec, stage
 
 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)
-def test_step_hooks_are_called_around_each_step_that_is_taken(place: LinearSpec, stage: str | None) -> None:
+def test_hooks_are_called_around_each_step_that_is_taken(place: LinearSpec, stage: str | None) -> None:
     """All ranks call them in the same order. `before_step` is called again for a step whose gradient overflowed."""
     word = f"{name_of(stage)}-float16"
     skipped = json.loads((place.root / word / "run.json").read_text())["result"]["skipped_steps"]

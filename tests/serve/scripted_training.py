@@ -16,7 +16,7 @@ from qvera.data import AdapterRows, Datasets, planned_steps
 from qvera.evaluation.load import Artifact
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.jobs import Jobs
-from qvera.serve.fine_tuning.recipes import Recipes
+from qvera.serve.fine_tuning.preparing import Recipes
 from qvera.serve.store import AdapterStore
 from qvera.training.checkpoint import TrainState
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS

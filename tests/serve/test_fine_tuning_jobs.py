@@ -16,7 +16,7 @@ from qvera.serve.fine_tuning import preparing
 from qvera.serve.fine_tuning import worker as worker_module
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Asked, Jobs
-from qvera.serve.fine_tuning.recipes import Recipes
+from qvera.serve.fine_tuning.preparing import Recipes
 from qvera.serve.fine_tuning.records import OPEN, Job
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.paths import ADAPTER_WEIGHTS

@@ -29,7 +29,7 @@ from tests.serve.helpers import (
     submit,
     tiny_base,
 )
-from tests.training.many.online_jobs import Jobs, datasets_of, job_recipe, server_recipe, write_job_rows
+from tests.training.online_jobs import Jobs, datasets_of, job_recipe, server_recipe, write_job_rows
 
 
 class Training:

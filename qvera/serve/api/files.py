@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from qvera.serve.api.errors import ApiError
 from qvera.serve.api.training import answered, no_room, page, too_many, training_of
 from qvera.serve.api.upload import receive_file
-from qvera.serve.fine_tuning.errors import UnknownRecord
+from qvera.serve.fine_tuning.records import UnknownRecord
 from qvera.utils.errors import RunFailed
 
 if TYPE_CHECKING:

@@ -141,7 +141,7 @@ async def list_checkpoints(request: Request, job_id: str, limit: Limit = 10, aft
 
 
 def _card(job: Job) -> dict[str, Any]:
-    from qvera.serve.fine_tuning.recipes import hyperparameters
+    from qvera.serve.fine_tuning.preparing import hyperparameters
 
     used = hyperparameters(job)
     return {

@@ -15,7 +15,7 @@ from qvera.serve.api.keys import Access
 from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.api.training import answered, training_of
-from qvera.serve.fine_tuning.errors import NotMade
+from qvera.serve.fine_tuning.records import NotMade
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
 

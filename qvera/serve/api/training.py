@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from qvera.serve.api.errors import ApiError, bad_request, shortened
 from qvera.serve.api.keys import Access
 from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.fine_tuning.errors import Refused, TooMany, UnknownRecord
+from qvera.serve.fine_tuning.records import Refused, TooMany, UnknownRecord
 from qvera.utils.errors import RunFailed
 
 if TYPE_CHECKING:

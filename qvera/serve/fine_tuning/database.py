@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qvera.serve.fine_tuning.errors import UnknownRecord
-from qvera.serve.fine_tuning.records import OPEN, Event, Job, Status, StoredFile
+from qvera.serve.fine_tuning.records import OPEN, Event, Job, Status, StoredFile, UnknownRecord
 from qvera.utils.errors import InputError, RunFailed
 
 R = TypeVar("R", StoredFile, Job, Event)

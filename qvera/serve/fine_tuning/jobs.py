@@ -9,12 +9,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from qvera.serve.fine_tuning.directory import TrainingDirectory
-from qvera.serve.fine_tuning.errors import NotMade, Refused, TooMany, UnknownRecord
-from qvera.serve.fine_tuning.preparing import Preparer
-from qvera.serve.fine_tuning.recipes import Recipes
-from qvera.serve.fine_tuning.records import BEFORE, OPEN, TRAINING, Event, Job, Status, StoredFile, new_id, now
-from qvera.serve.fine_tuning.results import maker_of
-from qvera.serve.fine_tuning.worker import Worker
+from qvera.serve.fine_tuning.preparing import Preparer, Recipes
+from qvera.serve.fine_tuning.records import (
+    BEFORE,
+    OPEN,
+    TRAINING,
+    Event,
+    Job,
+    NotMade,
+    Refused,
+    Status,
+    StoredFile,
+    TooMany,
+    UnknownRecord,
+    new_id,
+    now,
+)
+from qvera.serve.fine_tuning.worker import Worker, maker_of
+from qvera.training.online import OnlineTrainer
+from qvera.training.run_dir import require_writable
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG
@@ -22,8 +35,9 @@ from qvera.utils.paths import ADAPTER_CONFIG
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qvera.serve.fine_tuning.trainer import Trainer
-    from qvera.serve.fine_tuning.worker import Places
+    from qvera.serve.engine import Engine
+    from qvera.serve.opening import Served
+    from qvera.serve.store import AdapterStore
 
 _RUNS: tuple[Status, ...] = (*BEFORE, "running")
 """A job that may be paused; with those that are paused, one that may be cancelled."""
@@ -54,8 +68,8 @@ class Jobs:
         self,
         directory: TrainingDirectory,
         recipes: Recipes,
-        trainer: Trainer,
-        store: Places,
+        trainer: OnlineTrainer,
+        store: AdapterStore,
         tokenizer: PreTrainedTokenizerBase,
         wake: Callable[[], None],
     ) -> None:
@@ -224,3 +238,25 @@ class Jobs:
             raise NotMade from None
         shutil.rmtree(gone, ignore_errors=True)
         self.database.forget_model(job.id)
+
+
+def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:
+    """The jobs of a training directory, as the engine's background work; entering them lets them go on.
+
+    Args:
+        at_once: how many are trained together.
+
+    Raises:
+        InputError: there is no directory for their adapters, or adapters of the served run can't be trained so.
+    """
+    if served.store.root is None:
+        raise InputError(
+            "--training-dir: what is trained becomes a model of the directory of adapters, and there is none. Name one "
+            "with --adapters DIR; it may be empty."
+        )
+    require_writable(served.store.root / "adapter", "--adapters")
+    recipes = Recipes(served.opened.target)
+    trainer = OnlineTrainer(served.opened.base, recipes.server, at_once)
+    jobs = Jobs(directory, recipes, trainer, served.store, served.opened.base.tokenizer, engine.wake)
+    engine.set_background(jobs.worker)
+    return jobs

@@ -1,4 +1,4 @@
-"""What a training directory's database has rows of: files, jobs and events. Imports no torch."""
+"""What a training directory's database has rows of: files, jobs and events; and why a client is refused. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from qvera.utils.errors import InputError
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"
 """Purposes of a file: rows to train on, and what a job has written."""
@@ -89,3 +91,28 @@ class Event:
     """Of metrics: after which optimizer step."""
     id: str = field(default_factory=lambda: new_id("ftevent"))
     created: int = field(default_factory=now)
+
+
+class UnknownRecord(LookupError):
+    """There is none of that id, or it is another owner's."""
+
+
+class Refused(InputError):
+    """What a client asks can't be done.
+
+    Attributes:
+        param: the key of the body that it is about.
+        code: OpenAI's word for it.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class TooMany(Exception):
+    """An owner has as many open jobs as it may have."""
+
+
+class NotMade(Exception):
+    """No job of this owner has made the model."""

@@ -6,22 +6,30 @@ database last, so a process that is killed in between does the last things again
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
+from qvera.serve.content import read_content
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.records import TRAINED, Event, Job, Status, now
-from qvera.serve.fine_tuning.results import metrics_event, steps_csv, write_facts
 from qvera.utils.adapter_names import shown_name
+from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.files import plain_json, try_read_json
+from qvera.utils.paths import TRAINING_FACTS
 
 if TYPE_CHECKING:
-    from qvera.serve.fine_tuning.trainer import TrainedRun, Trainer
+    from qvera.serve.store import AdapterStore
+    from qvera.training.online import OnlineTrainer
+    from qvera.training.roster import AdapterRun
 
 _logger = logging.getLogger(__name__)
 _SAVE_SECONDS = 30.0
@@ -31,16 +39,7 @@ _WRITE_SECONDS = 1.0
 """Events of steps are written this often, not each by itself."""
 _PARK_SECONDS = 30.0
 """How long nothing is trained after the disk was full."""
-
-
-class Places(Protocol):
-    """What the worker knows of `qvera.serve.store.AdapterStore`."""
-
-    def directory_for(self, name: str) -> Path:
-        """Where an adapter of this name lies, or would lie."""
-
-    def add(self, name: str, directory: Path) -> None:
-        """Have the adapter answer by its name."""
+_COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate")
 
 
 @dataclasses.dataclass
@@ -53,7 +52,7 @@ class Trained:
     """
 
     job: Job
-    run: TrainedRun
+    run: AdapterRun
     saved_step: int
     saved_at: float
     is_named: bool
@@ -70,8 +69,8 @@ class Worker:
     def __init__(
         self,
         directory: TrainingDirectory,
-        trainer: Trainer,
-        store: Places,
+        trainer: OnlineTrainer,
+        store: AdapterStore,
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,7 +78,7 @@ class Worker:
         self._directory, self._database, self._trainer, self._store = directory, directory.database, trainer, store
         self._wake, self._clock = wake, clock
         self._lock = threading.Lock()
-        self._ready: dict[str, tuple[Job, TrainedRun]] = {}
+        self._ready: dict[str, tuple[Job, AdapterRun]] = {}
         self._stops: dict[str, Literal["cancel", "pause"]] = {}
         self._trained: dict[str, Trained] = {}
         self._events: list[Event] = []
@@ -92,7 +91,7 @@ class Worker:
 
     # Called from any thread
 
-    def add(self, job: Job, run: TrainedRun) -> None:
+    def add(self, job: Job, run: AdapterRun) -> None:
         """A job may begin: its rows are read."""
         with self._lock:
             self._ready[job.id] = job, run
@@ -156,7 +155,7 @@ class Worker:
                     return
                 owners = [trained.job.owner for trained in self._trained.values()]
 
-                def turn(pair: tuple[Job, TrainedRun], owners: Sequence[str] = owners) -> tuple[bool, int, float]:
+                def turn(pair: tuple[Job, AdapterRun], owners: Sequence[str] = owners) -> tuple[bool, int, float]:
                     job, _ = pair
                     return job.status not in TRAINED, owners.count(job.owner), job.created
 
@@ -164,7 +163,7 @@ class Worker:
                 del self._ready[job.id]
             self._begin(job, run)
 
-    def _begin(self, job: Job, run: TrainedRun) -> None:
+    def _begin(self, job: Job, run: AdapterRun) -> None:
         state = self._directory.state(job.id)
         saved = state if state.exists() else None
         finishing = job.status == "finishing"
@@ -307,3 +306,54 @@ class Worker:
                 self._save(trained)
             except Exception as error:  # it goes on from the state before, and the others are saved all the same
                 _logger.warning("%s: %s", trained.job.id, error)
+
+
+def metrics_event(job_id: str, record: dict[str, Any], steps: int) -> Event:
+    """The event of a step, or of its evaluation: its numbers by OpenAI's names; one that is not finite is None."""
+    numbers = {"step": record["step"], "total_steps": steps}
+    if record["kind"] == "eval":
+        numbers["valid_loss"] = record["loss"]
+    else:
+        numbers |= {"train_loss": record["loss"], "learning_rate": record.get("learning_rate")}
+    what = "validation" if record["kind"] == "eval" else "training"
+    message = f"Step {record['step']:,}/{steps:,}: {what} loss={record['loss']:.4f}"
+    return Event(job_id, message, data=dict(plain_json(numbers)), step=record["step"])
+
+
+def steps_csv(metrics: Sequence[Event]) -> str:
+    """A line for each step: its losses and its rate; empty where there is none."""
+    lines: dict[int, dict[str, Any]] = {}
+    for event in metrics:
+        assert event.step is not None
+        lines.setdefault(event.step, {}).update(event.data or {})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines.values())
+    return out.getvalue()
+
+
+def write_facts(directory: Path, job: Job, run: AdapterRun) -> None:
+    """Put what is known of a job's adapter beside it, for `qvera.serve.store.AdapterStore.facts`.
+
+    Raises:
+        RunFailed: the disk is full.
+    """
+    facts = {
+        "format": 1,
+        "adapter_sha256": read_content(directory).sha256,  # they are facts of these vectors only
+        "job": job.id,
+        "rows": len(run.rows.train),
+        "eval_rows": len(run.rows.eval),
+        "steps": run.state.step,
+        "eval_before": run.state.before,
+        "eval_after": run.after,
+    }
+    with disk_errors(str(directory), "The job goes on when there is room again."):
+        replace_text(directory / TRAINING_FACTS, json.dumps(plain_json(facts), indent=1))
+
+
+def maker_of(directory: Path) -> str | None:
+    """The id of the job that made an adapter; None: none did, or nobody knows."""
+    job = (try_read_json(directory / TRAINING_FACTS) or {}).get("job")
+    return job if isinstance(job, str) else None

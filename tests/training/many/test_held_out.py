@@ -141,7 +141,7 @@ def test_a_process_whose_round_does_not_fit_tells_the_others(
     """They are in rounds of their own, and must not wait for it as for one that has ended with all."""
     trainer = ManyTrainer(recipe_of(make_recipe, tmp_path), tmp_path / "run", Group())
     monkeypatch.setattr(trainer, "group", Group(world_size=2))
-    error = trainer._end(for_all(OutOfMemory("Round 3: memory ran out")))
+    error = trainer.end(for_all(OutOfMemory("Round 3: memory ran out")))
     assert isinstance(error, OutOfMemory) and not error.shared
 
 

@@ -19,7 +19,8 @@ from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.many.online_jobs import (
+from tests.training.many.runs import records
+from tests.training.online_jobs import (
     Jobs,
     datasets_of,
     difference,
@@ -27,7 +28,6 @@ from tests.training.many.online_jobs import (
     server_recipe,
     write_job_rows,
 )
-from tests.training.many.runs import records
 
 pytestmark = pytest.mark.process
 
