@@ -125,8 +125,9 @@ class Loop(ABC):
         shortage: Shortage | None = None
         while step.passes and shortage is None:
             shortage = or_shortage(lambda: self.do_pass(step), self.device)  # rows → loss → backward
-            with step.paused():
-                yield []
+            if shortage is None:
+                with step.paused():
+                    yield []
         if self.add_up(step, shortage):  # some process ran out of memory
             self.drop_gradients()
             forget_inputs(self.model)

@@ -21,7 +21,7 @@ from qvera.config.schema import ModelSection, parse_recipe
 from qvera.models.loader import load_base
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.test_trainer import stop_after
+from tests.training.runs import stop_after
 
 pytestmark = pytest.mark.process
 

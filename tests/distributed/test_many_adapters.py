@@ -15,7 +15,7 @@ import yaml
 from qvera.training import checkpoint
 from tests.distributed.ranks import Ranks
 from tests.helpers import wait_until
-from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, vectors, write_rows
+from tests.training.runs import all_files, entries, many_recipe, records, train_many, vectors, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 

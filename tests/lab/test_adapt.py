@@ -11,7 +11,7 @@ import pytest
 from qvera.cli.main import main
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, OutOfMemory
-from tests.training.test_trainer import cut_off, losses, same, vectors
+from tests.training.runs import cut_off, losses, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -15,7 +15,7 @@ from qvera.distributed.group import Group
 from qvera.training.engine import LocalEngine
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.test_trainer import cut_off, losses, same, vectors
+from tests.training.runs import cut_off, losses, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -11,7 +11,7 @@ import torch
 from qvera.lab.bilora import OrthogonalPenalty
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.test_trainer import vectors
+from tests.training.runs import vectors
 
 
 def factors(rank: int = 3) -> Any:

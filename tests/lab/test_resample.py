@@ -27,7 +27,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama
-from tests.training.test_trainer import cut_off, losses, same, vectors
+from tests.training.runs import cut_off, losses, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -20,7 +20,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
-from tests.training.test_trainer import cut_off, losses, same, vectors
+from tests.training.runs import cut_off, losses, same, vectors
 
 LORA = {"method": "lora", "rank": 4}
 

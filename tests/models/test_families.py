@@ -35,7 +35,7 @@ from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
 from tests.families import FAMILIES, PAGE, Family, page
 from tests.serve.helpers import BASE, Alone, assert_same, engine_of, request, store_of, submit, write_adapters
-from tests.training.test_trainer import cut_off
+from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
 _FAST = ("llama4", "phi3", "gpt2", "mixtral")

@@ -27,7 +27,7 @@ from qvera.models.quantized_cache import find_base
 from qvera.training.trainer import train
 from tests.adapters.helpers import dense_weight, perturb, relative
 from tests.families import ENCODERS, Encoder
-from tests.training.test_trainer import cut_off
+from tests.training.runs import cut_off
 
 LABELS = ("colour", "fruit", "pet")
 TEXTS = classification_class(LABELS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import nn
 from qvera.training import checkpoint
 from qvera.utils.errors import InputError, RunFailed
 from tests.disk import fill, read_only, small_disk
+from tests.training.runs import vouch_for
 
 STATE: dict[str, Any] = {"schedule": {"last_epoch": 7}, "progressed": {"best_loss": 1.25, "note": "Grüße"}}
 FILES = ["manifest.json", "optimizer.safetensors", "random.safetensors", "state.json", "vectors.safetensors"]
@@ -217,16 +217,6 @@ def test_another_format_is_refused(saved: Path, version: Any) -> None:
     (saved / "manifest.json").write_text(json.dumps({**manifest, "format": version}))
     with pytest.raises(InputError, match=f"has checkpoint format {version}; this qvera reads format 1"):
         checkpoint.load(saved)
-
-
-def vouch_for(path: Path) -> None:
-    """Write the manifest that fits what is there, as someone would who makes a checkpoint up."""
-    facts = {
-        f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size}
-        for f in path.iterdir()
-        if f.name != "manifest.json"
-    }
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": 7, "files": facts}))
 
 
 @pytest.mark.parametrize(

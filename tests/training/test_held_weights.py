@@ -15,7 +15,7 @@ from qvera.config.schema import parse_recipe
 from qvera.training.plan import Batch, Machine, PlannedRun, make_plan, shape_of
 from qvera.training.trainer import train
 from tests.conftest import small_llama
-from tests.training.test_trainer import cut_off, losses, same, vectors
+from tests.training.runs import cut_off, losses, same, vectors
 
 Shape = tuple[int, int]
 

@@ -13,7 +13,7 @@ from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.config import plugins
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
-from tests.training.test_trainer import cut_off, losses, same, vectors
+from tests.training.runs import cut_off, losses, same, vectors
 
 pytestmark = pytest.mark.process
 

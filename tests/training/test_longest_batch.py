@@ -19,7 +19,7 @@ from qvera.training.plan import Machine, make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.test_trainer import losses, same, vectors
+from tests.training.runs import losses, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -22,7 +22,7 @@ from qvera.training.lr_finder import find_lr
 from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed
 from tests.adapters.helpers import perturb, relative
-from tests.training.test_trainer import cut_off, losses, records, same, vectors
+from tests.training.runs import cut_off, losses, records, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -19,7 +19,6 @@ from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.many.runs import records
 from tests.training.online_jobs import (
     Jobs,
     datasets_of,
@@ -28,6 +27,7 @@ from tests.training.online_jobs import (
     server_recipe,
     write_job_rows,
 )
+from tests.training.runs import records
 
 pytestmark = pytest.mark.process
 

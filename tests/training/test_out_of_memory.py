@@ -32,7 +32,7 @@ from qvera.training.session import TrainingSession
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.out_of_memory import Shortage
-from tests.training.test_trainer import cut_off, losses, records, same, vectors
+from tests.training.runs import cut_off, losses, records, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -24,9 +24,9 @@ from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import OutOfMemory
 from tests.models.test_checkpointing import CHUNK_BYTES, ThreadStream
+from tests.training.runs import losses, records, same, vectors
 from tests.training.test_out_of_memory import MESSAGE
 from tests.training.test_stream import five_layers  # noqa: F401 (a fixture)
-from tests.training.test_trainer import losses, records, same, vectors
 from tests.two_threads import HostStream, TwoThreads
 
 pytestmark = pytest.mark.process

@@ -14,7 +14,7 @@ from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama
-from tests.training.test_trainer import losses, vectors
+from tests.training.runs import losses, vectors
 
 pytestmark = pytest.mark.process
 

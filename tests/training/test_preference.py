@@ -18,7 +18,7 @@ from qvera.config.schema import Recipe
 from qvera.training.plan import make_plan
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError
-from tests.training.test_trainer import cut_off, records, same, vectors
+from tests.training.runs import cut_off, records, same, vectors
 
 pytestmark = pytest.mark.process
 

@@ -11,7 +11,6 @@ import os
 import pty
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,29 +29,12 @@ from qvera.models.tokenizer import load_tokenizer
 from qvera.training import checkpoint, run, trainer
 from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
-from qvera.utils.errors import InputError, Interrupted, NotFinite, RunFailed
+from qvera.utils.errors import InputError, NotFinite, RunFailed
 from tests.conftest import small_llama
 from tests.disk import fill, read_only, small_disk
-from tests.training.test_checkpoint import vouch_for
+from tests.training.runs import cut_off, losses, records, same, stop_after, vectors, vouch_for
 
 pytestmark = pytest.mark.process
-
-
-def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [r["loss"] for r in records(run_dir)]
-
-
-def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +47,6 @@ def six_steps(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tup
     run_dir = tmp_path_factory.mktemp("runs") / "six-steps"
     train(recipe, run_dir)
     return recipe, run_dir
-
-
-def cut_off(run_dir: Path, copy: Path, *, after: int) -> Path:
-    """A copy of a finished run as a process would leave it that is killed some steps after its checkpoint of step ``after``."""
-    shutil.copytree(run_dir, copy)
-    shutil.rmtree(copy / "adapter")
-    (copy / "run.json").unlink()
-    for path in (copy / "checkpoints").iterdir():
-        if int(path.name[-8:]) > after:
-            shutil.rmtree(path)
-    return copy
 
 
 @pytest.mark.parametrize("what", ["rows (data.path)", "weights of the base (model.path)"])
@@ -158,25 +129,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     evaluations = [[(r["step"], r["loss"]) for r in records(tmp_path / name, "eval")] for name in ("cut", "whole")]
     assert evaluations[0] == evaluations[1]
     assert [step for step, _ in evaluations[0]] == [4, 8]
-
-
-def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
-    """Run until SIGTERM arrives during ``step``; the run saves and says so."""
-    original = Trainer.train_step
-
-    def interrupted(trainer: Trainer) -> dict[str, Any]:
-        record = original(trainer)
-        if record["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return record
-
-    Trainer.train_step = interrupted  # type: ignore[method-assign, assignment]
-    try:
-        with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
-            train(recipe, run_dir, resume=resume)
-    finally:
-        Trainer.train_step = original  # type: ignore[method-assign]
-    assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over(six_steps: tuple[Recipe, Path], tmp_path: Path, capsys: Any) -> None:

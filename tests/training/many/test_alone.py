@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from qvera.config.schema import Recipe
-from qvera.training.many import ManyTrainer
-from tests.training.many.runs import entries, many_recipe, records, train_alone, train_many, vectors, write_rows
+from tests.training.runs import entries, many_recipe, poison, records, train_alone, train_many, vectors, write_rows
 
 pytestmark = pytest.mark.process
 
@@ -84,19 +83,6 @@ def assert_as_alone(
         (scratch / "run" / "adapter" / config).read_text()
     )
     return max(differences)
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
-    """Give an adapter a vector that is not finite before its step ``step`` (from 1)."""
-    real = ManyTrainer.take_turn
-
-    def take_turn(self: ManyTrainer) -> bool:
-        for run in self.roster.in_flight:
-            if run.name == name and run.state.step == step - 1:
-                self.bank.vectors[run.held_slot, 0] = float("nan")
-        return real(self)
-
-    monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)
 
 
 def test_among_others_as_alone(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

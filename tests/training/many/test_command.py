@@ -18,7 +18,7 @@ from qvera.training.lr_finder import find_lr
 from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.many.runs import entries, many_recipe, records, write_rows
+from tests.training.runs import entries, many_recipe, records, write_rows
 
 pytestmark = pytest.mark.process
 

@@ -18,13 +18,12 @@ from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from tests.disk import fill, small_disk
-from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, write_rows
+from tests.training.runs import all_files, assert_same, cut_off, entries, many_recipe, records, train_many, write_rows
 
 pytestmark = pytest.mark.process
 
 COUNTS = {"anna": 21, "ben": 9, "cleo": 1, "dan": 14, "eve": 6, "Eve": 8}
 """By two epochs of steps of four rows: 12, 6, 2, 8, 4 and 4 steps, of which two or three go into a pass."""
-TIMES = ("seconds", "step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +36,6 @@ def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     recipe = many_recipe(make_recipe, directory / "rows.jsonl", training, eval_fraction=0.2)
     train_many(recipe, directory / "run")
     return recipe, directory / "run"
-
-
-def untimed(tree: Any) -> Any:
-    """Records or results without what a clock or the machine says."""
-    if isinstance(tree, dict):
-        return {key: untimed(value) for key, value in tree.items() if key not in TIMES}
-    return [untimed(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def metrics(run_dir: Path) -> list[Any]:
-    return [untimed(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(run_dir: Path, whole: Path) -> None:
-    assert all_files(run_dir) == all_files(whole)
-    assert metrics(run_dir) == metrics(whole)
-    assert untimed(entries(run_dir)) == untimed(entries(whole))
-
-
-def killed(run_dir: Path, copy: Path, after: int) -> Path:
-    """A copy of a finished run, as a kill some rounds behind the checkpoint of round ``after`` leaves it."""
-    shutil.copytree(run_dir, copy)
-    (copy / "run.json").unlink()
-    for path in checkpoint.directories(copy / "checkpoints"):
-        if int(path.name[-8:]) > after:
-            shutil.rmtree(path)
-    return copy
 
 
 def test_the_run_has_adapters_that_join_and_leave_at_its_checkpoints(whole: tuple[Recipe, Path]) -> None:
@@ -82,7 +54,7 @@ def test_the_run_has_adapters_that_join_and_leave_at_its_checkpoints(whole: tupl
 @pytest.mark.parametrize("after", [0, 3, 6])
 def test_a_killed_run_goes_on_to_the_same_bits(whole: tuple[Recipe, Path], tmp_path: Path, after: int) -> None:
     recipe, run_dir = whole
-    cut = killed(run_dir, tmp_path / "cut", after)
+    cut = cut_off(run_dir, tmp_path / "cut", after=after)
     if after == 0:  # killed before its first checkpoint
         lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
         (cut / "metrics.jsonl").write_text("".join(lines[:7]) + '{"kind": "tra')
@@ -140,7 +112,7 @@ def test_a_round_that_runs_out_of_memory_is_undone_and_the_one_before_is_saved(
 
 def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any) -> None:
     recipe, run_dir = whole
-    cut = killed(run_dir, tmp_path / "cut", after=3)
+    cut = cut_off(run_dir, tmp_path / "cut", after=3)
     write_rows(tmp_path / "other.jsonl", COUNTS | {"zoe": 5})
     other = recipe.replace(data=recipe.data.replace(path=str(tmp_path / "other.jsonl")))
     with pytest.raises(InputError, match=r"data\.path changed"):

@@ -19,8 +19,7 @@ from qvera.training.many import ManyTrainer
 from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, OutOfMemory
-from tests.training.many.runs import entries, many_recipe, records, train_many, write_rows
-from tests.training.many.test_going_on import assert_same, killed
+from tests.training.runs import assert_same, cut_off, entries, many_recipe, records, train_many, write_rows
 
 pytestmark = pytest.mark.process
 
@@ -62,7 +61,7 @@ def test_one_in_the_middle_is_never_the_best_also_after_a_kill(
     assert found["ben"]["status"] == "done"
     assert found["ben"]["best_step"] in (4, 6)
     assert math.isfinite(found["ben"]["eval_after"]["loss"])
-    cut = killed(tmp_path / "run", tmp_path / "cut", after=3)
+    cut = cut_off(tmp_path / "run", tmp_path / "cut", after=3)
     train(recipe, cut, resume=True)
     assert found == entries(tmp_path / "run")
     assert entries(cut)["ben"]["eval_after"]["loss"] == found["ben"]["eval_after"]["loss"]

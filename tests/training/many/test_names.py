@@ -12,8 +12,7 @@ from rich.console import Console
 from qvera.cli.main import main
 from qvera.cli.train import print_result
 from qvera.utils.adapter_names import unescape_name
-from tests.training.many.runs import entries, many_recipe, records, train_many, write_rows
-from tests.training.many.test_alone import poison
+from tests.training.runs import entries, many_recipe, poison, records, train_many, write_rows
 
 NAMES = ["Anna", "anna", "CON", "..", "a/b", "ben smith", "Zoë", "Zoe\u0308", "😀", "7", "end.", "-x", "a=b"]
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from qvera.training.many import ManyTrainer
 from qvera.training.optim import BankAdamW
 from qvera.utils.errors import RunFailed
-from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, write_rows
-from tests.training.many.test_alone import poison
+from tests.training.runs import all_files, entries, many_recipe, poison, records, train_many, write_rows
 
 pytestmark = pytest.mark.process
 

@@ -22,7 +22,7 @@ from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes
 from qvera.training.plan.shape import Shape
 from qvera.training.trainer import train
 from tests.conftest import small_llama
-from tests.training.test_trainer import cut_off
+from tests.training.runs import cut_off
 
 TREE = {"model": "-", "data": {"path": "-"}}
 LONG = Batch(1, 200, 200, False, False, "", 200)

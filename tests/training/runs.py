@@ -1,20 +1,29 @@
-"""Rows of several adapters, recipes that train them together or alone, and what a run left."""
+"""What a run left, of one adapter or of many; runs that are killed or stopped; rows and recipes of many adapters."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
+import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from qvera.config.schema import Recipe
-from qvera.training.trainer import train
+from qvera.training import checkpoint
+from qvera.training.many import ManyTrainer
+from qvera.training.trainer import Trainer, train
+from qvera.utils.errors import Interrupted
 
 COLUMN = "customer"
+TIMES = ("seconds", "step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes")
 
 
 def write_rows(path: Path, counts: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, str]]]:
@@ -88,3 +97,84 @@ def vectors(run_dir: Path, adapter: str | None = None) -> dict[str, torch.Tensor
 def all_files(run_dir: Path) -> dict[str, bytes]:
     """The adapters' files by their path."""
     return {str(p.relative_to(run_dir)): p.read_bytes() for p in (run_dir / "adapters").rglob("*") if p.is_file()}
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in records(run_dir)]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def cut_off(run_dir: Path, copy: Path, *, after: int) -> Path:
+    """A copy of a finished run as a process would leave it that is killed some steps after its checkpoint of step ``after``.
+
+    Of many adapters: of round ``after``.
+    """
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "adapter", ignore_errors=True)
+    (copy / "run.json").unlink()
+    for path in checkpoint.directories(copy / "checkpoints"):
+        if int(path.name[-8:]) > after:
+            shutil.rmtree(path)
+    return copy
+
+
+def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
+    """Run until SIGTERM arrives during ``step``; the run saves and says so."""
+    original = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> dict[str, Any]:
+        record = original(trainer)
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    Trainer.train_step = interrupted  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
+            train(recipe, run_dir, resume=resume)
+    finally:
+        Trainer.train_step = original  # type: ignore[method-assign]
+    assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def vouch_for(path: Path) -> None:
+    """Write the manifest that fits what is there, as someone would who makes a checkpoint up."""
+    facts = {
+        f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size}
+        for f in path.iterdir()
+        if f.name != "manifest.json"
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": 7, "files": facts}))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    """Give an adapter a vector that is not finite before its step ``step`` (from 1)."""
+    real = ManyTrainer.take_turn
+
+    def take_turn(self: ManyTrainer) -> bool:
+        for run in self.roster.in_flight:
+            if run.name == name and run.state.step == step - 1:
+                self.bank.vectors[run.held_slot, 0] = float("nan")
+        return real(self)
+
+    monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)
+
+
+def untimed(tree: Any) -> Any:
+    """Records or results without what a clock or the machine says."""
+    if isinstance(tree, dict):
+        return {key: untimed(value) for key, value in tree.items() if key not in TIMES}
+    return [untimed(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def metrics(run_dir: Path) -> list[Any]:
+    return [untimed(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    assert all_files(run_dir) == all_files(whole)
+    assert metrics(run_dir) == metrics(whole)
+    assert untimed(entries(run_dir)) == untimed(entries(whole))
