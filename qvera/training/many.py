@@ -30,8 +30,7 @@ from qvera.training.optim import BankAdamW
 from qvera.training.plan.bank import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
 from qvera.training.run import Run
-from qvera.training.run_dir import write_run
-from qvera.training.run_json import adapter_result, add_results, begun_run, without_rows
+from qvera.training.run_dir import adapter_result, add_results, begun_run, without_rows, write_run
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors

@@ -287,17 +287,14 @@ class TrainingSession(AloneLoop):
         """
         recipe, group, data = self.recipe, self.group, self.datasets
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
-        adapter_rows = [len(adapter.train) for adapter in data.adapters]
-
-        def plan_of(recipe: Recipe) -> Plan:
-            return make_plan(recipe, self.device, data.train, sharing, adapter_rows=adapter_rows, datasets=data)
-
+        about: dict[str, Any] = {"adapter_rows": [len(adapter.train) for adapter in data.adapters], "datasets": data}
         try:
-            plan = plan_of(recipe)
+            plan = make_plan(recipe, self.device, data.train, sharing, **about)
             # ranks with less memory decide for all
             self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
             if self.checkpointing != plan.checkpointing:
-                plan = plan_of(with_mode(recipe, self.checkpointing))
+                recipe = with_mode(recipe, self.checkpointing)
+                plan = make_plan(recipe, self.device, data.train, sharing, **about)
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
             return None

@@ -24,8 +24,15 @@ from qvera.training.logging import repeat_line
 from qvera.training.many import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import check_run_dir, newest_checkpoint, require_same_inputs, write_run
-from qvera.training.run_json import add_result, begun_run, begun_samples
+from qvera.training.run_dir import (
+    add_result,
+    begun_run,
+    begun_samples,
+    check_run_dir,
+    newest_checkpoint,
+    require_same_inputs,
+    write_run,
+)
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
