@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 PREFIX = "rows-"
-_WORTH_BYTES = 256 * 1024
+WORTH_BYTES = 256 * 1024
 """Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
 _NOT_OF_THE_ROWS = (
     *("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes"),
@@ -142,7 +142,7 @@ def _make_entry(
 def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashIndex) -> dict[str, Any] | None:
     """Everything that a source's rows are a function of, as JSON; None where they are not cached."""
     size_bytes = source_bytes(section)
-    if size_bytes is not None and size_bytes < _WORTH_BYTES:
+    if size_bytes is not None and size_bytes < WORTH_BYTES:
         return None
     if section.format == "image" and _may_name_images(section):
         return None  # its content is not that of the images
@@ -159,7 +159,7 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
         "content": content,  # and the names of files, which messages show
         "tokenizer": [type(tokenizer).__name__, tokenizer_hash],
         "keys": keys,
-        "code": _code_sha256(),
+        "code": code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
     }
 
@@ -196,7 +196,8 @@ def _may_name_images(section: DataSection) -> bool:
     return any(file.suffix.lower() in EXTENSIONS and file.suffix.lower() != ".parquet" for file in files)
 
 
-def _code_sha256() -> str:
+def code_sha256() -> str:
+    """A hash of the modules and templates that make rows."""
     digest = hashlib.sha256()
     room = Path(__file__).parent
     for file in sorted([*room.glob("*.py"), *room.glob("templates/*.jinja")]):

@@ -52,9 +52,9 @@ CHUNK_ROWS = 256
 """Raw rows that are tokenized together."""
 _PROGRESS_ROWS = 2000
 """More rows than this get a progress bar."""
-_MEASURED_SECONDS = 1.0
+MEASURED_SECONDS = 1.0
 """After this long in one process it is known how long the rest would take."""
-_WORTH_SECONDS = 60.0
+WORTH_SECONDS = 60.0
 """More processes are started where one alone would take this much longer: each imports its libraries and reads the
 whole source (`bench/feeding.py`)."""
 _PROGRAM = (
@@ -464,7 +464,7 @@ def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
             done += 1
             seconds = time.perf_counter() - begun
             rest = seconds * (rows / (done * CHUNK_ROWS) - 1)
-            if processes > 1 and seconds > _MEASURED_SECONDS and rest > _WORTH_SECONDS:
+            if processes > 1 and seconds > MEASURED_SECONDS and rest > WORTH_SECONDS:
                 break
         else:
             return

@@ -334,7 +334,7 @@ def test_the_hash_of_the_data_knows_whose_rows_they_are(write: Write, base_token
 def test_a_cached_set_of_rows_knows_its_adapters(
     write: Write, base_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qvera.data.cache._WORTH_BYTES", 0)
+    monkeypatch.setattr("qvera.data.cache.WORTH_BYTES", 0)
     keys: dict[str, Any] = {"eval_fraction": 0.5, "max_length": 16, "too_long": "drop"}
     names = ["b", "a", "b", "a"]
     made = build(write, base_tokenizer, names, **keys)

@@ -25,7 +25,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli.main import main
 from qvera.config.schema import DataSection, DataSource
-from qvera.data import Datasets, Rows, build_datasets, cache, print_preflight, source
+from qvera.data import Datasets, Rows, build_datasets, cache, print_preflight
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.data.rows import byte_tokenizer, same, write_rows
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QVERA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_WORTH_BYTES", 10_000)  # so that small sets, quickly tokenized, are kept
+    monkeypatch.setattr(cache, "WORTH_BYTES", 10_000)  # so that small sets, quickly tokenized, are kept
     return tmp_path / "cache" / "rows"
 
 
@@ -52,25 +52,24 @@ def entries() -> list[str]:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parts that are tokenized from now on."""
-    passes: list[str] = []
-    real = source._tokenize
+    """The sources that are tokenized from now on."""
+    made: list[str] = []
+    real = cache.tokenize_source
 
-    def spy(job: Any, *rest: Any) -> Any:
-        passes.append(job.name)
-        return real(job, *rest)
+    def spy(section: DataSection, *rest: Any) -> Any:
+        made.append(section.path)
+        return real(section, *rest)
 
-    monkeypatch.setattr(source, "_tokenize", spy)
-    return passes
+    monkeypatch.setattr(cache, "tokenize_source", spy)
+    return made
 
 
 def test_a_second_run_finds_the_rows_and_says_so(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = counting(monkeypatch)
+    made = counting(monkeypatch)
     first = build_datasets(section, byte_tokenizer())
-    assert passes == ["train", "eval"]
     assert first.stats.cache_entries == []
     second = build_datasets(section, byte_tokenizer())
-    assert passes == ["train", "eval"]
+    assert made == [section.path]
     assert second.stats.cache_entries == entries()
     assert len(entries()) == 1
     assert same(first, second)
@@ -160,7 +159,7 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
         path.write_text(text.replace("answer", "ANSWER", 1), encoding="utf-8")
         assert path.stat().st_size == stat.st_size
     elif key == "code":
-        monkeypatch.setattr(cache, "_code_sha256", lambda: "another")
+        monkeypatch.setattr(cache, "code_sha256", lambda: "another")
     else:
         monkeypatch.setattr(cache.metadata, "version", lambda name: "99.0")
     after = build_datasets(section, tokenizer())
@@ -331,8 +330,8 @@ def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Pa
         "from qvera.data import build_datasets\nfrom qvera.data import cache\n"
         "from qvera.config.schema import DataSection\n"
         "def hang(*a): print('made', flush=True); import time; time.sleep(600)\n"
-        "cache._write_record = hang\n"
-        "cache._WORTH_BYTES = 10_000\n"
+        "cache.replace_text = hang\n"
+        "cache.WORTH_BYTES = 10_000\n"
         f"section = DataSection(path={section.path!r}, template='chatml', eval_fraction=0.1, max_length=256, "
         f"too_long='split')\n"
         "build_datasets(section, byte_tokenizer())\n"
@@ -368,7 +367,7 @@ def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPat
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_write_record", full)
+    monkeypatch.setattr(cache, "replace_text", full)
     with pytest.raises(RunFailed, match="set QVERA_CACHE to a directory on another disk"):
         build_datasets(section, byte_tokenizer())
     assert entries() == []
@@ -436,16 +435,16 @@ def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
     section = section.replace(eval_fraction=0.0)
     good = Path(section.path).read_text(encoding="utf-8")
     spoil(section)
-    passes = counting(monkeypatch)
+    made = counting(monkeypatch)
     first, second = both_ends(section, monkeypatch)
     assert isinstance(first, InputError)
     assert isinstance(second, InputError)
     assert str(first) == str(second)
     assert f"{section.path}:91" in str(first)
-    assert passes == ["train"]
+    assert made == [section.path]
     with pytest.raises(InputError, match="wizard"):
         build_datasets(section, byte_tokenizer())
-    assert passes == ["train"] * 2
+    assert made == [section.path] * 2
     Path(section.path).write_text(good, encoding="utf-8")
     assert len(build_datasets(section, byte_tokenizer()).train) >= 80
 
@@ -500,7 +499,7 @@ def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch
 def test_a_run_on_found_rows_is_the_run_and_resumes(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(cache, "WORTH_BYTES", 0)
     recipe = make_recipe(data={"packing": True}, training={"max_steps": 4, "save_steps": 2})
     first, second = (train(recipe, tmp_path / name) for name in ("first", "second"))
     assert first is not None

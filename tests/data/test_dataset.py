@@ -115,39 +115,6 @@ def test_a_long_row_loses_its_start_where_the_recipe_says_so(
     assert not inside.trained[0]
 
 
-@pytest.mark.parametrize("size", [8, 20, 33])
-def test_the_parts_of_a_split_row_are_the_row(write: Write, base_tokenizer: PreTrainedTokenizerFast, size: int) -> None:
-    path = write([{"text": "one two three four five six seven " * 9}, {"text": "short"}])
-    whole = build_datasets(DataSection(path=path), base_tokenizer).train[0]
-    data = build_datasets(DataSection(path=path, max_length=size, too_long="split"), base_tokenizer)
-    *parts, short = data.train
-    assert short.source == f"{path}:2"
-    assert all(part.source == f"{path}:1" for part in parts)
-    assert all(part.input_ids[0] == base_tokenizer.bos_token_id and len(part.input_ids) <= size for part in parts)
-    joined = np.concatenate([whole.input_ids[:1], *(part.input_ids[1:] for part in parts)])
-    assert joined.tolist() == whole.input_ids.tolist()
-    assert sum(part.trained_tokens for part in parts) == whole.trained_tokens  # each token of the text, once
-    assert (data.stats.split_rows, data.stats.split_parts) == (1, len(parts))
-    assert data.stats.truncated_rows == 0
-
-
-def test_parts_without_a_trained_token_are_left_out(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"prompt": "question " * 30, "completion": " yes" * 9}])
-    (whole,) = build_datasets(DataSection(path=path), base_tokenizer).train
-    data = build_datasets(DataSection(path=path, max_length=16, too_long="split"), base_tokenizer)
-    assert all(part.trained.any() and part.reference is None for part in data.train)
-    assert sum(part.trained_tokens for part in data.train) == whole.trained_tokens
-    assert len(data.train) == data.stats.split_parts < len(whole.input_ids) // 15
-
-
-def test_long_rows_are_dropped_where_the_recipe_says_so(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"text": "word " * 30}, {"text": "short"}])
-    data = build_datasets(DataSection(path=path, max_length=16, too_long="drop"), base_tokenizer)
-    assert [e.source for e in data.train] == [f"{path}:2"]
-    assert data.stats.dropped == {"longer than data.max_length (16)": [f"{path}:1"]}
-    assert data.stats.truncated_rows == 0
-
-
 def test_source_and_target_lengths(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = base_tokenizer
     path = write([{"instruction": "word " * 200, "output": "yes " * 100}])

@@ -162,7 +162,7 @@ def test_an_image_that_is_held_out_and_trained_is_counted(tmp_path: Path, images
 def test_a_copy_of_the_images_in_another_place_is_read_from_there(
     tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(cache, "WORTH_BYTES", 0)
     for place in ("one", "other"):
         write_folders(tmp_path / place / "rows", 2)
         monkeypatch.chdir(tmp_path / place)
@@ -176,7 +176,7 @@ def test_a_copy_of_the_images_in_another_place_is_read_from_there(
 def test_an_image_that_changed_or_went_is_seen_though_its_data_file_is_the_same(
     tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(cache, "WORTH_BYTES", 0)
     write_folders(tmp_path / "rows", 2)
     files = sorted((tmp_path / "rows").rglob("*.png"))
     lines = [{"image": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]

@@ -124,8 +124,8 @@ def test_processes_take_over_where_one_has_begun(
     section: DataSection, monkeypatch: pytest.MonkeyPatch, threads: None
 ) -> None:
     one = made(section, byte_tokenizer())
-    monkeypatch.setattr(source, "_MEASURED_SECONDS", 0.0)
-    monkeypatch.setattr(source, "_WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(source, "MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(source, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(source.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(ThreadInPlaceOfAProcess, "started", 0)
     assert same(one, made(section, byte_tokenizer()))

@@ -87,6 +87,7 @@ def test_the_parts_of_a_split_row_train_each_of_its_tokens_once(
     else:
         assert steps(parts) == steps([whole])
     is_split = len(whole.input_ids) > size
+    assert all(part.reference is None and not len(part.prompt_ids) for part in parts) or not is_split
     assert (counts.split_rows, counts.split_parts) == ((1, len(parts)) if is_split else (0, 0))
     # the parts lose nothing beyond what the row does without a split
     assert (counts.truncated_rows, counts.truncated_tokens) == (unsplit.truncated_rows, unsplit.truncated_tokens)
