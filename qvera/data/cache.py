@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from qvera.config import plugins
 from qvera.config.schema import DataSection
 from qvera.data.labelled import ImageEncoder
-from qvera.data.readers import EXTENSIONS, load_hub, local_files
+from qvera.data.readers import EXTENSIONS, load_hub
 from qvera.data.rows import Rows
 from qvera.data.source import EVAL, TRAIN, TokenizedSource, source_files, source_paths, tokenize_source
 from qvera.data.tokenization import Encoder, RowCounts
@@ -141,11 +141,13 @@ def _make_entry(
 
 def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashIndex) -> dict[str, Any] | None:
     """Everything that a source's rows are a function of, as JSON; None where they are not cached."""
-    size_bytes = source_bytes(section)
-    if size_bytes is not None and size_bytes < WORTH_BYTES:
+    by_path = [source_files(section, path) for path, _ in source_paths(section)]
+    files = [file for found in by_path for file in found or ()]
+    if None not in by_path and sum(file.stat().st_size for file in files) < WORTH_BYTES:
         return None
-    if section.format == "image" and _may_name_images(section):
-        return None  # its content is not that of the images
+    suffixes = {file.suffix.lower() for file in files}
+    if section.format == "image" and suffixes.intersection(EXTENSIONS) - {".parquet"}:
+        return None  # a text file names images: its content is not theirs
     content, tokenizer_hash = source_content(section, hashes), encoder.sha256()
     if content is None or tokenizer_hash is None:
         return None
@@ -162,12 +164,6 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
         "code": code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
     }
-
-
-def source_bytes(section: DataSection) -> int | None:
-    """Bytes of the local files that a source is read from; None where some of it is a hub dataset."""
-    files = [source_files(section, path) for path, _ in source_paths(section)]
-    return None if None in files else sum(file.stat().st_size for found in files for file in found or [])
 
 
 def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
@@ -188,12 +184,6 @@ def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] |
             return None
         content.append([path, str(fingerprint)])
     return content
-
-
-def _may_name_images(section: DataSection) -> bool:
-    """Whether rows may have paths of images in them: those of text files do, Parquet has bytes."""
-    files = [file for path, _ in source_paths(section) for file in local_files(path) or ()]
-    return any(file.suffix.lower() in EXTENSIONS and file.suffix.lower() != ".parquet" for file in files)
 
 
 def code_sha256() -> str:

@@ -66,7 +66,8 @@ class Classification(Task):
         """See `Task.loss`: cross entropy, or the squared error of a regression."""
         labels = _labels(datasets)
         logits = self.row_logits(model, rows, datasets.pad_id, core)
-        targets, smoothing = _targets(labels, rows, logits.device), recipe.training.label_smoothing
+        targets = accelerator.tensors_on(logits.device, {"targets": labels.targets(rows)})["targets"]
+        smoothing = recipe.training.label_smoothing
         return _row_losses(logits, targets, labels.is_regression, smoothing).sum(), len(rows)
 
     def held_out_loss(
@@ -177,10 +178,6 @@ class SequenceClassification(Classification):
 def _labels(datasets: Datasets) -> Labels:
     assert datasets.labels is not None  # the format of a classification's rows gives them
     return datasets.labels
-
-
-def _targets(labels: Labels, rows: Sequence[Example], device: torch.device) -> torch.Tensor:
-    return accelerator.tensors_on(device, {"targets": labels.targets(rows)})["targets"]
 
 
 def _row_losses(
