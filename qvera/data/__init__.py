@@ -9,9 +9,8 @@ from qvera.data.conversations import Turn, read_prompts
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
 from qvera.data.labelled import Labels
 from qvera.data.preview import data_warnings, print_preflight
-from qvera.data.recipe_batches import adapter_batches, batches_of, planned_steps
 from qvera.data.rows import IGNORED, Example, Rows, collate, collate_prefix_once, lengths_of
-from qvera.data.sampler import Batches, microbatches, steps_per_epoch
+from qvera.data.sampler import Batches, adapter_batches, batches_of, microbatches, planned_steps, steps_per_epoch
 from qvera.data.tokenization import Encoder, decode
 
 __all__ = [
