@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qvera.cli.common import console, progress, quiet_libraries, require_packages
-from qvera.serve.address import is_loopback
-from qvera.serve.api.limits import DEFAULTS
+from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
 
@@ -122,8 +121,8 @@ def serve(
 
     from qvera.evaluation.generate import end_tokens
     from qvera.evaluation.prompts import PromptWriter
+    from qvera.serve.api.access import KeyFile
     from qvera.serve.api.app import create_app
-    from qvera.serve.api.keys import KeyFile
     from qvera.serve.api.server import Server, bound
     from qvera.serve.opening import open_served
 
@@ -197,7 +196,7 @@ def _open_jobs(directory: TrainingDirectory | None, served: Served, engine: Engi
 
 
 def _add_key(keys: Path | None, name: str, allow: list[str] | None, may: list[str] | None) -> None:
-    from qvera.serve.api.keys import ALL, new_key
+    from qvera.serve.api.access import ALL, new_key
 
     if keys is None:
         raise InputError("--new-key: name the file that it goes into with --keys FILE; it is made where it is missing.")

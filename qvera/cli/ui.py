@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qvera.cli.common import console, require_packages
-from qvera.serve.address import is_loopback
+from qvera.serve.api.access import is_loopback
 
 
 def ui(

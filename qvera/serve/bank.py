@@ -23,8 +23,8 @@ from qvera.adapters.config import QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.methods import method_of
 from qvera.adapters.shared_model import add_adapter, give_to_answers, linear_specs, require_shareable
-from qvera.serve.content import read_content, read_file
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
+from qvera.serve.store import read_content, read_file
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG
 

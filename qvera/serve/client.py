@@ -15,7 +15,7 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from qvera.serve.address import is_loopback
+from qvera.serve.api.access import is_loopback
 from qvera.utils.errors import InputError, RunFailed, did_you_mean
 
 KEY_VARIABLE = "QVERA_API_KEY"

@@ -4,6 +4,8 @@ An adapter is known by its content. A name is looked up again for each request, 
 their size, time or inode has changed: a replaced file is another adapter under the same name.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from qvera.evaluation.named_adapters import name_of, named_directories, run_of
-from qvera.serve.content import read_content
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
 from qvera.utils.adapter_names import directory_names, shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
@@ -317,3 +318,41 @@ def _loss(entry: dict[str, Any], key: str) -> object:
 
 def _number(value: object, kind: Callable[[Any], Any]) -> Any:
     return kind(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Content:
+    """The bytes of ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+    config: bytes
+    vectors: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of both files, in hex: other vectors, or the same under another config, are another adapter."""
+        parts = (hashlib.sha256(part).digest() for part in (self.config, self.vectors))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def read_content(directory: Path) -> Content:
+    """Read both files.
+
+    Raises:
+        InputError: one is not there, or can't be read.
+    """
+    return Content(read_file(directory / ADAPTER_CONFIG), read_file(directory / ADAPTER_WEIGHTS))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of one of them.
+
+    Raises:
+        InputError: it is not there, or can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: can't be read ({error.strerror}); expected an adapter directory with {ADAPTER_CONFIG} and "
+            f"{ADAPTER_WEIGHTS}."
+        ) from None

@@ -1,20 +1,28 @@
-"""/v1/files: the rows that jobs train on, and the results that jobs write. A file is its key's own."""
+"""/v1/files: the rows that jobs train on, and the results that jobs write. A file is its key's own.
+
+An upload is written to the disk piece by piece. It is never in memory as a whole.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from qvera.serve.api.errors import ApiError
-from qvera.serve.api.training import answered, no_room, page, too_many, training_of
-from qvera.serve.api.upload import receive_file
-from qvera.serve.fine_tuning.records import UnknownRecord
+from qvera.serve.api.errors import ApiError, ClientGone, bad_request, shortened
+from qvera.serve.api.fine_tuning import answered, no_room, page, too_many, training_of
+from qvera.serve.fine_tuning.directory import TrainingDirectory, Upload
+from qvera.serve.fine_tuning.records import TRAINING, StoredFile, UnknownRecord
 from qvera.utils.errors import RunFailed
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
+    from qvera.serve.api.service import Service
     from qvera.serve.fine_tuning.records import StoredFile
 
 router = APIRouter()
@@ -126,3 +134,156 @@ def _card(file: StoredFile) -> dict[str, Any]:
         "status_details": None,
         "expires_at": None,
     }
+
+
+_BLOCK_BYTES = 256 << 10
+_FORM_BYTES = 64 << 10
+"""Of all that is in a form beside its file."""
+_PARTS = 8
+_FIELD_BYTES = 1000
+_HEADER_BYTES = 4096
+
+
+async def receive_file(request: Request, service: Service, directory: TrainingDirectory, owner: str) -> StoredFile:
+    """Store the file that a form brings.
+
+    Raises:
+        ApiError: 400 for a form that is none, or another one; 408 or 413 where it is too slow or too large.
+        InputError: no reader is for such a file.
+        RunFailed: the disk is full.
+        ClientGone: it went away. In each case nothing is left of the file.
+    """
+    limits = service.limits
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 18 or int(length) > limits.file_bytes + _FORM_BYTES):
+        raise _too_large(limits.file_bytes)
+    upload = Upload(directory, owner)
+    try:
+        form = _Form(request.headers.get("content-type", ""), upload, limits.file_bytes)
+        more = True
+        while more:
+            block = bytearray()
+            try:
+                async with asyncio.timeout(limits.body_seconds):
+                    while more and len(block) < _BLOCK_BYTES:
+                        message = await request.receive()
+                        if message["type"] == "http.disconnect":
+                            raise ClientGone
+                        block += message.get("body", b"")
+                        more = message.get("more_body", False)
+            except TimeoutError:
+                text = f"{_BLOCK_BYTES >> 10} KiB of the file did not arrive within {limits.body_seconds:g} s."
+                raise ApiError(408, text) from None
+            await service.in_thread(functools.partial(form.feed, bytes(block)), "disk")
+        return await service.in_thread(form.finish, "disk")
+    finally:
+        upload.discard()
+
+
+class _Form:
+    """Reads a form with the parts ``purpose`` and ``file``."""
+
+    def __init__(self, content_type: str, upload: Upload, most_bytes: int) -> None:
+        from python_multipart.exceptions import FormParserError
+        from python_multipart.multipart import MultipartParser, parse_options_header
+
+        self._error, self._options_of = FormParserError, parse_options_header
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+            raise bad_request("Expected a multipart/form-data body with the parts 'purpose' and 'file'.")
+        self._upload, self._most_bytes = upload, most_bytes
+        self._fields: dict[str, bytes] = {}
+        self._field: str | None = None  # None: in the file
+        self._header = [b"", b""]
+        self._disposition = b""
+        self._parts = self._size = 0
+        self._ended = False
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._begin_part,
+                    "on_header_begin": self._begin_header,
+                    "on_header_field": lambda data, start, end: self._add_header(0, data[start:end]),
+                    "on_header_value": lambda data, start, end: self._add_header(1, data[start:end]),
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._begin_content,
+                    "on_part_data": lambda data, start, end: self._add_content(data[start:end]),
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:
+            raise bad_request(f"The body is no multipart form: {error}.") from None
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the body."""
+        self._size += len(data)
+        if self._size > self._most_bytes + _FORM_BYTES:
+            raise _too_large(self._most_bytes)
+        try:
+            self._parser.write(data)
+        except self._error as error:
+            raise bad_request(f"The body is no multipart form: {error}.") from None
+        if self._size - self._upload.size_bytes > _FORM_BYTES:
+            raise bad_request(f"The form has more than {_FORM_BYTES:,} bytes beside its file.")
+
+    def finish(self) -> StoredFile:
+        """The stored file, once all has been fed."""
+        if not self._ended:
+            raise bad_request("The form ends in the middle.")
+        if not self._upload.has_begun:
+            raise bad_request("file: is missing.", "file")
+        purpose = self._fields.get("purpose", b"").decode("utf-8", "replace")
+        if purpose != TRAINING:
+            raise bad_request(f"purpose: expected {TRAINING!r}, got {shortened(purpose)!r}.", "purpose")
+        return self._upload.finish(purpose)
+
+    def _begin_part(self) -> None:
+        self._parts += 1
+        self._disposition = b""
+        if self._parts > _PARTS:
+            raise bad_request(f"The form has more than {_PARTS} parts.")
+
+    def _begin_header(self) -> None:
+        self._header = [b"", b""]
+
+    def _add_header(self, part: int, data: bytes) -> None:
+        self._header[part] += data
+        if len(self._header[part]) > _HEADER_BYTES:
+            raise bad_request(f"A header of the form is longer than {_HEADER_BYTES} bytes.")
+
+    def _end_header(self) -> None:
+        if self._header[0].lower() == b"content-disposition":
+            self._disposition = self._header[1]
+
+    def _begin_content(self) -> None:
+        _, options = self._options_of(self._disposition.decode("latin-1"))
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if name == "file":
+            if self._upload.has_begun:
+                raise bad_request("file: is there twice; send one file.", "file")
+            self._field = None
+            self._upload.begin(options.get(b"filename", b"").decode("utf-8", "replace")[:_FIELD_BYTES])
+        elif name == "purpose":
+            self._field, self._fields[name] = name, b""
+        elif name.partition("[")[0] == "expires_after":
+            raise bad_request("expires_after: is not supported here; files stay until they are deleted.", name)
+        else:
+            raise bad_request(f"Unknown key {shortened(name)!r}.", shortened(name), "unknown_parameter")
+
+    def _add_content(self, data: bytes) -> None:
+        if self._field is not None:
+            self._fields[self._field] += data
+            if len(self._fields[self._field]) > _FIELD_BYTES:
+                raise bad_request(f"{self._field}: is longer than {_FIELD_BYTES} bytes.", self._field)
+            return
+        if self._upload.size_bytes + len(data) > self._most_bytes:
+            raise _too_large(self._most_bytes)
+        self._upload.write(data)
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+def _too_large(most_bytes: int) -> ApiError:
+    return ApiError(413, f"The file is larger than {most_bytes:,} bytes, the most that is taken.", "file")

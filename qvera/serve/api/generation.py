@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qvera.serve.api.errors import ApiError, ClientGone, bad_request
-from qvera.serve.api.event_stream import wait_until_gone
+from qvera.serve.api.server import wait_until_gone
 from qvera.serve.requests import (
     AdapterChanged,
     Busy,
@@ -28,7 +28,7 @@ from qvera.serve.text import TextStream
 if TYPE_CHECKING:
     from starlette.types import Receive
 
-    from qvera.serve.api.keys import Access
+    from qvera.serve.api.access import Access
     from qvera.serve.api.schemas import GenerationBody
     from qvera.serve.api.service import Service
 

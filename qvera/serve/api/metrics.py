@@ -1,14 +1,17 @@
-"""Numbers for Prometheus, in a registry of the app's own."""
+"""GET /health for balancers, and GET /metrics: numbers for Prometheus, in a registry of the app's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qvera.serve.api.service import require, service_of
 from qvera.serve.requests import EngineStats
 
 if TYPE_CHECKING:
@@ -81,3 +84,24 @@ class _JobCollector(Collector):
         yield gauge
         tokens = self._jobs.worker.tokens
         yield CounterMetricFamily("qvera_training_tokens", "Tokens of rows that were trained on.", tokens)
+
+
+router = APIRouter()
+
+
+@router.get("/health", response_model=None)
+async def health(request: Request) -> Response:
+    """200 while the server takes calls; 503 once it stops, or where its engine has ended."""
+    service = service_of(request)
+    stats = await service.in_thread(service.engine.stats, "quick")
+    status = "draining" if service.draining else "ok" if stats.dead is None else "dead"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+@router.get("/metrics", response_model=None)
+async def metrics(request: Request) -> Response:
+    """Numbers in Prometheus' text format."""
+    require(request, "use")
+    service = service_of(request)
+    text = await service.in_thread(service.metrics.text, "disk")
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -10,11 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, bad_request
-from qvera.serve.api.keys import Access
+from qvera.serve.api.fine_tuning import answered, training_of
 from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
 from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.api.training import answered, training_of
 from qvera.serve.fine_tuning.records import NotMade
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError

@@ -1,24 +1,87 @@
-"""uvicorn, with a SIGTERM that lets running calls finish."""
+"""uvicorn, with what it lacks: an end for silent and slow peers, and for a SIGTERM that lets running calls finish.
+
+uvicorn by itself waits for ever for a request's head, and for a peer that does not read its answer.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
+from starlette.responses import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qvera.serve.api.connections import Connection, end_silent, end_those_that_do_not_read
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from starlette.types import Receive, Scope, Send
 
-    from qvera.serve.api.limits import Limits
+    from qvera.serve.api.access import Limits
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Type: application/json\r\n\r\n"
+    b'{"error": {"message": "The server has as many connections as it takes; ask again later.", '
+    b'"type": "server_error", "param": null, "code": "too_many_connections"}}'
+)
+
+
+class Connection(H11Protocol):
+    """One peer's connection; counts among ``connections``, which all share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits: Limits = self.config.app.state.service.limits  # type: ignore[union-attr]
+        self._waits_since = time.monotonic()
+        """For a request, since the last answer or the beginning."""
+        self._gives_way = False
+        """It is gone as soon as the event loop comes to it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take it; where there are too many, the one that has waited longest for a whole request gives way to it."""
+        super().connection_made(transport)
+        if len(self.connections) <= self._limits.connections:
+            return
+        staying = [one for one in self.connections if isinstance(one, Connection) and not one._gives_way]
+        if len(staying) <= self._limits.connections:
+            return
+        waiting = [one for one in staying if one._has_no_request and one is not self]
+        if waiting:
+            oldest = min(waiting, key=lambda one: one._waits_since)
+            oldest._gives_way = True
+            oldest.transport.abort()
+            return
+        self._gives_way = True
+        transport.write(_FULL)
+        transport.close()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request, which may be there already."""
+        self._waits_since = time.monotonic()
+        super().on_response_complete()
+
+    @property
+    def _has_no_request(self) -> bool:
+        """Whether nothing can be answered yet: not even a head is there, or the body is not whole."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def end_if_silent(self, now: float) -> None:
+        """Close it if no head of a request has come in its time; a body has a time of its own.
+
+        Args:
+            now: `time.monotonic`.
+        """
+        has_head = self.cycle is not None and not self.cycle.response_complete
+        if not has_head and now - self._waits_since > self._limits.head_seconds and not self.transport.is_closing():
+            self.transport.close()
+
 
 _CLOSE_SECONDS = 2
 """For connections that are still open when the drain ends."""
@@ -85,7 +148,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
         for listener in sockets or ():
-            end_those_that_do_not_read(listener, self.service.limits.send_seconds)
+            # the system ends a connection whose peer takes nothing of what it is sent for so long
+            milliseconds = round(self.service.limits.send_seconds * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         await super().startup(sockets)
         if self._on_start is not None:
             self._on_start()
@@ -102,7 +167,51 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True: stop."""
         if counter % 10 == 0:
-            end_silent(self.server_state.connections)
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.end_if_silent(now)
         if self.drained_at is not None and (not self.service.running or time.monotonic() >= self.drained_at):
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+class EventStream(Response):
+    """Sends events as they come.
+
+    A client that closes its connection ends it, and so does the end of one that takes nothing (`Limits.send_seconds`).
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        """Take over ``events``, as bytes to send; ``close`` is called at the end, however it comes."""
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._close = events, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events, or as many as the client takes."""
+        gone = asyncio.create_task(wait_until_gone(receive))
+        writing = asyncio.create_task(self._write(send))
+        try:
+            await asyncio.wait({gone, writing}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            self._close()  # first: a server that stops cancels what is awaited here
+            gone.cancel()
+            writing.cancel()
+            await asyncio.gather(gone, writing, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def wait_until_gone(receive: Receive) -> None:
+    """Return when the client has closed its connection. The whole body must have been received."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -9,14 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fastapi import Request
 
+from qvera.serve.api.access import Access, Action, KeyFile, Limits
 from qvera.serve.api.errors import ApiError, shortened
-from qvera.serve.api.keys import Access, Action, KeyFile
-from qvera.serve.api.limits import Limits
 from qvera.serve.api.metrics import Metrics
 from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
 from qvera.serve.text import TokenTexts
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from qvera.evaluation.prompts import PromptWriter
     from qvera.serve.engine import Engine
     from qvera.serve.fine_tuning.jobs import Jobs
+    from qvera.serve.store import AdapterStore
 
 T = TypeVar("T")
 _THREADS = 4
@@ -36,38 +35,6 @@ _QUICK_THREADS = 2
 _DISK_THREADS = 4
 _COMPARED_NAMES = 1000
 """A wrong name is compared with this many: it takes some microseconds for each."""
-
-
-class Adapters(Protocol):
-    """What the HTTP side knows of `qvera.serve.store.AdapterStore`. All methods may be called from any thread.
-
-    Attributes:
-        base_names: what `resolve` takes for the base alone.
-    """
-
-    base_names: frozenset[str]
-
-    @property
-    def root(self) -> Path | None:
-        """The directory of the adapters; None: there is none, and none can be added."""
-
-    def names(self) -> list[str]:
-        """The adapters, by name."""
-
-    def parts_of(self, model: str) -> list[str]:
-        """The adapters that a name is made of: itself, or those of a blend. Raises `UnknownAdapter`, or InputError."""
-
-    def resolve(self, model: str) -> ResolvedAdapter | None:
-        """The adapter by its content now; None: the base. Raises `UnknownAdapter`, or InputError: it is damaged."""
-
-    def add(self, name: str, directory: Path, replace: bool = False) -> None:
-        """Give an adapter's directory a name. Raises InputError: it is none, or the name is no name, or is taken."""
-
-    def remove(self, name: str) -> None:
-        """Forget a name. Raises `UnknownAdapter`."""
-
-    def facts(self, name: str) -> Any:
-        """A dataclass: rows, scores, size and base of an adapter. Raises `UnknownAdapter`, or InputError."""
 
 
 @dataclass
@@ -86,7 +53,7 @@ class Service:
     """
 
     engine: Engine
-    store: Adapters
+    store: AdapterStore
     prompts: PromptWriter
     base_name: str
     stop_tokens: frozenset[int]

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qvera.serve.content import read_content
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.records import TRAINED, Event, Job, Status, now
+from qvera.serve.store import read_content
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, RunFailed, first_line

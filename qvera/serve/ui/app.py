@@ -16,9 +16,8 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from qvera.evaluation import report
-from qvera.serve.address import is_of_other_site, is_own_name
-from qvera.serve.api.event_stream import EventStream
-from qvera.serve.api.limits import Limits
+from qvera.serve.api.access import Limits, is_of_other_site, is_own_name
+from qvera.serve.api.server import EventStream
 from qvera.serve.ui.directories import RunDirectories
 from qvera.serve.ui.events import LOOK_SECONDS, list_events, run_events
 from qvera.serve.ui.finder import Finder

@@ -15,8 +15,8 @@ import pytest
 
 from qvera.data import Encoder, resolve_template
 from qvera.evaluation.prompts import PromptWriter
+from qvera.serve.api.access import DEFAULTS
 from qvera.serve.api.app import create_app
-from qvera.serve.api.limits import DEFAULTS
 from qvera.serve.api.server import Server, bound
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.jobs import Jobs

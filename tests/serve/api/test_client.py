@@ -11,7 +11,7 @@ import pytest
 
 from qvera.cli.main import main
 from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs
-from qvera.serve.api.keys import KeyFile, new_key
+from qvera.serve.api.access import KeyFile, new_key
 from qvera.serve.client import KEY_VARIABLE, ServerClient, server_url
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until

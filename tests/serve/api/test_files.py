@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qvera.serve.api.keys import KeyFile, new_key
+from qvera.serve.api.access import KeyFile, new_key
 from tests.disk import fill, small_disk
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from qvera.serve.api.keys import KeyFile, new_key
+from qvera.serve.api.access import KeyFile, new_key
 from qvera.serve.fine_tuning import preparing
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qvera.serve.api.keys import KeyFile, new_key
+from qvera.serve.api.access import KeyFile, new_key
 from qvera.serve.page import PAGE_PATHS
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Start

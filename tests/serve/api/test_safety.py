@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qvera.serve.api.keys import Access, KeyFile, new_key
+from qvera.serve.api.access import Access, KeyFile, new_key
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.serve.address import is_own_name
+from qvera.serve.api.access import is_own_name
 from tests.evaluation.report.conftest import evaluation, many_info
 from tests.serve.ui.conftest import Served
 

@@ -1,20 +1,22 @@
-"""Who may do what: a file of hashed keys. Imports no FastAPI.
+"""Who may do what, how much one call may take, and whose pages may call. Imports no FastAPI.
 
     {"keys": [{"name": "anna", "sha256": "9f86…", "adapters": ["anna"], "may": ["use"]}]}
 
-A key is 256 random bits. Nobody guesses those, so one round of SHA-256 keeps them: a slow hash is for passwords, which
-people choose from few.
+is a file of hashed keys. A key is 256 random bits. Nobody guesses those, so one round of SHA-256 keeps them: a slow
+hash is for passwords, which people choose from few.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
+import socket
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,6 +28,52 @@ from filelock import FileLock
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp, read_json
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of a server. A request beyond one is refused with the number that it may have."""
+
+    connections: int = 512
+    """Open at a time. Beyond that, the one that has waited longest for a whole request gives way."""
+    head_seconds: float = 15.0
+    """A connection on which no request's head arrives for so long is closed."""
+    body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    """A body that takes longer to arrive is not waited for."""
+    messages: int = 256
+    prompt_tokens: int = 32_768
+    """Of one prompt; the engine's own limit may be lower."""
+    new_tokens: int = 4_096
+    """Of one answer."""
+    answers: int = 16
+    """Of one call: prompts times n."""
+    open_answers: int = 128
+    """Of one key, running or waiting; so that others find room in the queue. Without keys there is no such limit."""
+    file_bytes: int = 512 << 20
+    """Of one uploaded file; 256 KiB of it must arrive within ``body_seconds``."""
+    files: int = 100
+    """Uploaded files of one key. Without keys there is no such limit."""
+    open_jobs: int = 16
+    """Fine-tuning jobs of one key that have not ended. Without keys there is no such limit."""
+    jobs_at_once: int = 8
+    """Fine-tuning jobs that are trained together."""
+    stop_strings: int = 4
+    stop_characters: int = 256
+    """Of one stop string."""
+    top_logprobs: int = 20
+    seconds: float = 600.0
+    """From a call's arrival to its last token."""
+    send_seconds: float = 60.0
+    """A client that takes nothing for so long is let go."""
+    drain_seconds: float = 30.0
+    """After SIGTERM: running requests may finish until then."""
+    retry_seconds: int = 1
+    """What a refused client is told to wait."""
+
+
+DEFAULTS = Limits()
+
 
 Action = Literal["use", "load", "train"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -167,3 +215,40 @@ def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[st
         entries.append({"name": name, "sha256": sha256, "adapters": sorted(adapters), "may": sorted(may)})
         replace_text(path, json.dumps({"keys": entries}, indent=2, ensure_ascii=False) + "\n")
     return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine itself and reachable from no other."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def name_of(host: str) -> str:
+    """The name or address in a Host header, without its port and brackets."""
+    name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
+    return name.strip("[]")
+
+
+def is_of_other_site(host: str, origin: str | None) -> bool:
+    """Whether a call comes from a page that another site has sent; its browser says so in ``Origin``."""
+    return origin is not None and origin.partition("://")[2] != host
+
+
+def is_own_name(host: str, listens_on: str) -> bool:
+    """Whether a Host header names this machine, as seen from where the server listens.
+
+    A page of another site may have its own name point to this machine (DNS rebinding); then the header has that name.
+    An address can't be rebound, so a server that others can reach takes any.
+    """
+    name = name_of(host)
+    if is_loopback(name):
+        return True
+    if is_loopback(listens_on):
+        return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in (listens_on, socket.gethostname(), socket.getfqdn())
+    return True
