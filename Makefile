@@ -13,7 +13,7 @@ LOWEST ?= .venv-lowest
 ARGS   ?=
 BIN     = $(VENV)/bin
 
-.PHONY: help quickstart test test-fast test-slow test-ci-slow test-lowest lint format docs clean
+.PHONY: help quickstart test test-fast test-slow test-ci-slow test-stress test-lowest lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-fast     the part of the suite that starts no processes and trains no whole runs"
 	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
 	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"
+	@echo "make test-stress   a training killed a hundred times, and faults under load against a real server (a quarter of an hour)"
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
 	@echo "make lint          ruff check, ruff format --check, mypy, import-linter, hadolint"
 	@echo "make format        let ruff mend what it can"
@@ -48,6 +49,10 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness $(VENV)/.installed
 
 test-ci-slow: $(VENV)/.installed-test $(VENV)/.installed-trl
 	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
+
+test-stress: $(VENV)/.installed-test
+	$(BIN)/python -m tests.stress.chaos
+	$(BIN)/python -m tests.stress.serve_faults
 
 test-lowest: $(LOWEST)/.installed-test
 	$(LOWEST)/bin/python -m pip list

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.small_disk import fill as fill
-from bench.small_disk import small_disk as mounted
+
+@contextlib.contextmanager
+def mounted(where: Path, size_bytes: int) -> Iterator[Path]:
+    """A tmpfs of that size.
+
+    Raises:
+        OSError: none can be mounted; says why.
+    """
+    where.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(where)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"no small disk can be mounted ({done.stderr.strip()}); run as root")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def fill(disk: Path, leave_bytes: int = 0) -> Path:
+    """Take all but ``leave_bytes`` of a disk with a file, which is returned."""
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    filler.write_bytes(b"x" * max(free - leave_bytes, 0))
+    return filler
 
 
 @contextlib.contextmanager

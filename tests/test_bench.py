@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import importlib
 import json
@@ -13,11 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
-from bench import classification, family, family_picture, gguf_answers, lora_cut, serve_faults, serve_load
+from bench import classification, family, family_picture, gguf_answers, lora_cut
 from bench.common import RESULTS, do_missing, read_lines, with_table
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
@@ -222,50 +220,6 @@ def test_the_page_of_methods_shows_the_committed_trials() -> None:
 def test_the_page_of_classifiers_shows_the_committed_trials() -> None:
     text = classification.PAGE.read_text(encoding="utf-8")
     assert text == with_table(text, "table", classification.table())
-
-
-def test_an_answer_of_the_wrong_adapter_is_a_fault_at_the_time_when_it_is_wrong() -> None:
-    truth, said = serve_load.Truth(), {"status": 200, "text": "old"}
-    truth.prompts, truth.texts = [[1]], {("old", 0): "old", ("new", 0): "new"}
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(said["status"], json={"choices": [{"text": said["text"]}]})
-
-    def judged(status: int, text: str) -> tuple[int, int, int]:
-        said.update(status=status, text=text)
-        tally = serve_load.Tally()
-
-        async def ask() -> None:
-            async with httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(answer)) as client:
-                await serve_load.ask_known(client, truth, ("name", 0), tally)
-
-        asyncio.run(ask())
-        return tally.right, tally.refused, len(tally.faults)
-
-    right, refused, fault = (1, 0, 0), (0, 1, 0), (0, 0, 1)
-    truth.becomes("name", "old")
-    assert [judged(200, "old"), judged(200, "new"), judged(400, ""), judged(500, "")] == [right, fault, fault, fault]
-    truth.becomes("name", "old", "new", serve_load.REFUSED)
-    assert [judged(200, "old"), judged(200, "new"), judged(400, "")] == [right, right, refused]
-    assert [judged(200, "other"), judged(500, "")] == [fault, fault]
-    truth.becomes("name", "new")
-    assert [judged(200, "old"), judged(200, "new"), judged(404, "")] == [fault, right, fault]
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [["files", "bodies"], pytest.param(["kill", "slow", "disk"], marks=pytest.mark.slow)],
-    ids=" ".join,
-)
-def test_a_server_stands_the_faults_of_the_bench(parts: list[str], tiny_model_dir: Path, tmp_path: Path) -> None:
-    sizes = ["--adapters", "4", "--seconds", "8", "--kills", "2", "--changes", "12", "--slow", "24", "--bodies", "200"]
-    out = tmp_path / "faults.json"
-    code = serve_faults.main(["--base", str(tiny_model_dir), "--parts", *parts, *sizes, "--out", str(out)])
-    document = json.loads(out.read_text())
-    assert document["faults"] == []
-    assert code == 0
-    assert document["load"]["right"] > 0
-    assert all(part in document for part in parts)
 
 
 def test_the_page_of_serving_at_scale_shows_the_measured_loss_of_a_cut() -> None:

@@ -9,8 +9,8 @@ steps: a timer goes off at a random moment of the step that the plan names; a by
 around the step's functions in the fork, says what the process was doing when it died. The training's own code is as it
 is.
 
-    python bench/chaos.py                       100 kills, two minutes
-    python bench/chaos.py --kills 24 --out FILE
+    python -m tests.stress.chaos                       100 kills, two minutes
+    python -m tests.stress.chaos --kills 24 --out FILE
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import tracer
 from bench.common import RESULTS, header, train_records
 from bench.synthesise import tokenizer
-from bench.tracer import AFTER, GO, KILL, Stop, Traced
 from qvera.cli.main import main as qvera
 from qvera.models import forward
 from qvera.training.engine import LocalEngine
 from qvera.training.trainer import Trainer
+from tests.stress import tracer
+from tests.stress.tracer import AFTER, GO, KILL, Stop, Traced
 
 OUTSIDE, BETWEEN, FORWARD, BACKWARD, UPDATE = range(5)
 PHASES = {

@@ -1,7 +1,7 @@
 """Faults under load against a real `qvera serve`: nothing lost, no wrong answer, no crash; each fault with its count.
 
-    python bench/serve_faults.py                     SmolLM2, about ten minutes
-    python bench/serve_faults.py --parts files disk  some parts alone
+    python -m tests.stress.serve_faults                     SmolLM2, about ten minutes
+    python -m tests.stress.serve_faults --parts files disk  some parts alone
 
 Adapters with strong random vectors answer greedily in fp32; what each says to each prompt is asked of the idle server
 first. From then on every answer under load has to be that of an adapter that the name stood for while it was asked. The parts:
@@ -39,15 +39,16 @@ import httpx
 import yaml
 
 from bench.adapters import write_adapters
-from bench.bad_bodies import bad_call
 from bench.common import RESULTS, header, smollm2
-from bench.file_changes import change_files
-from bench.serve_load import CLIENTS, REFUSED, Tally, Truth, ask_all, body_of, for_seconds, load
 from bench.serving import ServerProcess
-from bench.slow_clients import KINDS, SlowClient
-from bench.small_disk import fill, small_disk
 from qvera.config.schema import ModelSection
 from qvera.utils.paths import ADAPTERS, RECIPE_FILE
+from tests.disk import fill
+from tests.disk import mounted as small_disk
+from tests.stress.bad_bodies import bad_call
+from tests.stress.file_changes import change_files
+from tests.stress.serve_load import CLIENTS, REFUSED, Tally, Truth, ask_all, body_of, for_seconds, load
+from tests.stress.slow_clients import KINDS, SlowClient
 
 PARTS = ("kill", "files", "slow", "bodies", "disk")
 MOST_GROWTH_BYTES = 300_000_000

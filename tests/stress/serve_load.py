@@ -1,4 +1,4 @@
-"""Load on a server whose right answers are known, for `bench/serve_faults.py`."""
+"""Load on a server whose right answers are known, for `tests/stress/serve_faults.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Killed by SIGKILL at every boundary of a checkpoint's write and inside steps, a training ends as if nothing had been.
 
-`bench/chaos.py` in small. The long form, a hundred kills: bench/results/chaos.json.
+`tests/stress/chaos.py` in small. The long form, a hundred kills: bench/results/chaos.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.mark.slow
 def test_a_training_killed_everywhere_is_the_one_never_killed(tmp_path: Path) -> None:
     out = tmp_path / "chaos.json"
-    command = [sys.executable, "bench/chaos.py", "--kills", "14", "--scratch", str(tmp_path), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.stress.chaos",
+        "--kills",
+        "14",
+        "--scratch",
+        str(tmp_path),
+        "--out",
+        str(out),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.stderr.startswith("nothing was killed") or "\nnothing was killed" in done.stderr:

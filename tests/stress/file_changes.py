@@ -1,4 +1,4 @@
-"""Changes of adapters' files on a server under load, for `bench/serve_faults.py`."""
+"""Changes of adapters' files on a server under load, for `tests/stress/serve_faults.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.serve_load import CLIENTS, REFUSED, Tally, Truth, for_seconds
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tests.stress.serve_load import CLIENTS, REFUSED, Tally, Truth, for_seconds
 
 
 async def change_files(
