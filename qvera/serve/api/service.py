@@ -15,13 +15,13 @@ from fastapi import Request
 
 from qvera.serve.api.access import Access, Action, KeyFile, Limits
 from qvera.serve.api.errors import ApiError, shortened
-from qvera.serve.api.metrics import Metrics
 from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
 from qvera.serve.text import TokenTexts
 from qvera.utils.errors import did_you_mean
 
 if TYPE_CHECKING:
     from qvera.evaluation.prompts import PromptWriter
+    from qvera.serve.api.metrics import Metrics
     from qvera.serve.engine import Engine
     from qvera.serve.fine_tuning.jobs import Jobs
     from qvera.serve.store import AdapterStore
