@@ -74,10 +74,10 @@ def join_records(run_dir: Path, processes: int) -> None:
     Raises:
         RunFailed: the disk is full or read-only; nothing is lost.
     """
-    own, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
-    with disk_errors(str(own), "Checkpoints are kept; mend that and go on with --resume."):
+    first, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
+    with disk_errors(str(first), "Checkpoints are kept; mend that and go on with --resume."):
         for path in [path for path in others if path.exists()]:
-            replace_text(own, own.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
+            replace_text(first, first.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
             path.unlink()
 
 
@@ -119,35 +119,35 @@ def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> BankCheckpoint 
     directory = checkpoint_dir(run_dir, rank)
 
     def use(path: Path) -> BankCheckpoint:
-        found = BankCheckpoint(path, *checkpoint.read(path, _FILES, (_BEST,)))
-        _check(found, trainer)
-        return found
+        saved = BankCheckpoint(path, *checkpoint.read(path, _FILES, (_BEST,)))
+        _check(saved, trainer)
+        return saved
 
-    found: BankCheckpoint | None = checkpoint.newest(directory, warn, use)
-    if found is None:
+    saved: BankCheckpoint | None = checkpoint.newest(directory, warn, use)
+    if saved is None:
         require_none_saved(run_dir, directory, metrics_path(run_dir, rank), "round")
-    return found
+    return saved
 
 
-def restore(trainer: ManyTrainer, found: BankCheckpoint) -> None:
+def restore(trainer: ManyTrainer, saved: BankCheckpoint) -> None:
     """Put a checkpoint into the trainer's bank, optimizer, adapters and torch's generators.
 
     Raises:
         InputError: the vectors have another shape than those of this run.
     """
-    vectors = found.files["vectors.safetensors"]["vectors"]
+    vectors = saved.files["vectors.safetensors"]["vectors"]
     if vectors.shape != trainer.bank.vectors.shape:
-        raise InputError(f"{found.path}: its vectors are not those of this recipe (other rank, targets or model).")
+        raise InputError(f"{saved.path}: its vectors are not those of this recipe (other rank, targets or model).")
     trainer.bank.vectors.copy_(vectors)
-    trainer.adamw.load_state_dict(found.files["optimizer.safetensors"])
-    best = found.files.get(_BEST, {})
-    for run, entry in zip(trainer.runs, found.state["adapters"], strict=True):
+    trainer.adamw.load_state_dict(saved.files["optimizer.safetensors"])
+    best = saved.files.get(_BEST, {})
+    for run, entry in zip(trainer.runs, saved.state["adapters"], strict=True):
         run.status, run.slot, run.after, run.reason = (entry[key] for key in ("status", "slot", "after", "reason"))
         run.state = TrainState(**entry["state"])
         run.best = best.get(str(run.number))
-    trainer.round = found.state["round"]
-    trainer.totals = type(trainer.totals)(**found.state["totals"])
-    checkpoint.set_random_state(found.files["random.safetensors"])
+    trainer.round = saved.state["round"]
+    trainer.totals = type(trainer.totals)(**saved.state["totals"])
+    checkpoint.set_random_state(saved.files["random.safetensors"])
 
 
 def _entry(run: AdapterRun) -> dict[str, Any]:
@@ -155,9 +155,9 @@ def _entry(run: AdapterRun) -> dict[str, Any]:
     return {**kept, "state": {key: value for key, value in vars(run.state).items() if value != _FRESH[key]}}
 
 
-def _check(found: BankCheckpoint, trainer: ManyTrainer) -> None:
+def _check(saved: BankCheckpoint, trainer: ManyTrainer) -> None:
     """Raises InputError for a checkpoint of another recipe, other data or another number of processes."""
-    state, path = found.state, found.path
+    state, path = saved.state, saved.path
     if changed := changed_keys(state.get("recipe") or {}, trainer.recipe):
         raise InputError(f"{path}: is of another run; {', '.join(changed)} differ from this recipe.")
     try:
@@ -233,25 +233,25 @@ class SavedRun:
                 raise InputError(f"{file}: has the format {metadata['format']}; this qvera reads format {_JOB_FORMAT}.")
             if metadata["sha256"] != _sha256(metadata["state"], tensors):
                 raise ValueError("its SHA-256 is another one")
-            found = cls(tensors, json.loads(metadata["state"]))
+            saved = cls(tensors, json.loads(metadata["state"]))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(
                 f"{file}: is no saved state of a job, or is damaged ({first_line(error)}) Begin the job anew."
             ) from None
         try:
-            TrainState(**found.state["state"])
+            TrainState(**saved.state["state"])
         except TypeError as error:
             raise InputError(
                 f"{file}: was written by another version of qvera ({error}). Begin the job anew."
             ) from None
-        if changed := changed_keys(found.state["recipe"], run.recipe):
+        if changed := changed_keys(saved.state["recipe"], run.recipe):
             raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.name}.")
         for key, value in {"job": run.name, **inputs_of(run.datasets, base)}.items():
-            if found.state.get(key) != value:
+            if saved.state.get(key) != value:
                 raise InputError(
                     f"{file}: has another {key} than {run.name}. Give the file of this job, or begin anew."
                 )
-        return found
+        return saved
 
     def put_into(self, run: AdapterRun, bank: AdapterBank, adamw: BankAdamW) -> None:
         """Let a job in flight go on from here."""

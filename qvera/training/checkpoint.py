@@ -259,15 +259,15 @@ def read(
         ) from None
 
 
-def shared(found: Checkpoint | None, group: Group) -> Checkpoint | None:
+def shared(saved: Checkpoint | None, group: Group) -> Checkpoint | None:
     """Rank 0's checkpoint on every rank: nodes need not share a disk."""
     head = group.broadcast(
-        None if found is None else {"path": str(found.path), "step": found.step, "state": found.state}
+        None if saved is None else {"path": str(saved.path), "step": saved.step, "state": saved.state}
     )
     if head is None or group.world_size == 1:
-        return found
+        return saved
     names = ("vectors", "optimizer", "random", "hooks")
-    parts = [group.broadcast_tensors(getattr(found, name, None)) for name in names]
+    parts = [group.broadcast_tensors(getattr(saved, name, None)) for name in names]
     return Checkpoint(Path(head["path"]), head["step"], head["state"], *parts)
 
 
@@ -345,7 +345,7 @@ def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
 def set_random_state(states: dict[str, torch.Tensor], rank: int = 0) -> None:
     """Take over the generator states of ``rank`` from what `random_state` gave, of one rank or of all."""
     suffix = f".{rank}" if rank else ""
-    own = {name.removesuffix(suffix): state for name, state in states.items() if name.endswith(suffix)}
-    if "cpu" in own:
-        torch.set_rng_state(own["cpu"])
-    accelerator.set_random_state(own)
+    mine = {name.removesuffix(suffix): state for name, state in states.items() if name.endswith(suffix)}
+    if "cpu" in mine:
+        torch.set_rng_state(mine["cpu"])
+    accelerator.set_random_state(mine)

@@ -69,8 +69,8 @@ class LocalEngine:
 
     def loss_gradient(self) -> torch.Tensor:
         """The gradient (scalar, fp32) that `backward` puts into its loss: the loss scale."""
-        one = torch.ones((), device=next(iter(self.vectors.values())).device)
-        return one if self.scaler is None else self.scaler.scale(one)
+        gradient = torch.ones((), device=next(iter(self.vectors.values())).device)
+        return gradient if self.scaler is None else self.scaler.scale(gradient)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate the gradient of this rank's part of the loss; ``last``: this is the step's last pass."""
@@ -298,13 +298,13 @@ def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
     that nobody reads. The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every
     parameter that it meets for one of its own. The head keeps the parameter.
     """
-    found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
-    for name, _ in found:
+    embeddings = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
+    for name, _ in embeddings:
         decoder.set_submodule(name, nn.Identity())
     try:
         yield
     finally:
-        for name, module in found:
+        for name, module in embeddings:
             decoder.set_submodule(name, module)
             if not zero_params.is_sharded(module.weight):
                 weight = module.weight.detach()
@@ -317,8 +317,8 @@ def _show_shared(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> None:
 
     Like the others they are whole on every rank while layers read them, and DeepSpeed gathers them after each step.
     """
-    own = {id(p) for p in decoder.parameters()}
-    shared = [vector for vector in vectors.values() if id(vector) not in own]
+    inside = {id(p) for p in decoder.parameters()}
+    shared = [vector for vector in vectors.values() if id(vector) not in inside]
     if shared:
         decoder.qvera_shared = nn.ParameterList(shared)
 

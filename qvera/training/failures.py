@@ -54,9 +54,9 @@ def not_finite_error(
         rows: the sources of all rows of the step.
     """
     bad = [sources for sources, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
-    found = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
-    where = [source for each in found for source in each["rows"]] or [f"the gradient only; rows {', '.join(rows)}"]
-    text = not_finite_text(f"Step {step}", [loss for each in found for loss in each["losses"]], norm, where)
+    of_ranks = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
+    where = [source for each in of_ranks for source in each["rows"]] or [f"the gradient only; rows {', '.join(rows)}"]
+    text = not_finite_text(f"Step {step}", [loss for each in of_ranks for loss in each["losses"]], norm, where)
     return for_all(
         NotFinite(
             f"{text} No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
@@ -117,7 +117,7 @@ def step_error(
     """
     rank = f"rank {group.rank}" if group.world_size > 1 else None
     what = next(
-        one for one in group.gather(None if examples is None else _what_failed(examples, rank)) if one is not None
+        text for text in group.gather(None if examples is None else _what_failed(examples, rank)) if text is not None
     )
     return for_all(OutOfMemory(f"{step}: {what}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}"))
 
@@ -136,8 +136,8 @@ def lone_error(
 
 def worst(shortages: Sequence[Shortage]) -> Shortage:
     """The largest allocation that failed on some rank, and the least that was free on one of them."""
-    asked = [one.asked_bytes for one in shortages if one.asked_bytes is not None]
-    return Shortage(max(asked, default=None), min(one.free_bytes for one in shortages))
+    asked = [each.asked_bytes for each in shortages if each.asked_bytes is not None]
+    return Shortage(max(asked, default=None), min(each.free_bytes for each in shortages))
 
 
 def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
@@ -158,7 +158,7 @@ def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
 
 
 def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
-    where = [one for one in (rank, _batch(examples) if examples else None) if one is not None]
+    where = [part for part in (rank, _batch(examples) if examples else None) if part is not None]
     if examples:
         what = "memory ran out in a forward and backward pass"
     else:

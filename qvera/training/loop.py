@@ -246,10 +246,10 @@ class AloneLoop(Loop):
         examples = None if shortage is None else step.examples
         size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
         half = size // 2 if len(step.examples) > 1 else 0  # 0, too, where no pass had begun
-        each = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
-        failed = [one for one in each if one is not None]
-        shortage = worst([Shortage(*one[:2]) for one in failed])
-        most = min(one[2] for one in failed)
+        of_ranks = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
+        failed = [sizes for sizes in of_ranks if sizes is not None]
+        shortage = worst([Shortage(*sizes[:2]) for sizes in failed])
+        most = min(sizes[2] for sizes in failed)
         if self.recipe.training.on_oom == "save" or most == 0:
             raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
         self.batches.limit(most)

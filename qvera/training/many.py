@@ -109,16 +109,16 @@ class ManyTrainer(BankLoop, Run):
         self.step_group, self.totals, self.whole_round = ALONE, Totals(), 0
         self.steps = sum(run.steps for run in self.runs)
         self.pass_rows = self.recipe.training.per_device_train_batch_size
-        self.found: BankCheckpoint | None = None
+        self.resumed: BankCheckpoint | None = None
         if self.resume:
-            self.found = self.group.agree(lambda: bank_checkpoint.newest(self, self.warn))
-        if self.found is None:
+            self.resumed = self.group.agree(lambda: bank_checkpoint.newest(self, self.warn))
+        if self.resumed is None:
             rows = [len(run.rows.train) for run in self.runs]
             slots = wanted_slots(self.recipe, rows)
             if self.plan is not None:  # which knows what memory there is
                 slots = min(slots, self.plan.slots)
         else:
-            slots = self.found.state["slots"]
+            slots = self.resumed.state["slots"]
         self.bank = AdapterBank(self.model, slots)
         self.adamw = BankAdamW(self.bank, self.recipe.training)
 
@@ -149,14 +149,14 @@ class ManyTrainer(BankLoop, Run):
 
     def _go_on(self) -> None:
         """Take over the checkpoint of this process, where it has one."""
-        found = self.found
-        if found is not None:
-            bank_checkpoint.restore(self, found)
-            self.keep_checkpointing(found.state["gradient_checkpointing"], ALONE)
-            self.builds_per_pass = found.state["builds_per_pass"]
+        saved = self.resumed
+        if saved is not None:
+            bank_checkpoint.restore(self, saved)
+            self.keep_checkpointing(saved.state["gradient_checkpointing"], ALONE)
+            self.builds_per_pass = saved.state["builds_per_pass"]
             self.saved, self.whole_round = self.round, self.round
-            self.console.print(f"Going on from round {self.round} ({found.path}).", soft_wrap=True)
-            self.found = None  # its tensors take memory
+            self.console.print(f"Going on from round {self.round} ({saved.path}).", soft_wrap=True)
+            self.resumed = None  # its tensors take memory
         elif self.resume:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.", soft_wrap=True)
 
@@ -292,8 +292,8 @@ class ManyTrainer(BankLoop, Run):
         while missing := {rank for rank in missing if not self.group.has_flag(f"here {self.meeting} {rank}")}:
             self.stop_requested()
             time.sleep(_WAIT_SECONDS)
-        found = [stopped for stopped in self.group.gather(self.stopped_by) if stopped is not None]
-        self.stopped_by = found[0] if found else None
+        stops = [stopped for stopped in self.group.gather(self.stopped_by) if stopped is not None]
+        self.stopped_by = stops[0] if stops else None
 
     def save_checkpoint(self) -> None:
         """See `Run.save_checkpoint`."""
@@ -309,7 +309,7 @@ class ManyTrainer(BankLoop, Run):
             NotFinite: no adapter of a run that is done was saved.
         """
         mine = [[run.number, adapter_result(run, self.recipe)] for run in self.runs]
-        entries = [entry for _, entry in sorted(one for found in self.group.gather(mine) for one in found)]
+        entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
         lacking = self.datasets.adapters_without_rows
         add_results(self.run, self, status, [*entries, *map(without_rows, lacking)])
 

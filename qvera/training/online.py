@@ -155,7 +155,7 @@ class OnlineTrainer(BankLoop):
         """
         if run.slot is not None or not self.free_slots:
             raise ValueError(f"{run.name}: " + ("is in flight" if run.slot is not None else "there is no free slot"))
-        found = None if saved is None else SavedRun.read(saved, run, self._base)
+        saved_run = None if saved is None else SavedRun.read(saved, run, self._base)
         if not self._attached:
             self._attach()
         run.state, run.best, run.after, run.reason = TrainState(), None, None, None
@@ -163,8 +163,8 @@ class OnlineTrainer(BankLoop):
         try:
             self.bank.start(slot)
             self.adamw.reset(slot)
-            if found is not None:
-                found.put_into(run, self.bank, self.adamw)
+            if saved_run is not None:
+                saved_run.put_into(run, self.bank, self.adamw)
             run.begin()
         except BaseException:
             self._roster.leave(run, "waiting")

@@ -67,9 +67,9 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
         InputError: a node's disk has less.
     """
     free = shutil.disk_usage(existing_parent(folder)).free
-    found = group.gather([group.host, free])
-    for host in dict.fromkeys(host for host, _ in found):
-        there = [one[1] for one in found if one[0] == host]
+    of_ranks = group.gather([group.host, free])
+    for host in dict.fromkeys(host for host, _ in of_ranks):
+        there = [facts[1] for facts in of_ranks if facts[0] == host]
         needed = share_bytes * len(there)
         if min(there) < needed:
             raise for_all(
@@ -93,14 +93,14 @@ def check_memory(plan: Plan, group: Group, console: Console) -> None:
     on_gpu = plan.machine.on_gpu
     # what this process holds is in both numbers, and a node's ranks must not count it as free to each other
     held = 0 if on_gpu else plan.machine.runtime_bytes
-    found = group.gather([group.host, plan.needed_bytes - held, plan.machine.available_bytes - held])
-    by_host = {host: [rank for rank, one in enumerate(found) if one[0] == host] for host, *_ in found}
+    of_ranks = group.gather([group.host, plan.needed_bytes - held, plan.machine.available_bytes - held])
+    by_host = {host: [rank for rank, facts in enumerate(of_ranks) if facts[0] == host] for host, *_ in of_ranks}
     short, refused = [], False
-    for ranks in [[rank] for rank in range(len(found))] if on_gpu else by_host.values():
-        needed, free = sum(found[rank][1] for rank in ranks), min(found[rank][2] for rank in ranks)
+    for ranks in [[rank] for rank in range(len(of_ranks))] if on_gpu else by_host.values():
+        needed, free = sum(of_ranks[rank][1] for rank in ranks), min(of_ranks[rank][2] for rank in ranks)
         refused = refused or (on_gpu and needed > REFUSED_ABOVE * free)
         if needed > free:
-            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {found[ranks[0]][0]}"
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {of_ranks[ranks[0]][0]}"
             short.append(
                 f"{named} needs {size(needed)}, and its GPU has {size(free)}"
                 if on_gpu
@@ -130,14 +130,14 @@ def check_same_data(datasets: Datasets, path: str, group: Group) -> None:
 
 def _require_same(mine: dict[str, str], group: Group, fix: str) -> list[str]:
     """Raise an error that names all that differs from rank 0; return the host of each rank."""
-    found = group.gather([group.host, mine])
-    host, first = found[0]
+    of_ranks = group.gather([group.host, mine])
+    host, first = of_ranks[0]
     wrong = [
         f"{what} is {other.get(what)} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
-        for rank, (there, other) in enumerate(found)
+        for rank, (there, other) in enumerate(of_ranks)
         for what in first
         if other.get(what) != first[what]
     ]
     if wrong:
         raise for_all(InputError(f"the processes of this run differ: {'; '.join(wrong)}. {fix}"))
-    return [there for there, _ in found]
+    return [there for there, _ in of_ranks]

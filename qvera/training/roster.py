@@ -252,7 +252,7 @@ class Roster:
     def _has_room(self, run: AdapterRun) -> bool:
         if self.pass_rows is None or not self.in_flight:
             return True
-        return sum(one.step_rows for one in self.in_flight) + run.step_rows <= self.pass_rows
+        return sum(other.step_rows for other in self.in_flight) + run.step_rows <= self.pass_rows
 
     def leave(self, run: AdapterRun, status: Status) -> None:
         """Take an adapter out; its slot is free."""
@@ -275,7 +275,7 @@ def longest_pass(runs: Sequence[AdapterRun], lengths: np.ndarray, slots: int, pa
     """
     rows: list[int] = []
     for run in runs:
-        own = run.rows.train
-        rows += own[np.argsort(-lengths[own], kind="stable")[: run.step_rows]].tolist()
+        mine = run.rows.train
+        rows += mine[np.argsort(-lengths[mine], kind="stable")[: run.step_rows]].tolist()
     most = sum(sorted((run.step_rows for run in runs), reverse=True)[:slots])
     return sorted(rows, key=lambda row: -lengths[row])[: min(pass_rows, most)]

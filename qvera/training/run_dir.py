@@ -78,10 +78,10 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         owner.write_text(json.dumps({"host": host, "pid": os.getpid(), "started": started}), encoding="utf-8")
     except Timeout:
-        found = try_read_json(owner) or {}  # empty: it has the lock and is about to write who it is
-        who = f"process {found.get('pid')} on {found.get('host')} (since {found.get('started')})"
+        holder = try_read_json(owner) or {}  # empty: it has the lock and is about to write who it is
+        who = f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')})"
         raise InputError(
-            f"{run_dir}: {who if found else 'another process'} trains in this directory. Wait for it or stop it, or "
+            f"{run_dir}: {who if holder else 'another process'} trains in this directory. Wait for it or stop it, or "
             f"choose another {what}."
         ) from None
     except OSError as error:
@@ -117,9 +117,9 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
     # what has a name that a run gives, and is not empty: a run that died at once leaves an empty metrics.jsonl
     adapter = ADAPTERS if recipe.data.has_adapters else "adapter"
     names = [adapter, "metrics.jsonl", "run.json", "report.html", "checkpoints/step-*", "checkpoints/round-*"]
-    found = [path for name in names for path in sorted(run_dir.glob(name))]
-    holds = [any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0 for path in found]
-    others = [path.relative_to(run_dir) for path, is_full in zip(found, holds, strict=True) if is_full]
+    written = [path for name in names for path in sorted(run_dir.glob(name))]
+    holds = [any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0 for path in written]
+    others = [path.relative_to(run_dir) for path, is_full in zip(written, holds, strict=True) if is_full]
     if not resume and others:
         raise InputError(
             f"{run_dir}: holds {first_of(others)} and no recipe.yaml. It is no run, and one would write over that. "
@@ -159,18 +159,18 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
 
     A key that one of them lacks is no difference: it was written by another version.
     """
-    found = []
+    changed = []
     before = plain_json(before)
     for section, now in plain_json(recipe.to_dict()).items():
         then = before.get(section)
         if section in _FREE_SECTIONS or section not in before:
             continue
         if not isinstance(now, dict) or not isinstance(then, dict):
-            found += [section] if then != now else []
+            changed += [section] if then != now else []
             continue
         keys = [k for k in now if k in then and k not in _FREE.get(section, ())]
-        found += [f"{section}.{key}" for key in keys if then[key] != now[key]]
-    return found
+        changed += [f"{section}.{key}" for key in keys if then[key] != now[key]]
+    return changed
 
 
 def inputs_of(datasets: Datasets, base: Base) -> dict[str, Any]:
@@ -208,15 +208,15 @@ def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]
     """
 
     def use(path: Path) -> checkpoint.Checkpoint:
-        one = checkpoint.load(path)
-        if changed := changed_keys(one.state.get("recipe") or {}, recipe):
+        saved = checkpoint.load(path)
+        if changed := changed_keys(saved.state.get("recipe") or {}, recipe):
             raise InputError(f"{path}: is of another run; {', '.join(changed)} differ from this recipe.")
         try:
-            checkpoint.TrainState(**one.state["progressed"])
-            one.state["schedule"], one.state["optimizer_scalars"]
+            checkpoint.TrainState(**saved.state["progressed"])
+            saved.state["schedule"], saved.state["optimizer_scalars"]
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: was written by another version of qvera ({error}).") from None
-        return one
+        return saved
 
     directory = run_dir / "checkpoints"
     newest: checkpoint.Checkpoint | None = checkpoint.newest(directory, warn, use)
@@ -290,7 +290,9 @@ def begun_run(session: TrainingSession, started: str) -> dict[str, Any]:
 
 def begun_samples(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The samples of run.json while there are only those from before training."""
-    return [{"prompt": one["prompt"], "reference": one["reference"], "before": one["answer"]} for one in answers]
+    return [
+        {"prompt": answer["prompt"], "reference": answer["reference"], "before": answer["answer"]} for answer in answers
+    ]
 
 
 def add_result(

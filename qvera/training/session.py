@@ -203,10 +203,10 @@ class TrainingSession(AloneLoop):
         """Make the order of the rows, the optimizer and the step hooks, once the adapter is on the model."""
         recipe, group = self.recipe, self.group
         self.batches = batches_of(recipe, self.datasets.train)
-        vectors, own = trained_vectors(self.model), method_of(recipe.adapter).optimizer(self.model, recipe)
-        if own is not None:
-            require_all_stepped(own, vectors, recipe)
-        self.optimizer = own or build_optimizer(recipe.training, vectors, rate_factors(self.model, recipe))
+        vectors, stepper = trained_vectors(self.model), method_of(recipe.adapter).optimizer(self.model, recipe)
+        if stepper is not None:
+            require_all_stepped(stepper, vectors, recipe)
+        self.optimizer = stepper or build_optimizer(recipe.training, vectors, rate_factors(self.model, recipe))
         self.steps = planned_steps(recipe, len(self.datasets.train))
         hooks: dict[str, TrainingHook | None] = {
             recipe.adapter.method: method_of(recipe.adapter).step_hook(

@@ -182,8 +182,8 @@ class Trainer(Run):
         """See `Run.stop_requested`; whichever rank got it, all stop at the same step."""
         asked, group = self.signals.asked, self.group
         if group.sum([float(asked is not None)])[0]:
-            found = group.gather([asked, group.host])
-            rank, (name, host) = next((rank, one) for rank, one in enumerate(found) if one[0])
+            of_ranks = group.gather([asked, group.host])
+            rank, (name, host) = next((rank, signal) for rank, signal in enumerate(of_ranks) if signal[0])
             self.stopped_by = name if group.world_size == 1 else f"{name} at rank {rank} on {host}"
         return self.stopped_by is not None
 
@@ -237,8 +237,8 @@ class Trainer(Run):
             def say(text: str) -> None:
                 update(f"{label}: {text}")
 
-            found, samples = task.answers(self.model, self.base.tokenizer, rows, training, self.group, say)
-        result |= found
+            answered, samples = task.answers(self.model, self.base.tokenizer, rows, training, self.group, say)
+        result |= answered
         self.console.print(f"{label}: {task.line(result)}", soft_wrap=True)
         return result, samples
 
@@ -275,26 +275,26 @@ class Trainer(Run):
         Raises:
             InputError: the run has saved checkpoints, and none of them can be used.
         """
-        found: list[checkpoint.Checkpoint | None] = []
-        self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, self.warn)))
-        one = checkpoint.shared(found[0] if found else None, self.group)
-        if one is None:
+        newest: list[checkpoint.Checkpoint | None] = []
+        self.group.on_first(lambda: newest.append(newest_checkpoint(self.run_dir, self.recipe, self.warn)))
+        saved = checkpoint.shared(newest[0] if newest else None, self.group)
+        if saved is None:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
             return
-        require_same_inputs(one.path, one.state.get("inputs"), self.inputs)
-        self.hooks.load_state_dict(one.hook_state)
-        checkpoint.restore(one, named_vectors(self.model), self.optimizer, self.group.rank)
-        self.schedule.load_state_dict(one.state["schedule"])
+        require_same_inputs(saved.path, saved.state.get("inputs"), self.inputs)
+        self.hooks.load_state_dict(saved.hook_state)
+        checkpoint.restore(saved, named_vectors(self.model), self.optimizer, self.group.rank)
+        self.schedule.load_state_dict(saved.state["schedule"])
         for parameters, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             parameters["lr"] = rate
-        if self.scaler is not None and one.state.get("loss_scale"):
-            self.scaler.load_state_dict(one.state["loss_scale"])
-        self.state = TrainState(**one.state["progressed"])
+        if self.scaler is not None and saved.state.get("loss_scale"):
+            self.scaler.load_state_dict(saved.state["loss_scale"])
+        self.state = TrainState(**saved.state["progressed"])
         for halving in self.state.halvings:
             self.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
-        self.keep_checkpointing(one.state.get("gradient_checkpointing", self.checkpointing), self.group)
-        self.builds_per_pass = one.state.get("builds_per_pass", BUILDS_UNHELD)
-        self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
+        self.keep_checkpointing(saved.state.get("gradient_checkpointing", self.checkpointing), self.group)
+        self.builds_per_pass = saved.state.get("builds_per_pass", BUILDS_UNHELD)
+        self.console.print(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).", soft_wrap=True)
 
     def load_best_vectors(self) -> None:
         """Put the vectors of the best step into the model; the last step's stay where that checkpoint is damaged."""
