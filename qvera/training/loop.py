@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from qvera.adapters.bank import AdapterBank
     from qvera.config.schema import Recipe
-    from qvera.data import Batches, Datasets, Rows
+    from qvera.data import Batches, Datasets
     from qvera.distributed.group import Group
     from qvera.distributed.zero_config import ZeroConfig
     from qvera.tasks import Task
@@ -318,15 +318,6 @@ def cut_round(rows: Sequence[AdapterRow], lengths: Sequence[int], pass_rows: int
     return list(microbatches([rows[place] for place in by_length], pass_rows))
 
 
-class HeldOutRows(NamedTuple):
-    """What an adapter is scored on."""
-
-    slot: int
-    source: Rows
-    numbers: Sequence[int]
-    """Of its rows in ``source``."""
-
-
 class BankLoop(Loop):
     """Many adapters: a step is a round, one optimizer step of each in flight that has steps left.
 
@@ -470,11 +461,10 @@ class BankLoop(Loop):
                 run, _, state = scored[place]
                 return run.slot is not None and run.state is state  # it may have left and begun again
 
-            wanted = []
             for run, why, _ in scored:
                 if why == "after":
                     run.put_best_back(self.bank.vectors[run.held_slot])
-                wanted.append(HeldOutRows(run.held_slot, run.datasets.eval, run.rows.eval.tolist()))
+            wanted = [(run, run.held_slot) for run, *_ in scored]
             try:
                 results = yield from self.score(wanted, is_in_flight)
             except OutOfMemory as error:
@@ -495,31 +485,31 @@ class BankLoop(Loop):
         raise error
 
     def score(
-        self, wanted: Sequence[HeldOutRows], is_wanted: Callable[[int], bool] = lambda _: True
+        self, wanted: Sequence[tuple[AdapterRun, int]], is_wanted: Callable[[int], bool] = lambda _: True
     ) -> Generator[Records, None, list[dict[str, Any] | None]]:
         """Held-out losses of several adapters, in passes that they share; yields between passes.
 
         Args:
-            wanted: for each adapter its rows.
+            wanted: each adapter, and the slot of the vectors that are scored.
             is_wanted: asked before each pass whether the adapter at a place of ``wanted`` is still to be scored.
 
         Returns:
-            For each adapter what `held_out.held_out_loss` returns, the seconds those of all; None: no rows.
+            For each adapter what `held_out.held_out_loss` returns, the seconds those of all; None: it has no rows.
 
         Raises:
             OutOfMemory: memory ran out with a single row.
         """
         began, losses = time.perf_counter(), list[tuple[list[tuple[int, int]], torch.Tensor]]()
-        rows = [(place, row) for place, one in enumerate(wanted) for row in one.numbers]
-        rows.sort(key=lambda one: wanted[one[0]].source.lengths[one[1]])
+        rows = [(place, row) for place, (run, _) in enumerate(wanted) for row in run.rows.eval.tolist()]
+        rows.sort(key=lambda place_row: wanted[place_row[0]][0].datasets.eval.lengths[place_row[1]])
         self._scoring: set[int] = set()  # the adapters of the pass that was computed last, by their places
 
         def score_rows(rows: list[tuple[int, int]]) -> None:
-            rows = [one for one in rows if is_wanted(one[0])]
+            rows = [(place, row) for place, row in rows if is_wanted(place)]
             self._scoring = {place for place, _ in rows}
             if rows:
-                examples = [wanted[place].source[row] for place, row in rows]
-                losses.append((rows, self.pass_nll([wanted[place].slot for place, _ in rows], examples)))
+                examples = [wanted[place][0].datasets.eval[row] for place, row in rows]
+                losses.append((rows, self.pass_nll([wanted[place][1] for place, _ in rows], examples)))
 
         advice = "Lower data.max_length or training.loss_chunk_tokens."
         batches = microbatches(rows, self.recipe.training.per_device_eval_batch_size)
@@ -536,11 +526,11 @@ class BankLoop(Loop):
                 yield []
         sums, tokens = [0.0] * len(wanted), [0] * len(wanted)
         values = torch.cat([nll for _, nll in losses]).tolist() if losses else []
-        for (place, row), nll in zip((one for rows, _ in losses for one in rows), values, strict=True):
+        for (place, row), nll in zip((each for rows, _ in losses for each in rows), values, strict=True):
             sums[place] += nll
-            tokens[place] += int(wanted[place].source.trained_tokens[row])
+            tokens[place] += int(wanted[place][0].datasets.eval.trained_tokens[row])
         seconds = time.perf_counter() - began
         return [
-            held_out.loss_scores(total, count, len(one.numbers), seconds) if len(one.numbers) else None
-            for total, count, one in zip(sums, tokens, wanted, strict=True)
+            held_out.loss_scores(total, count, len(run.rows.eval), seconds) if len(run.rows.eval) else None
+            for total, count, (run, _) in zip(sums, tokens, wanted, strict=True)
         ]

@@ -25,7 +25,7 @@ from qvera.training import bank_checkpoint
 from qvera.training.bank_checkpoint import BankCheckpoint
 from qvera.training.failures import step_error
 from qvera.training.logging import MetricsLog
-from qvera.training.loop import BankLoop, HeldOutRows, Records, Step
+from qvera.training.loop import BankLoop, Records, Step
 from qvera.training.optim import BankAdamW
 from qvera.training.plan.bank import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
@@ -195,11 +195,10 @@ class ManyTrainer(BankLoop, Run):
         """See `Run.score_before`: all begin with the same vectors, so with full passes."""
         if self.round:
             return
-        runs = [run for run in self.runs if len(run.rows.eval)]
         self.bank.start(0)
-        wanted = [HeldOutRows(0, self.datasets.eval, run.rows.eval.tolist()) for run in runs]
+        wanted = [(run, 0) for run in self.runs if len(run.rows.eval)]
         with status_line(self.console, "Before training: held-out loss"):
-            for run, result in zip(runs, result_of(self.score(wanted)), strict=True):
+            for (run, _), result in zip(wanted, result_of(self.score(wanted)), strict=True):
                 run.state.before = result
 
     def take_turn(self) -> bool:
