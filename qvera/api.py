@@ -21,8 +21,7 @@ from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Turn
 from qvera.data.conversations import Conversation
 from qvera.evaluation import generate as answering
-from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, require_answers
-from qvera.evaluation.load_many import open_adapters
+from qvera.evaluation.load import Artifact, OpenRun, find_target, open_adapters, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root, named_directories, require_all_named, require_named
 from qvera.evaluation.prompts import PromptWriter
 from qvera.exporting import export as exports
@@ -156,7 +155,6 @@ class Model:
     ) -> None:
         self.target, self.names, self.base_alone = target, tuple(names), base
         self.console = console or Console(stderr=True)
-        self._keys: dict[str, str] = {}
 
     @functools.cached_property
     def opened(self) -> OpenRun:
@@ -166,9 +164,7 @@ class Model:
             if not self.names:
                 return open_target(self.target, adapter=not self.base_alone)
             count = len(self.names)
-            several = open_adapters(path, self.names, lambda done: show(f"Loading {path}: {done} of {count} adapters"))
-            self._keys = several.keys
-            return several.opened
+            return open_adapters(path, self.names, lambda done: show(f"Loading {path}: {done} of {count} adapters"))
 
     def generate(
         self,
@@ -222,7 +218,7 @@ class Model:
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
-                adapters=["__base__" if n is None else self._keys[n] for n in names] if self.names else None,
+                adapters=["__base__" if n is None else opened.keys[n] for n in names] if self.names else None,
                 static_cache=static_cache,
                 progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
             )

@@ -77,11 +77,16 @@ class AdaptedForward:
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if (y := self._fast_forward(x, *args, **kwargs)) is not None:
+        names = [] if self.disable_adapters or self.merged else self.active_names()
+        # another adapter may have been made active since the weight was made: then the normal path is the right one
+        held = self._inference_weight is not None and tuple(names) == self._inference_adapters
+        if held and names and not torch.is_grad_enabled():
+            return self.inference_product(x)
+        if len(names) == 1 and self._may_join_base(names[0], x) and (y := self.with_base(names[0], x)) is not None:
             return y
         y = self.base_layer(x, *args, **kwargs)  # W x
         overwrite = self._owns_output(y)
-        for adapter in self._adapters_in_use():
+        for adapter in names:
             y = self.add_adapter(adapter, x, y, overwrite)
         return y
 
@@ -110,9 +115,6 @@ class AdaptedForward:
         """The active adapters that this layer carries."""
         return [name for name in self.active_adapters if self.carries(name)]
 
-    def _adapters_in_use(self) -> list[str]:
-        return [] if self.disable_adapters or self.merged else self.active_names()
-
     def project(self, x: torch.Tensor, adapter: str, A: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
         """z = A diag(a) dropout(x) in the compute dtype."""
         dtype = linear.compute_dtype(self.base_layer, x)
@@ -125,35 +127,20 @@ class AdaptedForward:
             inner = functional.scale_input(inner, a)
         return functional.project(inner, A.to(dtype))
 
-    def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
-        """The same y in a cheaper way; None where the formula itself has to be taken."""
-        names = self._adapters_in_use()
-        # another adapter may have been made active since the weight was made: then the normal path is the right one
-        held = self._inference_weight is not None and tuple(names) == self._inference_adapters
-        if held and names and not torch.is_grad_enabled():
-            return self.inference_product(x)
-        return self._forward_with_base(x, names[0]) if len(names) == 1 else None
-
-    def _forward_with_base(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """y by a node that has the frozen product in it, where there is one for the adapter and the base allows it."""
+    def _may_join_base(self, adapter: str, x: torch.Tensor) -> bool:
+        """Whether one node may have the frozen product in it: a whole, frozen linear and an adapter without dropout."""
         base = self.base_layer
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
-            return None
+            return False
         is_frozen = not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
-        if not is_frozen or not isinstance(self.dropout_of(adapter), nn.Identity):
-            return None
-        return self.with_base(adapter, x)
+        return is_frozen and isinstance(self.dropout_of(adapter), nn.Identity)
 
     def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        """(W + ΔW) x in one node, else None.
+        """(W + ΔW) x by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None.
 
         Asked where the layer has one adapter, without dropout, over a whole and frozen weight and bias.
         """
-        return self._summed_forward(x, adapter)
-
-    def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
         if not self.is_low_rank(adapter):
             return None
         base, factors = self.base_layer, self.parts(adapter)

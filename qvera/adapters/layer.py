@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -23,9 +23,6 @@ from qvera.adapters.products.low_rank import trained_linear
 from qvera.adapters.products.magnitude import RowNorms
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.models import linear, quantization
-
-if TYPE_CHECKING:
-    from qvera.adapters.bank import MixedForward
 
 
 class VectorDict(nn.ParameterDict):
@@ -67,8 +64,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection", "qvera_frozen")
     made_in: torch.dtype = torch.float32
     """The dtype that the layer computed in when it was made; a trained pair says nothing of it."""
-    mixed: MixedForward | None = None
-    """The forward pass of a batch whose tokens use different adapters, while there is one."""
+    mixed: Any = None
+    """The `qvera.adapters.bank.MixedForward` of a batch whose tokens use different adapters, while there is one."""
     # PEFT's, which a type checker can't see
     enable_adapters: Any
 
@@ -168,10 +165,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             if adapter_name in modules:
                 modules[adapter_name].to(device)
 
-    def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """See `AdaptedForward.forward`; or with another adapter for each token, while there is a `mixed`."""
         if self.mixed is not None:
             return self.mixed.forward(self, x, *args, **kwargs)
-        return super()._fast_forward(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
 
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""

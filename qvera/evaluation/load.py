@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from qvera.adapters.files import adapter_file, save_load
+from qvera.adapters.shared_model import load_adapters
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES, Labels
@@ -21,6 +22,7 @@ from qvera.evaluation.named_adapters import (
     name_of,
     named_directories,
     refuse_name,
+    require_all_named,
     require_named,
     run_of,
 )
@@ -78,6 +80,9 @@ class OpenRun:
     target: Artifact
     base: loader.Base
     model: Any
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name of one of several adapters (`open_adapters`) → what `qvera.evaluation.generate.generate` calls it. Names can
+    be anything, even what PEFT calls the base."""
 
     @property
     def labels(self) -> Labels:
@@ -285,6 +290,29 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
         return OpenRun(target, base, base.model)
     load = save_load.load_adapter if ours else _load_other_adapter
     return OpenRun(target, base, load(base.model, target.adapter, base))
+
+
+def open_adapters(path: Path, names: Sequence[str], progress: Callable[[int], None] | None = None) -> OpenRun:
+    """Load a base, and these adapters of a run that trained many or of a directory of adapters; no others are read.
+
+    Args:
+        path: of the run or directory.
+        names: as the data has them.
+        progress: called with the number of adapters read.
+
+    Raises:
+        InputError: there is none of one of these names, one is damaged, or not all have this base.
+    """
+    directories = require_all_named(path, dict.fromkeys(names))
+    configs = {name: adapter_file.read_config(directory) for name, directory in directories.items()}
+    opened = open_target(find_target(path, needs_name=False), adapter=False)
+    facts = opened.base.facts
+    for name, config in configs.items():
+        adapter_file.require_base(config, directories[name], facts["path"], facts.get("fingerprint"))
+    opened.keys = {name: str(number) for number, name in enumerate(directories)}
+    by_key = {opened.keys[name]: directory for name, directory in directories.items()}
+    opened.model = load_adapters(opened.base.model, by_key, progress)
+    return opened
 
 
 def _require_loadable(directory: Path) -> None:

@@ -15,8 +15,7 @@ from qvera.adapters.files import adapter_file
 from qvera.adapters.files.adapter_file import read_adapter
 from qvera.cli.main import main
 from qvera.data import build_datasets
-from qvera.evaluation.load import find_target, open_run
-from qvera.evaluation.load_many import open_adapters
+from qvera.evaluation.load import find_target, open_adapters, open_run
 from qvera.evaluation.named_adapters import held_out_rows, require_named
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError
