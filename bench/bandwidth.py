@@ -33,7 +33,7 @@ from bench.synthesise import SHAPES, synthesise
 from bench.zero import free_port
 from qvera.config.load import load_recipe
 from qvera.training.plan import Machine, Sharing, make_plan
-from qvera.training.plan.sharding import traffic
+from qvera.training.plan.memory import traffic
 
 POLL_SECONDS = 0.05
 

@@ -4,7 +4,7 @@
 
 SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the
 model without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen
-linear; ratios are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.models.norm_mlp` besides,
+linear; ratios are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.models.lean_layers` besides,
 as an adapted model has: for scale. ``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z
 and ∂x, at the same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique
 storages seen by saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode
@@ -37,9 +37,9 @@ from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import batch_nll
+from qvera.models.lean_layers import reduce_saved_activations
 from qvera.models.linear import freeze_linears
 from qvera.models.loader import load_base, pick_compute_dtype
-from qvera.models.norm_mlp import reduce_saved_activations
 from qvera.utils import accelerator
 
 BEYOND = "ours r=96, 2 b, a"

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.memory import Kind, layer_bytes, plan_memory
-from qvera.training.plan.run import Batch, Machine, PlannedRun, gpu_machine
-from qvera.training.plan.shape import Shape, shape_of
+from qvera.training.plan.run import Batch, Machine, PlannedRun, Shape, gpu_machine, shape_of
 from qvera.utils.formatting import count, size
 
 CARDS_GB = (6, 8, 12, 16, 24, 48, 80)

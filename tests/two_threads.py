@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.models.copy_stream import CopyStream
+from qvera.models.stream import CopyStream
 
 
 class _Event(threading.Event):

@@ -15,7 +15,7 @@ from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
-from qvera.models import linear, norm_mlp, rope
+from qvera.models import lean_layers, linear
 from qvera.models.model_config import head_size
 from qvera.models.structure import beside_the_layers
 from qvera.models.tokenizer import PLACED
@@ -93,8 +93,8 @@ class QveraModel(BaseTuner):
                 "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.files.save_load.load_adapter."
             )
         self._prepare_projection(model, config, adapter_name)
-        norm_mlp.reduce_saved_activations(model)
-        rope.fuse_rotation(model)
+        lean_layers.reduce_saved_activations(model)
+        lean_layers.fuse_rotation(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

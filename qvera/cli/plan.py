@@ -43,7 +43,7 @@ def plan(
     from qvera.config.load import load_recipe
     from qvera.distributed.zero_config import zero_config_of
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
-    from qvera.training.plan.show import print_plan
+    from qvera.training.plan.plan import print_plan
     from qvera.utils import accelerator
 
     quiet_libraries()

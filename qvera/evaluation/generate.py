@@ -19,8 +19,7 @@ from qvera.data import microbatches
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear, quantization
 from qvera.models.loader import causal_model, takes_prefix_once
-from qvera.models.positions import position_limit
-from qvera.models.structure import decoder_of
+from qvera.models.structure import decoder_of, position_limit
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.out_of_memory import each_in_halves

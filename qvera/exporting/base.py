@@ -18,8 +18,7 @@ from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, require_own_weights
-from qvera.models.packed_weights import PackedWeight, packed_weights, without_statistics
-from qvera.models.stored_names import as_named
+from qvera.models.stored_weights import PackedWeight, as_named, packed_weights, without_statistics
 from qvera.models.structure import beside_the_layers
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed

@@ -21,10 +21,10 @@ from qvera.exporting.stream import PackedBaseReader
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model
-from qvera.models.packed_weights import packed_weights, without_statistics
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.models.quantized_record import content_identity, problem_of, read_record, settings_of
 from qvera.models.safetensors_stream import CheckpointReader
+from qvera.models.stored_weights import packed_weights, without_statistics
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text, require_new_or_unfinished
 from qvera.utils.errors import InputError, Interrupted

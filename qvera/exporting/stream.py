@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
-from qvera.models import quantized_values
+from qvera.models import quantization
 from qvera.models.nf4 import BLOCK
-from qvera.models.packed_weights import PackedWeight
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
+from qvera.models.stored_weights import PackedWeight
 from qvera.utils.safetensors_io import TensorEntry
 
 
@@ -70,7 +70,7 @@ class TrainedBaseReader(CheckpointReader):
                 [absolute_maxima(rows.to(self.compute).t().contiguous() if transposed else rows) for rows in parts]
             )
             if self.section.double_quant:
-                absmax = quantized_values.double_quantized_absmax(absmax)
+                absmax = quantization.double_quantized_absmax(absmax)
         for block in self.read(descriptor, entry, whole=bool(transposed)):
             yield block._replace(absmax=absmax)
 
@@ -85,10 +85,10 @@ class TrainedBaseReader(CheckpointReader):
 
     def _dequantized(self, block: Block, weight: torch.Tensor) -> torch.Tensor:
         if block.absmax is None:
-            return quantized_values.quantize_dequantize(weight, self.section)
+            return quantization.quantize_dequantize(weight, self.section)
         at = block.first * weight.shape[1] // BLOCK
         absmax = block.absmax[at : at + -(-weight.numel() // BLOCK)]
-        return quantized_values.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
+        return quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
 
 
 class PackedBaseReader(CheckpointReader):

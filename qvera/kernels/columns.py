@@ -6,8 +6,7 @@ the result to something. The kernel is one, computes in fp32, and rounds once.
 
 import torch
 
-from qvera.kernels import operators
-from qvera.kernels.choice import use_kernels
+from qvera.kernels.choice import register, use_kernels
 from qvera.kernels.low_rank import row_blocks
 
 
@@ -66,18 +65,18 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 def _launch(
     x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    from qvera.kernels import triton_columns
+    from qvera.kernels import triton_kernels
 
     out = _fake(x, vectors, base, index, scale)
-    triton_columns.launch_scaled_columns(x, vectors, base, out, index, scale)
+    triton_kernels.launch_scaled_columns(x, vectors, base, out, index, scale)
     return out
 
 
 def _launch_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_columns
+    from qvera.kernels import triton_kernels
 
     grad_x = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    return grad_x, triton_columns.launch_scaled_columns_backward(g, x, vector, grad_x)
+    return grad_x, triton_kernels.launch_scaled_columns_backward(g, x, vector, grad_x)
 
 
 def _fake_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,5 +89,5 @@ def _fake(
     return torch.empty(x.shape, dtype=(x if base is None else base).dtype, device=x.device)
 
 
-_scaled_columns = operators.register("scaled_columns", _launch, _fake)
-_backward = operators.register("scaled_columns_backward", _launch_backward, _fake_backward, launches=2)
+_scaled_columns = register("scaled_columns", _launch, _fake)
+_backward = register("scaled_columns_backward", _launch_backward, _fake_backward, launches=2)

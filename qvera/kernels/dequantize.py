@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qvera.kernels.choice import use_kernels
-from qvera.kernels.operators import register
+from qvera.kernels.choice import register, use_kernels
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -35,21 +34,6 @@ def plain_dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tens
     return (codes * scale.repeat_interleave(state.blocksize)[:count]).to(state.dtype).view(state.shape)
 
 
-def _fake(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return packed.new_empty(shape, dtype=dtype)
-
-
 def _launch(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -62,14 +46,16 @@ def _launch(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    from qvera.kernels import triton_dequantize
+    from qvera.kernels import triton_kernels
 
     weight, nested = packed.new_empty(shape, dtype=dtype), (nested_absmax, nested_code, offset)
-    triton_dequantize.launch_dequantize_4bit(packed, absmax, code, *nested, blocksize, nested_blocksize, weight)
+    triton_kernels.launch_dequantize_4bit(packed, absmax, code, *nested, blocksize, nested_blocksize, weight)
     return weight
 
 
-_dequantize_4bit = register("dequantize_4bit", _launch, _fake)
+_dequantize_4bit = register(
+    "dequantize_4bit", _launch, lambda packed, *rest: packed.new_empty(rest[-2], dtype=rest[-1])
+)
 
 
 def dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor | None:

@@ -11,8 +11,7 @@ inside a `torch.autograd.Function`, or without gradients.
 import torch
 import torch.nn.functional as F
 
-from qvera.kernels.choice import use_kernels
-from qvera.kernels.operators import register
+from qvera.kernels.choice import register, use_kernels
 
 
 def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,50 +61,36 @@ def _empty_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[
 
 
 def _launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_elementwise
+    from qvera.kernels import triton_kernels
 
     y, factor = _empty_rms_norm(x, weight, eps)
-    triton_elementwise.launch_rms_norm(x.contiguous(), weight, y, factor, eps)
+    triton_kernels.launch_rms_norm(x.contiguous(), weight, y, factor, eps)
     return y, factor
-
-
-def _empty_rms_norm_backward(
-    g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
 
 
 def _launch_rms_norm_backward(
     g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    from qvera.kernels import triton_elementwise
+    from qvera.kernels import triton_kernels
 
-    grad = _empty_rms_norm_backward(g, x, factor, weight)
-    triton_elementwise.launch_rms_norm_backward(g.contiguous(), x.contiguous(), factor, weight, grad)
+    grad = x.new_empty(x.shape)
+    triton_kernels.launch_rms_norm_backward(g.contiguous(), x.contiguous(), factor, weight, grad)
     return grad
 
 
-def _empty_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    return a.new_empty(a.shape)
-
-
 def _launch_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    from qvera.kernels import triton_elementwise
+    from qvera.kernels import triton_kernels
 
-    y = _empty_swiglu(a, c)
-    triton_elementwise.launch_swiglu(a.contiguous(), c.contiguous(), y)
+    y = a.new_empty(a.shape)
+    triton_kernels.launch_swiglu(a.contiguous(), c.contiguous(), y)
     return y
 
 
-def _empty_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return a.new_empty(a.shape), c.new_empty(c.shape)
-
-
 def _launch_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_elementwise
+    from qvera.kernels import triton_kernels
 
-    grad_a, grad_c = _empty_swiglu_backward(g, a, c)
-    triton_elementwise.launch_swiglu_backward(g.contiguous(), a.contiguous(), c.contiguous(), grad_a, grad_c)
+    grad_a, grad_c = a.new_empty(a.shape), c.new_empty(c.shape)
+    triton_kernels.launch_swiglu_backward(g.contiguous(), a.contiguous(), c.contiguous(), grad_a, grad_c)
     return grad_a, grad_c
 
 
@@ -119,17 +104,19 @@ def _empty_rope(
 def _launch_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_elementwise
+    from qvera.kernels import triton_kernels
 
     q_out, k_out = _empty_rope(q, k, cos, sin, backward)
-    triton_elementwise.launch_rope(q, k, cos, sin, q_out, k_out, backward)
+    triton_kernels.launch_rope(q, k, cos, sin, q_out, k_out, backward)
     return q_out, k_out
 
 
 _rms_norm = register("rms_norm", _launch_rms_norm, _empty_rms_norm)
-_rms_norm_backward = register("rms_norm_backward", _launch_rms_norm_backward, _empty_rms_norm_backward)
-_swiglu = register("swiglu", _launch_swiglu, _empty_swiglu)
-_swiglu_backward = register("swiglu_backward", _launch_swiglu_backward, _empty_swiglu_backward)
+_rms_norm_backward = register("rms_norm_backward", _launch_rms_norm_backward, lambda g, x, *rest: x.new_empty(x.shape))
+_swiglu = register("swiglu", _launch_swiglu, lambda a, c: a.new_empty(a.shape))
+_swiglu_backward = register(
+    "swiglu_backward", _launch_swiglu_backward, lambda g, a, c: (a.new_empty(a.shape), c.new_empty(c.shape))
+)
 _rope = register("rope", _launch_rope, _empty_rope)
 
 

@@ -9,8 +9,7 @@ on its way.
 
 import torch
 
-from qvera.kernels import operators
-from qvera.kernels.choice import use_kernels
+from qvera.kernels.choice import register, use_kernels
 
 BLOCK_ELEMENTS = 2**19
 """What elementwise passes over [m, r] take at a time on a CPU: 2 MB in fp32 stay in its cache. At 11008 x 1024 that is
@@ -112,10 +111,10 @@ def _by_kernel(
 def _launch_combined(
     B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    from qvera.kernels import triton_low_rank
+    from qvera.kernels import triton_kernels
 
     C = _fake_combined(B, d, b, scale, dtype)
-    triton_low_rank.launch_combined(B, d, b, C, scale)
+    triton_kernels.launch_combined(B, d, b, C, scale)
     return C
 
 
@@ -132,10 +131,10 @@ def _launch_gradients(
     c_scale: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_low_rank
+    from qvera.kernels import triton_kernels
 
     _, grad_b, C = _fake_gradients(M, B, d, b, scale, c_scale, dtype)
-    grad_d = triton_low_rank.launch_gradients(M, B, d, b, grad_b, scale, c_scale, C)
+    grad_d = triton_kernels.launch_gradients(M, B, d, b, grad_b, scale, c_scale, C)
     return grad_d, grad_b, C
 
 
@@ -164,6 +163,6 @@ def _fake_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
 
 
-_combined = operators.register("combined", _launch_combined, _fake_combined)
-_gradients = operators.register("vector_gradients", _launch_gradients, _fake_gradients, launches=2)
-_wide_product = operators.register("wide_product", _launch_wide_product, _fake_wide_product)
+_combined = register("combined", _launch_combined, _fake_combined)
+_gradients = register("vector_gradients", _launch_gradients, _fake_gradients, launches=2)
+_wide_product = register("wide_product", _launch_wide_product, _fake_wide_product)

@@ -23,8 +23,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qvera.models.copy_stream import CopyStream, PinnedChunks, pairs
-from qvera.models.norm_mlp import tile_mlps
+from qvera.models.lean_layers import tile_mlps
+from qvera.models.stream import CopyStream, PinnedChunks, pairs
 from qvera.utils import accelerator
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from qvera.distributed.zero_params import whole_numel
 from qvera.models import attention, linear, quantization, quantized_cache, stream
 from qvera.models.hub import base_directory
 from qvera.models.loss import require_own_logits
-from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
+from qvera.models.mmap import NotMappable, load_mapped
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, load_config, require_own_weights
 from qvera.models.processor import load_processor
 from qvera.models.quantize_checkpoint import NotPlain
-from qvera.models.stored_names import as_named
+from qvera.models.stored_weights import as_named
 from qvera.models.structure import decoder_of, expert_weights
 from qvera.models.tokenizer import ids_of, place_token_rows
 from qvera.utils import accelerator
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qvera.data.rows import Joined
+    from qvera.distributed.zero_params import BaseSharder
 
 
 @dataclasses.dataclass
@@ -75,7 +76,7 @@ def load_base(
     section: ModelSection,
     device: torch.device | None = None,
     progress: StageProgress | None = None,
-    sharder: WeightSharder | None = None,
+    sharder: BaseSharder | None = None,
     model_class: ModelClass = CAUSAL_LM,
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
@@ -174,7 +175,7 @@ def _load_mapped(
     dtype: torch.dtype,
     device: torch.device,
     progress: StageProgress | None,
-    sharder: WeightSharder | None,
+    sharder: BaseSharder | None,
     model_class: ModelClass,
 ) -> PreTrainedModel | None:
     """The model from its mapped 4-bit file, written now if there is none yet; None: transformers has to load it."""
@@ -339,7 +340,7 @@ def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
 
 
 def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether rows of this model's batches may share what they begin with (`qvera.data.collate_prefix_once`)."""
+    """Whether rows of this model's batches may share what they begin with (`qvera.data.rows_prefix_once`)."""
     return rows_joined(model, prefix_once=True, packing=False) is not None
 
 

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from qvera.models import linear, quantization
 from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import first_of
@@ -30,22 +31,14 @@ from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_STATE = ".quant_state.bitsandbytes__"
+    from qvera.distributed.zero_params import BaseSharder
+
+_STATE = f".{quantization.STATE_KEY}"
 _BIG = (nn.Embedding, nn.Linear)
 """Modules whose dense weights are large: they stay as stored, and ZeRO-3 shards them like the packed ones."""
 _TABLE_NUMEL = 2**22
 """Embeddings of fewer weights, such as those of positions, are cast: DeBERTa reads such a weight without a call."""
 _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
-
-
-class WeightSharder(Protocol):
-    """Takes weights as they are read and keeps this rank's shard (`qvera.distributed.zero_params.BaseSharder`)."""
-
-    def expect(self, weight_numel: int, weights: int) -> None:
-        """Called first: elements of the largest weight in a layer, and the number of weights in a layer."""
-
-    def __call__(self, weight: nn.Parameter, table: bool) -> None:
-        """Replace a weight's data by this rank's share; ``table``: it is the embedding or the head."""
 
 
 class NotMappable(Exception):
@@ -59,7 +52,7 @@ def load_mapped(
     device: torch.device,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    sharder: WeightSharder | None = None,
+    sharder: BaseSharder | None = None,
     layers_in_ram: bool = False,
     model_class: ModelClass = CAUSAL_LM,
 ) -> PreTrainedModel:
@@ -91,26 +84,28 @@ def load_mapped(
     heads = tuple(f"{name}." for name in model_class.head_modules(model))
     wanted = model_class.stored_names(entries, model)
     wanted = wanted if keeps_head else {name for name in wanted if not name.startswith(heads)}
-    packed, plain = _sorted_by_kind({name: entry for name, entry in entries.items() if name in wanted})
-    _check_names(model, packed, plain)
+    packed, plain = _sorted_by_kind(model, {name: entry for name, entry in entries.items() if name in wanted})
     dense = set() if sharder is None else _weights_to_shard(model, config, plain)
     kept = _names_in_layers(model, packed) if layers_in_ram else set()
     if sharder is not None:
-        _announce(sharder, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
+        _announce(sharder, model, [entries[name] for name in (*packed, *dense)])
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     with contextlib.ExitStack() as stack:
         # each tensor keeps the mapping alive, so the handles may close
         paths = dict.fromkeys(entry.file for entry in entries.values())
         files = {path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in paths}
-        for name, statistics in packed.items():
-            tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
+        for name, weight in packed.items():
+            data = files[weight.packed.file].get_tensor(name)
+            statistics = {e.name: files[e.file].get_tensor(e.name) for e in weight.statistics.values()}
             if sharder is not None:  # never into the pages of a mapping, which outlive the weight
-                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].clone()
-            home = torch.device("cpu") if name in kept else device
-            _put_four_bit(model, name, tensors, dtype, home, entries[f"{name}.weight"].file)
+                data = data.clone()
+            home, path = torch.device("cpu") if name in kept else device, name.removesuffix(".weight")
+            dense_layer = cast(nn.Linear, model.get_submodule(path))  # `_sorted_by_kind` has looked
+            layer = quantization.prequantized_linear(dense_layer, data, statistics, dtype, home)
+            model.set_submodule(path, layer)
+            del data
             if sharder is not None:
-                del tensors
-                sharder(model.get_submodule(name).weight, table=False)
+                sharder(layer.weight, table=False)
         for name in plain:
             tensor = files[entries[name].file].get_tensor(name)
             _put_plain(model, name, tensor.clone() if name in dense else tensor, dtype, device, entries[name].file)
@@ -147,7 +142,7 @@ def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: l
     return names & set(plain)
 
 
-def _announce(sharder: WeightSharder, model: PreTrainedModel, weights: list[TensorEntry]) -> None:
+def _announce(sharder: BaseSharder, model: PreTrainedModel, weights: list[TensorEntry]) -> None:
     """Tell what is going to be sharded in the layers; the tables at both ends are not in any."""
     names = {module: name for name, module in model.named_modules()}
     layers = [f"{names[layer]}." for layer in decoder_layers(decoder_of(model))]
@@ -155,47 +150,21 @@ def _announce(sharder: WeightSharder, model: PreTrainedModel, weights: list[Tens
     sharder.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
 
 
-def _sorted_by_kind(entries: dict[str, TensorEntry]) -> tuple[dict[str, list[TensorEntry]], list[str]]:
-    """4-bit layers (module name → its tensors in the file), and the names of all other tensors."""
-    packed: dict[str, list[TensorEntry]] = {}
-    for name in entries:
-        if _STATE in name:
-            packed[name.split(f".weight{_STATE}")[0]] = []
-    plain = []
-    for name, entry in entries.items():
-        module = name.rpartition(".weight")[0]
-        if module in packed and name != f"{module}.bias":
-            packed[module].append(entry)
-        elif not name.endswith(_IGNORED):
-            plain.append(name)
-    return packed, plain
-
-
-def _check_names(model: nn.Module, packed: dict[str, list[TensorEntry]], plain: list[str]) -> None:
+def _sorted_by_kind(
+    model: PreTrainedModel, entries: dict[str, TensorEntry]
+) -> tuple[dict[str, PackedWeight], list[str]]:
+    """The 4-bit weights among the tensors of a checkpoint, by name, and the names of all that is dense."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in packed if type(modules.get(name)) is not nn.Linear]
-    unknown += [name for name in plain if name not in parameters]
+    four_bit = {name.partition(_STATE)[0] for name in entries if _STATE in name}
+    unknown = [name for name in four_bit if type(modules.get(name.removesuffix(".weight"))) is not nn.Linear]
+    if not unknown:
+        packed = packed_weights(list(entries.values()), model)
+        dense = [entry.name for entry in without_statistics(list(entries.values()), packed)]
+        plain = [name for name in dense if name not in packed and not name.endswith(_IGNORED)]
+        unknown = [name for name in plain if name not in parameters]
     if unknown:
         raise NotMappable(f"{type(model).__name__} has no {first_of(unknown)}")
-
-
-def _put_four_bit(
-    model: nn.Module, name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, file: Path
-) -> None:
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    dense = parent.get_submodule(child)
-    assert isinstance(dense, nn.Linear)  # _check_names has looked
-    data = tensors.pop(f"{name}.weight")
-    layer = quantization.prequantized_linear(dense, data, tensors, dtype, device)
-    found = tuple(layer.weight.quant_state.shape)
-    expected = dense.out_features, dense.in_features
-    if found != expected or data.numel() * data.element_size() * 2 != expected[0] * expected[1]:
-        raise InputError(
-            f"{file}: {name}.weight is stored as {list(found)} in {data.numel() * data.element_size():,} packed "
-            f"bytes; the model's config.json says {list(expected)}. One of the two belongs to another model."
-        )
-    setattr(parent, child, layer)
+    return packed, plain
 
 
 def _put_plain(

@@ -24,7 +24,7 @@ from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.quantized_record import RECORD, content_identity, settings_of
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
-from qvera.models.stored_names import as_named
+from qvera.models.stored_weights import as_named
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.cache_dir import StageProgress

@@ -1,11 +1,14 @@
-"""Parts of a model that are found by what they are: its decoder, its layers, routers, and stacked experts."""
+"""Parts of a model found by what they are: decoder, layers, routers, stacked experts, learned tables of positions."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import numpy as np
 from torch import nn
+
+from qvera.utils.errors import InputError
 
 _ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
 _GATES = ("gate", "shared_expert_gate")
@@ -86,3 +89,39 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _holds_experts(model: nn.Module, name: str) -> bool:
     return "experts" in name.split(".") or "Experts" in type(model.get_submodule(name)).__name__
+
+
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The most tokens of a row; None for a model that computes its positions (RoPE, ALiBi).
+
+    Of a model that takes images too the table of its text counts, which is in its decoder.
+    """
+    of_peft: Any = getattr(model, "get_base_model", None)
+    inner: Any = model if of_peft is None else of_peft()
+    backbone: nn.Module = inner if inner.get_output_embeddings() is None else decoder_of(inner)
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            # OPT begins at its offset, RoBERTa behind the padding's position
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - int(getattr(module, "offset", unused))
+    return None
+
+
+def require_positions(model: nn.Module, lengths: np.ndarray) -> None:
+    """Refuse rows that the model has no positions for.
+
+    Args:
+        lengths: tokens of each row.
+
+    Raises:
+        InputError: one is longer than `position_limit`.
+    """
+    limit = position_limit(model)
+    if limit is not None and len(lengths) and lengths.max() > limit:
+        raise InputError(
+            f"data.max_length: a row has {lengths.max():,} tokens, and the model has positions for {limit:,}. Set it "
+            f"to {limit} or less."
+        )

@@ -19,7 +19,7 @@ from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, op
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import require_held_out_rows
 from qvera.evaluation.report.read import inputs_sha256
-from qvera.models.positions import require_positions
+from qvera.models.structure import require_positions
 from qvera.tasks import TASKS, classification_of, task_of
 from qvera.tasks.classification import label_scores, predictions
 from qvera.utils import accelerator, memory

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.distributed.group import Group, for_all
 from qvera.training.plan import Plan, make_plan
-from qvera.training.plan.changes import changed
-from qvera.training.plan.show import change_lines
+from qvera.training.plan.plan import change_lines
+from qvera.training.plan.run import changed
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import size

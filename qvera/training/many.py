@@ -27,7 +27,7 @@ from qvera.training.failures import step_error
 from qvera.training.logging import MetricsLog
 from qvera.training.loop import BankLoop, Records, Step
 from qvera.training.optim import BankAdamW
-from qvera.training.plan.bank import wanted_slots
+from qvera.training.plan.decisions import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
 from qvera.training.run import Run
 from qvera.training.run_dir import adapter_result, add_results, begun_run, without_rows, write_run

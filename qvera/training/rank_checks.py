@@ -13,8 +13,7 @@ from qvera.data import Datasets, data_sha256
 from qvera.distributed.group import Group, for_all
 from qvera.models.loader import fingerprint_of
 from qvera.training.plan import Plan
-from qvera.training.plan.plan import REFUSED_ABOVE
-from qvera.training.plan.show import change_lines
+from qvera.training.plan.plan import REFUSED_ABOVE, change_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
 from qvera.utils.files import existing_parent

@@ -42,8 +42,8 @@ from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype, require_packing, rows_joined
-from qvera.models.positions import require_positions
 from qvera.models.processor import load_processor
+from qvera.models.structure import require_positions
 from qvera.tasks import task_of
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
@@ -51,10 +51,10 @@ from qvera.training.failures import longest_batch_error
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import build_optimizer, build_scaler, require_all_stepped
 from qvera.training.plan import Plan, Sharing, longest_rows, make_plan, planned_steps
-from qvera.training.plan.checkpointing import mode_word, with_mode
-from qvera.training.plan.shape import NotPlannable
-from qvera.training.plan.sharding import spread_of
-from qvera.training.plan.show import run_lines
+from qvera.training.plan.decisions import mode_word
+from qvera.training.plan.memory import spread_of
+from qvera.training.plan.plan import run_lines
+from qvera.training.plan.run import NotPlannable, changed
 from qvera.training.rank_checks import check_disk_space, check_memory, check_same_data, check_same_setup, count_nodes
 from qvera.training.run_dir import inputs_of
 from qvera.utils import accelerator, memory
@@ -293,7 +293,7 @@ class TrainingSession(AloneLoop):
             # ranks with less memory decide for all
             self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
             if self.checkpointing != plan.checkpointing:
-                recipe = with_mode(recipe, self.checkpointing)
+                recipe = changed(recipe, {"training.gradient_checkpointing": self.checkpointing})
                 plan = make_plan(recipe, self.device, data.train, sharing, **about)
         except NotPlannable as error:
             self.warn(f"No plan: {error}")

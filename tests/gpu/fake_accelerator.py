@@ -20,7 +20,7 @@ The backend can't be unregistered, so it has to be used in a process of its own.
 
 Kernels of one layer: forward is `qvera.models.forward.batch_nll`, backward ``session.engine.backward``; what one
 layer takes is the difference between a model of two layers and one of one (`per_layer`). A custom operator counts as one
-launch, unless `qvera.kernels.operators.LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
+launch, unless `qvera.kernels.choice.LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
 (a 70B takes some 20 s of one core), or of few layers where a figure is linear; ``session.base_bytes`` is what is alive once the base
 and the adapter are loaded. For anything but a training step, call the real functions with ``session.model``, or with
 `FakeAccelerator.model` (a base without an adapter), inside `record`.
@@ -67,7 +67,7 @@ from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
 from qvera.kernels import choice
-from qvera.kernels.operators import LAUNCHES
+from qvera.kernels.choice import LAUNCHES
 from qvera.models import attention, forward, linear, loss
 from qvera.models.loader import Base
 from qvera.training.optim import build_schedule

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.models import quantization, stream
-from qvera.models.copy_stream import CopyStream
 from qvera.models.forward import hidden_states, make_batch
 from qvera.models.quantization import Linear4bit
+from qvera.models.stream import CopyStream
 from qvera.models.structure import decoder_layers
 from tests.gpu.fake_accelerator import FakeAccelerator
 from tests.gpu.own_process import measured

@@ -124,7 +124,7 @@ def columns(dtype: str) -> list[dict[str, Any]]:
 
 
 KERNELS = [
-    {"module": f"qvera.kernels.triton_{kernels.__name__}", **kernel}
+    {"module": "qvera.kernels.triton_kernels", **kernel}
     for kernels in (low_rank, columns, elementwise, dequantize)
     for dtype in ("bf16", "fp16")
     for kernel in kernels(dtype)

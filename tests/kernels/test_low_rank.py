@@ -11,8 +11,8 @@ import torch
 
 from qvera.adapters.products.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
-from qvera.kernels import columns, low_rank, operators
-from qvera.kernels.operators import LAUNCHES
+from qvera.kernels import choice, columns, low_rank
+from qvera.kernels.choice import LAUNCHES
 from tests.adapters.helpers import TOLERANCE, parts, relative, rounded, textbook
 from tests.kernels.conftest import Calls
 
@@ -133,7 +133,7 @@ def test_fp16_keeps_what_small_vectors_change(
 def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device, and a model may be divided over several cards."""
     used: list[torch.device] = []
-    monkeypatch.setattr(operators.accelerator, "in_use", lambda device: used.append(device) or nullcontext())
+    monkeypatch.setattr(choice.accelerator, "in_use", lambda device: used.append(device) or nullcontext())
     B = torch.randn(5, 4)
     C = low_rank._combined(B, torch.ones(4), torch.ones(1, 5), 2.0, torch.float32)
     assert torch.equal(C, 2 * B)

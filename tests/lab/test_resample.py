@@ -22,7 +22,7 @@ from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.lab.resample import Resample, phase_count
 from qvera.training.plan import make_plan
-from qvera.training.plan.show import print_plan
+from qvera.training.plan.plan import print_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative

@@ -18,7 +18,7 @@ from transformers import Gemma3Config
 from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import INPUTS_ON_DEVICE, draws_random_numbers, enable_checkpointing, offload_inputs
-from qvera.models.copy_stream import PinnedChunks
+from qvera.models.stream import PinnedChunks
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
 

@@ -27,7 +27,7 @@ from qvera.models import forward
 from qvera.training.failures import step_error
 from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
-from qvera.training.plan.changes import changed
+from qvera.training.plan.run import changed
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory

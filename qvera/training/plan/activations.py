@@ -2,9 +2,8 @@
 
 Read off the code that runs: `qvera.models.linear` (keeps the module and nothing else),
 `qvera.adapters.products.functional` (keeps z), `qvera.adapters.products.fused` (keeps z or x),
-`qvera.models.norm_mlp`, and transformers' Llama layer.
-tests/training/plan/test_activations.py counts the same with ``torch.autograd.graph.saved_tensors_hooks``. Notation: T
-tokens of the batch in all, S tokens a row.
+`qvera.models.lean_layers`, and transformers' Llama layer. tests/training/plan/test_activations.py counts the same with
+``torch.autograd.graph.saved_tensors_hooks``, and tests/gpu/test_plan.py on a fake accelerator. T: tokens of the batch.
 """
 
 from collections.abc import Sequence
@@ -18,12 +17,10 @@ from qvera.adapters.products.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
-from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.models.linear import BLOCK_WEIGHTS
+from qvera.models.stream import CHUNK_BYTES
 from qvera.models.tiled_mlp import TILED_ABOVE_TOKENS, tile_tokens
-from qvera.training.plan.bank import row_bytes, row_product_bytes
-from qvera.training.plan.run import PlannedRun
-from qvera.training.plan.shape import Linear
+from qvera.training.plan.run import Linear, PlannedRun
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 RANDOM_STATE_BYTES = 5056  # of torch's CPU generator
@@ -51,22 +48,17 @@ def goes_by_tiles(run: PlannedRun) -> bool:
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
 
 
-def _one_tile(run: PlannedRun) -> PlannedRun:
-    tokens = tile_tokens(run.batch.all_tokens)
-    return replace(run, batch=replace(run.batch, rows=1, tokens=tokens, keys=0))
-
-
 def input_bytes(run: PlannedRun) -> int:
     """What checkpointed layers keep on the device: their inputs, and random state where they drop elements."""
     layers = run.shape.layers
-    inputs = INPUTS_ON_DEVICE if run.checkpointing == "offload" else layers
+    inputs = min(INPUTS_ON_DEVICE, layers) if run.checkpointing == "offload" else layers
     # a dropout in the model's config counts as well, but a shape does not hold it
     random = layers * RANDOM_STATE_BYTES if run.recipe.adapter.dropout else 0
-    return min(inputs, layers) * run.batch.all_tokens * run.shape.hidden * run.itemsize + random
+    return inputs * run.batch.all_tokens * run.shape.hidden * run.itemsize + random
 
 
 def offloaded_bytes(run: PlannedRun) -> int:
-    """Pinned RAM that the inputs of checkpointed layers take where they are offloaded (`qvera.models.copy_stream`)."""
+    """Pinned RAM that the inputs of checkpointed layers take where they are offloaded (`qvera.models.stream`)."""
     if run.checkpointing != "offload":
         return 0
     one = run.batch.all_tokens * run.shape.hidden * run.itemsize
@@ -83,7 +75,7 @@ def product_shapes(run: PlannedRun) -> int:
 
 
 def norm_bytes(run: PlannedRun) -> int:
-    """An RMS norm keeps its input and one factor a token in fp32 (`qvera.models.norm_mlp`)."""
+    """An RMS norm keeps its input and one factor a token in fp32 (`qvera.models.lean_layers`)."""
     return run.batch.all_tokens * (run.shape.hidden * run.itemsize + 4)
 
 
@@ -127,25 +119,18 @@ def _group_kept_bytes(run: PlannedRun) -> int:
     return kept + sum(places * s.heads * (s.head_dim * size + 4) for places, size in sizes)
 
 
-def _group_moment_bytes(run: PlannedRun) -> int:
-    """Backward through the groups: the padded gradients of all, twice, and of one group in its own dtype."""
-    s, sizes = run.shape, _group_sizes(run)
-    heads, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    places = sum(places for places, _ in sizes)
-    return places * (heads + 2 * (heads + 2 * kv)) * run.itemsize + max(p * 2 * (heads + kv) * n for p, n in sizes)
-
-
 def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
-    """Z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
+    """Z of each input that low-rank paths read (shared by its readers), x where `fused.keeps_input`."""
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     attention_keeps = run.attention != "eager" and not _by_groups(run)  # its output, which o_proj reads
-    held: dict[tuple[str, str], int] = {}
+    held: dict[tuple[str, str], int] = {}  # by what it is of, so that what is shared counts once
     for x in linears:
         if x.name not in run.adapted_names:
             continue
         source = _INPUTS.get(x.role, x.name)
-        if run.mixes_rows:
-            held[x.name, "vectors of each row"] = row_bytes(run, x)
+        if run.mixes_rows:  # vectors of each adapter of the pass, in fp32 (`qvera.adapters.products`)
+            numbers = run.rank + section.b_groups * x.m + (x.n if section.input_scale else 0)
+            held[x.name, "vectors"] = 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * numbers
         trains_A = run.method.source is Source.TRAINED
         reads_x = run.keeps_input(x) or trains_A or (section.input_scale and not section.dropout)
         if run.sampled_tokens is not None:  # rows of its own, with a number and a weight each
@@ -169,60 +154,45 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
     return sum(held.values())
 
 
-def weight_bytes(run: PlannedRun, x: Linear) -> int:
-    """The most that reading the weight W [m, n] takes: itself or a block of it in the compute dtype, and its scales."""
-    if not run.is_quantized(x):
-        return 0
-    numbers, size, T = x.n * x.m, run.itemsize, run.batch.all_tokens
-    if run.goes_by_blocks(x):
-        added_up = T * x.n * (4 + size) if size < 4 else 0  # g W in fp32, and one block's part of it
-        return BLOCK_WEIGHTS * size + added_up + numbers // 16
-    return numbers * size + numbers // 16
-
-
-def product_bytes(run: PlannedRun, x: Linear) -> int:
+def _product_bytes(run: PlannedRun, x: Linear) -> int:
     """The most that the weights of one linear's products take for the moment: W, C = diag(b) B diag(d), W + ΔW, M."""
-    read, size, section = weight_bytes(run, x), run.itemsize, run.recipe.adapter
+    section, size, T, numbers = run.recipe.adapter, run.itemsize, run.batch.all_tokens, x.n * x.m
+    read = 0
+    if run.goes_by_blocks(x):  # a block of W; g W in fp32, and one block's part of it
+        read = BLOCK_WEIGHTS * size + (T * x.n * (4 + size) if size < 4 else 0) + numbers // 16
+    elif run.is_quantized(x):  # W, and its scales
+        read = numbers * size + numbers // 16
     if x.name not in run.adapted_names:
         return read
-    if run.mixes_rows:
-        return read + row_product_bytes(run, x)
-    pair = x.m * run.rank_at(x)
+    if run.mixes_rows:  # z scaled, u, and in fp32 what is added up
+        return read + T * (x.m * (size + 4) + 2 * run.rank * size)
     if not run.has_vectors(x):
         return read + run.method_bytes(x).working
+    pair, side, z = x.m * run.rank_at(x), run.rank * x.n, T * run.rank * size
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
-    if run.is_summed(x):
-        building = x.n * x.m * size + combining
-        adding = x.n * x.m * size + pair * size
-        gradient = (x.n * x.m * size if run.keeps_input(x) else 0) + pair * size
-        if section.input_scale:
-            # A diag(a); then z or M's blocks; then C, N, and z's gradient or A and its product with N in fp32
-            side, z = run.rank * x.n, run.batch.all_tokens * run.rank * size
-            gradient += side * size + max(z, block, (pair + side) * size + max(z, side * 8))
-        else:
-            gradient += block
-        return max(read, building, adding, gradient)
-    gradient = pair * size + block + (block if size < 4 else 0)
-    if few_tokens(run.batch.all_tokens, torch.empty(x.m, run.rank, device="meta"), section.b_groups):
-        combining = run.batch.all_tokens * (x.m * min(section.b_groups, 2) + run.rank) * size
+    if run.is_summed(x):  # W + ΔW while C is made; with an a, gᵀ x beside C, M, A diag(a), N, and z's gradient or A N
+        scaling = 2 * (pair + side) * size + max(z, 8 * side) if section.input_scale else 0
+        return max(read, numbers * size + max(combining, scaling))
+    if few_tokens(T, torch.empty(x.m, run.rank, device="meta"), section.b_groups):
+        combining = T * (x.m * min(section.b_groups, 2) + run.rank) * size
     # where rows are scaled: beside the gradient of the output, that of what is scaled
-    flowing = run.batch.all_tokens * x.m * size if run.method.change is Change.SCALED else 0
-    return max(read, gradient, combining) + flowing
+    flowing = T * x.m * size if run.method.change is Change.SCALED else 0
+    return max(read, pair * size + (2 if size < 4 else 1) * block, combining) + flowing
 
 
 def transient_bytes(run: PlannedRun) -> int:
     """The most that exists beside what is kept while backward goes through one layer: gradients and weights.
 
-    Every moment is that of one kernel, with all that is alive then. tests/gpu/test_plan.py compares them with the real
-    code on a fake accelerator.
+    Every moment is that of one kernel, with all that is alive then.
     """
     T, size = run.batch.all_tokens, run.itemsize
     g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
     if goes_by_tiles(run):
-        tile, mlp = _one_tile(run), [x for x in run.layer if x.role in _MLP]
-        kept = 2 * tile.batch.all_tokens * run.shape.ff * size + _adapter_bytes(tile, mlp)  # by a tile's own graph
+        tile = replace(run, batch=replace(run.batch, rows=1, tokens=tile_tokens(T), keys=0))
+        kept = 2 * tile.batch.all_tokens * run.shape.ff * size  # by a tile's own graph
+        kept += _adapter_bytes(tile, [x for x in run.layer if x.role in _MLP])
         # beside a tile are the gradients of the MLP's output and input; what it kept is its input
         in_mlp, of_mlp = 2 * g + kept + max(_mlp_moments(tile)), g
     else:
@@ -235,38 +205,37 @@ def transient_bytes(run: PlannedRun) -> int:
 
 def _mlp_moments(run: PlannedRun) -> list[int]:
     """Bytes while backward goes through the MLP. ``g`` is the gradient of the residual stream."""
-    T, size, z = run.batch.all_tokens, run.itemsize, _z_bytes(run)
+    T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
     g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
-    down = z.get("down_proj", 0)
-    flowing = {
-        "down_proj": g + _input_gradients(run, "down_proj") * wide - down,
-        # the gradients of gate and up have taken the place of what the MLP kept
-        **dict.fromkeys(("gate_proj", "up_proj"), 2 * g - down),
-    }
-    inside = [x for x in run.layer if x.role in _MLP]
-    return [g + 3 * wide - down, *(product_bytes(run, x) + flowing[x.role] for x in inside)]
+    # the gradients of gate and up have taken the place of what the MLP kept
+    flowing = {"down_proj": g + _input_gradients(run, "down_proj") * wide, "gate_proj": 2 * g, "up_proj": 2 * g}
+    inside = [_product_bytes(run, x) + flowing[x.role] - down for x in run.layer if x.role in _MLP]
+    return [g + 3 * wide - down, *inside]
 
 
 def _attention_moments(run: PlannedRun) -> list[int]:
     """Bytes while backward goes through the attention (and all that is not the MLP)."""
-    s, T, size = run.shape, run.batch.all_tokens, run.itemsize
-    g = T * s.hidden * size
+    s, b, T, size = run.shape, run.batch, run.batch.all_tokens, run.itemsize
+    g, gone = T * s.hidden * size, _z_bytes(run).get("o_proj", 0)
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
-    gone = _z_bytes(run).get("o_proj", 0)
     flowing = {
         "o_proj": g + _input_gradients(run, "o_proj") * heads,
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone),
     }
-    moments = [product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role not in _MLP]
-    if run.batch.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
-        copied = run.batch.keys * s.kv_heads * s.head_dim * size
-        moments.append(2 * g + 2 * heads + 3 * copied + kv)
+    moments = [_product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role not in _MLP]
+    if b.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
+        moments.append(2 * g + 2 * heads + 3 * b.keys * s.kv_heads * s.head_dim * size + kv)
     if run.attention == "eager":
-        moments.append(2 * g + 2 * heads + 2 * run.batch.rows * s.heads * run.batch.tokens**2 * 4)
-    else:
-        workspace = _group_moment_bytes(run) if _by_groups(run) else _attention_workspace(run)
-        moments.append(g + 2 * heads + 2 * kv + workspace - gone)
-    return moments
+        return [*moments, 2 * g + 2 * heads + 2 * b.rows * s.heads * b.tokens**2 * 4]
+    workspace = 0
+    if _by_groups(run):  # the padded gradients of all, twice, and of one group in its own dtype
+        sizes, each, kv_each = _group_sizes(run), s.heads * s.head_dim, s.kv_heads * s.head_dim
+        workspace = sum(places for places, _ in sizes) * (3 * each + 4 * kv_each) * size
+        workspace += max(places * 2 * (each + kv_each) * itemsize for places, itemsize in sizes)
+    elif run.machine.on_gpu:  # flash attention: ∂q in fp32, and with grouped keys ∂k and ∂v of every head
+        # read in torch's source (``mha_bwd`` in flash_api.cpp)
+        workspace = 4 * T * s.heads * (s.head_dim + 1) + (2 * heads if s.kv_heads < s.heads else 0)
+    return [*moments, g + 2 * heads + 2 * kv + workspace - gone]
 
 
 def _z_bytes(run: PlannedRun) -> dict[str, int]:
@@ -279,15 +248,3 @@ def _input_gradients(run: PlannedRun, role: str) -> int:
     """How many gradients of one linear's input there are at a time: of W, and of A where it has a path of its own."""
     own = (x for x in run.layer if x.role == role and x.name in run.adapted_names)
     return 1 + any(not run.is_summed(x) and not run.is_one_node for x in own)
-
-
-def _attention_workspace(run: PlannedRun) -> int:
-    """What flash attention's backward allocates on a GPU: ∂q in fp32, and with grouped keys ∂k and ∂v of every head.
-
-    Read in torch's source (``mha_bwd`` in flash_api.cpp).
-    """
-    s, T = run.shape, run.batch.all_tokens
-    if not run.machine.on_gpu:
-        return 0
-    heads = T * s.heads * s.head_dim
-    return 4 * heads + 4 * T * s.heads + (2 * heads * run.itemsize if s.kv_heads < s.heads else 0)

@@ -27,28 +27,37 @@ def longest_batch(
     ``image_tokens``: of each row, for a model that takes images.
     """
     if rows is None:
-        return lambda recipe: image_batch(recipe, image_tokens) if image_tokens else assumed_batch(recipe, joined)
+        return lambda recipe: assumed_batch(recipe, joined, image_tokens)
 
-    found: dict[tuple[int, int], Batch] = {}
+    known: dict[tuple[int, int], Batch] = {}
 
     def longest(recipe: Recipe) -> Batch:
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
-        if key not in found:
+        if key not in known:
             cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
             many = recipe.data.has_adapters
-            chosen = longest_of_many(recipe, cut) if many else longest_rows(recipe, cut, joined, steps)
+            if many:  # how rows meet depends on who leaves when: the longest ones may all meet
+                chosen = np.argsort(-cut.lengths, kind="stable")[: pass_rows(recipe)].tolist()
+            else:
+                chosen = longest_rows(recipe, cut, joined, steps)
             batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked, whole_rows=many)
             counts = token_counts_of_many(cut, batch) if many else token_counts(recipe, cut, steps, rounded)
-            found[key] = replace(batch, token_counts=counts)
-        return found[key]
+            known[key] = replace(batch, token_counts=counts)
+        return known[key]
 
     return longest
 
 
-def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
-    """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
-    data, rows, tokens = recipe.data, pass_rows(recipe), recipe.data.max_length
+def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: int = 0) -> Batch:
+    """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes.
+
+    Images have so many tokens each; the last one stands for the class.
+    """
+    data, rows, tokens = recipe.data, pass_rows(recipe), image_tokens or recipe.data.max_length
+    if image_tokens:
+        source = f"images of the base's size: {rows} x {tokens:,} tokens"
+        return Batch(rows, tokens, rows, False, False, source, tokens)
     rows *= 2 if data.format == "preference" else 1  # a pair is two rows
     source = f"data.max_length: {rows} x {tokens:,} tokens"
     targets = rows
@@ -63,17 +72,6 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     rows, all_tokens = (1, rows * tokens) if together else (rows, tokens)
     packed = int(data.packing)
     return Batch(rows, all_tokens, trained, False, together, source, tokens, packed, offsets=offsets, groups=groups)
-
-
-def image_batch(recipe: Recipe, tokens: int) -> Batch:
-    """A full pass of images, each of so many tokens; the last token stands for the class."""
-    rows = recipe.training.per_device_train_batch_size
-    return Batch(rows, tokens, rows, False, False, f"images of the base's size: {rows} x {tokens:,} tokens", tokens)
-
-
-def longest_of_many(recipe: Recipe, rows: Rows) -> list[int]:
-    """The longest rows that a pass of many adapters may have; how they meet depends on who leaves when."""
-    return np.argsort(-rows.lengths, kind="stable")[: pass_rows(recipe)].tolist()
 
 
 def pass_rows(recipe: Recipe) -> int:
@@ -122,11 +120,11 @@ def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: b
 
     ``rounded``: their lengths are rounded up (`qvera.data.rows`).
     """
-    found: set[tuple[int, int]] = set()
+    counts: set[tuple[int, int]] = set()
     for passes, row_tokens in _stretches(recipe, rows, steps):
         tokens = [round_up_length(int(n)) for n in row_tokens] if rounded else row_tokens.tolist()
-        found |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
-    return max(1, len(found))
+        counts |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
+    return max(1, len(counts))
 
 
 def _stretches(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:

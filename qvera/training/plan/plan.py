@@ -1,4 +1,6 @@
-"""The plan of a run: longest batch, memory, files and time, computed from the model's config and the recipe."""
+"""The plan of a run from its recipe and the model's config: longest batch, memory, files, time; and it as text."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -8,6 +10,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Column, Table
 
 from qvera.adapters.files.adapter_file import to_peft
 from qvera.adapters.methods import Source, check_recipe
@@ -20,17 +24,29 @@ from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
-from qvera.training.plan.bank import slot_bytes, wanted_slots, with_fitting_slots
-from qvera.training.plan.changes import Change, nearest_changes
-from qvera.training.plan.checkpointing import Checkpointing
+from qvera.training.plan.decisions import (
+    Change,
+    Checkpointing,
+    Streaming,
+    decide,
+    hold_weights,
+    nearest_changes,
+    wanted_slots,
+    with_fitting_slots,
+)  # fmt: skip
 from qvera.training.plan.longest import longest_batch
-from qvera.training.plan.memory import Memory, hold_weights
-from qvera.training.plan.ranks import ALONE, Sharing
-from qvera.training.plan.run import Machine, PlannedRun, this_machine
-from qvera.training.plan.shape import Shape, shape_of
-from qvera.training.plan.sharding import Way, plan_rank, plan_ways, right_way
-from qvera.training.plan.streaming import Streaming, decide_both
+from qvera.training.plan.memory import (
+    ETHERNET_BYTES_PER_SECOND,
+    Memory,
+    Way,
+    plan_rank,
+    plan_ways,
+    right_way,
+    slot_bytes,
+)  # fmt: skip
+from qvera.training.plan.run import ALONE, Machine, PlannedRun, Shape, Sharing, shape_of, this_machine
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import count, duration, size
 
 _CONFIG_BYTES = 1_250  # adapter_config.json
 _LORA_BYTES = 1_500  # that of PEFT's LoRA, and what is in the header beside the tensors
@@ -94,7 +110,8 @@ class Plan(PlannedRun):
     def adapter_bytes(self) -> int:
         """The adapter directory: vectors and their config, with a line for each pair of A and B that is made."""
         tensors, is_lora = self._tensors(), self.method.peft_type == "LORA"
-        tensors = {to_peft(key): tensor for key, tensor in tensors.items()} if is_lora else tensors
+        if is_lora:
+            tensors = {to_peft(key): tensor for key, tensor in tensors.items()}
         numbered = self.adapted if self.method.source is Source.OWN else []
         lines = sum(len(x.name) + _PAIR_NUMBER_BYTES for x in numbered)
         return _file_bytes(tensors, {"format": "pt"}) + (_LORA_BYTES if is_lora else _CONFIG_BYTES) + lines
@@ -109,8 +126,8 @@ class Plan(PlannedRun):
         if self.slots:
             return self.slots * (slot_bytes(self) - 4 * self.trained_parameters) + written
         state: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, size in self.vector_shapes(trained_only=True).items():
-            for kind, shape in (("exp_avg", size), ("exp_avg_sq", size), ("step", ())):
+        for name, sides in self.vector_shapes(trained_only=True).items():
+            for kind, shape in (("exp_avg", sides), ("exp_avg_sq", sides), ("step", ())):
                 state[f"{name}/{kind}"] = shape, torch.float32
         return _file_bytes(self._tensors()) + _file_bytes(state) + written
 
@@ -139,7 +156,7 @@ class Plan(PlannedRun):
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
         sharing = self.sharing
-        found = {
+        document = {
             "device": self.machine.name,
             "device_type": self.machine.device_type,
             "compute_dtype": str(self.machine.dtype).removeprefix("torch."),
@@ -164,9 +181,9 @@ class Plan(PlannedRun):
         }
         if self.ways:
             way, why = right_way(self.ways, self.machine)
-            found["ways"] = [one.to_dict() for one in self.ways]
-            found["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
-        return found
+            document["ways"] = [each.to_dict() for each in self.ways]
+            document["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
+        return document
 
 
 def _file_bytes(
@@ -231,21 +248,19 @@ def make_plan(
     # TRL pads rows to their own length, and masks the padding
     rounded = not task.loss_is_trl and rounds_lengths(machine.dtype, machine.device_type)
     batch_of = longest_batch(rows, joined, rounded, masked or task.loss_is_trl, shape.image_tokens)
-    run, decided, streaming = decide_both(
-        PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=wanted_slots(recipe, adapter_rows))
-    )
-    run = with_fitting_slots(hold_weights(run), plan_rank(run).needed_bytes(machine))
+    slots = wanted_slots(recipe, adapter_rows)
+    run = PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=slots)
+    run, decided, streaming = decide(run)
+    run = with_fitting_slots(hold_weights(run))
     memory = plan_rank(run)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of)
     if whole.adapter.rank != given.adapter.rank:  # a schedule has made it
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     ways = tuple(plan_ways(replace(run, holds_weights=False), sharing.nodes, sharing.per_node)) if every_way else ()
-    found = memory, changes, decided, streaming, ways
-    return Plan(
-        shape, run.recipe, run.batch, machine, *found,
-        sharing=sharing, holds_weights=run.holds_weights, slots=run.slots,
-    )  # fmt: skip
+    parts = memory, changes, decided, streaming, ways
+    holds, slots = run.holds_weights, run.slots
+    return Plan(shape, run.recipe, run.batch, machine, *parts, sharing=sharing, holds_weights=holds, slots=slots)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
@@ -265,3 +280,143 @@ def _grown(shape: Shape, recipe: Recipe) -> Shape:
     return replace(
         shape, vocabulary=shape.vocabulary + grown, dense_numbers=shape.dense_numbers + more, grown_rows=grown
     )
+
+
+_STYLE: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "bold"}
+_MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The whole plan: a table of components, files, time, and one sentence whether it fits."""
+    trained = f"{plan.trained_parameters:,} trained"
+    trained += f" and a head of {plan.shape.head_numbers:,}" if plan.shape.head else ""
+    console.print(
+        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {trained}; "
+        f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
+    )
+    table = Table("At the peak", "where", Column("bytes", justify="right"), **_STYLE)
+    for part in plan.memory.peak:
+        where = "GPU" if plan.machine.on_gpu else "mapped file" if part.mapped else "private"
+        table.add_row(part.name, where, size(part.bytes))
+    table.add_row("total", "", size(plan.memory.total_bytes), style="bold")
+    console.print(table)
+    if plan.shape.expert_numbers:
+        console.print(
+            f"{count(plan.shape.expert_numbers)} of the parameters are experts. They are neither adapted nor "
+            "quantized: they are no linears."
+        )
+    others = [
+        f"{_MOMENTS[name]} {size(sum(c.bytes for c in plan.memory.at(name)))}"
+        for name in plan.memory.moments
+        if name != plan.memory.peak_moment
+    ]
+    console.print(f"The peak is in the {_MOMENTS[plan.memory.peak_moment]}; {', '.join(others)}.")
+    console.print(str(plan.decided), markup=False)
+    if plan.streams:
+        console.print(str(plan.streaming), markup=False)
+    if pinned := offloaded_bytes(plan):
+        console.print(f"Layer inputs take {size(pinned)} of pinned RAM.")
+    if plan.slots:
+        each = f"each of them {size(slot_bytes(plan))}"
+        console.print(f"At most {plan.slots:,} adapters are trained at the same time, {each} with AdamW's moments.")
+    for note in plan.notes:
+        console.print(note)
+    console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
+    if plan.seconds is not None:
+        parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
+        several = plan.sharing.world_size > 1
+        ranks = f" for one of {plan.sharing.world_size} ranks, without the network" if several else ""
+        step = "A round of steps, one of each adapter," if plan.slots else "A step"
+        console.print(f"{step} takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
+    if plan.machine.on_gpu:
+        console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
+    if plan.ways:
+        _print_ways(plan, console)
+    for line in change_lines(plan):
+        console.print(line, markup=False)
+    console.print(verdict(plan), style="bold")
+
+
+def _print_ways(plan: Plan, console: Console) -> None:
+    """Each ZeRO stage on as many ranks, what travels, and which one to take."""
+    sharing, machine = plan.sharing, plan.machine
+    nodes = f"{sharing.nodes} node{'s' if sharing.nodes > 1 else ''}"
+    console.print(
+        f"\n{sharing.world_size} ranks, {sharing.per_node} on each of {nodes}. What one rank holds at its peak:"
+    )
+    titles = ("base", "vectors, optimizer", "activations", "others", "total", "received a step", "at 1 Gbit/s")
+    columns = [Column(title, justify="right") for title in titles]
+    table = Table("deepspeed", *columns, **_STYLE)
+    for way in plan.ways:
+        parts = {"base": 0, "vectors": 0, "activations": 0, "others": 0}
+        for part in way.memory.peak:
+            if not part.mapped:
+                parts[_COLUMN.get(part.kind, "others")] += part.bytes
+        base = size(parts.pop("base"))
+        if way.memory.mapped_bytes:
+            base += f" + {size(way.memory.mapped_bytes)} mapped"
+        table.add_row(
+            way.sharing.word,
+            base,
+            *map(size, parts.values()),
+            size(way.needed_bytes) + ("" if way.fits else " (too much)"),
+            size(sum(way.traffic)),
+            duration(sum(way.traffic) / ETHERNET_BYTES_PER_SECOND),
+        )
+    console.print(table)
+    console.print(right_way(plan.ways, machine)[1], style="bold")
+
+
+_COLUMN = {"base": "base", "vectors": "vectors", **dict.fromkeys(("checkpoints", "transient", "loss"), "activations")}
+"""Kind of a component → its column; projections, answers and the runtime are the others."""
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence: fits, or does not."""
+    memory, machine = plan.memory, plan.machine
+    needed = plan.needed_bytes
+    have = f"{size(machine.available_bytes)} of {'memory' if machine.on_gpu else 'free RAM'}"
+    if plan.is_tight:
+        word = "Fits, barely" if plan.fits else "Does not fit by the plan"
+        return (
+            f"{word}: needs {size(needed)}, and {machine.name} has {have}. That is too near to tell: "
+            "`qvera train` tries the longest batch before the first step."
+        )
+    if not plan.fits:
+        return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
+    if memory.total_bytes > machine.available_bytes:
+        return (
+            f"Fits, slowly: {size(needed)} private of {have} on {machine.name}; the mapped base "
+            f"({size(memory.mapped_bytes)}) does not stay in memory beside it and is read from disk in every step."
+        )
+    mapped = f" and {size(memory.mapped_bytes)} mapped" if memory.mapped_bytes else ""
+    return f"Fits: {size(needed)}{mapped} of {have} on {machine.name}."
+
+
+def change_lines(plan: Plan) -> list[str]:
+    """What would make it fit, one ``--set`` a line."""
+    if plan.fits or not plan.changes:
+        return []
+    way = right_way(plan.ways, plan.machine)[0] if plan.ways else None
+    if way is not None and way.sharing.word != plan.sharing.word:
+        return [f"--set deepspeed={way.sharing.word} makes it fit: {size(way.needed_bytes)} a rank."]
+    if not any(change.fits for change in plan.changes):
+        least = plan.changes[-1]
+        return [f"No change makes it fit; at the least ({least}) it takes {size(least.total_bytes)}."]
+    lines = ["Any one of these makes it fit:"] if len(plan.changes) > 1 else ["This makes it fit:"]
+    return lines + [f"  {change}   {size(change.total_bytes)}" for change in plan.changes]
+
+
+def run_lines(plan: Plan) -> list[str]:
+    """The plan before a run, in two to four lines."""
+    memory = plan.memory
+    mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
+    rank = f" of each of {plan.sharing.world_size} ranks" if plan.sharing.world_size > 1 else ""
+    peak = f"{size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}"
+    return [
+        f"Plan: peak{rank} {peak}; {plan.batch.source}.",
+        *([str(plan.decided)] if plan.decided.asked != plan.decided.mode else []),
+        *([str(plan.streaming)] if plan.streams else []),
+        verdict(plan),
+        *change_lines(plan),
+    ]

@@ -1,29 +1,185 @@
-"""What a plan is made for: the shapes of a model (read without its weights), a recipe, a batch, and the machine."""
+"""What a plan is made for: a model's shapes (read without its weights), a machine, its ranks, a batch and a recipe."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX
-from qvera.adapters.methods import Method, method_of
+from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
 from qvera.adapters.products import fused
 from qvera.config import plugins
 from qvera.config.schema import ModelSection, Recipe
+from qvera.distributed.zero_config import ZeroConfig
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
+from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.models.model_config import head_size
+from qvera.models.processor import image_sides, image_tokens
 from qvera.models.quantized_cache import how_stored
+from qvera.models.structure import beside_the_layers, expert_weights
 from qvera.tasks import Task, task_of
-from qvera.training.plan.ranks import ALONE, Sharing, share
-from qvera.training.plan.shape import Linear, Shape
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_SKIPPED_BY_CONFIG = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of the base: its full name, in_features n, out_features m, and the decoder layer that it is in."""
+
+    name: str
+    n: int
+    m: int
+    layer: int | None
+    quantizable: bool  # a quantized load converts it (every linear but the head, and those with a forward of their own)
+    is_target: bool = True  # ``all-linear`` means it (`beside_the_layers`)
+
+    @property
+    def role(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def spec(self) -> LinearSpec:
+        """The linear as an adapter's method sees it."""
+        return LinearSpec(self.name, self.n, self.m)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model memory and time depend on. Counts are numbers, not bytes."""
+
+    model_type: str
+    hidden: int
+    ff: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    longest_tokens: int
+    tied: bool  # the head is the input embedding
+    head_norms: bool  # q and k are normalized per head (Qwen3)
+    linears: tuple[Linear, ...]
+    dense_numbers: int  # embeddings, frozen head, norms, biases: all but quantizable weights; a tied head counts once
+    expert_numbers: int  # of those, weights that hold all experts of a layer in one tensor (`expert_weights`)
+    attention: str  # the implementation that the model picks by itself
+    head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
+    image_tokens: int = 0  # of an image, for a model that takes them
+    image_numbers: int = 0  # pixel values of an image
+    grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
+
+    @property
+    def head_numbers(self) -> int:
+        """How many parameters a head has that is trained whole."""
+        return sum(math.prod(shape) for _, shape in self.head)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the base model has."""
+        return self.dense_numbers + sum(x.n * x.m for x in self.linears if x.quantizable)
+
+    def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
+        """The linears that a recipe's ``adapter.targets`` name; ``all-linear`` is every one but heads and routers.
+
+        Raises:
+            InputError: a name matches no linear.
+        """
+        if isinstance(targets, str):
+            return tuple(x for x in self.linears if x.is_target)
+        found = {t: [x for x in self.linears if x.name == t or x.name.endswith(f".{t}")] for t in targets}
+        missing = sorted(t for t, hits in found.items() if not hits)
+        if missing:
+            known = ", ".join(sorted({x.role for x in self.linears}))
+            missed = ", ".join(missing)
+            raise InputError(
+                f"adapter.targets: no linear of this model's layers is named {missed}. They are named {known}."
+            )
+        chosen = {x.name for hits in found.values() for x in hits}
+        return tuple(x for x in self.linears if x.name in chosen)
+
+
+class NotPlannable(InputError):
+    """The plan's formulas do not know this kind of model. It can still be trained."""
+
+
+def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
+    """Read the shapes off a model of this class; one without weights (`qvera.models.model_config`) will do.
+
+    Raises:
+        InputError: it has no decoder layers as this project knows them.
+    """
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    kept_dense = tuple(name for key in _SKIPPED_BY_CONFIG for name in stored.get(key) or ())
+    linears: list[Linear] = []
+    beside = beside_the_layers(model)
+    own_heads = tuple(f"{name}." for name in model_class.head_modules(model))  # type: ignore[arg-type]
+    own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
+    for name, module in model.named_modules():
+        size = layer_shape(module)
+        if size is None or module is head or f"{name}.".startswith(own_heads):
+            continue
+        layer = _LAYER.search(f".{name}.")
+        skipped = any(name == k or name.endswith(f".{k}") or f".{k}." in f".{name}." for k in kept_dense)
+        converted = type(module) in (nn.Linear, Conv1D) and not skipped
+        linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
+    layers = {x.layer for x in linears} - {None}
+    if not layers or (head is None and not own_head):
+        raise NotPlannable(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
+    for key in ("num_attention_heads", "hidden_size"):
+        if not isinstance(getattr(config, key, None), int):
+            kind = type(model).__name__
+            raise NotPlannable(f"model.path: the config of {kind} has no whole number {key} to plan with.")
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    output = embedding if head is None else head
+    table = getattr(output, "weight", None)  # patches of images are in none
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or table is getattr(embedding, "weight", None)
+    dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
+    dense -= sum(x.n * x.m for x in linears if x.quantizable)
+    if tied and table is not getattr(embedding, "weight", None):  # a model on the meta device: not tied yet
+        dense -= output.weight.numel()
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
+    return Shape(
+        model_type=str(config.model_type),
+        hidden=hidden,
+        ff=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        layers=len(layers),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=head_size(model) or hidden // heads,
+        vocabulary=0 if table is None else int(table.shape[0]),
+        longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
+        tied=tied,
+        head_norms="q_norm" in names and "k_norm" in names,
+        linears=tuple(linears),
+        dense_numbers=dense,
+        expert_numbers=sum(p.numel() for p in expert_weights(model).values()),
+        head=own_head,
+        image_tokens=image_tokens(config, height, width) if height else 0,
+        image_numbers=3 * height * width,
+        attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
+    )
+
 
 CUDA_CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context with the kernels of torch and bitsandbytes: assumed where none can be measured."""
@@ -70,20 +226,19 @@ def parse_size(text: str) -> int:
         InputError: it is no size.
     """
     try:
-        found = int(TypeAdapter(ByteSize).validate_python(text if text[-1:].isalpha() else f"{text}GB"))
+        size_bytes = int(TypeAdapter(ByteSize).validate_python(text if text[-1:].isalpha() else f"{text}GB"))
     except ValidationError:
-        found = 0
-    if found <= 0:
+        size_bytes = 0
+    if size_bytes <= 0:
         raise InputError(f"--gpu: takes a size such as 24GB, 24GiB or 24, got {text!r}.")
-    return found
+    return size_bytes
 
 
 def gpu_machine(section: ModelSection, size_bytes: int) -> Machine:
     """A GPU of that size that need not be here: 16-bit compute, an assumed CUDA context."""
     dtype = torch.bfloat16 if section.compute_dtype == "auto" else getattr(torch, section.compute_dtype)
-    name = f"a GPU with {size_bytes / 1e9:g} GB"
-    held = {"context_bytes": CUDA_CONTEXT_BYTES, "workspace_bytes": CUBLAS_WORKSPACE_BYTES}
-    return Machine(name, "cuda", dtype, False, size_bytes, **held)
+    name, context, workspace = f"a GPU with {size_bytes / 1e9:g} GB", CUDA_CONTEXT_BYTES, CUBLAS_WORKSPACE_BYTES
+    return Machine(name, "cuda", dtype, False, size_bytes, context_bytes=context, workspace_bytes=workspace)
 
 
 def this_machine(section: ModelSection, device: torch.device) -> Machine:
@@ -103,9 +258,43 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
     runtime = memory.private_bytes()
     # `qvera.models.mmap`; transformers holds what is dense, and unusual checkpoints
     mapped, stored = how_stored(section) if section.quantization in ("nf4", "fp4") else (False, 2)
-    available = memory.available_bytes(device) + runtime
-    kernels = memory.kernel_bytes(dtype)
+    available, kernels = memory.available_bytes(device) + runtime, memory.kernel_bytes(dtype)
     return Machine(name, "cpu", dtype, mapped, available, runtime, stored_itemsize=stored, kernel_bytes=kernels)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the ranks of a run share its model."""
+
+    stage: int = 0  # of ZeRO; 0: each rank has all of it, and gradients are added up
+    offload: str | None = None  # where a rank's share of the base lies in stage 3: None (the device), cpu or nvme
+    nodes: int = 1
+    per_node: int = 1  # ranks on each node (the most on one of them)
+    ranks: int | None = None  # in all, where not every node has as many
+
+    @classmethod
+    def of(cls, zero: ZeroConfig | None, nodes: int = 1, per_node: int = 1, ranks: int | None = None) -> Sharing:
+        """What a recipe's ``deepspeed`` key means on that many machines."""
+        stage, offload = (0, None) if zero is None else (zero.stage, zero.offload_device)
+        return cls(stage, offload, nodes, per_node, ranks)
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.ranks or self.nodes * self.per_node
+
+    @property
+    def word(self) -> str:
+        """As the recipe's ``deepspeed`` key takes it; ``none`` where that is left out."""
+        return f"zero{self.stage}{f'-offload-{self.offload}' if self.offload else ''}" if self.stage else "none"
+
+    def share(self, whole: int) -> int:
+        """The largest part of ``whole`` that a rank has where all ranks divide it."""
+        return -(-whole // self.world_size)
+
+
+ALONE = Sharing()
+"""One process."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +320,14 @@ class Batch:
         return self.rows * self.tokens
 
 
+def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with ``section.key`` values replaced."""
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        recipe = recipe.replace(**{section: getattr(recipe, section).replace(**{name: value})})
+    return recipe
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """What memory and time are a function of. ``batch`` is the longest forward pass."""
@@ -140,8 +337,13 @@ class PlannedRun:
     batch: Batch
     machine: Machine
     sharing: Sharing = field(default=ALONE, kw_only=True)  # the plan is that of one of its ranks
-    holds_weights: bool = field(default=False, kw_only=True)  # W + ΔW, between optimizer steps (`adapters.fused`)
+    holds_weights: bool = field(default=False, kw_only=True)  # W + ΔW, between steps (`plan.decisions.hold_weights`)
     slots: int = field(default=0, kw_only=True)  # adapters in flight together; 0: the run trains one adapter
+
+    def changed(self, **settings: Any) -> PlannedRun:
+        """The same run with other values of ``section__key``, on which no batch depends."""
+        keys = {name.replace("__", "."): value for name, value in settings.items()}
+        return replace(self, recipe=changed(self.recipe, keys))
 
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
@@ -166,35 +368,34 @@ class PlannedRun:
         Those of a head that is trained whole are among them.
         """
         section, method, specs = self.recipe.adapter, self.method, [x.spec for x in self.adapted]
-        found = {
+        shapes = {
             f"{PREFIX}{spec.name}.{kind}": size
             for spec in specs
             for kind, size in method.tensors(section, spec).items()
         }
         shared = method.shared_tensors(section, specs, self.shape.head_dim)
-        found |= {f"{SHARED_PREFIX}{kind}": size for kind, size in shared.items()}
-        head = {f"{PREFIX}{name}": size for name, size in self.shape.head}
-        if not trained_only:
-            return found | head
-        found = {key: size for key, size in found.items() if method.traits(key.rpartition(".")[2], section).is_trained}
-        return found | head
+        shapes |= {f"{SHARED_PREFIX}{kind}": size for kind, size in shared.items()}
+        if trained_only:
+            is_trained = {key: method.traits(key.rpartition(".")[2], section).is_trained for key in shapes}
+            shapes = {key: size for key, size in shapes.items() if is_trained[key]}
+        return shapes | {f"{PREFIX}{name}": size for name, size in self.shape.head}
+
+    def vector_sizes(self, trained_only: bool = False) -> list[int]:
+        """How many parameters each of these vectors has."""
+        return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
+
+    def vector_dtype(self, key: str) -> torch.dtype:
+        """The dtype of the vector with this key in the adapter file."""
+        return self.method.traits(key.rpartition(".")[2], self.recipe.adapter).dtype
 
     @property
     def vector_bytes(self) -> int:
         """Bytes of all vectors as they are held."""
         return sum(math.prod(shape) * self.vector_dtype(key).itemsize for key, shape in self.vector_shapes().items())
 
-    def vector_dtype(self, key: str) -> torch.dtype:
-        """The dtype of the vector with this key in the adapter file."""
-        return self.method.traits(key.rpartition(".")[2], self.recipe.adapter).dtype
-
-    def vector_sizes(self, trained_only: bool = False) -> list[int]:
-        """How many parameters each of these vectors has."""
-        return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
-
     @property
     def checkpointing(self) -> Mode:
-        """What keeps activations for backward; ``auto`` is True until it is decided (`plan.checkpointing`)."""
+        """What keeps activations for backward; ``auto`` is True until it is decided (`plan.decisions`)."""
         asked = self.recipe.training.gradient_checkpointing
         if asked == "auto" or (asked == "offload" and not accelerator.has_own_memory(self.machine.device_type)):
             return True
@@ -202,17 +403,15 @@ class PlannedRun:
 
     @property
     def streams(self) -> bool:
-        """Whether the 4-bit layers stay in RAM; ``auto`` is False until it is decided (`plan.streaming`)."""
+        """Whether the 4-bit layers stay in RAM; ``auto`` is False until it is decided (`plan.decisions`)."""
         return self.recipe.model.stream is True
 
     @property
     def can_stream(self) -> bool:
         """Whether streaming would free memory of the device, and goes with the rest of the recipe."""
-        if self.recipe.training.torch_compile:
-            return False
-        four_bit = self.recipe.model.quantization in ("nf4", "fp4")
-        by_zero3 = self.sharing.stage == 3  # which brings the layers to the device itself
-        return four_bit and not by_zero3 and accelerator.has_own_memory(self.machine.device_type)
+        # ZeRO-3 brings the layers to the device itself
+        may = self.sharing.stage < 3 and not self.recipe.training.torch_compile
+        return may and self.is_four_bit and accelerator.has_own_memory(self.machine.device_type)
 
     @property
     def passes(self) -> int:
@@ -220,16 +419,8 @@ class PlannedRun:
         training = self.recipe.training
         rows = self.batch.packed_rows or training.per_device_train_batch_size
         if self.slots:  # of a round, in which every adapter takes a step
-            return share(self.slots * training.global_batch_size, rows)
-        return share(share(training.global_batch_size, self.sharing.world_size), rows)
-
-    def with_recipe(self, recipe: Recipe) -> PlannedRun:
-        """The same run of another recipe, whose batches are the same."""
-        return replace(self, recipe=recipe)
-
-    def with_stream(self, streams: bool) -> PlannedRun:
-        """The run with ``model.stream`` written out."""
-        return self.with_recipe(self.recipe.replace(model=self.recipe.model.replace(stream=streams)))
+            return -(-self.slots * training.global_batch_size // rows)
+        return -(-self.sharing.share(training.global_batch_size) // rows)
 
     @property
     def itemsize(self) -> int:
@@ -240,17 +431,6 @@ class PlannedRun:
     def method(self) -> Method:
         """The adapter's method."""
         return method_of(self.recipe.adapter)
-
-    @property
-    def is_one_node(self) -> bool:
-        """Whether the frozen product is in the adapter's own node (`Method.with_base`)."""
-        return trains_pair(self.method) and not self.recipe.adapter.dropout and self.sharing.stage < 3
-
-    @property
-    def sampled_tokens(self) -> int | None:
-        """The tokens of each input that backward keeps where a schedule keeps a share of them; None: all, if any."""
-        shares = [share for schedule in plugins.schedules() if (share := schedule.kept_share(self.recipe))]
-        return max(1, math.ceil(min(shares) * self.batch.all_tokens)) if shares else None
 
     @property
     def task(self) -> Task:
@@ -265,6 +445,12 @@ class PlannedRun:
     def rank_at(self, x: Linear) -> int:
         """The adapter's rank at one linear."""
         return self.method.rank_at(self.recipe.adapter, x.spec)
+
+    @property
+    def sampled_tokens(self) -> int | None:
+        """The tokens of each input that backward keeps where a schedule keeps a share of them; None: all, if any."""
+        shares = [share for schedule in plugins.schedules() if (share := schedule.kept_share(self.recipe))]
+        return max(1, math.ceil(min(shares) * self.batch.all_tokens)) if shares else None
 
     @property
     def attention(self) -> str:
@@ -282,29 +468,41 @@ class PlannedRun:
         tokens, machine = self.batch.all_tokens, self.machine
         return self.method.memory(self.recipe.adapter, x.spec, tokens, machine.dtype, machine.on_gpu)
 
+    @property
+    def is_four_bit(self) -> bool:
+        """Whether the base's linears are stored in four bits."""
+        return self.recipe.model.quantization in ("nf4", "fp4")
+
     def is_quantized(self, x: Linear) -> bool:
         """Whether the recipe quantizes this linear."""
         return self.recipe.model.quantization != "none" and x.quantizable
-
-    def goes_by_blocks(self, x: Linear) -> bool:
-        """Whether the weight is never whole: its products take some rows at a time (`qvera.models.linear`)."""
-        four_bit = self.recipe.model.quantization in ("nf4", "fp4") and x.quantizable and not self.machine.on_gpu
-        large = x.n * x.m > BLOCK_WEIGHTS and x.n % 64 == 0
-        return four_bit and large and not self.is_summed(x) and backward_by_blocks(self.batch.all_tokens, x.n)
-
-    def is_summed(self, x: Linear) -> bool:
-        """Whether the layer goes through W + ΔW (`qvera.adapters.products.fused`)."""
-        section, machine = self.recipe.adapter, self.machine
-        sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
-        may = x.name in self.adapted_names and not section.dropout and self.has_vectors(x)
-        may = may and self.method.change is Change.LOW_RANK
-        may = may and not self.recipe.training.torch_compile and not self.mixes_rows
-        return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
 
     @property
     def mixes_rows(self) -> bool:
         """Whether the rows of a pass may be of different adapters."""
         return self.slots > 1
+
+    # the paths that `qvera.models.linear` and `qvera.adapters` choose for a product
+
+    def goes_by_blocks(self, x: Linear) -> bool:
+        """Whether the weight is never whole: its products take some rows at a time (`qvera.models.linear`)."""
+        may = self.is_four_bit and x.quantizable and not self.machine.on_gpu and not self.is_summed(x)
+        return may and x.n * x.m > BLOCK_WEIGHTS and x.n % 64 == 0 and backward_by_blocks(self.batch.all_tokens, x.n)
+
+    @property
+    def is_one_node(self) -> bool:
+        """Whether the frozen product is in the adapter's own node (`Method.with_base`)."""
+        return trains_pair(self.method) and not self.recipe.adapter.dropout and self.sharing.stage < 3
+
+    def is_summed(self, x: Linear) -> bool:
+        """Whether the layer goes through W + ΔW (`qvera.adapters.products.fused`)."""
+        section, machine = self.recipe.adapter, self.machine
+        may = x.name in self.adapted_names and not section.dropout and self.has_vectors(x)
+        may = may and self.method.change is Change.LOW_RANK
+        if not may or self.recipe.training.torch_compile or self.mixes_rows:
+            return False
+        sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
+        return fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
 
     @property
     def builds_per_pass(self) -> float:
@@ -312,7 +510,6 @@ class PlannedRun:
         return 1 / self.passes if self.holds_weights else fused.BUILDS_UNHELD
 
     def keeps_input(self, x: Linear) -> bool:
-        """Whether the backward pass needs the layer's input (`qvera.adapters.products.fused`)."""
-        section = self.recipe.adapter
-        kept = fused.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank_at(x), section.input_scale)
-        return self.is_summed(x) and kept
+        """Whether the backward pass through W + ΔW needs the layer's input."""
+        sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
+        return self.is_summed(x) and fused.keeps_input(*sizes, self.recipe.adapter.input_scale)

@@ -7,16 +7,16 @@ import torch
 
 from qvera.adapters.products.functional import few_tokens
 from qvera.adapters.products.fused import gradient_cost
-from qvera.models.copy_stream import CHUNK_BYTES
-from qvera.models.quantized_values import quantized_reader
+from qvera.models.quantization import quantized_reader
+from qvera.models.stream import CHUNK_BYTES
+from qvera.training.plan.memory import stream_bytes
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
-from qvera.training.plan.streaming import pass_bytes
 from qvera.utils import accelerator
 
-_TOKENS_OF_LAYER = 4096
+_TOKENS = 4096
 """Enough for an accelerator's full rate, and a bound on the memory that the timing takes."""
-_WEIGHTS_OF_PIECE, _TOKENS_OF_PIECE, _FLOPS_OF_PIECE = 2**20, 1024, 30e9
+_WEIGHTS_CPU, _TOKENS_CPU, _FLOPS_CPU = 2**20, 1024, 30e9
 _BUDGET_SECONDS = 0.5
 
 
@@ -30,17 +30,13 @@ def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
     work, rates = _work(plan), _rates(plan, device)
     seconds = {part: times * amount / rates[kind] for part, (kind, amount) in work.items()}
     if plan.streams and accelerator.has_own_memory(device):
-        copying = times * pass_bytes(plan) / _copied_per_second(device)
+        source = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty_like(source, device=device)
+        per_second = CHUNK_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True))
+        copying = times * stream_bytes(plan) / per_second
         computing = sum(seconds.values()) - seconds["head and loss"]
         seconds["waiting for streamed layers"] = max(0.0, copying - computing)
     return seconds
-
-
-def _copied_per_second(device: torch.device) -> float:
-    """Bytes from page-locked RAM to ``device``."""
-    source = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device=device)
-    return CHUNK_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True))
 
 
 def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
@@ -48,71 +44,54 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
 
     ``products``: FLOPs of x Wᵀ and g W at the recipe's tokens and the layers' shapes, in the compute dtype; ``low
     rank``: of products one side of which is the rank; ``dequantization``: 4-bit weights made into the compute dtype;
-    ``elementwise``: bytes read and written. On an accelerator each is that of a whole decoder layer: less would time
-    the launch of a kernel.
+    ``elementwise``: bytes read and written. On an accelerator each is that of all linears of a layer: less would time
+    the launch of a kernel. On a CPU a piece of one weight is long enough. All share one weight and one input, drawn on
+    the device.
     """
-    with accelerator.forked_random_state():
-        return (_rates_of_layer if run.machine.on_gpu else _rates_of_piece)(run, device)
+    tokens, rank = min(run.batch.all_tokens, _TOKENS if run.machine.on_gpu else _TOKENS_CPU), run.rank
+    products = quantized = [(x.n, x.m) for x in run.layer]  # (in_features, out_features)
+    if run.machine.on_gpu:
+        quantized = [(x.n, x.m) for x in run.layer if run.is_quantized(x)]
+    else:
+        hidden = run.shape.hidden
+        widest = min(run.shape.ff, max(64, int(_FLOPS_CPU / (2 * _TOKENS_CPU * hidden))))
+        products = [(hidden, widest)]
+        rows = max(64, min(_WEIGHTS_CPU // hidden, widest))
+        quantized = [] if run.recipe.model.quantization == "none" else [(hidden, rows)]
+    sides = {side for sizes in (*products, *quantized) for side in sizes}
 
-
-def _rates_of_layer(run: PlannedRun, device: torch.device) -> dict[str, float]:
-    """All linears of a layer, forward and backward. They share one weight and one input, drawn on the device."""
-    layer, dtype, tokens = run.layer, run.machine.dtype, min(run.batch.all_tokens, _TOKENS_OF_LAYER)
-    sides = {x.n for x in layer} | {x.m for x in layer}
-    weights = torch.randn(max(x.n * x.m for x in layer), dtype=dtype, device=device)
-    inputs = torch.randn(tokens * max(sides), dtype=dtype, device=device)
-    narrow = torch.randn(max(tokens, *sides) * run.rank, dtype=dtype, device=device)
+    def drawn(numbers: int) -> torch.Tensor:
+        return torch.randn(numbers, device=device, dtype=run.machine.dtype)
 
     def first(numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         return numbers[: rows * columns].view(rows, columns)
 
-    def products() -> None:
-        for x in layer:
-            weight = first(weights, x.m, x.n)
-            torch.mm(first(inputs, tokens, x.n), weight.t())
-            torch.mm(first(inputs, tokens, x.m), weight)
+    with accelerator.forked_random_state():
+        weights = drawn(max(n * m for n, m in (*products, *quantized)))
+        inputs, narrow = drawn(tokens * max(*sides, run.shape.ff)), drawn(max(tokens, *sides) * rank)
+        readers = [quantized_reader(first(weights, m, n), run.recipe.model) for n, m in quantized]
 
-    def low_rank() -> None:
-        for x in layer:
-            torch.mm(first(inputs, tokens, x.n), first(narrow, run.rank, x.n).t())  # z = x Aᵀ
-            torch.mm(first(narrow, tokens, run.rank), first(narrow, x.m, run.rank).t())  # z Cᵀ
+        def dense() -> None:
+            for n, m in products:
+                torch.mm(first(inputs, tokens, n), first(weights, m, n).t())
+                torch.mm(first(inputs, tokens, m), first(weights, m, n))
 
-    quantized = [x for x in layer if run.is_quantized(x)]
-    readers = [quantized_reader(first(weights, x.m, x.n), run.recipe.model) for x in quantized]
+        def low_rank() -> None:
+            for n, m in products:
+                torch.mm(first(inputs, tokens, n), first(narrow, rank, n).t())  # z = x Aᵀ
+                torch.mm(first(narrow, tokens, rank), first(narrow, m, rank).t())  # z Cᵀ
 
-    def dequantize() -> None:
-        for read in readers:
-            read()
+        def dequantize() -> None:
+            for read in readers:
+                read()
 
-    numbers, wide = sum(x.n * x.m for x in layer), first(inputs, tokens, max(sides))
-    return {
-        "products": _rate(4 * tokens * numbers, products),
-        "low rank": _rate(2 * tokens * run.rank * sum(x.n + x.m for x in layer), low_rank),
-        "dequantization": _rate(sum(x.n * x.m for x in quantized), dequantize),
-        "elementwise": _elementwise_rate(wide),
-    }
-
-
-def _rates_of_piece(run: PlannedRun, device: torch.device) -> dict[str, float]:
-    """On a CPU: some rows of one weight, with at most so many tokens, which is long enough there."""
-    hidden, dtype, tokens = run.shape.hidden, run.machine.dtype, min(run.batch.all_tokens, _TOKENS_OF_PIECE)
-    widest = min(run.shape.ff, max(64, int(_FLOPS_OF_PIECE / (2 * _TOKENS_OF_PIECE * hidden))))
-    x, weight, narrow, wide = (
-        torch.randn(*size, device=device).to(dtype)
-        for size in ((tokens, hidden), (widest, hidden), (run.rank, hidden), (tokens, run.shape.ff))
-    )
-    rows = max(64, min(_WEIGHTS_OF_PIECE // hidden, widest))
-    read = quantized_reader(torch.randn(rows, hidden, device=device).to(dtype), run.recipe.model)
-    return {
-        "products": _rate(2 * tokens * hidden * widest, lambda: x @ weight.t()),
-        "low rank": _rate(2 * tokens * hidden * run.rank, lambda: x @ narrow.t()),
-        "dequantization": _rate(0 if run.recipe.model.quantization == "none" else rows * hidden, read),
-        "elementwise": _elementwise_rate(wide),
-    }
-
-
-def _elementwise_rate(numbers: torch.Tensor) -> float:
-    return _rate(2 * numbers.numel() * numbers.element_size(), lambda: torch.nn.functional.silu(numbers))
+        wide = first(inputs, tokens, max(*sides, run.shape.ff))
+        return {
+            "products": _rate(4 * tokens * sum(n * m for n, m in products), dense),
+            "low rank": _rate(2 * tokens * rank * sum(n + m for n, m in products), low_rank),
+            "dequantization": _rate(sum(n * m for n, m in quantized), dequantize),
+            "elementwise": _rate(2 * wide.numel() * wide.itemsize, lambda: torch.nn.functional.silu(wide)),
+        }
 
 
 def _rate(amount: float, run: Callable[[], object]) -> float:
@@ -142,8 +121,7 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     for x in run.layer:
         flops += passes * 2 * T * x.n * x.m
-        read = made if run.is_summed(x) else passes
-        weights += read * x.n * x.m if run.is_quantized(x) else 0
+        weights += (made if run.is_summed(x) else passes) * x.n * x.m if run.is_quantized(x) else 0
         if x.name not in run.adapted_names:
             continue
         if run.is_summed(x):

@@ -9,17 +9,21 @@ import pytest
 import torch
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import collate_prefix_once
+from qvera.data.rows import Joined, pad_batch
 from qvera.lab.sparse import Watch, largest_products
-from qvera.models import quantization
+from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.forward import row_tokens
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
 from qvera.training.plan import Batch, Machine, PlannedRun, plan_memory, shape_of
 from qvera.training.plan.activations import goes_by_tiles
-from qvera.training.plan.memory import four_bit_bytes, optimizer_state_bytes, weight_storage_bytes
+from qvera.training.plan.longest import batch_of
 from tests.conftest import small_llama
+from tests.data.rows import rows_of
 from tests.training.plan import live
 
 pytestmark = pytest.mark.process
@@ -244,54 +248,54 @@ def test_the_peak_over_a_4_bit_base_counts_the_weights_that_are_read(tmp_path: P
     assert -0.05 < step / counted - 1 < 0.09
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_base_bytes_are_those_of_the_loaded_modules(tiny_model_dir: Path, double_quant: bool) -> None:
-    tree = {
-        "model": {"path": str(tiny_model_dir), "double_quant": double_quant, "compute_dtype": "float32"},
-        "data": {"path": "-"},
-    }
-    made = parse_recipe(tree, "a test")
-    base = load_base(made.model, torch.device("cpu"))
-    shape = shape_of(empty_model(made.model))
-    assert shape.parameters == base.facts["parameters"]
-    stored = {n: m for n, m in base.model.named_modules() if isinstance(m, quantization.Linear4bit)}
-    assert {x.name for x in shape.linears if x.quantizable} == set(stored)
-    for x in shape.linears:
-        assert weight_storage_bytes(x, made, 4) == quantization.storage_bytes(stored[x.name])
-    run = PlannedRun(shape, made, batch(1, 8, False)[3], Machine("test", "cpu", F32, True, 10**12))
-    memory = plan_memory(run)
-    # norms are held in the compute dtype, two bytes a number more than in the file
-    norms = shape.dense_numbers - 2 * shape.vocabulary * shape.hidden
-    assert sum(c.bytes for c in memory.standing if c.kind == "base") == base.facts["base_bytes"] - 2 * norms
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", [0, 7, 8], ids=["small", "fp32", "bf16"])
+@pytest.mark.parametrize("more", ["vera", "groups-and-a"])
+def test_the_peak_of_a_pass_with_many_adapters_is_the_plan_s(more: str, case: int, checkpointing: bool) -> None:
+    rows, tokens, dtype, rank, attention, padded, changes = CASES[case]
+    made = recipe(rank, attention, checkpointing, more)
+    ids, mask, labels, of = batch(rows, tokens, padded)
+    machine = Machine("test", "cpu", dtype, False, 10**12)
+    memory = plan_memory(PlannedRun(shape_of(small_llama(**changes)), made, of, machine, slots=2))
+    model = live.tiny(made.replace(training=made.training.replace(gradient_checkpointing=False)), dtype, **changes)
+    bank = AdapterBank(model, 2)
+    enable_checkpointing(model, checkpointing, by_tiles=False)
+    with bank.rows([i % 2 for i in range(rows)], [tokens] * rows):
+        if not checkpointing:
+            (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
+            assert kept.bytes - 3 * 8 * rows * tokens == live.kept_bytes(model, ids, mask)
+        step = sum(c.bytes for c in memory.moments[memory.peak_moment])
+        counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
+    assert -0.02 < step / counted - 1 < 0.1
 
 
-def test_published_sizes() -> None:
-    # QLoRA, section 3.2: 0.127 bits a weight for double quantization with blocks of 64, 0.5 without
-    assert four_bit_bytes(2**24, True) * 8 / 2**24 == pytest.approx(4.127, abs=1e-3)
-    assert four_bit_bytes(2**24, False) * 8 / 2**24 == 4.5
-
-
-def test_the_8_bit_optimizer_s_state_is_bitsandbytes_own() -> None:
-    from qvera.training.optim import build_optimizer, optimizer_bytes
-
-    section = parse_recipe({"model": "-", "data": {"path": "-"}, "training": {"optim": "adamw_8bit"}}, "t").training
-    sizes = [256, 4095, 4096, 11008]
-    vectors = {str(n): torch.nn.Parameter(torch.randn(n)) for n in sizes}
-    optimizer = build_optimizer(section, vectors)
-    for vector in vectors.values():
-        vector.grad = torch.randn_like(vector)
-    optimizer.step()
-    # two tables of 256 numbers for what 8 bits mean, shared
-    assert 0 <= optimizer_bytes(optimizer) - optimizer_state_bytes(sizes, "adamw_8bit") <= 2 * 256 * 4
-
-
-def test_a_mapped_base_is_not_private() -> None:
-    made, of = recipe(16, "sdpa", True, model={"quantization": "nf4"}), batch(1, 64, False)[3]
-    shape = shape_of(small_llama(**BIG))
-    machines = [Machine("t", "cpu", F32, mapped_base, 10**12) for mapped_base in (False, True)]
-    whole, mapped = (plan_memory(PlannedRun(shape, made, of, machine)) for machine in machines)
-    assert whole.mapped_bytes == 0 < mapped.mapped_bytes
-    linears = sum(x.n * x.m for x in shape.linears)
-    # embeddings and head in 16 bits, whatever the compute dtype
-    assert mapped.mapped_bytes == pytest.approx(linears * 4.127 / 8 + 2 * shape.dense_numbers, rel=0.01)
-    assert mapped.private_bytes < whole.private_bytes
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", ["vera", "groups-and-a"])
+def test_the_peak_of_a_joined_pass_is_the_plan_s(more: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    """Some rows are attended to in fp32 and some not; what fills the sequence up is a row too."""
+    made = recipe(64, "sdpa", checkpointing, more)
+    rows = rows_of(140, 9, 33, 40, 70, 31)
+    of = batch_of(rows, Joined.ROWS, rounded=True, whole_rows=True)
+    assert (of.rows, of.tokens, of.joined, of.offsets, len(of.groups)) == (1, 352, True, True, 5)
+    machine = Machine("test", "cpu", dtype, False, 10**12)
+    memory = plan_memory(PlannedRun(shape_of(small_llama(**BIG)), made, of, machine, slots=2))
+    plain = made.replace(training=made.training.replace(gradient_checkpointing=False))
+    model = live.tiny(plain, dtype, attn_implementation=VARLEN, **BIG)
+    bank = AdapterBank(model, 2)
+    enable_checkpointing(model, checkpointing, by_tiles=False)
+    inputs = collate_prefix_once(rows, packing=True, joined=Joined.ROWS)
+    assert inputs is not None
+    inputs = pad_batch(inputs, of.tokens, 0)
+    ids, labels, trained = (inputs.pop(name) for name in ("input_ids", "labels", "trained"))
+    with bank.rows([i % 2 for i in range(len(rows))], row_tokens({"input_ids": ids, **inputs}, rows)):
+        if not checkpointing:
+            (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
+            places = sum(count * length for count, length in of.groups) + of.tokens  # that all layers share
+            found = live.kept_bytes(model, ids, open_mask(ids), **inputs)
+            assert kept.bytes - 3 * 8 * of.tokens + 8 * places == found
+        step = sum(c.bytes for c in memory.moments[memory.peak_moment])
+        chunk = made.training.loss_chunk_tokens
+        counted = live.step_peak_bytes(model, ids, open_mask(ids), labels, chunk, **inputs)
+    assert len(trained) == of.trained_tokens
+    assert -0.02 < step / counted - 1 < 0.1

@@ -17,8 +17,8 @@ from qvera.data import batches_of, build_datasets
 from qvera.data.rows import Joined
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, Plan, Sharing, make_plan, parse_size, timing
-from qvera.training.plan.changes import changed
 from qvera.training.plan.longest import batch_of, longest_rows
+from qvera.training.plan.run import changed
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 

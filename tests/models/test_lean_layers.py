@@ -1,4 +1,4 @@
-"""Norms and gated MLPs that keep less for backward: the same numbers as transformers', and less kept."""
+"""Norms, gated MLPs and rotations of a frozen base: transformers' numbers, less kept, and no other model touched."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
-from qvera.models import norm_mlp
+from qvera.kernels import elementwise
+from qvera.models import lean_layers
 from tests.adapters.helpers import relative
 from tests.conftest import small_llama
 
@@ -50,7 +53,7 @@ def both_ways(module: Any, x: torch.Tensor, upstream: torch.Tensor) -> tuple[tor
 @pytest.mark.parametrize("make", [norm, mlp])
 def test_same_output_to_the_bit_and_same_gradient(make: Any, dtype: torch.dtype, tolerance: float, tokens: int) -> None:
     stock, ours = make(dtype), make(dtype)
-    assert norm_mlp.reduce_saved_activations(ours) == 1
+    assert lean_layers.reduce_saved_activations(ours) == 1
     x, upstream = torch.randn(2, tokens, HIDDEN, dtype=dtype), torch.randn(2, tokens, HIDDEN, dtype=dtype)
     y, grad = both_ways(ours, x, upstream)
     expected, expected_grad = both_ways(stock, x, upstream)
@@ -67,7 +70,7 @@ def test_same_output_to_the_bit_and_same_gradient(make: Any, dtype: torch.dtype,
 @pytest.mark.parametrize("make", [norm, mlp])
 def test_the_output_can_be_changed_in_place(make: Any) -> None:
     stock, ours = make(torch.float32), make(torch.float32)
-    norm_mlp.reduce_saved_activations(ours)
+    lean_layers.reduce_saved_activations(ours)
     x, upstream = torch.randn(2, 7, HIDDEN), torch.randn(2, 7, HIDDEN)
     found = []
     for module in (ours, stock):
@@ -86,13 +89,13 @@ def test_the_output_can_be_changed_in_place(make: Any) -> None:
 def test_gradcheck() -> None:
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     c = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(norm_mlp._GatedFunction.apply, (x, c))
+    assert torch.autograd.gradcheck(lean_layers._GatedFunction.apply, (x, c))
     # the norm computes in fp32 whatever it is given, as transformers' does: a formula in float64 stands for differences
     weight = torch.randn(6, dtype=torch.float64)
     upstream = torch.randn(5, 6, dtype=torch.float64)
     module = LlamaRMSNorm(6, eps=1e-5).requires_grad_(False)
     module.weight.data = weight
-    norm_mlp._RMSNormFunction.apply(x, module).backward(upstream)
+    lean_layers._RMSNormFunction.apply(x, module).backward(upstream)
     other = x.detach().clone().requires_grad_()
     (weight * other * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1e-5)).backward(upstream)
     assert x.grad is not None
@@ -118,9 +121,9 @@ def saved_shapes(module: Any, x: torch.Tensor) -> list[tuple[tuple[int, ...], to
 def test_what_is_kept() -> None:
     x = torch.randn(9, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     module = norm(torch.bfloat16)
-    norm_mlp.reduce_saved_activations(module)
+    lean_layers.reduce_saved_activations(module)
     assert saved_shapes(module, x) == [((9, 1), torch.float32), ((9, HIDDEN), torch.bfloat16)]
-    gated = norm_mlp._GatedFunction.apply
+    gated = lean_layers._GatedFunction.apply
     a, c = (torch.randn(9, WIDE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 
     class Product(nn.Module):
@@ -132,7 +135,7 @@ def test_what_is_kept() -> None:
 
 def test_a_norm_that_is_trained_is_left_to_autograd() -> None:
     module = norm(torch.float32)
-    norm_mlp.reduce_saved_activations(module)
+    lean_layers.reduce_saved_activations(module)
     module.weight.requires_grad_(True)
     x = torch.randn(4, HIDDEN)
     stock = norm(torch.float32).requires_grad_(True)
@@ -162,16 +165,16 @@ SMALL = {
 
 
 def test_copies_of_llama_s_modules_are_known_and_others_left_alone() -> None:
-    assert norm_mlp.reduce_saved_activations(MistralForCausalLM(MistralConfig(**SMALL))) == 4
+    assert lean_layers.reduce_saved_activations(MistralForCausalLM(MistralConfig(**SMALL))) == 4
     gemma = GemmaForCausalLM(GemmaConfig(**SMALL))  # (1 + w) h, and GELU
-    assert norm_mlp.reduce_saved_activations(gemma) == 0
+    assert lean_layers.reduce_saved_activations(gemma) == 0
     assert not any("LowMemory" in type(m).__name__ for m in gemma.modules())
-    assert norm_mlp.reduce_saved_activations(small_llama(hidden_act="gelu")) == 5  # norms only
+    assert lean_layers.reduce_saved_activations(small_llama(hidden_act="gelu")) == 5  # norms only
 
 
 def test_a_module_that_is_no_longer_used_is_freed_at_once() -> None:
     module = mlp(torch.float32)
-    norm_mlp.reduce_saved_activations(module)
+    lean_layers.reduce_saved_activations(module)
     weight = weakref.ref(module.up_proj.weight)
     gc.disable()  # a cycle would hold two thirds of a model until the collector comes
     try:
@@ -192,14 +195,90 @@ def test_accelerates_hooks_stay(make: Any) -> None:
 
     module = make(torch.float32)
     add_hook_to_module(module, Hook())
-    norm_mlp.reduce_saved_activations(module)
+    lean_layers.reduce_saved_activations(module)
     module(torch.randn(3, HIDDEN))
     assert called == [module]
 
 
 def test_a_replica_uses_its_own_weights() -> None:
     module = norm(torch.float32)
-    norm_mlp.reduce_saved_activations(module)
+    lean_layers.reduce_saved_activations(module)
     replica = module._replicate_for_data_parallel()
     replica.weight = torch.zeros(HIDDEN)
     assert not replica(torch.randn(3, HIDDEN)).any()
+
+
+IDS = torch.arange(3, 20).unsqueeze(0)
+ROTATING = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
+}  # fmt: skip
+
+
+def logits_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings).logits
+    (gradient,) = torch.autograd.grad(logits.square().sum(), embeddings)
+    return logits.detach(), gradient
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Take the way of the kernels on this CPU, where plain code stands in for them; one entry for each rotation."""
+    calls: list[bool] = []
+
+    def counted(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(backward)
+        return elementwise.plain_rope(q, k, cos, sin, backward)
+
+    monkeypatch.setattr(lean_layers, "use_kernels", lambda *tensors: True)
+    monkeypatch.setattr(lean_layers.elementwise, "rope", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Mixtral"])
+def test_models_that_rotate_as_llama_does_give_the_same_numbers(name: str, rotations: list[bool]) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**ROTATING)).eval()
+    expected, expected_gradient = logits_and_gradient(model)
+    assert rotations == []
+    assert (lean_layers.fuse_rotation(model), lean_layers.fuse_rotation(model)) == (1, 1)
+    logits, gradient = logits_and_gradient(model)
+    assert rotations == [False, True]
+    assert torch.equal(logits, expected)
+    assert relative(gradient, expected_gradient) < 2e-6
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["GPTNeoX", "Phi3", "Cohere"])
+def test_models_that_rotate_otherwise_are_left_alone(name: str) -> None:
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**ROTATING))
+    assert lean_layers.fuse_rotation(model) == 0
+
+
+def test_nothing_changes_on_a_cpu_nor_for_other_models() -> None:
+    plain, model = small_llama(), small_llama()
+    ours, theirs = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward
+    assert lean_layers.fuse_rotation(model) == 2
+    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward) == (ours, theirs)
+    for changed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for one, other in zip(logits_and_gradient(changed), logits_and_gradient(plain), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_rotation_that_somebody_else_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger-Kernel sets a function of its own in transformers' module."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", elementwise.rope)
+    assert lean_layers.fuse_rotation(small_llama()) == 0
+
+
+@pytest.mark.process
+def test_torch_compile_sees_through_it() -> None:
+    torch._dynamo.reset()
+    model = small_llama()
+    lean_layers.fuse_rotation(model)
+    found = torch._dynamo.explain(model)(IDS)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCaus
 
 from qvera.config.schema import parse_recipe
 from qvera.evaluation.generate import generate
-from qvera.models.positions import position_limit
+from qvera.models.structure import position_limit
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer

@@ -1,7 +1,7 @@
-"""Weights that a checkpoint stores in bitsandbytes' 4 bits: found in the headers, and dequantized some rows at a time.
+"""What a checkpoint stores as the model has it: tensors under the model's names, and weights in 4 bits as whole ones.
 
-Such a weight is a tensor of packed nibbles, and beside it its statistics (`quantization.serialized_layout`), which may
-lie in any order and in other shards.
+A weight in bitsandbytes' 4 bits is a tensor of packed nibbles, and beside it its statistics
+(`quantization.serialized_layout`), which may lie in any order and in other shards.
 """
 
 from __future__ import annotations
@@ -9,19 +9,58 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from qvera.models import quantization
-from qvera.models.bitsandbytes_import import bitsandbytes as bnb
+from qvera.models.quantization import bnb_functional
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qvera.utils.safetensors_io import TensorEntry
+
 _STATE = f".{quantization.STATE_KEY}"
-_Q = bnb.functional
+
+
+def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
+    """The tensors of a checkpoint under the names that the model has for them, in the same order.
+
+    Three things make them differ: transformers renames parts of old models (GPT-NeoX's head, ViT's attention), an old
+    checkpoint calls the vectors of its norms gamma and beta, and one of the base model alone lacks a prefix such as
+    ``bert.``. A tensor that transformers fuses with others, splits or turns keeps its name, and so do all of a
+    checkpoint that is stored in 4 bits.
+
+    Args:
+        entries: all tensors of the checkpoint.
+        model: the model without weights.
+    """
+    known = model.state_dict().keys()
+    unknown = [entry for entry in entries if entry.name not in known]
+    if not unknown or any(_STATE in entry.name for entry in entries):
+        return entries
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    others = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    prefix, names = f"{model.base_model_prefix}.", {}
+    for entry in unknown:
+        name = entry.name
+        for one in renamings:
+            name, _ = one.rename_source_key(name)
+        if any(one.rename_source_key(name)[1] is not None for one in others):
+            continue
+        for own in (name, prefix + name):
+            if own in known:
+                names[entry.name] = own
+    found = [dataclasses.replace(entry, name=names.get(entry.name, entry.name)) for entry in entries]
+    return found if len({entry.name for entry in found}) == len(found) else entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +83,10 @@ class PackedWeight:
         for key, entry in self.statistics.items():
             with safe_open(entry.file, framework="pt") as file:
                 tensors[key] = file.get_tensor(entry.name)
-        state = _Q.QuantState.from_dict(tensors, torch.device("cpu"))
+        state = bnb_functional.QuantState.from_dict(tensors, torch.device("cpu"))
         if not state.nested:
             return state.absmax
-        return _Q.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
     def dequantized(self, packed: torch.Tensor, absmax: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
         """Some rows [k, in_features] of the weight in ``dtype``.
@@ -61,9 +100,9 @@ class PackedWeight:
         columns = self.dense.shape[1]
         at, count = first * columns // self.blocksize, 2 * packed.numel()
         scales = absmax[at : at + -(-count // self.blocksize)].contiguous()
-        code = _Q.get_4bit_type(self.quant_type, device="cpu")
+        code = bnb_functional.get_4bit_type(self.quant_type, device="cpu")
         shape = torch.Size((count // columns, columns))
-        state = _Q.QuantState(scales, shape, code, self.blocksize, self.quant_type, dtype)
+        state = bnb_functional.QuantState(scales, shape, code, self.blocksize, self.quant_type, dtype)
         return quantization.dequantized_packed(packed.view(-1, 1), state)
 
 

@@ -1,4 +1,4 @@
-"""One rank of many: what each stage leaves on it by the plan, what travels, and which stage the plan takes."""
+"""What a run holds by the plan: stored weights, optimizer state, and one rank of many in each ZeRO stage."""
 
 from __future__ import annotations
 
@@ -11,9 +11,21 @@ import torch
 
 from bench.plan_table import recipe_of, shapes
 from qvera.cli.main import main
-from qvera.config.schema import Recipe
-from qvera.training.plan import ALONE, Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way
-from qvera.training.plan.sharding import plan_rank, spread_of, traffic
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.models import quantization
+from qvera.models.loader import load_base
+from qvera.models.model_config import empty_model
+from qvera.training.optim import build_optimizer, optimizer_bytes
+from qvera.training.plan import ALONE, Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way, shape_of
+from qvera.training.plan.memory import (
+    four_bit_bytes,
+    optimizer_state_bytes,
+    plan_rank,
+    spread_of,
+    traffic,
+    weight_storage_bytes,
+)  # fmt: skip
+from tests.conftest import small_llama
 
 SEVEN = "Llama-2 7B"
 PLAIN = ["none", "zero1", "zero2", "zero3"]
@@ -155,3 +167,54 @@ def test_a_plan_that_needs_another_stage_says_which(tmp_path: Path, write_recipe
     said = " ".join(capsys.readouterr().out.split())
     assert "--set deepspeed=zero3 makes it fit" in said
     assert "Does not fit" in said
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_base_bytes_are_those_of_the_loaded_modules(tiny_model_dir: Path, double_quant: bool) -> None:
+    tree = {
+        "model": {"path": str(tiny_model_dir), "double_quant": double_quant, "compute_dtype": "float32"},
+        "data": {"path": "-"},
+    }
+    made = parse_recipe(tree, "a test")
+    base = load_base(made.model, torch.device("cpu"))
+    shape = shape_of(empty_model(made.model))
+    assert shape.parameters == base.facts["parameters"]
+    stored = {n: m for n, m in base.model.named_modules() if isinstance(m, quantization.Linear4bit)}
+    assert {x.name for x in shape.linears if x.quantizable} == set(stored)
+    for x in shape.linears:
+        assert weight_storage_bytes(x, made, 4) == quantization.storage_bytes(stored[x.name])
+    run = PlannedRun(shape, made, BATCH, Machine("test", "cpu", torch.float32, True, 10**12))
+    memory = plan_memory(run)
+    # norms are held in the compute dtype, two bytes a number more than in the file
+    norms = shape.dense_numbers - 2 * shape.vocabulary * shape.hidden
+    assert sum(c.bytes for c in memory.standing if c.kind == "base") == base.facts["base_bytes"] - 2 * norms
+
+
+def test_published_sizes() -> None:
+    # QLoRA, section 3.2: 0.127 bits a weight for double quantization with blocks of 64, 0.5 without
+    assert four_bit_bytes(2**24, True) * 8 / 2**24 == pytest.approx(4.127, abs=1e-3)
+    assert four_bit_bytes(2**24, False) * 8 / 2**24 == 4.5
+
+
+def test_the_8_bit_optimizer_s_state_is_bitsandbytes_own() -> None:
+    section = parse_recipe({"model": "-", "data": {"path": "-"}, "training": {"optim": "adamw_8bit"}}, "t").training
+    sizes = [256, 4095, 4096, 11008]
+    vectors = {str(n): torch.nn.Parameter(torch.randn(n)) for n in sizes}
+    optimizer = build_optimizer(section, vectors)
+    for vector in vectors.values():
+        vector.grad = torch.randn_like(vector)
+    optimizer.step()
+    # two tables of 256 numbers for what 8 bits mean, shared
+    assert 0 <= optimizer_bytes(optimizer) - optimizer_state_bytes(sizes, "adamw_8bit") <= 2 * 256 * 4
+
+
+def test_a_mapped_base_is_not_private() -> None:
+    made = recipe_of(16)
+    shape = shape_of(small_llama(hidden_size=256, vocab_size=1000))
+    machines = [Machine("t", "cpu", torch.float32, mapped_base, 10**12) for mapped_base in (False, True)]
+    whole, mapped = (plan_memory(PlannedRun(shape, made, BATCH, machine)) for machine in machines)
+    assert whole.mapped_bytes == 0 < mapped.mapped_bytes
+    linears = sum(x.n * x.m for x in shape.linears)
+    # embeddings and head in 16 bits, whatever the compute dtype
+    assert mapped.mapped_bytes == pytest.approx(linears * 4.127 / 8 + 2 * shape.dense_numbers, rel=0.01)
+    assert mapped.private_bytes < whole.private_bytes

@@ -1,0 +1,291 @@
+"""What the recipe leaves open, and what would make a run fit: adapters at once, checkpointing, streaming, other values.
+
+`training.gradient_checkpointing: auto` is the fastest way that fits: recomputing a layer is a third of its work where
+the base is frozen (no gradients of weights are taken), so it is left out where there is room. `model.stream: auto`
+streams where the run does not fit with the base on the device, and fits so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qvera.config.schema import Recipe
+from qvera.models.checkpointing import Mode
+from qvera.training.plan.activations import offloaded_bytes
+from qvera.training.plan.longest import BatchOf, pass_rows
+from qvera.training.plan.memory import (
+    held_weight_bytes,
+    layer_bytes,
+    pinned_layer_bytes,
+    plan_rank,
+    slot_bytes,
+    stream_bytes,
+)
+from qvera.training.plan.run import PlannedRun, changed
+from qvera.utils import accelerator
+from qvera.utils.errors import InputError
+from qvera.utils.formatting import duration, size
+
+OFF_SHARE_ACCELERATOR, ON_SHARE_ACCELERATOR = 0.85, 0.92
+"""Activations are kept where the plan then takes at most the first share of a device's memory, and layer inputs are
+kept on the device up to the second. The allocator's losses are in no plan."""
+OFF_SHARE_CPU = 0.5
+"""Of the RAM that is free, mapped weights counted too. Other processes come and go there."""
+PCIE_BYTES_PER_SECOND = 25e9
+"""PCIe 4.0 x16 from page-locked RAM, where none was measured: 80 % of the 31.5 GB/s that it carries in theory."""
+_SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
+
+
+def mode_word(mode: Mode) -> str:
+    """``off``, ``on`` or ``offload``."""
+    return mode if isinstance(mode, str) else "on" if mode else "off"
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """A decision on `training.gradient_checkpointing`."""
+
+    mode: Mode
+    why: str
+    asked: Mode | str
+    needed_bytes: dict[Mode, int] = field(default_factory=dict)  # at the peak, by mode; empty unless auto was asked
+    available_bytes: int = 0
+
+    def fits(self, mode: Mode) -> bool:
+        """Whether a run fits in another mode, without a margin; True where nothing is known."""
+        return self.needed_bytes.get(mode, 0) <= self.available_bytes
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"Gradient checkpointing: {mode_word(self.mode)} ({self.why})."
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        needed = {mode_word(mode): count for mode, count in self.needed_bytes.items()}
+        return {"asked": self.asked, "mode": self.mode, "why": self.why, "needed_bytes": needed}
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A decision on `model.stream`: two layers on the device, the others in RAM."""
+
+    streams: bool
+    why: str
+    asked: bool | str
+    ram_bytes: int = 0  # of the layers that stay there
+    pass_bytes: int = 0  # that one forward and backward pass copies to the device
+    too_little_ram: bool = False  # the layers are read from the mapped file
+
+    def __str__(self) -> str:
+        """One or two sentences."""
+        text = f"Streaming: {'on' if self.streams else 'off'} ({self.why})."
+        if self.pass_bytes:
+            text += (
+                f" {size(self.ram_bytes)} of layers stay in RAM, and a pass copies {size(self.pass_bytes)}: "
+                f"{duration(self.pass_bytes / PCIE_BYTES_PER_SECOND)} at {PCIE_BYTES_PER_SECOND / 1e9:g} GB/s, hidden "
+                "where the pass computes for longer."
+            )
+        if self.too_little_ram:
+            text += " So much RAM is not free: the layers are read from their file in each pass."
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        sizes = {"ram_bytes": self.ram_bytes, "bytes_per_pass": self.pass_bytes}
+        return {"asked": self.asked, "streams": self.streams, "why": self.why, **sizes}
+
+
+def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
+    """How many adapters are in flight at most: those that the recipe says, or as many as fill a pass.
+
+    Args:
+        recipe: 0 where it trains one adapter.
+        adapter_rows: the training rows of each adapter; where they are not known, each has enough for a whole step.
+    """
+    training = recipe.training
+    if not recipe.data.has_adapters:
+        return 0
+    if training.adapters_at_once != "auto":
+        return min(training.adapters_at_once, len(adapter_rows) or training.adapters_at_once)
+    step, room = training.global_batch_size, training.per_device_train_batch_size
+    if not adapter_rows:
+        return max(1, room // step)
+    return slots_to_fill([min(rows, step) for rows in adapter_rows], room)
+
+
+def slots_to_fill(step_rows: Sequence[int], pass_rows: int) -> int:
+    """How many adapters, whose steps have so many rows each, fill a pass of ``pass_rows`` rows at most; at least one.
+
+    Those of few rows may all be in flight together, so they count.
+    """
+    slots = 0
+    for rows in sorted(step_rows):
+        pass_rows -= rows
+        if pass_rows < 0:
+            break
+        slots += 1
+    return max(1, slots)
+
+
+def with_fitting_slots(run: PlannedRun) -> PlannedRun:
+    """The run with as many of its slots as memory allows, at least one; as it is where the recipe says how many."""
+    if not run.slots or run.recipe.training.adapters_at_once != "auto":
+        return run
+    excess = plan_rank(run).needed_bytes(run.machine) - run.machine.available_bytes
+    return run if excess <= 0 else replace(run, slots=max(1, run.slots - -(-excess // slot_bytes(run))))
+
+
+def hold_weights(run: PlannedRun) -> PlannedRun:
+    """The run with W + ΔW held between optimizer steps, where a process alone can hold them; else as it is.
+
+    That is on a CPU, where they take at most a quarter of the free memory and the run still fits. Layers choose their
+    path by it, so a resumed run keeps what this came to when it began, whatever memory allows then.
+    """
+    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.mixes_rows:
+        return run
+    held, free_bytes = replace(run, holds_weights=True), run.machine.available_bytes
+    size_bytes = held_weight_bytes(held)
+    fits = size_bytes <= free_bytes // 4 and plan_rank(held).needed_bytes(run.machine) <= free_bytes
+    return held if size_bytes and fits else run
+
+
+def decide_checkpointing(run: PlannedRun) -> Checkpointing:
+    """The mode of a run, and why. Without ``auto``, what the recipe says."""
+    asked, machine, sharing = run.recipe.training.gradient_checkpointing, run.machine, run.sharing
+    if asked != "auto":
+        shared = asked == "offload" and run.checkpointing is True
+        why = "as the recipe says" + (": the device has no memory of its own to offload from" if shared else "")
+        return Checkpointing(run.checkpointing, why, asked)
+    available = machine.available_bytes // (1 if machine.on_gpu else sharing.per_node)  # ranks divide a machine's RAM
+    runs = {mode: run.changed(training__gradient_checkpointing=mode) for mode in modes_of(run)}
+    needed = {mode: plan_rank(each).total_bytes for mode, each in runs.items()}
+    takes, of = {mode: size(count) for mode, count in needed.items()}, f"of {size(available)}"
+    mode: Mode = True
+    why = f"without it the run would take {takes[False]} {of}"
+    if needed[False] <= available * (OFF_SHARE_ACCELERATOR if machine.on_gpu else OFF_SHARE_CPU):
+        mode, why = False, f"without it the run takes {takes[False]} {of}"
+    elif "offload" in runs and needed[True] > available * ON_SHARE_ACCELERATOR and needed["offload"] < needed[True]:
+        host_bytes, free_bytes = offloaded_bytes(runs["offload"]) * sharing.per_node, machine.host_bytes
+        layers_bytes = pinned_layer_bytes(run)  # which are locked first
+        if free_bytes is None or host_bytes <= free_bytes - layers_bytes:
+            mode, why = "offload", f"{why}, and with all layer inputs on the device {takes[True]}"
+        else:
+            beside = " beside the streamed layers" if layers_bytes else ""
+            why += f", and {size(host_bytes)} of RAM to offload layer inputs to are not free{beside}"
+    return Checkpointing(mode, f"auto: {why}", asked, needed, available)
+
+
+def modes_of(run: PlannedRun) -> list[Mode]:
+    """What there is on a machine for a run, the fastest first."""
+    # TRL enables checkpointing anew in each pass, as transformers does it
+    can_offload = accelerator.has_own_memory(run.machine.device_type) and not run.task.loss_is_trl
+    return [False, True, "offload"] if can_offload else [False, True]
+
+
+def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
+    """The run with `model.stream` and `training.gradient_checkpointing` written out, and why."""
+    asked, machine = run.recipe.model.stream, run.machine
+
+    def planned(streams: bool) -> tuple[PlannedRun, Checkpointing, int]:
+        other = run.changed(model__stream=streams)
+        mode = decide_checkpointing(other)
+        other = other.changed(training__gradient_checkpointing=mode.mode)
+        return other, mode, plan_rank(other).needed_bytes(machine)
+
+    decided, mode, needed = planned(asked is True)
+    why = "as the recipe says"
+    if asked == "auto" and needed <= machine.available_bytes:
+        why = "auto: the run fits without it"
+    elif asked == "auto" and not run.can_stream:
+        why = "auto: this run's layers can't be streamed"
+    elif asked == "auto":
+        why = "auto: the run does not fit with it either"
+        streamed, its_mode, less = planned(True)
+        if less <= machine.available_bytes:
+            decided, mode = streamed, its_mode
+            why = f"auto: with the base on the device the run takes {size(needed)} of {size(machine.available_bytes)}"
+    if not decided.streams:
+        return decided, mode, Streaming(False, why, asked)
+    if not accelerator.has_own_memory(machine.device_type):
+        why += "; here it only adds copies: the mapped file is in RAM anyway"
+        return decided, mode, Streaming(True, why, asked)
+    short = not pinned_layer_bytes(decided)
+    return decided, mode, Streaming(True, why, asked, sum(layer_bytes(decided)), stream_bytes(decided), short)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys of the recipe with their new values, and what the plan then comes to."""
+
+    settings: dict[str, Any]
+    total_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        """As the command line takes them, quoted for a shell. JSON is YAML."""
+        return " ".join("--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in self.settings.items())
+
+
+def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
+    """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
+
+    The last resort, all changes at their extreme, is given even where it does not fit.
+    """
+
+    def tried(settings: dict[str, Any]) -> Change | None:
+        try:
+            other = changed(run.recipe, settings)
+        except InputError:  # the recipe's task or objective has no such key, or does not take the value
+            return None
+        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)))
+        return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
+
+    steps = _steps(run)
+    singles: list[Change] = []
+    for key, values in steps.items():
+        attempts = (tried({key: value}) for value in values)
+        singles += [change for change in attempts if change is not None and change.fits][:1]
+    if singles:
+        return singles
+    last: Change | None = None
+    for key, values in steps.items():
+        for value in values:
+            last = tried({**(last.settings if last else {}), key: value}) or last
+            if last is not None and last.fits:
+                return [last]
+    return [] if last is None else [last]
+
+
+def _steps(run: PlannedRun) -> dict[str, list[Any]]:
+    """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
+    training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
+    rows, modes = pass_rows(run.recipe), modes_of(run)
+    fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
+    if data.has_adapters:  # whose rows are cut into passes together, which need not divide a step of one
+        fewer_rows = list(_eighths(rows, 1))
+    longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
+    few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
+    return {
+        "training.gradient_checkpointing": modes[modes.index(run.checkpointing) + 1 :],
+        "model.stream": [True] if run.can_stream and not run.streams else [],
+        "training.per_device_train_batch_size": [] if data.packing else fewer_rows,
+        "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
+        "data.max_length": [n for n in _eighths(longest, 8) if n >= _SHORTEST_TOKENS],
+        "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
+        "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],
+    }
+
+
+def _halved(value: int, least: int) -> list[int]:
+    return [value >> times for times in range(1, value.bit_length()) if value >> times >= least]
+
+
+def _eighths(value: int, multiple: int) -> Iterator[int]:
+    """Down in steps of an eighth, rounded to a multiple."""
+    while value > multiple:
+        value = min(value * 7 // 8 // multiple * multiple, value - multiple)
+        yield value

@@ -1,0 +1,343 @@
+"""What the plan decides: gradient checkpointing, streaming, and how many adapters are in flight; and that a run keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig
+
+from bench.plan_table import shapes
+from qvera.cli.main import main
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import build_datasets
+from qvera.models.checkpointing import Mode
+from qvera.models.tokenizer import load_tokenizer
+from qvera.training.plan import Batch, Machine, Plan, PlannedRun, Sharing, gpu_machine, make_plan, plan_memory, shape_of
+from qvera.training.plan.activations import offloaded_bytes
+from qvera.training.plan.decisions import PCIE_BYTES_PER_SECOND, wanted_slots
+from qvera.training.plan.decisions import decide_checkpointing as decide
+from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes, slot_bytes, stream_bytes
+from qvera.training.plan.plan import change_lines, print_plan, run_lines
+from qvera.training.plan.run import Shape, changed
+from qvera.training.trainer import train
+from qvera.utils.formatting import size
+from tests.conftest import small_llama
+from tests.training.runs import cut_off
+
+TREE = {"model": "-", "data": {"path": "-"}}
+LONG = Batch(1, 200, 200, False, False, "", 200)
+
+
+@pytest.fixture(scope="module")
+def shape() -> Shape:
+    return shape_of(small_llama(num_hidden_layers=8))
+
+
+def card(size_bytes: float, host_bytes: int | None = None) -> Machine:
+    return Machine("a GPU", "cuda", torch.bfloat16, False, int(size_bytes), host_bytes=host_bytes)
+
+
+def planned(shape: Shape, mode: Mode, machine: Machine) -> PlannedRun:
+    return PlannedRun(shape, changed(parse_recipe(TREE, "t"), {"training.gradient_checkpointing": mode}), LONG, machine)
+
+
+def test_auto_is_the_fastest_that_fits_with_a_margin(shape: Shape) -> None:
+    needed = {mode: plan_memory(planned(shape, mode, card(1e9))).total_bytes for mode in (False, True, "offload")}  # type: dict[Mode, int]
+    assert needed[False] > needed[True] > needed["offload"]
+    expected: list[tuple[Machine, Mode]] = [
+        (card(needed[False] / 0.84), False),
+        (card(needed[False] / 0.86), True),
+        (card(needed[True] / 0.91), True),
+        (card(needed[True] / 0.93), "offload"),
+        (card(needed[True] / 0.93, host_bytes=10**6), True),  # the RAM is not there
+        (card(needed[True] / 0.93, host_bytes=10**9), "offload"),
+        (card(1), "offload"),  # nothing fits
+    ]
+    auto = parse_recipe(TREE, "t")
+    for machine, mode in expected:
+        decided = decide(PlannedRun(shape, auto, LONG, machine))
+        assert decided.mode == mode, machine
+        assert decided.needed_bytes == needed
+        assert "auto" in str(decided)
+    assert decide(planned(shape, "offload", card(1e12))).mode == "offload"  # as the recipe says
+
+
+def test_a_streamed_base_is_locked_in_ram_before_layer_inputs(shape: Shape) -> None:
+    offload = planned(shape, "offload", card(1e9)).changed(model__stream=True)
+    layers, inputs = sum(layer_bytes(offload)), offloaded_bytes(offload)
+    needed = plan_memory(planned(shape, True, card(1e9)).changed(model__stream=True)).total_bytes / 0.93
+    auto = parse_recipe({**TREE, "model": {"path": "-", "stream": True}}, "t")
+    for free, mode in ((inputs + layers, "offload"), (inputs + layers - 1, True)):
+        decided = decide(PlannedRun(shape, auto, LONG, card(needed, free)))
+        assert decided.mode == mode
+        assert ("beside the streamed layers" in decided.why) is (mode is True)
+    two = Sharing(per_node=2)  # each of which locks its own
+    assert decide(PlannedRun(shape, auto, LONG, card(needed, inputs + layers), sharing=two)).mode is True
+    assert decide(PlannedRun(shape, auto, LONG, card(needed, 2 * (inputs + layers)), sharing=two)).mode == "offload"
+    # too little RAM to lock the layers: they stay in the file
+    huge = dataclasses.replace(offload, machine=card(needed, layers))
+    assert pinned_layer_bytes(huge) == 0
+
+
+def test_on_a_cpu_auto_leaves_half_of_the_free_memory_and_ranks_share_it(shape: Shape) -> None:
+    auto = parse_recipe(TREE, "t")
+    machine = Machine("a CPU", "cpu", torch.float32, False, 10**12)
+    needed = plan_memory(planned(shape, False, machine)).total_bytes
+    enough = dataclasses.replace(machine, available_bytes=int(needed / 0.49))
+    assert decide(PlannedRun(shape, auto, LONG, enough)).mode is False
+    assert decide(PlannedRun(shape, auto, LONG, enough, sharing=Sharing(per_node=2))).mode is True
+    little = dataclasses.replace(machine, available_bytes=needed)
+    assert decide(PlannedRun(shape, auto, LONG, little)).mode is True
+    asked = planned(shape, "offload", machine)
+    assert decide(asked).mode is True  # a CPU has nowhere to move them to
+    assert offloaded_bytes(asked) == 0
+
+
+def test_offloaded_inputs_leave_two_on_the_device_and_fill_chunks_of_ram(shape: Shape) -> None:
+    kept, offloaded = (plan_memory(planned(shape, mode, card(1e9))) for mode in (True, "offload"))
+    one = 200 * shape.hidden * 2
+    assert kept.total_bytes - offloaded.total_bytes == (shape.layers - 2) * one
+    assert offloaded_bytes(planned(shape, "offload", card(1e9))) == shape.layers * 2**24
+
+
+def test_plan_and_run_say_what_was_decided(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = str(write_recipe(training={"max_steps": 1, "output_dir": str(tmp_path / "run")}))
+    assert main(["plan", recipe, "--no-timing"]) == 0
+    assert "Gradient checkpointing: off (auto: without it the run takes" in " ".join(capsys.readouterr().out.split())
+    assert main(["train", recipe]) == 0
+    assert "Gradient checkpointing: off (auto" in " ".join(capsys.readouterr().err.split())
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["gradient_checkpointing"] is False
+    assert run["plan"]["gradient_checkpointing"]["asked"] == "auto"
+    assert run["plan"]["gradient_checkpointing"]["why"].startswith("auto: without it the run takes")
+
+
+def test_a_resumed_run_keeps_what_was_decided_where_that_still_fits(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 2, "save_steps": 1})
+    whole = tmp_path / "whole"
+    train(recipe, whole)
+    for share, kept, said in ((1.5, False, "Gradient checkpointing stays off"), (0.9, True, "was off when the run")):
+        machine = Machine("a CPU", "cpu", torch.float32, True, int(share * 1e9), runtime_bytes=10**9)
+        monkeypatch.setattr(
+            "qvera.training.session.make_plan",
+            lambda recipe, _, *a, **k: make_plan(recipe, machine, *a, **k),  # noqa: B023
+        )
+        console = Console(file=io.StringIO(), width=1000)
+        again = train(recipe, cut_off(whole, tmp_path / str(share), after=1), resume=True, console=console)
+        assert again is not None
+        assert again.run["gradient_checkpointing"] is kept
+        assert said in console.file.getvalue()  # type: ignore[attr-defined]
+    asked = recipe.replace(training=recipe.training.replace(gradient_checkpointing=True))
+    again = train(asked, cut_off(whole, tmp_path / "asked", after=1), resume=True)
+    assert again is not None
+    assert again.run["gradient_checkpointing"] is True  # a recipe may say another one when a run goes on
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path) -> Any:
+    """A plan of Llama-2 13B or 70B on a card, from its config alone."""
+
+    def make(name: str, card_gb: float, sharing: Sharing | None = None, **changes: Any) -> Plan:
+        shape = shapes()[name]
+        config = LlamaConfig(
+            hidden_size=shape.hidden, intermediate_size=shape.ff, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
+            max_position_embeddings=shape.longest_tokens,
+        )  # fmt: skip
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(tmp_path)
+        tree = {
+            "model": {"path": str(tmp_path), **changes.pop("model", {})},
+            "data": {"path": "some/hub-data", "max_length": changes.pop("max_length", 1024)},
+            "training": {"per_device_train_batch_size": 1, **changes.pop("training", {})},
+        }
+        recipe = parse_recipe(tree, "t")
+        machine = dataclasses.replace(gpu_machine(recipe.model, int(card_gb * 1e9)), **changes)
+        return make_plan(recipe, machine, **({} if sharing is None else {"sharing": sharing}))
+
+    return make
+
+
+def streamed_rows() -> list[str]:
+    """The table of docs/memory.md."""
+    rows = []
+    for name, shape in shapes().items():
+        tree = {
+            "model": {"path": "-", "stream": True},
+            "data": {"path": "-"},
+            "training": {"gradient_checkpointing": True},
+        }
+        recipe = parse_recipe(tree, "t")
+        run = PlannedRun(shape, recipe, Batch(1, 2048, 2048, False, False, "", 2048), gpu_machine(recipe.model, 0))
+        copied = stream_bytes(run)
+        cells = size(sum(layer_bytes(run))), size(plan_memory(run).total_bytes), size(copied)
+        rows.append(f"| {name} | {' | '.join(cells)} | {copied / PCIE_BYTES_PER_SECOND:.1f} s |")
+    return rows
+
+
+def test_the_table_of_the_document_is_the_plan() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert "\n".join(streamed_rows()) in text
+
+
+@pytest.mark.parametrize(("name", "card_gb", "streams"), [
+    ("Llama-2 13B", 6, True), ("Llama-2 70B", 24, True), ("Llama-2 13B", 12, False), ("Llama-2 70B", 80, False),
+])  # fmt: skip
+def test_auto_streams_where_the_base_does_not_fit_otherwise(
+    plan_of: Any, name: str, card_gb: int, streams: bool
+) -> None:
+    plan = plan_of(name, card_gb)
+    assert plan.fits and plan.streaming.streams is plan.streams is streams
+    assert any("Streaming: on (auto" in line for line in run_lines(plan)) is streams
+
+
+def test_two_layers_take_the_place_of_all(plan_of: Any) -> None:
+    resident, streamed = (plan_of("Llama-2 70B", 80, model={"stream": stream}) for stream in (False, True))
+    base = [{c.name: c.bytes for c in plan.memory.peak if c.kind == "base"} for plan in (resident, streamed)]
+    layers = layer_bytes(streamed)
+    assert base[0]["4-bit linears"] == sum(layers)
+    assert base[1]["two streamed layers"] == 2 * max(layers) and "4-bit linears" not in base[1]
+    assert resident.memory.total_bytes - streamed.memory.total_bytes >= sum(layers) - 2 * max(layers)
+    assert stream_bytes(streamed) == 2 * 78 * layers[0] == pytest.approx(68.9e9, rel=1e-3)
+
+
+def test_streaming_is_among_the_changes_that_make_a_run_fit(plan_of: Any) -> None:
+    plan = plan_of("Llama-2 70B", 24, model={"stream": False})
+    assert not plan.fits
+    assert any("model.stream=true" in line for line in change_lines(plan))
+
+
+def test_a_run_that_does_not_fit_streamed_either_stays_resident(plan_of: Any) -> None:
+    plan = plan_of("Llama-2 70B", 1)
+    assert not plan.fits and not plan.streams
+
+
+def test_too_little_ram_is_said(plan_of: Any) -> None:
+    assert "read from their file" in str(plan_of("Llama-2 70B", 24, host_bytes=20 * 10**9).streaming)
+    assert "read from their file" not in str(plan_of("Llama-2 70B", 24, host_bytes=64 * 10**9).streaming)
+
+
+def test_neither_zero3_nor_int8_nor_a_cpu_streams_by_itself(plan_of: Any, make_recipe: Any) -> None:
+    assert not plan_of("Llama-2 70B", 24, Sharing(3, None, 1, 2)).streams
+    assert not plan_of("Llama-2 70B", 24, model={"quantization": "int8"}).streams
+    recipe = make_recipe()
+    cpu = Machine("a CPU", "cpu", gpu_machine(recipe.model, 1).dtype, True, 1000)
+    assert not make_plan(recipe, cpu).streams
+    forced = make_plan(recipe.replace(model=recipe.model.replace(stream=True)), cpu)
+    assert forced.streams and "only adds copies" in str(forced.streaming)
+
+
+def test_auto_does_not_stream_what_is_compiled_or_not_in_four_bits(plan_of: Any) -> None:
+    for changes in ({"training": {"torch_compile": True}}, {"model": {"quantization": "none"}}):
+        plan = plan_of("Llama-2 70B", 24, **changes)
+        assert not plan.streams
+        assert not plan.fits
+        assert plan.streaming.why == "auto: this run's layers can't be streamed"
+        assert not any("model.stream" in change.settings for change in plan.changes)
+
+
+@pytest.fixture
+def customers(tiny_model_dir: Path, tmp_path: Path) -> Recipe:
+    rows = [{"customer": f"c{i % 5}", "text": "a few words " * (1 + i % 3)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_recipe(
+        {
+            "model": {"path": str(tiny_model_dir)},
+            "data": {"path": str(tmp_path / "rows.jsonl"), "adapter_column": "customer", "max_length": 64},
+            "adapter": {"rank": 8},
+            "training": {"global_batch_size": 4, "per_device_train_batch_size": 12, "output_dir": str(tmp_path / "o")},
+        },
+        "test",
+    )
+
+
+def with_training(recipe: Recipe, **training: object) -> Recipe:
+    return recipe.replace(training=recipe.training.replace(**training))
+
+
+def test_as_many_adapters_are_in_flight_as_fill_a_pass(customers: Recipe) -> None:
+    assert wanted_slots(customers) == 3
+    assert wanted_slots(customers, [50, 50, 50, 50]) == 3
+    assert wanted_slots(customers, [1, 1, 2, 50, 3, 9]) == 5  # 1 + 1 + 2 + 3 + 4 rows
+    assert wanted_slots(with_training(customers, per_device_train_batch_size=2), [9, 9]) == 1
+    assert wanted_slots(with_training(customers, adapters_at_once=7), [9] * 4) == 4
+    assert wanted_slots(parse_recipe(TREE, "t")) == 0
+
+
+def test_memory_limits_the_adapters_in_flight_only_where_auto_chose_them(customers: Recipe) -> None:
+    def plan(recipe: Recipe, available_bytes: int) -> int:
+        return make_plan(recipe, Machine("t", "cuda", torch.float32, False, available_bytes)).slots
+
+    wide = with_training(customers, per_device_train_batch_size=40, gradient_checkpointing=True)
+    whole = make_plan(wide, Machine("t", "cuda", torch.float32, False, 10**10))
+    assert whole.slots == 10
+    assert plan(wide, whole.needed_bytes - 3 * slot_bytes(whole) + 5) == 7
+    assert plan(wide, 1000) == 1
+    assert plan(with_training(wide, adapters_at_once=10), 1000) == 10
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["rows", "no-rows"])
+def test_a_pass_is_planned_with_no_more_rows_than_the_adapters_in_flight_have(customers: Recipe, read: bool) -> None:
+    """Whether the rows are known or not."""
+    rows = build_datasets(customers.data, load_tokenizer(customers.model)).train if read else None
+    machine = Machine("t", "cuda", torch.float32, False, 10**10)
+
+    def rows_of(adapters_at_once: int, pass_rows: int) -> int:
+        one = with_training(customers, adapters_at_once=adapters_at_once, per_device_train_batch_size=pass_rows)
+        return make_plan(one, machine, rows, adapter_rows=[8] * 5).batch.rows
+
+    assert rows_of(2, 12) == 8
+    assert rows_of(2, 7) == 7
+    assert rows_of(5, 12) == 12
+
+
+def test_fewer_rows_a_pass_need_not_divide_a_step_of_many_adapters(customers: Recipe) -> None:
+    """Their rows are cut into passes together."""
+    sizes = {"global_batch_size": 8, "per_device_train_batch_size": 8, "adapters_at_once": 4}
+    wide = with_training(customers, **sizes, gradient_checkpointing=False)
+    whole = make_plan(wide, Machine("t", "cuda", torch.float32, False, 10**10))
+    five = make_plan(with_training(wide, per_device_train_batch_size=5), whole.machine)
+    small = Machine("t", "cuda", torch.float32, False, five.needed_bytes)
+    found = [change.settings for change in make_plan(wide, small).changes]
+    assert {"training.per_device_train_batch_size": 5} in found
+
+
+def test_the_plan_counts_16_bytes_a_number_and_adapter(customers: Recipe) -> None:
+    machine = Machine("t", "cuda", torch.float32, False, 10**10)
+    full = with_training(customers, per_device_train_batch_size=8)  # so many adapters may be in it
+    totals = [make_plan(with_training(full, adapters_at_once=n), machine).memory.total_bytes for n in (8, 9)]
+    plan = make_plan(full, machine)
+    assert totals[1] - totals[0] == 16 * plan.trained_parameters == slot_bytes(plan)
+    frozen = make_plan(full.replace(adapter=customers.adapter.replace(train_d=False)), machine)
+    assert slot_bytes(frozen) == 4 * plan.trained_parameters + 12 * frozen.trained_parameters
+
+
+def test_a_single_slot_is_planned_as_one_adapter(customers: Recipe) -> None:
+    """Every pass is of one adapter then, and takes the path of an adapter alone."""
+    single = with_training(customers, per_device_train_batch_size=4)
+    one = single.replace(data=single.data.replace(adapter_column=None, prefix_once=False))
+    machine = Machine("t", "cuda", torch.float32, False, 10**12)
+    many, alone = (make_plan(each, machine) for each in (single, one))
+    assert many.holds_weights == alone.holds_weights
+    extra = 2 * many.vector_bytes  # the ordinary adapter's, and what each begins with
+    answers = [{name: m for name, m in plan.memory.moments.items() if name != "answers"} for plan in (many, alone)]
+    assert answers[0] == answers[1]
+    assert sum(c.bytes for c in many.memory.standing) - sum(c.bytes for c in alone.memory.standing) == extra
+
+
+def test_the_plan_says_how_many_are_trained_at_once(customers: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    plan = make_plan(customers, Machine("t", "cuda", torch.float32, False, 10**10))
+    print_plan(plan, Console(width=200))
+    assert "At most 3 adapters are trained at the same time" in capsys.readouterr().out
+    assert plan.to_dict()["adapters_at_once"] == 3
