@@ -74,12 +74,6 @@ class LoraSb(Method):
         return Factors(tensors["qvera_frozen_A"], tensors["qvera_frozen_B"], R=at_least_fp32(tensors["qvera_R"]))
 
 
-def started(rank: int, gradient: torch.Tensor, rate: float) -> dict[str, torch.Tensor]:
-    """The tensors of one linear at the first step, of this learning rate, from its weight's gradient [m, n] fp32."""
-    found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), rank)
-    return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
-
-
 class FirstGradient(Schedule):
     """The start of LoRA-SB."""
 
@@ -98,47 +92,41 @@ class FirstGradient(Schedule):
         return StartFromGradient() if section.method == LoraSb.name and section.init_from is None else None
 
 
-class StartFromGradient(TrainingHook):
-    """Gives the adapter its start: see `start_from_gradient`."""
-
-    def start(self, training: Any) -> None:
-        start_from_gradient(training)
-
-
 _SHARE_OF_FREE_MEMORY = 4
 
 
-def start_from_gradient(session: TrainingSession) -> None:
-    """Give the adapter its start. All ranks call it together; each takes its share of the rows.
+class StartFromGradient(TrainingHook):
+    """Gives the adapter its start. Each rank takes its share of the first ``adapter.gradient_rows`` rows.
 
-    Raises:
-        InputError: memory does not suffice for it.
-        RunFailed: a gradient is not finite.
+    The loss is the sum over their trained tokens. The gradients are added up for as many linears at a time as a quarter
+    of the free memory holds, each time in one pass over the rows.
     """
-    section: Any = session.recipe.adapter
-    group = session.group
-    layers = {name: m for name, m in session.model.named_modules() if isinstance(m, QveraLinear)}
-    rows = _first_rows(session.batches, max(session.steps, session.batches.per_epoch), section.gradient_rows)
-    rate = current_rate(session.schedule)
-    parts = _parts(layers, memory.available_bytes(session.device) // _SHARE_OF_FREE_MEMORY)
-    with status_line(session.console, "Gradient of the first rows") as update, _base_alone(session.model, layers):
-        for number, part in enumerate(parts):
 
-            def show(share: float, number: int = number) -> None:
-                update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
+    def start(self, training: TrainingSession) -> None:
+        section: Any = training.recipe.adapter
+        layers = {name: m for name, m in training.model.named_modules() if isinstance(m, QveraLinear)}
+        steps = max(training.steps, training.batches.per_epoch)
+        rows, rate = _first_rows(training.batches, steps, section.gradient_rows), current_rate(training.schedule)
+        parts = _parts(layers, memory.available_bytes(training.device) // _SHARE_OF_FREE_MEMORY)
+        with status_line(training.console, "Gradient of the first rows") as update, _base_alone(training.model, layers):
+            for number, part in enumerate(parts):
 
-            gradients = _gradients(session, {name: layer.base_layer for name, layer in part.items()}, rows, show)
-            for name, layer in part.items():
-                gradient = gradients.pop(name)
-                group.all_reduce([gradient])
-                if not torch.isfinite(gradient).all():
-                    raise RunFailed(f"{name}: its gradient over the first {len(rows)} rows has NaN or Inf.")
-                config = layer.qvera_settings["default"][1]
-                made = started(config.rank, gradient, rate)
-                made = group.broadcast_tensors({kind: tensor.cpu() for kind, tensor in made.items()})
-                with torch.no_grad():
-                    for kind, vector in layer.vectors("default").items():
-                        vector.copy_(made[kind])
+                def show(share: float, number: int = number) -> None:
+                    update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
+
+                linears = {name: layer.base_layer for name, layer in part.items()}
+                gradients = _gradients(training, linears, rows, show)
+                for name, layer in part.items():
+                    gradient = gradients.pop(name)
+                    training.group.all_reduce([gradient])
+                    if not torch.isfinite(gradient).all():
+                        raise RunFailed(f"{name}: its gradient over the first {len(rows)} rows has NaN or Inf.")
+                    svd = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), section.rank)
+                    made = {"qvera_frozen_A": svd.V.t(), "qvera_frozen_B": svd.U, "qvera_R": torch.diag(svd.S)}
+                    made = training.group.broadcast_tensors({kind: tensor.cpu() for kind, tensor in made.items()})
+                    with torch.no_grad():
+                        for kind, vector in layer.vectors("default").items():
+                            vector.copy_(made[kind])
 
 
 def _gradients(

@@ -95,16 +95,6 @@ def _not_kept(highest: torch.Tensor) -> torch.Tensor:
     return 1 - (units.cumsum(0) - units).double() / _UNITS
 
 
-def sampled_product(g: torch.Tensor, x_rows: torch.Tensor, sample: TokenSample) -> torch.Tensor:
-    """Σ w_t g_t x_tᵀ over the sample: [m, n], gᵀ x in expectation.
-
-    Args:
-        g: [T, m], of all tokens.
-        x_rows: [k, n], the rows of x that the sample names, which is all of x that backward needs.
-    """
-    return (g[sample.tokens] * sample.weight.unsqueeze(1).to(g.dtype)).t() @ x_rows.to(g.dtype)
-
-
 class TokenSampler:
     """Draws the sample that backward keeps of each input x; layers that read the same x share one.
 

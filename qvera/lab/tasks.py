@@ -223,20 +223,20 @@ class TaskBatches(PartBatches):
         return self.part_rows(task, self.tasks[task], before)
 
 
-def adapt_to_held_out_tasks(session: Any) -> list[dict[str, Any]]:
-    """Adapt to each held-out task from the trained vectors, which the model has again afterwards.
+class AdaptHook(TrainingHook):
+    """At the end of a run, adapts to each held-out task from the trained vectors, which the model has again afterwards.
 
     A task's rows are divided by ``data.seed`` into support rows, on which ``training.adapt_steps`` steps are taken
-    with a fresh optimizer and a constant rate, and query rows, which are only scored. All ranks call this together.
-
-    Returns:
-        For each task ``task``, ``support_rows``, ``query_rows``, and of the query rows ``loss_before`` (the trained
-        vectors as they are) and ``loss_after``, which is None where a loss on the way was not finite.
-
-    Raises:
-        OutOfMemory: as `TrainingSession.train_step`.
+    with a fresh optimizer and a constant rate, and query rows, which are only scored.
     """
-    return [_adapted(session, name, rows) for name, rows in session.datasets.set_aside.items()]
+
+    def finish(self, training: Any) -> dict[str, Any]:
+        """For each task ``support_rows``, ``query_rows``, and of the query rows ``loss_before`` and ``loss_after``.
+
+        ``loss_after`` is None where a loss on the way was not finite.
+        """
+        found = [_adapted(training, name, rows) for name, rows in training.datasets.set_aside.items()]
+        return {"adaptation": found} if found else {}
 
 
 def _adapted(session: Any, name: str, rows: Rows) -> dict[str, Any]:
@@ -286,11 +286,3 @@ def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
 def _query_loss(session: Any) -> float:
     with held_out.scoring(session.model):
         return session.held_out_loss()["loss"]
-
-
-class AdaptHook(TrainingHook):
-    """`adapt_to_held_out_tasks` at the end of a run."""
-
-    def finish(self, training: Any) -> dict[str, Any]:
-        found = adapt_to_held_out_tasks(training)
-        return {"adaptation": found} if found else {}

@@ -1,3 +1,3 @@
 """Fixtures of other rooms that tests of research methods use."""
 
-from tests.data.conftest import base_tokenizer, write  # noqa: F401
+from tests.data.conftest import base_tokenizer, make_tokenizer, write  # noqa: F401

@@ -61,7 +61,7 @@ class AdapterSection(Section):
         """Yield keys that contradict each other."""
         if self.rank % self.b_groups:
             yield "b_groups", f"{self.b_groups} does not divide adapter.rank ({self.rank})."
-        if self.method == "lora" and self.init_lora_weights == "orthogonal" and self.rank % 2:
+        if self.init_lora_weights == "orthogonal" and self.rank % 2:
             yield "init_lora_weights", f"orthogonal takes an even adapter.rank, got {self.rank}."
         if self.magnitude and self.input_scale:
             yield "magnitude", "can't be combined with adapter.input_scale; remove one of the two."

@@ -90,8 +90,8 @@ def test_no_code_outside_of_the_methods_asks_for_one_by_its_name() -> None:
     names = "|".join(methods.names())
     named = re.compile(rf"\bmethod\b\W{{1,3}}(==|!=|in|not in)\W{{1,3}}({names})\b")
     files = [f for kind in ("py", "html") for f in (ROOT / "qvera").rglob(f"*.{kind}")]
-    outside = [file for file in files if file.parent.name != "methods"]
-    assert len(outside) > 300
+    outside = [file for file in files if file.parent.name not in ("methods", "lab")]
+    assert len(outside) > 200
     assert [str(file) for file in outside if named.search(file.read_text(encoding="utf-8"))] == []
     assert named.search('if adapter.method == "vera":') and named.search("{% if method in ('vera', 'b') %}")
 
