@@ -331,8 +331,8 @@ def test_lora_sb_starts_from_the_rows_of_the_first_steps() -> None:
 def test_what_the_recipe_alone_rules_out_is_refused_before_anything_is_loaded(
     adapter: Any, training: Any, deepspeed: str | None, words: str, make_recipe: Any
 ) -> None:
-    recipe = make_recipe(adapter={"rank": 4, **adapter}, training={"learning_rate": 1e-3, **training})
     with pytest.raises(InputError, match=words):
+        recipe = make_recipe(adapter={"rank": 4, **adapter}, training={"learning_rate": 1e-3, **training})
         check_recipe(recipe.replace(deepspeed=deepspeed))
 
 
