@@ -74,7 +74,7 @@ def tokenizer_for(template: str, request: pytest.FixtureRequest) -> PreTrainedTo
 
 
 @pytest.mark.parametrize("template", list(WRITTEN))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(exchanges=st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3), system=st.none() | ANSWERS)
 def test_trained_tokens_are_the_answers_and_their_ends(
     template: str, exchanges: list[tuple[str, str]], system: str | None, tmp_path: Path, request: pytest.FixtureRequest

@@ -435,7 +435,7 @@ def check_memory(tmp_path: Path, count: int, epochs: int) -> None:
 
 @pytest.mark.process
 def test_an_epoch_takes_the_memory_of_its_order(tmp_path: Path) -> None:
-    check_memory(tmp_path, 50_000, 1)
+    check_memory(tmp_path, 30_000, 1)
 
 
 @pytest.mark.process
