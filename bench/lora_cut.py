@@ -22,8 +22,8 @@ from bench.common import header, markdown, write_result
 from qvera.data import build_datasets
 from qvera.evaluation.load import OpenRun, open_run
 from qvera.exporting import lora
+from qvera.exporting.compare import adapter_scores, open_lora
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.lora_scores import adapter_scores, open_lora
 from qvera.models.model_config import empty_model
 from qvera.utils import formatting
 from qvera.utils.paths import ADAPTER_WEIGHTS

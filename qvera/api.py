@@ -21,9 +21,9 @@ from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Turn
 from qvera.data.conversations import Conversation
 from qvera.evaluation import generate as answering
+from qvera.evaluation.generate import PromptWriter
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_adapters, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root, named_directories, require_all_named, require_named
-from qvera.evaluation.prompts import PromptWriter
 from qvera.exporting import export as exports
 from qvera.tasks import evaluate as evaluations
 from qvera.utils.errors import InputError, did_you_mean

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bench.common import with_table
-from qvera.exporting.gguf import families as gguf_families
+from qvera.exporting.gguf import architecture as gguf_families
 from tests.conftest import small_tokenizer
 from tests.tasks.images import image_processor
 

@@ -59,9 +59,8 @@ def _local_answers(
     import transformers
 
     from qvera.data import Turn
-    from qvera.evaluation.generate import generate, generating
+    from qvera.evaluation.generate import PromptWriter, generate, generating
     from qvera.evaluation.load import find_target, open_target, require_answers
-    from qvera.evaluation.prompts import PromptWriter
 
     with progress(f"Loading {run}"):
         target = find_target(run, name=adapter, needs_name=not base)

@@ -115,7 +115,7 @@ def merge_adapters(
     from qvera.evaluation.load import find_adapter
     from qvera.exporting.deltas import read_deltas
     from qvera.exporting.export import require_no_added_tokens, write_lora
-    from qvera.exporting.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
+    from qvera.exporting.sums import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_class import CAUSAL_LM
     from qvera.models.model_config import empty_model
 

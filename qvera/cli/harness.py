@@ -44,9 +44,9 @@ def harness(
     if json_file is not None:
         require_new_file(json_file)
 
+    from qvera.evaluation.generate import PromptWriter
     from qvera.evaluation.lm_eval import find_tasks, run_harness
     from qvera.evaluation.load import find_target, open_target, require_answers, require_base
-    from qvera.evaluation.prompts import PromptWriter
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include)

@@ -119,8 +119,7 @@ def serve(
 
     import dataclasses
 
-    from qvera.evaluation.generate import end_tokens
-    from qvera.evaluation.prompts import PromptWriter
+    from qvera.evaluation.generate import PromptWriter, end_tokens
     from qvera.serve.api.access import KeyFile
     from qvera.serve.api.app import create_app
     from qvera.serve.api.server import Server, bound

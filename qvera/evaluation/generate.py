@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationMixin
 
 from qvera.adapters import AdaptedForward
-from qvera.data import microbatches
+from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
 from qvera.distributed.zero_params import any_sharded, is_sharded
+from qvera.evaluation.load import template_of
 from qvera.models import linear, quantization
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.structure import decoder_of, position_limit
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
+
+    from qvera.evaluation.load import OpenRun
 
 
 @contextlib.contextmanager
@@ -82,18 +86,6 @@ def _dense_fits(layers: list[Any]) -> bool:
     return size_bytes <= memory.available_bytes(device) // (2 if on_accelerator else 4)
 
 
-def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
-    checks = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        "batch_size": (batch_size, batch_size >= 1, "at least 1"),
-        "temperature": (temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number"),
-        "top_p": (top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
-    }
-    for name, (value, good, expected) in checks.items():
-        if not good:
-            raise InputError(f"{name}: expected {expected}, got {value}.")
-
-
 def generate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,7 +125,14 @@ def generate(
         RunFailed: memory ran out with a single prompt.
         ValueError: ``adapters`` does not name one adapter for each prompt.
     """
-    _check_settings(max_new_tokens, batch_size, temperature, top_p)
+    for name, value, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
+    ):
+        if not good:
+            raise InputError(f"{name}: expected {expected}, got {value}.")
     if adapters is not None and len(adapters) != len(prompts):
         raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
     limit = position_limit(model)
@@ -241,3 +240,37 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     ends = {tokenizer.eos_token_id}
     ends.update(configured if isinstance(configured, list) else [configured])
     return sorted(e for e in ends if e is not None)
+
+
+@dataclass(frozen=True)
+class PromptWriter:
+    """A chat template with the encoder of its tokenizer.
+
+    Attributes:
+        system: the system prompt of the recipe; None where it has none.
+    """
+
+    template: ChatTemplate
+    encoder: Encoder
+    system: str | None = None
+
+    @classmethod
+    def of(cls, opened: OpenRun) -> PromptWriter:
+        """With the chat template that a run was trained with; run.json resolves ``auto``.
+
+        Raises:
+            InputError: the template does not go with the tokenizer.
+        """
+        recipe = opened.target.recipe
+        name = template_of(recipe, opened.target.run) if recipe is not None else "auto"
+        template = resolve_template(name, opened.base.tokenizer)
+        return cls(template, Encoder(opened.base.tokenizer), recipe.data.system if recipe is not None else None)
+
+    def ids(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins.
+
+        Raises:
+            InputError: the template refuses the turns.
+        """
+        text, starts = self.template.prompt(turns, tools)
+        return self.encoder.encode_prompt(text, starts)

@@ -16,7 +16,7 @@ from qvera.data import Example, lengths_of, microbatches
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation.generate import generate, generating
-from qvera.evaluation.metrics import TextMetric, exact_match, row_scores, scores_of
+from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
 from qvera.models.loader import causal_model
 from qvera.utils.out_of_memory import each_in_halves
@@ -53,9 +53,6 @@ def held_out_loss(
     group: Group = ALONE,
 ) -> dict[str, Any]:
     """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
-
-    Args:
-        progress, group: see `over_held_out`.
 
     Returns:
         ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
@@ -235,7 +232,7 @@ def score_model(
             "prompt": example.prompt_text,
             "references": references,
             "answer": answer,
-            "scores": row_scores(metrics, answer, references),
+            "scores": {metric.name: metric.of_one(answer, references) for metric in metrics} if references else {},
         }
         for (example, references), answer in zip(prompts, answers, strict=True)
     ]

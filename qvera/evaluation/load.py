@@ -1,9 +1,10 @@
-"""Open what can be evaluated: a run, an adapter on its base model, or a whole checkpoint such as a merged export."""
+"""Open what can be evaluated: a run, an adapter on its base model, several of them, or a whole checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from qvera.evaluation.named_adapters import (
     require_named,
     run_of,
 )
-from qvera.evaluation.run_base import with_base_found
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory, local_directory
@@ -36,7 +36,7 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, CHAT_TEMPLATE, RECIPE_FILE
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, CHAT_TEMPLATE, RECIPE_FILE, resolve_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,11 +93,7 @@ class OpenRun:
 
 
 def require_answers(target: Artifact, what: str) -> None:
-    """Refuse a classifier where text is wanted.
-
-    Raises:
-        InputError: it is one; ``what`` is for models that write text.
-    """
+    """Raise InputError for a classifier: ``what`` is for models that write text."""
     if target.model_class.has_own_head:
         raise InputError(
             f"{target.path}: is a classifier, and {what} is for models that write text. `qvera eval {target.path} "
@@ -106,11 +102,7 @@ def require_answers(target: Artifact, what: str) -> None:
 
 
 def require_adapter(target: Artifact) -> Path:
-    """The directory of its adapter.
-
-    Raises:
-        InputError: it is a whole checkpoint.
-    """
+    """The directory of its adapter; InputError for a whole checkpoint."""
     if target.adapter is None:
         raise InputError(
             f"{target.path}: is {target.what}, and neither a run (with {RECIPE_FILE}) nor an adapter directory (with "
@@ -176,10 +168,10 @@ def find_target(
         return Artifact(path, "a checkpoint", section, None, given, run)
     certificate = read_certificate(path)
     exported, name = Path(certificate["adapter"]["path"]), None
-    if given is None and _has_adapter(exported, certificate["adapter"]["sha256"]):
-        run, name = run_of(exported), name_of(exported)
-        assert run is not None
-        given = load_recipe(run / RECIPE_FILE, of_a_run=True)
+    if given is None and (beside := run_of(exported)) is not None:  # it is still there, with the same adapter
+        weights = exported / ADAPTER_WEIGHTS
+        if weights.is_file() and file_sha256(weights) == certificate["adapter"]["sha256"]:
+            run, name, given = beside, name_of(exported), load_recipe(beside / RECIPE_FILE, of_a_run=True)
     return Artifact(path, "a merged export", section, None, given, run, name, certificate)
 
 
@@ -199,12 +191,6 @@ def _recipe_of(path: Path) -> Recipe:
         raise InputError(f"--recipe {path}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
     recipe = load_recipe(file, of_a_run=path.is_dir())
     return with_base_found(recipe, path / "adapter") if path.is_dir() else recipe
-
-
-def _has_adapter(adapter: Path, sha256: str) -> bool:
-    """Whether the run that a merged export names is still there, and still has the same adapter."""
-    weights = adapter / ADAPTER_WEIGHTS
-    return run_of(adapter) is not None and weights.is_file() and file_sha256(weights) == sha256
 
 
 def _config(adapter: Path) -> dict[str, Any]:
@@ -377,11 +363,7 @@ def _base_of_export(certificate: dict[str, Any]) -> ModelSection:
 
 
 def require_base(target: Artifact) -> None:
-    """Look for a base to compare with, as far as can be said before it is loaded.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Raise InputError where there is no base to compare with, as far as can be said before it is loaded."""
     if target.adapter is not None:
         return
     if target.merged is None:
@@ -424,3 +406,21 @@ def base_of(opened: OpenRun) -> Iterator[nn.Module]:
         return
     with opened.model.disable_adapter():
         yield opened.model
+
+
+def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
+    """The recipe of a run, with a ``model.path`` that leads to its base.
+
+    A run keeps the path as its recipe had it, which may be relative to the directory that it was trained from. The
+    adapter's config has the whole path.
+
+    Args:
+        adapter: the directory of its adapter, or of one of them.
+    """
+    path = Path(resolve_path(recipe.model.path))
+    known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
+    if path.is_dir() or not isinstance(known, str) or not os.path.isabs(known) or not Path(known).is_dir():
+        return recipe
+    if Path(known).parts[-len(path.parts) :] != path.parts:  # an id of the hub, which somebody has put there since
+        return recipe
+    return recipe.replace(model=recipe.model.replace(path=known))

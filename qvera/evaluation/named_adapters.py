@@ -18,7 +18,6 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE
 
 if TYPE_CHECKING:
     from qvera.data import Datasets
-    from qvera.data.adapter_rows import AdapterRows
     from qvera.data.rows import Rows
 
 _SHOWN_NAMES = 8
@@ -117,11 +116,7 @@ def _list(path: Path, known: dict[str, Path]) -> str:
 
 
 def refuse_name(path: Path, name: str | None) -> None:
-    """Refuse ``--adapter`` for what is one adapter or one checkpoint.
-
-    Raises:
-        InputError: a name was given.
-    """
+    """Refuse ``--adapter`` for what is one adapter or one checkpoint. InputError: a name was given."""
     if name is not None:
         raise InputError(
             f"--adapter {shown_name(name)}: is for a run that trained many adapters, or a directory of adapters, and "
@@ -129,23 +124,29 @@ def refuse_name(path: Path, name: str | None) -> None:
         )
 
 
-def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """The held-out rows of one adapter; all of them where ``name`` is None, or where the data has rows of one only.
+def _rows_of(datasets: Datasets, name: str | None) -> tuple[Rows, Rows]:
+    """Held-out and training rows of one adapter; all of them where it is None, or where the data has rows of one only.
 
     Raises:
         InputError: the data has no rows of this adapter any more.
     """
     if name is None or not datasets.adapters:
-        return datasets.eval
-    return datasets.eval.take(_rows_of(datasets, name).eval)
+        return datasets.eval, datasets.train
+    for adapter in datasets.adapters:
+        if adapter.name == name:
+            return datasets.eval.take(adapter.eval), datasets.train.take(adapter.train)
+    raise InputError(
+        f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
+    )
+
+
+def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
+    """The held-out rows of one adapter; all of them where ``name`` is None, or where the data has rows of one only."""
+    return _rows_of(datasets, name)[0]
 
 
 def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """`held_out_rows`, at least one.
-
-    Raises:
-        InputError: no row is held out; or as `held_out_rows`.
-    """
+    """`held_out_rows`; InputError where there is none."""
     if rows := held_out_rows(datasets, name):
         return rows
     whose = "the recipe holds out no rows" if name is None else f"adapter {shown_name(name)} has no held-out rows"
@@ -153,27 +154,9 @@ def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
 
 
 def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
-    """The rows on which an export is compared with its run, and which they are: ``held-out`` or ``training``.
-
-    Where no rows are held out, they are the training rows of this adapter.
-
-    Raises:
-        InputError: as `held_out_rows`.
-    """
-    if rows := held_out_rows(datasets, name):
-        return rows, "held-out"
-    if name is None or not datasets.adapters:
-        return datasets.train, "training"
-    return datasets.train.take(_rows_of(datasets, name).train), "training"
-
-
-def _rows_of(datasets: Datasets, name: str) -> AdapterRows:
-    for adapter in datasets.adapters:
-        if adapter.name == name:
-            return adapter
-    raise InputError(
-        f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
-    )
+    """The rows on which an export is compared with its run, and which they are: ``held-out``, else ``training``."""
+    held_out, training = _rows_of(datasets, name)
+    return (held_out, "held-out") if held_out else (training, "training")
 
 
 def _why_not_saved(path: Path, name: str) -> str | None:

@@ -165,11 +165,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
 
 
 def _parameters(weights: Path) -> dict[str, int]:
-    """Tensor name → number of elements.
-
-    Raises:
-        InputError: the file is damaged, or a value is NaN or Inf.
-    """
+    """Tensor name → number of elements. InputError: the file is damaged, or a value is NaN or Inf."""
     counts = {}
     try:
         with safe_open(weights, framework="numpy") as tensors:

@@ -1,5 +1,1 @@
-"""Export: a merged 16-bit checkpoint that any tool loads, with a certificate of what was merged onto what."""
-
-from qvera.exporting.merged import export_merged
-
-__all__ = ["export_merged"]
+"""Export: merged checkpoints, LoRAs and GGUF files, each with a certificate of what was made of what."""

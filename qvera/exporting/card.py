@@ -5,6 +5,7 @@ Format: huggingface.co/docs/hub/model-cards. What is not known is left out. No d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_of
 from qvera.evaluation.run_info import directory_facts
-from qvera.exporting.card_scores import metrics_of, read_evaluation, scores_text
-from qvera.exporting.gguf.families import FAMILIES
+from qvera.exporting.compare import rows_name
+from qvera.exporting.gguf.architecture import FAMILIES
 from qvera.exporting.lora import VLLM_RANKS
 from qvera.models.hub import is_hub_id
 from qvera.models.model_class import CAUSAL_LM, ModelClass
@@ -132,12 +133,14 @@ def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | No
 def model_card(subject: CardSubject, repo: str | None = None) -> str:
     """The text of README.md. ``repo``: ``user/name``, where it will be; else a placeholder stands in the commands."""
     title = repo or "USER/NAME"
+    before = (subject.run.get("result") or {}).get("eval_before") or {}
+    difference = subject.certificate.get("difference") or {}
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(subject), sort_keys=False, allow_unicode=True)}---\n",
         f"# {title.rpartition('/')[2]}\n" if repo else f"# {_base_name(subject.base)}, {subject.adapter['method']}\n",
         _summary(subject),
         "## How to use it\n\n" + _usage(subject, title),
-        _scores(subject),
+        scores_text(before, _after(subject), subject.evaluation, difference, subject.kind != "adapter"),
         _training(subject),
         _license_text(subject),
     ]
@@ -212,16 +215,10 @@ def _summary(subject: CardSubject) -> str:
     size = "" if trained is None else f" with {trained:,} trained parameters"
     version = (subject.run.get("versions") or {}).get("qvera")
     trained_with = "qvera" if version is None else f"qvera {version}"
-    return (
-        f"{article} {method} adapter{rank}{size}, for {_base_name(subject.base)}{_form(subject)}. It was trained "
-        f"with {trained_with}.\n"
-    )
-
-
-def _form(subject: CardSubject) -> str:
-    """What became of the adapter."""
     quantized = (subject.certificate.get("quantized") or {}).get("quantization")
-    return _FORMS[subject.kind] + (f", in 4 bits ({quantized})" if quantized else "")
+    form = _FORMS[subject.kind] + (f", in 4 bits ({quantized})" if quantized else "")
+    name = _base_name(subject.base)
+    return f"{article} {method} adapter{rank}{size}, for {name}{form}. It was trained with {trained_with}.\n"
 
 
 def _block(language: str, text: str) -> str:
@@ -229,7 +226,7 @@ def _block(language: str, text: str) -> str:
 
 
 def _usage(subject: CardSubject, repo: str) -> str:
-    base, kind = _base_name(subject.base), subject.kind
+    base, kind, auto = _base_name(subject.base), subject.kind, subject.model_class.auto
     if kind in ("gguf", "gguf-lora"):
         found = sorted(subject.directory.glob("*.gguf"))
         file = found[0].name if found else "model.gguf"
@@ -245,7 +242,10 @@ def _usage(subject: CardSubject, repo: str) -> str:
     if kind == "merged":
         return (
             "transformers:\n\n"
-            + _block("python", f"{_import_of(subject)}\n\nmodel = {_class_of(subject)}.from_pretrained({repo!r})")
+            + _block(
+                "python",
+                f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({repo!r})",
+            )
             + "\nqvera:\n\n"
             + _block("bash", f"qvera eval {repo} --data rows.jsonl")
         )
@@ -255,8 +255,8 @@ def _usage(subject: CardSubject, repo: str) -> str:
         "PEFT:\n",
         _block(
             "python",
-            f"{before}from peft import PeftModel\n{_import_of(subject)}\n\n"
-            f"base = {_class_of(subject)}.from_pretrained({base!r}{_head_options(subject)})\n"
+            f"{before}from peft import PeftModel\nfrom transformers import {auto}\n\n"
+            f"base = {auto}.from_pretrained({base!r}{_head_options(subject)})\n"
             f"model = PeftModel.from_pretrained(base, {repo!r})",
         ),
     ]
@@ -268,7 +268,8 @@ def _usage(subject: CardSubject, repo: str) -> str:
     if subject.chat_template is not None and answers:
         parts.append(f"Prompts have the chat template in {CHAT_TEMPLATE}.\n")
     parts += ["qvera:\n", _block("bash", "\n".join(lines))]
-    if not _has_delta(subject):
+    known = str(subject.adapter["method"]) in names()
+    if known and _method(subject.adapter).change is Change.PER_TOKEN:  # it is no change of weights
         return "\n".join(parts)
     parts += ["Merged, for transformers alone:\n", _block("bash", f"qvera export {repo} merged/ --to merged")]
     if answers and _has_lora(subject) and (served := _vllm(subject, base, repo, is_lora)):
@@ -277,11 +278,6 @@ def _usage(subject: CardSubject, repo: str) -> str:
         text = f"qvera export {repo} gguf/ --to gguf\nollama create NAME -f gguf/Modelfile"
         parts += ["Ollama:\n", _block("bash", text)]
     return "\n".join(parts)
-
-
-def _has_delta(subject: CardSubject) -> bool:
-    """Whether the adapter is a change of weights, the same for all tokens."""
-    return str(subject.adapter["method"]) not in names() or _method(subject.adapter).change is not Change.PER_TOKEN
 
 
 def _has_lora(subject: CardSubject) -> bool:
@@ -303,28 +299,14 @@ def _vllm(subject: CardSubject, base: str, repo: str, is_lora: bool) -> str:
     return served if is_lora else f"qvera export {repo} lora/ --to lora{cut}\n{served}"
 
 
-def _class_of(subject: CardSubject) -> str:
-    return subject.model_class.auto
-
-
 def _head_options(subject: CardSubject) -> str:
     """What makes a base a classifier with the head that the adapter brings."""
     labels = subject.model_class.labels
     return f", num_labels={len(labels)}, ignore_mismatched_sizes=True" if labels else ""
 
 
-def _import_of(subject: CardSubject) -> str:
-    return f"from transformers import {_class_of(subject)}"
-
-
 def _after(subject: CardSubject) -> dict[str, Any]:
     return dict((subject.run.get("result") or {}).get("eval_after") or {})
-
-
-def _scores(subject: CardSubject) -> str:
-    before = (subject.run.get("result") or {}).get("eval_before") or {}
-    difference = subject.certificate.get("difference") or {}
-    return scores_text(before, _after(subject), subject.evaluation, difference, subject.kind != "adapter")
 
 
 def _training(subject: CardSubject) -> str:
@@ -377,7 +359,9 @@ def contents_of(subject: CardSubject, repo: str) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {}
     if subject.kind in ("adapter", "lora") and subject.chat_template is not None:
         contents[CHAT_TEMPLATE] = subject.chat_template.encode()
-    return contents | {file.name: file for file in files_of(subject)} | {"README.md": readme(subject, repo)}
+    own = subject.directory / "README.md"  # else the card
+    readme = own.read_bytes() if own.is_file() else model_card(subject, repo).encode()
+    return contents | {file.name: file for file in files_of(subject)} | {"README.md": readme}
 
 
 def local_base(subject: CardSubject) -> str | None:
@@ -389,7 +373,100 @@ def local_base(subject: CardSubject) -> str | None:
     return None if not isinstance(name, str) or is_hub_id(name) else name
 
 
-def readme(subject: CardSubject, repo: str) -> bytes:
-    """The README.md that lies there, else the card."""
-    own = subject.directory / "README.md"
-    return own.read_bytes() if own.is_file() else model_card(subject, repo).encode()
+_NO_SCORES = ("rows", "trained_tokens", "seconds", "scored_rows", "references", "tokens")
+_METRICS = {
+    "exact_match": "exact_match",
+    "bleu": "bleu",
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+}
+"""Our name of a score → the hub's name of the metric."""
+
+Scores = Mapping[str, Any]
+
+
+def read_evaluation(file: Path, adapter_sha256: str | None) -> dict[str, Any]:
+    """What ``qvera eval RUN --json`` wrote of this adapter; {} where the file is missing or of anything else."""
+    tree = try_read_json(file) or {}
+    about = tree.get("subject")
+    if not isinstance(about, dict) or not isinstance(tree.get("scores"), dict) or adapter_sha256 is None:
+        return {}
+    return tree if (about.get("column"), about.get("adapter_sha256")) == ("Adapter", adapter_sha256) else {}
+
+
+def metrics_of(*measured: Scores) -> list[str]:
+    """The hub's names of what was measured."""
+    found = {
+        _METRICS[key] for scores in measured for key, value in scores.items() if key in _METRICS and is_number(value)
+    }
+    return sorted(found)
+
+
+def scores_text(
+    before: Scores, after: Scores, evaluation: Mapping[str, Any], difference: Mapping[str, Any], is_export: bool
+) -> str:
+    """The section of a card; "" where nothing was measured.
+
+    Args:
+        before, after: scores of held-out rows before and after training, as run.json has them.
+        evaluation: what `read_evaluation` gave.
+        difference: of an export's certificate.
+        is_export: the card is of an export, and the other scores are of the adapter that it was made from.
+    """
+    of_run = " They are those of the adapter before it was exported." if is_export else ""
+    parts = [_table(f"{_on(after, 'held-out rows')}.{of_run}", {"before training": before, "after": after})]
+    if evaluation:
+        scores, of_base = evaluation["scores"], evaluation.get("base_scores")
+        sides = {"base": of_base, "trained": scores} if isinstance(of_base, dict) else {"trained": scores}
+        where = _source(str(evaluation["subject"].get("data") or ""))
+        parts.append(_table(f"{_on(scores, 'rows')}{where}, by `qvera eval`.{of_run}", sides))
+    trained, exported = difference.get("trained"), difference.get("exported")
+    if "loss_trained" in difference:
+        trained, exported = ({"loss": difference[f"loss_{side}"]} for side in ("trained", "exported"))
+    if isinstance(trained, dict) and isinstance(exported, dict):
+        rows = difference if "rows" in difference else exported
+        parts.append(
+            _table(
+                f"{_on(rows, rows_name(difference))}, this export beside its run.", {"run": trained, "export": exported}
+            )
+        )
+    if not any(parts):
+        return ""
+    return "## Scores\n\n" + "\n".join(filter(None, parts))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _on(scores: Scores, what: str) -> str:
+    rows = scores.get("rows", scores.get("scored_rows"))
+    return f"On {rows:,} {what}" if is_number(rows) else f"On {what}"
+
+
+def _source(data: str) -> str:
+    """Where rows are from, without the directory that they lie in."""
+    if not data:
+        return ""
+    return f" of {data if is_hub_id(data.partition(',')[0]) else Path(data).name}"
+
+
+def _table(text: str, sides: Mapping[str, Scores]) -> str:
+    """A table of the scores that the last side has, under a sentence; "" where it has none."""
+    last = list(sides.values())[-1]
+    names = [name for name, value in last.items() if name not in _NO_SCORES and is_number(value)]
+    if not names:
+        return ""
+    rows = [
+        f"| {name.replace('_', ' ')} | {' | '.join(_cell(scores.get(name)) for scores in sides.values())} |"
+        for name in names
+    ]
+    return "\n".join([f"{text}\n", f"| | {' | '.join(sides)} |", "|---" * (len(sides) + 1) + "|", *rows, ""])
+
+
+def _cell(value: Any) -> str:
+    return formatting.significant(value, 4) if is_number(value) else "–"

@@ -6,7 +6,7 @@ Reads QVERA adapters and those of PEFT's own VeRA (with their projections in the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,33 +195,41 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
         InputError: it is no VeRA adapter, or another model's.
     """
     config, tensors = read_adapter(adapter_dir)
-    has_head = isinstance(config, QveraConfig) and config.model_class.has_own_head
+    own = config if isinstance(config, QveraConfig) else None
+    has_head = own is not None and own.model_class.has_own_head
     if (config.modules_to_save and not has_head) or config.bias != "none":
         raise InputError(
             f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
             f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model."
         )
     modules = dict(base.named_modules())
-    own = config if isinstance(config, QveraConfig) else None
-    pair = _stock_pair(config, tensors, modules) if own is None else _own_pair(own)
+    shapes = {name: shape for name, module in modules.items() if (shape := layer_shape(module)) is not None}
+    linears = {name: LinearSpec(name, *shape) for name, shape in shapes.items()}
     head = _head_tensors(adapter_dir, config, tensors, base) if has_head else {}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(k for k in tensors if k.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         if f"{name}.{kind}" not in head:
             found.setdefault(name, {})[kind] = tensors[key]
-    shared = {} if own is None else _shared_tensors(adapter_dir, own, tensors, base, found)
-    own_pairs = {} if own is None else _pairs_of_weights(own, found.keys(), modules, section)
+    pair: Pair | None
+    shared: dict[str, torch.Tensor] = {}
+    own_pairs: dict[str, Pair] = {}
+    if own is None:
+        pair = _stock_pair(config, tensors, [shapes[name] for name in found if name in shapes])
+    else:
+        pair, shared = _seeded_pair(own), _shared_tensors(adapter_dir, own, tensors, base, linears)
+        if shared:  # linears without tensors of their own have these
+            found |= {name: found.get(name, {}) for name in linears if check_target_module_exists(own, name)}
+        own_pairs = _pairs_of_weights(own, [linears[name] for name in found if name in linears], section)
     layers: dict[str, Delta] = {}
     for name, vectors in found.items():
-        shape = layer_shape(modules[name]) if name in modules else None
-        if shape is None:
+        spec = linears.get(name)
+        if spec is None:
             raise InputError(
                 f"{adapter_dir}: changes {name}, which the base model does not have as a linear layer: it is another "
                 "model's adapter."
             )
-        spec = LinearSpec(name, *shape)
-        n, m = shape
+        n, m = shapes[name]
         if own is None:
             rank = config.r
             expected: dict[str, tuple[int, ...]] = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)}
@@ -275,15 +283,13 @@ def _shared_tensors(
     config: QveraConfig,
     tensors: Mapping[str, torch.Tensor],
     base: torch.nn.Module,
-    found: dict[str, dict[str, torch.Tensor]],
+    linears: Mapping[str, LinearSpec],
 ) -> dict[str, torch.Tensor]:
-    """The tensors that all linears share, in fp32; linears without tensors of their own are added to ``found``."""
+    """The tensors that all linears share, in fp32."""
     given = {key.removeprefix(SHARED_PREFIX): t.float() for key, t in tensors.items() if key.startswith(SHARED_PREFIX)}
     if not given:
         return {}
-    shapes = {name: shape for name, module in base.named_modules() if (shape := layer_shape(module)) is not None}
-    specs = [LinearSpec(name, *shape) for name, shape in shapes.items() if check_target_module_exists(config, name)]
-    found.update({spec.name: found.get(spec.name, {}) for spec in specs})
+    specs = [spec for name, spec in linears.items() if check_target_module_exists(config, name)]
     expected = method_of(config).shared_tensors(config, specs, head_size(base)) if specs else {}
     if (has := {name: tuple(tensor.shape) for name, tensor in given.items()}) != expected:
         raise InputError(
@@ -294,17 +300,12 @@ def _shared_tensors(
 
 
 def _pairs_of_weights(
-    config: QveraConfig,
-    names: Iterable[str],
-    modules: Mapping[str, torch.nn.Module],
-    section: ModelSection | None,
+    config: QveraConfig, specs: Sequence[LinearSpec], section: ModelSection | None
 ) -> dict[str, Pair]:
     """A and B of each linear where they are its own: from the cache, else from the weights of the base."""
     method = method_of(config)
     if method.source is not Source.OWN:
         return {}
-    shapes = {name: shape for name in names if name in modules and (shape := layer_shape(modules[name])) is not None}
-    specs = [LinearSpec(name, *shape) for name, shape in shapes.items()]
     pairs = {spec.name: method.own_pair(config, spec, None) for spec in specs}
     model = None
     for spec in specs:
@@ -324,7 +325,7 @@ def _pairs_of_weights(
     return {name: pair for name, pair in pairs.items() if pair is not None}
 
 
-def _own_pair(config: QveraConfig) -> Pair | None:
+def _seeded_pair(config: QveraConfig) -> Pair | None:
     if method_of(config).source is not Source.SEEDED:
         return None
     largest = config.projection_shapes
@@ -335,14 +336,10 @@ def _own_pair(config: QveraConfig) -> Pair | None:
     return torch.from_numpy(A), torch.from_numpy(B)
 
 
-def _stock_pair(
-    config: VeraConfig, tensors: dict[str, torch.Tensor], modules: dict[str, torch.nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _stock_pair(config: VeraConfig, tensors: Mapping[str, torch.Tensor], shapes: Sequence[tuple[int, int]]) -> Pair:
     """PEFT's pair: from the file, else drawn by PEFT's own function in PEFT's order (first A, then B)."""
     if "base_model.vera_A" in tensors:
         return tensors["base_model.vera_A"].float(), tensors["base_model.vera_B"].float()
-    names = {k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors}
-    shapes = [shape for name in names if name in modules and (shape := layer_shape(modules[name])) is not None]
     if not shapes:
         raise InputError("the adapter changes no linear layer of this base: it is another model's adapter.")
     generator = torch.Generator(device="cpu").manual_seed(config.projection_prng_key)

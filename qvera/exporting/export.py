@@ -25,10 +25,9 @@ from qvera.evaluation.load import (
 )
 from qvera.evaluation.named_adapters import adapters_root, rows_to_compare
 from qvera.exporting import lora
-from qvera.exporting.compare import difference_text, measure_difference, too_little_memory
+from qvera.exporting.compare import compare_lora, difference_text, measure_difference, scores_text, too_little_memory
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
-from qvera.exporting.gguf import export_gguf, export_gguf_lora
-from qvera.exporting.lora_scores import compare_lora, scores_text
+from qvera.exporting.gguf.files import export_gguf, export_gguf_lora
 from qvera.exporting.merged import export_merged
 from qvera.exporting.quantized import errors_text, export_quantized
 from qvera.models.loader import fingerprint_of

@@ -146,7 +146,11 @@ def export_lora(
             TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, ranks[name])),
         ]
         if delta.magnitude is not None:  # a rounded one would round whole rows of W
-            _require_no_zero_norm(name, delta.magnitude)
+            if rows := int((delta.magnitude == 0).sum()):  # PEFT's DoRA would make these rows NaN
+                raise InputError(
+                    f"{name}: {rows} of its {m} rows are zeros (a pruned base), and PEFT's DoRA divides by their "
+                    "norms. Export with --to merged."
+                )
             specs.append(TensorSpec(f"{PREFIX}{name}.lora_magnitude_vector", torch.float32, (m,)))
 
     def tensors() -> Iterator[torch.Tensor]:
@@ -166,17 +170,11 @@ def export_lora(
     patterns = {"rank_pattern": others, "alpha_pattern": others}
     config = own or LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
     values = itertools.chain(tensors(), adapter.head.values())
-    header = {**adapter.header(), **_facts(adapter)}
+    # what only qvera reads: its base and tokens, and what the outputs of its head mean
+    keys = ("base_fingerprint", "pad_token", "eos_token", *(("labels", "problem_type") if adapter.head else ()))
+    facts = {key: value for key in keys if (value := getattr(adapter.config, key, None)) is not None}
+    header = adapter.header() | ({FACTS: json.dumps(facts)} if facts else {})
     return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, values, header, chat_template)
-
-
-def _require_no_zero_norm(name: str, magnitude: torch.Tensor) -> None:
-    """Refuse (InputError) rows that PEFT's DoRA, which divides by their norms, would make NaN."""
-    if rows := int((magnitude == 0).sum()):
-        raise InputError(
-            f"{name}: {rows} of its {len(magnitude)} rows are zeros (a pruned base), and PEFT's DoRA divides by their "
-            "norms. Export with --to merged."
-        )
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | None = None) -> int:
@@ -232,13 +230,6 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
         "base_model_name_or_path": None if base is None else portable_name(base),
         "inference_mode": True,
     }
-
-
-def _facts(adapter: AdapterDeltas) -> dict[str, str]:
-    """What only qvera reads, for the header of a LoRA: its base and tokens, and what the outputs of its head mean."""
-    keys = ("base_fingerprint", "pad_token", "eos_token", *(("labels", "problem_type") if adapter.head else ()))
-    found = {key: value for key in keys if (value := getattr(adapter.config, key, None)) is not None}
-    return {FACTS: json.dumps(found)} if found else {}
 
 
 def write_adapter(

@@ -16,21 +16,20 @@ import torch
 
 from qvera.adapters.files.adapter_file import read_config
 from qvera.config.schema import ExportSection, ModelSection
+from qvera.exporting.base import PackedBaseReader, read_trained_weight
 from qvera.exporting.merged import export_merged
-from qvera.exporting.stream import PackedBaseReader
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.models.quantized_record import content_identity, problem_of, read_record, settings_of
-from qvera.models.safetensors_stream import CheckpointReader
 from qvera.models.stored_weights import packed_weights, without_statistics
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text, require_new_or_unfinished
 from qvera.utils.errors import InputError, Interrupted
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
-from qvera.utils.safetensors_io import TensorEntry, base_fingerprint, checkpoint_tensors, file_stamps
+from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors, file_stamps
 from qvera.utils.signals import StopRequests
 
 
@@ -167,32 +166,25 @@ def weight_errors(
     One weight of ``dense`` is in memory at a time. ``progress`` takes the name of each, and may raise, to stop.
     """
     model = empty_model(section, base_directory(section.replace(path=str(quantized))), model_class)
-    stored = checkpoint_tensors(quantized)
+    stored, originals = checkpoint_tensors(quantized), checkpoint_tensors(dense)
     packed = packed_weights(stored, model)
     reader = PackedBaseReader(stored, file_stamps(stored), {}, packed, torch.float32)
-    entries = {entry.name: entry for entry in checkpoint_tensors(dense)}
-    source = CheckpointReader(list(entries.values()), file_stamps(list(entries.values())), {})
+    source = PackedBaseReader(originals, file_stamps(originals), {}, {}, torch.float32)
+    entries = {entry.name: entry for entry in originals}
     errors = {}
     for entry in without_statistics(stored, packed):
         if entry.name in packed:
             progress(entry.name)
-            errors[entry.name] = _error(reader, source, entry, entries[entry.name])
+            weight = read_trained_weight(source, entries[entry.name])
+            wrong = size = 0.0
+            with open(entry.file, "rb", buffering=0) as handle:
+                for block in reader.blocks_of(handle.fileno(), entry):
+                    rows = reader.as_trained(block, block.rows)
+                    exact = weight[block.first : block.first + len(rows)]
+                    wrong += (rows - exact).double().square().sum().item()
+                    size += exact.double().square().sum().item()
+            errors[entry.name] = float((wrong / size) ** 0.5) if size else 0.0
     return errors
-
-
-def _error(reader: PackedBaseReader, source: CheckpointReader, entry: TensorEntry, original: TensorEntry) -> float:
-    wrong = size = 0.0
-    weight = torch.empty(original.shape, dtype=torch.float32)
-    with open(original.file, "rb", buffering=0) as handle:
-        for block in source.blocks_of(handle.fileno(), original):
-            weight[block.first : block.first + len(block.rows)] = block.rows
-    with open(entry.file, "rb", buffering=0) as handle:
-        for block in reader.blocks_of(handle.fileno(), entry):
-            rows = reader.as_trained(block, block.rows)
-            exact = weight[block.first : block.first + len(rows)]
-            wrong += (rows - exact).double().square().sum().item()
-            size += exact.double().square().sum().item()
-    return float((wrong / size) ** 0.5) if size else 0.0
 
 
 def errors_text(quantized: dict[str, Any]) -> str:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from qvera.data.labelled import VALUE, Labels, labelled_arrays
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
-from qvera.evaluation.class_metrics import class_scores, require_packages, value_scores
 from qvera.evaluation.held_out import over_held_out
+from qvera.evaluation.metrics import class_scores, require_packages, value_scores
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
 from qvera.models.loader import causal_model
@@ -79,7 +79,7 @@ class Classification(Task):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """See `Task.held_out_loss`; adds the scores of `qvera.evaluation.class_metrics`."""
+        """See `Task.held_out_loss`; adds the scores of `qvera.evaluation.metrics`."""
         started, labels = time.perf_counter(), _labels(datasets)
         batch_size = training.per_device_eval_batch_size
         logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)

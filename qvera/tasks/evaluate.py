@@ -13,10 +13,9 @@ from rich.console import Console
 from qvera.config import plugins
 from qvera.config.schema import DataSection, TrainingSection
 from qvera.data import build_datasets, lengths_of
-from qvera.evaluation.class_metrics import require_packages
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
 from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, open_target, require_base, template_of
-from qvera.evaluation.metrics import text_metrics
+from qvera.evaluation.metrics import require_packages, text_metrics
 from qvera.evaluation.named_adapters import require_held_out_rows
 from qvera.evaluation.report.read import inputs_sha256
 from qvera.models.structure import require_positions

@@ -20,27 +20,16 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection
 from qvera.data import build_datasets, collate
 from qvera.evaluation import metrics as textscores
-from qvera.evaluation.metrics import NAMES, row_scores, scores_of, text_metrics
+from qvera.evaluation.metrics import NAMES, scores_of, text_metrics
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.causal_lm import CausalLM
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
-from tests.exporting.test_merged import perturb
+from tests.adapters.helpers import perturb
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture
-def run(make_recipe: Any, tmp_path: Path) -> Path:
-    """A run whose vectors are moved far from their start, so that base and adapter answer differently."""
-    recipe = make_recipe(training={"max_steps": 2, "output_dir": str(tmp_path / "run"), "sample_count": 0})
-    train(recipe, tmp_path / "run")
-    model = load_adapter(load_base(recipe.model).model, tmp_path / "run" / "adapter")
-    perturb(model)
-    save_adapter(model, tmp_path / "run" / "adapter")
-    return tmp_path / "run"
 
 
 def evaluate(*arguments: Any) -> dict[str, Any]:
@@ -327,7 +316,6 @@ def test_known_values() -> None:
 
 def test_names_are_checked_and_missing_packages_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [m.name for m in text_metrics(["rougel", "bleu", "rougeL"])] == ["rougeL", "bleu"]
-    assert row_scores(text_metrics(["exact"]), "x", []) == {}
     with pytest.raises(InputError, match="no metric 'meteor'; known: exact, bleu"):
         text_metrics(["exact", "meteor"])
     monkeypatch.setattr(textscores, "find_spec", lambda name: None)

@@ -14,12 +14,10 @@ import pytest
 import torch
 import yaml
 
-from qvera.adapters.files.save_load import load_adapter, save_adapter
+from qvera.adapters.files.save_load import load_adapter
 from qvera.cli.main import main
 from qvera.evaluation import lm_eval
 from qvera.models.loader import load_base
-from qvera.training.trainer import train
-from tests.exporting.test_merged import perturb
 
 pytestmark = pytest.mark.process
 
@@ -29,17 +27,6 @@ installed = pytest.mark.skipif(
 
 COLOURS = ["red", "blue", "green"]
 DOCUMENTS = [{"question": f"say {COLOURS[n % 3]} {n}", "answer": n % 3} for n in range(12)]
-
-
-@pytest.fixture
-def run(make_recipe: Any, tmp_path: Path) -> Path:
-    """A run whose vectors are moved far from their start."""
-    recipe = make_recipe(training={"max_steps": 1, "sample_count": 0})
-    train(recipe, tmp_path / "run")
-    model = load_adapter(load_base(recipe.model).model, tmp_path / "run" / "adapter")
-    perturb(model)
-    save_adapter(model, tmp_path / "run" / "adapter")
-    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.schema import ExportSection
 from qvera.data import Example
-from qvera.exporting import compare, export_merged
+from qvera.exporting import compare
 from qvera.exporting.compare import difference_text, measure_difference
-from qvera.models.loader import load_base
-from tests.adapters.helpers import perturb
+from qvera.exporting.merged import export_merged
+from tests.exporting.helpers import trained_adapter
 
 LENGTHS = (4, 30, 5, 6, 19, 7)  # the short rows have one trained token, the others half of theirs
 
@@ -40,11 +39,8 @@ def rows() -> list[Example]:
 def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A trained model over an NF4 base, and its fp16 export onto the original weights."""
     out = tmp_path_factory.mktemp("compare")
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path).eval()
-    perturb(model)
-    save_adapter(model, out / "adapter")
-    export_merged(out / "adapter", section, out / "merged", ExportSection(base="original"))
+    model, section, adapter = trained_adapter(tiny_model_dir, out / "adapter")
+    export_merged(adapter, section, out / "merged", ExportSection(base="original"))
     return model, out / "merged"
 
 

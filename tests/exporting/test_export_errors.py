@@ -16,18 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.files.save_load import attach, load_adapter
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
-from qvera.exporting import export_merged, merge_adapters
+from qvera.exporting import sums
+from qvera.exporting.merged import export_merged
 from qvera.models import safetensors_stream
 from qvera.models.loader import load_base
 from qvera.utils import memory
 from qvera.utils.errors import InputError, Interrupted, RunFailed
-from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.disk import fill, small_disk
+from tests.exporting.helpers import trained_adapter
 
 pytestmark = pytest.mark.process
 
@@ -44,12 +45,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> tuple[ModelSection, Path]:
-    section = ModelSection(path=str(base), compute_dtype="float32")
-    loaded = load_base(section)
-    model = attach(loaded.model, AdapterSection(rank=8), section.path, loaded.facts["fingerprint"])
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    return section, tmp_path / "adapter"
+    return trained_adapter(base, tmp_path / "adapter", knows_base=True)[1:]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -112,7 +108,11 @@ def test_a_stop_is_exit_code_75_and_the_same_command_goes_on(adapter: Any, tmp_p
     assert caught.value.exit_code == 75
     assert not (tmp_path / "out" / "config.json").exists()
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.endswith(".partial")]
+    with pytest.raises(InputError, match="unfinished export of something else"):
+        export_merged(directory, section, tmp_path / "out", OPTIONS.replace(dtype="bfloat16"))
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
     export_merged(directory, section, tmp_path / "out", OPTIONS)
+    assert finished.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}.items()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -315,12 +315,8 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
 
 
 def test_the_dequantized_base_is_quantized_where_it_was_even_without_adapter(base: Path, tmp_path: Path) -> None:
-    section = ModelSection(path=str(base), compute_dtype="float32")
-    loaded = load_base(section)
-    model = attach(loaded.model, AdapterSection(rank=8, targets=["q_proj"]), section.path, loaded.facts["fingerprint"])
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    export_merged(tmp_path / "adapter", section, tmp_path / "out", ExportSection(dtype="float32", base="dequantized"))
+    model, section, adapter = trained_adapter(base, tmp_path / "adapter", knows_base=True, targets=["q_proj"])
+    export_merged(adapter, section, tmp_path / "out", ExportSection(dtype="float32", base="dequantized"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(3, 23).view(1, 20)
     with torch.no_grad():
@@ -393,6 +389,6 @@ def test_available_memory_is_no_more_than_the_machine_has() -> None:
 def test_write_vectors_keeps_the_fingerprint(adapter: Any, tmp_path: Path) -> None:
     _, directory = adapter
     vectors = load_file(directory / "adapter_model.safetensors")
-    merge_adapters.write_vectors(directory, vectors, tmp_path / "copy")
+    sums.write_vectors(directory, vectors, tmp_path / "copy")
     before, after = (json.loads((d / "adapter_config.json").read_text()) for d in (directory, tmp_path / "copy"))
     assert before["base_fingerprint"] == after["base_fingerprint"] is not None

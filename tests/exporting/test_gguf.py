@@ -19,12 +19,12 @@ from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.run_info import directory_facts
-from qvera.exporting import export_merged
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.gguf import export_gguf, export_gguf_lora
-from qvera.exporting.gguf import file as gguf_file
+from qvera.exporting.gguf import files as gguf_file
 from qvera.exporting.gguf.architecture import GgufArchitecture
+from qvera.exporting.gguf.files import export_gguf, export_gguf_lora
 from qvera.exporting.gguf.tokenizer import model_name
+from qvera.exporting.merged import export_merged
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError, RunFailed

@@ -13,7 +13,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import __version__
 from qvera.adapters import QveraLinear
@@ -37,23 +36,11 @@ from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
-from tests.adapters.helpers import perturb, relative
-from tests.exporting.test_merged import deltas
+from tests.adapters.helpers import relative
+from tests.exporting.helpers import deltas, stock_base, trained_adapter
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 RANK = 8
-
-
-def stock_base(directory: Path, quantization: str) -> Any:
-    kwargs: dict[str, Any] = {"dtype": torch.float32}
-    if quantization == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
 
 
 PLAIN: dict[str, Any] = {"rank": RANK}
@@ -62,11 +49,8 @@ MORE: dict[str, Any] = {"rank": RANK, "b_groups": 2, "input_scale": True}
 
 @pytest.fixture(params=[("nf4", PLAIN), ("none", PLAIN), ("nf4", MORE)], ids=["nf4", "none", "nf4-more"])
 def trained(request: Any, tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param[0])
-    model = attach(load_base(section).model, AdapterSection(**request.param[1]), section.path)
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    return model.eval(), section, tmp_path / "adapter"
+    quantization, adapter = request.param
+    return trained_adapter(tiny_model_dir, tmp_path / "adapter", {"quantization": quantization}, **adapter)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -19,33 +19,19 @@ from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.load import open_run
-from qvera.exporting import export_merged, merged
+from qvera.exporting.merged import export_merged
 from qvera.models import linear, quantization
 from qvera.models.loader import load_base
-from qvera.utils.errors import InputError, Interrupted, RunFailed
-from tests.adapters.helpers import perturb
+from qvera.utils.errors import RunFailed
 from tests.conftest import small_llama, small_tokenizer
+from tests.exporting.helpers import deltas, trained_adapter
 
 pytestmark = pytest.mark.process
 
 
 @pytest.fixture
 def trained(tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
-    """A perturbed adapter on the NF4 base, saved: (model, model section, adapter directory)."""
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    return model, section, tmp_path / "adapter"
-
-
-def deltas(model: Any) -> dict[str, torch.Tensor]:
-    prefix = "base_model.model."
-    return {
-        f"{name.removeprefix(prefix)}.weight": module.get_delta_weight("default").detach()
-        for name, module in model.named_modules()
-        if isinstance(module, QveraLinear)
-    }
+    return trained_adapter(tiny_model_dir, tmp_path / "adapter")
 
 
 def test_every_weight_is_w_plus_delta_in_fp32_before_the_cast(
@@ -133,47 +119,12 @@ def test_fp16_overflow_is_refused_by_tensor_name(trained: Any, tmp_path: Path) -
     assert (tmp_path / "wide" / "config.json").exists()
 
 
-def test_an_interrupted_export_goes_on_from_its_finished_shards(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, section, adapter = trained
-    options = ExportSection(max_shard_size_bytes=60_000)
-    export_merged(adapter, section, tmp_path / "whole", options)
-    written: list[str] = []
-    original = merged.write_shard
-
-    def dying(path: Path, *rest: Any) -> str:
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(path.name)
-        return original(path, *rest)
-
-    monkeypatch.setattr(merged, "write_shard", dying)
-    with pytest.raises(Interrupted, match="3 of"):
-        export_merged(adapter, section, tmp_path / "out", options)
-    assert not (tmp_path / "out" / "config.json").exists(), "half a checkpoint must not pass for a whole one"
-    with pytest.raises(InputError, match="unfinished export of something else"):
-        export_merged(adapter, section, tmp_path / "out", options.replace(dtype="bfloat16"))
-    first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
-    monkeypatch.setattr(merged, "write_shard", original)
-    export_merged(adapter, section, tmp_path / "out", options)
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in first} == first
-    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    assert len([f for f in files if f.endswith(".safetensors")]) > 4
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
-    for name in files:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
 def test_sharded_base_and_tied_head(tmp_path: Path) -> None:
     small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="60KB")
     small_tokenizer().save_pretrained(tmp_path / "base")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-    section = ModelSection(path=str(tmp_path / "base"), compute_dtype="float32", quantization="none")
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    export_merged(tmp_path / "adapter", section, tmp_path / "out", ExportSection(dtype="float32"))
+    model, section, adapter = trained_adapter(tmp_path / "base", tmp_path / "adapter", {"quantization": "none"})
+    export_merged(adapter, section, tmp_path / "out", ExportSection(dtype="float32"))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as reader:
         assert "lm_head.weight" not in reader.keys()  # noqa: SIM118  # not a dict
     from transformers import AutoModelForCausalLM

@@ -19,11 +19,12 @@ from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.load import open_run
-from qvera.exporting import export_merged, quantized
+from qvera.exporting import quantized
+from qvera.exporting.merged import export_merged
 from qvera.exporting.quantized import export_quantized
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError, Interrupted
-from tests.adapters.helpers import perturb
+from tests.exporting.helpers import trained_adapter
 
 pytestmark = pytest.mark.process
 
@@ -32,11 +33,7 @@ IDS = torch.arange(3, 43).view(2, 20)
 
 @pytest.fixture
 def adapter(tiny_model_dir: Path, tmp_path: Path) -> tuple[ModelSection, Path]:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    return section, tmp_path / "adapter"
+    return trained_adapter(tiny_model_dir, tmp_path / "adapter")[1:]
 
 
 def interrupted(*_: Any, **__: Any) -> None:
@@ -109,17 +106,16 @@ def test_one_that_was_stopped_while_it_was_measured_goes_on_with_that(
     adapter: tuple[ModelSection, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section, directory = adapter
-    out, options, real = tmp_path / "out", ExportSection(), quantized._error
+    out, options = tmp_path / "out", ExportSection()
     measured: list[str] = []
 
-    def stopping(*arguments: Any) -> float:
-        measured.append(arguments[2].name)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
+    def stopping(text: str) -> None:
+        if text.startswith("Measuring"):
+            measured.append(text)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="The same command goes on from there"):
-        patch.setattr(quantized, "_error", stopping)
-        export_quantized(directory, section, out, options, "nf4")
+    with pytest.raises(Interrupted, match="The same command goes on from there"):
+        export_quantized(directory, section, out, options, "nf4", progress=stopping)
     assert len(measured) == 1
     assert (out / "config.json").is_file() and not (out / "qvera_export.json").exists()
     with pytest.raises(InputError, match="is not empty"):

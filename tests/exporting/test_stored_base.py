@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
-from qvera.exporting import export_merged
+from qvera.exporting.merged import export_merged
 from qvera.models import quantization, safetensors_stream
 from qvera.models.loader import causal_model, load_base
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
-from tests.exporting.test_merged import deltas
+from tests.exporting.helpers import deltas
 
 pytestmark = pytest.mark.process
 

@@ -22,7 +22,7 @@ from qvera.adapters.shared_model import load_adapters
 from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.merging import Merging
+from qvera.exporting.merged import Merging
 from qvera.models.safetensors_stream import Block
 from tests.gpu.fake_accelerator import FakeAccelerator, FakeSession
 from tests.gpu.own_process import measured

@@ -39,7 +39,7 @@ from qvera.models.quantization import dequantized_weight
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
-from tests.exporting.test_lora import stock_base
+from tests.exporting.helpers import stock_base
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.process

@@ -21,9 +21,9 @@ from qvera.cli.serve import _start_engine
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
 from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run
-from qvera.exporting import export_merged
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora
+from qvera.exporting.merged import export_merged
 from qvera.models.loader import load_base, takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.quantized_cache import find_base

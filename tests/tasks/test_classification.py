@@ -22,15 +22,15 @@ from qvera.cli.main import main
 from qvera.config.schema import ModelSection, Recipe, parse_recipe
 from qvera.data import Datasets, Labels, build_datasets, data_warnings
 from qvera.distributed.group import Group
-from qvera.evaluation.class_metrics import class_scores
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
+from qvera.evaluation.metrics import class_scores
 from qvera.models.loader import causal_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.classification import SequenceClassification, label_scores
 from qvera.training.plan import make_plan
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, NotFinite
-from tests.evaluation.test_judge import serving as judge_server
+from tests.evaluation.judges import serving as judge_server
 from tests.tasks.encoders import save_family
 from tests.tasks.sessions import gradients, session_of
 

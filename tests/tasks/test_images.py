@@ -232,7 +232,7 @@ def test_eval_writes_a_class_for_each_image(
 
 
 def test_five_guesses_count_where_there_are_ten_classes() -> None:
-    from qvera.evaluation.class_metrics import class_scores
+    from qvera.evaluation.metrics import class_scores
 
     values = torch.stack([torch.randperm(10) for _ in range(40)]).float()
     targets = torch.arange(40) % 10

@@ -17,7 +17,7 @@ from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.files.save_load import named_vectors, put_on
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.evaluation.load import open_run
-from qvera.exporting import export_merged
+from qvera.exporting.merged import export_merged
 from qvera.models.attention import needs_padding_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base, takes_prefix_once

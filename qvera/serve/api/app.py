@@ -23,7 +23,7 @@ from qvera.serve.page import PAGE_PATHS, add_page
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from qvera.evaluation.prompts import PromptWriter
+    from qvera.evaluation.generate import PromptWriter
     from qvera.serve.engine import Engine
     from qvera.serve.fine_tuning.jobs import Jobs
     from qvera.serve.store import AdapterStore

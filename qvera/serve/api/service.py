@@ -20,7 +20,7 @@ from qvera.serve.text import TokenTexts
 from qvera.utils.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from qvera.evaluation.prompts import PromptWriter
+    from qvera.evaluation.generate import PromptWriter
     from qvera.serve.api.metrics import Metrics
     from qvera.serve.engine import Engine
     from qvera.serve.fine_tuning.jobs import Jobs

@@ -20,11 +20,9 @@ from qvera.serve.api.access import Limits, is_of_other_site, is_own_name
 from qvera.serve.api.server import EventStream
 from qvera.serve.ui.directories import RunDirectories
 from qvera.serve.ui.events import LOOK_SECONDS, list_events, run_events
-from qvera.serve.ui.finder import Finder
 from qvera.serve.ui.metrics import NOTHING, Position
-from qvera.serve.ui.pages import Pages, list_signature, run_href
-from qvera.serve.ui.summaries import Summaries, stamps_of
-from qvera.serve.ui.views import SIGNED, NotFound, Views, signature_of
+from qvera.serve.ui.pages import Finder, Pages, list_signature, run_href
+from qvera.serve.ui.views import SIGNED, NotFound, Summaries, Views, signature_of, stamps_of
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 from qvera.evaluation.report.compare import compare, require_comparable
@@ -15,14 +16,13 @@ from qvera.evaluation.report.pages import compare_page, render
 from qvera.evaluation.report.read import Run, get_number, read_many
 from qvera.evaluation.report.run_page import adapter_page, many_page, run_page
 from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
-from qvera.serve.ui.finder import Finder, find
-from qvera.serve.ui.summaries import Summaries, Summary, left_seconds
-from qvera.serve.ui.views import View, Views
+from qvera.serve.ui.views import Summaries, Summary, View, Views, left_seconds
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, significant, text_or_dash
 
 MOST_PAGES = 64
-Trail = Sequence[tuple[str, str]]
+PAGE_ROWS = 100
+T = TypeVar("T")
 
 
 def run_href(id: str) -> str:
@@ -30,11 +30,54 @@ def run_href(id: str) -> str:
     return f"/run/{quote(id)}"
 
 
-class Pages:
-    """Every page as HTML. All methods may be called from any thread.
+@dataclass(frozen=True)
+class Finder:
+    """What the form above a table shows, for the macro `finder` of templates/parts.html.
 
-    Args:
-        place: what was named on the command line, for the list's head.
+    Attributes:
+        action: the page's path.
+        text: part of a name, which all rows have.
+        flagged: only rows that a person should look at.
+        page: from 0.
+    """
+
+    action: str
+    text: str
+    flagged: bool
+    page: int
+    found: int = 0
+
+    @property
+    def shown(self) -> str:
+        """Which rows are shown, of how many that were found."""
+        first, last = self.page * PAGE_ROWS, min(self.found, (self.page + 1) * PAGE_ROWS)
+        return f"{first + 1:,} to {last:,} of {self.found:,}" if last else "none found"
+
+    @property
+    def links(self) -> list[tuple[str, str]]:
+        """To the pages before and after, with their titles."""
+        links = [("Previous", self.page - 1)] if self.page else []
+        if (self.page + 1) * PAGE_ROWS < self.found:
+            links.append(("Next", self.page + 1))
+        kept = {"q": self.text, **({"flagged": "1"} if self.flagged else {})}
+        return [(title, f"{self.action}?{urlencode({**kept, 'page': page})}") for title, page in links]
+
+
+def find(
+    rows: Sequence[T], asked: Finder, name: Callable[[T], str], is_flagged: Callable[[T], bool] = lambda row: True
+) -> tuple[list[T], Finder]:
+    """The rows that a form asks for, and the form with how many there are."""
+    wanted = asked.text.strip().lower()
+    fitting = [row for row in rows if wanted in name(row).lower() and (not asked.flagged or is_flagged(row))]
+    page = min(asked.page, max(0, (len(fitting) - 1) // PAGE_ROWS))
+    finder = Finder(asked.action, asked.text, asked.flagged, page, len(fitting))
+    return fitting[page * PAGE_ROWS : (page + 1) * PAGE_ROWS], finder
+
+
+class Pages:
+    """Every page as HTML. All methods may be called from any thread, and raise what `Views` raises.
+
+    ``place`` is what was named on the command line, for the list's head.
     """
 
     def __init__(self, place: str, directories: RunDirectories, summaries: Summaries, views: Views) -> None:
@@ -63,12 +106,7 @@ class Pages:
         return self._once(("runs", asked), (shown, finder, bool(runs), self._directories.is_cut), make)
 
     def run(self, id: str, asked: Finder) -> str:
-        """A run.
-
-        Raises:
-            NotFound: there is none of this id.
-            InputError: its files are not ones that are read.
-        """
+        """A run."""
         view = self._views.get(id)
 
         def make() -> str:
@@ -84,12 +122,7 @@ class Pages:
         return self._once(("run", id, asked), (view.signature, view.read.position), make)
 
     def adapter(self, id: str, name: str) -> str:
-        """One adapter of a run of many.
-
-        Raises:
-            NotFound: there is no such run or adapter.
-            InputError: the run's files are not ones that are read.
-        """
+        """One adapter of a run of many."""
         view, entry = self._views.adapter(id, name)
 
         def make() -> str:
@@ -101,12 +134,7 @@ class Pages:
         return self._once(("adapter", id, name), (view.signature, view.read.position), make)
 
     def compare(self, ids: Sequence[str], adapters: Sequence[str]) -> str:
-        """Two to eight runs side by side, or adapters of one run.
-
-        Raises:
-            NotFound: there is no such run or adapter.
-            InputError: too few, too many, or of another kind; or their files are not ones that are read.
-        """
+        """Two to eight runs side by side, or adapters of one run."""
         ids, adapters = list(dict.fromkeys(ids)), list(dict.fromkeys(adapters))
         require_comparable(len(ids) * max(1, len(adapters)))
         views = self._views
@@ -154,9 +182,13 @@ def list_signature(runs: Sequence[Summary]) -> str:
     return hashlib.sha256(repr(runs).encode(errors="replace")).hexdigest()[:16]
 
 
-def _served(trail: Trail, events: str = "", **more: Any) -> dict[str, Any]:
+def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> dict[str, Any]:
     """What the templates know of the server: where the page is, and where it hears of news."""
     return {"trail": trail, "events": events, "now": [], "planned_steps": None, **more}
+
+
+def _four_digits(value: float) -> str:
+    return significant(value, 4)
 
 
 def _cells(run: Summary) -> list[str]:
@@ -170,8 +202,8 @@ def _cells(run: Summary) -> list[str]:
     return [
         what,
         step,
-        text_or_dash(facts.train_loss, lambda value: significant(value, 4)),
-        text_or_dash(facts.eval_loss, lambda value: significant(value, 4)),
+        text_or_dash(facts.train_loss, _four_digits),
+        text_or_dash(facts.eval_loss, _four_digits),
         text_or_dash(facts.tokens_per_second, count),
         text_or_dash(facts.left_seconds, duration) if going else "",
         run.changed_text,
@@ -194,25 +226,21 @@ def _now(view: View) -> dict[str, Any]:
         left /= max(1.0, many_steps / max(1.0, step))  # a round is a step of several adapters
     held_out = view.read.evals.last
     of = "" if planned is None else f"{done:,.0f} of {planned:,.0f} steps" if is_many else f"of {planned:,.0f}"
+
+    def text(record: dict[str, Any] | None, key: str, format: Callable[[float], str]) -> str:
+        return "" if (value := get_number(record, key)) is None else format(value)
+
     figures = [
         ("step", "Round" if is_many else "Step", f"{step:,.0f}", of),
         ("left", "Left", "" if left is None else duration(left), "at the pace of the last steps"),
-        ("loss", "Training loss", _four_digits(get_number(last, "loss")), "of the last step"),
+        ("loss", "Training loss", text(last, "loss", _four_digits), "of the last step"),
         (
             "held-out",
             "Held-out loss",
-            _four_digits(get_number(held_out, "loss")),
+            text(held_out, "loss", _four_digits),
             "" if held_out is None else f"at step {get_number(held_out, 'step'):,.0f}",
         ),
-        ("speed", "Tokens per second", _in_words(get_number(last, "tokens_per_second")), "in the last step"),
+        ("speed", "Tokens per second", text(last, "tokens_per_second", count), "in the last step"),
     ]
     shown = [figure for figure in figures if figure[2]]
     return {"now": shown, "planned_steps": planned, "step": done}
-
-
-def _four_digits(value: float | None) -> str:
-    return "" if value is None else significant(value, 4)
-
-
-def _in_words(value: float | None) -> str:
-    return "" if value is None else count(value)

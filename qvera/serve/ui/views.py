@@ -1,32 +1,234 @@
-"""Runs as their pages show them: read as far as they have come, and kept for the next reader."""
+"""The runs as the list and their pages show them: read where they changed, and kept for the next reader."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import json
+import os
+import socket
+import statistics
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import psutil
 
 from qvera.evaluation.report.read import (
     AdapterEntry,
     ManyRun,
     Run,
     entries_of,
+    get,
+    get_number,
     get_text,
     not_finite_notes,
+    parse_row,
     read_adapter,
     read_evaluation,
     read_run,
     trained_many,
 )
-from qvera.serve.ui.directories import RunDirectories, unreadable
+from qvera.serve.ui.directories import RunDirectories, open_plain, unreadable
 from qvera.serve.ui.metrics import MetricsFile, Read
-from qvera.serve.ui.state import State, state_of
-from qvera.serve.ui.summaries import Stamps, stamps_of
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE
+from qvera.utils.files import file_stamp, read_json
+from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER
+
+State = Literal["running", "finished", "interrupted", "failed", "killed", "unreadable"]
+"""``killed``: it has no end in its files, and no process that could write one."""
+
+_ENDED: dict[str, State] = {"done": "finished", "interrupted": "interrupted", "failed": "failed"}
+_CLOCK_SECONDS = 5.0
+"""A process begins before it says since when it trains; so much may the clocks of the two differ."""
+
+
+def state_of(directory: Path, status: str) -> State:
+    """The state of a run whose run.json has this status ("" where there is none).
+
+    A resumed run still has the run.json of its first part for a moment, so its process is asked first.
+    """
+    if _has_process(directory):
+        return "running"
+    return _ENDED.get(status, "killed")
+
+
+def _has_process(directory: Path) -> bool:
+    """Whether the process that the directory names as its owner is there; one of another machine counts as there."""
+    if (descriptor := open_plain(directory / RUN_OWNER)) is None:
+        return False
+    try:
+        owner = json.loads(os.read(descriptor, 4096))
+    except (OSError, ValueError, RecursionError):
+        return False
+    finally:
+        os.close(descriptor)
+    pid, host = get_number(owner, "pid"), get_text(owner, "host")
+    if host != socket.gethostname():
+        return bool(host)
+    if pid is None or not 0 < pid < 2**31:
+        return False
+    try:
+        began = psutil.Process(int(pid)).create_time()
+        return began < datetime.fromisoformat(get_text(owner, "started")).timestamp() + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, ValueError, OverflowError):
+        return True
+
+
+_TAIL_BYTES = 64 << 10
+_SPEED_STEPS = 50
+"""How many of the last steps say how long the others will take."""
+_ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "killed", "unreadable", "finished")
+
+Stamps = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the files of a run say, None or "" where they do not.
+
+    Attributes:
+        step: the last one that was recorded; of a run of many adapters the last round.
+        left_seconds: what the planned steps that are left take, if they take as long as the last ones did.
+        adapters: of a run of many adapters, their number.
+    """
+
+    status: str
+    model: str
+    method: str
+    step: float | None
+    planned_steps: float | None
+    train_loss: float | None
+    eval_loss: float | None
+    tokens_per_second: float | None
+    left_seconds: float | None
+    adapters: int | None
+    is_rounds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run in the list. ``changed``: when its files were last written, in seconds since 1970."""
+
+    id: str
+    state: State
+    facts: Facts
+    changed: float
+
+    @property
+    def changed_text(self) -> str:
+        """The time of the last change, in UTC: 27 Nov, 10:02."""
+        if not self.changed:
+            return ""
+        when = datetime.fromtimestamp(self.changed, UTC)
+        return f"{when.day} {when:%b, %H:%M}"
+
+
+class Summaries:
+    """The list of all runs, for any number of readers."""
+
+    def __init__(self, directories: RunDirectories) -> None:
+        self._directories = directories
+        self._known: dict[str, tuple[Stamps, Facts]] = {}
+        self._lock = threading.Lock()
+
+    def list(self) -> list[Summary]:
+        """Every run: first those that go on, then those that did not finish, the newest first."""
+        with self._lock:
+            runs = [self._summary(id, directory) for id, directory in self._directories.find().items()]
+            self._known = {run.id: self._known[run.id] for run in runs}
+
+        def place(run: Summary) -> tuple[int, float, str]:
+            # running ones stay in the order of their ids: each of them is always the newest for a moment
+            return _ORDER.index(run.state), 0.0 if run.state == "running" else -run.changed, run.id
+
+        return sorted(runs, key=place)
+
+    def state(self, id: str, directory: Path) -> State:
+        """The state of one run."""
+        with self._lock:
+            return self._summary(id, directory).state
+
+    def _summary(self, id: str, directory: Path) -> Summary:
+        stamps = stamps_of(directory, "run.json", "metrics.jsonl")
+        known = self._known.get(id)
+        if known is None or known[0] != stamps:
+            known = self._known[id] = stamps, read_facts(directory)
+        facts = known[1]
+        odd = unreadable(directory, "run.json", "metrics.jsonl")
+        state: State = "unreadable" if odd else state_of(directory, facts.status)
+        return Summary(id, state, facts, max((stamp[1] for stamp in stamps if stamp), default=0) / 1e9)
+
+
+def stamps_of(directory: Path, *names: str) -> Stamps:
+    """What tells cheaply whether files are still the ones they were; () for one that is missing."""
+    stamps: list[tuple[int, ...]] = []
+    for name in names:
+        try:
+            stamps.append(tuple(file_stamp((directory / name).lstat())))
+        except OSError:
+            stamps.append(())
+    return tuple(stamps)
+
+
+def read_facts(directory: Path) -> Facts:
+    """The facts of one run: one read of run.json and one of the end of metrics.jsonl."""
+    info: dict[str, Any] = {}
+    if not unreadable(directory, "run.json"):
+        with contextlib.suppress(OSError, InputError):
+            info = read_json(directory / "run.json", "the summary of a run")
+    rows = _tail(directory / "metrics.jsonl")
+    rounds = [row for row in rows if get_text(row, "kind") == "round" and not row.get("rank")]
+    own = [row for row in rows if not get_text(row, "adapter")]
+    steps = rounds or [row for row in own if get_text(row, "kind") == "train"]
+    evals = [loss for row in own if get_text(row, "kind") == "eval" and (loss := get_number(row, "loss")) is not None]
+    last = steps[-1] if steps else None
+    result, adapters = get(info, "result"), get(info, "adapters")
+    step = get_number(last, "round" if rounds else "step")
+    planned = get_number(result, "planned_steps") or get_number(info, "planned_steps")
+    return Facts(
+        status=get_text(info, "status"),
+        model=PurePosixPath(get_text(info, "model", "path").replace("\\", "/")).name,
+        method=get_text(info, "adapter", "method"),
+        step=step,
+        planned_steps=None if rounds else planned,
+        train_loss=get_number(last, "loss"),
+        eval_loss=evals[-1] if evals else get_number(result, "eval_after", "loss"),
+        tokens_per_second=get_number(last, "tokens_per_second"),
+        left_seconds=None if rounds or planned is None or step is None else left_seconds(steps, planned - step),
+        adapters=len(adapters) if isinstance(adapters, list) else None,
+        is_rounds=bool(rounds),
+    )
+
+
+def left_seconds(steps: Sequence[dict[str, Any]], left: float) -> float | None:
+    """How long ``left`` further steps take at the pace of the last ones; None where it is not known."""
+    taken = [seconds for row in steps[-_SPEED_STEPS:] if (seconds := get_number(row, "step_seconds")) is not None]
+    return statistics.mean(taken) * left if taken and left >= 0 else None
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The records in the last bytes of metrics.jsonl."""
+    descriptor = open_plain(path)
+    if descriptor is None:
+        return []
+    try:
+        start = max(0, os.fstat(descriptor).st_size - _TAIL_BYTES)
+        lines = os.pread(descriptor, _TAIL_BYTES, start).split(b"\n")[(1 if start else 0) : -1]
+    except OSError:
+        return []
+    finally:
+        os.close(descriptor)
+    rows = (parse_row(line, ("step", "round")) for line in lines)
+    return [row for row in rows if row is not None]
+
 
 MOST_VIEWS = 16
 """Runs whose curves are kept in memory, of those that were looked at last: some megabytes each."""
@@ -76,8 +278,7 @@ class _Reader:
     def __init__(self, id: str, directory: Path) -> None:
         self.id, self.directory = id, directory
         self._metrics = MetricsFile(directory / "metrics.jsonl")
-        self._stamps: Stamps | None = None
-        self._base: Run | None = None
+        self._base: tuple[Stamps, Run] | None = None
         self._lock = threading.Lock()
 
     def view(self) -> View:
@@ -86,32 +287,29 @@ class _Reader:
             if reasons:
                 raise InputError(" ".join(reasons))
             stamps = stamps_of(self.directory, *SIGNED)
-            if self._base is None or self._stamps is None or stamps[:2] != self._stamps[:2]:
-                self._base = read_run(self.directory, metrics=False)
-            self._stamps = stamps
-            return self._view(self._base, self._metrics.update(), stamps)
-
-    def _view(self, base: Run, read: Read, stamps: Stamps) -> View:
-        many = trained_many(base.info, base.recipe)
-        train = read.train.rows()
-        notes = [*base.notes, *read.notes(), *([] if many else not_finite_notes(train))]
-        run = dataclasses.replace(
-            base, train=train, evals=read.evals.rows(), notes=notes, recorded=read.recorded(), name=self.id
-        )
-        state = state_of(self.directory, get_text(base.info, "status"))
-        found = ManyRun(run, _entries(base, read), {}) if many else None
-        return View(self.id, self.directory, run, found, state, read, stamps)
-
-
-def _entries(base: Run, read: Read) -> list[AdapterEntry]:
-    """The adapters that run.json lists, and those that have only begun."""
-    listed = entries_of(base.info)
-    known = {entry.name for entry in listed}
-    return listed + [entry for entry in read.entries() if entry.name not in known]
+            if self._base is None or stamps[:2] != self._base[0]:  # recipe and run.json
+                self._base = stamps[:2], read_run(self.directory, metrics=False)
+            base, read = self._base[1], self._metrics.update()
+            is_many, train = trained_many(base.info, base.recipe), read.train.rows()
+            notes = [*base.notes, *read.notes(), *([] if is_many else not_finite_notes(train))]
+            run = dataclasses.replace(
+                base, train=train, evals=read.evals.rows(), notes=notes, recorded=read.recorded(), name=self.id
+            )
+            many = None
+            if is_many:  # with the adapters that have only begun, which run.json does not list yet
+                listed = entries_of(base.info)
+                known = {entry.name for entry in listed}
+                many = ManyRun(run, listed + [entry for entry in read.entries() if entry.name not in known], {})
+            state = state_of(self.directory, get_text(base.info, "status"))
+            return View(self.id, self.directory, run, many, state, read, stamps)
 
 
 class Views:
-    """The runs that readers look at."""
+    """The runs that readers look at.
+
+    Each method raises NotFound where there is no such run or adapter, or no longer, and InputError where its files are
+    not ones that are read, or the run is of another kind.
+    """
 
     def __init__(self, directories: RunDirectories) -> None:
         self._directories = directories
@@ -119,12 +317,7 @@ class Views:
         self._lock = threading.Lock()
 
     def get(self, id: str) -> View:
-        """A run as it is now.
-
-        Raises:
-            NotFound: there is no such run, or no longer.
-            InputError: its files are not ones that are read.
-        """
+        """A run as it is now."""
         directory = self._directories.get(id)
         if directory is None:
             raise NotFound("There is no such run, or no longer.")
@@ -138,29 +331,17 @@ class Views:
         return reader.view()
 
     def with_scores(self, id: str) -> Run:
-        """A run of one adapter with the scores of its eval.json, to compare it with others.
-
-        Raises:
-            NotFound: there is no such run.
-            InputError: it trained many adapters, or its files are not ones that are read.
-        """
+        """A run of one adapter with the scores of its eval.json, to compare it with others."""
         view = self.get(id)
         if view.many is not None:
             raise InputError(f"{id} trained many adapters: choose those to compare on its own page.")
-        notes = list(view.run.notes)
-        odd = unreadable(view.directory, *_SCORED)
-        evaluation = None
-        if not odd:
-            evaluation = read_evaluation(view.directory / _SCORED[0], view.directory / _SCORED[1], notes)
-        return dataclasses.replace(view.run, evaluation=evaluation, notes=notes + odd)
+        notes, odd = list(view.run.notes), unreadable(view.directory, *_SCORED)
+        evaluation, weights = (view.directory / name for name in _SCORED)
+        scores = None if odd else read_evaluation(evaluation, weights, notes)
+        return dataclasses.replace(view.run, evaluation=scores, notes=notes + odd)
 
     def adapter(self, id: str, name: str) -> tuple[View, AdapterEntry]:
-        """One adapter of a run of many, with its curve: read from the whole of metrics.jsonl.
-
-        Raises:
-            NotFound: there is no such run or adapter.
-            InputError: the run's files are not ones that are read.
-        """
+        """One adapter of a run of many, with its curve: read from the whole of metrics.jsonl."""
         view = self.get(id)
         entries = [] if view.many is None else view.many.entries
         entry = next((entry for entry in entries if entry.name == name), None)
@@ -169,12 +350,7 @@ class Views:
         return view, entry
 
     def adapter_with_scores(self, id: str, name: str) -> Run:
-        """One adapter as a run of its own, with the scores of the eval.json in its directory.
-
-        Raises:
-            NotFound: there is no such run or adapter.
-            InputError: its files are not ones that are read.
-        """
+        """One adapter as a run of its own, with the scores of the eval.json in its directory."""
         view, entry = self.adapter(id, name)
         own = f"{ADAPTERS}/{entry.directory}"
         odd = unreadable(view.directory, f"{own}/eval.json", f"{own}/{ADAPTER_WEIGHTS}")

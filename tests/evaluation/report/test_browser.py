@@ -11,26 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.lr_range import LrRange
-from qvera.config.schema import parse_recipe
 from qvera.evaluation.report.compare import compare_runs
-from qvera.evaluation.report.pages import answers_page, compare_page
+from qvera.evaluation.report.pages import compare_page
 from qvera.evaluation.report.run_page import write_report
 from qvera.lab.analysis_page import analysis_page
-from qvera.training.lr_finder import RangeTestResult, range_page
 from tests.evaluation.report.conftest import (
-    RECIPE,
     adapter_entry,
     analysis,
-    evaluation,
     many_info,
     many_rows,
     plan,
     run_info,
     train_rows,
 )
-
-Build = Callable[..., Path]
+from tests.evaluation.report.pages import Build, answers, many, ramp, runs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -174,58 +168,10 @@ def test_the_table_of_adapters_is_sorted_filtered_and_cut(build_run: Build, tmp_
     ]
 
 
-def answers(build_run: Build, root: Path) -> Path:
-    (root / "answers.html").write_text(answers_page(evaluation()))
-    return root / "answers.html"
-
-
 def analyzed(build_run: Build, root: Path) -> Path:
     """The layers of a 70B."""
     (root / "analysis.html").write_text(analysis_page(analysis(80)))
     return root / "analysis.html"
-
-
-def runs(build_run: Build, root: Path) -> Path:
-    """Eight runs, one of them broken off, with names and values as long as they get."""
-    places = []
-    for number in range(8):
-        recipe = {
-            **RECIPE,
-            "training": {"learning_rate": 10.0**-number},
-            "data": {"path": f"data/{'x' * 40}{number}.jsonl"},
-        }
-        steps = train_rows(40 + 9 * number)
-        info = run_info() if number else None
-        places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
-    (root / "runs.html").write_text(compare_page(compare_runs(places)))
-    return root / "runs.html"
-
-
-def ramp(build_run: Build, root: Path) -> Path:
-    """A range test that diverged at its 45th step of 60."""
-    rows = [
-        {
-            "learning_rate": 10 ** (n / 12 - 5),
-            "loss": 2.3 - n / 40 + (n > 40) * 2.0 ** (n - 40),
-            "grad_norm": 0.3 + n / 50,
-        }
-        for n in range(45)
-    ]
-    points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
-    found = RangeTestResult(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
-    tree = {"model": "SmolLM2-135M-Instruct", "data": {"path": "data/repairs.jsonl"}}
-    page = range_page("repairs", parse_recipe(tree, "a test"), LrRange(steps=60), found)
-    (root / "lr-range.html").write_text(page, encoding="utf-8")
-    return root / "lr-range.html"
-
-
-def many(build_run: Build, root: Path) -> Path:
-    """Four adapters, with names as long as they get."""
-    info = many_info()
-    info["adapters"][0]["name"] = "a very long name " * 12
-    info["adapters"][1]["name"] = "x" * 200
-    info["adapters"] += [adapter_entry(f"customer {number}", f"c{number}") for number in range(9)]
-    return write_report(build_run(info=info, train=many_rows(), evals=None, name=f"many-{root.name}"))
 
 
 PAGES: dict[str, Callable[[Build, Path], Path]] = {

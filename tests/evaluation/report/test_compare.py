@@ -7,7 +7,6 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from qvera.evaluation.report.compare import MAX_RUNS, compare_runs
 from qvera.evaluation.report.pages import compare_page
 from qvera.utils.errors import InputError
 from tests.evaluation.report.conftest import ADAPTER, RECIPE, eval_rows, evaluation, run_info, train_rows
-
-Build = Callable[..., Path]
+from tests.evaluation.report.pages import Build
 
 
 def recipe(**training: Any) -> dict[str, Any]:

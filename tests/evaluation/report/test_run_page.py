@@ -7,172 +7,39 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from qvera.evaluation.report.read import changed_settings, read_run
-from qvera.evaluation.report.run_page import run_page, write_report
+from qvera.evaluation.report.compare import compare_runs
+from qvera.evaluation.report.read import AdapterEntry, changed_settings, read_many, read_run
+from qvera.evaluation.report.run_page import many_page, run_page, write_report
 from qvera.utils.errors import InputError, RunFailed
-from tests.evaluation.report.conftest import RECIPE, eval_rows, plan, run_info, train_rows
-
-Build = Callable[..., Path]
-
-VOID = {"meta", "link", "br", "img", "input"}
-
-
-class Page(HTMLParser):
-    """A page taken apart: its visible text, its elements, and whether every element is closed where it should be."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(source)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "script"} & set(self.open):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
-
-    def count(self, tag: str, **attributes: str) -> int:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
-        return sum(tag == name and wanted.items() <= attrs.items() for name, attrs in self.elements)
+from tests.evaluation.report.conftest import (
+    RECIPE,
+    adapter_entry,
+    eval_rows,
+    many_info,
+    many_rows,
+    plan,
+    run_info,
+    train_rows,
+)
+from tests.evaluation.report.pages import MANY_RECIPE, Build, Page, page
 
 
-def page(run_dir: Path) -> Page:
-    path = write_report(run_dir)
-    assert path == run_dir / "report.html"
-    return Page(path.read_text(encoding="utf-8"))
-
-
-def test_an_adapter_with_more_vectors_says_so(build_run: Build) -> None:
+def test_odd_settings_of_vectors_and_rows_are_left_out(build_run: Build) -> None:
     info = run_info()
-    info["adapter"] |= {"rank": 96, "b_groups": 2, "input_scale": True}
+    info["adapter"] |= {"rank": 96, "b_groups": "two", "input_scale": None}
+    info["data"] |= {"split_rows": 3, "split_parts": "many"}
     text = page(build_run(info)).text
-    assert "VeRA of rank 96 with 2 b vectors and an input scale per layer on 210 linear layers over" in text
-    info["adapter"] |= {"b_groups": "two", "input_scale": None}  # a damaged file is still a page
-    assert "VeRA of rank 96 on 210 linear layers" in page(build_run(info, name="damaged")).text
-
-
-def test_a_finished_run_says_what_run_json_says(build_run: Build) -> None:
-    text = page(build_run()).text
-    for fact in (
-        "qvera run quickstart",
-        "finished 24 November 2026, 15:16 UTC",
-        "SmolLM2-135M-Instruct",
-        "VeRA of rank 256 on 210 linear layers over an NF4 base, trained on repairs.jsonl.",
-        "Exact match on 24 held-out rows",
-        "2.5 %",
-        "87.5 %",
-        "Trainable parameters 209 k",
-        "209,280. LoRA r=64 on the same layers: 19.5 M, 93 times as many",
-        "Adapter file 838 kB",
-        "beside a base of 112 MB",
-        "Peak memory 1.18 GB",
-        "Tokens per second 1,706",
-        "Time 3 min 12 s",
-        "96 steps, 2 epochs",
-        "lowest held-out, step 80",
-        "Tokens trained 39.0 k (25.8 %)",
-        "Rows dropped 3",
-        "Of these also trained on 2",
-        "training.learning_rate 0.008",
-        "AMD EPYC 9R14, 2 threads",
-        "bitsandbytes 0.50.2",
-    ):
-        assert fact in text, fact
-    assert "killed" not in text
-
-
-def test_split_rows_are_shown_where_there_are_any(build_run: Build) -> None:
-    info = run_info()
-    info["data"] |= {"split_rows": 3, "split_parts": 1200}
-    assert "Rows split 3 into 1,200" in page(build_run(info)).text
+    assert "VeRA of rank 96 on 210 linear layers" in text
+    assert "Rows split 3 Rows dropped" in text
     info["data"] |= {"split_rows": 0, "split_parts": 0}
     assert "Rows split" not in page(build_run(info, name="none")).text
-    info["data"] |= {"split_rows": 3, "split_parts": "many"}  # a damaged file is still a page
-    assert "Rows split 3 Rows dropped" in page(build_run(info, name="damaged")).text
-
-
-def test_before_and_after_stand_in_a_table(build_run: Build) -> None:
-    source = write_report(build_run()).read_text()
-    rows = re.findall(r'<tr><th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td></tr>', source)
-    assert rows == [
-        ("Exact match", "2.5 %", "87.5 %"),
-        ("Loss", "2.41", "0.0712"),
-        ("Perplexity", "11.2", "1.07"),
-    ]
-
-
-def test_sections_come_in_the_readers_order(build_run: Build) -> None:
-    source = write_report(build_run()).read_text()
-    assert re.findall(r"<h2>([^<]+)</h2>", source) == [
-        "Training",
-        "Held-out prompts",
-        "Data",
-        "Recipe",
-        "Model and machine",
-    ]
-    titles = re.findall(r"<figcaption><h3>([^<]+)</h3>", source)
-    assert titles == ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "Length of rows"]
-
-
-def test_charts_hold_the_metrics(build_run: Build) -> None:
-    parsed = page(build_run())
-    tips = [json.loads(attrs["data-tips"] or "") for tag, attrs in parsed.elements if attrs.get("class") == "plot"]
-    assert len(tips) == 6
-    loss = tips[0]
-    assert loss["x"] == list(range(97))
-    assert loss["text"][0] == ["step 0", "held-out loss 2.41"]
-    assert loss["text"][80][3] == "held-out loss 0.0712"
-    assert loss["text"][1][1] == f"training loss {train_rows()[0]['loss']:.2f}"
-    assert parsed.count("circle", class_="ring") == 1
-    assert parsed.count("circle", class_="dot held-out") == 6
-
-
-def test_answers_show_where_they_differ(build_run: Build) -> None:
-    source = write_report(build_run()).read_text()
-    assert "<mark>July</mark>" in source
-    assert "<mark>June</mark>" not in source
-    text = Page(source).text
-    assert '(missing: , "phone": null)' in text
-    assert "After · equals the reference" in text
-    assert "After · same JSON as the reference" in text
-    assert "Before · empty" in text
-
-
-def test_a_long_prompt_is_folded_and_whole(build_run: Build) -> None:
-    info = run_info()
-    info["samples"] = [
-        {"prompt": "first words " + "x y " * 400 + "last words", "reference": None, "before": "a", "after": "b"}
-    ]
-    text = page(build_run(info=info)).text
-    assert "The whole prompt, 1,622 characters" in text
-    assert "first words" in text
-    assert text.count("last words") == 2
-    assert "Reference" not in text
 
 
 def test_the_recipe_is_there_word_for_word(build_run: Build) -> None:
@@ -232,42 +99,7 @@ def test_text_from_outside_is_inert(build_run: Build) -> None:
     assert "\x00" not in "".join(parsed.words)
 
 
-def test_nothing_is_loaded_from_anywhere(build_run: Build) -> None:
-    source = write_report(build_run()).read_text()
-    parsed = Page(source)
-    loads = [
-        (tag, name, value)
-        for tag, attrs in parsed.elements
-        for name, value in attrs.items()
-        if name in {"src", "href", "srcset", "xlink:href", "action", "data", "poster"}
-    ]
-    assert loads == [("link", "href", "data:,")]
-    assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttpRequest|import\(", source)
-    (policy,) = [
-        attrs["content"] for _, attrs in parsed.elements if attrs.get("http-equiv") == "Content-Security-Policy"
-    ]
-    assert policy
-    assert policy.startswith("default-src 'none'")
-    assert "script-src 'sha256-" in policy
-
-
 # --- what a killed, empty or odd run leaves ---------------------------------------------------------------------------
-
-
-def test_a_torn_last_line_is_left_out_and_reported(build_run: Build) -> None:
-    run_dir = build_run(
-        info=None, train=train_rows()[:41], evals=eval_rows({20: 0.6, 40: 0.17}), tail='{"kind":"train","st'
-    )
-    assert [row["step"] for row in read_run(run_dir).train] == list(range(1, 42))
-    text = page(run_dir).text
-    assert "The last line of metrics.jsonl is cut off" in text
-    assert "run.json: is missing" in text
-    assert "killed or is still going after step 41" in text
-    assert "Held-out loss, step 20 to step 40" in text
-    assert "0.600" in text
-    assert "0.170" in text
-    assert "Peak memory 1.18 GB" in text
-    assert "41 steps" in text
 
 
 def test_a_last_line_torn_inside_a_character(build_run: Build) -> None:
@@ -411,16 +243,6 @@ def test_odd_values_in_metrics_are_survived(build_run: Build) -> None:
         Page(run_page(read_run(build_run(train=rows, evals=None, name=f"run-{number}"))))
 
 
-def test_a_page_has_one_measured_peak(build_run: Build) -> None:
-    """Tile, line in the plan's bars and sentence say the same, whatever the file says in two places."""
-    text = page(build_run(run_info() | {"plan": plan(1.0e9)})).text
-    assert "Peak memory 1.18 GB CPU, and 100 MB of memory-mapped weights" in text
-    assert "Predicted peak 1.30 GB, measured 1.28 GB (1.18 GB and 100 MB of memory-mapped weights)" in text
-    assert "the plan was off by +1.4 %. Planned for the longest batch." in text
-    assert "1.00 GB" not in text
-    assert "1.10 GB" not in text
-
-
 def test_a_run_without_a_measured_plan_has_no_line_in_its_bars(build_run: Build) -> None:
     info = run_info() | {"plan": {"memory": plan(1.0)["memory"]}}
     parsed = page(build_run(info))
@@ -483,3 +305,92 @@ def test_sample_text_survives_word_for_word(build_run: Build) -> None:
         for body in re.findall(r'<pre dir="auto">\n(.*?)</pre>', source, re.S)
     ]
     assert info["samples"][0]["before"] in shown
+
+
+# --- many adapters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_run(build_run: Build) -> Path:
+    return build_run(many_info(), many_rows(), None, MANY_RECIPE)
+
+
+def test_every_adapter_that_has_files_has_a_page_to_which_its_name_leads(many_run: Path) -> None:
+    links = [attributes["href"] for tag, attributes in page(many_run).elements if tag == "a"]
+    # in the notices, then in the table; dan has no page
+    assert links[-3:] == ["report/Anna%3D27s%3D20Bakery.html", "report/ben.html", "report/chloe.html"]
+    names = ["Anna=27s=20Bakery.html", "ben.html", "chloe.html"]
+    assert sorted(path.name for path in (many_run / "report").iterdir()) == names
+
+
+def test_a_killed_run_has_its_adapters_from_the_metrics(build_run: Build) -> None:
+    found = page(build_run(None, many_rows(), None, MANY_RECIPE, tail='{"kind": "tra')).text
+    assert "2 adapters trained together" in found
+    assert "Anna's Bakery – – – – – unfinished" in found
+    assert "The last line of metrics.jsonl is cut off" in found
+    assert "still going after step 12" in found
+
+
+def test_rounds_are_those_of_the_first_process_and_steps_are_read_once(many_run: Path) -> None:
+    with open(many_run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "train", "adapter": "chloe", "step": 12, "loss": 0.5}) + "\n")
+    many = read_many(many_run)
+    assert [row["adapters"] for row in many.run.train] == [2] * 12
+    train = many.curves["chloe"].rows("train")
+    assert [row["step"] for row in train] == list(range(1, 13))
+    assert train[-1]["loss"] == 0.5
+
+
+def test_a_damaged_run_json_is_still_a_page_and_writes_nowhere_else(build_run: Build, tmp_path: Path) -> None:
+    info = many_info()
+    info["adapters"] = [
+        *("text", None, {"name": ""}, {"name": "up", "directory": "../../up", "rows": "many", "flags": "odd"}),
+        {"name": "here", "directory": ".", "eval_after": [1], "status": ["done"]},
+        adapter_entry("\ud800 </table><script>", "good", flags=[3, None]),
+    ]
+    run = build_run(info, many_rows(), None, MANY_RECIPE)
+    found = page(run)
+    assert "5 adapters trained together" in found.text  # two of them from metrics.jsonl
+    assert [path.name for path in (run / "report").iterdir()] == ["good.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart"]
+    assert found.count("script") == 1
+
+
+def test_a_page_of_an_adapter_is_written_again_only_for_new_vectors(many_run: Path) -> None:
+    weights = many_run / "adapters" / "ben" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"vectors")
+    write_report(many_run)
+    pages = {path: path.stat().st_ino for path in (many_run / "report").iterdir()}
+    (many_run / "report" / "ben.html").write_text("kept")
+    write_report(many_run)
+    assert (many_run / "report" / "ben.html").read_text() == "kept"
+    weights.write_bytes(b"others")
+    write_report(many_run)
+    assert "kept" not in (many_run / "report" / "ben.html").read_text()
+    assert len(pages) == 3
+
+
+def test_a_page_of_ten_thousand_stays_small(many_run: Path) -> None:
+    many = read_many(many_run)
+    more = [
+        AdapterEntry(f"customer {n}", f"customer=20{n}", "done", 20, 4, 30, 20, 2.5, 0.5, 2.4, 0.6)
+        for n in range(9_996)
+    ]
+    many.entries.extend(more)
+    assert len(many_page(many).encode()) < 2_500_000
+
+
+def test_adapters_are_compared_within_a_run_and_between_runs(many_run: Path, build_run: Build) -> None:
+    within = compare_runs([many_run], ["Anna's Bakery", "ben <b>"])
+    assert list(within.runs) == ["Anna's Bakery", "ben <b>"]
+    assert [figures["loss_after"] for figures in within.figures.values()] == [1.5, 2.6]
+    assert within.figures["Anna's Bakery"]["loss_lowest"] == 1.4
+    other = build_run(many_info(), many_rows(), None, MANY_RECIPE, name="other")
+    assert list(compare_runs([many_run, other], ["chloe"]).runs) == ["quickstart", "other"]
+    assert list(compare_runs([many_run, other], ["chloe", "dan"]).runs)[1] == "quickstart: dan"
+    with pytest.raises(InputError, match=r"--adapter chlo: .* has no adapter of this name; did you mean 'chloe'\?"):
+        compare_runs([many_run, other], ["chlo"])
+    plain = build_run(name="plain")
+    with pytest.raises(InputError, match="did not train many adapters"):
+        compare_runs([many_run, plain], ["chloe"])

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from qvera.data import Encoder, resolve_template
-from qvera.evaluation.prompts import PromptWriter
+from qvera.evaluation.generate import PromptWriter
 from qvera.serve.api.access import DEFAULTS
 from qvera.serve.api.app import create_app
 from qvera.serve.api.server import Server, bound

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qvera.serve.ui.directories import RunDirectories
-from qvera.serve.ui.summaries import Summaries
+from qvera.serve.ui.views import Summaries
 from qvera.utils.errors import InputError
 from qvera.utils.paths import RUN_OWNER
 from tests.evaluation.report.conftest import adapter_entry, eval_rows, many_info, many_rows, run_info, train_rows
@@ -276,7 +276,7 @@ from qvera.cli import ui
 from qvera.serve.api.server import Server
 from qvera.serve.ui.app import create_app
 service = create_app([Path({str(tmp_path)!r})]).state.service
-from qvera.serve.ui.finder import Finder
+from qvera.serve.ui.pages import Finder
 assert "one" in service.pages.runs(Finder("/", "", False, 0))
 assert "Gradient norm" in service.pages.run("one", Finder("/", "", False, 0))
 heavy = {{"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "fastapi"}} & set(sys.modules)

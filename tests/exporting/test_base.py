@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qvera.config.schema import ModelSection
-from qvera.exporting.stream import TrainedBaseReader, one_thread_each
+from qvera.exporting.base import TrainedBaseReader, one_thread_each
 from qvera.models import quantization, safetensors_stream
 from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps
 

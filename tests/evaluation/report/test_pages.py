@@ -1,8 +1,11 @@
-"""Where two answers differ."""
+"""Pages of every kind are the ones that were looked at, load nothing, and mark where two answers differ."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,39 @@ from hypothesis import strategies as st
 
 from qvera.evaluation.metrics import exact_match
 from qvera.evaluation.report.pages import DiffSpan, make_sample, word_diff
+from tests.evaluation.report.pages import SNAPSHOTS, Build, Page
+
+LOADS = {"src", "srcset", "xlink:href", "action", "data", "poster"}
+
+
+@pytest.mark.parametrize("kind", SNAPSHOTS)
+def test_a_page_is_the_one_that_was_looked_at_and_loads_nothing(kind: str, build_run: Build, tmp_path: Path) -> None:
+    """``REWRITE=1`` writes the snapshots anew: look at what changed in them."""
+    source = SNAPSHOTS[kind](build_run, tmp_path).read_text(encoding="utf-8")
+    parsed = Page(source)
+    names = [(tag, name) for tag, attributes in parsed.elements for name in attributes if name in LOADS]
+    links = [attributes["href"] or "" for tag, attributes in parsed.elements if "href" in attributes]
+    assert names == [] and links[0] == "data:,"
+    assert not [link for link in links[1:] if ":" in link]
+    assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttpRequest|import\(", source)
+    (policy,) = (attributes["content"] or "" for _, attributes in parsed.elements if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
+    assert parsed.count("script") == 1
+    # neither what all pages share, nor every default of today
+    others = (
+        r"(<style>).*?(</style>)",
+        r"(<script>).*?(</script>)",
+        r"('sha256-)[^']*(')",
+        r"(default</summary><pre>).*?(</pre>)",
+    )
+    for part in others:
+        source = re.sub(part, r"\1\2", source, flags=re.DOTALL)
+    source = re.sub(r">\s*<", ">\n<", source) + "\n"
+    stored = Path(__file__).parent / "snapshots" / f"{kind}.html"
+    if os.environ.get("REWRITE"):
+        stored.parent.mkdir(exist_ok=True)
+        stored.write_text(source, encoding="utf-8")
+    assert source.splitlines() == stored.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(

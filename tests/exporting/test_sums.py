@@ -21,7 +21,7 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.exporting.lora import export_lora
-from qvera.exporting.merge_adapters import same_directions, stacked_factors, union
+from qvera.exporting.sums import same_directions, stacked_factors, union
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train

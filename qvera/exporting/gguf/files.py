@@ -1,0 +1,295 @@
+"""GGUF files, which llama.cpp and Ollama read: a merged model, or an adapter as a LoRA.
+
+They may be larger than memory: header and settings by the gguf package, then the tensors' rows as they come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from qvera import __version__
+from qvera.config.schema import ExportSection, ModelSection
+from qvera.exporting.deltas import AdapterDeltas
+from qvera.exporting.gguf.architecture import GgufArchitecture
+from qvera.exporting.gguf.modelfile import modelfile
+from qvera.exporting.gguf.tokenizer import add_tokenizer, model_name
+from qvera.exporting.merged import Merged, Merging
+from qvera.models.hub import base_directory
+from qvera.models.tokenizer import load_tokenizer
+from qvera.utils import memory
+from qvera.utils.atomic import disk_errors, flush, new_directory, require_space
+from qvera.utils.errors import InputError, Interrupted
+from qvera.utils.paths import CERTIFICATE
+from qvera.utils.signals import StopRequests
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
+"""`--dtype` → GGUF's name of the type."""
+
+
+class GgufTensor(NamedTuple):
+    """A tensor of a GGUF file: its name, its shape as PyTorch has it, and GGUF's name of its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        return torch.Size(self.shape).numel() // block * size
+
+
+def tensor_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """The type of a tensor in a file of type ``wanted``, as llama.cpp's converter chooses it.
+
+    Norms and biases stay F32. Rows that are no whole number of a quantized type's blocks are F16.
+    """
+    if len(shape) < 2 or name.endswith("_norm.weight"):
+        return "F32"
+    return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
+
+
+def require_gguf() -> None:
+    """Raises InputError where the gguf package is not installed."""
+    if find_spec("gguf") is None:
+        raise InputError("--to gguf: needs the gguf package: pip install 'qvera[gguf]'.")
+
+
+def new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWriter:
+    """A writer with the settings that every file has; ``facts`` are written under ``qvera.``."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_name(name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in {"version": __version__, **facts}.items():
+        writer.add_string(f"qvera.{key}", value)
+    return writer
+
+
+def write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], blocks: Iterator[torch.Tensor]) -> str:
+    """Write the file; returns its SHA-256.
+
+    ``blocks`` are the rows of ``tensors``, all of the first, then all of the second; a block has rows of one tensor.
+    """
+    import gguf
+
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        writer.add_tensor_info(tensor.name, tensor.shape, torch.empty(0).numpy().dtype, tensor.bytes, kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    digest = hashlib.sha256(path.read_bytes())
+    with open(path, "ab") as handle:
+
+        def write(data: bytes | memoryview) -> None:
+            handle.write(data)
+            digest.update(data)
+
+        write(bytes(-handle.tell() % writer.data_alignment))
+        for tensor in tensors:
+            kind, written = gguf.GGMLQuantizationType[tensor.type], 0
+            while written < tensor.bytes:
+                data = gguf.quants.quantize(next(blocks).float().contiguous().numpy(), kind)
+                write(memoryview(data).cast("B"))
+                written += data.nbytes
+            if written != tensor.bytes:
+                raise RuntimeError(f"{tensor.name}: {written} bytes came, and {tensor.bytes} were planned")
+            write(bytes(-written % writer.data_alignment))
+    flush(path)
+    return digest.hexdigest()
+
+
+def export_gguf(
+    adapter_dir: Path,
+    section: ModelSection,
+    out: Path,
+    options: ExportSection,
+    dtype: str,
+    *,
+    chat_template: str | None = None,
+    system: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Write model-TYPE.gguf, a Modelfile for Ollama and the certificate to ``out``; returns the certificate.
+
+    Args:
+        section: the base that the adapter was trained on.
+        options: base (original or dequantized); its dtype is not read.
+        dtype: a key of `TYPES`; ``q8_0`` is rounded from float32.
+        chat_template: the template that was trained with.
+        system: the system prompt for the Modelfile.
+        progress: called with (tensors done, tensors in all, tensor name).
+
+    Raises:
+        InputError: the gguf package is missing; llama.cpp is not known to load this model or its tokenizer; adapter and
+            base do not fit; or ``out`` holds something else.
+        RunFailed: a merged weight would be NaN, Inf, or out of the type's range; or the disk is full.
+        Interrupted: SIGINT or SIGTERM came. Nothing is kept.
+    """
+    require_gguf()
+    options = options.replace(dtype="float32" if dtype == "q8_0" else dtype)
+    merging = Merging(adapter_dir, section, options, chat_template)
+    config, wanted = merging.config(), TYPES[dtype]
+    architecture = GgufArchitecture(config)
+    extra = architecture.extra_tensors()
+    tensors, skip = [GgufTensor(name, tuple(factors.shape), "F32") for name, factors in extra.items()], set()
+    for spec in merging.specs:
+        name = architecture.tensor_name(spec.name)
+        if name is None:
+            skip.add(spec.name)
+        else:
+            tensors.append(GgufTensor(name, spec.shape, tensor_type(name, spec.shape, wanted)))
+    import gguf
+
+    identity = merging.identity()
+    facts = {"adapter_sha256": identity["adapter"], "base_fingerprint": merging.base.fingerprint}
+    writer = new_writer(architecture.name, model_name(Path(section.path).name, merging.tokenizer), facts)
+    writer.add_type(gguf.GGUFType.MODEL)
+    architecture.add_settings(writer)
+    kind = "ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    add_tokenizer(writer, merging.tokenizer, architecture.config)
+    stopped = f"Stopped by {{}} before the GGUF file in {out} was whole. The same command begins again."
+    count = len(tensors) - len(extra)
+
+    def rows_of(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
+        """The rows alone, in llama.cpp's order; q and k come whole."""
+        parts: list[torch.Tensor] = []
+        done = 0
+        for block, rows, _ in results:
+            if stop.asked:
+                raise Interrupted(stopped.format(stop.asked))
+            name = block.entry.name
+            if block.last and progress is not None:
+                done += 1
+                progress(done, count, name)
+            if not architecture.is_paired(name):
+                yield architecture.shifted(name, rows)
+                continue
+            parts.append(rows)
+            if block.last:
+                yield architecture.paired_rows(name, torch.cat(parts))
+                parts = []
+
+    require_space(out, sum(tensor.bytes for tensor in tensors), "the GGUF file")
+    with StopRequests() as stop, new_directory(out) as partial:
+        file = partial / f"model-{wanted.lower()}.gguf"
+        try:
+            with (
+                merging.merged(skip, {}) as results,
+                disk_errors(str(out), "Make room, and run the same command again."),
+            ):
+                rows = rows_of(results)
+                sha256 = write_gguf(file, writer, tensors, itertools.chain(extra.values(), rows))
+                for _ in rows:  # what is left to read is only hashed
+                    raise RuntimeError("the file was planned without some of the tensors")
+        except KeyboardInterrupt:
+            raise Interrupted(stopped.format("Ctrl-C")) from None
+        certificate = merging.certificate("gguf", merging.sha256(), {file.name: sha256})
+        certificate["dtype"] = dtype
+        text = modelfile(file.name, None, merging.tokenizer, system)
+        _write_beside(partial, text, certificate)
+    return certificate
+
+
+def _write_beside(directory: Path, modelfile: str, certificate: dict[str, Any]) -> None:
+    (directory / "Modelfile").write_text(modelfile, encoding="utf-8")
+    (directory / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
+
+
+def export_gguf_lora(
+    adapter: AdapterDeltas,
+    adapter_dir: Path,
+    section: ModelSection,
+    out: Path,
+    dtype: str,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    *,
+    chat_template: str | None = None,
+    system: str | None = None,
+) -> int:
+    """Write adapter-TYPE.gguf, a Modelfile for Ollama and a certificate to ``out``; returns the bytes of the first.
+
+    llama.cpp adds alpha / r B A. Alpha is the largest rank; the B of a layer of smaller rank is scaled to it.
+
+    Args:
+        dtype: a key of `TYPES`.
+        factors: A [r, n] and B [m, r] by layer, by default the adapter's own.
+        chat_template, system: as in `export_gguf`.
+
+    Raises:
+        InputError: the gguf package is missing; llama.cpp is not known to load this model, or its LoRA has no place for
+            this adapter; or ``out`` holds something.
+        RunFailed: the disk is full.
+    """
+    require_gguf()
+    if adapter.magnitude:
+        raise InputError(
+            f"{adapter_dir}: was trained with adapter.magnitude, and llama.cpp's LoRA has no magnitude. Use --to gguf, "
+            "which merges it."
+        )
+    architecture = GgufArchitecture(AutoConfig.from_pretrained(base_directory(section)))
+    wanted = TYPES[dtype]
+    ranks = {n: d.factors.rank if factors is None else len(factors[n][0]) for n, d in adapter.layers.items()}
+    alpha = max(ranks.values())
+    tensors = []
+    for layer, delta in adapter.layers.items():
+        name, (m, n), rank = architecture.tensor_name(f"{layer}.weight"), delta.shape, ranks[layer]
+        for suffix, shape in ((".lora_a", (rank, n)), (".lora_b", (m, rank))):
+            tensors.append(GgufTensor(f"{name}{suffix}", shape, tensor_type(f"{name}{suffix}", shape, wanted)))
+
+    def values() -> Iterator[torch.Tensor]:
+        for layer, delta in adapter.layers.items():
+            A, B = (part.float() for part in (delta.lora() if factors is None else factors[layer]))
+            B = B * (ranks[layer] / alpha)
+            if architecture.is_paired(f"{layer}.weight"):
+                B = architecture.paired_rows(f"{layer}.weight", B)
+            for part in (A, B):
+                if wanted == "F16" and part.abs().max() > torch.finfo(torch.float16).max:
+                    raise InputError(f"{layer}: a factor does not fit into float16. Export with --dtype bfloat16.")
+                yield part
+
+    import gguf
+
+    facts = {} if adapter.sha256 is None else {"adapter_sha256": adapter.sha256}
+    writer = new_writer(architecture.name, Path(section.path).name, facts)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    tokenizer = load_tokenizer(section)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    with new_directory(out) as partial:
+        file = partial / f"adapter-{wanted.lower()}.gguf"
+        with disk_errors(str(out), "Make room, and run the same command again."):
+            certificate = {
+                "format": 1,
+                "kind": "gguf-lora",
+                "base": {"path": section.path, "revision": section.revision},
+                "adapter": adapter.facts(adapter_dir),
+                "rank": alpha,
+                "dtype": dtype,
+                "files": {file.name: write_gguf(file, writer, tensors, values())},
+                "versions": memory.versions(),
+            }
+            text = modelfile(None, file.name, tokenizer, system, base=Path(section.path).name)
+            _write_beside(partial, text, certificate)
+    return (out / file.name).stat().st_size
