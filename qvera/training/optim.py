@@ -140,7 +140,7 @@ def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer,
 
 
 class BankAdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the rows of a `AdapterBank`.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the slots of an `AdapterBank`.
 
     Attributes:
         first, second: the moments, fp32 [slots, trained_numbers].

@@ -47,7 +47,7 @@ class AdapterRun:
         recipe: what says its steps, order, learning rate and evaluations. Those of a run share one.
         datasets: where its rows are. Those of a run share one.
         state: steps taken, losses, the best evaluation.
-        slot: its row of the bank while it is in flight.
+        slot: of the bank, while it is in flight.
         batches, shares: its rows and its share of the learning rate by step, while it is in flight.
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
         after: held-out loss of the vectors that were saved.

@@ -104,7 +104,7 @@ def test_a_layer_is_the_formula_with_every_gradient(kind: str, dropout: float, m
     x = torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(2)).requires_grad_()
     nodes = []
     linear = low_rank.trained_linear
-    monkeypatch.setattr("qvera.adapters.methods.trained_pair.trained_linear", lambda *a: nodes.append(1) or linear(*a))
+    monkeypatch.setattr("qvera.adapters.layer.trained_linear", lambda *a: nodes.append(1) or linear(*a))
     torch.manual_seed(3)
     y = layer(x)
     assert bool(nodes) is (kind != "conv1d" and not dropout)  # the frozen product in the same node

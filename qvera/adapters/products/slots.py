@@ -1,18 +1,18 @@
-"""The product of a batch whose rows use different adapters of one pair A, B, forward and backward.
+"""The product of a batch whose tokens use different adapters of one pair A, B, forward and backward.
 
-As in `functional`, with vectors of its own for each of R rows i:
+As in `functional`, with vectors of its own for each of R slots i:
 
     z = x Aᵀ            y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ)        d [R, r], b [R, m] or [R, G, m]
 
-and for the upstream gradient g, summed over the tokens of a row:
+and for the upstream gradient g, summed over the tokens of a slot:
 
     u = (s d ⊙ z) Bᵀ    ∂b_i = Σ g_i ⊙ u_i        h = (g ⊙ b) B        ∂d_i = s Σ h_i ⊙ z_i        ∂z = s d ⊙ h
 
-These are the three dense products of one adapter over all rows, however many adapters there are. Building C or M, as
+These are the three dense products of one adapter over all tokens, however many adapters there are. Building C or M, as
 one adapter does, would take [m, r] for each of them. Only z is kept; u is computed again.
 
-A `TokenSlots` says which row's vectors each token takes: in a padded batch, in rows that stand one behind the other in
-one sequence, or in any order. No token is multiplied with another row's vectors, not even with a zero in between.
+A `TokenSlots` says which slot's vectors each token takes: in a padded batch, in rows that stand one behind the other in
+one sequence, or in any order. No token is multiplied with another slot's vectors, not even with a zero in between.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from qvera.kernels.columns import scaled_columns
 
 @dataclass(frozen=True)
 class TokenSlots:
-    """Which row's vectors each of T tokens takes. One row's tokens may stand anywhere, and it may have none.
+    """Which slot's vectors each of T tokens takes. One slot's tokens may stand anywhere, and it may have none.
 
     Attributes:
-        index: int64 [T], each from 0 to ``rows`` - 1.
-        rows: R, how many rows of vectors there are.
+        index: int64 [T], each from 0 to ``slots`` - 1.
+        slots: R, how many slots there are.
     """
 
     index: torch.Tensor
-    rows: int
+    slots: int
 
     @functools.cached_property
     def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of row 0, then those of row 1, ... int64 [T], and where each row's begin among them, int64 [R].
+        """The tokens of slot 0, then those of slot 1, ... int64 [T], and where each slot's begin among them, int64 [R].
 
         Only backward needs it. A device is not waited for.
         """
-        rows, order = torch.sort(self.index, stable=True)
-        return order, torch.searchsorted(rows, torch.arange(self.rows, device=rows.device))
+        slots, order = torch.sort(self.index, stable=True)
+        return order, torch.searchsorted(slots, torch.arange(self.slots, device=slots.device))
 
 
 def _scaled(
@@ -57,13 +57,13 @@ def _scaled(
     scale: float = 1.0,
     base: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scale v_i ⊙ x_i for each row, from vectors [R, k]; or base + that, which may take x's memory."""
+    """Scale v_i ⊙ x_i for each slot, from vectors [R, k]; or base + that, which may take x's memory."""
     index = None if tokens is None else tokens.index
     return scaled_columns(x, vectors if index is not None else vectors[0], scale, base, index, base is not None)
 
 
 def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> torch.Tensor:
-    """Σ left ⊙ right of each row's tokens, [..., k] twice → [R, k]: in ``dtype``, in a fixed order everywhere."""
+    """Σ left ⊙ right of each slot's tokens, [..., k] twice → [R, k]: in ``dtype``, in a fixed order everywhere."""
     if tokens is None:
         return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
     order, begins = tokens.sorted
@@ -131,7 +131,7 @@ def expand_slots(
     scale: float,
     tokens: TokenSlots | None,
 ) -> torch.Tensor:
-    """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each row i of the batch.
+    """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each slot i of the batch.
 
     Args:
         base: the frozen layer's output [..., m] of T tokens.
@@ -140,10 +140,10 @@ def expand_slots(
         b: [R, m], or [R, G, m] for G groups, like d.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
-        tokens: the row of each token; None: there is one row, of which all tokens are.
+        tokens: the slot of each token; None: there is one, of which all tokens are.
 
     Returns:
-        In base's shape and dtype. Differentiable once in base, z, d and b. A row that is not finite leaves all others
+        In base's shape and dtype. Differentiable once in base, z, d and b. A slot that is not finite leaves all others
         as they are, forward and backward. Sums over tokens are taken in the dtype of the vectors.
     """
     grouped = b if b.dim() == 3 else b.unsqueeze(1)
@@ -168,7 +168,7 @@ class _ScaleSlots(torch.autograd.Function):
 
 
 def scale_slots(x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
-    """diag(a_i) x_i for each row: [..., n] of T tokens and [R, n] give [..., n] in x's dtype.
+    """diag(a_i) x_i for each slot: [..., n] of T tokens and [R, n] give [..., n] in x's dtype.
 
     Differentiable once in both. ``tokens``: see `expand_slots`.
     """
