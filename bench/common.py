@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 import torch
 
-from qvera.cli.quickstart_base import fetch_quickstart_base
+from qvera.cli.quickstart import fetch_quickstart_base
 from qvera.training.run_dir import plain_json
 from qvera.utils import memory
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, ROOT, header, write_rows
-from qvera.cli.quickstart_base import fetch_quickstart_base
+from qvera.cli.quickstart import fetch_quickstart_base
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from qvera.utils.files import plain_json

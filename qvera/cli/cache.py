@@ -1,19 +1,23 @@
-"""List, verify and remove what qvera keeps in its cache."""
+"""`qvera cache` and `qvera quantize`: what qvera keeps on disk between runs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import Json
+from qvera.cli.common import Json, console, progress, quiet_libraries
 from qvera.utils import formatting
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
-    from qvera.utils.cache_dir import CacheEntry, DiskCache
+    from qvera.utils.cache_dir import CacheEntry, DiskCache, StageProgress
 
 
 def _kinds() -> tuple[DiskCache, ...]:
@@ -102,3 +106,87 @@ def verify(names: Names = None) -> None:
         if problem is not None:
             raise RunFailed(f"{problem}. `qvera cache rm {entry.name}` removes it; the next use makes it again.")
         print(f"{entry.name}  as written")
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory with safetensors, or a hub id.")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="New or empty (default: the cache).")] = None,
+    quantization: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="Default: nf4.")] = None,
+    no_double_quant: Annotated[bool, typer.Option("--no-double-quant", help="Keep the scales in fp32.")] = False,
+    quant_storage: Annotated[
+        Literal["uint8", "bfloat16", "float16", "float32"] | None, typer.Option(help="Default: bfloat16.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's Python code.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash all files again, not only sizes and times.")] = False,
+) -> None:
+    """Write the 4-bit copy of a 16-bit model.
+
+    OUT is a checkpoint in bitsandbytes' serialized format; transformers loads it. Without OUT it goes into the cache,
+    where `qvera train` would put it on first use. If it is stopped, the same command continues from the finished
+    shards.
+
+    Example:
+        qvera quantize meta-llama/Llama-2-7b-hf
+    """
+    quiet_libraries()
+
+    from qvera.config.schema import ModelSection
+    from qvera.models.quantized_cache import cached_base, quantized_copy
+    from qvera.models.quantized_record import read_record
+    from qvera.utils import accelerator
+    from qvera.utils.signals import StopRequests
+
+    given = {
+        "quantization": quantization,
+        "double_quant": False if no_double_quant else None,
+        "quant_storage": quant_storage,
+        "revision": revision,
+        "trust_remote_code": True if trust_remote_code else None,
+    }
+    settings = {key: value for key, value in given.items() if value is not None}
+    section = ModelSection(path=model, **settings)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    with StopRequests() as stop, _byte_progress() as show:
+
+        def report(stage: str, done: int, total: int, what: str) -> None:
+            show(stage, done, total, what)
+            if stop.asked:
+                raise Interrupted(f"{stop.asked}: stopped. The same command goes on from the finished shards.")
+
+        options: dict[str, Any] = {"device": accelerator.current_device(), "verify": verify, "progress": report}
+        if out is None:
+            target = cached_base(section, **options)
+            record = read_record(target)
+            assert record is not None  # cached_base has looked at it
+        else:
+            target, record = out, quantized_copy(section, out, **options)
+    size = sum(file["bytes"] for file in record["files"].values())
+    source = sum(file["bytes"] for file in record["source"]["files"].values())
+    seconds = time.perf_counter() - began
+    print(f"{formatting.size(source)} → {formatting.size(size)} in {target}, {seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def _byte_progress() -> Iterator[StageProgress]:
+    """A bar in bytes for each stage on a terminal, else a line now and then."""
+    if not console.is_terminal:
+        with progress("") as log:
+            yield lambda stage, done, total, what: log(
+                f"{stage} {what}: {formatting.size(done)} of {formatting.size(total)}"
+            )
+        return
+    from rich.progress import DownloadColumn, Progress
+
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int, what: str) -> None:
+            if stage not in tasks:
+                title = stage.capitalize() if stage != "waiting" else f"Waiting: {what}"
+                tasks[stage] = bars.add_task(title, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show

@@ -1,4 +1,4 @@
-"""`qvera card`."""
+"""`qvera card` and `qvera push`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qvera.cli.common import AdapterName, quiet_libraries, require_new_file
+from qvera.cli.common import AdapterName, console, progress, quiet_libraries, require_new_file
+from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 
 
@@ -34,3 +35,39 @@ def card(
     require_new_file(file)
     replace_text(file, model_card(subject, repo))
     print(f"{file}: the card of {path}")
+
+
+def push(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter directory, or an export.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the hub.")],
+    adapter: AdapterName = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made now is private.")] = False,
+) -> None:
+    """Send an adapter or an export to the hub.
+
+    A run's adapter, or the files of what `qvera export` wrote, and README.md: the one beside them, else the card that
+    `qvera card` writes. Recipes, data and certificates stay here. The token is that of `hf auth login` or HF_TOKEN.
+
+    Example:
+        qvera push runs/quickstart anna/orders --private
+    """
+    quiet_libraries()
+
+    from qvera.exporting.card import contents_of, files_of, find_subject, local_base
+    from qvera.models.hub import send_files
+
+    subject = find_subject(path, adapter)
+    files = files_of(subject)
+    if (base := local_base(subject)) is not None:
+        console.print(
+            f"The adapter names a directory of this computer as its base, {base}. Others need that model under the "
+            "same name. Train with a hub id in model.path to name it for them.",
+            style="yellow",
+            markup=False,
+            highlight=False,
+        )
+    size = sum(file.stat().st_size for file in files)
+    with progress(f"Sending {formatting.size(size)}"):
+        contents = contents_of(subject, repo)
+        address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
+    print(f"{address}: {formatting.size(size)} in {len(contents) - 1} files, and README.md")

