@@ -203,6 +203,11 @@ def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
     if config is not None and config.shards_base:
         if recipe.model.stream is True:
             raise InputError("model.stream: ZeRO-3 brings the layers to the GPU itself; remove one of the two.")
+        if recipe.model.added_tokens:
+            raise InputError(
+                "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it "
+                "more rows. Use tokens that the model has, or deepspeed: zero1 or zero2, or none."
+            )
         if recipe.training.torch_compile:
             raise InputError(
                 "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."

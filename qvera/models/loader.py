@@ -98,21 +98,6 @@ def load_base(
     tokenizer = load_processor(section, model_class)
     if not model_class.has_own_head:
         require_eos(tokenizer)
-    if section.stream is True and sharder is not None:
-        raise InputError(
-            "model.stream: ZeRO-3 divides the base among the ranks, and brings its layers to the device itself. Leave "
-            "model.stream out, or use deepspeed: zero1, zero2 or none."
-        )
-    if section.added_tokens and model_class.has_own_head:
-        raise InputError(
-            f"model.added_tokens: rows for new tokens are made for language models, and this is {model_class.what}. "
-            "Remove the key, and use tokens that the model has."
-        )
-    if section.added_tokens and sharder is not None:
-        raise InputError(
-            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it "
-            "more rows. Use tokens that the model has, or deepspeed: zero1 or zero2, or none."
-        )
     try:
         config = load_config(section)
         if Path(name).is_dir():

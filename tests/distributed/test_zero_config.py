@@ -213,6 +213,7 @@ def stage_three(request: Any, tmp_path: Path) -> str:
     ("section", "keys", "words"),
     [
         ("model", {"stream": True}, "model.stream: ZeRO-3 brings the layers"),
+        ("model", {"added_tokens": ["<|tool|>"]}, "model.added_tokens: ZeRO-3 divides the embedding"),
         ("training", {"torch_compile": True}, "training.torch_compile: ZeRO-3 gathers"),
         ("training", {"objective": "dpo"}, "which is not built for training.objective: dpo"),
     ],

@@ -226,18 +226,6 @@ def test_the_base_s_files_are_not_written_to(model_dir: Path) -> None:
     assert torch.equal(clean, stored)
 
 
-def test_zero_3_is_refused(model_dir: Path) -> None:
-    class Spreading:
-        def expect(self, largest_numel: int) -> None:
-            raise AssertionError("nothing is to be read")
-
-        def __call__(self, weight: torch.nn.Parameter) -> None:
-            raise AssertionError("nothing is to be read")
-
-    with pytest.raises(InputError, match=r"model\.added_tokens: ZeRO-3 divides the embedding"):
-        load_base(ModelSection(path=str(model_dir), added_tokens=[TOOL]), sharder=Spreading())
-
-
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_bases_that_transformers_loads_grow_too(model_dir: Path, quantization: str) -> None:
     section = ModelSection(

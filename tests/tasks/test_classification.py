@@ -519,7 +519,7 @@ def test_a_head_of_labels_in_another_order_is_no_start(classify: Any, finished: 
 
 
 def test_new_tokens_are_refused(classify: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.added_tokens.*a sequence classification model"):
+    with pytest.raises(InputError, match=r"model\.added_tokens.*task: causal-lm"):
         train(classify(model={"added_tokens": ["<|x|>"]}), tmp_path / "run")
 
 

@@ -41,7 +41,7 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
     tokenizer: Annotated[str | None, _OF_TEXTS] = None
     """The directory or hub id of another tokenizer. Default: the model's own."""
-    added_tokens: Annotated[list[NonEmpty], _OF_TEXTS] = []
+    added_tokens: Annotated[list[NonEmpty], OnlyWith("task: causal-lm")] = []
     """New tokens, such as ``["<|tool|>"]``. The embedding and the head are frozen, so each new token keeps an initial
     row that is drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged
     export carry the rows and ids. Not supported under ZeRO-3."""
