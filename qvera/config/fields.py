@@ -1,15 +1,24 @@
-"""The types of a recipe's fields, and the base class of its sections."""
+"""The types of a recipe's fields, the base class of its sections, and what is wrong with them in plain sentences."""
 
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from qvera.config.problems import describe
 from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 def _number(value: object) -> object:
@@ -47,16 +56,12 @@ class OnlyWith:
     def __init__(self, *switches: str) -> None:
         object.__setattr__(self, "switches", switches)
 
-    def is_on(self, value_of: Callable[[str, str], object]) -> bool:
-        """Whether one of the switches is on. ``value_of(section, key)`` returns what a recipe has there.
-
-        The section is "" for a key beside the sections.
-        """
+    def is_on(self, recipe: BaseModel) -> bool:
+        """Whether one of the switches is on in a recipe."""
         for switch in self.switches:
             path, _, value = switch.partition(": ")
-            section, _, key = path.rpartition(".")
-            found = value_of(section, key)
-            if found == value if value else found:
+            there: Any = functools.reduce(getattr, path.split("."), recipe)
+            if there == value if value else there:
                 return True
         return False
 
@@ -93,3 +98,138 @@ class Section(BaseModel):
     def to_dict(self) -> dict[str, object]:
         """Return every key with its value, defaults included, as plain Python values."""
         return self.model_dump()
+
+
+_logger = logging.getLogger(__name__)
+
+RENAMED: dict[str, str] = {"training.rehearse_longest_batch": "training.try_longest_batch"}
+"""The old name of a key → its name now, both as ``section.key``. Old names are accepted with a warning."""
+
+# What to write instead of a TrainingArguments field that has another name or place here.
+_INSTEAD = {
+    "gradient_accumulation_steps": "set training.global_batch_size, the rows of one optimizer step",
+    "deepspeed": "write `deepspeed:` beside the sections, not in one",
+    "bf16": "set model.compute_dtype: bfloat16",
+    "fp16": "set model.compute_dtype: float16",
+    "logging_dir": "TensorBoard files go into the run directory; set training.output_dir",
+    "eval_strategy": "set training.eval_steps (0: only at the end)",
+    "save_strategy": "set training.save_steps",
+    "logging_steps": "remove it; every step is logged",
+    "do_train": "use the command `qvera train`",
+    "do_eval": "use the command `qvera eval`, or set training.eval_steps",
+    "do_predict": "use the command `qvera generate`",
+    "resume_from_checkpoint": "use `qvera train RECIPE --resume`",
+    "data_seed": "set data.seed",
+    "group_by_length": "set data.group_by_length",
+    "packing": "set data.packing",
+    "overwrite_output_dir": "remove it; a finished run is never overwritten, choose another training.output_dir",
+    "max_seq_length": "set data.max_length",
+    "max_length": "set data.max_length",
+    "use_cpu": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
+}
+
+# pydantic's words → those of YAML.
+_WORDS = {"a valid boolean": "true or false", "a valid integer": "a whole number", "a valid dictionary": "a mapping"}
+
+
+def move_renamed_keys(tree: dict[object, object], source: str) -> dict[object, object]:
+    """Return the tree of a recipe with the old names of keys replaced, and warn about each.
+
+    A recipe that has both names keeps both: the old one is then reported as an unknown key.
+    """
+    moved = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
+    for old, new in RENAMED.items():
+        (old_section, old_key), (section, key) = old.split("."), new.split(".")
+        keys, target = moved.get(old_section), moved.setdefault(section, {})
+        if isinstance(keys, dict) and old_key in keys and isinstance(target, dict) and key not in target:
+            target[key] = keys.pop(old_key)
+            _logger.warning("%s: %s is now called %s. The old name still works; please rename it.", source, old, new)
+    return moved
+
+
+def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
+    """Return (key, sentence) for each problem that pydantic found in a ``root``, in the order of the schema."""
+    found: dict[str, list[str]] = {}
+    for one in error.errors():
+        for key, sentence in _problems(one, root):
+            sentences = found.setdefault(key, [])
+            if sentence not in sentences:
+                sentences.append(sentence)
+    return [(key, " Or: ".join(sentences)) for key, sentences in found.items()]
+
+
+def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    kind, got = error["type"], error["input"]
+    unknown = kind in ("extra_forbidden", "invalid_key")
+    keys, holder = _path(error["loc"][:-1] if unknown else error["loc"], root)
+    key = ".".join(keys)
+    if kind == "contradiction":
+        for name, problem in error["ctx"]["problems"]:
+            yield ".".join([*keys, name]), problem
+    elif unknown:
+        yield ".".join([*keys, str(error["loc"][-1])]), _unknown_key(keys, str(error["loc"][-1]), holder, root)
+    elif kind == "missing":
+        yield key, "is missing and has no default."
+    elif kind == "model_type":
+        yield key, f"should be a mapping of keys, got {_short(got)}."
+    else:
+        sentence = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        for theirs, ours in _WORDS.items():
+            sentence = sentence.replace(theirs, ours)
+        hint = " Write it in quotes." if kind == "string_type" and isinstance(got, (int, float)) else ""
+        yield key, f"{sentence[0].lower()}{sentence[1:]}, got {_short(got)}.{hint}"
+
+
+def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
+    """Return the keys of one of pydantic's locations, and the model that they lead to.
+
+    A location also names the branch of a union, as in ``("targets", "literal['all-linear']")``; that is left out.
+    """
+    keys: list[str] = []
+    model: type[BaseModel] | None = root
+    holder = root
+    for part in location:
+        if isinstance(part, int):
+            keys.append(str(part))
+        elif model is not None and part in model.model_fields:
+            keys.append(part)
+            model = _model_of(model.model_fields[part].annotation)
+            holder = model or holder
+        else:
+            break
+    return keys, holder
+
+
+def _model_of(annotation: object) -> type[BaseModel] | None:
+    """Return the model that a field is, or has a list of."""
+    candidates = (annotation, *get_args(annotation))
+    return next((one for one in candidates if hasattr(one, "model_fields")), None)  # type: ignore[misc]
+
+
+def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: type[BaseModel]) -> str:
+    known = list(holder.model_fields)
+    if parents == ["training"] and (advice := _INSTEAD.get(name) or _training_argument_advice(name)):
+        return f"is not a key of this section: {advice}."
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"unknown key. Did you mean `{near[0]}`?"
+    for section, field in root.model_fields.items():
+        model = _model_of(field.annotation)
+        if model is not None and parents != [section] and name in model.model_fields:
+            return f"unknown key. There is `{section}.{name}`: move it there."
+    return f"unknown key. Known here: {', '.join(known)}."
+
+
+def _training_argument_advice(name: str) -> str | None:
+    """Look the name up in the text of transformers' TrainingArguments: importing it would take seconds."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        return None
+    text = (Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8")
+    if re.search(rf"^    {re.escape(name)}: ", text, re.MULTILINE):
+        return "it is a TrainingArguments field that this loop does not have; remove it"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

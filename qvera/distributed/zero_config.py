@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, Strict, ValidationError
 
-from qvera.config.fields import Section
-from qvera.config.problems import describe
+from qvera.config.fields import Section, describe
 from qvera.config.schema import Recipe
 from qvera.distributed.deepspeed_import import nvme_problem, require_deepspeed
 from qvera.utils import accelerator

@@ -12,7 +12,7 @@ import torch
 
 from tests.disk import fill, read_only, small_disk
 from tests.distributed.ranks import run_worker
-from tests.distributed.test_stages import BARE, CUT, LinearSpec, losses, vectors
+from tests.distributed.runs import BARE, CUT, TinyRuns, losses, vectors
 
 pytestmark = pytest.mark.slow
 STAGES = [None, "zero3"]
@@ -46,8 +46,8 @@ DAMAGE = [flip, cut, foreign, older]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
-    place = LinearSpec(tmp_path_factory.mktemp("damage"), tiny_rows)
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
+    place = TinyRuns(tmp_path_factory.mktemp("damage"), tiny_rows)
     root, said = place.root, {}
     tasks: list[dict[str, Any]] = []
     for stage in STAGES:
@@ -72,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("stage", STAGES)
-def test_all_ranks_go_on_from_the_one_before(place: LinearSpec, stage: str | None, damage: Any) -> None:
+def test_all_ranks_go_on_from_the_one_before(place: TinyRuns, stage: str | None, damage: Any) -> None:
     name = f"{stage}-{damage.__name__}"
     for rank in place.found:  # from step 3, where the cut had been after 4
         assert len(rank[name]["rows"]) == 3, rank[name]
@@ -84,7 +84,7 @@ def test_all_ranks_go_on_from_the_one_before(place: LinearSpec, stage: str | Non
     assert "Itispassedover." in said
 
 
-def test_a_full_disk_and_a_read_only_one_end_all_ranks_alike(place: LinearSpec, tmp_path: Path) -> None:
+def test_a_full_disk_and_a_read_only_one_end_all_ranks_alike(place: TinyRuns, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 4 << 20) as disk:
         filler = fill(disk, leave_bytes=40_000)  # the run's first files, and no checkpoint
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tests.distributed.ranks import clean_environment, run_worker
-from tests.distributed.test_stages import BARE, CUT, STEPS, UNEVEN, LinearSpec, close, losses, vectors
+from tests.distributed.runs import BARE, CUT, STEPS, UNEVEN, TinyRuns, close, losses, vectors
 
 pytestmark = pytest.mark.matrix
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
@@ -27,9 +27,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
     # neither 64, 32 nor 8 divides by 3: partitions of these vectors are padded
-    place = LinearSpec(tmp_path_factory.mktemp("matrix"), tiny_rows)
+    place = TinyRuns(tmp_path_factory.mktemp("matrix"), tiny_rows)
     tasks: list[dict[str, Any]] = []
 
     def task(name: str, recipe: dict[str, Any], **more: Any) -> None:
@@ -54,12 +54,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGED)
-def test_three_ranks_give_the_numbers_of_one(place: LinearSpec, stage: str | None, kind: str) -> None:
+def test_three_ranks_give_the_numbers_of_one(place: TinyRuns, stage: str | None, kind: str) -> None:
     close(place.root / f"{stage}-{kind}", place.root / f"alone-{kind}")
 
 
 @pytest.mark.parametrize("stage", STAGED)
-def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: LinearSpec, stage: str | None) -> None:
+def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: TinyRuns, stage: str | None) -> None:
     whole, cut = place.root / f"{stage}-dropout", place.root / f"{stage}-dropout-cut"
     assert len(losses(cut)) == STEPS
     assert losses(cut) == losses(whole)
@@ -69,7 +69,7 @@ def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: L
 
 
 @pytest.mark.parametrize("stage", STAGED[1:])
-def test_in_16_bits_the_stages_agree(place: LinearSpec, stage: str) -> None:
+def test_in_16_bits_the_stages_agree(place: TinyRuns, stage: str) -> None:
     """Only the order of additions differs; stated for the loss, of which bf16 keeps two to three digits."""
     assert losses(place.root / f"{stage}-bf16") == pytest.approx(losses(place.root / "None-bf16"), rel=2e-3)
 
@@ -79,9 +79,9 @@ def test_in_16_bits_the_stages_agree(place: LinearSpec, stage: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
+def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
     """Runs cut after step 4 and gone on with: 1 → 2, 2 → 1 and 2 → 4 processes."""
-    place = LinearSpec(tmp_path_factory.mktemp("moved"), tiny_rows)
+    place = TinyRuns(tmp_path_factory.mktemp("moved"), tiny_rows)
     root, found = place.root, {}
     place.alone("alone", **UNEVEN)
     place.alone("from-1", **UNEVEN, save_steps=CUT)
@@ -124,18 +124,18 @@ def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
 
 @pytest.mark.parametrize("how", ["1-to-2", "2-to-1", "2-to-4"])
 @pytest.mark.parametrize("stage", STAGED)
-def test_a_run_goes_on_with_another_number_of_processes(moved: LinearSpec, stage: str | None, how: str) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(moved: TinyRuns, stage: str | None, how: str) -> None:
     assert len(losses(moved.root / f"{stage}-{how}")) == STEPS
     close(moved.root / f"{stage}-{how}", moved.root / "alone")
 
 
 @pytest.mark.parametrize(("stage", "packing"), FOUR_TIMES_TWO)
-def test_four_times_two_rows_are_eight(moved: LinearSpec, stage: str | None, packing: bool) -> None:
+def test_four_times_two_rows_are_eight(moved: TinyRuns, stage: str | None, packing: bool) -> None:
     close(moved.root / (f"{stage}-packed" if packing else f"{stage}-padded"), moved.root / "alone-8")
 
 
 @pytest.mark.parametrize("stage", STAGED)
-def test_no_row_comes_twice_and_none_is_missed_when_ranks_are_added(moved: LinearSpec, stage: str | None) -> None:
+def test_no_row_comes_twice_and_none_is_missed_when_ranks_are_added(moved: TinyRuns, stage: str | None) -> None:
     (found,) = moved.found
     before, after = found[f"{stage}-from-2"], found[f"{stage}-2-to-4"]
     assert [len(rows) for rows in (*before, *after)] == [7, 7, 7, 7, 4, 7]
@@ -153,7 +153,7 @@ for name in ("first", "second"):
 """
 
 
-def test_one_process_can_run_under_zero3_and_again(place: LinearSpec, tmp_path: Path) -> None:
+def test_one_process_can_run_under_zero3_and_again(place: TinyRuns, tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(_TWICE)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(place.recipe("zero3")))
     command = [sys.executable, "twice.py", "recipe.yaml"]

@@ -11,7 +11,7 @@ import torch
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from tests.distributed.ranks import run_worker
-from tests.distributed.test_stages import BARE, CUT, STEPS, LinearSpec, close, losses, vectors
+from tests.distributed.runs import BARE, CUT, STEPS, TinyRuns, close, losses, vectors
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -35,8 +35,8 @@ RTOL = {"lora": 1e-4}  # where an element of a gradient nearly cancels, AdamW ma
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
-    place = LinearSpec(tmp_path_factory.mktemp("methods"), tiny_rows)
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
+    place = TinyRuns(tmp_path_factory.mktemp("methods"), tiny_rows)
     tasks: list[dict[str, Any]] = []
     for name, adapter in METHODS.items():
         train(parse_recipe({**place.recipe(**BARE), "adapter": adapter}, name), place.root / f"alone-{name}")
@@ -63,38 +63,38 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_give_the_numbers_of_one(place: LinearSpec, name: str, stage: str) -> None:
+def test_two_processes_give_the_numbers_of_one(place: TinyRuns, name: str, stage: str) -> None:
     assert len(losses(place.root / f"{name}-{stage}")) == STEPS
     close(place.root / f"{name}-{stage}", place.root / f"alone-{name}")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: LinearSpec, name: str, stage: str) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: TinyRuns, name: str, stage: str) -> None:
     mine, theirs = vectors(place.root / f"{name}-{stage}-cut"), vectors(place.root / f"{name}-{stage}")
     assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
 
 
-def test_lora_trains_under_zero3_without_checkpointing(place: LinearSpec) -> None:
+def test_lora_trains_under_zero3_without_checkpointing(place: TinyRuns) -> None:
     close(place.root / KEPT, place.root / "alone-lora", rtol=RTOL["lora"])
 
 
 @pytest.mark.parametrize("stage", SHORT_STAGES)
 @pytest.mark.parametrize("name", SHORT_METHODS)
-def test_two_processes_train_other_methods_as_one_does(place: LinearSpec, name: str, stage: str) -> None:
+def test_two_processes_train_other_methods_as_one_does(place: TinyRuns, name: str, stage: str) -> None:
     run, alone = place.root / f"{name}-{stage}", place.root / f"alone-{name}"
     assert len(losses(run)) == SHORT["max_steps"]
     close(run, alone, rtol=RTOL.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])
-def test_the_start_from_the_first_gradient_is_that_of_one_process(place: LinearSpec, stage: str) -> None:
+def test_the_start_from_the_first_gradient_is_that_of_one_process(place: TinyRuns, stage: str) -> None:
     run = place.root / f"lora-sb-{stage}"
     assert len(losses(run)) == SHORT["max_steps"]
     close(run, place.root / "alone-lora-sb", rtol=1e-4)
 
 
-def test_a_start_from_whole_gradients_is_refused_where_weights_are_sharded(place: LinearSpec) -> None:
+def test_a_start_from_whole_gradients_is_refused_where_weights_are_sharded(place: TinyRuns) -> None:
     for found in place.found:
         assert found["lora-sb-zero3"]["error"] == "InputError"
         assert (

@@ -17,7 +17,7 @@ import pytest
 from qvera.distributed.deepspeed_import import nvme_problem
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES
 from tests.distributed.ranks import clean_environment, run_worker
-from tests.distributed.test_stages import BARE, CUT, LAYERS, STEPS, LinearSpec, losses, vectors
+from tests.distributed.runs import BARE, CUT, LAYERS, STEPS, TinyRuns, losses, vectors
 
 pytestmark = pytest.mark.matrix
 STAGE = "zero3-offload-nvme"
@@ -27,7 +27,7 @@ NARROW = HIDDEN * HIDDEN // 2 // 2  # of an attention projection, which stays
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
     problem = nvme_problem()
     if problem is not None:
         pytest.skip(f"DeepSpeed's async_io can't be used here: {problem}")
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
     build = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
     subprocess.run([sys.executable, "-c", build], env=clean_environment(), check=True, timeout=1200)
     size: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": FF, "num_attention_heads": 8, "head_dim": 128}
-    place = LinearSpec(tmp_path_factory.mktemp("nvme"), tiny_rows, num_key_value_heads=8, **size)
+    place = TinyRuns(tmp_path_factory.mktemp("nvme"), tiny_rows, num_key_value_heads=8, **size)
     root, tasks = place.root, []
 
     def task(name: str, **more: Any) -> None:
@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
 
 
 @pytest.mark.parametrize("kind", ["scored", "whole-graph"])
-def test_the_numbers_are_those_of_zero3_to_the_bit_and_of_one_process_in_order(place: LinearSpec, kind: str) -> None:
+def test_the_numbers_are_those_of_zero3_to_the_bit_and_of_one_process_in_order(place: TinyRuns, kind: str) -> None:
     run, in_ram = place.root / kind, place.root / f"{kind}-in-ram"
     assert losses(run) == losses(in_ram)
     mine, theirs = vectors(run), vectors(in_ram)
@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_zero3_to_the_bit_and_of_one_process_in_order(p
     assert answers["samples"] == alone["samples"]
 
 
-def test_shares_of_a_megabyte_lie_in_files_and_the_others_in_ram(place: LinearSpec) -> None:
+def test_shares_of_a_megabyte_lie_in_files_and_the_others_in_ram(place: TinyRuns) -> None:
     assert WIDE == IN_RAM_BELOW_BYTES > NARROW
     for found in (rank["scored"] for rank in place.found):
         assert found["packed_whole_bytes"] == 2 * LAYERS * (3 * WIDE + 4 * NARROW)
@@ -79,7 +79,7 @@ def test_shares_of_a_megabyte_lie_in_files_and_the_others_in_ram(place: LinearSp
         assert found["packed_held_bytes"] == LAYERS * 4 * NARROW + 2 * in_files
 
 
-def test_the_plan_counts_buffers_and_what_stays(place: LinearSpec) -> None:
+def test_the_plan_counts_buffers_and_what_stays(place: TinyRuns) -> None:
     parts = json.loads((place.root / "scored" / "run.json").read_text())["plan"]["memory"]["moments"]["backward"]
     planned = {part["name"]: part["bytes"] for part in parts}
     assert planned["shares too small for NVMe"] == LAYERS * 4 * NARROW
@@ -91,25 +91,25 @@ def test_the_plan_counts_buffers_and_what_stays(place: LinearSpec) -> None:
         assert found["private"]["torch.bfloat16"] == pytest.approx(sum(in_ram), rel=0.01)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: LinearSpec) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: TinyRuns) -> None:
     assert len(losses(place.root / "cut")) == STEPS
     assert losses(place.root / "cut") == losses(place.root / "scored")
     mine, whole = vectors(place.root / "cut"), vectors(place.root / "scored")
     assert all((mine[name] == tensor).all() for name, tensor in whole.items())
 
 
-def test_a_file_of_ones_own_is_followed(place: LinearSpec) -> None:
+def test_a_file_of_ones_own_is_followed(place: TinyRuns) -> None:
     assert losses(place.root / "mine") == pytest.approx(losses(place.root / "scored"), rel=1e-5)
 
 
-def test_nothing_of_the_base_is_left_on_the_disk(place: LinearSpec) -> None:
+def test_nothing_of_the_base_is_left_on_the_disk(place: TinyRuns) -> None:
     for name in ("scored", "whole-graph", "cut", "mine"):
         assert not (place.root / name / "offload").exists()
     assert (place.root / "disk").is_dir()
     assert not any((place.root / "disk").iterdir())
 
 
-def test_a_base_in_another_storage_dtype_is_refused_with_the_way_out(place: LinearSpec) -> None:
+def test_a_base_in_another_storage_dtype_is_refused_with_the_way_out(place: TinyRuns) -> None:
     for found in (rank["bytewise"] for rank in place.found):
         assert found["error"] == "InputError"
         assert "stores them as uint8. Quantize the base with" in found["text"]

@@ -9,7 +9,7 @@ import pytest
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from tests.distributed.ranks import run_worker
-from tests.distributed.test_stages import BARE, LinearSpec, close, losses
+from tests.distributed.runs import BARE, TinyRuns, close, losses
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -21,7 +21,7 @@ STEPS, CUT = 4, 2
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Path:
     """A run on one process, on two under each stage, and one of each stage that is stopped and goes on."""
-    place = LinearSpec(tmp_path_factory.mktemp("groups"), tiny_rows)
+    place = TinyRuns(tmp_path_factory.mktemp("groups"), tiny_rows)
     settings = {"max_steps": STEPS, "save_steps": CUT, "learning_rate": 1e-2, **BARE}
     train(parse_recipe({**place.recipe(**settings), "adapter": ADAPTER}, "one"), place.root / "alone")
     tasks = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,83 +17,32 @@ from qvera.adapters.files.save_load import load_adapter
 from qvera.config.schema import parse_recipe
 from qvera.models.loader import load_base
 from qvera.training.trainer import train
-from tests.conftest import small_llama, small_tokenizer
 from tests.distributed.ranks import run_worker
+from tests.distributed.runs import (
+    BARE,
+    CUT,
+    LAYERS,
+    ONE_ROW,
+    STEPS,
+    UNEVEN,
+    TinyRuns,
+    close,
+    losses,
+    name_of,
+    vectors,
+)
 
 pytestmark = pytest.mark.process
 
 QUICK, SLOW = (None, "zero2", "zero3"), ("zero1", "zero3-offload-cpu")
 RESUMED = (None, "zero3")
 SHARDED = ("zero3", "zero3-offload-cpu")
-STEPS, CUT = 6, 4
-LAYERS = 2
-WIDE = 256
-
-
-def name_of(stage: str | None) -> str:
-    return stage or "none"
-
-
-class LinearSpec:
-    """A model of four layers, rows, and what the runs left behind."""
-
-    def __init__(self, root: Path, rows: Path, **model: Any) -> None:
-        self.root, self.rows = root, rows
-        self.model = root / "model"
-        small_llama(num_hidden_layers=LAYERS, **model).to(torch.bfloat16).save_pretrained(self.model)
-        small_tokenizer().save_pretrained(self.model)
-        self.found: list[dict[str, Any]] = []
-
-    def recipe(self, stage: str | None = None, **training: Any) -> dict[str, Any]:
-        return {
-            "model": {"path": str(self.model), "compute_dtype": "float32"},
-            "adapter": {"rank": 8, "b_groups": 2, "input_scale": True},  # every kind of vector there is
-            "data": {"path": str(self.rows), "eval_fraction": 0.2, "max_length": 64},
-            "training": {
-                "max_steps": STEPS,
-                "global_batch_size": 8,
-                "per_device_train_batch_size": 2,  # two passes on each of two ranks
-                "per_device_eval_batch_size": 5,
-                "learning_rate": 2e-2,
-                "save_steps": 3,
-                "eval_steps": 4,
-                "sample_count": 2,
-                "sample_max_new_tokens": 3,
-                "exact_match_rows": 2,
-                "report_to": [],
-                "gradient_checkpointing": True,  # by itself it would be off where there is room
-                **training,
-            },
-            "deepspeed": stage,
-        }
-
-    def float16(self, stage: str | None = None) -> dict[str, Any]:
-        """In float16, with a loss scale that overflows at first."""
-        recipe = self.recipe(stage, **FLOAT16)
-        recipe["model"]["compute_dtype"] = "float16"
-        return recipe
-
-    def task(self, name: str, stage: str | None, more: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
-        """A task of `tests.distributed.worker`: a run of this recipe in the directory of its name, or of another one's."""
-        run_dir = self.root / (more or {}).get("of", name)
-        return {"name": name, "recipe": self.recipe(stage, **training), "run_dir": str(run_dir), **(more or {})}
-
-    def alone(self, name: str, resume: bool = False, **training: Any) -> Path:
-        """A run of this process on its own, without DeepSpeed."""
-        train(parse_recipe(self.recipe(**training), name), self.root / name, resume=resume)
-        return self.root / name
-
-
-BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
-UNEVEN = {"global_batch_size": 7, "per_device_train_batch_size": 7, **BARE}
-FLOAT16 = {"max_steps": 3, "initial_scale_power": 19, **BARE}
-ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSpec:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
     """Runs of one process, and of two processes under the quick stages."""
-    place = LinearSpec(tmp_path_factory.mktemp("stages"), tiny_rows)
+    place = TinyRuns(tmp_path_factory.mktemp("stages"), tiny_rows)
     root = place.root
     place.alone("alone")
     place.alone("alone-uneven", **UNEVEN)
@@ -102,10 +50,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
     train(parse_recipe(place.float16(), "alone-float16"), root / "alone-float16")
     place.alone("grown", max_steps=STEPS, save_steps=CUT)  # cut back to its step 4 below
     shutil.rmtree(root / "grown" / "checkpoints" / f"step-{STEPS:08d}")
-    tied = LinearSpec(root / "tied", tiny_rows, tie_word_embeddings=True)
+    tied = TinyRuns(root / "tied", tiny_rows, tie_word_embeddings=True)
     tied.alone("alone")
     # ZeRO-3 first: what it needs must not be there from an easier stage
-    tasks = [task for stage in reversed(QUICK) for task in stage_tasks(place, stage)]
+    tasks = [place.task(name_of(stage), stage) for stage in reversed(QUICK)]
     for stage in RESUMED:
         word = name_of(stage)
         tasks.append(place.task(f"{word}-cut", stage, {"stop_after": CUT}, **BARE))
@@ -129,9 +77,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> LinearSp
 
 
 @pytest.fixture(scope="module")
-def slow_stages(place: LinearSpec) -> None:
+def slow_stages(place: TinyRuns) -> None:
     """The same of the other stages, in a second spawn, added to what ``place`` has."""
-    tasks = [task for stage in SLOW for task in stage_tasks(place, stage)]
+    tasks = [place.task(name_of(stage), stage) for stage in SLOW]
     ahead = place.root / "ahead.json"  # as on a GPU
     zero = {"stage": 3, "stage3_prefetch_bucket_size": 10**6, "stage3_max_live_parameters": 10**6}
     ahead.write_text(json.dumps({"zero_optimization": zero}))
@@ -147,46 +95,20 @@ def stage(request: pytest.FixtureRequest) -> str | None:
     return request.param
 
 
-def stage_tasks(place: LinearSpec, stage: str | None) -> list[dict[str, Any]]:
-    """A whole run, and two steps at a rank at which vectors weigh something beside what a step leaves lying about."""
-    wide = place.recipe(stage, max_steps=2, **BARE)
-    wide["adapter"]["rank"] = WIDE
-    word = name_of(stage)
-    return [place.task(word, stage), place.task(f"{word}-planned", stage, {"recipe": wide})]
-
-
-def losses(run_dir: Path, kind: str = "train") -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == kind]
-
-
-def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
-
-
-def close(one: Path, other: Path, rtol: float = 1e-5) -> None:
-    assert losses(one) == pytest.approx(losses(other), rel=rtol)
-    mine, theirs = vectors(one), vectors(other)
-    assert mine.keys() == theirs.keys()
-    moved = max(float(t.abs().max()) for t in theirs.values())
-    for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=rtol * moved)
-
-
-def test_two_processes_give_the_numbers_of_one(place: LinearSpec, stage: str | None) -> None:
+def test_two_processes_give_the_numbers_of_one(place: TinyRuns, stage: str | None) -> None:
     run = place.root / name_of(stage)
     assert len(losses(run)) == STEPS
     close(run, place.root / "alone")
     assert losses(run, "eval") == pytest.approx(losses(place.root / "alone", "eval"), rel=1e-5)
 
 
-def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(place: LinearSpec) -> None:
+def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(place: TinyRuns) -> None:
     close(place.root / "halved", place.root / "alone")
     result = json.loads((place.root / "halved" / "run.json").read_text())["result"]
     assert result["halvings"] == [{"step": 2, "pass_rows": 1}]
 
 
-def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: LinearSpec) -> None:
+def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: TinyRuns) -> None:
     for found in place.found:
         assert found["short"]["error"] == "OutOfMemory"
         assert "Step 2: memory ran out in a forward and backward pass (rank 1, 2 rows," in found["short"]["text"]
@@ -195,7 +117,7 @@ def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: LinearSpec) 
 
 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)
-def test_all_ranks_skip_a_step_whose_gradient_overflows(place: LinearSpec, stage: str | None) -> None:
+def test_all_ranks_skip_a_step_whose_gradient_overflows(place: TinyRuns, stage: str | None) -> None:
     """And then take it: the numbers of one process in float16."""
     run = place.root / f"{name_of(stage)}-float16"
     assert json.loads((run / "run.json").read_text())["result"]["skipped_steps"] >= 1
@@ -204,7 +126,7 @@ def test_all_ranks_skip_a_step_whose_gradient_overflows(place: LinearSpec, stage
 
 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)
-def test_hooks_are_called_around_each_step_that_is_taken(place: LinearSpec, stage: str | None) -> None:
+def test_hooks_are_called_around_each_step_that_is_taken(place: TinyRuns, stage: str | None) -> None:
     """All ranks call them in the same order. `before_step` is called again for a step whose gradient overflowed."""
     word = f"{name_of(stage)}-float16"
     skipped = json.loads((place.root / word / "run.json").read_text())["result"]["skipped_steps"]
@@ -219,7 +141,7 @@ def test_hooks_are_called_around_each_step_that_is_taken(place: LinearSpec, stag
         assert [found[f"{name_of(stage)}-resumed"]["hook_calls"] for found in place.found] == [loaded, loaded]
 
 
-def test_scores_and_answers_are_those_of_one(place: LinearSpec, stage: str | None) -> None:
+def test_scores_and_answers_are_those_of_one(place: TinyRuns, stage: str | None) -> None:
     mine, alone = (json.loads((place.root / d / "run.json").read_text()) for d in (name_of(stage), "alone"))
     for when in ("eval_before", "eval_after"):
         assert mine["result"][when]["loss"] == pytest.approx(alone["result"][when]["loss"], rel=1e-5)
@@ -234,7 +156,7 @@ def test_scores_and_answers_are_those_of_one(place: LinearSpec, stage: str | Non
     assert all(r["peak_bytes"] > 0 for r in mine["processes"]["ranks"])
 
 
-def test_a_stage_is_what_it_says(place: LinearSpec, stage: str | None) -> None:
+def test_a_stage_is_what_it_says(place: TinyRuns, stage: str | None) -> None:
     trained = sum(t.numel() for t in vectors(place.root / "alone").values())
     for found in (rank[name_of(stage)] for rank in place.found):
         assert found["engine"] == ("LocalEngine" if stage is None else "ZeroEngine")
@@ -256,7 +178,7 @@ def test_a_stage_is_what_it_says(place: LinearSpec, stage: str | None) -> None:
     assert place.found[0][name_of(stage)]["zero_optimizer"] == wanted
 
 
-def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: LinearSpec, stage: str | None) -> None:
+def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: TinyRuns, stage: str | None) -> None:
     """Whose numbers are those of a run alone, so it leaves no trace (`test_two_processes_give_the_numbers_of_one`)."""
     word = name_of(stage)
     assert [rank[word]["longest_batch_tries"] for rank in place.found] == [1, 1]
@@ -267,32 +189,8 @@ def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: LinearSp
     assert plan["measured"]["predicted_bytes"] == plan["memory"]["total_bytes"]
 
 
-def test_the_plan_of_a_rank_is_what_its_live_tensors_come_to(place: LinearSpec, stage: str | None) -> None:
-    word = f"{name_of(stage)}-planned"
-    plan = json.loads((place.root / word / "run.json").read_text())["plan"]
-    assert plan["processes"] == {"deepspeed": name_of(stage), "nodes": 1, "per_node": 2}
-    parts = {part["name"]: part for part in plan["memory"]["moments"]["backward"]}
-    vectors = sum(part["bytes"] for part in parts.values() if part["kind"] in ("vectors", "projections"))
-    if stage in ("zero1", "zero2"):  # their bucket is given back as soon as backward is done with it
-        vectors -= parts["their gradients"]["bytes"]
-    for rank in place.found:
-        found = rank[word]["private"]
-        # norms, a rotary table and the batch are all that is left out
-        assert found["torch.float32"] == pytest.approx(vectors, rel=0.02)
-        if stage in SHARDED:
-            share = parts["a share of the base"]
-            assert not share["mapped"]
-            assert found["torch.bfloat16"] == pytest.approx(share["bytes"], rel=0.01)
-            live, planned = rank[word]["packed_live_bytes"], parts["gathered weights"]["bytes"]
-            assert live == planned  # DeepSpeed keeps a recomputed layer until its backward pass has begun
-        else:
-            assert "torch.bfloat16" not in found  # mapped, whole
-            assert parts["4-bit linears"]["mapped"]
-            assert parts["4-bit linears"]["bytes"] > rank[word]["packed_held_bytes"]
-
-
 @pytest.mark.parametrize("stage", RESUMED, ids=name_of)
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: LinearSpec, stage: str | None) -> None:
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: TinyRuns, stage: str | None) -> None:
     word = name_of(stage)
     for found in (rank[f"{word}-cut"] for rank in place.found):
         assert (found["error"], found["exit_code"]) == ("Interrupted", 75)
@@ -306,7 +204,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: L
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
-def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: LinearSpec, stage: str | None) -> None:
+def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: TinyRuns, stage: str | None) -> None:
     mine, alone = (place.root / d / "checkpoints" / f"step-{STEPS:08d}" for d in (name_of(stage), "alone"))
     for file in ("vectors.safetensors", "optimizer.safetensors"):
         ours, theirs = load_file(mine / file), load_file(alone / file)
@@ -324,7 +222,7 @@ def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: LinearSpec,
     assert abs(sizes[0] - sizes[1]) < packed / 8  # the second rank's random state
 
 
-def test_every_row_is_trained_once_an_epoch_by_one_rank(place: LinearSpec) -> None:
+def test_every_row_is_trained_once_an_epoch_by_one_rank(place: TinyRuns) -> None:
     """Five steps of seven rows are an epoch of 32, the last with four; the ranks' shares are the batch of one process."""
     for word in ("zero2-uneven", "zero3-uneven"):
         by_step = [[row for rank in place.found for row in rank[word]["rows"][step]] for step in range(STEPS)]
@@ -339,23 +237,23 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: LinearSpec) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow_stages")
-def test_layers_gathered_ahead_change_nothing(place: LinearSpec) -> None:
+def test_layers_gathered_ahead_change_nothing(place: TinyRuns) -> None:
     close(place.root / "zero3-ahead", place.root / "alone")
 
 
 @pytest.mark.parametrize("word", ["zero2-uneven", "zero3-uneven", "none-one-row", "zero3-one-row"])
-def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: LinearSpec, word: str) -> None:
+def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: TinyRuns, word: str) -> None:
     close(place.root / word, place.root / f"alone-{word.partition('-')[2]}")
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(place: LinearSpec) -> None:
+def test_a_checkpoint_goes_on_with_another_number_of_processes(place: TinyRuns) -> None:
     close(place.root / "grown", place.root / "alone")  # 1 → 2, and into ZeRO-3
     assert [len(rank["grown-on"]["rows"]) for rank in place.found] == [STEPS - CUT] * 2
     place.alone("shrunk", resume=True, **BARE)  # 2 → 1, and out of ZeRO-3
     close(place.root / "shrunk", place.root / "alone")
 
 
-def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothing(place: LinearSpec) -> None:
+def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothing(place: TinyRuns) -> None:
     """As in SmolLM2 and Llama-3.2. It is the mapped file's, so that on a CPU it takes no memory of a rank's own."""
     run, alone = place.root / "tied" / "zero3", place.root / "tied" / "alone"
     close(run, alone)
@@ -368,7 +266,7 @@ def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothin
         assert rank["tied-on-two"]["packed_held_bytes"] == rank["zero3"]["packed_held_bytes"]
 
 
-def test_the_adapter_of_every_stage_is_an_ordinary_one(place: LinearSpec) -> None:
+def test_the_adapter_of_every_stage_is_an_ordinary_one(place: TinyRuns) -> None:
     files = {"adapter_config.json", "adapter_model.safetensors"}
     base = load_base(parse_recipe(place.recipe(), "x").model)
     for stage in QUICK:
@@ -379,7 +277,7 @@ def test_the_adapter_of_every_stage_is_an_ordinary_one(place: LinearSpec) -> Non
     assert sum("qvera_d" in name for name, _ in model.named_parameters()) == LAYERS * 7
 
 
-def test_processes_that_are_not_alike_are_refused_by_name(place: LinearSpec) -> None:
+def test_processes_that_are_not_alike_are_refused_by_name(place: TinyRuns) -> None:
     for rank in place.found:
         found = rank["unlike"]
         assert found["error"] == "InputError"

@@ -5,13 +5,10 @@ python -m tests.distributed.worker DIRECTORY        plan.json in, found<rank>.js
 
 from __future__ import annotations
 
-import gc
-import itertools
 import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +64,12 @@ class Watch:
         self.rows: list[list[int]] = []
         self.live_bytes = 0
         self.big: list[Any] = []
-        self.private: dict[str, int] = {}
         self.longest_batch_tries = 0
         self.recorder = Recorder()
         self.stop_after = stop_after
         self.out_of_memory = out_of_memory  # a rank, a step, and the rows that fit in a pass there
 
     def __enter__(self) -> Watch:
-        gc.collect()
-        before = set(live_storages())
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
@@ -113,16 +107,6 @@ class Watch:
             self.big = [linear.weight for linear in linears]
             for linear in linears:
                 linear.register_forward_hook(self.look)
-            take = self.engine.step
-            steps = itertools.count(1)
-
-            def watched() -> Any:  # between backward and the step: gradients are there, activations are gone
-                if next(steps) == 2:  # moments are there too; once, because looking at every object takes long
-                    time.sleep(0.5)  # gloo's thread holds the last reduced bucket until a moment after the reduction
-                    self.private = private_bytes({at: one for at, one in live_storages().items() if at not in before})
-                return take()
-
-            self.engine.step = watched
             return self.engine
 
         def watched_step(trainer: Trainer) -> Any:
@@ -163,42 +147,11 @@ class Watch:
             "packed_live_bytes": self.live_bytes,
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),
-            "private": self.private,
             "longest_batch_tries": self.longest_batch_tries,
             "rows": self.rows,
             "hook_calls": self.recorder.calls,
             "embedding": _embedding(causal_model(self.model)),
         }
-
-
-def live_storages() -> dict[int, tuple[int, str]]:
-    """Address → bytes and dtype of every storage that a tensor refers to, but activations [B, T, ..]."""
-    found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at every object wakes deprecated ones
-        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and _is_defined(one)]
-    for tensor in [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]:
-        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.dim() < 3:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes(), str(tensor.dtype)
-    return found
-
-
-def _is_defined(tensor: torch.Tensor) -> bool:
-    """torch 2.9 leaves undefined tensors to the garbage collector, of which nothing can be asked."""
-    try:
-        return tensor.is_leaf or True
-    except RuntimeError:
-        return False
-
-
-def private_bytes(storages: dict[int, tuple[int, str]]) -> dict[str, int]:
-    """Bytes by dtype of what does not lie in a mapped checkpoint: bfloat16 is the base's, float32 all that computes."""
-    total: dict[str, int] = {}
-    for at, (size, dtype) in storages.items():
-        if size and not _in_a_safetensors_file(at):
-            total[dtype] = total.get(dtype, 0) + size
-    return total
 
 
 def _embedding(model: Any) -> dict[str, bool]:

@@ -12,7 +12,7 @@ import torch
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from tests.distributed.ranks import run_worker
-from tests.distributed.test_stages import close, losses, vectors
+from tests.distributed.runs import close, losses, vectors
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 

@@ -6,8 +6,7 @@ and in docs/recipe.md.
 
 from qvera.config.schema.adapter import AdapterSection
 from qvera.config.schema.data import DataSection, DataSource
-from qvera.config.schema.export import ExportSection
-from qvera.config.schema.model import ModelSection
+from qvera.config.schema.model import ExportSection, ModelSection
 from qvera.config.schema.recipe import Recipe, json_schema, parse_recipe
 from qvera.config.schema.training import TrainingSection
 

@@ -1,9 +1,11 @@
-"""The section ``model`` of a recipe."""
+"""The sections ``model`` and ``export`` of a recipe."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from qvera.config.fields import Bool, NonEmpty, OnlyWith, Section
+from pydantic import Field, Strict
+
+from qvera.config.fields import Bool, NonEmpty, NonNegative, OnlyWith, Section
 
 _OF_TEXTS = OnlyWith("task: causal-lm", "task: sequence-classification")
 
@@ -58,3 +60,17 @@ class ModelSection(Section):
             yield "compute_dtype", "int8 linears compute in 16 bits; use auto, bfloat16 or float16."
         if self.stream is True and self.quantization not in ("nf4", "fp4"):
             yield "stream", f"only 4-bit layers are streamed, and model.quantization is {self.quantization}."
+
+
+class ExportSection(Section):
+    """The defaults of ``qvera export``; its flags override them."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """The dtype of the exported weights."""
+    base: Literal["original", "dequantized"] = "dequantized"
+    """Merge into the dequantized weights that the vectors were trained with, so that the export answers as the run
+    does, or into the original 16-bit ones."""
+    max_shard_size_bytes: Annotated[int, Strict(), Field(ge=1, le=2**50)] = 5_000_000_000
+    """The largest safetensors file, in bytes."""
+    certificate_rows: NonNegative = 16
+    """Held-out rows on which the trained and the exported model are compared; training rows where none are held out."""

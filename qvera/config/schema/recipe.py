@@ -1,20 +1,17 @@
 """The recipe as a whole: its sections, the keys beside them, and how it is read from a parsed YAML file."""
 
+import copy
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
-from qvera.config.fields import NonEmpty, OnlyWith, Section
+from qvera.config.fields import NonEmpty, OnlyWith, Section, describe, move_renamed_keys
 from qvera.config.plugins import extensible
-from qvera.config.problems import describe, move_renamed_keys
 from qvera.config.schema.adapter import AdapterSection
-from qvera.config.schema.data import DataSection, DataSource
-from qvera.config.schema.export import ExportSection
-from qvera.config.schema.model import ModelSection
-from qvera.config.schema.preference import preference_contradictions
+from qvera.config.schema.data import DataSection
+from qvera.config.schema.model import ExportSection, ModelSection
 from qvera.config.schema.training import TrainingSection
 from qvera.utils.errors import InputError
 
@@ -35,6 +32,7 @@ def _with_format(source: object, wanted: str) -> object:
     return source
 
 
+_NO_EFFECT = "has no effect without"
 _SHARED_PASS_ROWS = 16
 """The default of ``training.per_device_train_batch_size`` where many adapters share a forward pass."""
 
@@ -73,13 +71,10 @@ class Recipe(Section):
             for key, field in type(section).model_fields.items():
                 changed = getattr(section, key) != field.get_default(call_default_factory=True)
                 for mark in field.metadata:
-                    if changed and isinstance(mark, OnlyWith) and not mark.is_on(self._value_of):
+                    if changed and isinstance(mark, OnlyWith) and not mark.is_on(self):
                         *others, last = mark.switches
                         switches = f"{', '.join(others)} or {last}" if others else last
-                        yield f"{name}.{key}", f"has no effect without {switches}. Set that, or remove this key."
-
-    def _value_of(self, section: str, key: str) -> object:
-        return getattr(getattr(self, section) if section else self, key)
+                        yield f"{name}.{key}", f"{_NO_EFFECT} {switches}. Set that, or remove this key."
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +119,7 @@ class Recipe(Section):
         yield from self._keys_without_effect()
         yield from self._format_contradictions()
         if self.training.objective != "sft":
-            yield from preference_contradictions(self)
+            yield from _preference_contradictions(self)
         if self.data.has_adapters:
             yield from self.many_adapters_contradictions(
                 f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
@@ -195,46 +190,48 @@ class Recipe(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+def _preference_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield keys that have no counterpart in the loss of the recipe's objective, and are not ignored in silence."""
+    data, training, adapter = recipe.data, recipe.training, recipe.adapter
+    objective = training.objective
+    name = f"training.objective: {objective}"
+    if data.too_long not in ("cut-end", "drop"):
+        yield "data.too_long", f"{data.too_long} would part an answer from its prompt; with {name} use cut-end or drop."
+    if data.train_on != "assistant":
+        yield "data.train_on", f"{name} compares the last answers of its rows; remove the key."
+    for key in ("max_source_length", "max_target_length"):
+        if getattr(data, key) is not None:
+            yield f"data.{key}", f"is not built for {name}; set data.max_length."
+    if data.packing:
+        yield "data.packing", f"is not built for {name}, whose rows stand in a padded batch; remove one of the two."
+    for key, source in data.sources("data.label_names"):
+        if source.label_names:
+            yield key, f"has no meaning for {name}; remove it."
+    for key in ("label_smoothing", "torch_compile"):
+        if getattr(training, key):
+            yield f"training.{key}", f"is not built for {name}; remove one of the two."
+    if training.loss_chunk_tokens != type(training).model_fields["loss_chunk_tokens"].default:
+        yield "training.loss_chunk_tokens", f"{name} computes its loss in TRL, which has its own chunks; remove it."
+    if training.gradient_checkpointing == "offload":
+        yield "training.gradient_checkpointing", f"offload is not built for {name}; use true."
+    if objective != "dpo" and training.on_oom == "halve":
+        yield "training.on_oom", f"halve changes the loss of {name}, which depends on the rows of a pass; use save."
+    if adapter.dropout:
+        yield "adapter.dropout", f"TRL's losses are computed without dropout ({name}); set it to 0."
+    if adapter.init_from is not None and objective != "orpo":
+        yield (
+            "adapter.init_from",
+            f"the reference of {name} is the base without an adapter. Export that adapter (`qvera export --to merged`) "
+            "and set model.path to the result.",
+        )
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if objective == "kto" and getattr(training, key) < 2:
+            yield f"training.{key}", f"{name} pairs each prompt with another row's answer; set 2 or more."
+
+
 def json_schema() -> dict[str, object]:
     """Return the JSON schema of a recipe, with titles, descriptions and defaults, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
-
-
-def _without_idle_keys(tree: dict[object, object]) -> dict[object, object]:
-    """Return the tree of a recipe less the keys of its sections whose switch is off (`OnlyWith`)."""
-    sections = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
-    data, parts = sections.get("data"), []
-    if isinstance(data, dict) and isinstance(mixture := data.get("mixture"), list):
-        data["mixture"] = parts = [dict(part) if isinstance(part, dict) else part for part in mixture]
-    kinds = {
-        name: type_of for name, field in Recipe.model_fields.items() if (type_of := _section_of(field)) is not None
-    }
-
-    def value_of(section: str, key: str) -> object:
-        if not section:
-            return sections.get(key, Recipe.model_fields[key].get_default())
-        keys = sections.get(section)
-        if isinstance(keys, dict) and key in keys:
-            return keys[key]
-        return kinds[section].model_fields[key].get_default(call_default_factory=True)
-
-    def idle() -> Iterator[tuple[dict[object, object], str]]:
-        places: list[tuple[object, type[Section]]] = [(sections.get(name), kind) for name, kind in kinds.items()]
-        places += [(part, DataSource) for part in parts]
-        for keys, kind in places:
-            for key, field in kind.model_fields.items():
-                marks = [mark for mark in field.metadata if isinstance(mark, OnlyWith)]
-                if isinstance(keys, dict) and key in keys and not all(mark.is_on(value_of) for mark in marks):
-                    yield keys, key
-
-    while found := list(idle()):  # a key that is removed may have been the switch of another
-        for keys, key in found:
-            del keys[key]
-    return sections
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, Section) else None
 
 
 def parse_recipe(
@@ -255,13 +252,27 @@ def parse_recipe(
         got = "an empty file" if tree is None else type(tree).__name__
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
     tree = move_renamed_keys(tree, source)
-    try:
-        return Recipe.model_validate(_without_idle_keys(tree) if drop_idle_keys else tree)
-    except ValidationError as error:
-        found = describe(error, Recipe)
-    count = len(found)
+    while True:
+        try:
+            return Recipe.model_validate(tree)
+        except ValidationError as error:
+            found = describe(error, Recipe)
+        idle = [key for key, sentence in found if sentence.startswith(_NO_EFFECT)] if drop_idle_keys else []
+        tree = copy.deepcopy(tree)
+        removed = [_remove(tree, key) for key in idle]
+        if not any(removed):  # else again: a key that is gone may have been another's switch
+            break
     listed = ""
     for key, sentence in found:
         line = (lines or {}).get(tuple(key.split(".")))
         listed += "\n  " + ("" if line is None else f"line {line}, ") + f"{key}: {sentence}"
+    count = len(found)
     raise InputError(f"{source}: {count} problem{'s' if count > 1 else ''} in the recipe:{listed}")
+
+
+def _remove(tree: Any, key: str) -> bool:
+    """Remove a key by its path; returns whether it was there."""
+    *way, last = key.split(".")
+    for part in way:
+        tree = tree[int(part)] if isinstance(tree, list) else tree.get(part, {})
+    return tree.pop(last, None) is not None
