@@ -60,7 +60,7 @@ class OnlyWith:
         """Whether one of the switches is on in a recipe."""
         for switch in self.switches:
             path, _, value = switch.partition(": ")
-            there: Any = functools.reduce(getattr, path.split("."), recipe)
+            there: object = functools.reduce(getattr, path.split("."), recipe)
             if there == value if value else there:
                 return True
         return False

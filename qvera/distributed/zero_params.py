@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from qvera.config.schema import Recipe
-from qvera.distributed.deepspeed_import import deepspeed_module, return_buffers_at_once
-from qvera.distributed.zero_config import Sizes, ZeroConfig
+from qvera.distributed.zero_config import Sizes, ZeroConfig, deepspeed_module, return_buffers_at_once
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 

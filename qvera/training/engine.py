@@ -25,9 +25,8 @@ from torch.amp import GradScaler
 from qvera.adapters.files.save_load import named_vectors
 from qvera.config.schema import Recipe
 from qvera.distributed import zero_params
-from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
-from qvera.distributed.zero_config import Sizes, ZeroConfig
+from qvera.distributed.zero_config import Sizes, ZeroConfig, deepspeed_module
 from qvera.models.loader import causal_model, core_of
 from qvera.models.structure import decoder_layers
 from qvera.training.optim import current_rate

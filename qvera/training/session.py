@@ -34,9 +34,8 @@ from qvera.data import (
     lengths_of,
     print_preflight,
 )
-from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group
-from qvera.distributed.zero_config import zero_config_of
+from qvera.distributed.zero_config import require_deepspeed, zero_config_of
 from qvera.distributed.zero_params import BaseSharder
 from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing

@@ -59,7 +59,7 @@ def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
 
 
 def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera.distributed.deepspeed_import import abandoned_build
+    from qvera.distributed.zero_config import abandoned_build
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py311_cpu" / "async_io" / "lock"
