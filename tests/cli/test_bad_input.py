@@ -20,7 +20,7 @@ from qvera.training.trainer import train
 pytestmark = pytest.mark.process
 
 
-class LinearSpec:
+class Scratch:
     """A scratch directory with a good model, good rows and a good recipe in it, to be spoilt one thing at a time."""
 
     def __init__(self, root: Path, model: Path, rows: Path, run: Path) -> None:
@@ -56,16 +56,16 @@ class LinearSpec:
 GOOD_ROW = '{"prompt": "say red 1", "completion": "red red"}'
 
 
-def set_key(section: str, **values: Any) -> Callable[[LinearSpec], list[str]]:
-    def spoil(place: LinearSpec) -> list[str]:
+def set_key(section: str, **values: Any) -> Callable[[Scratch], list[str]]:
+    def spoil(place: Scratch) -> list[str]:
         place.recipe.setdefault(section, {}).update(values)
         return place.train()
 
     return spoil
 
 
-def edit_json(file: str, **values: Any) -> Callable[[LinearSpec], list[str]]:
-    def spoil(place: LinearSpec) -> list[str]:
+def edit_json(file: str, **values: Any) -> Callable[[Scratch], list[str]]:
+    def spoil(place: Scratch) -> list[str]:
         path = place.root / file
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
         return place.train()
@@ -73,8 +73,8 @@ def edit_json(file: str, **values: Any) -> Callable[[LinearSpec], list[str]]:
     return spoil
 
 
-def drop(*files: str) -> Callable[[LinearSpec], list[str]]:
-    def spoil(place: LinearSpec) -> list[str]:
+def drop(*files: str) -> Callable[[Scratch], list[str]]:
+    def spoil(place: Scratch) -> list[str]:
         for file in files:
             (place.root / file).unlink()
         return place.train()
@@ -82,18 +82,18 @@ def drop(*files: str) -> Callable[[LinearSpec], list[str]]:
     return spoil
 
 
-def only_pickles(place: LinearSpec) -> list[str]:
+def only_pickles(place: Scratch) -> list[str]:
     (place.root / "model" / "model.safetensors").rename(place.root / "model" / "pytorch_model.bin")
     return place.train()
 
 
-def cut_weights(place: LinearSpec) -> list[str]:
+def cut_weights(place: Scratch) -> list[str]:
     file = place.root / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     return place.train()
 
 
-def no_eos(place: LinearSpec) -> list[str]:
+def no_eos(place: Scratch) -> list[str]:
     file = place.root / "model" / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     settings.pop("eos_token")
@@ -101,34 +101,34 @@ def no_eos(place: LinearSpec) -> list[str]:
     return place.train()
 
 
-def latin1_rows(place: LinearSpec) -> list[str]:
+def latin1_rows(place: Scratch) -> list[str]:
     (place.root / "rows.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "x"}\n')
     return place.train()
 
 
-def out_is_a_file(place: LinearSpec) -> list[str]:
+def out_is_a_file(place: Scratch) -> list[str]:
     (place.root / "out").write_text("precious")
     return place.train()
 
 
-def out_not_writable(place: LinearSpec) -> list[str]:
+def out_not_writable(place: Scratch) -> list[str]:
     # /proc takes no directories, not even root's
     place.recipe["training"]["output_dir"] = "/proc/qvera-run"
     return place.train()
 
 
-def out_holds_a_run(place: LinearSpec) -> list[str]:
+def out_holds_a_run(place: Scratch) -> list[str]:
     shutil.copytree(place.run, place.root / "out")
     return place.train()
 
 
-def out_holds_files_of_a_run(place: LinearSpec) -> list[str]:
+def out_holds_files_of_a_run(place: Scratch) -> list[str]:
     shutil.copytree(place.run, place.root / "out")
     (place.root / "out" / "recipe.yaml").unlink()
     return place.train()
 
 
-def base_moved(place: LinearSpec) -> list[str]:
+def base_moved(place: Scratch) -> list[str]:
     run = place.copied_run()
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"]["path"] = "models/base"  # as it stood in the recipe; it is no id of the hub
@@ -137,24 +137,24 @@ def base_moved(place: LinearSpec) -> list[str]:
     return ["generate", str(run), str(place.root / "rows.jsonl"), "--out", str(place.root / "answers.jsonl")]
 
 
-def resume_nothing(place: LinearSpec) -> list[str]:
+def resume_nothing(place: Scratch) -> list[str]:
     return place.train("--resume")
 
 
-def resume_another_recipe(place: LinearSpec) -> list[str]:
+def resume_another_recipe(place: Scratch) -> list[str]:
     shutil.copytree(place.run, place.root / "out")
     place.recipe["training"]["learning_rate"] = 1e-5
     return place.train("--resume")
 
 
-def adapter_cut_short(place: LinearSpec) -> list[str]:
+def adapter_cut_short(place: Scratch) -> list[str]:
     file = place.copied_run() / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     return ["eval", str(place.root / "run")]
 
 
-def adapter_edited(key: str, value: Any, command: str = "info") -> Callable[[LinearSpec], list[str]]:
-    def spoil(place: LinearSpec) -> list[str]:
+def adapter_edited(key: str, value: Any, command: str = "info") -> Callable[[Scratch], list[str]]:
+    def spoil(place: Scratch) -> list[str]:
         run = place.root / "run"
         file = (run if run.exists() else place.copied_run()) / "adapter" / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
@@ -163,7 +163,7 @@ def adapter_edited(key: str, value: Any, command: str = "info") -> Callable[[Lin
     return spoil
 
 
-def adapter_for_another_model(place: LinearSpec) -> list[str]:
+def adapter_for_another_model(place: Scratch) -> list[str]:
     config = json.loads((place.root / "model" / "config.json").read_text())
     config["intermediate_size"] = 128
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -177,24 +177,24 @@ def adapter_for_another_model(place: LinearSpec) -> list[str]:
     return ["generate", str(run), str(place.root / "rows.jsonl"), "--out", str(place.root / "answers.jsonl")]
 
 
-def run_without_adapter(place: LinearSpec) -> list[str]:
+def run_without_adapter(place: Scratch) -> list[str]:
     shutil.rmtree(place.copied_run() / "adapter")
     return ["chat", str(place.root / "run")]
 
 
-def export_over_something(place: LinearSpec) -> list[str]:
+def export_over_something(place: Scratch) -> list[str]:
     (place.root / "merged").mkdir()
     (place.root / "merged" / "thesis.tex").write_text("precious")
     return ["export", str(place.copied_run()), str(place.root / "merged")]
 
 
-def quantize_missing_shard(place: LinearSpec) -> list[str]:
+def quantize_missing_shard(place: Scratch) -> list[str]:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (place.root / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     return ["quantize", str(place.root / "model"), str(place.root / "q")]
 
 
-def export_missing_shard(place: LinearSpec) -> list[str]:
+def export_missing_shard(place: Scratch) -> list[str]:
     index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
     run = place.copied_run()
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -204,26 +204,26 @@ def export_missing_shard(place: LinearSpec) -> list[str]:
     return ["export", str(run), str(place.root / "merged")]
 
 
-def answers_exist(place: LinearSpec) -> list[str]:
+def answers_exist(place: Scratch) -> list[str]:
     (place.root / "answers.jsonl").write_text("precious")
     return ["generate", str(place.run), str(place.root / "rows.jsonl"), "--out", str(place.root / "answers.jsonl")]
 
 
-def empty_prompts(place: LinearSpec) -> list[str]:
+def empty_prompts(place: Scratch) -> list[str]:
     (place.root / "prompts.txt").write_text("\n \n")
     return ["generate", str(place.run), str(place.root / "prompts.txt"), "--out", str(place.root / "answers.jsonl")]
 
 
-def find_lr_into_a_file(place: LinearSpec) -> list[str]:
+def find_lr_into_a_file(place: Scratch) -> list[str]:
     return [*out_is_a_file(place), "--find-lr"]
 
 
-def broken_certificate(place: LinearSpec) -> list[str]:
+def broken_certificate(place: Scratch) -> list[str]:
     (place.root / "model" / "qvera_export.json").write_text('{"adapter": {}}')
     return ["eval", str(place.root / "model"), "--data", str(place.root / "rows.jsonl")]
 
 
-def adapter_without_base(place: LinearSpec) -> list[str]:
+def adapter_without_base(place: Scratch) -> list[str]:
     (place.root / "lora").mkdir()
     (place.root / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({"nothing": torch.zeros(1)}, place.root / "lora" / "adapter_model.safetensors")
@@ -231,7 +231,7 @@ def adapter_without_base(place: LinearSpec) -> list[str]:
 
 
 # name: (how it is spoilt, what the message must say)
-TABLE: dict[str, tuple[Callable[[LinearSpec], list[str]], str]] = {
+TABLE: dict[str, tuple[Callable[[Scratch], list[str]], str]] = {
     "no such recipe": (lambda p: ["train", str(p.root / "recipee.yaml")], "no such recipe file"),
     "recipe is empty": (lambda p: p.with_recipe(""), "got an empty file"),
     "recipe is no YAML": (lambda p: p.with_recipe("model: [unclosed"), "not valid YAML"),
@@ -438,7 +438,7 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     spoil, expected = TABLE[name]
-    arguments = spoil(LinearSpec(tmp_path, tiny_model_dir, tiny_rows, finished_run))
+    arguments = spoil(Scratch(tmp_path, tiny_model_dir, tiny_rows, finished_run))
     before, run_before = snapshot(tmp_path), snapshot(finished_run)
     code = main(arguments)
     message = capsys.readouterr().err
