@@ -20,6 +20,7 @@ from rich.console import Console
 
 from qvera.cli import common
 from qvera.cli.main import PANELS, main
+from qvera.config import plugins
 from qvera.config.load import load_recipe
 from qvera.data import build_datasets, decode
 from qvera.models.tokenizer import load_tokenizer
@@ -208,7 +209,8 @@ def test_help_fits_one_screen_and_names_every_command(capsys: Any) -> None:
     assert len(said.splitlines()) <= 24
     assert max(map(len, said.splitlines())) <= 80
     commands = re.findall(r"^.{6} ([a-z-]+)  ", said, flags=re.MULTILINE)
-    assert len(commands) == len(set(commands)) == 1 + sum(map(len, PANELS.values()))  # cache has commands of its own
+    named = sum(map(len, PANELS.values())) + len(plugins.names("qvera.commands"))
+    assert len(commands) == len(set(commands)) == 1 + named  # cache has commands of its own
     for command in commands:
         assert main([command, "--help"]) == 0
         shown = capsys.readouterr().out
