@@ -137,9 +137,8 @@ def load(
         return Model(find_target(path, given, name=name, needs_name=not base), base=base, console=console)
     names = list(dict.fromkeys(named_directories(root) if adapter is None else adapter))
     require_all_named(path, names)
-    if len(names) == 1:
-        return Model(find_target(path, given, name=names[0]), console=console)
-    return Model(find_target(path, given, needs_name=False), names=names, console=console)
+    target = find_target(path, given, needs_name=False)
+    return Model(target, names=names, base=not names, console=console)
 
 
 class Model:
@@ -202,7 +201,7 @@ class Model:
             for name in names:
                 if name is not None and name not in self.names:
                     raise InputError(f"adapter: {name!r} is not loaded{did_you_mean(name, self.names)}")
-        elif wrong := [name for name in names if name not in (None, self.target.name)]:
+        elif adapter is not None and (wrong := [name for name in names if name != self.target.name]):
             raise InputError(f"adapter: {wrong[0]!r} is not loaded; name it in `load`.")
         opened = self.opened
         writer = PromptWriter.of(opened)
@@ -333,10 +332,15 @@ def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversati
 
 
 def generate(
-    path: str | Path, prompts: str | Sequence[Prompt], *, adapter: str | Sequence[str] | None = None, **settings: Any
+    path: str | Path,
+    prompts: str | Sequence[Prompt],
+    *,
+    adapter: str | Sequence[str | None] | None = None,
+    **settings: Any,
 ) -> list[str]:
     """`load` it and answer the prompts; ``settings``: those of `Model.generate`."""
-    return load(path, adapter).generate(prompts, adapter=adapter, **settings)
+    names = adapter if adapter is None or isinstance(adapter, str) else [name for name in adapter if name is not None]
+    return load(path, names).generate(prompts, adapter=adapter, **settings)
 
 
 def evaluate(

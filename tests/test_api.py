@@ -121,6 +121,7 @@ def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_p
     answers = model.generate(prompts, adapter=["anna", "ben", None, "anna"], max_new_tokens=6)
     assert answers[0] == answers[3] != answers[1]
     assert answers[:1] == qvera.generate(run, prompts[0], adapter="anna", max_new_tokens=6)
+    assert answers[1:3] == qvera.generate(run, prompts[:2], adapter=["ben", None], max_new_tokens=6)
     assert answers[2:3] == qvera.load(run, base=True).generate(prompts[0], max_new_tokens=6)
     for adapter, said in (
         (None, "has 3 adapters; name one"),

@@ -100,14 +100,14 @@ def generate(
     target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
     require_answers(target, "qvera generate")
     questions = _questions(target, prompts, prompt or [], adapters, many)
-    names = [name for _, name in questions]
+    names = list(dict.fromkeys(name for _, name in questions if name is not None))
     if many:
         in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
-        require_all_named(run, filter(None, dict.fromkeys(names)), in_rows)  # before a big model is loaded
-    model = load(run, [name for name in names if name is not None] if many else None, base=base, console=console)
+        require_all_named(run, names, in_rows)  # before a big model is loaded
+    model = load(run, names[0] if len(names) == 1 else names or None, base=base, console=console)
     answers = model.generate(
         [row for row, _ in questions],
-        adapter=names,
+        adapter=[name for _, name in questions] if many else None,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
