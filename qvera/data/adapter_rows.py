@@ -15,42 +15,27 @@ from qvera.utils.adapter_names import alike_names, directory_names, shown_name
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
-    """The rows of one adapter, in the order of the data.
-
-    Attributes:
-        name: as in the data.
-        train: int64 [n], n >= 1; numbers of rows in ``Datasets.train``.
-        eval: int64 [k]; numbers of rows in ``Datasets.eval``.
-        repeated_rows: held-out rows that are, token for token, also training rows of this adapter.
-    """
+    """The rows of one adapter, in the order of the data."""
 
     name: str
-    train: np.ndarray
-    eval: np.ndarray
-    repeated_rows: int
+    train: np.ndarray  # int64 [n], n >= 1; row numbers in Datasets.train
+    eval: np.ndarray  # int64 [k]; row numbers in Datasets.eval
+    repeated_rows: int  # held-out rows with the same tokens as one of its training rows
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """The adapters of a run.
+    """The adapters of a run. Every list except ``trained`` has names."""
 
-    Attributes:
-        trained: those with training rows, in order of first appearance.
-        without_rows: names of those whose training rows were all dropped or cut away; they are not trained.
-        only_held_out: names of those that have held-out rows alone, in ``data.eval_path``; nothing reads these rows.
-        without_held_out: names of those that are trained without a held-out row, where the recipe holds rows out.
-        alike: groups of different names that look nearly the same (`qvera.utils.adapter_names.alike_names`).
-    """
-
-    trained: list[AdapterRows] = field(default_factory=list)
-    without_rows: list[str] = field(default_factory=list)
-    only_held_out: list[str] = field(default_factory=list)
-    without_held_out: list[str] = field(default_factory=list)
-    alike: list[list[str]] = field(default_factory=list)
+    trained: list[AdapterRows] = field(default_factory=list)  # in order of first appearance
+    without_rows: list[str] = field(default_factory=list)  # not trained, because no training rows are left
+    only_held_out: list[str] = field(default_factory=list)  # only in data.eval_path; not read
+    without_held_out: list[str] = field(default_factory=list)  # trained, but not scored
+    alike: list[list[str]] = field(default_factory=list)  # groups of names that look nearly the same
 
     @property
     def counts(self) -> str:
-        """How many there are and how many training rows they have; of many, those with the fewest and the most."""
+        """How many adapters there are, and their training rows. Of many, only the fewest and the most rows."""
 
         def listed(adapters: Sequence[AdapterRows]) -> str:
             return ", ".join(f"{shown_name(each.name)} ({len(each.train):,})" for each in adapters)
@@ -62,7 +47,7 @@ class Adapters:
         return f"{len(ranked):,}. Rows to train on: fewest {fewest}; median {median:,}; most {most}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What run.json's ``data`` has of them; each adapter's own facts are under ``adapters``."""
+        """The counts and names for ``data`` in run.json."""
         return {
             "trained": len(self.trained),
             "without_rows": self.without_rows,
@@ -71,7 +56,7 @@ class Adapters:
         }
 
     def warnings(self) -> list[str]:
-        """What a person should know about them before the first step, a sentence or two each."""
+        """Warnings to show before the first step."""
         lines = []
         if self.without_rows:
             lines.append(
@@ -95,9 +80,9 @@ class Adapters:
 
 
 _ALL_NAMED = 12
-"""At most so many adapters are all named with their rows."""
+"""Up to this many adapters are listed by name."""
 _SHOWN = 5
-"""Names that a sentence shows."""
+"""A warning lists up to this many names."""
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -106,14 +91,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: bool = False) -> Adapters:
-    """The adapters of a run's rows.
-
-    Args:
-        names: of all adapters that the training rows named, those whose rows are all gone too.
-        holds_out: whether the recipe holds rows out.
+    """Group rows by adapter.
 
     Raises:
-        InputError: a name is too long for a directory beside one that differs from it only by case.
+        InputError: two names differ only by case, and one is too long for a directory name of its own.
     """
     directory_names(names)
     number_of = {name: number for number, name in enumerate(names)}
@@ -131,13 +112,13 @@ def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: 
 
 
 def _numbers(rows: Rows, number_of: dict[str, int]) -> np.ndarray:
-    """Each row's adapter, int64 [n]; a name that is new gets the next number."""
+    """Each row's adapter number, int64 [n]. A new name gets the next number."""
     names, places = rows.distinct_owners()
     return np.array([number_of.setdefault(name, len(number_of)) for name in names], dtype=np.int64)[places]
 
 
 def _repeated(of_train: np.ndarray, train: Rows, of_eval: np.ndarray, held_out: Rows, adapters: int) -> np.ndarray:
-    """For each adapter its held-out rows that are also its training rows, int64 [adapters]."""
+    """Held-out rows of each adapter that are also its training rows, int64 [adapters]."""
     if not len(held_out):
         return np.zeros(adapters, dtype=np.int64)
     hashes, kind = np.unique(np.concatenate([train.ids_hash, held_out.ids_hash]), return_inverse=True)

@@ -1,11 +1,10 @@
-"""Tokenized rows on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
+"""A cache of tokenized rows: a second run of the same recipe maps them instead of tokenizing again.
 
-An entry (`qvera.utils.cache_dir`) is $QVERA_CACHE/rows/rows-KEY, where KEY is the hash of everything that the rows are
-a function of, with train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first of them. What
-that one found wrong with the rows is in .KEY.failed, for those that have waited.
+An entry (`qvera.utils.cache_dir`) is $QVERA_CACHE/rows/rows-KEY. KEY hashes everything that decides the rows. The entry
+holds train.arrow, eval.arrow and record.json, which is written last. One rank of a node makes it and the others wait.
+If the rows are wrong, that rank writes its error to .KEY.failed for them.
 
-`datasets.Dataset.from_generator` was tried in place of this: it writes rows nine times slower (a Python list each),
-forks the trainer's threads, and does not notice a damaged file.
+`datasets.Dataset.from_generator` writes rows nine times slower, forks our threads and misses damaged files.
 """
 
 from __future__ import annotations
@@ -39,20 +38,17 @@ if TYPE_CHECKING:
 RECORD = "record.json"
 PREFIX = "rows-"
 WORTH_BYTES = 256 * 1024
-"""Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
+"""Smaller local files are tokenized in less than a second, so they get no entry."""
 _NOT_OF_THE_ROWS = (
     *("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes"),
     *("adapter_column", "regression", "rows_per_label"),
 )
-"""Keys of a source that decide how rows are used, not what they are.
-
-Any other key, a new one too, makes another entry.
-"""
+"""These keys decide how rows are used, not what they are. Any other key, also a new one, makes another entry."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
 def tokenized(section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None) -> TokenizedSource:
-    """The rows of one source: from the cache, or tokenized now (and cached, where that is worth it and possible).
+    """The rows of one source, from the cache if it has them; else they are tokenized, and cached if possible.
 
     Raises:
         InputError: as `tokenize_source`; or a file of the source changed while it was read.
@@ -96,7 +92,7 @@ def _stamp(file: Path) -> list[int] | None:
 def tokenized_uncached(
     section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None
 ) -> TokenizedSource:
-    """Rows that leave nothing on disk: mapped from a file whose name is gone once it is mapped.
+    """The rows of one source, mapped from a temporary file that is deleted right away.
 
     Raises:
         InputError: as `tokenize_source`.
@@ -117,7 +113,6 @@ def _make_entry(
     hashes: HashIndex,
     console: Console | None,
 ) -> TokenizedSource:
-    """Tokenize the rows into the entry ``target``."""
     unfinished = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}")
     shutil.rmtree(unfinished, ignore_errors=True)
     ROWS.clear_removed()
@@ -140,7 +135,7 @@ def _make_entry(
 
 
 def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashIndex) -> dict[str, Any] | None:
-    """Everything that a source's rows are a function of, as JSON; None where they are not cached."""
+    """Everything that decides a source's rows, as JSON; None if they are not cached."""
     by_path = [source_files(section, path) for path, _ in source_paths(section)]
     files = [file for found in by_path for file in found or ()]
     if None not in by_path and sum(file.stat().st_size for file in files) < WORTH_BYTES:
@@ -167,10 +162,7 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
 
 
 def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
-    """What identifies a source's content: names and SHA-256 of its files, or the fingerprint of a hub dataset.
-
-    None where nothing tells one content from another.
-    """
+    """Each file with its SHA-256, or each hub dataset with its fingerprint; None if a dataset has no fingerprint."""
     content: list[list[str]] = []
     for path, split in source_paths(section):
         files = source_files(section, path)
@@ -198,7 +190,7 @@ def code_sha256() -> str:
 def _write_record(
     directory: Path, key: dict[str, Any], section: DataSection, source: TokenizedSource
 ) -> dict[str, str]:
-    """Write it, and return the tables' SHA-256 by name."""
+    """Returns the tables' SHA-256 by name."""
     sha256_of = {}
     for file in sorted(directory.glob("*.arrow")):
         flush(file)
@@ -219,7 +211,7 @@ def _write_record(
 
 
 def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> TokenizedSource | None:
-    """The entry if there is one and its files are as they were written; a damaged one is removed, with a warning."""
+    """The entry, if it exists and is undamaged. A damaged one is removed with a warning."""
     if not directory.is_dir():
         return None
     problem = problem_of(directory, hashes)
@@ -236,7 +228,7 @@ def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> 
 
 
 def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
-    """What is wrong with an entry, or None; without ``hashes`` of unchanged files all of them are read again."""
+    """What is wrong with an entry, or None. Without ``hashes``, unchanged files are read again too."""
     record = try_read_json(directory / RECORD)
     if record is None or not record.keys() >= {"files", "rows", "format", "unused", "template", "counts", "adapters"}:
         return f"{directory / RECORD}: is missing or damaged"

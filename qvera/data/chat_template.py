@@ -1,16 +1,14 @@
 """Conversations → the text a model reads, and which characters of it are answers.
 
-Answers are never searched for: a row's text could contain anything, the template's own markers included. There are
-three ways to know where they are. Where two of them place all answers of a conversation, they place them alike; but
-each can do templates that the others can't (tests/data/test_chat_template.py has one for each):
+Answers are never searched for: a row's text may hold anything, even the template's markers. There are three ways. They
+agree where two can place all answers. Each does templates that the others can't (tests/data/test_chat_template.py):
 
-- The author's ``{% generation %}`` blocks, where there are any. They alone place an answer that the template rewrites
-  once a later turn follows. Blocks differ in what they include, which one of the next two settles.
-- The layout: the literal text that the template writes around the contents of a conversation of this shape, learned
-  once a shape, by rendering slots in place of the contents. It alone does templates that write more around an answer
-  once a later turn follows, as Qwen3's.
-- Prefixes: the conversation is rendered up to and without each answer. That is nine times as slow. It alone does tool
-  calls, empty answers and templates that strip more than white space.
+- ``{% generation %}`` blocks, if the author wrote any. Only they place an answer that a later turn makes the template
+  rewrite. Blocks differ in what they include; one of the next two ways settles that.
+- Layouts: the text around the contents, learned once for each shape of conversation by rendering slots. Only they do
+  templates that write more around an answer once a later turn follows, such as Qwen3's.
+- Prefixes: render up to and without each answer, nine times slower. Only they do tool calls, empty answers and
+  templates that strip more than white space.
 """
 
 from __future__ import annotations
@@ -29,17 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN = "tokenizer"
-"""The name of "the chat template that came with the tokenizer"."""
+"""The name of the chat template that came with the tokenizer."""
 NAMED_TEMPLATES = {
     file.stem: file.read_text(encoding="utf-8")
     for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 }
-"""The chat templates that a recipe can name, for models whose tokenizer brings none (or the wrong one)."""
+"""Templates that a recipe can name, for tokenizers that have none or the wrong one."""
 _MARKERS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
-"""What the tokenizer must have as single tokens; without them the model could not learn to stop."""
+"""The tokenizer must have these as single tokens, or the model could not learn to stop."""
 _DAY = {
     "%d": "26", "%e": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday",
     "%a": "Fri", "%H": "00", "%M": "00", "%S": "00",
@@ -49,15 +47,14 @@ _CLOCK = (
     + "".join(f" | replace('{code}', '{value}')" for code, value in _DAY.items())
     + " }}{%- endmacro %}"
 )
-"""Gives a template that asks for today's date the day that Llama 3's own has where there is no clock, 26 Jul 2024.
+"""Templates that ask for today's date get 26 Jul 2024, Llama 3's default, so rows are the same on every day and rank.
 
-Rows are then the same tokens on every day, on every rank, and when a run goes on. transformers hands no function of
-ours to a template.
+It is a macro because transformers passes no function of ours to a template.
 """
 Message = dict[str, Any]
 """One message as ``apply_chat_template`` takes it."""
 Tools = list[dict[str, Any]] | None
-"""The JSON schemas of the tools that a conversation offers."""
+"""JSON schemas of the tools that a conversation offers."""
 
 
 class TemplateError(Exception):
@@ -66,36 +63,24 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AnswerSpan:
-    """Where one assistant turn is, in characters of the rendered text.
-
-    Attributes:
-        turn: its index in the conversation.
-        header: where the template text that opens it starts (the previous content ends there).
-        start: the first character that the model writes itself: the generation prompt ends here.
-        end: one past its end-of-turn marker.
-        marked: the template writes an end-of-turn marker (one token of the vocabulary) after this answer.
-    """
+    """The place of one assistant turn, in characters of the rendered text."""
 
     turn: int
-    header: int
-    start: int
-    end: int
-    marked: bool
+    header: int  # where the template text that opens it starts, right after the previous content
+    start: int  # the first character that the model writes; the generation prompt ends here
+    end: int  # one past its end-of-turn marker
+    marked: bool  # whether an end-of-turn marker (one token) follows the answer
 
 
 class _Slot(NamedTuple):
-    """A place for a content: the template's literal text before it, and what the template strips from it.
+    """The place of a content."""
 
-    ``answer``, of an assistant's content: characters from the answer's start to the content, from the content's end to
-    the answer's end, and whether that end is a marker.
-    """
-
-    literal: str
+    literal: str  # the template's text before it
     turn: int
     name: str
-    strip_left: bool
+    strip_left: bool  # whether the template strips white space there
     strip_right: bool
-    answer: tuple[int, int, bool] | None
+    answer: tuple[int, int, bool] | None  # characters before and after the content, and whether a marker ends it
 
     def content(self, messages: list[Message]) -> str:
         content: str = messages[self.turn][self.name]
@@ -104,22 +89,19 @@ class _Slot(NamedTuple):
 
 
 _Layout = tuple[list[_Slot], str]
-"""What a template writes for conversations of one shape: slots with their literals, and the literal after the last."""
+"""What a template writes for one shape of conversation: the slots, and the literal after the last one."""
 _MOST_LAYOUTS = 4096
-"""A server is sent conversations of any shape for months: the oldest layouts are forgotten."""
+"""The oldest layouts are forgotten, because a server may see ever new shapes for months."""
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str = "messages") -> ChatTemplate:
-    """The template that ``data.template`` means for this tokenizer.
+    """The template that ``data.template`` means for this tokenizer and rows of this format.
 
-    Args:
-        name: ``auto``, ``tokenizer`` (the tokenizer's own, or fail) or one of `NAMED_TEMPLATES`. ``auto`` is the
-            tokenizer's own where it has one; else ``plain`` for prompt-completion rows and texts, which say everything
-            themselves, and ``alpaca`` for the others.
-        format: of the rows.
+    ``auto`` is the tokenizer's own if it has one. Else it is ``plain`` for prompt-completion rows and texts, which say
+    everything themselves, and ``alpaca`` for others.
 
     Raises:
-        InputError: an unknown name, or a template whose markers the tokenizer does not have.
+        InputError: an unknown name, or the tokenizer lacks the template or its markers.
     """
     try:
         own = tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -153,22 +135,15 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
 
 @dataclass(slots=True)
 class ChatTemplate:
-    """A chat template bound to a tokenizer.
+    """A chat template bound to a tokenizer."""
 
-    Attributes:
-        name: ``tokenizer`` or a named template; `resolve_template` takes it back.
-        jinja: its source, for ``tokenizer.chat_template`` beside an adapter.
-        special: finds the tokenizer's special tokens in a text.
-        source: what is rendered: the template with a clock that stands still.
-        layouts: what it writes around contents, by a conversation's shape and tools; None: nothing that can be learned.
-    """
-
-    name: str
-    jinja: str
+    name: str  # as `resolve_template` takes it
+    jinja: str  # for tokenizer.chat_template beside an adapter
     tokenizer: PreTrainedTokenizerBase
-    special: re.Pattern[str] = field(init=False, repr=False)
-    source: str = field(init=False, repr=False)
+    special: re.Pattern[str] = field(init=False, repr=False)  # finds special tokens
+    source: str = field(init=False, repr=False)  # what is rendered: with a fixed date
     _added: re.Pattern[str] = field(init=False, repr=False)
+    # by a conversation's shape and tools; None: no layout can be learned
     layouts: dict[object, _Layout | None] = field(default_factory=dict, init=False, repr=False)
     _written: set[tuple[str, bool]] = field(default_factory=set, init=False, repr=False)
 
@@ -192,10 +167,10 @@ class ChatTemplate:
         return out
 
     def render(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
-        """The text of ``messages``; ``prompt``: it ends with what opens an assistant turn.
+        """The text of ``messages``. With ``prompt`` it ends with the opening of an assistant turn.
 
         Raises:
-            TemplateError: the template refuses these messages; it says why, and nothing else.
+            TemplateError: the template refuses the messages; the text is its reason.
         """
         import jinja2
 
@@ -209,7 +184,7 @@ class ChatTemplate:
             raise TemplateError(one_line(error)) from None
 
     def marker_end(self, text: str, start: int, stop: int, last: bool = False) -> int | None:
-        """Where the end-of-turn marker ends that template text [start, stop) holds: its first special token."""
+        """Where the end-of-turn marker in the template text [start, stop) ends: the first special token there."""
         # Fine-tuned models exist whose <|im_end|> was added as an ordinary token, hence the second pattern. It only
         # comes second, since <tool_call> and <think> are ordinary added tokens that end nothing.
         for pattern in (self.special, self._added):
@@ -219,12 +194,9 @@ class ChatTemplate:
         return None
 
     def prompt(self, turns: list[Turn], tools: Tools = None) -> tuple[str, list[int]]:
-        """The text that an answer to ``turns`` is generated from: exactly what came before answers in training.
+        """The text that an answer to ``turns`` is generated from, as in training, and where its earlier answers start.
 
         It differs from `render` with ``prompt=True`` for templates that ignore ``add_generation_prompt``.
-
-        Returns:
-            The text, and the characters at which its earlier answers start (for `Encoder.encode_prompt`).
 
         Raises:
             InputError: the template refuses the turns, or leaves a part of them out.
@@ -242,14 +214,10 @@ class ChatTemplate:
         return text[: last.start], [answer.start for answer in earlier]
 
     def lay_out(self, conversation: Conversation, needed: list[int]) -> tuple[str, list[AnswerSpan]]:
-        """Render a row: its text, and the places of its answers in order.
-
-        Args:
-            needed: the turns that are going to be trained; other answers may stay without a place.
+        """Render a row: its text, and the places of its answers in order. Only the turns ``needed`` must get a place.
 
         Raises:
-            InputError: names the row; the template refuses it, leaves a part of it out, or rewrites it so that answers
-                can't be placed.
+            InputError: the template refuses the row, leaves a part out, or rewrites it so that answers can't be placed.
         """
         turns = conversation.turns
         messages = self.messages(turns)
@@ -272,11 +240,7 @@ class ChatTemplate:
         return text, answers
 
     def _require_written(self, source: str, messages: list[Message], tools: Tools, prompt: bool = False) -> None:
-        """Refuse (InputError) a row with a part that this template passes over, as many do with tools.
-
-        Such a row would be trained as if that part were not in it. Each kind of part is looked at until a row has
-        shown that the template writes it; a template may write it in a prompt alone.
-        """
+        """Refuse a row with a part that the template does not write: training would not see it."""
         without: dict[str, list[tuple[list[Message], Tools]]] = {}
         if tools:
             without["tools"] = [(messages, None)]
@@ -331,11 +295,7 @@ def _any_of(tokens: list[str]) -> re.Pattern[str]:
 def _answer_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
-    """The answers' places in ``text``, the rendered conversation; an answer that can't be placed is left out.
-
-    Raises:
-        TemplateError: the template takes the row, and refuses a part of it.
-    """
+    """The answers' places in the rendered text. Answers that can't be placed are left out."""
     spans = _layout_spans(template, text, messages, conversation)
     blocks = _generation_blocks(template, text, messages, conversation)
     if spans is None:
@@ -349,7 +309,7 @@ def _answer_spans(
 def _generation_blocks(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> dict[int, tuple[int, int]] | None:
-    """The author's own ``{% generation %}`` blocks by turn, where there is one for each assistant turn."""
+    """The author's own blocks by turn; None unless each assistant turn has one."""
     if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.jinja):
         return None
     import jinja2
@@ -375,10 +335,7 @@ def _generation_blocks(
 def _within_block(
     template: ChatTemplate, text: str, turn: int, start: int, end: int, measured: AnswerSpan | None
 ) -> AnswerSpan:
-    """The answer of a block [start, end): without the turn's heading, and with its end of turn but nothing behind that.
-
-    Some blocks leave the end of turn outside, some hold the turn's heading or the line break behind its end.
-    """
+    """The answer of a block [start, end), with its end of turn. Blocks may leave that out, or hold the heading too."""
     header = start
     if measured is not None:
         header = min(measured.header, start)
@@ -399,14 +356,10 @@ def _within_block(
 def _answer_start(
     template: ChatTemplate, before: list[Message], tools: Tools, text: str, earliest: int, content: int
 ) -> tuple[int, int]:
-    """Where in ``text`` the answer starts whose content is at ``content``, and its heading before that.
+    """Where the answer with its content at ``content`` starts, and where its heading starts.
 
-    An answer starts where the generation prompt for the turns ``before`` ends. Llama-2's start with a space after
-    ``[/INST]``, and Qwen3's with an empty think block: both are the model's to write, since a generation prompt stops
-    before them.
-
-    Args:
-        earliest: an earlier start is none.
+    The generation prompt for ``before`` ends there. So the answer includes the space after Llama-2's ``[/INST]`` and
+    Qwen3's empty think block, which the model has to write. A start before ``earliest`` is not accepted.
     """
     try:
         prompt = template.render(before, tools, prompt=True) if before else ""
@@ -423,7 +376,7 @@ def _answer_start(
 def _layout_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan] | None:
-    """The answers where the layout's literals and the row's contents are the text, else None."""
+    """The answers by the layout; None if its literals and the row's contents do not make up the text."""
     if any(turn.extra or (turn.role == "assistant" and not turn.content) for turn in conversation.turns):
         return None
     shape = tuple((m["role"], "context" in m, not m["content"]) for m in messages)
@@ -449,7 +402,7 @@ def _layout_spans(
 
 
 def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools) -> _Layout | None:
-    """Render slots in place of the contents; None where the template does more than to write each in its place."""
+    """Render slots in place of the contents; None if the template does more than put each in its place."""
     marks: dict[str, tuple[int, str]] = {}
     slotted = []
     for turn, message in enumerate(messages):
@@ -486,7 +439,7 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
 def _slotted_end(
     template: ChatTemplate, slotted: list[Message], turn: int, tools: Tools, text: str, end: int, latest: int
 ) -> tuple[int, bool]:
-    """Where in ``text`` the answer's turn ends whose content ends at ``end``, and whether by a marker."""
+    """The end of the turn whose content ends at ``end``, and whether a marker ends it."""
     # What follows up to the next content holds the next turn's heading too. Without a marker, what the template itself
     # puts behind an answer (a line break, say) is all there is to learn from.
     close = latest if turn + 1 == len(slotted) else end
@@ -501,7 +454,7 @@ def _slotted_end(
 def _prefix_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
-    """Render the conversation through and without each answer; left out where that is not how the text begins."""
+    """Render up to and without each answer. An answer is left out if the text does not begin like that."""
     answers = []
     tools = conversation.tools
     for turn, item in enumerate(conversation.turns):
@@ -522,11 +475,7 @@ def _prefix_spans(
 def _content_place(
     template: ChatTemplate, messages: list[Message], tools: Tools, through: str
 ) -> tuple[int, int] | None:
-    """Where in ``through`` the last message's content starts and ends.
-
-    A slot is put in its place: what the template writes before and behind the slot stands around the content too. None
-    where the template does something else with this content.
-    """
+    """Where the last message's content is in ``through``, found by rendering a slot instead; None if that fails."""
     *earlier, last = messages
     mark = "QveraSlot"
     while mark in repr(messages) + repr(tools):
@@ -551,5 +500,5 @@ def _content_place(
 
 
 def _shared(one: str, other: str) -> int:
-    """Characters that two texts begin with in common."""
+    """Length of the common prefix of two texts."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,4 +1,4 @@
-"""Raw rows → conversations: which format they have, each row checked; prompts and preferences too."""
+"""Raw rows → conversations: detect the format and check each row. Also reads prompts and preferences."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unpaired-preference": (("prompt", "completion", "label"), ("system", "tools")),
 }
 PREFERENCES = ("preference", "unpaired-preference")
-"""Formats whose rows say which answers are better, as TRL has them: pairs of answers, or judged single answers."""
+"""Formats for preferences, as TRL has them: pairs of answers, or single judged answers."""
 LABELLED = ("classification", "image")
-"""Formats whose rows have a label."""
 UNRENDERED = ("text", *LABELLED)
-"""Formats whose texts are taken as they are: no template has a part in them."""
+"""Formats whose texts are taken as they are, without a template."""
 _DETECTED = [name for name in _FORMATS if name not in (*LABELLED, *PREFERENCES)]
-"""Rows have labels, or preferences, only where the recipe's task or objective says so."""
+"""Labels and preferences are read only if the recipe's task or objective asks for them."""
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("sentence",), ("question",),
 )  # fmt: skip
-"""Columns that labelled texts usually have, GLUE's among them."""
+"""Usual names of text columns, GLUE's among them."""
 _ALIASES = {
     "system": ("developer",),
     "user": ("human",),
@@ -46,53 +45,42 @@ _ALIASES = {
     "tool": ("function", "observation", "ipython"),
 }
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message with what an assistant thought before its answer."""
+"""Message keys for what an assistant thought before its answer."""
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
-"""Keys of a message that only some templates read."""
+"""Message keys that only some templates read."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """What the rows of a data set look like.
-
-    Attributes:
-        name: the name of a format, as ``data.format`` has it.
-        columns: our field name → the data set's column name, for the fields that this format reads.
-        unused: columns of the first row that nothing reads.
-    """
+    """How the rows of a data set look."""
 
     name: str
-    columns: dict[str, str]
-    unused: list[str]
+    columns: dict[str, str]  # our field name → the data set's column
+    unused: list[str]  # columns of the first row that nothing reads
 
     def column(self, name: str) -> str:
-        """The data set's column for one of our field names."""
+        """The data set's column for our field name."""
         return self.columns.get(name, name)
 
 
 class UnknownFormat(InputError):
-    """The columns of the rows match no format; the recipe can name them."""
+    """The columns match no format. The recipe can name them."""
 
 
 class MissingColumn(InputError):
-    """The rows lack a column of the format that was asked for; the recipe can name it."""
+    """The rows lack a column of the chosen format. The recipe can name it."""
 
 
 class UnaskedPreferences(InputError):
-    """The rows are pairs of answers, and the recipe has no objective for them."""
+    """The rows are pairs of answers, but the recipe has no objective for them."""
 
 
 def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
-    """Decide from the first row what the rows are.
-
-    Args:
-        format: ``data.format``; ``auto`` goes by the column names.
-        columns: ``data.columns``, our field name → the column's name in the file.
+    """Find the rows' format from the first row. ``columns`` is ``data.columns``: our field name → the file's column.
 
     Raises:
-        InputError: an unknown field, or a column that is not there.
-        UnknownFormat, MissingColumn, UnaskedPreferences: see there.
+        InputError: an unknown field or a missing column; see also the three errors above.
     """
     columns = columns or {}
     if format in LABELLED:
@@ -143,7 +131,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
 
 
 def _usual_columns(format: str, fields: Mapping[str, object], named: Mapping[str, str]) -> dict[str, str]:
-    """The columns of a labelled row that go by a usual name; none for the texts where the recipe names one."""
+    """Columns of a labelled row with usual names. Text columns that the recipe names are left to it."""
     found: dict[str, str] = {}
     if format == "image":
         found = {"image": "img"} if "image" not in fields and "img" in fields else {}
@@ -155,41 +143,26 @@ def _usual_columns(format: str, fields: Mapping[str, object], named: Mapping[str
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message.
+    """One message."""
 
-    Attributes:
-        role: system, user, assistant or tool. Only assistant turns can be trained.
-        content: its text; empty for an assistant turn that is nothing but a tool call.
-        trained: what the row says about training on this turn (``weight`` or ``train``); None: ``train_on`` decides.
-        context: Alpaca's ``input``. Kept apart because the alpaca template has a heading for it; every other template
-            gets it below the instruction.
-        extra: what only some templates read (``tool_calls``, ``reasoning_content``, ...), passed through.
-        in_prompt: it is part of the prompt of a row with prompt and completion, where the completion alone is trained.
-    """
-
-    role: str
-    content: str
-    trained: bool | None = None
-    context: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    in_prompt: bool = False
+    role: str  # system, user, assistant or tool; only assistant turns can be trained
+    content: str  # empty for an assistant turn that is only a tool call
+    trained: bool | None = None  # the row's own ``weight`` or ``train``; None: ``train_on`` decides
+    context: str | None = None  # Alpaca's ``input``; only the alpaca template has a heading for it
+    extra: dict[str, Any] = field(default_factory=dict)  # keys that only some templates read, such as ``tool_calls``
+    in_prompt: bool = False  # in a prompt-completion row's prompt, so not trained
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row of turns, with the tools it offers (JSON schemas) where it offers any.
-
-    Attributes:
-        rejected: of a preference row, the answer that is worse than the last turn.
-        desirable: of a row with one judged answer, whether it is a good one.
-    """
+    """A row of turns, with the JSON schemas of the tools it offers."""
 
     turns: list[Turn]
     source: str
     tools: list[dict[str, Any]] | None = None
     owner: str | None = None
-    rejected: Turn | None = None
-    desirable: bool | None = None
+    rejected: Turn | None = None  # the worse answer of a pair; the last turn is the better one
+    desirable: bool | None = None  # whether a single judged answer is a good one
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +177,14 @@ class Text:
 def parse_row(
     row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()
 ) -> Conversation | Text:
-    """Check one row and turn it into a conversation (or text).
+    """Check one row and turn it into a conversation or a text.
 
     Args:
-        format: what `detect_format` found in the first row.
-        system: the system prompt for rows that bring none.
-        label_names: where answers are integer labels, the name of each label, from 0.
+        system: for rows without a system prompt.
+        label_names: the name of each integer label, from 0, if answers are such labels.
 
     Raises:
-        InputError: a missing column, a value of the wrong type, an unknown role, half a character; names the row's
-            source.
+        InputError: a missing column, a wrong type, an unknown role or half a character; names the row's source.
     """
     if format.name in PREFERENCES:
         return _parse_preference(row, format, system)
@@ -248,7 +219,7 @@ def parse_row(
 
 
 def row_value(row: RawRow, format: RowFormat, name: str) -> object:
-    """What a row has for one of our field names; InputError where it lacks that column."""
+    """The row's value for our field name; InputError if the column is missing."""
     column = format.column(name)
     if column not in row.fields:
         raise InputError(
@@ -259,7 +230,7 @@ def row_value(row: RawRow, format: RowFormat, name: str) -> object:
 
 
 def row_text(row: RawRow, format: RowFormat, name: str) -> str:
-    """The same, which has to be text of whole characters (InputError)."""
+    """As `row_value`; InputError if it is not text, or holds half a character."""
     value, column = row_value(row, format, name), format.column(name)
     if not isinstance(value, str):
         raise InputError(f"{row.source}: {column} must be text, got {describe(value)}. Fix the row.")
@@ -268,12 +239,11 @@ def row_text(row: RawRow, format: RowFormat, name: str) -> str:
 
 
 def row_optional_text(row: RawRow, format: RowFormat, name: str) -> str:
-    """A field that may be missing; then it is ""."""
+    """As `row_text`, but "" if the field is missing."""
     return "" if row.fields.get(format.column(name)) is None else row_text(row, format, name)
 
 
 def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str]) -> str:
-    """An answer, which may be a number: it becomes text, or the name of the label that it is."""
     value, column = row_value(row, format, name), format.column(name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if label_names:
@@ -290,7 +260,7 @@ def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str
 
 
 def _require_whole_characters(value: object, where: str) -> None:
-    r"""Refuse half a character, which JSON can hold ("\ud83d") and no tokenizer takes."""
+    r"""Refuse half a character: JSON can hold one ("\ud83d"), but no tokenizer takes it."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()
@@ -302,7 +272,7 @@ def _require_whole_characters(value: object, where: str) -> None:
 
 
 def row_tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
-    """The tools that a row offers, as JSON schemas; None where it offers none."""
+    """The JSON schemas of the row's tools; None if it offers none."""
     if "tools" not in format.columns:
         return None
     tools = _from_json(row.fields.get(format.columns["tools"]))
@@ -316,14 +286,14 @@ def row_tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A nested value without keys whose value is null: Parquet gives every object the keys of all objects."""
+    """Drop keys whose value is null: Parquet gives every object the keys of all objects."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _calls(calls: Any) -> Any:
-    """Tool calls with their arguments as objects, as templates take them; OpenAI's API has them as JSON texts."""
+    """Parse the arguments of tool calls: OpenAI's API has them as JSON text, templates take objects."""
     calls = _without_nulls(calls)
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -333,7 +303,7 @@ def _calls(calls: Any) -> Any:
 
 
 def messages_in(value: object) -> list[Any] | None:
-    """The list of messages that a value is, maybe as JSON text, as a CSV has it; None: it is another text."""
+    """The value as a list of messages, also from JSON text (as in CSV); None if it is no such list."""
     found = _from_json(value)
     if not isinstance(found, list):
         return None
@@ -352,7 +322,7 @@ def _from_json(value: object) -> object:
 
 
 def row_turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
-    """A field that must be a list of messages (InputError)."""
+    """The turns of a field; InputError if it is not a list of messages."""
     value, column = _from_json(row_value(row, format, name)), format.column(name)
     if not isinstance(value, list):
         raise InputError(
@@ -418,9 +388,9 @@ def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
 
 
 def _parse_preference(row: RawRow, format: RowFormat, system: str | None) -> Conversation:
-    """A row of a preference format as a conversation that ends with its (chosen) answer.
+    """The conversation ends with the (chosen) answer.
 
-    A pair without a ``prompt`` column has it in both lists: the messages that they begin with in common.
+    Without a ``prompt`` column, the prompt is what both lists of messages begin with.
     """
     paired = format.name == "preference"
     names = ["chosen", "rejected"] if paired else ["completion"]
@@ -445,14 +415,12 @@ def _parse_preference(row: RawRow, format: RowFormat, system: str | None) -> Con
 
 
 def _text_or_turns(row: RawRow, format: RowFormat, name: str, role: str) -> list[Turn]:
-    """A list of messages as turns, or a text as one turn of this role."""
     if messages_in(row_value(row, format, name)) is not None:
         return row_turns(row, format, name)
     return [Turn(role, row_text(row, format, name))]
 
 
 def _one_answer(row: RawRow, format: RowFormat, name: str, turns: list[Turn]) -> Turn:
-    """The one assistant turn that an answer is."""
     if [turn.role for turn in turns] != ["assistant"]:
         roles = ", ".join(turn.role for turn in turns) or "none"
         raise InputError(
@@ -465,7 +433,6 @@ def _one_answer(row: RawRow, format: RowFormat, name: str, turns: list[Turn]) ->
 
 
 def _without_common_prompt(row: RawRow, format: RowFormat) -> tuple[list[Turn], list[Turn]]:
-    """The turns that both lists begin with, and the answer that each ends with."""
     lists = [row_turns(row, format, name) for name in ("chosen", "rejected")]
     shared = 0
     # the last turn of each is its answer, even where both are the same
@@ -489,13 +456,12 @@ def _judgement(row: RawRow, format: RowFormat) -> bool:
 
 
 def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:
-    """Read the prompts of a file; an answer at the end of a row is left out, the last turn is what is asked.
+    """Read the prompts of a file. Answers at the end of a row are left out.
 
     Args:
-        path: .txt (one prompt a line), or a data file with the columns of a training file, of which the answer's may be
-            missing.
-        section: says how columns are named, and the system prompt.
-        owner_columns: the first of them that a row has is its ``owner``, as text; an empty one is none.
+        path: .txt (one prompt a line), or a data file like a training file; its answers may be missing.
+        section: gives the column names and the system prompt.
+        owner_columns: the first of these columns with a value becomes ``owner``, as text.
 
     Raises:
         InputError: no such file, no prompts in it, or a row that asks nothing; names file and line.

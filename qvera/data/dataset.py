@@ -1,4 +1,4 @@
-"""A recipe's ``data`` → everything that a run reads: the tokenized rows of all sources, mixed and counted."""
+"""Everything that a run reads from the recipe's ``data``: the tokenized rows of all sources, mixed and counted."""
 
 from __future__ import annotations
 
@@ -32,42 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SourceStats:
-    """One source of a mixture: its training rows, its share of an epoch, and what the rows look like."""
+    """One source of a mixture."""
 
     path: str
     weight: float
-    rows: int
-    taken: int
+    rows: int  # training rows before weighting
+    taken: int  # training rows of an epoch
     format: str
     template: str
 
     @property
     def template_text(self) -> str:
-        """The template as a person reads it."""
+        """The template's name for messages."""
         return "the tokenizer's own" if self.template == OWN else self.template
 
     @property
     def layout(self) -> str:
-        """Format and template in a few words."""
+        """Format and template, for messages."""
         return self.format + ("" if self.format in UNRENDERED else f", template: {self.template_text}")
 
 
 @dataclass(slots=True)
 class DataStats(RowCounts):
-    """What happened to the rows, train and eval, besides `RowCounts`.
-
-    Token counts are of the training rows, after truncation.
-
-    Attributes:
-        repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).
-        pads_with_eos: the tokenizer has no pad token.
-        default_templates: named templates that were chosen where neither the tokenizer nor the recipe has one.
-        adapters: of a run that trains many.
-        cache_entries: names of the cache's entries that rows came from; other sources were tokenized now.
-        histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
-            edges[i] <= T < edges[i + 1].
-        labels: of labelled texts. ``label_rows``: training rows of each class, ``eval_label_rows``: held-out ones.
-    """
+    """Counts of all rows. Token counts are of the training rows, after truncation."""
 
     sources: list[SourceStats] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
@@ -76,20 +63,20 @@ class DataStats(RowCounts):
     tokens: int = 0
     trained_tokens: int = 0
     longest_tokens: int = 0
-    repeated_rows: int = 0
-    pads_with_eos: bool = False
-    default_templates: list[str] = field(default_factory=list)
-    cache_entries: list[str] = field(default_factory=list)
-    histogram_edges: list[int] = field(default_factory=list)
-    histogram_counts: list[int] = field(default_factory=list)
-    adapters: Adapters | None = None
+    repeated_rows: int = 0  # eval rows with the same tokens as a training row
+    pads_with_eos: bool = False  # the tokenizer has no pad token
+    default_templates: list[str] = field(default_factory=list)  # used because none was given
+    cache_entries: list[str] = field(default_factory=list)  # names of the entries that rows came from
+    histogram_edges: list[int] = field(default_factory=list)  # in tokens
+    histogram_counts: list[int] = field(default_factory=list)  # [i] has edges[i] <= tokens < edges[i + 1]
+    adapters: Adapters | None = None  # of a run that trains many
     labels: Labels | None = None
-    label_rows: list[int] = field(default_factory=list)
-    eval_label_rows: list[int] = field(default_factory=list)
+    label_rows: list[int] = field(default_factory=list)  # training rows of each class
+    eval_label_rows: list[int] = field(default_factory=list)  # held-out rows of each class
 
     @property
     def targets_text(self) -> str:
-        """What the loss covers, in a few words."""
+        """What the loss covers, for messages."""
         if self.labels is None:
             return f"the loss covers {self.trained_tokens:,} of {self.tokens:,} tokens"
         if self.labels.is_regression:
@@ -100,7 +87,7 @@ class DataStats(RowCounts):
 
     @property
     def format(self) -> str:
-        """Of the rows; of a mixture each one once, by commas, the first source's first."""
+        """The formats of all sources, each once, separated by commas."""
         return ", ".join(dict.fromkeys(source.format for source in self.sources))
 
     @property
@@ -110,7 +97,7 @@ class DataStats(RowCounts):
 
     @property
     def dropped_rows(self) -> int:
-        """Rows that are left out, for whatever reason."""
+        """Rows left out for any reason."""
         return sum(map(len, self.dropped.values()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,47 +123,35 @@ class DataStats(RowCounts):
 
 @dataclass(slots=True)
 class Datasets:
-    """Everything that a run reads from its data.
-
-    Attributes:
-        train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
-        stats: counts for the preview and run.json.
-        template: the template that was used (for the first source of a mixture); None for images.
-        pad_id: for `collate`.
-        part_names: where a schedule divides the rows, the names that ``train.part_of`` has the numbers of.
-        set_aside: rows that are not trained, by name (`plugins.Schedule.divide`).
-    """
+    """Everything that a run reads from its data. Rows are in file order, one source after another."""
 
     train: Rows
-    eval: Rows
+    eval: Rows  # empty if the recipe holds none out
     stats: DataStats
-    template: ChatTemplate | None
+    template: ChatTemplate | None  # the first source's; None for images
     pad_id: int
-    part_names: list[str] = field(default_factory=list)
-    set_aside: dict[str, Rows] = field(default_factory=dict)
+    part_names: list[str] = field(default_factory=list)  # for the numbers in ``train.part_of``
+    set_aside: dict[str, Rows] = field(default_factory=dict)  # not trained; `plugins.Schedule.divide`
 
     @property
     def labels(self) -> Labels | None:
-        """What the labels of labelled texts mean; None where rows are no such."""
+        """What the labels of labelled rows mean; None for other rows."""
         return self.stats.labels
 
     @property
     def adapters(self) -> list[AdapterRows]:
-        """The rows of each of many adapters, in order of first appearance; empty where the recipe has none."""
+        """The rows of each adapter, in order of first appearance; empty unless the run trains many."""
         return [] if self.stats.adapters is None else self.stats.adapters.trained
 
     @property
     def adapters_without_rows(self) -> list[str]:
-        """Names of adapters whose rows were all dropped or cut away; they are not trained."""
+        """Names that are not trained: all their rows were dropped or cut away."""
         return [] if self.stats.adapters is None else self.stats.adapters.without_rows
 
     def first_rows(self, count: int) -> Rows:
-        """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
+        """``count`` training rows to show, from each source (or adapter) in turn.
 
-        Rows that a weight repeats come last. Of many adapters: the first row of each, then the second.
-
-        Raises:
-            InputError: ``count`` is negative.
+        Rows that a weight repeats come last. Raises InputError if ``count`` is negative.
         """
         if count < 0:
             raise InputError(f"--rows {count}: takes a whole number of rows to show, such as 3.")
@@ -191,7 +166,7 @@ class Datasets:
 
 
 def data_sha256(datasets: Datasets) -> str:
-    """SHA-256 over all rows' tokens, masks and tasks: equal where two machines read the same data the same way."""
+    """SHA-256 over all rows' tokens, masks and tasks, to compare what two machines read."""
     digest = hashlib.sha256()
     for rows in (datasets.train, datasets.eval, *datasets.set_aside.values()):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
@@ -212,14 +187,12 @@ def build_datasets(
     cached: bool = True,
     labels: Labels | None = None,
 ) -> Datasets:
-    """Read, check, render and tokenize the rows that a recipe names, or find them in the cache.
+    """Read, check, render and tokenize the rows of a recipe, or find them in the cache.
 
     Args:
-        section: the recipe's ``data``.
-        processor: the base model's tokenizer, or its image processor.
-        console: where warnings and the progress bar of a long run go (default: stderr).
-        cached: False: no copy of the rows stays on disk, for rows that are somebody else's.
-        labels: those of a trained model, for labelled rows that are scored; None: the rows say which there are.
+        processor: the base model's tokenizer or image processor.
+        cached: False: leave no copy on disk, for somebody else's rows.
+        labels: those of a trained model that is scored; None: the rows say which labels there are.
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
@@ -275,7 +248,7 @@ def build_datasets(
 
 
 def _sources(section: DataSection) -> list[DataSection]:
-    """``path`` and each part of the mixture as a section; ``eval_path`` and ``eval_split`` are the first's."""
+    """Each part of the mixture as a section. Only the first keeps ``eval_path`` and ``eval_split``."""
     sources = [section.model_copy(update={"mixture": []})]
     for part in section.mixture:
         fraction = section.eval_fraction if section.held_out_path is None else 0.0
@@ -285,14 +258,9 @@ def _sources(section: DataSection) -> list[DataSection]:
 
 
 def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Repeat each row as its source's weight says: whole passes, and a part drawn by ``seed``; at least one row.
+    """Row numbers of a source of ``count`` rows, int64 and at least one: whole passes, then a part drawn by ``seed``.
 
-    Args:
-        count: the source's rows.
-        number: the source's place in the mixture; each draws for itself.
-
-    Returns:
-        The numbers of rows, pass after pass, int64.
+    ``number``, the source's place in the mixture, gives each source a draw of its own.
     """
     passes = int(weight)
     more = round((weight - passes) * count)
@@ -306,7 +274,7 @@ def length_histogram(lengths: np.ndarray, bins: int = 10) -> tuple[list[int], li
     """At most ``bins`` intervals of equal, round width that cover ``lengths``.
 
     Returns:
-        edges [k + 1] and counts [k]; all intervals but the last are open on the right.
+        edges [k + 1] and counts [k]. Only the last interval includes its right edge.
     """
     low, high = int(lengths.min()), int(lengths.max())
     round_widths = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))

@@ -1,7 +1,4 @@
-"""Images: files and bytes → RGB pictures, as a person sees them, by Pillow (the extra ``vision``) → pixel values.
-
-Pixel values are made by the image processor of the model's checkpoint; training crops and flips pictures before.
-"""
+"""Images from files or bytes → RGB pictures by Pillow (the extra ``vision``) → pixel values for the model."""
 
 from __future__ import annotations
 
@@ -26,19 +23,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Files of a directory with these names are read; Pillow then goes by their content."""
+"""Files with these endings are read from a directory. Pillow then goes by their content."""
 _THUMBNAIL_PIXELS = 96
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
-"""What Pillow's decoders raise on bytes that are not what their header says."""
+"""What Pillow's decoders raise on damaged bytes."""
 _STREAM = 2**62
-"""Of the random numbers; no stream of `qvera.data.sampler.random_order` has this number."""
+"""Philox's second key word. ``data.rows_per_label`` has the same one, but other counters, since steps start at 1."""
 _TRIES = 10
 _AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Share of an image that a random crop covers, and its width : height, as torchvision's RandomResizedCrop has them."""
+"""Area share and width : height of a random crop, as in torchvision's RandomResizedCrop."""
 
 
 def require_pillow() -> None:
-    """Raises InputError where Pillow is missing."""
+    """Raises InputError if Pillow is missing."""
     if importlib.util.find_spec("PIL") is None:
         raise InputError(
             "task: image-classification reads images by Pillow, which is not installed. Run "
@@ -47,17 +44,12 @@ def require_pillow() -> None:
 
 
 def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
-    """Decode an image: turned as its EXIF data says, in 8-bit RGB. Of an animation the first frame.
+    """Decode an image (a path or bytes) to 8-bit RGB, turned as its EXIF data says. Of an animation the first frame.
 
     Transparent pixels stand before white. 16-bit greys are scaled by 1/257.
 
-    Args:
-        content: a file's path, or its bytes.
-        source: names the image in messages.
-
     Raises:
-        InputError: there is no such file, it is no image, it is damaged, it has more pixels than Pillow's limit
-            (``PIL.Image.MAX_IMAGE_PIXELS``), or it has pixels of no known range.
+        InputError: no such file, no image, damaged, more pixels than Pillow's limit, or pixels of no known range.
     """
     import pyarrow as pa
     from PIL import Image, UnidentifiedImageError
@@ -109,7 +101,6 @@ def _as_rgb(image: Image, source: str) -> Image:
 
 
 def _turned(image: Image) -> Image:
-    """The image as its EXIF orientation says; as it is stored where that data is damaged."""
     from PIL.ImageOps import exif_transpose
 
     try:
@@ -119,7 +110,7 @@ def _turned(image: Image) -> Image:
 
 
 def thumbnail_uri(image: Image) -> str:
-    """A small copy of an image as a data URI, for a page that stands alone."""
+    """A small copy of an image as a data URI."""
     small, stream = image.copy(), io.BytesIO()
     small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     small.save(stream, "JPEG", quality=80)
@@ -128,17 +119,14 @@ def thumbnail_uri(image: Image) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What the crop and the flip of one training row depend on, and nothing else.
-
-    A resumed run draws them anew, and neither passes nor ranks change them.
-    """
+    """The crop and flip of a training row depend on these only, so resumed runs, passes and ranks draw the same."""
 
     seed: int
     step: int
     row: int
 
     def numbers(self, count: int) -> np.ndarray:
-        """Random numbers of 0 <= x < 1, fp64 [count], from raw words of numpy's Philox (see `random_order`)."""
+        """Random numbers in [0, 1), fp64 [count], from raw words of numpy's Philox (see `random_order`)."""
         key = np.array([self.seed % 2**64, _STREAM], dtype=np.uint64)
         counter = np.array([0, self.row, self.step, 0], dtype=np.uint64)  # the first one counts blocks of words
         words = np.random.Philox(key=key, counter=counter).random_raw(count)
@@ -146,10 +134,9 @@ class Draw:
 
 
 def crop_box(width: int, height: int, draw: Draw) -> tuple[tuple[int, int, int, int], bool]:
-    """A random crop (left, top, right, bottom) of an image of that size, and whether it is flipped.
+    """A random crop (left, top, right, bottom), as by torchvision's RandomResizedCrop, and whether it is flipped.
 
-    Area and shape are drawn as torchvision's RandomResizedCrop draws them; the middle is taken where none of ten draws
-    fits.
+    If none of ten draws fits, the crop is in the middle.
     """
     found = draw.numbers(1 + 4 * _TRIES)
     flipped = bool(found[0] < 0.5)
@@ -170,10 +157,7 @@ def crop_box(width: int, height: int, draw: Draw) -> tuple[tuple[int, int, int, 
 class ImageProcessor:
     """A checkpoint's image processor.
 
-    Args:
-        processor: transformers' own.
-        size: height and width of the images that the model takes.
-        patches: how many tokens the model makes of one.
+    ``size`` is the model's height and width. ``patches`` is the number of tokens that one image becomes.
     """
 
     def __init__(self, processor: Any, size: tuple[int, int], patches: int) -> None:
@@ -184,10 +168,7 @@ class ImageProcessor:
         self.processor.save_pretrained(directory)
 
     def pixels(self, image: Image, source: str, draw: Draw | None = None) -> np.ndarray:
-        """The model's input, fp32 [3, height, width]: as the processor makes it, or of a random crop.
-
-        A crop is brought to the model's size by the processor's own interpolation, then scaled and normalized as it
-        says.
+        """The model's input, fp32 [3, height, width]: the whole image, or a random crop resized to the model's size.
 
         Raises:
             InputError: the processor makes an image of another size than the model's.
@@ -211,27 +192,20 @@ class ImageProcessor:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """The image of a row, decoded when it is asked for.
+    """The image of a row, decoded when it is asked for."""
 
-    Attributes:
-        content: a file's path, or its bytes.
-        source: names it in messages.
-        processor: that of the model.
-        draw: of a training row that is cropped and flipped at random.
-    """
-
-    content: str | bytes | pa.Buffer
-    source: str
+    content: str | bytes | pa.Buffer  # a file's path, or its bytes
+    source: str  # for messages
     processor: ImageProcessor | None = None
-    draw: Draw | None = None
+    draw: Draw | None = None  # of a training row that is cropped and flipped
 
     @property
     def stored_bytes(self) -> bytes | None:
-        """The bytes of one that is in no file."""
+        """The image's bytes; None if it is a file's path or an Arrow buffer."""
         return self.content if isinstance(self.content, bytes) else None
 
     def read_bytes(self) -> bytes:
-        """The bytes, whatever they are kept in."""
+        """The encoded bytes."""
         return Path(self.content).read_bytes() if isinstance(self.content, str) else bytes(self.content)
 
     def open(self) -> Image:
@@ -244,12 +218,12 @@ class StoredImage:
         return self.processor.pixels(self.open(), self.source, self.draw)
 
     def drawn(self, draw: Draw) -> StoredImage:
-        """The same, cropped and flipped."""
+        """The same image, cropped and flipped at random."""
         return replace(self, draw=draw)
 
 
 def pixel_batch(images: Sequence[StoredImage]) -> np.ndarray:
-    """The pixel values of some images, fp32 [B, 3, height, width]; several threads decode them."""
+    """Pixel values, fp32 [B, 3, height, width]. Several threads decode the images."""
     threads = min(len(images), len(os.sched_getaffinity(0)))
     if threads < 2:
         return np.stack([image.pixels() for image in images])

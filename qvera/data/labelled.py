@@ -1,7 +1,4 @@
-"""Rows with a label: of a text or a pair of texts (``classification``), or of an image. Labels as targets.
-
-An image is checked once, and decoded again when a step asks for it.
-"""
+"""Rows with a label: a text, a pair of texts, or an image. Labels become targets."""
 
 from __future__ import annotations
 
@@ -32,31 +29,22 @@ VALUE = "value"
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """A row that was checked.
+    """A checked row."""
 
-    Attributes:
-        content: its text, or its first one; or the bytes of an image, or the path of the image's file.
-        label: a name, or a number as text.
-        text_pair: its second text; None where that is missing or empty.
-    """
-
-    content: Any
-    label: str
+    content: Any  # the (first) text; or an image's bytes or path
+    label: str  # a name, or a number as text
     source: str
     owner: str | None = None
-    text_pair: str | None = None
+    text_pair: str | None = None  # None if missing or empty
 
     @property
     def whole(self) -> str:
-        """Both texts, as a person reads them."""
+        """Both texts, for messages."""
         return str(self.content) if self.text_pair is None else f"{self.content}\n{self.text_pair}"
 
 
 def row_label(row: RawRow, format: RowFormat, names: Sequence[str] = ()) -> str:
-    """The label of a row as text.
-
-    Args:
-        names: of the classes. A label may be one of them, or, where none is a number itself, the number of one, from 0.
+    """The label of a row as text. It may be written as a class's number, from 0, if no class name is a number.
 
     Raises:
         InputError: the column or the label is missing, or the label is not one of ``names``.
@@ -87,10 +75,10 @@ def _is_count(label: str) -> bool:
 
 
 class LabelledTokenizer(RowTokenizer):
-    """Rows → examples. The special tokens are those that the tokenizer puts around a text or a pair by itself.
+    """Rows → examples, with the special tokens that the tokenizer itself puts around a text or a pair.
 
-    The last token of an example stands for its one target, the label (`Example.is_labelled`). A pair whose tokenizer
-    knows no pairs is joined by a line break. A row is never longer than the tokenizer says that its model takes.
+    The last token stands for the one target, the label (`Example.is_labelled`). If the tokenizer knows no pairs, a line
+    break joins the two texts. No row is longer than the tokenizer's model_max_length.
     """
 
     def _parse(self, row: RawRow) -> Any:
@@ -130,7 +118,7 @@ class LabelledTokenizer(RowTokenizer):
         return examples, self._counts
 
     def _ids(self, row: LabelledRow, **options: Any) -> tuple[list[int], int | None]:
-        """The ids of a row, and where its second text begins if the model is told so."""
+        """The ids, and where the second text begins if the tokenizer gives token types."""
         tokenizer = self.encoder.tokenizer
         cut_side = "left" if self.section.too_long == "cut-start" else "right"
         side, tokenizer.truncation_side = tokenizer.truncation_side, cut_side
@@ -146,7 +134,7 @@ class LabelledTokenizer(RowTokenizer):
 
 
 class ImageEncoder:
-    """What stands in for a tokenizer's `Encoder`: an image is as many tokens as it has patches."""
+    """Takes an `Encoder`'s place for images: one token for each patch."""
 
     tokenizer = None
     pad_id = 0
@@ -156,15 +144,14 @@ class ImageEncoder:
         self.patches = patches
 
     def sha256(self) -> str:
-        """What the rows depend on: they have absolute paths, where a recipe may have relative ones."""
+        """Includes the working directory, because rows hold absolute paths and a recipe may hold relative ones."""
         return f"{self.patches} tokens, from {Path.cwd()}"
 
 
 class ImageReader(RowTokenizer):
-    """Rows → examples. Each image is decoded once to see that it can be, and is kept as it is stored.
+    """Rows → examples. Each image is decoded once as a check, and stored as it was.
 
-    An example has a token for each patch that the model makes of its image. The last one stands for its one target, the
-    label (`Example.is_labelled`).
+    An example has one token for each patch. The last one stands for its one target, the label (`Example.is_labelled`).
     """
 
     def _parse(self, row: RawRow) -> Any:
@@ -189,7 +176,7 @@ class ImageReader(RowTokenizer):
 
 
 def _image_content(row: RawRow, format: RowFormat) -> str | bytes:
-    """The bytes of a row's image, or the path of its file, which a data file may write relative to itself."""
+    """The image's bytes or its file's path. A relative path starts at the data file."""
     value, column = row_value(row, format, "image"), format.column("image")
     if isinstance(value, Mapping):  # as `datasets.Image` stores it
         value = value.get("bytes") or value.get("path")
@@ -206,21 +193,16 @@ def _image_content(row: RawRow, format: RowFormat) -> str | bytes:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the rows' labels mean.
+    """The meaning of the rows' labels."""
 
-    Attributes:
-        names: the classes in the order of the model's outputs; `VALUE` alone for a regression.
-        is_regression: labels are numbers to come near to, not classes.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # classes in the order of the model's outputs; `VALUE` alone for a regression
     is_regression: bool = False
 
     def targets(self, rows: Sequence[Example]) -> np.ndarray:
-        """The targets of rows: the number of each class, int64 [n], or the values, fp32 [n].
+        """Class numbers, int64 [n], or a regression's values, fp32 [n].
 
         Raises:
-            InputError: a row has a label that is not among them; names the row.
+            InputError: an unknown label; names the row.
         """
         if self.is_regression:
             return np.array([_number(row) for row in rows], np.float32)
@@ -235,16 +217,16 @@ class Labels:
         return np.array([numbers[str(row.reference)] for row in rows], np.int64)
 
     def counts(self, rows: Rows) -> list[int]:
-        """How many rows each class has; of a regression none."""
+        """Rows of each class; empty for a regression."""
         found = rows_by_label(rows)
         return [] if self.is_regression else [found.get(name, 0) for name in self.names]
 
 
 def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Rows]:
-    """At most ``count`` rows of each label over all sources, chosen by ``seed``, in the order that they had.
+    """At most ``count`` rows of each label over all sources, chosen by ``seed``, in their old order.
 
     Raises:
-        InputError: labels have fractions, so they are no classes.
+        InputError: a label is a fraction, so it is no class.
     """
     names = [name for rows in sources for name in _reference(rows).to_pylist()]
     for row, name in enumerate(names):
@@ -270,22 +252,19 @@ def _reference(rows: Rows) -> pa.ChunkedArray:
 
 
 def rows_by_label(rows: Rows) -> dict[str, int]:
-    """Label → how many rows have it."""
+    """Label → number of rows."""
     return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(_reference(rows))}
 
 
 def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequence[str] = ()) -> Labels:
-    """What the labels of the training rows are, checked against those of the held-out rows.
+    """Find the labels of the training rows, and check those of the held-out rows against them.
 
-    Classes are those of ``data.label_names``, else ``known`` and those of the training rows, sorted: numbers by value,
-    names by their characters. A label with a fraction makes it a regression, unless ``data.regression`` says.
-
-    Args:
-        known: what a hub dataset calls its classes, in their order. They come first, and may have no rows.
+    Classes are ``data.label_names``. Without them they are ``known`` (a hub dataset's own names, maybe without rows)
+    and then the other labels, sorted by value or by name. A fraction makes a regression, unless ``data.regression``
+    says.
 
     Raises:
-        InputError: fewer than two classes, a class without training rows, a label that is no class, or
-            a label that is no number in a regression.
+        InputError: fewer than two classes, a class without training rows, or a label that is no class or no number.
     """
     found = rows_by_label(train)
     numbers = {label: _as_number(label) for label in found}
@@ -337,14 +316,10 @@ def _number(row: Example) -> float:
 
 
 def labelled_arrays(examples: Sequence[Example], tokens: int, pad_id: int, masked: bool) -> dict[str, np.ndarray]:
-    """Rows padded on the right to ``tokens``.
+    """Rows padded on the right to ``tokens``: ``input_ids``, and maybe ``attention_mask`` and ``token_type_ids``.
 
-    Args:
-        masked: with a mask, for a model in which a token sees the padding behind it.
-
-    Returns:
-        ``input_ids`` int64 [B, T]; with ``masked`` ``attention_mask`` int64 [B, T]; ``token_type_ids`` int64 [B, T], 1
-        from a row's second text on, where any row is a pair of a model that is told so.
+    All are int64 [B, T]. ``masked`` is for models whose tokens see the padding behind them. Token types are 1 from the
+    second text on; they are there if any row has a ``pair_start``.
     """
     lengths = np.array([len(example.input_ids) for example in examples])
     columns, ids = np.arange(tokens), np.full((len(examples), tokens), pad_id, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a person should see before the first step: counts, lengths, and two rows with their trained tokens marked."""
+"""The preview before the first step: counts, lengths and example rows."""
 
 from __future__ import annotations
 
@@ -23,14 +23,10 @@ _BAR_WIDTH = 40
 
 
 def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: int | None = None) -> None:
-    """Print counts, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
+    """Print counts, a histogram of lengths, what was cut or dropped, and example rows (see `Datasets.first_rows`).
 
-    Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.
-
-    Args:
-        processor: the base's tokenizer, or its image processor.
-        rows: None: two, and of a mixture at least one of each source. They come from each source in turn, see
-            `Datasets.first_rows`.
+    Trained tokens stand in ⟦…⟧ too, so that a log file shows them. ``rows`` None: two, or one for each source if there
+    are more.
     """
     stats = datasets.stats
     console.print(_summary(stats))
@@ -91,7 +87,7 @@ def _summary(stats: DataStats) -> Table:
 
 
 def data_warnings(stats: DataStats) -> list[str]:
-    """What a person should know about the rows, a sentence each."""
+    """Warnings about the rows, a sentence or two each."""
     lines = []
     if stats.default_templates:
         templates = " and ".join(dict.fromkeys(stats.default_templates))
@@ -126,7 +122,6 @@ def data_warnings(stats: DataStats) -> list[str]:
 
 
 def _histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
-    """One line for each interval: its bounds, a bar, its count."""
     highest = max(counts, default=0)
     digits = len(f"{edges[-1]:,}") if edges else 1
     lines = []
@@ -142,7 +137,7 @@ def _shortened(text: str, most: int = 1_600) -> str:
 
 
 def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A row as text, its trained tokens in ⟦…⟧ and green; of more than 400 tokens each run loses its middle."""
+    """Trained tokens in ⟦…⟧ and green. In rows of more than 400 tokens the middle of long runs is left out."""
     changes = np.flatnonzero(np.diff(example.trained)) + 1
     runs = np.split(example.input_ids, changes)
     budget = max(_SHOWN_TOKENS // len(runs), 8)

@@ -33,31 +33,27 @@ _HELD_OUT_FOLDERS = ("test", "testing", "valid", "validation", "val", "eval", "d
 class RawRow:
     """One row as it was read.
 
-    Attributes:
-        fields: column name → value.
-        source: ``train.jsonl:17`` (line number, from 1) for JSONL and CSV; ``train.json row 17`` (row number, from 1)
-            where lines mean nothing: JSON, Parquet and hub datasets.
-        owner: the task or adapter that it belongs to, where the recipe has any.
-        file: that it was read from; None: a hub dataset.
+    ``source`` is ``train.jsonl:17`` (the line) for JSONL and CSV. For JSON, Parquet and hub datasets it is
+    ``train.json row 17``, because lines mean nothing there. Both count from 1.
     """
 
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # column name → value
     source: str
-    owner: str | None = None
-    file: Path | None = field(default=None, compare=False)
+    owner: str | None = None  # its task or adapter, if the recipe has any
+    file: Path | None = field(default=None, compare=False)  # None: a hub dataset
 
 
 def read_rows(
     path: str, *, split: str = "train", config_name: str | None = None, revision: str | None = None
 ) -> Iterator[RawRow]:
-    """Yield the rows of a file, of every data file of a directory in name order, or of a hub dataset.
+    """Yield the rows of a file, a directory (its files in name order) or a hub dataset.
 
     Args:
         path: a .jsonl, .json, .csv, .tsv or .parquet file, a directory of them or of folders of images, or a hub id.
-        split, config_name, revision: which part of a hub dataset; they have no meaning for files.
+        split, config_name, revision: for hub datasets only.
 
     Raises:
-        InputError: nothing of that name, an unknown extension, a file that is empty, not UTF-8 or malformed.
+        InputError: nothing of that name, an unknown extension, or a file that is empty, not UTF-8 or malformed.
     """
     files = local_files(path)
     if files is None:
@@ -78,7 +74,7 @@ def read_rows(
 
 
 def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = None) -> Iterator[RawRow]:
-    """Yield the rows of one file by ``reader`` (None: the one for its extension); raises as `read_rows`."""
+    """Yield the rows of one file. ``reader`` None: by its extension. Raises as `read_rows`."""
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     readers |= {".csv": _read_csv, ".tsv": _read_csv}
     reader = reader or readers.get(file.suffix.lower())
@@ -102,10 +98,10 @@ def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = No
 
 
 def local_files(path: str) -> list[Path] | None:
-    """The data files that a local path means, in name order; None for the id of a hub dataset.
+    """The data files of a local path, in name order; None for the id of a hub dataset.
 
     Raises:
-        InputError: nothing of that name, no regular file, or a directory without data files or with several splits.
+        InputError: no such path, no regular file, or a directory without data files or with several splits.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -147,9 +143,7 @@ def _data_files(directory: Path) -> list[Path]:
 
 
 def image_files(directory: Path) -> list[Path]:
-    """The images of all classes, class by class in name order; none where the directory has no folders of images.
-
-    Hidden entries and files of other kinds are left out.
+    """The images of all classes in name order; empty if the directory has no folders of images.
 
     Raises:
         InputError: the folders are splits, not classes; an image stands beside the folders; or a folder has no image.
@@ -188,7 +182,7 @@ def _is_image(entry: Path) -> bool:
 
 
 def adapter_files(path: str) -> list[Path]:
-    """The files of a directory that has one for each adapter, in name order.
+    """The files of a directory with one file for each adapter, in name order.
 
     Raises:
         InputError: no such directory, a file in it that holds no rows, or two files of one name.
@@ -234,7 +228,6 @@ def _missing(path: str, local: Path) -> InputError:
 
 
 def _not_utf8(file: Path) -> InputError:
-    """The error for a file that is not UTF-8: names its first such line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -249,7 +242,7 @@ def _not_utf8(file: Path) -> InputError:
 
 
 def read_lines(file: Path) -> Iterator[RawRow]:
-    """Each line of a text file that is not blank, as a ``prompt``."""
+    """Yield each line that is not blank, as a ``prompt``."""
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
@@ -257,14 +250,14 @@ def read_lines(file: Path) -> Iterator[RawRow]:
 
 
 _Repeated = list[tuple[dict[str, Any], str]]
-"""Objects that hold a key twice, and the key."""
+"""Objects that hold a key twice, with that key."""
 
 
 _TOO_MANY_DIGITS = "a whole number of more than 4,300 digits"
 
 
 def _parse_json(text: str) -> tuple[object, _Repeated]:
-    """A JSON value, and its objects in which a key occurs twice, where Python's parser silently takes the last one."""
+    """A JSON value, and its objects with a repeated key: Python's parser silently takes the last one."""
     repeated: _Repeated = []
 
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -356,7 +349,7 @@ def _read_json(file: Path) -> Iterator[RawRow]:
 
 
 def csv_records(lines: Iterable[str], file: Path) -> Any:
-    """A reader of the records in the lines of a .csv or .tsv file, as the module csv has it."""
+    """The csv module's reader for a .csv or .tsv file."""
     # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless.
     csv.field_size_limit(2**31 - 1)
     return csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
@@ -422,7 +415,7 @@ def _read_hub(path: str, split: str, config_name: str | None, revision: str | No
 
 
 def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> datasets.Dataset:
-    """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped. Images are not decoded.
+    """Load a hub dataset: memory-mapped Arrow files, images not decoded.
 
     Raises:
         InputError: there is none of that name, or the hub can't be reached.
@@ -446,7 +439,7 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
 
 
 def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """The names of a column's integer labels, from 0; empty where the dataset has none for them."""
+    """The names of a column's integer labels, from 0; empty if the dataset has none."""
     import datasets
 
     feature = dataset.features.get(column)
@@ -458,7 +451,7 @@ def _shortened(text: str, limit: int = 60) -> str:
 
 
 def describe(value: object) -> str:
-    """A value's JSON type and, for short ones, the value, as a message shows it."""
+    """A value's JSON type, and the value if it is short, for messages."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     if value is None:
         return "null"

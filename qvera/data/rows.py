@@ -1,25 +1,19 @@
-"""Tokenized rows: what one is, and many of them in an Arrow table that is memory-mapped.
+"""Tokenized rows in a memory-mapped Arrow table, and batches of them.
 
-A data set may exceed RAM: a row becomes an `Example` when it is asked for, as views of the mapped pages. Only the
-lengths, counts and hashes of all rows are held, 24 bytes a row.
+A data set may exceed RAM. A row becomes an `Example` when it is asked for, as views of the mapped pages. Only lengths,
+counts and hashes of all rows are held, 24 bytes a row.
 
-A batch is padded to its longest row, or it is one sequence. In instruction data each row starts with the same system
-prompt, instruction or schema. In a padded batch of B rows such a prefix of P tokens is computed B times.
-`collate_prefix_once` makes one sequence, prefix + rest 1 + ... + rest B, in which each rest sees the prefix and itself
-only, at the positions it had. Losses and gradients are those of the padded batch (tests/data/test_rows.py), with
-(B - 1) P fewer tokens and no padding.
+If B rows share a prefix of P tokens, a padded batch computes it B times. `collate_prefix_once` makes one sequence
+instead: prefix + rest 1 + ... + rest B. Each rest sees only the prefix and itself, at its old positions. Losses and
+gradients are those of the padded batch (tests/data/test_rows.py), with (B - 1) P fewer tokens and no padding.
+``data.packing`` always makes such a sequence, with or without a prefix.
 
-With ``data.packing`` every forward pass is such a sequence, as long as ``data.max_length`` allows, prefix or not.
+`Joined` lists how attention tells the rows apart. A dense mask works everywhere, but costs attention T² and, on an
+accelerator, the flash kernel. Variable-length attention (`qvera.models.attention`) takes offsets. Each layer then
+copies the prefix's keys and values to the front of each row's own.
 
-Attention tells the rows of a sequence of T tokens apart in one of three ways (`Joined`). A dense mask [T, T] works
-everywhere. It costs attention T² instead of the sum of the rows' squares, and on an accelerator the flash kernel too.
-Where variable-length attention runs (`qvera.models.attention`), offsets say where rows begin and end. Behind a common
-prefix, row i attends with its r_i own queries to P + r_i keys: each layer copies the prefix's keys and values, which it
-computes once, to the front of each row's own. That makes as many keys as the padded batch has without its padding.
-
-On a CPU each new shape of a 16-bit matrix product costs memory and time: oneDNN and torch each cache a part of a
-compiled kernel, together 0.6 MB, so batches of ever new lengths made SmolLM2 grow by 10 MB a step. Lengths are
-therefore rounded up to one of eight an octave: 4 % more tokens in the mean. Smaller caches are no way out: the
+On a CPU each new shape of a 16-bit matrix product caches 0.6 MB of kernels in oneDNN and torch: SmolLM2 grew by 10 MB a
+step. So lengths are rounded up to one of eight an octave, 4 % more tokens on average. Smaller caches do not help: their
 variables are read when torch is loaded, and a size of 0 crashed it.
 """
 
@@ -47,7 +41,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not trained (torch's ``cross_entropy`` default)."""
 _WORTH = 0.85
-"""The prefix is joined where at most this share of the padded batch's tokens is left: a mask has its price."""
+"""Join the prefix only if at most this share of the padded batch's tokens is left, because a mask has its price."""
 KERNEL_CACHE_SIZE = 1024
 """Kernels that oneDNN (``ONEDNN_PRIMITIVE_CACHE_CAPACITY``) and torch (``LRU_CACHE_CAPACITY``) each cache."""
 LENGTHS_PER_OCTAVE = 8
@@ -76,56 +70,38 @@ _BATCH_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenized row.
+    """One tokenized row."""
 
-    Attributes:
-        input_ids: int32 [T].
-        trained: bool [T]; ``trained[i]``: token i is a target (the logits at i - 1 are trained to give it). The first
-            token has nothing before it, so it never is one.
-        source: where the row came from, for messages.
-        prompt_ids: int32 [P]; what the last assistant turn is generated from, BOS included. Empty for plain text and
-            for rows that do not end with an assistant turn.
-        prompt_text: the same as text (without a BOS that the tokenizer itself would add).
-        reference: the content of that last assistant turn, or None. Of a labelled row its label.
-        owner: the adapter, or part of the rows, that the row belongs to (`DataSection.owner_column`), or None.
-        pair_start: of a labelled pair of texts the first token of the second, where the model is told so.
-        rejected_ids: of a preference pair, int32 [R]: the tokens of the worse answer. They follow the same prompt as
-            the better one's, which are the trained ones of ``input_ids``. None for any other row.
-        desirable: of a row whose one answer was judged, whether it is a good one; None for any other row.
-        image: of a labelled image. ``input_ids`` then has a 0 for each patch, and ``prompt_text`` the path of its file,
-            if it has one.
-    """
-
-    input_ids: np.ndarray
-    trained: np.ndarray
-    source: str
-    prompt_ids: np.ndarray
-    prompt_text: str
-    reference: str | None
-    owner: str | None = None
-    pair_start: int | None = None
-    rejected_ids: np.ndarray | None = None
-    desirable: bool | None = None
+    input_ids: np.ndarray  # int32 [T]; of an image a 0 for each patch
+    trained: np.ndarray  # bool [T]: the targets, predicted by the logits one place before; never the first token
+    source: str  # for messages
+    prompt_ids: np.ndarray  # int32 [P], BOS included: what the last turn is generated from; empty if that is no answer
+    prompt_text: str  # the same as text, without the tokenizer's own BOS; of an image its path, if any
+    reference: str | None  # that last turn's content; of a labelled row its label
+    owner: str | None = None  # the row's adapter or part (`DataSection.owner_column`)
+    pair_start: int | None = None  # first token of a labelled pair's second text, if the tokenizer marks it
+    rejected_ids: np.ndarray | None = None  # int32 [R]: a pair's worse answer; the trained tokens are the better one
+    desirable: bool | None = None  # whether a single judged answer is a good one
     image: StoredImage | None = None
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the row is a text or an image with a label: its last token stands for its one target."""
+        """Whether the row is a text or an image with a label. Its last token then stands for its one target."""
         return self.reference is not None and not len(self.prompt_ids)
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are targets; of a pair, those of both answers."""
+        """Number of targets; of a pair, those of both answers."""
         return int(self.trained.sum()) + (0 if self.rejected_ids is None else len(self.rejected_ids))
 
     @property
     def row_tokens(self) -> list[int]:
-        """How many tokens the row has that a forward pass computes; of a pair, each of its two rows."""
+        """Tokens that a forward pass computes, for each of a pair's two rows."""
         own = len(self.input_ids)
         return [own] if self.rejected_ids is None else [own, self.answer_start + len(self.rejected_ids)]
 
     def shown(self) -> list[tuple[str, Example]]:
-        """The row as a person should see it, with a word for its targets; of a pair, each of its two rows."""
+        """The row, or a pair's two rows, each with a word for its targets."""
         if self.rejected_ids is None:
             word = {None: "trained", True: "good answer", False: "bad answer"}[self.desirable]
             return [(word, self)]
@@ -136,7 +112,7 @@ class Example:
 
     @property
     def answer_start(self) -> int:
-        """The place of the first target: of a preference row the length of its prompt."""
+        """The place of the first target. In a preference row it is the length of the prompt."""
         return int(np.argmax(self.trained))
 
 
@@ -177,9 +153,9 @@ def _hash(content: bytes, label: str | None = None) -> int:
 
 
 def write_table(batches: Iterable[pa.RecordBatch], path: Path) -> Rows:
-    """Write record batches to a file and map it; at most one batch of 16 MB is held.
+    """Write record batches to a file and map it. At most 16 MB are held.
 
-    Many small batches go into few large ones, which are cheaper to keep open.
+    Small batches are joined into large ones, which are cheaper to keep open.
     """
     waiting: list[pa.RecordBatch] = []
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -195,18 +171,13 @@ def write_table(batches: Iterable[pa.RecordBatch], path: Path) -> Rows:
 class Rows(Sequence[Example]):
     """A selection of a table's rows, in order; a row may come more than once.
 
-    Args:
-        table: of `SCHEMA`.
-        chosen: int64 [n]; the numbers of the rows that are taken. None: all of them.
-        max_tokens: give each row as it would be with at most so many tokens and without a prompt.
-        part_of: int64 [n]; the number of each row's part, where `plugins.Schedule.divide` makes parts.
-        processor: of images; it makes their pixel values.
+    ``trained_tokens`` and ``all_tokens`` count both rows of a pair, and ignore ``max_tokens``.
 
-    Attributes:
-        lengths: int32 [n]; tokens of each row; of a pair, of the longer of its two rows.
-        trained_tokens: int32 [n]; targets of each row, whatever ``max_tokens`` is; of a pair, those of both answers.
-        all_tokens: int32 [n]; tokens of each row, whatever ``max_tokens`` is; of a pair, those of both rows.
-        ids_hash, mask_hash: uint64 [n]; of each row's tokens and of its mask.
+    Args:
+        chosen: int64 [n], row numbers in the table; None: all rows.
+        max_tokens: cut each row to this many tokens, and drop its prompt.
+        part_of: int64 [n], the number of each row's part (`plugins.Schedule.divide`).
+        processor: makes the pixel values of images.
     """
 
     def __init__(
@@ -219,15 +190,15 @@ class Rows(Sequence[Example]):
     ) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
         self.chosen, self._max_tokens, self.part_of, self.processor = chosen, max_tokens, part_of, processor
-        self.trained_tokens = self._column(self.table["trained_tokens"])
+        self.trained_tokens = self._column(self.table["trained_tokens"])  # int32 [n]: targets
         lengths = self._column(pc.list_value_length(self.table["input_ids"]))
         rejected = self._column(pc.fill_null(pc.list_value_length(self.table["rejected_ids"]), 0))
         # a pair's two rows have the prompt in common, which is all that is not trained
         others = np.where(rejected > 0, lengths - self.trained_tokens + 2 * rejected, 0)
-        self.lengths = np.minimum(np.maximum(lengths, others), max_tokens or 2**31 - 1)
-        self.all_tokens = lengths + others
-        self.ids_hash = self._column(self.table["ids_hash"])
-        self.mask_hash = self._column(self.table["mask_hash"])
+        self.lengths = np.minimum(np.maximum(lengths, others), max_tokens or 2**31 - 1)  # a pair's longer row
+        self.all_tokens = lengths + others  # int32 [n]
+        self.ids_hash = self._column(self.table["ids_hash"])  # uint64 [n]
+        self.mask_hash = self._column(self.table["mask_hash"])  # uint64 [n]
 
     def _column(self, values: pa.ChunkedArray) -> np.ndarray:
         return values.to_numpy() if self.chosen is None else values.to_numpy()[self.chosen]
@@ -283,10 +254,7 @@ class Rows(Sequence[Example]):
         return taken
 
     def cut(self, max_tokens: int) -> Rows:
-        """All rows as they would be with at most ``max_tokens`` tokens and without prompts, for a plan.
-
-        Images are never cut.
-        """
+        """All rows cut to ``max_tokens`` tokens, without prompts, for a plan. Images are never cut."""
         return self if self.processor is not None else Rows(self.table, self.chosen, max_tokens, self.part_of)
 
     def owners(self) -> list[str]:
@@ -295,7 +263,7 @@ class Rows(Sequence[Example]):
         return values if self.chosen is None else [values[number] for number in self.chosen.tolist()]
 
     def distinct_owners(self) -> tuple[list[str], np.ndarray]:
-        """The tasks or adapters of the table, each once, and the place of each row's in that list, int64 [n]."""
+        """The table's tasks or adapters, each once, and each row's place in that list, int64 [n]."""
         encoded = pc.dictionary_encode(self.table["owner"]).unify_dictionaries().combine_chunks()
         places = encoded.indices.to_numpy().astype(np.int64)
         return encoded.dictionary.to_pylist(), places if self.chosen is None else places[self.chosen]
@@ -315,7 +283,7 @@ def concatenated(parts: Sequence[Rows]) -> Rows:
 
 
 def lengths_of(rows: Sequence[Example]) -> np.ndarray:
-    """Tokens of each row, int [n]; known without reading the rows where they are `Rows`."""
+    """Tokens of each row, int [n]. `Rows` know them without being read."""
     lengths = getattr(rows, "lengths", None)
     return np.array([len(row.input_ids) for row in rows], dtype=np.int32) if lengths is None else lengths
 
@@ -323,17 +291,14 @@ def lengths_of(rows: Sequence[Example]) -> np.ndarray:
 def collate(
     examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu", masked: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Rows of different lengths → one batch, padded on the right to the longest.
+    """Pad rows on the right to one batch of the longest length.
 
     Args:
-        examples: B rows, at least one.
-        pad_id: the token put where a row has ended; no token of the row sees it, and the loss leaves it out.
         masked: False: no mask, for a causal decoder (`qvera.models.attention.needs_padding_mask`).
 
     Returns:
-        ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
-        token itself where it is trained and `IGNORED` elsewhere. Aligned with ``input_ids``: the loss shifts.
-        ``trained`` int64 [n], see `_tensors`.
+        ``input_ids``, ``attention_mask`` (1 on real tokens) and ``labels``, int64 [B, T]; ``trained``, see `_tensors`.
+        Labels are the tokens themselves, or `IGNORED`. They are not shifted: the loss does that.
     """
     length = max(len(example.input_ids) for example in examples)
     input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
@@ -354,9 +319,9 @@ def _labels(example: Example) -> np.ndarray:
 
 
 def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
-    """The arrays of a batch on the device, with the places of its trained tokens, which the host knows without asking.
+    """The batch on the device, with ``trained`` int64 [n]: places in [B T] whose hidden states predict a trained token.
 
-    ``trained`` int64 [n]: the places in the flattened batch [B T] whose hidden states predict a trained token.
+    The host knows these places, so nothing has to wait for the device.
     """
     labels = arrays["labels"].ravel()
     trained = np.flatnonzero(labels != IGNORED)
@@ -365,9 +330,9 @@ def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """Tokens that all rows begin with. None of them is trained, and the one after them is not either.
+    """Number of tokens that all rows begin with.
 
-    What stands before that one in the joined sequence is another row's end.
+    Neither they nor the token after them may be trained: in the joined sequence another row's end stands before it.
     """
     first = examples[0].input_ids
     length = min(int(np.argmax(e.trained)) - 1 for e in examples)
@@ -384,28 +349,27 @@ class Joined(enum.Enum):
     MASK = "mask"
     """A dense mask; the common prefix stands in front once."""
     OFFSETS = "offsets"
-    """Offsets of variable-length attention; the common prefix stands in front once, and its keys are copied."""
+    """Variable-length attention; the common prefix stands in front once, and its keys are copied."""
     ROWS = "rows"
-    """Offsets of variable-length attention; each row is whole, its prefix included (flash-attn by transformers)."""
+    """Variable-length attention; each row is whole, its prefix included (flash-attn by transformers)."""
 
 
 def collate_prefix_once(
     examples: Sequence[Example], device: torch.device | str = "cpu", packing: bool = False, joined: Joined = Joined.MASK
 ) -> dict[str, Any] | None:
-    """The rows as one sequence of T = P + Σ (length - P) tokens, or None where that is not worth it.
+    """The rows as one sequence of T = P + Σ (length - P) tokens, or None if that is not worth it.
 
-    A dense mask is worth it where it saves tokens and its one long row of attention costs no more than the many short
-    ones did, beyond what the linears save. Offsets make attention no dearer than the padded batch's: they are worth it
-    where they save tokens. On a 7B a token costs each layer 404 MFLOP in the frozen linears; copying the prefix's keys
-    and values costs it 33 kB of traffic in place of that.
+    The sequence has to save tokens. With a dense mask, its one long row of attention must also not cost more extra than
+    the linears save. Offsets have no such price: on a 7B, each token saved spares a layer 404 MFLOP in the frozen
+    linears, for 33 kB of copied keys and values.
 
     Args:
-        packing: worth it whenever there are two rows or more.
+        packing: join whenever there are two rows or more.
         joined: how rows are told apart. With `Joined.ROWS` P is 0.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T], and what tells rows apart: ``attention_mask`` bool
-        [1, 1, T, T], True where the token of the row may look at that of the column; or what `_offsets` gives.
+        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T]; and either ``attention_mask`` bool [1, 1, T, T], True
+        where the row's token may look at the column's, or the result of `_offsets`.
     """
     prefix = 0 if joined is Joined.ROWS else common_prefix(examples)
     lengths = [len(e.input_ids) for e in examples]
@@ -432,20 +396,15 @@ def collate_prefix_once(
 
 
 def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Where the queries and keys of N rows begin and end, for variable-length attention; the prefix is a row too.
+    """Where each row's queries and keys begin and end, for variable-length attention; the prefix counts as a row too.
 
-    Made here, from numbers that the host knows, so that no layer has to wait for the device to tell them. The names are
-    those that transformers' flash attention takes.
-
-    Args:
-        prefix: P, tokens of the common prefix; 0 for none.
-        own: int [B], how many tokens each row has beyond it.
+    The host computes them, so that no layer waits for the device. Names are those of transformers' flash attention.
+    ``own``, int [B], has each row's tokens beyond the prefix.
 
     Returns:
-        Numbers: ``max_length_q``, ``max_length_k``, the most queries and keys of a row. Arrays: ``cu_seq_lens_q``,
-        ``cu_seq_lens_k`` int32 [N + 1]. With a prefix of P tokens: ``prefix_length`` P; ``key_index`` int64 [K], the
-        token that each key of each row comes from; ``key_order`` int64 [K], which of these keys are copies of the
-        prefix (row by row), then those that are the tokens P, P + 1, ... themselves.
+        Numbers ``max_length_q``, ``max_length_k`` and arrays ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [N + 1]. With a
+        prefix also ``prefix_length``; ``key_index`` int64 [K], the token that each key comes from; and ``key_order``
+        int64 [K], the keys that are copies of the prefix (row by row), then those of the tokens P, P + 1, ...
     """
     queries = np.append(prefix, own) if prefix else own
     keys = np.append(prefix, prefix + own) if prefix else own
@@ -463,30 +422,21 @@ def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np
 
 
 def rounds_lengths(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether lengths are rounded up: for 16-bit products on a CPU. Others cache no kernel, or one of a tenth."""
+    """Whether lengths are rounded up: for 16-bit products on a CPU. Others cache no kernel, or a tenth of one."""
     return device_type == "cpu" and dtype.itemsize == 2
 
 
 def round_up_length(tokens: int, per_octave: int = LENGTHS_PER_OCTAVE) -> int:
-    """The smallest of 1, 2, .. 16, 18, .. 32, 36, .. 64, 72, .. that is not below ``tokens`` (at least 1).
-
-    ``per_octave``: how many there are from each power of two to the next.
-    """
+    """The smallest of 1, 2, .. 16, 18, .. 32, 36, .. 64, 72, .. that is not below ``tokens`` (at least 1)."""
     step = max(1, (1 << (tokens.bit_length() - 1)) // per_octave)
     return -(-tokens // step) * step
 
 
 def pad_batch(batch: dict[str, Any], tokens: int, pad_id: int) -> dict[str, Any]:
-    """Pad a batch on the right to ``tokens`` tokens a row; the padding is not trained, and no token before it sees it.
+    """Pad a batch [B, T] on the right to ``tokens`` tokens a row. Padding is not trained, and no earlier token sees it.
 
-    Args:
-        batch: from `qvera.data.rows`, [B, T]; ``attention_mask`` [B, T], or bool [1, 1, T, T] of a joined sequence.
-            Joined rows that have offsets have no common prefix.
-
-    Returns:
-        The same tensors where T is ``tokens`` already. A mask [B, T] goes on with ones: the causal order hides the new
-        columns from every row's own tokens, and rows that were all equally long still need no mask. Behind joined rows
-        that have offsets the padding is a row of its own.
+    Joined rows with offsets must have no common prefix; their padding becomes a row of its own. A mask [B, T] goes on
+    with ones: the causal order hides the padding, and rows of equal length still need no mask.
     """
     import torch.nn.functional as F
 

@@ -1,4 +1,4 @@
-"""Which rows a step trains on, and how they are cut into forward passes: functions of the step, nothing to save."""
+"""Which rows a step trains on, and how they are cut into forward passes. Only the step decides: nothing to save."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ Row = TypeVar("Row")
 def random_order(n: int, seed: int, stream: int) -> np.ndarray:
     """0..n-1 in an order that ``seed`` and ``stream`` decide, int64 [n].
 
-    It sorts raw 64-bit words of numpy's Philox: numpy promises the bit stream of a bit generator across versions, not
-    what a Generator makes of it. The streams: epochs count up from 0, held-out rows have -1, the batches of epochs that
-    are grouped by length count down from -2, the choice of
-    ``data.rows_per_label`` has 2^62, and the sources of a mixture count up from 2^63. Epoch e of part p of the
-    rows (as `qvera.config.plugins.Schedule.batches` may have) has (p + 1) 2^32 + e.
+    It sorts raw 64-bit words of Philox: numpy promises a bit generator's stream across versions, not what a Generator
+    makes of it. Streams: epochs have 0, 1, ...; held-out rows -1; batches grouped by length -2, -3, ...;
+    ``data.rows_per_label`` 2^62; sources of a mixture 2^63 and up. Epoch e of part p of the rows
+    (`qvera.config.plugins.Schedule.batches`) has (p + 1) 2^32 + e.
     """
     # uint64 by hand: numpy makes floats of large mixed lists
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
@@ -37,30 +36,27 @@ def random_order(n: int, seed: int, stream: int) -> np.ndarray:
 
 
 def order(epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The rows of one epoch (from 0) in the order they are trained, int64 [n]: file order without ``shuffle``."""
+    """The rows of one epoch (from 0) in training order, int64 [n]. Without ``shuffle`` it is file order."""
     return random_order(n, seed, epoch) if shuffle else np.arange(n)
 
 
 def steps_per_epoch(n: int, global_batch_size: int) -> int:
-    """Optimizer steps that one pass over ``n`` rows takes; the last one may have fewer rows."""
+    """Optimizer steps for one pass over ``n`` rows. The last step may have fewer rows."""
     return -(-n // global_batch_size)
 
 
 _GROUPED_BATCHES = 50
-"""Batches in each stretch of an epoch that is sorted by length, as in transformers' LengthGroupedSampler: few enough
-that the order stays random, many enough that the rows of a batch have nearly one length."""
+"""Batches in a stretch that is sorted by length, as in transformers' LengthGroupedSampler.
+
+Few enough that the order stays random, many enough that the rows of a batch have nearly one length.
+"""
 
 
 def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Reorder one epoch so that batches of ``size`` rows hold rows of similar length.
+    """Reorder one epoch (int64 [n], from `order`) so that batches of ``size`` rows hold rows of similar length.
 
-    Args:
-        chosen: int64 [n], from `order`.
-        lengths: tokens of row i.
-
-    Returns:
-        int64 [n], each row once. The batches come in random order, so that no epoch goes from long rows to short ones;
-        a batch that is not full stays the last.
+    Batches come in random order, so that no epoch goes from long rows to short ones. A batch that is not full stays
+    last.
     """
     stretches = [chosen[i : i + size * _GROUPED_BATCHES] for i in range(0, len(chosen), size * _GROUPED_BATCHES)]
     by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
@@ -71,25 +67,16 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
 
 @dataclass(slots=True)
 class Batches:
-    """Which rows every optimizer step trains on, and how they are cut into forward passes; every rank knows all of it.
+    """Which rows every optimizer step trains on, and their forward passes. Every rank knows all of it."""
 
-    Attributes:
-        lengths: int [n]; tokens of row i, at least one row.
-        global_batch_size: rows of an optimizer step.
-        pass_rows: rows of one rank's forward pass, at most.
-        pack_tokens: instead: as many consecutive rows as have this many tokens together, at least one.
-        seed, shuffle: see `order`.
-        by_length: see `grouped`.
-    """
-
-    lengths: np.ndarray
+    lengths: np.ndarray  # int [n], n >= 1; tokens of each row
     global_batch_size: int
-    pass_rows: int = 1
+    pass_rows: int = 1  # rows of one rank's forward pass, at most
     _: KW_ONLY
-    pack_tokens: int | None = None
+    pack_tokens: int | None = None  # instead of pass_rows: consecutive rows with up to this many tokens, or one row
     seed: int = 0
-    shuffle: bool = True
-    by_length: bool = False
+    shuffle: bool = True  # see `order`
+    by_length: bool = False  # see `grouped`
     _last: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -98,7 +85,7 @@ class Batches:
         return steps_per_epoch(len(self.lengths), self.global_batch_size)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """The rows of one epoch, int64 [n], in the order they are trained."""
+        """The rows of one epoch in training order, int64 [n]."""
         if self._last is None or self._last[0] != epoch:
             chosen = order(epoch, len(self.lengths), self.seed, self.shuffle)
             if self.by_length:
@@ -107,18 +94,18 @@ class Batches:
         return self._last[1]
 
     def rows(self, step: int) -> list[int]:
-        """The rows of optimizer step ``step`` (from 0), whatever came before and however many processes share them.
+        """The rows of optimizer step ``step`` (from 0), for all processes together.
 
-        Each epoch has every row exactly once. A batch never mixes two epochs: the last one of an epoch may be short.
+        Each epoch has every row once. A batch never mixes two epochs, so the last one of an epoch may be short.
         """
         epoch, position = divmod(step, self.per_epoch)
         start = position * self.global_batch_size
         return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
 
     def stretches(self, steps: int) -> Iterator[Sequence[Sequence[int]]]:
-        """The rows of the first ``steps`` steps, in stretches; each is a list of rows that `cut` may take as a whole.
+        """The rows of the first ``steps`` steps, in stretches of lists that `cut` may take as a whole.
 
-        Orders that repeat come once.
+        An order that repeats comes once.
         """
         size = self.global_batch_size
         for epoch in range(-(-steps // self.per_epoch)):
@@ -129,7 +116,7 @@ class Batches:
                 break
 
     def limit(self, most: int) -> None:
-        """Cut no pass with more rows than this from now on; of packed rows, with more tokens."""
+        """From now on, cut no pass with more rows (of packed rows: more tokens) than this."""
         if self.pack_tokens is None:
             self.pass_rows = min(self.pass_rows, most)
         else:
@@ -153,9 +140,8 @@ class Batches:
     def passes(self, rows: Sequence[int], rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """The forward passes of one rank over a global batch.
 
-        The rows are cut into ``world_size`` runs that differ by one row at most, so every row is on exactly one rank,
-        in the order of the batch. All ranks get equally many passes, because some walk through the layers together; one
-        without rows is ``[]``.
+        Each rank gets a run of consecutive rows; the runs differ by one row at most. All ranks get equally many passes,
+        because some walk through the layers together. A pass without rows is ``[]``.
         """
         share, more = divmod(len(rows), world_size)
         starts = [each * share + min(each, more) for each in range(world_size + 1)]
@@ -164,7 +150,7 @@ class Batches:
 
 
 def microbatches(indices: Sequence[Row], size: int) -> Iterator[list[Row]]:
-    """Cut a batch into consecutive microbatches of at most ``size`` rows, in order."""
+    """Cut a batch into consecutive microbatches of at most ``size`` rows."""
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
 
@@ -173,7 +159,7 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     """The batches of a run over its training rows.
 
     Raises:
-        InputError: there are too few rows for the schedule that the recipe asks for.
+        InputError: there are too few rows for the recipe's schedule.
     """
     data, training = recipe.data, recipe.training
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
@@ -189,10 +175,7 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
 
 
 def adapter_batches(recipe: Recipe, datasets: Datasets, adapter: AdapterRows) -> Batches:
-    """The batches of one of many adapters: what a recipe of its rows alone would have.
-
-    Row i of a batch is row ``adapter.train[i]`` of ``datasets.train``.
-    """
+    """The batches of one of many adapters, the same as a run on its rows alone. Row i is ``adapter.train[i]``."""
     data, training = recipe.data, recipe.training
     lengths = datasets.train.lengths[adapter.train]
     sizes = training.global_batch_size, training.per_device_train_batch_size

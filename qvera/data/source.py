@@ -1,11 +1,10 @@
 """One source of a recipe: its raw rows, which of them are held out, and tables of its tokenized rows.
 
-It is read twice (to count, to tokenize), never held as a whole: which rows are held out depends on how many there are,
-and rows beyond ``data.eval_limit`` are never looked at. The first pass takes a fiftieth of the time.
+A source is read twice, to count and to tokenize: which rows are held out depends on their number. It is never held as a
+whole. The first pass takes a fiftieth of the time.
 
-Several processes may tokenize: each reads the source itself and takes every n-th chunk of its rows. They are programs
-of their own, not forks or spawns: a fork would not copy the trainer's threads, and a spawn would run the caller's
-``__main__`` again.
+Several processes may tokenize. Each reads the source itself and takes every n-th chunk of rows. They are new programs,
+because a fork would not copy the trainer's threads, and a spawn would run the caller's ``__main__`` again.
 """
 
 from __future__ import annotations
@@ -53,16 +52,15 @@ CHUNK_ROWS = 256
 _PROGRESS_ROWS = 2000
 """More rows than this get a progress bar."""
 MEASURED_SECONDS = 1.0
-"""After this long in one process it is known how long the rest would take."""
+"""After this long in one process, the time for the rest is estimated."""
 WORTH_SECONDS = 60.0
-"""More processes are started where one alone would take this much longer: each imports its libraries and reads the
-whole source (`bench/feeding.py`)."""
+"""More processes start only if one alone would take this much longer: each has to read the whole source."""
 _PROGRAM = (
     "import sys; out, sys.stdout = sys.stdout.buffer, sys.stderr; "
     "from qvera.data.source import work; work(sys.argv[1], int(sys.argv[2]), out)"
 )
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_TORCH": "0"}
-"""A process's: one core each, and transformers without torch, whose import takes ten times as long as all the rest."""
+"""One core for each process, and transformers without torch, whose import takes ten times as long as all the rest."""
 
 
 def _split(section: DataSection, held_out: bool) -> str:
@@ -70,7 +68,7 @@ def _split(section: DataSection, held_out: bool) -> str:
 
 
 def source_paths(section: DataSection) -> Iterator[tuple[str, str]]:
-    """Path and split of all that a source reads, training rows first; the split counts for a hub dataset only."""
+    """Path and split of all that a source reads, training rows first. The split counts for a hub dataset only."""
     yield section.path, section.split
     if section.held_out_path is not None:
         yield section.held_out_path, _split(section, True)
@@ -86,14 +84,12 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
 
 
 def with_label_names(section: DataSection) -> DataSection:
-    """The source with the names that a hub dataset itself has for the integer labels of its classes, in their order.
+    """Give the source a hub dataset's own names for its integer labels, unless it has names already.
 
-    Names that the recipe or a trained model gives are kept. Names that are numbers themselves, as of MNIST, are not
-    used: an integer label would be mistaken for one of them.
+    Names that are numbers, as MNIST's, are not used: an integer label would be mistaken for one of them.
 
     Raises:
-        InputError: a dataset can't be loaded; that of the held-out rows has other names than that of the training rows;
-            or a dataset has the given names in another order.
+        InputError: a dataset can't be loaded, or training rows, held-out rows and given names do not agree.
     """
     if section.format not in LABELLED or section.regression is True:
         return section
@@ -116,9 +112,9 @@ def with_label_names(section: DataSection) -> DataSection:
 def _require_same_names(
     found: list[tuple[str, list[str]]], names: list[str], source: str, may_rename: bool = False
 ) -> None:
-    """Refuse a dataset (its path and its own names) in which an integer label is another class than in ``names``.
+    """Refuse a dataset in which an integer label is another class than in ``names``.
 
-    ``may_rename``: wholly other names are fine, the same ones in another order are not.
+    ``may_rename``: wholly other names are fine; the same names in another order are not.
     """
     for path, own in found:
         if own and names and own != names and not (may_rename and sorted(own) != sorted(names)):
@@ -130,12 +126,10 @@ def _require_same_names(
 
 
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
-    """The raw rows of a source, one at a time, each with what it belongs to as ``owner``.
-
-    ``held_out``: those of ``data.held_out_path``, where there is one, in place of those of ``data.path``.
+    """The raw rows of a source, one at a time, each with its ``owner``. ``held_out``: those of ``data.held_out_path``.
 
     Raises:
-        InputError: a file or a row can't be read, or does not name what it belongs to.
+        InputError: a file or a row can't be read, or a row does not name its owner.
     """
     rows: Iterator[RawRow]
     path = str(section.held_out_path) if held_out else section.path
@@ -180,7 +174,6 @@ def _with_owners(rows: Iterator[RawRow], column: str, kind: str) -> Iterator[Raw
 
 
 def _first_of_each(rows: Iterator[RawRow], limit: int) -> Iterator[RawRow]:
-    """The first ``limit`` rows of each owner."""
     seen: Counter[str | None] = Counter()
     for row in rows:
         seen[row.owner] += 1
@@ -190,29 +183,21 @@ def _first_of_each(rows: Iterator[RawRow], limit: int) -> Iterator[RawRow]:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over the raw rows of a source finds.
-
-    Attributes:
-        first: the first row.
-        format: what the rows look like.
-        count: how many there are.
-        names: the adapters in order of first appearance; empty where the rows name none.
-        members: for each adapter, the numbers of its rows, int64.
-    """
+    """What one pass over a source's raw rows finds."""
 
     first: RawRow
     format: RowFormat
-    count: int
-    names: list[str]
-    members: list[np.ndarray]
+    count: int  # rows
+    names: list[str]  # adapters in order of first appearance; empty if rows name none
+    members: list[np.ndarray]  # for each adapter, the numbers of its rows, int64
 
 
 def survey(section: DataSection, held_out: bool = False) -> Survey:
     """Read all rows of `raw_rows` once.
 
     Raises:
-        InputError: as `raw_rows` and `detect_format`; the name of an adapter can't be a directory's (`escape_name`); or
-            the first rows of two adapters are of different formats.
+        InputError: as `raw_rows` and `detect_format`; an adapter's name is no directory name (`escape_name`); or the
+            first rows of two adapters differ in format.
     """
     firsts: dict[frozenset[str], RawRow] = {}  # by their columns: the first row of all, and of each adapter
     count, numbers, owner_of = 0, dict[str, int](), array("q")
@@ -242,20 +227,15 @@ def survey(section: DataSection, held_out: bool = False) -> Survey:
 
 
 def members_of(numbers: np.ndarray, count: int) -> list[np.ndarray]:
-    """The rows of each of ``count`` owners, in order: int64 arrays.
-
-    Args:
-        numbers: int64 [rows]; the owner's number of each row.
-    """
+    """The rows of each of ``count`` owners, int64 arrays, from each row's owner number, int64 [rows]."""
     by_owner = np.argsort(numbers, kind="stable")
     return np.split(by_owner, np.cumsum(np.bincount(numbers, minlength=count))[:-1])
 
 
 def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which raw rows are trained on and which are held out; of many adapters, each by itself.
+    """Which raw rows are trained on and which are held out, for each adapter by itself.
 
     Args:
-        rows: of ``data.path``.
         eval_rows: of ``data.held_out_path``; None: the held-out rows are drawn from ``rows``.
 
     Returns:
@@ -275,12 +255,7 @@ def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) ->
 
 
 def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Which rows are held out: bool [count], at least one of each kind where any are; of a single row none.
-
-    Args:
-        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none.
-        seed: decides which.
-    """
+    """Which rows are held out, bool [count]: none if ``fraction`` is 0 or there is one row, else some but never all."""
     held = np.zeros(count, dtype=bool)
     if fraction > 0:
         chosen = min(max(1, round(count * fraction)), count - 1)
@@ -303,7 +278,7 @@ def template_of(section: DataSection, encoder: Encoder | ImageEncoder, format: s
 def row_tokenizer(
     section: DataSection, encoder: Encoder | ImageEncoder, template: ChatTemplate | None, format: RowFormat
 ) -> RowTokenizer:
-    """What makes examples of a source's rows."""
+    """The tokenizer of a source's raw rows."""
     if isinstance(encoder, ImageEncoder):
         return ImageReader(section, encoder, template, format)  # type: ignore[arg-type]
     assert template is not None
@@ -313,51 +288,34 @@ def row_tokenizer(
 
 @dataclass(slots=True)
 class TokenizedSource:
-    """A source's tokenized rows.
-
-    Attributes:
-        format, unused_columns: of its raw rows, see `RowFormat`.
-        template: the name of the template that was used.
-        counts: what its rows lost.
-        train, eval: the rows; ``eval`` is empty where none are held out.
-        adapters: names of adapters in order of first appearance, those without a row that is left too; empty where rows
-            name none.
-        cache_entry: the name of the cache's entry that they were found in; None: they were tokenized now.
-    """
+    """A source's tokenized rows."""
 
     format: str
     unused_columns: list[str]
-    template: str
+    template: str  # the template's name
     counts: RowCounts
     train: Rows
-    eval: Rows
-    adapters: list[str] = field(default_factory=list)
-    cache_entry: str | None = None
+    eval: Rows  # empty if none are held out
+    adapters: list[str] = field(default_factory=list)  # in order of first appearance, also those with no rows left
+    cache_entry: str | None = None  # its name; None: tokenized now
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The training or the held-out rows of a source.
-
-    Attributes:
-        tokenizer: tokenizes them.
-        name: `TRAIN` or `EVAL`.
-        held_out: they are read from ``data.held_out_path``, not from ``data.path``.
-        chosen: bool [raw rows]; which of them are of this part.
-    """
+    """The training or the held-out rows of a source."""
 
     tokenizer: RowTokenizer
-    name: str
-    held_out: bool
-    chosen: np.ndarray
+    name: str  # `TRAIN` or `EVAL`
+    held_out: bool  # read from data.held_out_path, not data.path
+    chosen: np.ndarray  # bool [raw rows]
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
         return int(self.chosen.sum())
 
     def chunks(self, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
-        """The chunks ``first``, ``first + step``, ... in order, tokenized by this process."""
+        """The chunks ``first``, ``first + step``, ..., tokenized by this process."""
         rows = itertools.compress(raw_rows(self.tokenizer.section, self.held_out), self.chosen)
         chunks = iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), [])  # up to an empty one
         return map(self.tokenizer.tokenize_chunk, itertools.islice(chunks, first, None, step))
@@ -366,11 +324,7 @@ class Part:
 def tokenize_source(
     section: DataSection, encoder: Encoder | ImageEncoder, directory: Path, console: Console | None
 ) -> TokenizedSource:
-    """Read, check, render and tokenize one source.
-
-    Args:
-        section: the source, with an empty ``mixture``.
-        directory: where the tables ``train.arrow`` and ``eval.arrow`` go.
+    """Read, check, render and tokenize one source (with an empty ``mixture``) into tables in ``directory``.
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file or a row.
@@ -403,7 +357,7 @@ def tokenize_source(
 
 
 def _why_none(section: DataSection, rows: int, dropped: Mapping[str, Sequence[str]]) -> str:
-    """What became of all ``rows`` of a source, and what to do about it; ``dropped``: see `RowCounts`."""
+    """The reason why none of ``rows`` rows is left, and what to do about it."""
     limit = section.max_length
     if section.format in PREFERENCES:
         reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
@@ -421,7 +375,7 @@ def _why_none(section: DataSection, rows: int, dropped: Mapping[str, Sequence[st
 
 
 def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Console | None) -> Rows:
-    """A part's rows, in a file in ``directory``; what they lost is added to the counts of ``source``."""
+    """Write a part's rows to ``directory``, and add what they lost to the counts of ``source``."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -452,7 +406,7 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Con
 
 
 def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
-    """All chunks in order, from this process or (where the recipe says so or it is worth it) from several."""
+    """All chunks in order, from several processes if the recipe asks for them or it is worth it."""
     cores = len(os.sched_getaffinity(0))
     asked = part.tokenizer.section.tokenize_processes
     rows = part.rows
@@ -481,14 +435,14 @@ def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
 
 
 class _ProcessFailed(Exception):
-    """A process could not be started, or ended before its work was done."""
+    """A process could not start, or ended too early."""
 
 
 def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[TokenizedChunk]:
-    """All chunks of a part from number ``first`` on, in order: each process writes its own to its standard output.
+    """The chunks from number ``first`` on, in order. Each process writes its own to its standard output.
 
     Raises:
-        _ProcessFailed: after the chunks that were yielded, none can be had in this way.
+        _ProcessFailed: the remaining chunks must be made in another way.
     """
     with contextlib.ExitStack() as stack:
         try:

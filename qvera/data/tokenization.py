@@ -1,4 +1,4 @@
-"""Conversations and texts → examples: their ids, which of them are trained, and what was cut off on the way."""
+"""Conversations and texts → examples: their ids, which of them are trained, and what was cut off."""
 
 from __future__ import annotations
 
@@ -25,35 +25,24 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Bounds = tuple[int, int, int]
-"""Where an answer's header starts, where the answer starts and where it ends: in characters of a text, or in tokens."""
+"""Where an answer's header starts, where the answer starts and where it ends, in characters or in tokens."""
 
 
 class Encoder:
-    """A tokenizer, and what it does about BOS, EOS and padding.
-
-    Attributes:
-        bos_id: the token that every row starts with, or None where the model wants none.
-        eos_id: ends a row that has no end-of-turn token of its own.
-        pad_id: fills up a batch. It is the tokenizer's, or eos where it has none: padding is masked, so any will do.
-        pads_with_eos: that second case.
-        splits: a text may be encoded in parts. SentencePiece tokenizers that put a space in front of whatever they
-            are given can't do that.
-
-    Args:
-        has_answers: rows have answers, which end with eos.
+    """A tokenizer, with its BOS, EOS and padding. ``has_answers``: rows have answers, which end with eos.
 
     Raises:
-        InputError: the tokenizer has no eos token and rows have answers, or it has neither eos nor a pad token.
+        InputError: there is no eos token although rows have answers, or neither an eos nor a pad token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, has_answers: bool = True) -> None:
         if has_answers:
             require_eos(tokenizer)
         self.tokenizer = tokenizer
-        self.eos_id: int | None = tokenizer.eos_token_id
-        self.pads_with_eos = tokenizer.pad_token_id is None
+        self.eos_id: int | None = tokenizer.eos_token_id  # ends a row without an end-of-turn token of its own
+        self.pads_with_eos = tokenizer.pad_token_id is None  # padding is masked, so any token will do
         self.pad_id = pad_id_of(tokenizer)
-        self.bos_id: int | None = None
+        self.bos_id: int | None = None  # None: the model wants none
         bos = tokenizer.bos_token_id
         if bos is not None:
             # The attribute says what a config file wished for, the first id what is really done. Either is a wish.
@@ -62,12 +51,13 @@ class Encoder:
                 self.bos_id = int(bos)
         probe = self._encode_batch(["a", "b"])
         ids = list(itertools.chain(*probe["input_ids"]))
+        # whether a text may be encoded in parts: some SentencePiece tokenizers put a space in front of each
         self.splits = bool(getattr(probe, "encodings", None)) and decode(tokenizer, ids) == "ab"
 
     def sha256(self) -> str | None:
-        """A hash of all that tokenizing depends on in the tokenizer.
+        """A hash of everything in the tokenizer that tokenizing depends on.
 
-        None for one written in Python, whose code is not compared.
+        None for a tokenizer written in Python, whose code is not compared.
         """
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -89,31 +79,29 @@ class Encoder:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """``ids`` with exactly one BOS in front where the model wants one; a template may have written it already."""
+        """``ids`` with exactly one BOS in front if the model wants one. A template may have written it already."""
         if self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
 
     def starts_with_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
-        """Whether the model wants a BOS and these ids have it in front."""
+        """Whether the model wants a BOS and these ids start with it."""
         return self.bos_id is not None and len(ids) > 0 and int(ids[0]) == self.bos_id
 
     def encode_prompt(self, text: str, starts: Sequence[int] = ()) -> list[int]:
-        """The ids of a prompt as in training; ``text`` and ``starts`` are what `ChatTemplate.prompt` returns."""
+        """The ids of a prompt as in training; ``text`` and ``starts`` are from `ChatTemplate.prompt`."""
         ((ids, _),) = self.encode([text], [[(at, at, at) for at in starts]])
         return self.with_bos(ids)
 
     def encode(self, texts: Sequence[str], answers: Sequence[Sequence[Bounds]]) -> list[tuple[list[int], list[Bounds]]]:
-        """Encode texts without adding special tokens; markers written in a text become their tokens.
+        """Encode texts without adding special tokens. Markers written in a text become their tokens.
 
-        Where the tokenizer `splits`, each answer starts a part that is encoded by itself. A prompt then has the ids
-        that it has when it is generated from: encoded together, a line break before an answer can be one token when it
-        ends the text and another when a word follows. A token that lies across the start or the end of an answer
-        belongs to the answer.
+        If the tokenizer `splits`, each answer starts a part that is encoded by itself. So a prompt has the same ids
+        here as in generation: encoded together, a line break before an answer could become another token. A token
+        across the start or the end of an answer belongs to the answer.
 
         Args:
-            texts: N texts.
-            answers: for each text the bounds of its answers in characters, in order.
+            answers: for each text, the bounds of its answers in characters, in order.
 
         Returns:
             For each text its ids, and the bounds of its answers in tokens.
@@ -148,7 +136,7 @@ class Encoder:
         )
 
     def _bounds_by_prefix(self, text: str, answers: Sequence[Bounds], ids: Sequence[int]) -> list[Bounds]:
-        """For tokenizers written in Python, which have no offsets: tokens that a prefix of the text has in common."""
+        """Tokenizers written in Python have no offsets: count the tokens that a prefix of the text has in common."""
 
         def tokens_before(at: int) -> int:
             if at >= len(text):
@@ -161,7 +149,7 @@ class Encoder:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse (InputError) the tokenizer of a model that answers, if it has no end-of-sequence token."""
+    """Refuse a tokenizer without an end-of-sequence token (InputError), for models that answer."""
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no end-of-sequence token, so no answer "
@@ -171,11 +159,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up a batch: the tokenizer's, or eos where it has none.
-
-    Raises:
-        InputError: it has neither.
-    """
+    """The token that fills up a batch: pad, or else eos. InputError if the tokenizer has neither."""
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if found is None:
         raise InputError(
@@ -191,14 +175,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _in_tokens(spans: list[tuple[int, int]], answer: Bounds) -> Bounds:
-    """An answer's bounds in tokens, whose places in the text ``spans`` are in order."""
+    """An answer's bounds in tokens. ``spans``: each token's place in the text, in order."""
     header, start, end = (bisect.bisect_right(spans, at, key=itemgetter(1)) for at in answer)  # tokens that end by then
     return header, start, max(end, bisect.bisect_left(spans, answer[2], key=itemgetter(0)))
 
 
 @dataclass(slots=True)
 class RowCounts:
-    """What raw rows lost on their way, as `DataStats` has it."""
+    """How many raw rows were cut, split or dropped. ``dropped``: reason → sources."""
 
     truncated_rows: int = 0
     truncated_tokens: int = 0
@@ -208,7 +192,7 @@ class RowCounts:
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: RowCounts) -> None:
-        """Count the rows of ``other`` too; they come after these."""
+        """Add the counts of ``other``, whose rows come after these."""
         for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "special_token_rows"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, sources in other.dropped.items():
@@ -217,7 +201,7 @@ class RowCounts:
 
 @dataclass(slots=True)
 class TokenizedChunk:
-    """What became of some consecutive raw rows. There is no ``batch`` where there are empty rows or an error."""
+    """The result for some consecutive raw rows. ``batch`` is None if there are empty rows or an error."""
 
     batch: pa.RecordBatch | None = None
     counts: RowCounts = field(default_factory=RowCounts)
@@ -227,7 +211,7 @@ class TokenizedChunk:
 
 
 class RowTokenizer:
-    """Raw rows of one format → examples, for one source's part of the recipe."""
+    """Raw rows of one format → examples."""
 
     def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
         self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
@@ -250,7 +234,7 @@ class RowTokenizer:
         return parse_row(row, self.row_format, self.section.system, self.section.label_names)
 
     def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], RowCounts]:
-        """Their examples in order, and what was cut, split and dropped on the way.
+        """The rows' examples in order, and what was cut, split and dropped.
 
         Raises:
             InputError: the template refuses a row, or rewrites its answers.
@@ -261,7 +245,7 @@ class RowTokenizer:
         return list(itertools.chain(*self._encode(rows))), self._counts
 
     def _encode(self, rows: Sequence[Conversation | Text]) -> Iterator[list[Example]]:
-        """What each row becomes at the lengths that the recipe allows."""
+        """Yields the examples of one row at a time: none, one or several."""
         rendered: list[tuple[str, list[AnswerSpan]]] = []
         for row in rows:
             self._counts.special_token_rows += self._has_special_token(row)
@@ -276,7 +260,7 @@ class RowTokenizer:
             yield self._example(row, text, answers, ids, bounds)
 
     def _preferences(self, rows: Sequence[Conversation]) -> list[Example]:
-        """The examples of preference rows. A pair is encoded as two rows, and left out where either of them is."""
+        """A pair is encoded as two rows. It is left out if either of them is."""
         paired = [row for row in rows if row.rejected is not None]
         others = [replace(row, turns=[*row.turns[:-1], row.rejected]) for row in paired if row.rejected is not None]
         encoded = self._encode([*rows, *others])
@@ -294,7 +278,7 @@ class RowTokenizer:
         return found
 
     def _pair(self, both: list[Example]) -> list[Example]:
-        """Two rows as one pair; none where one of them was dropped, or both are the same."""
+        """Join a pair's two rows; empty if one of them was dropped or both are the same."""
         if len(both) < 2:
             return []
         chosen, rejected = map(_answered, both)
@@ -309,7 +293,7 @@ class RowTokenizer:
         return [replace(chosen, trained=np.arange(len(ids)) >= start, rejected_ids=rejected_ids)]
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
-        """The error for rows without a token to train on."""
+        """The error text for rows without a token to train on."""
         shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
         what = "its answer (or text) is empty" if len(sources) == 1 else "their answers (or texts) are empty"
         if self.section.train_on == "last" or self.row_format.name in ("messages", "sharegpt"):
@@ -318,7 +302,6 @@ class RowTokenizer:
         return f"{shown}: {rows} with no token to train on: {what}. Fill in or remove them."
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
-        """The turns of a conversation that are trained."""
         answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         if self.section.train_on == "last" or self.row_format.name in PREFERENCES:
             answers = answers[-1:]
@@ -374,10 +357,9 @@ class RowTokenizer:
         return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference, row.owner), header)
 
     def _fitted(self, whole: Example, header: int) -> list[Example]:
-        """A tokenized row at the lengths that the recipe allows: itself, shorter, in several parts, or nothing.
+        """The row at the lengths that the recipe allows: itself, shorter, in parts, or nothing.
 
-        Args:
-            header: tokens right before the first trained one that open the answer.
+        ``header``: tokens right before the first trained one that open the answer.
         """
         # asked: what is left of the prompt that the answer is asked for with. A cut at the start shortens it too
         asked, keep = self._kept_sides(whole, header)
@@ -412,10 +394,7 @@ class RowTokenizer:
         return [row]
 
     def _kept_sides(self, whole: Example, header: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens of a row max_source_length leaves, and which both it and max_target_length leave, bool [T] each.
-
-        ``header``: as in `_fitted`.
-        """
+        """Which tokens max_source_length leaves, and which both it and max_target_length leave, bool [T] each."""
         source, target = self.section.max_source_length, self.section.max_target_length
         first = int(np.argmax(whole.trained))
         keep = np.ones(len(whole.trained), dtype=bool)
@@ -432,10 +411,9 @@ class RowTokenizer:
         self._counts.dropped.setdefault(reason, []).append(row.source)
 
     def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
-        """Split the tokens ``kept`` of a row into parts of max_length, each after the row's BOS or the token before.
+        """Split the tokens ``kept`` into parts of max_length, each after the row's BOS or the token before.
 
-        Only parts with a trained token are of use. None of them can be answered as the row could, so they have no
-        prompt.
+        Only parts with a trained token are kept. They have no prompt, because none can be answered as the row could.
         """
         with_bos = self.encoder.starts_with_bos(whole.input_ids[kept])
         size = self.section.max_length - 1
@@ -454,6 +432,6 @@ class RowTokenizer:
 
 
 def _answered(example: Example) -> Example:
-    """A row up to its last target: what a template writes behind an answer is not part of it."""
+    """The row up to its last target. What a template writes behind an answer is cut off."""
     end = int(np.flatnonzero(example.trained)[-1]) + 1
     return replace(example, input_ids=example.input_ids[:end], trained=example.trained[:end])

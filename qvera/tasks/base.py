@@ -1,7 +1,7 @@
-"""What a task declares: the model that it trains, the loss of its rows, and how rows that were held out are scored.
+"""What a task declares: its model, its loss, and how held-out rows are scored.
 
 A task is one file in this package. The loop, the plan, the commands and the exports ask it and know no task by name.
-How its rows are read is the data room's, by ``data.format``.
+The data room reads its rows, by ``data.format``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Task(ABC):
-    """One kind of run. What has to be made for a run is made by `prepare`."""
+    """One kind of run. `prepare` makes what a run needs."""
 
     name: ClassVar[str]
     """``task`` in a recipe."""
@@ -32,41 +32,36 @@ class Task(ABC):
     unit: ClassVar[str]
     """What has a loss of its own: a token, or a row."""
     loss_is_trl: ClassVar[bool] = False
-    """Whether TRL computes its loss: it pads rows, makes logits in pieces of its own size, and enables gradient
-    checkpointing anew in each pass."""
+    """TRL computes its loss: it pads rows, cuts logits in its own way, and enables checkpointing anew in each pass."""
     makes_all_logits: bool = False
     """Whether the logits of all tokens of a pass are held at once."""
     passes_without_gradient: int = 0
-    """Forward passes over the rows beside the one that the gradient comes from."""
+    """Forward passes over the rows, apart from the one with a gradient."""
     has_reference: bool = False
     """Whether its loss compares the model with itself without the adapter."""
     exported_class: ClassVar[ModelClass] = CAUSAL_LM
-    """Which model a finished checkpoint of it is; what its outputs mean is in its config."""
+    """The class of a finished checkpoint. The meaning of its outputs is in its config."""
     has_answers: ClassVar[bool] = False
-    """Whether its model writes text: chat, generate, serve and the text metrics are for these."""
+    """Whether its model writes text, as chat, generate, serve and the text metrics need."""
 
     def check(self, recipe: Recipe) -> None:  # noqa: B027  # optional
-        """Called before anything is read.
-
-        Raises:
-            InputError: a package that the task needs is not installed.
-        """
+        """Called before anything is read. InputError if a package that the task needs is missing."""
 
     @abstractmethod
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """Which model is made of the base. ``datasets`` None: the rows are not known, as in a plan."""
+        """The class of model made of the base. ``datasets`` is None if the rows are not known, as in a plan."""
 
     def prepare(  # noqa: B027
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, training: TrainingSection
     ) -> None:
-        """Make what `loss` and `held_out_loss` need of a base with a fresh adapter, before they are called."""
+        """Called with a base with a fresh adapter, before `loss` and `held_out_loss`."""
 
     def targets(self, rows: Sequence[Example]) -> int:
         """How many targets the rows have, without a pass over them."""
         return sum(row.trained_tokens for row in rows)
 
     def training_row(self, row: Example, number: int, step: int, recipe: Recipe) -> Example:
-        """A training row as optimizer step ``step`` (from 1) sees it; ``number`` is its place among all rows."""
+        """A training row as optimizer step ``step`` (from 1) sees it. ``number`` is its place among all rows."""
         return row
 
     @abstractmethod
@@ -79,26 +74,22 @@ class Task(ABC):
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """The training loss of a forward pass, summed over its targets (scalar), and how many targets there are.
+        """The training loss of a forward pass, summed over its targets (scalar), and the number of targets.
 
         Args:
-            model: base and adapter.
-            rows: of the pass.
-            datasets: that the rows are of.
-            recipe: the run's.
-            core: what to call in place of the model's `qvera.models.loader.core_of`, such as a DeepSpeed engine.
+            core: called in place of the model's `qvera.models.loader.core_of`, such as a DeepSpeed engine.
             expected_grad: see `qvera.models.loss.fused_linear_cross_entropy`.
         """
 
     def count_pass(self) -> None:  # noqa: B027
-        """Take what the latest pass measured besides its loss into the metrics of the step."""
+        """Add to the step's metrics what the latest pass measured besides its loss."""
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """What was measured since it was taken last, over all ranks, for metrics.jsonl; all ranks call this."""
+        """The metrics since the last call, over all ranks, for metrics.jsonl. All ranks call this together."""
         return {}
 
     def forget_metrics(self) -> None:  # noqa: B027
-        """Drop what was measured in passes of a step that was not taken."""
+        """Drop the metrics of a step that was not taken."""
 
     @abstractmethod
     def held_out_loss(
@@ -110,21 +101,18 @@ class Task(ABC):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """The mean loss over all targets of ``rows`` and the scores that come with it. All ranks call it together.
+        """The mean loss over all targets of ``rows``, and scores. All ranks call this together.
 
         Returns:
-            ``loss``, ``rows``, ``trained_tokens`` (targets), ``seconds``, and what the task adds; the same on all
-            ranks, up to the seconds.
+            ``loss``, ``rows``, ``trained_tokens`` (targets), ``seconds``, and what the task adds. Only the seconds
+            differ between ranks.
         """
 
     @abstractmethod
     def logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of the targets of some rows, row after row: fp32 [targets, outputs], and the targets, on the CPU.
-
-        ``labels``: of labelled rows.
-        """
+        """The logits of the rows' targets, row after row, fp32 [targets, outputs], and the targets, on the CPU."""
 
     def answers(
         self,
@@ -135,9 +123,9 @@ class Task(ABC):
         group: Group,
         progress: Callable[[str], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Scores of answers to held-out rows, and answers to show; neither where a model writes no text."""
+        """Scores of answers to held-out rows, and answers to show. Both are empty for a model that writes no text."""
         return {}, []
 
     @abstractmethod
     def line(self, scores: dict[str, Any]) -> str:
-        """What `held_out_loss` and `answers` found, in a few words."""
+        """The scores of `held_out_loss` and `answers` as a short text."""

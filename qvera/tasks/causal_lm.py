@@ -90,10 +90,9 @@ class CausalLM(Task):
         group: Group,
         progress: Callable[[str], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Greedy answers for the samples and, where the recipe asks for it, their exact match.
+        """Greedy answers for the samples and, if the recipe asks for it, their exact match.
 
-        Rank 0 alone answers prompts, unless ZeRO-3 has sharded the weights: then all ranks walk through the layers
-        together and rank 0's answers count.
+        Only rank 0 answers. With weights sharded by ZeRO-3 all ranks must take part, and rank 0's answers count.
         """
         asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
         with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)

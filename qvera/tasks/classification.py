@@ -1,7 +1,7 @@
-"""Classification: a model gives each row a class; sequence classification: each text, or pair of texts, or a number.
+"""Classification: the model gives each row a class, or a number.
 
-The model of texts is transformers' own ``…ForSequenceClassification``, called as a whole: its head reads the state of
-the last token of a decoder, or of the first one of an encoder. Logits are fp32, whatever the base computes in.
+The model of texts is transformers' own ``…ForSequenceClassification``, called as a whole: its head reads the last token
+of a decoder, or the first one of an encoder. Logits are fp32, whatever the base computes in.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 
 class Classification(Task):
-    """A row has one target, its label, however long it is; so a row counts once in the loss."""
+    """A row has one target, its label, so it counts once in the loss, however long it is."""
 
     unit = "row"
     row_format: ClassVar[str]
     """``data.format`` of its rows."""
     too_large: ClassVar[str]
-    """What helps where a single row does not fit into memory."""
+    """The advice if a single row does not fit into memory."""
 
     def check(self, recipe: Recipe) -> None:
         """See `Task.check`: the scores need scikit-learn and scipy."""
@@ -102,7 +102,7 @@ class Classification(Task):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """The logits of all rows in order, fp32 [rows, outputs] on the CPU; ranks share the rows, and all get them."""
+        """The logits of all rows, fp32 [rows, outputs] on the CPU. Ranks share the rows, and all get the result."""
 
         def compute(numbers: list[int]) -> torch.Tensor:
             return self.row_logits(model, [rows[i] for i in numbers], pad_id)
@@ -139,10 +139,10 @@ class SequenceClassification(Classification):
     too_large = "Lower data.max_length."
 
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes.
+        """See `Task.model_class`. If the rows are not known, the head is of ``data.label_names``, or of two classes.
 
         Raises:
-            InputError: a regression's targets would be smoothed.
+            InputError: a regression has label_smoothing.
         """
         labels = None if datasets is None else datasets.labels
         if labels is None and recipe.data.regression is True:
@@ -158,10 +158,7 @@ class SequenceClassification(Classification):
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
     ) -> torch.Tensor:
-        """See `Classification.row_logits`.
-
-        On a CPU in 16 bits the batch is padded to one of a few lengths (`qvera.data.rows`).
-        """
+        """See `Classification.row_logits`. On a CPU in 16 bits the length is rounded up (`qvera.data.rows`)."""
         inner = causal_model(model)
         device, implementation = next(model.parameters()).device, inner.config._attn_implementation
         tokens = max(len(row.input_ids) for row in rows)
@@ -190,7 +187,7 @@ def _row_losses(
 
 
 def label_scores(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -> dict[str, Any]:
-    """Loss and scores of logits fp32 [rows, outputs]; without ``seconds``."""
+    """Loss and scores of logits fp32 [rows, outputs], without ``seconds``."""
     targets = torch.from_numpy(labels.targets(rows))
     losses = _row_losses(logits.double(), targets.double() if labels.is_regression else targets, labels.is_regression)
     counts = {"loss": float(losses.mean()), "rows": len(rows), "trained_tokens": len(rows)}
@@ -200,7 +197,7 @@ def label_scores(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) 
 
 
 def predictions(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -> list[dict[str, Any]]:
-    """For each row its ``source``, ``text`` and ``label``, the ``prediction``, and of classes ``probabilities``."""
+    """For each row ``source``, ``text``, ``label`` and ``prediction``, and for classes ``probabilities``."""
     found = []
     for row, values in zip(rows, logits, strict=True):
         what = {"text": row.prompt_text} if row.image is None else {}

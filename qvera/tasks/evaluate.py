@@ -39,7 +39,7 @@ TITLES = {
     "pearson": "Pearson",
     "spearman": "Spearman",
 }
-"""Score of a classifier → its name for people."""
+"""A classifier's score → its name for people."""
 
 
 def evaluate(
@@ -60,19 +60,15 @@ def evaluate(
     """What ``qvera eval --json`` writes: ``subject``, ``scores``, ``base_scores``, ``metrics``, ``answers`` and more.
 
     Args:
-        target: what is evaluated.
         rows: a file of rows, read as the recipe's are. None: the held-out rows of its recipe.
-        limit: use only the first rows.
-        base_alone: evaluate the base model without the adapter.
-        with_base: evaluate the base model too.
-        metrics: how answers are compared with references (`qvera.evaluation.metrics`).
-        group_prompts: rows with the same prompt are one, with all their references.
-        answers: whether prompts are answered; False: loss only.
-        max_new_tokens: tokens of an answer at most. None: the recipe's.
-        judge: another model that compares the answers. Where it fails, its error stands under ``judge_error``: the
-            answers are not lost for it.
-        opened: gives the model where it may be loaded already.
-        console: for progress; default: standard error.
+        base_alone: evaluate the base without the adapter.
+        with_base: evaluate the base too.
+        metrics: compare answers with references (`qvera.evaluation.metrics`).
+        group_prompts: join rows with the same prompt into one with all their references.
+        answers: False: loss only.
+        max_new_tokens: None: the recipe's.
+        judge: compares answers. If it fails, its error is in ``judge_error``, so that no answers are lost.
+        opened: gives a model that may be loaded already.
 
     Raises:
         InputError: there are no rows, there is no base to compare with, or a package that a metric needs is missing.
@@ -229,7 +225,7 @@ def _evaluate_labels(
 
 
 def _data_section(target: Artifact, data: str | None, rows: int | None) -> DataSection:
-    """Where the rows come from: the recipe's held-out rows, or all of a file that is read as the recipe's rows are."""
+    """The recipe's held-out rows, or all rows of a file that is read in the same way."""
     recipe = target.recipe
     if data is None:
         if recipe is None:
@@ -261,7 +257,6 @@ def _data_section(target: Artifact, data: str | None, rows: int | None) -> DataS
 
 
 def _subject(target: Artifact, section: DataSection, base_alone: bool, data: str | None) -> dict[str, Any]:
-    """What was evaluated on what."""
     what = "the base alone" if base_alone else target.what
     column = "Adapter" if target.adapter is not None else "Export" if target.merged else "Model"
     held_out = section.held_out_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"

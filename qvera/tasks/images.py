@@ -1,7 +1,6 @@
-"""Image classification: a model gives each image a class.
+"""Image classification by transformers' own ``…ForImageClassification``.
 
-The model is transformers' own ``…ForImageClassification``. Its image processor makes the pixel values, here and in an
-exported checkpoint.
+The checkpoint's image processor makes the pixel values, here and in an exported checkpoint.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ class ImageClassification(Classification):
         require_pillow()
 
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes."""
+        """See `Task.model_class`. If the rows are not known, the head is of ``data.label_names``, or of two classes."""
         labels = None if datasets is None else datasets.labels
         names = (recipe.data.label_names or ["0", "1"]) if labels is None else labels.names
         return image_class(names, recipe.training.seed)
 
     def training_row(self, row: Example, number: int, step: int, recipe: Recipe) -> Example:
-        """See `Task.training_row`: a crop and a flip that depend on ``data.seed``, the step and the row alone."""
+        """See `Task.training_row`: a random crop and flip that depend only on ``data.seed``, the step and the row."""
         if recipe.data.augment == "none":
             return row
         assert row.image is not None

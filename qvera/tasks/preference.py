@@ -1,12 +1,11 @@
 """Preference tuning (``training.objective``: dpo, orpo, kto) of a causal language model, by TRL's losses.
 
-A target is a pair of answers, or for KTO one judged answer. TRL's trainer gets our model and, for each forward pass,
-our tokens. Its loop is not used: batches, steps, checkpoints and ranks are those of any run. All that is known of TRL
-here is how a trainer is made, its collator's keys, its ``compute_loss`` and the metrics that its ``log`` adds;
-`tests/tasks/test_preference.py` compares each loss with its paper's formula, so that a TRL that computes something else
-is noticed.
+A target is a pair of answers, or for KTO one judged answer. The reference of DPO and KTO is the base with the adapter
+switched off. ORPO has none.
 
-The reference of DPO and KTO is the base with the adapter switched off. ORPO has none.
+TRL's trainer gets our model and our tokens, but its loop is not used. We rely on how a trainer is made, its collator's
+keys, ``compute_loss`` and the metrics that ``log`` adds. `tests/tasks/test_preference.py` compares each loss with its
+paper's formula, to notice a TRL that computes something else.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _MEASURED_BY = {"orpo": ("nll_loss", "log_odds_ratio"), "kto": ("kl",)}
 
 
 def require_trl() -> None:
-    """Raises InputError where TRL is missing or too old."""
+    """Raises InputError if TRL is missing or too old."""
     if find_spec("trl") is None:
         found = "TRL is not installed"
     elif tuple(map(int, version("trl").split(".")[:2])) < tuple(map(int, OLDEST_TRL.split(".")[:2])):
@@ -61,10 +60,10 @@ def require_trl() -> None:
 
 
 class Preferences(CausalLM):
-    """The loss compares answers. Each run has an instance of its own, which keeps TRL's trainer for the run's model.
+    """The loss compares answers. Each run has its own instance, which keeps TRL's trainer for the run's model.
 
-    ORPO's likelihood term is a mean over the tokens of a pass, and KTO's estimate of the divergence is one over its
-    rows, so these two depend on how rows are divided into passes.
+    ORPO's likelihood term is a mean over the tokens of a pass, and KTO estimates the divergence over its rows. So these
+    two depend on how rows are divided into passes.
     """
 
     joins_rows = False
@@ -89,11 +88,7 @@ class Preferences(CausalLM):
     def prepare(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, training: TrainingSection
     ) -> None:
-        """See `Task.prepare`: makes TRL's trainer.
-
-        Raises:
-            InputError: TRL is missing or too old.
-        """
+        """See `Task.prepare`: makes TRL's trainer. InputError if TRL is missing or too old."""
         require_trl()
         self._sums.clear()
         own_tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token
@@ -138,7 +133,7 @@ class Preferences(CausalLM):
         return loss * len(rows), len(rows)
 
     def _measured(self, examples: Sequence[Example]) -> dict[str, tuple[float, int]]:
-        """What TRL measured in the latest pass, and over how many rows."""
+        """Metric → TRL's mean over the latest pass, and the number of rows behind it."""
         logged: dict[str, Any] = {"loss": 0.0}
         self._trainer.log(logged)  # adds the metrics
         self._trainer.state.log_history.clear()
@@ -164,12 +159,10 @@ class Preferences(CausalLM):
         self._sums.clear()
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """See `Task.take_metrics`.
+        """See `Task.take_metrics`: means over all counted passes, without metrics that no row has.
 
-        Returns:
-            Means over all counted passes: rewards and log probabilities of chosen and rejected answers, the
-            ``rewards/margins`` between them, the share of pairs whose chosen answer has the higher reward
-            (``rewards/accuracies``), and what else the objective has. What no row has is left out.
+        They are rewards and log probabilities of chosen and rejected answers, ``rewards/margins`` between them,
+        ``rewards/accuracies`` (the share of pairs with a higher reward for the chosen answer), and the objective's own.
         """
         sums = group.sum([number for key in self._keys for number in self._sums[key]])
         self._sums.clear()
@@ -250,8 +243,7 @@ def _labelled_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
 def _judged_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Judged answers for the collator of TRL's KTOTrainer.
 
-    The divergence is estimated from each prompt with the answer of the row before it in the pass, as TRL does it; in a
-    pass of one row that is its own.
+    As in TRL, the divergence is estimated with the answer of the row before in the pass; a single row has its own.
     """
     answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
     return [
@@ -281,7 +273,7 @@ def _rejected(example: Example) -> list[int]:
 def _make_trainer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, training: TrainingSection, device: torch.device
 ) -> Any:
-    """TRL's trainer for the objective. It asks for rows, and gets some that are never used."""
+    """TRL's trainer for the objective. It asks for rows, so it gets some that are never used."""
     from datasets import Dataset
     from transformers import PrinterCallback
 
@@ -325,7 +317,7 @@ def _make_trainer(
 
 
 class _OneProcess:
-    """An accelerator that gathers nothing: ranks may have other numbers of rows, and `Group` sums what they found."""
+    """An accelerator that gathers nothing: ranks may differ in their number of rows, and `Group` sums the results."""
 
     def __init__(self, whole: Any) -> None:
         self._whole = whole
@@ -334,7 +326,6 @@ class _OneProcess:
         return getattr(self._whole, name)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself."""
         return tensor
 
     gather_for_metrics = gather
@@ -342,7 +333,7 @@ class _OneProcess:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give back random state, mode and vectors as they were: TRL seeds generators, and rounds vectors to 16 bits."""
+    """Restore random state, mode and vectors: TRL seeds generators, and rounds vectors to 16 bits."""
     was_training = model.training
     vectors = {name: (vector, vector.data, vector.requires_grad) for name, vector in named_vectors(model).items()}
     with accelerator.forked_random_state():
@@ -355,7 +346,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what TRL says of its own making, and the progress bars of rows that are never used."""
+    """Hide TRL's own messages, and the progress bars of rows that are never used."""
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()
