@@ -1,7 +1,7 @@
-"""The processes of a run, and collectives for numbers, JSON and tensors. Nothing is pickled.
+"""The processes of a run, and collectives for numbers, JSON and tensors.
 
-torch's own object collectives pickle; these send JSON as bytes. Like any collective, all ranks have to call them in the
-same order. With one process nothing is sent, and torch.distributed need not be set up.
+Nothing is pickled: torch's object collectives pickle, these send JSON as bytes. All ranks have to call them in the same
+order. With one process nothing is sent, and torch.distributed need not be set up.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError, Interrupted, QveraError, RunFailed
 
 JSON = Any
-"""None, a bool, number, string, list or dict with string keys."""
 
 T = TypeVar("T")
 _Error = TypeVar("_Error", bound=QveraError)
@@ -59,7 +58,7 @@ class Group:
         return total.tolist()
 
     def gather(self, value: JSON) -> list[JSON]:
-        """Return the values of all ranks, in their order, on every rank."""
+        """Return the values of all ranks, by rank, on every rank."""
         if self.world_size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -108,10 +107,7 @@ class Group:
             tensor.copy_(part.view_as(tensor))
 
     def measure_network(self) -> tuple[float, float]:
-        """Return the seconds of an all-reduce of one number, and the bytes a second of one of 4 MB: medians of five.
-
-        The numbers lie where gradients do, so on GPUs it is NCCL that is timed.
-        """
+        """Time all-reduces where gradients lie: seconds for one number, bytes per second for 4 MB. Medians of five."""
         device = accelerator.current_device()
 
         def seconds(numel: int) -> float:
@@ -128,22 +124,14 @@ class Group:
         return seconds(1), 4 * 2**20 / seconds(2**20)
 
     def on_first(self, do: Callable[[], JSON]) -> JSON:
-        """Let rank 0 alone call ``do``, and return its result on every rank.
-
-        Raises:
-            QveraError: on every rank, of the kind that ``do`` raised on rank 0.
-        """
+        """Let rank 0 alone call ``do``, and return its result on every rank. Its QveraError is raised on every rank."""
         found = self.broadcast(_outcome(do) if self.first else None) if self.world_size > 1 else {"value": do()}
         if "error" in found:
             raise for_all(_ERRORS[found["error"]](found["text"]))
         return found["value"]
 
     def agree(self, do: Callable[[], T]) -> T:
-        """Let every rank call ``do``, and return its own result. If it fails on one rank, it fails on all.
-
-        Raises:
-            QveraError: that of the lowest rank that failed. It names the rank and node if not all of them failed.
-        """
+        """Let every rank call ``do``, and return its own result. If one fails, all raise its QveraError."""
         if self.world_size == 1:
             return do()
         mine = _outcome(do)
@@ -158,11 +146,10 @@ class Group:
 
 
 ALONE = Group()
-"""The group of a process on its own."""
 
 
 def for_all(error: _Error) -> _Error:
-    """Mark an error as one that every rank raises at this place."""
+    """Mark an error that every rank raises at this place."""
     error.shared = True
     return error
 

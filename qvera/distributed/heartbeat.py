@@ -1,9 +1,8 @@
 """Heartbeats: a rank that dies, hangs or is cut off is noticed within 30 seconds, and named.
 
-A collective can't tell a slow peer from a dead one: a step of a large model takes minutes, and a dead link is silent.
-So liveness is separate from the collectives. A thread in each process counts up its own key in the launcher's key-value
-store and reads the keys of the others. It ends this process, with a message that names rank and node, when a peer's key
-has not changed for `SILENT_SECONDS`, when a peer left with an error, or when the store can't be reached for as long.
+A collective can't tell a slow peer from a dead one. So a thread in each process counts up its own key in the launcher's
+key-value store and reads the keys of the others. It ends this process when a peer's key stands still for
+`SILENT_SECONDS`, when a peer left with an error, or when the store can't be reached for as long.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from qvera.utils.errors import EXIT_FAILED, QveraError
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0
-"""A peer without a beat for this long counts as gone. With `BEAT_SECONDS` and `GRACE_SECONDS` that is within 30 s."""
+"""After this long without a beat a peer counts as gone. With the beat and the grace that is within 30 s."""
 GRACE_SECONDS = 3.0
-"""How long a process may take to end by itself, with its own message, after a peer left with an error."""
+"""After a peer left with an error, the time that a process has to end with its own message."""
 _GO_ON = "Checkpoints are kept; go on with --resume."
 _THREAD = "qvera-heartbeat"
 
@@ -38,7 +37,6 @@ class Heartbeat:
         group: the ranks that are watched.
         store: a connection to the launcher's store that nothing else uses, because its calls block.
         give_up: called from a thread with a message and an exit code when a peer is gone. Default: `end_process`.
-        beat_seconds: see `BEAT_SECONDS`, also for ``silent_seconds``.
         launcher: the process id of the parent. When it is gone, this process ends too. None: not checked.
     """
 
@@ -83,7 +81,7 @@ class Heartbeat:
                 self._write(left=True, **reason)
 
     def find_the_dead(self) -> None:
-        """When a collective failed: wait until the beats show which rank is gone, which ends this process."""
+        """After a failed collective: wait until the beats show which rank is gone. That ends this process."""
         print(f"qvera: {self._me} lost a peer in the middle of a step; finding out which.", file=sys.stderr, flush=True)
         self._done.wait(self._silent_seconds + GRACE_SECONDS + 2 * self._beat_seconds)
 
@@ -107,14 +105,13 @@ class Heartbeat:
                 continue
 
     def _without_launcher(self) -> None:
-        """The launcher on this node was killed: nothing would restart or stop this process any more."""
         reason = f"the launcher that had started it was killed. {_GO_ON}"
         with contextlib.suppress(RuntimeError):  # it may have served the store
             self._write(left=True, error=reason, exit_code=EXIT_FAILED)
         self._give_up(f"{self._me} ends: {reason}", EXIT_FAILED)
 
     def _look_at(self, rank: int) -> bool:
-        """Whether this rank is gone and we have given up."""
+        """Call ``give_up`` and return True if this rank is gone."""
         key, now = _key(rank), time.monotonic()
         value = self.store.get(key).decode() if self.store.check([key]) else "{}"
         self._reached = now
@@ -152,16 +149,16 @@ def _key(rank: int) -> str:
 
 
 def end_process(message: str, exit_code: int) -> None:
-    """Print the message and end this process at once: its main thread is in a collective that may never return."""
+    """Print the message and end this process at once: its main thread may hang in a collective."""
     print(f"qvera: {message}", file=sys.stderr, flush=True)
     os._exit(exit_code)
 
 
 def end_if_stuck(exit_code: int) -> None:
-    """End this process at once, where a heartbeat's thread still hangs in a call of the store; else return.
+    """End this process at once if a heartbeat's thread still hangs in a call of the store.
 
-    Such a thread does not keep the interpreter from ending, but when its call returns meanwhile, Python unwinds it in
-    the middle of C++ code, which aborts the process ("terminate called without an active exception").
+    If that call returned while the interpreter ends, Python would unwind the thread in the middle of C++ code. That
+    aborts the process ("terminate called without an active exception").
     """
     if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
         with contextlib.suppress(OSError):  # nobody reads
@@ -171,6 +168,6 @@ def end_if_stuck(exit_code: int) -> None:
 
 
 def own_store() -> dist.TCPStore:
-    """Return a new connection to the store that the launcher (or rank 0) serves at MASTER_ADDR:MASTER_PORT."""
+    """Return a new connection to the store at MASTER_ADDR:MASTER_PORT, which the launcher or rank 0 serves."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, wait_for_workers=False, timeout=datetime.timedelta(seconds=30))

@@ -1,4 +1,4 @@
-"""Join the processes of a run, as the environment of a launcher says, and leave them."""
+"""Join the processes of a run, by the environment of their launcher, and leave them."""
 
 import contextlib
 import datetime
@@ -18,11 +18,11 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 _LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
-"""The messages of torch's collectives when a peer is gone. They do not say which one."""
+"""Messages of torch's collectives when a peer is gone. They do not say which one."""
 JOIN_TIMEOUT = datetime.timedelta(minutes=5)
-"""How long the processes of a run wait for the last of them to be started."""
+"""How long processes wait for the last of them to start."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
-"""How far apart ranks may be, such as while one of them writes. A dead rank is noticed by `heartbeat`."""
+"""How far apart ranks may be, such as while one writes. `heartbeat` notices a dead rank much sooner."""
 
 
 @contextlib.contextmanager
@@ -32,8 +32,8 @@ def in_group() -> Iterator[Group]:
     If the calling program has set up torch.distributed already, its process group is used and left alone.
 
     Raises:
-        InputError: one of the launcher's environment variables is missing or wrong, there are more processes than
-            accelerators, or the program's own group takes no CPU tensors.
+        InputError: the launcher's environment is wrong, accelerators are too few, or the program's group takes no CPU
+            tensors.
         RunFailed: the other processes did not come.
     """
     if dist.is_initialized():
@@ -87,11 +87,7 @@ def in_group() -> Iterator[Group]:
 
 
 def require_backend_of_cpu() -> None:
-    """Refuse a process group of the calling program that can't send numbers and texts.
-
-    Raises:
-        InputError: it has a backend for an accelerator's tensors alone.
-    """
+    """Raise InputError if the calling program's process group takes an accelerator's tensors alone."""
     config = dist.get_backend_config()
     if "cpu" not in config and dist.get_backend() != "gloo":
         raise InputError(
@@ -101,7 +97,7 @@ def require_backend_of_cpu() -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process in the place of one that failed (``--max-restarts``)."""
+    """Whether torchrun started this process in place of one that failed (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -121,13 +117,9 @@ def _clear_errors(count: int) -> Iterator[None]:
 def agreed_attempt(store: dist.Store, rank: int, world_size: int, limit_seconds: float) -> str:
     """Return a key prefix that all live processes have in common, and that no earlier process used.
 
-    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead ones. It counts
-    restarts for each node by itself, so the count can't serve as a prefix. Instead each process writes a random word.
-    Rank 0 publishes the list of words until every process has confirmed a list that contains its own word. The prefix
-    is a hash of that list.
-
-    Raises:
-        TimeoutError: not all processes came.
+    A launcher that restarts processes keeps its store, with the addresses and beats of the dead; its count of restarts
+    is no prefix, because each node counts for itself. So each process writes a random word. Rank 0 publishes the list
+    of words until every process has confirmed a list with its own word. The prefix is a hash of that list.
     """
     until = time.monotonic() + limit_seconds
     word = uuid.uuid4().hex

@@ -17,11 +17,11 @@ FORWARDED = (
     "CUDA_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTHON", "PYTORCH_", "QVERA_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_",
     "XDG_",
 )  # fmt: skip
-"""Prefixes of the environment variables that are passed on to remote processes. ssh forwards none by itself."""
+"""Environment variables with these prefixes are sent to remote processes. ssh forwards none by itself."""
 EXIT_CODES = "QVERA_EXIT_CODES"
-"""The folder for the exit codes of workers: torchrun ends with 1 whatever its workers ended with."""
+"""The folder for the workers' exit codes. torchrun itself ends with 1, whatever its workers ended with."""
 _SSH_SECONDS = 10
-"""How long a host may take to let ssh connect; twice that until it has answered."""
+"""The limit for ssh to connect. The answer may take twice as long."""
 
 
 def launch_command(
@@ -37,11 +37,8 @@ def launch_command(
 ) -> list[str]:
     """Return the command of torchrun, or with a host file that of DeepSpeed's launcher.
 
-    The arguments are the options of `qvera launch`; ``train_arguments`` goes to `qvera train` after the recipe. Without
-    ``gpus`` there is a process for each GPU, or one.
-
-    Raises:
-        InputError: the arguments do not fit together, or there are several hosts and no pdsh.
+    The arguments are the options of `qvera launch`. Without ``gpus`` there is a process for each GPU, or one. Raises
+    InputError if the arguments do not fit together, or pdsh is missing.
     """
     inner = ["qvera", "train", str(recipe), *(train_arguments or [])]
     placed = {"--node-rank": node_rank, "--nnodes": nnodes, "--rdzv": rdzv}
@@ -86,7 +83,7 @@ def launch_command(
 
 
 def _hosts(hostfile: Path) -> dict[str, int]:
-    """Return the line of each host, from 1."""
+    """Return host → its line in the file, from 1."""
     found: dict[str, int] = {}
     for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -96,13 +93,7 @@ def _hosts(hostfile: Path) -> dict[str, int]:
 
 
 def require_hosts(hostfile: Path) -> None:
-    """Check by ssh that each host of a file answers; otherwise the others would wait minutes for it.
-
-    A single host is not asked.
-
-    Raises:
-        InputError: a host does not answer within seconds, or asks for a password.
-    """
+    """Raise InputError if one of several hosts does not answer to ssh: the others would wait minutes for it."""
     hosts = _hosts(hostfile)
     if len(hosts) < 2:
         return
@@ -130,7 +121,7 @@ def _ssh_problem(host: str) -> str | None:
 
 
 def run(command: list[str]) -> int:
-    """Run the launcher, pass SIGINT and SIGTERM on to it, and return the exit code of the run itself.
+    """Run the launcher, pass SIGINT and SIGTERM on to it, and return the exit code of the run.
 
     That is 75 if every process was interrupted and has saved, 2 if the input was wrong, else the launcher's own.
     """

@@ -1,10 +1,8 @@
-"""The recipe's ``deepspeed`` key: a word or a file in, DeepSpeed's configuration out; and DeepSpeed in this process.
+"""The recipe's ``deepspeed`` key, a word or a file, becomes DeepSpeed's configuration.
 
-A file says how ZeRO works and nothing that the recipe also says: batch size, precision, accumulation, clipping,
-schedule and optimizer come from the recipe, and a file that sets one of them is refused.
-
-This is the only module that changes settings of another library: DeepSpeed's log level and one of its switches, and how
-malloc returns memory on a CPU under ZeRO-3. None of them has an option that could be passed instead.
+Batch size, precision, accumulation, clipping, schedule and optimizer come from the recipe; a file that sets one of them
+is refused. Only this module changes settings of other libraries, where they have no option for it: DeepSpeed's log
+level and one of its switches, and how malloc returns memory on a CPU under ZeRO-3.
 """
 
 from __future__ import annotations
@@ -61,24 +59,21 @@ _UNSUPPORTED = (
     "csv_monitor", "data_types", "communication_data_type", "seq_parallel_communication_data_type",
     "zero_allow_untested_optimizer", "managed_gradient_accumulation",
 )  # fmt: skip
-"""DeepSpeed's keys for what this training loop does not do (other kinds of parallelism, curricula, its own checkpoints)
-or always does in one way (it logs every step; vectors and their gradients are fp32)."""
+"""DeepSpeed's keys for what this training loop does not do, or always does in one way."""
 
 IN_RAM_BELOW_BYTES = 2**20
-"""A shard of a weight that is smaller than this stays in RAM when the base is offloaded to NVMe (DeepSpeed's
-``MIN_AIO_BYTES``)."""
+"""With the base on NVMe, smaller shards of weights stay in RAM (DeepSpeed's ``MIN_AIO_BYTES``)."""
 
 _SPARE_BUFFERS = 4
-"""DeepSpeed ends the run with an assertion when no buffer is free, and one more costs a few MB."""
+"""DeepSpeed fails an assertion when no buffer is free, and one more costs a few MB."""
 
 _NOT_WITH_NVME = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
-"""With gradient checkpointing a weight is in DeepSpeed's queue twice; the buffers are counted for weights that go after
-use."""
+"""The buffers are counted for weights that go after use. With gradient checkpointing a weight is queued twice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What DeepSpeed's limits and buffers are derived from, in elements of tensors as they are stored. 0: not known."""
+    """Sizes behind DeepSpeed's limits and buffers, in elements of tensors as they are stored. 0: not known."""
 
     largest_layer: int = 0  # the largest decoder layer
     largest_weight: int = 0  # the largest weight in the layers
@@ -88,17 +83,12 @@ class Sizes:
 
 
 def nvme_buffers(largest_weight: int, weights_per_layer: int, world_size: int) -> tuple[int, int]:
-    """Return the elements of one buffer that shards on NVMe are read into, and how many buffers there are.
-
-    A buffer holds a rank's shard of one weight from the moment it is gathered until it is released. Those of a
-    recomputed layer are all held until its backward pass has begun. Weights are counted as in `Sizes`.
-    """
+    """Return the elements of one buffer for shards from NVMe, and the number of buffers. Arguments as in `Sizes`."""
+    # the shards of a recomputed layer are all held until its backward pass has begun
     return -(-max(largest_weight, 1) // world_size), weights_per_layer + _SPARE_BUFFERS
 
 
 class _DeepSpeedKeys(Section):
-    """A JSON object of DeepSpeed's: keys that are not checked here are passed on as they are."""
-
     model_config = ConfigDict(extra="allow")
 
 
@@ -113,12 +103,12 @@ class _ZeroOptimization(_DeepSpeedKeys):
 
 
 class ZeroConfig(_DeepSpeedKeys):
-    """The DeepSpeed configuration file that a recipe's ``deepspeed`` key stands for."""
+    """The DeepSpeed configuration of a recipe's ``deepspeed`` key."""
 
     zero_optimization: _ZeroOptimization
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield keys that the recipe sets, that this training loop does not support, or that do not fit the stage."""
+        """Yield (key, problem) for keys that the recipe sets, that are not supported, or that do not fit the stage."""
         for name in self.model_extra or {}:
             if name in _RECIPE_KEYS:
                 yield name, f"belongs to the recipe: remove it there and set {_RECIPE_KEYS[name]}."
@@ -152,22 +142,19 @@ class ZeroConfig(_DeepSpeedKeys):
 
     @property
     def offload_device(self) -> str | None:
-        """Where a rank keeps its shard of the base: None (the device itself), ``cpu`` or ``nvme``."""
+        """Where a rank keeps its shard of the base: ``cpu``, ``nvme``, or None for the device itself."""
         offload = self.zero_optimization.offload_param
         return None if offload is None or offload.device == "none" else offload.device
 
     def nvme_folder(self, scratch: Path) -> Path | None:
-        """Return where a base on NVMe goes: the folder that the file names, else ``scratch``; else None."""
+        """Return the folder of a base on NVMe: the file's own, else ``scratch``. None if it is not on NVMe."""
         offload = self.zero_optimization.offload_param
         if offload is None or offload.device != "nvme":
             return None
         return scratch if offload.nvme_path is None else Path(offload.nvme_path)
 
     def complete(self, recipe: Recipe, world_size: int, sizes: Sizes, scratch: Path) -> dict[str, dict]:
-        """Return DeepSpeed's whole configuration: this file, and the recipe's batch size and clipping.
-
-        ``scratch`` is a directory for parameters offloaded to NVMe, if the file names none.
-        """
+        """Return DeepSpeed's whole configuration: this file, and the recipe's batch size and clipping."""
         tree = self.model_dump(exclude_unset=True) | {
             "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,
             # our loop counts passes itself: the last batch of an epoch has fewer, and the mean is over tokens
@@ -206,11 +193,7 @@ class ZeroConfig(_DeepSpeedKeys):
 
 
 def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
-    """Return the settings that a recipe's ``deepspeed`` key stands for; None where it has none.
-
-    Raises:
-        InputError: as `load_zero_config`, or the base is sharded, and the recipe asks for what that excludes.
-    """
+    """Return the settings of a recipe's ``deepspeed`` key, or None. Raises InputError if other keys exclude them."""
     config = None if recipe.deepspeed is None else load_zero_config(recipe.deepspeed)
     if config is not None and config.shards_base:
         if recipe.model.stream is True:
@@ -233,12 +216,7 @@ def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
 
 
 def load_zero_config(key: str) -> ZeroConfig:
-    """Return the settings that ``deepspeed: KEY`` stands for.
-
-    Raises:
-        InputError: no such word or file, not JSON, a key that the recipe has too, or something it needs is not
-            installed.
-    """
+    """Return the settings that ``deepspeed: KEY`` stands for. Raises InputError for a wrong key, file or machine."""
     places = [Path(key).expanduser()]
     if key in STAGES:  # in the installed package, or in the checkout
         package = Path(__file__).resolve().parents[1]
@@ -285,13 +263,7 @@ def deepspeed_module() -> ModuleType:
 
 
 def require_deepspeed(word: str) -> None:
-    """Import DeepSpeed before anything is loaded for it.
-
-    ``word`` is the recipe's ``deepspeed`` key.
-
-    Raises:
-        InputError: it is not installed, or it can't be imported here.
-    """
+    """Raise InputError if DeepSpeed can't be imported. ``word`` is the recipe's ``deepspeed`` key."""
     try:
         _imported()
     except Exception as error:  # it probes compilers and CUDA when it is imported, and what fails there is up to them
@@ -322,10 +294,10 @@ def _imported() -> ModuleType:
 
 
 def return_buffers_at_once() -> None:
-    """Let malloc take every buffer of 1 MB or more directly from the system, and return it when it is freed.
+    """Let malloc take each buffer of 1 MB or more from the system, and return it when it is freed.
 
-    glibc's own threshold rises to 32 MB with the sizes that it sees. Weights that ZeRO-3 gathers on a CPU come from
-    gloo's threads, each with a heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
+    glibc's own threshold rises to 32 MB. Weights that ZeRO-3 gathers on a CPU come from gloo's threads, each with a
+    heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
@@ -350,13 +322,11 @@ def nvme_problem() -> str | None:
 
 
 def abandoned_build(name: str) -> Path | None:
-    """Return the lock of an extension whose build was killed: torch waits for it without end.
-
-    torch's lock names no process, so one that is older than any build takes counts as abandoned.
-    """
+    """Return the lock of an extension whose build was killed: torch waits for it without end."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    # the lock names no process: one that is older than any build takes counts as abandoned
     for lock in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
         with contextlib.suppress(OSError):  # it has been removed meanwhile
             if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:

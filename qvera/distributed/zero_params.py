@@ -1,7 +1,4 @@
-"""Parameters that ZeRO-3 shards over the ranks: sharding the base while it is read, and reading a parameter again.
-
-Nothing here imports DeepSpeed, or does anything, without ZeRO-3.
-"""
+"""Parameters that ZeRO-3 shards over the ranks. Without ZeRO-3 nothing here imports DeepSpeed or does anything."""
 
 import contextlib
 import os
@@ -19,7 +16,7 @@ from qvera.utils.errors import InputError
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether a rank holds only its shard of this parameter, which is gathered while its module is called."""
+    """Whether a rank holds only its shard of this parameter. It is gathered while its module is called."""
     return hasattr(parameter, "ds_id")
 
 
@@ -35,7 +32,7 @@ def whole_numel(parameter: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Make these parameters whole on every rank, to be read inside the block. All ranks have to come here."""
+    """Make these parameters whole on every rank inside the block. All ranks have to come here."""
     sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
         yield
@@ -63,10 +60,8 @@ def gather_at_call(module: nn.Module) -> None:
 class BaseSharder:
     """Shards each big weight of the base as soon as it is read (`deepspeed.zero.Init`).
 
-    A rank never holds more of the base than its shard and one whole tensor. Rank 0's bytes are the ones that are
-    sharded: DeepSpeed sends them to the other ranks, whose own copies only give the size.
-
-    ``scratch`` is a directory of this run, for a base that is offloaded to NVMe.
+    A rank never holds more of the base than its shard and one whole tensor. DeepSpeed shards rank 0's bytes and sends
+    them to the others, whose own copies only give the size. ``scratch`` is a directory of this run.
     """
 
     def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
@@ -80,20 +75,15 @@ class BaseSharder:
             return_buffers_at_once()
 
     def expect(self, largest_weight: int, weights_per_layer: int) -> None:
-        """Tell the sharder what the layers are made of, before the first weight; as in `Sizes`."""
+        """Set the sizes of the layers, as in `Sizes`, before the first weight comes."""
         self.sizes = Sizes(largest_weight=largest_weight, weights_per_layer=weights_per_layer)
 
     def __call__(self, weight: nn.Parameter, table: bool) -> None:
         """Replace a whole weight by this rank's shard, in place. All ranks have to come with the same one.
 
-        Args:
-            weight: a parameter of the base.
-            table: it is the input embedding or the head. Their shards stay in RAM when the layers go to NVMe: every
-                buffer is as large as the largest weight that goes there, and a table is twelve times a 7B's largest
-                linear.
-
-        Raises:
-            InputError: it is to go to NVMe and is not stored as bfloat16.
+        ``table``: it is the input embedding or the head. Its shard stays in RAM when the layers go to NVMe: every
+        buffer is as large as the largest weight there, and a table is twelve times the largest linear of a 7B. Raises
+        InputError for a weight that goes to NVMe and is not bfloat16.
         """
         on_nvme = self.folder is not None
         table = table and on_nvme

@@ -1,18 +1,14 @@
 """Attention without dense masks: causal order hides padding, and offsets tell rows of one sequence apart.
 
-**Padding.** A batch is padded on the right. In a causal decoder no token sees a later one, so no token of a row sees
-the padding behind it, and what the padding computes reaches neither loss nor gradient. Such a batch needs no mask.
-Without one, attention takes its fastest kernel: transformers makes no mask [B, 1, T, T], sdpa repeats no grouped keys
-and values, and no layer waits for the device to look at the mask.
+**Padding** is on the right, so in a causal decoder no token of the row sees it, and no mask is needed. Without one,
+sdpa takes its fastest kernel, transformers makes no mask [B, 1, T, T], and no layer waits for the device.
 
-**Rows in one sequence** (``data.packing``, ``data.prefix_once``) go through variable-length attention where it runs:
-`torch.nn.attention.varlen`, in 16 bits on a card that has torch's flash kernel. Elsewhere a dense mask does it.
+**Rows in one sequence** (``data.packing``, ``data.prefix_once``) go through `torch.nn.attention.varlen` where it runs:
+in 16 bits on a card that has torch's flash kernel. Elsewhere a dense mask does it.
 
-Both are attention implementations of transformers, registered under names of their own and set in the config of one
-model (`choose_implementation`). Accelerators use them. A CPU keeps sdpa, but for the passes of many adapters, whose
-joined rows it attends to in groups of like length. Of a batch from `qvera.models.forward.make_batch` an
-accelerator never reads a value on the host. They take every other batch as sdpa does, masks included. So far they have
-run on a CPU and on the fake accelerator of the tests; on no GPU.
+Both are registered as transformers' attention implementations (`choose_implementation`). Accelerators use them, and
+read no value of a batch on the host. A CPU keeps sdpa, except for passes of many adapters. This has run on CPUs and on
+the tests' fake accelerator, not on a GPU.
 """
 
 from __future__ import annotations
@@ -34,39 +30,36 @@ from qvera.data.rows import Joined, round_up_length
 from qvera.utils import accelerator
 
 CAUSAL = "qvera_causal"
-"""sdpa that needs no mask to know that a batch is padded on the right."""
+"""sdpa that knows that a batch is padded on the right."""
 VARLEN = "qvera_varlen"
-"""The same, and variable-length attention for rows in one sequence."""
+"""The same, with variable-length attention for rows in one sequence."""
 FP32_TOKENS = 128
-"""On a CPU, rows of joined sequences that are no longer than this are attended to in fp32: see `attend_in_groups`."""
+"""On a CPU, joined rows of up to this length are computed in fp32: see `attend_in_groups`."""
 GROUPS_PER_OCTAVE = 2
-"""Rows of like length share a call of sdpa on a CPU: there are so many groups from each power of two to the next."""
+"""Groups of rows of like length, from each power of two to the next; a group shares a call of sdpa on a CPU."""
 
 _CAUSAL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2",
     "granite", "stablelm", "cohere", "cohere2", "smollm3", "starcoder2", "opt", "falcon",
 )  # fmt: skip
-"""Model types whose loss and gradients are the same to the bit without a padding mask in fp32; each is tested."""
+"""Without a padding mask, loss and gradients of these model types are the same to the bit in fp32; each is tested."""
 JOINABLE_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "olmo2", "granite", "smollm3", "cohere", "starcoder2",
     "gpt_neox", "mixtral", "qwen3_moe",
 )  # fmt: skip
-"""Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
+"""The attention of these model types takes positions and a mask [1, 1, T, T] as given; each is tested."""
 
 
 def needs_padding_mask(model: PreTrainedModel) -> bool:
-    """Whether right padding has to be masked: for each model that is not known to look at earlier tokens only.
-
-    A model with experts keeps its mask too: the padding's tokens change the order in which an expert adds.
-    """
-    config = model.config
+    """Whether right padding has to be masked. It has, unless the model is known to look at earlier tokens only."""
+    config = model.config  # with experts the padding's tokens would change the order in which an expert adds
     two_way = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
     own_code = not type(model).__module__.startswith("transformers.")
     return config.model_type not in _CAUSAL_TYPES or bool(two_way) or own_code
 
 
 def is_joinable(config: PretrainedConfig) -> bool:
-    """Whether a model of this config can tell rows of one sequence apart: full attention, of a type that is tested."""
+    """Whether the model can tell rows of one sequence apart: full attention, of a type that is tested."""
     full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
     return config.model_type in JOINABLE_TYPES and full_attention
 
@@ -74,12 +67,10 @@ def is_joinable(config: PretrainedConfig) -> bool:
 def joining_of(
     config: PretrainedConfig, implementation: str | None, prefix_once: bool, packing: bool, whole_rows: bool = False
 ) -> Joined | None:
-    """How rows are put into one sequence for this attention implementation; None where each stays a row of the batch.
+    """How this attention implementation puts rows into one sequence. None: each stays a row of the batch.
 
-    Args:
-        prefix_once: for the sake of a common prefix, where that pays.
-        packing: always.
-        whole_rows: by offsets or not at all, and without a common prefix.
+    ``prefix_once`` joins rows where a common prefix pays, ``packing`` always. ``whole_rows``: by offsets or not at all,
+    and without a common prefix.
     """
     if not is_joinable(config) or implementation is None:
         return None
@@ -94,11 +85,9 @@ def joining_of(
 def implementation_on(
     device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype, whole_rows: bool = False
 ) -> str:
-    """What stands in for sdpa on a device in this compute dtype.
+    """What replaces sdpa on a device; ``device`` None is a card elsewhere that runs all of the installed torch.
 
-    Args:
-        device: None: a card that is not here, which is taken to run what the installed torch offers.
-        whole_rows: rows are joined without a common prefix, which a CPU takes offsets for too.
+    ``whole_rows``: rows are joined without a common prefix. Then a CPU takes offsets too.
     """
     if not is_joinable(config):
         return "sdpa"
@@ -116,22 +105,20 @@ def implementation_on(
 def choose_implementation(
     model: PreTrainedModel, device: torch.device, dtype: torch.dtype, whole_rows: bool = False
 ) -> None:
-    """Set the implementation of a loaded model that would use sdpa, by what its device runs (`implementation_on`)."""
+    """Replace the sdpa of a loaded model by what its device runs (`implementation_on`)."""
     name = model.config._attn_implementation
     if name == "sdpa" and (better := implementation_on(device, model.config, dtype, whole_rows)) != "sdpa":
         model.set_attn_implementation(better)
 
 
 def takes_open_mask(implementation: str | None) -> bool:
-    """Whether it knows a mask from `open_mask` without reading it."""
+    """Whether this implementation knows a mask from `open_mask` without reading it."""
     return implementation in (CAUSAL, VARLEN)
 
 
 def open_mask(ids: torch.Tensor) -> torch.Tensor:
-    """A mask of the shape of ``ids`` [B, T] that hides nothing, and shows it: one element with both strides 0.
-
-    Without any mask transformers reads the positions on the host, to see whether rows are packed.
-    """
+    """A mask [B, T] like ``ids`` that hides nothing. Both strides are 0, by which it is known."""
+    # without any mask transformers reads the positions on the host, to see whether rows are packed
     return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
 
 
@@ -146,10 +133,7 @@ def varlen_kernel() -> Callable[..., Any] | None:
 
 @functools.cache
 def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int) -> bool:
-    """Whether the kernel works on this device: it is tried once, on two rows behind a prefix, against the plain way.
-
-    A card before Ampere, a torch built without the kernel, and a head that is too wide raise an error there.
-    """
+    """Whether the kernel works on this device: tried once, on two rows behind a prefix, and compared with a CPU."""
     if device.type != "cpu" and varlen_kernel() is None:
         return False
     lengths_q, lengths_k = [3, 5, 9], [3, 8, 12]
@@ -170,7 +154,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
 
     try:
         found = tried(device, dtype)
-    except (RuntimeError, NotImplementedError, ValueError):
+    except (RuntimeError, NotImplementedError, ValueError):  # an old card, a torch without it, or too wide a head
         return False
     wanted = tried(torch.device("cpu"), torch.float32)
     return all(torch.allclose(x, y, rtol=0.05, atol=0.05) for x, y in zip(found, wanted, strict=True))
@@ -188,14 +172,9 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Causal attention of N rows that stand one behind the other, [Tq, heads, head_dim].
 
-    A row's last query sees all of its keys, the one before it all but the last, and so on: a row may have more keys
-    than queries, those of a prefix.
-
-    Args:
-        query: [Tq, heads, head_dim].
-        key, value: [Tk, kv_heads, head_dim]; heads is a multiple of kv_heads.
-        ends_q, ends_k: int32 [N + 1], where the rows' queries and keys begin and end.
-        longest_q, longest_k: the most queries and keys of a row.
+    A row may have more keys than queries, those of a prefix: its last query sees all of its keys, the one before it all
+    but the last, and so on. ``key`` and ``value`` are [Tk, kv_heads, head_dim], and heads is a multiple of kv_heads.
+    ``ends_q`` and ``ends_k``, int32 [N + 1], are where the rows begin and end.
     """
     if query.device.type == "cpu":
         if torch.equal(ends_q, ends_k):
@@ -217,7 +196,7 @@ def attend_row_by_row(
     ends_k: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """The plain way to compute `varlen_attention`: sdpa for each row."""
+    """`varlen_attention` by one sdpa for each row."""
     parts = []
     cut_q, cut_k = ends_q.tolist(), ends_k.tolist()
     for row in range(len(cut_q) - 1):
@@ -231,10 +210,7 @@ def attend_row_by_row(
 def attend_in_groups(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """`varlen_attention` of rows that have as many keys as queries, on a CPU: one sdpa for rows of like length.
-
-    What fills a row up is its own last token, which causal order hides. So a row that is not finite stays alone.
-    """
+    """`varlen_attention` on a CPU, of rows with as many keys as queries: one sdpa for rows of like length."""
     there, back, sizes = groups_of(tuple(ends.tolist()))
     padded = [x.index_select(0, there).split([rows * length for rows, length in sizes]) for x in (query, key, value)]
     outputs = []
@@ -249,11 +225,10 @@ def attend_in_groups(
 
 @functools.lru_cache(maxsize=2)  # of the pass that is computed: its layers have the same rows
 def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-    """How rows that stand one behind the other are padded in groups of like length.
+    """Pad rows that stand one behind the other, in groups of like length.
 
-    Returns:
-        The token that each place of the groups takes, int64 [Σ rows · length]; the place of each token, int64 [T]; and
-        of each group its rows and their length.
+    Returns the token at each place of the groups, int64 [Σ rows · length]; the place of each token, int64 [T]; and
+    (rows, length) of each group.
     """
     groups: dict[int, list[tuple[int, int]]] = {}
     for begin, end in itertools.pairwise(ends):
@@ -265,6 +240,7 @@ def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[t
         length = round_up_length(max(end - begin for begin, end in rows))
         columns = torch.arange(length)
         for begin, end in rows:
+            # filled up with its own last token, which causal order hides: a row that is not finite stays alone
             taken.append(torch.clamp(begin + columns, max=end - 1))
             back[begin:end] = placed + columns[: end - begin]
             placed += length
@@ -273,10 +249,10 @@ def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[t
 
 
 class _KeysOfRows(torch.autograd.Function):
-    """Keys or values of the tokens [T, heads, head_dim] → those of each row, the prefix in front of its own [K, ...].
+    """Keys or values [T, heads, head_dim] → those of each row, each behind a copy of the prefix's [K, ...].
 
-    Backward sorts the gradients of the prefix's copies together and adds them, in a fixed order. An ``index_select``
-    of autograd's would add by atomic operations in 16 bits.
+    Backward adds the gradients of the prefix's copies in a fixed order. An ``index_select`` of autograd would add by
+    atomic operations in 16 bits.
     """
 
     @staticmethod
@@ -299,12 +275,10 @@ class _KeysOfRows(torch.autograd.Function):
 
 
 def _lacks_grouped_kernel(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether sdpa would take grouped keys by its mathematical form, which makes [heads, T, T] in fp32.
-
-    Of its fast kernels only flash attention knows groups, and that takes 16 bits and a card from Ampere on.
-    """
+    """Whether sdpa would take its mathematical form, which makes [heads, T, T] in fp32."""
     if key.shape[1] == query.shape[1] or not accelerator.is_accelerator(query.device):
         return False
+    # of the fast kernels only flash attention knows groups, and it takes 16 bits and a card from Ampere on
     return query.dtype.itemsize != 2 or not accelerator.multiplies_bfloat16(query.device)
 
 
@@ -325,10 +299,7 @@ def _attention(
     prefix_length: int = 0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: [1, heads, T, head_dim] → [1, T, heads, head_dim] where rows have offsets.
-
-    The names from ``cu_seq_lens_q`` on are those of `qvera.data.rows`. Without them it is sdpa.
-    """
+    """[1, heads, T, head_dim] → [1, T, heads, head_dim]; sdpa without ``cu_seq_lens_q`` (see `qvera.data.rows`)."""
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         if attention_mask is None and _lacks_grouped_kernel(query, key):
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -349,7 +320,7 @@ def _attention(
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **others: Any) -> torch.Tensor | None:
-    """A mask function of transformers: None for an `open_mask`, else sdpa's."""
+    """None for an `open_mask`, else sdpa's mask."""
     if attention_mask is not None and not any(attention_mask.stride()):
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **others)

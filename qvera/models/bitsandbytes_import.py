@@ -1,4 +1,4 @@
-"""Import bitsandbytes without the advice about an optional package that it logs at every import on some CPUs."""
+"""Import bitsandbytes without the advice on an optional package that it logs on some CPUs."""
 
 import logging
 

@@ -1,14 +1,8 @@
 """Recompute each decoder layer in backward, and keep only its input: on the device, or in RAM (``offload``).
 
-Offloaded inputs leave the device in a stream of their own while the layers compute, and come back one layer ahead of
-their use:
-
-    forward     layer i runs while its input is copied out; before layer i + 1, what computes waits for that copy, and
-                the device's copy is let go of
-    backward    as layer i is recomputed, the input of layer i - 1 is copied in
-
-So two inputs are on the device at a time, and the rest in page-locked RAM. The copies change no bit. No accelerator has
-run this yet; the tests run it with a thread in the place of the stream.
+An offloaded input is copied out while its layer computes, and leaves the device before the next layer runs. In backward
+the input of layer i - 1 comes back while layer i is recomputed. So two inputs are on the device at a time, and the rest
+in page-locked RAM. No accelerator has run this yet; the tests run it with a thread in place of the stream.
 """
 
 from __future__ import annotations
@@ -32,14 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mode = bool | Literal["offload"]
-"""What a recipe's ``training.gradient_checkpointing`` comes to."""
 
 INPUTS_ON_DEVICE = 2
-"""Layer inputs that are on the device at a time when they are offloaded: the one in use, and one under way."""
+"""With offloading: the layer input in use, and one under way."""
 
 
 class _KeptInput:
-    """The input of one checkpointed layer, wherever it is: what autograd holds in its place."""
+    """The input of a checkpointed layer, on the device or in RAM. Autograd holds it in place of the tensor."""
 
     def __init__(self, tensor: torch.Tensor, streams: CopyStream, pool: PinnedChunks, before: _KeptInput | None):
         self._streams, self._pool = streams, pool
@@ -54,13 +47,12 @@ class _KeptInput:
         self._event = streams.copy((chunk, part) for part, chunk in pairs(self._tensor, self._chunks))
 
     def fetch(self) -> None:
-        """Start to copy it back, unless it is on the device."""
         if self._tensor is None:
             self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._event = self._streams.copy(pairs(self._tensor, self._chunks))
 
     def let_go(self) -> torch.Tensor | None:
-        """Give up the tensor on the device; what computes waits first for the copy that it takes part in."""
+        """Give up the tensor on the device. The computing stream waits first for a copy that uses it."""
         if self._event is not None:
             self._streams.wait(self._event)
         tensor, self._tensor, self._event = self._tensor, None, None
@@ -72,7 +64,7 @@ class _KeptInput:
 
 
 class OffloadedInputs:
-    """Packs the inputs that checkpoints save into RAM, and unpacks them, the next one ahead of its use."""
+    """Packs the inputs that checkpoints save into RAM. Unpacks each one ahead of its use."""
 
     def __init__(self, streams: CopyStream, pool: PinnedChunks) -> None:
         self._streams, self._pool = streams, pool
@@ -90,7 +82,7 @@ class OffloadedInputs:
         return kept
 
     def unpack(self, kept: torch.Tensor | _KeptInput) -> torch.Tensor:
-        """The input on the device again. The copy of the one before it is started."""
+        """Return the input on the device, and start the copy of the one before it."""
         if isinstance(kept, torch.Tensor):
             return kept
         self._leaving = None
@@ -110,7 +102,7 @@ class OffloadedInputs:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether a forward pass in training mode drops elements or adds noise, so that recomputing must draw the same."""
+    """Whether a training pass drops elements or adds noise, so that recomputing has to draw the same."""
     config: Any = getattr(model, "config", None)
     trees = [] if config is None else [config.to_dict(), config.get_text_config().to_dict()]
     words = ("drop", "jitter", "noise")
@@ -124,10 +116,10 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, 
     """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant).
 
     Args:
-        mode: False: keep activations; True: keep a layer's input; ``offload``: keep it in RAM, on a device that has
-            memory of its own (elsewhere this is the same as True).
-        by_tiles: take MLPs by tiles of tokens where there are many (`tiled_mlp`). Not where the rows of a batch use
-            different adapters: a tile does not know which rows its tokens are of.
+        mode: False keeps activations, True a layer's input. ``offload`` keeps it in RAM if the device has its own
+            memory.
+        by_tiles: compute MLPs by tiles of tokens if there are many (`tiled_mlp`). Not for rows of different adapters: a
+            tile does not know the rows of its tokens.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if mode is False:
@@ -144,7 +136,7 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, 
 
 
 def offload_inputs(base: nn.Module, streams: CopyStream, chunks: PinnedChunks, **settings: Any) -> None:
-    """Offload the inputs of all layers of ``base`` that are checkpointed."""
+    """Offload the inputs of all checkpointed layers of ``base``."""
     # transformers makes a leaf of the embeddings, which would stay on the device; only reentrant checkpoints need that
     base.disable_input_require_grads()  # type: ignore[operator]
     inputs = OffloadedInputs(streams, chunks)

@@ -1,14 +1,10 @@
-"""Compile the decoder layers of a model with torch.compile.
+"""Compile the decoder layers of a model with torch.compile. Tested on CPUs only.
 
-Each layer is compiled for itself: a model's layers are alike, so the first one's code serves all of them, and gradient
-checkpointing stays around a layer. Lengths are symbolic, so a batch of another length needs no new code. Tested on
-CPUs only.
+A model's layers are alike, so the first one's code serves all. Lengths are symbolic. A threshold on the number of
+tokens would need a version for each side, so compiled layers always take the low-rank path, with C, and whole weights.
 
-What depends on the number of tokens would need a version of the code for each side of every threshold: compiled layers
-take the low-rank path, with C, and whole weights.
-
-Only training passes run compiled. torch keeps at most 8 versions of one function's code, and runs it plainly from then
-on: the masks, caches and dense weights of evaluations and answers would use them up before the first step.
+Only training passes run compiled. torch keeps at most 8 versions of a function's code and then runs it plainly; masks,
+caches and dense weights of evaluations would use them up before the first step.
 """
 
 import functools
@@ -25,11 +21,7 @@ from qvera.utils.errors import InputError
 
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
-    """Let the decoder layers of this model run compiled in training from now on. Returns how many there are.
-
-    Raises:
-        InputError: the layers are streamed, and compiled code would read weights that are not there yet.
-    """
+    """Compile the decoder layers for training passes, and return their number. Streamed layers raise InputError."""
     inner = causal_model(model)
     if stream.facts_of(inner) is not None:
         raise InputError(

@@ -1,8 +1,4 @@
-"""The forward pass: rows → a batch on the model's device → hidden states → summed loss.
-
-Training, held-out scores and answers all begin here. Which attention takes joined rows is decided in
-`qvera.models.loader.rows_joined`; the loss in `qvera.models.loss` never holds all logits.
-"""
+"""The forward pass of training, held-out scores and answers: rows → batch → hidden states → summed loss."""
 
 from __future__ import annotations
 
@@ -32,16 +28,12 @@ def make_batch(
     packing: bool = False,
     whole_rows: bool = False,
 ) -> dict[str, Any]:
-    """Collate rows into a batch on the model's device.
-
-    The rows become one sequence where that is asked for or cheaper, and where the model supports it. On a CPU in 16
-    bits the batch is padded to one of a few lengths (`qvera.data.rows`).
+    """Collate rows into a batch on the model's device, in one sequence if that is asked for, or pays and is supported.
 
     Args:
-        prefix_once: what the rows begin with is computed once for all of them, where that pays.
+        prefix_once: compute a common prefix once for all rows, where that pays.
         packing: one sequence without padding, whether it pays or not (`require_packing`).
-        whole_rows: in place of both, one sequence in which each row is whole, where attention takes offsets: what rows
-            have in common may not be computed once for all where their adapters differ.
+        whole_rows: in place of both, whole rows in one sequence. Rows of different adapters can't share a prefix.
     """
     device, inner = next(model.parameters()).device, causal_model(model)
     implementation = inner.config._attn_implementation or ""
@@ -67,7 +59,7 @@ def make_batch(
 
 
 def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
-    """How many tokens of a batch each row has, padding included; what fills up a sequence of rows is the last one's."""
+    """Tokens of each row of a batch, padding included. What fills up a sequence of rows counts for the last one."""
     rows, length = batch["input_ids"].shape
     if "cu_seq_lens_q" not in batch:
         return [length] * rows
@@ -76,10 +68,7 @@ def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
 
 
 def hidden_states(model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None) -> torch.Tensor:
-    """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head.
-
-    ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
-    """
+    """The decoder's last hidden states [B, T, hidden], after its norm. ``decoder`` may be a DeepSpeed engine."""
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "trained")}
     return (decoder or decoder_of(causal_model(model)))(**inputs, use_cache=False).last_hidden_state
 
@@ -92,10 +81,7 @@ def batch_nll(
     expected_grad: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
-    """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are.
-
-    ``expected_grad``, ``label_smoothing``: see `fused_linear_cross_entropy`.
-    """
+    """Summed negative log likelihood (scalar) of the trained tokens, and their number; see `qvera.models.loss`."""
     hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
     with gathered(head.module.parameters(recurse=False)):
         return fused_linear_cross_entropy(
@@ -116,13 +102,7 @@ def row_nll(
     row_weights: torch.Tensor,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum (scalar, differentiable) of the rows' negative log likelihoods, and each row's own [B].
-
-    Args:
-        model, batch, chunk_tokens, label_smoothing: see `batch_nll`; a row of the batch, or of its offsets, for
-            each row.
-        row_weights: fp32 [B].
-    """
+    """Sum of ``row_weights`` [B] · the rows' negative log likelihoods (scalar, differentiable), and the latter [B]."""
     hidden, trained = hidden_states(model, batch), batch["trained"]
     if "cu_seq_lens_q" in batch:
         of_trained = torch.searchsorted(batch["cu_seq_lens_q"], trained, right=True) - 1

@@ -1,4 +1,4 @@
-"""The hub: the directory behind a recipe's ``model.path``, or behind the id of an adapter; and what is sent there."""
+"""The hub: directories behind ``model.path`` or behind the id of an adapter, and files to send."""
 
 import re
 from collections.abc import Mapping
@@ -24,15 +24,11 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revi
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name is that of a repository: ``user/name`` or ``user/name@revision``, and nothing here has it.
-
-    Beside files that are here, it is taken for a misspelt path.
-    """
+    """Whether this is ``user/name`` or ``user/name@revision``. If path or parent exists here, it is a path."""
     return _hub_id(name) is not None
 
 
 def _hub_id(name: str | Path) -> tuple[str, str | None] | None:
-    """Repository and revision of an id; None where the name is none, see `is_hub_id`."""
     path, found = Path(name), _HUB_ID.fullmatch(str(name))
     if found is None or path.exists() or path.parent.exists():
         return None
@@ -40,11 +36,7 @@ def _hub_id(name: str | Path) -> tuple[str, str | None] | None:
 
 
 def local_directory(path: Path) -> Path:
-    """The directory ``path``; of the id of a repository on the hub its snapshot, downloaded where it is not yet.
-
-    Raises:
-        InputError: it is an id, and can't be downloaded.
-    """
+    """The directory ``path``, or the hub's snapshot of an id. Raises InputError if that can't be downloaded."""
     if (found := _hub_id(path)) is None:
         return path
     repo, revision = found
@@ -55,7 +47,7 @@ def local_directory(path: Path) -> Path:
 
 
 def is_adapter_of_hub(name: str) -> bool:
-    """Whether a repository of the hub has an adapter in it; False for any other name, and where it can't be asked."""
+    """Whether a repository of the hub has an adapter. False for any other name, or if the hub does not answer."""
     if (found := _hub_id(name)) is None:
         return False
     repo, revision = found
@@ -69,14 +61,8 @@ def is_adapter_of_hub(name: str) -> bool:
 def send_files(files: Mapping[str, Path | bytes], repo: str, *, private: bool, message: str) -> str:
     """Make the repository ``user/name`` if there is none, and commit these files; returns its address.
 
-    Args:
-        files: name in the repository → a file, or its bytes.
-        repo: ``user/name``.
-        private: a repository that is made now is private. One that exists stays as it is.
-        message: of the commit.
-
-    Raises:
-        InputError: the id is none, or the hub refuses the token or can't be reached.
+    ``files``: name in the repository → a file, or its bytes. ``private`` only counts for a new repository. Raises
+    InputError if the name is wrong, or if the hub refuses the token or can't be reached.
     """
     found = _HUB_ID.fullmatch(repo)
     if found is None or found["revision"]:
@@ -92,7 +78,6 @@ def send_files(files: Mapping[str, Path | bytes], repo: str, *, private: bool, m
 
 
 def _reason(error: Exception) -> str:
-    """Why the hub gave or took nothing, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         if isinstance(error, RepositoryNotFoundError):
@@ -110,11 +95,7 @@ def _reason(error: Exception) -> str:
 
 
 def base_directory(section: ModelSection) -> Path:
-    """The directory of the base's weights: the local one, or the hub's snapshot (downloaded where it is not yet).
-
-    Raises:
-        InputError: there is none, or it can't be downloaded.
-    """
+    """The directory of the base's weights: the local one, or the hub's snapshot. Raises InputError if there is none."""
     name = resolve_path(section.path)
     require_model_files(name)
     if Path(name).is_dir():
@@ -132,7 +113,7 @@ def base_directory(section: ModelSection) -> Path:
 
 
 def require_model_files(name: str) -> None:
-    """Raises InputError for a local path that is no directory with a config and safetensors weights."""
+    """Raise InputError for a local path that is no directory with a config and safetensors weights."""
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.exists()
     if looks_local and not path.is_dir():

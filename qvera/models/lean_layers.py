@@ -1,16 +1,12 @@
 """RMS norms, gated MLPs and rotary positions of a frozen base: less saved for backward, fewer kernels.
 
-transformers writes an RMS norm and a gated MLP as chains of elementwise operations. Autograd saves the input of each: a
-norm's input once more in fp32, and three tensors as wide as the MLP. With frozen weights, backward needs only the
-norm's input and one factor a token, and the two branches of the MLP. `kernels.elementwise` has the formulas; on an
-accelerator each pass is one launch. On a CPU forward gives the same values as transformers, bit for bit.
+transformers writes norms and gated MLPs as chains of elementwise operations, and autograd saves the input of each. With
+frozen weights, backward needs only the norm's input and one factor a token, and the two branches of the MLP
+(`kernels.elementwise` has the formulas). On a CPU forward gives the same values as transformers, bit for bit.
 
-transformers rotates q and k in a function of the module that its attention class is written in, some fifteen operations
-a layer and pass. The class made here runs the same code of ``forward``, in which that one name means `_rotate`.
-
-What one module object computes is changed by its class, where its class computes what transformers' Llama does. A
-``forward`` set on an object, as accelerate's hooks do, would keep the module alive in a cycle, and displace the hook.
-Nothing changes for other objects of the class.
+The rotation of q and k is a global function of each model's module. A changed class runs the same code of ``forward``,
+with `_rotate` under that name. Only module objects that compute what Llama's do get a changed class. A ``forward`` set
+on the object would keep it alive in a cycle, and displace a hook of accelerate.
 """
 
 from __future__ import annotations
@@ -34,11 +30,11 @@ from qvera.models import tiled_mlp
 
 
 class Mixin(nn.Module):
-    """Mixed before a transformers module, in a class made for the pair; unpickling makes that class again."""
+    """Mixed before a transformers module, in a class made for the pair. Unpickling makes that class again."""
 
     @classmethod
     def members(cls, theirs: type) -> dict[str, Any]:
-        """What the class made with ``theirs`` has besides what it inherits."""
+        """Members of the class made with ``theirs``, besides the inherited ones."""
         return {}
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -48,7 +44,7 @@ class Mixin(nn.Module):
 
 @functools.cache
 def mixed(ours: type[Mixin], theirs: type) -> type:
-    """The class of a ``theirs`` that does as ``ours`` says."""
+    """A subclass of both, in which ``ours`` comes first."""
     return type(f"LowMemory{theirs.__name__}", (ours, theirs), {"__module__": __name__, **ours.members(theirs)})
 
 
@@ -58,7 +54,7 @@ def _new_instance(ours: type[Mixin], theirs: type) -> nn.Module:
 
 @functools.cache
 def same_text(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two functions compute the same, by their text: most Llama-like models copy Llama's parts."""
+    """Whether two functions have the same text: most Llama-like models copy Llama's parts."""
     try:
         return inspect.getsource(one) == inspect.getsource(other)
     except (OSError, TypeError):  # written in a notebook, say
@@ -93,8 +89,6 @@ class _GatedFunction(torch.autograd.Function):
 
 
 class _RMSNorm(Mixin):
-    """Mixed before a transformers RMS norm."""
-
     weight: nn.Parameter
     variance_epsilon: float
 
@@ -107,8 +101,6 @@ class _RMSNorm(Mixin):
 
 
 class _GatedMLP(Mixin):
-    """Mixed before a transformers gated MLP."""
-
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
@@ -125,18 +117,14 @@ class _GatedMLP(Mixin):
 
 
 def tile_mlps(model: nn.Module) -> None:
-    """Let the gated MLPs of layers that are recomputed go by tiles of tokens where there are many."""
+    """Let the gated MLPs of recomputed layers go by tiles if there are many tokens."""
     for module in model.modules():
         if isinstance(module, _GatedMLP):
             module.by_tiles = True
 
 
 def reduce_saved_activations(model: nn.Module) -> int:
-    """Make the RMS norms and SiLU-gated MLPs of this model save less for backward; returns how many there are.
-
-    Changes the class of these module objects only. Modules that compute anything else than Llama's are
-    left alone, and doing it twice is harmless.
-    """
+    """Let norms and gated MLPs like Llama's save less for backward; returns their number. A second call is harmless."""
     count = 0
     for module in model.modules():
         theirs: Any = type(module)
@@ -169,14 +157,14 @@ class _RotaryFunction(torch.autograd.Function):
 def _rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`apply_rotary_pos_emb`: q [B, H, T, D], k [B, K, T, D], cos and sin [B or 1, T, D]."""
+    """q [B, H, T, D], k [B, K, T, D], cos and sin [B or 1, T, D]."""
     if args or kwargs or cos.requires_grad or not use_kernels(q, k, cos, sin):
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs)
     return (_RotaryFunction.apply if torch.is_grad_enabled() else elementwise.rope)(q, k, cos, sin)
 
 
 def _calling(function: FunctionType, names: dict[str, Any]) -> FunctionType:
-    """The function, or the one that it decorates, with other meanings of some global names."""
+    """Copy a function, or the one that it decorates, with other meanings of some global names."""
     scope, closure, inner = function.__globals__, function.__closure__, getattr(function, "__wrapped__", None)
     if inner is None:
         scope = {**scope, **names}
@@ -194,15 +182,12 @@ def _calling(function: FunctionType, names: dict[str, Any]) -> FunctionType:
 
 
 class _Attention(Mixin):
-    """Mixed before a transformers attention."""
-
     @classmethod
     def members(cls, theirs: Any) -> dict[str, Any]:
         return {"forward": _calling(theirs.forward, {_NAME: _rotate})}
 
 
 def _rotates_as_llama(forward: Callable[..., Any]) -> bool:
-    """Whether an attention's forward calls a rotation by the very text of Llama's."""
     innermost = inspect.unwrap(forward)
     if not isinstance(innermost, FunctionType) or _NAME not in innermost.__code__.co_names:
         return False
@@ -218,11 +203,7 @@ def _rotates_as_llama(forward: Callable[..., Any]) -> bool:
 
 
 def fuse_rotation(model: nn.Module) -> int:
-    """Make this model's attention layers rotate by `kernels.elementwise.rope` on an accelerator; returns how many do.
-
-    Changes the class of these module objects only. Layers that rotate otherwise than Llama are left
-    alone, and doing it twice is harmless.
-    """
+    """Let attention like Llama's rotate by `kernels.elementwise.rope`; returns how many. A second call is harmless."""
     count = 0
     for module in model.modules():
         theirs: Any = type(module)

@@ -1,9 +1,9 @@
 """Run the frozen linear layers of a base model, forward and backward, whatever their weights are stored in.
 
 The autograd function keeps the *module* for backward and reads its weight again there. So ZeRO-3 can release a gathered
-layer after forward, the pages of a memory-mapped file can be dropped, and only one layer is dequantized at a time. On a
-CPU large weights are dequantized in blocks of rows of 8 MB: the system would clear a whole one (90 MB in a 7B) anew for
-every product, which takes six times as long as dequantizing (bench/log.md).
+layer, pages of a mapped file can be dropped, and one layer is dequantized at a time. On a CPU large weights are
+dequantized in blocks of 8 MB: the system would clear a whole one (90 MB in a 7B) for every product, which takes six
+times as long as dequantizing (bench/log.md).
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from qvera.models.quantization import Linear4bit, Linear8bit
 from qvera.utils import memory
 
 BLOCK_WEIGHTS = 2**22
-"""Weights in a block: 8 MB in 16 bits. glibc gives anything above 32 MB back to the system when it is freed."""
+"""8 MB in 16 bits. glibc gives anything above 32 MB back to the system when it is freed."""
 
 _MAX_SUMMED_ELEMENTS = 3 * 2**20
 """g W by blocks sums [T, n] once a block. Above this size that costs more than allocating the whole weight."""
 
 
 class WeightBlocks:
-    """The weight [m, n] of a linear layer in ``dtype``, as blocks of rows that are dequantized or cast when iterated.
+    """The weight [m, n] of a linear layer in ``dtype``, as blocks of rows of at most ``elements`` weights.
 
-    A block has at most ``elements`` weights. A weight that already has that dtype is one block, and so is a quantized
-    one that is iterated more than once (``reused``), or is on anything but a CPU.
+    It is one block if it has that dtype already, and if it is quantized and iterated more than once (``reused``) or not
+    on a CPU. A block is dequantized or cast when it is iterated.
     """
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype, elements: int, reused: bool = False) -> None:
@@ -63,7 +63,7 @@ class WeightBlocks:
 
 
 def blocked_linear(x: torch.Tensor, blocks: WeightBlocks, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias: x [..., n] gives [..., m] in x's dtype. It is no view, so it can be changed in place."""
+    """x Wᵀ + bias: x [..., n] gives [..., m] in x's dtype, no view: it may be changed in place."""
     if len(blocks) == 1:
         y = F.linear(x, next(iter(blocks))[1], bias)
         # of three dimensions the product is a view, which autograd lets nobody change in place; this is the same memory
@@ -92,12 +92,12 @@ def blocked_input_grad(g: torch.Tensor, blocks: WeightBlocks, out: torch.Tensor)
 
 
 def backward_by_blocks(tokens: int, in_features: int) -> bool:
-    """Whether g W is computed by blocks; not in compiled code, which has one path for all numbers of tokens."""
+    """Whether g W is computed by blocks. Not in compiled code, which has one path for all numbers of tokens."""
     return not torch.compiler.is_compiling() and tokens * in_features <= _MAX_SUMMED_ELEMENTS
 
 
 def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ + bias in x's dtype, a new tensor; without a derivative. A bias that is trained is left out."""
+    """x Wᵀ + bias in x's dtype, a new tensor, without a derivative. A trained bias is left out."""
     bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
     return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
@@ -128,8 +128,8 @@ class _FrozenLinearFunction(torch.autograd.Function):
 def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """y = x Wᵀ + bias with W [m, n] frozen: [..., n] gives [..., m], in x's dtype, differentiable in x.
 
-    The product is taken in the layer's compute dtype (`compute_dtype`). A bias, or a dense weight, that somebody trains
-    (PEFT's ``bias`` and ``modules_to_save``) gets its gradient.
+    The product is taken in `compute_dtype`. A trained bias or dense weight (PEFT's ``bias``, ``modules_to_save``) gets
+    its gradient.
     """
     inner = x.to(compute_dtype(module, x))
     if module.weight.requires_grad and not isinstance(module, (Linear4bit, Linear8bit)):
@@ -147,7 +147,7 @@ def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def compute_dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a layer multiplies: autocast's if on, a 4-bit layer's own, else that of its input."""
+    """The dtype in which a layer multiplies: autocast's if on, a 4-bit layer's own, else its input's."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     if isinstance(module, Linear4bit) and module.compute_dtype is not None:
@@ -197,11 +197,11 @@ class FrozenLinear4bit(_FrozenForward, Linear4bit):
 
 
 class FrozenLinear8bit(_FrozenForward, Linear8bit):
-    """`bitsandbytes.nn.Linear8bitLt` run by `frozen_linear`: weights in int8, products in the compute dtype."""
+    """`bitsandbytes.nn.Linear8bitLt` run by `frozen_linear`. Products are in the compute dtype."""
 
 
 class FrozenLinear(_FrozenForward, nn.Linear):
-    """A dense linear stored in another dtype (16 bits, in a mapped file) than it computes in: cast for each product."""
+    """A dense linear stored in another dtype than it computes in (a mapped file). It is cast for each product."""
 
     _inference_weight: torch.Tensor | None = None
 
@@ -214,7 +214,7 @@ class FrozenLinear(_FrozenForward, nn.Linear):
 
 
 class FrozenEmbedding(nn.Embedding):
-    """An embedding whose table is stored in another dtype than its output has."""
+    """An embedding that gives another dtype than its table is stored in."""
 
     output_dtype: torch.dtype
 
@@ -239,7 +239,7 @@ def embedding_dtype(module: nn.Module) -> torch.dtype:
 
 
 def freeze_linears(model: nn.Module) -> None:
-    """Make every bitsandbytes linear of this model run through `frozen_linear`, by the class of these objects only."""
+    """Make every bitsandbytes linear of this model run through `frozen_linear`, by the class of these objects."""
     for module in model.modules():
         if type(module) is Linear4bit:
             module.__class__ = FrozenLinear4bit
@@ -249,10 +249,10 @@ def freeze_linears(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Within the block, generation runs at bitsandbytes' speed while the training weights stay as they are.
+    """Within the block, generation runs at bitsandbytes' speed. The training weights stay as they are.
 
-    4-bit layers (but those in ``skip``) get a second copy of their weight, packed for the fused CPU kernel, where there
-    is one; the output head gets one in its compute dtype where it is stored in another.
+    4-bit layers not in ``skip`` get a second copy of their weight, packed for the fused CPU kernel if there is one. An
+    output head that is stored in another dtype gets a copy in its compute dtype.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:

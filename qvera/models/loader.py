@@ -50,16 +50,13 @@ class Base:
     model: PreTrainedModel
     tokenizer: Any
     facts: dict[str, Any]
-    """What was read back from the loaded modules (`read_back`)."""
+    """Read back from the loaded modules (`read_back`)."""
     adapted: PeftModel | None = None
-    """The model with the adapters that `qvera.adapters.shared_model.add_adapter` has put on it."""
+    """The model with the adapters of `qvera.adapters.shared_model.add_adapter`."""
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a recipe's ``compute_dtype``; ``auto`` asks the device what it multiplies fast.
-
-    ``auto`` gives bfloat16 where the hardware has it, else float16 on an accelerator and float32 on a CPU.
-    """
+    """The torch dtype of a recipe's ``compute_dtype``; ``auto`` asks the device what it multiplies fast."""
     if name != "auto":
         return getattr(torch, name)
     if accelerator.is_accelerator(device):
@@ -81,16 +78,12 @@ def load_base(
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
-    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`), and that
-    file is mapped. A checkpoint in bitsandbytes' 4-bit format is mapped as it is (`qvera.models.mmap`). transformers
-    loads int8, dense and unusual checkpoints. `qvera.models.linear` then runs every quantized linear.
-
-    ``progress`` is called while the base is quantized for the first time. A ``sharder`` keeps only a share of each
-    weight of a 4-bit base (`load_mapped`). ``model_class`` says which model is made, and what head it gets.
+    A 16-bit base for 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`). 4-bit files are mapped
+    (`qvera.models.mmap`). transformers loads int8, dense and unusual checkpoints. `qvera.models.linear` runs every
+    quantized linear. ``progress`` is called during the first quantization.
 
     Raises:
-        InputError: there is no model of this class at that path, its weights are not those of its config, or what was
-            loaded is not what the recipe says.
+        InputError: there is no such model, its weights are not those of its config, or it is not as the recipe says.
     """
     device = device or accelerator.current_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
@@ -163,7 +156,7 @@ def _load_mapped(
     sharder: BaseSharder | None,
     model_class: ModelClass,
 ) -> PreTrainedModel | None:
-    """The model from its mapped 4-bit file, written now if there is none yet; None: transformers has to load it."""
+    """The model from its mapped 4-bit file, which is written on first use. None: transformers has to load it."""
     if _is_quantized(config):
         settings = config.quantization_config
         if not (settings if isinstance(settings, dict) else settings.to_dict()).get("load_in_4bit"):
@@ -194,11 +187,7 @@ def _load_mapped(
 def _load_by_transformers(
     section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, model_class: ModelClass
 ) -> PreTrainedModel:
-    """The model as `from_pretrained` loads it.
-
-    Raises:
-        InputError: the checkpoint lacks weights, which transformers would draw at random.
-    """
+    """Raises InputError if the checkpoint lacks weights, which transformers would draw at random."""
     heads = list(model_class.head_modules(empty_model(section, None, model_class))) if model_class.has_own_head else []
     wanted = None if _is_quantized(config) else quantization.quantization_config(section, dtype, heads)
     name, keeps_head = resolve_path(section.path), model_class.finds_head(config)
@@ -225,7 +214,7 @@ def _load_by_transformers(
 
 
 def fingerprint_of(section: ModelSection) -> str | None:
-    """`base_fingerprint` of a base that is on this machine: a directory, or a hub id in the cache; else None."""
+    """`base_fingerprint` of a base in a directory or in the hub's cache; None if it is not here."""
     name = resolve_path(section.path)
     if Path(name).is_dir():
         return base_fingerprint(Path(name))
@@ -242,11 +231,7 @@ def fingerprint_of(section: ModelSection) -> str | None:
 def read_back(
     model: PreTrainedModel, section: ModelSection, dtype: torch.dtype, prequantized: bool = False
 ) -> dict[str, Any]:
-    """Quantization, dtypes, counts and bytes as read from the live modules (the ``model`` object of run.json).
-
-    Raises:
-        InputError: what was loaded is not what the recipe says.
-    """
+    """Quantization, dtypes, counts and bytes of the live modules. Raises InputError if they are not the recipe's."""
     four_bit = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
     eight_bit = [m for m in model.modules() if isinstance(m, quantization.Linear8bit)]
     if prequantized:
@@ -303,7 +288,7 @@ def read_back(
 
 
 def experts_note(facts: dict[str, Any]) -> str | None:
-    """One sentence on weights that are neither adapted nor quantized, of a base with experts; ``facts`` are its own."""
+    """One sentence on experts that are neither adapted nor quantized, by a base's ``facts``; None without experts."""
     if not facts.get("expert_tensors"):
         return None
     size_bytes, share = facts["expert_bytes"], facts["expert_bytes"] / facts["base_bytes"]
@@ -314,31 +299,31 @@ def experts_note(facts: dict[str, Any]) -> str | None:
 
 
 def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model itself, whether or not PEFT is wrapped around it."""
+    """The transformers model, without PEFT around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
-    """What a pass calls: the decoder, whose frozen head the loss applies by chunks; or a model with its own head."""
+    """What a pass calls: the decoder, whose head the loss applies by chunks, or a model with a head of its own."""
     inner = causal_model(model)
     return inner if inner.get_output_embeddings() is None else decoder_of(inner)
 
 
 def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether rows of this model's batches may share what they begin with (`qvera.data.rows_prefix_once`)."""
+    """Whether rows of a batch may share their prefix (`qvera.data.rows_prefix_once`)."""
     return rows_joined(model, prefix_once=True, packing=False) is not None
 
 
 def rows_joined(
     model: PreTrainedModel | PeftModel, prefix_once: bool, packing: bool, whole_rows: bool = False
 ) -> Joined | None:
-    """How this model takes rows in one sequence; see `qvera.models.attention.joining_of`."""
+    """See `qvera.models.attention.joining_of`."""
     config = causal_model(model).config
     return attention.joining_of(config, config._attn_implementation, prefix_once, packing, whole_rows)
 
 
 def require_packing(model: PreTrainedModel | PeftModel) -> None:
-    """Raises InputError where several rows can't stand in one sequence, by a mask or by offsets."""
+    """Raise InputError where several rows can't stand in one sequence, by a mask or by offsets."""
     config = causal_model(model).config
     if rows_joined(model, prefix_once=False, packing=True) is None:
         raise InputError(
@@ -349,11 +334,7 @@ def require_packing(model: PreTrainedModel | PeftModel) -> None:
 
 
 def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:
-    """The checkpoint in evaluation mode: mapped, in fp32, on a CPU; as plain transformers loads it on an accelerator.
-
-    fp16 products are slow or missing on CPUs; fp32 holds every value of the file exactly. One that is stored in 4 bits
-    is loaded as a base is, and computes in the same dtypes.
-    """
+    """The checkpoint in evaluation mode: on a CPU mapped, in fp32; on an accelerator as transformers loads it."""
     config = AutoConfig.from_pretrained(directory)
     if _is_quantized(config):
         stored = config.quantization_config
@@ -367,7 +348,7 @@ def load_exported(directory: Path, device: torch.device, model_class: ModelClass
         return load_base(section, device, model_class=model_class).model
     if accelerator.is_accelerator(device):
         return model_class.from_pretrained(str(directory), config, dtype="auto", device_map={"": device}).eval()
-    try:
+    try:  # fp16 products are slow or missing on CPUs, and fp32 holds every value of the file
         return load_mapped(directory, config, torch.float32, device, model_class=model_class)
     except NotMappable:
         return model_class.from_pretrained(str(directory), config, dtype=torch.float32).eval()

@@ -1,7 +1,6 @@
 """Cross entropy of the trained tokens in chunks: the logits [tokens, vocabulary] never exist as a whole.
 
-The head is frozen, so forward can compute the gradient in the hidden states chunk by chunk; backward only scales it.
-Peak memory is one chunk of logits, whatever the number of tokens.
+The head is frozen, so forward computes the gradient in the hidden states chunk by chunk, and backward only scales it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_ELEMENTS = 2**25
-"""A head stored in another dtype than the product's is cast this many weights at a time: 134 MB in fp32."""
+"""Weights cast at a time of a head in another dtype than the product's: 134 MB in fp32."""
 
 
 class Head(NamedTuple):
@@ -36,12 +35,7 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
-        """The output head of a transformers causal language model, with the scaling that its forward applies.
-
-        Raises:
-            RuntimeError: the model has no output embeddings.
-            InputError: an adapter is on them, which the loss would pass over.
-        """
+        """The model's output head, with its forward's scaling. Raises InputError if an adapter is on it."""
         module = model.get_output_embeddings()
         if module is None:
             raise RuntimeError(f"{type(model).__name__} has no output embeddings, so it is no causal language model")
@@ -66,20 +60,14 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def require_own_logits(model: PreTrainedModel) -> None:
-    """Compare a model's logits for two tokens with `Head`'s of its decoder's last hidden states.
-
-    The product with the head's weight is replaced by numbers from -1000 to 1000, so that a factor or a cap shows
-    whatever the weights are.
-
-    Raises:
-        InputError: they differ.
-    """
+    """Raise InputError if a model's logits for two tokens differ from `Head`'s of its last hidden states."""
     head, asked = Head.of(model), torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     seen = torch.empty(0)
 
     def replace_product(module: nn.Module, inputs: tuple[torch.Tensor, ...], product: torch.Tensor) -> torch.Tensor:
         nonlocal seen
         seen = inputs[0]
+        # so that a factor or a cap shows, whatever the weights are
         return torch.linspace(-1e3, 1e3, product.shape[-1], device=product.device).to(product).expand_as(product)
 
     hook = head.module.register_forward_hook(replace_product)
@@ -174,24 +162,19 @@ def fused_linear_cross_entropy(
     trained: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
-    """Summed cross entropy of the trained tokens, without their logits in memory.
+    """Summed cross entropy of the trained tokens (fp32 or wider, differentiable once in hidden), and their number.
 
     Args:
         hidden: [B, T, hidden], the decoder's last hidden states (after its final norm).
         labels: [B, T] token ids aligned with the input. Position t predicts label t + 1.
-        head: the frozen head.
         chunk_tokens: tokens whose logits exist at one time.
-        ignore_index: the label of tokens that are not trained; they never reach the head.
-        expected_grad: the gradient (scalar, fp32) that backward will bring, where that is known. It is then multiplied
-            in before the gradient in hidden is rounded to 16 bits: with a loss scale, small ones stay above the
-            smallest number of float16. Backward may bring another one; only the rounding is chosen for this.
-        trained: int64 [n], the places in the flattened hidden states that predict a trained token (`qvera.data.rows`
-            makes them on the host); None: they are looked for in the labels, for which the host waits for the device.
-        label_smoothing: ε; the target distribution is 1 - ε on the label and ε spread evenly over the vocabulary
-            (arXiv 1512.00567, section 7).
-
-    Returns:
-        The sum (scalar, fp32 or wider, differentiable once in hidden) and the number of trained tokens.
+        expected_grad: the gradient (scalar, fp32) that backward will probably bring. It is multiplied in before
+            rounding to 16 bits, so that with a loss scale small gradients do not vanish in float16. Backward may bring
+            another one.
+        trained: int64 [n], places in the flattened hidden states that predict a trained token. Without it the host
+            waits for the device.
+        label_smoothing: ε; the target is 1 - ε on the label and ε spread evenly over the vocabulary (arXiv 1512.00567,
+            section 7).
     """
     if trained is None:
         row, place = torch.nonzero(labels[:, 1:] != ignore_index, as_tuple=True)
@@ -221,16 +204,9 @@ def row_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of a batch whose rows count differently, as those of different adapters do.
 
-    Args:
-        hidden, labels, head, chunk_tokens, label_smoothing: see `fused_linear_cross_entropy`.
-        trained: int64 [n], see there.
-        of_trained: int64 [n], which row each of them is of.
-        row_weights: fp32 [R].
-
-    Returns:
-        Σ over rows of weight · summed cross entropy of the row's trained tokens (scalar, fp32 or wider, differentiable
-        once in hidden), and the summed cross entropy of each row [R], without a graph. A row that is not finite leaves
-        the gradients of the others as they are.
+    ``of_trained``, int64 [n], is the row of each trained token; ``row_weights`` is fp32 [R]. Returns Σ over rows of
+    weight · summed cross entropy (scalar, fp32 or wider, differentiable once in hidden), and the sums [R], without a
+    graph. A NaN in a row leaves the gradients of the others as they are.
     """
     rows, targets = _trained_tokens(hidden, labels, trained)
     weights = row_weights.index_select(0, of_trained)

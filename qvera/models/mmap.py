@@ -1,9 +1,7 @@
 """Memory-map a base model: weights are used from the pages of their file, not copied.
 
-A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping. Packed
-weights, their statistics, embeddings and head stay in the file, in the dtype they are stored in. On a CPU they take no
-memory of their own: the pages belong to the page cache, which all processes share and the system drops when it needs
-room. On a GPU each tensor is copied to the device, one at a time.
+Packed weights, statistics, embeddings and head stay in the file, in their stored dtype. On a CPU processes share the
+pages, and the system drops them when it needs room. On a GPU each tensor is copied to the device, one at a time.
 """
 
 from __future__ import annotations
@@ -35,9 +33,9 @@ if TYPE_CHECKING:
 
 _STATE = f".{quantization.STATE_KEY}"
 _BIG = (nn.Embedding, nn.Linear)
-"""Modules whose dense weights are large: they stay as stored, and ZeRO-3 shards them like the packed ones."""
+"""Modules with large dense weights: they stay as stored, and ZeRO-3 shards them like the packed ones."""
 _TABLE_NUMEL = 2**22
-"""Embeddings of fewer weights, such as those of positions, are cast: DeBERTa reads such a weight without a call."""
+"""Smaller embeddings, such as those of positions, are cast: DeBERTa reads such a weight without a call."""
 _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
 
 
@@ -59,17 +57,11 @@ def load_mapped(
     """The model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
     Args:
-        directory: the checkpoint.
-        config: its config.
         dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
-        device: on anything but a CPU the tensors are copied there.
-        attn_implementation: None for transformers' own choice.
-        trust_remote_code: whether code in the checkpoint may run.
-        sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a
-            time. A head that is the embedding stays whole and mapped: its two users would release it under each other.
-        layers_in_ram: leave the packed weights of the decoder layers in the mapped file, whatever the device is
-            (`qvera.models.stream`).
-        model_class: which model. A head of its own is fp32, and drawn anew where the checkpoint has none of its labels.
+        sharder: takes each packed weight, embedding and head when it is read, as private copies. A head that is the
+            embedding stays mapped, because its two users would release it under each other.
+        layers_in_ram: leave the decoder layers' packed weights in the mapped file (`qvera.models.stream`).
+        model_class: a head of its own is fp32, and drawn anew if the checkpoint has none of its labels.
 
     Raises:
         InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
@@ -127,14 +119,13 @@ def load_mapped(
 
 
 def _names_in_layers(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Those of the modules that lie in a decoder layer."""
     layers = set(decoder_layers(decoder_of(model)))
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if module in layers)
     return {name for name in names if name.startswith(prefixes)}
 
 
 def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: list[str]) -> set[str]:
-    """The dense weights that are sharded: embedding, head, dense linears; not an embedding that is also the head."""
+    """Embedding, head and dense linears. Not an embedding that is also the head."""
     whole: list[nn.Module] = []
     if getattr(config, "tie_word_embeddings", False):
         whole = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -153,7 +144,7 @@ def _announce(sharder: BaseSharder, model: PreTrainedModel, weights: list[Tensor
 def _sorted_by_kind(
     model: PreTrainedModel, entries: dict[str, TensorEntry]
 ) -> tuple[dict[str, PackedWeight], list[str]]:
-    """The 4-bit weights among the tensors of a checkpoint, by name, and the names of all that is dense."""
+    """4-bit weights by name, and the names of all dense tensors."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     four_bit = {name.partition(_STATE)[0] for name in entries if _STATE in name}
     unknown = [name for name in four_bit if type(modules.get(name.removesuffix(".weight"))) is not nn.Linear]

@@ -1,8 +1,8 @@
 """Which class of transformers a base model is made as, and the head that is trained whole on it.
 
-A causal language model keeps its head, frozen. A classification model gets one of its own: every part of it beside its
-base model (``score``, ``classifier``, ``pooler``), in fp32 and trained whole. A checkpoint of the language model has no
-such head; it is drawn as torch draws its layers, from a seed, so it is the same on every rank and machine.
+A causal language model keeps its head, frozen. A classification model gets a head that is fp32 and trained whole: all
+that it has beside its base model (``score``, ``classifier``, ``pooler``). Where the checkpoint has none, it is drawn
+from a seed as torch draws layers, the same on every rank and machine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-"""Ends of the names of classes whose checkpoints are those of causal language models."""
+"""Ends of the class names of causal language models."""
 _BUFFERS = r"(?:^|\.)(?:position_ids|inv_freq)$"
-"""That old checkpoints carry; the model makes them."""
+"""Old checkpoints carry these; the model makes them."""
 _OF_TEXTS, _OF_IMAGES = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
 REGRESSION, CLASSES = "regression", "single_label_classification"
 """transformers' ``problem_type``."""
@@ -35,10 +35,9 @@ class ModelClass:
     Attributes:
         auto: the auto class of transformers.
         what: the kind of model, for messages.
-        has_own_head: the model gets a head that is trained whole (`head_modules`).
         labels: the names of the head's outputs, in order; empty: those of the checkpoint's config.
         problem_type: `CLASSES` or `REGRESSION`; None: the checkpoint's.
-        seed: of a head that the checkpoint does not have.
+        seed: for a head that the checkpoint does not have.
     """
 
     auto: str = "AutoModelForCausalLM"
@@ -58,13 +57,13 @@ class ModelClass:
         return getattr(transformers, self.auto).from_config(self.configured(config), **options)
 
     def from_pretrained(self, name: str, config: PretrainedConfig, **options: Any) -> Any:
-        """The model of a checkpoint, as transformers loads it; a head of other labels is left out."""
+        """The model of a checkpoint, as transformers loads it. A head of other labels is left out."""
         if self.has_own_head:
             options |= {"config": self.configured(config), "ignore_mismatched_sizes": True}
         return getattr(transformers, self.auto).from_pretrained(name, **options)
 
     def configured(self, config: PretrainedConfig) -> PretrainedConfig:
-        """The config with this head's labels; the same object."""
+        """Put this head's labels into the config, and return it."""
         if self.labels:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: number for number, name in config.id2label.items()}
@@ -93,7 +92,7 @@ class ModelClass:
         return name.partition(".")[0] in self.head_modules(model)
 
     def stored_names(self, names: Iterable[str], model: PreTrainedModel) -> set[str]:
-        """The tensors of a checkpoint that are this model's: without another head, such as a language model's."""
+        """The checkpoint's tensors of this model: without another head, such as a language model's."""
         if not self.has_own_head:
             return set(names)
         known, inside = model.state_dict().keys(), f"{model.base_model_prefix}."
@@ -102,7 +101,7 @@ class ModelClass:
         return {name for name in within if name in known or not any(re.search(one, name) for one in ignored)}
 
     def copied_as(self, architectures: Iterable[str] | None) -> ModelClass:
-        """The class that a quantized copy of a checkpoint is made for: all tasks share that of a language model."""
+        """The class of a checkpoint's quantized copy: all tasks share that of a language model."""
         is_language_model = any(name.endswith(_LANGUAGE_MODELS) for name in architectures or ())
         if not self.has_own_head or is_language_model:
             return CAUSAL_LM
@@ -110,11 +109,11 @@ class ModelClass:
 
     @property
     def settings(self) -> Mapping[str, str]:
-        """What a quantized copy depends on; nothing for a causal language model's."""
+        """What a quantized copy depends on; empty for a causal language model."""
         return {} if self == CAUSAL_LM else {"auto": self.auto}
 
     def start_head(self, model: PreTrainedModel, is_stored: bool, device: torch.device) -> None:
-        """Make the head fp32 on its device, drawn anew unless ``is_stored``; it takes its input in any dtype."""
+        """Make the head fp32 on its device, drawn anew unless ``is_stored``. It takes its input in any dtype."""
         for module in self.head_modules(model).values():
             if not is_stored:
                 module.to_empty(device="cpu")
@@ -136,7 +135,7 @@ CAUSAL_LM = ModelClass()
 
 
 def classification_class(labels: Iterable[str] = (), is_regression: bool = False, seed: int = 0) -> ModelClass:
-    """A model that gives each text a class, or (with one label) a number; without labels those of its checkpoint."""
+    """A model for classes of texts, or (with one label) for a number. Without labels those of its checkpoint."""
     labels = tuple(labels)
     problem = (REGRESSION if is_regression else CLASSES) if labels else None
     what = "a sequence classification model"
@@ -144,7 +143,7 @@ def classification_class(labels: Iterable[str] = (), is_regression: bool = False
 
 
 def image_class(labels: Iterable[str] = (), seed: int = 0) -> ModelClass:
-    """A model that gives each image a class; without labels those of its checkpoint."""
+    """A model for classes of images. Without labels those of its checkpoint."""
     labels = tuple(labels)
     return ModelClass(_OF_IMAGES, "an image classification model", True, labels, CLASSES if labels else None, seed)
 

@@ -1,4 +1,4 @@
-"""The config of a base model, the model it describes without weights, and checks that the stored weights fit it."""
+"""A base model's config, its model without weights, and checks that the stored weights fit it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
 
 
 def load_config(section: ModelSection, source: Path | str | None = None) -> PretrainedConfig:
-    """The transformers config of the base, or of a directory or hub id ``source`` in place of ``section.path``.
+    """The transformers config of the base, or of a directory or hub id ``source``.
 
     Raises:
         OSError: there is none, or it is not JSON; the message is transformers'.
-        InputError: it describes no possible model: a size that is no whole number, or heads that do not divide it.
+        InputError: it describes no possible model.
     """
     name = str(source or resolve_path(section.path))
     revision = None if source else section.revision
@@ -74,11 +74,7 @@ def _require_possible(raw: Mapping[str, object], where: str) -> None:
 def empty_model(
     section: ModelSection, source: Path | str | None = None, model_class: ModelClass = CAUSAL_LM
 ) -> PreTrainedModel:
-    """The base without weights, on the meta device: its modules and their shapes.
-
-    Raises:
-        InputError: its config can't be read, or no model of this class can be made from it.
-    """
+    """The base without weights, on the meta device. Raises InputError if no model of this class can be made."""
     name = str(source or resolve_path(section.path))
     try:
         config = load_config(section, source)
@@ -92,7 +88,7 @@ def empty_model(
 
 
 def head_size(model: torch.nn.Module) -> int | None:
-    """The size of the attention heads of a model, as its config has it; None where it names none."""
+    """The size of the attention heads by the model's config; None where it names none."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size, hidden, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -104,16 +100,10 @@ def head_size(model: torch.nn.Module) -> int | None:
 def require_own_weights(
     directory: Path, entries: list[TensorEntry], model: PreTrainedModel, model_class: ModelClass = CAUSAL_LM
 ) -> None:
-    """Compare the tensors of a checkpoint with the model that its config.json describes.
+    """Compare the tensors of a checkpoint with the model that its config.json describes (`empty_model`).
 
-    Only tensors with the names of the model's parameters are compared: transformers may rename the others while
-    loading. ``entries`` are the checkpoint's tensors, ``model`` is `empty_model` of it. A head of its own that the
-    class asks for need not be stored.
-
-    Raises:
-        InputError: the weights have more or fewer layers than the config, no output head where the config ties none,
-            another head than the embedding where it does, another shape, or integers where the model has floating-point
-            weights; or one is missing, and none has a name that the model does not know.
+    Other names than the model's are not compared: transformers may rename them. A head of the class itself may be
+    missing. Raises InputError for other layers, heads, shapes or dtypes, or a missing weight.
     """
     stored = {entry.name: entry for entry in entries}
     _require_layers(directory, stored, model)

@@ -1,14 +1,13 @@
 """Quantize weights to packed 4-bit values on a CPU, bit-equal to bitsandbytes and faster (bench/quantize.py).
 
 The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.14314, section 3; bitsandbytes
-`backends/default/ops.py`), in the same order and in fp32, so every nibble is the same: for a block of 64 weights
+`backends/default/ops.py`), in the same order and in fp32. For a block of 64 weights
 
     a = max |w|        s = w · (1 / max(a, 1e-38))        rank = number of thresholds below s
 
-with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead.
-What differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after
-another in vector instructions. numpy, not torch, because its loops stay on the calling thread, so that a caller can
-spread blocks over threads without touching a setting of the process.
+with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead. It
+is faster by chunks that stay in the cache, maxima taken over the bits, and thresholds counted in vector instructions.
+numpy's loops stay on the calling thread, so that a caller can spread blocks over threads.
 """
 
 import functools
@@ -44,8 +43,6 @@ def _code(quant_type: str) -> _Code:
 
 
 class _Scratch:
-    """The buffers of one thread, for ``size`` weights of a dtype."""
-
     def __init__(self, size: int, bits: np.dtype) -> None:
         self.scaled = np.empty(size, np.float32)
         self.above = np.empty(size, np.bool_)
@@ -55,7 +52,7 @@ class _Scratch:
 
 
 def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
-    """Values given by their bits, exactly, as fp32."""
+    """Write values that are given by their bits to ``out`` as fp32."""
     if dtype is torch.bfloat16:
         wide = out.view(np.uint32)
         wide[...] = bits.view(np.uint16)
@@ -67,10 +64,7 @@ def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
 
 
 def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absmax: np.ndarray) -> None:
-    """Max |w| of each block.
-
-    Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf).
-    """
+    """Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf)."""
     size = bits.size
     held, next_ = (buffer[:size] for buffer in scratch.maxima)
     np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=held)
@@ -82,7 +76,7 @@ def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absma
 
 
 def _pack(scaled: np.ndarray, code: _Code, scratch: _Scratch, packed: np.ndarray) -> None:
-    """Scaled weights (an even number of them) → two nibbles a byte, the first one high."""
+    """An even number of scaled weights → two nibbles a byte, the first one high."""
     size = scaled.size
     nibble, above = scratch.nibble[:size], scratch.above[:size]
     ones = above.view(np.uint8)
@@ -121,13 +115,10 @@ def _last_block(bits: np.ndarray, dtype: torch.dtype, code: _Code, packed: np.nd
 
 
 def pack(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a contiguous CPU tensor of n weights (any shape; bf16, fp16 or fp32) as one flat row, on this thread.
+    """Quantize a contiguous CPU tensor of n weights (bf16, fp16 or fp32) as one flat row, on this thread.
 
-    A tensor can come in parts, each but the last of a multiple of 64 weights. NaN and Inf are not looked for: the
-    absmax of their block is NaN or Inf.
-
-    Returns:
-        Packed nibbles uint8 [⌈n/2⌉] and absmax fp32 [⌈n/64⌉], equal to bitsandbytes' on a CPU.
+    A tensor can come in parts, each but the last of a multiple of 64 weights. Returns packed nibbles uint8 [⌈n/2⌉] and
+    absmax fp32 [⌈n/64⌉], which is NaN or Inf for a block that has one.
     """
     dtype, code = weights.dtype, _code(quant_type)
     bits = weights.detach().reshape(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()

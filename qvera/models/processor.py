@@ -1,4 +1,4 @@
-"""What makes rows into a base model's input: its image processor, or its tokenizer."""
+"""A base model's image processor, or its tokenizer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ def load_processor(section: ModelSection, model_class: ModelClass) -> Processor:
 
 
 def load_image_processor(section: ModelSection) -> ImageProcessor:
-    """The image processor of a model section; on Pillow, so a run gives the same bits with and without torchvision.
-
-    Raises:
-        InputError: there is none, Pillow is missing, or the model takes other images than RGB.
-    """
+    """The image processor of a model, on Pillow: a run gives the same bits with and without torchvision."""
     require_pillow()
     name = resolve_path(section.path)
     require_model_files(name)
@@ -58,7 +54,7 @@ def load_image_processor(section: ModelSection) -> ImageProcessor:
 
 
 def _input_size(config: PretrainedConfig, processor: Any, name: str) -> tuple[int, int]:
-    """Height and width of the images that a model takes: by its config, else as the processor makes them."""
+    """Height and width of a model's images: by its config, else as the processor makes them."""
     crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
     made = dict((crop if getattr(processor, "do_center_crop", False) else size) or {})
     if (sides := image_sides(config)) is not None:
@@ -80,7 +76,7 @@ def image_sides(config: PretrainedConfig) -> tuple[int, int] | None:
 
 
 def image_tokens(config: PretrainedConfig, height: int, width: int) -> int:
-    """The tokens that a vision transformer makes of an image, that of the class included; 1 of any other model."""
+    """Tokens that a vision transformer makes of an image, that of the class included; 1 of any other model."""
     patch = getattr(config, "patch_size", None)
     if patch is None:
         return 1

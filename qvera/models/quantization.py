@@ -1,8 +1,7 @@
 """bitsandbytes' formats: how to ask for a quantized load, how to read a quantized weight, and how to make one.
 
-Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2305.14314, sections 3.1 and 3.2) as
-`bitsandbytes.nn.Linear4bit` holds it, and int8 with one scale a row (LLM.int8(), arXiv 2208.07339) as
-`bitsandbytes.nn.Linear8bitLt` holds it.
+`bitsandbytes.nn.Linear4bit` holds NF4 or FP4 with optional double quantization (QLoRA, arXiv 2305.14314, sections 3.1
+and 3.2), and `bitsandbytes.nn.Linear8bitLt` int8 with one scale a row (LLM.int8(), arXiv 2208.07339).
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ bnb_functional = bnb.functional
 def quantization_config(
     section: ModelSection, compute_dtype: torch.dtype, heads: Sequence[str] = ()
 ) -> BitsAndBytesConfig | None:
-    """What transformers needs in order to quantize while it loads; None for an unquantized base.
-
-    ``heads``: modules that stay dense; none: transformers looks for an output head.
-    """
+    """transformers' settings for a quantized load, or None. ``heads`` stay dense; if empty, the output head."""
     if section.quantization == "none":
         return None
     skipped = list(heads) or None
@@ -58,11 +54,7 @@ def quantization_config(
 
 
 def four_bit_linears(model: nn.Module, section: ModelSection, heads: Sequence[str] = ()) -> set[str]:
-    """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place).
-
-    All `nn.Linear` (and Conv1D) but the output head (or ``heads``), what is tied to the embeddings, and what the model
-    keeps in fp32.
-    """
+    """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place)."""
     quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16, heads), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
     return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -77,8 +69,8 @@ _FLOAT_CHARACTERS = 24
 def serialized_layout(weight: TensorSpec, section: ModelSection) -> list[TensorSpec]:
     """The tensors that bitsandbytes stores for a 4-bit weight: the packed one first, then its statistics.
 
-    Tensors of wide dtypes come first. The JSON at the end is padded with blanks: its length does not depend on the
-    numbers in it, and what follows starts at a multiple of 64 bytes if this did.
+    Wide dtypes come first. The JSON at the end is padded with blanks, so its length does not depend on its numbers, and
+    the next weight starts at a multiple of 64 bytes if this one did.
     """
     name, storage = weight.name, getattr(torch, section.quant_storage)
     blocks = -(-weight.numel // 64)
@@ -113,7 +105,7 @@ def serialized_statistics(weight: TensorSpec, absmax: torch.Tensor, section: Mod
 
 
 def serialized_state(name: str, state: QuantState, section: ModelSection) -> dict[str, torch.Tensor]:
-    """A `QuantState` as the tensors of `serialized_layout` but the first, on the CPU."""
+    """The tensors of `serialized_layout` but the first, on the CPU."""
     tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
     packed = serialized_layout(TensorSpec(name, state.dtype, tuple(state.shape)), section)[-1]
     text = tensors[packed.name].numpy().tobytes().ljust(packed.numel)
@@ -136,13 +128,10 @@ def quantized_on_device(
 
 
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = False) -> torch.Tensor:
-    """The weight [out_features, in_features] of a linear layer in ``dtype``, dequantized if it is quantized.
+    """The weight [out_features, in_features] of a linear in ``dtype``, dequantized if needed.
 
-    A dense layer's weight comes back as it is where the dtype already fits (not a copy). With ``exact`` a 4-bit weight
-    comes from fp32, else from the dtype that the layer computes in.
-
-    Raises:
-        RuntimeError: the 4-bit weight has no quantization state, or another library repacked it in place.
+    A dense weight that has this dtype is not copied. With ``exact`` a 4-bit weight comes from fp32, else from the
+    layer's compute dtype. A 4-bit weight without its state, or repacked by another library, raises RuntimeError.
     """
     if isinstance(module, Linear4bit):
         bring(module)
@@ -159,15 +148,12 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
 
 
 def is_streamed(module: nn.Linear) -> bool:
-    """Whether the bytes of this linear are brought to the device for each use (`qvera.models.stream`)."""
+    """Whether each use brings this linear's bytes to the device (`qvera.models.stream`)."""
     return getattr(module.weight, "streamed", None) is not None
 
 
 def bring(module: nn.Linear) -> None:
-    """Have the bytes of a streamed linear on its device (`qvera.models.stream`). Call it before each read of a weight.
-
-    Weight and statistics of a streamed linear always point to the device, but to a buffer that other layers use too.
-    """
+    """Bring a streamed linear's bytes to its device (`qvera.models.stream`). Call it before each read of a weight."""
     if (streamed := getattr(module.weight, "streamed", None)) is not None:
         streamed.bring()
 
@@ -179,7 +165,7 @@ def stored_tensors(module: Linear4bit) -> list[torch.Tensor]:
 
 
 def replace_tensors(module: Linear4bit, tensors: list[torch.Tensor], device: torch.device) -> None:
-    """Let a 4-bit linear use other tensors in place of its `stored_tensors`; its few constants go to ``device``."""
+    """Replace the `stored_tensors` of a 4-bit linear. Its few constants go to ``device``."""
     before = module.weight
     state = copy.copy(_require_state(module))
     packed, state.absmax = tensors[:2]
@@ -198,7 +184,7 @@ def replace_tensors(module: Linear4bit, tensors: list[torch.Tensor], device: tor
 
 
 def _state(module: Linear4bit) -> QuantState | None:
-    """A 4-bit layer's quantization state, which bitsandbytes keeps twice: ZeRO-3 can part the weight from its own."""
+    """bitsandbytes keeps the state twice: ZeRO-3 can part the weight from its own."""
     return getattr(module.weight, "quant_state", None) or module.quant_state
 
 
@@ -219,9 +205,9 @@ def dequantized_int8(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtyp
 def dequantized_packed(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """A 4-bit weight in its state's dtype, whatever its width.
 
-    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes
-    n // 64 blocks in a row of n instead: wrong scales where n is a multiple of 32 but not of 64. On a CPU a weight
-    whose blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is short.
+    bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes n // 64 blocks in a row of n: wrong scales where n is a
+    multiple of 32 but not of 64. There it gets the weight in rows of one block, or as one row if the last block is
+    short.
     """
     shape = state.shape
     if (weight := dequantize.dequantize_4bit(packed, state)) is not None:
@@ -269,13 +255,13 @@ def ends_with_rows(module: nn.Linear) -> bool:
 
 
 def int8_rows(module: Linear8bit) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
+    """Packed rows int8 [m, n] and the absolute maximum of each row [m]. A forward pass moves them into the state."""
     state = module.state
     return (module.weight.data, module.weight.SCB) if state.CB is None else (state.CB, state.SCB)
 
 
 def storage_bytes(module: nn.Linear) -> int:
-    """Bytes that a linear layer's weight takes as stored, quantization state included."""
+    """Bytes of a linear's weight as stored, quantization state included."""
     weight = module.weight
     size = whole_numel(weight) * weight.element_size()
     if isinstance(module, Linear4bit):
@@ -292,7 +278,7 @@ def _state_bytes(state: QuantState) -> int:
 
 
 class FourBitFacts(NamedTuple):
-    """What a loaded 4-bit layer really is, read from the live module."""
+    """A loaded 4-bit layer's quantization, read from the live module."""
 
     quant_type: str
     double_quant: bool
@@ -302,7 +288,7 @@ class FourBitFacts(NamedTuple):
 
 
 def four_bit_facts(module: Linear4bit) -> FourBitFacts:
-    """Read a Linear4bit's quantization back from its live tensors."""
+    """Read a Linear4bit's quantization from its live tensors."""
     state = _require_state(module)
     return FourBitFacts(
         state.quant_type, bool(state.nested), module.weight.dtype, module.compute_dtype, state.blocksize
@@ -316,10 +302,9 @@ def prequantized_linear(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> Linear4bit:
-    """A `Linear4bit` in the place of ``dense`` (on the meta device) around a weight that was quantized before.
+    """A `Linear4bit` in place of ``dense`` (on the meta device), around a weight that is quantized already.
 
-    ``packed`` has any storage dtype, ``statistics`` are the tensors of `serialized_layout` but the first. On a CPU
-    neither is copied.
+    ``statistics`` are the tensors of `serialized_layout` but the first. On a CPU nothing is copied.
     """
     bias = dense.bias is not None
     layer = Linear4bit(
@@ -334,7 +319,7 @@ def prequantized_linear(
 
 
 def requantized(module: nn.Linear, weight: torch.Tensor) -> nn.Parameter:
-    """``weight`` [m, n] quantized the way ``module`` is, as a new parameter on the module's device (for merging)."""
+    """``weight`` [m, n] quantized as ``module`` is, as a new parameter on its device."""
     if isinstance(module, Linear4bit):
         facts, device = four_bit_facts(module), module.weight.device
         source = weight.to(device=device, dtype=facts.compute_dtype or torch.float32)
@@ -353,10 +338,7 @@ def requantized(module: nn.Linear, weight: torch.Tensor) -> nn.Parameter:
 
 
 def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:
-    """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel, where CPU and shape allow it.
-
-    bitsandbytes itself repacks the weight *in place* on the first evaluation pass, after which its gradients are wrong.
-    """
+    """A copy of a 4-bit weight for bitsandbytes' AVX512-BF16 kernel. None: CPU or shape do not allow it."""
     pack = getattr(bnb_functional, "_convert_weight_packed_for_cpu", None)
     available = getattr(bnb_functional, "has_avx512bf16", None)
     if pack is None or available is None or module.weight.device.type != "cpu" or not available():
@@ -366,6 +348,7 @@ def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:
     rows, columns = state.shape
     if rows % 32 or columns % state.blocksize or columns % 2:
         return None
+    # a copy: bitsandbytes itself would repack the weight in place, and its gradients would be wrong afterwards
     return pack(module.weight.data, copy.copy(state))
 
 
@@ -382,12 +365,12 @@ def fused_matmul(
 
 
 def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
-    """A 16-bit weight [m, n] as the quantized base holds it: quantized as the recipe says, and dequantized again."""
+    """A 16-bit weight [m, n] quantized as the recipe says, and dequantized again."""
     return quantized_reader(weight, section)()
 
 
 def quantized_reader(weight: torch.Tensor, section: ModelSection) -> Callable[[], torch.Tensor]:
-    """Quantize a weight [m, n] as the recipe says; each call of what is returned dequantizes it to its dtype."""
+    """Quantize a weight [m, n] as the recipe says. Each call of the result dequantizes it to its dtype."""
     dtype = weight.dtype
     if section.quantization == "none":
         return lambda: weight
@@ -401,7 +384,7 @@ def quantized_reader(weight: torch.Tensor, section: ModelSection) -> Callable[[]
 
 
 def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """The absolute maxima of a whole weight's blocks, fp32 [blocks], double quantized and dequantized again."""
+    """A whole weight's absmax, fp32 [blocks], double quantized and dequantized again."""
     offset = absmax.mean()
     packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
     return bnb_functional.dequantize_blockwise(packed, state) + offset

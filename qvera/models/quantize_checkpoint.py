@@ -1,7 +1,6 @@
 """Quantize a 16-bit checkpoint to bitsandbytes' serialized 4-bit format, which stock transformers loads and qvera maps.
 
-The source's config and headers are checked before a weight is read. Then each source file is read once: one thread
-reads and hashes, one a core quantizes, the calling one writes. Memory is a few blocks and one weight's scales. Finished
+Each source file is read once: one thread reads and hashes, one a core quantizes, the calling one writes. Finished
 shards survive a kill. ``config.json`` is written last: without it nothing takes a directory for a model.
 """
 
@@ -53,16 +52,16 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Shards = list[tuple[str, list[TensorSpec]]]
 """File name and tensors of each shard."""
 Packed = tuple[Block, torch.Tensor, torch.Tensor | None]
-"""A block, its packed weights, and the absmax of each 64 of them; where it is not packed, its rows and None."""
+"""A block, its packed weights, and the absmax of each 64; or the block, its rows and None."""
 
 
 class NotPlain(InputError):
-    """A checkpoint that transformers renames or fuses while loading: it can be quantized then, but not by itself."""
+    """transformers renames or fuses this checkpoint while loading, so its file can't be quantized by itself."""
 
 
 @dataclasses.dataclass
 class SourceCheckpoint:
-    """A 16-bit checkpoint, checked against its config: what is quantized, and what goes along as it is."""
+    """A 16-bit checkpoint, checked against its config."""
 
     directory: Path
     config: dict[str, Any]
@@ -70,15 +69,14 @@ class SourceCheckpoint:
     entries: list[TensorEntry]
     """All tensors, in the order they lie on disk."""
     stamps: dict[str, list[int]]
-    """File name → bytes, mtime_ns, inode: by which content that was hashed once is known again."""
+    """File name → bytes, mtime_ns, inode, by which hashed content is known again."""
     tensors: list[TensorEntry]
     """Those that the model has."""
     quantized: set[str]
     """Names of the weights that become 4-bit."""
     model_class: ModelClass
-    """What the copy is made for."""
     head_names: list[str]
-    """Modules that are never quantized, since they are trained."""
+    """Modules that are trained, and so never quantized."""
 
     @property
     def files(self) -> list[Path]:
@@ -92,13 +90,10 @@ class SourceCheckpoint:
 
 
 def read_source(section: ModelSection, directory: Path, model_class: ModelClass = CAUSAL_LM) -> SourceCheckpoint:
-    """Config and headers of a 16-bit checkpoint, checked; no weights are read.
-
-    ``model_class``: what is going to be made of it. The copy is that of a language model where it can be.
+    """Check config and headers of a 16-bit checkpoint; no weights are read.
 
     Raises:
-        InputError: a shard is missing, cut short or damaged, a tensor's shape is not the config's, or the checkpoint is
-            already quantized.
+        InputError: a shard is missing or damaged, a shape is not the config's, or the checkpoint is quantized already.
         NotPlain: the tensors are not the model's parameters by name.
     """
     config = read_json(directory / "config.json", "the config of a model")
@@ -156,8 +151,8 @@ def quantize_checkpoint(
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint to ``out``, or go on with it; returns its record (also written there).
 
-    ``out`` is new, empty, or was left by the same call when it was killed. ``known`` has the SHA-256 of source files
-    that need not be hashed again. A CUDA ``device`` uses bitsandbytes' own kernels. ``progress`` may raise, to stop.
+    ``out`` is new, empty, or was left by the same call when it was killed. ``known`` has SHA-256 of source files that
+    need no hashing. A CUDA ``device`` uses bitsandbytes' own kernels. ``progress`` may raise, to stop.
 
     Raises:
         InputError: ``out`` holds something else, or its disk has no room.
@@ -234,7 +229,7 @@ def output_bytes(source: SourceCheckpoint, section: ModelSection) -> int:
 
 
 def _shards(source: SourceCheckpoint, section: ModelSection, shard_bytes: int) -> Shards:
-    """The shards of the output, in the order of the source; a weight and its statistics stay together."""
+    """A weight and its statistics stay together. The order is that of the source."""
 
     def units() -> Iterator[list[TensorSpec]]:
         for entry in source.tensors:
@@ -255,7 +250,7 @@ def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device,
 def _tensors(
     section: ModelSection, source: SourceCheckpoint, blocks: Iterator[Packed], progress: Callable[[Block], None]
 ) -> Iterator[torch.Tensor]:
-    """The output's tensors in its order; a packed weight in parts, and then its statistics."""
+    """The output's tensors in its order; a packed weight comes in parts, and then its statistics."""
     parts: list[torch.Tensor] = []
     storage = getattr(torch, section.quant_storage)
     for block, rows, absmax in blocks:
@@ -292,7 +287,6 @@ def _require_finite(entry: TensorEntry, values: torch.Tensor) -> None:
 def _write_small_files(
     source: SourceCheckpoint, section: ModelSection, out: Path, shards: Shards, record: dict[str, Any]
 ) -> None:
-    """Index, tokenizer and other files of the source, record, and config.json last."""
     write_index(out, shards)
     for file in sorted(source.directory.iterdir()):
         # the certificate of an export is of the 16-bit files

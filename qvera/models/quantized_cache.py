@@ -33,10 +33,8 @@ def cached_base(
 ) -> Path:
     """The directory of the quantized copy of ``section.path``, made on first use.
 
-    Of several processes that want the same copy, one makes it and the others wait. A damaged copy is made again.
-
-    ``device`` is where to quantize (default CPU). With ``verify``, source and copy are hashed again: sizes and times
-    are not trusted.
+    If several processes want the same copy, one makes it and the others wait. A damaged copy is made again. ``device``
+    is where to quantize (default CPU). With ``verify``, source and copy are hashed again.
 
     Raises:
         NotPlain: transformers renames or fuses this checkpoint's tensors while loading.
@@ -84,7 +82,7 @@ def cached_base(
 
 
 def find_base(section: ModelSection, directory: Path | None = None, model_class: ModelClass = CAUSAL_LM) -> Path | None:
-    """The finished copy for this section, if there is one and the source's hashes are known; nothing is hashed."""
+    """The finished copy for this section, if the source's hashes are known. Nothing is hashed; None: not found."""
     directory = directory or base_directory(section)
     files = shard_files(directory)
     known = BASES.hashes.known(files)
@@ -98,10 +96,7 @@ def find_base(section: ModelSection, directory: Path | None = None, model_class:
 
 
 def how_stored(section: ModelSection) -> tuple[bool, int]:
-    """Of a 4-bit base: whether it is mapped from a file, and the bytes of a dense number in it. No weights are read.
-
-    A base that is not on this machine is taken for a usual one: mapped, in 16 bits.
-    """
+    """Whether a 4-bit base is mapped, and the bytes of a dense number in it; (True, 2) for one that is not here."""
     directory = Path(resolve_path(section.path))
     try:
         if not directory.is_dir():
@@ -129,11 +124,7 @@ def quantized_copy(
     verify: bool = False,
     progress: StageProgress | None = None,
 ) -> dict[str, Any]:
-    """Write the quantized copy to ``out`` (or go on with it, or find it finished there) and return its record.
-
-    Raises:
-        InputError: ``out`` holds something else; else as `cached_base`.
-    """
+    """Write the quantized copy to ``out``, or go on with it; returns its record. Raises as `cached_base`."""
     source = read_source(section, base_directory(section))
     hashes = BASES.hashes
     known = {} if verify else hashes.known(source.files)
@@ -174,7 +165,7 @@ def _key(source: SourceCheckpoint, settings: dict[str, Any], device: torch.devic
 
 
 def _similar(source: SourceCheckpoint, settings: dict[str, Any]) -> bool:
-    """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
+    """Whether a finished copy has sources of these names and sizes: then it pays to hash before quantizing."""
     sizes = {name: stamp[0] for name, stamp in source.stamps.items()}
     for record in (entry.record for entry in BASES.listed() if entry.record is not None):
         recorded = {name: value["bytes"] for name, value in record["source"]["files"].items()}
@@ -184,7 +175,7 @@ def _similar(source: SourceCheckpoint, settings: dict[str, Any]) -> bool:
 
 
 def _publish(made: Path, target: Path) -> Path:
-    """Give a finished copy its name; where another process was quicker, its copy is as good."""
+    """Give a finished copy its name. If another process was quicker, take its copy."""
     if target.exists():
         if problem_of(target, verify=True) is None:
             shutil.rmtree(made)

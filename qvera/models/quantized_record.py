@@ -1,7 +1,7 @@
-"""The record beside a quantized copy (``qvera_quantized.json``), and the cache of such copies. Imports no torch.
+"""The record beside a quantized copy, and the cache of such copies. Imports no torch.
 
-A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`content_identity`). The KEY of one that
-is being made (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
+A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`content_identity`). While it is made,
+its KEY (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from qvera.utils.cache_dir import DiskCache
 from qvera.utils.files import file_sha256, try_read_json
 
 RECORD = "qvera_quantized.json"
-"""Beside the weights: what they were made from, and their hashes."""
 
 
 def settings_of(section: ModelSection, of_class: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def settings_of(section: ModelSection, of_class: Mapping[str, str] | None = None
 
 
 def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """One hash, in hex, over config, shards (name → SHA-256) and settings."""
+    """A hash, in hex, over config, shards (name → SHA-256) and settings."""
     text = json.dumps([1, config_sha256, sorted(files.items()), sorted(settings.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 

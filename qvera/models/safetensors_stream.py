@@ -1,7 +1,6 @@
 """Checkpoints larger than memory: read in blocks of rows, computed in order by several threads, written in blocks.
 
-Each file is read or written once, in the order of its bytes, and hashed on the way. Memory is a few blocks, whatever
-the size of a tensor.
+Each file is read or written once, in the order of its bytes, and hashed on the way. Memory is a few blocks.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from qvera.utils.files import file_stamp, read_at
 from qvera.utils.safetensors_io import INDEX, TensorEntry, TensorSpec, torch_dtypes
 
 BLOCK_ELEMENTS = 1 << 20
-"""Elements of a block of rows: its fp32 temporaries stay in the processor's cache."""
+"""In a block of rows: its fp32 temporaries stay in the processor's cache."""
 _SYNC_BYTES = 1 << 27
 _ALIGNMENT = 64
 In = TypeVar("In")
@@ -40,7 +39,6 @@ class Block(NamedTuple):
     first: int
     rows: torch.Tensor
     last: bool
-    """Whether the tensor ends here."""
     absmax: torch.Tensor | None = None
     """Quantization scales of the whole tensor, from a reader that computes them first."""
 
@@ -54,19 +52,15 @@ def rows_per_block(columns: int, blocksize: int = 64) -> int:
 class CheckpointReader:
     """Reads the tensors of a checkpoint in order: ``entries`` are all of them, as they lie on disk.
 
-    ``stamps`` has the `file_stamp` of each file name, as it has to stay. ``sha256`` has the SHA-256 of the files whose
-    hash is ``known``, and of every file that has been read whole.
+    ``stamps`` is file name → `file_stamp`. ``sha256`` has the ``known`` hashes, and those of files that were read
+    whole.
     """
 
     def __init__(self, entries: list[TensorEntry], stamps: dict[str, list[int]], known: dict[str, str]) -> None:
         self.entries, self.stamps, self.sha256 = entries, stamps, dict(known)
 
     def blocks(self, skip: Collection[str]) -> Iterator[Block]:
-        """Every tensor in blocks of rows; those named in ``skip`` are only hashed, and not even that where it is known.
-
-        Raises:
-            RunFailed: a file changed or ended while it was read.
-        """
+        """Every tensor in blocks of rows; those in ``skip`` are only hashed. Raises RunFailed if a file changes."""
         for file, group in itertools.groupby(self.entries, key=lambda entry: entry.file):
             entries, known = list(group), file.name in self.sha256
             if known and all(entry.name in skip for entry in entries):
@@ -93,7 +87,7 @@ class CheckpointReader:
                 self.sha256[file.name] = digest.hexdigest()
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
-        """The blocks of a tensor that is wanted."""
+        """The blocks of a tensor that is not skipped. A subclass may read it in another way."""
         return self.read(descriptor, entry)
 
     def read(self, descriptor: int, entry: TensorEntry, whole: bool = False) -> Iterator[Block]:
@@ -111,11 +105,7 @@ class CheckpointReader:
 
 
 def read_bytes(descriptor: int, entry: TensorEntry, first: int, count: int) -> torch.Tensor:
-    """Bytes [first, first + count) of a tensor in a file, uint8.
-
-    Raises:
-        RunFailed: the file ended before.
-    """
+    """Bytes [first, first + count) of a tensor in a file, uint8. Raises RunFailed if the file ends before."""
     data = torch.empty(count, dtype=torch.uint8)
     if not read_at(descriptor, data.numpy().data, entry.start + first):
         raise RunFailed(f"{entry.file}: {entry.name} ended while it was read. Run again when it is whole.")
@@ -127,10 +117,8 @@ def in_order(
 ) -> Generator[Out, None, None]:
     """``compute`` of each item, in order, by ``workers`` threads, while another thread draws the items.
 
-    An error of ``items`` or of ``compute`` is raised where its result would come. Closing the iterator stops the
-    threads.
-
-    At most ``waiting`` items are drawn and not yet consumed, which bounds memory.
+    An error is raised where its result would come. Closing the iterator stops the threads. At most ``waiting`` items
+    are drawn and not yet consumed, which bounds memory.
     """
     results: queue.Queue[Future[Out] | None] = queue.Queue()
     places = threading.Semaphore(waiting)
@@ -176,11 +164,7 @@ def write_shard(
     """Write one safetensors file, under a temporary name until it is whole and on the disk; returns its SHA-256.
 
     ``tensors`` are the values of ``specs`` in their order; one may come in parts along its first dimension. No more are
-    taken than ``specs`` need, so one iterator can serve several files. ``metadata`` goes into the header beside the
-    format.
-
-    Raises:
-        OSError: the disk is full or gone; nothing is left behind.
+    taken than ``specs`` need, so one iterator can serve several files. An OSError leaves nothing behind.
     """
     names = {dtype: name for name, dtype in torch_dtypes().items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}

@@ -1,6 +1,6 @@
-"""What a checkpoint stores as the model has it: tensors under the model's names, and weights in 4 bits as whole ones.
+"""A checkpoint's tensors under the model's names, with each 4-bit weight as a whole one.
 
-A weight in bitsandbytes' 4 bits is a tensor of packed nibbles, and beside it its statistics
+A weight in bitsandbytes' 4 bits is a tensor of packed nibbles with statistics beside it
 (`quantization.serialized_layout`), which may lie in any order and in other shards.
 """
 
@@ -31,16 +31,11 @@ _STATE = f".{quantization.STATE_KEY}"
 
 
 def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
-    """The tensors of a checkpoint under the names that the model has for them, in the same order.
+    """The tensors of a checkpoint under the model's names, in the same order.
 
-    Three things make them differ: transformers renames parts of old models (GPT-NeoX's head, ViT's attention), an old
-    checkpoint calls the vectors of its norms gamma and beta, and one of the base model alone lacks a prefix such as
-    ``bert.``. A tensor that transformers fuses with others, splits or turns keeps its name, and so do all of a
-    checkpoint that is stored in 4 bits.
-
-    Args:
-        entries: all tensors of the checkpoint.
-        model: the model without weights.
+    transformers renames parts of old models (GPT-NeoX's head, ViT's attention), old checkpoints call the vectors of
+    norms gamma and beta, and one of the base model alone lacks a prefix such as ``bert.``. A tensor that transformers
+    fuses, splits or turns keeps its name, and so do all tensors of a 4-bit checkpoint.
     """
     known = model.state_dict().keys()
     unknown = [entry for entry in entries if entry.name not in known]
@@ -70,7 +65,7 @@ class PackedWeight:
     packed: TensorEntry
     """The nibbles, in any dtype."""
     dense: TensorEntry
-    """What a reader of weights gets in its place: [out_features, in_features]; its bytes are those of ``packed``."""
+    """What a reader gets in its place: [out_features, in_features], with the bytes of ``packed``."""
     statistics: dict[str, TensorEntry]
     """By the end of their names, such as ``absmax``."""
     quant_type: str
@@ -89,13 +84,10 @@ class PackedWeight:
         return bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
     def dequantized(self, packed: torch.Tensor, absmax: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows [k, in_features] of the weight in ``dtype``.
+        """Some rows [k, in_features] of the weight in ``dtype``, its compute dtype in training.
 
-        Args:
-            packed: their bytes, uint8.
-            absmax: what `absmax` returned.
-            first: the number of the first row. A block of scales begins with it.
-            dtype: what the weight was dequantized to in training, its compute dtype.
+        ``packed`` has their bytes (uint8), ``absmax`` is that of the whole weight. ``first`` is the number of the first
+        row; a block of scales begins with it.
         """
         columns = self.dense.shape[1]
         at, count = first * columns // self.blocksize, 2 * packed.numel()
@@ -107,15 +99,7 @@ class PackedWeight:
 
 
 def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, PackedWeight]:
-    """The 4-bit weights among the tensors of a checkpoint, by name.
-
-    Args:
-        entries: all tensors of the checkpoint.
-        model: its model without weights.
-
-    Raises:
-        InputError: one is no linear of the model, has another shape, or its statistics are not whole.
-    """
+    """The 4-bit weights of a checkpoint by name. Raises InputError if they are not whole, or not those of the model."""
     stored = {entry.name: entry for entry in entries}
     statistics: dict[str, dict[str, TensorEntry]] = {name.partition(_STATE)[0]: {} for name in stored if _STATE in name}
     for name, entry in stored.items():

@@ -1,30 +1,24 @@
 """A 4-bit base larger than the accelerator's memory: its decoder layers stay in RAM, and two are on the device.
 
-The device has two buffers. Layer i uses buffer i mod 2: the packed weights and statistics of its linears point into it
-for good. Whoever reads them calls `LayerStream.use` first (`qvera.models.quantization` does), which waits for the
-layer's bytes and starts the copy of the layer that is likely to be next into the other buffer. So copies run one layer
-ahead of the computation, upwards in forward and downwards in backward. A checkpoint's recomputation of a layer comes
-right before its backward, so one copy serves both: a training pass over L layers copies 2 L - 4 of them.
+Layer i uses buffer i mod 2 of the device: the packed weights and statistics of its linears always point into it. Each
+reader calls `LayerStream.use` first (`qvera.models.quantization` does). It waits for the layer's bytes and starts the
+copy of the likely next layer into the other buffer. A checkpoint recomputes a layer right before its backward, so one
+copy serves both: a training pass over L layers copies 2 L - 4 of them. A copy waits for everything that the computing
+stream was given before, which includes the readers of the layer that it overwrites.
 
-The computing stream waits for the copy of what it reads. A copy waits for everything that the computing stream was
-given before: the readers of the layer that it overwrites are among it, because they came before the layer that is used
-now. The numbers are those of a base that is on the device, to the bit.
+The bytes lie in page-locked RAM. If there is too little, they stay in the mapped file, and a thread reads each layer
+into page-locked RAM shortly before its copy.
 
-The bytes lie in page-locked RAM. Where there is too little RAM they stay in the mapped file, and a thread reads each
-layer into page-locked RAM shortly before it is copied.
-
-`CopyStream` orders copies beside the stream that computes, and `PinnedChunks` hands out page-locked RAM; the inputs of
-checkpointed layers (`qvera.models.checkpointing`) use them too. Their rules:
+Rules of `CopyStream` and `PinnedChunks`, which `qvera.models.checkpointing` uses too:
 
 - `CopyStream.copy` may be called as soon as the tensor's kernels were launched: the copy waits for them.
-- The tensors of a copy must be kept alive until `CopyStream.wait` was called on its event. An allocator gives memory
-  that was let go of to the next kernel of the computing stream, and that must not run before the copy.
-- A copied tensor may be read after `CopyStream.wait`; kernels launched later then run after the copy.
+- Keep the tensors of a copy alive until `CopyStream.wait` was called on its event. Else the allocator gives their
+  memory to the next kernel of the computing stream, which does not wait for the copy.
+- A copied tensor may be read after `CopyStream.wait`, by kernels that are launched later.
 - Copies of one `CopyStream` run one after the other. So a chunk may be given back, and taken for another copy of the
-  same stream, while its last copy still waits to run.
+  same stream, before its last copy has run.
 
-No accelerator has run this. A fake one has, and tests/models/test_checkpointing.py runs it on a thread in a stream's
-place, which shows a tensor that is read or let go of too early.
+No accelerator has run this. tests/models/test_checkpointing.py runs it with a thread in place of a stream.
 """
 
 from __future__ import annotations
@@ -45,8 +39,7 @@ from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils import accelerator, memory
 
 CHUNK_BYTES = 2**24
-"""16 MB: long enough for the bus's full rate. torch rounds page-locked memory up to a power of two, so pieces of one
-size waste none of it, whatever the sizes of the tensors."""
+"""16 MB: long enough for the bus's full rate. torch rounds page-locked memory up to a power of two."""
 
 
 class CopyStream:
@@ -65,10 +58,7 @@ class CopyStream:
         return self.computing().record_event()
 
     def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: Any = None) -> Any:
-        """Copy each (destination, source) once all kernels launched so far have run; returns their event at once.
-
-        ``after``: an earlier `mark` to wait for instead. A thread that does not compute needs one.
-        """
+        """Copy each (destination, source) after the launched kernels, or ``after`` a `mark`; returns an event."""
         self._stream.wait_event(self.mark() if after is None else after)
         with self._stream:
             for destination, source in pairs:
@@ -76,11 +66,11 @@ class CopyStream:
         return self._stream.record_event()
 
     def wait(self, event: Any) -> None:
-        """Let kernels that are launched from now on run after that event. The program itself goes on at once."""
+        """Let kernels that are launched from now on run after that event. The program goes on at once."""
         self.computing().wait_event(event)
 
     def keep(self, tensor: torch.Tensor) -> None:
-        """Let the allocator reuse a tensor's memory only when the copies are through that run when it is let go of."""
+        """Reuse this tensor's memory, once it is let go of, only after the copies that are running then."""
         tensor.record_stream(self._stream)
 
 
@@ -93,7 +83,7 @@ class PinnedChunks:
         self._free: list[torch.Tensor] = []
 
     def take(self, size_bytes: int) -> list[torch.Tensor]:
-        """Chunks (uint8) that hold this many bytes together; the last one may be used in part."""
+        """Chunks (uint8) that together hold this many bytes. The last one may be used in part."""
         count = -(-size_bytes // self.chunk_bytes)
         taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
         while len(taken) < count:
@@ -102,12 +92,12 @@ class PinnedChunks:
         return taken
 
     def give(self, chunks: list[torch.Tensor]) -> None:
-        """Take chunks back. Copies that were ordered with them may still be waiting to run, in the same stream."""
+        """Take chunks back. Copies of the same stream may still wait to use them."""
         self._free.extend(chunks)
 
 
 def pairs(flat: torch.Tensor, chunks: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pieces of a contiguous tensor as bytes, each beside the part of a chunk that holds it."""
+    """Pieces of a contiguous tensor as bytes, each with the part of a chunk that holds it."""
     parts = flat.view(-1).view(torch.uint8).split(len(chunks[0]))
     return [(part, chunk[: len(part)]) for part, chunk in zip(parts, chunks, strict=True)]
 
@@ -118,55 +108,45 @@ if TYPE_CHECKING:
 
 _ALIGNMENT_BYTES = 512  # of the device's own allocations
 _RESIDENT_SHARE = 0.85
-"""A base that takes more than this share of the free memory leaves too little for activations and answers."""
+"""A larger share of the free memory leaves too little for activations and answers."""
 PINNED_SHARE = 0.8
 """Page-locked RAM can't be swapped out, so the system keeps at least a fifth of what is free."""
 
 
 def streams_by_itself(base_bytes: int, device: torch.device) -> bool:
-    """What ``model.stream: auto`` means where there is no plan: whether the base is too large to be on the device."""
+    """Whether the base is too large for the device: ``model.stream: auto`` without a plan."""
     return accelerator.has_own_memory(device) and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
 
 
 def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
-    """Stream the 4-bit linears of a model's decoder layers, which are in RAM, to ``device``.
-
-    Everything else of the model has to be on the device already.
-    """
+    """Stream the 4-bit linears of decoder layers from RAM to ``device``, which has all else of the model."""
     layers = [[m for m in layer.modules() if isinstance(m, Linear4bit)] for layer in decoder_layers(decoder_of(model))]
     LayerStream([layer for layer in layers if layer], device)
 
 
 def facts_of(model: nn.Module) -> dict[str, Any] | None:
-    """What run.json says of a streamed model: ``layers``, ``layer_bytes`` (of the largest), ``bytes``, and ``held_in``.
-
-    ``held_in`` is ``pinned RAM`` or ``mapped file``. None: the model is not streamed.
-    """
+    """``layers``, ``layer_bytes`` (of the largest), ``bytes`` and ``held_in`` for run.json. None: not streamed."""
     found = (getattr(weight, "streamed", None) for weight in model.parameters())
     return next((streamed.stream.facts for streamed in found if streamed is not None), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedLinear:
-    """What the weight of a streamed linear knows of itself (its attribute ``streamed``)."""
+    """The attribute ``streamed`` of a streamed linear's weight."""
 
     stream: LayerStream
     layer: int
     packed: torch.Tensor
-    """The packed weight in the file, on the CPU."""
+    """In the file, on the CPU; so is ``state``."""
     state: QuantState
-    """Its statistics in the file, on the CPU."""
 
     def bring(self) -> None:
-        """Have the layer's bytes where the linear's weight points to; called before each read."""
+        """Bring the layer's bytes to where the weight points. Call it before each read."""
         self.stream.use(self.layer)
 
 
 class LayerStream:
-    """Decoder layers in RAM, two of which are on the device or on the way there.
-
-    Not for several threads that compute at the same time.
-    """
+    """Decoder layers in RAM, two of which are on the device or on the way there. For one computing thread."""
 
     def __init__(
         self,
@@ -175,13 +155,11 @@ class LayerStream:
         pinned: bool | None = None,
         copies: CopyStream | None = None,
     ) -> None:
-        """Take over the 4-bit linears of each layer: from now on they read from the buffers on ``device``.
+        """Let the linears of each layer, whose weights are on the CPU, read from buffers on ``device``.
 
         Args:
-            layers: the linears of each decoder layer, with their weights on the CPU.
-            device: where they are used.
             pinned: whether all bytes are copied into page-locked RAM; None: where they fit.
-            copies: the stream of the copies. A device without memory of its own needs none.
+            copies: None for a stream of its own, if the device has memory of its own.
         """
         self._copies = copies or (CopyStream(device) if accelerator.has_own_memory(device) else None)
         self._device = device
@@ -208,7 +186,7 @@ class LayerStream:
             self._redirect(number, linears)
 
     def use(self, layer: int) -> None:
-        """Let the computing stream wait for a layer's bytes, and start the copy of the layer likely to be next."""
+        """Let the computing stream wait for a layer's bytes, and start the copy of the likely next layer."""
         if layer == self._current:
             return
         before, self._current = self._current, None  # an error leaves it so, and the next use looks again
@@ -234,7 +212,7 @@ class LayerStream:
             raise
 
     def _following(self, layer: int, before: int | None) -> int:
-        """The layer likely to be used after this one. A wrong guess costs a copy, and nothing else."""
+        """A wrong guess costs a copy, and nothing else."""
         last = len(self._sources) - 1
         if layer == last:
             # answers and evaluations begin again at the first layer, training turns round
@@ -243,7 +221,6 @@ class LayerStream:
         return layer + 1 if upwards else layer - 1
 
     def _fetch(self, layer: int) -> None:
-        """Start the copy of a layer into its buffer, if the buffer does not have it."""
         slot = layer % 2
         if self._held[slot] == layer:
             return
@@ -259,7 +236,6 @@ class LayerStream:
         self._held[slot] = layer
 
     def _pairs(self, layer: int, chunks: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(part of the layer's buffer, its bytes in RAM)."""
         return pairs(self._buffers[layer % 2][: self._sizes[layer]], chunks)
 
     def _read_and_copy(self, layer: int, before: Future[Any] | None, after: Any, copies: CopyStream) -> Any:
@@ -291,7 +267,6 @@ class LayerStream:
         return found
 
     def _redirect(self, layer: int, linears: Sequence[Linear4bit]) -> None:
-        """Let the linears of a layer read from its buffer, and tell them whom to call before."""
         buffer, places = self._buffers[layer % 2], iter(self._sources[layer])
         for linear in linears:
             stored = quantization.stored_tensors(linear)
@@ -305,7 +280,7 @@ class LayerStream:
 
 
 _LaidOut = list[tuple[int, torch.Tensor]]
-"""(where it begins in its layer's bytes, a tensor of the file as uint8 [bytes])."""
+"""(offset in its layer's bytes, a tensor of the file as uint8 [bytes])."""
 
 
 def _laid_out(tensors: Sequence[torch.Tensor]) -> _LaidOut:
@@ -318,7 +293,6 @@ def _laid_out(tensors: Sequence[torch.Tensor]) -> _LaidOut:
 
 
 def _fill(chunks: Sequence[torch.Tensor], source: _LaidOut) -> None:
-    """Write a layer's bytes into ``chunks``, one behind the other."""
     start = 0
     for chunk in chunks:
         end = start + len(chunk)

@@ -16,10 +16,10 @@ _LAYER_LISTS = ("layers", "h", "blocks", "layer")
 
 
 def decoder_of(model: Any) -> Any:
-    """What a language model calls before its head: embeddings and layers, and the norm behind them.
+    """What a language model calls before its head: embeddings, layers and the last norm.
 
-    transformers' ``get_decoder`` returns the whole model where a class names its decoder otherwise than it says
-    (Llama 4's text model). Then it is the part that holds the input embedding.
+    transformers' ``get_decoder`` returns the whole model where a class misnames its decoder (Llama 4's text model).
+    Then it is the part that holds the input embedding.
     """
     found = model.get_decoder()
     if found is not model or model.get_output_embeddings() is None:
@@ -32,7 +32,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder or encoder, in their order; the module itself if it has no list of layers."""
+    """The layers of a decoder or encoder, in order; the module itself if it has no list of layers."""
     for module in (decoder, getattr(decoder, "encoder", None), getattr(decoder, "decoder", None)):
         for name in _LAYER_LISTS:
             if isinstance(found := getattr(module, name, None), nn.ModuleList):
@@ -55,9 +55,8 @@ def routers(model: nn.Module) -> set[str]:
 def beside_the_layers(model: nn.Module) -> set[str]:
     """Names of the linears that ``all-linear`` leaves out: heads, poolers, `routers`, and what images go through.
 
-    Of a language model that is all outside of its decoder: the output head, and the vision tower of one that takes
-    images too, which rows of text never reach. Of another model it is all outside of what transformers calls its base
-    model, such as a classifier with all of its layers.
+    Of a language model this is all outside of its decoder: also a vision tower, which text never reaches. Of another
+    model it is all outside of transformers' base model, such as a classifier.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     backbone: Any = getattr(model, "base_model", model) if head is None else decoder_of(model)
@@ -76,10 +75,7 @@ def returns_more(module: nn.Module) -> bool:
 
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights that hold all experts of a layer in one tensor [experts, .., ..], by name.
-
-    They are no linears: bitsandbytes does not quantize them, and no adapter is put on them.
-    """
+    """Weights that hold all experts of a layer in one tensor [experts, .., ..], by name: not quantized, not adapted."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -95,10 +91,7 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding"
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The most tokens of a row; None for a model that computes its positions (RoPE, ALiBi).
-
-    Of a model that takes images too the table of its text counts, which is in its decoder.
-    """
+    """The most tokens of a row, by the decoder's table. None: the model computes its positions (RoPE, ALiBi)."""
     of_peft: Any = getattr(model, "get_base_model", None)
     inner: Any = model if of_peft is None else of_peft()
     backbone: nn.Module = inner if inner.get_output_embeddings() is None else decoder_of(inner)
@@ -111,14 +104,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def require_positions(model: nn.Module, lengths: np.ndarray) -> None:
-    """Refuse rows that the model has no positions for.
-
-    Args:
-        lengths: tokens of each row.
-
-    Raises:
-        InputError: one is longer than `position_limit`.
-    """
+    """Raise InputError if a row is longer than `position_limit`. ``lengths``: tokens of each row."""
     limit = position_limit(model)
     if limit is not None and len(lengths) and lengths.max() > limit:
         raise InputError(

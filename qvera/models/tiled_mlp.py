@@ -1,13 +1,10 @@
 """The gated MLP of a checkpointed layer by tiles of tokens, so that long rows fit.
 
-The inside of an MLP is some 3 times as wide as the stream, and backward has five such tensors at a time: for long rows
-they are most of a layer's memory. Each token goes through the MLP by itself, so forward takes some tokens at a time and
-keeps only the input; backward takes each tile through the MLP again with a graph of its own. The gradients of vectors
-are added up over the tiles in fp32.
-
-That costs about as much as an untiled layer that is recomputed. Inside a checkpoint nothing after the MLP's input has
-to be recomputed, so recomputation ends there (`_Keep`), and the product of down_proj is taken once less. In return each
-tile dequantizes the weights anew: by arithmetic 5 % of its products' time on a 4090, at 4,096 tokens.
+Backward has five tensors at a time that are some 3 times as wide as the stream: for long rows most of a layer's memory.
+Tokens go through the MLP independently, so forward takes some at a time and keeps only the input; backward runs each
+tile again with a graph of its own. A checkpoint's recomputation ends at the MLP's input (`_Keep`), which saves a
+product of down_proj. In return each tile dequantizes the weights anew: by arithmetic 5 % of its products' time on a
+4090, at 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +20,13 @@ from torch.autograd.function import once_differentiable
 from qvera.distributed.zero_params import is_sharded
 
 TILED_ABOVE_TOKENS = 4096
-"""Of a forward pass, all rows together. With fewer, tiles would save little, and each would dequantize the weights for
-few tokens."""
+"""Of a forward pass, all rows together. With fewer, tiles save little, and each dequantizes the weights."""
 
 _TILE_TOKENS, _LEAST_TILES, _MULTIPLE = 4096, 4, 64
 
 
 def tile_tokens(tokens: int) -> int:
-    """Tokens of a tile where there are so many in all: at most 4,096, at least four tiles."""
+    """Tokens of a tile: at most 4,096, at least four tiles."""
     tiles = max(_LEAST_TILES, -(-tokens // _TILE_TOKENS))
     return -(-tokens // (tiles * _MULTIPLE)) * _MULTIPLE
 
@@ -38,8 +34,8 @@ def tile_tokens(tokens: int) -> int:
 def can_tile(mlp: nn.Module, x: torch.Tensor) -> bool:
     """Whether tiles pay for x [..., hidden], and give the same numbers.
 
-    Not where the MLP drops elements (a tile's second pass would drop others), not where a layer looks at the gradients
-    of a whole pass (``needs_whole_passes``), and not under ZeRO-3, which would gather the weights for each tile.
+    Not where the MLP drops elements (a second pass would drop others), not where a layer looks at the gradients of a
+    whole pass (``needs_whole_passes``), and not under ZeRO-3, which would gather the weights for each tile.
     """
     if x.numel() // x.shape[-1] <= TILED_ABOVE_TOKENS or torch.compiler.is_compiling():
         return False
@@ -49,10 +45,10 @@ def can_tile(mlp: nn.Module, x: torch.Tensor) -> bool:
 
 
 class _Keep(torch.autograd.Function):
-    """The identity, which keeps its input for the node behind it.
+    """The identity. It keeps its input for the node behind it.
 
-    A node of its own, because autograd takes what a function keeps only when its forward ends. A checkpoint's
-    recomputation stops once it has all that forward kept, which is then before the MLP and not behind it.
+    It is a node of its own, because autograd keeps a function's tensors when its forward ends. A checkpoint's
+    recomputation stops once it has all that forward kept: now before the MLP, not behind it.
     """
 
     @staticmethod
@@ -106,7 +102,6 @@ def _tiles(tokens: int) -> list[slice]:
 
 
 def _autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """A context with the autocast of now, for backward."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype) if enabled else contextlib.nullcontext()
 
@@ -114,9 +109,7 @@ def _autocast_of(device_type: str) -> Callable[[], contextlib.AbstractContextMan
 def tiled(mlp: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """``function(x)`` by tiles of tokens: x [..., hidden] gives the same shape and dtype.
 
-    Args:
-        mlp: the module that ``function`` runs; its trained parameters get their gradients.
-        function: takes each token by itself; called with [tokens, hidden], with and without gradients.
+    ``function`` runs ``mlp`` on [tokens, hidden], each token by itself, with and without gradients.
     """
     kept = _Keep.apply(x if x.requires_grad else x.detach().requires_grad_())
     return _Tiled.apply(kept, kept.grad_fn, function, *(p for p in mlp.parameters() if p.requires_grad))

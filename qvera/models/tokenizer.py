@@ -1,9 +1,8 @@
 """Load a base model's tokenizer, and add a recipe's tokens to a model whose embedding and head are frozen.
 
-VeRA trains no row of the embedding or the head, so a new token keeps the row it gets here; the adapter's vectors learn
-what it is for. Each new row is drawn at random around the rows of the existing tokens: their mean plus their standard
-deviation, column by column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual
-where rows are trained: a head row within the others' convex hull never has the highest logit.
+VeRA trains no row of embedding or head, so a new token keeps the row it gets here. Per column, that is the mean of the
+existing rows plus their standard deviation times a random number, whose generator is keyed by the token's text. The
+mean itself, usual for trained rows, won't do: a head row within the others' convex hull never has the highest logit.
 """
 
 from __future__ import annotations
@@ -34,20 +33,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADDED_ROWS = "added_tokens.safetensors"
-"""Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one
-table."""
+"""Beside an adapter's vectors: ``embedding`` and, unless tied, ``head`` [added tokens, hidden], by id."""
 PLACED = "qvera_added_tokens"
-"""The attribute of a model with the tokens that have been given rows: token → id."""
+"""The attribute of a model with the tokens that have rows: token → id."""
 _BLOCK_ROWS = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model section.
-
-    Raises:
-        InputError: there is none, or it has a token that the section adds.
-    """
+    """The tokenizer of a model. Raises InputError if there is none, or if it has a token that the section adds."""
     require_model_files(resolve_path(section.path))
     if Path(resolve_path(section.path)).is_dir():
         with contextlib.suppress(OSError, ValueError, KeyError, ImportError):  # of a model, not of its tokenizer
@@ -73,10 +67,8 @@ def add_tokens(
 ) -> None:
     """Add ``tokens`` to a tokenizer as single tokens with the next free ids; make ``pad`` and ``eos`` its own.
 
-    Only these two become special tokens. The others are ordinary text, and answers show them.
-
-    Raises:
-        InputError: one is in the vocabulary already, or twice in the list, or pad or eos is in neither.
+    Only these two become special tokens; answers show the others. Raises InputError if a token is in the vocabulary
+    already or twice in the list, or if pad or eos is in neither.
     """
     vocabulary = tokenizer.get_vocab()
     for number, token in enumerate(tokens):
@@ -111,13 +103,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[st
 def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     """Give every added token its row in embedding and head; returns how many rows the two had to grow by.
 
-    Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in.
-    Where there are too few, embedding and head become private copies with more rows.
-
-    ``ids`` are at or beyond those that the model was trained with (`ids_of`).
-
-    Raises:
-        InputError: its embedding or head can't be given rows.
+    Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in place. If they are too
+    few, embedding and head become private copies with more rows. Raises InputError if they can't be given rows.
     """
     tables = _tables(model)
     first, known = min(ids.values()), tables[0].weight.shape[0]
@@ -130,11 +117,7 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
 
 
 def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
-    """Put rows read from an adapter (`read_token_rows`) in the places that `place_token_rows` has made.
-
-    Raises:
-        InputError: they have not the model's width.
-    """
+    """Put rows of `read_token_rows` in the places of `place_token_rows`. Raises InputError for another width."""
     tables = _tables(model)
     names = ["embedding", "head"][: len(tables)]
     expected = (len(ids), tables[0].weight.shape[1])
@@ -158,11 +141,7 @@ def save_token_rows(model: PreTrainedModel, ids: dict[str, int], directory: Path
 
 
 def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:
-    """What `save_token_rows` wrote.
-
-    Raises:
-        InputError: the file is missing or damaged, or has NaN or Inf in it.
-    """
+    """Read the rows of `save_token_rows`. Raises InputError if the file is missing or damaged, or has NaN or Inf."""
     file = directory / ADDED_ROWS
     try:
         rows = load_file(file)
