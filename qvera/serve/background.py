@@ -1,4 +1,4 @@
-"""Work that an engine does between the steps of answers: when the next part of it may begin."""
+"""Work that an engine does between steps of answers, and when its next part may begin."""
 
 from __future__ import annotations
 
@@ -15,45 +15,41 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _ANSWERING_SECONDS = 1.0
-"""So long after its last step an engine counts as answering."""
+"""An engine counts as answering for this long after its last step."""
 
 
 class Background:
     """An engine's background work and its share of the time.
 
-    A part begins at once where there has been nobody to answer for a second. Else a part that took t seconds is
-    followed by at least t · (1 - share) / share seconds of answers. That second counts as time of answers: a client
-    that sends one request after the other leaves some milliseconds between them, and would wait for a whole part each
-    time. Work that raises an error is parked until somebody calls `resume`.
-
-    Attributes:
-        seconds, parts: what it has taken since the engine's start.
-        failure: the error of the last part; None where it went well.
+    A part begins at once if nobody was answered for a second. Otherwise a part of t seconds is followed by at least
+    t · (1 - share) / share seconds of answers. That second counts as answering because a client that sends one request
+    after the other leaves milliseconds between them, and would wait for a whole part each time. Work that raises is
+    parked until `resume`.
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        """``share``: of the time while answers run, 0 (none) to 1."""
+        """``share`` of the time while answers run, from 0 (none) to 1."""
         self.clock = clock
-        self.seconds, self.parts = 0.0, 0
-        self.failure: str | None = None
+        self.seconds, self.parts = 0.0, 0  # since the engine's start
+        self.failure: str | None = None  # of the last part; None where it went well
         self._pause = math.inf if share <= 0 else (1 - share) / share
         self._next_at = self._answered_at = -math.inf
         self._work: BackgroundWork | None = None
 
     def set(self, work: BackgroundWork | None) -> None:
-        """Take on this work in place of the one before."""
+        """Replace the work."""
         self._work, self.failure = work, None
 
     def resume(self) -> None:
-        """Try work again that was parked."""
+        """Try parked work again."""
         self.failure = None
 
     def answered(self) -> None:
-        """Note that a step of answers was taken."""
+        """Note that a step of answers has run."""
         self._answered_at = self.clock()
 
     def seconds_to_wait(self, answering: bool) -> float:
-        """How long no part may begin, from now on; 0: one may begin. ``answering``: requests run or wait."""
+        """Seconds until a part may begin. ``answering``: requests run or wait."""
         now = self.clock()
         free_at = self._next_at if answering else min(self._next_at, self._answered_at + _ANSWERING_SECONDS)
         return max(free_at - now, 0.0)
@@ -70,7 +66,7 @@ class Background:
             return False
 
     def run_slice(self) -> bool:
-        """Do the part that `has_part` found; False: it failed, and whatever it left in the model is to be forgotten."""
+        """Do the part that `has_part` found. False: it failed, and what it left in the model must be dropped."""
         work, began = self._work, self.clock()
         if work is None:  # taken away since
             return True
@@ -83,7 +79,7 @@ class Background:
             went_well = True
         ended = self.clock()
         self.seconds, self.parts = self.seconds + ended - began, self.parts + 1
-        # the pause is infinite where training gets no time beside answers, and a part may take no time at all
+        # the pause is infinite if training gets no time beside answers, and a part may take none: inf · 0 is nan
         self._next_at = ended + (self._pause * (ended - began) if ended > began else 0.0)
         return went_well
 

@@ -1,9 +1,9 @@
-"""The adapters that answer now: read from files, put into slots of banks on the device, and used by tokens of a batch.
+"""The adapters that answer now: read from files, put into slots on the device, and used by the tokens of a batch.
 
 Adapters may differ in seed, rank, ``b_groups``, ``input_scale`` and targets; there is a bank for each shape.
 
-Files are read, not mapped: a process that has mapped a file which another one cuts short is killed by SIGBUS. What
-keeps files of evicted adapters in memory is the system's page cache.
+Files are read, not mapped: if another process cuts a mapped file short, SIGBUS kills this one. The system's page cache
+keeps files of evicted adapters in memory.
 """
 
 from __future__ import annotations
@@ -38,19 +38,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class HostVectors:
-    """An adapter's vectors as they were read, in the order of its bank's columns."""
+    """An adapter's vectors, in the order of its bank's columns."""
 
     identity: str
     shape: AdapterShape
-    packed: torch.Tensor
-    """fp32 [numbers], not on the device."""
+    packed: torch.Tensor  # fp32 [numbers], on the CPU
 
 
 def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
     """The config of an adapter that can be served beside others.
 
-    Raises:
-        InputError: it has another method than VeRA without magnitude and phases, or more than vectors.
+    Raises InputError unless it is VeRA without magnitude and phases, and has vectors only.
     """
     way = "`qvera export --to merged` makes a checkpoint of its own, which `qvera serve` takes."
     if tokens := getattr(found, "added_tokens", None):
@@ -68,14 +66,14 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
 
 
 class SlotTable:
-    """Which adapter is in which slot: the one that was used longest ago gives way, one in use never.
+    """Which adapter is in which slot. The least recently used one is evicted, but never one in use.
 
-    Slots count from 1 to ``count``. Slot 0 is the base's and is not given away.
+    Slots count from 1 to ``count``. Slot 0 belongs to the base.
     """
 
     def __init__(self, count: int) -> None:
         self._slots: OrderedDict[str, tuple[int, HostVectors]] = OrderedDict()
-        """Identity → slot, and the vectors in it; the one that was used last stands last."""
+        """Identity → slot and its vectors, the most recently used last."""
         self._users: dict[str, int] = {}
         self._free = list(range(count, 0, -1))
         self._unloading: set[str] = set()
@@ -84,10 +82,7 @@ class SlotTable:
         return len(self._slots)
 
     def acquire(self, vectors: HostVectors) -> tuple[int, bool] | None:
-        """A slot for one more user of these vectors, and whether they have to be put there.
-
-        None: every slot is in use by another adapter.
-        """
+        """Add a user: its slot, and whether the vectors must be put there. None: other adapters use every slot."""
         identity = vectors.identity
         is_new = identity not in self._slots
         if is_new:
@@ -100,7 +95,7 @@ class SlotTable:
         return self._slots[identity][0], is_new
 
     def release(self, identity: str) -> None:
-        """One user of ``identity`` less; it stays where it is until its slot is needed or it was unloaded."""
+        """Remove a user. The adapter keeps its slot until another needs it or it was unloaded."""
         self._users[identity] -= 1
         if not self._users[identity]:
             del self._users[identity]
@@ -108,7 +103,7 @@ class SlotTable:
                 self.unload(identity)
 
     def unload(self, identity: str) -> None:
-        """Free the slot of ``identity``: now, or as soon as it has no user. One that has no slot is passed over."""
+        """Free the adapter's slot once it has no user. Does nothing if it has no slot."""
         if identity in self._users:
             self._unloading.add(identity)
             return
@@ -122,13 +117,13 @@ class SlotTable:
 
 
 class ServingBank:
-    """The vectors on the device, and which of them the tokens of the next forward pass use.
+    """The vectors on the device, and which of them the next forward pass uses.
 
-    `read` may be called from any thread; everything else only from the thread that runs the model.
+    `read` may be called from any thread, everything else only from the thread that runs the model.
     """
 
     def __init__(self, base: Base, slots: int) -> None:
-        """``slots``: how many adapters of a shape there is room for."""
+        """``slots``: adapters of one shape that fit."""
         self.slots = slots
         self._base = base
         self.device = next(base.model.parameters()).device
@@ -137,17 +132,17 @@ class ServingBank:
         self._numbers = itertools.count()  # of banks that were begun
         self._mixed = MixedForward(self.device)
         self._read: weakref.WeakValueDictionary[str, HostVectors] = weakref.WeakValueDictionary()
-        """Those that a request holds, or that are in a slot: a request for one that is evicted needs no file then."""
+        """Vectors that a request or a slot holds. They are shared, so their files are not read again."""
         self._lock = threading.Lock()
 
     # Reading, in any thread
 
     def read(self, adapter: ResolvedAdapter) -> HostVectors:
-        """The vectors of an adapter: those that a request already holds, or from its files.
+        """The vectors of an adapter, from memory if a request or a slot holds them, else from its files.
 
         Raises:
-            InputError: it is damaged, not one for this base, or not one that can be one of many; or the parts of a
-                blend differ in more than b.
+            InputError: it is damaged, of another base, or can't be served beside others; or parts of a blend differ in
+                more than b.
             AdapterChanged: a file was replaced after it was resolved.
         """
         with self._lock:
@@ -199,11 +194,11 @@ class ServingBank:
     # Slots, in the model's thread
 
     def needs_layers(self, vectors: HostVectors) -> bool:
-        """Whether `acquire` would change the model's layers, as for the first adapter of a shape."""
+        """Whether `acquire` would change the model's layers, as it does for the first adapter of a shape."""
         return vectors.shape not in self._banks
 
     def acquire(self, vectors: HostVectors) -> int | None:
-        """A slot for one more user of an adapter, with its vectors in it; None: all slots of its bank are in use."""
+        """Add a user of an adapter and return its slot, filled. None: all slots of its bank are in use."""
         if vectors.shape not in self._banks:
             self._add_bank(vectors.shape)
         bank, table = self._banks[vectors.shape]
@@ -216,22 +211,22 @@ class ServingBank:
         return slot
 
     def release(self, vectors: HostVectors) -> None:
-        """One user less."""
+        """Remove a user."""
         self._banks[vectors.shape][1].release(vectors.identity)
 
     def unload(self, identity: str) -> None:
-        """Free an adapter's slot, once it has no user."""
+        """Free an adapter's slot once it has no user."""
         for _, table in self._banks.values():
             table.unload(identity)
 
     @property
     def resident(self) -> int:
-        """How many adapters are in a slot."""
+        """Number of adapters in slots."""
         return sum(len(table) for _, table in list(self._banks.values()))
 
     @property
     def size_bytes(self) -> int:
-        """The memory of all slots, used or not."""
+        """Memory of all slots, used or not."""
         return sum(bank.vectors.nbytes for bank, _ in list(self._banks.values()))
 
     def _add_bank(self, shape: AdapterShape) -> None:
@@ -245,11 +240,9 @@ class ServingBank:
     # The forward pass
 
     def use(self, users: Sequence[tuple[HostVectors | None, int, int]]) -> None:
-        """Say which adapters the tokens of the next forward pass use.
+        """Set the adapters of the next forward pass.
 
-        Args:
-            users: for each run of neighbouring tokens, in the order of the flattened batch: the adapter (None: the
-                base), its slot, and the number of tokens.
+        ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch.
         """
         slots = [None if vectors is None else (self._banks[vectors.shape][0], slot) for vectors, slot, _ in users]
         self._mixed.use(slots, [tokens for *_, tokens in users])

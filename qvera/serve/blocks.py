@@ -1,7 +1,7 @@
-"""Which block of the cache holds which tokens of which request, and what each step computes. No torch.
+"""Which cache block holds which tokens, and what each step computes. No torch.
 
-A block is known by the adapter, the tokens before it and its own tokens, compared and not hashed: so requests of one
-adapter share what their prompts begin with, and those of two adapters never do.
+A block is found by its adapter, the tokens before it and its own tokens; these are compared, not only hashed. So
+requests of one adapter share equal beginnings, and those of two adapters never do.
 """
 
 from __future__ import annotations
@@ -12,27 +12,19 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 BLOCK_TOKENS = 16
-"""Tokens of a block, and so of what is shared: a common prefix of fewer is computed again."""
+"""Tokens per block. Only whole blocks are shared: a shorter common beginning is computed again."""
 
 
 class CachedTokens:
-    """The tokens of a request, and where their keys and values are.
-
-    Attributes:
-        tokens: prompt and answer.
-        identity: of the adapter that computes them; "" for the base alone.
-        blocks: numbers of its blocks, in the order of its tokens; none: it has not begun, or has to begin again.
-        computed: tokens whose keys and values are there.
-    """
+    """The tokens of a request, and where their keys and values are. ``identity``: of its adapter; "" for the base."""
 
     def __init__(self, tokens: Sequence[int], identity: str = "") -> None:
         self.tokens, self.identity = list(tokens), identity
-        self.blocks: list[int] = []
-        self.computed = 0
-        self.registered = 0
-        """Full blocks that others may share."""
+        self.blocks: list[int] = []  # in the order of the tokens; empty: it must begin, or begin again
+        self.computed = 0  # leading tokens whose keys and values are there
+        self.registered = 0  # full blocks that others may share
         self.parent: int | str = identity
-        """What the next block to be registered follows: the content number of the last one."""
+        """The content number of the last registered block, which the next one follows."""
 
 
 T = TypeVar("T", bound=CachedTokens)
@@ -41,15 +33,13 @@ T = TypeVar("T", bound=CachedTokens)
 class Blocks:
     """The blocks of a cache, and the scheduler over them.
 
-    The request that has run longest always gets a block, if need be from the one that came last, which begins again
-    later. Since the cache holds the longest request, some request gets on in every step.
+    The request that has run longest always gets a block, if need be from the newest one, which begins again later. The
+    cache holds the longest request, so every step advances some request.
     """
 
     def __init__(self, count: int, share: bool) -> None:
-        """``share``: requests of one adapter share equal beginnings."""
         self.count = count
-        self.fresh: list[int] = []
-        """Blocks that have a new owner since the last `take_fresh`."""
+        self.fresh: list[int] = []  # blocks that changed owner since the last `take_fresh`
         self._share = share
         self._content = itertools.count()
         self.clear()
@@ -58,21 +48,19 @@ class Blocks:
         """Forget all requests and contents."""
         self._users = [0] * self.count
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.count))
-        """Without a user, those that are taken first in front. Their contents are still known."""
+        """Blocks without a user, the next to be taken first. Their contents are still known."""
         self._block_of: dict[tuple[int | str, tuple[int, ...]], int] = {}
-        self._known: dict[int, tuple[tuple[int | str, tuple[int, ...]], int]] = {}
-        """Block → its key in `_block_of`, and the number of its content."""
+        self._known: dict[int, tuple[tuple[int | str, tuple[int, ...]], int]] = {}  # block → its key, content number
 
     def take_fresh(self) -> list[int]:
-        """Blocks that have a new owner since the last call: what they hold is another request's."""
+        """Blocks that changed owner since the last call; they still hold another request's keys and values."""
         fresh, self.fresh = self.fresh, []
         return fresh
 
     def schedule(self, running: Iterable[T], step_tokens: int) -> list[tuple[T, int]]:
-        """What the next step computes: requests, and how many of their next tokens.
+        """The next step: requests, and how many of their next tokens it computes, ``step_tokens`` in all at most.
 
-        Requests that have one token to compute come first, then prompts in the order of ``running``, all of them with
-        at most ``step_tokens`` tokens together.
+        Requests with a single token come first, then prompts in the order of ``running``.
         """
         running = list(running)
         begun = [request for request in running if request.blocks]
@@ -95,7 +83,7 @@ class Blocks:
         return batch
 
     def note_computed(self, request: CachedTokens, count: int) -> None:
-        """So many more tokens of a request have their keys and values; blocks that are full now can be shared."""
+        """Note that ``count`` more tokens are in the cache. Blocks that are full now can be shared."""
         request.computed += count
         while self._share and request.registered < request.computed // BLOCK_TOKENS:
             block = request.blocks[request.registered]
@@ -106,7 +94,7 @@ class Blocks:
             request.registered += 1
 
     def release(self, request: CachedTokens) -> None:
-        """Free a request's blocks; its contents stay known until the blocks are needed, the last ones least long."""
+        """Free a request's blocks. Their contents stay known until the blocks are needed; later blocks go first."""
         for block in reversed(request.blocks):
             self._users[block] -= 1
             if not self._users[block]:
@@ -115,7 +103,7 @@ class Blocks:
         request.blocks, request.computed, request.registered, request.parent = [], 0, 0, request.identity
 
     def _begin(self, request: CachedTokens) -> bool:
-        """Give a request blocks for all of its tokens; False where they are not free."""
+        """Give a request blocks for all of its tokens; False if they are not free."""
         shared: list[int] = []
         # one token at least is computed, since the next one is drawn from its logits
         while self._share and (len(shared) + 1) * BLOCK_TOKENS < len(request.tokens):
@@ -137,7 +125,7 @@ class Blocks:
         return True
 
     def _grow(self, request: CachedTokens) -> bool:
-        """Give a request the blocks that its tokens need; False where too few are free."""
+        """Give a request the blocks that its new tokens need; False if too few are free."""
         while len(request.blocks) < _blocks_for(request):
             if not self._free:
                 return False

@@ -1,4 +1,4 @@
-"""What `qvera chat` and `qvera generate` ask a server of OpenAI's API. Needs the standard library alone."""
+"""The client of `qvera chat` and `qvera generate` for servers of OpenAI's API. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,17 +19,14 @@ from qvera.serve.api.access import is_loopback
 from qvera.utils.errors import InputError, RunFailed, did_you_mean
 
 KEY_VARIABLE = "QVERA_API_KEY"
-"""The environment variable with the key of the server: on a command line other users of the machine could read it."""
+"""The environment variable with the server's key. Other users of the machine could read it on a command line."""
 _BUSY = (429, 503)
 _TRIES = 20
 _SECONDS = 600
 
 
 def server_url(path: Path) -> str | None:
-    """The address of a server that stands where a run may stand; None: it is a run.
-
-    A `Path` has made one slash of the two behind ``http:``.
-    """
+    """The URL in an argument that may be a run instead (None). `Path` makes one slash of a URL's two."""
     found = re.match(r"(https?):/+(.+)", str(path))
     return None if found is None else f"{found[1]}://{found[2].removesuffix('/v1')}"
 
@@ -43,24 +40,19 @@ class ServerClient:
 
     @classmethod
     def at(cls, url: str) -> ServerClient:
-        """With the key of the environment."""
+        """A client with the key of `KEY_VARIABLE`."""
         return cls(url, os.environ.get(KEY_VARIABLE))
 
     def pick_models(self, names: Collection[str | None], base: bool) -> dict[str | None, str]:
-        """Name → the model that is asked: the same, the base, or for None the server's only adapter.
+        """Name → the server's model: the same, the base, or for None the server's only adapter.
 
-        Raises:
-            InputError: the server has no such model, or several and none is named.
+        Raises InputError if the server has no such model, or has several and none is named.
         """
         models = self._models()
         return {name: self._pick_model(models, name, base) for name in names}
 
     def pick_judge(self, name: str | None) -> str:
-        """The model that judges: this one, or the server's only one.
-
-        Raises:
-            InputError: the server has no such model, or several and none is named.
-        """
+        """The model that judges: this one, or the server's only one. Raises InputError as `pick_models`."""
         models = self._models()
         if name is not None and name not in models:
             raise InputError(f"--judge-model {name}: {self.url} has no model of this name{did_you_mean(name, models)}")
@@ -71,7 +63,7 @@ class ServerClient:
         return name or next(iter(models))
 
     def _models(self) -> dict[str, str | None]:
-        """Each model of the server, and for an adapter its base."""
+        """Model → its base for an adapter, else None."""
         try:
             with self._call("/v1/models") as answer:
                 return {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
@@ -102,14 +94,10 @@ class ServerClient:
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> str:
-        """The answer to a conversation.
-
-        Args:
-            on_text: called with each piece of the answer as it comes.
-            settings: ``max_tokens``, ``temperature``, ``top_p``, ``seed``.
+        """The answer to a conversation; ``on_text`` gets each piece as it comes.
 
         Raises:
-            InputError: the server refuses the request, or this key.
+            InputError: the server refuses the request or the key.
             RunFailed: it can't be reached, stays busy, or fails.
         """
         body = {"model": model, "messages": list(messages), "stream": True, **settings}
@@ -155,7 +143,7 @@ class ServerClient:
         raise AssertionError("the last try raises")
 
     def _opener(self) -> urllib.request.OpenerDirector:
-        """Without the environment's proxy for this machine's own addresses."""
+        """The environment's proxy is not used for this machine's own addresses."""
         host = urllib.parse.urlsplit(self.url).hostname or ""
         own = urllib.request.ProxyHandler({}) if is_loopback(host) else urllib.request.ProxyHandler()
         return urllib.request.build_opener(own)

@@ -1,8 +1,8 @@
-"""The engine: a thread that runs the model, the queue before it, and the events of each request.
+"""The engine: a thread that runs the model, a queue of requests, and the events of each.
 
-Only the engine's thread touches the model and the bank's slots, and only it calls ``on_event``, so a request gets its
-events in order and exactly one end. Other threads leave what they want in queues under one lock. No other thread may
-load a model meanwhile: transformers changes torch's own functions while it does.
+Only the engine's thread touches the model and the bank's slots, and only it calls ``on_event``. So a request gets its
+events in order, and exactly one end. Other threads put what they want into queues under one lock. Meanwhile no other
+thread may load a model, because transformers then patches functions of torch.
 """
 
 from __future__ import annotations
@@ -43,29 +43,25 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
-"""Steps that fail one after the other, without a good one between them, end the engine."""
+"""So many failed steps in a row end the engine."""
 NOT_FINITE = "the model's output was not finite, so no token can be drawn from it"
 
 
 class BackgroundWork(Protocol):
-    """What an engine does with the model where answers leave time, slice by slice."""
+    """Work on the model for the time that answers leave, slice by slice."""
 
     def has_work(self) -> bool:
-        """Whether there is a slice to do. Called in the engine's thread between two steps, so it has to be quick.
-
-        Where it has become true, `Engine.wake` tells the engine.
-        """
+        """Whether there is a slice to do. Be quick: no step runs meanwhile. Call `Engine.wake` when it becomes true."""
 
     def run_slice(self) -> None:
-        """Do one slice; called in the engine's thread. It has to be short, since no request gets a token meanwhile.
+        """Do one short slice in the engine's thread; no request gets a token meanwhile.
 
-        It may change the model for the time of the call. An error does not end the engine: it is logged, and nothing
-        more is done until `Engine.wake` is called.
+        It may change the model during the call. After an error, nothing is done until `Engine.wake` is called.
         """
 
 
 class ActiveRequest(CachedTokens):
-    """A request that has not ended, and what the engine knows of it."""
+    """A request that has not ended."""
 
     def __init__(
         self, request: GenerationRequest, on_event: Callable[[Event], None], vectors: HostVectors | None
@@ -77,7 +73,7 @@ class ActiveRequest(CachedTokens):
         self.ended = False
 
     def send(self, event: Event) -> bool:
-        """Pass an event on; False where the receiver failed, which ends nobody else's request."""
+        """Pass an event on. False: its receiver failed, which must end no other request."""
         try:
             self.on_event(event)
         except Exception:
@@ -87,27 +83,18 @@ class ActiveRequest(CachedTokens):
 
 
 class Engine:
-    """Answers requests, many at a time. All public methods may be called from any thread.
-
-    Attributes:
-        running: requests that have a place in the batch, by their ids, in the order in which they got it.
-        why_static: why requests are batched statically though `EngineSettings.batching` is "auto"; else None.
-    """
+    """Answers many requests at a time. All public methods may be called from any thread."""
 
     def __init__(self, base: Base, settings: EngineSettings) -> None:
-        """Get ready; `start` begins.
+        """Take a base in evaluation mode without adapters. The engine owns it until `close`.
 
-        Args:
-            base: in evaluation mode, without adapters. It belongs to the engine until `close`.
-
-        Raises:
-            RunFailed: continuous batching was asked for, and this model can't be run so, or memory is short.
+        Raises RunFailed if the settings ask for continuous batching that the model can't do, or memory is short.
         """
         self.settings, self.model = settings, base.model
-        self.why_static: str | None = None
+        self.why_static: str | None = None  # why "auto" batching became static
         self._batches = self._open_batches()
         self.bank = ServingBank(base, settings.slots)
-        self.running: dict[str, ActiveRequest] = {}
+        self.running: dict[str, ActiveRequest] = {}  # by id, in the order in which they got a place
         self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
         self._waiting: deque[ActiveRequest] = deque()
         self._cancelled: set[str] = set()
@@ -129,20 +116,19 @@ class Engine:
 
     @property
     def longest_tokens(self) -> int:
-        """How many tokens prompt and answer may have together."""
+        """The most tokens of a prompt and its answer together."""
         return self._batches.longest_tokens
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
-        """Queue a request. An adapter whose vectors are not in memory is read before this returns.
+        """Queue a request. An adapter that is not in memory is read first.
 
         Args:
-            request: with an id that no other request has had.
-            on_event: called with each token and, last, with one `EndEvent`, from the engine's thread. It must return
-                soon and raise nothing.
+            request: its id must be new.
+            on_event: gets each token, then one `EndEvent`, in the engine's thread. It must be quick and raise nothing.
 
         Raises:
             Busy: the queue is full.
-            InputError: the prompt and ``max_tokens`` do not fit, or the adapter is damaged or not one of this base.
+            InputError: the prompt and ``max_tokens`` do not fit, or the adapter is damaged or of another base.
             AdapterChanged: its file was replaced after it was resolved.
             EngineDead: the engine has ended.
         """
@@ -156,21 +142,16 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
-        """End a request and free its place; its last event is ``EndEvent("cancelled")``. Unknown ids are ignored."""
+        """End a request with ``EndEvent("cancelled")`` and free its place. Unknown ids are ignored."""
         with self._wake:
             if request_id in self.running or any(active.request.id == request_id for active in self._waiting):
                 self._cancelled.add(request_id)
                 self._wake.notify()
 
     def load(self, adapter: ResolvedAdapter) -> None:
-        """Read an adapter and put its vectors on the device, so that its first request does not wait for that.
+        """Put an adapter on the device, so that its first request need not wait. If all slots are in use, only read it.
 
-        Where requests use all slots, it is read and checked only.
-
-        Raises:
-            InputError: it is damaged, or not one of this base.
-            AdapterChanged: as `submit`.
-            EngineDead: the engine has ended.
+        Raises InputError, AdapterChanged and EngineDead as `submit`.
         """
         vectors = self.bank.read(adapter)
 
@@ -181,24 +162,24 @@ class Engine:
         self._in_thread(put).result()
 
     def unload(self, identity: str) -> None:
-        """Free an adapter's slot as soon as no request uses it; requests that were submitted finish on it."""
+        """Free an adapter's slot once no request uses it. Submitted requests still finish on it."""
         with contextlib.suppress(EngineDead):
             self._in_thread(lambda: self.bank.unload(identity))
 
     def set_background(self, work: BackgroundWork | None) -> None:
-        """Do this work where answers leave time (`EngineSettings.training_share`); None: no more."""
+        """Set the work for the time that answers leave (`EngineSettings.training_share`); None: none."""
         self.background.set(work)
         self.wake()
 
     def wake(self) -> None:
-        """The background work has something to do, or is to be tried again after an error."""
+        """Tell the engine that the background work has something to do, or should be tried again after an error."""
         self.background.resume()
         with self._wake:
             self._woken = True
             self._wake.notify()
 
     def stats(self) -> EngineStats:
-        """The engine at this moment."""
+        """The engine's present numbers."""
         with self._wake:
             return EngineStats(
                 running=len(self.running),
@@ -216,7 +197,7 @@ class Engine:
             )
 
     def close(self) -> None:
-        """End the engine's thread. Requests that have not ended get ``EndEvent("cancelled")``."""
+        """End the thread. Unfinished requests get ``EndEvent("cancelled")``."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -265,11 +246,7 @@ class Engine:
         return StaticBatches(self.model)
 
     def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
-        """Run the model once.
-
-        Returns:
-            For each request that got a token: the event, or None where its logits were not finite.
-        """
+        """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
         batch = self._batches.schedule(self.running.values())
         self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch])
         drawing, logits = self._batches.run(batch)
@@ -294,14 +271,14 @@ class Engine:
             self._end_all(dead)
 
     def _wait_for_work(self) -> bool:
-        """Wait until there is something to do; False: the engine is to end."""
+        """Wait for something to do. False: the engine is to end."""
         while True:
             with self._wake:
                 self._woken = False
                 if self._is_asked():
                     return not self._closing
-            # without the lock, which the work may wait for; one that has something to do from here on sets the flag.
-            # The time is asked for first: if it came in between, nobody would look for the part any more.
+            # Without the lock, because the work may wait for it. Work that comes from here on sets the flag.
+            # The seconds come first: if the pause ended between the two calls, the wait below would never end.
             seconds = self.background.seconds_to_wait(answering=False)
             if not seconds and self.background.has_part(answering=False):
                 return True
@@ -310,7 +287,7 @@ class Engine:
                     self._wake.wait(seconds or None)
 
     def _is_asked(self) -> bool:
-        """Whether there is something to do but background work; with the lock."""
+        """Whether there is anything to do besides background work. Call it with the lock."""
         return bool(self._closing or self._waiting or self._tasks or self._cancelled or self.running)
 
     def _do_tasks(self) -> None:
@@ -340,7 +317,7 @@ class Engine:
                 self._end(running, EndEvent("cancelled"))
 
     def _admit(self) -> None:
-        """Give places to waiting requests, in their order: none passes one that waits for a slot."""
+        """Give places to waiting requests in order. None overtakes one that waits for a slot."""
         while len(self.running) < self.settings.max_running and self._batches.may_begin():
             with self._wake:
                 active = self._waiting[0] if self._waiting else None
@@ -367,7 +344,7 @@ class Engine:
     def _acquire(self, vectors: HostVectors) -> int | None:
         if not self.bank.needs_layers(vectors):
             return self.bank.acquire(vectors)
-        # layers that are made anew take the layout of answers too
+        # new layers need the layout of answers too
         self._layout.close()
         try:
             return self.bank.acquire(vectors)
@@ -396,7 +373,6 @@ class Engine:
             self._pass_on(active, event)
 
     def _try_part(self) -> None:
-        """Do a part of the background work, if it is its turn."""
         with self._wake:
             if self._closing:
                 return

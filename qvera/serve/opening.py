@@ -1,4 +1,4 @@
-"""What is served: a base from the command line, and the adapters on it."""
+"""Opens what is served: a base from the command line, and the adapters on it."""
 
 from __future__ import annotations
 
@@ -21,35 +21,26 @@ from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_
 if TYPE_CHECKING:
     from qvera.serve.engine import Engine
 
-_TRIED = 8
-"""Adapters that are tried one after the other, where the first ones are damaged."""
+_TRIED = 8  # in turn, while they turn out to be damaged
 
 
 @dataclasses.dataclass
 class Served:
-    """A base that is loaded, without adapters, and the adapters that may be asked for.
-
-    Attributes:
-        base_name: how the base is listed.
-        own: the name of the one adapter that the server was started for; None: it was started for a base, or for many.
-    """
+    """A loaded base without adapters, and the adapters that clients may ask for."""
 
     opened: OpenRun
     store: AdapterStore
-    base_name: str
-    own: str | None = None
+    base_name: str  # how the base is listed
+    own: str | None = None  # the adapter that the server was started for, if it is a single one
 
 
 def open_served(path: str, adapters: Path | None = None) -> Served:
-    """Load what `qvera serve` is given.
+    """Load what `qvera serve` is given. Raises InputError if there is nothing to serve.
 
     Args:
-        path: a run, an adapter directory or one's hub id, a directory of adapters, an exported checkpoint, or a base: a
-            directory or a hub id. A base is loaded as the run says that the adapters are of, else in 4 bits.
+        path: a run, an adapter directory or one's hub id, a directory of adapters, an exported checkpoint, or a base (a
+            directory or hub id). A base is loaded as the adapters' run says, else in 4 bits.
         adapters: a directory of adapters, or a run that trained many. None: those of ``path``, if it has any.
-
-    Raises:
-        InputError: there is nothing to serve, or no such directory.
     """
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
@@ -84,15 +75,9 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
 
 
 def warm_up(engine: Engine, store: AdapterStore, own: str | None = None) -> None:
-    """Make the layers that adapters need now, by loading one, so that the first request for one does not wait for it.
+    """Load an adapter now, so that the first request need not wait until the model has its layers.
 
-    Adapters that differ from it in rank or targets still need layers of their own.
-
-    Args:
-        own: the one adapter that there has to be (`Served.own`).
-
-    Raises:
-        InputError: that one can't be served.
+    Adapters of other ranks or targets still need layers of their own. Raises InputError if ``own`` can't be served.
     """
     if own is not None:
         adapter = store.resolve(own)
@@ -107,7 +92,7 @@ def warm_up(engine: Engine, store: AdapterStore, own: str | None = None) -> None
 
 
 def _open_base(path: str, adapters: Path | None) -> OpenRun:
-    """A base as the recipe of the adapters has it: with their number format, dtype and tokens."""
+    """The base with the number format, dtype and tokens of the adapters' recipe."""
     target = None
     if adapters is not None and adapters_root(adapters) is not None:
         target = find_target(adapters, needs_name=False)

@@ -1,12 +1,11 @@
-"""A step of many requests as one sequence [1, tokens], with keys and values in blocks: paged attention.
+"""Paged attention: many requests run as one sequence [1, tokens], with keys and values in blocks.
 
-Everything goes through transformers' public interfaces: an attention function and a mask function that are registered
-under a name of ours, and arguments that a model hands on to its attention. Each layer gets the *rule* of its mask
-(causal, within a window, within a chunk) and applies it to the positions of each request. A query meets keys and values
-of its own request only; so one whose numbers are not finite spoils no other.
+It uses transformers' public interfaces only: an attention function and a mask function, registered under our own name,
+and arguments that a model hands on to its attention. Each layer gets the *rule* of its mask (causal, within a window,
+within a chunk) and applies it to the positions of each request. A query meets keys and values of its own request only,
+so a request whose numbers are not finite spoils no other.
 
-What a model of an untested type does with these interfaces is tried before the first request:
-`PagedBatches._require_same_logits`.
+Models of untested types are tried before the first request: `PagedBatches._require_same_logits`.
 """
 
 from __future__ import annotations
@@ -33,39 +32,36 @@ if TYPE_CHECKING:
 
     from qvera.serve.requests import EngineSettings
 
-PAGED = "qvera_paged"
-"""The name of the attention."""
+PAGED = "qvera_paged"  # the name of the attention
 Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""transformers' mask function: batch, head, positions of queries and keys → what may be seen."""
-_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types that need not be tried; each is tested."""
+"""transformers' mask function: batch, head, positions of queries and keys → which keys a query may see."""
+_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # each has a test, so it needs no trial
 _TOLERANCES = {4: 1e-3, 2: 0.05}
-"""Bytes of a key → by how much logits may differ from those of an ordinary pass, relative to their norm."""
+"""Bytes per key → allowed difference of logits from those of an ordinary pass, relative to their norm."""
 
 
 class _Layer(NamedTuple):
-    """The cache of a layer: keys and values [blocks, BLOCK_TOKENS, kv heads, size]."""
+    """A layer's cache: keys and values [blocks, BLOCK_TOKENS, kv heads, size]."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 class _Group(NamedTuple):
-    """Requests that attend together: the same number of queries, and about as many blocks."""
+    """Requests that attend together: with equal numbers of queries, and about equal numbers of blocks."""
 
     table: torch.Tensor
-    """int64 [requests, blocks]; a shorter request's row ends with its own first block, which no query may see there."""
-    positions: torch.Tensor
-    """int64 [requests, queries]."""
+    """int64 [requests, blocks]. Shorter rows are filled up with their own first block, which no query may see there."""
+    positions: torch.Tensor  # int64 [requests, queries]
 
 
 @dataclass
 class _Step:
-    """What the attention of all layers needs to know of a step."""
+    """What all layers' attention needs to know of a step."""
 
     layers: dict[int, _Layer]
     write: torch.Tensor
-    """int64 [tokens]: where a token's keys and values go, block · BLOCK_TOKENS + place."""
+    """int64 [tokens]: where keys and values go, as block · BLOCK_TOKENS + place."""
     groups: list[_Group]
     masks: dict[tuple[int, Rule, int], torch.Tensor] = field(default_factory=dict)
 
@@ -73,15 +69,12 @@ class _Step:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None,
         softcap: float | None, sinks: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
-        """Attention of the step's tokens in one layer.
+        """Attention of the step's tokens in one layer; returns [tokens, heads, size of v].
 
         Args:
             q: [tokens, heads, size]; k and v: [tokens, kv heads, size].
-            softcap: scores are softcap · tanh(score / softcap).
-            sinks: [heads], scores of a key that is nothing.
-
-        Returns:
-            [tokens, heads, size of v].
+            softcap: scores become softcap · tanh(score / softcap).
+            sinks: [heads], scores of an extra key without a value.
         """
         keys, values = self.layers[layer]
         keys.flatten(0, 1).index_copy_(0, self.write, k)
@@ -115,7 +108,7 @@ class _Step:
         return torch.cat(outputs)
 
     def _mask(self, number: int, rule: Rule, shared: int, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores of a group, [requests, 1, shared · queries, keys]; the same for most layers."""
+        """What is added to a group's scores, [requests, 1, shared · queries, keys]. Most layers share it."""
         if (found := self.masks.get((number, rule, shared))) is not None:
             return found
         table, positions = self.groups[number]
@@ -129,10 +122,9 @@ class _Step:
 
 
 class _Shapes(dict[int, tuple[torch.Size, torch.Size, torch.dtype]]):
-    """Stands in for a step to see the keys and values of each layer: kv heads and size of both, and their dtype."""
+    """Stands in for a step, to learn each layer's kv heads and size of keys and values, and their dtype."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
-        """Note the layer, and attend to nothing."""
         self[layer] = k.shape[1:], v.shape[1:], k.dtype
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
@@ -150,7 +142,7 @@ def _attention(
     paged_step: _Step | _Shapes | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers: [1, heads, tokens, size] → [1, tokens, heads, size]."""
+    """transformers' attention function: [1, heads, tokens, size] → [1, tokens, heads, size]."""
     if paged_step is None or not callable(attention_mask) or position_bias is not None:
         raise RuntimeError("its layers do not pass on what paged attention needs")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -159,7 +151,7 @@ def _attention(
 
 
 def _rule(*_: object, mask_function: Rule, **__: object) -> Rule:
-    """A mask function of transformers that gives the rule in place of a mask."""
+    """transformers' mask function; it gives the rule in place of a mask."""
     return mask_function
 
 
@@ -168,13 +160,12 @@ AttentionMaskInterface.register(PAGED, _rule)
 
 
 class PagedBatches:
-    """Runs requests that join and leave the batch at any step. For one thread."""
+    """Batches that requests join and leave at any step. For one thread."""
 
     def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
         """Make the cache, and switch the model's attention until `close`.
 
-        Raises:
-            RunFailed: this model can't be run from blocks, or memory is short.
+        Raises RunFailed if the model can't run from blocks, or memory is short.
         """
         self._model, self._step_tokens = model, settings.step_tokens
         self._attention = model.config._attn_implementation
@@ -209,21 +200,21 @@ class PagedBatches:
 
     @property
     def longest_tokens(self) -> int:
-        """How many tokens one request may have in all."""
+        """The most tokens that one request may have in all."""
         most = int(self._model.config.get_text_config().max_position_embeddings)
         return min(self._blocks.count * BLOCK_TOKENS, most)
 
     def may_begin(self) -> bool:
-        """Whether requests may join those that run."""
+        """Requests may always join."""
         return True
 
     def schedule(self, running: Collection[T]) -> list[tuple[T, int]]:
-        """What the next step runs: requests with their numbers of tokens, in the order of the batch."""
+        """The next step: requests and their numbers of tokens, in the order of the batch."""
         batch = self._blocks.schedule(running, self._step_tokens)
         return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
 
     def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
-        """Run a step; returns the requests that get a token now, and their logits [requests, vocabulary]."""
+        """Run a step. Returns the requests that get a token now, and their logits [requests, vocabulary]."""
         positions = [np.arange(request.computed, request.computed + count) for request, count in batch]
         blocks = [
             np.array(request.blocks)[of // BLOCK_TOKENS] for (request, _), of in zip(batch, positions, strict=True)
@@ -244,7 +235,7 @@ class PagedBatches:
             arrays[f"table {number}"] = np.array(rows)
         sent = accelerator.tensors_on(self._model.device, arrays)
         if fresh:
-            # a masked key or value that is not finite would still make others so
+            # a masked key or value that is not finite would still make the output nan
             for tensor in itertools.chain.from_iterable(self._layers.values()):
                 tensor.index_fill_(0, sent["fresh"], 0)
         parts = sent["positions"].split([sum(count for _, count in group) for group in groups])
@@ -275,12 +266,12 @@ class PagedBatches:
         self._blocks.release(request)
 
     def reset(self) -> None:
-        """Forget all requests, and all keys and values."""
+        """Forget all requests, keys and values."""
         self._blocks.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For the time of the block the model has its own attention."""
+        """Give the model its own attention within the block."""
         self._model.set_attn_implementation(self._attention)
         try:
             yield
@@ -288,11 +279,11 @@ class PagedBatches:
             self._model.set_attn_implementation(PAGED)
 
     def close(self) -> None:
-        """Give the model its attention back."""
+        """Give the model its own attention back."""
         self._model.set_attn_implementation(self._attention)
 
     def _require_same_logits(self, expected: Sequence[torch.Tensor]) -> None:
-        """Run what `_ordinary_logits` ran from blocks, the second prompt beside the first one, and compare."""
+        """Run the prompts of `_ordinary_logits` from blocks, the second one beside the first, and compare."""
         *prompts, answer = _tried_tokens(self._model)
         requests = [CachedTokens(prompt) for prompt in prompts]
         running, found = requests[:1], [list[torch.Tensor]() for _ in requests]
@@ -313,7 +304,7 @@ class PagedBatches:
 
 
 def _groups(batch: Sequence[tuple[T, int]]) -> list[list[tuple[T, int]]]:
-    """Neighbours that attend together: each with as many tokens, and at most twice the blocks of another."""
+    """Neighbours that attend together: equal numbers of tokens, and at most twice the first one's blocks."""
     groups: list[list[tuple[T, int]]] = []
     for request, count in batch:
         if groups and groups[-1][0][1] == count and len(request.blocks) <= 2 * len(groups[-1][0][0].blocks):
@@ -324,27 +315,27 @@ def _groups(batch: Sequence[tuple[T, int]]) -> list[list[tuple[T, int]]]:
 
 
 def _cache_tokens(model: PreTrainedModel, settings: EngineSettings, shapes: _Shapes) -> int:
-    """How many tokens' keys and values are kept: as the settings say, or what an eighth of the free memory holds.
+    """As set, or what fits into an eighth of the free memory (half, if the device has its own).
 
-    Half of it on an accelerator with memory of its own. At most what all running requests can fill.
+    At most what all running requests can fill.
     """
     if settings.cache_tokens is not None:
         return settings.cache_tokens
     token_bytes = [(key.numel() + value.numel()) * dtype.itemsize for key, value, dtype in shapes.values()]
     share = 2 if accelerator.has_own_memory(model.device) else 8
-    # a layer gathers those of all requests, and attention may copy them once more
+    # a layer gathers the keys and values of all requests, and attention may copy them once more
     fits = memory.available_bytes(model.device) // share // (sum(token_bytes) + 2 * max(token_bytes))
     return max(BLOCK_TOKENS, min(fits, settings.max_running * model.config.get_text_config().max_position_embeddings))
 
 
 def _tried_tokens(model: PreTrainedModel) -> tuple[list[int], list[int], list[int]]:
-    """Two prompts and an answer. Of unused tokens, which stand first, logits may be all rounding errors."""
+    """Two prompts and an answer. First ids are often unused tokens, whose logits may be pure rounding error."""
     size = model.config.get_text_config().vocab_size
     return [size // 7, size // 5, size // 3], [size // 4, size // 2], [size // 6]
 
 
 def _ordinary_logits(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits [2, vocabulary] of two steps of two short prompts by the model's ordinary pass."""
+    """Logits [2, vocabulary] of each prompt's last two places, by the model's ordinary pass."""
     *prompts, answer = _tried_tokens(model)
     ids = (torch.tensor([[*prompt, *answer]], device=model.device) for prompt in prompts)
     return [model(input_ids=each, use_cache=False).logits[0, -2:].float() for each in ids]

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers. Imports no torch."""
+"""An engine's requests, events and settings. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +8,15 @@ from qvera.utils.errors import InputError
 
 
 class Busy(Exception):
-    """As many requests wait as may wait; ask again later."""
+    """The queue is full; ask again later."""
 
 
 class EngineDead(Exception):
-    """The engine's thread has ended, and no request is taken any more."""
+    """The engine's thread has ended, so it takes no requests."""
 
 
 class UnknownAdapter(InputError):
-    """There is no adapter of that name."""
+    """No adapter has this name."""
 
 
 class AdapterChanged(InputError):
@@ -25,43 +25,38 @@ class AdapterChanged(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the tokens of one answer are chosen; several answers are several requests.
+    """How the tokens of one answer are drawn; several answers are several requests.
 
-    Nothing else changes the model's probabilities: what a checkpoint's generation_config.json sets, such as a
-    repetition penalty, is not applied. The numbers have been checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0,
-    0 < ``top_p`` ≤ 1, ``top_logprobs`` ≥ 0.
+    Nothing else changes the model's probabilities: a checkpoint's generation_config.json, with a repetition penalty for
+    example, is not applied. Values are already checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0, 0 < ``top_p`` ≤ 1,
+    ``top_logprobs`` ≥ 0.
     """
 
     max_tokens: int
-    temperature: float = 1.0
-    """0: greedy."""
+    temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
-    seed: int | None = None
-    """None: a new one is drawn."""
+    seed: int | None = None  # None: a new one is drawn
     top_logprobs: int | None = None
-    """None: no log-probabilities; 0: of the chosen token; k: and of the k most likely ones."""
-    stop_tokens: frozenset[int] = frozenset()
-    """Each ends the answer, and is not part of it."""
+    """None: no log-probabilities; 0: of the chosen token; k: also of the k most likely ones."""
+    stop_tokens: frozenset[int] = frozenset()  # each ends the answer, without being part of it
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPart:
-    """One adapter directory with the content that was found in it."""
+    """One adapter directory and the hash of its content."""
 
     weight: float
     directory: Path
-    sha256: str
-    """Of its config and its vectors."""
+    sha256: str  # of config and vectors
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
-    """An adapter, or a weighted sum of adapters, of which the content is known."""
+    """An adapter, or a weighted sum of adapters, with known content."""
 
-    name: str
-    """As it was asked for."""
+    name: str  # as asked for
     identity: str
-    """SHA-256 of the content: of the parts with their weights. Two names of the same vectors have one identity."""
+    """SHA-256 of the parts' content and weights. Two names of the same vectors have one identity."""
     parts: tuple[AdapterPart, ...]
 
 
@@ -69,12 +64,9 @@ class ResolvedAdapter:
 class GenerationRequest:
     """One prompt to be answered once."""
 
-    id: str
-    """Unlike that of every other request of the engine's life."""
-    prompt: tuple[int, ...]
-    """Token ids, at least one."""
-    adapter: ResolvedAdapter | None
-    """None: the base alone."""
+    id: str  # unique in the engine's life
+    prompt: tuple[int, ...]  # token ids, at least one
+    adapter: ResolvedAdapter | None  # None: the base
     sampling: Sampling
 
 
@@ -83,19 +75,16 @@ class TokenEvent:
     """One token of an answer."""
 
     token: int
-    logprob: float | None
-    """Natural logarithm of its probability under the model: before temperature and top_p."""
-    top: tuple[tuple[int, float], ...]
-    """The most likely tokens with theirs, the likeliest first."""
+    logprob: float | None  # natural, under the model: before temperature and top_p
+    top: tuple[tuple[int, float], ...]  # the most likely tokens and their logprobs, likeliest first
 
 
 @dataclass(frozen=True, slots=True)
 class EndEvent:
-    """The end of an answer: the last event of every request, and there is exactly one."""
+    """The last event of every request; there is exactly one."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
-    message: str = ""
-    """What went wrong, for the reason "error"."""
+    message: str = ""  # what went wrong, for "error"
 
 
 Event = TokenEvent | EndEvent
@@ -103,46 +92,36 @@ Event = TokenEvent | EndEvent
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How much an engine takes on."""
+    """Limits of an engine."""
 
-    max_running: int = 32
-    """Requests answered at a time."""
-    max_waiting: int = 256
-    """Requests beyond these are refused (`Busy`)."""
+    max_running: int = 32  # requests answered at a time
+    max_waiting: int = 256  # further requests are refused (`Busy`)
     slots: int = 64
-    """Adapters of one kind whose vectors are on the device; fewer than ``max_running`` make requests wait."""
+    """Adapters of one shape on the device. With fewer than ``max_running``, requests may wait for one."""
     cache_tokens: int | None = None
-    """Tokens whose keys and values are kept, of all requests together; None: as many as a share of the memory holds."""
-    step_tokens: int = 512
-    """Tokens in one forward pass at most; longer prompts take several."""
+    """Keys and values kept for all requests together; None: as many as a share of the memory holds."""
+    step_tokens: int = 512  # most tokens of a forward pass; longer prompts take several
     batching: Literal["auto", "continuous", "static"] = "auto"
-    """Whether requests may join a batch at any step, or batches begin and end together; auto: as the model allows."""
+    """Continuous: requests join at any step. Static: batches begin and end together. Auto: as the model allows."""
     share_prefixes: bool = True
-    """Whether requests of one adapter share the keys and values of what their prompts begin with."""
+    """Whether requests of one adapter share the keys and values of equal beginnings of their prompts."""
     training_share: float = 0.1
-    """Of the time while requests run or wait, and a second longer: what background work may take. Else it takes all."""
+    """Background work's share of the time while requests run or wait, and a second longer. Otherwise it takes all."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """An engine at one moment; ``prompt_tokens`` and what follows it count from its start."""
+    """An engine at one moment. ``prompt_tokens`` and all after it count from its start."""
 
-    running: int
-    """Requests that have a place in the batch."""
+    running: int  # requests with a place in the batch
     waiting: int
-    adapters_resident: int
-    """Adapters whose vectors are on the device."""
+    adapters_resident: int  # adapters on the device
     adapter_slots: int
-    bank_bytes: int
-    """Of all slots, used or not."""
-    dead: str | None
-    """Why the engine takes no requests any more; None while it does."""
+    bank_bytes: int  # of all slots, used or not
+    dead: str | None  # why the engine has ended; None while it runs
     prompt_tokens: int
     generated_tokens: int
-    finished: int
-    """Requests that have ended, for whatever reason."""
+    finished: int  # requests that ended for any reason
     background_seconds: float = 0.0
-    """What background work took (`qvera.serve.engine.BackgroundWork`)."""
     background_parts: int = 0
-    background_failure: str | None = None
-    """Why background work is parked; None while it is not."""
+    background_failure: str | None = None  # why background work is parked; None: it is not

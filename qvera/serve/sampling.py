@@ -1,8 +1,8 @@
-"""The next token of each request of a batch, by that request's own random numbers.
+"""Draws the next token of each request of a batch, with random numbers of its own.
 
-A token is drawn with the Gumbel trick: argmax of log p − log(noise), the noise being exponential. Each request draws
-one number for every token of the vocabulary from a generator of its own, so its answer does not depend on what shares
-the batch, nor on the order in which tokens are summed.
+It uses the Gumbel trick: argmax of log p − log(noise), with exponential noise. Each request draws a number for every
+token of the vocabulary from its own generator. So its answer depends neither on the rest of the batch nor on the order
+in which tokens are summed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from qvera.serve.requests import Sampling, TokenEvent
 
 _SMALLEST_TEMPERATURE = 1e-4
-"""Logits divided by less overflow; with this one the likeliest token is drawn."""
+"""Division by less would overflow; this one already gives the likeliest token."""
 
 
 class TokenChooser:
-    """How one request draws its tokens: what was asked for, and its random numbers.
+    """One request's sampling settings and random numbers.
 
-    Numbers of one seed are the same on every run of one device type and version of torch.
+    A seed gives the same numbers on every run with the same device type and version of torch.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class TokenChooser:
             self._generator = torch.Generator(device=device).manual_seed(seed)
 
     def draw_noise(self, into: torch.Tensor) -> None:
-        """Fill ``into`` [vocabulary] with exponential noise of this request; with ones for a greedy one."""
+        """Fill ``into`` [vocabulary] with exponential noise, or with ones for a greedy request."""
         if self._generator is None:
             into.fill_(1.0)
         else:
@@ -41,14 +41,9 @@ class TokenChooser:
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[TokenEvent | None]:
-    """The next token of each row, with its log-probabilities where they were asked for.
+    """The next token of each row of logits [rows, vocabulary]; None for a row that is not finite.
 
-    Args:
-        logits: [rows, vocabulary]; changed in no way.
-        choosers: one for each row.
-
-    Returns:
-        One event a row; None for a row of logits that are not finite.
+    Log-probabilities are added where asked for. ``logits`` is not changed.
     """
     logits = logits.float()
     settings = [chooser.sampling for chooser in choosers]
@@ -73,10 +68,7 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
 
 
 def _within_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
-    """Scores with −inf for tokens outside of the smallest set of likely ones whose probability reaches ``top_p``.
-
-    The likeliest token always stays.
-    """
+    """Scores, −inf outside the smallest set of likeliest tokens whose probability reaches ``top_p``, never empty."""
     ordered, places = scores.sort(dim=-1, descending=True, stable=True)
     before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
     before[:, 0] = -1.0
@@ -88,7 +80,7 @@ def _within_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
 def _logprobs(
     logits: torch.Tensor, settings: Sequence[Sampling], tokens: Sequence[int]
 ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-    """Row → log-probability of its token, and the most likely tokens with theirs; for rows that asked for them."""
+    """For rows that asked: row → its token's log-probability, and the most likely tokens with theirs."""
     asked = [i for i, one in enumerate(settings) if one.top_logprobs is not None]
     if not asked:
         return {}

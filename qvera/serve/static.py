@@ -1,6 +1,6 @@
-"""Answers in batches that begin and end together, by a model's ordinary pass and transformers' own cache.
+"""Batches that begin and end together, by the model's ordinary pass and transformers' own cache.
 
-For models that `qvera.serve.paged` can't run. Requests that come while a batch runs wait for its end.
+For models that `qvera.serve.paged` can't run. New requests wait for the end of the running batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class StaticBatches:
-    """Runs batch after batch, padded on the left as `qvera.evaluation.generate` does it. For one thread."""
+    """Batch after batch, padded on the left as in `qvera.evaluation.generate`. For one thread."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -31,7 +31,7 @@ class StaticBatches:
 
     @property
     def longest_tokens(self) -> int:
-        """How many tokens one request may have in all."""
+        """The most tokens that one request may have in all."""
         return int(self._model.config.get_text_config().max_position_embeddings)
 
     def may_begin(self) -> bool:
@@ -39,14 +39,14 @@ class StaticBatches:
         return all(row.ended for row in self._rows)
 
     def schedule(self, running: Collection[ActiveRequest]) -> list[tuple[ActiveRequest, int]]:
-        """The rows of the batch, which may have ended, each with the columns that the next step runs."""
+        """All rows of the batch, ended ones too, each with the columns of the next step."""
         if self.may_begin():
             self._rows, self._cache = list(running), None
         width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
         return [(row, width) for row in self._rows]
 
     def run(self, batch: Sequence[tuple[ActiveRequest, int]]) -> tuple[list[ActiveRequest], torch.Tensor]:
-        """Run a step; returns the rows that have not ended, and their logits [rows, vocabulary]."""
+        """Run a step. Returns the rows that have not ended, and their logits [rows, vocabulary]."""
         device = self._model.device
         if self._cache is None:
             self._cache = DynamicCache(config=self._model.config)
@@ -68,7 +68,7 @@ class StaticBatches:
         return [self._rows[i] for i in going], logits[going]
 
     def end(self, request: ActiveRequest) -> None:
-        """Nothing: the row stays until the batch ends."""
+        """Do nothing: the row stays until the batch ends."""
 
     def reset(self) -> None:
         """Forget the batch."""
@@ -79,4 +79,4 @@ class StaticBatches:
         return contextlib.nullcontext()
 
     def close(self) -> None:
-        """Nothing was changed."""
+        """Do nothing: the model was not changed."""

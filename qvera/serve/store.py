@@ -1,7 +1,7 @@
-"""The directory of adapters: their names, what each name means now, and what is known of it. Imports no torch.
+"""The directory of adapters: names, what each means now, and known facts. Imports no torch.
 
-An adapter is known by its content. A name is looked up again for each request, and its files are read again only where
-their size, time or inode has changed: a replaced file is another adapter under the same name.
+An adapter is known by its content. Each request looks its name up again, and files are read again only if their size,
+time or inode has changed. So a replaced file is another adapter under the same name.
 """
 
 from __future__ import annotations
@@ -25,43 +25,32 @@ from qvera.utils.files import file_stamp, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, TRAINING_FACTS
 
 _SETTLED_NS = 2_000_000_000
-"""A file that changed within this time before it was read is read again: it may have changed within one tick."""
-_MOST_PARTS = 8
-"""Of a blend."""
-_ONLY = ""
-"""Stands for the name of the adapter of a run that trained one."""
+"""A file that changed this shortly before it was read is read again: another change may have the same time stamp."""
+_MOST_PARTS = 8  # of a blend
+_ONLY = ""  # stands for the adapter's name in a run that trained one
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What is known of an adapter without its vectors."""
+    """Facts of an adapter that need no vectors."""
 
     name: str
     directory: Path
-    size_bytes: int
-    """Of its two files."""
-    base: str | None
-    """What its config calls the base that it was trained on."""
+    size_bytes: int  # of its two files
+    base: str | None  # as its config names it
     rank: int | None
-    changed: float
-    """When its vectors were written, in seconds since 1970."""
-    rows: int | None
-    """How many rows it was trained on; None where no run or job says so, like the next two."""
-    loss_before: float | None
-    """Held-out loss of the base."""
-    loss: float | None
-    """Held-out loss of the adapter."""
+    changed: float  # when its vectors were written, in seconds since 1970
+    rows: int | None  # trained on; None, also below: no run or job says so
+    loss_before: float | None  # held-out loss of the base
+    loss: float | None  # held-out loss of the adapter
 
 
 class AdapterStore:
-    """The adapters that can be asked for by name. All methods may be called from any thread."""
+    """The adapters that clients may name, for any thread. Methods raise UnknownAdapter for an unknown name."""
 
     def __init__(self, path: Path | None, base_names: Collection[str] = ()) -> None:
-        """``path``: a run that trained many adapters, or a directory of adapters, which may still be empty.
-
-        ``base_names``: what `resolve` takes for the base alone.
-        """
+        """``path``: a run that trained many, or a directory of adapters, perhaps empty. ``base_names``: of the base."""
         self._root = path
         if path is not None and (path / RECIPE_FILE).is_file():
             self._root = path / ADAPTERS
@@ -71,26 +60,26 @@ class AdapterStore:
         self._listed: dict[str, Path] = {}
         self._listed_at: tuple[list[int], int] | None = None
         self._known: dict[Path, tuple[list[list[int]], str]] = {}
-        """Directory → stamps of its files and their SHA-256; only where the files had settled."""
+        """Directory → stamps and SHA-256 of its files, only for files that have settled."""
         self._visible: dict[str, Path] | None = None
-        """Those that are listed, less those removed, and those added; None: to be made again."""
+        """Listed ones without removed ones, with added ones; None: to be made again."""
         self._scores: tuple[Path, list[int], dict[str, dict[str, Any]]] | None = None
         self._lock = threading.RLock()
 
     @property
     def root(self) -> Path | None:
-        """The directory that is listed; None: there is none."""
+        """The directory that is listed, or None."""
         return self._root
 
     def names(self) -> list[str]:
-        """The names of all adapters, in order; nothing in them is read."""
+        """All names, sorted, without reading any adapter."""
         return sorted(self._directories())
 
     def resolve(self, model: str) -> ResolvedAdapter | None:
         """What a name, or a blend such as ``support*0.7+legal*0.3``, means now. None: the base.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: no adapter has that name.
             InputError: its files can't be read, or a blend has too many parts.
         """
         if model in self.base_names:
@@ -101,22 +90,13 @@ class AdapterStore:
         return ResolvedAdapter(model, identity_of(parts), parts)
 
     def parts_of(self, model: str) -> list[str]:
-        """The names of the adapters that a name or a blend is made of; nothing in them is read.
-
-        Raises:
-            UnknownAdapter: there is none of that name; the base has no parts.
-            InputError: a blend has too many parts.
-        """
+        """Names of the adapters in a name or blend. Reads none. Raises as `resolve`; the base is unknown here."""
         return list(self._weights(model, self._directories()))
 
     def add(self, name: str, directory: Path, replace: bool = False) -> None:
-        """Give an adapter directory a name.
+        """Name an adapter directory; ``replace`` takes the name from another.
 
-        Args:
-            replace: take the name from another one that has it.
-
-        Raises:
-            InputError: it is no adapter directory, or the name is taken by another one.
+        Raises InputError if it is no adapter directory, or another one has the name.
         """
         if name in self.base_names:
             raise InputError(f"{shown_name(name)}: is the name of the base.")
@@ -137,11 +117,7 @@ class AdapterStore:
             self._visible = None
 
     def remove(self, name: str) -> None:
-        """Forget a name. Its files stay where they are; `add` brings it back.
-
-        Raises:
-            UnknownAdapter: there is none of that name.
-        """
+        """Forget a name. Its files stay, and `add` brings it back."""
         with self._lock:
             directory = self._directories().get(name)
             if directory is None:
@@ -151,11 +127,9 @@ class AdapterStore:
             self._visible = None
 
     def directory_for(self, name: str) -> Path:
-        """Where an adapter of this name lies, or would lie if there were one.
+        """The directory of the adapter of this name, whether it exists or not.
 
-        Raises:
-            InputError: the name is no name, or means the base, a blend, or an adapter that lies elsewhere; or there is
-                no directory of adapters.
+        Raises InputError for an empty name, one of the base, a blend or an adapter elsewhere, or if there is no root.
         """
         if name in self.base_names:
             raise InputError(f"{shown_name(name)}: is the name of the base.")
@@ -174,12 +148,7 @@ class AdapterStore:
         return found
 
     def facts(self, name: str) -> AdapterFacts:
-        """What is known of an adapter, from its config and what its run or its job has written.
-
-        Raises:
-            UnknownAdapter: there is none of that name.
-            InputError: its config can't be read.
-        """
+        """Facts from an adapter's config, and from its run or job. Raises InputError if its config can't be read."""
         directory = self._directories().get(name)
         if directory is None:
             raise self._unknown(name)
@@ -203,7 +172,7 @@ class AdapterStore:
         )
 
     def _directories(self) -> dict[str, Path]:
-        """Name → directory. The root is listed again only where it has changed."""
+        """Name → directory. The root is listed again only if it has changed."""
         with self._lock:
             if self._root is not None:
                 try:
@@ -240,7 +209,6 @@ class AdapterStore:
         return sha256
 
     def _weights(self, model: str, directories: Collection[str]) -> dict[str, float]:
-        """Name → weight of the adapters in a name or a blend."""
         if model in directories:
             return {model: 1.0}
         weights: dict[str, float] = {}
@@ -266,12 +234,12 @@ class AdapterStore:
         return UnknownAdapter(f"there is no adapter {shown}{did_you_mean(name[:100], self.names()[:1000])}")
 
     def _job_entry(self, directory: Path) -> dict[str, Any]:
-        """What the fine-tuning job that made an adapter says of it; empty where other vectors lie there now."""
+        """The entry of the fine-tuning job that made an adapter; empty if other vectors are there now."""
         entry = try_read_json(directory / TRAINING_FACTS) or {}
         return entry if entry and entry.get("adapter_sha256") == self._sha256(directory) else {}
 
     def _run_entry(self, directory: Path) -> dict[str, Any]:
-        """What run.json says of an adapter, as of one of many; empty where there is none."""
+        """The entry of an adapter in its run's run.json, if any."""
         run = run_of(directory)
         if run is None:
             return {}
@@ -288,7 +256,7 @@ class AdapterStore:
 
 
 def identity_of(parts: Sequence[AdapterPart]) -> str:
-    """The identity of a weighted sum of adapters; that of one adapter is the SHA-256 of its content."""
+    """The identity of a weighted sum. A single adapter's is the SHA-256 of its content."""
     if len(parts) == 1 and parts[0].weight == 1:
         return parts[0].sha256
     text = json.dumps(sorted((part.sha256, part.weight) for part in parts))
@@ -296,7 +264,7 @@ def identity_of(parts: Sequence[AdapterPart]) -> str:
 
 
 def _entries(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name → rows and scores of each adapter of a run.json; of a run of one adapter they stand under `_ONLY`."""
+    """Name → rows and scores of a run.json's adapters. A single adapter has the name `_ONLY`."""
     listed = run.get("adapters")
     if isinstance(listed, list):
         return {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
@@ -329,26 +297,18 @@ class Content:
 
     @property
     def sha256(self) -> str:
-        """Of both files, in hex: other vectors, or the same under another config, are another adapter."""
+        """Hex, of both files: the same vectors under another config are another adapter."""
         parts = (hashlib.sha256(part).digest() for part in (self.config, self.vectors))
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def read_content(directory: Path) -> Content:
-    """Read both files.
-
-    Raises:
-        InputError: one is not there, or can't be read.
-    """
+    """Read both files. Raises InputError as `read_file`."""
     return Content(read_file(directory / ADAPTER_CONFIG), read_file(directory / ADAPTER_WEIGHTS))
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of one of them.
-
-    Raises:
-        InputError: it is not there, or can't be read.
-    """
+    """A file's bytes. Raises InputError if it is missing or can't be read."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Token ids → text as it comes: pieces that later tokens do not change, up to a stop string. Imports no torch."""
+"""Token ids → text as it comes, in pieces that later tokens do not change, up to a stop string. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-"""A token of a SentencePiece vocabulary that is one byte."""
-_HALF = "\ufffd"
-"""What decoders write for bytes that are no whole character."""
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a SentencePiece token that is one byte
+_HALF = "\ufffd"  # what decoders write for an incomplete character
 
 
 class TokenTexts:
-    """The texts and bytes of a vocabulary's tokens.
-
-    Attributes:
-        special: ids of tokens that are markers, and not text.
-    """
+    """The texts and bytes of a vocabulary's tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -38,11 +32,11 @@ class TokenTexts:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def is_byte(self, token: int) -> bool:
-        """Whether it is one byte of a SentencePiece vocabulary, which decoders read together with its neighbours."""
+        """Whether it is a SentencePiece byte token, which decoders join with its neighbours."""
         return not self._byte_level and _BYTE.fullmatch(self._name(token)) is not None
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that a token writes in the middle of a text; those of its name for a special one."""
+        """The bytes of a token in the middle of a text. A special token gives its name."""
         name = self._name(token)
         if token in self._added:
             return name.encode()
@@ -54,7 +48,7 @@ class TokenTexts:
         return name.replace("▁", " ").encode()
 
     def shown(self, token: int) -> str:
-        """A token as a text; bytes that are no whole character are escaped in hex, as OpenAI's API does."""
+        """A token as text. Bytes that are no whole character are escaped in hex, as in OpenAI's API."""
         return self.bytes_of(token).decode("utf-8", "backslashreplace")
 
     def _name(self, token: int) -> str:
@@ -63,7 +57,7 @@ class TokenTexts:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """What byte-level BPE (GPT-2) writes for each byte: itself where it can be seen, else a letter above 255."""
+    """Characters of byte-level BPE (GPT-2) → bytes: visible ones stand for themselves, others are above 255."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     unseen = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(unseen)}
@@ -75,31 +69,23 @@ _BYTE_OF = _bytes_of_characters()
 class TextStream:
     """The text of one answer while its tokens come.
 
-    All pieces together are the decoded answer up to the first stop string, however the tokens divide it. The first one
-    is that which is complete first.
-
-    Attributes:
-        length: characters decoded so far, a stop string and what follows it left out.
-        stopped: a stop string was found; the pieces are complete.
+    The pieces join to the decoded answer, up to the stop string that is complete first, even if it spans tokens.
     """
 
     def __init__(self, texts: TokenTexts, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
-        """Start an answer.
+        """``context``: the last tokens of a prompt that the answer continues.
 
-        Args:
-            stop: texts that end the answer and are not part of it.
-            context: the last tokens of a prompt that the answer goes on. Some tokenizers leave out the space in front
-                of a text's first word, which the first word of a continuation has.
+        Some tokenizers drop the space before a text's first word, which a continuation must keep.
         """
         self._texts, self._stop = texts, tuple(text for text in stop if text)
         self._ids = [token for token in context if token not in texts.special]
         self._shown = texts.decode(self._ids).rstrip(_HALF) if self._ids else ""
         self._read = len(self._ids)  # tokens of the window whose text has come
         self._held = ""  # decoded, and perhaps the beginning of a stop string
-        self.length, self.stopped = 0, False
+        self.length, self.stopped = 0, False  # characters decoded before a stop string; whether one was found
 
     def add(self, token: int) -> str:
-        """The piece of text that is certain now; often that of this token, or nothing."""
+        """The piece of text that is certain now: often that of this token, or nothing."""
         if self.stopped or token in self._texts.special:
             return ""
         self._ids.append(token)
@@ -108,7 +94,7 @@ class TextStream:
         return self._take(self._decode(whole=False))
 
     def finish(self) -> str:
-        """What was held back, once no token follows."""
+        """The text that was held back, after the last token."""
         if self.stopped:
             return ""
         piece = self._take(self._decode(whole=True))
@@ -117,7 +103,7 @@ class TextStream:
         return piece
 
     def _decode(self, whole: bool) -> str:
-        """New text of the window; without what may be half a character, except where it is the whole answer."""
+        """New text of the window. A half character at its end is held back unless the answer is ``whole``."""
         text = self._texts.decode(self._ids)
         certain = text if whole or not text.endswith(_HALF) else text[:-1]
         new = certain[len(self._shown) :]
@@ -130,7 +116,7 @@ class TextStream:
         return new
 
     def _take(self, text: str) -> str:
-        """Add decoded text to what is held; what can't be part of a stop string any more is released."""
+        """Add text to what is held, and return what can't be part of a stop string any more."""
         self.length += len(text)
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
@@ -145,6 +131,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` with which ``stop`` begins, less than all of it."""
+    """The longest end of ``text`` that begins ``stop``, as a number of characters. All of ``stop`` does not count."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,9 +1,10 @@
 """Who may do what, how much one call may take, and whose pages may call. Imports no FastAPI.
 
+A file of hashed keys looks like this:
+
     {"keys": [{"name": "anna", "sha256": "9f86…", "adapters": ["anna"], "may": ["use"]}]}
 
-is a file of hashed keys. A key is 256 random bits. Nobody guesses those, so one round of SHA-256 keeps them: a slow
-hash is for passwords, which people choose from few.
+A key is 256 random bits, which nobody guesses. So one round of SHA-256 is enough; slow hashes are for passwords.
 """
 
 from __future__ import annotations
@@ -32,44 +33,31 @@ from qvera.utils.files import file_stamp, read_json
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of a server. A request beyond one is refused with the number that it may have."""
+    """Limits of a server. A call beyond one is refused, and the error names the limit."""
 
     connections: int = 512
-    """Open at a time. Beyond that, the one that has waited longest for a whole request gives way."""
+    """Open at a time. Beyond that, the one that has waited longest for a whole request is closed."""
     head_seconds: float = 15.0
-    """A connection on which no request's head arrives for so long is closed."""
+    """A connection that sends no request head for this long is closed."""
     body_bytes: int = 1 << 20
-    body_seconds: float = 30.0
-    """A body that takes longer to arrive is not waited for."""
+    body_seconds: float = 30.0  # a body that takes longer to arrive is refused
     messages: int = 256
-    prompt_tokens: int = 32_768
-    """Of one prompt; the engine's own limit may be lower."""
-    new_tokens: int = 4_096
-    """Of one answer."""
-    answers: int = 16
-    """Of one call: prompts times n."""
+    prompt_tokens: int = 32_768  # of one prompt; the engine's own limit may be lower
+    new_tokens: int = 4_096  # of one answer
+    answers: int = 16  # of one call: prompts times n
     open_answers: int = 128
-    """Of one key, running or waiting; so that others find room in the queue. Without keys there is no such limit."""
-    file_bytes: int = 512 << 20
-    """Of one uploaded file; 256 KiB of it must arrive within ``body_seconds``."""
-    files: int = 100
-    """Uploaded files of one key. Without keys there is no such limit."""
-    open_jobs: int = 16
-    """Fine-tuning jobs of one key that have not ended. Without keys there is no such limit."""
-    jobs_at_once: int = 8
-    """Fine-tuning jobs that are trained together."""
+    """Running or waiting, of one key, so that others find room in the queue. Without keys there is no such limit."""
+    file_bytes: int = 512 << 20  # of one upload; every 256 KiB must arrive within ``body_seconds``
+    files: int = 100  # uploaded files of one key; without keys there is no such limit
+    open_jobs: int = 16  # unfinished fine-tuning jobs of one key; without keys there is no such limit
+    jobs_at_once: int = 8  # fine-tuning jobs trained together
     stop_strings: int = 4
-    stop_characters: int = 256
-    """Of one stop string."""
+    stop_characters: int = 256  # of one stop string
     top_logprobs: int = 20
-    seconds: float = 600.0
-    """From a call's arrival to its last token."""
-    send_seconds: float = 60.0
-    """A client that takes nothing for so long is let go."""
-    drain_seconds: float = 30.0
-    """After SIGTERM: running requests may finish until then."""
-    retry_seconds: int = 1
-    """What a refused client is told to wait."""
+    seconds: float = 600.0  # from a call's arrival to its last token
+    send_seconds: float = 60.0  # a client that takes nothing for this long is disconnected
+    drain_seconds: float = 30.0  # running calls may take this long after SIGTERM
+    retry_seconds: int = 1  # Retry-After of a refused call
 
 
 DEFAULTS = Limits()
@@ -78,50 +66,39 @@ DEFAULTS = Limits()
 Action = Literal["use", "load", "train"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 ALL = "*"
-_PREFIX = "qvera-"
-"""So that tools which look for leaked keys can know one."""
+_PREFIX = "qvera-"  # lets tools that look for leaked keys recognize one
 _log = logging.getLogger("qvera.serve")
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the sender of a request may do.
-
-    Attributes:
-        name: of the key, for logs.
-        adapters: names of the models it may use (the base has one too); None: all.
-        may: what it may do with them.
-    """
+    """What the sender of a request may do."""
 
     name: str
-    adapters: frozenset[str] | None
+    adapters: frozenset[str] | None  # names of models, the base's among them; None: all
     may: frozenset[Action]
 
     def covers(self, name: str) -> bool:
-        """Whether it may use this model."""
+        """Whether it may use the model of this name."""
         return self.adapters is None or name in self.adapters
 
 
 LOCAL = Access("local", None, frozenset(ACTIONS))
-"""Of a server on the loopback address without keys: its user's own."""
+"""The user of a server on the loopback address that asks for no keys."""
 
 
 class KeyFile:
-    """The keys of a file, which is read again when it changes: a key that is taken out is refused from then on."""
+    """The keys of a file. A changed file is read again, so a key that is taken out is refused from then on."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file.
-
-        Raises:
-            InputError: it is missing, or not such a file.
-        """
+        """Raises InputError where the file is missing or holds something else."""
         self.path = path
         self._lock = threading.Lock()
         self._keys = read_keys(path)
         self._stamp: list[int] | None = _stamp(path)
 
     def find(self, key: str) -> Access | None:
-        """Who has this key; None: nobody. Compares with all hashes in constant time."""
+        """The owner of a key, or None. All hashes are compared, in constant time."""
         self._read_again()
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
         found = None
@@ -150,11 +127,7 @@ def _stamp(path: Path) -> list[int] | None:
 
 
 def read_keys(path: Path) -> list[tuple[str, Access]]:
-    """The keys of a file: their hashes and what each may do.
-
-    Raises:
-        InputError: names the entry and what is wrong with it.
-    """
+    """Each key's hash and what it may do. Raises InputError that names the faulty entry."""
     made = "Make one with `qvera serve --new-key NAME --keys FILE`."
     entries = read_json(path, "a file of keys", keys=("keys",), fix=made)["keys"]
     if not isinstance(entries, list):
@@ -195,10 +168,9 @@ def _require_actions(where: str, may: Collection[str]) -> None:
 
 
 def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[str]) -> str:
-    """Add a key to a file, which is made where it is missing; returns the key, which is kept nowhere.
+    """Add a key to a file, which is made if needed, and return the key. The file keeps its hash only.
 
-    Raises:
-        InputError: the file is not one of keys, or has a key of this name, or ``may`` holds what nobody can do.
+    Raises InputError for a file of something else, a name that it has already, or an unknown action.
     """
     _require_actions("--may", may)
     if not name.strip():
@@ -218,7 +190,7 @@ def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[st
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or address, is this machine itself and reachable from no other."""
+    """Whether a host, by name or address, is this machine's loopback, which no other machine reaches."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -232,15 +204,15 @@ def name_of(host: str) -> str:
 
 
 def is_of_other_site(host: str, origin: str | None) -> bool:
-    """Whether a call comes from a page that another site has sent; its browser says so in ``Origin``."""
+    """Whether another site's page makes this call. Browsers name the page's site in ``Origin``."""
     return origin is not None and origin.partition("://")[2] != host
 
 
 def is_own_name(host: str, listens_on: str) -> bool:
-    """Whether a Host header names this machine, as seen from where the server listens.
+    """Whether a Host header names this machine, seen from the address that the server listens on.
 
-    A page of another site may have its own name point to this machine (DNS rebinding); then the header has that name.
-    An address can't be rebound, so a server that others can reach takes any.
+    DNS rebinding makes another site's name point to this machine; the header then has that name. An address can't be
+    rebound, so a server that others can reach takes any address.
     """
     name = name_of(host)
     if is_loopback(name):

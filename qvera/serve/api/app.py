@@ -1,4 +1,4 @@
-"""The FastAPI app over an engine, and what every call passes before a route sees it."""
+"""The FastAPI app over an engine, and the checks that every call passes before its route."""
 
 from __future__ import annotations
 
@@ -43,12 +43,10 @@ def create_app(
     """OpenAI's API over an engine; ``app.state.service`` is its state.
 
     Args:
-        engine: runs already, and is ended by the caller.
-        prompts: how conversations are written, and the tokenizer.
-        stop_tokens: ids, each of which ends an answer.
+        engine: already started; the caller closes it.
         base_name: how the base is listed; one of the store's ``base_names``.
-        keys: None: no key is asked for. Only for the loopback address.
-        jobs: fine-tuning; None: its routes say that this server trains nothing.
+        keys: None asks for no key; only for the loopback address.
+        jobs: None: the fine-tuning routes say that this server trains nothing.
     """
 
     @contextlib.asynccontextmanager
@@ -80,7 +78,7 @@ def create_app(
 
 
 _OPEN = ("/health", *PAGE_PATHS)
-"""Anyone may ask these: a balancer has no key, and the page asks its reader for one."""
+"""No key is needed: a load balancer has none, and the page asks its reader for one."""
 _UPLOAD_PATH = "/v1/files"
 _KNOWN_PATHS = (
     "/v1/models",
@@ -95,14 +93,13 @@ _KNOWN_PATHS = (
     "/health",
     "/metrics",
     *PAGE_PATHS,
-)
-"""Which a metric has a label for: what clients make up would be as many labels."""
+)  # labels of a metric; paths that clients invent would be labels without end
 
 
 class Guard:
-    """ASGI middleware. Answers 503, 401, 403, 408 and 413 itself; reads the whole body before the app is called.
+    """ASGI middleware. Answers 503, 401, 403, 408 and 413 itself, and reads the whole body before it calls the app.
 
-    The route of uploads reads its body itself, piece by piece and with limits of its own.
+    The upload route reads its own body, piece by piece, with its own limits.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -164,7 +161,7 @@ class Guard:
         return access
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the body within its limits; returns what gives it to the app, and then waits for the client to go."""
+        """Read the body within its limits. What is returned replays it, then waits for the client to disconnect."""
         limits, body = self.service.limits, bytearray()
         too_large = ApiError(413, f"The body is larger than {limits.body_bytes:,} bytes, the most that is taken.")
         length = Headers(scope=scope).get("content-length", "")
@@ -196,10 +193,7 @@ class Guard:
 
 
 def _require_own_page(host: str, origin: str | None) -> None:
-    """Refuse pages of other sites, which a browser on this machine would let call the loopback address.
-
-    Without keys that address is all that protects a server.
-    """
+    """Without keys, only the loopback address protects a server, and a browser here lets any site's page call it."""
     if not is_loopback(name_of(host)):
         raise ApiError(
             403, f"The host {host!r} is not this machine's own name. Use localhost, or start the server with --keys."

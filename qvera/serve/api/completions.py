@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions: from a body to a response, whole or as a stream."""
+"""POST /v1/completions and /v1/chat/completions, answered whole or as a stream."""
 
 from __future__ import annotations
 
@@ -26,43 +26,27 @@ router = APIRouter()
 
 
 class _Format:
-    """How one of OpenAI's two APIs writes an answer.
+    """How one of OpenAI's two APIs writes an answer."""
 
-    Attributes:
-        whole: the name of a whole response's object.
-        chunk: that of a stream's chunk.
-        prefix: of a response's id.
-    """
-
-    whole: str
-    chunk: str
-    prefix: str
+    whole: str  # ``object`` of a whole response
+    chunk: str  # ``object`` of a chunk of a stream
+    prefix: str  # of a response's id
 
     def __init__(self, texts: TokenTexts, logprobs: bool) -> None:
-        """``logprobs``: whether they were asked for."""
         self._texts, self._with_logprobs = texts, logprobs
 
     def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        """A whole answer."""
         raise NotImplementedError
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """What a stream says of an answer before its first piece."""
+        """Chunks before an answer's first piece."""
         raise NotImplementedError
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """What a stream says of a piece."""
         raise NotImplementedError
 
 
 async def _answer(request: Request, body: GenerationBody, call: Call, form: _Format) -> Response:
-    """Answer a call as its body asks, whole or as a stream.
-
-    Raises:
-        ApiError: the model is unknown, the queue is full, the engine failed, or it took too long.
-        InputError: the adapter is damaged.
-        ClientGone: nobody waits for the answer any more.
-    """
     service = service_of(request)
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
     answers = Generation(service, call, access_of(request))
@@ -83,7 +67,7 @@ async def _answer(request: Request, body: GenerationBody, call: Call, form: _For
 
 
 async def _whole(answers: Generation, call: Call) -> list[tuple[str, list[ScoredToken], str]]:
-    """Text, tokens and end of each answer."""
+    """Text, tokens and finish reason of each answer."""
     count = len(call.prompts) * call.n
     texts: list[list[str]] = [[] for _ in range(count)]
     tokens: list[list[ScoredToken]] = [[] for _ in range(count)]
@@ -102,7 +86,7 @@ async def _whole(answers: Generation, call: Call) -> list[tuple[str, list[Scored
 async def _events(
     answers: Generation, call: Call, form: _Format, head: dict[str, Any], with_usage: bool
 ) -> AsyncIterator[bytes]:
-    """A server-sent event for each chunk, ended by ``data: [DONE]``, or by an event with an error."""
+    """Server-sent events, ended by ``data: [DONE]`` or by an event with an error."""
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     last = b"data: [DONE]\n\n"
     try:
@@ -157,7 +141,7 @@ async def chat(request: Request, body: ChatBody) -> Response:
 
 
 def _turns(body: ChatBody, service: Service) -> list[Turn]:
-    """The messages as turns, behind the recipe's system prompt where they have none."""
+    """The messages as turns. The recipe's system prompt goes first where they have none."""
     turns = [
         Turn(
             "system" if message.role == "developer" else message.role,
@@ -172,21 +156,16 @@ def _turns(body: ChatBody, service: Service) -> list[Turn]:
 
 
 class _ChatFormat(_Format):
-    """Answers as messages."""
-
     whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        """A whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """The role of the answer."""
         return [self._delta(index, {"role": "assistant", "content": ""}, (), None)]
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """A piece of text, and the end."""
         out = []
         if piece.text or (piece.tokens and self._with_logprobs):
             out.append(self._delta(piece.index, {"content": piece.text}, piece.tokens, None))
@@ -238,11 +217,7 @@ async def complete(request: Request, body: CompletionBody) -> Response:
 
 
 def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
-    """The token ids of each prompt.
-
-    Raises:
-        ApiError: there is no prompt, too many, or an id is none of the vocabulary.
-    """
+    """Token ids of each prompt. Raises ApiError for none, too many, or an id outside the vocabulary."""
     given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or _is_ids(body.prompt) else list(body.prompt)
     if not 1 <= len(given) <= service.limits.answers:
         raise bad_request(f"prompt: expected 1 to {service.limits.answers} prompts, got {len(given)}.", "prompt")
@@ -270,15 +245,12 @@ class _CompletionFormat(_Format):
     whole, chunk, prefix = "text_completion", "text_completion", "cmpl-"
 
     def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        """A whole answer, or a piece of one."""
         return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """Nothing comes before the text."""
         return []
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """A piece of text, or the end, or both."""
         return [self.choice(piece.index, piece.text, piece.tokens, piece.finish)]
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:

@@ -26,13 +26,10 @@ class ApiError(Exception):
     """A refused or failed call.
 
     Args:
-        status: the HTTP status.
-        message: for the person who made the call.
-        param: the key of the body that it is about.
-        code: OpenAI's word for it, which clients look at.
+        param: the key of the body that is wrong.
+        code: OpenAI's error code, which clients look at.
         retry_seconds: when to ask again; None: asking again does not help.
-        retried: whether OpenAI's clients ask again by themselves, as after 408, 409, 429 and 5xx; False: it would not
-            help.
+        retried: False tells OpenAI's clients not to retry by themselves, as they do after 408, 409, 429 and 5xx.
     """
 
     def __init__(
@@ -53,7 +50,7 @@ class ApiError(Exception):
             self.headers["WWW-Authenticate"] = "Bearer"
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI's clients read it."""
+        """The error object that OpenAI's clients read."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -64,16 +61,16 @@ class ApiError(Exception):
 
 
 class ClientGone(Exception):
-    """The client has closed its connection; nobody reads an answer."""
+    """The client has closed its connection."""
 
 
 def shortened(name: str) -> str:
-    """A name that a client sent, for a message: what is longer than any real one is cut."""
+    """A client's name for a model, cut for a message if it is longer than any real one."""
     return name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}…"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Status 400: what the body asks can't be done."""
+    """Status 400: the body can't be served as it is."""
     return ApiError(400, message, param, code)
 
 

@@ -1,6 +1,6 @@
-"""/v1/files: the rows that jobs train on, and the results that jobs write. A file is its key's own.
+"""/v1/files: rows to train on, and results of jobs. Each key sees its own files only.
 
-An upload is written to the disk piece by piece. It is never in memory as a whole.
+An upload goes to the disk piece by piece, so it is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -137,21 +137,20 @@ def _card(file: StoredFile) -> dict[str, Any]:
 
 
 _BLOCK_BYTES = 256 << 10
-_FORM_BYTES = 64 << 10
-"""Of all that is in a form beside its file."""
+_FORM_BYTES = 64 << 10  # of all that is in a form beside its file
 _PARTS = 8
 _FIELD_BYTES = 1000
 _HEADER_BYTES = 4096
 
 
 async def receive_file(request: Request, service: Service, directory: TrainingDirectory, owner: str) -> StoredFile:
-    """Store the file that a form brings.
+    """Store the file of a form. After an error nothing of it is left.
 
     Raises:
-        ApiError: 400 for a form that is none, or another one; 408 or 413 where it is too slow or too large.
-        InputError: no reader is for such a file.
+        ApiError: 400 for a malformed or wrong form; 408 if it is too slow, 413 if it is too large.
+        InputError: no reader takes such a file.
         RunFailed: the disk is full.
-        ClientGone: it went away. In each case nothing is left of the file.
+        ClientGone: the client disconnected.
     """
     limits = service.limits
     length = request.headers.get("content-length", "")
@@ -181,7 +180,7 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
 
 
 class _Form:
-    """Reads a form with the parts ``purpose`` and ``file``."""
+    """Parses a form with the parts ``purpose`` and ``file``."""
 
     def __init__(self, content_type: str, upload: Upload, most_bytes: int) -> None:
         from python_multipart.exceptions import FormParserError
@@ -216,7 +215,6 @@ class _Form:
             raise bad_request(f"The body is no multipart form: {error}.") from None
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the body."""
         self._size += len(data)
         if self._size > self._most_bytes + _FORM_BYTES:
             raise _too_large(self._most_bytes)
@@ -228,7 +226,7 @@ class _Form:
             raise bad_request(f"The form has more than {_FORM_BYTES:,} bytes beside its file.")
 
     def finish(self) -> StoredFile:
-        """The stored file, once all has been fed."""
+        """The stored file, once the whole body has been fed."""
         if not self._ended:
             raise bad_request("The form ends in the middle.")
         if not self._upload.has_begun:

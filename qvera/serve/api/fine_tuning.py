@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs, and what its routes share with those of files: lists and refusals."""
+"""/v1/fine_tuning/jobs, and the lists and errors that it shares with /v1/files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ _logger = logging.getLogger("qvera.serve")
 
 
 def training_of(request: Request) -> tuple[Access, Service, Jobs]:
-    """The sender, the service, and its jobs.
-
-    Raises:
-        ApiError: 403, the sender may not train, or this server does not.
-    """
+    """The sender, the service, and its jobs. Raises ApiError 403 if the sender or the server does not train."""
     access, service = require(request, "train"), service_of(request)
     if service.jobs is None:
         raise ApiError(403, "This server trains nothing; it was started without --training-dir.", code="forbidden")
@@ -39,13 +35,10 @@ def training_of(request: Request) -> tuple[Access, Service, Jobs]:
 
 
 async def answered(service: Service, work: Callable[[], T], unknown: str = "") -> T:
-    """The result of what asks the database, in a thread.
-
-    Args:
-        unknown: what is said where there is no record of an id, or it is another owner's.
+    """Run ``work``, which asks the database, in a thread. ``unknown``: the message where no record has the id.
 
     Raises:
-        ApiError: 404 for an unknown record, 400 for what can't be done, 429 for too many jobs, 507 for a full disk.
+        ApiError: 404 for an unknown record, 400 for an impossible request, 429 for too many jobs, 507 for a full disk.
     """
     try:
         return await service.in_thread(work, "disk")
@@ -62,12 +55,12 @@ async def answered(service: Service, work: Callable[[], T], unknown: str = "") -
 
 
 def too_many(text: str) -> ApiError:
-    """429: a key has as much as it may have. Coming back in a second does not help, but in a minute it may."""
+    """429: the key is at its limit. A retry within seconds does not help, but one after a minute may."""
     return ApiError(429, text, code="too_many", retry_seconds=60, retried=False)
 
 
 def no_room(error: RunFailed) -> ApiError:
-    """507: the disk is full, or can't be written."""
+    """507: the disk is full or read-only."""
     _logger.warning("%s", error)
     text = "The server's disk is full, or can't be written. Nothing was changed."
     return ApiError(507, text, code="disk_full", retried=False)
@@ -76,13 +69,7 @@ def no_room(error: RunFailed) -> ApiError:
 async def page(
     service: Service, cards: Callable[[int], Sequence[dict[str, Any]]], limit: int, unknown: str
 ) -> JSONResponse:
-    """A page of a list.
-
-    Args:
-        cards: at most so many records. It is called as `answered` does, for one more than ``limit``, which shows
-            whether there are more.
-        unknown: see `answered`.
-    """
+    """A page of a list. ``cards`` is asked for ``limit`` + 1 records, to see whether more follow."""
     found = await answered(service, lambda: cards(limit + 1), unknown)
     shown = list(found[:limit])
     ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
@@ -121,11 +108,6 @@ async def create_job(request: Request, body: JobBody) -> Response:
 
 
 def _require_base(service: Service, model: str) -> None:
-    """Refuse what training can't start from.
-
-    Raises:
-        ApiError: it is not the base.
-    """
     if model in service.store.base_names:
         return
     hint = did_you_mean(shortened(model), [service.base_name])

@@ -1,4 +1,4 @@
-"""One call's answers: its requests to the engine, and their tokens as text, with nothing that blocks the event loop."""
+"""One call's answers: requests to the engine, and their tokens as text. Nothing here blocks the event loop."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ if TYPE_CHECKING:
     from qvera.serve.api.service import Service
 
 T = TypeVar("T")
-_TRIES = 3
-"""An adapter that is replaced while it is asked for is resolved again, so many times."""
+_TRIES = 3  # to resolve an adapter whose file is replaced meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token of an answer, with where its text begins and, where asked for, log-probabilities."""
+    """A token of an answer, the character at which its text begins, and log-probabilities if asked for."""
 
     event: TokenEvent
     offset: int
@@ -47,42 +46,29 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new of one answer.
+    """The new part of one answer."""
 
-    Attributes:
-        index: which of the call's answers.
-        finish: why it has ended; its last piece has it.
-    """
-
-    index: int
+    index: int  # of the answer in its call
     text: str
     tokens: Sequence[ScoredToken]
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length"] | None = None  # only in an answer's last piece
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a call asks: ``n`` answers to each prompt, in the order of the prompts.
-
-    Attributes:
-        continues: the answers go on the prompts' text (completions), and are not turns of their own (chat).
-    """
+    """A call: ``n`` answers to each prompt, in the order of the prompts."""
 
     model: str
     prompts: Sequence[Sequence[int]]
     n: int
     sampling: Sampling
     stop: Sequence[str]
-    continues: bool
+    continues: bool  # answers continue the prompt's text, and are not turns of a chat
     began: float
 
 
 def check_body(body: GenerationBody, service: Service) -> list[str]:
-    """Check what chat and completions have in common; returns the stop strings.
-
-    Raises:
-        ApiError: 400; names the key.
-    """
+    """Check what chat and completions share, and return the stop strings. Raises ApiError 400 that names the key."""
     body.require_supported()
     limits = service.limits
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
@@ -103,15 +89,12 @@ def sampling_of(
     top: int | None,
     keys: tuple[str, str],
 ) -> Sampling:
-    """How the tokens of a call's answers are chosen; checks the prompts' lengths and the number of answers.
+    """How a call's tokens are drawn. Raises ApiError 400 if a prompt, or the number of answers, is beyond a limit.
 
     Args:
-        wanted: new tokens of an answer; None: as many as fit.
-        top: likely tokens to name, None: none and no log-probabilities either.
-        keys: what the call calls ``wanted`` and ``top``.
-
-    Raises:
-        ApiError: 400; names the key and the limit.
+        wanted: new tokens per answer; None: as many as fit.
+        top: number of likely tokens to list; None: no log-probabilities at all.
+        keys: the body's keys for ``wanted`` and ``top``, for messages.
     """
     limits, longest = service.limits, max(map(len, prompts))
     context = service.engine.longest_tokens
@@ -142,12 +125,11 @@ def sampling_of(
 
 
 class Generation:
-    """The answers to a call while they come: `start`, then `pieces`, and `close` however it ends.
+    """The answers to a call: `start`, then `pieces`, and always `close`.
 
     Attributes:
-        fingerprint: of the model that answers: its base, or the content of its adapter.
-        prompt_tokens: of the call's prompts, each counted once.
-        new_tokens: of all answers so far.
+        fingerprint: identifies the weights: the base's, or the content of the adapter.
+        prompt_tokens: each prompt counts once, whatever ``n`` is.
     """
 
     def __init__(self, service: Service, call: Call, access: Access) -> None:
@@ -160,11 +142,9 @@ class Generation:
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
-        """Hand the call's requests to the engine.
+        """Send the call's requests to the engine.
 
-        Raises:
-            ApiError: the model is unknown, or the queue is full.
-            InputError: the adapter is damaged, or a prompt does not fit.
+        Raises ApiError (unknown model, full queue) or InputError (damaged adapter, prompt that does not fit).
         """
         count = len(self._call.prompts) * self._call.n
         self._service.open_answers(self._access, count)
@@ -221,7 +201,7 @@ class Generation:
             raise ClientGone
 
     def close(self) -> None:
-        """Cancel what has not ended. Waits for nothing."""
+        """Cancel unfinished answers, without waiting."""
         self._closed = True
         self._cancel_all()
         if self._counted:
@@ -233,17 +213,12 @@ class Generation:
             self._cancel(index)
 
     def _cancel(self, index: int) -> None:
-        """Free an answer's place, without waiting for the engine."""
         identifier = self._open.pop(index, None)
         if identifier is not None:
             self._service.cancel_soon(identifier)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The answers' text and tokens as they come, mixed. Each answer's last piece says how it ended.
-
-        Raises:
-            ApiError: the engine failed, or the call took too long.
-        """
+        """Pieces of all answers as they come. Raises ApiError if the engine fails or the call takes too long."""
         call = self._call
         texts = [self._stream(prompt) for prompt in call.prompts for _ in range(call.n)]
         waiting: list[list[ScoredToken]] = [[] for _ in texts]  # tokens whose text is still held back
@@ -287,11 +262,11 @@ class Generation:
 
 
 _CONTEXT_TOKENS = 5
-"""Of a prompt, to decode its continuation: enough for one character, and the word before it."""
+"""Prompt tokens that are decoded with a continuation: enough for a cut character and the word before."""
 
 
 def _within(tokens: list[ScoredToken], stream: TextStream) -> list[ScoredToken]:
-    """Those whose text begins before a stop string; all where there is none."""
+    """Tokens whose text begins before the stop string, if one was found; else all."""
     return [token for token in tokens if token.offset < stream.length] if stream.stopped else tokens
 
 
@@ -304,11 +279,7 @@ def _finish(event: EndEvent, stream: TextStream) -> Literal["stop", "length"]:
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled where the client goes away.
-
-    Raises:
-        ClientGone: it has.
-    """
+    """Await ``work``. If the client disconnects, ``work`` is cancelled and ClientGone raised."""
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(wait_until_gone(receive))
     try:

@@ -1,4 +1,4 @@
-"""GET /health for balancers, and GET /metrics: numbers for Prometheus, in a registry of the app's own."""
+"""GET /health for load balancers, and GET /metrics for Prometheus. Each app has its own registry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 
 
 class Metrics:
-    """What the HTTP side counts itself, and the engine's numbers at the moment they are asked for."""
+    """Counters of the HTTP side. The engine's numbers are read whenever somebody asks."""
 
     def __init__(self, stats: Callable[[], EngineStats], jobs: Jobs | None = None) -> None:
         self._registry = CollectorRegistry()

@@ -85,7 +85,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 
 def _public(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts of an adapter without places on the server's disk."""
+    """Without paths on the server's disk."""
     base = facts.get("base")
     if base is not None and Path(base).is_absolute():
         facts["base"] = Path(base).name
@@ -164,7 +164,6 @@ async def _unload(request: Request, name: str, forget: bool) -> None:
 
 
 def _require_adapter(service: Service, name: str, access: Access) -> None:
-    """Refuse names that are not the sender's, and the base."""
     if name in service.store.base_names:
         raise bad_request(f"{name!r} is the base, which is always there.")
     if not access.covers(name):
@@ -172,10 +171,9 @@ def _require_adapter(service: Service, name: str, access: Access) -> None:
 
 
 def _inside(root: Path | None, directory: str, access: Access) -> Path:
-    """The place of a directory in the server's own directory of adapters.
+    """The path of a directory in the server's directory of adapters.
 
-    Raises:
-        ApiError: it lies elsewhere, or is not the sender's, whether it exists or not.
+    Raises ApiError, the same one, if it lies elsewhere or is not the sender's, so nobody learns what exists.
     """
     if root is None:
         raise ApiError(403, "This server has no directory of adapters (--adapters DIR).", "lora_path")

@@ -1,6 +1,6 @@
-"""uvicorn, with what it lacks: an end for silent and slow peers, and for a SIGTERM that lets running calls finish.
+"""uvicorn with two additions: silent or slow peers are disconnected, and running calls may finish after SIGTERM.
 
-uvicorn by itself waits for ever for a request's head, and for a peer that does not read its answer.
+Plain uvicorn waits forever for a request's head, and for a peer that does not read its answer.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ _FULL = (
 
 
 class Connection(H11Protocol):
-    """One peer's connection; counts among ``connections``, which all share."""
+    """One connection; there are at most ``Limits.connections``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits: Limits = self.config.app.state.service.limits  # type: ignore[union-attr]
         self._waits_since = time.monotonic()
-        """For a request, since the last answer or the beginning."""
-        self._gives_way = False
-        """It is gone as soon as the event loop comes to it."""
+        """When it began to wait for a request."""
+        self._gives_way = False  # it closes as soon as the event loop reaches it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take it; where there are too many, the one that has waited longest for a whole request gives way to it."""
+        """Take it. If there are too many, the one that has waited longest for a whole request is closed."""
         super().connection_made(transport)
         if len(self.connections) <= self._limits.connections:
             return
@@ -69,30 +68,24 @@ class Connection(H11Protocol):
 
     @property
     def _has_no_request(self) -> bool:
-        """Whether nothing can be answered yet: not even a head is there, or the body is not whole."""
+        """Whether nothing can be answered yet: the head is missing, or the body is not complete."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def end_if_silent(self, now: float) -> None:
-        """Close it if no head of a request has come in its time; a body has a time of its own.
-
-        Args:
-            now: `time.monotonic`.
-        """
+        """Close it if no request head came in time (``now``: `time.monotonic`). Bodies have a limit of their own."""
         has_head = self.cycle is not None and not self.cycle.response_complete
         if not has_head and now - self._waits_since > self._limits.head_seconds and not self.transport.is_closing():
             self.transport.close()
 
 
-_CLOSE_SECONDS = 2
-"""For connections that are still open when the drain ends."""
+_CLOSE_SECONDS = 2  # for connections still open after the drain
 
 
 @contextlib.contextmanager
 def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
-    """Take an address, before anything big is loaded; yields its socket and its URL. It does not listen yet.
+    """Bind an address before anything big is loaded. Yields the socket, which does not listen yet, and its URL.
 
-    Raises:
-        InputError: it can't be taken.
+    Raises InputError if it can't be bound.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -105,33 +98,24 @@ def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
 
 
 class ServerState(Protocol):
-    """What a server knows of its app, as ``app.state.service``.
-
-    Attributes:
-        running: calls that are being answered.
-        draining: the server stops, and takes no new calls.
-    """
+    """What a server reads of its app, as ``app.state.service``."""
 
     limits: Limits
-    running: int
-    draining: bool
+    running: int  # calls in progress
+    draining: bool  # stopping: no new calls are taken
 
 
 class Server(uvicorn.Server):
     """Serves an app: ``run(sockets=[...])``.
 
-    SIGTERM or Ctrl-C: new calls get 503, running ones finish within a time; a second one ends them.
-
-    Attributes:
-        service: the app's.
-        drained_at: when it stops at the latest (`time.monotonic`); None while it serves.
+    After SIGTERM or Ctrl-C, new calls get 503 and running ones may finish within a time. A second signal ends them.
     """
 
     def __init__(self, app: Starlette, *, log_calls: bool = False, on_start: Callable[[], None] | None = None) -> None:
-        """``on_start``: called once calls are taken."""
+        """``on_start`` is called once the server takes calls."""
         self._on_start = on_start
         self.service: ServerState = app.state.service
-        self.drained_at: float | None = None
+        self.drained_at: float | None = None  # the latest end (`time.monotonic`), once it drains
         super().__init__(
             uvicorn.Config(
                 app,
@@ -165,7 +149,7 @@ class Server(uvicorn.Server):
         self.service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True: stop."""
+        """Called ten times a second; True stops the server."""
         if counter % 10 == 0:
             now = time.monotonic()
             for connection in list(self.server_state.connections):
@@ -177,21 +161,18 @@ class Server(uvicorn.Server):
 
 
 class EventStream(Response):
-    """Sends events as they come.
-
-    A client that closes its connection ends it, and so does the end of one that takes nothing (`Limits.send_seconds`).
-    """
+    """A stream of server-sent events. It ends when the client disconnects, or takes nothing (`Limits.send_seconds`)."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        """Take over ``events``, as bytes to send; ``close`` is called at the end, however it comes."""
+        """``events``: bytes to send; ``close`` is called at the end in any case."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all events, or as many as the client takes."""
+        """Send events until they end or the client goes."""
         gone = asyncio.create_task(wait_until_gone(receive))
         writing = asyncio.create_task(self._write(send))
         try:
@@ -212,6 +193,6 @@ class EventStream(Response):
 
 
 async def wait_until_gone(receive: Receive) -> None:
-    """Return when the client has closed its connection. The whole body must have been received."""
+    """Return when the client disconnects. The whole body must have been received."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""What all routes share: the engine, the adapters, who may use them, and what is counted."""
+"""What all routes share: the engine, the adapters, access and counters."""
 
 from __future__ import annotations
 
@@ -27,45 +27,32 @@ if TYPE_CHECKING:
     from qvera.serve.store import AdapterStore
 
 T = TypeVar("T")
-_THREADS = 4
-"""Prompts that are tokenized, and adapters that are read, at a time."""
+_THREADS = 4  # tokenize prompts and read adapters
 _PROMPTS_OF_A_KEY = 2
-"""Prompts of one key that are tokenized at a time: a megabyte of text takes a second."""
+"""Tokenized at a time. A megabyte of text takes a second, so one key must not fill all threads."""
 _QUICK_THREADS = 2
 _DISK_THREADS = 4
-_COMPARED_NAMES = 1000
-"""A wrong name is compared with this many: it takes some microseconds for each."""
+_COMPARED_NAMES = 1000  # compared with a wrong name, at some microseconds each
 
 
 @dataclass
 class Service:
-    """A server's state; made by `qvera.serve.api.app.create_app`.
-
-    Attributes:
-        base_name: how the base is listed.
-        vocabulary: tokens that the tokenizer knows.
-        stop_tokens: each ends an answer.
-        keys: None: no key is asked for, and everybody may do everything.
-        jobs: fine-tuning; None: this server trains nothing.
-        draining: no new request is taken.
-        running: calls that are being answered.
-        created: when the server started, in seconds since 1970.
-    """
+    """A server's state; made by `qvera.serve.api.app.create_app`."""
 
     engine: Engine
     store: AdapterStore
     prompts: PromptWriter
-    base_name: str
-    stop_tokens: frozenset[int]
-    vocabulary: int
+    base_name: str  # how the base is listed
+    stop_tokens: frozenset[int]  # each ends an answer
+    vocabulary: int  # tokens that the tokenizer knows
     limits: Limits
-    keys: KeyFile | None
+    keys: KeyFile | None  # None: no key is asked for, and everybody may do everything
     metrics: Metrics
-    jobs: Jobs | None = None
+    jobs: Jobs | None = None  # None: this server trains nothing
     texts: TokenTexts = field(init=False)
-    draining: bool = False
-    running: int = 0
-    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False  # stopping: no new calls are taken
+    running: int = 0  # calls in progress
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
     _threads: ThreadPoolExecutor = field(init=False)
     _quick_threads: ThreadPoolExecutor = field(init=False)
     _disk_threads: ThreadPoolExecutor = field(init=False)
@@ -81,23 +68,19 @@ class Service:
         self._disk_threads = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="qvera-disk")
 
     async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick", "disk"] = "long") -> T:
-        """Do what takes long apart from the event loop, so that other requests go on.
+        """Run ``work`` off the event loop. Raises ApiError if the engine has ended.
 
         Args:
-            kind: ``quick``: it only waits for a lock or a small file, and is not to wait behind long prompts.
-                ``disk``: it writes files or asks the database of jobs, and no key or prompt is to wait behind it.
-
-        Raises:
-            ApiError: the engine has ended.
+            kind: ``quick`` work waits for a lock or a small file only, and must not wait behind long prompts.
+                ``disk`` work writes files or asks the database of jobs, and no key or prompt may wait behind it.
         """
         threads = {"long": self._threads, "quick": self._quick_threads, "disk": self._disk_threads}[kind]
         return await _result(threads.submit(work))
 
     async def read_prompts(self, access: Access, work: Callable[[], T]) -> T:
-        """Make token ids of a call's prompts: `in_thread`, but of one key a few at a time, and counted as open answers.
+        """Tokenize a call's prompts in a thread: a few at a time per key, and counted as open answers.
 
-        Raises:
-            ApiError: 429, the key has too many open; or as ``work``.
+        Raises ApiError 429 if the key has too many open, and whatever ``work`` raises.
         """
         if self.keys is None:
             return await self.in_thread(work)
@@ -118,20 +101,16 @@ class Service:
             self.open_answers(access, -1)
 
     def cancel_soon(self, request_id: str) -> None:
-        """Have the engine free a request's place; returns at once."""
+        """Tell the engine to free a request's place, without waiting."""
         try:
             self._quick_threads.submit(self.engine.cancel, request_id)
         except RuntimeError:  # the server is stopping, and nobody waits for its event loop any more
             self.engine.cancel(request_id)
 
     def open_answers(self, access: Access, count: int) -> None:
-        """Count answers that a key has open: one key does not fill the queue for all others.
+        """Add to a key's open answers, so that no key fills the queue. A negative ``count`` means that they have ended.
 
-        Args:
-            count: negative: they have ended.
-
-        Raises:
-            ApiError: 429, they are more than one key may have; they are not counted.
+        Raises ApiError 429 if the key would have too many; nothing is added then.
         """
         most = self.limits.open_answers
         with self._lock:
@@ -149,7 +128,7 @@ class Service:
 
     @contextlib.contextmanager
     def uploading(self, access: Access) -> Iterator[int]:
-        """Count a file that is arriving; yields how many a key has open, this one too. Only on the event loop."""
+        """Count an upload in progress. Yields how many the key has, this one included. Event loop only."""
         open_uploads = self._open_uploads
         open_uploads[access.name] = open_uploads.get(access.name, 0) + 1
         try:
@@ -166,11 +145,9 @@ class Service:
         self._disk_threads.shutdown(wait=False, cancel_futures=True)
 
     def require_model(self, model: str, access: Access) -> None:
-        """Refuse a model that is not there or that the sender may not use.
+        """Refuse a model that does not exist or that the sender may not use.
 
-        Raises:
-            ApiError: 404, and the nearest name that the sender may use.
-            InputError: the name is a blend of adapters that can't be added.
+        Raises ApiError 404, with the nearest name that the sender may use, or InputError for an invalid blend.
         """
         try:
             names = [self.base_name] if model in self.store.base_names else self.store.parts_of(model)
@@ -180,11 +157,9 @@ class Service:
             raise self.unknown(model, access)
 
     def resolve(self, model: str, access: Access) -> ResolvedAdapter | None:
-        """The adapter that a model's name means, by its content now; None: the base.
+        """The adapter behind a model's name, by its present content; None: the base.
 
-        Raises:
-            ApiError: as `require_model`.
-            InputError: the adapter is damaged, or the name is a blend of adapters that can't be added.
+        Raises as `require_model`, and InputError if the adapter is damaged.
         """
         self.require_model(model, access)
         try:
@@ -197,7 +172,7 @@ class Service:
         return [name for name in (self.base_name, *self.store.names()) if access.covers(name)]
 
     def unknown(self, model: str, access: Access) -> ApiError:
-        """404 with the nearest name that the sender may use. It does not tell what others have."""
+        """404 with the nearest name that the sender may use. It reveals nothing of other keys' models."""
         shown = shortened(model)
         hint = did_you_mean(shown, self.names(access)[:_COMPARED_NAMES])
         message = f"The model {shown!r} does not exist, or this key may not use it{hint}"
@@ -205,11 +180,6 @@ class Service:
 
 
 async def _result(future: Future[T]) -> T:
-    """What a thread has found.
-
-    Raises:
-        ApiError: the engine has ended.
-    """
     try:
         return await asyncio.wrap_future(future)
     except EngineDead as error:
@@ -217,21 +187,17 @@ async def _result(future: Future[T]) -> T:
 
 
 def service_of(request: Request) -> Service:
-    """The service of a request's app."""
+    """The state of the request's app."""
     return request.app.state.service
 
 
 def access_of(request: Request) -> Access:
-    """What the sender may do; the guard has found it out."""
+    """What the sender may do. `Guard` has put it there."""
     return request.state.access
 
 
 def require(request: Request, action: Action) -> Access:
-    """What the sender may do.
-
-    Raises:
-        ApiError: 403, it may not do this.
-    """
+    """The sender's access. Raises ApiError 403 if it does not include ``action``."""
     access = access_of(request)
     if action not in access.may:
         raise ApiError(403, f"The key {access.name!r} may not {action} models on this server.", code="forbidden")

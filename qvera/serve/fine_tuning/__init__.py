@@ -1,1 +1,1 @@
-"""Fine-tuning by API: uploaded files, and jobs that are trained on the base that answers. Imports no FastAPI."""
+"""Fine-tuning by API: uploaded files, and jobs that train on the base that is served. Imports no FastAPI."""

@@ -1,6 +1,6 @@
-"""The database of a training directory: files, jobs and their events in SQLite. Only this module writes SQL.
+"""The database of a training directory: files, jobs and events in SQLite. Only this module writes SQL.
 
-One connection under a lock, so its methods may be called from any thread; none belongs on an event loop. Each method is
+There is one connection under a lock, so any thread may call the methods, but an event loop should not. Each method is
 one transaction: a killed process leaves it done or not done. ``PRAGMA user_version`` has the version of the schema.
 """
 
@@ -54,7 +54,7 @@ _AS_BOOL = ("replaces", "deleted")
 
 
 class Database:
-    """Made by `open`; ended by `close`."""
+    """Made by `open`; ended by `close`. Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path, self._connection = path, connection
@@ -62,10 +62,9 @@ class Database:
 
     @classmethod
     def open(cls, path: Path) -> Database:
-        """Open the database, or make it where there is none.
+        """Open the database, or make one.
 
-        Raises:
-            InputError: it is damaged, no database, of a newer version of qvera, or can't be written.
+        Raises InputError if it is damaged, no database, from a newer qvera, or can't be written.
         """
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         try:
@@ -97,7 +96,7 @@ class Database:
         return cls(path, connection)
 
     def close(self) -> None:
-        """Write what SQLite has in its log into the file."""
+        """Close it; SQLite moves its log into the file."""
         with self._lock:
             self._connection.close()
 
@@ -125,26 +124,18 @@ class Database:
     # Files
 
     def add_file(self, file: StoredFile) -> None:
-        """Note a file that is whole and on disk."""
+        """Add a file that is complete on disk."""
         with self._transaction() as connection:
             _insert(connection, "files", file)
 
     def file(self, file_id: str, owner: str | None = None) -> StoredFile:
-        """A file; of this owner, where one is named.
-
-        Raises:
-            UnknownRecord: there is none.
-        """
+        """A file, of this owner only if one is named."""
         return _record(StoredFile, self._one("files", file_id, owner))
 
     def files(
         self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
     ) -> list[StoredFile]:
-        """The files of an owner behind the file ``after``.
-
-        Raises:
-            UnknownRecord: there is no file ``after``.
-        """
+        """An owner's files that come after the file ``after``."""
         where, values = ("", []) if purpose is None else (" AND purpose = ?", [purpose])
         return [
             _record(StoredFile, row)
@@ -152,7 +143,7 @@ class Database:
         ]
 
     def file_count(self, owner: str, purpose: str) -> int:
-        """How many an owner has."""
+        """Number of an owner's files."""
         query = "SELECT COUNT(*) AS count FROM files WHERE owner = ? AND purpose = ?"
         return int(self._rows(query, (owner, purpose))[0]["count"])
 
@@ -161,11 +152,7 @@ class Database:
         return {row["id"]: row["suffix"] for row in self._rows("SELECT id, suffix FROM files")}
 
     def remove_file(self, file_id: str, owner: str) -> str | None:
-        """Forget a file, unless an open job needs it: then that job's id is returned.
-
-        Raises:
-            UnknownRecord: there is none.
-        """
+        """Remove a file. If an unfinished job needs it, it stays, and the job's id is returned."""
         self.file(file_id, owner)
         with self._transaction() as connection:
             query = f"SELECT id FROM jobs WHERE ? IN (training_file, validation_file) AND status IN ({_marks(OPEN)})"
@@ -177,7 +164,7 @@ class Database:
     # Jobs
 
     def add_job(self, job: Job, events: Iterable[Event], most_open: int | None) -> bool:
-        """Add a job, unless its owner has ``most_open`` open ones; whether it was added."""
+        """Add a job and return True, unless its owner has ``most_open`` unfinished ones."""
         with self._transaction() as connection:
             query = f"SELECT COUNT(*) FROM jobs WHERE owner = ? AND status IN ({_marks(OPEN)})"
             (count,) = connection.execute(query, (job.owner, *OPEN)).fetchone()
@@ -189,19 +176,11 @@ class Database:
             return True
 
     def job(self, job_id: str, owner: str | None = None) -> Job:
-        """A job; of this owner, where one is named.
-
-        Raises:
-            UnknownRecord: there is none.
-        """
+        """A job, of this owner only if one is named."""
         return _record(Job, self._one("jobs", job_id, owner))
 
     def jobs(self, owner: str, metadata: Mapping[str, str], after: str | None, limit: int) -> list[Job]:
-        """The jobs of an owner that have these metadata behind the job ``after``, the newest first.
-
-        Raises:
-            UnknownRecord: there is no job ``after``.
-        """
+        """An owner's jobs with these metadata that come after the job ``after``, newest first."""
         where = " AND EXISTS (SELECT 1 FROM json_each(metadata) AS pair WHERE pair.key = ? AND pair.value = ?)"
         values = [part for pair in metadata.items() for part in pair]
         return [
@@ -209,12 +188,12 @@ class Database:
         ]
 
     def open_jobs(self) -> list[Job]:
-        """Jobs that were not done when the server ended, in the order in which they came; paused ones too."""
+        """Unfinished jobs, paused ones too, oldest first."""
         query = f"SELECT * FROM jobs WHERE status IN ({_marks(OPEN)}) ORDER BY number"
         return [_record(Job, row) for row in self._rows(query, OPEN)]
 
     def job_of_model(self, model: str, statuses: Sequence[Status]) -> Job | None:
-        """The newest job of one of these statuses that makes, or made, an adapter of this name; not a deleted one."""
+        """The newest job with one of these statuses whose adapter has this name, unless the adapter was deleted."""
         query = (
             f"SELECT * FROM jobs WHERE model = ? AND status IN ({_marks(statuses)}) AND NOT deleted "
             "ORDER BY number DESC LIMIT 1"
@@ -223,24 +202,20 @@ class Database:
         return _record(Job, found[0]) if found else None
 
     def counts(self) -> dict[str, int]:
-        """Status → how many jobs have it."""
+        """Status → number of jobs."""
         rows = self._rows("SELECT status, COUNT(*) AS count FROM jobs GROUP BY status")
         return {row["status"]: row["count"] for row in rows}
 
     def move(self, job_id: str, expected: Sequence[Status], status: Status, *events: Event, **changes: object) -> bool:
-        """Give a job another status and note events, unless its status is none of ``expected`` any more.
+        """Set a job's status and the columns in ``changes``, and add events.
 
-        Args:
-            changes: other columns, by `Job`'s names.
-
-        Returns:
-            Whether it was done.
+        False: its status was not one of ``expected``, and nothing is changed.
         """
         with self._transaction() as connection:
             return _move(connection, job_id, expected, status, changes, events)
 
     def succeed(self, job_id: str, result: StoredFile, *events: Event, **changes: object) -> bool:
-        """The end of a job whose adapter is saved, with its file of results."""
+        """`move` a job whose adapter is saved to "succeeded", and add its file of results."""
         with self._transaction() as connection:
             changes |= {"result_file": result.id}
             done = _move(connection, job_id, ("finishing",), "succeeded", changes, events)
@@ -256,11 +231,7 @@ class Database:
     # Events
 
     def add_events(self, events: Iterable[Event], taken_again: Mapping[str, int] | None = None) -> None:
-        """Note events, in their order.
-
-        Args:
-            taken_again: jobs with the step after which their steps are taken again: their events are removed first.
-        """
+        """Add events in order. ``taken_again``: job → a step; its events of later steps are removed first."""
         with self._transaction() as connection:
             for job_id, step in (taken_again or {}).items():
                 connection.execute("DELETE FROM events WHERE job = ? AND step > ?", (job_id, step))
@@ -268,11 +239,7 @@ class Database:
                 _insert(connection, "events", event)
 
     def events(self, job_id: str, after: str | None, limit: int) -> list[Event]:
-        """The events of a job behind the event ``after``, the newest first.
-
-        Raises:
-            UnknownRecord: there is no event ``after``.
-        """
+        """A job's events that come after the event ``after``, newest first."""
         return [_record(Event, row) for row in self._page("events", "job", job_id, "", [], after, limit)]
 
     def metrics(self, job_id: str) -> list[Event]:
@@ -281,7 +248,7 @@ class Database:
         return [_record(Event, row) for row in self._rows(query, (job_id,))]
 
     def last_losses(self, job_id: str) -> dict[str, float]:
-        """``train_loss`` and ``valid_loss`` of a job, the last ones that there are. Its events may be millions."""
+        """A job's last ``train_loss`` and ``valid_loss``. It may have millions of events, so SQL picks them."""
         found = {}
         for name in ("train_loss", "valid_loss"):
             query = "SELECT data FROM events WHERE job = ? AND json_extract(data, ?) IS NOT NULL"

@@ -1,12 +1,11 @@
-"""A training directory: the database, the uploaded files, and the states of jobs that are not done.
+"""A training directory: the database, the uploaded files, and the states of unfinished jobs.
 
     fine_tuning.sqlite              files, jobs, events
     files/FILE_ID.jsonl             an uploaded file, or a job's results; a hidden one is being written
-    states/JOB_ID.safetensors       what a job goes on from
+    states/JOB_ID.safetensors       what a job continues from
     .qvera_run.lock                 held by the server that uses it
 
-A file stands in the database once it is whole and on disk. What does not stand there was cut off, and is removed when
-the directory is opened.
+A file enters the database once it is complete on disk. Other files are remains of a crash, and `open` removes them.
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ from qvera.utils.errors import InputError
 
 DATABASE = "fine_tuning.sqlite"
 _PARTS = ("files", "states")
-_MESSAGE_CHARACTERS = 2000
-"""Of an error: a message may list all columns of a file."""
+_MESSAGE_CHARACTERS = 2000  # of an error, which may list all columns of a file
 _KEPT = "Nothing of this file was kept."
 
 
 class TrainingDirectory:
-    """An open one; made by `open`."""
+    """Made by `open`. Methods that write raise RunFailed if the disk is full."""
 
     def __init__(self, path: Path, database: Database) -> None:
         self.path, self.database = path, database
@@ -42,11 +40,9 @@ class TrainingDirectory:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path) -> Iterator[TrainingDirectory]:
-        """Take a directory, which is made where there is none, for this process.
+        """Lock a directory for this process, or make one.
 
-        Raises:
-            InputError: another server uses it, it has files of something else, its database can't be read, or nothing
-                can be written there.
+        Raises InputError if another server uses it, it holds something else, or it can't be read and written.
         """
         path = path.absolute()  # a message about it has no word that another text may have
         with run_lock(path, socket.gethostname(), what="--training-dir"):
@@ -73,31 +69,27 @@ class TrainingDirectory:
                     file.unlink()
 
     def place(self, file: StoredFile) -> Path:
-        """Where a file lies."""
+        """The path of a file."""
         return self.files / f"{file.id}{file.suffix}"
 
     def state(self, job_id: str) -> Path:
-        """What a job goes on from; there is none before it is saved first."""
+        """The path of a job's saved state, which may not exist yet."""
         return self.states / f"{job_id}.safetensors"
 
     def without_places(self, text: str) -> str:
-        """A message for a job's owner, who need not know where this directory is."""
+        """A message without the path of this directory, for a job's owner."""
         return text.replace(f"{self.path}/", "")
 
     def remove_file(self, file: StoredFile) -> None:
-        """Delete the bytes of a file that the database has forgotten."""
+        """Delete a file from disk that the database no longer has."""
         self.place(file).unlink(missing_ok=True)
 
     def fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
-        """End a job that can't go on, and delete its state. One that was cancelled or paused meanwhile stays so.
+        """End a job that can't continue, and delete its state. A cancelled or paused one stays as it is.
 
         Args:
-            code: OpenAI's word for it.
-            message: for its owner.
-            param: the key of its body that it is about.
-
-        Raises:
-            RunFailed: the disk is full.
+            code: OpenAI's error code.
+            param: the key of the job's request that is wrong.
         """
         if len(message) > _MESSAGE_CHARACTERS:
             message = f"{message[:_MESSAGE_CHARACTERS]}…"
@@ -107,11 +99,7 @@ class TrainingDirectory:
             self.state(job_id).unlink(missing_ok=True)
 
     def write_results(self, owner: str, name: str, text: str) -> StoredFile:
-        """Write a job's results; the caller puts the file into the database.
-
-        Raises:
-            RunFailed: the disk is full.
-        """
+        """Write a job's results; the caller adds the file to the database."""
         file = StoredFile(new_id("file"), owner, name, ".csv", RESULTS, len(text.encode()))
         with disk_errors(name, _KEPT):
             replace_text(self.place(file), text)
@@ -119,7 +107,7 @@ class TrainingDirectory:
 
 
 def _require_own(path: Path) -> None:
-    """Refuse files beside no database: they would be taken for what was cut off, and removed."""
+    """Refuse files without a database: they would count as remains of a crash and be removed."""
     for part in [] if (path / DATABASE).exists() else [path / name for name in _PARTS]:
         if part.exists() and not (part.is_dir() and not any(part.iterdir())):
             raise InputError(
@@ -129,7 +117,7 @@ def _require_own(path: Path) -> None:
 
 
 class Upload:
-    """A file that is arriving. Its methods are called by one thread at a time; `discard` undoes it at any moment."""
+    """A file in transfer, for one thread at a time. Writing raises RunFailed if the disk is full."""
 
     def __init__(self, directory: TrainingDirectory, owner: str) -> None:
         self._directory, self._owner = directory, owner
@@ -141,36 +129,24 @@ class Upload:
 
     @property
     def has_begun(self) -> bool:
-        """Whether its first byte may come, or has come."""
+        """Whether `begin` was called."""
         return self._stream is not None
 
     def begin(self, name: str) -> None:
-        """Take the sender's name for it, of which only the suffix matters.
-
-        Raises:
-            InputError: no reader is for such a file.
-        """
+        """Start with the sender's name, of which only the suffix matters. Raises InputError if no reader takes it."""
         self._name, self._suffix = name, suffix_of(name)
         with disk_errors(shown(name), _KEPT):
             self._stream = self._partial.open("xb")
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes.
-
-        Raises:
-            RunFailed: the disk is full.
-        """
+        """Append bytes."""
         assert self._stream is not None
         self.size_bytes += len(data)
         with disk_errors(shown(self._name), _KEPT):
             self._stream.write(data)
 
     def finish(self, purpose: str) -> StoredFile:
-        """Put it on disk and into the database.
-
-        Raises:
-            RunFailed: the disk is full; nothing is left of it.
-        """
+        """Sync it to disk and add it to the database. If that fails, nothing of it is left there."""
         assert self._stream is not None
         file = StoredFile(self._id, self._owner, self._name, self._suffix, purpose, self.size_bytes)
         place = self._directory.place(file)
@@ -188,7 +164,7 @@ class Upload:
         return file
 
     def discard(self) -> None:
-        """Leave nothing of one that did not finish."""
+        """Remove the unfinished file."""
         if self._stream is not None:
             with contextlib.suppress(OSError):  # a full disk takes the last buffer no better now
                 self._stream.close()
@@ -196,10 +172,9 @@ class Upload:
 
 
 def suffix_of(name: str) -> str:
-    """Which reader a file is for; one without a suffix is JSONL, as OpenAI's are.
+    """The suffix that picks a file's reader; ``.jsonl`` if it has none, as in OpenAI's API.
 
-    Raises:
-        InputError: there is no reader for it.
+    Raises InputError if there is no reader for it.
     """
     suffix = Path(name).suffix.lower() or ".jsonl"
     if suffix not in EXTENSIONS:
@@ -211,5 +186,5 @@ def suffix_of(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A sender's name of a file, for a message."""
+    """A sender's file name, made safe for a message."""
     return name if name.isprintable() and len(name) <= 200 else repr(name[:200])

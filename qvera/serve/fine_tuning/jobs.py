@@ -1,4 +1,4 @@
-"""What a client may do with jobs: create, cancel, pause, resume, delete the model. Any thread but the event loop's."""
+"""What a client may do with jobs. These methods may block, so call them in a thread, not on the event loop."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from qvera.serve.store import AdapterStore
 
 _RUNS: tuple[Status, ...] = (*BEFORE, "running")
-"""A job that may be paused; with those that are paused, one that may be cancelled."""
+"""These may be paused. These and paused ones may be cancelled."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked:
-    """A job as a client asks for it, by OpenAI's names."""
+    """A client's request for a job, by OpenAI's names."""
 
     base: str
     training_file: str
@@ -58,11 +58,7 @@ class Asked:
 
 
 class Jobs:
-    """The jobs of a training directory.
-
-    Attributes:
-        worker: the engine's background work.
-    """
+    """The jobs of a training directory. Methods raise UnknownRecord if the owner has no such job."""
 
     def __init__(
         self,
@@ -73,18 +69,16 @@ class Jobs:
         tokenizer: PreTrainedTokenizerBase,
         wake: Callable[[], None],
     ) -> None:
-        """``wake``: tells the engine to ask ``worker.has_work`` again."""
+        """``wake`` tells the engine to ask ``worker.has_work`` again."""
         self.directory, self.database = directory, directory.database
         self._recipes, self._store = recipes, store
-        self._naming = threading.Lock()
-        """No two jobs take one name."""
-        self._changing = threading.Lock()
-        """The worker hears of a pause before the job is resumed, and not afterwards."""
+        self._naming = threading.Lock()  # so that no two jobs take one name
+        self._changing = threading.Lock()  # so that the worker hears of a pause before a resume
         self.worker = Worker(directory, trainer, store, wake)
         self._preparer = Preparer(directory, recipes, tokenizer, trainer, self.worker.add)
 
     def __enter__(self) -> Self:
-        """Go on with the jobs that were open when the last server ended; those that were running come first."""
+        """Continue the jobs that the last server left unfinished; those that were running come first."""
         found = [job for job in self.database.open_jobs() if job.status != "paused"]
         for job in sorted(found, key=lambda job: job.status in BEFORE):
             self._preparer.add(job.id)
@@ -92,21 +86,17 @@ class Jobs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Save what is being trained; the engine's thread has ended."""
+        """Save what is being trained. The engine's thread must have ended."""
         self._preparer.close()
         self.worker.close()
 
     def create(self, asked: Asked, owner: str, covers: Callable[[str], bool], most_open: int | None) -> Job:
-        """Queue a job.
-
-        Args:
-            covers: whether the owner may use a model of a name.
-            most_open: how many open jobs an owner may have; None: any number.
+        """Queue a job. ``covers``: whether the owner may use the model of a name.
 
         Raises:
-            Refused: a file is not there, or the name can't be given.
-            InputError: the hyperparameters do not go together.
-            TooMany: the owner has too many.
+            Refused: a file does not exist, or the name can't be used.
+            InputError: the hyperparameters do not fit together.
+            TooMany: the owner has ``most_open`` unfinished jobs.
         """
         files = [self._file(asked.training_file, owner, "training_file")]
         if asked.validation_file is not None:
@@ -152,7 +142,6 @@ class Jobs:
         return file
 
     def _require_free(self, model: str, replace: bool) -> None:
-        """Refuse a name that can't be given."""
         try:
             directory = self._store.directory_for(model)
         except InputError as error:
@@ -172,22 +161,12 @@ class Jobs:
             )
 
     def cancel(self, job_id: str, owner: str) -> Job:
-        """End a job; nothing of it is kept but its events.
-
-        Raises:
-            UnknownRecord: there is none.
-            Refused: it has ended.
-        """
+        """End a job; only its events are kept. Raises Refused if it has ended."""
         event = Event(job_id, "Fine-tuning job cancelled")
         return self._stop(job_id, owner, (*_RUNS, "paused"), "cancelled", event)
 
     def pause(self, job_id: str, owner: str) -> Job:
-        """Save a job and free its slot.
-
-        Raises:
-            UnknownRecord: there is none.
-            Refused: it has ended, or is paused.
-        """
+        """Save a job and free its slot. Raises Refused if it has ended or is paused."""
         return self._stop(job_id, owner, _RUNS, "paused", Event(job_id, "Fine-tuning job paused"))
 
     def _stop(self, job_id: str, owner: str, expected: tuple[Status, ...], status: Status, event: Event) -> Job:
@@ -200,12 +179,7 @@ class Jobs:
         return self.database.job(job_id)
 
     def resume(self, job_id: str, owner: str) -> Job:
-        """Queue a paused job again; it goes on where it was.
-
-        Raises:
-            UnknownRecord: there is none.
-            Refused: it is not paused.
-        """
+        """Queue a paused job again, to go on where it was. Raises Refused if it is not paused."""
         job = self.database.job(job_id, owner)
         event = Event(job_id, "Fine-tuning job resumed")
         with self._changing:
@@ -219,11 +193,7 @@ class Jobs:
         return Refused(f"The job {job.id} is {status.replace('_', ' ')}, so that can't be done.", code="invalid_status")
 
     def delete_model(self, model: str, owner: str) -> None:
-        """Delete an adapter that a job of this owner made.
-
-        Raises:
-            NotMade: none did, or others' vectors lie there now.
-        """
+        """Delete an adapter that a job of this owner made. Raises NotMade if none did, or it was replaced."""
         job = self.database.job_of_model(model, ("succeeded",))
         directory = self._store.directory_for(model)
         if job is None or job.owner != owner or maker_of(directory) != job.id:
@@ -241,13 +211,9 @@ class Jobs:
 
 
 def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:
-    """The jobs of a training directory, as the engine's background work; entering them lets them go on.
+    """Open a training directory's jobs as the engine's background work. They continue once it is entered (``with``).
 
-    Args:
-        at_once: how many are trained together.
-
-    Raises:
-        InputError: there is no directory for their adapters, or adapters of the served run can't be trained so.
+    Raises InputError if there is no directory for adapters, or the served recipe can't train several at once.
     """
     if served.store.root is None:
         raise InputError(

@@ -1,6 +1,6 @@
-"""Makes jobs ready: the recipe of each, and its rows, read and checked in a thread that nobody waits for.
+"""Prepares jobs: makes each one's recipe, and reads and checks its rows in a thread of its own.
 
-A job's recipe is that of the run that is served, or the defaults, with the job's files and hyperparameters.
+A job's recipe is the served run's, or the defaults, with the job's files and hyperparameters.
 """
 
 from __future__ import annotations
@@ -34,40 +34,31 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _MOST_JSON_BYTES = 64 * 2**20
-"""A .json file is read into memory as a whole, at several times its size."""
+"""A .json file is read as a whole, which takes several times its size of memory."""
 _MOST_LINE_BYTES = 4 * 2**20
-"""A line is a row, of which all tokens are in memory at a time, at a hundred bytes each."""
+"""A line is a row. All its tokens are in memory at once, at a hundred bytes each."""
 _RETRY_SECONDS = 30.0
-_JOIN_SECONDS = 5.0
-"""A file of millions of rows is not waited for when the server ends."""
+_JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
 HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 AUTO = "auto"
 _OF_ROWS = (
     *("system", "train_on", "max_length", "too_long", "max_source_length", "max_target_length"),
     *("shuffle", "group_by_length", "seed"),
 )
-"""Keys of ``data`` that are about any rows; the others name the served run's own files and columns."""
+"""Keys of ``data`` that fit any rows. The others name the served run's own files and columns."""
 _NOT_OF_A_JOB = (
     *("output_dir", "save_total_limit", "adapters_at_once", "torch_compile", "try_longest_batch", "on_oom"),
     *("report_to", "sample_count", "answer_batch_size", "sample_max_new_tokens", "exact_match_rows"),
 )
-"""Keys of ``training`` that are about a run directory, a report, or how a run is computed."""
+"""Keys of ``training`` about a run directory, a report, or how a run is computed."""
 _EVALUATIONS = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
 
 
 class Recipes:
-    """Makes the recipes of jobs.
-
-    Attributes:
-        server: what all jobs share: the adapter's shape, the optimizer, the size of a pass.
-    """
+    """Makes the recipes of jobs."""
 
     def __init__(self, target: Artifact) -> None:
-        """``target``: what is served; its recipe counts, where it has one.
-
-        Raises:
-            InputError: adapters of this recipe can't be trained beside others.
-        """
+        """Raises InputError if adapters of the served recipe can't be trained beside others."""
         given = target.recipe
         tree: dict[str, Any] = {} if given is None else given.to_dict()
         data, training = tree.get("data", {}), tree.get("training", {})
@@ -78,23 +69,17 @@ class Recipes:
         self._training = {key: value for key, value in training.items() if key not in _NOT_OF_A_JOB}
         self._common = {"model": target.section.to_dict(), "adapter": tree.get("adapter", {})}
         shared = {key: value for key, value in self._training.items() if key not in _EVALUATIONS}
-        # as a recipe of many adapters: what can't be trained beside others is refused
+        # parsed as a recipe of many adapters, which refuses what can't be trained beside others
         rows = {"path": "rows.jsonl", "adapter_column": "adapter", **self._data}
-        self.server = self._parse({**self._common, "data": rows, "training": shared})
+        self.server = self._parse({**self._common, "data": rows, "training": shared})  # what all jobs share
 
     def of(self, job: Job, training_file: str, validation_file: str | None = None) -> Recipe:
-        """The recipe of a job.
+        """The recipe of a job. Raises InputError if its hyperparameters do not fit together.
 
-        Args:
-            job: its hyperparameters and seed are used.
-            training_file, validation_file: names of files in the directory of files, without that directory: the recipe
-                stays the same where a training directory is moved.
-
-        Raises:
-            InputError: the hyperparameters do not go together.
+        Files are named without their directory, so that the recipe survives a move of the training directory.
         """
         data = {**self._data, "path": training_file, "tokenize_processes": 1}
-        # the rows of a pass are the server's
+        # the server sets how many rows a pass has
         training = {key: value for key, value in self._training.items() if key != "per_device_train_batch_size"}
         if validation_file is None:
             training = {key: value for key, value in training.items() if key not in _EVALUATIONS}
@@ -116,14 +101,14 @@ class Recipes:
 
 
 def section_in(recipe: Recipe, directory: Path) -> DataSection:
-    """A job's ``data`` with its files where they lie: in ``directory``."""
+    """A job's ``data`` with the full paths of its files, which are in ``directory``."""
     held_out = recipe.data.eval_path
     places = {"path": str(directory / recipe.data.path)}
     return recipe.data.replace(**places, **({} if held_out is None else {"eval_path": str(directory / held_out)}))
 
 
 def hyperparameters(job: Job) -> dict[str, Any]:
-    """A job's hyperparameters by OpenAI's names, as they are used."""
+    """The hyperparameters that a job uses, by OpenAI's names."""
     training = job.recipe["training"]
     by_steps = training["max_steps"] >= 0
     epochs = training["num_train_epochs"]
@@ -136,7 +121,7 @@ def hyperparameters(job: Job) -> dict[str, Any]:
 
 
 class Preparer:
-    """A thread that makes jobs ready to begin, one after the other."""
+    """A thread that prepares jobs one after the other."""
 
     def __init__(
         self,
@@ -146,7 +131,7 @@ class Preparer:
         trainer: OnlineTrainer,
         on_ready: Callable[[Job, Any], None],
     ) -> None:
-        """``on_ready``: called in this thread with a job and its run."""
+        """``on_ready`` is called in this thread with a job and its run."""
         self._directory, self._recipes, self._tokenizer, self._trainer = directory, recipes, tokenizer, trainer
         self._on_ready = on_ready
         self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -158,11 +143,11 @@ class Preparer:
         self._thread.start()
 
     def add(self, job_id: str) -> None:
-        """Queue a job; any thread."""
+        """Queue a job, from any thread."""
         self._jobs.put(job_id)
 
     def close(self) -> None:
-        """End the thread. The job whose rows it reads is read again when the server is started next."""
+        """End the thread. The next server reads the unfinished job's rows again."""
         self._closing.set()
         self._jobs.put(None)
         if self._thread.is_alive():
@@ -228,7 +213,6 @@ class Preparer:
         return database.job(job.id), run
 
     def _places(self, job: Job) -> list[Path]:
-        """Where the files of a job lie."""
         found = []
         for file_id in filter(None, (job.training_file, job.validation_file)):
             try:
@@ -238,7 +222,7 @@ class Preparer:
         return found
 
     def _for_its_owner(self, job: Job, text: str) -> tuple[str, str | None]:
-        """A message with the names of files in place of where they lie; and which file it is about."""
+        """A message with file names in place of paths, and the parameter of the first file in it."""
         param = None
         for key in ("training_file", "validation_file"):
             file_id = getattr(job, key)
@@ -256,7 +240,7 @@ class Preparer:
 
 
 def _require_short_rows(file: Path) -> None:
-    """Raises InputError for a row that would take much memory, without reading it as a whole."""
+    """Raise InputError for a row that would need much memory. It is not read as a whole for that."""
     if file.suffix in (".csv", ".tsv"):
         _require_short_records(file)
         return
@@ -272,7 +256,7 @@ def _require_short_rows(file: Path) -> None:
 
 
 def _require_short_records(file: Path) -> None:
-    """`_require_short_rows` of CSV, where a field in quotes may span lines. The reader finds what else is wrong."""
+    """`_require_short_rows` for CSV, where a quoted field may span lines. Other faults are left to the reader."""
     bytes_of_record, line_number = 0, 0
 
     def lines(stream: TextIO) -> Iterator[str]:

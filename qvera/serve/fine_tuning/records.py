@@ -1,4 +1,4 @@
-"""What a training directory's database has rows of: files, jobs and events; and why a client is refused. No torch."""
+"""The rows of a training directory's database: files, jobs and events; and why a client is refused. No torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import Any, Literal
 
 from qvera.utils.errors import InputError
 
-TRAINING, RESULTS = "fine-tune", "fine-tune-results"
-"""Purposes of a file: rows to train on, and what a job has written."""
+TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
 Status = Literal["validating_files", "queued", "running", "finishing", "paused", "succeeded", "failed", "cancelled"]
 BEFORE: tuple[Status, ...] = ("validating_files", "queued")
 TRAINED: tuple[Status, ...] = ("running", "finishing")
-"""``finishing``: its adapter is being saved, and it can't be cancelled any more. The API calls it running."""
-OPEN: tuple[Status, ...] = (*BEFORE, *TRAINED, "paused")
-"""A job of another status never changes again."""
+"""``finishing``: its adapter is being saved, so it can't be cancelled any more. The API shows "running"."""
+OPEN: tuple[Status, ...] = (*BEFORE, *TRAINED, "paused")  # all other statuses are final
 
 
 def new_id(kind: str) -> str:
-    """An identifier that nobody guesses: ``kind``, a dash and 24 hex digits."""
+    """An id that nobody can guess: ``kind``, a dash and 24 hex digits."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
@@ -31,15 +29,12 @@ def now() -> int:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file that was uploaded, or that a job has written."""
+    """An uploaded file, or a job's results."""
 
     id: str
-    owner: str
-    """The name of the key that sent it."""
-    name: str
-    """As the sender called it: only ever shown, no path."""
-    suffix: str
-    """Which reader it is for, such as ``.jsonl``."""
+    owner: str  # name of a key
+    name: str  # from the sender; shown, but never used as a path
+    suffix: str  # picks the reader, such as ``.jsonl``
     purpose: str
     size_bytes: int
     created: int = field(default_factory=now)
@@ -51,59 +46,45 @@ class Job:
 
     id: str
     owner: str
-    model: str
-    """The name of the adapter that it makes."""
+    model: str  # name of the adapter that it makes
     base: str
     training_file: str
     validation_file: str | None
-    seed: int | None
-    """As asked; None: the recipe's."""
-    asked: dict[str, Any]
-    """Hyperparameters as asked, by OpenAI's names; ``auto`` or a number each."""
-    replaces: bool
-    """Whether an adapter of this name may be replaced."""
+    seed: int | None  # as asked; None: the recipe's
+    asked: dict[str, Any]  # hyperparameters by OpenAI's names, each ``auto`` or a number
+    replaces: bool  # whether it may replace an adapter of its name
     metadata: dict[str, str]
-    recipe: dict[str, Any]
-    """`Recipe.to_dict` of the recipe that it is trained by."""
+    recipe: dict[str, Any]  # `Recipe.to_dict` of the recipe in use
     status: Status = "validating_files"
     created: int = field(default_factory=now)
     started: int | None = None
     finished: int | None = None
     trained_tokens: int | None = None
-    step: int | None = None
-    """Optimizer steps of the adapter that was saved."""
+    step: int | None = None  # optimizer steps of the saved adapter
     result_file: str | None = None
-    error: dict[str, Any] | None = None
-    """``code``, ``message`` and ``param`` of a failed job."""
-    deleted: bool = False
-    """Whether its adapter was deleted by its owner."""
+    error: dict[str, Any] | None = None  # ``code``, ``message`` and ``param`` of a failed job
+    deleted: bool = False  # whether the owner deleted the adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a job; of type ``metrics`` with the numbers of a step."""
+    """Something that happened to a job. With the numbers of a step its type is ``metrics``."""
 
     job: str
     message: str
     level: Literal["info", "warn", "error"] = "info"
     data: dict[str, Any] | None = None
-    step: int | None = None
-    """Of metrics: after which optimizer step."""
+    step: int | None = None  # optimizer step of metrics
     id: str = field(default_factory=lambda: new_id("ftevent"))
     created: int = field(default_factory=now)
 
 
 class UnknownRecord(LookupError):
-    """There is none of that id, or it is another owner's."""
+    """No record has this id, or it belongs to another owner."""
 
 
 class Refused(InputError):
-    """What a client asks can't be done.
-
-    Attributes:
-        param: the key of the body that it is about.
-        code: OpenAI's word for it.
-    """
+    """A client's request that can't be done."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -111,8 +92,8 @@ class Refused(InputError):
 
 
 class TooMany(Exception):
-    """An owner has as many open jobs as it may have."""
+    """An owner is at its limit of unfinished jobs."""
 
 
 class NotMade(Exception):
-    """No job of this owner has made the model."""
+    """No job of this owner made the model."""

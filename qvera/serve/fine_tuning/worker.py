@@ -1,7 +1,7 @@
-"""Trains the jobs of a training directory in the engine's thread, part by part, between answers.
+"""Trains jobs in the engine's thread, part by part, between answers.
 
-A job goes on from its last saved state after whatever end the server had. It is saved first and stands as done in the
-database last, so a process that is killed in between does the last things again: they come out the same.
+After any end of the server a job goes on from its last saved state. The state is saved first, and the database marks
+the job as done last. A process killed in between repeats the last things, with the same result.
 """
 
 from __future__ import annotations
@@ -32,39 +32,27 @@ if TYPE_CHECKING:
     from qvera.training.roster import AdapterRun
 
 _logger = logging.getLogger(__name__)
-_SAVE_SECONDS = 30.0
-"""A killed server takes the steps of at most this long again."""
+_SAVE_SECONDS = 30.0  # a killed server repeats the steps of at most this long
 _SAVE_STEPS = 100
-_WRITE_SECONDS = 1.0
-"""Events of steps are written this often, not each by itself."""
-_PARK_SECONDS = 30.0
-"""How long nothing is trained after the disk was full."""
+_WRITE_SECONDS = 1.0  # events of steps are written together, this often
+_PARK_SECONDS = 30.0  # no training for this long after the disk was full
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate")
 
 
 @dataclasses.dataclass
 class Trained:
-    """A job that has a slot.
-
-    Attributes:
-        is_named: whether its adapter may be written under its name; what lies there since may be the job's own.
-        retry_at: when its adapter is written again, which a disk did not take.
-    """
+    """A job that has a slot."""
 
     job: Job
     run: AdapterRun
     saved_step: int
     saved_at: float
-    is_named: bool
-    retry_at: float = 0.0
+    is_named: bool  # what is under its adapter's name may be its own, and is replaced
+    retry_at: float = 0.0  # when to write its adapter again after the disk was full
 
 
 class Worker:
-    """The engine's `BackgroundWork`.
-
-    Attributes:
-        tokens: that were trained on since the server was started.
-    """
+    """The engine's `BackgroundWork`."""
 
     def __init__(
         self,
@@ -74,7 +62,6 @@ class Worker:
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``wake``: tells the engine to ask `has_work` again; ``clock``: seconds."""
         self._directory, self._database, self._trainer, self._store = directory, directory.database, trainer, store
         self._wake, self._clock = wake, clock
         self._lock = threading.Lock()
@@ -83,22 +70,22 @@ class Worker:
         self._trained: dict[str, Trained] = {}
         self._events: list[Event] = []
         self._taken_again: dict[str, int] = {}
-        """Job → the step after which its events are to be removed, before new ones are written."""
+        """Job → a step. Events of later steps are removed before new ones are written."""
         self._wrote_at = clock()
         self._parked_until: float | None = None
         self._timer: threading.Timer | None = None
-        self.tokens = 0
+        self.tokens = 0  # trained on since the server's start
 
     # Called from any thread
 
     def add(self, job: Job, run: AdapterRun) -> None:
-        """A job may begin: its rows are read."""
+        """Take on a job whose rows are read."""
         with self._lock:
             self._ready[job.id] = job, run
         self._wake()
 
     def stop(self, job_id: str, how: Literal["cancel", "pause"]) -> None:
-        """Take a job out that the database says is cancelled or paused."""
+        """Take out a job that the database has as cancelled or paused."""
         with self._lock:
             self._ready.pop(job_id, None)
             self._stops[job_id] = how
@@ -116,7 +103,7 @@ class Worker:
     # The engine's thread
 
     def run_slice(self) -> None:
-        """See `BackgroundWork.run_slice`. Errors end jobs, or are waited for; none gets out."""
+        """See `BackgroundWork.run_slice`. It raises nothing: errors end jobs, or are retried later."""
         try:
             with self._lock:
                 self._parked_until = None
@@ -146,7 +133,7 @@ class Worker:
                     del self._stops[job_id]
 
     def _begin_ready(self) -> None:
-        """Give free slots to jobs: those that were running first, then the oldest of whoever has fewest running."""
+        """Give free slots first to jobs that were running, then to the oldest of the owner with the fewest running."""
         while self._trainer.free_slots:
             with self._lock:
                 # one that was paused and resumed still has a slot until `_take_stops` has saved it
@@ -225,7 +212,6 @@ class Worker:
         trained.saved_step, trained.saved_at = trained.run.state.step, self._clock()
 
     def _finish(self, trained: Trained) -> None:
-        """Save the adapter of a job that has taken its steps; then it is a model."""
         job, run = trained.job, trained.run
         if run.reason is not None:
             self._write_events(at_once=True)
@@ -267,7 +253,7 @@ class Worker:
         self._directory.state(job.id).unlink(missing_ok=True)
 
     def _text(self, error: Exception) -> str:
-        """What a job's owner is told: without places on the server's disk."""
+        """A message for the job's owner, without paths on the server's disk."""
         return (
             "the server's log says why."
             if isinstance(error, OSError)
@@ -284,7 +270,7 @@ class Worker:
             self._events, self._taken_again, self._wrote_at = [], {}, self._clock()
 
     def _park(self, error: Exception) -> None:
-        """Train nothing for a while: what a full disk did not take is written again then."""
+        """Pause training. What a full disk refused is written again afterwards."""
         _logger.warning("training waits %g s: %s", _PARK_SECONDS, error)
         with self._lock:
             self._parked_until = self._clock() + _PARK_SECONDS
@@ -298,7 +284,7 @@ class Worker:
         self._timer.start()
 
     def close(self) -> None:
-        """Save what is being trained, once the engine's thread has ended."""
+        """Save what is being trained. The engine's thread must have ended."""
         if self._timer is not None:
             self._timer.cancel()
         for trained in list(self._trained.values()):
@@ -309,7 +295,7 @@ class Worker:
 
 
 def metrics_event(job_id: str, record: dict[str, Any], steps: int) -> Event:
-    """The event of a step, or of its evaluation: its numbers by OpenAI's names; one that is not finite is None."""
+    """The event of a step or evaluation, its numbers by OpenAI's names. Those that are not finite become None."""
     numbers = {"step": record["step"], "total_steps": steps}
     if record["kind"] == "eval":
         numbers["valid_loss"] = record["loss"]
@@ -321,7 +307,7 @@ def metrics_event(job_id: str, record: dict[str, Any], steps: int) -> Event:
 
 
 def steps_csv(metrics: Sequence[Event]) -> str:
-    """A line for each step: its losses and its rate; empty where there is none."""
+    """CSV with a line per step: its losses and learning rate. Missing values are empty."""
     lines: dict[int, dict[str, Any]] = {}
     for event in metrics:
         assert event.step is not None
@@ -334,11 +320,7 @@ def steps_csv(metrics: Sequence[Event]) -> str:
 
 
 def write_facts(directory: Path, job: Job, run: AdapterRun) -> None:
-    """Put what is known of a job's adapter beside it, for `qvera.serve.store.AdapterStore.facts`.
-
-    Raises:
-        RunFailed: the disk is full.
-    """
+    """Write a job's facts beside its adapter, for `AdapterStore.facts`. Raises RunFailed if the disk is full."""
     facts = {
         "format": 1,
         "adapter_sha256": read_content(directory).sha256,  # they are facts of these vectors only
@@ -354,6 +336,6 @@ def write_facts(directory: Path, job: Job, run: AdapterRun) -> None:
 
 
 def maker_of(directory: Path) -> str | None:
-    """The id of the job that made an adapter; None: none did, or nobody knows."""
+    """The id of the job that made an adapter; None if unknown."""
     job = (try_read_json(directory / TRAINING_FACTS) or {}).get("job")
     return job if isinstance(job, str) else None

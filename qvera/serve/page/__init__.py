@@ -1,4 +1,4 @@
-"""The chat page at /. Three files of our own: no build step, and nothing from other hosts."""
+"""The chat page at /: three files of our own, without a build step. Nothing comes from other hosts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 _DIRECTORY = Path(__file__).parent
 _FILES = {"/": "index.html", "/page/page.css": "page.css", "/page/page.js": "page.js"}
 PAGE_PATHS = tuple(_FILES)
-"""They hold no secret, so they need no key; what the page asks the server does."""
+"""These hold no secret, so they need no key. The page's calls to the server do."""
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
     # what a model says is shown as text; should markup ever get in, it can load and run nothing
@@ -22,7 +22,7 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page and its two files."""
+    """Add the routes of the page and its two files."""
     for path, name in _FILES.items():
         app.get(path, include_in_schema=False)(_answer(_DIRECTORY / name))
 

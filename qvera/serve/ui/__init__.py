@@ -1,1 +1,1 @@
-"""`qvera ui`: pages over runs while they train. Reads their files only; loads no torch and no model."""
+"""`qvera ui`: pages over runs while they train. It only reads their files, and loads no torch and no model."""

@@ -28,8 +28,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MOST_STREAMS = 200
-"""Readers that hear of news at a time."""
+MOST_STREAMS = 200  # event streams at a time
 _QUERY_CHARACTERS = 16_384
 _HEADERS = {
     # texts of runs are escaped; should markup ever get in, it can load and run nothing
@@ -46,27 +45,22 @@ _LOOK = {
     "script.js": Path(report.__file__).with_name("script.js"),
     "ui.css": Path(__file__).with_name("ui.css"),
     "live.js": Path(__file__).with_name("live.js"),
-}
-"""Name in /look/ → file. No other file is sent."""
+}  # name in /look/ → file; no other file is sent
 _TYPES = {".css": "text/css", ".js": "text/javascript"}
 
 
 @dataclass
 class Service:
-    """The state of the server; `qvera.serve.api.server.Server` reads limits, running and draining.
+    """The server's state; `qvera.serve.api.server.Server` reads limits, running and draining."""
 
-    Args:
-        place: what was named on the command line, for the list's head.
-    """
-
-    place: str
+    place: str  # what the command line names, for the list's heading
     directories: RunDirectories
     limits: Limits = field(default_factory=lambda: Limits(drain_seconds=0.0))
     running: int = 0
     draining: bool = False
     streams: int = 0
     _listed: tuple[float, str] = (0.0, "")
-    """When the list was looked at last for those who wait for news, and its signature then."""
+    """When the list was last read for event streams, and its signature then."""
 
     def __post_init__(self) -> None:
         self.summaries = Summaries(self.directories)
@@ -74,14 +68,14 @@ class Service:
         self.pages = Pages(self.place, self.directories, self.summaries, self.views)
 
     def list_signature(self) -> str:
-        """Changes with what the list of runs shows; looked at once for all who ask at about the same time."""
+        """Changes with the shown list of runs. It is computed once for all who ask at about the same time."""
         now = time.monotonic()
         if now - self._listed[0] > LOOK_SECONDS / 2:
             self._listed = now, list_signature(self.summaries.list())
         return self._listed[1]
 
     def run_signature(self, id: str) -> str:
-        """Changes with the state of a run and with its files but metrics.jsonl, of which there are records."""
+        """Changes with a run's state and files, except metrics.jsonl, whose records are sent."""
         directory = self.directories.get(id)
         if directory is None:
             return ""
@@ -89,14 +83,9 @@ class Service:
 
 
 def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1") -> Starlette:
-    """The app over some directories; ``app.state.service`` is its state.
+    """The app over runs, or directories of runs; ``app.state.service`` is its state.
 
-    Args:
-        places: directories that hold runs, or directories of runs.
-        listens_on: the host that the server listens on.
-
-    Raises:
-        InputError: a place is no directory.
+    Raises InputError if a place is no directory.
     """
     routes = [
         Route("/", _runs),
@@ -116,7 +105,7 @@ def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1") -> Starlet
 
 
 class Guard:
-    """ASGI middleware: refuses pages of other sites and calls that are too long, and adds the headers of safety."""
+    """ASGI middleware. Refuses other sites' pages and overlong calls, and adds security headers."""
 
     def __init__(self, app: ASGIApp, service: Service, listens_on: str) -> None:
         self.app, self.service, self.listens_on = app, service, listens_on

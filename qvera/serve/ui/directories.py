@@ -1,4 +1,4 @@
-"""Which runs there are below the directories that were named, and which of their files may be read."""
+"""Finds the runs in the named directories, and says which of their files may be read."""
 
 from __future__ import annotations
 
@@ -12,25 +12,20 @@ from pathlib import Path
 from qvera.evaluation.report.read import RUN_FILES
 from qvera.utils.errors import InputError
 
-MOST_DEPTH = 3
-"""A run may lie so many directories below one that was named."""
+MOST_DEPTH = 3  # levels at which runs are looked for
 MOST_RUNS = 2_000
 MOST_DIRECTORIES = 20_000
-_SCAN_SECONDS = 1.0
-"""What was found is taken as it is for so long, whatever the number of readers."""
+_SCAN_SECONDS = 1.0  # what was found is kept this long, for all readers
 
 READ_BYTES = {"recipe.yaml": 256 << 10, "run.json": 64 << 20, "eval.json": 64 << 20}
-"""Files that are read as a whole, each with the most bytes that it may have. metrics.jsonl may have any number."""
+"""Files that are read as a whole, with their largest sizes in bytes. metrics.jsonl has no limit."""
 
 
 class RunDirectories:
-    """The runs in and below some directories, each under an id: its path below them, with slashes.
+    """The runs in some directories. A run's id is its path below them, with slashes.
 
-    An id is looked up among those that were found and never made into a path, and links are not followed. So nothing
-    outside of the directories is reached, whatever is asked for.
-
-    Raises:
-        InputError: a place is no directory.
+    An id is looked up among the found runs and never made into a path, and links are not followed. So no request
+    reaches anything outside of the directories. Raises InputError if a place is no directory.
     """
 
     def __init__(self, places: Sequence[Path]) -> None:
@@ -52,8 +47,7 @@ class RunDirectories:
         self._lock = threading.Lock()
         self._found: dict[str, Path] = {}
         self._scanned_at: float | None = None
-        self.is_cut = False
-        """There are more runs or directories than are looked at."""
+        self.is_cut = False  # there are more runs or directories than are looked at
 
     def find(self) -> dict[str, Path]:
         """Id → directory of every run."""
@@ -65,7 +59,7 @@ class RunDirectories:
             return self._found
 
     def get(self, id: str) -> Path | None:
-        """The directory of a run, or None: there is none of this id (any more)."""
+        """The directory of a run; None if there is no such run, or no longer."""
         directory = self.find().get(id)
         return directory if directory is not None and directory.is_dir() else None
 
@@ -96,16 +90,12 @@ def _holds_run(names: Sequence[str]) -> bool:
 
 
 def _is_plain_directory(entry: os.DirEntry[str]) -> bool:
-    """Not a link, not hidden, and with a name that an address can hold."""
+    """Not a link, not hidden, and with a name that fits into a URL."""
     return not entry.name.startswith(".") and entry.name.isprintable() and entry.is_dir(follow_symlinks=False)
 
 
 def unreadable(directory: Path, *names: str) -> list[str]:
-    """Why files of a run are not read, a sentence each: those that are links, no files, or too large; [] for none.
-
-    Args:
-        names: paths below ``directory``. Those that are missing are fine.
-    """
+    """A sentence for each file that is a link, no file, or too large. Missing ones are fine."""
     found = []
     for name in names:
         place = directory
@@ -128,7 +118,7 @@ def unreadable(directory: Path, *names: str) -> list[str]:
 
 
 def open_plain(path: Path) -> int | None:
-    """A descriptor to read a regular file; None where it is missing, a link, or anything else."""
+    """A descriptor of a regular file; None for a link, or anything else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""Server-sent events: the new records of a run, or that the list of runs has changed."""
+"""Server-sent events: a run's new records, or that the list of runs has changed."""
 
 from __future__ import annotations
 
@@ -20,29 +20,21 @@ from qvera.serve.ui.metrics import NOTHING, Position, whole_lines
 if TYPE_CHECKING:
     from qvera.serve.ui.app import Service
 
-LOOK_SECONDS = 1.0
-"""Between two looks at a run's files."""
+LOOK_SECONDS = 1.0  # between two looks at a run's files
 HEARTBEAT_SECONDS = 15.0
-"""A stream without news sends a comment, so that a reader that has gone is noticed, by proxies too."""
+"""A quiet stream sends a comment, so that a lost reader is noticed, by proxies too."""
 MOST_NEW_BYTES = 1 << 20
-"""A reader that is further behind gets no records but is told to read the page again."""
-_END_SECONDS = 0.2
-"""A stream ends so soon after the server is asked to stop."""
+"""A reader that is further behind gets no records; it is told to reload the page."""
+_END_SECONDS = 0.2  # a stream ends this soon after the server is asked to stop
 
 
 @dataclass(frozen=True)
 class News:
-    """What is new of a metrics.jsonl since a position.
+    """What is new in a metrics.jsonl since a position."""
 
-    Attributes:
-        position: up to where it is known now.
-        records: those of steps, rounds and evaluations of the whole run.
-        is_other: the file is another one now, or so much is new that it is not sent.
-    """
-
-    position: Position
-    records: list[dict[str, Any]]
-    is_other: bool = False
+    position: Position  # where the next look begins
+    records: list[dict[str, Any]]  # steps, rounds and evaluations of the whole run
+    is_other: bool = False  # the file was replaced, or has too much new to send
 
 
 def news_since(path: Path, position: Position) -> News:
@@ -68,7 +60,7 @@ def news_since(path: Path, position: Position) -> News:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """The kind and the numbers of a record; {} for one of an adapter of many, of which there can be thousands."""
+    """A record's kind and numbers; {} for one of a single adapter of many, of which there can be thousands."""
     kind = get_text(row, "kind")
     if kind not in ("train", "eval", "round") or get_text(row, "adapter") or row.get("rank"):
         return {}
@@ -77,17 +69,17 @@ def _numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def event(name: str, data: object, id: str = "") -> bytes:
-    """One event. ``id``: what a reader that comes again says it has seen."""
+    """The bytes of one event. A reader that reconnects sends the last ``id`` back."""
     lines = [f"event: {name}", *([f"id: {id}"] if id else []), f"data: {json.dumps(data)}"]
     return ("\n".join(lines) + "\n\n").encode()
 
 
 async def run_events(service: Service, id: str, position: Position, seen: str) -> AsyncIterator[bytes]:
-    """``records`` with the new ones, ``changed`` where the page is to be read again, ``gone`` where the run is gone.
+    """Sends ``records`` (new ones), ``changed`` (reload the page), or ``gone`` (there is no such run any more).
 
     Args:
-        position: up to where the reader knows metrics.jsonl.
-        seen: the signature of the other files that it has seen.
+        position: how far the reader knows metrics.jsonl.
+        seen: the signature of the other files that it knows.
     """
     async for due in _looks(service):
         if due is not None:
@@ -108,7 +100,7 @@ async def run_events(service: Service, id: str, position: Position, seen: str) -
 
 
 async def list_events(service: Service, seen: str) -> AsyncIterator[bytes]:
-    """``changed`` whenever the list of runs is another one than the reader has ``seen``."""
+    """Sends ``changed`` whenever the list of runs differs from what the reader has ``seen``."""
     async for due in _looks(service):
         if due is not None:
             yield due
@@ -120,7 +112,7 @@ async def list_events(service: Service, seen: str) -> AsyncIterator[bytes]:
 
 
 async def _looks(service: Service) -> AsyncIterator[bytes | None]:
-    """What to send by itself (a heartbeat, say), or None: it is time to look. Ends when the server stops."""
+    """Gives bytes to send (heartbeats), or None when it is time to look. Ends when the server stops."""
     yield b"retry: 2000\n\n"
     beat = look = time.monotonic()
     while not service.draining:

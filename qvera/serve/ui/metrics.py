@@ -1,4 +1,4 @@
-"""metrics.jsonl while it grows: what is new is read once, and curves keep a bounded number of steps."""
+"""Reads a growing metrics.jsonl: each record once, and curves of a limited number of steps."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from qvera.serve.ui.directories import open_plain
 from qvera.utils.formatting import count, size
 
 MOST_ROWS = 4_096
-"""Steps that a curve keeps: with more, every second of them, then every fourth, and so on. A chart draws fewer."""
+"""Steps that a curve keeps. Beyond that only every second one stays, then every fourth. Charts draw fewer."""
 MOST_ADAPTERS = 20_000
 WHOLE_BYTES = 48 << 20
-"""A longer file is not read as a whole: of it `_SAMPLES` pieces, evenly spread, and its end."""
+"""Of a longer file, only its end and `_SAMPLES` evenly spread pieces are read."""
 _SAMPLES = 3_000
 _SAMPLE_BYTES = 8 << 10
 _CHUNK_BYTES = 1 << 20
-_LINE_BYTES = 1 << 20
-"""A longer line is no record."""
+_LINE_BYTES = 1 << 20  # a longer line is no record
 _PLACES = ("step", "round")
 _KEYS, _CHARACTERS = 64, 512
-"""Of a record so many keys are kept, and no longer texts: a file that is none of ours must not fill the memory."""
+"""Most keys of a record, and longest texts, so that a foreign file does not fill the memory."""
 
 
 class Position(NamedTuple):
-    """How far a file was read. A file that takes its place has another inode."""
+    """How far a file was read. A file that replaces it has another inode."""
 
     inode: int
     offset: int
@@ -38,29 +37,27 @@ class Position(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Position | None:
-        """What `str` of one gives back; None for any other text."""
+        """The inverse of `str`; None for any other text."""
         inode, _, offset = text.partition("-")
         if not (inode.isascii() and inode.isdecimal() and offset.isascii() and offset.isdecimal() and len(text) < 64):
             return None
         return cls(int(inode), int(offset))
 
 
-NOTHING = Position(0, 0)
-"""Of a file that is not there yet."""
+NOTHING = Position(0, 0)  # of a file that does not exist yet
 
 
 class Curve:
-    """Records by step, each step once, the later one; evenly thinned where there are more than `MOST_ROWS`."""
+    """Records by step. The last one of a step counts, and beyond `MOST_ROWS` they are thinned evenly."""
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, Any]] = {}
         self._seen = 0
-        self.every = 1
-        """Of so many records one is kept."""
+        self.every = 1  # one record in so many is kept
         self.last: dict[str, Any] | None = None
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a record, or not; its key ``step`` says where it belongs."""
+        """Take a record with a key ``step``; it is kept if its step is due."""
         self.last = row
         self._seen += 1
         if (self._seen - 1) % self.every == 0:
@@ -70,7 +67,7 @@ class Curve:
             self._rows = {step: self._rows[step] for step in sorted(self._rows)[::2]}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Those that were kept, and the last one, by rising step."""
+        """The kept records and the last one, by rising step."""
         last = {} if self.last is None else {int(self.last["step"]): self.last}
         found = {**self._rows, **last}
         return [found[step] for step in sorted(found)]
@@ -82,8 +79,7 @@ class Totals:
 
     seconds: float = 0.0
     tokens: float = 0.0
-    adapter_steps: float = 0.0
-    """Of a run of many adapters: optimizer steps of all of them."""
+    adapter_steps: float = 0.0  # optimizer steps of all adapters of a run of many
     peak_bytes: float | None = None
 
     def add(self, row: dict[str, Any]) -> None:
@@ -98,26 +94,18 @@ class Totals:
 
 @dataclass
 class Read:
-    """What was read of a file, from its beginning on.
+    """What was read of a file so far."""
 
-    Attributes:
-        position: up to where.
-        train: steps, or rounds in the form of steps.
-        adapters: of a run of many adapters, name → its numbers so far.
-        sampled_bytes: the size of a file of which only some pieces were read; 0 for any other.
-        unreadable: lines that are no records.
-    """
-
-    position: Position
-    train: Curve = field(default_factory=Curve)
+    position: Position  # where reading stopped
+    train: Curve = field(default_factory=Curve)  # steps, or rounds in the form of steps
     evals: Curve = field(default_factory=Curve)
     totals: Totals = field(default_factory=Totals)
-    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sampled_bytes: int = 0
-    unreadable: int = 0
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a run of many: name → numbers
+    sampled_bytes: int = 0  # size of a file that was read in samples only
+    unreadable: int = 0  # lines that are no records
 
     def notes(self) -> list[str]:
-        """What a reader of the curves should know."""
+        """Notes for readers of the curves."""
         notes = []
         if self.sampled_bytes:
             notes.append(
@@ -131,7 +119,7 @@ class Read:
         return notes
 
     def recorded(self) -> dict[str, float | None]:
-        """Totals under the keys of `Run.totals`; those that pieces of a file do not give are None."""
+        """Totals under the keys of `Run.totals`; None where samples can't tell."""
         totals, last = self.totals, self.train.last
         whole = not self.sampled_bytes and totals.seconds > 0
         return {
@@ -173,19 +161,18 @@ class Read:
 
 
 def _is_short(value: object) -> bool:
-    """Whether a key or a value of a record is one that a curve or a name can be made of."""
     return len(value) <= _CHARACTERS if isinstance(value, str) else value is None or isinstance(value, int | float)
 
 
 class MetricsFile:
-    """A metrics.jsonl that may grow, be replaced, be damaged, or not be there. Not for several threads at once."""
+    """A metrics.jsonl that may grow, be replaced, damaged, or missing. For one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.read = Read(NOTHING)
 
     def update(self) -> Read:
-        """Read what is new: from the beginning where the file is another one or has become shorter."""
+        """Read what is new; a file that was replaced or cut is read from its beginning."""
         descriptor = open_plain(self._path)
         if descriptor is None:
             self.read = Read(NOTHING)
@@ -215,7 +202,7 @@ class MetricsFile:
             read.position = Position(read.position.inode, offset)
 
     def _sample(self, descriptor: int, end: int) -> None:
-        """Read pieces of a long file, and go on near its end."""
+        """Read samples of a long file, and go on near its end."""
         read = self.read
         start = read.position.offset
         read.sampled_bytes = end
@@ -231,9 +218,9 @@ class MetricsFile:
 
 
 def whole_lines(descriptor: int, offset: int, end: int) -> Iterator[tuple[bytes, int]]:
-    """The lines between two places of a file that have ended, each with the place after it.
+    """Complete lines between two offsets of a file, each with the offset after it.
 
-    Of a line beyond `_LINE_BYTES` only its end is given, which no reader takes for a record.
+    Of a line longer than `_LINE_BYTES` only the end is given, which no reader takes for a record.
     """
     kept = b""
     while offset < end:

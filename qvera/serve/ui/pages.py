@@ -1,4 +1,4 @@
-"""The pages: those of the report, with what only a server can add. Each is made once for all its readers."""
+"""The pages: those of the report, with what a server adds. Each is made once for all its readers."""
 
 from __future__ import annotations
 
@@ -26,36 +26,29 @@ T = TypeVar("T")
 
 
 def run_href(id: str) -> str:
-    """The address of a run's page."""
+    """The path of a run's page."""
     return f"/run/{quote(id)}"
 
 
 @dataclass(frozen=True)
 class Finder:
-    """What the form above a table shows, for the macro `finder` of templates/parts.html.
+    """The form above a table, for the macro `finder` of templates/parts.html."""
 
-    Attributes:
-        action: the page's path.
-        text: part of a name, which all rows have.
-        flagged: only rows that a person should look at.
-        page: from 0.
-    """
-
-    action: str
-    text: str
-    flagged: bool
-    page: int
+    action: str  # the page's path
+    text: str  # part of a name, to find rows
+    flagged: bool  # only rows that need a look
+    page: int  # from 0
     found: int = 0
 
     @property
     def shown(self) -> str:
-        """Which rows are shown, of how many that were found."""
+        """Which of the found rows are shown."""
         first, last = self.page * PAGE_ROWS, min(self.found, (self.page + 1) * PAGE_ROWS)
         return f"{first + 1:,} to {last:,} of {self.found:,}" if last else "none found"
 
     @property
     def links(self) -> list[tuple[str, str]]:
-        """To the pages before and after, with their titles."""
+        """Links to the previous and next page, with their titles."""
         links = [("Previous", self.page - 1)] if self.page else []
         if (self.page + 1) * PAGE_ROWS < self.found:
             links.append(("Next", self.page + 1))
@@ -66,7 +59,7 @@ class Finder:
 def find(
     rows: Sequence[T], asked: Finder, name: Callable[[T], str], is_flagged: Callable[[T], bool] = lambda row: True
 ) -> tuple[list[T], Finder]:
-    """The rows that a form asks for, and the form with how many there are."""
+    """The rows that a form asks for, and the form with their number."""
     wanted = asked.text.strip().lower()
     fitting = [row for row in rows if wanted in name(row).lower() and (not asked.flagged or is_flagged(row))]
     page = min(asked.page, max(0, (len(fitting) - 1) // PAGE_ROWS))
@@ -75,10 +68,7 @@ def find(
 
 
 class Pages:
-    """Every page as HTML. All methods may be called from any thread, and raise what `Views` raises.
-
-    ``place`` is what was named on the command line, for the list's head.
-    """
+    """Every page as HTML. Methods may be called from any thread, and raise what `Views` raises."""
 
     def __init__(self, place: str, directories: RunDirectories, summaries: Summaries, views: Views) -> None:
         self._place, self._directories, self._summaries, self._views = place, directories, summaries, views
@@ -106,7 +96,7 @@ class Pages:
         return self._once(("runs", asked), (shown, finder, bool(runs), self._directories.is_cut), make)
 
     def run(self, id: str, asked: Finder) -> str:
-        """A run."""
+        """A run's page."""
         view = self._views.get(id)
 
         def make() -> str:
@@ -122,7 +112,7 @@ class Pages:
         return self._once(("run", id, asked), (view.signature, view.read.position), make)
 
     def adapter(self, id: str, name: str) -> str:
-        """One adapter of a run of many."""
+        """The page of one adapter of a run of many."""
         view, entry = self._views.adapter(id, name)
 
         def make() -> str:
@@ -158,7 +148,7 @@ class Pages:
         return render("refused.html", title=title, reasons=reasons, served=_served([(title, "")]))
 
     def _once(self, key: object, signature: object, make: Callable[[], str]) -> str:
-        """The page that was made of the same, or a new one."""
+        """The page made before if key and signature are the same, else a new one."""
         with self._lock:
             known = self._made.get(key)
         if known is not None and known[0] == signature:
@@ -173,17 +163,17 @@ class Pages:
 
 
 def adapter_href(id: str, name: str) -> str:
-    """The address of an adapter's page."""
+    """The path of an adapter's page."""
     return f"/adapter/{quote(id)}?{urlencode({'name': name})}"
 
 
 def list_signature(runs: Sequence[Summary]) -> str:
-    """Differs between two lists of runs that differ."""
+    """Differs between lists of runs that differ."""
     return hashlib.sha256(repr(runs).encode(errors="replace")).hexdigest()[:16]
 
 
 def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> dict[str, Any]:
-    """What the templates know of the server: where the page is, and where it hears of news."""
+    """What templates know of the server: the page's place, and where its events come from."""
     return {"trail": trail, "events": events, "now": [], "planned_steps": None, **more}
 
 
@@ -192,7 +182,6 @@ def _four_digits(value: float) -> str:
 
 
 def _cells(run: Summary) -> list[str]:
-    """A row of the list: what it is, and its numbers."""
     facts = run.facts
     adapters = "" if facts.adapters is None else f"{count(facts.adapters)} adapters"
     what = ", ".join(filter(None, (facts.model, facts.method, adapters)))
@@ -211,7 +200,7 @@ def _cells(run: Summary) -> list[str]:
 
 
 def _now(view: View) -> dict[str, Any]:
-    """Where a running run is, for its page: key, title, value and note of each figure."""
+    """Figures of a running run: key, title, value and note of each."""
     last = view.read.train.last
     if view.state != "running" or last is None:
         return {}

@@ -1,4 +1,4 @@
-"""The runs as the list and their pages show them: read where they changed, and kept for the next reader."""
+"""The runs as the pages show them. A run is read again only if it has changed."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from qvera.utils.files import file_stamp, read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER
 
 State = Literal["running", "finished", "interrupted", "failed", "killed", "unreadable"]
-"""``killed``: it has no end in its files, and no process that could write one."""
+"""``killed``: its files have no end, and no process can write one."""
 
 _ENDED: dict[str, State] = {"done": "finished", "interrupted": "interrupted", "failed": "failed"}
 _CLOCK_SECONDS = 5.0
-"""A process begins before it says since when it trains; so much may the clocks of the two differ."""
+"""A process begins before it writes down when it did; the two clocks may differ by this much."""
 
 
 def state_of(directory: Path, status: str) -> State:
-    """The state of a run whose run.json has this status ("" where there is none).
+    """The state of a run; ``status`` is that of its run.json, or "" without one.
 
-    A resumed run still has the run.json of its first part for a moment, so its process is asked first.
+    The process is asked first, because a resumed run has the old run.json for a moment.
     """
     if _has_process(directory):
         return "running"
@@ -59,7 +59,7 @@ def state_of(directory: Path, status: str) -> State:
 
 
 def _has_process(directory: Path) -> bool:
-    """Whether the process that the directory names as its owner is there; one of another machine counts as there."""
+    """Whether the run's owner process exists. One on another machine counts as existing."""
     if (descriptor := open_plain(directory / RUN_OWNER)) is None:
         return False
     try:
@@ -83,8 +83,7 @@ def _has_process(directory: Path) -> bool:
 
 
 _TAIL_BYTES = 64 << 10
-_SPEED_STEPS = 50
-"""How many of the last steps say how long the others will take."""
+_SPEED_STEPS = 50  # last steps, from which the time left is estimated
 _ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "killed", "unreadable", "finished")
 
 Stamps = tuple[tuple[int, ...], ...]
@@ -92,24 +91,18 @@ Stamps = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the files of a run say, None or "" where they do not.
-
-    Attributes:
-        step: the last one that was recorded; of a run of many adapters the last round.
-        left_seconds: what the planned steps that are left take, if they take as long as the last ones did.
-        adapters: of a run of many adapters, their number.
-    """
+    """Facts from a run's files; None or "" where they do not say."""
 
     status: str
     model: str
     method: str
-    step: float | None
+    step: float | None  # the last recorded one; in a run of many adapters, a round
     planned_steps: float | None
     train_loss: float | None
     eval_loss: float | None
     tokens_per_second: float | None
-    left_seconds: float | None
-    adapters: int | None
+    left_seconds: float | None  # for the remaining planned steps at the pace of the last ones
+    adapters: int | None  # how many; None for a run of one
     is_rounds: bool
 
 
@@ -140,7 +133,7 @@ class Summaries:
         self._lock = threading.Lock()
 
     def list(self) -> list[Summary]:
-        """Every run: first those that go on, then those that did not finish, the newest first."""
+        """Every run: running ones, then unfinished, then finished ones, the newest first."""
         with self._lock:
             runs = [self._summary(id, directory) for id, directory in self._directories.find().items()]
             self._known = {run.id: self._known[run.id] for run in runs}
@@ -168,7 +161,7 @@ class Summaries:
 
 
 def stamps_of(directory: Path, *names: str) -> Stamps:
-    """What tells cheaply whether files are still the ones they were; () for one that is missing."""
+    """Cheap signs of whether files have changed; () for a missing one."""
     stamps: list[tuple[int, ...]] = []
     for name in names:
         try:
@@ -179,7 +172,7 @@ def stamps_of(directory: Path, *names: str) -> Stamps:
 
 
 def read_facts(directory: Path) -> Facts:
-    """The facts of one run: one read of run.json and one of the end of metrics.jsonl."""
+    """A run's facts, from run.json and the end of metrics.jsonl."""
     info: dict[str, Any] = {}
     if not unreadable(directory, "run.json"):
         with contextlib.suppress(OSError, InputError):
@@ -209,13 +202,12 @@ def read_facts(directory: Path) -> Facts:
 
 
 def left_seconds(steps: Sequence[dict[str, Any]], left: float) -> float | None:
-    """How long ``left`` further steps take at the pace of the last ones; None where it is not known."""
+    """Seconds for ``left`` more steps at the pace of the last ones; None if unknown."""
     taken = [seconds for row in steps[-_SPEED_STEPS:] if (seconds := get_number(row, "step_seconds")) is not None]
     return statistics.mean(taken) * left if taken and left >= 0 else None
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    """The records in the last bytes of metrics.jsonl."""
     descriptor = open_plain(path)
     if descriptor is None:
         return []
@@ -231,50 +223,40 @@ def _tail(path: Path) -> list[dict[str, Any]]:
 
 
 MOST_VIEWS = 16
-"""Runs whose curves are kept in memory, of those that were looked at last: some megabytes each."""
+"""Runs whose curves stay in memory, at some megabytes each; the least recently viewed one goes."""
 
 _SCORED = ("eval.json", f"adapter/{ADAPTER_WEIGHTS}")
-SIGNED = (RECIPE_FILE, "run.json", *_SCORED)
-"""What a page is made of besides metrics.jsonl."""
+SIGNED = (RECIPE_FILE, "run.json", *_SCORED)  # files of a page, besides metrics.jsonl
 
 
 class NotFound(Exception):
-    """There is no such run or adapter (any more); says so in a sentence."""
+    """There is no such run or adapter, or no longer. Its text is a sentence."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A run at a moment.
-
-    Attributes:
-        run: what its files say; of a run of many adapters, its steps are rounds.
-        many: its adapters, where it trained many.
-        read: what was read of metrics.jsonl.
-        stamps: of `SIGNED`.
-    """
+    """A run at a moment."""
 
     id: str
     directory: Path
-    run: Run
+    run: Run  # in a run of many adapters, steps are rounds
     many: ManyRun | None
     state: State
     read: Read
-    stamps: Stamps
+    stamps: Stamps  # of `SIGNED`
 
     @property
     def signature(self) -> str:
-        """Differs between two views whose files but metrics.jsonl, or whose states, differ."""
+        """Differs if the state differs, or any file of the run but metrics.jsonl."""
         return signature_of(self.state, self.stamps)
 
 
 def signature_of(state: State, stamps: Stamps) -> str:
-    """A short text of a run's state and the stamps of `SIGNED`."""
+    """A short hash of a run's state and the stamps of `SIGNED`."""
     return hashlib.sha256(repr((state, stamps)).encode()).hexdigest()[:16]
 
 
 class _Reader:
-    """Reads one run, again only where it changed."""
-
     def __init__(self, id: str, directory: Path) -> None:
         self.id, self.directory = id, directory
         self._metrics = MetricsFile(directory / "metrics.jsonl")
@@ -307,8 +289,8 @@ class _Reader:
 class Views:
     """The runs that readers look at.
 
-    Each method raises NotFound where there is no such run or adapter, or no longer, and InputError where its files are
-    not ones that are read, or the run is of another kind.
+    Methods raise NotFound if there is no such run or adapter, and InputError if its files can't be read or the run is
+    of another kind.
     """
 
     def __init__(self, directories: RunDirectories) -> None:
@@ -331,7 +313,7 @@ class Views:
         return reader.view()
 
     def with_scores(self, id: str) -> Run:
-        """A run of one adapter with the scores of its eval.json, to compare it with others."""
+        """A run of one adapter with the scores of its eval.json, for a comparison."""
         view = self.get(id)
         if view.many is not None:
             raise InputError(f"{id} trained many adapters: choose those to compare on its own page.")
@@ -341,7 +323,7 @@ class Views:
         return dataclasses.replace(view.run, evaluation=scores, notes=notes + odd)
 
     def adapter(self, id: str, name: str) -> tuple[View, AdapterEntry]:
-        """One adapter of a run of many, with its curve: read from the whole of metrics.jsonl."""
+        """One adapter of a run of many."""
         view = self.get(id)
         entries = [] if view.many is None else view.many.entries
         entry = next((entry for entry in entries if entry.name == name), None)
@@ -350,7 +332,7 @@ class Views:
         return view, entry
 
     def adapter_with_scores(self, id: str, name: str) -> Run:
-        """One adapter as a run of its own, with the scores of the eval.json in its directory."""
+        """One adapter as a run of its own, with its curve and the scores of its eval.json."""
         view, entry = self.adapter(id, name)
         own = f"{ADAPTERS}/{entry.directory}"
         odd = unreadable(view.directory, f"{own}/eval.json", f"{own}/{ADAPTER_WEIGHTS}")
