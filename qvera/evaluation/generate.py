@@ -37,12 +37,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
-    """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
+    """Inside the block: evaluation mode, the KV cache on, and linears in their fastest layout for answers.
 
-    Where there is memory to spare, adapted layers hold W + ΔW in the compute dtype. On a CPU, 4-bit layers without it
-    hold a copy in the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later
-    gradients are bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W
-    alone, for batches whose rows use different adapters.
+    Where memory allows, adapted layers hold W + ΔW in the compute dtype; on a CPU, others have the layout of
+    bitsandbytes' fused kernel. Afterwards all is as before, to the bit. Blocks may be nested. ``base_only``: layers
+    hold W alone, for batches whose rows use different adapters.
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, getattr(inner.config, "use_cache", None)  # an encoder may have none
@@ -69,16 +68,15 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
 
 
 def _dense_fits(layers: list[Any]) -> bool:
-    """Whether dense copies of these layers' weights leave most of the memory that is free: to keys, values, and others.
+    """Whether dense copies of these weights fit in a quarter of a CPU's free memory, or half of an accelerator's.
 
-    They may take a quarter of a CPU's, and half of an accelerator's. There a layer and token then takes 16 kernels in
-    place of 41 (tests/gpu/test_decoding.py). An accelerator on which a model is trained keeps its memory for the steps,
-    and one that streams its base has none to spare.
+    A layer and token then takes 16 kernels instead of 41 on an accelerator (tests/gpu/test_decoding.py).
     """
     if not layers:
         return False
     device = layers[0].base_layer.weight.device
     if on_accelerator := accelerator.is_accelerator(device):
+        # training needs the memory for its steps, and a streamed base has none to spare
         trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
         if trains or any(quantization.is_streamed(layer.base_layer) for layer in layers):
             return False
@@ -101,29 +99,24 @@ def generate(
     streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Complete each prompt, in batches of similar length, and return the texts in the order of the prompts.
+    """Complete each prompt, in batches of similar length, and return the answers alone, in the order of the prompts.
 
-    Where memory runs out, batches are halved. Greedy answers do not depend on it, up to rounding; sampled ones do.
+    Where memory runs out, batches are halved. This changes sampled answers, and greedy ones only by rounding.
 
     Args:
         prompts: token ids, BOS included where the model wants one.
-        max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier, and so does the end of the
-            model's positions (`position_limit`).
-        temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
-        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.shared_model`);
-        ``__base__`` for none.
-        static_cache: keys and values in tensors of a fixed size, with which transformers compiles a step and records
-        it as a CUDA graph. That takes a minute for each new size of a batch, so it is for many long answers.
-        streamer: a transformers streamer, for one prompt.
-        progress: called with the number of prompts finished after each batch.
-
-    Returns:
-        The decoded answers, without prompt and special tokens.
+        max_new_tokens: answers also end at an end-of-turn token, and at the model's last position.
+        temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
+        adapters: which adapter answers each prompt (`qvera.adapters.shared_model`); ``__base__`` for none.
+        static_cache: keys and values have a fixed size, so transformers compiles a step and records a CUDA graph. This
+            takes a minute for each new batch size, and pays off for many long answers.
+        streamer: for one prompt only.
+        progress: called after each batch with the number of finished prompts.
 
     Raises:
-        InputError: one of the settings is out of its range, or the model has no positions for a prompt and an answer.
+        InputError: a setting is out of its range, or a prompt and its answer need more positions than the model has.
         RunFailed: memory ran out with a single prompt.
-        ValueError: ``adapters`` does not name one adapter for each prompt.
+        ValueError: ``adapters`` does not have one name for each prompt.
     """
     for name, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -205,20 +198,20 @@ CACHE_ARGUMENT = (
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-"""What `generate` and a forward pass call a given cache: transformers renames it in 5.x and warns of the old name."""
+"""The name of the argument that takes a KV cache. transformers 5.x renames it, and warns of the old name."""
 
 _WORTH_TOKENS = 16
-"""A shorter common prefix is not computed apart: that takes a forward pass of its own."""
+"""A shorter common prefix is not computed separately, because that takes a forward pass of its own."""
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of numbers as int64 [rows, longest], filled up with ``value`` on the left."""
+    """The rows as int64 [rows, longest], padded with ``value`` on the left."""
     tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all of at least two prompts begin with, each keeping one after them; 0 for a few tokens."""
+    """Length of the common prefix, which leaves a token of each prompt; 0 if it is too short to help."""
     if len(prompts) < 2:
         return 0
     same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
@@ -227,7 +220,6 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device) -> DynamicCache:
-    """The KV cache of one row after ``prefix``, to be repeated for every batch."""
     cache = DynamicCache(config=causal_model(model).config)
     ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
     decoder_of(causal_model(model))(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
@@ -235,7 +227,7 @@ def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device)
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation config."""
+    """All tokens that end an answer: the tokenizer's, and those of the generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id}
     ends.update(configured if isinstance(configured, list) else [configured])
@@ -244,11 +236,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 @dataclass(frozen=True)
 class PromptWriter:
-    """A chat template with the encoder of its tokenizer.
-
-    Attributes:
-        system: the system prompt of the recipe; None where it has none.
-    """
+    """Turns conversations into token ids; ``system`` is the recipe's system prompt."""
 
     template: ChatTemplate
     encoder: Encoder
@@ -256,21 +244,13 @@ class PromptWriter:
 
     @classmethod
     def of(cls, opened: OpenRun) -> PromptWriter:
-        """With the chat template that a run was trained with; run.json resolves ``auto``.
-
-        Raises:
-            InputError: the template does not go with the tokenizer.
-        """
+        """With the chat template of the run. InputError: it does not go with the tokenizer."""
         recipe = opened.target.recipe
         name = template_of(recipe, opened.target.run) if recipe is not None else "auto"
         template = resolve_template(name, opened.base.tokenizer)
         return cls(template, Encoder(opened.base.tokenizer), recipe.data.system if recipe is not None else None)
 
     def ids(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins.
-
-        Raises:
-            InputError: the template refuses the turns.
-        """
+        """Token ids up to where the assistant's answer begins. InputError: the template refuses the turns."""
         text, starts = self.template.prompt(turns, tools)
         return self.encoder.encode_prompt(text, starts)

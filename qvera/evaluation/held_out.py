@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity, answers and text metrics of a model: what `qvera eval` measures."""
+"""Held-out loss, perplexity, answers and text metrics: what `qvera eval` measures."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ Found = TypeVar("Found")
 
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """A context in which loss and answers use dense weights W + ΔW (`generating`), where that is exact.
+    """Inside the block, loss and answers use dense weights W + ΔW (`generating`) in fp32.
 
-    In fp32 the sum equals what training computes, up to rounding. In 16 bits the sum would round a small ΔW away, so
-    there W and ΔW stay apart.
+    In 16 bits the sum would round a small ΔW away, so there W and ΔW stay separate.
     """
     exact = linear.embedding_dtype(causal_model(model).get_input_embeddings()) == torch.float32
     with generating(model) if exact else contextlib.nullcontext():
@@ -52,7 +51,7 @@ def held_out_loss(
     progress: Callable[[int], None] | None = None,
     group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
+    """Mean negative log likelihood of the trained tokens of ``examples``.
 
     Returns:
         ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
@@ -65,7 +64,7 @@ def held_out_loss(
     advice = "Lower data.max_length or training.loss_chunk_tokens."
     found = over_held_out(model, examples, loss_of, batch_size, advice, progress, group)
     losses, tokens = [nll for _, (nll, _) in found], sum(count for _, (_, count) in found)
-    # read once, at the end: a device is not waited for batch by batch
+    # read once at the end, so that no batch waits for the device
     total, counted = group.sum([sum(torch.stack(losses).tolist()) if losses else 0.0, tokens])
     return loss_scores(total, int(counted), len(examples), time.perf_counter() - started)
 
@@ -80,18 +79,12 @@ def over_held_out(
     progress: Callable[[int], None] | None = None,
     group: Group = ALONE,
 ) -> list[tuple[list[int], Found]]:
-    """What ``compute`` makes of the rows, batch by batch in evaluation mode, those of like length together.
+    """Run ``compute`` on batches of rows of similar length, in evaluation mode; it takes a batch's row numbers.
 
-    Where memory runs out, batches are halved.
+    Where memory runs out, batches are halved. All ranks of ``group`` must call this, because they share the batches.
+    ``advice`` ends the error message where a single row does not fit.
 
-    Args:
-        compute: takes the numbers of a batch's rows.
-        advice: a sentence for a single row that does not fit.
-        progress: called with the rows that are done.
-        group: the ranks that share the batches among them; all have to call this.
-
-    Returns:
-        The rows' numbers and the result of each of this rank's batches.
+    Returns the row numbers and the result of each of this rank's batches.
     """
     was_training = model.training
     model.eval()
@@ -101,7 +94,7 @@ def over_held_out(
         by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
         batches = list(microbatches(by_length, batch_size))
         mine = batches[group.rank :: group.world_size]
-        # a rank that has a batch less runs one for nothing where the others need its share of the weights
+        # a rank with fewer batches repeats one where the others need its share of the weights
         together = any_sharded(model)
         idle = -(-len(batches) // group.world_size) - len(mine) if together else 0
         device = next(model.parameters()).device
@@ -123,7 +116,7 @@ def over_held_out(
 
 
 def loss_scores(total: float, tokens: int, rows: int, seconds: float) -> dict[str, Any]:
-    """What `held_out_loss` returns for a summed negative log likelihood ``total`` of so many tokens and rows."""
+    """What `held_out_loss` returns; ``total`` is the summed negative log likelihood."""
     loss = total / tokens if tokens else math.nan
     return {
         "loss": loss,
@@ -143,10 +136,9 @@ def answer_rows(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to the prompts of ``examples`` (those that have one), beside their references.
+    """Greedy answers to those ``examples`` that have a prompt.
 
-    Returns:
-        One dict a row: ``source``, ``prompt``, ``reference``, ``answer``, ``exact`` (None where there is no reference).
+    Returns rows of ``source``, ``prompt``, ``reference``, ``answer``, ``exact`` (None without a reference).
     """
     rows = [e for e in examples if len(e.prompt_ids)]
     answers = generate(
@@ -170,19 +162,14 @@ def answer_rows(
 
 
 class EvalPrompt(NamedTuple):
-    """A prompt to be answered, and the texts that would be right; none for a prompt without a reference."""
+    """A prompt and its right answers, if any are known."""
 
     example: Example
     references: list[str]
 
 
 def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list[EvalPrompt]:
-    """The rows that have a prompt.
-
-    Args:
-        group_prompts: rows with the same prompt are one, answered once and compared with the references of all of them,
-            as benchmarks with several references do it.
-    """
+    """The rows that have a prompt; with ``group_prompts``, rows with the same prompt are one."""
     prompts: dict[object, EvalPrompt] = {}
     for row, example in enumerate(examples):
         if len(example.prompt_ids):
@@ -207,13 +194,12 @@ def score_model(
     """Scores of held-out rows, and greedy answers to ``prompts`` (which may be empty) with their scores.
 
     Args:
-        held_out: computes the loss and what comes with it (`qvera.tasks.Task.held_out_loss`); it is given what shows
-            progress.
+        held_out: computes the loss (`qvera.tasks.Task.held_out_loss`); its argument takes lines of progress.
 
     Returns:
-        Scores: those of ``held_out``, and, where answers have references, a score for each metric (``exact_match``
-        for ``exact``), ``scored_rows`` and ``references`` (how many). Then a row for each prompt: ``source``,
-        ``prompt``, ``references``, ``answer``, and ``scores`` by metric, empty without a reference.
+        The scores of ``held_out``. Where answers have references, also each metric (``exact`` as ``exact_match``),
+        ``scored_rows``, and the number of ``references``.
+        A row for each prompt: ``source``, ``prompt``, ``references``, ``answer``, and ``scores`` by metric.
     """
     say = progress or (lambda _: None)
     with scoring(model):

@@ -1,7 +1,7 @@
-"""Pairs of answers, scored by a language model in both orders (MT-Bench's pairwise comparison, arXiv 2306.05685).
+"""A language model compares pairs of answers in both orders (MT-Bench's pairwise comparison, arXiv 2306.05685).
 
-A judge prefers what it reads first more often than chance, so it reads each pair twice. An answer wins where it is
-preferred both times, as in the paper; where the two verdicts differ, the pair is a tie.
+Judges prefer the answer that they read first, so a judge reads each pair twice. An answer wins if it is preferred both
+times, as in the paper. If the two verdicts differ, the pair is a tie.
 """
 
 from __future__ import annotations
@@ -45,34 +45,25 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of answers A and B.
-
-    Attributes:
-        preference: 1 for A, -1 for B, 0 for neither.
-        scores: those of A and of B, where the judge gives such.
-    """
+    """What a judge said of answers A and B; ``preference`` is 1 for A, -1 for B, 0 for neither."""
 
     preference: int
     scores: tuple[float, float] | None = None
 
     def swapped(self) -> Verdict:
-        """The same with A and B exchanged."""
+        """The verdict with A and B exchanged."""
         return Verdict(-self.preference, None if self.scores is None else (self.scores[1], self.scores[0]))
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """What asks a judge, with the places ``{question}``, ``{answer_a}``, ``{answer_b}`` and ``{reference}``."""
+    """The text for a judge, with the places ``{question}``, ``{answer_a}``, ``{answer_b}`` and ``{reference}``."""
 
     text: str
 
     @classmethod
     def read(cls, path: Path | None = None) -> JudgePrompt:
-        """From a file; None: our own.
-
-        Raises:
-            InputError: there is no such file, or it lacks one of the places that it must have.
-        """
+        """Read a file, or our own prompt. InputError: the file can't be read, or lacks a place."""
         if path is None:
             return cls(files("qvera.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8"))
         try:
@@ -90,7 +81,7 @@ class JudgePrompt:
 
     @property
     def sha256(self) -> str:
-        """Of the text, to tell one judge's prompt from another."""
+        """Tells one prompt from another."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def filled(self, pair: Pair, swapped: bool) -> str:
@@ -98,12 +89,12 @@ class JudgePrompt:
         first, second = (pair.other, pair.answer) if swapped else (pair.answer, pair.other)
         values = {"question": pair.question, "answer_a": first, "answer_b": second}
         values["reference"] = "\n\n".join(pair.references) or "(none)"
-        # in one pass: what an answer contains is no place
+        # in one pass, so that a {place} inside an answer stays as it is
         return _PLACES.sub(lambda place: values[place[1]].strip(), self.text)
 
 
 def read_verdict(reply: str) -> Verdict | None:
-    """The last ``[[7, 4]]``, ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie) of a reply; None: there is none."""
+    """The last ``[[7, 4]]``, ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie) in a reply; None without one."""
     found = list(_VERDICT.finditer(reply))
     if not found:
         return None
@@ -115,7 +106,7 @@ def read_verdict(reply: str) -> Verdict | None:
 
 
 def outcome_of(verdicts: Sequence[Verdict | None]) -> Outcome:
-    """What the verdicts on the two orders come to, each with the answer as A."""
+    """The outcome of the two verdicts; in both, the answer is A."""
     known = [verdict.preference for verdict in verdicts if verdict is not None]
     if len(known) < len(verdicts):
         return "unreadable"
@@ -131,19 +122,14 @@ def judge_pairs(
     at_once: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask a judge about each pair, in both orders.
+    """Ask a judge about each pair, in both orders. Equal answers are a tie without asking.
 
-    Args:
-        pairs: equal answers are a tie, and nobody is asked.
-        prompt: what is asked.
-        ask: a prompt → the judge's reply; called from several threads. What it raises ends the judging.
-        at_once: requests at the same time.
-        progress: called with how many replies have come.
+    Several threads call ``ask``, and an error in it ends the judging. ``progress`` takes the number of replies.
 
     Returns:
-        One dict a pair: ``outcome`` (`Outcome`), and for each of the two orders: ``scores`` of the answer and of the
-        other one (None where the judge gave none), ``preferences`` (1: the answer, -1: the other one, 0: neither, None:
-        no verdict) and ``replies``. The lists are empty for equal answers.
+        One dict a pair: ``outcome``, and three lists with an entry for each order, empty for equal answers: ``scores``
+        of the answer and of the other one (None: no scores), ``preferences`` (1: the answer, -1: the other one, 0:
+        neither, None: no verdict), and ``replies``.
     """
     asked = [number for number, pair in enumerate(pairs) if pair.answer.strip() != pair.other.strip()]
     prompts = [prompt.filled(pairs[number], swapped) for number in asked for swapped in (False, True)]
@@ -177,14 +163,13 @@ def _all_replies(
 
 
 def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts and means over the pairs.
+    """Counts and means over the pairs; a mean of nothing is None.
 
     Returns:
-        ``pairs``, ``wins``, ``ties``, ``losses``, ``unreadable``; ``win_rate``, the mean of 1 for a win and ½ for a
-        tie, and its standard error ``win_rate_error``; ``score`` and ``other_score``, the mean scores of readable
-        pairs; ``consistent``, the share of asked pairs on which both orders agree; ``first_preferred``, of the verdicts
-        that prefer an answer the share that prefers the one read first (½: no bias). None where there is nothing to
-        take a mean of.
+        ``pairs``, ``wins``, ``ties``, ``losses``, ``unreadable``; ``win_rate`` (a tie counts ½) and its standard error
+        ``win_rate_error``; ``score`` and ``other_score``, the mean scores; ``consistent``, the share of asked pairs
+        with the same verdict in both orders; ``first_preferred``, the share of preferences for the answer read first
+        (½: no bias).
     """
     outcomes = [row["outcome"] for row in judged]
     points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes if outcome != "unreadable"]
@@ -213,10 +198,10 @@ def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Judge:
-    """A model of a server that compares answers, and what they are compared with."""
+    """A model on a server that compares answers, and what it compares them with."""
 
     ask: Callable[[str], str]
-    """Sends it a text and returns its reply."""
+    """Sends a text and returns the reply."""
     server: str
     model: str
     against: str
@@ -224,11 +209,7 @@ class Judge:
     prompt: JudgePrompt
 
     def others(self, prompts: Sequence[EvalPrompt]) -> list[str] | None:
-        """What the answer to each prompt is compared with; None: the base's answers, which are not there yet.
-
-        Raises:
-            InputError: a prompt has nothing to compare with, or the file's answers are to other prompts.
-        """
+        """The other answers; None for the base's, which come later. InputError: one is missing or to another prompt."""
         if self.against == "base":
             return None
         if self.against == "reference":
@@ -245,17 +226,10 @@ class Judge:
         others: Sequence[str] | None,
         say: Callable[[str], None],
     ) -> dict[str, Any]:
-        """Ask about each answer, and write ``judge`` into its row.
+        """Ask about each answer, write ``judge`` into its row, and return who judged and the summary (`summary_of`).
 
-        Args:
-            answers: the rows of `qvera.evaluation.held_out.score_model`, with ``base_answer`` where they are compared
-                with the base.
-            questions: what each of them answers, as a person reads it.
-            others: of `others`.
-            say: takes how far it is.
-
-        Returns:
-            `summary_of` the rows, and who judged against what.
+        ``answers`` are rows of `qvera.evaluation.held_out.score_model`, with ``base_answer`` to compare with the base.
+        ``others`` are from `others`.
 
         Raises:
             InputError: the server refuses.
@@ -278,7 +252,7 @@ class Judge:
 
 
 def other_answers(path: Path, examples: Sequence[Example]) -> list[str]:
-    """The answers of a file that ``qvera eval --predictions`` wrote, which must be to these examples (InputError)."""
+    """The answers in a file of ``qvera eval --predictions``. InputError: they are to other examples."""
     where = f"--judge-against {path}"
     try:  # str.splitlines would split an answer at other characters too
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -304,7 +278,7 @@ def other_answers(path: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def summary_text(summary: dict[str, Any], name: str) -> list[str]:
-    """The result in a few lines. ``name``: who is compared."""
+    """The result in a few lines; ``name`` says who is compared."""
     sides = f"{name} against {summary['against']}"
     lines = [
         f"judge             {summary['model']}: {sides}, {summary['pairs']:,} pairs, each in both orders",

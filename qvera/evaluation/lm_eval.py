@@ -1,7 +1,4 @@
-"""Run lm-evaluation-harness (the package lm-eval, extra ``harness``) on a run, an adapter or an export.
-
-The model that it asks is what `qvera.evaluation.load` opens: a run on the quantized base it was trained on.
-"""
+"""Run lm-evaluation-harness (the package lm-eval, extra ``harness``) on a run, an adapter or an export."""
 
 from __future__ import annotations
 
@@ -20,14 +17,12 @@ if TYPE_CHECKING:
 
 
 def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
-    """lm-eval's task manager, once it is known to have these tasks.
+    """lm-eval's task manager, after a check that it has these tasks.
 
-    Args:
-        names: of tasks, groups or tags, with ``*`` allowed.
-        include: a directory with tasks of one's own (YAML files); they come before lm-eval's of the same name.
+    ``names`` are tasks, groups or tags; ``*`` is allowed. Tasks in the directory ``include`` come before lm-eval's.
 
     Raises:
-        InputError: lm-eval is not installed, no such directory, or no task of one of the names.
+        InputError: lm-eval is not installed, or the directory or a task does not exist.
     """
     if find_spec("lm_eval") is None:
         raise InputError(
@@ -57,17 +52,9 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
 def run_harness(
     opened: OpenRun, manager: TaskManager, names: Sequence[str], batch_size: int, **options: object
 ) -> dict[str, Any]:
-    """Evaluate an opened model on tasks of lm-eval.
+    """Evaluate a model, and return lm-eval's results (``results``: task → metrics). InputError: a task can't be set up.
 
-    Args:
-        manager: from `find_tasks`.
-        options: of lm-eval's ``simple_evaluate``, such as ``limit`` and ``num_fewshot``.
-
-    Returns:
-        lm-eval's results: ``results`` has a mapping of metrics for each task.
-
-    Raises:
-        InputError: a task can't be set up, as for data that is not there.
+    ``options`` are those of lm-eval's ``simple_evaluate``.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

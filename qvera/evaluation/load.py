@@ -1,4 +1,4 @@
-"""Open what can be evaluated: a run, an adapter on its base model, several of them, or a whole checkpoint."""
+"""Open what can be evaluated: a run, an adapter, several adapters on one base, or a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Artifact:
         what: for people: a run, an adapter (LORA), a merged export, a checkpoint.
         section: the base model of a run or adapter; a checkpoint itself.
         adapter: the adapter's directory; None for a checkpoint.
-        name: of one of the adapters that a run trained together, as its data has it; None for any other.
-        recipe: the recipe that says how rows are read; None where none is known.
-        run: the run directory that the recipe is from; None where there is none.
-        merged: certificate of a merged export (qvera_export.json); None for other checkpoints.
+        name: of one of several adapters that a run trained.
+        recipe: says how rows are read; None where it is not known.
+        run: the run directory of the recipe.
+        merged: the certificate (qvera_export.json) of a merged export.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Artifact:
 
     @property
     def model_class(self) -> ModelClass:
-        """Which model it is; InputError where an adapter does not say it."""
+        """The kind of model. InputError: the adapter does not say it."""
         if self.adapter is not None:
             return adapter_file.model_class_of(self.adapter, _config(self.adapter))
         return stored_class((try_read_json(self.path / "config.json") or {}).get("architectures"))
@@ -75,14 +75,13 @@ class Artifact:
 
 @dataclasses.dataclass
 class OpenRun:
-    """A model ready for scores and answers, its base, and what was opened (``target.recipe`` is its recipe, if any)."""
+    """A model ready for scores and answers, its base, and what was opened."""
 
     target: Artifact
     base: loader.Base
     model: Any
     keys: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Name of one of several adapters (`open_adapters`) → what `qvera.evaluation.generate.generate` calls it. Names can
-    be anything, even what PEFT calls the base."""
+    """Name of one of several adapters → its name in the model, which differs because a name may be anything."""
 
     @property
     def labels(self) -> Labels:
@@ -102,7 +101,7 @@ def require_answers(target: Artifact, what: str) -> None:
 
 
 def require_adapter(target: Artifact) -> Path:
-    """The directory of its adapter; InputError for a whole checkpoint."""
+    """The directory of its adapter. InputError: it is a whole checkpoint."""
     if target.adapter is None:
         raise InputError(
             f"{target.path}: is {target.what}, and neither a run (with {RECIPE_FILE}) nor an adapter directory (with "
@@ -112,17 +111,17 @@ def require_adapter(target: Artifact) -> Path:
 
 
 def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
-    """A run or an adapter as `find_target` finds it, and the directory of its adapter (`require_adapter`)."""
+    """Like `find_target`, and the directory of the adapter (`require_adapter`)."""
     target = find_target(path, name=name)
     return target, require_adapter(target)
 
 
 def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None) -> OpenRun:
-    """Load base and adapter of a run, an adapter directory or a merged export, ready for answers.
+    """Load a run, an adapter directory or a merged export, ready for answers.
 
     Args:
-        adapter: False: the base model alone (for a comparison).
-        name: which adapter, of a run that trained many or a directory of adapters.
+        adapter: False loads the base alone, for a comparison.
+        name: picks one of several adapters.
     """
     return open_target(find_target(Path(path), name=name, needs_name=adapter), adapter=adapter)
 
@@ -130,17 +129,16 @@ def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None)
 def find_target(
     path: Path, recipe: Path | None = None, *, name: str | None = None, needs_name: bool = True
 ) -> Artifact:
-    """Find out what a directory is, or what the hub has by this id (``user/name`` or ``user/name@revision``).
+    """Find out what a directory is, or a hub id (``user/name`` or ``user/name@revision``).
 
     Args:
-        recipe: a recipe file, or a run's directory, whose rows, lengths and template are used. Without it they are
-            those of the run itself, of the run that an ``adapter/`` lies in, or of the run that a merged export names,
-            where it is still there. An adapter's base is then read as that recipe's ``model`` section says.
-        name: which adapter, of a run that trained many or a directory of adapters.
-        needs_name: False: only the base is asked for, which any of many adapters tells.
+        recipe: a recipe file or a run directory that says how rows are read; its ``model`` section is then an adapter's
+            base. Default: the recipe of the run that it is, that it lies in, or that a merged export names.
+        name: picks one of several adapters.
+        needs_name: False where only the base matters, because any of several adapters tells it.
 
     Raises:
-        InputError: it is none of these, there is no adapter of this name, or the recipe can't be read.
+        InputError: it is none of these, it has no adapter of this name, or the recipe can't be read.
     """
     path = local_directory(path)
     if not path.is_dir():
@@ -176,7 +174,6 @@ def find_target(
 
 
 def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name: str | None = None) -> Artifact:
-    """The target of an adapter directory; without a recipe with that of the run that it lies in."""
     beside, name = run_of(adapter), name or name_of(adapter)
     if given is None and beside is not None:
         given, run = with_base_found(load_recipe(beside / RECIPE_FILE, of_a_run=True), adapter), beside
@@ -198,7 +195,6 @@ def _config(adapter: Path) -> dict[str, Any]:
 
 
 def _base_of_adapter(adapter: Path) -> ModelSection:
-    """The base model that an adapter's config names."""
     tree = _config(adapter)
     if adapter_file.runs_on_our_layers(tree):
         tree = dict(vars(adapter_file.read_config(adapter)))
@@ -218,7 +214,7 @@ def _base_of_adapter(adapter: Path) -> ModelSection:
 
 
 def adapter_sha256(target: Artifact) -> str | None:
-    """Of the adapter's file, or of the one that a merged export was made with; None where there is neither."""
+    """SHA-256 of the adapter's file, or of the adapter in a merged export; None where there is neither."""
     if target.adapter is None:
         return None if target.merged is None else str(target.merged["adapter"]["sha256"])
     weights = target.adapter / ADAPTER_WEIGHTS
@@ -226,10 +222,7 @@ def adapter_sha256(target: Artifact) -> str | None:
 
 
 def template_of(recipe: Recipe, run: Path | None) -> str:
-    """The name of the template that a run trained with: ``auto`` as run.json says which one it was.
-
-    Of a mixture the first source's, as ``recipe.data.template`` is.
-    """
+    """The template that a run trained with; run.json resolves ``auto``. Of a mixture, that of the first source."""
     name = recipe.data.template
     if name != "auto" or run is None:
         return name
@@ -243,23 +236,19 @@ def template_of(recipe: Recipe, run: Path | None) -> str:
 
 
 def template_beside(target: Artifact) -> str | None:
-    """The chat template in the directory of an adapter whose run is not known; None: there is none, or a recipe is."""
+    """The chat template beside an adapter whose recipe is not known; None where there is none."""
     file = None if target.adapter is None or target.recipe is not None else target.adapter / CHAT_TEMPLATE
     return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
 
 def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
-    """Load it, ready for scores and answers.
+    """Load it, ready for scores and answers. ``adapter=False`` loads the base alone.
 
-    A run's or an adapter's base is loaded as its recipe says, or, without one, as the defaults of ``model`` do. A
-    checkpoint is loaded as it is stored, and computes in fp32 on a CPU.
-
-    Args:
-        adapter: False: the base model alone. Of a merged export that is the base it was merged into, in the same
-            precision.
+    The base of a run or adapter is loaded as its recipe says, else with the defaults of ``model``. A checkpoint is
+    loaded as it is stored, and computes in fp32 on a CPU. The base of a merged export has the export's precision.
 
     Raises:
-        InputError: what is there does not fit together, or a checkpoint names no base.
+        InputError: the files do not fit together, or a checkpoint names no base.
     """
     if target.adapter is None:
         base = _load_stored(target.path, target.model_class) if adapter else _load_merged_base(target)
@@ -279,15 +268,9 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
 
 
 def open_adapters(path: Path, names: Sequence[str], progress: Callable[[int], None] | None = None) -> OpenRun:
-    """Load a base, and these adapters of a run that trained many or of a directory of adapters; no others are read.
+    """Load a base and these of its adapters; ``progress`` takes the number of adapters read.
 
-    Args:
-        path: of the run or directory.
-        names: as the data has them.
-        progress: called with the number of adapters read.
-
-    Raises:
-        InputError: there is none of one of these names, one is damaged, or not all have this base.
+    InputError: an adapter is missing or damaged, or has another base.
     """
     directories = require_all_named(path, dict.fromkeys(names))
     configs = {name: adapter_file.read_config(directory) for name, directory in directories.items()}
@@ -302,11 +285,9 @@ def open_adapters(path: Path, names: Sequence[str], progress: Callable[[int], No
 
 
 def _require_loadable(directory: Path) -> None:
-    """Refuse, before a big model is loaded, what PEFT would load with harm or without effect.
+    """Refuse, before a big model is loaded, adapters that PEFT would load with harm or without effect.
 
-    Raises:
-        InputError: no safetensors; a kind that PEFT does not know; one that changes the prompt instead of layers, which
-            our losses and answers would pass by; or a config that names a Python module for PEFT to import.
+    Our losses and answers ignore prompt learning. A Megatron config makes PEFT import a module that the file names.
     """
     adapter_file.require_files(directory)
     file, tree = directory / ADAPTER_CONFIG, _config(directory)
@@ -323,7 +304,7 @@ def _require_loadable(directory: Path) -> None:
 
 
 def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) -> PeftModel:
-    """A LoRA, or whatever else PEFT itself can load, on our frozen base."""
+    """A LoRA, or any other adapter that PEFT itself can load."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -363,7 +344,7 @@ def _base_of_export(certificate: dict[str, Any]) -> ModelSection:
 
 
 def require_base(target: Artifact) -> None:
-    """Raise InputError where there is no base to compare with, as far as can be said before it is loaded."""
+    """Raise InputError where there is no base to compare with, as far as files say it."""
     if target.adapter is not None:
         return
     if target.merged is None:
@@ -400,7 +381,7 @@ def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader
 
 @contextlib.contextmanager
 def base_of(opened: OpenRun) -> Iterator[nn.Module]:
-    """A context with the model before training: the adapter switched off, or an export's base model loaded."""
+    """Inside the block: the model before training. The adapter is off, or an export's base is loaded."""
     if opened.target.adapter is None:
         yield _load_merged_base(opened.target).model
         return
@@ -411,11 +392,7 @@ def base_of(opened: OpenRun) -> Iterator[nn.Module]:
 def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
     """The recipe of a run, with a ``model.path`` that leads to its base.
 
-    A run keeps the path as its recipe had it, which may be relative to the directory that it was trained from. The
-    adapter's config has the whole path.
-
-    Args:
-        adapter: the directory of its adapter, or of one of them.
+    Its path may be relative to where the run started; the config of ``adapter`` has the whole path.
     """
     path = Path(resolve_path(recipe.model.path))
     known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")

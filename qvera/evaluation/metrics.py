@@ -1,8 +1,7 @@
-"""Scores of answers compared with their references, by name; and those of classes and of numbers.
+"""Scores of answers, classes and numbers.
 
-``exact`` is qvera's own; the others are those of the libraries that papers use: sacrebleu (arXiv 1804.08771) for BLEU,
-chrF and TER, rouge-score for ROUGE (Lin, 2004). Each keeps its library's scale: BLEU, chrF and TER from 0 to 100, the
-others from 0 to 1. Classes are scored by scikit-learn and values by scipy (the extra ``classification``).
+``exact`` is our own. The other text metrics come from the libraries that papers use: sacrebleu (arXiv 1804.08771) for
+BLEU, chrF and TER (0 to 100), and rouge-score for ROUGE (Lin, 2004; 0 to 1).
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ import numpy as np
 from qvera.utils.errors import InputError
 
 References = Sequence[Sequence[str]]
-"""For each answer one or more texts, any of which would be right."""
+"""For each answer, one or more right texts."""
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether an answer is its reference: equal as JSON values where both are JSON, else equal up to white space."""
+    """Equal as JSON where both are JSON, else equal up to white space."""
     if answer == reference:  # NaN is JSON for Python, and not equal to itself
         return True
     try:
@@ -37,7 +36,7 @@ def exact_match(answer: str, reference: str) -> bool:
 
 
 def _same_json(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal; 1 is 1.0, and no number is true or false, as it is for Python."""
+    """Unlike ``==`` in Python, true is not 1 and false is not 0."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):
@@ -52,12 +51,10 @@ class TextMetric:
     """One metric.
 
     Attributes:
-        name: as it is asked for, and the key of its scores.
-        label: for people.
         signature: what another person needs to get the same number.
-        of_one: an answer and its references → that row's score.
-        of_all: answers and references → the score of the whole set, where that is not the mean of the rows'.
-        lower_is_better: for TER only, whose score of a perfect answer is 0.
+        of_one: the score of a row.
+        of_all: the score of the whole set, where it is not the mean of the rows' scores.
+        lower_is_better: for TER only.
     """
 
     name: str
@@ -68,7 +65,7 @@ class TextMetric:
     lower_is_better: bool = False
 
     def score(self, answers: Sequence[str], references: References) -> float:
-        """Of the whole set."""
+        """The score of the whole set."""
         if self.of_all is not None:
             return self.of_all(answers, references)
         return sum(map(self.of_one, answers, references)) / len(answers)
@@ -125,16 +122,16 @@ _MAKERS: dict[str, tuple[Callable[[str], TextMetric], str | None]] = {
     **dict.fromkeys(("bleu", "bleu-lowercase", "chrf", "chrf++", "ter"), (_sacrebleu, "sacrebleu")),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), (_rouge, "rouge_score")),
 }
-"""Name → what makes the metric, and the module that it needs."""
+"""Name → function that makes the metric, and the module that it needs."""
 
 NAMES = tuple(_MAKERS)
 
 
 def text_metrics(names: Sequence[str]) -> list[TextMetric]:
-    """The metrics of these names, each once, in their order.
+    """The metrics of these names, each once, in this order.
 
     Raises:
-        InputError: there is no such metric, or the package that it needs is not installed.
+        InputError: a metric is unknown, or its package is not installed.
     """
     known = {name.lower(): name for name in NAMES}
     unknown = [name for name in names if name.strip().lower() not in known]
@@ -152,12 +149,12 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
 
 
 def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references: References) -> dict[str, float]:
-    """Metric name → score over all rows (one at least), each of which has a reference."""
+    """Metric name → score over all rows. There must be a row, and each needs a reference."""
     return {metric.name: metric.score(answers, references) for metric in metrics}
 
 
 def require_packages(task: str) -> None:
-    """Raises InputError, which names the task, where scikit-learn or scipy is missing."""
+    """Raise InputError where scikit-learn or scipy is missing."""
     for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
         if importlib.util.find_spec(module) is None:
             raise InputError(
@@ -166,14 +163,10 @@ def require_packages(task: str) -> None:
 
 
 def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-    """``accuracy``; ``f1``, of two classes that of the second, else the mean over the classes; ``matthews``; ``top5``.
+    """``accuracy``, ``f1``, ``matthews``, ``top5`` (from ten classes on) for class numbers [n] and logits [n, classes].
 
-    The last is the share of rows whose class is among the five with the highest logits, where there are ten or more.
-    Empty where there are no rows, or a logit is not finite: scikit-learn refuses these.
-
-    Args:
-        targets: the number of each row's class, int [n].
-        logits: fp [n, classes].
+    ``f1`` of two classes is that of the second, else the mean. Without rows, or with a logit that is not finite, there
+    are no scores, because scikit-learn refuses these.
     """
     if not len(targets) or not np.isfinite(logits).all():
         return {}
@@ -192,7 +185,7 @@ def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
 
 def value_scores(targets: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    """``pearson`` and ``spearman`` of values fp [n]; neither where a side is constant or not finite, or of one row."""
+    """``pearson`` and ``spearman`` of values fp [n]; left out where undefined (a constant side, NaN, one row)."""
     from scipy.stats import pearsonr, spearmanr
 
     if len(targets) < 2 or not np.isfinite(found).all():

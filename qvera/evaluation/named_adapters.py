@@ -1,7 +1,6 @@
-"""The adapters of a run that trained many, or of a directory of adapters: found by name, without reading any.
+"""Find adapters by name, in a run that trained several or in a directory of adapters, without reading them.
 
-A name is that of the data; its directory is the same name as files can have it (`qvera.utils.adapter_names`).
-Imports neither torch nor PEFT.
+Names are those of the data; directory names are escaped (`qvera.utils.adapter_names`). Imports neither torch nor PEFT.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ _NOT_SAVED = {
 
 
 def adapters_root(path: Path) -> Path | None:
-    """The directory that holds the adapters of a run or of a plain directory of adapters; None for anything else."""
+    """The directory that holds the adapters; None where ``path`` is neither such a run nor such a directory."""
     if (path / RECIPE_FILE).is_file():
         return path / ADAPTERS if (path / ADAPTERS).is_dir() else None
     if (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file() or not path.is_dir():
         return None
     with os.scandir(path) as entries:
-        # where all hold adapters, the first one says so
+        # stops at the first adapter that it finds
         return path if any((Path(entry.path) / ADAPTER_CONFIG).is_file() for entry in entries) else None
 
 
 def named_directories(root: Path) -> dict[str, Path]:
-    """Name → directory of every adapter under ``root``, by name; nothing in them is read."""
+    """Name → directory of every adapter under ``root``, sorted by name."""
     with os.scandir(root) as entries:
         # a save that was cut off has a hidden name
         found = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
@@ -50,7 +49,7 @@ def named_directories(root: Path) -> dict[str, Path]:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """The run that an adapter directory lies in: RUN/adapter, or RUN/adapters/NAME; None where it lies in none."""
+    """The run of an adapter directory RUN/adapter or RUN/adapters/NAME; None for any other."""
     adapter = adapter.resolve()
     beside = adapter.parent
     run = beside.parent if beside.name == ADAPTERS else beside
@@ -59,17 +58,13 @@ def run_of(adapter: Path) -> Path | None:
 
 
 def name_of(adapter: Path) -> str | None:
-    """The name of an adapter directory RUN/adapters/NAME, as the data has it; None for any other adapter."""
+    """The name of an adapter directory RUN/adapters/NAME; None for any other."""
     adapter = adapter.resolve()
     return unescape_name(adapter.name) if adapter.parent.name == ADAPTERS and run_of(adapter) is not None else None
 
 
 def require_named(path: Path, name: str | None) -> Path:
-    """The directory of the adapter ``name``, as `require_all_named`; None: nobody named one.
-
-    Raises:
-        InputError: there is none of that name, or none was named.
-    """
+    """The directory of the adapter ``name``. InputError: it does not exist, or ``name`` is None."""
     if name is not None:
         return require_all_named(path, [name])[name]
     known = _known(path)
@@ -77,15 +72,9 @@ def require_named(path: Path, name: str | None) -> Path:
 
 
 def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, str] | None = None) -> dict[str, Path]:
-    """Name → directory of some adapters of a run or of a directory of adapters. Nothing in any of them is read.
+    """Name → directory of these adapters; ``sources`` says where a name stands, if not in ``--adapter``.
 
-    Args:
-        path: what `adapters_root` knows.
-        names: as the data has them.
-        sources: name → where it stands, for messages; those that are not in it are of ``--adapter``.
-
-    Raises:
-        InputError: there is none of one of these names.
+    InputError: one does not exist.
     """
     known, found = _known(path), {}
     for name in names:
@@ -116,7 +105,7 @@ def _list(path: Path, known: dict[str, Path]) -> str:
 
 
 def refuse_name(path: Path, name: str | None) -> None:
-    """Refuse ``--adapter`` for what is one adapter or one checkpoint. InputError: a name was given."""
+    """Raise InputError where ``--adapter`` was given for a single adapter or a checkpoint."""
     if name is not None:
         raise InputError(
             f"--adapter {shown_name(name)}: is for a run that trained many adapters, or a directory of adapters, and "
@@ -125,11 +114,7 @@ def refuse_name(path: Path, name: str | None) -> None:
 
 
 def _rows_of(datasets: Datasets, name: str | None) -> tuple[Rows, Rows]:
-    """Held-out and training rows of one adapter; all of them where it is None, or where the data has rows of one only.
-
-    Raises:
-        InputError: the data has no rows of this adapter any more.
-    """
+    """Held-out and training rows of one adapter; all rows where ``name`` is None or the data names no adapters."""
     if name is None or not datasets.adapters:
         return datasets.eval, datasets.train
     for adapter in datasets.adapters:
@@ -141,12 +126,12 @@ def _rows_of(datasets: Datasets, name: str | None) -> tuple[Rows, Rows]:
 
 
 def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """The held-out rows of one adapter; all of them where ``name`` is None, or where the data has rows of one only."""
+    """Held-out rows of one adapter; all of them where ``name`` is None or the data names no adapters."""
     return _rows_of(datasets, name)[0]
 
 
 def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """`held_out_rows`; InputError where there is none."""
+    """Like `held_out_rows`. InputError: there are none."""
     if rows := held_out_rows(datasets, name):
         return rows
     whose = "the recipe holds out no rows" if name is None else f"adapter {shown_name(name)} has no held-out rows"
@@ -154,13 +139,12 @@ def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
 
 
 def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
-    """The rows on which an export is compared with its run, and which they are: ``held-out``, else ``training``."""
+    """The rows on which an export is compared with its run, and whether they are ``held-out`` or ``training``."""
     held_out, training = _rows_of(datasets, name)
     return (held_out, "held-out") if held_out else (training, "training")
 
 
 def _why_not_saved(path: Path, name: str) -> str | None:
-    """Why an adapter that run.json knows has no directory; None where it does not know it."""
     listed = (try_read_json(path / "run.json") or {}).get("adapters")
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict) and entry.get("name") == name:

@@ -1,7 +1,4 @@
-"""What `qvera info` shows of a run, an adapter directory or a merged export.
-
-Reads files; imports neither torch nor PEFT.
-"""
+"""What `qvera info` shows. Reads files only, and imports neither torch nor PEFT."""
 
 from pathlib import Path
 from typing import Any
@@ -20,28 +17,27 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFI
 from qvera.utils.safetensors_io import own_facts, unreadable
 
 _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", "qvera_places"})
-"""Ends of the names of tensors in a file that are not trained."""
+"""Last parts of the names of tensors that are not trained."""
 
 
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
 _LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}
-"""The same of a LoRA, into which no weight is merged."""
+"""The same for a LoRA in a GGUF file."""
 _EXPORTS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
-"""The certificate's kind → what it is of, where that is no merged checkpoint."""
+"""Kind in the certificate → what people call it; any other kind is a merged checkpoint."""
 
 
 def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]:
     """Facts of a directory: base, adapter, counts, hashes, versions.
 
     Args:
-        path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), a merged
-            export, a run that trained many adapters, or a directory of adapters (of these two ``adapters`` lists all);
-            or the hub id of an adapter.
-        name: show this one of many adapters.
+        path: a run, an adapter directory of any PEFT type, a merged export, or the hub id of an adapter. Also a run
+            that trained several adapters or a directory of adapters; ``adapters`` then lists all.
+        name: show only this one of several adapters.
 
     Raises:
-        InputError: it is none of these, it has no adapter of this name, or a file in it is damaged.
+        InputError: it is none of these, it has no adapter of this name, or a file is damaged.
     """
     path = local_directory(Path(path))
     if not path.is_dir():
@@ -64,11 +60,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
 
 
 def load_run_recipe(path: Path) -> Recipe:
-    """The recipe of a finished run, or of one that has an adapter already.
-
-    Raises:
-        InputError: the recipe can't be read, or there is no adapter yet.
-    """
+    """The recipe of a run that has an adapter. InputError: it can't be read, or has no adapter yet."""
     recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
     if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
         raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
@@ -83,12 +75,10 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """run.json of a run; {} where there is none yet."""
     return read_json(path / "run.json", "the summary of a run") if (path / "run.json").is_file() else {}
 
 
 def _outcome(run: dict[str, Any]) -> dict[str, Any]:
-    """What came of a run, as its run.json says."""
     if not run:
         return {}
     result = {key: value for key, value in (run.get("result") or {}).items() if not isinstance(value, dict)}
@@ -96,7 +86,6 @@ def _outcome(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _many(path: Path, root: Path) -> dict[str, Any]:
-    """Facts of many adapters, without reading one."""
     found = named_directories(root)
     run = _summary(path)
     listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
@@ -165,7 +154,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
 
 
 def _parameters(weights: Path) -> dict[str, int]:
-    """Tensor name → number of elements. InputError: the file is damaged, or a value is NaN or Inf."""
+    """Tensor name → number of elements. InputError: the file is damaged, or has NaN or Inf."""
     counts = {}
     try:
         with safe_open(weights, framework="numpy") as tensors:
@@ -180,11 +169,7 @@ def _parameters(weights: Path) -> dict[str, int]:
 
 
 def read_certificate(directory: Path) -> dict[str, Any]:
-    """The certificate of a merged export, or of a LoRA in a GGUF file.
-
-    Raises:
-        InputError: the file is damaged, or something else.
-    """
+    """The certificate of a merged export, or of a LoRA in a GGUF file. InputError: it is damaged."""
     file, what = directory / CERTIFICATE, "the certificate of a merged export"
     fix = "Export again, or remove it to have the directory taken for a plain checkpoint."
     is_lora = (try_read_json(file) or {}).get("kind") == "gguf-lora"

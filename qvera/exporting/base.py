@@ -1,8 +1,8 @@
-"""An adapter and its base's checkpoint, compared before a weight is read; then the base's rows as training had them.
+"""Compare an adapter with its base's checkpoint, then read the base's rows as training had them.
 
-The base is quantized and dequantized again, or is stored in 4 bits. 4-bit blocks are 64 consecutive elements of the
-flattened weight. With double quantization the blocks' absolute maxima are quantized themselves, around their mean over
-the whole weight (QLoRA, arXiv 2305.14314, section 3.2): so the maxima of the whole weight come first, then rows.
+A 4-bit block is 64 consecutive elements of the flattened weight. Double quantization also quantizes the blocks'
+absolute maxima, around their mean over the whole weight (QLoRA, arXiv 2305.14314, section 3.2). So the maxima of a
+whole weight are found before its rows are read.
 """
 
 from __future__ import annotations
@@ -48,10 +48,7 @@ def absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
 
 
 class TrainedBaseReader(CheckpointReader):
-    """Reads a checkpoint, and gives its rows as the base of the run had them: quantized as in ``section``.
-
-    ``compute`` is the dtype it computed in, ``model`` the base without weights.
-    """
+    """Reads a checkpoint (``model`` without weights), quantizes as in ``section``, and dequantizes to ``compute``."""
 
     def __init__(
         self,
@@ -71,13 +68,10 @@ class TrainedBaseReader(CheckpointReader):
             for name, module in model.named_modules()
             if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
         }
-        """The weights that were quantized, and whether one is a Conv1D's [in, out], quantized as [out, in]."""
+        """Quantized weight → whether it is a Conv1D's, which is stored [in, out] and quantized as [out, in]."""
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
-        """The blocks of a tensor, with the absolute maxima of the whole where it was quantized to 4 bits.
-
-        A Conv1D comes in one block.
-        """
+        """With the absolute maxima of the whole tensor where it was quantized to 4 bits. A Conv1D is one block."""
         transposed, absmax = self.transposed.get(entry.name), None
         if transposed is not None and self.four_bit:
             parts = (block.rows for block in self.read(descriptor, entry, whole=transposed))
@@ -91,7 +85,7 @@ class TrainedBaseReader(CheckpointReader):
             yield block._replace(absmax=absmax)
 
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` of a block as the trained base had them, in its compute dtype."""
+        """``rows`` of a block as training had them, in ``compute``."""
         transposed = self.transposed.get(block.entry.name)
         if transposed:
             return self._dequantized(block, rows.to(self.compute).t().contiguous()).t()
@@ -108,10 +102,9 @@ class TrainedBaseReader(CheckpointReader):
 
 
 class PackedBaseReader(CheckpointReader):
-    """Reads a checkpoint that is stored in 4 bits, and gives its rows dequantized, as training used them.
+    """Reads a checkpoint that is stored in 4 bits, and dequantizes its rows to ``compute``.
 
-    ``packed`` are its `packed_weights`, ``compute`` is the dtype the run computed in. The blocks of a packed weight
-    hold bytes, and count the rows of the weight that it stands for.
+    Blocks of a packed weight hold bytes, but their row numbers are those of the dequantized weight.
     """
 
     def __init__(
@@ -127,11 +120,11 @@ class PackedBaseReader(CheckpointReader):
         self.statistics = {entry.name for weight in packed.values() for entry in weight.statistics.values()}
 
     def blocks(self, skip: Collection[str]) -> Iterator[Block]:
-        """The tensors without statistics; these are only hashed, like those in ``skip``."""
+        """Statistics of packed weights are only hashed, like ``skip``."""
         return super().blocks(self.statistics.union(skip))
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
-        """The blocks of a tensor; those of a packed weight with the scales of the whole."""
+        """Blocks of a packed weight have the scales of the whole weight."""
         weight = self.packed.get(entry.name)
         if weight is None:
             yield from self.read(descriptor, entry)
@@ -144,7 +137,7 @@ class PackedBaseReader(CheckpointReader):
             yield Block(weight.dense, first, data, first + step >= m, absmax)
 
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` of a block as training used them, in its compute dtype."""
+        """``rows`` of a block as training used them, in ``compute``."""
         if block.absmax is None:
             return rows.to(self.compute)
         return self.packed[block.entry.name].dequantized(rows, block.absmax, block.first, self.compute)
@@ -152,10 +145,9 @@ class PackedBaseReader(CheckpointReader):
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[int]:
-    """Torch computes with one thread for each thread that calls it; gives how many should (the cores of this process).
+    """Inside the block, torch uses one thread for each thread that calls it. Gives how many should call (the cores).
 
-    Independent blocks on every core keep them busier than one block split between them, and the results then do not
-    depend on how many cores there are.
+    Independent blocks keep cores busier than one split block, and results then do not depend on the number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -169,18 +161,12 @@ class AdapterOnBase(NamedTuple):
     """An adapter and its base.
 
     Attributes:
-        directory: of the base's checkpoint.
-        config: of the base model, as it is stored.
-        model: the base model without weights.
-        stored: the tensors of the checkpoint as they lie on disk.
-        packed: those of them that are 4-bit weights.
-        entries: the tensors that the model has, without the statistics of 4-bit weights and without a head that the
-            adapter has.
+        model: the base without weights.
+        stored: all tensors of the checkpoint.
+        packed: those that are 4-bit weights.
+        entries: those of the model, without statistics of 4-bit weights, and without a head that the adapter has.
         stamps: `file_stamp` of each file.
-        fingerprint: of the base's content.
-        compute: the dtype that the base computed in.
-        adapter: the factors of ΔW.
-        model_class: which model it is.
+        compute: the dtype of the base's computations.
     """
 
     directory: Path
@@ -196,18 +182,14 @@ class AdapterOnBase(NamedTuple):
     model_class: ModelClass
 
     def reader(self, section: ModelSection, known: dict[str, str]) -> TrainedBaseReader | PackedBaseReader:
-        """Reads the weights as they were trained on; ``known`` has the SHA-256 of files that are hashed already."""
+        """Reads weights as training had them; ``known`` has the SHA-256 of files that are already hashed."""
         if self.packed:
             return PackedBaseReader(self.stored, self.stamps, known, self.packed, self.compute)
         return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model)
 
 
 def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnBase:
-    """Find an adapter's base and compare the two.
-
-    Raises:
-        InputError: they do not fit, or the base is stored quantized, and not in bitsandbytes' 4 bits.
-    """
+    """Find an adapter's base and compare the two. InputError: they do not fit, or the base can't be read."""
     own, _ = read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
     model_class = getattr(own, "model_class", CAUSAL_LM)
     directory = base_directory(section)
@@ -244,7 +226,7 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
 
 
 def _stores_layers(stored: list[TensorEntry], model: PreTrainedModel) -> bool:
-    """Whether the file has the linears of the layers under the model's names, whatever it calls the rest."""
+    """Whether the file names the layers' linears as the model does."""
     names = {entry.name for entry in stored}
     skipped = beside_the_layers(model)
     linears = (n for n, module in model.named_modules() if layer_shape(module) is not None and n not in skipped)
@@ -252,7 +234,7 @@ def _stores_layers(stored: list[TensorEntry], model: PreTrainedModel) -> bool:
 
 
 def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: TensorEntry) -> torch.Tensor:
-    """A whole tensor as the trained base had it, in fp32. RunFailed: its file changed or ended while it was read."""
+    """A whole tensor as training had it, in fp32. RunFailed: its file changed or ended while it was read."""
     whole = torch.empty(entry.shape, dtype=torch.float32)
     with open(entry.file, "rb", buffering=0) as handle:
         for block in reader.blocks_of(handle.fileno(), entry):

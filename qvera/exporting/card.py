@@ -1,6 +1,6 @@
-"""The README.md of an adapter or an export: a model card of the Hugging Face hub, from what the run's files say.
+"""The README.md of an adapter or an export: a model card (huggingface.co/docs/hub/model-cards) from the run's files.
 
-Format: huggingface.co/docs/hub/model-cards. What is not known is left out. No directory of this computer is named.
+Unknown facts are left out, and no directory of this computer is named.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SHARED = (
     "generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja",
 )  # fmt: skip
-"""Names of the files that are shared."""
+"""Only these files are shared."""
 _FORMS = {
     "adapter": "",
     "lora": ", as a LoRA",
@@ -56,18 +56,15 @@ _FORMS = {
 
 
 class CardSubject(NamedTuple):
-    """What a card is of.
+    """What a card describes.
 
     Attributes:
         kind: a key of `_RELATIONS`.
-        directory: that is shared; `files_of` says which of its files.
-        adapter: the facts of the adapter (`directory_facts`); {} where it is gone.
-        base: the model that it was trained on.
-        model_class: which model it is.
-        recipe: of the run, where it is there.
-        run: its run.json; of one of many adapters with what is said of it alone.
-        evaluation: what ``qvera eval --json`` wrote into the run, if that is of this adapter.
-        chat_template: that it was trained with, where that is not the base's own.
+        directory: has the files to share (`files_of`).
+        adapter: `directory_facts`; {} where the adapter is gone.
+        run: run.json; for one of several adapters only what concerns it.
+        evaluation: from ``qvera eval --json``, if it is of this adapter.
+        chat_template: where it is not the base's own.
         certificate: of an export; {} for an adapter.
     """
 
@@ -84,15 +81,7 @@ class CardSubject(NamedTuple):
 
 
 def find_subject(path: Path, name: str | None = None) -> CardSubject:
-    """Find out what is to be shared.
-
-    Args:
-        path: a run, an adapter directory, or what `qvera export` wrote.
-        name: which adapter, of a run that trained many.
-
-    Raises:
-        InputError: it is none of these.
-    """
+    """What is to be shared: a run, an adapter directory, or an export. InputError: it is none of these."""
     certificate = try_read_json(path / CERTIFICATE) or {}
     kind = certificate.get("kind", "adapter")
     if kind not in _RELATIONS or not isinstance(certificate.get("adapter"), dict):
@@ -116,7 +105,7 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
 
 
 def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """run.json, eval.json and chat template of an adapter's run; of one of many adapters what is said of it alone."""
+    """run.json, eval.json and chat template of the run; for one of several adapters only what concerns it."""
     if target.run is None or target.adapter is None or target.recipe is None:
         return {}, {}, template_beside(target)
     summary, place = try_read_json(target.run / "run.json") or {}, target.run
@@ -131,7 +120,7 @@ def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | No
 
 
 def model_card(subject: CardSubject, repo: str | None = None) -> str:
-    """The text of README.md. ``repo``: ``user/name``, where it will be; else a placeholder stands in the commands."""
+    """The text of README.md. ``repo`` is ``user/name``; without it the commands have a placeholder."""
     title = repo or "USER/NAME"
     before = (subject.run.get("result") or {}).get("eval_before") or {}
     difference = subject.certificate.get("difference") or {}
@@ -148,17 +137,16 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
 
 
 def _base_name(base: ModelSection) -> str:
-    """The hub's id of the base, or the last part of its directory."""
     return hub_name(base) or Path(resolve_path(base.path)).name
 
 
 def hub_name(base: ModelSection) -> str | None:
-    """The hub's id of the base; None where it is a directory, whose origin is not known."""
+    """The hub id of the base; None for a directory, whose origin is not known."""
     return base.path if is_hub_id(base.path) else None
 
 
 def _license(base: ModelSection) -> dict[str, str]:
-    """What the base's own card says of its license: of its directory, or as it lies in the hub's cache."""
+    """The license in the base's own card, from its directory or the hub's cache."""
     found: Any = Path(resolve_path(base.path)) / "README.md"
     if hub_name(base) is not None:
         found = try_to_load_from_cache(base.path, "README.md", revision=base.revision)
@@ -173,7 +161,6 @@ def _license(base: ModelSection) -> dict[str, str]:
 
 
 def _front_matter(subject: CardSubject) -> dict[str, Any]:
-    """The fields that the hub reads."""
     tree: dict[str, Any] = {}
     if (name := hub_name(subject.base)) is not None:
         tree |= {"base_model": name, "base_model_relation": _RELATIONS[subject.kind]}
@@ -199,7 +186,6 @@ def _method(facts: dict[str, Any]) -> Method:
 
 
 def _title(facts: dict[str, Any]) -> str:
-    """How people write the method of an adapter's facts."""
     name = str(facts["method"])
     if name not in names():
         return name
@@ -281,14 +267,14 @@ def _usage(subject: CardSubject, repo: str) -> str:
 
 
 def _has_lora(subject: CardSubject) -> bool:
-    """Whether the adapter is the same as a LoRA that vLLM takes."""
+    """Whether the adapter equals a LoRA that vLLM takes."""
     if subject.adapter.get("magnitude") or subject.adapter.get("added_tokens"):
         return False
     return str(subject.adapter["method"]) not in names() or _method(subject.adapter).change is Change.LOW_RANK
 
 
 def _vllm(subject: CardSubject, base: str, repo: str, is_lora: bool) -> str:
-    """How vLLM serves it, whole where vLLM takes its rank; "" for a LoRA of a rank that vLLM does not take."""
+    """How vLLM serves it; "" for a LoRA of a rank that vLLM does not take."""
     own = int(subject.adapter.get("rank") or 0)
     place = next((rank for rank in VLLM_RANKS if rank >= own), None)
     if place is None and is_lora:
@@ -300,7 +286,7 @@ def _vllm(subject: CardSubject, base: str, repo: str, is_lora: bool) -> str:
 
 
 def _head_options(subject: CardSubject) -> str:
-    """What makes a base a classifier with the head that the adapter brings."""
+    """Arguments that make the base a classifier with the adapter's head."""
     labels = subject.model_class.labels
     return f", num_labels={len(labels)}, ignore_mismatched_sizes=True" if labels else ""
 
@@ -310,7 +296,6 @@ def _after(subject: CardSubject) -> dict[str, Any]:
 
 
 def _training(subject: CardSubject) -> str:
-    """How it was trained, as far as the recipe and the run say it."""
     recipe, run, facts = subject.recipe, subject.run, subject.adapter
     if recipe is None:
         return ""
@@ -349,13 +334,13 @@ def _license_text(subject: CardSubject) -> str:
 
 
 def files_of(subject: CardSubject) -> list[Path]:
-    """The files to share: weights, settings, tokenizer. Whatever else lies there may hold rows or answers."""
+    """Weights, settings and tokenizer. Other files may hold rows or answers, so they are not shared."""
     found = sorted(subject.directory.iterdir())
     return [file for file in found if file.is_file() and any(fnmatch(file.name, name) for name in _SHARED)]
 
 
 def contents_of(subject: CardSubject, repo: str) -> dict[str, Path | bytes]:
-    """Name → file or bytes of all that is sent: `files_of`, the card, and the template that an adapter needs."""
+    """Name → file or bytes: `files_of`, the card, and the chat template that an adapter needs."""
     contents: dict[str, Path | bytes] = {}
     if subject.kind in ("adapter", "lora") and subject.chat_template is not None:
         contents[CHAT_TEMPLATE] = subject.chat_template.encode()
@@ -365,7 +350,7 @@ def contents_of(subject: CardSubject, repo: str) -> dict[str, Path | bytes]:
 
 
 def local_base(subject: CardSubject) -> str | None:
-    """The directory that an adapter's config names as its base; None where it names the hub's id, or there is none."""
+    """The base's directory, as an adapter's config names it; None for a hub id or no base."""
     config = subject.directory / ADAPTER_CONFIG
     if not config.is_file():
         return None
@@ -383,13 +368,13 @@ _METRICS = {
     "pearson": "pearsonr",
     "spearman": "spearmanr",
 }
-"""Our name of a score → the hub's name of the metric."""
+"""Our name of a score → the hub's."""
 
 Scores = Mapping[str, Any]
 
 
 def read_evaluation(file: Path, adapter_sha256: str | None) -> dict[str, Any]:
-    """What ``qvera eval RUN --json`` wrote of this adapter; {} where the file is missing or of anything else."""
+    """What ``qvera eval RUN --json`` wrote; {} where the file is missing or of another adapter."""
     tree = try_read_json(file) or {}
     about = tree.get("subject")
     if not isinstance(about, dict) or not isinstance(tree.get("scores"), dict) or adapter_sha256 is None:
@@ -408,13 +393,12 @@ def metrics_of(*measured: Scores) -> list[str]:
 def scores_text(
     before: Scores, after: Scores, evaluation: Mapping[str, Any], difference: Mapping[str, Any], is_export: bool
 ) -> str:
-    """The section of a card; "" where nothing was measured.
+    """The section of a card; "" where nothing was measured. The card of an export shows its adapter's scores too.
 
     Args:
-        before, after: scores of held-out rows before and after training, as run.json has them.
-        evaluation: what `read_evaluation` gave.
-        difference: of an export's certificate.
-        is_export: the card is of an export, and the other scores are of the adapter that it was made from.
+        before, after: scores of held-out rows in run.json.
+        evaluation: from `read_evaluation`.
+        difference: from an export's certificate.
     """
     of_run = " They are those of the adapter before it was exported." if is_export else ""
     parts = [_table(f"{_on(after, 'held-out rows')}.{of_run}", {"before training": before, "after": after})]
@@ -439,7 +423,7 @@ def scores_text(
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number, and no bool."""
+    """Whether it is a number and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -449,14 +433,14 @@ def _on(scores: Scores, what: str) -> str:
 
 
 def _source(data: str) -> str:
-    """Where rows are from, without the directory that they lie in."""
+    """Without the directory of the data."""
     if not data:
         return ""
     return f" of {data if is_hub_id(data.partition(',')[0]) else Path(data).name}"
 
 
 def _table(text: str, sides: Mapping[str, Scores]) -> str:
-    """A table of the scores that the last side has, under a sentence; "" where it has none."""
+    """The scores of the last side in a table under a sentence; "" where it has none."""
     last = list(sides.values())[-1]
     names = [name for name, value in last.items() if name not in _NO_SCORES and is_number(value)]
     if not names:

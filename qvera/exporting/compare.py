@@ -1,7 +1,6 @@
-"""How far an export is from the model that was trained, on rows of its own data.
+"""How far an export is from the trained model, on rows of its own data.
 
-The trained model runs on a quantized base; a merged export is in 16-bit weights (or their dequantized copy), and a LoRA
-is loaded by stock PEFT. They are different models, and this measures by how much.
+The trained model runs on a quantized base, and the export on 16-bit or dequantized weights: they are two models.
 """
 
 from __future__ import annotations
@@ -31,12 +30,10 @@ if TYPE_CHECKING:
 
 CAUSAL = TASKS["causal-lm"]
 BATCH_TOKENS = 2048
-"""Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take
-longer."""
+"""Tokens of a batch with padding. Each batch dequantizes all weights, so single rows would take longer."""
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """The rows in order, in batches of at most `BATCH_TOKENS`."""
     batch: list[Example] = []
     for example in examples:
         longest = max(len(e.input_ids) for e in [*batch, example])
@@ -49,7 +46,7 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
 
 
 def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
-    """Why the two models can't be compared in the memory there is; None where ``trained_bytes`` and the export fit."""
+    """Why the memory can't hold ``trained_bytes`` and the export; None where it can."""
     device = accelerator.current_device()
     needed, available = trained_bytes + exported_bytes(exported_dir, device), memory.available_bytes(device)
     if needed <= available:
@@ -69,15 +66,11 @@ def measure_difference(
 ) -> dict[str, Any]:
     """Compare the trained model with the exported checkpoint on the targets of ``examples``.
 
-    Args:
-        task: of the run.
-        labels: what the outputs of a classifier mean.
-
     Returns:
-        Mean loss of both (nats per target, or the squared error of a regression), the largest difference of a logit,
-        rows and targets (``tokens``), and what a target is (``unit``). Where outputs are tokens or classes, also
-        KL(trained || exported) mean and max per target, the largest difference of a log probability, the share of
-        targets whose most likely output agrees, and the number of rows in which it agrees at every target.
+        Mean loss of both (nats per target, or squared error), the largest difference of a logit, rows, targets
+        (``tokens``), and what a target is (``unit``). For tokens and classes also: mean and largest KL(trained ||
+        exported) per target, the largest difference of a log probability, the share of targets with the same most
+        likely output, and the number of rows where all targets agree.
     """
     exported = load_exported(exported_dir, next(trained.parameters()).device, task.exported_class)
     examples = [row for example in examples for _, row in example.shown()]  # both answers of a pair
@@ -121,18 +114,18 @@ def measure_difference(
 
 
 def rows_name(difference: Mapping[str, Any]) -> str:
-    """What the rows are called that two models were compared on; ``split`` tells where they are training rows."""
+    """What people call the compared rows, by ``split``."""
     return "training rows" if difference.get("split") == "training" else "rows"
 
 
 def rows_text(count: int, difference: dict[str, Any]) -> str:
-    """How many rows two models were compared on, and of which kind (`rows_name`)."""
+    """How many rows were compared, and which."""
     name = rows_name(difference)
     return f"{count} {name.removesuffix('s') if count == 1 else name}"
 
 
 def difference_text(difference: dict[str, Any], base: str) -> str:
-    """What `measure_difference` gave (or ``not_measured`` and why) in a sentence or two, for ``base`` of the export."""
+    """The result of `measure_difference` (or ``not_measured``) in a sentence or two."""
     if "not_measured" in difference:
         return f"not measured: {difference['not_measured']}"
     rows, unit = difference["rows"], difference.get("unit", "token")
@@ -157,10 +150,7 @@ def difference_text(difference: dict[str, Any], base: str) -> str:
 
 
 def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Rows) -> dict[str, Any]:
-    """Held-out loss, and the share of right answers (``exact_match``) where rows have references.
-
-    The rest is `qvera.evaluation.held_out.score_model`'s.
-    """
+    """Held-out loss and, where rows have references, ``exact_match`` (`qvera.evaluation.held_out.score_model`)."""
     settings, task = recipe.training, task_of(recipe)
     task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
 
@@ -184,7 +174,7 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
 
 
 def open_lora(lora: Path, run: Path | None) -> OpenRun:
-    """A LoRA by stock PEFT, on the base of ``run`` as that was trained on."""
+    """Load a LoRA with stock PEFT, on the base of ``run``."""
     return open_target(find_target(lora, run))
 
 
@@ -196,11 +186,9 @@ def compare_lora(
     console: Console | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Score the adapter of ``target`` and the LoRA that was made of it, on at most ``limit`` rows.
+    """Score the adapter of ``target`` and the LoRA made of it, on at most ``limit`` rows, one model after the other.
 
-    One model is in memory at a time. ``split`` of the result says which rows they are (`rows_to_compare`).
-
-    ``console`` is for what the data has to say.
+    ``split`` in the result says which rows (`rows_to_compare`). ``console`` shows messages about the data.
     """
     progress(f"Loading {target.path}")
     opened = open_target(target)
@@ -220,7 +208,7 @@ def compare_lora(
 
 
 def scores_text(difference: dict[str, Any]) -> str:
-    """What `compare_lora` gave in a sentence."""
+    """The result of `compare_lora` in a sentence."""
     trained, exported = difference["trained"], difference["exported"]
     rows = rows_text(trained["rows"], difference)
     text = f"trained vs exported on {rows}: loss {trained['loss']:.4f} vs {exported['loss']:.4f}"

@@ -1,7 +1,4 @@
-"""An adapter directory → the factors of ΔW for each weight it changes, without loading the base model's weights.
-
-Reads QVERA adapters and those of PEFT's own VeRA (with their projections in the file, or only their seed).
-"""
+"""Read an adapter (ours, or PEFT's own VeRA) as factors of ΔW, without the weights of the base."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ from qvera.utils.safetensors_io import TensorEntry
 
 @dataclasses.dataclass
 class Delta:
-    """ΔW of one adapted weight, in factors; A and B may be views of a shared pair."""
+    """Factors of the ΔW of one weight; A and B may be views of a shared pair."""
 
     factors: Factors
     transposed: bool  # a Conv1D's
@@ -49,20 +46,17 @@ class Delta:
 
     @property
     def magnitude(self) -> torch.Tensor | None:
-        """The norms [m] that the rows of W + ΔW are scaled to, where there are such."""
+        """Norms [m] to which the rows of W + ΔW are scaled; None: they are not."""
         return getattr(self.factors, "magnitude", None)
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' [r, n] and B' [m, r] in fp32: ΔW = B' A'."""
+        """A' [r, n] and B' [m, r] in fp32, with ΔW = B' A'."""
         return self.factors.lora()
 
     def rows(self, first: int = 0, count: int | None = None, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [first, first + count) of what W [out, in] changes by, fp32, or [in, out] for a Conv1D; by default all.
+        """Rows [first, first + count) of ΔW in fp32: [out, in], or [in, out] for a Conv1D. Default: all.
 
-        ``weight`` are these rows of W, which a magnitude needs.
-
-        Raises:
-            InputError: there is a magnitude, and the rows are a Conv1D's.
+        A magnitude needs ``weight``, the same rows of W. InputError: a magnitude on a Conv1D.
         """
         part = slice(first, None if count is None else first + count)
         if self.magnitude is not None:
@@ -79,10 +73,9 @@ class Delta:
 
 @dataclasses.dataclass
 class AdapterDeltas:
-    """All of an adapter: its config, the shared pair at full size where it has one, and module name → `Delta`.
+    """A whole adapter: config, the shared pair at full size if any, and module name → `Delta`.
 
-    ``head`` has the tensors of a classification head by their names in the model. ``sha256`` is that of the adapter's
-    file; None for a sum.
+    ``head``: tensors of a classification head. ``sha256``: of the adapter's file; None for a sum.
     """
 
     config: Any
@@ -92,7 +85,7 @@ class AdapterDeltas:
     head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def on(self, device: torch.device) -> AdapterDeltas:
-        """The same with its factors on a device, what layers share once; itself on a CPU."""
+        """A copy with its factors on a device; tensors that layers share are moved once."""
         if device.type == "cpu":
             return self
         moved: dict[int, torch.Tensor] = {}
@@ -114,12 +107,12 @@ class AdapterDeltas:
 
     @property
     def rank(self) -> int:
-        """The rank, the largest where layers differ."""
+        """The largest rank of a layer."""
         return max(delta.factors.rank for delta in self.layers.values())
 
     @property
     def method(self) -> str:
-        """The method's name; that of PEFT's own VeRA is ours."""
+        """The method's name; ``vera`` for PEFT's own VeRA."""
         return getattr(self.config, "method", "vera")
 
     @property
@@ -134,7 +127,7 @@ class AdapterDeltas:
 
     @property
     def lora_config(self) -> LoraConfig | None:
-        """Of an adapter that is a LoRA: stock PEFT's config for its own A and B."""
+        """PEFT's config, where the adapter is a LoRA; else None."""
         if isinstance(self.config, QveraConfig) and method_of(self.config).peft_type == "LORA":
             return lora_config(self.config)
         return None
@@ -145,7 +138,7 @@ class AdapterDeltas:
         return any(delta.magnitude is not None for delta in self.layers.values())
 
     def facts(self, adapter_dir: Path) -> dict[str, Any]:
-        """What a certificate says of the adapter in ``adapter_dir``."""
+        """The certificate's entry for the adapter."""
         return {
             "path": str(adapter_dir),
             "sha256": self.sha256,
@@ -159,7 +152,7 @@ class AdapterDeltas:
         }
 
     def header(self, base: str | None = None) -> dict[str, str]:
-        """For the header of a safetensors file that is made from it: base, adapter, version; no one's directories."""
+        """Header of a safetensors file made from it. Names no directories, because files are shared."""
         name = base or self.config.base_model_name_or_path or ""
         found = {
             "qvera_version": __version__,
@@ -176,23 +169,19 @@ class AdapterDeltas:
 
     @property
     def groups(self) -> int:
-        """How many b each layer has."""
+        """How many vectors b each layer has."""
         return getattr(self.config, "b_groups", 1)
 
     @property
     def input_scale(self) -> bool:
-        """Whether each layer has an a."""
+        """Whether each layer has a vector a."""
         return getattr(self.config, "input_scale", False)
 
 
 def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection | None = None) -> AdapterDeltas:
-    """Read an adapter for the model that ``base`` is (it may be empty, without weights), with every shape checked.
+    """Read an adapter for the model ``base``, which needs no weights. InputError: some shape does not fit.
 
-    ``section`` says how to load the base, for an adapter whose A and B are made from its weights and are not in the
-    cache.
-
-    Raises:
-        InputError: it is no VeRA adapter, or another model's.
+    ``section`` loads the base where A and B are made from its weights and are not in the cache.
     """
     config, tensors = read_adapter(adapter_dir)
     own = config if isinstance(config, QveraConfig) else None
@@ -265,7 +254,6 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
 def _head_tensors(
     adapter_dir: Path, config: QveraConfig, tensors: Mapping[str, torch.Tensor], base: torch.nn.Module
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the head, in fp32, with every shape compared with the base model's."""
     starts = tuple(f"{name}." for name in config.modules_to_save or ())
     found = {key.removeprefix(PREFIX): tensor.float() for key, tensor in tensors.items()}
     found = {name: tensor for name, tensor in found.items() if name.startswith(starts)}
@@ -285,7 +273,6 @@ def _shared_tensors(
     base: torch.nn.Module,
     linears: Mapping[str, LinearSpec],
 ) -> dict[str, torch.Tensor]:
-    """The tensors that all linears share, in fp32."""
     given = {key.removeprefix(SHARED_PREFIX): t.float() for key, t in tensors.items() if key.startswith(SHARED_PREFIX)}
     if not given:
         return {}
@@ -302,7 +289,7 @@ def _shared_tensors(
 def _pairs_of_weights(
     config: QveraConfig, specs: Sequence[LinearSpec], section: ModelSection | None
 ) -> dict[str, Pair]:
-    """A and B of each linear where they are its own: from the cache, else from the weights of the base."""
+    """Each linear's own A and B, from the cache, else from the weights of the base."""
     method = method_of(config)
     if method.source is not Source.OWN:
         return {}
@@ -337,7 +324,7 @@ def _seeded_pair(config: QveraConfig) -> Pair | None:
 
 
 def _stock_pair(config: VeraConfig, tensors: Mapping[str, torch.Tensor], shapes: Sequence[tuple[int, int]]) -> Pair:
-    """PEFT's pair: from the file, else drawn by PEFT's own function in PEFT's order (first A, then B)."""
+    """PEFT's pair: from the file, else drawn in PEFT's order (first A, then B)."""
     if "base_model.vera_A" in tensors:
         return tensors["base_model.vera_A"].float(), tensors["base_model.vera_B"].float()
     if not shapes:
@@ -349,13 +336,13 @@ def _stock_pair(config: VeraConfig, tensors: Mapping[str, torch.Tensor], shapes:
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """Embedding or head, with rows for the tokens that the recipe added: id → row; ``shape`` is what is written."""
+    """Embedding or head with rows for added tokens (id → row); ``shape`` is that of the result."""
 
     rows: dict[int, torch.Tensor]
     shape: tuple[int, ...]
 
     def put(self, weight: torch.Tensor, first: int, last: bool) -> torch.Tensor:
-        """The base's rows from row ``first`` on, those of added tokens replaced; after the ``last`` come new rows."""
+        """The base's rows from ``first`` on, with those of added tokens. After the ``last`` come new rows."""
         stop = self.shape[0] if last else first + len(weight)
         out = weight.new_zeros(stop - first, *weight.shape[1:])
         out[: len(weight)] = weight
@@ -368,11 +355,7 @@ class TokenTable:
 def token_tables(
     model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]
 ) -> dict[str, TokenTable]:
-    """Name of embedding and head in the checkpoint → its `TokenTable`.
-
-    Raises:
-        InputError: the rows in the adapter directory have another shape.
-    """
+    """Name of embedding and head in the checkpoint → table. InputError: the adapter's rows have another shape."""
     rows = read_token_rows(adapter_dir)
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     shapes = {e.name: e.shape for e in entries}

@@ -62,20 +62,18 @@ def export(
     """Export an adapter; the arguments are the options of ``qvera export``.
 
     Args:
-        target: what has the adapter.
         out: a new or empty directory, or this export unfinished.
-        compare: measure the difference between the trained and the exported model, and write it into the certificate.
+        compare: measure the difference between the trained and the exported model, for the certificate.
         compare_only: only measure the finished export in ``out``.
-        console: for progress; default: standard error.
         say: takes each line of the result.
 
     Returns:
-        The certificate, as it is in the directory; None for ``gguf-lora``, which has none.
+        The certificate; None for ``gguf-lora``.
 
     Raises:
         InputError: the arguments contradict each other, or ``target`` can't be written so.
         RunFailed: a weight is out of the dtype's range, or the disk is full.
-        Interrupted: a signal came; the same call goes on from the finished shards.
+        Interrupted: a signal came; the same call continues.
     """
     _require_fitting(to, rank, dtype, quantize, base, compare, compare_only)
     options = target.recipe.export if target.recipe is not None else ExportSection()
@@ -103,7 +101,7 @@ def export(
 def _require_fitting(
     to: str, rank: int | None, dtype: str | None, quantize: str | None, base: str | None, compare: bool, only: bool
 ) -> None:
-    """Raise InputError for an option that has no effect beside the others."""
+    """Refuse options that have no effect beside the others."""
     if rank is not None and to not in ("lora", "gguf-lora"):
         raise InputError("--rank: goes with --to lora and --to gguf-lora only.")
     if dtype == "q8_0" and not to.startswith("gguf"):
@@ -122,13 +120,7 @@ def _require_fitting(
 
 
 class Chat(NamedTuple):
-    """What a run was trained with, for those who will talk to the export.
-
-    Attributes:
-        template: the chat template.
-        system: the system prompt.
-        beside: the template, where it is not the base's own: an adapter needs it beside its files.
-    """
+    """Chat template and system prompt of a run; ``beside`` is the template where it is not the base's own."""
 
     template: str | None
     system: str | None
@@ -136,7 +128,7 @@ class Chat(NamedTuple):
 
 
 def chat_of(target: Artifact) -> Chat:
-    """Of a run, or of an adapter with a template beside it."""
+    """From the run, or from a template beside the adapter."""
     recipe = target.recipe
     if recipe is None:
         beside = template_beside(target)
@@ -151,7 +143,7 @@ def chat_of(target: Artifact) -> Chat:
 
 @dataclasses.dataclass
 class _Export:
-    """What all kinds of exports need. A method writes one kind, says what it wrote, and returns its certificate."""
+    """Each method writes one kind of export, says what it wrote, and returns the certificate."""
 
     target: Artifact
     adapter: Path
@@ -162,7 +154,6 @@ class _Export:
     say: Callable[[str], None]
 
     def merged(self, quantize: str | None) -> dict[str, Any]:
-        """--to merged: the checkpoint, not yet compared."""
         section, out, template = self.target.section, self.out, self.chat.template
         with status_line(self.console, "Merging") as show:
             if quantize is None:
@@ -188,11 +179,7 @@ class _Export:
         return certificate
 
     def checked(self) -> dict[str, Any]:
-        """The certificate of the finished merge in ``out`` that is to be compared.
-
-        Raises:
-            InputError: there is none of this adapter, or there are no rows to compare on.
-        """
+        """The certificate of the finished merge in ``out``. InputError: it can't be compared."""
         path, file = self.target.path, self.out / CERTIFICATE
         if not self.options.certificate_rows:
             raise InputError(
@@ -211,7 +198,7 @@ class _Export:
         return certificate
 
     def measured(self, certificate: dict[str, Any], compare: bool, compare_only: bool) -> dict[str, Any]:
-        """Write the certificate of a merge again, with the difference between the trained and the exported model."""
+        """Write the certificate again, with the difference between the trained and the exported model."""
         certificate["difference"] = None
         if self.target.recipe is not None and (compare_only or (compare and self.options.certificate_rows)):
             certificate["difference"] = self._difference(self.target.recipe)
@@ -221,7 +208,6 @@ class _Export:
         return certificate
 
     def gguf(self, dtype: str) -> dict[str, Any]:
-        """--to gguf."""
         with status_line(self.console, "Merging") as show:
             certificate = export_gguf(
                 self.adapter,
@@ -240,7 +226,6 @@ class _Export:
         return certificate
 
     def gguf_lora(self, dtype: str, rank: int | None) -> None:
-        """--to gguf-lora."""
         section, out, chat = self.target.section, self.out, self.chat
         require_no_added_tokens(read_config(self.adapter), self.adapter, "--to gguf-lora")
         adapter = read_deltas(self.adapter, empty_model(section), section)
@@ -260,7 +245,7 @@ class _Export:
         self.say(f"{where}, or name both files to llama.cpp.")
 
     def factors(self, to: str, rank: int | None) -> dict[str, Any]:
-        """--to lora and --to peft."""
+        """For --to lora and --to peft."""
         section, out, dtype = self.target.section, self.out, self.options.dtype
         config = read_config(self.adapter)
         require_no_added_tokens(config, self.adapter, f"--to {to}")
@@ -289,7 +274,7 @@ class _Export:
         }
 
     def cost_of_cut(self) -> dict[str, Any] | None:
-        """What the cut of a LoRA costs on held-out rows; None where there are none to measure it on."""
+        """What a smaller rank costs on held-out rows; None where there are none."""
         recipe, limit = self.target.recipe, self.options.certificate_rows
         if recipe is None or not limit:
             return None
@@ -335,10 +320,9 @@ def write_lora(
     chat_template: str | None,
     say: Callable[[str], None],
 ) -> dict[str, float] | None:
-    """Say errors, rank and size, and write a LoRA: of ``own_rank``, where it is exact, or cut to ``rank``.
+    """Write a LoRA, exact with ``own_rank`` or cut to ``rank``, and say its errors, rank and size.
 
-    ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``. Where there is
-    a ``chat_template``, it is written beside them. Returns the error of each layer where it is cut.
+    ``factors`` as for `export_lora`. Returns the error of each layer where it is cut.
     """
     errors = None
     kind = "DoRA" if adapter.magnitude else "LoRA"
@@ -355,7 +339,7 @@ def write_lora(
 
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:
-    """Refuse an adapter that adds tokens, for formats that hold only factors of ΔW."""
+    """Refuse added tokens, for formats that hold only factors of ΔW."""
     if tokens := getattr(config, "added_tokens", None):
         raise InputError(
             f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in "
@@ -364,7 +348,7 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
 
 
 def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, Any]:
-    """What ``measure`` gives. If data is gone or memory is short, it says so and the export stands."""
+    """If data or memory is missing, the result says so, and the export stands."""
     try:
         return measure()
     except (InputError, OSError, ValueError) as error:

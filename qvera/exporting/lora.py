@@ -1,9 +1,8 @@
-"""Adapters that other tools load: the whole LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
+"""Adapters that other tools load: a whole LoRA, a truncated LoRA, and PEFT's own VeRA.
 
 A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2). The
-LoRA takes r (m + n) values for each layer where the adapter has r + m. It is exact but for the rounding of its factors
-to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_scale`` is such a LoRA too
-(`deltas.Delta`); PEFT's VeRA has no place for these. One with ``magnitude`` is PEFT's DoRA.
+LoRA has r (m + n) values a layer instead of r + m. It is exact up to the rounding of its factors. With ``b_groups`` or
+``input_scale`` it is a LoRA too, but no VeRA of PEFT; with ``magnitude`` it is PEFT's DoRA.
 """
 
 import itertools
@@ -26,16 +25,15 @@ from qvera.utils.paths import CHAT_TEMPLATE
 from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")
-"""Settings by which an adapter leaves out linears that its targets name. A config that is written here names the others
-in full instead."""
+"""Settings that exclude linears which the targets name. Configs written here name the rest in full instead."""
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes (0.14)."""
+"""Values of --max-lora-rank in vLLM 0.14."""
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:
-    """With which setting the engines that serve LoRA take one of this rank; what to do where they take none."""
+    """The setting with which engines serve this rank, or what to do if they can't."""
     if is_dora:
         return "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged"
     place = next((known for known in VLLM_RANKS if known >= rank), None)
@@ -45,7 +43,7 @@ def serving_text(rank: int, is_dora: bool = False) -> str:
 
 
 def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
-    """What a truncation from rank ``own`` to ``rank`` loses: the layers' errors (`truncate`), and a conclusion."""
+    """What a smaller rank loses: errors of `truncate` by layer, and a conclusion."""
     ordered = sorted(errors, key=errors.__getitem__)
     low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
     typical = errors[middle]
@@ -63,7 +61,7 @@ def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
 
 
 def rounding_text(dtype: torch.dtype) -> str:
-    """How exact a whole LoRA is in this dtype, for the person who exports it."""
+    """How exact a whole LoRA is in this dtype."""
     if dtype == torch.float32:
         return "exact: its factors are the adapter's own in float32"
     name = str(dtype).removeprefix("torch.")
@@ -74,11 +72,10 @@ def rounding_text(dtype: torch.dtype) -> str:
 
 
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of ΔW = B A by a rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
+    """The best approximation of ΔW = B A by rank k: A'' [k, n] and B'' [m, k] in fp32, and its error.
 
-    By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD
-    of an r x r core), never of a dense ΔW. The root of each singular value goes to either side. The error is relative
-    to ‖ΔW‖, in Frobenius norms.
+    This is the truncated SVD (Eckart and Young), taken of the small factors (QR of each, then the SVD of an r x r
+    core), never of a dense ΔW. The error is relative to ‖ΔW‖, in Frobenius norms.
     """
     A, B = A.double(), B.double()
     left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
@@ -98,11 +95,7 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 def truncate_all(
     factors: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor]]], own: int, rank: int, dtype: torch.dtype
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, float]]:
-    """Every layer's factors of rank ``own`` cut to ``rank`` and rounded to ``dtype``, and the errors of `truncate`.
-
-    Raises:
-        InputError: ``rank`` is not below ``own``.
-    """
+    """Cut every layer from rank ``own`` to ``rank``, with the errors of `truncate`. InputError: it is not smaller."""
     if not 1 <= rank < own:
         raise InputError(f"--rank: takes a whole number from 1 to {own - 1} (what is cut has rank {own}), got {rank}.")
     cut, errors = {}, {}
@@ -119,12 +112,11 @@ def export_lora(
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
     chat_template: str | None = None,
 ) -> int:
-    """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes. With a magnitude it is PEFT's DoRA.
+    """Write a LoRA for stock PEFT (DoRA, with a magnitude) to ``out`` and return its bytes. Linears may differ in rank.
 
-    A LoRA's own A and B are copied, with its alpha. Linears may differ in rank.
-
-    ``factors`` are A' [r, n] and B' [m, r] by layer name (`truncate_all`, `merge_adapters.stacked_factors`), by default
-    the adapter's own. ``chat_template`` is that of its training, where it is not the base's own.
+    Args:
+        factors: layer → A' [r, n] and B' [m, r]. Default: the adapter's own; a LoRA's are copied, with its alpha.
+        chat_template: that of its training, where it is not the base's own.
 
     Raises:
         InputError: ``out`` is not empty, a factor does not fit into ``dtype``, or a magnitude is 0.
@@ -178,12 +170,10 @@ def export_lora(
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | None = None) -> int:
-    """Write an adapter of PEFT's own VeRA, its projections in the file, each layer's scale in its d; returns its bytes.
-
-    ``chat_template`` as in `export_lora`.
+    """Write PEFT's own VeRA with its projections, and return its bytes. Each layer's scale goes into its d.
 
     Raises:
-        InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
+        InputError: ``out`` is not empty, or PEFT's VeRA has no place for the adapter's vectors.
     """
     ways = "--to lora (exact) or --to merged" if adapter.is_low_rank or adapter.magnitude else "--to merged"
     seeds = getattr(adapter.config, "seeds", None)
@@ -216,7 +206,6 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
-    """Settings that the configs of both exports share."""
     config = adapter.config
     targets = config.target_modules
     if any(getattr(config, limit, None) is not None for limit in LIMITS):
@@ -240,12 +229,9 @@ def write_adapter(
     header: Mapping[str, str] = MappingProxyType({}),
     chat_template: str | None = None,
 ) -> int:
-    """The files of an adapter directory, under a temporary name until they are whole; returns their bytes.
+    """Write an adapter directory under a temporary name, rename it, and return its bytes.
 
-    ``header`` goes into that of the safetensors file; ``chat_template``, where there is one, into a file of its own.
-
-    Raises:
-        InputError: ``out`` holds something, or can't be written.
+    ``header`` goes into the safetensors file. InputError: ``out`` holds something, or can't be written.
     """
     with new_directory(out) as partial:
         write_shard(partial / ADAPTER_WEIGHTS, specs, tensors, header)

@@ -1,7 +1,7 @@
-"""W + ΔW for every adapted weight, some rows at a time, and the merged checkpoint in 16 bits.
+"""Merge W + ΔW some rows at a time, and write the checkpoint in 16 bits.
 
-Each file of the base is read once, from start to end, as `qvera.models.safetensors_stream` does it. ``config.json``,
-without which nothing takes a directory for a model, is written last. An interrupted export goes on from whole shards.
+Each file of the base is read once, from start to end. ``config.json`` is written last, because without it no tool takes
+a directory for a model. An interrupted export continues from whole shards.
 """
 
 from __future__ import annotations
@@ -34,22 +34,18 @@ from qvera.utils.safetensors_io import TensorSpec, grouped_by_bytes
 from qvera.utils.signals import StopRequests
 
 _MERGING_BYTES = 2 * 10**9
-"""What an accelerator must have free: the pair of a 70B at rank 1024 in fp32 is 230 MB, and blocks are in work."""
+"""Free memory needed on an accelerator: the pair of a 70B at rank 1024 in fp32 is 230 MB, and blocks add to it."""
 Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
-"""Rows in the output's dtype, and the largest and the sum of |ΔW| in them where the weight is adapted."""
+"""Rows in the output's dtype, and max and sum of |ΔW| in them where the weight is adapted."""
 
 
 class Merging:
-    """Base and adapter, opened and compared before anything is written; then their rows, merged.
+    """Opens and compares base and adapter before anything is written; then gives merged rows.
 
     Attributes:
-        specs: the tensors of the merged model, in the order of the base's files; then those of ``head``.
-        head: the tensors of a classification head by name, fp32.
-        tokenizer: with the chat template that was trained with.
-        layers: adapted weight → max and mean |ΔW|, of those that are merged.
-
-    Raises:
-        InputError: they do not fit.
+        specs: tensors of the merged model, in the order of the base's files; then those of ``head``.
+        head: tensors of a classification head, fp32.
+        layers: adapted weight → max and mean |ΔW|, of the merged ones.
     """
 
     reader: CheckpointReader
@@ -63,7 +59,7 @@ class Merging:
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self._check_stored_quantization()
         self.tokenizer = cast(Any, load_processor(section, self.base.model_class))
-        if chat_template is not None:  # never of images
+        if chat_template is not None:  # models of images have none
             own = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
             if chat_template != own:
                 self.tokenizer.chat_template = chat_template
@@ -85,7 +81,6 @@ class Merging:
         self.layers: dict[str, dict[str, float]] = {}
 
     def _check_stored_quantization(self) -> None:
-        """Leave the quantization out of the export's config; InputError where the original weights are wanted of it."""
         if getattr(self.base.config, "quantization_config", None) is None:
             return
         if self.options.base == "original":
@@ -96,10 +91,9 @@ class Merging:
         del self.base.config.quantization_config
 
     def identity(self) -> dict[str, Any]:
-        """What an export is a function of: an interrupted one is continued only where all of this is equal.
+        """An interrupted export continues only where all of this is equal.
 
-        The base counts as the same by the size, time and inode of its files; their SHA-256 is taken while they are
-        merged.
+        The base's files are compared by size, time and inode, because their SHA-256 is only known after merging.
         """
         section, token_rows = self.section, self.adapter_dir / ADDED_ROWS
         return {
@@ -113,10 +107,7 @@ class Merging:
 
     @contextlib.contextmanager
     def merged(self, skip: Collection[str], known: dict[str, str]) -> Iterator[Iterator[Merged]]:
-        """Open the merged rows of the base's tensors but those in ``skip``, in order; `layers` grows with them.
-
-        ``known`` has the SHA-256 of the base's files that are hashed already.
-        """
+        """Merged rows except ``skip``, in order; they fill `layers`. ``known``: SHA-256 of files already hashed."""
         if self.base.packed or self.options.base == "dequantized":
             self.reader = self.base.reader(self.section, known)
         else:
@@ -139,16 +130,13 @@ class Merging:
             yield block, rows, found
 
     def sha256(self) -> dict[str, str]:
-        """Of the base's files, when all of them are read."""
+        """SHA-256 of the base's files, once all are read."""
         return {name: self.reader.sha256[name] for name in self.stamps}
 
     def _merge(self, block: Block) -> Merged:
-        """W + ΔW in fp32, rounded once to the output's dtype; a tensor that is not adapted is only cast.
+        """W + ΔW in fp32, rounded once to the output's dtype.
 
-        On an accelerator where there is one. The host waits for it twice a block: for the numbers and for the rows.
-
-        Raises:
-            RunFailed: the result has NaN or Inf in it.
+        The host waits for an accelerator twice a block: for the numbers and for the rows. RunFailed: NaN or Inf.
         """
         name, weight, found = block.entry.name, block.rows, None
         numbers: list[torch.Tensor] = []
@@ -173,7 +161,7 @@ class Merging:
         return block, result.cpu(), found
 
     def config(self) -> PretrainedConfig:
-        """That of the merged model: its dtype, its tokens, no quantization."""
+        """The config of the merged model: its dtype, its tokens, no quantization."""
         config, section = self.base.config, self.section
         config.dtype = self.dtype
         for table in self.tables.values():
@@ -190,7 +178,7 @@ class Merging:
         return config
 
     def certificate(self, kind: str, base_sha256: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
-        """What was merged onto what; ``files``: what was written → its SHA-256."""
+        """What was merged into what; ``files``: name → SHA-256."""
         section = self.section
         trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
         for weight in self.base.packed.values():  # what is in the file, whatever the recipe says
@@ -232,7 +220,7 @@ _KEPT = "{done} of {total} shards are finished and kept. Make room and run the s
 _INTERRUPTED = "Stopped by {why} with {done} of {total} shards finished in {out}. The same command goes on from there."
 Shards = list[tuple[str, list[TensorSpec]]]
 Progress = Callable[[int, int, str], None]
-"""Called with (tensors done, tensors in all, tensor name)."""
+"""Called with (finished tensors, all tensors, tensor name)."""
 
 
 def export_merged(
@@ -244,18 +232,18 @@ def export_merged(
     chat_template: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the merged checkpoint to ``out`` and return its certificate (also written there as qvera_export.json).
+    """Write the merged checkpoint to ``out`` and return its certificate (also written as qvera_export.json).
 
     Args:
         section: the base that the adapter was trained on.
         options: dtype, base (original or dequantized), shard size.
-        chat_template: the template that was trained with, for the tokenizer.
+        chat_template: the template of the training, for the tokenizer.
 
     Raises:
         InputError: adapter and base do not fit, or ``out`` holds something else.
-        RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range (the message names the tensor); or the
-            disk is full. Finished shards are kept, and the same call goes on from them.
-        Interrupted: SIGINT or SIGTERM came. The same holds.
+        RunFailed: a merged weight is NaN, Inf, or too large for the dtype, or the disk is full. The same call
+            continues.
+        Interrupted: SIGINT or SIGTERM came. The same call continues.
     """
     merging = Merging(adapter_dir, section, options, chat_template)
     limit = options.max_shard_size_bytes
@@ -284,7 +272,6 @@ def export_merged(
 def _write_shards(
     merging: Merging, shards: Shards, work: OutputDirectory, stop: StopRequests, progress: Progress | None
 ) -> None:
-    """Write the shards that are not finished."""
     finished = {name for name, _ in shards if work.has(name)}
     skip = {spec.name for name, group in shards if name in finished for spec in group}
     merging.layers = {name: facts for name, facts in work.facts.get("layers", {}).items() if name in skip}
@@ -314,6 +301,6 @@ def _write_shards(
                 sha256 = write_shard(work.out / name, group, rows, header)
                 work.facts.update(base=dict(merging.reader.sha256), layers=dict(merging.layers))
                 work.finished(name, sha256)
-        for _ in results:  # what is left to read is only hashed
+        for _ in results:  # the rest of the files is only read for its hash
             raise RuntimeError("the shards were planned without some of the tensors")
     work.facts["base"] = merging.sha256()

@@ -1,7 +1,6 @@
-"""The merged model in 4 bits: merged in 16 bits beside the output, quantized from there, and compared with that.
+"""Merge in 16 bits beside the output, quantize that to 4 bits, and measure the error of each weight.
 
-What training added lies partly between two of a 4-bit type's values, and rounding loses that part. So the error is
-measured: of each weight here, of the answers as for every merged export.
+ΔW lies partly between two values of a 4-bit type, and rounding loses that part.
 """
 
 from __future__ import annotations
@@ -43,19 +42,14 @@ def export_quantized(
     chat_template: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write the merged model to ``out`` in bitsandbytes' 4-bit format; returns its certificate (also written there).
+    """Write the merged model to ``out`` in bitsandbytes' 4-bit format, and return its certificate (also written there).
 
-    The merge in ``options.dtype`` lies in .OUT.merged until the errors of the weights are measured. The certificate is
-    written last. An interrupted call is gone on with where it was: in the merge, the quantizing, or the measuring.
+    The merge is in .OUT.merged until the errors are measured. The same call continues an interrupted one.
 
     Args:
-        adapter_dir: the trained adapter.
-        section: the base it was trained on; its double_quant and quant_storage hold for the output.
-        out: a new or empty directory, or this export unfinished.
+        section: the base; its double_quant and quant_storage also hold for the output.
         options: dtype of the merge and of what is not quantized, base, shard size.
         quantization: nf4 or fp4.
-        chat_template: the template that was trained with.
-        progress: takes what is being done.
 
     Raises:
         InputError, RunFailed, Interrupted: as `export_merged` and `quantize_checkpoint`.
@@ -112,7 +106,6 @@ def export_quantized(
 
 
 def _require_quantizable(section: ModelSection, model_class: ModelClass) -> None:
-    """Raises InputError for a base whose merge could not be quantized; one that is in 4 bits already can be."""
     directory = base_directory(section)
     if read_json(directory / "config.json", "the config of a model").get("quantization_config") is None:
         if read_source(section, directory, model_class).quantized:
@@ -123,7 +116,7 @@ def _require_quantizable(section: ModelSection, model_class: ModelClass) -> None
 def _finished_merge(
     merged: Path, adapter_dir: Path, section: ModelSection, options: ExportSection
 ) -> dict[str, Any] | None:
-    """The certificate of a merge that an interrupted call finished; None where it is to be made or gone on with."""
+    """The certificate of a merge that an interrupted call finished; else None."""
     found = try_read_json(merged / CERTIFICATE) if (merged / "config.json").is_file() else None
     if found is None or any(merged.glob(".qvera_export*")):
         return None
@@ -141,10 +134,7 @@ def _finished_merge(
 def _finished_copy(
     out: Path, target: ModelSection, files: dict[str, str], model_class: ModelClass
 ) -> dict[str, Any] | None:
-    """The record of a quantized copy that an interrupted call finished and had not measured; None: there is none.
-
-    ``target`` is the merge that it has to be of, ``files`` its shards' SHA-256.
-    """
+    """The record of a quantized copy that an interrupted call finished, but did not measure; else None."""
     record = read_record(out)
     if record is None or (out / CERTIFICATE).exists() or any(out.glob(".qvera_quantize*")):
         return None
@@ -161,9 +151,9 @@ def weight_errors(
     model_class: ModelClass = CAUSAL_LM,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), W being that of the checkpoint ``dense``.
+    """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), with W from ``dense``.
 
-    One weight of ``dense`` is in memory at a time. ``progress`` takes the name of each, and may raise, to stop.
+    One weight of ``dense`` is in memory at a time. ``progress`` may raise, to stop.
     """
     model = empty_model(section, base_directory(section.replace(path=str(quantized))), model_class)
     stored, originals = checkpoint_tensors(quantized), checkpoint_tensors(dense)

@@ -1,4 +1,4 @@
-"""Arithmetic on adapters: weighted sums, as an adapter of ours where that is exact, else as a LoRA."""
+"""Weighted sums of adapters: one of our adapters where that is exact, else a LoRA."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from qvera.utils.safetensors_io import TensorSpec
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
-    """Why a weighted sum of these adapters is not a VeRA adapter; None: seed, rank, layers, d and a are the same.
+    """Why a weighted sum is not a VeRA adapter; None where seed, rank, layers, d and a are the same.
 
-    Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. Training with ``adapter.train_d: false`` makes it so.
+    Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. ``adapter.train_d: false`` keeps d the same.
     """
     require_additive(adapters)
     first = adapters[0]
@@ -51,7 +51,7 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
 
 
 def require_additive(adapters: Sequence[AdapterDeltas]) -> None:
-    """Raise InputError where an adapter does more than add its ΔW, so that no sum of factors is the sum of adapters."""
+    """Raise InputError where adapters do more than add ΔW, because then no sum of factors is their sum."""
     if any(adapter.magnitude for adapter in adapters):
         raise InputError(
             "adapter.magnitude: an adapter that scales the rows of W + ΔW can't be added to another one or scaled. "
@@ -64,10 +64,9 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    """The vectors of Σ w ΔW as a VeRA adapter: scaling, negation, averages and interpolation are all this.
+    """The vectors of Σ w ΔW as a VeRA adapter, for scaling, negation, averages and interpolation.
 
-    Raises:
-        InputError: the sum is no VeRA adapter (`same_directions`), or there is not one weight for each.
+    InputError: the sum is no VeRA adapter (`same_directions`), or there is not one weight for each.
     """
     _check_weights(adapters, weights)
     why = same_directions(adapters)
@@ -96,9 +95,9 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
 def stacked_factors(
     adapters: Sequence[AdapterDeltas], weights: Sequence[float]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Σ w ΔW as an exact LoRA of rank r₁ + r₂ + ... in fp32: A' [Σ r, n] of all stacked, w B' [m, Σ r] side by side.
+    """Σ w ΔW as an exact LoRA of rank r₁ + r₂ + ... in fp32: all A' stacked [Σ r, n], all w B' side by side [m, Σ r].
 
-    Layers that only some of the adapters have get zeros for the others.
+    An adapter that lacks a layer has zeros there.
     """
     _check_weights(adapters, weights)
     shapes: dict[str, Delta] = {}
@@ -127,11 +126,7 @@ def _check_weights(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) 
 
 
 def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path, chat_template: str | None = None) -> None:
-    """A QVERA adapter directory with the config of ``source``, these vectors, and a template where there is one.
-
-    Raises:
-        InputError: ``out`` is not new or empty.
-    """
+    """Write an adapter with the config of ``source`` and these vectors. InputError: ``out`` is not empty."""
     specs = [TensorSpec(name, vector.dtype, tuple(vector.shape)) for name, vector in vectors.items()]
     config = read_json(source / ADAPTER_CONFIG, "an adapter's config")
     write_adapter(out, config, specs, iter(vectors.values()), chat_template=chat_template)

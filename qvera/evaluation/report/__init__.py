@@ -1,5 +1,4 @@
-"""The pages of qvera: one HTML file each, which loads nothing from anywhere.
+"""HTML pages, one self-contained file each.
 
-`read` reads a run directory; `run_page` and `pages` compute what each page shows; `charts` turns values into positions;
-the templates draw both.
+`read` reads a run directory. `run_page` and `pages` compute what a page shows. `charts` turns values into positions.
 """

@@ -1,7 +1,7 @@
-"""Charts: from values to positions in an SVG, which templates/chart.html draws, and thinner or smoother curves.
+"""Turn values into positions in an SVG, for templates/chart.html, and thin or smooth curves.
 
-A chart fills the width of its place while its text keeps its size: curves are in an inner SVG that stretches
-(``preserveAspectRatio="none"``, strokes that do not scale); ticks and dots are in the outer one, at percentages.
+A chart stretches to the width of its place, but its text does not. So curves are in an inner SVG that stretches, and
+ticks and dots in the outer one, at percentages.
 """
 
 import json
@@ -18,17 +18,14 @@ from qvera.evaluation.report.read import Point
 from qvera.utils.formatting import axis_labels, count, significant, size
 
 Chart = dict[str, object]
-"""What templates/chart.html draws, under the keys that it lists; positions are SVG lengths."""
+"""The values for templates/chart.html, which lists the keys; positions are SVG lengths."""
 
 _ROW_HEIGHT = 46
 """Height in pixels of one bar of `stacked_bars` with its label."""
 
 
 def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
-    """About that many round ticks (steps of 1, 2 or 5 × 10^k), the first <= ``low``, the last >= ``high``.
-
-    Where both ends are equal but for rounding, room is made on both sides. ``whole``: ticks are integers.
-    """
+    """About ``about`` round ticks (steps of 1, 2 or 5 × 10^k), the first <= ``low``, the last >= ``high``."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) * 0.5 or 1.0
         low, high = (min(low, 0.0), low + room) if low >= 0 else (low - room, 0.0)
@@ -42,10 +39,7 @@ def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> 
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks for a logarithmic axis from at or below ``low`` to at or above ``high`` (both positive).
-
-    1, 2 and 5 of each decade over up to three decades, powers of ten beyond, at most eight of them.
-    """
+    """Ticks from ``low`` to ``high``: 1, 2 and 5 of up to three decades, else at most eight powers of ten."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     last = max(last, first + 1)
     if math.log10(high / low) <= 3:
@@ -60,14 +54,14 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """A mapping of [low, high] to [0, 1], with ``low < high``; where ``log``, both are positive."""
+    """Maps [low, high] to [0, 1]; ``low < high``, and with ``log`` both are positive."""
 
     low: float
     high: float
     log: bool = False
 
     def fraction(self, value: float) -> float:
-        """Position of ``value``: below 0 or above 1 outside the ends, -inf for a value that has no logarithm."""
+        """Below 0 or above 1 outside the ends; -inf for a value without a logarithm."""
         if not self.log:
             return (value - self.low) / (self.high - self.low)
         if value <= 0:
@@ -75,11 +69,11 @@ class Scale:
         return math.log(value / self.low) / math.log(self.high / self.low)
 
     def percent(self, value: float) -> str:
-        """Position of ``value`` as an SVG length, from the left."""
+        """An SVG length from the left."""
         return _percent(self.fraction(value))
 
     def from_top(self, value: float) -> str:
-        """Position of ``value`` as an SVG length, from the top."""
+        """An SVG length from the top."""
         return _percent(1 - self.fraction(value))
 
 
@@ -89,12 +83,10 @@ def _percent(fraction: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve.
+    """One curve; x of its points rises.
 
     Attributes:
-        points: With rising x.
         style: ``faint`` (raw values), ``main``, ``held-out`` (accent colour, a dot at each point) or ``dashed``.
-        format: How a value is written in tooltips.
         colour: 1 to 8 where a chart shows several runs; 0 for the colour of the style.
     """
 
@@ -111,11 +103,11 @@ class Line:
 
     @property
     def values(self) -> list[float]:
-        """The values that are known."""
+        """The known values."""
         return [y for _, y in self.points if y is not None]
 
     def text(self, y: float | None) -> str:
-        """The value as a tooltip shows it."""
+        """The value in a tooltip."""
         return "not a finite number" if y is None else self.format(y)
 
     def summary(self, x_name: str) -> str:
@@ -127,10 +119,9 @@ class Line:
 
 
 def values_range(lines: Sequence[Line]) -> tuple[float, float] | None:
-    """The range that the y axis shows; None where no line has a value.
+    """The range of the y axis; None where no line has a value.
 
-    In a chart with a faint line (raw values), the smoothed line follows it, and single spikes may leave the picture:
-    one step with a loss of 1000 would press everything else flat.
+    With raw values, single spikes may leave the picture: one loss of 1000 would press the rest flat.
     """
     has_raw = any(line.style == "faint" for line in lines)
     lows, highs = [], []
@@ -161,19 +152,18 @@ def line_chart(
     x_name: str = "step",
     top: float | None = None,
 ) -> Chart | None:
-    """A chart of values over optimizer steps, tokens or learning rates; None where no line has a value.
+    """A chart of values over steps, tokens or learning rates; None where no line has a value.
 
     Args:
-        lines: Drawn in order, the last on top.
-        note: Text beside the heading.
+        lines: drawn in order, the last on top.
         legend: CSS class and text of each entry.
-        kind: Kind of the y axis, as in `axis_labels`.
-        height: Of the plot, in CSS pixels.
-        may_be_log: Use a logarithmic y axis where the values span more than a factor of 30.
-        best: An x to mark with a vertical line, and with a ring on the held-out curve.
-        x_name: ``step``, ``round``, ``adapter``, ``token`` or ``learning rate`` (on a logarithmic axis). Charts with
-            the same one show their tooltips together.
-        top: Values above leave the picture.
+        kind: of the y axis, as in `axis_labels`.
+        height: of the plot, in CSS pixels.
+        may_be_log: use a logarithmic y axis where the values span more than a factor of 30.
+        best: an x to mark with a vertical line, and with a ring on the held-out curve.
+        x_name: ``step``, ``round``, ``adapter``, ``token`` or ``learning rate`` (a logarithmic axis). Charts with the
+            same one show their tooltips together.
+        top: values above it leave the picture.
     """
     extent = values_range(lines)
     if extent is None:
@@ -219,15 +209,7 @@ def line_chart(
 
 
 def length_histogram(edges: Sequence[float], counts: Sequence[float]) -> Chart | None:
-    """Bars of rows over their lengths in tokens, as wide as the intervals.
-
-    Args:
-        edges: [n + 1] rising lengths.
-        counts: [n] rows between them.
-
-    Returns:
-        None where the two do not fit together or all bars are empty.
-    """
+    """[n] ``counts`` of rows between [n + 1] lengths in tokens; None where these do not fit or all bars are empty."""
     rising = all(left < right for left, right in pairwise(edges))
     if len(edges) != len(counts) + 1 or not counts or not rising or max(counts) <= 0 or min(counts) < 0:
         return None
@@ -261,9 +243,7 @@ def stacked_bars(
 ) -> Chart | None:
     """Bars of bytes, one below the other, over a common axis from 0; None where nothing has a size.
 
-    Args:
-        rows: Label of each bar, and its parts from the left: CSS class of the colour, name, bytes.
-        mark_bytes: Where a line crosses all bars.
+    ``rows``: label → parts from the left: CSS class, name, bytes. A line crosses all bars at ``mark_bytes``.
     """
     totals = {label: sum(part_bytes for _, _, part_bytes in parts) for label, parts in rows.items()}
     if max(totals.values(), default=0) <= 0:
@@ -289,7 +269,6 @@ def _ticks(position: Callable[[float], str], ticks: Sequence[float], labels: Seq
 
 
 def _x_text(x: float, x_name: str) -> str:
-    """A place on the x axis in words: step 80; 12,400 tokens; learning rate 0.0123."""
     if x_name == "token":
         return f"{x:,.0f} tokens"
     return f"{x_name} {x:.3g}" if x_name == "learning rate" else f"{x_name} {x:,.0f}"
@@ -303,7 +282,7 @@ def tooltips_json(scale: Scale, texts: Sequence[tuple[float, list[str]]]) -> str
 
 
 def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
-    """An SVG path in a box of 1000 × 1000, cut off a little beyond its upper and lower edge."""
+    """An SVG path in a box of 1000 × 1000, cut off a little above and below it."""
     commands, pen_down = [], False
     for x, y in points:
         if y is not None:
@@ -320,10 +299,9 @@ def _number(value: float) -> str:
 def _dots(
     line: Line, x_scale: Scale, y_scale: Scale, best: float | None, x_name: str
 ) -> list[tuple[str, str, str, str, bool]]:
-    """Dots of a held-out curve; of others only where a value stands between two gaps and has no stroke.
+    """CSS class, x, y, tooltip, and whether there is a ring.
 
-    Returns:
-        For each its CSS class, x, y, tooltip, and whether it has a ring.
+    Held-out curves have a dot at every value; others only where a value between two gaps has no stroke.
     """
     values = [None, *(y for _, y in line.points), None]
     dots = []
@@ -338,14 +316,11 @@ def _dots(
 
 
 MAX_POINTS = 500
-"""A curve with more points is thinned to this number, so that the page stays small."""
+"""Curves are thinned to this number of points, so that pages stay small."""
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """Reduce a curve to at most ``most`` points: means of equally many neighbours, at the x of the last of them.
-
-    Neighbours without any value stay a gap.
-    """
+    """At most ``most`` points: means of equally many neighbours, at the last x of each group. Gaps stay gaps."""
     if len(points) <= most:
         return list(points)
     thinned: list[Point] = []
@@ -359,9 +334,8 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 def running_median(values: Sequence[float]) -> list[float]:
     """Median of each value and two neighbours on either side: single spikes vanish, steps stay where they are.
 
-    The second value and the last but one have one neighbour on either side. The first and last values follow Tukey's
-    end-point rule (Exploratory Data Analysis, 1977, section 7C): the median of the value itself, of the smoothed value
-    next to it, and of the line through the next two smoothed values.
+    The ends follow Tukey's end-point rule (Exploratory Data Analysis, 1977, section 7C): the median of the value, the
+    smoothed value next to it, and the line through the next two smoothed values.
     """
     if len(values) < 3:
         return list(values)
@@ -375,15 +349,10 @@ def running_median(values: Sequence[float]) -> list[float]:
 
 
 def smooth(points: Sequence[Point], width: float) -> list[Point]:
-    """Smooth a curve: lines fitted locally, with Gaussian weights, to its `running_median`.
+    """Smooth a curve: lines fitted locally, with Gaussian weights, to its `running_median`. Gaps stay gaps.
 
-    Inside, where the weights are symmetric, the fit is their weighted mean. At the ends it follows the slope, where a
-    mean would bend a falling curve and a narrower window would end at the last, noisy value. A line fitted to one side
-    varies more, so the weights are twice as wide at the ends.
-
-    Args:
-        points: Evenly spaced in x, but for gaps, which stay gaps.
-        width: Standard deviation of the weights, in points. With 0 the curve is returned unchanged.
+    A line follows the slope at the ends, where a mean would bend the curve. A fit to one side varies more, so the
+    weights are twice as wide there. ``width`` is their standard deviation in points.
     """
     known = [index for index, (_, y) in enumerate(points) if y is not None]
     if width <= 0 or len(known) < 3:
@@ -403,6 +372,6 @@ def smooth(points: Sequence[Point], width: float) -> list[Point]:
 
 
 def loss_curves(losses: Sequence[Point]) -> tuple[list[Point], list[Point]]:
-    """A loss by step, thinned, and the same smoothed. Both are equal for less than ten steps."""
+    """A loss by step, thinned, and the same smoothed; below ten steps both are equal."""
     raw = thin(losses)
     return raw, smooth(raw, width=min(max(len(raw) / 20, 2), 8)) if len(raw) >= 10 else raw

@@ -1,4 +1,4 @@
-"""Compare runs: their figures, the settings in which they differ, and what of them can't be compared."""
+"""Compare runs: their figures, the settings in which they differ, and what can't be compared."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
 MAX_RUNS = 8
-"""Runs that one page has colours for."""
+"""A page has colours for this many runs."""
 
 _IGNORED_SETTINGS = ("training.output_dir", "training.report_to")
 """Settings that do not change what a run computes."""
@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
 
 def score_format(key: str) -> Callable[[float], str]:
-    """How a score is written: exact match as a share, losses with four decimals, others with four digits."""
+    """Exact match is written as a share, losses with four decimals, others with four digits."""
     if key in ("exact_match", "accuracy"):
         return percent
     return "{:.4f}".format if key.startswith("loss") else lambda value: significant(value, 4)
@@ -52,7 +52,7 @@ SCORES = (
     Column("spearman", "Spearman", score_format("spearman")),
 )
 AFTER_TRAINING = [column.key for column in SCORES[4:]]
-"""Scores that are those of after training."""
+"""Scores that were measured after training."""
 COSTS = (
     Column("trainable_parameters", "Trainable parameters", count),
     Column("adapter_bytes", "Adapter", size),
@@ -66,12 +66,12 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side, each under a short name, all different, in the order in which they were named.
+    """Several runs side by side, by unique short names.
 
     Attributes:
-        figures: For each run the keys of `SCORES` and `COSTS`.
-        differing: Setting → its value in each run (None also where a recipe lacks it); only settings that differ.
-        gaps: Sentences on what is missing or can't be compared.
+        figures: for each run the keys of `SCORES` and `COSTS`.
+        differing: setting → its value in each run; only settings that differ.
+        gaps: sentences on what is missing or can't be compared.
     """
 
     runs: dict[str, Run]
@@ -98,7 +98,7 @@ class Comparison:
 
 
 def table(columns: Sequence[Column], figures: dict[str, Figures]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Titles of the columns in which any run has a value, and for each run its label and its cells."""
+    """Titles of the columns in which any run has a value, and the label and cells of each run."""
     shown = [column for column in columns if any(row.get(column.key) is not None for row in figures.values())]
     rows = [
         (label, [text_or_dash(row.get(column.key), column.format) for column in shown])
@@ -108,7 +108,7 @@ def table(columns: Sequence[Column], figures: dict[str, Figures]) -> tuple[list[
 
 
 def require_comparable(number: int) -> None:
-    """Raises InputError where a comparison can't have as many runs."""
+    """Raise InputError for too few or too many runs."""
     if number < 2:
         raise InputError(f"compare takes two runs or more, got {number}.")
     if number > MAX_RUNS:
@@ -116,14 +116,9 @@ def require_comparable(number: int) -> None:
 
 
 def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Comparison:
-    """Read several runs and compare them.
+    """Read runs and compare them, or these ``adapters`` where each run trained several.
 
-    Args:
-        adapters: where the runs trained many: these adapters of each of them are compared.
-
-    Raises:
-        InputError: Fewer than two, too many, the same one twice, a directory that holds no run, or one that trained
-            many adapters of which none is named.
+    InputError: too few or too many runs, one twice, a directory without a run, or several adapters and no name.
     """
     require_comparable(len(paths) * max(1, len(adapters)))
     places = [path.resolve() for path in paths]
@@ -143,7 +138,7 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
 
 
 def compare(runs: dict[str, Run]) -> Comparison:
-    """Compare runs that are read already, each under a name of its own."""
+    """Compare runs that are read already; the keys are their names."""
     figures = {label: run_figures(run) for label, run in runs.items()}
     gaps = [gap for label, run in runs.items() for gap in _gaps_in_files(run, label, figures[label])]
     for sentence, ask in _QUESTIONS.items():
@@ -154,7 +149,6 @@ def compare(runs: dict[str, Run]) -> Comparison:
 
 
 def _label(run: str, adapter: str, runs: int, adapters: int) -> str:
-    """What tells one adapter of one run from the others."""
     if runs == 1:
         return adapter
     return run if adapters == 1 else f"{run}: {adapter}"
@@ -169,7 +163,7 @@ def _labels(places: Sequence[Path]) -> list[str]:
 
 
 def run_figures(run: Run) -> Figures:
-    """The figures of one run under the keys of `SCORES` and `COSTS`."""
+    """The figures of one run, under the keys of `SCORES` and `COSTS`."""
     curve = [(loss, step) for step, loss in run.held_out() if loss is not None]
     loss_lowest, lowest_step = min(curve, default=(None, None))
     loss_after = run.number("result", "eval_after", "loss")
@@ -193,16 +187,12 @@ def run_figures(run: Run) -> Figures:
 
 
 def tokens_by_step(run: Run) -> list[tuple[float, float]]:
-    """(step, input tokens seen up to it) for every recorded step."""
+    """(step, input tokens up to it) for every recorded step."""
     seen = accumulate(get_number(row, "input_tokens") or 0.0 for row in run.train)
     return [(float(row["step"]), tokens) for row, tokens in zip(run.train, seen, strict=True)]
 
 
 def _differing_settings(runs: dict[str, Run]) -> dict[str, list[object]]:
-    """Setting → each run's value, for the settings in which the recipes differ.
-
-    A run without a recipe has None everywhere.
-    """
     trees = [run.settings for run in runs.values()]
     known = [tree for tree in trees if tree]
     return {
@@ -213,7 +203,7 @@ def _differing_settings(runs: dict[str, Run]) -> dict[str, list[object]]:
 
 
 def score_columns(runs: dict[str, Run]) -> list[Column]:
-    """The number of rows and each metric by which ``qvera eval`` scored any run; [] where it scored none."""
+    """The number of rows, and each metric by which ``qvera eval`` scored any of the runs."""
     labels: dict[str, str] = {}
     for run in runs.values():
         labels |= run.evaluation.labels if run.evaluation else {}
@@ -222,13 +212,12 @@ def score_columns(runs: dict[str, Run]) -> list[Column]:
 
 
 def yaml_text(value: object) -> str:
-    """A value of a recipe as YAML writes it, on one line."""
+    """A value as YAML, on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _gaps_in_files(run: Run, label: str, figures: Figures) -> list[str]:
-    """What the files of a run lack."""
     gaps = []
     status = run.text("status")
     if status != "done":
@@ -244,7 +233,7 @@ def _gaps_in_files(run: Run, label: str, figures: Figures) -> list[str]:
 
 
 def _differs(answers: dict[str, str]) -> str:
-    """Each run's answer to one question in words, "" where they agree. A run that has none is left out."""
+    """Each run's answer in words, "" where they agree; runs without an answer are left out."""
     known = {label: answer for label, answer in answers.items() if answer}
     return "; ".join(f"{label}: {answer}" for label, answer in known.items()) if len(set(known.values())) > 1 else ""
 
@@ -262,7 +251,7 @@ _QUESTIONS: dict[str, Callable[[Run], str]] = {
         lambda run: count(run.number("processes", "count") or 0).strip("0")
     ),
 }
-"""What is said where the answers of the runs differ, so that their figures can't be compared."""
+"""If the runs answer one of these differently, their figures can't be compared, and this is said."""
 
 
 def _base(run: Run) -> str:
@@ -271,7 +260,7 @@ def _base(run: Run) -> str:
 
 
 def _last_evaluation(run: Run, key: str) -> str:
-    """How many rows or tokens were evaluated, from run.json or else from metrics.jsonl."""
+    """How many rows or tokens were evaluated, from run.json, else from metrics.jsonl."""
     last = get(run.info, "result", "eval_after") or get(run.info, "result", "eval_before")
     last = last if isinstance(last, dict) else (run.evals[-1] if run.evals else None)
     found = get_number(last, key)
@@ -279,7 +268,7 @@ def _last_evaluation(run: Run, key: str) -> str:
 
 
 def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
-    """Where the runs' eval.json are not of the same inputs, or not made in the same way."""
+    """Says where the eval.json files are of other inputs, or made in other ways."""
     known = {label: run.evaluation for label, run in runs.items() if run.evaluation is not None}
     gaps = []
     if len({each.inputs_sha256 or label for label, each in known.items()}) > 1:

@@ -1,7 +1,4 @@
-"""The HTML pages: `render` for the templates of this directory, and what each page but a run's (`run_page`) shows.
-
-A page is one file: it loads nothing and runs only its own script.
-"""
+"""The HTML pages: `render` for the templates, and what each page shows (for a run see `run_page`)."""
 
 from __future__ import annotations
 
@@ -39,23 +36,23 @@ if TYPE_CHECKING:
     from qvera.data import DataStats, Example
 
 Sample = dict[str, Any]
-"""A prompt with its answers, each cut where it differs from the nearest reference, and its references."""
+"""A prompt with its answers and references; answers are cut where they differ from the nearest reference."""
 
 MAX_ROWS = 500
-"""Rows on the page of an evaluation; all of them are in the predictions file."""
+"""Rows on the page of an evaluation; the predictions file has all."""
 
 _HERE = Path(__file__).parent
 _TOKENS = re.compile(r"\w+|\s+|[^\w\s]")
 _MAX_TOKENS = 2_000
-"""Matching is quadratic. Longer answers are shown unmarked."""
+"""Longer answers are shown without marks, because matching is quadratic."""
 _MIN_RATIO = 0.35
-"""Texts with less in common than this are shown unmarked: marks would cover everything."""
+"""Texts with less in common than this are shown without marks, which would cover everything."""
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @functools.cache
 def environment() -> Environment:
-    """The templates, with autoescape: every text that they print is escaped, also inside attributes."""
+    """The templates, with autoescape on."""
     templates = Environment(
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
@@ -79,14 +76,14 @@ def environment() -> Environment:
 
 
 def _code_spans(text: str) -> Markup:
-    """A sentence as HTML: what stands between backticks is code."""
+    """HTML in which text between backticks is code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def render(template: str | Path, **context: object) -> str:
-    """A whole page, of a template by its name here or of a plug-in's own file.
+    """A whole page, from a template here (by name) or a plug-in's own file.
 
-    What HTML has no place for (control characters, surrogates) becomes U+FFFD.
+    Control characters and surrogates, which HTML can't hold, become U+FFFD.
     """
     if isinstance(template, Path):
         found = environment().from_string(template.read_text(encoding="utf-8"))
@@ -96,11 +93,7 @@ def render(template: str | Path, **context: object) -> str:
 
 
 def answers_page(evaluation: dict[str, Any]) -> str:
-    """The page of ``qvera eval``: scores beside those of the base, and every answer beside base and references.
-
-    Args:
-        evaluation: What ``qvera eval --json`` writes.
-    """
+    """The page of ``qvera eval``; ``evaluation`` is what ``--json`` writes."""
     of_rewards = {"rewards/margins": "Reward margin", "rewards/accuracies": "Reward accuracy"}
     unit = " (nats a token)" if "perplexity" in evaluation["scores"] else ""
     labels = {"loss": f"Loss{unit}", "perplexity": "Perplexity", **of_rewards}
@@ -141,7 +134,6 @@ def _sample(row: dict[str, Any], evaluation: dict[str, Any]) -> Sample:
 
 
 def _judge_facts(judge: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """What a judge found over all rows."""
     if judge is None:
         return []
     facts = [
@@ -158,7 +150,7 @@ def _judge_facts(judge: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """How many rows each metric finds better than the base's answer, the same, and worse."""
+    """For each metric, how many rows are better than the base's answer, the same, and worse."""
     pairs = [(row["base_scores"], row["scores"]) for row in evaluation["answers"] if row.get("base_scores")]
     changes = []
     for metric in evaluation["metrics"] if pairs else ():
@@ -170,7 +162,7 @@ def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def compare_page(comparison: Comparison, **more: object) -> str:
-    """The page of ``qvera compare``: tables and curves of several runs. ``more`` is for the template."""
+    """The page of ``qvera compare``. ``more`` is for the template."""
     tables = {
         "Scores on held-out rows": table(SCORES, comparison.figures),
         "Scores by qvera eval": table(score_columns(comparison.runs), comparison.score_figures),
@@ -181,7 +173,7 @@ def compare_page(comparison: Comparison, **more: object) -> str:
 
 
 def _loss_chart(comparison: Comparison, held_out: bool, unit: str) -> Chart | None:
-    """Losses of all runs over steps, or over the tokens that each had seen by then."""
+    """Losses of all runs over steps, or over tokens seen."""
     lines = []
     for colour, (label, run) in enumerate(comparison.runs.items(), start=1):
         points = run.held_out() if held_out else loss_curves(series(run.train, "loss"))[1]
@@ -206,15 +198,11 @@ def preview_page(
 ) -> str:
     """The page of ``qvera preview``: counts, lengths, and ``rows`` token by token with the trained ones marked.
 
-    Args:
-        title: The recipe's name.
-        source: Where the data comes from.
-        warnings: What a person should know about the data, a sentence each.
-        decode: Token ids → text, special tokens included. Images are shown small.
+    ``warnings`` are a sentence each. ``decode`` keeps special tokens.
     """
 
     def stretches(row: Example) -> list[tuple[str, bool]]:
-        """The row as stretches of text, each with whether its tokens are trained."""
+        """Parts of the text, and whether their tokens are trained."""
         edges = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.input_ids)]
         return [(decode(row.input_ids[start:end].tolist()), bool(row.trained[start])) for start, end in pairwise(edges)]
 
@@ -242,7 +230,7 @@ def preview_page(
 
 
 class DiffSpan(NamedTuple):
-    """A stretch of an answer: its text ("" where words are missing), and what the other text has in its place."""
+    """A part of an answer ("" where words are missing), and what the other text has in its place."""
 
     text: str
     differs: bool = False
@@ -250,11 +238,9 @@ class DiffSpan(NamedTuple):
 
 
 def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]], references: Sequence[str]) -> Sample:
-    """Compare the answers to one prompt, for the macro `sample` of templates/parts.html.
+    """Compare the answers (who, answer, note) to one prompt, for the macro `sample` of templates/parts.html.
 
-    Args:
-        answers: Who gave it, the answer, and a note below it. It is compared with the reference that it shares the most
-            words with; without any, with the first answer.
+    Each is compared with the reference that shares the most words with it, or without any with the first answer.
     """
     shown = []
     for name, answer, note in answers:
@@ -267,10 +253,7 @@ def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]]
 
 
 def word_diff(answer: str, other: str) -> list[DiffSpan]:
-    """Cut ``answer`` into spans that ``other`` has too and spans that it does not have.
-
-    The texts of the spans joined are ``answer``. Texts with little in common come back as one unmarked span.
-    """
+    """Cut ``answer`` into spans that ``other`` has and has not; one span if the texts have little in common."""
     left, right = _TOKENS.findall(answer), _TOKENS.findall(other)
     plain = [DiffSpan(answer)]
     if not left or not right or max(len(left), len(right)) > _MAX_TOKENS:
@@ -295,7 +278,6 @@ def _nearest(answer: str, references: Sequence[str]) -> str:
 
 
 def _verdict(answer: str, references: Sequence[str], equal: Sequence[str]) -> str:
-    """The comparison in words, or ""."""
     if not answer.strip():
         return "empty"
     if not references:

@@ -22,15 +22,15 @@ from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
 Point = tuple[float, float | None]
-"""x (a step, say) and y. A y of None is a gap in the curve."""
+"""x (such as a step) and y; None is a gap in the curve."""
 
 RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
-"""A directory that holds one of these holds a run."""
+"""A run directory has at least one of these."""
 _MAX_STEP = 1e12
 
 
 def get(tree: object, *keys: str) -> object:
-    """``tree[key1][key2]...``, or None where a level is missing or not a mapping."""
+    """``tree[key1][key2]...``; None where a level is missing or not a mapping."""
     for key in keys:
         if not isinstance(tree, dict):
             return None
@@ -39,7 +39,7 @@ def get(tree: object, *keys: str) -> object:
 
 
 def get_number(tree: object, *keys: str) -> float | None:
-    """The number at ``keys``, or None: missing, text, a bool, NaN, or beyond 1e100 (an axis would overflow)."""
+    """None for a missing value, text, a bool, NaN, or more than 1e100 (an axis would overflow)."""
     value = get(tree, *keys)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -47,7 +47,7 @@ def get_number(tree: object, *keys: str) -> float | None:
 
 
 def get_text(tree: object, *keys: str) -> str:
-    """The value at ``keys`` as text that can be printed (JSON can hold half a character); "" where there is none."""
+    """Printable text, because JSON can hold half a character; "" where there is none."""
     value = get(tree, *keys)
     return "" if value is None or isinstance(value, dict | list) else str(value).encode(errors="replace").decode()
 
@@ -59,10 +59,10 @@ def series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a run's answers, as ``qvera eval RUN --json RUN/eval.json`` writes them; "" for what it does not say.
+    """Scores of a run's answers, from ``qvera eval RUN --json RUN/eval.json``; "" for what the file does not say.
 
-    Scores, labels (for people) and signatures (how each was computed) are by metric, under the keys of the file's
-    ``scores``. ``data`` says where the rows are from, ``column`` what was evaluated: Adapter, Export or Model.
+    Scores, labels and signatures (how each was computed) have the keys of the file's ``scores``. ``column`` says what
+    was evaluated: Adapter, Export or Model.
     """
 
     scores: dict[str, float]
@@ -77,17 +77,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run directory.
+    """The files of a run directory; {} or "" for a missing one.
 
     Attributes:
-        info: run.json, or an empty mapping.
-        recipe_text: recipe.yaml as it is, or "".
-        recipe: recipe.yaml parsed, or an empty mapping.
-        train: Rows of kind "train" in metrics.jsonl, by rising step, each step once.
-        evals: Rows of kind "eval", likewise.
+        info: run.json.
+        recipe_text: recipe.yaml as it is.
+        train: rows of kind "train" in metrics.jsonl, by rising step, each step once.
+        evals: rows of kind "eval", likewise.
         evaluation: eval.json, where it was asked for and exists.
-        notes: What could not be read, in sentences for the reader of the page.
-        recorded: Totals of all steps, under the keys of ``totals``, where ``train`` has only some of them.
+        notes: sentences about what could not be read.
+        recorded: `totals` of all steps, where ``train`` has only some of them.
     """
 
     name: str
@@ -110,23 +109,23 @@ class Run:
         return get_text(self.info, *keys)
 
     def setting(self, section: str, key: str) -> str:
-        """A setting as run.json has it, or else the recipe."""
+        """From run.json, else from the recipe."""
         return self.text(section, key) or get_text(self.recipe, section, key)
 
     @property
     def settings(self) -> dict[str, object]:
-        """``section.key`` → value; keys that a recipe of an older qvera lacks have their defaults. {} without one."""
+        """``section.key`` → value, with defaults for what an older recipe lacks; {} without a recipe."""
         return _defaults() | _flat_settings(self.recipe) if self.recipe else {}
 
     def values(self, key: str) -> list[float]:
-        """The finite values of every training step."""
+        """The finite values of all training steps."""
         return [value for _, value in series(self.train, key) if value is not None]
 
     @functools.cached_property
     def totals(self) -> dict[str, float | None]:
-        """Steps, seconds in them, input tokens per second, and peak memory (on a CPU, that private to the process).
+        """Steps, their seconds, input tokens per second, and peak memory (on a CPU, that private to the process).
 
-        From run.json's result, or from metrics.jsonl where that has none (a killed run).
+        A killed run has no result in run.json; its totals are from metrics.jsonl.
         """
         seconds, tokens = sum(self.values("step_seconds")), sum(self.values("input_tokens"))
         measured = self.recorded or {
@@ -140,7 +139,7 @@ class Run:
 
     @property
     def mapped_bytes(self) -> float:
-        """Memory-mapped weights, which come on top of the peak on a CPU."""
+        """Memory-mapped weights; on a CPU they come on top of the peak."""
         return self.number("result", "mapped_bytes") or self.number("plan", "measured", "mapped_bytes") or 0.0
 
     @property
@@ -149,7 +148,7 @@ class Run:
         return self.number("adapter", "file_bytes") or self.adapter_file_bytes
 
     def held_out(self, key: str = "loss") -> list[Point]:
-        """A held-out score by step, from metrics.jsonl and, before and after training, from run.json."""
+        """A held-out score by step, from metrics.jsonl, and from run.json before and after training."""
         points = dict(series(self.evals, key))
         before, after = (self.number("result", when, key) for when in ("eval_before", "eval_after"))
         if before is not None:
@@ -164,7 +163,7 @@ class Run:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest held-out loss: run.json's, else the lowest in metrics.jsonl (of two or more)."""
+        """The step with the lowest held-out loss: from run.json, else from metrics.jsonl (two values or more)."""
         best = self.number("result", "best_step")
         if best is not None and 0 <= best < _MAX_STEP:
             return int(best)
@@ -186,10 +185,7 @@ def _defaults() -> dict[str, object]:
 
 
 def changed_settings(recipe: dict[str, object]) -> dict[str, object]:
-    """``section.key`` → value of each setting of an effective recipe that is not the default, in the recipe's order.
-
-    A key that this version does not know counts as changed: the recipe may be a later version's.
-    """
+    """Settings that are not the defaults. Unknown keys count, because a later version may have written the recipe."""
     defaults = _defaults()
     settings = _flat_settings(recipe)
     return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
@@ -201,7 +197,7 @@ def score_key(name: str) -> str:
 
 
 def inputs_sha256(answers: Sequence[object]) -> str:
-    """Short SHA-256 over prompts and references of an evaluation's rows, in any order."""
+    """Short SHA-256 over prompts and references, in any order."""
     inputs = sorted(json.dumps([get(row, "prompt"), get(row, "references")]) for row in answers)
     return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
 
@@ -209,8 +205,7 @@ def inputs_sha256(answers: Sequence[object]) -> str:
 def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = True) -> Run:
     """Read what ``qvera train`` has written so far; eval.json, which can be large, only where asked for.
 
-    Raises:
-        InputError: There is no such directory, or no run has written to it.
+    InputError: the directory does not exist, or holds no run.
     """
     root = Path(run_dir)
     if not root.is_dir():
@@ -265,7 +260,7 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation | None:
-    """The scores in ``path``, of the adapter file ``weights``; None where it has none. ``notes`` gets what is wrong."""
+    """The scores in ``path`` for the adapter file ``weights``; None without any. Problems go into ``notes``."""
     if not path.exists():  # most runs have none, and lack nothing
         return None
     tree = _read_object(path, "what `qvera eval --json` writes", notes, keys=("subject", "metrics"))
@@ -311,7 +306,7 @@ def _adapter_doubts(about: object, path: Path, weights: Path) -> list[str]:
 
 
 def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None:
-    """A line of metrics.jsonl that says in one of ``places`` (``step``, say) where it belongs; None for another."""
+    """A line of metrics.jsonl; None where it is broken, or has no number under any of ``places`` (such as ``step``)."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -321,10 +316,7 @@ def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None
 
 
 def read_rows(path: Path, places: Sequence[str], notes: list[str], containing: str = "") -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that `parse_row` can read, one after the other.
-
-    Then ``notes`` says what could not be read. Lines without the text ``containing`` are passed over.
-    """
+    """The readable lines of metrics.jsonl that contain ``containing``. Then ``notes`` says what was not readable."""
     unreadable: list[int] = []
     number, line = 0, "\n"
     try:
@@ -356,18 +348,17 @@ def not_finite_notes(train: Sequence[dict[str, Any]]) -> list[str]:
 
 
 _STATUS_TEXTS = {"stopped_early": "stopped early", "not_finite": "not finite", "no_rows": "no rows"}
-"""A status of run.json → how people read it, where that differs."""
+"""Status in run.json → what people read, where that differs."""
 _ENTRY_NUMBERS = ("rows", "eval_rows", "steps", "best_step", "train_loss_first", "train_loss_last")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterEntry:
-    """One adapter of a run that trained many, as run.json has it; None for a number that it does not say.
+    """One adapter of a run that trained several, from run.json; None for a number that is not known.
 
     Attributes:
-        name: as the data has it.
-        directory: of its files in ``adapters/``, and of its page; "" where it has none.
-        status: of run.json; "" for one that has not finished.
+        directory: in ``adapters/``, and the name of its page; "" where it has none.
+        status: "" for one that has not finished.
         flags: what a person should look at, in words.
         tree: the whole entry of run.json.
     """
@@ -393,7 +384,7 @@ class AdapterEntry:
 
     @property
     def ended_badly(self) -> bool:
-        """Whether there is nothing of it that could be used."""
+        """Whether nothing of it can be used."""
         return self.status in ("not_finite", "no_rows")
 
     @property
@@ -403,14 +394,14 @@ class AdapterEntry:
 
 
 def entries_of(info: object) -> list[AdapterEntry]:
-    """The adapters of a run.json, in its order; what is no adapter is left out."""
+    """The adapters of a run.json, in its order; broken entries are left out."""
     listed = get(info, "adapters")
     entries = []
     for tree in listed if isinstance(listed, list) else ():
         name, directory, flags = get_text(tree, "name"), get_text(tree, "directory"), get(tree, "flags")
         if not name:
             continue
-        # run.json may come from anywhere: a directory that leads elsewhere is none
+        # run.json may come from anywhere, so a path that leads elsewhere is dropped
         is_plain = directory == Path(directory).name and not directory.startswith(".")
         entries.append(
             AdapterEntry(
@@ -434,19 +425,19 @@ _CURVE_KEYS = {
 
 
 class AdapterCurve:
-    """The numbers of one adapter's lines in metrics.jsonl, which may have a million lines in all; NaN: not known."""
+    """One adapter's numbers in metrics.jsonl, packed because it may have a million lines; NaN: not known."""
 
     def __init__(self) -> None:
         self._values = {kind: array("d") for kind in _CURVE_KEYS}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep what `rows` gives back of a line."""
+        """Keep the numbers of a line."""
         if (kind := get_text(row, "kind")) in _CURVE_KEYS:
             numbers = (get_number(row, key) for key in _CURVE_KEYS[kind])
             self._values[kind].extend(math.nan if number is None else number for number in numbers)
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        """Training steps or evaluations by rising step, each step once: the last one that was written."""
+        """Rows of kind "train" or "eval" by rising step; of a repeated step, the last one."""
         values, keys = self._values[kind], _CURVE_KEYS[kind]
         by_step: dict[int, dict[str, Any]] = {}
         for start in range(0, len(values), len(keys)):
@@ -457,12 +448,11 @@ class AdapterCurve:
 
 @dataclass(frozen=True)
 class ManyRun:
-    """A run that trained many adapters.
+    """A run that trained several adapters, with their curves by name.
 
     Attributes:
-        run: the files of the run as a whole. Its steps are the rounds of the first process, each once.
-        entries: its adapters, in the order of the data. Of a run that was killed, those that have begun.
-        curves: by name of the adapter.
+        run: the run as a whole; its steps are the rounds of the first process.
+        entries: in the order of the data. Of a killed run, the adapters that have begun.
     """
 
     run: Run
@@ -482,19 +472,15 @@ class ManyRun:
 
 
 def trained_many(info: object, recipe: object) -> bool:
-    """Whether a run trained many adapters, as its run.json or its recipe says."""
+    """Whether a run trained several adapters."""
     named = get_text(recipe, "data", "adapter_column") or get(recipe, "data", "adapter_files") is True
     return bool(named) or isinstance(get(info, "adapters"), list)
 
 
 def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
-    """Read what ``qvera train`` has written so far of a run of many adapters.
+    """Read a run of several adapters so far. ``only``: read the curve of this adapter alone, and no rounds.
 
-    Args:
-        only: keep the curve of this adapter alone, and no rounds.
-
-    Raises:
-        InputError: there is no such directory, or no run has written to it.
+    InputError: the directory does not exist, or holds no run.
     """
     root = Path(run_dir)
     run = read_run(root, metrics=False)
@@ -517,10 +503,9 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
 
 
 def read_adapter(run_dir: Path, name: str) -> Run:
-    """One adapter of a run that trained many, as a run of its own, with the scores of an eval.json in its directory.
+    """One adapter of a run as a run of its own, with the scores of its eval.json.
 
-    Raises:
-        InputError: there is no such run, or it trained no adapter of this name.
+    InputError: the run does not exist, or has no adapter of this name.
     """
     many = read_many(run_dir, only=name)
     entry = next((entry for entry in many.entries if entry.name == name), None)
@@ -535,7 +520,7 @@ def read_adapter(run_dir: Path, name: str) -> Run:
 
 
 def round_as_step(row: dict[str, Any]) -> dict[str, Any]:
-    """A line of a round with the keys of one of a step, by which `Run.totals` counts."""
+    """A line of a round, with the keys of a step that `Run.totals` needs."""
     seconds, speed = get_number(row, "step_seconds"), get_number(row, "tokens_per_second")
     tokens = None if seconds is None or speed is None else seconds * speed
     return {**row, "step": row["round"], "input_tokens": tokens}

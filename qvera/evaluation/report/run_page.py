@@ -1,4 +1,4 @@
-"""The pages of a run in its directory: report.html, and report/NAME.html for each of many adapters."""
+"""The pages of a run: report.html, and report/NAME.html for each of several adapters."""
 
 from __future__ import annotations
 
@@ -54,26 +54,24 @@ _HEADLINES = (
     ("pearson", "Pearson correlation", significant),
     ("loss", "Loss", significant),
 )
-"""Scores by which a run is known, the first that it has."""
+"""Scores for the headline; the first that a run has is shown."""
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
 _PAGES = "report"
 """The directory of the adapters' pages, beside report.html."""
 _OVERVIEW_ADAPTERS = 10
-"""Below this number the table shows at a glance what a curve over adapters would."""
+"""With fewer adapters, the table shows at a glance what a curve would."""
 _SHOWN_NAMES = 5
-"""The notice of a flag names at most this many adapters; the table has all."""
+"""A notice names at most this many adapters; the table has all."""
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run directory and return its path.
+    """Write ``report.html`` into a run directory and return its path; for several adapters also a page each.
 
-    Reads recipe.yaml, metrics.jsonl and run.json. Each may be missing or cut off: a killed run has a report too, which
-    says what could not be read. The page replaces an older one in one rename. Where a run trained many adapters, there
-    is also a page for each of them, in ``report/``.
+    recipe.yaml, metrics.jsonl and run.json may be missing or cut off: a killed run has a report too.
 
     Raises:
-        InputError: The directory does not exist, or holds none of the three files.
-        RunFailed: A page could not be written (a full disk, no permission). The run's own files are untouched.
+        InputError: the directory does not exist, or holds none of the three files.
+        RunFailed: a page could not be written.
     """
     root = Path(run_dir)
     run, target = read_run(root, metrics=False), root / "report.html"
@@ -93,7 +91,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _is_newer(page: Path, weights: Path) -> bool:
-    """Whether a page is of these vectors: then an interrupted run of ten thousand does not write it again."""
+    """Whether a page is newer than the vectors. An interrupted run of ten thousand adapters need not write it again."""
     try:
         return page.stat().st_mtime_ns > weights.stat().st_mtime_ns
     except OSError:
@@ -101,13 +99,12 @@ def _is_newer(page: Path, weights: Path) -> bool:
 
 
 def run_page(run: Run, **more: object) -> str:
-    """The page as HTML, sections in the order that a reader wants. ``more`` is for the template."""
+    """The page of a run as HTML. ``more`` is for the template."""
     charts = [*_reward_charts(run), *_small_charts(run)]
     return render("run.html", score=_score(run), loss_chart=_loss_chart(run), charts=charts, **_context(run), **more)
 
 
 def _context(run: Run) -> dict[str, Any]:
-    """What the page of any run shows beside its scores and curves."""
     # the peak of the tile and the mapped weights, which the plan counts too: the page has one measured peak only
     planned = run.number("plan", "measured", "total_bytes") is not None
     peak_bytes = run.totals["peak_bytes"]
@@ -131,7 +128,6 @@ def _context(run: Run) -> dict[str, Any]:
 
 
 def _numbers(values: object) -> list[float]:
-    """A list of finite numbers; [] for anything else."""
     numbers = [get_number(value) for value in values] if isinstance(values, list) else []
     return [] if None in numbers else [value for value in numbers if value is not None]
 
@@ -164,7 +160,6 @@ def _score(run: Run) -> tuple[str, str, str] | None:
 
 
 def _loss_chart(run: Run) -> Chart | None:
-    """Training loss, every step faint and smoothed, with held-out loss on it."""
     raw, smoothed = loss_curves(series(run.train, "loss"))
     lines = [Line("training loss" + _thinned(run), raw, "main" if smoothed is raw else "faint")]
     if smoothed is not raw:
@@ -181,7 +176,7 @@ def _loss_chart(run: Run) -> Chart | None:
 
 
 def _thinned(run: Run) -> str:
-    """What the label of a curve adds where its points are means."""
+    """Added to the label of a curve whose points are means."""
     steps = -(-len(run.train) // MAX_POINTS)
     return f", means of {steps} steps" if steps > 1 else ""
 
@@ -189,7 +184,6 @@ def _thinned(run: Run) -> str:
 def _line(
     rows: Sequence[dict[str, Any]], label: str, key: str, text: Callable[[float], str], style: Any = "main"
 ) -> Line:
-    """One number of every step or round."""
     return Line(label, thin(series(rows, key)), style, text)
 
 
@@ -203,7 +197,6 @@ def _rate_and_norm(run: Run) -> list[Chart | None]:
 
 
 def _speed_and_memory(lines: Sequence[Line], x_name: str) -> list[Chart | None]:
-    """Charts of tokens a second, and of memory in use and its peak."""
     speed, *memory = lines
     legend = [(line.style, line.label) for line in memory]
     return [
@@ -213,7 +206,6 @@ def _speed_and_memory(lines: Sequence[Line], x_name: str) -> list[Chart | None]:
 
 
 def _small_charts(run: Run) -> list[Chart]:
-    """Learning rate, gradient norm, throughput and memory, as far as the run recorded them."""
     speed = _line(run.train, "tokens/s" + _thinned(run), "tokens_per_second", count)
     memory = [
         _line(run.train, "in use" + _thinned(run), "memory_bytes", size),
@@ -224,7 +216,7 @@ def _small_charts(run: Run) -> list[Chart]:
 
 
 def _reward_charts(run: Run) -> list[Chart]:
-    """Of a run on preferences: rewards of chosen and rejected answers, the margin between them, and accuracy."""
+    """For a run on preferences: margin, rewards and accuracy."""
     rows = run.train
     margin = [_line(rows, "margin", _MARGIN, significant), Line("held-out margin", run.held_out(_MARGIN), "held-out")]
     rewards = [
@@ -247,7 +239,6 @@ def _reward_charts(run: Run) -> list[Chart]:
 
 
 def _memory_chart(run: Run, measured_bytes: float | None) -> Chart | None:
-    """Bars of the planned memory by moment with a line at the measured peak."""
     moments = get(run.info, "plan", "memory", "moments")
     rows: dict[str, list[tuple[str, str, float]]] = {}
     for name, parts in moments.items() if isinstance(moments, dict) else ():
@@ -288,13 +279,7 @@ def many_page(
     href: Callable[[AdapterEntry], str] = _href,
     **more: object,
 ) -> str:
-    """The page of a run of many adapters as HTML, with a table of all.
-
-    Args:
-        shown: the adapters that the table has; None: all of them.
-        href: where the page of an adapter is.
-        more: for the template.
-    """
+    """The page of a run of several adapters. ``shown``: those in the table; ``more`` is for the template."""
     run, entries = many.run, many.entries
     scored = any(entry.loss_before is not None or entry.loss_after is not None for entry in entries)
     losses = sorted(  # of the adapters that have a held-out loss both before and after training
@@ -328,7 +313,7 @@ def many_page(
 
 
 def _cells(entry: AdapterEntry, scored: bool) -> list[str]:
-    """The numbers of an adapter's row, exactly or with four digits, so that a browser can sort by them."""
+    """Numbers exactly or with four digits, so that a browser can sort by them."""
     counts = [text_or_dash(value, "{:,.0f}".format) for value in (entry.rows, entry.eval_rows, entry.steps)]
     losses = [entry.loss_before, entry.loss_after] if scored else []
     losses += [entry.train_loss_first, entry.train_loss_last]
@@ -336,7 +321,7 @@ def _cells(entry: AdapterEntry, scored: bool) -> list[str]:
 
 
 def _overview(losses: Sequence[tuple[float, float]]) -> Chart | None:
-    """Held-out losses after and before training, adapters from the lowest to the highest; None for a few of them."""
+    """Held-out losses before and after training, adapters sorted by loss; None for a few adapters."""
     if len(losses) < _OVERVIEW_ADAPTERS:
         return None
     after, before = ([(float(place), loss) for place, loss in enumerate(side, 1)] for side in zip(*losses, strict=True))
@@ -347,7 +332,6 @@ def _overview(losses: Sequence[tuple[float, float]]) -> Chart | None:
 
 
 def _round_charts(rounds: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Adapters in flight, rows, throughput and memory by round, as far as the run recorded them."""
     lines = [
         _line(rounds, "tokens/s", "tokens_per_second", count),
         _line(rounds, "in use", "memory_bytes", size),
@@ -363,7 +347,7 @@ def _round_charts(rounds: Sequence[dict[str, Any]]) -> list[Chart]:
 
 
 def adapter_page(many: ManyRun, entry: AdapterEntry, run_href: str = "../report.html", **more: object) -> str:
-    """The page of one adapter as HTML. ``run_href`` leads to the run; ``more`` is for the template."""
+    """The page of one adapter. ``run_href`` leads to the run; ``more`` is for the template."""
     run = many.adapter_run(entry)
     reason = get_text(entry.tree, "reason")
     sentences = [*entry.flags, *([f"stopped: {reason}"] if reason else [])]

@@ -1,7 +1,6 @@
-"""The model classes that are written as GGUF: how llama.cpp names their tensors and settings, and orders q and k.
+"""The models that are written as GGUF: llama.cpp's names of tensors and settings, and its order of q and k.
 
-What is written equals what llama.cpp's ``convert_hf_to_gguf.py`` writes for the same checkpoint. Whatever a config says
-that llama.cpp can't be told, and decides in its own way, is refused by name.
+The result equals that of llama.cpp's ``convert_hf_to_gguf.py``. Settings that llama.cpp would ignore are refused.
 """
 
 from __future__ import annotations
@@ -34,17 +33,15 @@ def _no_settings(config: PretrainedConfig, writer: GGUFWriter) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp holds the models of one class of transformers.
+    """How llama.cpp holds the models of one transformers class.
 
     Attributes:
-        name: llama.cpp's name of the architecture.
-        paired: q and k have the rows of a head as pairs (Llama's first release).
-        adds_one: its norms multiply by 1 + weight, and llama.cpp's by the weight.
-        activation: of its MLP, the only one that llama.cpp has for it.
-        rope_types: that were compared.
-        slides: llama.cpp knows its sliding attention. Where it does not, a context is no longer than the window.
-        difference: a config → what it has otherwise than llama.cpp; None: nothing.
-        add_settings: writes the settings that this architecture has beside the usual ones.
+        paired: the rows of a head of q and k are in pairs (Llama's first release).
+        adds_one: transformers multiplies norms by 1 + weight, and llama.cpp by the weight.
+        activation: of the MLP; llama.cpp has no other for it.
+        rope_types: those that were compared.
+        slides: llama.cpp has its sliding attention. Otherwise the context is limited to the window.
+        difference: config → what llama.cpp would do otherwise; None: nothing.
     """
 
     name: str
@@ -78,7 +75,7 @@ def _smollm3_difference(config: PretrainedConfig) -> str | None:
 
 
 def _sliding_difference(config: PretrainedConfig, every: int, largest: int) -> str | None:
-    """Of Gemma 2 and 3, whose sliding layers and attention's scale llama.cpp knows by the number of layers alone."""
+    """For Gemma 2 and 3: llama.cpp derives sliding layers and attention scale from the number of layers."""
     layers = [("full" if (n + 1) % every == 0 else "sliding") + "_attention" for n in range(config.num_hidden_layers)]
     if list(config.layer_types) != layers:
         return f"layer_types {config.layer_types}"
@@ -131,7 +128,7 @@ def _of_phi3(config: PretrainedConfig, writer: GGUFWriter) -> None:
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Numbers of a head of queries."""
+    """Elements of a head of queries."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -154,25 +151,18 @@ FAMILIES = {
         difference=_gemma3_difference, add_settings=_of_gemma3,
     ),
 }  # fmt: skip
-"""Those whose files a test has loaded in llama.cpp and compared with transformers."""
+"""A test has loaded files of each in llama.cpp and compared it with transformers."""
 FAMILIES["Gemma3ForConditionalGeneration"] = FAMILIES["Gemma3ForCausalLM"]  # its text model alone
 
 
 _NOT_WRITTEN = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.")
 _TEXT_MODEL = re.compile(r"(^|\.)language_model\.")
-"""The part of a model of images and text that is written."""
+"""Only this part of a model of images and text is written."""
 _PAIRED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
 
 
 class GgufArchitecture:
-    """The layout of one model.
-
-    Attributes:
-        name: llama.cpp's name of the architecture.
-
-    Raises:
-        InputError: the architecture, or one of its settings, is none that has been compared with llama.cpp.
-    """
+    """The layout of one model. InputError: the architecture or a setting was never compared with llama.cpp."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         written = (config.architectures or ["?"])[0]
@@ -196,11 +186,7 @@ class GgufArchitecture:
         self._names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
 
     def tensor_name(self, name: str) -> str | None:
-        """llama.cpp's name of the checkpoint's tensor ``name``; None for one that it computes itself.
-
-        Raises:
-            InputError: it has no name for it.
-        """
+        """llama.cpp's name of a tensor; None for one that it computes itself. InputError: it has none."""
         if _NOT_WRITTEN.search(name):
             return None
         text_name = _TEXT_MODEL.sub(r"\1", name)
@@ -210,16 +196,16 @@ class GgufArchitecture:
         return found
 
     def is_paired(self, name: str) -> bool:
-        """Whether the rows of ``name`` change places (`paired_rows`)."""
+        """Whether its rows change places (`paired_rows`)."""
         return self.family.paired and _PAIRED.search(name) is not None
 
     def shifted(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of ``name`` as llama.cpp multiplies by them: a norm that adds one to its weight has it added."""
+        """The rows, plus 1 for a norm that adds one to its weight."""
         is_norm = self.family.adds_one and name.endswith("norm.weight")
         return rows.float() + 1 if is_norm else rows
 
     def paired_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """All rows of q or k, in llama.cpp's order: element i of each head beside element i + half of it."""
+        """All rows of q or k in llama.cpp's order: element i of a head beside element i + half."""
         found = _PAIRED.search(name)
         assert found is not None
         heads = self.config.num_attention_heads if found[1] == "q" else self.config.num_key_value_heads
@@ -227,7 +213,7 @@ class GgufArchitecture:
         return halves.transpose(1, 2).reshape(rows.shape)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors that no checkpoint has: the factors by which Llama 3.1 and Phi-3 divide their rotary frequencies."""
+        """Factors by which Llama 3.1 and Phi-3 divide rotary frequencies; checkpoints do not have them."""
         if self.rope.get("rope_type") == "longrope":
             return {
                 f"rope_factors_{kind}.weight": torch.tensor(self.rope[f"{kind}_factor"]) for kind in ("long", "short")

@@ -1,6 +1,6 @@
-"""GGUF files, which llama.cpp and Ollama read: a merged model, or an adapter as a LoRA.
+"""GGUF files for llama.cpp and Ollama: a merged model, or an adapter as a LoRA.
 
-They may be larger than memory: header and settings by the gguf package, then the tensors' rows as they come.
+They may be larger than memory: the gguf package writes header and settings, and rows follow as they come.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 
 
 class GgufTensor(NamedTuple):
-    """A tensor of a GGUF file: its name, its shape as PyTorch has it, and GGUF's name of its type."""
+    """Name, PyTorch's shape, and GGUF's name of the type."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,23 +55,20 @@ class GgufTensor(NamedTuple):
 
 
 def tensor_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """The type of a tensor in a file of type ``wanted``, as llama.cpp's converter chooses it.
-
-    Norms and biases stay F32. Rows that are no whole number of a quantized type's blocks are F16.
-    """
+    """The type of a tensor in a file of type ``wanted``, as llama.cpp's converter chooses it."""
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return "F32"
     return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
 
 
 def require_gguf() -> None:
-    """Raises InputError where the gguf package is not installed."""
+    """Raise InputError where the gguf package is missing."""
     if find_spec("gguf") is None:
         raise InputError("--to gguf: needs the gguf package: pip install 'qvera[gguf]'.")
 
 
 def new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWriter:
-    """A writer with the settings that every file has; ``facts`` are written under ``qvera.``."""
+    """A writer with the settings of every file; ``facts`` are written under ``qvera.``."""
     import gguf
 
     writer = gguf.GGUFWriter(None, architecture)
@@ -83,10 +80,7 @@ def new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWrite
 
 
 def write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], blocks: Iterator[torch.Tensor]) -> str:
-    """Write the file; returns its SHA-256.
-
-    ``blocks`` are the rows of ``tensors``, all of the first, then all of the second; a block has rows of one tensor.
-    """
+    """Write the file and return its SHA-256. ``blocks`` are rows of ``tensors`` in order, each of one tensor."""
     import gguf
 
     for tensor in tensors:
@@ -130,18 +124,12 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write model-TYPE.gguf, a Modelfile for Ollama and the certificate to ``out``; returns the certificate.
 
-    Args:
-        section: the base that the adapter was trained on.
-        options: base (original or dequantized); its dtype is not read.
-        dtype: a key of `TYPES`; ``q8_0`` is rounded from float32.
-        chat_template: the template that was trained with.
-        system: the system prompt for the Modelfile.
-        progress: called with (tensors done, tensors in all, tensor name).
+    ``dtype`` is a key of `TYPES`; ``q8_0`` is rounded from float32. Of ``options``, the dtype is not read.
 
     Raises:
-        InputError: the gguf package is missing; llama.cpp is not known to load this model or its tokenizer; adapter and
-            base do not fit; or ``out`` holds something else.
-        RunFailed: a merged weight would be NaN, Inf, or out of the type's range; or the disk is full.
+        InputError: the gguf package is missing, llama.cpp can't load the model, adapter and base do not fit, or ``out``
+            is not empty.
+        RunFailed: a merged weight is NaN, Inf, or out of the type's range, or the disk is full.
         Interrupted: SIGINT or SIGTERM came. Nothing is kept.
     """
     require_gguf()
@@ -171,7 +159,7 @@ def export_gguf(
     count = len(tensors) - len(extra)
 
     def rows_of(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
-        """The rows alone, in llama.cpp's order; q and k come whole."""
+        """Rows in llama.cpp's order; q and k come whole."""
         parts: list[torch.Tensor] = []
         done = 0
         for block, rows, _ in results:
@@ -199,7 +187,7 @@ def export_gguf(
             ):
                 rows = rows_of(results)
                 sha256 = write_gguf(file, writer, tensors, itertools.chain(extra.values(), rows))
-                for _ in rows:  # what is left to read is only hashed
+                for _ in rows:  # the rest of the files is only read for its hash
                     raise RuntimeError("the file was planned without some of the tensors")
         except KeyboardInterrupt:
             raise Interrupted(stopped.format("Ctrl-C")) from None
@@ -228,17 +216,10 @@ def export_gguf_lora(
 ) -> int:
     """Write adapter-TYPE.gguf, a Modelfile for Ollama and a certificate to ``out``; returns the bytes of the first.
 
-    llama.cpp adds alpha / r B A. Alpha is the largest rank; the B of a layer of smaller rank is scaled to it.
+    llama.cpp adds alpha / r B A. Alpha is the largest rank, and B of a layer of smaller rank is scaled to it.
+    ``factors``: layer → A [r, n] and B [m, r], by default the adapter's own.
 
-    Args:
-        dtype: a key of `TYPES`.
-        factors: A [r, n] and B [m, r] by layer, by default the adapter's own.
-        chat_template, system: as in `export_gguf`.
-
-    Raises:
-        InputError: the gguf package is missing; llama.cpp is not known to load this model, or its LoRA has no place for
-            this adapter; or ``out`` holds something.
-        RunFailed: the disk is full.
+    InputError and RunFailed: as `export_gguf`, and for a magnitude, which llama.cpp's LoRA does not have.
     """
     require_gguf()
     if adapter.magnitude:

@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: which GGUF files, the chat template in Ollama's language, and where an answer ends.
+"""Ollama's Modelfile: GGUF files, the chat template, and where an answer ends.
 
 Format: github.com/ollama/ollama, docs/modelfile.md. Its templates are Go's text/template; ``.Messages`` has all turns.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOOP = "{{- range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-"""Every turn. An answer that is the last turn is left open: Ollama lets the model go on with it."""
+"""Every turn. An answer that is the last turn is left open, because Ollama lets the model continue it."""
 _OPEN = '{{ if not (and $last (eq $m.Role "assistant")) }}'
 _PROMPT = '{{ if and $last (ne $m.Role "assistant") }}'
 _ALPACA = (
@@ -32,7 +32,7 @@ _BRACKETS = (
 
 
 class GoTemplate(NamedTuple):
-    """A named template in Ollama's language, with EOS and BOS for the tokens, and the texts that end an answer."""
+    """A named template in Ollama's language, with EOS and BOS for tokens, and the texts that end an answer."""
 
     text: str
     stop: tuple[str, ...]
@@ -76,7 +76,7 @@ GO_TEMPLATES = {
         _LOOP + '{{ $m.Content }}{{ if and (eq $m.Role "assistant") (not $last) }}EOS{{ end }}{{ end }}', ("EOS",)
     ),
 }  # fmt: skip
-"""For each of `NAMED_TEMPLATES`. The BOS token before a prompt is left out: llama.cpp puts it there."""
+"""For each of `NAMED_TEMPLATES`, without the first BOS token, which llama.cpp adds."""
 
 
 def modelfile(
@@ -87,14 +87,9 @@ def modelfile(
     *,
     base: str | None = None,
 ) -> str:
-    """The text of a Modelfile.
+    """The text of a Modelfile. ``model`` and ``adapter`` are GGUF files.
 
-    Args:
-        model: the GGUF file of the model; None: an adapter alone, whose base has to be named in the file.
-        adapter: the GGUF file of a LoRA.
-        tokenizer: has the chat template.
-        system: the system prompt of rows that have none.
-        base: what the adapter was trained on, for the comment that asks for it.
+    Without ``model`` the file has a placeholder, and a comment asks for the GGUF file of ``base``.
     """
     lines = []
     if model is None:
@@ -126,10 +121,7 @@ def modelfile(
 
 
 def known_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str | None]:
-    """Which of `NAMED_TEMPLATES` gives the texts of the tokenizer's own, and the system prompt that this adds.
-
-    Without a template texts are written as they are: ``plain``.
-    """
+    """Which of `NAMED_TEMPLATES` equals the tokenizer's own, and the default system prompt of the latter."""
     if not tokenizer.chat_template:
         return "plain", None
     user, answer = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}

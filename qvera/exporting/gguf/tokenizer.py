@@ -1,7 +1,7 @@
-"""A tokenizer as a GGUF file holds it, so that llama.cpp splits a text into the same tokens.
+"""A tokenizer in a GGUF file, so that llama.cpp splits a text into the same tokens.
 
-Two kinds: byte-level BPE, whose way of splitting a text into words llama.cpp knows by name, and BPE with byte fallback
-as SentencePiece makes it, whose merges llama.cpp finds by the scores of the pieces.
+For byte-level BPE, llama.cpp knows by name how a text is split into words. For BPE with byte fallback (SentencePiece),
+it finds merges by the scores of the pieces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPLITTERS = {
     ("digits", "words"): "smollm",
     ("words",): "gpt-2",
 }
-"""How a text becomes words → llama.cpp's name of it (``tokenizer.ggml.pre``; llama-vocab.cpp has the same patterns)."""
+"""How a text becomes words → llama.cpp's name of it (``tokenizer.ggml.pre`` in llama-vocab.cpp)."""
 _PHI_3 = re.compile("phi-?3", re.IGNORECASE)
 _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 _SPACE = "▁"
@@ -34,14 +34,10 @@ _NOT_A_TOKEN = "[PAD{}]"
 
 
 def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a GGUF file may call a model ``name``.
+    """The name of a model in its GGUF file, changed so that llama.cpp handles spaces as this tokenizer does.
 
-    A file does not say which added tokens take the spaces beside them away. llama.cpp decides by the name: where it has
-    phi-3 in it, all but `_NOT_STRIPPED` take those after them, and elsewhere none do (``impl::load`` of
-    llama-vocab.cpp).
-
-    Raises:
-        InputError: llama.cpp has neither for this tokenizer.
+    A file does not say which added tokens take the spaces after them. With phi-3 in the name, llama.cpp lets all but
+    `_NOT_STRIPPED` do so, else none (``impl::load`` of llama-vocab.cpp). InputError: the tokenizer does neither.
     """
     added = tokenizer.added_tokens_decoder.values()
     strips = {token.content for token in added if token.rstrip}
@@ -56,11 +52,7 @@ def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Write vocabulary, merges or scores, special tokens and the chat template.
-
-    Raises:
-        InputError: llama.cpp has no tokenizer that splits texts as this one does.
-    """
+    """Write the tokenizer. InputError: llama.cpp has none that splits texts as this one does."""
     import gguf
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +87,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[str], list[int]]:
-    """The text and the kind of each id, as llama.cpp's converter has them."""
+    """Text and kind of each id, as llama.cpp's converter has them."""
     from gguf import TokenType
 
     vocabulary, added = {number: text for text, number in tokenizer.get_vocab().items()}, tokenizer.added_tokens_decoder
@@ -128,14 +120,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[str], 
 
 
 def _refuse_changed_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Refuse an added token that is looked for in the normalized text, and whose own text the normalizer changes."""
+    """Refuse an added token that is searched in normalized text, if the normalizer changes the token."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is not None and (changed := normalizer.normalize_str(text)) != text:
         raise _refused(f"looks for its added token {text!r} as {changed!r} (add it with normalized=False)")
 
 
 def _splitter(tree: dict[str, Any]) -> str:
-    """llama.cpp's name of how a byte-level BPE splits texts into words."""
     found = []
     for part in _steps(tree, "pre_tokenizer", "pretokenizers"):
         kind = part["type"]
@@ -168,7 +159,7 @@ def _prefixes_space(tree: dict[str, Any]) -> bool:
 
 
 def _steps(tree: dict[str, Any], stage: str, members: str) -> list[dict[str, Any]]:
-    """The steps of a stage of tokenizer.json: those of its sequence (``members``), itself, or none."""
+    """A stage of tokenizer.json has a sequence of steps, a single step, or none."""
     whole = tree.get(stage) or {}
     return list(whole.get(members, [whole] if whole else []))
 
@@ -179,7 +170,7 @@ def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scores(model: dict[str, Any]) -> dict[str, float]:
-    """Piece → minus its place among the merges: SentencePiece's scores of a BPE have the same order."""
+    """Minus the place among the merges: SentencePiece's scores of a BPE have the same order."""
     scores: dict[str, float] = {}
     for place, (left, right) in enumerate(_pairs(model)):
         scores.setdefault(left + right, -float(place))
@@ -187,7 +178,7 @@ def _scores(model: dict[str, Any]) -> dict[str, float]:
 
 
 def _refuse_words(tree: dict[str, Any]) -> None:
-    """Refuse a split into words before the merges: SentencePiece and llama.cpp make none, but for spaces."""
+    """SentencePiece and llama.cpp split only at spaces before merging."""
     for part in _steps(tree, "pre_tokenizer", "pretokenizers"):
         of_spaces = part["type"] == "Split" and part["pattern"] == {"String": " "}
         if part["type"] != "Metaspace" and not of_spaces:
@@ -195,7 +186,7 @@ def _refuse_words(tree: dict[str, Any]) -> None:
 
 
 def _refuse_other_merges(model: dict[str, Any]) -> None:
-    """Refuse a BPE that does not merge every two pieces whose sum is a piece, as SentencePiece and llama.cpp do."""
+    """SentencePiece and llama.cpp merge any two pieces whose sum is a piece."""
     vocabulary, merges = model["vocab"], set(_pairs(model))
     for left, right in merges:
         piece = left + right
