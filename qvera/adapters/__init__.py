@@ -1,7 +1,4 @@
-"""VeRA as a PEFT tuner: config, layer, tuner, and the mathematics that they share.
-
-Importing it registers ``QVERA`` with PEFT.
-"""
+"""VeRA as a PEFT tuner. Importing it registers ``QVERA`` with PEFT."""
 
 from qvera.adapters.adapted_forward import AdaptedForward, hold_training_weights
 from qvera.adapters.config import QveraConfig

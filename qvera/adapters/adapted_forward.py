@@ -1,8 +1,4 @@
-"""The forward pass of an adapted linear: a frozen base layer plus what its adapters add.
-
-`AdaptedForward` is mixed into qvera's own layers (`qvera.adapters.layer`) and into PEFT's VeRA layers after
-`accelerate_peft`. Subclasses say what the factors are.
-"""
+"""The forward pass of an adapted linear; `accelerate_peft` mixes it into PEFT's VeRA layers too."""
 
 from __future__ import annotations
 
@@ -35,7 +31,7 @@ def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
 
 
 class AdaptedForward:
-    """Mixed into a PEFT layer with a frozen ``base_layer``; what a kind of adapter adds is where its factors are."""
+    """Mixed into a PEFT layer with a frozen ``base_layer``. Subclasses say where an adapter's factors are."""
 
     base_layer: Any  # a linear of torch, bitsandbytes or transformers
     in_features: int
@@ -50,9 +46,9 @@ class AdaptedForward:
     _training_weight: fused.HeldWeight | None = None
     _builds_per_pass: float = fused.BUILDS_UNHELD
     input_sampler: Sampler | None = None
-    """What chooses the tokens of x that backward keeps for the gradient of a trained A; None: all."""
+    """Chooses the tokens of x that backward keeps for the gradient of a trained A; None: all are kept."""
     needs_whole_passes: bool = False
-    """Whether a method has to see all tokens of a pass at once: then an MLP does not go by tiles."""
+    """The method has to see all tokens of a pass at once, so an MLP must not be computed in tiles."""
 
     @abstractmethod
     def carries(self, adapter: str) -> bool:
@@ -71,10 +67,8 @@ class AdaptedForward:
         """z = A x in ``dtype``, shared with the layers that read the same x; None where the adapter has A itself."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """y = W x + ΔW x, summed over the active adapters; with VeRA ΔW = s diag(b) B diag(d) A (equation 2).
-
-        x [..., in_features] gives y [..., out_features] in the base layer's output dtype.
-        """
+        """y = W x + ΔW x, summed over the active adapters, in the base layer's output dtype."""
+        # with VeRA ΔW = s diag(b) B diag(d) A (equation 2)
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self.active_names()
@@ -91,21 +85,18 @@ class AdaptedForward:
         return y
 
     def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """The output with one adapter more: y is without it."""
+        """Add one adapter to y, which is the output without it."""
         return self.add_low_rank(adapter, x, y, overwrite)
 
     def add_low_rank(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """y + s diag(b) B M A diag(a) x, the path of all methods whose change is `Factors`."""
+        """y + s diag(b) B M A diag(a) x, for all methods whose change is `Factors`."""
         factors = self.parts(adapter)
         z = self.project(x, adapter, factors.A, factors.a)  # A x
         return factors.expand(y, z, overwrite)  # y + s diag(b) B M z
 
     def _owns_output(self, y: torch.Tensor) -> bool:
-        """Whether nobody but this layer reads the base layer's output, so that the adapter may be added in its memory.
-
-        True on accelerators, where adding it elsewhere is a launch more, for linears without hooks. None of them keeps
-        its output for backward.
-        """
+        # whether the adapter may overwrite y, which saves a launch on an accelerator: no linear keeps its output for
+        # backward, and without hooks only this layer reads it
         base = self.base_layer
         if y.device.type == "cpu" or torch.compiler.is_compiling():
             return False
@@ -128,7 +119,7 @@ class AdaptedForward:
         return functional.project(inner, A.to(dtype))
 
     def _may_join_base(self, adapter: str, x: torch.Tensor) -> bool:
-        """Whether one node may have the frozen product in it: a whole, frozen linear and an adapter without dropout."""
+        """Whether one autograd node may hold the frozen product too: a whole, frozen linear and no dropout."""
         base = self.base_layer
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
@@ -137,10 +128,7 @@ class AdaptedForward:
         return is_frozen and isinstance(self.dropout_of(adapter), nn.Identity)
 
     def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        """(W + ΔW) x by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None.
-
-        Asked where the layer has one adapter, without dropout, over a whole and frozen weight and bias.
-        """
+        """(W + ΔW) x as one product, or None where that is not cheaper or less exact (`fused.pays`)."""
         if not self.is_low_rank(adapter):
             return None
         base, factors = self.base_layer, self.parts(adapter)
@@ -161,7 +149,7 @@ class AdaptedForward:
         return fused.summed_linear(base, x.to(dtype), z, factors, self._training_weight).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
-        """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
+        """ΔW of one adapter in fp32, in the base weight's orientation: [out, in], or [in, out] for a Conv1D."""
         delta = self.delta(adapter)
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
 
@@ -170,22 +158,18 @@ class AdaptedForward:
         return self.parts(adapter).delta()
 
     def is_low_rank(self, adapter: str) -> bool:
-        """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
+        """Whether the adapter adds ΔW x, with the ΔW of `parts`, and does nothing else."""
         return True
 
     def has_delta(self, adapter: str) -> bool:
-        """Whether the adapter adds one ΔW x, the same ΔW for all tokens."""
+        """Whether the adapter adds ΔW x with the same ΔW for all tokens."""
         return True
 
     def cache_merged_weight(self, hold: bool, base_only: bool = False) -> None:
-        """Hold W + ΔW of the active adapters [m, n] in the compute dtype, or let go of it.
+        """Hold W + ΔW of the active adapters [m, n] in the compute dtype for inference, or drop it.
 
-        One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
-        answers only; with gradients enabled the layer takes its normal path.
-
-        Args:
-            hold: False lets go.
-            base_only: hold W alone, for batches whose rows use different adapters.
+        On a CPU the one product is as fast as the 4-bit kernel on the base alone. ``base_only`` holds W, for batches
+        whose rows use different adapters.
         """
         # the class' None takes its place: code compiled before would be compiled again for a None of its own
         self.__dict__.pop("_inference_weight", None)
@@ -200,10 +184,7 @@ class AdaptedForward:
             self._inference_weight, self._inference_adapters = weight.to(self.held_dtype()), tuple(names)
 
     def hold_training_weight(self, hold: bool, builds: float | None = None) -> None:
-        """Where the layer goes through W + ΔW (`fused`), hold it [m, n] until a vector changes; False lets go.
-
-        ``builds``: see `hold_training_weights`.
-        """
+        """Hold W + ΔW [m, n] until a vector changes, if the layer uses it (`fused`). See `hold_training_weights`."""
         self._training_weight = fused.HeldWeight() if hold else None
         self._builds_per_pass = (1.0 if hold else fused.BUILDS_UNHELD) if builds is None else builds
 
@@ -214,33 +195,29 @@ class AdaptedForward:
         return dtype if dtype.is_floating_point else self.int8_dtype()
 
     def int8_dtype(self) -> torch.dtype:
-        """The dtype that the layer computes in over an int8 base, whose weight does not say: that of A and B."""
+        """The compute dtype over an int8 base, whose weight does not tell it: that of A and B."""
         return self.parts(min(self._get_available_adapters()))[0].dtype
 
     def inference_product(self, x: torch.Tensor) -> torch.Tensor:
-        """y by one product with the held weight."""
+        """y as one product with the held weight."""
         weight, bias = self._inference_weight, self.base_layer.bias
         assert weight is not None
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     @property
     def holds_inference_weight(self) -> bool:
-        """Whether the layer holds W + ΔW (or W alone) now."""
+        """Whether the layer holds W + ΔW, or W alone, now."""
         return self._inference_weight is not None
 
 
 def hold_training_weights(model: nn.Module, hold: bool = True, builds: float | None = None) -> None:
-    """Hold W + ΔW of every adapted layer between optimizer steps (`AdaptedForward.hold_training_weight`).
+    """Hold W + ΔW of every adapted layer between optimizer steps, or drop it; this pays on a CPU.
 
-    Beside the model it takes all adapted weights in the compute dtype; worth it on a CPU with that much memory to
-    spare. `qvera train` does it by itself where the plan says that it fits. Layers that take another path for it
-    (`fused.pays`) give other last bits.
+    It takes as much memory as all adapted weights in the compute dtype. `qvera train` does it by itself where the plan
+    says that it fits. It can change a layer's path (`fused.pays`), and so the last bits.
 
-    Args:
-        model: with an adapter.
-        hold: False lets go.
-        builds: how often W + ΔW is made in a forward and backward pass, by which a layer in training chooses its path:
-            1/4 where it is held over the four passes of a step. None: once where it is held, else twice.
+    ``builds``: how often W + ΔW is made in a forward and backward pass, such as 1/4 if held over a step of four passes.
+    None: once where it is held, else twice.
     """
     for module in model.modules():
         if isinstance(module, AdaptedForward):

@@ -1,12 +1,8 @@
-"""Many adapters on one model: each is a slot of an `AdapterBank`, and each token of a batch says which slot it uses.
+"""Many adapters on one model: each is a slot of an `AdapterBank`, and each token of a batch names its slot.
 
-A thousand adapters as PEFT would hold them are 420,000 parameters for a model of 210 linears. Here the adapters of one
-shape are one fp32 tensor [slots, numbers]: clipping and the optimizer's step are operations on it, whatever the number
-of layers, and a layer uses views of its columns. Training, answers in a batch and the server share it. A batch costs
-one low-rank product for each bank in it, whatever the number of adapters (`MixedForward`).
-
-A bank does not know how its adapters compute: that is the path of their method (`_PATHS`). VeRA's goes through the pair
-that all adapters of a seed share; adapters with matrices of their own are one path more.
+The adapters of one shape are one fp32 tensor [slots, numbers], and layers use views of its columns. So clipping and the
+optimizer's step are a few operations, where a thousand PEFT adapters on 210 linears would be 420,000 parameters.
+A batch costs one low-rank product for each bank, whatever the number of adapters (`MixedForward`).
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ def _vera_path(
     tensors: Mapping[str, torch.Tensor],
     tokens: TokenSlots | None,
 ) -> torch.Tensor:
-    """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for the slot i of each token, through the pair of ``adapter``."""
+    """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of ``adapter``."""
     pair, dtype = layer.qvera_projection[adapter], linear.compute_dtype(layer.base_layer, x)
     rank = tensors["qvera_d"].shape[-1]
     inner = scale_slots(x.to(dtype), tensors["qvera_a"], tokens) if "qvera_a" in tensors else x
@@ -53,34 +49,25 @@ def _vera_path(
 
 
 _PATHS = {"vera": _vera_path}
-"""Method → the output y [..., m] of a layer with the adapter of each token; those of the type VERA have one.
-
-It is given the layer, the name of the ordinary adapter that stands for the bank, x [..., n], W x, the tensors of the
-slots by kind [R, ...], and the slot of each token (None: R is 1)."""
+"""Method → a function that adds each token's own adapter to y = W x; ``tensors`` has slots [R, ...] by kind."""
 
 
 class Columns(NamedTuple):
-    """Where one tensor of an adapter lies among its numbers."""
+    """The place of one tensor among an adapter's numbers."""
 
     start: int
     shape: tuple[int, ...]
 
     def of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The tensor in one slot [numbers] of a bank, or in all of them [slots, numbers]: a view of this shape."""
+        """This tensor as a view, from one slot [numbers] or all slots [slots, numbers]."""
         part = numbers[..., self.start : self.start + math.prod(self.shape)]
         return part.view(*numbers.shape[:-1], *self.shape)
 
 
 class VectorLayout:
-    """The columns of an adapter's tensors, one after the other.
-
-    Attributes:
-        columns: key in an adapter file → its columns.
-        numbers: how many numbers an adapter has.
-    """
+    """The columns of an adapter's tensors, one after the other, by their keys in an adapter file."""
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """``shapes``: key → shape, in the order of the columns."""
         self.columns: dict[str, Columns] = {}
         self.numbers = 0
         for key, shape in shapes.items():
@@ -88,11 +75,7 @@ class VectorLayout:
             self.numbers += math.prod(shape)
 
     def pack(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """An adapter's vectors, by their keys in an adapter file, as fp32 [numbers].
-
-        Raises:
-            ValueError: a key is missing or unknown, or a shape is another one.
-        """
+        """Flatten an adapter's vectors to fp32 [numbers]; ValueError if keys or shapes are wrong."""
         if set(vectors) != set(self.columns):
             wrong = sorted(set(vectors) ^ set(self.columns))
             raise ValueError(f"these vectors are not those of an adapter of this model: {', '.join(wrong[:3])}")
@@ -103,7 +86,7 @@ class VectorLayout:
 
 
 class AdapterShape(NamedTuple):
-    """What the adapters of a bank have in common: which numbers they have, and what these mean."""
+    """What all adapters of a bank have in common."""
 
     method: str
     seed: int
@@ -115,7 +98,7 @@ class AdapterShape(NamedTuple):
 
     @property
     def config(self) -> QveraConfig:
-        """Of a fresh adapter of this shape. Put on a model, it makes the layers and draws the pair."""
+        """The config of a fresh adapter of this shape."""
         return QveraConfig(
             method=self.method,
             rank=self.rank,
@@ -127,7 +110,7 @@ class AdapterShape(NamedTuple):
         )
 
     def layout(self, specs: Mapping[str, LinearSpec]) -> VectorLayout:
-        """The columns of such an adapter. ``specs``: the linears of the base, by name."""
+        """The columns of an adapter of this shape. ``specs``: the base's linears by name."""
         config = self.config
         tensors = {name: method_of(config).tensors(config, specs[name]) for name in self.linears}
         return VectorLayout(
@@ -138,15 +121,10 @@ class AdapterShape(NamedTuple):
 def shape_of(
     config: QveraConfig, vectors: Mapping[str, torch.Tensor], specs: Mapping[str, LinearSpec], directory: Path
 ) -> AdapterShape:
-    """The shape of an adapter that was read from ``directory``, once it was found to fit the base.
-
-    Args:
-        config: the adapter's.
-        vectors: its tensors by their keys in the file.
-        specs: the linears of the base, by name.
+    """The shape of the adapter that was read from ``directory``; ``specs`` are the base's linears by name.
 
     Raises:
-        InputError: it has vectors of other linears or of other shapes, or was trained with other projections.
+        InputError: it does not fit the base: linears, shapes or projections.
     """
     linears = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in vectors})
     expected: dict[str, tuple[int, ...]] = {}
@@ -173,7 +151,7 @@ def shape_of(
 
 
 class _TakeSlots(torch.autograd.Function):
-    """Slots of a bank's view. Backward adds to the bank's gradients; autograd would first make one of all slots."""
+    """Select slots of a bank's view. Backward adds to the bank's gradients, so no gradient of all slots is made."""
 
     @staticmethod
     def forward(
@@ -193,13 +171,9 @@ class AdapterBank:
     """The adapters of one shape.
 
     Attributes:
-        slots: how many adapters there is room for. In a bank that is not trained slot 0 is of zeros, for tokens that
-            use none of its adapters.
-        adapter: the name of the ordinary adapter that stands for them.
-        layers: those that it is on.
-        layout: which columns are which tensor; those that are trained come first.
-        numbers, trained_numbers: how many numbers an adapter has, and how many of them are trained.
-        initial: fp32 [numbers], what an adapter in training starts from.
+        slots: their number. If the bank is not trained, slot 0 is zeros, for tokens that use none of its adapters.
+        numbers, trained_numbers: of one adapter; trained tensors come first.
+        initial: fp32 [numbers], the start of a trained adapter.
         vectors: fp32 [slots, numbers].
         gradients: fp32 [slots, trained_numbers]; backward adds to them.
     """
@@ -207,15 +181,7 @@ class AdapterBank:
     def __init__(
         self, model: PeftModel, slots: int, adapter: str = "default", layout: VectorLayout | None = None
     ) -> None:
-        """Make room for ``slots`` adapters.
-
-        Args:
-            model: with an ordinary adapter of the bank's shape. Where it is trained, so is the bank, and every adapter
-                starts from its vectors. It is not trained itself afterwards.
-            slots: at least one.
-            adapter: its name.
-            layout: None: that of its vectors, as they come in the model.
-        """
+        """Make a bank in the shape of an ordinary adapter. If that is trained, the bank is trained in its place."""
         self.slots, self.adapter = slots, adapter
         named = named_vectors(model, adapter)
         trained = {key: vector for key, vector in named.items() if vector.requires_grad}
@@ -243,7 +209,7 @@ class AdapterBank:
         self._path = _PATHS[model.peft_config[adapter].method]
 
     def _view(self, key: str) -> torch.Tensor:
-        """One tensor of all adapters [slots, ...], which shares memory with `vectors` and its gradient with theirs."""
+        """One tensor of all adapters [slots, ...], a view of `vectors`; its gradient is a view of `gradients`."""
         columns = self.layout.columns[key]
         if columns.start >= self.trained_numbers:
             return columns.of(self.vectors)
@@ -252,21 +218,21 @@ class AdapterBank:
         return view
 
     def start(self, slot: int) -> None:
-        """Begin a new adapter in a slot: the initial vectors and no gradient."""
+        """Start a new adapter in a slot: initial vectors, gradient zero."""
         self.vectors[slot].copy_(self.initial)
         self.gradients[slot].zero_()
 
     def put(self, slot: int, vectors: Mapping[str, torch.Tensor] | torch.Tensor) -> None:
-        """Put an adapter into a slot, by the keys of its file or packed (`VectorLayout.pack`), without a gradient.
+        """Put an adapter into a slot, by the keys of its file or packed, and zero its gradient.
 
         Raises:
-            ValueError: a key is missing or unknown, or a shape is another one.
+            ValueError: a key is missing or unknown, or a shape is wrong.
         """
         self.vectors[slot].copy_(vectors if isinstance(vectors, torch.Tensor) else self.layout.pack(vectors))
         self.gradients[slot].zero_()
 
     def take(self, slot: int) -> dict[str, torch.Tensor]:
-        """A copy of an adapter's vectors, by their keys in an adapter file."""
+        """Copy an adapter's vectors, by their keys in an adapter file."""
         return {key: columns.of(self.vectors[slot]).clone() for key, columns in self.layout.columns.items()}
 
     def add(
@@ -277,14 +243,10 @@ class AdapterBank:
         slots: slice | torch.Tensor | None,
         tokens: TokenSlots | None,
     ) -> torch.Tensor:
-        """The output of a layer with the adapter of each token: y is without it.
+        """Add each token's adapter to y, the output so far. A layer without the bank's adapters returns y.
 
-        Args:
-            layer: any adapted linear; one that the bank's adapters are not on adds nothing.
-            x: its input.
-            y: the output so far.
-            slots: the slots that ``tokens`` counts; None: all of the bank. A tensor's get gradients.
-            tokens: the place of each token's slot among them; None: there is one.
+        ``tokens`` has each token's place in ``slots`` (None: there is one slot). ``slots`` None: all. Only slots given
+        as a tensor get gradients.
         """
         tensors = self._tensors.get(layer.spec.name)
         if tensors is None:
@@ -297,14 +259,10 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def rows(self, slots: Sequence[int], tokens: Sequence[int]) -> Iterator[None]:
-        """A context in which row i of a batch uses the adapter in ``slots[i]``.
+        """Let row i of a batch use the adapter in ``slots[i]``, within the context.
 
-        The forward pass and its backward have to run within it: a checkpointed layer computes its forward pass again.
-        Where all rows are of one adapter, the layers take the path that they take for an adapter alone.
-
-        Args:
-            slots: of each row's adapter.
-            tokens: of each row, padding included. Rows stand in a padded batch, or one behind the other in a sequence.
+        Run backward within it too, since a checkpointed layer repeats its forward pass there. ``tokens`` has each row's
+        length, padding included, for rows that are padded or concatenated.
         """
         if len(set(slots)) == 1:
             with self._alone(slots[0]):
@@ -317,7 +275,7 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def _alone(self, slot: int) -> Iterator[None]:
-        """The ordinary adapter's vectors are those of a slot, and backward adds to the slot's gradients."""
+        """Lend a slot's vectors and gradients to the ordinary adapter."""
         before = {key: parameter.data for key, parameter in self._ordinary.items()}
         try:
             for key, parameter in self._ordinary.items():
@@ -335,13 +293,11 @@ class AdapterBank:
 
 
 User: TypeAlias = tuple[AdapterBank, int] | str | None
-"""Who uses a token: a slot of a bank, an ordinary adapter of the model by its name, or nobody, which is the base."""
+"""What a token uses: a slot of a bank, an ordinary adapter by its name, or None for the base alone."""
 
 
 @dataclass
 class _Part:
-    """The tokens of a batch that use adapters of one bank, and which."""
-
     bank: AdapterBank
     slots: slice | torch.Tensor | None  # see `AdapterBank.add`
     count: int  # of these slots
@@ -359,10 +315,9 @@ class _Part:
 
 
 class MixedForward:
-    """The forward pass of layers in a batch whose tokens use different adapters, as `use` said last."""
+    """The forward pass of layers when tokens use different adapters; `use` says which."""
 
     def __init__(self, device: torch.device) -> None:
-        """``device``: the model's."""
         self._device = device
         self._parts: list[_Part] = []
         self._ordinary: list[tuple[str, torch.Tensor | None]] = []
@@ -370,11 +325,9 @@ class MixedForward:
         self._tokens: int | None = None  # where tokens were counted
 
     def use(self, users: Sequence[User], tokens: Sequence[int] | None = None) -> None:
-        """Say which adapters the tokens of the next forward passes use, in the order of the flattened batch.
+        """Set the adapters of the next forward passes: one for each run of neighbouring tokens.
 
-        Args:
-            users: of each run of neighbouring tokens. Where a bank is trained, all are its own.
-            tokens: of each of these runs; None: they are the rows of the batch, and equally long.
+        ``tokens`` has the length of each run; None: the runs are the batch's rows. A trained bank must be used alone.
         """
         self._parts, self._ordinary = [], []
         self._rows, self._tokens = (len(users), None) if tokens is None else (None, sum(tokens))
@@ -399,7 +352,7 @@ class MixedForward:
 
     @contextlib.contextmanager
     def installed(self, layers: Sequence[QveraLinear]) -> Iterator[None]:
-        """A context in which these layers go this way."""
+        """Make these layers compute this way within the context."""
         try:
             for layer in layers:
                 layer.mixed = self
@@ -409,7 +362,7 @@ class MixedForward:
                 layer.mixed = None
 
     def forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """base(x), and for each token of x [..., n] what its own adapter adds.
+        """base(x) plus what each token's own adapter adds; x is [..., n].
 
         Raises:
             ValueError: adapters are merged into the base, or the batch has another number of rows or tokens.

@@ -24,15 +24,13 @@ from qvera.utils.errors import InputError
 
 PEFT_TYPE = "QVERA"
 PREFIX = "base_model.model."
-"""What PEFT puts before a module's name in an adapter file."""
+"""PEFT's prefix of module names in an adapter file."""
 SHARED_PREFIX = "base_model.shared."
-"""What stands before the name of a tensor that all linears share."""
+"""The prefix for tensors that all linears share."""
 
 FORMAT_VERSION = LABELS_VERSION = 4
-"""The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``,
-``magnitude``; 4: ``labels``.
-
-An adapter names the oldest format that has all it needs."""
+"""The newest format that is read. An adapter names the oldest one that has all it needs."""
+# 1: one b and one d for each linear; 2: b_groups, input_scale; 3: method, magnitude; 4: labels
 
 BIASES = ("none", "all", "qvera_only")
 
@@ -44,49 +42,27 @@ _DEFAULTS = AdapterSection()
 @plugins.extensible("ConfigFields")
 @dataclass
 class QveraConfig(PeftConfig):
-    """A VeRA adapter over a (quantized) base model. Defaults are those of a recipe's adapter section.
+    """An adapter over a (quantized) base model, VeRA by default.
+
+    Fields that a recipe's adapter section has too (`AdapterSection`) have its meaning and its defaults.
 
     Args:
-        method: the method of adaptation (`qvera.adapters.methods`).
-        rank: length of d and number of rows of A.
-        target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names; each name must
-            match something.
-        exclude_modules: names (or a regular expression) of modules that are not adapted although a target matches them.
-        layers_to_transform: adapt the targets in the layers of these indices only.
+        target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names, which must match.
         layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, if it is not the first one.
-        modules_to_save: modules that are trained and saved whole beside the vectors, such as a classification head. For
-            the task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.
+        modules_to_save: modules that are trained and saved whole. PEFT adds a classification head by itself.
         bias: which biases are trained and saved too: ``none``, ``all``, or ``qvera_only`` (those of adapted linears).
         init_weights: False starts b and d at random, so that a fresh adapter changes the model (for tests).
-        b_groups: into how many equal groups the rank is cut, each with a b of its own
-            (`qvera.adapters.products.functional`).
-        input_scale: train a third vector a [in_features] for each linear, right of A, from 1.
-        magnitude: train the norms of the weight's rows (DVoRA).
-        d_initial: initial value of every element of d (0.1, VeRA section 3.2).
-        train_d: whether d is trained.
-        alpha: LoRA's α; None: the rank.
-        use_rslora: the rank-stabilised scale of a LoRA.
-        init_lora_weights: where a LoRA's A and B start.
-        rank_pattern: name or regular expression of linears → their rank, in an adapter that PEFT's LoRA has trained.
-        alpha_pattern: likewise their α.
-        dropout: dropout probability on the adapter's input.
-        projection_seed: the seed of A and B, see `qvera.adapters.projection`.
-        projection_generator: the rule by which A and B are drawn from the seed.
-        projection_shapes: the shapes of A and B. This and their hash are filled in when the adapter is put on a model,
-            and checked when it is loaded, so that it never runs on other projections than it was trained with.
-        projection_sha256: the hash of A and B.
-        pair_numbers: linear → `qvera.adapters.projection.pair_number` of its own A and B, where it has such.
-        shared_by: how many linears share the adapter's tensors; None where each has its own.
-        format_version: version of this file's meaning.
-        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on.
-        added_tokens: token → id of the tokens that its recipe added, whose rows lie beside the vectors.
-        pad_token: the recipe's padding token.
-        eos_token: the recipe's end-of-sequence token.
-        labels: the names of a classification head's outputs, in order; None: the model is a language model.
-        problem_type: of that head, as transformers' config has it.
+        rank_pattern, alpha_pattern: name or regular expression of linears → rank or α, as in PEFT's LoRA.
+        projection_seed: the section's ``seed``.
+        projection_generator: the rule that draws A and B from the seed.
+        projection_shapes, projection_sha256: of A and B. Set when the adapter is put on a model and checked at loading.
+        pair_numbers: linear → `qvera.adapters.projection.pair_number`, if each linear has its own A and B.
+        shared_by: how many linears share the adapter's tensors; None: each has its own.
+        added_tokens: token → id. Their rows lie beside the vectors.
+        labels: names of a classification head's outputs, in order; None: the model is a language model.
 
     Raises:
-        InputError: a value is out of range, or the config was written by a newer format or another generator.
+        InputError: a value is out of range, or a newer format or another generator wrote the config.
     """
 
     method: str = _DEFAULTS.method
@@ -127,7 +103,7 @@ class QveraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
         self.progress: Callable[[str], None] | None = None
-        """Called with what is being made from the base's weights; not saved."""
+        """Called with the name of what is being made from the base's weights; not saved."""
         if self.format_version > FORMAT_VERSION:
             raise InputError(
                 f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
@@ -155,17 +131,14 @@ class QveraConfig(PeftConfig):
 
     @property
     def seeds(self) -> Seeds:
-        """The seed of A and B, or several where they are those of several seeds side by side."""
+        """The seed of A and B, or several seeds whose pairs stand side by side."""
         return self.projection_seed
 
     def check_projection(self, largest_in: int, largest_out: int) -> None:
-        """Compare the projections that the seed gives with those of training, or note them in a fresh config.
-
-        Args:
-            largest_in, largest_out: the largest in_features and out_features of the linears that the adapter is on.
+        """Compare the seed's projections with those of training, or record them in a fresh config.
 
         Raises:
-            InputError: shapes or values are others.
+            InputError: shapes or values differ.
         """
         shapes = {"A": [self.rank, largest_in], "B": [largest_out, self.rank]}
         if self.projection_shapes is not None and self.projection_shapes != shapes:
@@ -178,7 +151,7 @@ class QveraConfig(PeftConfig):
         self.projection_shapes, self.projection_sha256 = shapes, digest
 
     def check_pair(self, name: str, pair: Pair) -> None:
-        """Compare the own pair of a linear with the one that the adapter was trained with, or note it in a fresh one.
+        """Compare a linear's own pair with that of training, or record it in a fresh config.
 
         Raises:
             InputError: it is another pair.
@@ -212,7 +185,7 @@ class QveraConfig(PeftConfig):
 
     @property
     def model_class(self) -> ModelClass:
-        """Which model it is an adapter of."""
+        """The model class that the adapter needs."""
         if not self.labels:
             return CAUSAL_LM
         if self.task_type is None:  # PEFT has no name for images
@@ -221,7 +194,7 @@ class QveraConfig(PeftConfig):
 
     @classmethod
     def of_section(cls, section: AdapterSection, **others: Any) -> QveraConfig:
-        """The config of a recipe's adapter section; ``others`` have precedence."""
+        """The config of a recipe's adapter section; ``others`` override it."""
         targets = section.targets if isinstance(section.targets, str) else list(section.targets)
         shared = {name: getattr(section, name) for name in _SHARED}
         return cls(**{**shared, "target_modules": targets, "projection_seed": section.seed, **others})

@@ -1,9 +1,9 @@
-"""What one adapter adds to one layer, in factors: the low-rank path that all methods share.
+"""ΔW of one adapter in one layer, in factors: the low-rank path that all methods share.
 
     ΔW = s diag(b) B M A diag(a)        A [r, n]   B [m, r]   M = diag(d) or a dense core R [r, r]   b [m]   a [n]
 
-VeRA has d and b, LoRA nothing but A and B, others a core between frozen A and B. What is not there counts as 1.
-With a magnitude m [m], as in DoRA (arXiv 2402.09353), the weight is not W + ΔW but that with rows of the norms m.
+A missing factor counts as 1: LoRA has only A and B, VeRA also d and b.
+With a magnitude m [m] (DoRA, arXiv 2402.09353) the rows of W + ΔW are scaled to the norms m.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from qvera.kernels.low_rank import times_b
 
 
 def no_zeros(norms: torch.Tensor) -> torch.Tensor:
-    """The norms with 1 in place of 0: what a row of zeros may be divided by."""
+    """The norms with 1 in place of 0, so that a row of zeros can be divided."""
     return norms.masked_fill(norms == 0, 1.0)
 
 
 class Factors(NamedTuple):
-    """ΔW [m, n] of one adapter in one layer, in factors."""
+    """ΔW [m, n] in factors."""
 
     A: torch.Tensor  # [r, n]
     B: torch.Tensor  # [m, r]
@@ -45,20 +45,11 @@ class Factors(NamedTuple):
 
     @property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """d and b, where both are there: then the path is VeRA's, with its own backward and its own kernels."""
+        """d and b if both are there, else None. With both, the path is VeRA's, with its own backward and kernels."""
         return None if self.d is None or self.b is None else (self.d, self.b)
 
     def expand(self, base: torch.Tensor, z: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """y = base + s diag(b) B M z.
-
-        Args:
-            base: the frozen layer's output [..., m].
-            z: A diag(a) x [..., r] in the compute dtype.
-            overwrite: y may take base's memory (`functional.expand`).
-
-        Returns:
-            [..., m] in base's dtype.
-        """
+        """y = base + s diag(b) B M z [..., m] in base's dtype, for z = A diag(a) x [..., r] in the compute dtype."""
         if (vectors := self.vectors) is not None:
             return functional.expand(base, z, *vectors, self.B, self.scale, overwrite)
         inner = z if self.R is None else functional.core(z, self.R)
@@ -81,10 +72,7 @@ class Factors(NamedTuple):
         return left @ right
 
     def change(self, weight: torch.Tensor) -> torch.Tensor:
-        """What W [m, n] changes by: ΔW, or with a magnitude diag(m / ‖W + ΔW‖) (W + ΔW) - W. In fp32, without a graph.
-
-        The norms are those of the rows. A row of zeros stays one.
-        """
+        """The change of W [m, n], in fp32 without a graph: ΔW, or with a magnitude diag(m / ‖W + ΔW‖) (W + ΔW) - W."""
         delta = self.delta()
         if self.magnitude is None:
             return delta
@@ -94,7 +82,7 @@ class Factors(NamedTuple):
         return summed.mul_(factor.unsqueeze(1)).sub_(weight)
 
     def outputs(self, part: slice) -> Factors:
-        """The factors of these rows of ΔW."""
+        """Rows of ΔW."""
         b, magnitude = self.b, self.magnitude
         return self._replace(
             B=self.B[part],
@@ -103,10 +91,10 @@ class Factors(NamedTuple):
         )
 
     def inputs(self, part: slice) -> Factors:
-        """The factors of these columns of ΔW."""
+        """Columns of ΔW."""
         return self._replace(A=self.A[:, part], a=None if self.a is None else self.a[part])
 
     def detached(self) -> Factors:
-        """The same in fp32 and without a graph."""
+        """All factors in fp32, without a graph."""
         parts = (p.detach().float() if isinstance(p, torch.Tensor) else p for p in self)
         return Factors(*parts)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a method or a schedule (`qvera.config.plugins.Schedule`) adds to a training. The loop knows none by name."""
+"""Hooks by which a method or a schedule (`qvera.config.plugins.Schedule`) takes part in training."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 
 class TrainingHook:
-    """Called by the loop at the places that the methods name; a subclass overrides what it needs.
+    """The training loop calls these methods; a subclass overrides what it needs.
 
-    All ranks call it at the same steps, with the same vectors. Under ZeRO DeepSpeed has its own copies of vectors and
-    optimizer state: a hook that changes either has to refuse a recipe with a ``deepspeed`` key.
+    All ranks call a hook at the same steps, with the same vectors. DeepSpeed's ZeRO keeps its own copies of vectors and
+    optimizer state. A hook that changes either must refuse a recipe with a ``deepspeed`` key.
 
     ``training`` is the running `qvera.training.session.TrainingSession`. A hook reads its recipe, model, datasets,
-    batches, optimizer, schedule, steps, state, group, device and console, and may call `warn`, `nll`, `held_out_loss`,
-    `over_passes` (passes that are halved where memory runs out) and `branch` (the same model, trained on other rows).
+    batches, optimizer, schedule, steps, state, group, device and console. It may call `warn`, `nll`, `held_out_loss`,
+    `over_passes` (halves passes when memory runs out) and `branch` (the same model, trained on other rows).
     """
 
     def start(self, training: Any) -> None:
-        """Before the first step of a run that begins, not of one that goes on; it may set the vectors.
+        """Before the first step of a new run, but not of a resumed one; it may set the vectors.
 
         Raises:
             InputError: memory does not suffice for it.
@@ -27,41 +27,34 @@ class TrainingHook:
     def before_step(self, step: int) -> None:
         """Before the first forward pass of optimizer step ``step`` (from 1).
 
-        A vector whose ``requires_grad`` is False now is not stepped. Called again for the same step where an attempt at
-        it took none (a gradient that overflowed in float16, memory that ran out): what was gathered during that attempt
-        is to be dropped then.
+        A vector whose ``requires_grad`` is False now is not stepped. If an attempt takes no step (float16 overflow, out
+        of memory), this is called again for the same step: drop what was gathered since the last call.
         """
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """After the vectors were stepped. Never for an attempt that took no step.
-
-        ``loss_scale``: what the gradients in this step's backward passes were multiplied with.
-        """
+        """After the vectors were stepped. The gradients of the step's backward passes had the factor ``loss_scale``."""
 
     def metrics(self) -> dict[str, Any]:
-        """What it adds to the record of the step just taken, in metrics.jsonl."""
+        """Additions to the record of the step just taken, in metrics.jsonl."""
         return {}
 
     def finish(self, training: Any) -> dict[str, Any]:
-        """After the last step, when the adapter is saved and scored; returns what it adds to ``result`` in run.json.
+        """After the last step, when the adapter is saved and scored; returns additions to ``result`` in run.json.
 
-        The model has the trained vectors again when it returns.
-
-        Raises:
-            OutOfMemory: as an evaluation.
+        The model must have the trained vectors again when it returns. It may raise OutOfMemory.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later step depends on, for the checkpoint of the step just taken: tensors and JSON values by name."""
+        """What later steps need from a checkpoint of the step just taken: tensors and JSON values by name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, tensors on the CPU. Called before the vectors are loaded."""
+        """Take over what `state_dict` gave, with tensors on the CPU. Called before the vectors are loaded."""
 
 
 class TrainingHooks(TrainingHook):
-    """Several hooks as one, called in their order; their states are kept apart by name."""
+    """Several hooks as one, called in order, with their states kept apart by name."""
 
     def __init__(self, hooks: dict[str, TrainingHook] | None = None) -> None:
         self.hooks = hooks or {}
@@ -95,7 +88,7 @@ class TrainingHooks(TrainingHook):
         return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give each hook what it saved; a hook that saved nothing gets an empty state."""
+        """Give each hook its saved state, or an empty one."""
         for name, hook in self.hooks.items():
             prefix = f"{name}/"
             hook.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -1,7 +1,4 @@
-"""The adapted linear: a frozen base layer and, for every adapter that it carries, the tensors of that adapter's method.
-
-`QveraLinear` asks the method (`qvera.adapters.methods`) what they are and what they add.
-"""
+"""The adapted linear: a frozen base layer and the tensors of each adapter. The method says what these compute."""
 
 from __future__ import annotations
 
@@ -26,10 +23,7 @@ from qvera.models import linear, quantization
 
 
 class VectorDict(nn.ParameterDict):
-    """Adapter name → vector.
-
-    Stays fp32 when the model is cast to 16 bits: the optimizer's steps are finer than bf16.
-    """
+    """Adapter name → vector. Casting the model to 16 bits leaves it fp32, since optimizer steps are finer than bf16."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VectorDict:
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,10 +34,7 @@ class VectorDict(nn.ParameterDict):
 
 
 class SharedTensors(nn.ModuleDict):
-    """Adapter → the tensors that all of its linears share (`Method.shared_tensors`), a `VectorDict` of them by name.
-
-    The one of a model is its tuner's ``shared``; layers refer to the entries.
-    """
+    """Adapter → `VectorDict` of the tensors that all its linears share, by name. The tuner holds it, as ``shared``."""
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's tensors, by their names in an adapter file."""
@@ -52,20 +43,18 @@ class SharedTensors(nn.ModuleDict):
 
 
 class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
-    """y = base(x) + ΔW x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
+    """y = base(x) + ΔW x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`, in the base layer's compute dtype.
 
-    The tensors of an adapter, fp32, lie under the names that its method gives them (`Method.tensors`): VeRA's are
-    ``qvera_d`` [rank] and ``qvera_b`` [out_features]. `AdaptedForward.forward` has the formula; it runs in the base
-    layer's compute dtype.
+    Adapter tensors are fp32 attributes, under their names in `Method.tensors`: VeRA's ``qvera_d`` and ``qvera_b``.
     """
 
     adapter_layer_names: tuple[str, ...] = ("qvera_shared",)  # grows with the adapters
     tensor_names: tuple[str, ...] = ()  # likewise: all of them
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection", "qvera_frozen")
     made_in: torch.dtype = torch.float32
-    """The dtype that the layer computed in when it was made; a trained pair says nothing of it."""
+    """The layer's compute dtype when it was made. A trained pair does not tell it."""
     mixed: Any = None
-    """The `qvera.adapters.bank.MixedForward` of a batch whose tokens use different adapters, while there is one."""
+    """The current batch's `qvera.adapters.bank.MixedForward`, if its tokens use different adapters."""
     # PEFT's, which a type checker can't see
     enable_adapters: Any
 
@@ -88,9 +77,9 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection: Any = nn.ModuleDict()
         self.qvera_frozen: Any = nn.ModuleDict()
-        """Adapter → the norms of the weight, where it has a magnitude."""
+        """Adapter → norms of the weight's rows, if it has a magnitude."""
         self.qvera_shared: dict[str, VectorDict] = {}
-        """Adapter → tensors that belong to the whole model (`SharedTensors`); not a part of this module."""
+        """Adapter → tensors that belong to the whole model (`SharedTensors`), so not to this module."""
         self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
         self.spec = LinearSpec(full_name, self.in_features, self.out_features)
         self._disable_adapters = False
@@ -106,7 +95,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         config: QveraConfig,
         shared: VectorDict | None = None,
     ) -> None:
-        """Add the tensors of one more adapter, with the initial values of its method."""
+        """Add the tensors of one more adapter, at their start values."""
         device, method = self.base_layer.weight.device, method_of(config)
         self.qvera_settings[adapter_name] = method, config
         if projection is not None:
@@ -134,7 +123,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _hold_norms(self, adapter: str) -> None:
-        """Make the norms of the weight, from which a magnitude starts. Under ZeRO-3 all ranks come here together."""
+        """Compute the weight's row norms, where a magnitude starts. Under ZeRO-3 all ranks must call this together."""
         pair, A = self.qvera_projection[adapter], self.parts(adapter).A
         others = (norms for other, norms in self.qvera_frozen.items() if self.qvera_projection[other] is pair)
         held = next((norms for norms in others if norms.products.shape[1] >= A.shape[0]), None)
@@ -145,7 +134,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             magnitude.data.copy_(norms.of_weight())
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, and train them, but for what their methods keep frozen; PEFT calls it."""
+        """Activate these adapters and train them, except what their methods keep frozen. PEFT calls it."""
         super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
         for name, (method, config) in self.qvera_settings.items():
             for kind, vector in self.tensors(name).items():
@@ -166,13 +155,13 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
                 modules[adapter_name].to(device)
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """See `AdaptedForward.forward`; or with another adapter for each token, while there is a `mixed`."""
+        """See `AdaptedForward.forward`. While `mixed` is set, each token uses its own adapter."""
         if self.mixed is not None:
             return self.mixed.forward(self, x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
     def carries(self, adapter: str) -> bool:
-        """Whether this layer has vectors of that adapter."""
+        """See `AdaptedForward.carries`."""
         return adapter in self.qvera_settings
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
@@ -180,7 +169,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return {name: getattr(self, name)[adapter] for name in self.tensor_names if adapter in getattr(self, name)}
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """These, and those that the layer shares."""
+        """One adapter's own tensors and those that it shares."""
         return {**self.vectors(adapter), **self.qvera_shared.get(adapter, {})}
 
     def method(self, adapter: str) -> Method:
@@ -188,12 +177,12 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return self.qvera_settings[adapter][0]
 
     def parts(self, adapter: str) -> Factors:
-        """The factors of one adapter in this layer; a shared A and B are views of the pair."""
+        """See `AdaptedForward.parts`; a shared A and B are views of the pair."""
         method, config = self.qvera_settings[adapter]
         return method.factors(config, self.spec, self.tensors(adapter), self.pair(adapter))
 
     def pair(self, adapter: str) -> Pair | None:
-        """The frozen A and B of one adapter in this layer; None where its method has none."""
+        """The adapter's frozen A and B for this layer; None if its method has none."""
         if adapter not in self.qvera_projection:
             return None
         method, config = self.qvera_settings[adapter]
@@ -201,11 +190,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
 
     def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """The output with one adapter more, as its method computes it."""
+        """See `AdaptedForward.add_adapter`; the method computes it."""
         return self.method(adapter).add(self, adapter, x, y, overwrite)
 
     def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        """(W + ΔW) x in one node: that of a trained pair, or by W + ΔW."""
+        """See `AdaptedForward.with_base`; a trained pair does it in one autograd node."""
         if not trains_pair(self.method(adapter)):
             return super().with_base(adapter, x)
         base: nn.Linear = self.base_layer
@@ -215,34 +204,34 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return trained_linear(base, inner, factors.A, factors.B, factors.scale, self.input_sampler).to(x.dtype)
 
     def delta(self, adapter: str) -> torch.Tensor:
-        """What W changes by, [m, n] in fp32, without a graph."""
+        """The change of W [m, n] in fp32, without a graph."""
         if self.method(adapter).change is not Change.SCALED:
             return super().delta(adapter)
         weight = quantization.dequantized_weight(self.base_layer, torch.float32)
         return self.parts(adapter).change(weight.t() if isinstance(self.base_layer, Conv1D) else weight)
 
     def is_low_rank(self, adapter: str) -> bool:
-        """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
+        """See `AdaptedForward.is_low_rank`."""
         return self.method(adapter).change is Change.LOW_RANK
 
     def has_delta(self, adapter: str) -> bool:
-        """Whether the adapter adds one ΔW x, the same ΔW for all tokens, whatever adapters are active beside it."""
+        """See `AdaptedForward.has_delta`; a scaled adapter has none while others are active."""
         change = self.method(adapter).change
         return change is not Change.PER_TOKEN and not (change is Change.SCALED and len(self.active_names()) > 1)
 
     def dropout_of(self, adapter: str) -> nn.Module:
-        """The dropout on the adapter's input; an Identity where there is none."""
+        """See `AdaptedForward.dropout_of`."""
         return self.qvera_dropout[adapter]
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """z = A x in ``dtype``, shared with the layers that read the same x; None where the adapter has A itself."""
+        """See `AdaptedForward.shared_z`."""
         if adapter not in self.qvera_projection:
             return None
         method, config = self.qvera_settings[adapter]
         return self.qvera_projection[adapter].project(x, method.rank_at(config, self.spec), dtype)
 
     def int8_dtype(self) -> torch.dtype:
-        """The dtype that the layer computes in over an int8 base: that of a frozen pair, or as the model was made."""
+        """See `AdaptedForward.int8_dtype`; without a frozen pair `made_in`."""
         return next((pair.A.dtype for pair in self.qvera_projection.values()), self.made_in)
 
     get_delta_weight = AdaptedForward.delta_weight_fp32  # PEFT's name for it
@@ -250,11 +239,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: active) adapters to the base weight; `unmerge` restores the original bytes.
 
-        A quantized weight is quantized again; a warning gives the measured error of that.
+        A quantized weight is quantized again, and a warning gives the error of that.
 
         Raises:
-            ValueError: ``safe_merge`` and the merged weight has NaN or Inf, or one of several adapters has to stand
-                alone; the layer is left as it was.
+            ValueError: the result has NaN or Inf (with ``safe_merge``), or one of several adapters can't be merged with
+                others. The layer is unchanged.
         """
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if self.carries(n)]
         if not adapter_names:
@@ -289,7 +278,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(adapter_names)
 
     def unmerge(self) -> None:
-        """Put the original weight back: the very bytes that were there before `merge`."""
+        """Restore the weight from before `merge`, byte for byte."""
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

@@ -1,8 +1,6 @@
 """PEFT's own VeRA on our layers: `accelerate_peft` and `restore_peft`.
 
-PEFT keeps its projections, file format, keys, vectors, merging and errors; what changes is how a layer computes. The
-low-rank path runs in the base layer's compute dtype and keeps only z, 4-bit and int8 bases run through
-`qvera.models.linear`.
+PEFT keeps its projections, files, keys, vectors, merging and errors. Only the layers' computation is ours.
 """
 
 import weakref
@@ -23,14 +21,14 @@ from qvera.models import linear
 
 
 class _Pair(SharedInput):
-    """PEFT's A and B of one model: cast once for each dtype, and z shared between layers that read the same x."""
+    """PEFT's A and B of one model, cast once for each dtype."""
 
     def __init__(self) -> None:
         super().__init__()
         self._casts: dict[tuple[str, str, torch.dtype, torch.device], tuple[Any, int, torch.Tensor]] = {}
 
     def cast(self, name: str, adapter: str, held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``held`` in ``dtype``; the copy is made again when the tensor was replaced or changed in place."""
+        """Cast ``held`` to ``dtype``; the copy is reused until the tensor is replaced or changed in place."""
         if held.dtype == dtype:
             return held
         key = name, adapter, dtype, held.device
@@ -46,8 +44,6 @@ class _Pair(SharedInput):
 
 
 class _AcceleratedLayer(AdaptedForward):
-    """Mixed into one of PEFT's VeRA layers."""
-
     vera_A: Any  # noqa: N815  # PEFT's names
     vera_B: Any  # noqa: N815
     vera_lambda_b: Any
@@ -81,7 +77,7 @@ _accelerated: dict[type, type] = {}
 
 
 def _accelerated_class(stock: type) -> type:
-    """The accelerated subclass of one of PEFT's VeRA layer classes; PEFT has one for each kind of base layer."""
+    """PEFT has one VeRA layer class for each kind of base layer; each gets one subclass."""
     if stock not in _accelerated:
         _accelerated[stock] = type(f"Accelerated{stock.__name__}", (_AcceleratedLayer, stock), {"__module__": __name__})
     return _accelerated[stock]
@@ -104,21 +100,18 @@ class AcceleratedVeraModel(VeraModel):
 
 
 def accelerate_peft() -> None:
-    """From now on `get_peft_model` and `PeftModel.from_pretrained` make VERA adapters out of our layers.
-
-    Models made before stay as they are. Harmless when repeated; `restore_peft` undoes it.
-    """
+    """Make VERA adapters compute on our layers, in models that PEFT makes from now on. Calls may be repeated."""
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = AcceleratedVeraModel
 
 
 def restore_peft() -> None:
-    """PEFT's own VeRA again, for adapters made from now on."""
+    """Undo `accelerate_peft` for adapters made from now on."""
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = VeraModel
 
 
 @contextmanager
 def accelerated_peft() -> Iterator[None]:
-    """`accelerate_peft` for the time of the block."""
+    """`accelerate_peft` within the context."""
     before = mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA]
     accelerate_peft()
     try:

@@ -1,10 +1,10 @@
 """Seed → A, B: the frozen random pair that all layers of a model share (VeRA, arXiv 2310.11454, section 3.1).
 
 A is stream 0 and B is stream 1 of `qvera.utils.uniform`. Hence a seed gives the same values on every machine, and a
-pair for a smaller rank or a smaller layer is a prefix of a larger one.
+pair for a smaller rank or layer is a prefix of a larger one.
 
-The Kaiming bounds of the paper, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these values: each
-layer multiplies them into its d (`vera_scale`), so that one pair serves layers of every shape.
+The paper's Kaiming bounds, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these values. Each layer
+multiplies them into its d (`vera_scale`), so one pair serves layers of every shape.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from qvera.utils.errors import InputError
 from qvera.utils.uniform import uniform_matrix
 
 GENERATOR = "philox4x64-10/u24"
-"""Name of the rule above, written into every adapter file. Another rule needs another name."""
+"""The name of the rule above, in every adapter file. A changed rule needs a new name."""
 
 Seeds: TypeAlias = int | tuple[int, ...]
-"""One seed, or those of several phases (`qvera.adapters.methods.vera.VeraPhases`)."""
+"""One seed, or several (`qvera.lab.resample.VeraPhases`)."""
 
 _STREAM_A, _STREAM_B = 0, 1
 _STREAM_CHECKS = 4  # 2 and 3 are taken by plug-ins
@@ -43,10 +43,7 @@ def vera_scale(rank: int, in_features: int) -> float:
 
 
 def uniform_pair(rank: int, in_features: int, out_features: int, seeds: Seeds) -> tuple[np.ndarray, np.ndarray]:
-    """A [rank, in_features] and B [out_features, rank] of a seed, fp32.
-
-    Of several seeds: the pairs of each, of rank / len(seeds), one after the other along the rank.
-    """
+    """A [rank, in_features] and B [out_features, rank] in fp32; several seeds share the rank equally."""
     chain = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     each = rank // len(chain)
     A = np.concatenate([uniform_matrix(each, in_features, seed, _STREAM_A) for seed in chain])
@@ -60,7 +57,7 @@ def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seed
 
 
 def pair_sha256(A: np.ndarray, B: np.ndarray) -> str:
-    """`projection_sha256` of a pair that is there."""
+    """The hash of `projection_sha256` for an existing pair."""
     digest = hashlib.sha256()
     for matrix in (A, B):
         digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
@@ -68,14 +65,7 @@ def pair_sha256(A: np.ndarray, B: np.ndarray) -> str:
 
 
 def require_sha256(wanted: str | None, found: str, seeds: Seeds) -> None:
-    """Refuse projections that are not those that an adapter was trained with.
-
-    Args:
-        wanted: of the adapter's config; None: it names none.
-
-    Raises:
-        InputError: they differ.
-    """
+    """Raise InputError if projections differ from those of training. ``wanted`` None: the config has no hash."""
     if wanted is not None and wanted != found:
         raise InputError(
             f"the projections of seed {seeds} have SHA-256 {found[:16]}… here and {wanted[:16]}… in the adapter: the "
@@ -84,18 +74,17 @@ def require_sha256(wanted: str | None, found: str, seeds: Seeds) -> None:
 
 
 class SharedInput:
-    """The last z = x Aᵀ: layers that read the very same x (q, k and v; gate and up) get the same z.
+    """Caches the last z = x Aᵀ for layers that read the very same x (q, k and v; gate and up).
 
-    Autograd then adds up their ∂z before the one product of backward. z is given again only for the same live tensor
-    object, unchanged since (``_version``), under the same grad mode, dtype, A and backward pass (a checkpoint's
-    recomputation must build its own), and is let go of with x.
+    Autograd then adds up their ∂z before the one product of backward. z is reused only for the same live, unchanged
+    tensor under the same grad mode, dtype, A and backward pass: a checkpoint's recomputation must build its own.
     """
 
     def __init__(self) -> None:
         self._recent: tuple[weakref.ref[torch.Tensor], tuple[object, ...], torch.Tensor] | None = None
 
     def project(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, key: object = None) -> torch.Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells A from every other A of its shape that this x may meet."""
+        """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells apart matrices A of one shape that may meet the same x."""
         if torch.compiler.is_compiling() or x.is_inference():
             return functional.project(x.to(dtype), A.to(dtype))
         # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
@@ -111,7 +100,7 @@ class SharedInput:
         return z
 
     def forget(self, *_: object) -> None:
-        """Let go of the last z."""
+        """Drop the last z."""
         self._recent = None
 
     def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
@@ -123,11 +112,10 @@ class SharedInput:
 
 
 class SharedProjection(nn.Module):
-    """The one A [rank, in_features] and B [out_features, rank] that every adapted layer reads a prefix of.
+    """A [rank, in_features] and B [out_features, rank], of which every adapted layer reads a prefix.
 
-    Held once, in the compute dtype, as non-persistent buffers: never in a state dict, never trained. A cast of the
-    model to another dtype draws the values again instead of rounding rounded ones, so they are always the fp32
-    values of the seed, rounded once.
+    They are non-persistent buffers in the compute dtype, never trained. If the model is cast to another dtype, the
+    values are drawn again, so they are always the seed's fp32 values, rounded once.
     """
 
     A: torch.Tensor
@@ -142,7 +130,7 @@ class SharedProjection(nn.Module):
         self.register_buffer("B", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
 
     def ensure(self, rank: int, in_features: int, out_features: int) -> None:
-        """Grow the pair, if needed, so that it holds this rank and these layer sizes as a prefix."""
+        """Grow the pair if it is too small for this rank and these layer sizes."""
         held_rank, held_in, held_out = self.A.shape[0], self.A.shape[1], self.B.shape[0]
         wanted = max(rank, held_rank), max(in_features, held_in), max(out_features, held_out)
         if wanted != (held_rank, held_in, held_out):
@@ -159,15 +147,15 @@ class SharedProjection(nn.Module):
         self.A, self.B = (torch.from_numpy(matrix).to(device=device, dtype=dtype) for matrix in pair)
 
     def slices(self, rank: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views A [rank, in_features] and B [out_features, rank] for one layer; nothing is copied."""
+        """Views A [rank, in_features] and B [out_features, rank] for one layer."""
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
     def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
+        """z = x Aᵀ [..., rank] in ``dtype``; layers that read the same x get the same tensor."""
         return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype)
 
     def gram(self, rank: int, in_features: int) -> torch.Tensor:
-        """A Aᵀ [rank, rank] in fp32 or wider, of the A for layers of this size; made once."""
+        """A Aᵀ [rank, rank] in fp32 or wider, cached for each rank and in_features."""
         key = rank, in_features
         if key not in self._grams:
             A = functional.at_least_fp32(self.A[:rank, :in_features])
@@ -189,7 +177,7 @@ class SharedProjection(nn.Module):
 
 
 class OwnProjection(nn.Module):
-    """A frozen pair of one linear's own, in the compute dtype, as non-persistent buffers."""
+    """A frozen pair of one linear, in the compute dtype, as non-persistent buffers."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -213,26 +201,19 @@ class OwnProjection(nn.Module):
 
 
 def pair_number(B: torch.Tensor) -> float:
-    """A number that tells a linear's own pair from another one, by B [m, r]; rounding changes it by less than 0.01.
-
-    It is p·B q with fixed random p and q. With the sign of one column changed it is another one.
-    """
+    """p·B q with fixed random p and q, which identifies a linear's own pair. Rounding changes it by less than 0.01."""
     m, rank = B.shape
     left, right = (torch.from_numpy(uniform_matrix(1, size, 0, _STREAM_CHECKS))[0].double() for size in (m, rank))
     return round(float(left @ B.cpu().double() @ right), 6)
 
 
 def same_pair(one: float, other: float) -> bool:
-    """Whether two of `pair_number` are of the same pair, made on machines that round differently."""
+    """Whether two `pair_number` values mean the same pair, allowing for machines that round differently."""
     return abs(one - other) < 0.02
 
 
 def require_same_pairs(found: Mapping[str, float], known: Mapping[str, float]) -> None:
-    """Compare `pair_number` of linears with those of an adapter; a linear that only one of them has is passed over.
-
-    Raises:
-        InputError: one is of another pair.
-    """
+    """Raise InputError if `pair_number` of a linear differs between the two; linears in only one are skipped."""
     for name in sorted(found.keys() & known.keys()):
         if not same_pair(found[name], known[name]):
             raise InputError(
@@ -243,7 +224,7 @@ def require_same_pairs(found: Mapping[str, float], known: Mapping[str, float]) -
 
 
 def forget_inputs(model: nn.Module) -> None:
-    """Let go of the products that a forward pass left behind, such as one that ended in an error."""
+    """Drop each shared z of a forward pass, such as one that ended in an error."""
     for module in model.modules():
         if isinstance(module, SharedProjection):
             module.inputs.forget()

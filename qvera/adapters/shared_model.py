@@ -1,8 +1,6 @@
 """Many adapters on one loaded base: those that answer, and one that is trained meanwhile.
 
-They share one PEFT model, so that adapters of one seed share its pair A, B. Answers are computed in a layout of their
-own (`qvera.evaluation.generate.generating`): copies of weights in layers, and a forward pass by which each token uses
-its own adapter. `training_layout` takes a training pass out of that without undoing it.
+For answers the layers hold copies of weights and choose adapters by token (`qvera.evaluation.generate.generating`).
 """
 
 from __future__ import annotations
@@ -30,21 +28,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OF_ANSWERS = ("mixed", "_inference_weight", "_inference_pack")
-"""What modules have for answers alone. Without it they compute as in a run of training."""
+"""Attributes that modules have for answers only. Without them they compute as in training."""
 
 
 def load_adapters(
     model: nn.Module, directories: Mapping[str, Path], progress: Callable[[int], None] | None = None
 ) -> PeftModel:
-    """Put many QVERA adapters on a loaded base model; ranks, seeds and targets may differ.
+    """Put many QVERA adapters on a loaded base model, to answer with; ranks, seeds and targets may differ.
 
-    Rows of one batch then name theirs: ``model(..., adapter_names=[...])``, or `qvera.evaluation.generate.generate`
-    with ``adapters``. They are for answers, not for training.
+    Each row of a batch names its adapter: ``model(..., adapter_names=[...])``, or ``adapters`` of
+    `qvera.evaluation.generate.generate`.
 
     Args:
         model: the loaded base model.
         directories: adapter name → directory.
-        progress: called with the number of adapters read.
+        progress: called with the number of adapters read so far.
 
     Raises:
         InputError: one of them is no QVERA adapter, or not one for this model.
@@ -77,17 +75,16 @@ def load_adapters(
 
 
 def linear_specs(model: nn.Module) -> dict[str, LinearSpec]:
-    """The linears of a base model that can be adapted, by their names."""
+    """The base model's linears that can be adapted, by name."""
     shapes = {name: layer_shape(module) for name, module in model.named_modules()}
     return {name: LinearSpec(name, *shape) for name, shape in shapes.items() if shape is not None}
 
 
 def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
-    """The config of an adapter that can be one of many on a model.
+    """Return the config if the adapter can be one of many on a model.
 
     Raises:
-        InputError: it is PEFT's own VeRA, or has more than vectors: rows of tokens, whole modules, biases; or its
-            targets are a pattern.
+        InputError: it is PEFT's own VeRA, trains more than vectors (token rows, modules, biases), or targets a pattern.
     """
     if not isinstance(config, QveraConfig):
         raise InputError(
@@ -104,7 +101,7 @@ def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> Qver
 
 
 def add_adapter(base: Base, name: str, config: QveraConfig) -> PeftModel:
-    """Put a fresh adapter on a loaded base, beside those that it has; nothing of the model is trained afterwards.
+    """Put a fresh adapter on a loaded base, beside others. Nothing in the model is trained afterwards.
 
     Raises:
         InputError: a target matches nothing or no linear.
@@ -118,17 +115,14 @@ def add_adapter(base: Base, name: str, config: QveraConfig) -> PeftModel:
 
 
 def leave_to_training(model: nn.Module, adapter: str) -> None:
-    """Make layers that carry this adapter alone compute as their base layers do, outside of `training_layout`.
-
-    So answers stay what they are to the bit, though there are more layers now.
-    """
+    """Switch off layers that carry only this adapter, outside of `training_layout`, so that answers do not change."""
     for layer in adapted_layers(model):
         if set(layer.qvera_settings) == {adapter}:
             layer._disable_adapters = True
 
 
 def give_to_answers(model: nn.Module, adapter: str) -> list[QveraLinear]:
-    """The layers that carry an adapter which answers; they take part in the layout of answers from now on."""
+    """Switch on the layers that carry this adapter, for answers, and return them."""
     layers = [layer for layer in adapted_layers(model) if layer.carries(adapter)]
     for layer in layers:
         layer._disable_adapters = False
@@ -137,12 +131,10 @@ def give_to_answers(model: nn.Module, adapter: str) -> list[QveraLinear]:
 
 @contextlib.contextmanager
 def training_layout(model: nn.Module, adapter: str) -> Iterator[None]:
-    """A context in which layers compute as in a run that trains this adapter, whatever they hold for answers.
+    """Make layers compute, within the context, as in a run that trains this adapter.
 
-    The layout of answers stays in memory, so entering and leaving cost a look at each module and no copy: a training
-    pass reads the stored weight, and so does backward. Making the layout anew would dequantize or pack each weight.
-    In it a training pass would be correct too, since backward never reads the copies. But forward takes the packed ones
-    where an input needs no gradient, so the last bits would depend on what memory allowed for answers.
+    What they hold for answers stays in memory, so nothing is dequantized or packed anew. Training could use it, but
+    forward reads packed weights where an input needs no gradient: the last bits would depend on free memory.
     """
     kept: list[tuple[nn.Module, dict[str, Any]]] = []
     try:

@@ -1,4 +1,4 @@
-"""The PEFT side: which modules are adapted, the shared projections, and the names under which PEFT finds all this."""
+"""The PEFT side: which modules are adapted, the shared projections, and the registration with PEFT."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,7 @@ BASE = "__base__"
 
 
 class QveraModel(BaseTuner):
-    """Adapts the linears of a model; one pair A, B of a seed serves all layers and all adapters that draw theirs.
-
-    ``banked`` has the adapters that `qvera.adapters.shared_model.load_adapters` has put into banks, by their names.
-    """
+    """Adapts the linears of a model; one pair A, B of a seed serves all layers and adapters that use this seed."""
 
     uses_shared_state: bool = True
     prefix: str = "qvera_"
@@ -37,7 +34,7 @@ class QveraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _projection(self, config: QveraConfig, device: torch.device, dtype: torch.dtype) -> SharedProjection:
-        """The pair of this adapter's seed on this device (a model spread over devices has one on each)."""
+        """The pair of this adapter's seed on this device; a model spread over devices has one on each."""
         pool = self.__dict__.setdefault("_projection_pool", [])
         for projection in pool:
             # of several seeds no pair is a prefix of a larger one
@@ -55,11 +52,7 @@ class QveraModel(BaseTuner):
     def _enable_peft_forward_hooks(
         self, *_: object, adapter_names: Sequence[str] | None = None, num_beams: int | None = None, **__: object
     ) -> Iterator[None]:
-        """PEFT's hook for ``adapter_names``, one name for each row of the batch; ``__base__`` is no adapter.
-
-        Raises:
-            ValueError: the model is training, or there is no adapter of that name.
-        """
+        """PEFT's hook for ``adapter_names``: one name for each row of the batch."""
         if adapter_names is None:
             yield
             return
@@ -77,13 +70,8 @@ class QveraModel(BaseTuner):
             yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
-        """Check the targets and the projections of an adapter, draw the pair that it needs, then let PEFT put it in.
-
-        Here and not in PEFT's `_pre_injection_hook`, which PEFT calls for a model's first adapter only.
-
-        Raises:
-            InputError: a target matches nothing or no linear, or the adapter belongs to other projections.
-        """
+        """Check an adapter's targets, projections and tokens (InputError), draw its pair, then let PEFT put it in."""
+        # not in `_pre_injection_hook`, which PEFT calls for a model's first adapter only
         config = self.peft_config[adapter_name]
         tokens = getattr(config, "added_tokens", None)
         if tokens and getattr(model, PLACED, None) != tokens:
@@ -98,11 +86,8 @@ class QveraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's ``autocast_adapter_dtype``: False gives the vectors the dtype that their layers compute in.
-
-        They have their method's dtype otherwise, fp32 as a rule, and compute in fp32 in either case
-        (`functional.at_least_fp32`). PEFT's own would make fp32 of all, and train what it casts.
-        """
+        """PEFT's ``autocast_adapter_dtype``: False casts the vectors to their layers' compute dtype."""
+        # PEFT's own would cast all to fp32 and make them trainable
         for layer in () if autocast_adapter_dtype else adapted_layers(self):
             _, dtype = _home(layer.base_layer, self.model)
             for vector in layer.tensors(adapter_name).values():
@@ -110,28 +95,19 @@ class QveraModel(BaseTuner):
                     vector.data = vector.data.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, the tensors that its linears share included.
-
-        Raises:
-            ValueError: there is none of that name, or it is merged.
-        """
+        """Delete an adapter and the tensors that its linears share."""
         super().delete_adapter(adapter_name)
         if self._shared_of(adapter_name) is not None:
             del self.shared[adapter_name]
 
     def _shared_of(self, adapter_name: str) -> Any:
-        """The tensors that the linears of an adapter share (`VectorDict`); None where there are none."""
         shared: Any = self._modules.get("shared", {})
         return shared[adapter_name] if adapter_name in shared else None  # noqa: SIM401  # a ModuleDict has no get
 
     def _share_tensors(
         self, model: nn.Module, config: QveraConfig, adapter_name: str, linears: Sequence[tuple[LinearSpec, nn.Module]]
     ) -> None:
-        """Make the tensors that the linears of an adapter share, where its method has such.
-
-        Raises:
-            InputError: the linears are on several devices.
-        """
+        """Make the tensors that all linears of an adapter share, if its method has any. They must be on one device."""
         method = method_of(config)
         shapes = method.shared_tensors(config, [spec for spec, _ in linears], head_size(model))
         if not shapes:
@@ -170,11 +146,7 @@ class QveraModel(BaseTuner):
             self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
 
     def _match_targets(self, model: nn.Module, config: QveraConfig) -> list[tuple[str, nn.Module]]:
-        """Names and base layers of what the config adapts; writes short target names into the config.
-
-        Raises:
-            InputError: a target matches nothing, or something that is no linear.
-        """
+        """Find names and base layers of what the config adapts, and write short target names into the config."""
         before = config.target_modules
         config = _maybe_include_all_linear_layers(config, model)
         if config.target_modules is None:
@@ -233,7 +205,6 @@ class QveraModel(BaseTuner):
     def _layer_projection(
         self, config: QveraConfig, name: str, base: nn.Module
     ) -> SharedProjection | OwnProjection | None:
-        """The frozen pair of one linear: the shared one of the seed, its own, or none."""
         method, home, shape = method_of(config), _home(base, self.model), layer_shape(base)
         if method.source is Source.SEEDED:
             return self._projection(config, *home)
@@ -252,7 +223,7 @@ _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_
 
 
 def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
-    """Last names (``q_proj``) in place of full ones where they mean the same modules; sorted."""
+    """Replace full names by last names (``q_proj``) if these match the same modules; sorted."""
     if isinstance(targets, str):
         return targets
     last_names = {key.rpartition(".")[2] for key in matched}
@@ -263,7 +234,7 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
 
 
 def _home(base: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a layer's low-rank path lives: its device, and the dtype it computes in."""
+    """The device and compute dtype of a layer's low-rank path."""
     weight: Any = base.weight
     compute = getattr(base, "compute_dtype", None) or weight.dtype
     if not compute.is_floating_point:
@@ -273,10 +244,8 @@ def _home(base: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]
 
 
 def register() -> None:
-    """Make PEFT know ``QVERA``: `PeftModel.from_pretrained` and `save_pretrained` then work. Harmless when repeated.
-
-    PEFT's own registration helper takes names of its enum only; its mappings take any string.
-    """
+    """Register ``QVERA`` with PEFT, for `PeftModel.from_pretrained` and `save_pretrained`. Calls may be repeated."""
+    # PEFT's own registration helper accepts only names of its enum; its mappings take any string
     key: Any = PEFT_TYPE
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = QveraConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = QveraModel

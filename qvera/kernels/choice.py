@@ -1,8 +1,7 @@
-"""Whether an operation runs as plain torch code or as a kernel of ours, and how a kernel becomes an operator of torch.
+"""Chooses between plain torch code and a kernel, and registers kernels as operators of torch.
 
-Fake tensors and torch.compile see an operator as one call. `torch.library.custom_op` does the same in one line, but
-costs 25 µs of Python a call where this costs 7 (2 cores, torch 2.13), and a layer makes some forty calls; on a fast
-card the host is what a step waits for.
+`torch.library.custom_op` would be shorter, but costs 25 µs of Python a call and this 7 (2 cores, torch 2.13). A layer
+makes some forty calls, and a fast card waits for the host.
 """
 
 import functools
@@ -17,21 +16,21 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 
 SWITCH = "QVERA_KERNELS"
-"""The environment variable: ``off`` for plain torch code everywhere, ``on`` for kernels on every accelerator without
-asking triton for one (the tests' fake accelerator), ``auto`` (as when unset) for kernels where triton can run them."""
+"""Environment variable: ``auto`` (default) for kernels where triton can run them, ``off`` for plain code everywhere,
+``on`` for kernels on every accelerator without asking triton (the tests' fake accelerator)."""
 
 LAUNCHES: dict[str, int] = {}
-"""Operator name, such as ``qvera.combined``, → how many kernels it launches."""
+"""Operator name, such as ``qvera.combined`` → number of kernels it launches."""
 
 _library = torch.library.Library("qvera", "FRAGMENT")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def use_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether an operation on these tensors takes its kernel: on an accelerator, and in 16 or 32 bits.
+    """Whether an operation on these tensors runs as a kernel: on an accelerator, in 16 or 32 bits.
 
     Raises:
-        InputError: QVERA_KERNELS is set to anything but auto, on or off.
+        InputError: QVERA_KERNELS has an unknown value.
     """
     device_type = tensors[0].device.type
     if not accelerator.is_accelerator(device_type):
@@ -64,10 +63,8 @@ def _triton_runs_on(device_type: str) -> bool:
 
 
 def triton_problem() -> str | None:
-    """Why triton can't launch a kernel on this machine, with what to do; None where it can.
-
-    It compiles a launcher in C first, which takes a compiler and Python's headers.
-    """
+    """Why triton can't launch kernels here, and what to do; None if it can."""
+    # it compiles a launcher in C first, which needs a compiler and Python's headers
     try:
         from triton.runtime import driver
 
@@ -84,16 +81,16 @@ def register(
     launches: int = 1,
     mutates_args: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Make the operator ``qvera::name`` and return what calls it.
+    """Register the operator ``qvera::name`` and return the function that calls it.
 
-    The operator has no derivative: call it inside a `torch.autograd.Function`, or without gradients.
+    It has no derivative: call it inside a `torch.autograd.Function`, or without gradients.
 
     Args:
         name: of the operator.
         launch: runs the kernel. Its annotations become the operator's schema.
-        fake: the same signature; gives empty tensors of the right shape, dtype and device.
+        fake: has the same signature and returns empty tensors of the right shape, dtype and device.
         launches: how many kernels ``launch`` starts.
-        mutates_args: the arguments that the kernel writes into.
+        mutates_args: arguments that the kernel writes into.
     """
 
     def launch_on_its_device(*arguments: Any) -> Any:

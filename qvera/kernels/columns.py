@@ -1,8 +1,4 @@
-"""The columns of a matrix [..., k] times a vector: what the low-rank path does where building C would cost more.
-
-Plain code casts the vector to the matrix' dtype and multiplies: three launches on an accelerator, and a fourth to add
-the result to something. The kernel is one, computes in fp32, and rounds once.
-"""
+"""The columns of a matrix [..., k] times a vector. The kernel is one launch, plain code three or four."""
 
 import torch
 
@@ -18,15 +14,10 @@ def scaled_columns(
     index: torch.Tensor | None = None,
     overwrite: bool = False,
 ) -> torch.Tensor:
-    """scale x ⊙ vector, or base + scale x ⊙ vector, in x's dtype (base's, if there is one).
+    """scale x ⊙ vector, or base + scale x ⊙ vector, in x's dtype, or in base's if given; x and base are [..., k].
 
-    Args:
-        x: [..., k].
-        vector: [k], or one for each first index of x: [x.shape[0], 1, ..., 1, k]; with ``index`` [V, k].
-        scale: multiplied onto the vector.
-        base: [..., k], of x's shape; it is not changed.
-        index: int64 [T], which vector each of the T rows of x takes.
-        overwrite: plain code may take x's memory for the result.
+    ``vector`` is [k], or one for each first index of x: [x.shape[0], 1, ..., 1, k]. With ``index``, int64 [T], it is
+    [V, k], and row t of x takes vector index[t]. ``overwrite``: plain code may take x's memory for the result.
     """
     tensors = (x, vector) if base is None else (x, vector, base)
     if use_kernels(*tensors):
@@ -45,7 +36,7 @@ def scaled_columns(
 def scaled_columns_backward(
     g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """g ⊙ vector [..., k], and Σ g ⊙ x over all but the last dimension [k] in the vector's dtype: ∂x and ∂vector."""
+    """∂x = g ⊙ vector [..., k], and ∂vector = Σ g ⊙ x [k] over all but the last dimension, in the vector's dtype."""
     if use_kernels(g, x, vector):
         grad_x, grad_vector = _backward(_rows(g), _rows(x), vector.contiguous())
         return grad_x.view(g.shape), grad_vector.to(vector.dtype)
@@ -57,7 +48,7 @@ def scaled_columns_backward(
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., k] as a matrix whose rows are dense."""
+    """[..., k] as a matrix with dense rows."""
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 

@@ -1,12 +1,9 @@
-"""A 4-bit weight dequantized in one launch (bitsandbytes' NF4 and FP4, with or without double quantization).
+"""Dequantizes a 4-bit weight in one launch (bitsandbytes' NF4 and FP4, with or without double quantization).
 
     w = code[q] c                   q is 4 bits of each weight, c a number for each block of 64 weights or so
     c = outer code[p] C + offset    with double quantization: p is 8 bits of each block, C a number for each 256 blocks
 
 Source: QLoRA (arXiv 2305.14314), sections 3.1 and 3.2. On a CPU bitsandbytes does it.
-
-No buffer is kept for the result. It is freed after its product, one is in memory at a time
-(tests/gpu/test_kernel_counts.py), and torch's allocator gives its memory to the next.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plain_dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """`dequantize_4bit` in torch operations, for tests: bitsandbytes' own code differs from device to device."""
+    """`dequantize_4bit` in torch operations, for tests. bitsandbytes' own code differs between devices."""
     scale = state.absmax
     if state.nested:
         outer = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: scale.numel()]
@@ -59,12 +56,8 @@ _dequantize_4bit = register(
 
 
 def dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor | None:
-    """The weight [m, n] in its state's dtype; None where there is no kernel for it, and bitsandbytes has to do it.
-
-    Args:
-        packed: bytes of two weights each, the first in the upper half, in any dtype.
-        state: bitsandbytes' quantization state.
-    """
+    """The weight [m, n] in its state's dtype; None if there is no kernel for it and bitsandbytes must do it."""
+    # packed has two weights in each byte, the first in the upper half, in any dtype
     if not use_kernels(state.code):
         return None
     outer = state.state2 if state.nested else None

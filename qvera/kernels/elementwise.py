@@ -4,8 +4,7 @@
     SwiGLU   y = silu(a) c                  ∂c = ∂y silu(a)                 ∂a = silu'(a) c ∂y
     RoPE     y = x cos + R x sin            ∂x = ∂y cos - R (∂y sin)        R (x1, x2) = (-x2, x1), so Rᵀ = -R
 
-Each function is one launch where kernels are used, and plain torch code elsewhere. They have no derivative: call them
-inside a `torch.autograd.Function`, or without gradients.
+No function has a derivative: call it inside a `torch.autograd.Function`, or without gradients.
 """
 
 import torch
@@ -15,7 +14,7 @@ from qvera.kernels.choice import register, use_kernels
 
 
 def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` in torch operations: transformers' own, in their order."""
+    """`rms_norm` as transformers computes it, in the same order."""
     wide = x.to(torch.float32)
     factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * factor).to(x.dtype), factor
@@ -121,20 +120,17 @@ _rope = register("rope", _launch_rope, _empty_rope)
 
 
 def _one_dtype(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors; they have one dtype for all that they read and write."""
+    """Kernels read and write one dtype only."""
     return all(t.dtype == tensors[0].dtype for t in tensors) and use_kernels(*tensors)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Y = w x f [..., n] in x's dtype, and f = 1 / rms(x) [..., 1] in fp32, which backward needs.
-
-    Source: transformers' ``LlamaRMSNorm``.
-    """
+    """y = w x f [..., n] in x's dtype, and f = 1 / rms(x) [..., 1] in fp32 (transformers' ``LlamaRMSNorm``)."""
     return _rms_norm(x, weight, eps) if _one_dtype(x, weight) else plain_rms_norm(x, weight, eps)
 
 
 def rms_norm_backward(g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """∂x [..., n] in x's dtype from g = ∂y, x and ``factor`` of `rms_norm`; the weight gets none."""
+    """∂x [..., n] in x's dtype from g = ∂y and the ``factor`` of `rms_norm`; the weight gets no gradient."""
     if _one_dtype(g, x, weight):
         return _rms_norm_backward(g, x, factor, weight)
     return plain_rms_norm_backward(g, x, factor, weight)
@@ -153,17 +149,9 @@ def swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate q [B, H, T, D] and k [B, K, T, D] by the angles of cos and sin [B or 1, T, D]; D is even.
+    """Rotate q [B, H, T, D] and k [B, K, T, D], of one dtype, by the angles of cos and sin [B or 1, T, D]; D is even.
 
-    Args:
-        q: queries; backward, their gradient.
-        k: keys, of the same dtype; backward, their gradient.
-        cos: of each position's angles, the first half of D and again the second.
-        sin: likewise.
-        backward: give the gradients of forward's inputs from those of its outputs.
-
-    Returns:
-        Both rotated, in their shapes. From the kernel they lie in memory as [B, T, H, D], as the products that made
-        them want their gradients. Source: transformers' ``apply_rotary_pos_emb``.
+    cos and sin repeat their first half. With ``backward`` q and k are output gradients and become input gradients.
+    Source: transformers' ``apply_rotary_pos_emb``. The kernel's results lie in memory as [B, T, H, D].
     """
     return _rope(q, k, cos, sin, backward) if _one_dtype(q, k, cos, sin) else plain_rope(q, k, cos, sin, backward)

@@ -1,10 +1,6 @@
-"""The passes over B [m, r] of `qvera.adapters.products.functional`: C = diag(b) B diag(d), and ∂b and ∂d from M = gᵀ z.
+"""Passes over B [m, r] for `qvera.adapters.products.functional`: C = diag(b) B diag(d), and ∂b and ∂d from M = gᵀ z.
 
-b is [m], or [G, m]: then each of G equal groups of B's columns has its own row of b.
-
-On a CPU the passes go by blocks of rows. On an accelerator one kernel reads B once and writes C: 4 bytes an element in
-16 bits, where the plain code's temporaries in fp32 take 20. The gradients' kernel reads M and B once, and can write C
-on its way.
+A kernel reads B once and writes C: 4 bytes an element in 16 bits, where fp32 temporaries of plain code take 20.
 """
 
 import torch
@@ -12,19 +8,19 @@ import torch
 from qvera.kernels.choice import register, use_kernels
 
 BLOCK_ELEMENTS = 2**19
-"""What elementwise passes over [m, r] take at a time on a CPU: 2 MB in fp32 stay in its cache. At 11008 x 1024 that is
-a tenth of the time, since temporaries of 45 MB are fresh pages for every product."""
+"""Elements of [m, r] in one pass on a CPU: 2 MB in fp32, which stay in its cache."""
+# at 11008 x 1024 that takes a tenth of the time: temporaries of 45 MB need fresh pages each time
 
 
 def row_blocks(B: torch.Tensor) -> list[slice]:
-    """The rows of B [m, r] in blocks of `BLOCK_ELEMENTS` on a CPU, in one elsewhere."""
+    """Blocks of rows of B [m, r]: `BLOCK_ELEMENTS` each on a CPU, one elsewhere."""
     out_features, rank = B.shape
     step = max(1, BLOCK_ELEMENTS // rank) if B.device.type == "cpu" else out_features
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
 def grouped(b: torch.Tensor) -> torch.Tensor:
-    """One adapter's b as [G, m], also where it is held as [m]."""
+    """b as [G, m], also if it is [m]."""
     return b.unsqueeze(0) if b.dim() == 1 else b
 
 
@@ -35,7 +31,7 @@ def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """C = diag(b) B diag(scale d) [m, r] in ``dtype``, computed in the vectors' dtype and rounded once."""
+    """C = diag(b) B diag(scale d) [m, r], computed in the vectors' dtype and rounded once to ``dtype``."""
     if use_kernels(B, d, b) and dtype.itemsize < 8:
         return _combined(_with_dense_rows(B), d.contiguous(), grouped(b).contiguous(), scale, dtype)
     scaled = d * scale
@@ -51,7 +47,7 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
 def vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """∂d [r] and ∂b, of b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
+    """∂d [r] and ∂b, in b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None if not needed."""
     if use_kernels(M, B, d, b):
         return _by_kernel(M, B, d, b, scale, 0.0, None)[:2]
     b_groups = grouped(b)
@@ -74,17 +70,15 @@ def vector_gradients(
 def gradients_and_combined(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, c_scale: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """`vector_gradients` with ``scale`` and `combined` with ``c_scale``: ∂d, ∂b, C. A kernel reads B once for all."""
+    """∂d and ∂b of `vector_gradients`, and C of `combined` with ``c_scale``. A kernel reads B once for all."""
     if use_kernels(M, B, d, b) and dtype.itemsize < 8:
         return _by_kernel(M, B, d, b, scale, c_scale, dtype)
     return *vector_gradients(M, B, d, b, scale, True, True), combined(B, d, b, c_scale, dtype)
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right of two matrices, with the sums as they are, in fp32, where there are kernels; else in their dtype.
-
-    M = gᵀ z is one: rounded to 16 bits, its small elements would be lost, and the next pass reads it in fp32 anyway.
-    """
+    """left @ right, summed and returned in fp32 by kernels, else in their dtype."""
+    # rounding M = gᵀ z to 16 bits would lose its small elements, and the next pass reads it in fp32 anyway
     if left.dtype.itemsize == 2 and use_kernels(left, right):
         return _wide_product(left, right)
     return left @ right
@@ -147,7 +141,6 @@ def _fake_gradients(
     c_scale: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """C is empty where no dtype is given for it."""
     grad_d, grad_b = (torch.empty(vector.shape, dtype=torch.float32, device=B.device) for vector in (d, b))
     return grad_d, grad_b, torch.empty(B.shape if dtype else (0,), dtype=dtype or M.dtype, device=B.device)
 

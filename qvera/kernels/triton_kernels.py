@@ -1,8 +1,6 @@
-"""The Triton kernels, and what launches each. `low_rank`, `columns`, `dequantize` and `elementwise` have the formulas.
+"""The Triton kernels and their launchers. `low_rank`, `columns`, `dequantize` and `elementwise` have the formulas.
 
-They compute in fp32 and round once, when they store; forward passes of a frozen base round where transformers rounds,
-so that they give the same numbers. The file can be imported where there is no triton, which is any machine without a
-card; nobody calls a kernel there.
+They compute in fp32 and round once, at the end. Forward passes of a frozen base round where transformers does.
 """
 
 from __future__ import annotations
@@ -87,10 +85,8 @@ def launch_gradients(
     c_scale: float,
     C: torch.Tensor,
 ) -> torch.Tensor:
-    """∂d [r]; writes ∂b [G, m], and diag(b) B diag(c_scale d) into C [m, r] unless it is empty.
-
-    Two launches: ∂d comes in one part for each block of rows, and the second adds them up, always in the same order.
-    """
+    """∂d [r]; writes ∂b [G, m], and diag(b) B diag(c_scale d) into C [m, r] unless it is empty."""
+    # the second launch adds up the parts of ∂d, one for each block of rows, always in the same order
     grid = _grid(B, b)
     parts = torch.empty(grid[0], B.shape[1], dtype=torch.float32, device=B.device)
     sizes, blocks = _sizes(B, b), {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
@@ -115,11 +111,8 @@ def scaled_columns_kernel(
     x, vectors, base, out, index, scale, columns, x_stride, base_stride, vector_stride, rows_a_vector,
     ADD: tl.constexpr, INDEXED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [T, k] contiguous = scale x vectors, or base + scale x vectors if ADD; strides in elements, row to row.
-
-    Row t takes vector t // ``rows_a_vector``, or ``index`` [t] if INDEXED. One program has BLOCK_COLUMNS columns of one
-    row.
-    """
+    """out [T, k] contiguous = scale x vectors, plus base if ADD; strides in elements, row to row."""
+    # row t takes vector t // rows_a_vector, or index[t] if INDEXED; a program has BLOCK_COLUMNS columns of one row
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = at < columns
@@ -136,10 +129,8 @@ def scaled_columns_backward_kernel(
     g, x, vector, grad_x, grad_vector_parts, rows, columns, g_stride, x_stride, ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x [T, k] = g ⊙ vector, and Σ_t g_t x_t of each ROWS rows in its own row of grad_vector_parts [-, k].
-
-    One program goes through ROWS rows of BLOCK_COLUMNS columns, BLOCK_ROWS at a time.
-    """
+    """grad_x [T, k] = g ⊙ vector, and Σ_t g_t x_t of each ROWS rows in its own row of grad_vector_parts [-, k]."""
+    # a program goes through ROWS rows of BLOCK_COLUMNS columns, BLOCK_ROWS at a time
     at = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_column = at < columns
     own = tl.load(vector + at, mask=is_column, other=0.0).to(tl.float32)
@@ -158,7 +149,7 @@ def scaled_columns_backward_kernel(
 def launch_scaled_columns_backward(
     g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor, grad_x: torch.Tensor
 ) -> torch.Tensor:
-    """∂vector [k] in fp32 from g and x [T, k]; writes g ⊙ vector into grad_x. The second launch adds up parts."""
+    """∂vector [k] in fp32 from g and x [T, k]; writes g ⊙ vector into grad_x. A second launch adds up parts."""
     rows, columns = x.shape
     grid = -(-rows // BACKWARD_ROWS), -(-columns // BLOCK_COLUMNS)
     parts = torch.empty(grid[0], columns, dtype=torch.float32, device=x.device)
@@ -233,7 +224,7 @@ def launch_dequantize_4bit(
     nested_blocksize: int,
     weight: torch.Tensor,
 ) -> None:
-    """Write the weight; the other arguments are those of bitsandbytes' quantization state."""
+    """Write the weight, from the parts of bitsandbytes' quantization state."""
     count, blocks, each = weight.numel(), absmax.numel(), max(1, PROGRAM_WEIGHTS // blocksize)
     if nested_absmax is None:  # the kernel doesn't read them
         nested_absmax = nested_code = offset = code
@@ -356,17 +347,17 @@ def rope_kernel(
 
 
 def _power_of_two(count: int) -> int:
-    """The least power of two that is not below ``count``, which Triton's ranges need."""
+    """Round up to a power of two, which Triton's ranges need."""
     return 1 << (count - 1).bit_length()
 
 
 def _warps(elements: int) -> int:
-    """Warps of a program that holds a row of this many elements: 16 elements a thread, up to 512 threads."""
+    """Warps for a row of this many elements: 16 elements a thread, up to 512 threads."""
     return max(1, min(16, elements // 512))
 
 
 def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, factor: torch.Tensor, eps: float) -> None:
-    """Write y [..., n] and ``factor`` [..., 1] for x [..., n]; all but ``weight`` are contiguous, as below."""
+    """Write y [..., n] and ``factor`` [..., 1]; both and x [..., n] are contiguous, as below."""
     width, block = x.shape[-1], _power_of_two(x.shape[-1])
     if rows := factor.numel():
         rms_norm_kernel[(rows,)](x, weight, y, factor, width, eps, BLOCK=block, num_warps=_warps(block))

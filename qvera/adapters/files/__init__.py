@@ -1,1 +1,1 @@
-"""Adapter files: reading, checking and writing them, PEFT's LoRA files among them, and the cache of frozen factors."""
+"""Adapter files, also PEFT's LoRA files, and the cache of frozen factors."""

@@ -1,8 +1,7 @@
-"""An adapter directory read without a model, checked against its base, and the files of PEFT's LoRA.
+"""Reads an adapter directory without a model, checks it against its base, and converts PEFT's LoRA files.
 
-A ``lora`` adapter is stock PEFT's on disk, so that any tool can load it. What only qvera knows, such as the fingerprint
-of the base, is JSON in the header of its weights file (`safetensors_io.FACTS`), which others pass over; an adapter
-without it is read too.
+A ``lora`` adapter is stored as stock PEFT's, so that any tool can load it. What only qvera knows, such as the base's
+fingerprint, is JSON in the header of the weights file (`safetensors_io.FACTS`). It may be missing.
 """
 
 from __future__ import annotations
@@ -31,25 +30,17 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable
 
 LORA = "LORA"
-"""PEFT's peft_type of a LoRA."""
 
 
 def read_adapter(
     directory: Path, content: bytes | None = None
 ) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
-    """Read an adapter directory without a model: one of ours, or one of PEFT's own VeRA.
+    """Read an adapter directory without a model: one of ours, or one of PEFT's VeRA or plain LoRA.
 
-    Args:
-        directory: with the config and the vectors.
-        content: of the file of vectors, where it has been read already. The file is mapped otherwise, and another
-            process must not cut it short meanwhile.
-
-    Returns:
-        The config (`QveraConfig`, or PEFT's `VeraConfig`) and the tensors of the adapter file by their keys.
+    ``content`` is the weights file if it was read already. Otherwise the file is mapped: no process may truncate it.
 
     Raises:
-        InputError: it is not an adapter directory, not a VeRA adapter, truncated, has NaN, Inf or whole numbers in it,
-            or vectors of another rank than its config says.
+        InputError: it is no adapter that qvera reads, the file is damaged, or the two files do not belong together.
     """
     config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
     try:
@@ -85,10 +76,10 @@ def _rank_of(config: QveraConfig | VeraConfig, key: str) -> int:
 
 
 def read_config(directory: Path) -> QveraConfig | VeraConfig:
-    """The config of an adapter directory: ours, or that of PEFT's own VeRA.
+    """The config of an adapter directory: ours (also for a LoRA), or PEFT's for its own VeRA.
 
     Raises:
-        InputError: it is not an adapter directory, or not a VeRA adapter.
+        InputError: it is no adapter directory, or of another kind.
     """
     config_file = directory / ADAPTER_CONFIG
     if not directory.is_dir():
@@ -115,11 +106,8 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
 
 
 def require_files(directory: Path) -> None:
-    """Look for the two files of an adapter directory.
-
-    Raises:
-        InputError: one is missing. Weights in a pickle do not count: opening one can run code.
-    """
+    """Raise InputError unless both files of an adapter directory are there."""
+    # a pickle of weights does not count: opening it can run code
     if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / "adapter_model.bin").is_file():
         raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}; pickled adapters are not read.")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -128,11 +116,7 @@ def require_files(directory: Path) -> None:
 
 
 def model_class_of(directory: Path, raw: dict[str, Any]) -> ModelClass:
-    """Which model the adapter in ``directory`` is for; ``raw`` is its adapter_config.json.
-
-    Raises:
-        InputError: it is a classifier's, and nothing says what its outputs mean.
-    """
+    """The model class that an adapter needs, from its adapter_config.json. InputError: a classifier without labels."""
     if raw["peft_type"] in (PEFT_TYPE, LORA) and runs_on_our_layers(raw):
         config = read_config(directory)
         if isinstance(config, QveraConfig) and config.labels:
@@ -146,18 +130,14 @@ def model_class_of(directory: Path, raw: dict[str, Any]) -> ModelClass:
 
 
 def runs_on_our_layers(raw: dict[str, Any]) -> bool:
-    """Whether an adapter with this adapter_config.json runs on qvera's layers. PEFT loads every other one."""
+    """Whether qvera's layers can run the adapter with this adapter_config.json. PEFT loads every other one."""
     if raw["peft_type"] == LORA:
         return lora_refusal(raw) is None
     return raw["peft_type"] in (PEFT_TYPE, "VERA")
 
 
 def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: dict[str, int] | None) -> None:
-    """Compare the tokens that an adapter's recipe added with those of the loaded base (token → id, or None for none).
-
-    Raises:
-        InputError: they are not the same.
-    """
+    """Raise InputError if an adapter's added tokens differ from those of the loaded base (token → id, or None)."""
     expected = getattr(config, "added_tokens", None) or {}
     if expected != (ids or {}):
         raise InputError(
@@ -167,11 +147,7 @@ def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: d
 
 
 def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: str, fingerprint: str | None) -> None:
-    """Compare the base model of that name and fingerprint with the one that an adapter was trained on.
-
-    Raises:
-        InputError: it is another base. One without a fingerprint passes, like an adapter without (PEFT's own).
-    """
+    """Raise InputError if the adapter was trained on another base. A missing fingerprint on either side passes."""
     expected = getattr(config, "base_fingerprint", None)
     if not same_base(expected, fingerprint):
         raise InputError(
@@ -196,16 +172,16 @@ _LORA_WITHOUT_EFFECT = {
     "peft_type", "peft_version", "auto_mapping", "fan_in_fan_out", "megatron_core", "runtime_config", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-"""Of no effect on what an adapter computes once it is trained, or only together with another key that is refused."""
+"""Keys without effect on a trained adapter, or only together with another key, which is refused."""
 
 _LORA_STARTS = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", False: "default", "eva": "default"}
-"""Starts that leave the base weights as they are. PiSSA, OLoRA, LoftQ and others change them."""
+"""Starts that leave the base weights unchanged. PiSSA, OLoRA, LoftQ and others change them."""
 
 _LORA_SUFFIXES = {"lora_A.weight": "qvera_A", "lora_B.weight": "qvera_B"}
 
 
 def lora_refusal(raw: dict[str, Any]) -> str | None:
-    """Why qvera can't compute with an adapter of this LoRA config, as ``key: sentence``; None: it can."""
+    """Why qvera can't run an adapter with this LoRA config, as ``key: sentence``; None: it can."""
     defaults = LoraConfig().to_dict()
     for key, value in sorted(raw.items()):
         if key not in _LORA_READ | _LORA_WITHOUT_EFFECT and value and value != defaults.get(key):
@@ -253,7 +229,7 @@ def lora_config(config: QveraConfig) -> LoraConfig:
 
 
 def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Write adapter_config.json and adapter_model.safetensors for stock PEFT; ``tensors`` have our keys."""
+    """Write both files of an adapter for stock PEFT; ``tensors`` have our keys."""
     stock = lora_config(config)
     stock.inference_mode = True
     stock.save_pretrained(str(directory))
@@ -265,7 +241,7 @@ def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, torch.Te
 
 
 def to_peft(key: str) -> str:
-    """PEFT's key of one of our tensors: ``….qvera_A`` → ``….lora_A.weight``; others as they are."""
+    """PEFT's key for our key: ``….qvera_A`` → ``….lora_A.weight``. Other keys stay."""
     name, _, kind = key.rpartition(".")
     return next((f"{name}.{theirs}" for theirs, ours in _LORA_SUFFIXES.items() if ours == kind), key)
 
@@ -277,7 +253,7 @@ def _to_ours(key: str) -> str:
 
 
 def require_places(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse (InputError) a tensor of whole numbers that are not rising places in the weight of a linear."""
+    """Raise InputError if an integer tensor is not of rising indices into the linear's flattened weight."""
     size = spec.in_features * spec.out_features
     for name, places in tensors.items():
         if places.is_floating_point():

@@ -1,4 +1,4 @@
-"""An adapter on a base model: put there, saved, read back, and checked against the base that it was trained on."""
+"""Puts an adapter on a base model, saves it and loads it."""
 
 from __future__ import annotations
 
@@ -57,20 +57,19 @@ def attach(
     progress: Callable[[str], None] | None = None,
     model_class: ModelClass = CAUSAL_LM,
 ) -> PeftModel:
-    """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base model.
+    """Put an adapter on a loaded base model: a fresh one, or with ``section.init_from`` the vectors of an existing one.
 
     Only its vectors, and a head that the model's class trains whole, are trainable afterwards.
 
     Args:
         model: the base model.
         section: the adapter section of a recipe.
-        base_name: path or hub id of the base, for the adapter's config, like its fingerprint.
+        base_name: path or hub id of the base, for the config.
         base_fingerprint: see `qvera.utils.safetensors_io.base_fingerprint`.
-        added_tokens: token → id of the tokens that the recipe adds, whose rows the model has.
-        tokens: what the recipe says of padding and end-of-sequence tokens.
-        changes: fields of the config that are other than the section says (`plugins.Schedule.config`).
-        progress: called with the name of each weight that is decomposed, for methods that do so.
-        model_class: that the base was loaded as.
+        added_tokens: token → id; the model must have their rows.
+        tokens: has the recipe's padding and end-of-sequence tokens.
+        changes: fields of the config that override the section (`plugins.Schedule.config`).
+        progress: called with the name of each weight that a method decomposes.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
@@ -122,15 +121,11 @@ _PROJECTIONS = {
     "projection_shapes": "projections (by its targets and base) of shapes",
     "projection_sha256": "projections' SHA-256",
 }
-"""Fields of `QveraConfig` that an adapter and its start must have in common → what an error calls them."""
+"""Fields of `QveraConfig` that must agree between an adapter and its start → their names in errors."""
 
 
 def check_start(section: AdapterSection) -> None:
-    """Check ``section.init_from``, where there is one, as far as that goes without a model; see `start_from`.
-
-    Raises:
-        InputError: there is no such adapter, or it has another method, rank or seed.
-    """
+    """Check ``section.init_from`` as far as possible without a model; InputError if it does not fit."""
     if section.init_from is not None:
         _read_start(new_config(section), section.init_from)
 
@@ -139,7 +134,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
     """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config.
 
     Raises:
-        InputError: it has other settings, projections or tokens, another base, or is an adapter of PEFT's own VeRA.
+        InputError: settings, projections, tokens or the base differ, or it is an adapter of PEFT's own VeRA.
     """
     directory, (theirs, vectors) = Path(resolve_path(init_from)), _read_start(config, init_from)
     seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
@@ -157,7 +152,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
 
 
 def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, torch.Tensor]]:
-    """The adapter that one of this config starts from, compared as far as the recipe alone decides."""
+    """Read the start, and compare what the recipe alone decides."""
     theirs, vectors = read_adapter(Path(resolve_path(init_from)))
     if not isinstance(theirs, QveraConfig):
         raise InputError(
@@ -184,16 +179,13 @@ def _require(given: object, wanted: object, key: str, init_from: str) -> None:
 
 
 def portable_name(name: str) -> str:
-    """A base model's name as other tools can open it: a local directory as an absolute path, a hub id as it is."""
+    """A name that other tools can open: the absolute path of a local directory, or a hub id unchanged."""
     path = Path(resolve_path(name))
     return str(path.absolute()) if path.is_dir() else name
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The tensors of an adapter, shared ones too, by their keys in its file: with VeRA ``layer.qvera_b`` and so on.
-
-    Those of a head that is trained whole are among them, by the names that PEFT gives them: ``….score.weight``.
-    """
+    """The tensors of an adapter (shared ones and a trained head too), by their keys in its file: ``layer.qvera_b``."""
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, (QveraLinear, SharedTensors)):
@@ -202,7 +194,7 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
 
 
 def head_tensors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The tensors of the modules that are trained whole (PEFT's ``modules_to_save``), by their keys in the file."""
+    """The tensors of modules that are trained whole (PEFT's ``modules_to_save``), by their keys in the file."""
     return {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
@@ -212,10 +204,7 @@ def head_tensors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Par
 
 
 def rate_factors(model: PeftModel, recipe: Recipe) -> dict[str, float]:
-    """Keys of `named_vectors` → learning rate relative to ``training.learning_rate``.
-
-    That of a vector is as the method says, that of the head by ``training.head_learning_rate``.
-    """
+    """Keys of `named_vectors` → learning rate as a multiple of ``training.learning_rate``."""
     section, training, head = recipe.adapter, recipe.training, head_tensors(model)
     method, head_factor = method_of(section), (training.head_learning_rate or training.learning_rate)
     return {
@@ -227,7 +216,7 @@ def rate_factors(model: PeftModel, recipe: Recipe) -> dict[str, float]:
 
 
 def adapter_facts(model: PeftModel) -> dict[str, Any]:
-    """Counts read from the live adapter (the ``adapter`` object of run.json, less the file size)."""
+    """Counts from the live adapter: the ``adapter`` object of run.json, without the file size."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QveraLinear) and m.carries("default")}
     config = model.peft_config["default"]
     head = sum(p.numel() for p in head_tensors(model).values() if p.requires_grad)
@@ -257,21 +246,21 @@ def save_adapter(
 ) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
-    Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them. Written to a temporary name and
-    renamed, so that a half-written adapter never stands under its final name.
+    Added tokens' rows (`ADDED_ROWS`) and ``tokenizer`` go beside them. Files get a temporary name first, so that no
+    half-written adapter is ever found.
 
     Args:
         model: with the adapter.
         directory: where it goes.
         tokenizer: the base model's.
-        vectors: what to write in place of the model's own vectors, by the same keys; the config stays the model's.
-        adapter: whose config it is; a name of its own goes with ``vectors``.
+        vectors: written in place of the model's own vectors, by the same keys.
+        adapter: whose config is written. Any but the default one needs ``vectors``.
 
     Returns:
-        The bytes of the files, without the tokenizer's.
+        The size in bytes, without the tokenizer's files.
 
     Raises:
-        RunFailed: the disk is full; an adapter that was there before is still there.
+        RunFailed: the disk is full. An adapter that was there before is kept.
     """
     with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
         partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
@@ -337,7 +326,7 @@ def _discard(path: Path) -> None:
 
 
 def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:
-    """Copy what was read from an adapter file into a model; names and shapes must be exactly those that the model has.
+    """Copy an adapter file's tensors into a model.
 
     Raises:
         InputError: a vector is missing, unknown or of another shape; nothing was copied.
@@ -366,7 +355,7 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
 
 
 def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """Key in the adapter file → the tensor of the model that it is copied into."""
+    """Key in the adapter file → the model's tensor that it is copied into."""
     config = getattr(model, "peft_config", {}).get(adapter)
     if config is not None and config.bias != "none":
         return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -374,7 +363,7 @@ def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> PeftModel:
-    """`get_peft_model`, with the base named as the config names it, where PEFT would put the loaded model's name."""
+    """`get_peft_model`, but the config keeps its own name of the base, which PEFT would replace."""
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
     saved = None if config.modules_to_save is None else list(config.modules_to_save)
     peft_model = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
@@ -386,10 +375,10 @@ def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> P
 
 
 def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) -> PeftModel:
-    """Put the adapter in ``directory`` on a loaded base model, checked: projections, names, shapes, finite values.
+    """Put the adapter in ``directory`` on a loaded base model: one of ours, or of PEFT's own VeRA.
 
-    The adapter is one of ours, or of PEFT's own VeRA. ``base`` is what `load_base` gave for ``model``: the adapter must
-    have been trained on the same, by content.
+    Projections, names, shapes and values are checked. With ``base``, what `load_base` gave for ``model``, the base is
+    compared by content too.
 
     Raises:
         InputError: it is no adapter, or not one for this model.
@@ -414,7 +403,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
 
 
 def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
-    """An adapter of PEFT's own VeRA on our layers: PEFT reads the file, its projections and all."""
+    """Load an adapter of PEFT's own VeRA: PEFT reads the file and the projections, our layers compute."""
     try:
         with warnings.catch_warnings(), accelerated_peft():
             warnings.simplefilter("ignore", UserWarning)

@@ -22,12 +22,12 @@ _GROUP = "qvera.methods"
 
 
 def register(method: Method) -> None:
-    """Make a method known under its name, for this process; a package's methods are known by their entry points."""
+    """Add a method in this process only. Packages declare theirs as entry points."""
     plugins.registered[_GROUP][method.name] = method
 
 
 def names() -> list[str]:
-    """The names of all methods."""
+    """All methods' names."""
     return sorted({*_CORE, *plugins.names(_GROUP)})
 
 
@@ -35,7 +35,7 @@ def method_of(adapter: AdapterSettings) -> Method:
     """The method of an adapter's config or of a recipe's adapter section.
 
     Raises:
-        InputError: there is none of that name, or the package that brings it can't be imported.
+        InputError: there is none of that name, or its package can't be imported.
     """
     name = adapter.method
     method = _CORE.get(name)
@@ -60,8 +60,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Check that a recipe's adapter section suits its method.
 
     Raises:
-        InputError: there is no such method, a key is set that it does not read, or one is missing whose default is
-            VeRA's.
+        InputError: the method is unknown or does not read a key that is set, or a key without default is missing.
     """
     section = recipe.adapter
     method = method_of(section)

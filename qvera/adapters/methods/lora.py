@@ -1,7 +1,6 @@
 """LoRA (arXiv 2106.09685): ΔW = s B A with A [r, n] and B [m, r] trained; s = alpha / r, rank-stabilised alpha / √r.
 
-The rank-stabilised scale is that of arXiv 2312.03732, the learning rate of B that of LoRA+ (arXiv 2402.12354). Adapters
-are files of PEFT's LoRA (`qvera.adapters.files.adapter_file`), and the options have PEFT's names.
+Sources: rank-stabilised scale, arXiv 2312.03732; learning rate of B, LoRA+, arXiv 2402.12354.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Lora(Method):
-    """A and B for each linear; ``init_lora_weights`` says where they start."""
+    """A and B for each linear, with PEFT's starts (``init_lora_weights``)."""
 
     name = "lora"
     title = "LoRA"
@@ -68,24 +67,20 @@ class Lora(Method):
 
 
 def alpha_at(adapter: AdapterSettings, spec: LinearSpec) -> float:
-    """alpha of one linear: of a PEFT adapter's ``alpha_pattern``, else the adapter's, else its rank."""
+    """alpha of one linear: from PEFT's ``alpha_pattern``, else the adapter's alpha, else its rank."""
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     return _of_pattern(getattr(adapter, "alpha_pattern", None), spec, alpha)
 
 
 def _of_pattern(pattern: Mapping[str, float] | None, spec: LinearSpec, default: float) -> float:
-    """The value of the first name or regular expression in PEFT's ``rank_pattern`` that fits, as PEFT looks it up."""
+    """Look up a linear in PEFT's ``rank_pattern`` or ``alpha_pattern``; the first match counts."""
     return default if not pattern else pattern.get(get_pattern_key(list(pattern), spec.name), default)
 
 
 def orthogonal_pair(
     rank: int, in_features: int, out_features: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, n] and B [m, r] with orthogonal rows and columns between them, so that B A = 0 up to rounding.
-
-    Each is a random matrix times half of the rows of one orthogonal matrix [r, r], over 10, as in PEFT's
-    ``LoraLayer.orthogonal_init``.
-    """
+    """A [r, n] and B [m, r] with B A = 0 up to rounding, as in PEFT's ``LoraLayer.orthogonal_init``."""
     Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
     A = torch.randn(in_features, rank // 2, generator=generator) @ Q[0::2] / 10
     B = torch.randn(out_features, rank // 2, generator=generator) @ Q[1::2] / 10
@@ -93,7 +88,7 @@ def orthogonal_pair(
 
 
 def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
-    """The random stream of an adapter's seed for a linear or a tensor of that name."""
+    """A random stream for each name, from the adapter's seed."""
     seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
     key = f"{seed}/{name}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))

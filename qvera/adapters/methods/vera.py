@@ -1,8 +1,6 @@
 """VeRA (arXiv 2310.11454): ΔW = s diag(b) B diag(d) A diag(a), A and B random, frozen and shared by all linears.
 
-b_groups and input_scale go beyond the paper (`qvera.adapters.products.functional`).
-With ``magnitude`` it is DVoRA, which the authors of DoRA (arXiv 2402.09353) made of it
-(`qvera.adapters.products.magnitude`).
+b_groups and input_scale go beyond the paper. With ``magnitude`` it is DVoRA (DoRA, arXiv 2402.09353).
 """
 
 from __future__ import annotations
@@ -23,10 +21,9 @@ if TYPE_CHECKING:
 
 
 class Vera(Method):
-    """d [rank] and b [out_features] for each linear, or b [b_groups, out_features]; with input_scale a [in_features].
+    """d [rank], b [out_features] or [b_groups, out_features], and with input_scale a [in_features] for each linear."""
 
-    b starts at 0, d at d_initial and a at 1. With ``init_weights`` False, as in PEFT's VeRA, b is 1 and d random.
-    """
+    # init_weights False starts b at 1 and d at random, as in PEFT's VeRA
 
     name = "vera"
     title = "VeRA"
@@ -65,7 +62,7 @@ class Vera(Method):
 
 
 class _WithMagnitude(Vera):
-    """m [out_features] beside d and b: the norms of the rows of W + ΔW, from those of W."""
+    """Adds m [out_features]: the row norms of W + ΔW, which start at those of W."""
 
     title = "DVoRA"
     change = Change.SCALED

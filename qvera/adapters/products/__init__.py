@@ -1,4 +1,1 @@
-"""The products of an adapted linear and their backward passes, as autograd functions.
-
-Each has a plain reference in the tests.
-"""
+"""The products of an adapted linear and their backward passes, as autograd functions."""

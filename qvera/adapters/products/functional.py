@@ -1,4 +1,4 @@
-"""The mathematics of VeRA: forward, backward and ΔW as pure functions over tensors.
+"""The mathematics of VeRA: forward, backward and ΔW as pure functions over tensors. Vectors are fp32 or wider.
 
 Notation (VeRA, arXiv 2310.11454, equation 2, with the Kaiming bounds as one scalar s, see `projection.vera_scale`):
 
@@ -10,21 +10,16 @@ and for the upstream gradient g [T, m]:
     M  = gᵀ z                           one product [m, r]: everything that the vectors need
     ∂b_i = s Σ_k M_ik B_ik d_k          ∂d_k = s Σ_i b_i B_ik M_ik          ∂z = g C
 
-Only z is kept for backward: A is frozen, so x is not needed, and C is cheaper to build again than to keep.
-
-In fp16 C is diag(b) B diag(d) and s, which may be 0.003, is left to the products, y = base + s z Cᵀ and ∂z = s (g C):
-elements of C below 6e-5 have fewer bits there, and none below 3e-8 (`split_scale`).
+Only z is kept for backward: A is frozen, so x is not needed, and building C again costs less than keeping it.
+In fp16 C leaves out s, and the products have it: y = base + s z Cᵀ and ∂z = s (g C) (`split_scale`).
 
 Two options go beyond the paper:
 
 - b [G, m] cuts the rank into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G,
-  as RandLoRA sums random bases (arXiv 2502.00987, equation 3). In place of diag(b) B stands b̂ ⊙ B with b̂ [m, r],
+  as RandLoRA sums random bases (arXiv 2502.00987, equation 3). b̂ ⊙ B replaces diag(b) B, with b̂ [m, r],
   b̂_ik = b[g(k), i] (`times_b`), and ∂b[g, i] = s Σ_{k in g} M_ik B_ik d_k.
-- a [n] (``input_scale``) stands right of A, as RandLoRA's Γ does: z = (a ⊙ x) Aᵀ. With h = ∂z A, which backward needs
-  anyway, ∂x = a ⊙ h and ∂a_j = Σ_t x_tj h_tj. It is a node of its own (`scale_input`) and keeps x. Layers that share x
-  differ in a, so they do not share z.
-
-The vectors are fp32 or wider here; layers that hold them in 16 bits convert them first (`at_least_fp32`).
+- a [n] (``input_scale``) stands right of A, like RandLoRA's Γ: z = (a ⊙ x) Aᵀ. With h = ∂z A: ∂x = a ⊙ h and
+  ∂a_j = Σ_t x_tj h_tj. x is kept, and layers that read the same x can't share z, since each has its own a.
 """
 
 from typing import Protocol
@@ -38,7 +33,7 @@ from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, ve
 
 
 class AutogradContext(Protocol):
-    """What `torch.autograd.Function` gives to forward and backward as ``ctx``."""
+    """The ``ctx`` of `torch.autograd.Function`."""
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[torch.Tensor, ...]
@@ -49,29 +44,26 @@ class AutogradContext(Protocol):
 
 
 def at_least_fp32(vector: torch.Tensor) -> torch.Tensor:
-    """A vector that TRL or PEFT cast to 16 bits, in fp32, which is how a saved one is loaded; others as they are."""
+    """A vector that TRL or PEFT cast to 16 bits, in fp32 again; others unchanged."""
     return vector.float() if vector.dtype.itemsize < 4 else vector
 
 
 def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
-    """s as the factor that goes into C, and the factor that products with C of this dtype are multiplied with."""
+    """Split s into a factor of C and a factor of the products with C, for C in this dtype."""
+    # s may be 0.003, and in fp16 small elements of C lose bits below 6e-5 and vanish below 3e-8
     return (1.0, scale) if dtype == torch.float16 else (scale, 1.0)
 
 
 def as_output(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A fresh tensor in another shape, for the output of an autograd function.
-
-    A view as output could not be changed in place, as transformers' Llama 4 does; this is what `torch.matmul` uses.
-    """
+    """Reshape a fresh tensor for the output of an autograd function, as `torch.matmul` does."""
+    # a view as output could not be changed in place, which transformers' Llama 4 does
     return torch.ops.aten._unsafe_view(flat, shape)
 
 
 def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """z = x Aᵀ: [..., n] and [r, n] give [..., r].
-
-    A node of its own in the graph, so that layers which read the same x can share z, and autograd then adds up their
-    ∂z before the one product of backward. A is frozen, so autograd keeps a reference to A and not to x.
-    """
+    """z = x Aᵀ: [..., n] and [r, n] give [..., r]."""
+    # a node of its own, so that layers which read the same x can share z: autograd then adds up their ∂z before the one
+    # product of backward; A is frozen, so autograd keeps A and not x
     return torch.nn.functional.linear(x, A)
 
 
@@ -113,20 +105,14 @@ class _Core(torch.autograd.Function):
 
 
 def core(z: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-    """R z: [..., r] and a dense [r, r], fp32 or wider, give [..., r] in z's dtype; differentiable once in both.
-
-    z is kept for backward. ∂R = gᵀ z is added up in fp32.
-    """
+    """R z: [..., r] and [r, r], fp32 or wider, give [..., r] in z's dtype; differentiable once in both."""
     return _Core.apply(z, R)
 
 
 def add_product(
     base: torch.Tensor, inner: torch.Tensor, B: torch.Tensor, scale: float, overwrite: bool = False
 ) -> torch.Tensor:
-    """base + s inner Bᵀ: [..., m] and [..., r] give [..., m] in base's dtype. Differentiable in base, inner and B.
-
-    A frozen B keeps nothing for backward. ``overwrite`` as in `expand`.
-    """
+    """base + s inner Bᵀ: [..., m] and [..., r] give [..., m] in base's dtype. Differentiable in base, inner and B."""
     rows, flat = base.reshape(-1, base.shape[-1]), inner.reshape(-1, inner.shape[-1])
     if base.dtype != inner.dtype:
         return base + times(flat, B.to(inner.dtype).t(), scale).view(base.shape).to(base.dtype)
@@ -135,10 +121,8 @@ def add_product(
 
 
 def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-    """base + b ⊙ (inner Bᵀ), group by group, without C: [..., r] to [..., m] in base's dtype, else in inner's.
-
-    b may have a row of its own for each first index of ``inner``: [T, ..., G, m], for mixed batches.
-    """
+    """base + b ⊙ (inner Bᵀ), group by group, without C: [..., r] to [..., m] in base's dtype, else in inner's."""
+    # in mixed batches b is [T, ..., G, m], with one row for each first index of inner
     each, B = grouped(b).unbind(-2), B.to(inner.dtype)
     total = base if len(each) == 1 else None
     for z, columns, own in zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True):
@@ -154,10 +138,8 @@ def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
-    """Whether scaling z and the outputs, T (r + 2 G m) elements, touches fewer elements than building C [m, r].
-
-    False in compiled code, which has one path for all numbers of tokens (`qvera.models.compile`).
-    """
+    """Whether scaling z and outputs, T (r + 2 G m) elements, touches fewer than building C [m, r]."""
+    # compiled code has one path for all numbers of tokens (`qvera.models.compile`)
     out_features, rank = B.shape
     return not torch.compiler.is_compiling() and tokens * (rank + 2 * groups * out_features) < out_features * rank
 
@@ -165,10 +147,7 @@ def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
 def delta_weight(
     A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, a: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs.
-
-    x ΔWᵀ is what `expand` adds to the base output.
-    """
+    """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs."""
     delta = combined(B, d, b, scale, B.dtype) @ A
     return delta if a is None else delta.mul_(a)
 
@@ -196,7 +175,7 @@ def _expand(
 
 
 def times(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor left @ right, the factor applied before the result is rounded."""
+    """factor left @ right; the factor is applied before rounding."""
     if factor == 1.0:
         return left @ right
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)  # beta 0: the first one is not read
@@ -253,20 +232,16 @@ def expand(
     scale: float,
     overwrite: bool = False,
 ) -> torch.Tensor:
-    """y = base + b ⊙ ((s d ⊙ z) Bᵀ).
+    """y = base + b ⊙ ((s d ⊙ z) Bᵀ), [..., m] in base's dtype. Differentiable once in base, z, d and b.
 
     Args:
         base: the frozen layer's output [..., m].
         z: `project`'s output [..., r], in the compute dtype.
-        d: vector [r], fp32 or wider; its gradient comes in the same dtype.
-        b: vector [m], or [G, m], like d.
+        d: [r], fp32 or wider, like its gradient.
+        b: [m] or [G, m], likewise.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
-        overwrite: y may take base's memory. For a base that nobody else reads, in backward neither: else adding to it
-            is a copy of [..., m] more.
-
-    Returns:
-        [..., m] in base's dtype. Differentiable once in base, z, d and b; may be changed in place.
+        overwrite: y may take base's memory. Nobody else may read base then, in backward neither.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
         return _expand(base, z, d, b, B, scale, overwrite)

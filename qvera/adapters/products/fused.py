@@ -7,18 +7,11 @@ weight once per call, m n r of them, makes it part of the base's own products:
     backward    W' again                    ∂x = g W'
                 M = gᵀ z   or   (gᵀ x) Aᵀ   ∂b, ∂d from M as in `functional`
 
-M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which
-is cheaper where the rank is above n. With a third vector a (`functional`) A diag(a) stands for A, x is kept either way,
-and N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives ∂a_j = Σ_k A_kj N_kj: T r (2 n + 2 m) in all, or
-m n (T + 2 r).
+M from z = x Aᵀ costs T r (n + m) and keeps z [T, r]. M from gᵀ x costs m n (T + r) and keeps x [T, n], which is cheaper
+if the rank is above n. With a vector a, A diag(a) replaces A, and x is always kept. Its gradient N = ∂zᵀ x = Cᵀ (gᵀ x)
+gives ∂a_j = Σ_k A_kj N_kj: T r (2 n + 2 m) in all, or m n (T + 2 r).
 
-W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds
-what it adds to each output; measured end to end against fp32 neither is further off, and both train the same
-(bench/summed.py). That holds where it was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
-
-W' changes once an optimizer step. Where memory allows it is held between forward and backward, and from one micro-batch
-to the next (`HeldWeight`): m n r multiply-adds and one dequantized weight a step, in place of two a pass. So it pays
-from a half as many tokens a pass on, and from fewer with every further pass of a step (`pays`).
+If memory allows, W' is held for a whole optimizer step (`HeldWeight`).
 """
 
 from typing import NamedTuple, Protocol
@@ -33,7 +26,7 @@ from qvera.kernels.low_rank import combined, vector_gradients, wide_product
 from qvera.models import quantization
 
 BUILDS_UNHELD = 2.0
-"""How often W + ΔW is made in a pass where it is not held: forward and backward."""
+"""How often a pass makes W + ΔW if it is not held: forward and backward."""
 
 
 def pays(
@@ -46,10 +39,8 @@ def pays(
     input_scale: bool = False,
     builds: float = BUILDS_UNHELD,
 ) -> bool:
-    """Whether `summed_linear` is as exact here as the low-rank path and takes fewer multiply-adds.
-
-    ``builds``: how often W + ΔW is made in a forward and backward pass; where it is held, once in all passes of a step.
-    """
+    """Whether `summed_linear` is as exact as the low-rank path and cheaper, if a pass makes W + ΔW ``builds`` times."""
+    # in 16 bits only on CPUs, where it was measured to be as exact end to end (bench/summed.py)
     n, m = in_features, out_features
     low_rank = tokens * rank * (2 * n + 3 * m)
     cheaper = builds * m * n * rank + gradient_cost(tokens, n, m, rank, input_scale) < low_rank
@@ -57,12 +48,12 @@ def pays(
 
 
 def keeps_input(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> bool:
-    """Whether x is kept for backward and not z."""
+    """Whether backward keeps x, not z."""
     return input_scale or (in_features <= rank and _by_weight(tokens, in_features, out_features, rank, False))
 
 
 def gradient_cost(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> int:
-    """Multiply-adds of the vectors' gradients. What the gradient of x takes comes on top."""
+    """Multiply-adds of the vectors' gradients, without the gradient of x."""
     n, m, passes = in_features, out_features, 2 if input_scale else 1
     kept = keeps_input(tokens, n, m, rank, input_scale)
     by_weight = kept and _by_weight(tokens, n, m, rank, input_scale)
@@ -87,7 +78,7 @@ def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype)
 
 
 class _Source(NamedTuple):
-    """A frozen tensor that a weight was made of. Its memory can't be given to another one while this is held."""
+    """A frozen tensor that a weight was made of. Holding it keeps its memory from being reused."""
 
     tensor: torch.Tensor
     version: int
@@ -97,30 +88,27 @@ class _Source(NamedTuple):
         return cls(tensor, 0 if tensor.is_inference() else tensor._version)
 
     def is_still(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is the same memory, unchanged."""
         same_memory = tensor.data_ptr() == self.tensor.data_ptr() and tensor.shape == self.tensor.shape
         return same_memory and self.version == _Source.of(tensor).version
 
 
 class HeldWeight:
-    """W + ΔW of one layer [m, n], held until what it was made of changes.
+    """W + ΔW of one layer [m, n], until its sources change."""
 
-    The frozen tensors (W, A, B) are compared by address and version, the vectors by their numbers: an optimizer, a
-    checkpoint or a user may have changed them in any way.
-    """
+    # W, A and B are compared by address and version, vectors by value: anything may have changed those
 
     def __init__(self) -> None:
         self.drop()
 
     def drop(self) -> None:
-        """Let go of the weight; the next `get` makes it again."""
+        """Drop the weight; the next `get` makes it again."""
         self._weight: torch.Tensor | None = None
         self._sources: tuple[_Source, ...] = ()
         self._vectors: tuple[torch.Tensor | None, ...] = ()
         self._kind: tuple[float, torch.dtype] | None = None
 
     def get(self, module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-        """`summed_weight` of these, which must not be changed in place."""
+        """`summed_weight`, cached. Do not change it in place."""
         frozen, vectors = (module.weight, factors.A, factors.B), (factors.d, factors.b, factors.a)
         if self._weight is None or not self._is_of(frozen, vectors, (factors.scale, dtype)):
             self.drop()  # first, so that no two are in memory
@@ -201,13 +189,12 @@ class _Summed(torch.autograd.Function):
 
 
 def _vectors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """d and b, which this path is for."""
     assert factors.vectors is not None
     return factors.vectors
 
 
 def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """A diag(a) [r, n] in ``dtype``; A itself without an a."""
+    """A diag(a) [r, n] in ``dtype``; without an a, A as it is."""
     return A if a is None else (A * a).to(dtype)
 
 
@@ -218,17 +205,9 @@ def summed_linear(
     factors: Factors,
     held: HeldWeight | None = None,
 ) -> torch.Tensor:
-    """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``.
+    """y = x (W + ΔW)ᵀ + bias, [..., m] in x's dtype. Differentiable once in x, d, b and a; W and bias get no gradient.
 
-    Args:
-        module: the base layer; neither weight nor bias gets a gradient.
-        x: [..., n] in the compute dtype.
-        z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is
-            an a.
-        factors: of the adapter, in this layer.
-        held: where the layer holds W + ΔW; None: made anew, forward and backward.
-
-    Returns:
-        [..., m] in x's dtype. Differentiable once in x, d, b and a; may be changed in place.
+    x is [..., n] in the compute dtype, and z = x Aᵀ [..., r] has no graph. z None: backward keeps x instead
+    (`keeps_input`), as it must if there is an a. ``held`` None: W + ΔW is made anew, forward and backward.
     """
     return _Summed.apply(x, z, *_vectors(factors), factors.A, factors.B, factors.scale, module, factors.a, held)

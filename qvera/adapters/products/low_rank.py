@@ -4,15 +4,8 @@
     z = x Aᵀ            y = base + s z Bᵀ
     h = g B             ∂x = s h A          ∂A = s hᵀ x          ∂B = s gᵀ z
 
-A and B are parameters in fp32 that are cast to x's dtype; their gradients are summed, and returned, in fp32. For
-backward the node keeps z, the casts, and x, which is a reference to what the layer was given. x is kept only where A is
-trained, and z only where B is.
-
-`trained_linear` has the frozen product in the same node: ∂x = g W + s h A is then summed by the second product, where
-two nodes leave an addition of [T, n] to autograd.
-
-s goes into z and h, each rounded once. In fp16, where a small s would push them below 6e-5 and cost them bits, it goes
-into the products after them (`functional.split_scale`).
+A and B are fp32 parameters, cast to x's dtype; their gradients are summed and returned in fp32. Backward keeps the
+casts, x only if A is trained, and z only if B is. s goes into z and h, except in fp16 (`functional.split_scale`).
 """
 
 from collections.abc import Callable
@@ -27,7 +20,7 @@ from qvera.kernels.low_rank import wide_product
 from qvera.models import linear
 
 Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Gives the rows of x [..., n] that backward keeps, [k, n], which tokens they are, and their weights, each [k]."""
+"""x [..., n] → the rows that backward keeps [k, n], their token indices [k], and their weights [k]."""
 
 
 class _Context(AutogradContext, Protocol):
@@ -105,7 +98,7 @@ class _TrainedPair(torch.autograd.Function):
 
 
 def _parameter_gradient(left: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """scale leftᵀ right, summed over the tokens, in the parameter's dtype; in 16 bits between only without kernels."""
+    """scale leftᵀ right in the parameter's dtype. Kernels sum over the tokens in fp32, plain code in its own dtype."""
     if not use_kernels(left, right):
         return times(left.t(), right, scale).to(dtype)
     found = wide_product(left.t(), right)
@@ -121,19 +114,16 @@ def trained_path(
     overwrite: bool = False,
     sampler: Sampler | None = None,
 ) -> torch.Tensor:
-    """y = base + s (x Aᵀ) Bᵀ.
+    """y = base + s (x Aᵀ) Bᵀ, [..., m] in base's dtype. Differentiable once in base, x, A and B.
 
     Args:
         base: the frozen layer's output [..., m].
         x: its input [..., n], in the compute dtype.
-        A: [r, n], fp32 or wider; its gradient comes in the same dtype.
-        B: [m, r], like A.
+        A: [r, n], fp32 or wider, like its gradient.
+        B: [m, r], likewise.
         scale: s, alpha / r or alpha / √r.
         overwrite: y may take base's memory, as in `functional.expand`.
-        sampler: keeps some rows of x for backward; ∂A is then right in expectation. None: all of x is kept.
-
-    Returns:
-        [..., m] in base's dtype. Differentiable once in base, x, A and B; may be changed in place.
+        sampler: chooses rows of x for backward; ∂A is then right in expectation. None: all.
     """
     if not torch.is_grad_enabled():
         return _product(x, A.to(x.dtype), B.to(x.dtype), scale, base, overwrite)[0]
@@ -141,7 +131,7 @@ def trained_path(
 
 
 def _sampled(sampler: Sampler | None, x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The rows of x that are kept, which they are, and their weights; None each where all are."""
+    """Kept rows of x, their tokens and weights; None each if all are kept."""
     if sampler is None or not A.requires_grad:
         return None, None, None
     return sampler(x)
@@ -155,8 +145,5 @@ def trained_linear(
     scale: float,
     sampler: Sampler | None = None,
 ) -> torch.Tensor:
-    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ for the frozen linear ``module``, whose weight and bias get no gradient.
-
-    x, A, B, ``scale`` and ``sampler`` are those of `trained_path`. Returns [..., m] in x's dtype, likewise.
-    """
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ, [..., m] in x's dtype. W and bias get no gradient. See `trained_path`."""
     return _TrainedPair.apply(x, A, B, scale, None, module, True, *_sampled(sampler, x, A))

@@ -1,12 +1,11 @@
 """Rows of the weight with trained norms (DoRA, arXiv 2402.09353, equation 5): W' = diag(m / ‖W + ΔW‖) (W + ΔW).
 
-The norms are those of the rows, and constants for the gradient (section 4.3 there). With a frozen A they need no
-weight, for ΔW = C A and C = diag(b) B diag(s d):
+The norms are those of the rows, and constants for the gradient (section 4.3). With a frozen A and ΔW = C A,
+C = diag(b) B diag(s d), they need no weight:
 
     ‖w_i + δ_i‖² = ‖w_i‖² + 2 (W Aᵀ)_i · C_i + C_i (A Aᵀ) C_iᵀ
 
-where ‖w_i‖² and W Aᵀ [m, r] are made once from the weight as the layer computes with it (`RowNorms`), and A Aᵀ [r, r]
-once for all linears of one in_features.
+`RowNorms` has ‖w_i‖² and W Aᵀ [m, r], made once from the weight that the layer computes with.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from qvera.models.linear import BLOCK_WEIGHTS, WeightBlocks
 
 
 class RowNorms(nn.Module):
-    """‖w_i‖² [m] in fp32 or wider and W Aᵀ [m, r] in the compute dtype of one linear, as non-persistent buffers."""
+    """‖w_i‖² [m] in fp32 or wider and W Aᵀ [m, r] in the compute dtype, as non-persistent buffers."""
 
     squares: torch.Tensor
     products: torch.Tensor
@@ -48,18 +47,12 @@ class RowNorms(nn.Module):
         self._latest: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def of_weight(self) -> torch.Tensor:
-        """‖w_i‖ [m]: where m starts."""
+        """‖w_i‖ [m], the start of m."""
         return self.squares.sqrt()
 
     def of_sum(self, factors: Factors, gram: torch.Tensor) -> torch.Tensor:
-        """‖w_i + δ_i‖ [m] in fp32 or wider, without a graph; 1 where it is 0, as of a pruned row, which stays 0.
-
-        On a CPU the latest are held until d or b changes in value. Elsewhere that comparison would wait for the device.
-
-        Args:
-            factors: of the adapter in this linear, with d and b.
-            gram: A Aᵀ [r, r] in fp32 or wider.
-        """
+        """‖w_i + δ_i‖ [m] in fp32 or wider, without a graph, with 1 for 0 (a pruned row); ``gram`` is A Aᵀ."""
+        # cached until d or b changes in value, but only on a CPU: elsewhere the comparison waits for the device
         assert factors.vectors is not None
         d, b = (vector.detach() for vector in factors.vectors)
         holds = self.squares.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -94,7 +87,7 @@ class RowNorms(nn.Module):
 
 
 def _weight_blocks(base_layer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight [m, n] as the layer computes with it, some rows at a time."""
+    """Yield the weight [m, n] that the layer computes with, some rows at a time."""
     if isinstance(base_layer, Conv1D):
         weight = base_layer.weight.t()
         return ((rows, weight[rows].to(dtype)) for rows in row_blocks(weight))
@@ -103,6 +96,6 @@ def _weight_blocks(base_layer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def held_bytes(rank: int, sizes: Sequence[tuple[int, int]], itemsize: int) -> int:
-    """What `RowNorms` of linears of these (in_features, out_features) hold: W Aᵀ, ‖w_i‖², and A Aᵀ for each input."""
+    """Bytes of `RowNorms` and A Aᵀ for linears of these (in_features, out_features)."""
     rows, inputs = sum(m for _, m in sizes), {n for n, _ in sizes}
     return rows * (rank * itemsize + 4) + 4 * rank**2 * len(inputs)

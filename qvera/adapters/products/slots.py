@@ -1,6 +1,6 @@
 """The product of a batch whose tokens use different adapters of one pair A, B, forward and backward.
 
-As in `functional`, with vectors of its own for each of R slots i:
+As in `functional`, with own vectors for each of R slots i:
 
     z = x Aᵀ            y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ)        d [R, r], b [R, m] or [R, G, m]
 
@@ -8,11 +8,8 @@ and for the upstream gradient g, summed over the tokens of a slot:
 
     u = (s d ⊙ z) Bᵀ    ∂b_i = Σ g_i ⊙ u_i        h = (g ⊙ b) B        ∂d_i = s Σ h_i ⊙ z_i        ∂z = s d ⊙ h
 
-These are the three dense products of one adapter over all tokens, however many adapters there are. Building C or M, as
-one adapter does, would take [m, r] for each of them. Only z is kept; u is computed again.
-
-A `TokenSlots` says which slot's vectors each token takes: in a padded batch, in rows that stand one behind the other in
-one sequence, or in any order. No token is multiplied with another slot's vectors, not even with a zero in between.
+These are the same three dense products for any number of adapters. C or M would take [m, r] for each of them. Only z is
+kept; u is computed again. No token is multiplied with another slot's vectors, not even with a zero in between.
 """
 
 from __future__ import annotations
@@ -30,22 +27,14 @@ from qvera.kernels.columns import scaled_columns
 
 @dataclass(frozen=True)
 class TokenSlots:
-    """Which slot's vectors each of T tokens takes. One slot's tokens may stand anywhere, and it may have none.
-
-    Attributes:
-        index: int64 [T], each from 0 to ``slots`` - 1.
-        slots: R, how many slots there are.
-    """
+    """Which slot each of T tokens uses, in any order: int64 [T], from 0 to ``slots`` - 1."""
 
     index: torch.Tensor
     slots: int
 
     @functools.cached_property
     def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of slot 0, then those of slot 1, ... int64 [T], and where each slot's begin among them, int64 [R].
-
-        Only backward needs it. A device is not waited for.
-        """
+        """Tokens in the order of their slots, int64 [T], and where each slot begins there, int64 [R]. For backward."""
         slots, order = torch.sort(self.index, stable=True)
         return order, torch.searchsorted(slots, torch.arange(self.slots, device=slots.device))
 
@@ -57,13 +46,13 @@ def _scaled(
     scale: float = 1.0,
     base: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scale v_i ⊙ x_i for each slot, from vectors [R, k]; or base + that, which may take x's memory."""
+    """scale v_i ⊙ x_i with the vectors [R, k]; with a base, base + that, which may take x's memory."""
     index = None if tokens is None else tokens.index
     return scaled_columns(x, vectors if index is not None else vectors[0], scale, base, index, base is not None)
 
 
 def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> torch.Tensor:
-    """Σ left ⊙ right of each slot's tokens, [..., k] twice → [R, k]: in ``dtype``, in a fixed order everywhere."""
+    """Σ left ⊙ right over each slot's tokens, [..., k] twice → [R, k], in ``dtype`` and in a fixed order."""
     if tokens is None:
         return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
     order, begins = tokens.sorted
@@ -74,7 +63,7 @@ def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: To
 def _outward(
     inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor, tokens: TokenSlots | None
 ) -> torch.Tensor:
-    """base + b_i ⊙ (inner_i Bᵀ), group by group: what is added is made in the memory of the product."""
+    """base + b_i ⊙ (inner_i Bᵀ), group by group, in the memory of the product."""
     groups, B = b.shape[1], B.to(inner.dtype)
     total = base
     for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
@@ -131,20 +120,18 @@ def expand_slots(
     scale: float,
     tokens: TokenSlots | None,
 ) -> torch.Tensor:
-    """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each slot i of the batch.
+    """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each slot i of the batch, in base's shape and dtype.
+
+    Differentiable once in base, z, d and b. NaN or Inf in a slot does not reach other slots, forward or backward.
 
     Args:
         base: the frozen layer's output [..., m] of T tokens.
         z: x Aᵀ [..., r] in the compute dtype.
-        d: [R, r], fp32 or wider; its gradient comes in the same dtype.
-        b: [R, m], or [R, G, m] for G groups, like d.
+        d: [R, r], fp32 or wider, like its gradient.
+        b: [R, m], or [R, G, m] for G groups, likewise.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
-        tokens: the slot of each token; None: there is one, of which all tokens are.
-
-    Returns:
-        In base's shape and dtype. Differentiable once in base, z, d and b. A slot that is not finite leaves all others
-        as they are, forward and backward. Sums over tokens are taken in the dtype of the vectors.
+        tokens: each token's slot; None: there is one slot.
     """
     grouped = b if b.dim() == 3 else b.unsqueeze(1)
     return _ExpandSlots.apply(base, z, d, grouped, B, scale, tokens)
@@ -168,8 +155,5 @@ class _ScaleSlots(torch.autograd.Function):
 
 
 def scale_slots(x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
-    """diag(a_i) x_i for each slot: [..., n] of T tokens and [R, n] give [..., n] in x's dtype.
-
-    Differentiable once in both. ``tokens``: see `expand_slots`.
-    """
+    """diag(a_i) x_i for each slot: [..., n] of T tokens and [R, n] give [..., n] in x's dtype; differentiable once."""
     return _ScaleSlots.apply(x, a, tokens)
