@@ -59,21 +59,17 @@ class BankCheckpoint:
 
 
 def checkpoint_dir(run_dir: Path, rank: int) -> Path:
-    """Where a process has its checkpoints."""
+    """The directory of a process's checkpoints."""
     return run_dir / "checkpoints" / (f"rank-{rank:05d}" if rank else "")
 
 
 def metrics_path(run_dir: Path, rank: int) -> Path:
-    """Where a process writes its records; at the end of a run all are in that of the first."""
+    """The file of a process's records; when a run ends, the first process's has all."""
     return run_dir / (f"metrics.rank-{rank:05d}.jsonl" if rank else "metrics.jsonl")
 
 
 def join_records(run_dir: Path, processes: int) -> None:
-    """Put the records of all processes into metrics.jsonl, those of each as they came.
-
-    Raises:
-        RunFailed: the disk is full or read-only; nothing is lost.
-    """
+    """Put the records of all processes into metrics.jsonl. RunFailed where the disk is full; nothing is lost."""
     first, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
     with disk_errors(str(first), "Checkpoints are kept; mend that and go on with --resume."):
         for path in [path for path in others if path.exists()]:
@@ -82,11 +78,7 @@ def join_records(run_dir: Path, processes: int) -> None:
 
 
 def save(trainer: ManyTrainer) -> None:
-    """Write a checkpoint of the round that was taken last, and delete those beyond the recipe's limit.
-
-    Raises:
-        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
-    """
+    """Write a checkpoint of the latest round, and delete those beyond the recipe's limit."""
     directory = checkpoint_dir(trainer.run_dir, trainer.group.rank)
     best = {str(run.number): run.best for run in trainer.roster.in_flight if run.best is not None}
     files: dict[str, dict[str, torch.Tensor]] = {
@@ -110,11 +102,7 @@ def save(trainer: ManyTrainer) -> None:
 
 
 def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> BankCheckpoint | None:
-    """The newest checkpoint of this process that verifies; None where the run ended before its first one.
-
-    Raises:
-        InputError: the run has saved checkpoints, and none of them can be used.
-    """
+    """The newest checkpoint of this process that verifies; None where the run ended before its first one."""
     run_dir, rank = trainer.run_dir, trainer.group.rank
     directory = checkpoint_dir(run_dir, rank)
 
@@ -130,11 +118,7 @@ def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> BankCheckpoint 
 
 
 def restore(trainer: ManyTrainer, saved: BankCheckpoint) -> None:
-    """Put a checkpoint into the trainer's bank, optimizer, adapters and torch's generators.
-
-    Raises:
-        InputError: the vectors have another shape than those of this run.
-    """
+    """Put a checkpoint into the trainer and torch's generators. InputError where the vectors have another shape."""
     vectors = saved.files["vectors.safetensors"]["vectors"]
     if vectors.shape != trainer.bank.vectors.shape:
         raise InputError(f"{saved.path}: its vectors are not those of this recipe (other rank, targets or model).")
@@ -179,11 +163,7 @@ def _check(saved: BankCheckpoint, trainer: ManyTrainer) -> None:
 
 
 def save_run(file: Path, run: AdapterRun, bank: AdapterBank, adamw: BankAdamW, base: Base) -> None:
-    """Write the state of an adapter in flight; after a kill the file is the new one or the old one.
-
-    Raises:
-        RunFailed: the disk is full or read-only; a file that was there before is still there.
-    """
+    """Write the state of an adapter in flight. After a kill or RunFailed the file is whole: the new or the old one."""
     slot = run.held_slot
     tensors = {"vectors": bank.vectors[slot], "first": adamw.first[slot], "second": adamw.second[slot]}
     if run.best is not None:
@@ -213,18 +193,14 @@ def save_run(file: Path, run: AdapterRun, bank: AdapterBank, adamw: BankAdamW, b
 
 @dataclasses.dataclass
 class SavedRun:
-    """What was read from a file of `save_run`."""
+    """What `save_run` wrote."""
 
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
 
     @classmethod
     def read(cls, file: Path, run: AdapterRun, base: Base) -> Self:
-        """Read and verify the file of a job.
-
-        Raises:
-            InputError: it is missing or damaged, or of another job, other rows, another recipe or another base.
-        """
+        """Read and verify a job's file. InputError where it is damaged, or of another job, rows, recipe or base."""
         try:
             with safe_open(file, framework="pt") as stored:
                 metadata = stored.metadata() or {}

@@ -71,7 +71,7 @@ class TrainState:
         self.input_tokens += input_tokens
 
     def add_halving(self, step: int, limit: dict[str, int], seconds: float) -> None:
-        """Note an attempt at a step that memory did not suffice for, and what a pass may have since."""
+        """Note an attempt at a step that ran out of memory, and the limit of a pass since then."""
         self.halvings = [*self.halvings, {"step": step, **limit}]
         self.train_seconds += seconds
 
@@ -81,10 +81,7 @@ class TrainState:
         self.train_seconds += seconds
 
     def add_evaluation(self, loss: float, patience: int) -> None:
-        """Compare a held-out loss with the best so far.
-
-        ``patience`` evaluations without a lower one stop the run (0: never).
-        """
+        """Compare a held-out loss with the best so far; ``patience`` without a lower one stop the run (0: never)."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
         else:
@@ -121,15 +118,9 @@ def save(
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
 
-    Args:
-        directory: of all checkpoints of the run.
-        vectors: by their names in the adapter file.
-        state: JSON values for state.json.
-        random: generator states of all ranks (`random_state`); default: this process's.
-        hooks: the state of the step hooks, tensors and JSON values (`TrainingHooks.state_dict`).
-
-    Raises:
-        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
+    ``vectors``: by their names in the adapter file. ``random``: of all ranks (`random_state`), by default of this
+    process. ``hooks``: as `TrainingHooks.state_dict` gives it. RunFailed where the disk is full; earlier checkpoints
+    are kept.
     """
     tensors, scalars = _optimizer_state(vectors, optimizer)
     values = dict(hooks or {})
@@ -146,17 +137,7 @@ def save(
 def write(
     directory: Path, unit: str, number: int, files: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any]
 ) -> Path:
-    """Write ``directory/UNIT-XXXXXXXX``; it appears under this name only when it is complete and on disk.
-
-    Args:
-        directory: of all checkpoints of the run.
-        unit: what ``number`` counts: ``step`` or ``round``.
-        files: file name → its tensors.
-        state: JSON values for state.json.
-
-    Raises:
-        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
-    """
+    """Write ``directory/UNIT-XXXXXXXX`` as `save` does. ``unit``: ``step`` or ``round``. ``files``: name → tensors."""
     final = directory / f"{unit}-{number:08d}"
     partial = directory / f".partial-{final.name}"
     kept = "Earlier checkpoints are kept; mend that and go on with --resume."
@@ -194,9 +175,7 @@ def newest(
 ) -> Any:
     """The newest checkpoint in ``directory`` that can be used, or None.
 
-    Args:
-        warn: called with a sentence about each one passed over.
-        use: what to return of one, default `load`; raises InputError where it can't be used.
+    ``warn`` gets a sentence about each one passed over. ``use`` (default: `load`) reads one, or raises InputError.
     """
     for path in reversed(directories(directory)):
         try:
@@ -207,11 +186,7 @@ def newest(
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint.
-
-    Raises:
-        InputError: a file is missing, cut short or changed, or the format is another one.
-    """
+    """Read and verify one checkpoint; InputError as in `read`."""
     state, files = read(path, _FILES, (_HOOKS,))
     return Checkpoint(path, state["step"], state, *files.values())
 
@@ -221,12 +196,8 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """Read and verify what `write` wrote: state.json, and file name → its tensors.
 
-    Args:
-        names: the files with tensors that it must have.
-        optional: those that it may have.
-
-    Raises:
-        InputError: a file is missing, cut short or changed, or the format is another one.
+    ``names``: the files that it must have; ``optional``: those that it may have. InputError where a file is missing,
+    cut short or changed, or the format is another one.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -276,10 +247,7 @@ def restore(
 ) -> None:
     """Put a checkpoint's vectors, optimizer state and the random state of ``rank`` into a run.
 
-    A rank that the saved run did not have keeps the random state that it has.
-
-    Raises:
-        InputError: the names or shapes are not those of this run.
+    A rank that the saved run did not have keeps its own. InputError where names or shapes are not those of this run.
     """
     if {name: t.shape for name, t in checkpoint.vectors.items()} != {name: p.shape for name, p in vectors.items()}:
         raise InputError(f"{checkpoint.path}: its vectors are not those of this recipe (other rank, targets or model).")
@@ -299,7 +267,7 @@ def restore(
 def _placed(
     tensor: torch.Tensor, device: torch.device | str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None
 ) -> torch.Tensor:
-    """Optimizer state on the device; a paged optimizer's in a buffer of its own, which alone is paged."""
+    """Optimizer state on the device; a paged optimizer's in its own buffer, since only that is paged."""
     if not getattr(optimizer, "is_paged", False) or parameter is None or tensor.shape != parameter.shape:
         return tensor.to(device)
     # a method of bitsandbytes' Optimizer8bit, which torch's class does not have
@@ -310,7 +278,7 @@ def _placed(
 def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
     """Delete leftovers of killed writes, and checkpoints other than the newest ``keep`` and the steps ``also``.
 
-    ``saved`` is the newest step. Checkpoints of later ones are damaged, since the run went on from an earlier one.
+    ``saved``: the newest step. Later checkpoints are damaged, since the run went on from an earlier one.
     """
     numbers = {int(path.name[-8:]): path for path in directories(directory)}
     kept = sorted(number for number in numbers if number <= saved)[-keep:]

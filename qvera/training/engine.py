@@ -1,12 +1,11 @@
 """Backward, clip and step: with plain torch, or with DeepSpeed in a run with a ``deepspeed`` key.
 
-DeepSpeed's own optimizer of the stage steps the vectors. Stages 1 and 2 get a module that holds the vectors and nothing
-else: DeepSpeed sends every parameter it is given from rank 0 to the others when it starts, and a mapped base would
-become private memory on each of them. Stage 3 gets the decoder, whose weights `BaseSharder` has sharded already; its
-hooks gather a module's weights around its forward and backward.
+ZeRO stages 1 and 2 get a module of the vectors alone. DeepSpeed sends every parameter that it is given from rank 0 to
+the others, so a mapped base would become private memory on each of them. Stage 3 gets the decoder, whose weights
+`BaseSharder` has sharded already.
 
-Our checkpoints hold vectors and optimizer state as one process has them, so they go through DeepSpeed's public
-``safe_get_*`` and ``safe_set_*`` functions, and a run goes on under another stage and another number of processes.
+Checkpoints hold whole vectors and optimizer state, through DeepSpeed's public ``safe_get_*`` and ``safe_set_*``. So a
+run can go on under another stage and another number of processes.
 """
 
 from __future__ import annotations
@@ -43,14 +42,12 @@ def trained_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class LocalEngine:
-    """Takes an optimizer step with plain torch; `ZeroEngine` does it with DeepSpeed.
+    """Takes an optimizer step with plain torch. All ranks call each method together.
 
-    Every rank holds whole vectors; their gradients are summed as one bucket of a few MB a step. All ranks call each
-    method together.
+    Every rank holds whole vectors. Their gradients are summed as one bucket of a few MB a step.
     """
 
-    core: Callable[..., torch.Tensor] | None = None
-    """What to call in place of the model's `core_of`; None: that itself."""
+    core: Callable[..., torch.Tensor] | None = None  # called in place of the model's `core_of`, unless None
 
     def __init__(
         self,
@@ -63,11 +60,10 @@ class LocalEngine:
     ) -> None:
         self.vectors, self.optimizer, self.schedule = vectors, optimizer, schedule
         self.max_grad_norm, self.group, self.scaler = max_grad_norm, group, scaler
-        self.loss_scale = 1.0
-        """The scale of the latest `step`."""
+        self.loss_scale = 1.0  # of the latest `step`
 
     def loss_gradient(self) -> torch.Tensor:
-        """The gradient (scalar, fp32) that `backward` puts into its loss: the loss scale."""
+        """The loss scale (scalar, fp32): the gradient that `backward` puts into its loss."""
         gradient = torch.ones((), device=next(iter(self.vectors.values())).device)
         return gradient if self.scaler is None else self.scaler.scale(gradient)
 
@@ -76,14 +72,13 @@ class LocalEngine:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def forget_module_order(self) -> None:
-        """Take the next pass for the first one, where an engine learns from it what comes when."""
+        """Take the next pass for the first one, where an engine learns the order of modules from it."""
 
     def undo(self) -> None:
         """Drop the gradients of a step that could not be taken."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def _sum_gradients(self) -> None:
-        """Over all ranks, once each of them has come through its passes."""
         if self.group.world_size > 1:
             for vector in self.vectors.values():
                 if vector.grad is None and vector.requires_grad:
@@ -91,10 +86,9 @@ class LocalEngine:
             self.group.all_reduce([vector.grad for vector in self.vectors.values() if vector.grad is not None])
 
     def step(self) -> tuple[float, float]:
-        """Clip and step. A gradient that is not finite takes no step; with loss scaling, it lowers the scale.
+        """Clip and step; returns the gradient norm before clipping and the learning rate.
 
-        Returns:
-            The gradient norm before clipping, and the learning rate.
+        A gradient that is not finite takes no step. With loss scaling, it lowers the scale.
         """
         self._sum_gradients()
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
@@ -113,7 +107,7 @@ class LocalEngine:
         return norm, rate
 
     def can_step_again(self) -> bool:
-        """Whether a step whose gradient was not finite may be taken again: its scale was above 1 and is lower now."""
+        """Whether to retry a step whose gradient was not finite: its scale was above 1 and is lower now."""
         return self.scaler is not None and self.loss_scale > 1.0 and self.scaler.get_scale() < self.loss_scale
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
@@ -136,12 +130,10 @@ class _VectorsOnly(nn.Module):
 
 
 class ZeroEngine(LocalEngine):
-    """Backward, clip and step by DeepSpeed; in place of `LocalEngine`.
+    """Backward, clip and step by DeepSpeed.
 
-    Args:
-        model: base and adapter. Its trained vectors are whole and have the values that the run starts from.
-        optimizer: a torch AdamW over them. What state it has (of a checkpoint) is taken over.
-        scratch: a directory for what DeepSpeed offloads.
+    ``model``: base and adapter, its trained vectors whole. ``optimizer``: a torch AdamW over them, whose state is taken
+    over. ``scratch``: a directory for what DeepSpeed offloads.
     """
 
     def __init__(
@@ -259,8 +251,7 @@ class ZeroEngine(LocalEngine):
     def forget_module_order(self) -> None:
         """Let ZeRO-3 record anew in which order modules need their weights.
 
-        It takes the first pass for the order of all. A pass that computed gradients without adding them up may walk
-        through q, k and v in another order than a step does.
+        A pass that computed gradients without adding them up may take q, k and v in another order than a step does.
         """
         offload = getattr(self.deepspeed.optimizer, "parameter_offload", None)
         coordinator = None if offload is None else offload.get_param_coordinator()
@@ -291,11 +282,10 @@ class ZeroEngine(LocalEngine):
 
 @contextlib.contextmanager
 def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
-    """Hide the embedding from DeepSpeed while it puts its hooks on the decoder.
+    """Hide the embedding while DeepSpeed puts its hooks on the decoder.
 
-    Our hooks gather the embedding for the look-up alone; DeepSpeed's would gather it again in backward, for a gradient
-    that nobody reads. The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every
-    parameter that it meets for one of its own. The head keeps the parameter.
+    Its hooks would gather the embedding again in backward, for a gradient that nobody reads. With a tied head it was
+    left whole and becomes a buffer, since DeepSpeed takes every parameter for its own. The head keeps the parameter.
     """
     embeddings = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
     for name, _ in embeddings:
@@ -312,10 +302,7 @@ def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
 
 
 def _show_shared(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> None:
-    """Make the vectors that all layers share, which lie outside the decoder, a part of it too, for DeepSpeed.
-
-    Like the others they are whole on every rank while layers read them, and DeepSpeed gathers them after each step.
-    """
+    """Put the vectors that all layers share into the decoder, so that DeepSpeed gathers them after each step."""
     inside = {id(p) for p in decoder.parameters()}
     shared = [vector for vector in vectors.values() if id(vector) not in inside]
     if shared:
@@ -323,7 +310,6 @@ def _show_shared(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> None:
 
 
 def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
-    """Of a decoder whose weights are spread already."""
     layers = [list(layer.parameters()) for layer in decoder_layers(decoder)]
     # a table is whole where the head is tied to it
     tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}

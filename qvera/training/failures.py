@@ -1,4 +1,4 @@
-"""What a run says where a step can't be taken: the rows, the shortage of memory, and what to change."""
+"""The errors of a step that can't be taken: the rows, the shortage of memory, and what to change."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from qvera.data import Example, Rows
 
 _CHANGES = 3
-_LEAST_SHARE = 0.05
-"""A change has to take at least this share less than was planned, since the plan was too low."""
+_LEAST_SHARE = 0.05  # a change has to take at least this share less than was planned, since the plan was too low
 _ANY_RUN = "Lower data.max_length, or training.per_device_train_batch_size where rows are not packed."
 
 
 def longest_batch_error(
     recipe: Recipe, plan: Plan | None, checkpointing: bool, examples: Sequence[Example]
 ) -> InputError:
-    """The error of a run whose longest batch does not fit, which is found before its first step."""
+    """The error of a run whose longest batch does not fit, found before its first step."""
     rows = ", ".join([*(example.source for example in examples[:4]), *(["..."] if len(examples) > 4 else [])])
     text = f"{recipe.data.path}: the longest batch of this run ({_batch(examples)}: {rows}) does not fit into memory. "
     if plan is not None and plan.changes:
@@ -46,12 +45,7 @@ def not_finite_error(
 ) -> NotFinite:
     """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks.
 
-    Args:
-        step: from 1.
-        losses: of this rank's passes.
-        norm: of the gradient.
-        passes: the sources of the rows of each pass of this rank.
-        rows: the sources of all rows of the step.
+    ``losses`` are of this rank's passes, ``passes`` the sources of their rows, ``rows`` the sources of the whole step.
     """
     bad = [sources for sources, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
     of_ranks = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
@@ -66,30 +60,19 @@ def not_finite_error(
 
 
 def not_finite_text(step: str, losses: Sequence[float | None], norm: float, rows: Sequence[str]) -> str:
-    """A sentence about a loss or gradient that is not finite.
-
-    Args:
-        step: which one it is, to begin the sentence with.
-        losses: None or NaN where one is not finite.
-        rows: the sources of its rows.
-    """
+    """A sentence, begun with ``step``, about a loss (None or NaN) or gradient that is not finite. ``rows``: sources."""
     shown = ", ".join("not finite" if loss is None or not math.isfinite(loss) else f"{loss:g}" for loss in losses)
     where = ", ".join(rows)
     return f"{step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {where}."
 
 
 def has_finite_loss(scores: dict[str, Any]) -> bool:
-    """Whether a held-out loss is finite; a checkpoint gives one that is not back as None."""
+    """Whether a held-out loss is finite; read from a checkpoint, one that is not is None."""
     return scores["loss"] is not None and math.isfinite(scores["loss"])
 
 
 def held_out_not_finite(step: str, before: dict[str, Any] | None) -> str:
-    """Why an adapter is not saved that has taken its steps and whose held-out loss is not finite.
-
-    Args:
-        step: which one was the last, to begin the sentence with.
-        before: the scores before training; None where there are none.
-    """
+    """Why an adapter whose last held-out loss is not finite is not saved; ``before``: the scores before training."""
     if before is None or has_finite_loss(before):
         advice = "Lower training.learning_rate."
     else:
@@ -108,11 +91,9 @@ def step_error(
     """The error of a step that memory does not suffice for and that every rank has undone; all of them call this.
 
     Args:
-        step: which one it is, to begin the message with.
+        step: begins the message.
         shortage: the `worst` of all ranks.
-        examples: those of the pass that failed on this rank; empty where it failed before its first pass, None where
-            it did not fail.
-        plan: of this run; None where none could be made.
+        examples: of the pass that failed on this rank; empty: before its first pass; None: it did not fail here.
         rows: the training rows, to plan the changes with; None: `make_plan` assumes some.
     """
     rank = f"rank {group.rank}" if group.world_size > 1 else None

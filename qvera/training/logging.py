@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl that say their ``unit``; lines that a killed run has left half are passed over."""
+    """The records of a metrics.jsonl that have their ``unit``; lines that a killed run left half are passed over."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -38,17 +38,13 @@ def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each step once per kind, whatever was interrupted and resumed."""
+    """metrics.jsonl: one JSON object a line, each step once per kind, also after interruptions."""
 
     def __init__(self, path: Path, last_step: int, unit: str = "step", rank: int = 0, again: str | None = None) -> None:
-        """Open for appending; records after ``last_step`` (of steps that will be run again) are dropped.
+        """Open for appending; records after ``last_step`` are dropped, since those steps are run again.
 
-        Args:
-            path: of the file.
-            last_step: the last one that is kept.
-            unit: the key that numbers the records, ``step`` or ``round``.
-            rank: of this process; what others have recorded (``rank`` in a record) is kept.
-            again: the kind of record of ``last_step`` that is dropped too.
+        ``unit``: numbers the records, ``step`` or ``round``. ``rank``: of this process; records with another rank are
+        kept. ``again``: a kind of record of ``last_step`` that is dropped too.
         """
         self.path = path
 
@@ -61,16 +57,12 @@ class MetricsLog:
             replace_text(path, "".join(f"{line}\n" for line in lines))
 
     def write(self, *records: dict[str, Any]) -> None:
-        """Append records.
-
-        Raises:
-            RunFailed: the disk is full or read-only.
-        """
+        """Append records. RunFailed where the disk is full or read-only."""
         with self._disk_full(), open(self.path, "a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(plain_json(record)) + "\n" for record in records))
 
     def flush(self) -> None:
-        """Before a checkpoint: no later power cut may take records of steps that will not be run again."""
+        """Before a checkpoint: a power cut may not take records of steps that will not be run again."""
         with self._disk_full():
             flush(self.path)
 
@@ -79,7 +71,7 @@ class MetricsLog:
 
 
 def repeat_line(record: dict[str, Any]) -> str | None:
-    """What the console says of a step that was not taken and is taken again; None for another record."""
+    """The console's line about a step that is taken again; None for another record."""
     if record["kind"] == "skipped":
         scale = f"{record['loss_scale']:,.0f}"
         return (
@@ -97,10 +89,7 @@ def repeat_line(record: dict[str, Any]) -> str | None:
 
 
 class ProgressBar(Progress):
-    """A bar with loss, tokens/s, memory and time left on a terminal; in a log a line every twentieth of the steps.
-
-    Where steps are slow, a log gets a line every `LINE_SECONDS`.
-    """
+    """A progress bar; in a log it is a line every twentieth of the steps, or `LINE_SECONDS` where they are slow."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         super().__init__(
@@ -137,14 +126,10 @@ class ProgressBar(Progress):
 
 
 class Trackers:
-    """Other reporters by the names that transformers and accelerate give them; accelerate's trackers do the work."""
+    """Other trackers, by the names that transformers and accelerate give them; accelerate's do the work."""
 
     def __init__(self, names: list[str], run_dir: Path, config: dict[str, Any]) -> None:
-        """Check the names; nothing is opened yet.
-
-        Raises:
-            InputError: a tracker is not known or not installed.
-        """
+        """Check the names; nothing is opened yet. InputError where a tracker is not known or not installed."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         auto = ["tensorboard"] if "auto" in names and find_spec("tensorboard") is not None else []

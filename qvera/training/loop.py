@@ -1,11 +1,10 @@
-"""The optimizer step: passes → loss → backward → clip and step. All trainings take it.
+"""The optimizer step that all trainings take: passes → loss → backward → clip and step.
 
-`Loop.take_step` is the step. `AloneLoop` trains one adapter with torch's optimizer or DeepSpeed's; its processes share
-the rows of each step. `BankLoop` trains many in the slots of a bank, in forward passes that they share: the rows of a
-pass name their slots, and a row's loss is divided by the trained tokens of its own adapter's step. So an adapter's
-gradient does not depend on the others or on the passes, up to rounding.
+`AloneLoop` trains one adapter; its processes share the rows of each step. `BankLoop` trains many in the slots of a
+bank, in forward passes that they share. Each row names its slot, and its loss is divided by the trained tokens of its
+own adapter's step. So an adapter's gradient does not depend on the others, up to rounding.
 
-A step yields between its passes, and so do evaluations of a bank: `online` lets a server answer there.
+Steps, and evaluations of a bank, yield between passes: a server answers there (`online`).
 """
 
 from __future__ import annotations
@@ -53,18 +52,16 @@ Records = list[dict[str, Any]]
 
 @dataclasses.dataclass
 class Step:
-    """An optimizer step that is being taken.
+    """An optimizer step that is being taken. With a bank, tokens, targets and sums are dicts by adapter.
 
     Attributes:
-        number: from 1; of a round where many adapters step together.
+        number: from 1; with a bank, that of the round.
         rows: of all processes: numbers of training rows, or `AdapterRow`s.
         passes: those of this process that are left.
-        targets: what the loss is divided by; of a bank, by adapter.
-        trained_tokens, input_tokens: likewise.
-        examples: of the pass that is computed, or was last; empty before the first one.
-        pass_rows: the passes that were computed.
-        losses: of each of them: its sum (scalar), or that of each row [B].
-        sums, total: the losses as numbers: of each of these passes (of a bank: by adapter), and of all processes.
+        targets: what the loss is divided by.
+        examples: of the latest pass; empty before the first one.
+        pass_rows, losses: of each pass so far, its rows, and its summed loss (scalar) or that of each row [B].
+        sums, total: the losses as numbers: of each pass here (with a bank, by adapter), and of all processes.
     """
 
     number: int
@@ -83,12 +80,12 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """What it has taken, without the time between its passes."""
+        """Seconds so far, without the time between passes."""
         return self._before + time.perf_counter() - self._since
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time does not count."""
+        """Time in this context does not count."""
         self._before = self.seconds
         try:
             yield
@@ -97,20 +94,18 @@ class Step:
 
 
 class Loop(ABC):
-    """Whoever trains: takes `take_step` again and again."""
+    """Takes optimizer steps, one for each `take_step`."""
 
     recipe: Recipe
     model: PeftModel
     device: torch.device
     hooks: TrainingHooks = TrainingHooks()
     plan: Plan | None = None
-    step_group: Group = ALONE
-    """The processes that take a step together."""
-    step: Step | None = None
-    """The one that is being taken."""
+    step_group: Group = ALONE  # the processes that take a step together
+    step: Step | None = None  # the one that is being taken
 
     def take_step(self) -> Iterator[Records]:
-        """One optimizer step: it yields nothing ([]) after each pass, and its records at the end.
+        """Take one optimizer step: yields [] after each pass, and its records at the end.
 
         A step that can't be taken is undone and leaves a record that says so, or raises. The next call takes it again.
 
@@ -147,11 +142,11 @@ class Loop(ABC):
 
     @abstractmethod
     def do_pass(self, step: Step) -> None:
-        """Forward and backward of the first of the passes that are left, which is taken off."""
+        """Take the first of the passes that are left: forward and backward."""
 
     @abstractmethod
     def add_up(self, step: Step, shortage: Shortage | None) -> bool:
-        """Add up the losses of all passes and processes; whether memory ran out in one of them."""
+        """Add up the losses of all passes and processes; True where one of them ran out of memory."""
 
     @abstractmethod
     def drop_gradients(self) -> None:
@@ -159,15 +154,15 @@ class Loop(ABC):
 
     @abstractmethod
     def make_smaller(self, step: Step, shortage: Shortage | None) -> Records:
-        """Cut later passes smaller after a shortage; None: only another process had one. Raises where it can't help."""
+        """Cut later passes smaller, or raise where it can't help; ``shortage`` None: only another process had one."""
 
     @abstractmethod
     def clip_and_step(self, step: Step) -> Any:
-        """Clip the gradients and step the vectors; returns the norms before, and what else `count_step` needs."""
+        """Clip and step; returns the norms before clipping, and what else `count_step` needs."""
 
     @abstractmethod
     def count_step(self, step: Step, norms: Any) -> Records:
-        """Count a step that was taken; its records for metrics.jsonl."""
+        """Count a step that was taken; returns its records for metrics.jsonl."""
 
 
 class AloneLoop(Loop):
@@ -217,11 +212,7 @@ class AloneLoop(Loop):
         return self.task.loss(self.model, rows, self.datasets, self.recipe, core, expected_grad)
 
     def add_up(self, step: Step, shortage: Shortage | None) -> bool:
-        """See `Loop.add_up`.
-
-        Raises:
-            OutOfMemory: under ZeRO, whose other processes wait in the middle of DeepSpeed's passes.
-        """
+        """See `Loop.add_up`. Under ZeRO a shortage raises: the other processes wait inside DeepSpeed's passes."""
         group, train = self.step_group, self.datasets.train
         if shortage is not None and self.zero is not None and group.world_size > 1:
             raise lone_error(step.number, shortage, step.examples, self.plan, train, group)
@@ -237,11 +228,7 @@ class AloneLoop(Loop):
         self.engine.undo()
 
     def make_smaller(self, step: Step, shortage: Shortage | None) -> Records:
-        """See `Loop.make_smaller`: passes are halved where ``training.on_oom`` says so.
-
-        Raises:
-            OutOfMemory: ``training.on_oom`` is ``save``, or a pass has a single row.
-        """
+        """See `Loop.make_smaller`: halves passes. Raises with ``training.on_oom: save``, or a single row in a pass."""
         group, train, packed = self.step_group, self.datasets.train, self.recipe.data.packing
         examples = None if shortage is None else step.examples
         size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
@@ -260,15 +247,11 @@ class AloneLoop(Loop):
         return [{"kind": "out_of_memory", "step": step.number, **about}]
 
     def clip_and_step(self, step: Step) -> Any:
-        """See `Loop.clip_and_step`; the gradient's norm and the learning rate."""
+        """See `Loop.clip_and_step`: the gradient's norm and the learning rate."""
         return self.engine.step() if math.isfinite(step.total) else (math.nan, 0.0)
 
     def count_step(self, step: Step, norms: tuple[float, float]) -> Records:
-        """See `Loop.count_step`. With loss scaling, a gradient that overflows takes no step and lowers the scale.
-
-        Raises:
-            NotFinite: the loss or the gradient is not finite.
-        """
+        """See `Loop.count_step`. With loss scaling, a gradient that overflows takes no step and lowers the scale."""
         (norm, rate), engine, train = norms, self.engine, self.datasets.train
         if math.isfinite(norm):
             self.hooks.after_step(step.number, engine.loss_scale)
@@ -310,10 +293,7 @@ class AdapterRow(NamedTuple):
 
 
 def cut_round(rows: Sequence[AdapterRow], lengths: Sequence[int], pass_rows: int) -> list[list[AdapterRow]]:
-    """The forward passes of a round: rows of like length together, those of one adapter in the order of its step.
-
-    ``lengths``: tokens of each of ``rows``.
-    """
+    """Cut a round into forward passes of rows of like length. ``lengths``: tokens of each of ``rows``."""
     by_length = sorted(range(len(rows)), key=lambda place: lengths[place])
     return list(microbatches([rows[place] for place in by_length], pass_rows))
 
@@ -321,31 +301,27 @@ def cut_round(rows: Sequence[AdapterRow], lengths: Sequence[int], pass_rows: int
 class BankLoop(Loop):
     """Many adapters: a step is a round, one optimizer step of each in flight that has steps left.
 
-    Attributes:
-        in_flight: the adapters that have a slot, in the order in which they began.
-        round: how many have been taken.
-        pass_rows: rows of a pass at most.
+    ``round``: how many rounds were taken. ``pass_rows``: the most rows of a pass.
     """
 
     bank: AdapterBank
     adamw: BankAdamW
     round: int = 0
     pass_rows: int
-    logs_all_scores: ClassVar[bool] = False
-    """Whether held-out losses are records that no ``eval_steps`` asked for: those before and after training."""
+    logs_all_scores: ClassVar[bool] = False  # also those before and after training, which no eval_steps asked for
 
     @property
     @abstractmethod
     def in_flight(self) -> list[AdapterRun]:
-        """Those that have a slot."""
+        """The adapters that have a slot, in the order in which they began."""
 
     @property
     def pad_id(self) -> int:
-        """Of the tokenizer, which all share."""
+        """The padding token, which all adapters share."""
         return self.in_flight[0].datasets.pad_id
 
     def take_round(self) -> Iterator[Records]:
-        """The evaluations that are wanted, a step, and the evaluations that it made due; yields between passes."""
+        """Make the evaluations that are wanted, take a step, and evaluate where it is due; yields between passes."""
         yield from self.evaluate()
         if any(not run.takes_no_step for run in self.in_flight):
             yield from self.take_step()
@@ -364,7 +340,7 @@ class BankLoop(Loop):
         return Step(self.round + 1, rows, passes, tokens, tokens, inputs)
 
     def drop_run(self, run: AdapterRun) -> None:
-        """Take an adapter that leaves out of the step under way: it takes none, and its rows no pass."""
+        """Take an adapter out of the step under way: it is not stepped, and no later pass has its rows."""
         step = self.step
         if step is not None and run in step.targets:
             step.targets = {other: count for other, count in step.targets.items() if other is not run}
@@ -383,12 +359,9 @@ class BankLoop(Loop):
     def pass_nll(
         self, slots: Sequence[int], examples: Sequence[Example], weights: Sequence[float] | None = None
     ) -> torch.Tensor:
-        """Negative log likelihood of each row of a pass [B], and its weighted sum's gradient into the bank.
+        """Negative log likelihood of each row of a pass [B]; adds the gradient of its weighted sum to the bank.
 
-        Args:
-            slots: of each row's adapter.
-            examples: the rows.
-            weights: of each row; None: no gradient is computed.
+        ``slots`` and ``weights`` are of each row. Without weights no gradient is computed.
         """
         training = self.recipe.training
         batch = forward.make_batch(self.model, examples, self.pad_id, prefix_once=False, whole_rows=True)
@@ -412,7 +385,7 @@ class BankLoop(Loop):
         return shortage is not None
 
     def drop_gradients(self) -> None:
-        """See `Loop.drop_gradients`; those of all adapters, since some have a part of the pass."""
+        """See `Loop.drop_gradients`. It drops those of all adapters, since some have a part of the pass."""
         self.bank.gradients.zero_()
 
     def clip_and_step(self, step: Step) -> Any:
@@ -423,7 +396,7 @@ class BankLoop(Loop):
         return dict(zip(runs, zip(norms, rates, strict=True), strict=True))
 
     def count_step(self, step: Step, norms: dict[AdapterRun, tuple[float, float]]) -> Records:
-        """See `Loop.count_step`: a record of each adapter that took its step; the others get a reason."""
+        """See `Loop.count_step`: a record of each adapter that took its step. The others get a ``reason``."""
         self.round, seconds, records = step.number, step.seconds, []
         for run in step.targets:
             loss = step.sums[run] / step.targets[run]
@@ -454,7 +427,7 @@ class BankLoop(Loop):
         return records
 
     def evaluate(self) -> Iterator[Records]:
-        """The held-out losses that adapters in flight want, until none does; yields nothing ([]) between passes."""
+        """Compute the held-out losses that adapters in flight want, until none does; yields [] between passes."""
         while scored := [(run, why, run.state) for run in self.in_flight if (why := run.next_evaluation) is not None]:
 
             def is_in_flight(place: int, scored: Sequence[Any] = scored) -> bool:
@@ -481,7 +454,7 @@ class BankLoop(Loop):
             yield records
 
     def scores_failed(self, error: OutOfMemory, runs: Sequence[AdapterRun]) -> None:
-        """What becomes of adapters for a held-out row of which memory does not suffice: the run ends."""
+        """Called where memory does not suffice for a held-out row of these adapters; here the run ends."""
         raise error
 
     def score(
@@ -489,15 +462,10 @@ class BankLoop(Loop):
     ) -> Generator[Records, None, list[dict[str, Any] | None]]:
         """Held-out losses of several adapters, in passes that they share; yields between passes.
 
-        Args:
-            wanted: each adapter, and the slot of the vectors that are scored.
-            is_wanted: asked before each pass whether the adapter at a place of ``wanted`` is still to be scored.
-
-        Returns:
-            For each adapter what `held_out.held_out_loss` returns, the seconds those of all; None: it has no rows.
-
-        Raises:
-            OutOfMemory: memory ran out with a single row.
+        ``wanted``: each adapter, and the slot of the vectors to score. ``is_wanted``: asked before each pass whether
+        the adapter at a place of ``wanted`` is still to be scored. Returns for each adapter what
+        `held_out.held_out_loss` returns, with the seconds of all; None: it has no rows. OutOfMemory where a single row
+        does not fit.
         """
         began, losses = time.perf_counter(), list[tuple[list[tuple[int, int]], torch.Tensor]]()
         rows = [(place, row) for place, (run, _) in enumerate(wanted) for row in run.rows.eval.tolist()]

@@ -1,7 +1,7 @@
 """The learning-rate range test (Smith, arXiv 1506.01186): a short training whose rate grows until the loss diverges.
 
-It takes the training loop's own steps on the recipe's model, rows, adapter and optimizer; only the schedule differs. It
-writes two files, and nothing that looks like a run.
+The steps are the training loop's own; only the schedule differs. It writes two files, and nothing that looks like a
+run.
 """
 
 from __future__ import annotations
@@ -35,16 +35,14 @@ if TYPE_CHECKING:
 
 POINTS, PAGE = "lr-range.jsonl", "lr-range.html"
 
-MIN_POINTS = 20
-"""Losses that a suggestion needs: with fewer, the noise of one batch decides where the lowest is."""
+MIN_POINTS = 20  # losses that a suggestion needs: with fewer, the noise of one batch decides where the lowest is
 
 RULE = "the rate at the lowest smoothed loss, for the peak of a schedule with warmup and decay"
 """Chosen after two recipes with SmolLM2-135M at rank 256: it gave 0.046 where 0.03 was the best rate tried (quickstart)
 and 0.07 where 0.1 was (E2E). The steepest fall, another common rule, gave 0.008 and 0.014. Then checked on a third
 recipe (Alpaca, rank 96): 0.07 where 0.05 was the best of four; the steepest fall gave 0.0014."""
 
-_DIVERGED = 2.0
-"""A loss has diverged where its running mean is this many times its lowest, and above where it began."""
+_DIVERGED = 2.0  # the running mean of a loss that has diverged is this many times its lowest, and above its start
 
 _RECORD_KEYS = ("step", "learning_rate", "loss", "grad_norm", "trained_tokens", "input_tokens", "step_seconds")
 
@@ -53,8 +51,7 @@ _RECORD_KEYS = ("step", "learning_rate", "loss", "grad_norm", "trained_tokens", 
 class RangeTestResult:
     """The curve of a range test and what it suggests.
 
-    ``points`` has a record for each step: ``step``, ``learning_rate``, ``loss`` (before that step; None where not
-    finite), ``smoothed_loss``, ``grad_norm``, ``trained_tokens``, ``input_tokens``, ``step_seconds``.
+    ``points``: a record of each step with `_RECORD_KEYS` and ``smoothed_loss``. ``loss`` is None where not finite.
     """
 
     points: list[dict[str, Any]]
@@ -69,17 +66,8 @@ def find_lr(
 ) -> RangeTestResult | None:
     """Run the test and write ``lr-range.jsonl`` and ``lr-range.html`` into ``out``; a run there is left as it is.
 
-    Args:
-        recipe: of the run that the rate is for.
-        ramp: the rates and the number of steps.
-        console: for progress; default: standard error.
-
-    Returns:
-        The result; None in a process that is not the first of several.
-
-    Raises:
-        InputError: as `trainer.train`.
-        NotFinite: the very first loss was not finite.
+    Returns None in a process that is not the first of several. InputError as `trainer.train`; NotFinite where the very
+    first loss was not finite.
     """
     ramp = ramp or LrRange()
     with in_group() as group, TrainingSession(recipe, out, group, console) as session:
@@ -96,7 +84,6 @@ def find_lr(
 
 
 def _take_steps(session: TrainingSession, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:
-    """The records of the steps, and the rate at which the loss diverged."""
     points: list[dict[str, Any]] = []
     session.model.train()
     with ProgressBar(session.console, ramp.steps, 0) as progress:
@@ -121,9 +108,8 @@ def _take_steps(session: TrainingSession, ramp: LrRange) -> tuple[list[dict[str,
 def has_diverged(losses: Sequence[float], steps: int) -> bool:
     """Whether the running mean of the losses is above where it began and above twice its lowest.
 
-    Both are needed: a loss that has fallen far may double by the noise of one batch, and one that barely falls is soon
-    above its start. The mean covers about a twentieth of the test's ``steps``, at most five, so that a short test is
-    not stopped late.
+    Both are needed: one batch may double a loss that has fallen far, and a loss that barely falls is soon above its
+    start. The mean covers a twentieth of ``steps``, at most five losses, so that a short test is not stopped late.
     """
     if not math.isfinite(losses[-1]):
         return True
@@ -139,9 +125,9 @@ def has_diverged(losses: Sequence[float], steps: int) -> bool:
 def read_curve(points: list[dict[str, Any]], diverged: float | None = None) -> RangeTestResult:
     """Read the suggestion from the points before the first loss that is not finite, and give them ``smoothed_loss``.
 
-    The smoothed loss is centred, so that it does not lag. At the end of the curve there is less to smooth with: one of
-    the last two points is suggested only where the loss itself is lowest at it. The steepest fall is that of a line
-    through five neighbours, before the lowest loss.
+    Smoothing is centred, so that it does not lag. The end of the curve has less to smooth with, so one of the last two
+    points is suggested only where its own loss is the lowest. The steepest fall is the slope of a line through five
+    neighbours, before the lowest loss.
     """
     finite = [point for point in points if point["loss"] is not None]
     raw = [point["loss"] for point in finite]
@@ -178,10 +164,7 @@ def _write(out: Path, recipe: Recipe, ramp: LrRange, result: RangeTestResult) ->
 
 
 def range_page(name: str, recipe: Recipe, ramp: LrRange, result: RangeTestResult) -> str:
-    """The page as HTML: loss over the rate, with the suggested rate and where the loss diverged.
-
-    ``name``: of the output directory.
-    """
+    """The HTML page: loss over the rate, the suggestion, where it diverged. ``name``: of the output directory."""
     ended = (
         f"{rate_text(result.diverged)} (step {len(result.points)} of {ramp.steps})"
         if result.diverged is not None

@@ -1,12 +1,11 @@
 """The run of many adapters on one base model, in forward passes that they share (`loop.BankLoop`).
 
-An adapter is trained as if it were alone: rows, order, steps, learning rate, clipping, evaluations and early stopping
-are those of the same recipe over a file of its rows. What it shares is the pass through the frozen base. It leaves when
-its steps are taken, when it stops early, or when its loss or gradient is not finite, and the next of the queue takes
-its slot. One whose held-out loss is not finite at its end is not saved.
+Each adapter is trained as if it were alone, by the same recipe over a file of its rows. It shares only the pass through
+the frozen base. It leaves when its steps are taken, when it stops early, or when its loss or gradient is not finite;
+the next of the queue takes its slot. One whose held-out loss is not finite at its end is not saved.
 
-Several processes share out the adapters. Each trains its own, with checkpoints of its own, and they meet only at the
-beginning and at the end; the run directory has to be one that all of them see.
+Several processes share out the adapters. Each has checkpoints of its own, and they meet only at the beginning and at
+the end. All of them must see the same run directory.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ from qvera.utils.status_line import status_line
 
 T = TypeVar("T")
 
-_WAIT_SECONDS = 0.2
-"""How often a process that is done looks whether the others are."""
+_WAIT_SECONDS = 0.2  # how often a process that is done looks whether the others are
 
 
 @dataclasses.dataclass
@@ -100,7 +98,7 @@ class ManyTrainer(BankLoop, Run):
         )
 
     def make_optimizer(self) -> None:
-        """Make the bank with its slots and optimizer; a run that goes on has as many slots as it began with."""
+        """Make the bank and its optimizer. A run that goes on has as many slots as it began with."""
         if self.scaler is not None:
             raise InputError(
                 "model.compute_dtype: this device has no bfloat16, so auto is float16, which needs a loss scale that "
@@ -123,7 +121,7 @@ class ManyTrainer(BankLoop, Run):
         self.adamw = BankAdamW(self.bank, self.recipe.training)
 
     def setup(self) -> None:
-        """Go on from the checkpoint, if there is one; try the longest pass, and open the run's files."""
+        """Go on from the checkpoint, if there is one; try the longest pass; open the run's files."""
         # others may have no checkpoint, so no rank waits in it
         self.group.agree(self._go_on)
         asked = self.recipe.training.adapters_at_once
@@ -148,7 +146,6 @@ class ManyTrainer(BankLoop, Run):
         )
 
     def _go_on(self) -> None:
-        """Take over the checkpoint of this process, where it has one."""
         saved = self.resumed
         if saved is not None:
             bank_checkpoint.restore(self, saved)
@@ -161,13 +158,13 @@ class ManyTrainer(BankLoop, Run):
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.", soft_wrap=True)
 
     def longest_batch(self) -> list[Example]:
-        """The longest rows that a pass may have."""
+        """The longest rows that may meet in a pass."""
         train = self.datasets.train
         rows = longest_pass(self.runs, train.lengths, self.bank.slots, self.pass_rows)
         return [train[row] for row in rows]
 
     def try_batch(self, examples: list[Example]) -> None:
-        """Forward and backward over the rows, for all slots in turn; nothing is kept."""
+        """Forward and backward over the rows, dealt out to the slots in turn; nothing is kept."""
         slots = [row % self.bank.slots for row in range(len(examples))]
         try:
             self.pass_nll(slots, examples, [0.0] * len(examples))
@@ -192,7 +189,7 @@ class ManyTrainer(BankLoop, Run):
         return self.round == self.whole_round
 
     def score_before(self) -> None:
-        """See `Run.score_before`: all begin with the same vectors, so with full passes."""
+        """See `Run.score_before`. All adapters begin with the same vectors, so they share full passes in one slot."""
         if self.round:
             return
         self.bank.start(0)
@@ -302,11 +299,7 @@ class ManyTrainer(BankLoop, Run):
         self.saved = self.round
 
     def finish(self, status: str) -> None:
-        """See `Run.finish`; with the adapters of all processes.
-
-        Raises:
-            NotFinite: no adapter of a run that is done was saved.
-        """
+        """See `Run.finish`; with the adapters of all processes. NotFinite where a run that is done saved none."""
         mine = [[run.number, adapter_result(run, self.recipe)] for run in self.runs]
         entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
         lacking = self.datasets.adapters_without_rows
@@ -324,7 +317,7 @@ class ManyTrainer(BankLoop, Run):
 
 
 def result_of(work: Generator[Records, None, T]) -> T:
-    """What a generator returns that is run to its end at once."""
+    """Run a generator to its end at once, and give what it returns."""
     while True:
         try:
             next(work)

@@ -1,23 +1,18 @@
 """Adapters that come and go, trained together on a base that answers requests meanwhile.
 
-`many.ManyTrainer` trains the adapters of one file until all are done, on a model of its own. Here each adapter has a
-recipe and rows of its own and may begin, end, be saved or go on at any time. It is the same loop (`loop.BankLoop`), of
-which `run_slice` takes one part: a forward and backward pass, an optimizer step of all, or a pass over held-out rows.
-Between two parts the model belongs to whoever answers.
+Unlike in `many.ManyTrainer`, each adapter has a recipe and rows of its own and may begin, end, be saved or go on at any
+time. The loop is the same (`loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
+optimizer step, or a pass over held-out rows. Between two parts the model belongs to whoever answers.
 
-**The model in a part.** It is left in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
-weights a part neither reads nor drops (`qvera.adapters.shared_model.training_layout`). Making the layout anew would
-dequantize or pack every weight, for each request that comes between two parts. For the time of a part the attention is
-one that joins whole rows, the mode is training's, and torch's generators are the trainer's own. Everything is put back,
-so an answer is to the bit what it is without training. That holds for layers that only the trained adapter has, too:
-they compute as the bare base does (`leave_to_training`).
+**The model in a part.** It stays in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
+weights a part neither reads nor drops (`qvera.adapters.shared_model.training_layout`). To make them anew would
+dequantize or pack every weight for each request. A part has training mode, attention that joins whole rows, and its own
+random generators. All of it is put back, and layers that only the trained adapter has compute as the bare base does
+(`leave_to_training`). So an answer is to the bit what it is without training.
 
 **Memory.** ``gradient_checkpointing: auto`` is true here. Where memory runs out, the round begins again with half as
-many rows in a pass, from then on. A job one row of which does not fit ends, with the reason, and the others go on with
-as many rows as at first.
-
-An adapter in flight takes a step in every round. One that begins joins in the next round, and one that ends in the
-middle of a round leaves no gradient behind.
+many rows in a pass. A job one row of which does not fit ends with the reason, and the others go on with as many rows as
+at first.
 """
 
 from __future__ import annotations
@@ -59,8 +54,7 @@ if TYPE_CHECKING:
     from qvera.models.loader import Base
 
 _logger = logging.getLogger(__name__)
-ADAPTER = "__training__"
-"""PEFT's name of the adapter that stands for all that are trained."""
+ADAPTER = "__training__"  # PEFT's name of the adapter that stands for all that are trained
 _HARMLESS = ("training.on_oom", "training.exact_match_rows")  # keys of a recipe that nothing here reads
 _SHARED = ("weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_chunk_tokens")
 """Keys of ``training`` that all jobs share, besides ``adapter``."""
@@ -69,27 +63,15 @@ _SHARED = ("weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2",
 class OnlineTrainer(BankLoop):
     """Trains adapters on a base that answers requests meanwhile.
 
-    All methods but `prepare` are called in the thread that runs the model.
-
-    Attributes:
-        recipe: says the adapter's shape, the optimizer and the rows of a pass, for all. Epochs, rows of a step,
-            learning rate, order and evaluations are those of each job's own recipe.
-        pass_rows: rows of a pass at most, now.
+    Methods are called in the thread that runs the model, unless they say otherwise. ``recipe`` says the adapter's
+    shape, the optimizer and the rows of a pass, for all. Epochs, rows of a step, learning rate, order and evaluations
+    are those of each job's own recipe. ``pass_rows``: the most rows of a pass, now.
     """
 
     logs_all_scores = True
 
     def __init__(self, base: Base, recipe: Recipe, slots: int) -> None:
-        """Check that it can be done; nothing is changed yet. May be called from any thread.
-
-        Args:
-            base: as it is served.
-            recipe: of the server.
-            slots: how many adapters are trained at a time.
-
-        Raises:
-            InputError: the recipe's adapter can't be one of many, or the base can't be trained on.
-        """
+        """Check that it can be done (else InputError); nothing is changed yet. May be called from any thread."""
         if slots < 1:
             raise InputError(f"adapters trained at once: expected at least 1, got {slots}.")
         require_trainable(base, recipe)
@@ -118,15 +100,9 @@ class OnlineTrainer(BankLoop):
         return any(not run.has_ended for run in list(self.in_flight))
 
     def prepare(self, id: str, recipe: Recipe, datasets: Datasets) -> AdapterRun:
-        """A job that `begin` takes. May be called from any thread.
+        """Make a job for `begin`; ``id`` is for records. May be called from any thread.
 
-        Args:
-            id: of the job, for records.
-            recipe: its own.
-            datasets: its rows.
-
-        Raises:
-            InputError: there are no rows, or the recipe differs from the server's in what all jobs share.
+        InputError where there are no rows, or the recipe differs from the server's in what all jobs share.
         """
         shared = {f"training.{key}" for key in _SHARED}
         changed = changed_keys(self.recipe.to_dict(), recipe)
@@ -145,13 +121,7 @@ class OnlineTrainer(BankLoop):
         """Give a job a slot; it takes its first step in the next round.
 
         The first call puts the trained adapter on the model, which takes as long as the first request for an adapter.
-
-        Args:
-            run: not in flight.
-            saved: a file that `save` wrote; it goes on from there, else from the beginning.
-
-        Raises:
-            InputError: the file is damaged, or is of another job.
+        ``saved``: a file of `save` to go on from; InputError where it is damaged or of another job.
         """
         if run.slot is not None or not self.free_slots:
             raise ValueError(f"{run.name}: " + ("is in flight" if run.slot is not None else "there is no free slot"))
@@ -173,9 +143,8 @@ class OnlineTrainer(BankLoop):
     def run_slice(self) -> list[dict[str, Any]]:
         """Do the next part of the work: one pass, or the step of a round.
 
-        Returns:
-            Records of kind ``train`` and ``eval``, with ``adapter`` (the job's id), ``step``, ``loss`` and more; mostly
-            none. The evaluation before training has step 0.
+        Returns records (mostly none) of kind ``train`` and ``eval``, with ``adapter`` (the job's id), ``step``,
+        ``loss`` and more. The evaluation before training has step 0.
         """
         if not self.has_work:
             return []
@@ -196,7 +165,7 @@ class OnlineTrainer(BankLoop):
             raise
 
     def end(self, run: AdapterRun) -> None:
-        """Free a job's slot: it is saved, paused or cancelled. Its part of a round under way is dropped."""
+        """Free a job's slot, whether it is done, paused or cancelled. Its part of a round under way is dropped."""
         if run not in self.in_flight:
             return
         self.drop_run(run)
@@ -207,19 +176,11 @@ class OnlineTrainer(BankLoop):
         self._roster.leave(run, ended)
 
     def save(self, run: AdapterRun, file: Path) -> None:
-        """Write what a job in flight goes on from, as of its last step, to one file (`bank_checkpoint`).
-
-        Raises:
-            RunFailed: the disk is full or read-only; an earlier file is kept.
-        """
+        """Write a job's state to a file (`bank_checkpoint`). RunFailed if the disk is full; an earlier file stays."""
         save_run(file, run, self.bank, self.adamw, self._base)
 
     def save_adapter(self, run: AdapterRun, directory: Path) -> None:
-        """Write the adapter of a job in flight, as other adapters are saved.
-
-        Raises:
-            RunFailed: the disk is full; an adapter that was there before is still there.
-        """
+        """Write the adapter of a job in flight. RunFailed where the disk is full; an earlier adapter is kept."""
         save_adapter(self.model, directory, vectors=self.bank.take(run.held_slot), adapter=ADAPTER)
 
     def _attach(self) -> None:
@@ -244,7 +205,7 @@ class OnlineTrainer(BankLoop):
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
-        """The model as a part needs it; see the module's text."""
+        """The model as a part needs it; see the module's docstring."""
         model = self._base.model
         answering, was_training = model.config._attn_implementation, model.training
         with accelerator.forked_random_state(), training_layout(self.model, ADAPTER):
@@ -263,7 +224,7 @@ class OnlineTrainer(BankLoop):
                 self._random = checkpoint.random_state()
 
     def take_step(self) -> Iterator[Records]:
-        """See `Loop.take_step`; memory that runs out in the optimizer ends the jobs whose vectors it stepped."""
+        """See `Loop.take_step`. Memory that runs out in the optimizer ends the jobs whose vectors it stepped."""
         try:
             yield from super().take_step()
         except RunFailed as error:  # some vectors have been stepped and some have not
@@ -290,14 +251,14 @@ class OnlineTrainer(BankLoop):
         return []
 
     def scores_failed(self, error: OutOfMemory, runs: Sequence[AdapterRun]) -> None:
-        """See `BankLoop.scores_failed`: those whose rows were in the pass end."""
+        """See `BankLoop.scores_failed`: the jobs whose rows were in the pass end."""
         forget_inputs(self.model)
         for run in runs:
             run.reason = str(error)
 
 
 def _implementation(model: Any) -> str:
-    """The attention of a part: joins whole rows where the model's can, whatever answers take."""
+    """The attention of a part: it joins whole rows where the model's can, whatever answers take."""
     name = (model.config._attn_implementation or "").removeprefix("paged|")
     if name != "sdpa":
         return name
@@ -306,11 +267,7 @@ def _implementation(model: Any) -> str:
 
 
 def require_trainable(base: Base, recipe: Recipe) -> None:
-    """Refuse a recipe whose adapters can't share passes, and a base that can't be trained on.
-
-    Raises:
-        InputError: names the key.
-    """
+    """Raise InputError for a recipe whose adapters can't share passes, and a base that can't be trained on."""
     problems = [p for p in recipe.many_adapters_contradictions("training beside answers") if p[0] not in _HARMLESS]
     if problems:
         raise InputError("\n".join(f"{key}: {text}" for key, text in problems))

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of a recipe: of one adapter, and of the slots of a bank."""
+"""Optimizers and learning-rate schedules, for one adapter and for the slots of a bank."""
 
 from __future__ import annotations
 
@@ -25,20 +25,17 @@ if TYPE_CHECKING:
 
     from qvera.adapters.bank import AdapterBank
 
-_BLOCK_NUMBERS = 2**22
-"""How many numbers are stepped at a time: temporary tensors are of this size, not of that of the bank."""
+_BLOCK_NUMBERS = 2**22  # so many are stepped at a time, which bounds temporary tensors
 
 
 def build_optimizer(
     section: TrainingSection, vectors: dict[str, nn.Parameter], rate_factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over the vectors, torch's own or one of bitsandbytes' by its recipe name.
+    """AdamW over the vectors, torch's own or one of bitsandbytes', by its name in the recipe.
 
-    ``rate_factors``: vector name → its learning rate relative to ``training.learning_rate``; without an entry 1. Each
-    factor is a parameter group, that of 1 the first, and says so as ``rate_factor``.
-
-    Raises:
-        InputError: a paged optimizer was asked for without CUDA.
+    ``rate_factors``: vector name → its learning rate relative to ``training.learning_rate``; 1 where it has no entry.
+    Each factor has a parameter group, which holds it as ``rate_factor``. The group of factor 1 comes first. A paged
+    optimizer without CUDA is an InputError.
     """
     settings: dict[str, Any] = {
         "lr": section.learning_rate,
@@ -78,10 +75,9 @@ def require_all_stepped(optimizer: torch.optim.Optimizer, vectors: Mapping[str, 
 
 
 def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.device) -> GradScaler | None:
-    """Dynamic loss scaling for a run that computes in float16 (Micikevicius et al., arXiv 1710.03740); None for others.
+    """Dynamic loss scaling for float16 (Micikevicius et al., arXiv 1710.03740); None for other dtypes.
 
-    Gradients below 6e-8 are zero in float16. The scale lifts them above that in the backward pass, and the gradients
-    of the fp32 vectors are divided by it again.
+    Gradients below 6e-8 are zero in float16. The scale lifts them above that in backward, and is divided out again.
     """
     if dtype != torch.float16:
         return None
@@ -91,7 +87,7 @@ def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.dev
 
 
 def current_rate(schedule: LRScheduler) -> float:
-    """What ``training.learning_rate`` is now by its schedule: the rate of a parameter group whose factor is 1."""
+    """``training.learning_rate`` as the schedule has it now: the rate of a parameter group whose factor is 1."""
     return float(schedule.get_last_lr()[0]) / schedule.optimizer.param_groups[0].get("rate_factor", 1.0)
 
 
@@ -107,16 +103,16 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """The learning rate over ``steps`` optimizer steps: a cosine, linear or constant schedule as in transformers.
+    """A cosine, linear or constant schedule over ``steps`` optimizer steps, as in transformers but for the warm-up.
 
-    The warm-up differs from transformers' in one thing. There the first of w steps has rate 0 and changes nothing; here
-    step i (from 0) has the share (i + 1) / (w + 1) of ``learning_rate``. Step w has all of it in both.
+    In transformers the first of w warm-up steps has rate 0 and changes nothing. Here step i (from 0) has (i+1)/(w+1) of
+    ``learning_rate``. Step w has all of it in both.
     """
     return LambdaLR(optimizer, lr_lambda(section, steps))
 
 
 def lr_lambda(section: TrainingSection, steps: int) -> Callable[[int], float]:
-    """What share of ``learning_rate`` each of ``steps`` optimizer steps (from 0) has, as `build_schedule` says."""
+    """The share of ``learning_rate`` that each step (from 0) has, as `build_schedule` says."""
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
     name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
     return _lr_lambda(name, warmup, steps)
@@ -130,10 +126,7 @@ def _lr_lambda(name: str, warmup: int, steps: int) -> Callable[[int], float]:
 
 
 def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: LrRange) -> LambdaLR:
-    """Rates that grow by the same factor each step, from ``ramp.start`` to ``ramp.end``, in place of `build_schedule`.
-
-    They are what ``training.learning_rate`` would be.
-    """
+    """``training.learning_rate`` grows by the same factor each step, from ``ramp.start`` to ``ramp.end``."""
     growth = (ramp.end / ramp.start) ** (1 / (ramp.steps - 1))
     first = ramp.start / section.learning_rate
     return LambdaLR(optimizer, lambda step: first * growth**step)
@@ -142,9 +135,7 @@ def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer,
 class BankAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the slots of an `AdapterBank`.
 
-    Attributes:
-        first, second: the moments, fp32 [slots, trained_numbers].
-        steps: how many steps each slot's adapter has taken.
+    ``first`` and ``second``: the moments, fp32 [slots, trained_numbers]. ``steps``: taken by each slot's adapter.
     """
 
     def __init__(self, bank: AdapterBank, section: TrainingSection) -> None:
@@ -157,23 +148,16 @@ class BankAdamW:
         self.steps = [0] * bank.slots
 
     def reset(self, slot: int) -> None:
-        """Forget what the slot's last adapter left behind."""
+        """Clear the state that the slot's last adapter left."""
         self.first[slot].zero_()
         self.second[slot].zero_()
         self.steps[slot] = 0
 
     @torch.no_grad()
     def step(self, slots: Sequence[int], rates: Sequence[float]) -> list[float]:
-        """Clip the gradient of each of these adapters, take a step with its own rate, and drop the gradients.
+        """Clip each adapter's gradient, step with its rate and drop the gradients. Returns the norms before clipping.
 
         An adapter whose gradient is not finite takes no step.
-
-        Args:
-            slots: of the adapters.
-            rates: the learning rate of each.
-
-        Returns:
-            The norm of each gradient before it was clipped.
         """
         if not slots:
             return []
@@ -219,7 +203,7 @@ class BankAdamW:
         return {"first": self.first, "second": self.second, "steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Take over what `state_dict` gave."""
         self.first.copy_(state["first"])
         self.second.copy_(state["second"])
         self.steps = state["steps"].tolist()

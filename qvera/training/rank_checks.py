@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
-    """Check that all ranks have the same versions, recipe and base model, and time a small all-reduce.
-
-    Raises:
-        InputError: two ranks differ; says which node, and in what.
-    """
+    """Raise InputError where ranks differ in versions, recipe or base model; time a small all-reduce."""
     if group.world_size == 1:
         return
 
@@ -54,17 +50,13 @@ def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
 
 
 def count_nodes(group: Group) -> tuple[int, int]:
-    """How many machines the ranks are on, and how many ranks are on the fullest of them."""
+    """The number of machines, and the most ranks on one of them."""
     hosts = group.gather(group.host)
     return len(set(hosts)), max(hosts.count(host) for host in set(hosts))
 
 
 def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
-    """Check that each node's disk has room for its ranks' shares of the base.
-
-    Raises:
-        InputError: a node's disk has less.
-    """
+    """Raise InputError where a node's disk has no room for its ranks' shares of the base."""
     free = shutil.disk_usage(existing_parent(folder)).free
     of_ranks = group.gather([group.host, free])
     for host in dict.fromkeys(host for host, _ in of_ranks):
@@ -82,10 +74,7 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
 def check_memory(plan: Plan, group: Group, console: Console) -> None:
     """Check that the plan fits on every node. A GPU is one rank's; the RAM of a node is shared by its ranks.
 
-    What does not fit is a warning on CPUs, and on GPUs up to `REFUSED_ABOVE`, as for one process.
-
-    Raises:
-        InputError: a GPU has far less than its rank needs; says which rank and node.
+    What does not fit is a warning on CPUs, and on GPUs up to `REFUSED_ABOVE`. Beyond that it is an InputError.
     """
     if group.world_size == 1:
         return
@@ -116,11 +105,7 @@ def check_memory(plan: Plan, group: Group, console: Console) -> None:
 
 
 def check_same_data(datasets: Datasets, path: str, group: Group) -> None:
-    """Check that every rank's copy of the data has the same rows.
-
-    Raises:
-        InputError: two ranks differ; says which.
-    """
+    """Raise InputError where the ranks' copies of the data have different rows."""
     if group.world_size == 1:
         return
     fix = f"{path} holds other rows there, or is tokenized differently. Put the same files on every node."
@@ -128,7 +113,7 @@ def check_same_data(datasets: Datasets, path: str, group: Group) -> None:
 
 
 def _require_same(mine: dict[str, str], group: Group, fix: str) -> list[str]:
-    """Raise an error that names all that differs from rank 0; return the host of each rank."""
+    """Raise InputError with all that differs from rank 0; return the host of each rank."""
     of_ranks = group.gather([group.host, mine])
     host, first = of_ranks[0]
     wrong = [

@@ -1,8 +1,7 @@
 """Which adapters of a run are trained when: a queue, and those in flight.
 
-The adapters with the most optimizer steps left come first, ties in the order of the data. So the long ones do not trail
-at the end, one after the other, in passes that nobody fills. An adapter that has begun is trained in every round until
-it leaves: none waits for others once it is in flight.
+The adapters with the most optimizer steps left come first (ties: in the order of the data). So long ones do not trail
+at the end in passes that nobody fills. An adapter in flight is trained in every round until it leaves.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 Purpose = Literal["before", "due", "after"]
 Status = Literal["waiting", "in_flight", "done", "stopped_early", "not_finite"]
-LEFT: tuple[Status, ...] = ("done", "stopped_early", "not_finite")
-"""An adapter of this status is not trained any more."""
+LEFT: tuple[Status, ...] = ("done", "stopped_early", "not_finite")  # such an adapter is not trained any more
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,18 +38,12 @@ class AdapterRun:
 
     Attributes:
         number: its place in the order of the data.
-        rows: its rows.
         directory: its directory's name under ``adapters/``.
-        steps: optimizer steps by its own rows and the recipe.
-        step_rows: rows of its optimizer step; the last step of an epoch may have fewer.
-        recipe: what says its steps, order, learning rate and evaluations. Those of a run share one.
-        datasets: where its rows are. Those of a run share one.
-        state: steps taken, losses, the best evaluation.
-        slot: of the bank, while it is in flight.
-        batches, shares: its rows and its share of the learning rate by step, while it is in flight.
+        step_rows: rows of an optimizer step; the last step of an epoch may have fewer.
+        slot, batches, shares: set while it is in flight; ``shares`` is its share of the learning rate by step.
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
-        after: held-out loss of the vectors that were saved.
-        reason: why it was not saved, where its loss, its gradient or its held-out loss at the end was not finite.
+        after: held-out loss of the saved vectors.
+        reason: why it is not saved: something was not finite, or memory ran out.
     """
 
     number: int
@@ -72,7 +64,7 @@ class AdapterRun:
 
     @property
     def name(self) -> str:
-        """As in the data."""
+        """Its name in the data."""
         return self.rows.name
 
     @property
@@ -82,17 +74,17 @@ class AdapterRun:
 
     @property
     def steps_left(self) -> int:
-        """Optimizer steps that it has still to take."""
+        """Optimizer steps that it still has to take."""
         return 0 if self.has_left else self.steps - self.state.step
 
     @property
     def takes_no_step(self) -> bool:
-        """Whether its steps are taken, or it was stopped. Its last score may still be missing."""
+        """Whether all its steps are taken, or it was stopped. Its last score may still be missing."""
         return self.reason is not None or self.state.stopped_early or not self.steps_left
 
     @property
     def next_evaluation(self) -> Purpose | None:
-        """Why its held-out loss is wanted now: before its first step, by its recipe, or of the vectors to be saved."""
+        """Why its held-out loss is wanted now: before its first step, due by its recipe, or of the vectors to save."""
         if self.reason is not None or not len(self.rows.eval):
             return None
         if not self.state.step and self.state.before is None:
@@ -103,7 +95,7 @@ class AdapterRun:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing is left to do though it may still be in flight: it may be saved, or has a ``reason``."""
+        """Whether it has nothing left to do; it may still be in flight. It is saved unless it has a ``reason``."""
         return self.takes_no_step and self.next_evaluation is None
 
     @property
@@ -113,12 +105,12 @@ class AdapterRun:
         return self.slot
 
     def begin(self) -> None:
-        """Make what it needs in flight besides its slot."""
+        """Make its batches and learning rates, once it has a slot."""
         self.batches = adapter_batches(self.recipe, self.datasets, self.rows)
         self.shares = lr_lambda(self.recipe.training, self.steps)
 
     def next_rows(self) -> list[int]:
-        """Numbers of the training rows of its next step, as if it were trained alone."""
+        """The numbers of the training rows of its next step, the same as if it were trained alone."""
         assert self.batches is not None
         return [int(self.rows.train[row]) for row in self.batches.rows(self.state.step)]
 
@@ -135,10 +127,10 @@ class AdapterRun:
         return bool(len(self.rows.eval)) and every > 0 and self.state.step % every == 0
 
     def add_score(self, why: Purpose, result: dict[str, Any], vectors: torch.Tensor) -> bool:
-        """Note a held-out loss of ``vectors`` [numbers]; False: it is that of an earlier step once more.
+        """Note a held-out loss of ``vectors`` [numbers]; False where it only repeats that of an earlier step.
 
-        The vectors of the best step are kept where the recipe asks for them, and are back after the last step. An
-        adapter whose last loss is not finite gets a reason not to be saved.
+        Keeps the vectors of the best step where the recipe asks for them, and puts them back after the last step. A
+        last loss that is not finite becomes a ``reason`` not to save.
         """
         training, is_new = self.recipe.training, True
         if why == "before":
@@ -157,7 +149,7 @@ class AdapterRun:
         return is_new
 
     def put_best_back(self, vectors: torch.Tensor) -> bool:
-        """Write the vectors of its best step over ``vectors`` [numbers]; False where those are what it has."""
+        """Write the best step's vectors over ``vectors`` [numbers]; False where there is nothing to change."""
         if self.best is None or self.state.best_step == self.state.step:
             return False
         vectors.copy_(self.best)
@@ -165,11 +157,7 @@ class AdapterRun:
 
 
 def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
-    """All adapters of a run in the order of the data, none of them begun.
-
-    Raises:
-        InputError: a name can't be a directory's.
-    """
+    """All adapters of a run in the order of the data. InputError where a name can't be a directory's."""
     directories = directory_names([*(rows.name for rows in datasets.adapters), *datasets.adapters_without_rows])
     size = recipe.training.global_batch_size
     return [
@@ -187,7 +175,7 @@ def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
 
 
 def deal(steps: Sequence[int], ranks: int) -> list[list[int]]:
-    """The numbers of the adapters that each rank trains: the one with most steps goes to the rank with least work."""
+    """Share out the adapters by number: the one with most steps goes to the rank with least work."""
     load = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for number in sorted(range(len(steps)), key=lambda number: -steps[number]):
@@ -200,19 +188,13 @@ def deal(steps: Sequence[int], ranks: int) -> list[list[int]]:
 class Roster:
     """The adapters of one process: the queue, and those in flight with their slots.
 
-    Attributes:
-        left: how many adapters are not trained any more.
-        steps_behind: optimizer steps that were taken, or that an adapter which has left does not take any more.
+    ``left``: how many are not trained any more. ``steps_behind``: steps taken, or given up by adapters that have left.
     """
 
     def __init__(self, runs: Sequence[AdapterRun], slots: int, pass_rows: int | None) -> None:
-        """Queue all that have not left; those in flight keep their slots.
+        """Queue the ``runs`` (in the order of the data) that have not left. Those in flight keep their slots.
 
-        Args:
-            runs: in the order of the data.
-            slots: at most so many are in flight.
-            pass_rows: let adapters in as long as their steps together have at most so many rows (one may have more);
-                None: as long as there are slots.
+        ``pass_rows``: the most rows that a step of all in flight may have (one adapter may have more); None: no limit.
         """
         self.runs, self.slots, self.pass_rows = list(runs), slots, pass_rows
         waiting = [run for run in self.runs if run.status == "waiting"]
@@ -236,7 +218,7 @@ class Roster:
         return len(self._free)
 
     def admit(self) -> list[AdapterRun]:
-        """Let the next of the queue in while there is room, and return them; each has a slot."""
+        """Let the next of the queue in while there is room; each gets a slot."""
         admitted: list[AdapterRun] = []
         while self.queue and self._free and self._has_room(self.queue[0]):
             admitted.append(self.queue.popleft())
@@ -265,13 +247,9 @@ class Roster:
 
 
 def longest_pass(runs: Sequence[AdapterRun], lengths: np.ndarray, slots: int, pass_rows: int) -> list[int]:
-    """The longest rows that a pass may have: of one adapter at most as many as its step has, of at most ``slots``.
+    """The longest rows that may meet in a pass: at most a step's rows of each adapter, of at most ``slots`` adapters.
 
-    Args:
-        runs: the adapters.
-        lengths: int [n]; tokens of each training row.
-        slots: how many adapters are in flight at most.
-        pass_rows: rows of a pass at most.
+    ``lengths``: int [n], tokens of each training row.
     """
     rows: list[int] = []
     for run in runs:

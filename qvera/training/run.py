@@ -1,8 +1,7 @@
 """A run: the loop around the steps, and its directory with lock, signals, metrics.jsonl, checkpoints and run.json.
 
-A run is a function of its recipe. The rows of optimizer step k depend on k alone, the loss is the mean over the trained
-tokens of the whole global batch, and a checkpoint holds everything else that a step depends on. So a resumed run gives
-the same bits as an uninterrupted one.
+A resumed run gives the same bits as an uninterrupted one: the rows of step k depend on k alone, the loss is the mean
+over the trained tokens of the whole global batch, and a checkpoint holds all else that a step depends on.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.distributed.group import Group
 
-RESTART_WAIT_SECONDS = 60.0
-"""How long a restarted run waits for the lock of the process whose place it takes."""
+RESTART_WAIT_SECONDS = 60.0  # for the lock of the process whose place a restarted run takes
 
 
 @dataclasses.dataclass
@@ -41,16 +39,11 @@ class RunResult:
 
 
 class Run(TrainingSession):
-    """A session with a run directory: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order.
+    """A session with a run directory: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
 
-    `trainer.Trainer` trains one adapter in it, `many.ManyTrainer` many.
-    """
-
-    unit = "step"
-    """What is counted, saved and logged: optimizer steps of the adapter, or rounds of all of them."""
+    unit = "step"  # what is counted, saved and logged: optimizer steps of the adapter, or rounds of all of them
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
-        """See `TrainingSession`; the recipe's trackers are checked too."""
         super().__init__(recipe, run_dir, group, console)
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.resume = False
@@ -65,7 +58,7 @@ class Run(TrainingSession):
         self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
 
     def open_run_dir(self, resume: bool) -> None:
-        """Lock the run directory and check that it fits. Of a restarted run, what this launch has begun is resumed."""
+        """Lock the run directory and check that it fits. A restarted run resumes what this launch has begun."""
         group, run_dir = self.group, self.run_dir
         # on some node; the one that takes the place of a lost node does not know that it is a restart
         again = bool(group.sum([float(restarted())])[0])
@@ -80,12 +73,9 @@ class Run(TrainingSession):
         self.resume = group.on_first(open_it)
 
     def open_files(self, again: str | None = None) -> None:
-        """Open metrics.jsonl without the records after the last step, which are made again, then write recipe.yaml.
+        """Open metrics.jsonl without records after the last step, then write recipe.yaml. All ranks call this.
 
-        ``again``: the kind of record of the last step that is made again too. All ranks call this.
-
-        Raises:
-            RunFailed: the disk is full or read-only.
+        ``again``: a kind of record of the last step that is dropped too, since it is made again.
         """
 
         def open_them() -> None:
@@ -100,7 +90,7 @@ class Run(TrainingSession):
     def write_records(self, *records: dict[str, Any]) -> None:
         """Write records to metrics.jsonl and, on rank 0, hand them to `on_step`, which may ask the run to stop.
 
-        It stops as for a signal, at the end of a step: whatever the callback does, what is on disk is a run.
+        It then stops at the end of a step, as for a signal: whatever the callback does, what is on disk is a run.
         """
         if self.log_file is None:
             return
@@ -124,11 +114,7 @@ class Run(TrainingSession):
         self.group.on_first(lambda: write_run_json(self.run_dir, self.run))
 
     def train(self) -> RunResult | None:
-        """Take the steps that are left: step, log, evaluate, save. Then save what came out and write run.json.
-
-        Returns:
-            The result on rank 0, None on the others.
-        """
+        """Take the steps that are left, save what came out, and write run.json. Returns the result on rank 0."""
         with self.signals, self.trackers:
             self.score_before()
             self.model.train()
@@ -155,7 +141,7 @@ class Run(TrainingSession):
 
     @property
     def steps_behind(self) -> int:
-        """How many of ``steps`` are behind, for the progress bar."""
+        """How many of ``steps`` are done, for the progress bar."""
         return self.state.step
 
     @property
@@ -165,7 +151,7 @@ class Run(TrainingSession):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the last step was taken as a whole, so that it may be saved."""
+        """Whether the last step or round was taken as a whole, so that it may be saved."""
         return True
 
     def end(self, error: RunFailed) -> RunFailed:
@@ -190,7 +176,7 @@ class Run(TrainingSession):
         raise NotImplementedError
 
     def take_turn(self) -> bool:
-        """Take one step or round, log it, evaluate where that is due; whether a checkpoint is due."""
+        """Take one step or round, log it, and evaluate where that is due; True where a checkpoint is due."""
         raise NotImplementedError
 
     def stop_requested(self) -> bool:
@@ -202,7 +188,7 @@ class Run(TrainingSession):
         raise NotImplementedError
 
     def meet(self) -> None:
-        """Wait until every process has taken its last step, where they do not take them together."""
+        """Wait until every process has taken its last step, where they take steps apart."""
 
     def complete(self) -> None:
         """Save what was trained, and score it."""

@@ -1,4 +1,4 @@
-"""The run directory: its lock, whether a run may be written there, and what run.json says of a run and its adapters."""
+"""The run directory: its lock, whether a run may be written there, and run.json."""
 
 from __future__ import annotations
 
@@ -38,12 +38,9 @@ if TYPE_CHECKING:
     from qvera.training.session import TrainingSession
 
 _LOCK = ".qvera_run.lock"
-GOT_WORSE = "got worse"
-"""The held-out loss is higher after training than before."""
-TOO_FEW_ROWS = "too few rows"
-"""Fewer rows than one optimizer step takes."""
-REPEATED = "held-out rows repeat training rows"
-"""Some held-out rows are, token for token, also training rows of the same adapter."""
+GOT_WORSE = "got worse"  # the held-out loss is higher after training than before
+TOO_FEW_ROWS = "too few rows"  # than one optimizer step takes
+REPEATED = "held-out rows repeat training rows"  # token for token, of the same adapter
 
 
 def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
@@ -55,16 +52,11 @@ def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "training.output_dir") -> Iterator[None]:
-    """Hold a directory that trainings are written into for this process, so that no second one does.
+    """Hold a directory that trainings are written into, so that no second process writes there.
 
     The system releases the lock of a process that died. A network file system whose locks are local to each host
     (Lustre with ``localflock``) keeps only processes of one host apart. Directories made for the lock are removed where
-    nothing was written.
-
-    Args:
-        host: this machine's name, for the message that another process gets.
-        wait_seconds: how long to wait for a process that is about to end.
-        what: the key or option that names the directory, for messages.
+    nothing was written. ``host`` and ``what``, the key or option that names the directory, are for messages.
 
     Raises:
         InputError: another process trains there, or nothing can be written there.
@@ -103,8 +95,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a directory that does not fit what was asked for; nothing is written.
 
     Raises:
-        InputError: nothing can be written there; it holds a run or files by the names of a run's (without ``resume``),
-            no run (with it), or one of another recipe.
+        InputError: it can't be written; it holds a run or a run's files (without ``resume``); it holds no run, or one
+            of another recipe (with it).
     """
     require_writable(run_dir)
     existing = run_dir / "recipe.yaml"
@@ -133,7 +125,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
-    """Raises InputError where nothing could be written into this directory, which need not exist yet."""
+    """Raise InputError where nothing could be written into this directory, which need not exist yet."""
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir}: is a file; a run needs a directory ({what}).")
     parent = existing_parent(run_dir)
@@ -155,9 +147,9 @@ _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO 
 
 
 def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Keys in which an earlier recipe (`Recipe.to_dict`) differs from this one and that change what a step computes.
+    """Keys that change what a step computes and differ between an earlier recipe (`Recipe.to_dict`) and this one.
 
-    A key that one of them lacks is no difference: it was written by another version.
+    A key that only one of them has is no difference: it was written by another version.
     """
     changed = []
     before = plain_json(before)
@@ -174,20 +166,14 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def inputs_of(datasets: Datasets, base: Base) -> dict[str, Any]:
-    """What the later steps of a training depend on besides its recipe: the rows, and the base's weights."""
+    """What a step depends on besides the recipe: SHA-256 of the rows, fingerprint of the base."""
     return {"rows": data_sha256(datasets), "base": base.facts.get("fingerprint")}
 
 
 def require_same_inputs(path: Path, saved: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of other rows or another base.
+    """Raise InputError where the checkpoint at ``path`` is of other rows or another base.
 
-    Args:
-        path: of the checkpoint.
-        saved: the `inputs_of` that it was saved with; None: of an earlier version, which kept none.
-        inputs: those of now.
-
-    Raises:
-        InputError: they differ.
+    ``saved``: its `inputs_of`; None: of an earlier version, which kept none. ``inputs``: those of now.
     """
     what = {"rows": "rows (data.path)", "base": "weights of the base (model.path)"}
     known = {key: value for key, value in (saved or {}).items() if value is not None and inputs.get(key) is not None}
@@ -201,10 +187,7 @@ def require_same_inputs(path: Path, saved: dict[str, Any] | None, inputs: dict[s
 def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The newest checkpoint of this run that verifies; None where the run ended before its first one.
 
-    ``warn`` is called with a sentence about each checkpoint passed over.
-
-    Raises:
-        InputError: the run has saved checkpoints, and none of them can be used.
+    ``warn`` gets a sentence about each one passed over. InputError where there are some and none can be used.
     """
 
     def use(path: Path) -> checkpoint.Checkpoint:
@@ -226,15 +209,9 @@ def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]
 
 
 def require_none_saved(run_dir: Path, directory: Path, records: Path, unit: str) -> None:
-    """Refuse to begin a run again that has saved checkpoints; it has none that can be used.
+    """Raise InputError where a run without a usable checkpoint has saved some: it must not begin again.
 
-    Args:
-        directory: of its checkpoints.
-        records: its metrics.jsonl.
-        unit: what checkpoints and records are numbered by: ``step`` or ``round``.
-
-    Raises:
-        InputError: it has saved some.
+    ``directory``: of its checkpoints. ``records``: its metrics.jsonl. ``unit``: numbers both, ``step`` or ``round``.
     """
     taken = max((record[unit] for record in read_records(records, unit)), default=0)
     # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
@@ -247,21 +224,13 @@ def require_none_saved(run_dir: Path, directory: Path, records: Path, unit: str)
 
 
 def write_run_json(run_dir: Path, run: dict[str, Any]) -> None:
-    """Write run.json: when a run begins, so that others see what it is made of, and when it ends.
-
-    Raises:
-        RunFailed: the disk is full or read-only.
-    """
+    """Write run.json, when a run begins and when it ends. RunFailed where the disk is full or read-only."""
     with disk_errors(str(run_dir / "run.json"), "Checkpoints are kept; mend that and go on with --resume."):
         replace_text(run_dir / "run.json", json.dumps(plain_json(run), indent=1, ensure_ascii=False))
 
 
 def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:
-    """Write run.json and the report page.
-
-    Raises:
-        RunFailed: the disk is full or read-only.
-    """
+    """Write run.json and the report page. RunFailed where the disk is full or read-only."""
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_run_json(run_dir, run)
     try:
@@ -289,7 +258,7 @@ def begun_run(session: TrainingSession, started: str) -> dict[str, Any]:
 
 
 def begun_samples(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples of run.json while there are only those from before training."""
+    """The samples of run.json while there are only answers from before training."""
     return [
         {"prompt": answer["prompt"], "reference": answer["reference"], "before": answer["answer"]} for answer in answers
     ]
@@ -303,14 +272,10 @@ def add_result(
     samples: Sequence[dict[str, Any]],
     extra: dict[str, Any],
 ) -> None:
-    """Add what came out of a run to its run.json. All ranks call this together.
+    """Add the results to the run.json of a run (`begun_run`). All ranks call this together.
 
-    Args:
-        run: what `begun_run` returned.
-        status: ``done``, ``interrupted`` or ``failed``.
-        after: the scores after training, as `Trainer.score` returns them.
-        samples: the answers after training.
-        extra: what the hooks add to the result.
+    ``status``: ``done``, ``interrupted`` or ``failed``. ``after``: as `Trainer.score` returns it. ``samples``: the
+    answers after training. ``extra``: what the hooks add to the result.
     """
     state = session.state
     run["status"] = status
@@ -348,7 +313,7 @@ def measurements(run: dict[str, Any], session: TrainingSession) -> dict[str, Any
 
 
 def adapter_result(run: AdapterRun, recipe: Recipe) -> dict[str, Any]:
-    """An adapter's entry in run.json. ``unfinished`` is the status of one that is still to be trained."""
+    """An adapter's entry in run.json; its status is ``unfinished`` while it is still to be trained."""
     state = run.state
     flags = []
     before, after = state.before, run.after
@@ -377,7 +342,7 @@ def adapter_result(run: AdapterRun, recipe: Recipe) -> dict[str, Any]:
 
 
 def without_rows(name: str) -> dict[str, Any]:
-    """The entry of an adapter all of whose rows were dropped or cut away."""
+    """The entry of an adapter whose rows were all dropped or cut away."""
     empty = ("best_step", "train_loss_first", "train_loss_last", "eval_before", "eval_after")
     counts = ("rows", "eval_rows", "steps", "planned_steps")
     entry = {"name": name, "directory": None, "status": "no_rows"}
@@ -385,12 +350,9 @@ def without_rows(name: str) -> dict[str, Any]:
 
 
 def add_results(run: dict[str, Any], trainer: ManyTrainer, status: str, entries: Sequence[dict[str, Any]]) -> None:
-    """Add what came out of a run to its run.json. All ranks call this together.
+    """Add the results of many adapters to run.json. All ranks call this together.
 
-    Args:
-        run: what `begun_run` returned.
-        status: ``done``, ``interrupted`` or ``failed``.
-        entries: of all adapters, in the order of the data.
+    ``status``: as in `add_result`. ``entries``: of all adapters, in the order of the data.
     """
     rounds, seconds, tokens = zip(
         *trainer.group.gather([trainer.round, trainer.totals.seconds, trainer.totals.input_tokens]), strict=True

@@ -1,7 +1,4 @@
-"""A training from its recipe to its first step: rows, plan, base, adapter, optimizer, engine, longest batch.
-
-`trainer.Trainer` makes a run of it, `lr_finder.find_lr` a learning-rate range test. The steps are `loop.AloneLoop`'s.
-"""
+"""A training from its recipe to its first step: rows, plan, base, adapter, optimizer, engine, longest batch."""
 
 from __future__ import annotations
 
@@ -71,10 +68,10 @@ T = TypeVar("T")
 
 
 class TrainingSession(AloneLoop):
-    """What a training has loaded, as attributes. All ranks call each method together, in the order they stand here."""
+    """What a training has loaded. All ranks call each method together, in the order in which they stand here."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
-        """Compare the ranks and seed them; nothing is loaded yet. See `trainer.train` for the parameters."""
+        """Compare the ranks and seed them; nothing is loaded yet."""
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
         self.step_group = group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
@@ -113,14 +110,7 @@ class TrainingSession(AloneLoop):
         self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def load_data(self, preview: bool = False) -> None:
-        """Read and tokenize the rows, before the model: a wrong row is found before minutes go into loading one.
-
-        Args:
-            preview: print rows too, as `qvera preview` does.
-
-        Raises:
-            InputError: anything wrong with the data, no row left to train on, or ranks with different rows.
-        """
+        """Read and tokenize the rows before the model is loaded, so that a wrong row is found soon (InputError)."""
         recipe, console = self.recipe, self.console
 
         def read() -> Datasets:
@@ -146,20 +136,12 @@ class TrainingSession(AloneLoop):
         check_same_data(self.datasets, recipe.data.path, self.group)
 
     def check_model(self) -> None:
-        """Check what needs no weights of the base: the plan, the targets, and what the adapter starts from.
-
-        Raises:
-            InputError: it does not fit, a target matches nothing, or ``adapter.init_from`` does not fit.
-        """
+        """Check what needs no weights of the base: plan, targets, ``adapter.init_from``. InputError if one is wrong."""
         self.group.agree(lambda: check_start(self.recipe.adapter))
         self._plan_memory()
 
     def load_model(self) -> None:
-        """Plan the memory, load the base, put a fresh adapter on it and build its optimizer.
-
-        Raises:
-            InputError: it does not fit, or the base or the adapter are wrong.
-        """
+        """Plan the memory, load the base, put a fresh adapter on it and build its optimizer."""
         recipe, group = self.recipe, self.group
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
@@ -216,11 +198,7 @@ class TrainingSession(AloneLoop):
         self.hooks = TrainingHooks({name: hook for name, hook in hooks.items() if hook is not None})
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:
-        """Build what steps the vectors, and try the longest batch of ``steps`` steps once, before the first of them.
-
-        Raises:
-            InputError: the longest batch does not fit into memory.
-        """
+        """Build what steps the vectors, and try the longest batch of ``steps`` steps. InputError if it does not fit."""
         self.schedule, self.steps = schedule, steps
         self.prepare_model()
         if self.sharder is None:
@@ -231,7 +209,7 @@ class TrainingSession(AloneLoop):
             self.engine.forget_module_order()
 
     def prepare_model(self, alone: bool = True) -> None:
-        """Gradient checkpointing, compilation and held weights, as recipe and plan say, before the first pass.
+        """Set gradient checkpointing, compilation and held weights before the first pass, as recipe and plan say.
 
         ``alone``: every pass is of one adapter. Else no W + ΔW can be held, and no MLP be taken by tiles.
         """
@@ -254,11 +232,10 @@ class TrainingSession(AloneLoop):
         return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload", self.scaler)
 
     def train_step(self) -> dict[str, Any]:
-        """`take_step` as a whole: one optimizer step on the mean loss over the global batch's targets.
+        """Take an optimizer step on the mean loss over the global batch's targets; returns its metrics.jsonl record.
 
-        Returns:
-            The record for metrics.jsonl: of kind ``train``, or ``skipped`` or ``out_of_memory`` where no step was
-            taken. ``learning_rate`` and ``loss_scale`` are those the step was taken with.
+        Its kind is ``train``, or ``skipped`` or ``out_of_memory`` where no step was taken. ``learning_rate`` and
+        ``loss_scale`` are those that the step was taken with.
         """
         *_, [record] = self.take_step()
         return record
@@ -276,13 +253,10 @@ class TrainingSession(AloneLoop):
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
-        """The plan of this rank, printed in a few lines; None where none can be made. Sets ``checkpointing`` for all.
+        """The plan of this rank, printed; None where none can be made. Sets ``checkpointing`` for all ranks.
 
-        A plan that does not fit is a warning on a CPU, where swap may make room, and where it is near what a GPU has
-        (`Plan.is_refused`).
-
-        Raises:
-            InputError: it does not fit into the memory of a GPU.
+        A plan that does not fit a GPU is an InputError. It is a warning on a CPU, where swap may make room, and where
+        it is near what a GPU has (`Plan.is_refused`).
         """
         recipe, group, data = self.recipe, self.group, self.datasets
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
@@ -308,13 +282,10 @@ class TrainingSession(AloneLoop):
         return plan
 
     def keep_checkpointing(self, recorded: Mode, group: Group) -> None:
-        """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits.
+        """Keep the ``recorded`` mode of a run that goes on with `gradient_checkpointing: auto`, where it still fits.
 
-        The MLPs of recomputed layers go by tiles where there are many tokens, so another choice may give other bits.
-
-        Args:
-            recorded: in the checkpoint.
-            group: the ranks that decide it together; all of them call this.
+        Another mode may give other bits: recomputed layers may take their MLPs by tiles. The ranks of ``group`` decide
+        together.
         """
         if self.recipe.training.gradient_checkpointing != "auto" or recorded == self.checkpointing:
             return
@@ -333,15 +304,12 @@ class TrainingSession(AloneLoop):
                 self.run_longest_batch()
 
     def run_longest_batch(self) -> None:
-        """Forward and backward over the longest batch of the run, without a trace.
+        """Forward and backward over the longest batch of the run. It leaves no trace: the run gives the same bits.
 
-        The gradients are computed and dropped, so that neither the vectors nor DeepSpeed's buckets hold them, and
-        random state and mode are restored: a run gives the same bits without it. Under ZeRO-3 all ranks call this
-        together, once the engine's hooks gather the weights; each of them takes the same batch.
-
-        Raises:
-            InputError: memory ran out; names the rows and what would make them fit. With ``training.on_oom: halve`` and
-                several rows it is a warning.
+        The gradients are dropped, so that neither the vectors nor DeepSpeed's buckets hold them; random state and mode
+        are restored. Under ZeRO-3 all ranks call this together, once the engine's hooks gather the weights. Memory that
+        runs out is an InputError that says what would help; with ``training.on_oom: halve`` and several rows it is a
+        warning.
         """
         recipe, model = self.recipe, self.model
         examples = self.longest_batch()
@@ -375,15 +343,9 @@ class TrainingSession(AloneLoop):
     def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:
         """What ``do`` makes of this rank's passes over training rows; all ranks call it together.
 
-        Where memory runs out on one of them, all begin again with passes of half the size. Those of later steps stay as
-        they are.
-
-        Args:
-            do: called with the passes; it undoes nothing, what it returned before is dropped.
-            what: for the warning, as ``The gradient of the first rows``.
-
-        Raises:
-            InputError: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row.
+        Where memory runs out on one of them, all begin again with passes of half the size; what ``do`` returned is
+        dropped. Later steps keep their passes. InputError with ``training.on_oom: save``, or a single row in a pass.
+        ``what`` begins the warning, as ``The gradient of the first rows``.
         """
         group, train, batches = self.group, self.datasets.train, copy.copy(self.batches)
         while True:
@@ -412,7 +374,7 @@ class TrainingSession(AloneLoop):
         return other
 
     def held_out_loss(self) -> dict[str, Any]:
-        """Loss and scores of all held-out rows, the very same values on all ranks."""
+        """Loss and scores of all held-out rows, the same values on all ranks."""
         training, datasets = self.recipe.training, self.datasets
         result = self.task.held_out_loss(self.model, datasets.eval, datasets, training, self.group)
         return self.group.broadcast(result)

@@ -51,25 +51,18 @@ def train(
     """Train an adapter, or many, as a recipe says, and write a run directory.
 
     Args:
-        recipe: what to train, on what, and how.
         run_dir: must not hold a run yet, unless ``resume``.
-        resume: go on from the newest checkpoint in ``run_dir`` that verifies. A run whose processes torchrun restarted
-            does so by itself.
-        dry_run: check all that can be checked without the base's weights, show rows and the plan, and stop; nothing is
-            written (returns None).
+        resume: go on from the newest checkpoint there that verifies. A run that torchrun restarts does so by itself.
+        dry_run: check all that needs no weights of the base, show rows and the plan, and stop; nothing is written.
         on_step: as `qvera.api.train` has it.
-        console: for progress; default: standard error.
 
     Returns:
-        The result; None in a process that is not the first of several.
+        None after a dry run, and in a process that is not the first of several.
 
     Raises:
-        InputError: recipe, data, model or run directory are wrong, or another process trains there; nothing was
-        written.
-        Interrupted: SIGINT, SIGTERM or SIGHUP came, or ``on_step`` stopped the run; a checkpoint was saved at the step
-            boundary.
-        RunFailed: the loss, the gradient or the held-out loss at the end became NaN or Inf, or the disk is full; the
-            last checkpoint is kept.
+        InputError: recipe, data, model or run directory are wrong; nothing was written.
+        Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or ``on_step`` stopped the run after a step, which was saved.
+        RunFailed: a loss or gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
     kind = ManyTrainer if recipe.data.has_adapters else Trainer
     with in_group() as group, kind(recipe, run_dir, group, console) as trainer:
@@ -94,14 +87,13 @@ class Trainer(Run):
     """A run of one adapter. All processes call each method together."""
 
     def __init__(self, *args: Any) -> None:
-        """See `Run`."""
         super().__init__(*args)
         self.after: dict[str, Any] | None = None
         self.samples: Sequence[dict[str, Any]] = ()
         self.extra: dict[str, Any] = {}
 
     def setup(self) -> None:
-        """Build the schedule, load the checkpoint to resume from, build the engine and open the run's files."""
+        """Build schedule and engine, load the checkpoint to resume from, and open the run's files."""
         self.schedule = build_schedule(self.recipe.training, self.optimizer, self.steps)
         if self.resume:
             self.load_checkpoint()
@@ -121,7 +113,7 @@ class Trainer(Run):
 
     @property
     def has_steps_left(self) -> bool:
-        """See `Run.has_steps_left`; an evaluation that memory ran out in is made first."""
+        """See `Run.has_steps_left`. An evaluation that memory ran out in is made first."""
         return self.state.evaluation_due or (self.state.step < self.steps and not self.state.stopped_early)
 
     def score_before(self) -> None:
@@ -132,7 +124,7 @@ class Trainer(Run):
             self.write_begun(result={"eval_before": state.before}, samples=begun_samples(state.samples_before))
 
     def take_turn(self) -> bool:
-        """See `Run.take_turn`. The best vectors are saved as well, so that they are on disk whatever comes."""
+        """See `Run.take_turn`. A new best step is saved at once, so that its vectors are on disk whatever comes."""
         training, state = self.recipe.training, self.state
         goes_on_with_evaluation, best_step = state.evaluation_due, state.best_step
         if not goes_on_with_evaluation:
@@ -150,11 +142,7 @@ class Trainer(Run):
         return goes_on_with_evaluation or state.step % training.save_steps == 0 or state.best_step != best_step
 
     def complete(self) -> None:
-        """See `Run.complete`.
-
-        Raises:
-            NotFinite: the held-out loss is not finite, where that of the base was; the adapter was taken back.
-        """
+        """See `Run.complete`. Where training made the held-out loss not finite, the adapter is deleted (NotFinite)."""
         state = self.state
         if self.recipe.training.load_best_model_at_end and state.best_step not in (None, state.step):
             self.load_best_vectors()
@@ -179,7 +167,7 @@ class Trainer(Run):
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def stop_requested(self) -> bool:
-        """See `Run.stop_requested`; whichever rank got it, all stop at the same step."""
+        """See `Run.stop_requested`. A signal to any rank stops all of them at the same step."""
         asked, group = self.signals.asked, self.group
         if group.sum([float(asked is not None)])[0]:
             of_ranks = group.gather([asked, group.host])
@@ -205,8 +193,7 @@ class Trainer(Run):
     def evaluate(self) -> None:
         """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so.
 
-        Raises:
-            OutOfMemory: memory ran out, and the run ended; one that goes on begins with this evaluation.
+        Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
         """
         state, patience = self.state, self.recipe.training.early_stopping_patience
         try:
@@ -223,12 +210,9 @@ class Trainer(Run):
         self.log({"kind": "eval", "step": state.step, **result})
 
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
+        """Held-out loss and, where the recipe asks for it, exact match of greedy answers; the ranks share the rows.
 
-        The ranks share the held-out rows.
-
-        Returns:
-            The scores, and the answers to show as samples.
+        Returns the scores, and the answers to show as samples.
         """
         training, rows, task = self.recipe.training, self.datasets.eval, self.task
         with status_line(self.console, f"{label}: held-out loss") as update, held_out.scoring(self.model):
@@ -270,11 +254,7 @@ class Trainer(Run):
         self.saved = self.state.step
 
     def load_checkpoint(self) -> None:
-        """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one.
-
-        Raises:
-            InputError: the run has saved checkpoints, and none of them can be used.
-        """
+        """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one."""
         newest: list[checkpoint.Checkpoint | None] = []
         self.group.on_first(lambda: newest.append(newest_checkpoint(self.run_dir, self.recipe, self.warn)))
         saved = checkpoint.shared(newest[0] if newest else None, self.group)
@@ -297,7 +277,7 @@ class Trainer(Run):
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).", soft_wrap=True)
 
     def load_best_vectors(self) -> None:
-        """Put the vectors of the best step into the model; the last step's stay where that checkpoint is damaged."""
+        """Put the best step's vectors into the model; the last step's stay where that checkpoint is damaged."""
         best = None
         if self.group.first:
             try:

@@ -1,9 +1,9 @@
-"""What autograd keeps of one decoder layer, and the most that exists beside it while its backward runs. Bytes.
+"""Bytes that autograd keeps of one decoder layer, and the most that exists beside them while its backward runs.
 
-Read off the code that runs: `qvera.models.linear` (keeps the module and nothing else),
-`qvera.adapters.products.functional` (keeps z), `qvera.adapters.products.fused` (keeps z or x),
-`qvera.models.lean_layers`, and transformers' Llama layer. tests/training/plan/test_activations.py counts the same with
-``torch.autograd.graph.saved_tensors_hooks``, and tests/gpu/test_plan.py on a fake accelerator. T: tokens of the batch.
+Read off the code that runs: `qvera.models.linear` (keeps the module only), `qvera.adapters.products.functional` (keeps
+z), `qvera.adapters.products.fused` (keeps z or x), `qvera.models.lean_layers`, and transformers' Llama layer.
+tests/training/plan/test_activations.py counts the same with ``saved_tensors_hooks``, and tests/gpu/test_plan.py on a
+fake accelerator. T: tokens of the batch.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ _INPUTS = {
 
 
 def kept_bytes(run: PlannedRun) -> int:
-    """What one decoder layer keeps from forward for backward, its input included: the first norm keeps that."""
+    """What one decoder layer keeps for backward, its input included (the first norm keeps that)."""
     T, size = run.batch.all_tokens, run.itemsize
     if goes_by_tiles(run):  # the MLP keeps its input
         inside, outside = T * run.shape.hidden * size, [x for x in run.layer if x.role not in _MLP]
@@ -58,7 +58,7 @@ def input_bytes(run: PlannedRun) -> int:
 
 
 def offloaded_bytes(run: PlannedRun) -> int:
-    """Pinned RAM that the inputs of checkpointed layers take where they are offloaded (`qvera.models.stream`)."""
+    """Pinned RAM for the offloaded inputs of checkpointed layers (`qvera.models.stream`)."""
     if run.checkpointing != "offload":
         return 0
     one = run.batch.all_tokens * run.shape.hidden * run.itemsize
@@ -66,7 +66,7 @@ def offloaded_bytes(run: PlannedRun) -> int:
 
 
 def product_shapes(run: PlannedRun) -> int:
-    """Different matrix products in which one token count meets a decoder layer, forward and backward."""
+    """How many different matrix products one token count needs in a decoder layer, forward and backward."""
     pairs = {("W", x.n, x.m) for x in run.layer}
     for x in run.layer:
         if x.name in run.adapted_names and not run.is_summed(x):
@@ -104,13 +104,13 @@ def _by_groups(run: PlannedRun) -> bool:
 
 
 def _group_sizes(run: PlannedRun) -> list[tuple[int, int]]:
-    """Of each group its places, padding included, and the bytes of a number in it."""
+    """Of each group its places, padding included, and the bytes of a number."""
     wide = max(run.itemsize, 4)
     return [(rows * length, wide if length <= FP32_TOKENS else run.itemsize) for rows, length in run.batch.groups]
 
 
 def _group_kept_bytes(run: PlannedRun) -> int:
-    """The padded queries, keys and values, each group's own where it goes to fp32; the output and a number for each."""
+    """Padded queries, keys and values (a group's own where it goes to fp32), the output, and a number for each."""
     s, sizes = run.shape, _group_sizes(run)
     qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
     gathered = sum(places for places, _ in sizes) * qkv * run.itemsize
@@ -183,10 +183,7 @@ def _product_bytes(run: PlannedRun, x: Linear) -> int:
 
 
 def transient_bytes(run: PlannedRun) -> int:
-    """The most that exists beside what is kept while backward goes through one layer: gradients and weights.
-
-    Every moment is that of one kernel, with all that is alive then.
-    """
+    """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
     T, size = run.batch.all_tokens, run.itemsize
     g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
     if goes_by_tiles(run):
@@ -204,7 +201,7 @@ def transient_bytes(run: PlannedRun) -> int:
 
 
 def _mlp_moments(run: PlannedRun) -> list[int]:
-    """Bytes while backward goes through the MLP. ``g`` is the gradient of the residual stream."""
+    """Bytes at each kernel while backward goes through the MLP. ``g``: the gradient of the residual stream."""
     T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
     g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
     # the gradients of gate and up have taken the place of what the MLP kept
@@ -214,7 +211,7 @@ def _mlp_moments(run: PlannedRun) -> list[int]:
 
 
 def _attention_moments(run: PlannedRun) -> list[int]:
-    """Bytes while backward goes through the attention (and all that is not the MLP)."""
+    """Bytes at each kernel while backward goes through the attention, and all that is not the MLP."""
     s, b, T, size = run.shape, run.batch, run.batch.all_tokens, run.itemsize
     g, gone = T * s.hidden * size, _z_bytes(run).get("o_proj", 0)
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size

@@ -1,8 +1,8 @@
-"""What the recipe leaves open, and what would make a run fit: adapters at once, checkpointing, streaming, other values.
+"""What the recipe leaves open (adapters at once, checkpointing, streaming), and which changes would make a run fit.
 
-`training.gradient_checkpointing: auto` is the fastest way that fits: recomputing a layer is a third of its work where
-the base is frozen (no gradients of weights are taken), so it is left out where there is room. `model.stream: auto`
-streams where the run does not fit with the base on the device, and fits so.
+`training.gradient_checkpointing: auto` is the fastest way that fits. Recomputing a layer is a third of its work where
+the base is frozen (it has no gradients of weights), so it is left out where there is room. `model.stream: auto` streams
+where the run fits only so.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from qvera.utils.errors import InputError
 from qvera.utils.formatting import duration, size
 
 OFF_SHARE_ACCELERATOR, ON_SHARE_ACCELERATOR = 0.85, 0.92
-"""Activations are kept where the plan then takes at most the first share of a device's memory, and layer inputs are
-kept on the device up to the second. The allocator's losses are in no plan."""
-OFF_SHARE_CPU = 0.5
-"""Of the RAM that is free, mapped weights counted too. Other processes come and go there."""
-PCIE_BYTES_PER_SECOND = 25e9
-"""PCIe 4.0 x16 from page-locked RAM, where none was measured: 80 % of the 31.5 GB/s that it carries in theory."""
+"""Shares of a device's memory: up to the first activations are kept, up to the second layer inputs stay on the device.
+The rest is for the allocator's losses, which are in no plan."""
+OFF_SHARE_CPU = 0.5  # of the free RAM, mapped weights counted too: other processes come and go there
+PCIE_BYTES_PER_SECOND = 25e9  # PCIe 4.0 x16 from page-locked RAM, where none was measured: 80 % of its 31.5 GB/s
 _SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
 
 
@@ -100,11 +98,9 @@ class Streaming:
 
 
 def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
-    """How many adapters are in flight at most: those that the recipe says, or as many as fill a pass.
+    """The most adapters in flight: what the recipe says, or as many as fill a pass; 0 where it trains one adapter.
 
-    Args:
-        recipe: 0 where it trains one adapter.
-        adapter_rows: the training rows of each adapter; where they are not known, each has enough for a whole step.
+    ``adapter_rows``: training rows of each adapter; where they are not known, each has enough for a whole step.
     """
     training = recipe.training
     if not recipe.data.has_adapters:
@@ -118,10 +114,7 @@ def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
 
 
 def slots_to_fill(step_rows: Sequence[int], pass_rows: int) -> int:
-    """How many adapters, whose steps have so many rows each, fill a pass of ``pass_rows`` rows at most; at least one.
-
-    Those of few rows may all be in flight together, so they count.
-    """
+    """How many adapters fill a pass, from each one's rows of a step, those of few rows first; at least one."""
     slots = 0
     for rows in sorted(step_rows):
         pass_rows -= rows
@@ -140,10 +133,10 @@ def with_fitting_slots(run: PlannedRun) -> PlannedRun:
 
 
 def hold_weights(run: PlannedRun) -> PlannedRun:
-    """The run with W + ΔW held between optimizer steps, where a process alone can hold them; else as it is.
+    """The run with W + ΔW held between optimizer steps where one process on a CPU can; else as it is.
 
-    That is on a CPU, where they take at most a quarter of the free memory and the run still fits. Layers choose their
-    path by it, so a resumed run keeps what this came to when it began, whatever memory allows then.
+    They may take a quarter of the free memory, and the run has to fit with them. A resumed run keeps this choice, since
+    layers choose their path by it.
     """
     if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.mixes_rows:
         return run
@@ -231,7 +224,7 @@ class Change:
 
 
 def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
-    """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
+    """Single changes that make the recipe fit, the mildest value of each; where none does, they are added up.
 
     The last resort, all changes at their extreme, is given even where it does not fit.
     """

@@ -12,20 +12,15 @@ from qvera.data.rows import Joined, round_up_length
 from qvera.models.attention import groups_of
 from qvera.training.plan.run import Batch
 
-BatchOf = Callable[[Recipe], Batch]
-"""The longest batch of a (changed) recipe."""
+BatchOf = Callable[[Recipe], Batch]  # the longest batch of a (changed) recipe
 
-_CANDIDATES = 200
-"""How many of the longest forward passes are looked at closely."""
+_CANDIDATES = 200  # how many of the longest forward passes are looked at closely
 
 
 def longest_batch(
     rows: Rows | None, joined: Joined | None, rounded: bool, masked: bool, image_tokens: int = 0
 ) -> BatchOf:
-    """The longest batch over these rows, remembered by what it depends on.
-
-    ``image_tokens``: of each row, for a model that takes images.
-    """
+    """The longest batch over these rows, remembered by what it depends on. ``image_tokens``: of each row's image."""
     if rows is None:
         return lambda recipe: assumed_batch(recipe, joined, image_tokens)
 
@@ -52,7 +47,7 @@ def longest_batch(
 def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: int = 0) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes.
 
-    Images have so many tokens each; the last one stands for the class.
+    An image is a row of ``image_tokens``; the last one stands for the class.
     """
     data, rows, tokens = recipe.data, pass_rows(recipe), image_tokens or recipe.data.max_length
     if image_tokens:
@@ -75,7 +70,7 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: in
 
 
 def pass_rows(recipe: Recipe) -> int:
-    """The most rows of a forward pass; of many adapters those in flight have no more than a step of each."""
+    """The most rows of a forward pass; with many adapters, no more than a step of each in flight."""
     training = recipe.training
     if not recipe.data.has_adapters or training.adapters_at_once == "auto":
         return training.per_device_train_batch_size
@@ -83,9 +78,9 @@ def pass_rows(recipe: Recipe) -> int:
 
 
 def token_counts_of_many(rows: Rows, longest: Batch) -> int:
-    """How many different token counts the passes of many adapters may have: of padded rows as many as their lengths.
+    """How many token counts the passes of many adapters may have: padded, as many as rows have lengths.
 
-    Joined rows have any number up to that of the longest pass; where it matters it is rounded up.
+    Joined rows have any number up to that of the longest pass. Where it matters it is rounded up.
     """
     if not longest.joined:
         return len(set(rows.lengths.tolist()))
@@ -96,10 +91,7 @@ def token_counts_of_many(rows: Rows, longest: Batch) -> int:
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
-    """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps.
-
-    ``joined``: how rows of a batch may be put into one sequence (`qvera.data.rows`).
-    """
+    """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps."""
     candidates: dict[tuple[int, ...], int] = {}
     for passes, row_tokens in _stretches(recipe, rows, steps):
         sizes = row_tokens * np.array([1 if recipe.data.packing else len(p) for p in passes], dtype=np.int64)
@@ -116,10 +108,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None,
 
 
 def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: bool) -> int:
-    """How many different token counts the forward passes of ``steps`` steps have. Joined rows count as padded ones.
-
-    ``rounded``: their lengths are rounded up (`qvera.data.rows`).
-    """
+    """How many token counts the passes have, ``rounded`` up (`qvera.data.rows`) or not; joined rows count as padded."""
     counts: set[tuple[int, int]] = set()
     for passes, row_tokens in _stretches(recipe, rows, steps):
         tokens = [round_up_length(int(n)) for n in row_tokens] if rounded else row_tokens.tolist()
@@ -128,10 +117,7 @@ def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: b
 
 
 def _stretches(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:
-    """The forward passes of the first ``steps`` steps, stretch by stretch, with the tokens of a row in each.
-
-    With packing it is the tokens of the whole pass, and no pass has rows of two global batches.
-    """
+    """The passes of ``steps`` steps by stretches, with the tokens of a row in each (packed: of the whole pass)."""
     batches = batches_of(recipe, rows)
     join = np.add if recipe.data.packing else np.maximum
     for stretch in batches.stretches(steps):
@@ -151,10 +137,8 @@ def batch_of(
 ) -> Batch:
     """These rows as one forward pass.
 
-    Args:
-        joined: how they may be put into one sequence; ``packing`` or ``whole_rows``: whether that pays or not.
-        rounded: as in `token_counts`.
-        masked: rows of different lengths need a mask.
+    ``joined``: how they may be put into one sequence; with ``packing`` or ``whole_rows`` they are joined even where
+    that does not pay. ``masked``: rows of different lengths need a mask.
     """
     lengths = [tokens for e in examples for tokens in e.row_tokens]
     trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)

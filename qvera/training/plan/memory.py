@@ -1,8 +1,7 @@
-"""Bytes of a run: what it holds throughout, what each moment of a step adds, its peak; of a process, and of one rank.
+"""Bytes of a run: what it holds throughout and in each moment of a step; of a process, and of one rank of several.
 
-What ranks divide follows `qvera.distributed` (what is sharded, and the limits that DeepSpeed is given), the optimizers
-of DeepSpeed 0.19 and `qvera.training.engine`. tests/distributed/test_stages.py counts the same in live objects, and
-bench/zero.py in whole processes.
+What ranks divide follows `qvera.distributed`, the optimizers of DeepSpeed 0.19 and `qvera.training.engine`.
+tests/distributed/test_stages.py counts it in live objects, and bench/zero.py in whole processes.
 """
 
 from __future__ import annotations
@@ -27,16 +26,11 @@ from qvera.utils.formatting import duration, size
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]
 
-KEPT_HEAP_BYTES = 64 * 2**20
-"""glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
+KEPT_HEAP_BYTES = 64 * 2**20  # glibc returns the top of its heap above it (mallopt(3), adapted M_TRIM_THRESHOLD)
 
-_TRL_TILE_TOKENS, _TRL_TILE_WORDS = 4096, 32768
-"""How TRL 1.16 cuts the logits of DPO's and KTO's losses (`trl.kernels`)."""
-_TILE_COPY_BYTES = 29
-"""For each number of a tile, in torch's code on a CPU: seven fp32 copies in backward and a mask; a card's kernel makes
-none."""
-_ORPO_FP32_COPIES = 3
-"""Of all logits, beside those in the compute dtype: measured on a CPU, where the plan then was 4 % too high."""
+_TRL_TILE_TOKENS, _TRL_TILE_WORDS = 4096, 32768  # how TRL 1.16 cuts the logits of DPO and KTO (`trl.kernels`)
+_TILE_COPY_BYTES = 29  # for each number of a tile on a CPU: seven fp32 copies in backward and a mask; a GPU makes none
+_ORPO_FP32_COPIES = 3  # of all logits, beside those in the compute dtype; measured on a CPU (then 4 % too high)
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 
@@ -121,7 +115,7 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
 
 
 def layer_bytes(run: PlannedRun) -> list[int]:
-    """Of each decoder layer, its linears as they are stored."""
+    """Bytes of each decoder layer's linears as they are stored."""
     layers: dict[int, int] = {}
     for x in run.shape.linears:
         if x.quantizable and x.layer is not None:
@@ -136,10 +130,7 @@ def stream_bytes(run: PlannedRun) -> int:
 
 
 def pinned_layer_bytes(run: PlannedRun) -> int:
-    """RAM that the layers of a streamed base are locked in on this node, by all of its ranks.
-
-    0 where they are read from the mapped file, since so much RAM is not free (`qvera.models.stream`).
-    """
+    """RAM on this node in which all its ranks lock a streamed base; 0 where layers are read from the file instead."""
     if not run.streams or not accelerator.has_own_memory(run.machine.device_type):
         return 0
     size_bytes, free_bytes = sum(layer_bytes(run)) * run.sharing.per_node, run.machine.host_bytes
@@ -247,19 +238,13 @@ def held_weight_bytes(run: PlannedRun) -> int:
 
 
 def slot_bytes(run: PlannedRun) -> int:
-    """Bytes of one of many adapters in training: its vectors, and their gradients and AdamW's two moments, all fp32.
-
-    The vectors of the best step (``training.load_best_model_at_end``) are kept in RAM.
-    """
-    best = run.recipe.training.load_best_model_at_end and not run.machine.on_gpu
+    """Bytes of one of many adapters in training: fp32 vectors, their gradients and AdamW's two moments."""
+    best = run.recipe.training.load_best_model_at_end and not run.machine.on_gpu  # these vectors are kept in RAM
     return 4 * sum(run.vector_sizes()) * (2 if best else 1) + 12 * sum(run.vector_sizes(trained_only=True))
 
 
 def _loss(run: PlannedRun) -> tuple[Component, ...]:
-    """Memory of `qvera.models.loss`.
-
-    A chunk of logits in fp32 and logsumexp's copy of it, the hidden states of trained tokens, and their gradient.
-    """
+    """Memory of `qvera.models.loss`: a chunk of fp32 logits, logsumexp's copy, hidden states and their gradient."""
     batch, machine, size = run.batch, run.machine, run.itemsize
     hidden, vocabulary = run.shape.hidden, run.shape.vocabulary
     if run.shape.head:  # trained whole: it reads all hidden states of the batch, in fp32
@@ -306,10 +291,7 @@ def _trl_loss(run: PlannedRun) -> tuple[Component, ...]:
 
 
 def _answers(run: PlannedRun) -> tuple[Component, ...]:
-    """Memory of answers during a run (`qvera.evaluation.generate`).
-
-    On a CPU adapted linears get dense copies where these take at most a quarter of the free memory.
-    """
+    """Memory of answers; on a CPU with dense copies of weights that take at most a quarter of the free memory."""
     shape, machine, size = run.shape, run.machine, run.itemsize
     training, data = run.recipe.training, run.recipe.data
     if run.slots or not run.task.has_answers or not data.has_held_out_rows:
@@ -328,8 +310,7 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
     return tuple(parts)
 
 
-ETHERNET_BYTES_PER_SECOND = 117_000_000
-"""What 1 Gbit/s carries of TCP's payload; to say what bytes mean in seconds."""
+ETHERNET_BYTES_PER_SECOND = 117_000_000  # TCP's payload at 1 Gbit/s; to say what bytes mean in seconds
 
 
 @dataclass(frozen=True)

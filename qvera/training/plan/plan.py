@@ -55,8 +55,8 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32"}
 _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 
 REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
-"""Shares of a GPU's memory. A plan above the first is refused. Between the two the trial of the longest batch decides:
-what the allocator loses to fragmentation is in no plan, and neither is what other processes give back."""
+"""Shares of a GPU's memory: above the first a plan is refused, between them the trial of the longest batch decides.
+No plan knows what the allocator loses to fragmentation, or what other processes give back."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,17 @@ class Plan(PlannedRun):
 
     @property
     def has_first_phase_only(self) -> bool:
-        """Whether a schedule goes on in a way that nobody knows without the rows."""
+        """Whether a schedule goes on in a way that only the rows can tell."""
         return bool(self.notes)
 
     @property
     def notes(self) -> list[str]:
-        """What schedules say that the plan does not know."""
+        """What the plan does not know, as schedules say."""
         return [note for schedule in plugins.schedules() if (note := schedule.note(self.recipe)) is not None]
 
     @property
     def trained_parameters(self) -> int:
-        """How many parameters of the adapter are trained, without a head's."""
+        """Trained parameters of the adapter, without a head's."""
         return sum(self.vector_sizes(trained_only=True)) - self.shape.head_numbers
 
     @cached_property
@@ -118,10 +118,7 @@ class Plan(PlannedRun):
 
     @cached_property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint: vectors, AdamW's state of those that are trained, random state, position, recipe.
-
-        Of many adapters it is that of all slots, without the results of each.
-        """
+        """A checkpoint. Of many adapters it is that of all slots, without the results of each."""
         written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
         if self.slots:
             return self.slots * (slot_bytes(self) - 4 * self.trained_parameters) + written
@@ -132,14 +129,13 @@ class Plan(PlannedRun):
         return _file_bytes(self._tensors()) + _file_bytes(state) + written
 
     def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Keys of the adapter file → shape and dtype."""
         return {key: (shape, self.vector_dtype(key)) for key, shape in self.vector_shapes().items()}
 
     def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
-        """A run's measured peak as JSON (`memory.PeakWatch`), and the plan's error relative to it.
+        """A run's measured peak (`memory.PeakWatch`) as JSON, and the plan's error relative to it.
 
-        On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, and the context is left out;
-        what the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
+        On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, without the context; what
+        the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
         """
         predicted = self.memory.total_bytes - self.machine.context_bytes
         total = peak_bytes + mapped_bytes
@@ -154,7 +150,7 @@ class Plan(PlannedRun):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
+        """As JSON, for ``qvera plan --json`` and run.json."""
         sharing = self.sharing
         document = {
             "device": self.machine.name,
@@ -211,17 +207,16 @@ def make_plan(
     """Plan a run from its recipe and the base model's config; no weights are read.
 
     Args:
-        machine: what to plan for; a device: this process's own machine, with what it holds now.
-        rows: the training rows. Without them every row is assumed to be ``data.max_length`` long, and where they are
-            also needed to know what a schedule makes of the adapter, the plan is that of its beginning.
-        sharing: how many ranks there are and what each holds; the plan is that of one of them.
+        machine: a device: this process's own machine, with what it holds now.
+        rows: the training rows. Without them every row is taken to be ``data.max_length`` long, and a schedule that
+            needs them is planned for its beginning.
+        sharing: the plan is that of one of its ranks.
         every_way: plan the other ways of sharing on as many ranks too.
         adapter_rows: the training rows of each adapter, where the recipe trains many.
-        datasets: that ``rows`` are of, which say how many outputs a classifier has.
+        datasets: of ``rows``; they say how many outputs a classifier has.
 
     Raises:
-        InputError: the config can't be read, it is no decoder of linears, a target matches nothing, or the adapter's
-            keys do not suit its method.
+        InputError: the config can't be read or planned for, a target matches nothing, or the adapter's keys are wrong.
     """
     check_recipe(recipe)
     whole = recipe
@@ -264,10 +259,7 @@ def make_plan(
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
-    """The shape with the embedding rows that added tokens need.
-
-    Tokens that the checkpoint already has rows for need none. Without a tokenizer every added token is counted.
-    """
+    """The shape with the embedding rows that added tokens need; without a tokenizer every added token counts."""
     tokens = recipe.model.added_tokens
     if not tokens:
         return shape
@@ -338,7 +330,6 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _print_ways(plan: Plan, console: Console) -> None:
-    """Each ZeRO stage on as many ranks, what travels, and which one to take."""
     sharing, machine = plan.sharing, plan.machine
     nodes = f"{sharing.nodes} node{'s' if sharing.nodes > 1 else ''}"
     console.print(

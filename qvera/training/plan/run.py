@@ -39,7 +39,7 @@ _SKIPPED_BY_CONFIG = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of the base: its full name, in_features n, out_features m, and the decoder layer that it is in."""
+    """One linear of the base: its full name, in_features n, out_features m, and its decoder layer."""
 
     name: str
     n: int
@@ -61,7 +61,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model memory and time depend on. Counts are numbers, not bytes."""
+    """What memory and time depend on in a model. Counts are numbers, not bytes."""
 
     model_type: str
     hidden: int
@@ -85,20 +85,16 @@ class Shape:
 
     @property
     def head_numbers(self) -> int:
-        """How many parameters a head has that is trained whole."""
+        """Parameters of a head that is trained whole."""
         return sum(math.prod(shape) for _, shape in self.head)
 
     @property
     def parameters(self) -> int:
-        """How many parameters the base model has."""
+        """Parameters of the base model."""
         return self.dense_numbers + sum(x.n * x.m for x in self.linears if x.quantizable)
 
     def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
-        """The linears that a recipe's ``adapter.targets`` name; ``all-linear`` is every one but heads and routers.
-
-        Raises:
-            InputError: a name matches no linear.
-        """
+        """The linears that ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers."""
         if isinstance(targets, str):
             return tuple(x for x in self.linears if x.is_target)
         found = {t: [x for x in self.linears if x.name == t or x.name.endswith(f".{t}")] for t in targets}
@@ -118,11 +114,7 @@ class NotPlannable(InputError):
 
 
 def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
-    """Read the shapes off a model of this class; one without weights (`qvera.models.model_config`) will do.
-
-    Raises:
-        InputError: it has no decoder layers as this project knows them.
-    """
+    """Read the shapes off a model, which needs no weights. NotPlannable where it has no decoder layers that we know."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -181,10 +173,8 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     )
 
 
-CUDA_CONTEXT_BYTES = 500_000_000
-"""Device memory of a CUDA context with the kernels of torch and bitsandbytes: assumed where none can be measured."""
-CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
-"""`accelerator.product_workspace_bytes` of a card before Hopper."""
+CUDA_CONTEXT_BYTES = 500_000_000  # with the kernels of torch and bitsandbytes; assumed where none was measured
+CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680  # `accelerator.product_workspace_bytes` of a card before Hopper
 
 
 @dataclass(frozen=True)
@@ -211,8 +201,8 @@ class Machine:
     def dense_itemsize(self, is_table: bool = True) -> tuple[int, bool]:
         """Bytes of a number of the dense weights, and whether they lie in the mapped file.
 
-        ``is_table``: an embedding, head or dense linear, which stays as it is stored unless it would shrink. Others
-        are cast to the compute dtype.
+        An embedding, head or dense linear (``is_table``) stays as it is stored unless it would shrink. Others are cast
+        to the compute dtype.
         """
         size, stored = self.dtype.itemsize, self.stored_itemsize
         mapped = self.mapped_base and (stored <= size if is_table else stored == size)
@@ -220,11 +210,7 @@ class Machine:
 
 
 def parse_size(text: str) -> int:
-    """``24GB`` → 24,000,000,000 bytes; a bare number is GB. Decimal, so a card of that name has a little more.
-
-    Raises:
-        InputError: it is no size.
-    """
+    """``24GB`` → 24,000,000,000 bytes; a bare number is GB. InputError for what is no size."""
     try:
         size_bytes = int(TypeAdapter(ByteSize).validate_python(text if text[-1:].isalpha() else f"{text}GB"))
     except ValidationError:
@@ -293,8 +279,7 @@ class Sharing:
         return -(-whole // self.world_size)
 
 
-ALONE = Sharing()
-"""One process."""
+ALONE = Sharing()  # one process
 
 
 @dataclass(frozen=True)
@@ -352,7 +337,7 @@ class PlannedRun:
 
     @cached_property
     def adapted_names(self) -> frozenset[str]:
-        """Their names."""
+        """The names of `adapted`."""
         return frozenset(x.name for x in self.adapted)
 
     @cached_property
@@ -363,10 +348,7 @@ class PlannedRun:
         return [x for x in self.shape.linears if x.layer == number]
 
     def vector_shapes(self, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
-        """Keys of the adapter file and the shape of each tensor; ``trained_only``: of those that the recipe trains.
-
-        Those of a head that is trained whole are among them.
-        """
+        """Adapter-file keys → shape of each tensor, a head's included; ``trained_only``: of those that are trained."""
         section, method, specs = self.recipe.adapter, self.method, [x.spec for x in self.adapted]
         shapes = {
             f"{PREFIX}{spec.name}.{kind}": size
@@ -381,7 +363,7 @@ class PlannedRun:
         return shapes | {f"{PREFIX}{name}": size for name, size in self.shape.head}
 
     def vector_sizes(self, trained_only: bool = False) -> list[int]:
-        """How many parameters each of these vectors has."""
+        """Parameters of each of these vectors."""
         return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
 
     def vector_dtype(self, key: str) -> torch.dtype:
@@ -448,7 +430,7 @@ class PlannedRun:
 
     @property
     def sampled_tokens(self) -> int | None:
-        """The tokens of each input that backward keeps where a schedule keeps a share of them; None: all, if any."""
+        """Tokens of each input that backward keeps where a schedule keeps a share of them; None: no schedule does."""
         shares = [share for schedule in plugins.schedules() if (share := schedule.kept_share(self.recipe))]
         return max(1, math.ceil(min(shares) * self.batch.all_tokens)) if shares else None
 

@@ -14,8 +14,7 @@ from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
 from qvera.utils import accelerator
 
-_TOKENS = 4096
-"""Enough for an accelerator's full rate, and a bound on the memory that the timing takes."""
+_TOKENS = 4096  # enough for an accelerator's full rate, and a bound on the memory that the timing takes
 _WEIGHTS_CPU, _TOKENS_CPU, _FLOPS_CPU = 2**20, 1024, 30e9
 _BUDGET_SECONDS = 0.5
 
@@ -23,8 +22,7 @@ _BUDGET_SECONDS = 0.5
 def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
     """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
 
-    With several ranks: of one on a device like this one for each, without what the network takes. Every forward pass of
-    the step is taken to be as long as the plan's batch.
+    Each rank is taken to have such a device; the network is left out. Every pass is taken to be the plan's batch.
     """
     times = plan.passes
     work, rates = _work(plan), _rates(plan, device)
@@ -42,11 +40,9 @@ def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
 def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
     """What ``device`` does in a second.
 
-    ``products``: FLOPs of x Wᵀ and g W at the recipe's tokens and the layers' shapes, in the compute dtype; ``low
-    rank``: of products one side of which is the rank; ``dequantization``: 4-bit weights made into the compute dtype;
-    ``elementwise``: bytes read and written. On an accelerator each is that of all linears of a layer: less would time
-    the launch of a kernel. On a CPU a piece of one weight is long enough. All share one weight and one input, drawn on
-    the device.
+    ``products``: FLOPs of x Wᵀ and g W; ``low rank``: FLOPs of products one side of which is the rank;
+    ``dequantization``: 4-bit weights; ``elementwise``: bytes read and written. An accelerator is timed on all linears
+    of a layer: less would time the launch of a kernel. On a CPU a piece of one weight is long enough.
     """
     tokens, rank = min(run.batch.all_tokens, _TOKENS if run.machine.on_gpu else _TOKENS_CPU), run.rank
     products = quantized = [(x.n, x.m) for x in run.layer]  # (in_features, out_features)
@@ -95,7 +91,7 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
 
 
 def _rate(amount: float, run: Callable[[], object]) -> float:
-    """``amount`` that ``run`` does, by the second; infinite for nothing, which takes no time."""
+    """``amount`` per second of ``run``; infinite for nothing, which takes no time."""
     return amount / _seconds(run) if amount else float("inf")
 
 
