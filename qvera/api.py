@@ -1,6 +1,6 @@
 """The Python API: what ``import qvera`` gives. Each function does the work of a command, without what that prints.
 
-A path is what the commands take: a run, an adapter, an exported checkpoint, or an id on the hub.
+A path is a run, an adapter, an exported checkpoint, or an id on the hub.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qvera.training.run import RunResult
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
-"""A user's text; messages with ``role`` and ``content``, as OpenAI's API has them; or a row as qvera reads it."""
+"""A user's text; messages with ``role`` and ``content``, as in OpenAI's API; or a row as qvera reads it."""
 
 
 def train(
@@ -50,21 +50,21 @@ def train(
 
     Args:
         recipe: a recipe, its tree, or the path of its file.
-        run_dir: where the run goes; default: as ``qvera train`` has it.
+        run_dir: default: as in ``qvera train``.
         resume: go on from the newest checkpoint.
-        dry_run: check all that can be checked before the weights are read, show rows and the plan, and stop.
+        dry_run: check all that needs no weights, show rows and the plan, and stop.
         on_step: called with each record of metrics.jsonl right after it is written, in the process that writes it.
-            Where it returns False or raises StopIteration, the run stops as it does for Ctrl-C: it saves a checkpoint
-            and raises Interrupted. Another exception stops it the same way, and is raised once that is saved.
+            If it returns False or raises StopIteration, the run saves a checkpoint and raises Interrupted. Any other
+            exception stops the run too, and is raised once the checkpoint is saved.
         console: for progress; default: standard error.
 
     Returns:
-        ``run_dir``, and ``run``: the content of its run.json. None after a dry run, and in a process that is not the
-        first of several.
+        ``run_dir``, and ``run``: the content of its run.json. None after a dry run, and in all but the first of several
+        processes.
 
     Raises:
         InputError: recipe, data, model or run directory are wrong; nothing was written.
-        Interrupted: a signal came, or ``on_step`` stopped the run; it is saved, and ``resume`` goes on.
+        Interrupted: a signal or ``on_step`` stopped the run; ``resume`` goes on.
         RunFailed: a loss is not finite, or the disk is full; the last checkpoint is kept.
     """
     from qvera.training import trainer  # here, so that to answer imports no training
@@ -86,7 +86,7 @@ def find_lr(
 
     Returns:
         ``suggestion`` (None where there is none, with a ``reason``), ``steepest``, ``diverged`` and ``points``. None in
-        a process that is not the first of several.
+        all but the first of several processes.
 
     Raises:
         InputError: as `train`, or the rates do not rise.
@@ -119,17 +119,17 @@ def load(
     base: bool = False,
     console: Console | None = None,
 ) -> Model:
-    """Find a run, an adapter or an export. Its weights are read when they are needed first.
+    """Find a run, an adapter or an export. Its weights are read when they are first needed.
 
     Args:
         path: its directory, or its id on the hub.
-        adapter: which adapter, or which ones, of a run that trained many or a directory of adapters; default: all.
-        recipe: a recipe or a run, whose rows and settings are used in place of those of the run itself.
+        adapter: which adapter or adapters, of a run that trained many or a directory of adapters; default: all.
+        recipe: a recipe or a run, whose rows and settings replace those of the run itself.
         base: the base model without the adapter.
         console: for progress; default: standard error.
 
     Raises:
-        InputError: there is no such directory or adapter, or it is none of these.
+        InputError: there is no such directory or adapter, or the path is something else.
     """
     path, given = Path(path), None if recipe is None else Path(recipe)
     if isinstance(adapter, str) or base or (root := adapters_root(path)) is None:
@@ -142,11 +142,11 @@ def load(
 
 
 class Model:
-    """What `load` found. The model is loaded once, by the first call that needs it.
+    """What `load` found. The first call that needs the model loads it.
 
     Attributes:
-        target: what it is: the directory, the base, the recipe.
-        names: of the adapters that are loaded together; none where there is one adapter or none.
+        target: the directory, the base, the recipe.
+        names: of adapters that are loaded together; empty for a single one or none.
     """
 
     def __init__(
@@ -180,10 +180,9 @@ class Model:
         """Answer each prompt, as ``qvera generate`` does.
 
         Args:
-            prompts: a text or many. A text is given the recipe's system prompt; messages are taken as they are.
-            adapter: where several are loaded: which one answers all prompts, or one for each of them (None: the base
-                alone).
-            temperature: 0: greedy, else sampled with ``top_p`` and ``seed``.
+            prompts: one or many. A text gets the recipe's system prompt; messages are taken as they are.
+            adapter: where several are loaded: the one for all prompts, or one for each (None: the base alone).
+            temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
             static_cache: compile a step and record it as a CUDA graph: for many long answers.
 
         Raises:
@@ -233,7 +232,7 @@ class Model:
         max_new_tokens: int | None = None,
         with_base: bool = False,
     ) -> dict[str, Any]:
-        """Held-out loss, answers and their scores, as ``qvera eval`` has them.
+        """Held-out loss, answers and their scores, as from ``qvera eval``.
 
         Args:
             rows: a file, or the rows themselves, in a format of ``data.format``; default: the recipe's held-out rows.
@@ -241,14 +240,14 @@ class Model:
             metrics: how answers are compared with references: ``exact``, ``bleu``, ``rougeL`` and others.
             group_prompts: rows with the same prompt are one, with all their references.
             answers: False: loss only.
-            max_new_tokens: tokens of an answer at most; default: the recipe's.
+            max_new_tokens: of an answer; default: the recipe's.
             with_base: evaluate the base model too.
 
         Returns:
             What ``qvera eval --json`` writes: ``scores``, ``base_scores``, ``answers``, and what was evaluated.
 
         Raises:
-            InputError: there are no rows, several adapters are loaded, or a package that a metric needs is missing.
+            InputError: there are no rows, several adapters are loaded, or a package for a metric is missing.
         """
         if self.names:
             require_named(self.target.path, None)
@@ -290,9 +289,9 @@ class Model:
         Args:
             out: a new or empty directory.
             to: ``merged``, ``lora``, ``peft``, ``gguf`` or ``gguf-lora``.
-            rank: of a LoRA: keep the best directions.
+            rank: of a LoRA, to keep only the best directions.
             dtype: default: the recipe's, float16.
-            quantize: of a merge: ``nf4`` or ``fp4``.
+            quantize: a merge to ``nf4`` or ``fp4``.
             base: merge into the ``original`` weights or the ``dequantized`` ones; default: the recipe's.
             compare: measure the difference between the trained and the exported model.
 
@@ -338,7 +337,7 @@ def generate(
     adapter: str | Sequence[str | None] | None = None,
     **settings: Any,
 ) -> list[str]:
-    """`load` it and answer the prompts; ``settings``: those of `Model.generate`."""
+    """`load` a model and answer prompts. ``settings`` are those of `Model.generate`."""
     names = adapter if adapter is None or isinstance(adapter, str) else [name for name in adapter if name is not None]
     return load(path, names).generate(prompts, adapter=adapter, **settings)
 
@@ -350,10 +349,10 @@ def evaluate(
     adapter: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """`load` it and score it on rows; ``settings``: those of `Model.evaluate`."""
+    """`load` a model and score it on rows. ``settings`` are those of `Model.evaluate`."""
     return load(path, adapter).evaluate(rows, **settings)
 
 
 def export(path: str | Path, out: str | Path, *, adapter: str | None = None, **settings: Any) -> dict[str, Any] | None:
-    """`load` it and export its adapter; ``settings``: those of `Model.export`."""
+    """`load` a model and export its adapter. ``settings`` are those of `Model.export`."""
     return load(path, adapter).export(out, **settings)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def _kinds() -> tuple[DiskCache, ...]:
-    """The kinds of entries: quantized bases, tokenized rows, and what plug-ins keep."""
     from qvera.config import plugins
     from qvera.data.cache import ROWS
     from qvera.models.quantized_record import BASES
@@ -171,7 +170,6 @@ def quantize(
 
 @contextlib.contextmanager
 def _byte_progress() -> Iterator[StageProgress]:
-    """A bar in bytes for each stage on a terminal, else a line now and then."""
     if not console.is_terminal:
         with progress("") as log:
             yield lambda stage, done, total, what: log(

@@ -1,4 +1,4 @@
-"""What every command does the same way: its options, its console, its progress, and how its errors end."""
+"""Shared by all commands: options, console, progress, and how errors end a command."""
 
 import contextlib
 import functools
@@ -82,12 +82,12 @@ console = Console(stderr=True)
 
 
 def progress(text: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
-    """Show what a command is doing; what is yielded takes a new text (`status_line`)."""
+    """Show what a command is doing; yields a function that takes a new text (`status_line`)."""
     return status_line(console, text)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Print rows of (name, cells) below their titles. A pipe has no width, and its reader can cut columns better."""
+    """Print rows of (name, cells) below their titles. In a pipe they are not cut: it has no width."""
     from rich.table import Column, Table
 
     columns = [Column(title, justify="right") for title in titles[1:]]
@@ -106,7 +106,7 @@ def quiet_libraries() -> None:
 
 
 def _quiet_imports() -> None:
-    """Turn off, before they are imported, what other libraries would show and a user of qvera can't act on."""
+    """Silence other libraries before they are imported: a user of qvera can't act on what they show."""
     import logging
     import warnings
 
@@ -118,7 +118,7 @@ def _quiet_imports() -> None:
 
 
 def require_packages(extra: str, *names: str) -> None:
-    """Refuse (InputError) to go on without packages that an extra of qvera brings."""
+    """Raise InputError where packages of one of qvera's extras are missing."""
     from importlib.util import find_spec
 
     missing = [name for name in names if find_spec(name) is None]
@@ -129,7 +129,7 @@ def require_packages(extra: str, *names: str) -> None:
 
 
 def require_new_file(path: Path) -> None:
-    """Refuse an output file that exists or can't be made (InputError), before any work goes into it."""
+    """Raise InputError where an output file exists or can't be made, before any work goes into it."""
     if path.exists():
         raise InputError(f"{path}: exists; nothing is overwritten, name another file.")
     if not os.access(path.absolute().parent, os.W_OK):
@@ -139,7 +139,7 @@ def require_new_file(path: Path) -> None:
 def with_exit_code(
     command: str, function: Callable[..., int | None], show_traceback: Callable[[], bool]
 ) -> Callable[..., None]:
-    """Wrap a command's function: errors become a message on stderr, and the command ends with its exit code."""
+    """Wrap a command's function: it ends with its exit code, and errors become a message on stderr."""
 
     @functools.wraps(function)
     def run(**arguments: object) -> None:
@@ -157,7 +157,7 @@ def with_exit_code(
 
 
 def report(command: str, error: BaseException) -> int:
-    """Print what an error says; returns the exit code."""
+    """Print an error; return the exit code."""
     if isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
         return EXIT_FAILED
     name = f"qvera {command}".strip()
@@ -174,10 +174,7 @@ def report(command: str, error: BaseException) -> int:
 
 
 def help_of(function: Callable[..., object]) -> tuple[str, str]:
-    """A command's help and its example, from the docstring of its function.
-
-    The example is the section ``Example:`` at the end, as in Google-style docstrings.
-    """
+    """A command's help and its example: the docstring of its function, and the section ``Example:`` at its end."""
     text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return "\n\n".join(paragraphs).replace("[", "\\["), inspect.cleandoc(example)  # rich reads [...] as markup

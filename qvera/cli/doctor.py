@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 LOW_DISK_BYTES = 2_000_000_000
-"""Less free space than this is reported: a checkpoint and the 4-bit copy of a small model."""
+"""A checkpoint and the 4-bit copy of a small model; less free space is reported."""
 
 
 class Finding(NamedTuple):
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
     stops: bool = False
     """A run on this machine would fail."""
     fix: str = ""
-    """What to do; empty if nothing has to be done."""
+    """What to do, if anything."""
 
 
 def doctor() -> int:
@@ -114,7 +114,7 @@ def compiler() -> Finding:
 
 
 def free_disk(what: str, directory: Path, stops: bool, setting: str) -> Finding:
-    """Free space where a run would write; ``stops`` where it must be writable, and the setting that moves it."""
+    """Free space where a run would write. ``stops``: it must be writable; ``setting`` moves it elsewhere."""
     existing = existing_parent(directory)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding(what, f"{directory} can't be written", stops, f"Set {setting} to a directory that can be.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _MOST_JUDGE_TOKENS = 2048
-"""Of a judge's reply; models that think first need more than a few sentences."""
+"""Of a judge's reply; models that think first need many."""
 
 
 def evaluate(
@@ -143,12 +143,7 @@ def evaluate(
 def _judge_of(
     url: str | None, model: str | None, against: str | None, prompt: Path | None, no_generation: bool
 ) -> Judge | None:
-    """From the options of the command line; None: nobody judges. The server is asked which models it has.
-
-    Raises:
-        InputError: options contradict each other, a file is missing, or the server has no such model.
-        RunFailed: it can't be reached.
-    """
+    """None: nobody judges. The server is asked which models it has."""
     if url is None:
         given = {"--judge-model": model, "--judge-against": against, "--judge-prompt": prompt}
         if names := [name for name, value in given.items() if value is not None]:
@@ -180,11 +175,7 @@ def _judge_of(
 
 
 def _refuse_options(target: Artifact, **given: bool) -> None:
-    """Refuse options (by name, and whether it was given) that a classifier has no answer to.
-
-    Raises:
-        InputError: the base alone is asked for, or what is for text.
-    """
+    """InputError for options (name: whether it was given) that make no sense for a classifier."""
     for name in ("base", "with_base"):
         if given.pop(name):
             raise InputError(
@@ -198,7 +189,7 @@ def _refuse_options(target: Artifact, **given: bool) -> None:
 def _write_and_print(
     document: dict[str, Any], what: str, predictions: Path | None, json_file: Path | None, html: Path | None
 ) -> None:
-    """Write the files that were asked for, and print the scores; ``what``: what the predictions are."""
+    """``what``: what the predictions are."""
     from qvera.evaluation.judge import summary_text
     from qvera.evaluation.report.pages import answers_page
 
@@ -220,10 +211,7 @@ def _write_and_print(
 def _check_options(
     base: bool, with_base: bool, no_generation: bool, for_answers: dict[str, bool], *files: Path | None
 ) -> None:
-    """Raise InputError if options contradict each other, or a file (JSON, predictions, page) exists.
-
-    ``for_answers``: options that have no effect without answers, and whether each was given.
-    """
+    """InputError if options contradict each other (``for_answers``: name → was it given), or an output file exists."""
     if base and with_base:
         raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
     if no_generation and (given := [name for name, is_given in for_answers.items() if is_given]):
@@ -236,7 +224,6 @@ def _check_options(
 
 
 def _print_scores(document: dict[str, Any]) -> None:
-    """The scores, in two columns if the base was evaluated too."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -317,7 +304,7 @@ def harness(
 
 
 def _print_tasks(found: dict[str, Any]) -> None:
-    """A line for each metric of each task; lm-eval names them ``metric,filter``."""
+    """lm-eval names a metric ``metric,filter``."""
     from rich.console import Console
     from rich.table import Table
 

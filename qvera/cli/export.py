@@ -74,10 +74,10 @@ def export(
 
 
 class Weights(TyperCommand):
-    """A command whose ``--weights`` takes several numbers after it: ``--weights 1 -1``."""
+    """Lets ``--weights`` take several numbers: ``--weights 1 -1``."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Repeat the option before each number that follows it."""
+        """Repeat the option before each number."""
         found: list[str] = []
         for arg in args:
             if found[-2:-1] == ["--weights"] and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", arg):
@@ -155,7 +155,7 @@ def merge_adapters(
 
 
 def _template(found: list[tuple[Artifact, Path]]) -> str | None:
-    """The chat template that goes beside a sum: that of all of its adapters, where it is not the base's own."""
+    """The chat template for a sum: that of all its adapters, unless it is the base's own."""
     from qvera.exporting.export import chat_of
 
     of_runs = {target.run or target.path: target for target, _ in found}  # a run's adapters share one
@@ -167,7 +167,7 @@ def _template(found: list[tuple[Artifact, Path]]) -> str | None:
 
 
 def _require_one_base(found: list[tuple[Artifact, Path]]) -> None:
-    """All adapters must have one base: by content if all say it, else by name."""
+    """Compares bases by content if all adapters know it, else by name."""
     from qvera.adapters.files.adapter_file import read_config
     from qvera.adapters.files.save_load import portable_name
 

@@ -119,7 +119,6 @@ def generate(
 
 
 def _write(questions: Sequence[tuple[Conversation, str | None]], answers: Sequence[str], out: Path | None) -> None:
-    """Write a line for each answer, or print them."""
     answered: list[dict[str, str]] = [
         {"source": row.source, **({"adapter": name} if name else {}), "prompt": row.turns[-1].content, "answer": answer}
         for (row, name), answer in zip(questions, answers, strict=True)
@@ -134,10 +133,7 @@ def _write(questions: Sequence[tuple[Conversation, str | None]], answers: Sequen
 def _ask_server(
     url: str, asked: Sequence[tuple[Conversation, str | None]], base: bool, at_a_time: int, settings: dict[str, Any]
 ) -> tuple[list[tuple[Conversation, str | None]], list[str]]:
-    """The questions with the models that a server answers them with, and its answers.
-
-    The first request that fails ends the others.
-    """
+    """The questions, each with the model that answers, and the server's answers. The first failure ends the others."""
     from qvera.serve.client import ServerClient
 
     client = ServerClient.at(url)
@@ -165,12 +161,10 @@ def _ask_server(
 def _questions(
     target: Artifact | None, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
 ) -> list[tuple[Conversation, str | None]]:
-    """What is asked, and which adapter answers it; None where there is one only.
+    """The prompts, each with the adapter that answers it; None where there is only one.
 
-    Args:
-        target: None: a server, of which no recipe is known.
-        names: those of --adapter; each answers every prompt.
-        many: the rows name their adapters, where ``names`` does not.
+    ``target`` is None for a server. Each of ``names`` (--adapter) answers every prompt; else the rows name their
+    adapters.
     """
     from qvera.config.schema import DataSection
     from qvera.data import Turn, read_prompts
@@ -201,7 +195,7 @@ def _questions(
 
 
 def _print_answers(answered: Sequence[dict[str, str]]) -> None:
-    """Every answer after its adapter's name, if it has one; prompts too where there are several."""
+    """Each after its adapter's name, if it has one; prompts too where there are several."""
     several, last = len({(line["source"], line["prompt"]) for line in answered}) > 1, None
     for line in answered:
         if several and (line["source"], line["prompt"]) != last:
@@ -245,7 +239,7 @@ def chat(
 def _local_answers(
     run: Path, adapter: str | None, base: bool, system: str | None, settings: dict[str, Any]
 ) -> Iterator[tuple[list[Turn], Answer]]:
-    """The turns that stand before a conversation, and a function that answers one and prints the answer as it comes."""
+    """The turns before a conversation, and a function that answers one and prints while it does."""
     quiet_libraries()
 
     import transformers
@@ -272,7 +266,7 @@ def _local_answers(
 
 
 def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[str, Any]) -> Answer:
-    """A function that has a server answer a conversation and prints the answer as it comes."""
+    """As `_local_answers`' function, by a server."""
     from qvera.serve.client import ServerClient
 
     client = ServerClient.at(url)

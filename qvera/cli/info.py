@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 MAX_ADAPTERS = 50
-"""A run of more adapters shows as many of them, those that a person should look at first."""
+"""A run of more adapters shows this many, those that need attention first."""
 
 
 def info(
@@ -46,7 +46,6 @@ def info(
 
 
 def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
-    """A row for each adapter: its rows, steps, losses and how it ended."""
     from qvera.evaluation.report.read import entries_of
 
     entries = entries_of({"adapters": adapters})
@@ -76,7 +75,6 @@ def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
 
 
 def _text(name: str, value: object) -> str:
-    """A fact as people read it: sizes, durations and shares with their units."""
     if value in ([], {}):
         return "none"
     if isinstance(value, dict):
@@ -133,7 +131,6 @@ def compare(
 
 
 def _print_runs(found: Comparison) -> None:
-    """A row for each run, its scores by `qvera eval`, the keys that differ, and what can't be compared."""
     from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, table, yaml_text
 
     titles, rows = table([*SCORES, *COSTS], found.figures)

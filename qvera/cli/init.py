@@ -25,9 +25,9 @@ _COLUMNS = {
     "image": ("image", "label"),
     "preference": ("prompt", "chosen"),
 }
-"""Format → the fields that the two options name, where they are not a prompt and its completion."""
+"""Format → the fields for the two options, where they are not prompt and completion."""
 LONGEST_TOKENS = 2048
-"""``max_length`` of a new recipe is at most this, however long the rows are."""
+"""The largest ``max_length`` of a new recipe, however long the rows are."""
 
 
 def init(
@@ -91,21 +91,18 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_columns(recipe: Recipe, prompt: str | None, answer: str | None) -> Recipe:
-    """The recipe with the columns that the two options name."""
     fields = _COLUMNS.get(recipe.data.format, ("prompt", "completion"))
     columns = _given(dict(zip(fields, (prompt, answer), strict=True)))
     return recipe.replace(data=recipe.data.replace(columns=columns))
 
 
 def _ask(option: str, question: str) -> str:
-    """Ask on the terminal; InputError where there is none."""
     if not sys.stdin.isatty():
         raise InputError(f"{option}: is missing, and there is no terminal to ask on. Give {option}.")
     return str(typer.prompt(question, err=True)).strip()
 
 
 def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
-    """Read the rows; on a terminal ask for the columns if they are of no known format."""
     from qvera.data import build_datasets
     from qvera.data.conversations import MissingColumn, UnaskedPreferences, UnknownFormat
     from qvera.models.processor import load_processor
@@ -129,7 +126,7 @@ def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
 
 
 def recipe_text(recipe: Recipe, stats: DataStats) -> str:
-    """The recipe, with the schema's defaults as comments; ``stats`` are of all its rows, none held out."""
+    """The recipe with the schema's defaults as comments; ``stats`` are of all its rows, none held out."""
     from qvera import config
     from qvera.config import schema
     from qvera.config.load import yaml_text

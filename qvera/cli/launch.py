@@ -60,7 +60,7 @@ def launch(
 
 
 def train_arguments(overrides: list[str], **options: float | None) -> list[str]:
-    """The options of `qvera launch` that belong to `qvera train`, as `qvera train` takes them."""
+    """The options of `qvera launch` that go to `qvera train`, as its arguments."""
     found = [part for override in overrides for part in ("--set", override)]
     for name, value in options.items():
         if value is not None and value is not False:

@@ -1,7 +1,6 @@
-"""The command line. Each command is a file in this folder, with its options, its help, an example and its action.
+"""The command line. Each command is a file in this folder, with its options, help, example and action.
 
-The command files import at their top only what is light; an action imports what it needs. So `--help` and the commands
-that read small files start in a moment.
+Modules are imported where an action needs them, so `--help` starts in a moment.
 """
 
 import os
@@ -42,14 +41,14 @@ PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Bases": (cache.quantize,),
 }
 NAMES: dict[Callable[..., int | None], str] = {eval.evaluate: "eval"}
-"""Commands that are not called as their functions are."""
+"""Commands whose name is not that of their function."""
 
 
 class CommandsByPanel(TyperGroup):
-    """`qvera --help`: all commands in their groups, on one screen of 80 columns."""
+    """`qvera --help`: all commands in groups, on one screen of 80 columns."""
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
-        """Write a line for each command; the first of a group begins with the group's name."""
+        """A line for each command; the first of a group begins with the group's name."""
         lines, last = [_USAGE], ""
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
@@ -65,7 +64,7 @@ _USAGE = "qvera [--traceback] COMMAND [...]. Exit codes: 1 failed, 2 bad input, 
 
 
 def build_app() -> typer.Typer:
-    """All commands, in the groups that `qvera --help` shows."""
+    """All commands, in the groups of `qvera --help`."""
     app = typer.Typer(cls=CommandsByPanel, pretty_exceptions_enable=False)
     tracebacks = [False]
 
@@ -112,10 +111,9 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def _set_allocator() -> None:
-    """Let torch's allocator on a GPU grow its segments, so that batches of many lengths do not fragment the memory.
+    """Let torch's GPU allocator (Linux only) grow its segments: batches of many lengths then do not fragment memory.
 
-    Torch reads this when it is imported. What the user has set, by the name of torch 2.9 or an older one, is kept. Only
-    torch on Linux has it, and a CPU reads past it.
+    Torch reads this when it is imported. The user's own setting stays, under torch 2.9's name or an older one.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):

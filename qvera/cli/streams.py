@@ -1,4 +1,4 @@
-"""Standard streams of a command: there from its first line, and no reason to end a run once nobody reads them."""
+"""Standard streams that always exist, and that do not end a run when nobody reads them any more."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, TextIO
 
 
 class LossyStream:
-    """A text stream whose failed writes are dropped: its reader is gone (`2>&1 | head`), or its disk is full.
+    """A stream that drops failed writes: its reader is gone (`2>&1 | head`), or its disk is full.
 
-    After the first failed write all later ones go to the null device, and those of processes started from then on too.
+    After the first failure all later writes go to the null device, also those of processes that are started then.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write or drop ``text``; returns its length."""
+        """Return the length of ``text``, written or not."""
         with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write or drop each of ``lines``."""
+        """Write or drop each line."""
         self.write("".join(lines))
 
     def flush(self) -> None:
@@ -34,7 +34,7 @@ class LossyStream:
             self._stream.flush()
 
     def close(self) -> None:
-        """Leave it open: it is the process's, and a log handler that outlives the command may close what it has."""
+        """Do nothing: the stream is the process's, and a log handler that outlives the command may close it."""
 
     @contextlib.contextmanager
     def _dropping(self) -> Iterator[None]:
@@ -52,7 +52,7 @@ class LossyStream:
 
 
 def drop(stream: TextIO) -> None:
-    """Send what a stream still holds, and all that is written to it from now on, to the null device."""
+    """Send a stream's buffer and all later writes to the null device."""
     with contextlib.suppress(OSError, ValueError):
         number = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
@@ -64,7 +64,7 @@ def drop(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def for_who_still_reads() -> Iterator[None]:
-    """A context whose output is dropped where nobody reads standard output any more: what it tells of is done."""
+    """Drop the output of the block where nobody reads standard output any more: the work it tells of is done."""
     try:
         yield
         sys.stdout.flush()
@@ -76,8 +76,8 @@ def for_who_still_reads() -> Iterator[None]:
 def command_streams() -> Iterator[None]:
     """Give a command streams that it can write to.
 
-    One that is closed (`>&-`) is replaced by the null device. A terminal without UTF-8 gets a ? in place of an arrow.
-    Standard error, where progress goes, is a `LossyStream`: hours of training don't end with their `tee`.
+    A closed one (`>&-`) becomes the null device. A terminal without UTF-8 shows ? for an arrow. Standard error, where
+    progress goes, is a `LossyStream`, so that hours of training don't end with their `tee`.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -60,11 +60,7 @@ def train(
 def range_test(
     find_lr: bool, lr_from: float | None, lr_to: float | None, lr_steps: int | None, **of_a_run: bool
 ) -> LrRange | None:
-    """The range test that --find-lr asks for; None: a run. It can't have the options ``of_a_run``.
-
-    Raises:
-        InputError: options contradict each other, or the rates do not rise.
-    """
+    """The range test that --find-lr asks for; None: a run. InputError if options contradict each other."""
     from qvera.config.lr_range import LrRange
 
     values = {"start": lr_from, "end": lr_to, "steps": lr_steps}
@@ -101,7 +97,7 @@ def _find_lr(recipe: Recipe, run_dir: Path, ramp: LrRange) -> None:
 
 
 def print_result(run_dir: Path, run: dict[str, Any]) -> None:
-    """Print the end of a run, from its run.json: scores, sizes, speed, where things are."""
+    """Print the end of a run, from its run.json."""
     result, adapter = run["result"], run["adapter"]
     if "adapters" in run:
         _print_adapters(run_dir, run["adapters"])
@@ -130,7 +126,6 @@ def _print_measured(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:
-    """How many of the adapters are done or not, their mean held-out loss, and those to look at."""
     words = {"done": "done", "stopped_early": "stopped early", "not_finite": "not finite", "no_rows": "without rows"}
     named = {words[status]: [e["name"] for e in entries if e["status"] == status] for status in words}
     counts = [f"{len(names):,} {word}" for word, names in named.items() if names]

@@ -44,11 +44,10 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class OnlyWith:
-    """Marks a key that means something only where another key of the recipe switches it on.
+    """Marks a key that means something only where one of ``switches`` is on.
 
-    Args:
-        switches: keys as ``section.key``, switched on by any value but false, zero or an empty one; or
-            ``section.key: value``, by that value; ``key: value`` for a key beside the sections. One of them is enough.
+    ``section.key`` is on for any value but false, zero or an empty one; ``section.key: value`` is on for that value;
+    ``key: value`` is for a key beside the sections.
     """
 
     switches: tuple[str, ...]
@@ -57,7 +56,7 @@ class OnlyWith:
         object.__setattr__(self, "switches", switches)
 
     def is_on(self, recipe: BaseModel) -> bool:
-        """Whether one of the switches is on in a recipe."""
+        """Whether a recipe has one of the switches on."""
         for switch in self.switches:
             path, _, value = switch.partition(": ")
             there: object = functools.reduce(getattr, path.split("."), recipe)
@@ -82,7 +81,7 @@ class Section(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield (key, problem) for keys that are valid by themselves but not together."""
+        """Yield (key, problem) for keys that are valid alone but not together."""
         return iter(())
 
     @model_validator(mode="after")
@@ -92,18 +91,18 @@ class Section(BaseModel):
         return self
 
     def replace(self, **changes: object) -> Self:
-        """Return a copy with some keys changed, checked like a recipe that is read from a file (InputError)."""
+        """A copy with some keys changed; raises InputError like a recipe from a file."""
         return type(self)(**{**dict(self), **changes})
 
     def to_dict(self) -> dict[str, object]:
-        """Return every key with its value, defaults included, as plain Python values."""
+        """Every key with its value, defaults included."""
         return self.model_dump()
 
 
 _logger = logging.getLogger(__name__)
 
 RENAMED: dict[str, str] = {"training.rehearse_longest_batch": "training.try_longest_batch"}
-"""The old name of a key → its name now, both as ``section.key``. Old names are accepted with a warning."""
+"""Old key → new key, as ``section.key``. Old ones are accepted with a warning."""
 
 # What to write instead of a TrainingArguments field that has another name or place here.
 _INSTEAD = {
@@ -133,10 +132,7 @@ _WORDS = {"a valid boolean": "true or false", "a valid integer": "a whole number
 
 
 def move_renamed_keys(tree: dict[object, object], source: str) -> dict[object, object]:
-    """Return the tree of a recipe with the old names of keys replaced, and warn about each.
-
-    A recipe that has both names keeps both: the old one is then reported as an unknown key.
-    """
+    """Replace old names of keys, with a warning. If both are there, both stay: the old one is then an unknown key."""
     moved = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
     for old, new in RENAMED.items():
         (old_section, old_key), (section, key) = old.split("."), new.split(".")
@@ -148,7 +144,7 @@ def move_renamed_keys(tree: dict[object, object], source: str) -> dict[object, o
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
-    """Return (key, sentence) for each problem that pydantic found in a ``root``, in the order of the schema."""
+    """(key, sentence) for each problem that pydantic found in a ``root``, in the order of the schema."""
     found: dict[str, list[str]] = {}
     for one in error.errors():
         for key, sentence in _problems(one, root):
@@ -181,10 +177,7 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
 
 
 def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
-    """Return the keys of one of pydantic's locations, and the model that they lead to.
-
-    A location also names the branch of a union, as in ``("targets", "literal['all-linear']")``; that is left out.
-    """
+    """The keys of one of pydantic's locations, without branches of unions (``"literal['x']"``), and the model there."""
     keys: list[str] = []
     model: type[BaseModel] | None = root
     holder = root
@@ -201,7 +194,6 @@ def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[
 
 
 def _model_of(annotation: object) -> type[BaseModel] | None:
-    """Return the model that a field is, or has a list of."""
     candidates = (annotation, *get_args(annotation))
     return next((one for one in candidates if hasattr(one, "model_fields")), None)  # type: ignore[misc]
 
@@ -220,7 +212,7 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
 
 
 def _training_argument_advice(name: str) -> str | None:
-    """Look the name up in the text of transformers' TrainingArguments: importing it would take seconds."""
+    """Searches the text of transformers' TrainingArguments: importing it would take seconds."""
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None:
         return None

@@ -1,7 +1,7 @@
 """Read a recipe from a YAML file, and apply ``--set`` overrides.
 
-YAML is read as PyYAML's safe loader does, with fewer surprises: ``010`` is no number (8 in YAML 1.1), and a key that is
-written twice and aliases that expand to more than a recipe can hold are errors.
+YAML is read as by PyYAML's safe loader, with fewer surprises: ``010`` is no number (YAML 1.1 reads 8). Repeated keys,
+and aliases that expand to more than a recipe can hold, are errors.
 """
 
 import re
@@ -13,11 +13,11 @@ from qvera.config.schema import Recipe, parse_recipe
 from qvera.utils.errors import InputError, did_you_mean
 
 _MOST_NODES = 100_000
-"""Values in a recipe after its aliases are expanded. A recipe has a hundred."""
+"""Values in a recipe after its aliases are expanded; a usual recipe has a hundred."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader; octal and base-60 numbers are texts, which no key that takes a number accepts."""
+    """Octal and base-60 numbers become texts, which no key that takes a number accepts."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
         tag = super().resolve(kind, value, implicit)
@@ -26,14 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int]]:
-    """Read YAML.
-
-    Returns:
-        The values, and the line of each key by its path.
-
-    Raises:
-        InputError: the text is not valid YAML, has a key twice, or has too many values.
-    """
+    """The values, and the line of each key by its path; InputError if the text is not valid YAML or too large."""
     loader = _Loader(text)
     loader.name = source
     lines: dict[tuple[str, ...], int] = {}
@@ -56,14 +49,14 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
 
 
 def yaml_text(value: object) -> str:
-    """A value on one line of YAML, its texts in quotes, whatever characters they have."""
+    """A value on one line of YAML, with texts in quotes."""
     return yaml.safe_dump(value, default_flow_style=True, default_style='"', allow_unicode=True, width=2**31).strip()
 
 
 def _note_lines(
     node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], as_written: bool = False
 ) -> None:
-    """Add the line of each key below ``node``; ``as_written``, before merge keys are replaced, no key comes twice."""
+    """Add the line of each key below ``node``. ``as_written``, before merge keys are replaced: refuse repeated keys."""
     pairs: list[tuple[str, yaml.Node, yaml.Mark]] = []
     if isinstance(node, yaml.MappingNode):
         pairs = [(key.value, value, key.start_mark) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
@@ -85,11 +78,7 @@ def _note_lines(
 def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
 
-    Args:
-        path: the file.
-        overrides: of ``--set``.
-        of_a_run: the run has begun, maybe with an earlier version of qvera, which accepted keys that have no effect
-            without another one. They are ignored.
+    With ``of_a_run`` the run has begun, maybe with an older qvera that accepted keys without effect. These are ignored.
 
     Raises:
         InputError: the file can't be read, is not YAML, or is not a valid recipe.

@@ -7,18 +7,14 @@ from qvera.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LrRange:
-    """The learning rates of ``--find-lr``, a range test (Smith, arXiv 1506.01186, section 3.3). Not a part of a recipe.
-
-    Raises:
-        InputError: the rates are not 0 < start < end, or there are fewer than 10 steps.
-    """
+    """The options of a range test (Smith, arXiv 1506.01186, section 3.3); InputError if they make no sense."""
 
     start: float = 1e-5
-    """``--lr-from``: the learning rate of the first step, too low to change anything."""
+    """``--lr-from``: the first learning rate, too low to change anything."""
     end: float = 1.0
-    """``--lr-to``: the learning rate of the last step, which should be too high."""
+    """``--lr-to``: the last learning rate, which should be too high."""
     steps: int = 100
-    """``--lr-steps``: optimizer steps. The rate grows by the same factor in each."""
+    """``--lr-steps``: the rate grows by the same factor in each."""
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end < float("inf"):

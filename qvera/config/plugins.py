@@ -1,4 +1,4 @@
-"""What packages beside the core bring, found by the entry points of their pyproject.toml.
+"""What other packages add, found by the entry points of their pyproject.toml.
 
 - ``qvera.methods``: the name of a method → its class or instance (`qvera.adapters.methods.Method`)
 - ``qvera.recipe``: any name → a module with keys for the sections of a recipe, which must import fast: `extensible`
@@ -6,8 +6,8 @@
 - ``qvera.commands``: any name → the function of a command of ``qvera``, which must import fast
 - ``qvera.caches``: any name → a `qvera.utils.cache_dir.DiskCache` for ``qvera cache``
 
-A part that can't be imported is left out with a warning, and an error says why where a recipe asks for it by name.
-qvera's own research methods come this way too, from the package that stands beside the core.
+A part that can't be imported is left out with a warning. If a recipe asks for it by name, an error says why. qvera's
+own research methods (qvera.lab) come this way too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def entry_points() -> dict[str, dict[str, EntryPoint]]:
 
 
 registered: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-"""Group → name → what this process has beside the entry points, and before one of the same name."""
+"""Group → name → object, added by this process. They go before entry points of the same name."""
 
 
 def names(group: str) -> list[str]:
@@ -47,11 +47,7 @@ def names(group: str) -> list[str]:
 
 
 def load(group: str, name: str) -> Any:
-    """What stands under a name of a group.
-
-    Raises:
-        InputError: it can't be imported.
-    """
+    """The object under a name of a group; InputError if it can't be imported."""
     return registered[group][name] if name in registered[group] else _load(entry_points()[group][name])
 
 
@@ -77,36 +73,32 @@ def load_all(group: str) -> list[Any]:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Say it once."""
+    """Cached, so that each text is logged once."""
     _logger.warning(text)
 
 
 class Schedule:
-    """A way to train that keys of the recipe switch on: a subclass under ``qvera.schedules`` overrides what it needs.
+    """A way to train that the recipe switches on: subclasses under ``qvera.schedules`` override what they need.
 
-    Each method is asked of every recipe, and answers None, or nothing, where the recipe does not ask for the schedule.
+    Every method is called for every recipe. It returns None, or nothing, unless the recipe asks for the schedule.
     """
 
     name = ""
-    """Stands before the state of its hook in a checkpoint."""
+    """Prefix of its hook's state in a checkpoint."""
 
     def check(self, recipe: Any, method: Any) -> None:
-        """Check that the recipe suits the adapter's method.
-
-        Raises:
-            InputError: it does not.
-        """
+        """Raise InputError where the recipe does not suit the adapter's method."""
 
     def whole(self, recipe: Any, rows: int) -> Any:
-        """The recipe of a run over so many rows that takes as much memory as this one does in the end."""
+        """The recipe of a run over ``rows`` rows that needs as much memory as this one does at its end."""
         return recipe
 
     def config(self, recipe: Any, rows: int) -> dict[str, Any]:
-        """Fields of `QveraConfig` that a run over so many rows has otherwise than its recipe."""
+        """Fields of `QveraConfig` that differ from the recipe in a run over ``rows`` rows."""
         return {}
 
     def note(self, recipe: Any) -> str | None:
-        """What a plan that is made without rows does not know."""
+        """What a plan without rows does not know."""
         return None
 
     def kept_share(self, recipe: Any) -> float | None:
@@ -114,7 +106,7 @@ class Schedule:
         return None
 
     def divide(self, section: Any, sections: Any, sources: Any) -> tuple[list[str], dict[str, Any]] | None:
-        """Divide tokenized rows into parts: training rows get a number each (`Rows.part_of`).
+        """Divide tokenized rows into parts: each training row gets a part's number (`Rows.part_of`).
 
         Args:
             section: the recipe's ``data``.
@@ -122,7 +114,7 @@ class Schedule:
             sources: `TokenizedSource`, whose rows may be replaced.
 
         Returns:
-            The names of the parts by their numbers, and rows that are set aside, by name.
+            The names of the parts by number, and rows that are set aside, by name.
 
         Raises:
             InputError: the rows can't be divided as the recipe asks.
@@ -130,11 +122,11 @@ class Schedule:
         return None
 
     def batches(self, recipe: Any, rows: Any, sizes: tuple[Any, ...], common: dict[str, Any]) -> Any:
-        """The `qvera.data.Batches` of the run; ``sizes`` and ``common`` are what `Batches` takes."""
+        """The `qvera.data.Batches` of the run, made of ``sizes`` and ``common``."""
         return None
 
     def hook(self, training: Any) -> Any:
-        """Its `qvera.adapters.hooks.TrainingHook`, once model, batches and optimizer of a training are there."""
+        """A `qvera.adapters.hooks.TrainingHook`; model, batches and optimizer exist by now."""
         return None
 
 
@@ -144,22 +136,23 @@ def schedules() -> tuple[Schedule, ...]:
 
 
 def added_keys(section: Any) -> dict[str, Any]:
-    """The keys that plug-ins add to a section, each with its default."""
+    """The keys that plug-ins add to a section, with their defaults."""
     core = next(each for each in reversed(type(section).__mro__) if each.__name__ == type(section).__name__)
     fields = type(section).model_fields
     return {key: fields[key].get_default(call_default_factory=True) for key in fields if key not in core.model_fields}  # type: ignore[attr-defined]
 
 
 def facts() -> dict[str, Any]:
-    """What plug-ins have in ``FACTS``: their fields of adapter_config.json that reports show → the defaults."""
+    """The plug-ins' ``FACTS``: fields of adapter_config.json that reports show → their defaults."""
     return {key: value for module in load_all("qvera.recipe") for key, value in getattr(module, "FACTS", {}).items()}
 
 
 def extensible(name: str) -> Callable[[Class], Class]:
-    """Adds what plug-ins have under this name in their ``qvera.recipe`` to a class: fields, and checks that call super.
+    """Add to a class what plug-ins have under ``name`` in their ``qvera.recipe`` module: fields, and checks.
 
-    ``AdapterKeys``, ``DataKeys``, ``TrainingKeys`` and ``RecipeKeys`` are `qvera.config.fields.Section`; the dataclass
-    ``ConfigFields`` has what adapter_config.json holds beside them. A key with the name of a core's key replaces it.
+    ``AdapterKeys``, ``DataKeys``, ``TrainingKeys`` and ``RecipeKeys`` are `qvera.config.fields.Section`; their checks
+    call super. The dataclass ``ConfigFields`` is for adapter_config.json. A plug-in's key replaces a core key of the
+    same name.
     """
 
     def extend(core: Class) -> Class:

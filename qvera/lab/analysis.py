@@ -1,11 +1,9 @@
 """What training did to each weight: intruder dimensions, and the size and effective rank of ΔW.
 
-A left singular vector of W + ΔW among the first k is an intruder dimension where its largest cosine with a left
-singular vector of W, with any of them, is below ε (LoRA vs Full Fine-tuning, arXiv 2410.21228). The vectors of W + ΔW
-are compared, not those of ΔW, and their signs do not count.
+One of the first k left singular vectors of W + ΔW is an intruder dimension if its cosine with every left singular
+vector of W is below ε, signs aside (LoRA vs Full Fine-tuning, arXiv 2410.21228).
 
-One linear is in memory at a time: W as the adapter was trained on it and W + ΔW, both in fp32 (in fp64 where intruders
-are to be reduced), and where that does not decide, a decomposition of W. Computed on the CPU.
+Works on the CPU with one linear in memory at a time, in fp32, or fp64 where intruders are to be reduced.
 """
 
 from __future__ import annotations
@@ -36,17 +34,14 @@ class LinearAnalysis:
     """One adapted linear.
 
     Attributes:
-        name: of its module.
-        role: the shortest end of that name which tells it from the others of its layer (`roles_of`).
-        layer: the number in its name; None where it has none.
+        role: see `roles_of`.
+        layer: the number in the name, or None.
         shape: (out_features, in_features).
-        rank: of the factors of ΔW; 0 for a sparse one, which has none.
+        rank: of the factors of ΔW; 0 for a sparse ΔW, which has none.
         weight_norm, delta_norm: ‖W‖ and ‖ΔW‖, Frobenius.
-        effective_rank: of ΔW (`qvera.lab.analysis.effective_rank`).
         singular_values: the first k of W + ΔW.
-        cosines: of their left vectors, each the largest with any left singular vector of W.
-        exact: whether a cosine is exact; else it is a bound on the same side of ε (`qvera.lab.analysis.Cosines`).
-        intruders: which of the k are intruder dimensions, from 0.
+        cosines: of each left vector [k], the largest with any left singular vector of W; ``exact``: see `Cosines`.
+        intruders: indices among the k.
     """
 
     name: str
@@ -70,13 +65,7 @@ class LinearAnalysis:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """All adapted linears in the order of the model, and what mitigates their intruders.
-
-    Attributes:
-        adapter: the factors of ΔW.
-        linears: what was found.
-        mitigations: where a ``keep`` was given, name → `mitigation_factors`.
-    """
+    """All adapted ``linears`` in model order; with ``keep``, ``mitigations`` has the factors of each."""
 
     adapter: AdapterDeltas
     linears: list[LinearAnalysis]
@@ -84,20 +73,16 @@ class Analysis:
 
     @property
     def rank(self) -> int:
-        """The largest rank of ΔW's factors."""
         return max(linear.rank for linear in self.linears)
 
     def mitigated(self) -> MitigatedFactors:
-        """The adapter with its intruders taken down, as factors for `qvera.exporting.lora.export_lora`."""
+        """The adapter with reduced intruders, for `qvera.exporting.lora.export_lora`."""
         ranks = {linear.name: linear.rank + len(linear.intruders) for linear in self.linears}
         return MitigatedFactors(self.adapter, self.mitigations, max(ranks.values()))
 
 
 class MitigatedFactors(Mapping[str, Factors]):
-    """Name → A' [rank, n] and B' [m, rank] of the mitigated ΔW, exact, made when they are asked for.
-
-    ``rank`` is the largest that a linear needs, its own and one more for each of its intruders; the others get zeros.
-    """
+    """Name → A' [rank, n] and B' [m, rank] of the mitigated ΔW, exact; zeros fill up to the largest rank needed."""
 
     def __init__(self, adapter: AdapterDeltas, mitigations: Mapping[str, Factors], rank: int) -> None:
         self._adapter, self._mitigations, self.rank = adapter, mitigations, rank
@@ -129,16 +114,14 @@ def analyze_adapter(
     """Analyze every linear that an adapter changes.
 
     Args:
-        adapter_dir: the adapter.
-        section: the base it was trained on.
-        top_k: how many singular vectors of each W + ΔW are looked at.
+        section: the base that the adapter was trained on.
+        top_k: singular vectors of each W + ΔW to look at.
         epsilon: an intruder's cosines are below it.
-        keep: λ, the share that mitigation keeps of an intruder. None: no mitigation is computed.
+        keep: λ, the share of an intruder that mitigation keeps. None: no mitigation is computed.
         progress: called with (linears done, linears in all, name of the next one).
 
     Raises:
-        InputError: adapter and base do not fit; ``keep`` is given for an adapter that is no LoRA; or the base is
-            stored quantized, and not in bitsandbytes' 4 bits.
+        InputError: adapter, base and ``keep`` do not fit, or the base is quantized but not in bitsandbytes' 4 bits.
         RunFailed: a weight has NaN or Inf in it, or a file changed while it was read.
     """
     base = open_adapter_on_base(adapter_dir, section)
@@ -169,10 +152,7 @@ def analyze_adapter(
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
-    """Name of a linear → its role: the shortest end of the name that no other kind has; the same in all layers.
-
-    ``q_proj``, or ``attention.output.dense`` where several kinds have the same last part, as RoBERTa's ``dense``.
-    """
+    """Name of a linear → its shortest end that no other kind has: ``q_proj``, ``attention.output.dense`` (RoBERTa)."""
     kinds = {name: tuple(_LAYER.sub(".*.", name, count=1).strip(".").split(".")) for name in names}
     sharing: Counter[tuple[str, ...]] = Counter()
     for kind in set(kinds.values()):
@@ -197,7 +177,7 @@ def _analyze(
     epsilon: float,
     keep: float | None,
 ) -> tuple[LinearAnalysis, Factors | None]:
-    """One linear; ``weight`` is as the checkpoint has it, [in, out] for a Conv1D, ``factors`` are those of ΔW."""
+    """``weight`` is as in the checkpoint: [in, out] for a Conv1D. ``factors`` are those of ΔW."""
     if keep is not None:  # fp32's singular vectors are 1e-5 off where values are near to each other
         weight = weight.double()
     tuned, step = weight.clone(), rows_per_block(weight.shape[1])
@@ -229,13 +209,13 @@ def _analyze(
 
 
 DENSE_SIDE = 1024
-"""A base weight with a side of at most this many is decomposed fully, so all of its cosines are exact."""
+"""If a side of a weight is at most this long, it is decomposed fully, and all of its cosines are exact."""
 
 
 class Cosines(NamedTuple):
     """For each vector its largest cosine with a left singular vector of the base weight, fp64 [k].
 
-    Where it is not ``exact`` it is a bound on the same side of ε: at most this of an intruder, else at least this.
+    Not ``exact``: a bound on the same side of ε, an upper one for an intruder, else a lower one.
     """
 
     values: torch.Tensor
@@ -243,7 +223,7 @@ class Cosines(NamedTuple):
 
 
 class Intruders(NamedTuple):
-    """The ``top`` k singular vectors of W + ΔW, the cosines of the left ones, and which of them are intruders [k]."""
+    """The ``top`` k singular vectors of W + ΔW, cosines of the left ones, and a mask [k] of the intruders."""
 
     top: TruncatedSvd
     cosines: Cosines
@@ -251,11 +231,7 @@ class Intruders(NamedTuple):
 
 
 def find_intruders(weight: torch.Tensor, tuned: torch.Tensor, top_k: int, epsilon: float) -> Intruders:
-    """The intruder dimensions of ``tuned`` = W + ΔW [m, n] among its first ``top_k`` singular vectors.
-
-    ``weight`` is W, the base weight that was trained on, in the same dtype. Where both sides have fewer vectors than
-    ``top_k``, all are looked at.
-    """
+    """The intruders among the first ``top_k`` singular vectors of ``tuned`` = W + ΔW [m, n]."""
     top = leading_singular_vectors(tuned, min(top_k, *tuned.shape))
     cosines = largest_cosines(weight, top.U, epsilon)
     return Intruders(top, cosines, cosines.values < epsilon)
@@ -264,11 +240,10 @@ def find_intruders(weight: torch.Tensor, tuned: torch.Tensor, top_k: int, epsilo
 def largest_cosines(weight: torch.Tensor, vectors: torch.Tensor, epsilon: float) -> Cosines:
     """The largest |cosine| of each of ``vectors`` [m, k], of length 1, with any left singular vector of W [m, n].
 
-    Of a large weight, as much is computed as it takes to say on which side of ``epsilon`` each is:
+    For a large weight, only enough is computed to know on which side of ``epsilon`` each is:
 
-    1. The cosines with the leading vectors of W: one of at least ``epsilon`` decides. What the leading ones leave of a
-       vector bounds its cosine with every other.
-    2. `largest_share_bounds` of what they leave: a vector that is spread over many others is close to none of them.
+    1. The cosines with the leading vectors of W; what these leave of a vector bounds its other cosines.
+    2. `largest_share_bounds` of what they leave: a vector that is spread over many others is close to none.
     3. All singular vectors of W, if one is still undecided.
     """
     m, n = weight.shape
@@ -301,20 +276,12 @@ def _exact_cosines(weight: torch.Tensor, vectors: torch.Tensor) -> Cosines:
 
 
 def largest_share_bounds(weight: torch.Tensor, vectors: torch.Tensor, steps: int) -> torch.Tensor:
-    """For each vector x, an upper bound on the largest (u_iᵀ x)² of all left singular vectors u_i of a weight [m, n].
+    """For each vector x [m], an upper bound on the largest (u_iᵀ x)² over all left singular vectors u_i of W [m, n].
 
-    The Lanczos process on W Wᵀ, begun at x, gives the nodes and weights of the Gauss quadrature of x's spectral measure
-    Σ (u_iᵀ x)² δ(σ_i²). By the inequalities of Chebyshev, Markov and Stieltjes no point has more of the measure than
-    two neighbouring weights together (Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010,
-    chapters 4 and 6). So a vector that is spread over many singular vectors is known to be, before any of them is.
-
-    Args:
-        weight: [m, n] with m <= n: a part of x outside the span of W would count as one more vector.
-        vectors: [m, j].
-        steps: products with W Wᵀ.
-
-    Returns:
-        Bounds [j] in fp64, rising to ‖x‖² where nothing is known.
+    The Lanczos process on W Wᵀ from x, ``steps`` long, gives nodes and weights of the Gauss quadrature of x's spectral
+    measure Σ (u_iᵀ x)² δ(σ_i²). By the inequalities of Chebyshev, Markov and Stieltjes no point has more of the measure
+    than two neighbouring weights together (Golub and Meurant, "Matrices, Moments and Quadrature with Applications",
+    2010, chapters 4 and 6). m <= n, else a part of x outside the span of W would count as one more vector.
     """
     norms = vectors.norm(dim=0)
     alone = torch.finfo(weight.dtype).eps * weight.norm() ** 2  # a shorter remainder is rounding
@@ -342,17 +309,13 @@ def largest_share_bounds(weight: torch.Tensor, vectors: torch.Tensor, steps: int
 
 
 def mitigation_factors(intruders: Intruders, keep: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What takes each of k intruders down to λ = ``keep`` of itself, in factors: A [k, n] and B [m, k].
-
-    B A = (λ − 1) Σ_i σ_i u_i v_iᵀ (the paper, section 5). Appended to the factors of ΔW this is exact: no rank is cut
-    off.
-    """
+    """A [k, n] and B [m, k] that take k intruders down to λ = ``keep``: B A = (λ − 1) Σ_i σ_i u_i v_iᵀ (section 5)."""
     U, S, V = (part[..., intruders.found] for part in intruders.top)
     return V.t().contiguous(), (keep - 1) * S * U
 
 
 def delta_singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """The singular values of ΔW = B A [min(m, n, r)], falling, in fp64, by way of the factors' small cores."""
+    """Those of ΔW = B A: [min(m, n, r)], falling, fp64, from the factors' small cores."""
     left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.t()))
     return torch.linalg.svdvals(left @ right.t())
 

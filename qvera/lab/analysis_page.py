@@ -18,7 +18,7 @@ ROLE_TITLES = ["linears", "intruder dimensions", "‖ΔW‖ / ‖W‖", "effecti
 
 
 def role_rows(document: Document) -> list[tuple[str, list[str]]]:
-    """For each kind of linear the cells of `ROLE_TITLES`; norms and ranks are medians. Then a row for all of them."""
+    """The cells of `ROLE_TITLES` for each kind of linear, then for all of them; norms and ranks are medians."""
     roles: dict[str, list[dict[str, Any]]] = {}
     for linear in document["linears"]:
         roles.setdefault(linear["role"], []).append(linear)
@@ -36,13 +36,13 @@ def _cells(linears: list[dict[str, Any]]) -> list[str]:
 
 
 def loss_titles(document: Document) -> list[str]:
-    """Titles of the columns of `loss_rows`."""
+    """The column titles of `loss_rows`."""
     reduced = document["reduced"]
     return ["Rows", "Base", "Adapter", *([] if reduced is None else [f"Reduced to {reduced['keep']:g}"])]
 
 
 def loss_rows(document: Document) -> list[tuple[str, list[str]]]:
-    """For each text its rows and the losses of base, adapter and, where there is one, reduced adapter."""
+    """For each text its rows, and the losses of base, adapter and reduced adapter (if there is one)."""
     rows = []
     for losses in document["losses"]:
         models = [losses[model] for model in ("base", "adapter", "reduced") if losses[model] is not None]
@@ -51,7 +51,7 @@ def loss_rows(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def summary(document: Document) -> str:
-    """How many intruder dimensions there are and in how many linears, in a sentence."""
+    """A sentence: how many intruder dimensions there are, and in how many linears."""
     found = [len(linear["intruders"]) for linear in document["linears"]]
     total, touched = sum(found), sum(number > 0 for number in found)
     dimensions = f"{total:,} intruder dimension{'' if total == 1 else 's'}"
@@ -60,7 +60,7 @@ def summary(document: Document) -> str:
 
 
 def analysis_page(document: Document) -> str:
-    """The page of ``qvera analyze``: heat maps over layers, tables, and every intruder dimension."""
+    """HTML with heat maps over layers, tables, and every intruder dimension."""
     pictures: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str], str]] = [
         ("Intruder dimensions", lambda linear: len(linear["intruders"]), count, "among the first k singular vectors"),
         ("Size of ΔW", lambda linear: linear["relative_norm"], percent, "‖ΔW‖ / ‖W‖, Frobenius"),
@@ -100,7 +100,7 @@ def analysis_page(document: Document) -> str:
 
 
 SHADES = 9
-"""Shades above that of 0: the classes h1 to h9 of style.css."""
+"""Above the shade of 0: the classes h1 to h9 of style.css."""
 _ROW_HEIGHT = 24
 _MOST_LABELS = 12
 _LABEL_LENGTH = 9
@@ -113,14 +113,7 @@ def heat_map(
     note: str = "",
     format: Callable[[float], str] = significant,
 ) -> Chart | None:
-    """A heat map; None where there is no value.
-
-    Args:
-        rows: Name of each row → column (a layer) → value, 0 or more. The largest value has the full colour. Where a row
-            has no value there is no cell.
-        note: Text beside the heading.
-        format: How a value is written in tooltips.
-    """
+    """A heat map of row → column → value, 0 or more; None without values. The largest value has the full colour."""
     columns = sorted({column for values in rows.values() for column in values})
     if not columns:
         return None
@@ -159,6 +152,5 @@ def heat_map(
 
 
 def _label(name: str) -> str:
-    """A name as short as the margin: q of q_proj."""
     short = name.removesuffix("_proj")
     return short if len(short) <= _LABEL_LENGTH else f"{short[: _LABEL_LENGTH - 1]}…"

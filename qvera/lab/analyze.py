@@ -141,7 +141,6 @@ def analyze(
 
 
 def _reduce(analysis: Analysis, out: Path, keep: float, chat_template: str | None) -> dict[str, Any]:
-    """Write the adapter with its intruders reduced; returns what was written."""
     import torch
 
     from qvera.exporting.lora import export_lora
@@ -152,7 +151,7 @@ def _reduce(analysis: Analysis, out: Path, keep: float, chat_template: str | Non
 
 
 class Text(NamedTuple):
-    """Rows that a loss is measured on."""
+    """Rows to measure a loss on."""
 
     label: str
     rows: Rows
@@ -160,11 +159,6 @@ class Text(NamedTuple):
 
 
 def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
-    """The rows of ``text``, and the run's held-out rows, if it has any.
-
-    Raises:
-        InputError: they can't be read.
-    """
     from qvera.config.schema import DataSection
     from qvera.data import build_datasets
     from qvera.evaluation.load import template_beside, template_of
@@ -189,7 +183,6 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
 
 
 def _losses(target: Artifact, texts: list[Text], limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
-    """The loss of base, adapter and reduced adapter on each text."""
     from qvera.config.schema import TrainingSection
     from qvera.evaluation.held_out import held_out_loss, scoring
     from qvera.evaluation.load import base_of, open_target
@@ -225,7 +218,7 @@ def _losses(target: Artifact, texts: list[Text], limit: int | None, reduced: Pat
 
 @contextlib.contextmanager
 def _rows_file(text: Path) -> Iterator[Path]:
-    """The file itself, or for plain text a file with a row for each paragraph (between empty lines)."""
+    """Plain text becomes a file with a row for each paragraph (between empty lines)."""
     if text.suffix.lower() != ".txt":
         yield text
         return
@@ -240,7 +233,6 @@ def _rows_file(text: Path) -> Iterator[Path]:
 
 
 def _print_analysis(document: dict[str, Any]) -> None:
-    """Tables by kind of linear and of losses, and a sentence on intruders."""
     from qvera.lab.analysis_page import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
 
     print_table(["", *ROLE_TITLES], role_rows(document))

@@ -1,8 +1,8 @@
-"""BiLoRA (arXiv 2403.13037): its ΔW = s P Λ Q in AdaLoRA's form, with P [m, r], Q [r, n] and a diagonal Λ trained.
+"""BiLoRA (arXiv 2403.13037): ΔW = s P Λ Q in AdaLoRA's form; P [m, r], Q [r, n] and the diagonal Λ are trained.
 
-With ``training.bilevel`` P and Q are the lower level and Λ is the upper one. P and Q pay for not being orthogonal:
-γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²) in Frobenius norms, summed over the linears. They start as in AdaLoRA (arXiv 2303.10512):
-normal with standard deviation 0.02, Λ at 0. There is no code of BiLoRA's authors to compare with.
+With ``training.bilevel`` P and Q are the lower level and Λ is the upper one. The penalty for P and Q that are not
+orthogonal is γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²), Frobenius, summed over the linears. The start is AdaLoRA's (arXiv
+2303.10512): P and Q normal with standard deviation 0.02, Λ = 0. BiLoRA's authors published no code to compare with.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Bilora(Method):
     def memory(
         self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """With Λ Q, which is made for each linear."""
+        """Λ Q is made for each linear."""
         taken = super().memory(adapter, spec, tokens, dtype, on_accelerator)
         return taken._replace(cast=max(taken.cast, adapter.rank * spec.in_features * dtype.itemsize))
 
@@ -82,8 +82,7 @@ class Bilora(Method):
 class OrthogonalPenalty(TrainingHook):
     """Adds γ ‖M - I‖² of every trained P (M = PᵀP) and Q (M = QQᵀ) to what the optimizer minimizes.
 
-    Its gradient, 4 γ (M - I) X, joins that of the loss after clipping, on every rank the same. A factor without a
-    gradient is one that the step does not train, as those of the other level of ``training.bilevel``.
+    Its gradient 4 γ (M - I) X is added after clipping. The other level's factors, which have no gradient, are left out.
     """
 
     def __init__(self, model: nn.Module, penalty: float, optimizer: torch.optim.Optimizer) -> None:
@@ -95,7 +94,6 @@ class OrthogonalPenalty(TrainingHook):
 
     @torch.no_grad()
     def add_gradients(self, *_: Any) -> None:
-        """Add the penalty's gradients; called by the optimizer before each step."""
         for Q in self.rows:
             if Q.grad is not None:
                 Q.grad.add_(self._gradient(Q))
@@ -104,14 +102,14 @@ class OrthogonalPenalty(TrainingHook):
                 P.grad.add_(self._gradient(P.t()).t())
 
     def _gradient(self, X: torch.Tensor) -> torch.Tensor:
-        """That of γ ‖X Xᵀ - I‖² in X [r, ...]."""
+        """The gradient of γ ‖X Xᵀ - I‖² for X [r, ...]."""
         excess = X @ X.t()
         excess.diagonal().sub_(1)
         return (excess @ X).mul_(4 * self.penalty)
 
 
 UPPER = "qvera_d"
-"""The tensor of the upper level: Λ, and d of methods that have one."""
+"""The tensor of the upper level: Λ, or d of methods that have one."""
 
 
 class Bilevel(Schedule):
@@ -153,7 +151,7 @@ class Bilevel(Schedule):
 
 @functools.lru_cache(maxsize=1)
 def split_levels(n: int, upper_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """0..n-1 in two disjoint parts, each in order: the lower level's and, of a share of them, the upper level's."""
+    """Cut the rows 0..n-1 in two disjoint sorted parts: the lower level's, and a share for the upper one."""
     count = min(max(round(n * upper_share), 1), n - 1)
     drawn = random_order(n, seed, (LEVELS + 1) * 2**32)
     return np.sort(drawn[count:]), np.sort(drawn[:count])
@@ -163,10 +161,7 @@ def split_levels(n: int, upper_share: float, seed: int) -> tuple[np.ndarray, np.
 class BilevelBatches(PartBatches):
     """Steps on two disjoint parts of the rows in turn: ``lower_steps`` on the first, ``upper_steps`` on the second.
 
-    From step ``retrain_from`` (from 0) on all rows are the lower level's (BiLoRA, arXiv 2403.13037).
-
-    Attributes:
-        upper_share: the share of the rows that the upper level trains on, at least one row of each level.
+    From step ``retrain_from`` (from 0) on, all rows are the lower level's (BiLoRA, arXiv 2403.13037).
     """
 
     _: KW_ONLY
@@ -176,17 +171,15 @@ class BilevelBatches(PartBatches):
     retrain_from: int | None = None
 
     def is_upper(self, step: int) -> bool:
-        """Whether optimizer step ``step`` (from 0) is one of the upper level."""
         if self.retrain_from is not None and step >= self.retrain_from:
             return False
         return step % (self.lower_steps + self.upper_steps) >= self.lower_steps
 
     def level_rows(self, upper: bool) -> np.ndarray:
-        """The rows of a level, in the order of the data, int64."""
+        """int64, in the order of the data."""
         return split_levels(len(self.lengths), self.upper_share, self.seed)[upper]
 
     def rows(self, step: int) -> list[int]:
-        """The rows of optimizer step ``step`` (from 0): a batch of its level's rows."""
         if self.retrain_from is not None and step >= self.retrain_from:
             return self.part_rows(2, np.arange(len(self.lengths)), step - self.retrain_from)
         cycle, place = divmod(step, self.lower_steps + self.upper_steps)
@@ -196,14 +189,12 @@ class BilevelBatches(PartBatches):
 
 
 class BilevelHook(TrainingHook):
-    """Lets the vectors of the step's level alone get gradients; an optimizer leaves those without one as they are.
+    """Only the vectors of the step's level get gradients; optimizers skip the others.
 
-    First order: a step of one level takes the other's vectors as constants, so it costs what any step costs, less the
-    gradients that it does not need. Which level a step has is a function of the step (`BilevelBatches.is_upper`).
+    First order: the other level's vectors count as constants, so a step costs no more than any other.
     """
 
     def __init__(self, batches: BilevelBatches, vectors: dict[str, nn.Parameter]) -> None:
-        """``vectors`` are those that are trained, by their keys in the adapter file."""
         self.batches = batches
         self.upper = [v for name, v in vectors.items() if name.rpartition(".")[2] == UPPER]
         self.lower = [v for name, v in vectors.items() if name.rpartition(".")[2] != UPPER]

@@ -1,10 +1,7 @@
-"""The cache of decomposed weights: what it holds, without torch.
+"""The cache of `qvera.lab.lora_xs`, without torch: $QVERA_CACHE/factors/factors-KEY.
 
-`qvera.lab.lora_xs` makes and reads it.
-
-An entry is $QVERA_CACHE/factors/factors-KEY, where KEY is the hash of a base's fingerprint and of the way to decompose.
-In it are record.json, and a safetensors file for each linear and rank, whose header has the SHA-256 of its data. It
-grows with the linears and ranks that are asked for.
+KEY is the hash of a base's fingerprint and of the way to decompose. An entry holds record.json and a safetensors file
+for each linear and rank; its header has the SHA-256 of its data.
 """
 
 import hashlib
@@ -22,12 +19,12 @@ SHA256 = "sha256"
 
 
 def data_sha256(content: bytes | memoryview) -> str:
-    """SHA-256 of what follows the header in the bytes of a safetensors file."""
+    """The hash of what follows the header in a safetensors file."""
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def is_whole(file: Path) -> bool:
-    """Whether the data of a file are those that were written."""
+    """Whether the data still have the hash in the header."""
     try:
         content = file.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -1,8 +1,8 @@
-"""LoRA-SB (arXiv 2411.19557): ΔW = B R A with R [rank, rank] trained between the truncated SVD of a first sign step.
+"""LoRA-SB (arXiv 2411.19557): ΔW = B R A, R [rank, rank] trained, A and B from the first sign step of full training.
 
-With G the gradient of the frozen weight over the first rows and η the first learning rate, −η sign(G) ≈ U S Vᵀ; then
-B = U, R = S and A = Vᵀ. So the run starts from the best rank-r approximation of that step, and not from the base. A and
-B depend on the rows, so the adapter's file has them, in bfloat16 as the authors' code has.
+With G the gradient of the frozen weight over the first rows, and η the first learning rate, −η sign(G) ≈ U S Vᵀ. The
+start is B = U, R = S and A = Vᵀ: the best rank-r approximation of that step. A and B depend on the rows, so the
+adapter's file holds them, in bfloat16 as in the authors' code.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ if TYPE_CHECKING:
 
 
 class LoraSb(Method):
-    """R [rank, rank] is trained, A [rank, in_features] and B [out_features, rank] are not.
-
-    All are 0 until the first step (`StartFromGradient`).
-    """
+    """R [rank, rank] is trained, A and B are not. All are 0 until `StartFromGradient` sets them."""
 
     name = "lora-sb"
     title = "LoRA-SB"
@@ -98,8 +95,7 @@ _SHARE_OF_FREE_MEMORY = 4
 class StartFromGradient(TrainingHook):
     """Gives the adapter its start. Each rank takes its share of the first ``adapter.gradient_rows`` rows.
 
-    The loss is the sum over their trained tokens. The gradients are added up for as many linears at a time as a quarter
-    of the free memory holds, each time in one pass over the rows.
+    Gradients are collected for as many linears at a time as a quarter of the free memory holds.
     """
 
     def start(self, training: TrainingSession) -> None:
@@ -132,7 +128,6 @@ class StartFromGradient(TrainingHook):
 def _gradients(
     session: TrainingSession, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
 ) -> dict[str, torch.Tensor]:
-    """The sums of these linears' gradients over this rank's rows."""
     train = session.datasets.train
 
     def in_passes(passes: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -147,7 +142,7 @@ def _gradients(
 
 
 def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
-    """The first ``most`` rows that so many steps train on, each once, in the order that they come in."""
+    """The first ``most`` different rows that training will see, in order."""
     found: dict[int, None] = {}
     for step in range(steps):
         if len(found) >= most:
@@ -157,7 +152,7 @@ def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
 
 
 def _parts(layers: dict[str, QveraLinear], most_bytes: int) -> list[dict[str, QveraLinear]]:
-    """The layers, in order, in groups whose weights' gradients take so many bytes together; one layer at least."""
+    """Consecutive layers whose gradients take at most ``most_bytes`` together; one layer at least."""
     parts: list[dict[str, QveraLinear]] = []
     room = 0
     for name, layer in layers.items():
@@ -172,7 +167,7 @@ def _parts(layers: dict[str, QveraLinear], most_bytes: int) -> list[dict[str, Qv
 
 @contextlib.contextmanager
 def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[None]:
-    """The base without its adapter, in the mode in which layers are recomputed."""
+    """The base without its adapter, in training mode, so that layers are recomputed."""
     was_training = model.training
     # PEFT, asked for the base within a pass (a loss with a reference), freezes vectors of layers that are off already
     vectors = [vector for layer in layers.values() for vector in layer.tensors("default").values()]
@@ -192,7 +187,7 @@ def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[No
 
 
 class _AddUp(torch.autograd.Function):
-    """y as it is; in backward, gᵀ x is added to a matrix. x is saved as autograd saves it, so checkpoints drop it."""
+    """Returns y. Backward adds gᵀ x to ``total``. x is saved through autograd, so checkpoints drop it."""
 
     @staticmethod
     def forward(ctx: AutogradContext, y: torch.Tensor, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -210,11 +205,7 @@ class _AddUp(torch.autograd.Function):
 
 @contextlib.contextmanager
 def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Within the block, each backward pass through ``model`` adds to the gradients of these linears' weights.
-
-    Yields:
-        Name → gradient [out_features, in_features], fp32 or wider, on the linear's device; zero at first.
-    """
+    """Each backward pass in the block adds to these linears' gradients [out_features, in_features], fp32 or wider."""
     gradients: dict[str, torch.Tensor] = {}
     with contextlib.ExitStack() as stack:
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -242,5 +233,5 @@ def _with_gradient(y: torch.Tensor) -> torch.Tensor:
 
 
 def sign_step(gradient: torch.Tensor, size: float) -> torch.Tensor:
-    """What the first step of a sign-based optimizer (Adam's is one) does to a weight: −size · sign(gradient)."""
+    """−size · sign(gradient): the first step of a sign-based optimizer, as Adam's is."""
     return gradient.sign().mul_(-size)

@@ -1,8 +1,7 @@
-"""LoRA-XS (arXiv 2405.17604): ΔW = B R A with R [rank, rank] trained between the truncated SVD of the frozen weight.
+"""LoRA-XS (arXiv 2405.17604): ΔW = B R A, with R [rank, rank] trained and A = Σ Vᵀ, B = U from the weight's SVD.
 
-A = Σ Vᵀ and B = U of the weight as the base holds it, quantized or not (`qvera.lab.svd`). They are never in the
-adapter's file. The cache has them (`FactorCache`): they belong to a base by its fingerprint, to a linear by its name
-and by how it is stored, and to a rank. A base without a fingerprint, and a cache that can't be written, only cost time.
+The weight is taken as the base holds it, quantized or not (`qvera.lab.svd`). A and B are never in the adapter's file.
+`FactorCache` keeps them by the base's fingerprint, the linear's name, how it is stored, and the rank.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def require_rank(rank: int, spec: LinearSpec) -> None:
-    """Raise InputError where a linear has fewer singular values than the rank asks for."""
+    """InputError where a linear has fewer singular values than the rank."""
     most = min(spec.in_features, spec.out_features)
     if rank > most:
         raise InputError(
@@ -48,7 +47,7 @@ def require_rank(rank: int, spec: LinearSpec) -> None:
 
 
 def svd_pair(adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None, rank: int) -> Pair | None:
-    """A and B of a linear from the SVD of its weight, fp32: from the cache, or made now and put there."""
+    """A and B of a linear in fp32, cached or computed now. Without ``base_layer``, None if they are not cached."""
     if base_layer is None:
         return FactorCache.of(adapter).find(spec.name, rank, (adapter.pair_numbers or {}).get(spec.name))
     require_rank(rank, spec)
@@ -62,7 +61,7 @@ def svd_pair(adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | Non
 
 
 class LoraXs(Method):
-    """R [rank, rank] for each linear, from 0. The authors start it at random numbers of size 1e-5."""
+    """R [rank, rank] for each linear starts at 0. The authors start it at random numbers of size 1e-5."""
 
     name = "lora-xs"
     title = "LoRA-XS"
@@ -87,19 +86,16 @@ class LoraXs(Method):
 
 
 _WAY = ["block krylov", 1, svd.BLOCKS, svd.OVERSAMPLING]
-"""How weights are decomposed. With another number here nothing of what is cached is found."""
+"""How weights are decomposed: a part of the cache's key, so a change here makes all old entries useless."""
 _SAMPLE = "sample"
-"""The first row of the weight: a model that was changed in memory has another one than its fingerprint says."""
+"""The key of the weight's first row. It shows that a model was changed in memory, as its fingerprint does not."""
 
 
 @dataclass(frozen=True)
 class FactorCache:
-    """The decompositions of one base's weights.
+    """The decompositions of one base's weights. Nothing is cached if ``fingerprint`` is None.
 
-    Attributes:
-        fingerprint: the base's (`qvera.utils.safetensors_io.base_fingerprint`); None: nothing is cached.
-        source: what `qvera cache ls` calls the base.
-        progress: called with the name of each linear that is decomposed now.
+    ``source`` is the base's name in `qvera cache ls`. ``progress`` is called with each linear that is decomposed.
     """
 
     fingerprint: str | None
@@ -108,21 +104,15 @@ class FactorCache:
 
     @classmethod
     def of(cls, adapter: QveraConfig) -> FactorCache:
-        """That of the base that an adapter is for."""
         return cls(adapter.base_fingerprint, adapter.base_model_name_or_path, adapter.progress)
 
     @property
     def directory(self) -> Path:
-        """Where this base's are."""
         key = hashlib.sha256(json.dumps([_WAY, self.fingerprint]).encode()).hexdigest()[:24]
         return FACTORS.root / f"{PREFIX}{key}"
 
     def pair(self, name: str, layer: nn.Module, rank: int) -> Pair:
-        """A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU.
-
-        Raises:
-            ValueError: the rank is above the smaller side of the weight.
-        """
+        """A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU."""
 
         def compute() -> dict[str, torch.Tensor]:
             A, B = svd.truncated_svd(svd.rows_of(layer), rank).pair()
@@ -133,7 +123,7 @@ class FactorCache:
         return found["A"], found["B"]
 
     def find(self, name: str, rank: int, number: float | None) -> Pair | None:
-        """A and B of a linear by their `pair_number`, without its weight; None where they are not in the cache."""
+        """A and B of a linear by their `pair_number`, without its weight; None where they are not cached."""
         if self.fingerprint is None or number is None:
             return None
         files = sorted(self.directory.glob(f"{glob.escape(name)}.*.rank{rank}.safetensors"))
@@ -146,7 +136,7 @@ class FactorCache:
         return pairs[nearest] if same_pair(numbers[nearest], number) else None
 
     def singular_values(self, name: str, layer: nn.Module) -> torch.Tensor:
-        """All singular values of a linear's weight, fp64, from the largest down."""
+        """All singular values of a linear, fp64, falling."""
         values = self._cached(name, layer, "values", lambda: {"S": svd.singular_values(svd.rows_of(layer))})
         return values["S"]
 
@@ -174,7 +164,7 @@ class FactorCache:
             return found
 
     def _open(self, stack: contextlib.ExitStack) -> Path | None:
-        """The directory of this base, locked until the stack is closed; None where it can't be written."""
+        """The base's directory, locked until the stack is closed; None where it can't be written."""
         directory = self.directory
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +179,7 @@ class FactorCache:
 
 
 def _storage(layer: nn.Module) -> str:
-    """How a layer's weight is stored, as far as its values depend on it."""
+    """A text for the number format of a weight, as far as its values depend on it."""
     if isinstance(layer, quantization.Linear4bit):
         facts = quantization.four_bit_facts(layer)
         return f"{facts.quant_type}{'-double' if facts.double_quant else ''}-{facts.blocksize}"
@@ -213,7 +203,6 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a file as a whole, with the hash of its data in its header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content = save(tensors, {SHA256: data_sha256(save(tensors))})
     partial = file.with_name(f".{file.name}.partial")

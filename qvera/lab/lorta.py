@@ -1,17 +1,16 @@
-"""LoRTA (arXiv 2410.04060): one tensor for all linears, in canonical polyadic form; every factor is trained and shared.
+"""LoRTA (arXiv 2410.04060): one tensor for all linears, in canonical polyadic form; all factors are trained and shared.
 
     ΔW = s B' A'        A' = Aᵀ        B' = the blocks B ⊙ C_h[h] ⊙ C_l[layer] ⊙ C_m[module], one below the other
 
     A [n, r]      B [r, head size]      C_h [heads, r]      C_l [layers, r]      C_m [modules, r]      s = alpha / r
 
-That is input-first, as in the authors' language-model code (github.com/ihounie/lorta, instruction_tuning/lit_gpt). In
-their fork of PEFT it is the other way round, output-first: A [m, r] is on the output's side, and the columns of ΔW are
-cut into heads. Both have attention only, with as many key heads as query heads, and one width. The rest is ours:
+That is input-first, as in the authors' language-model code (github.com/ihounie/lorta, instruction_tuning/lit_gpt).
+Their fork of PEFT is output-first: A [m, r] is on the output's side, and the columns of ΔW are cut into heads. Both
+adapt attention only, of one width, with as many key heads as query heads. Here:
 
 - k and v with fewer heads take the first rows of C_h (output-first: of A).
-- There is an A, B and C_h for each part of a layer and each in_features in it (`_group`), so that the MLP can be
-  adapted too: for a Llama one for q, k, v and o, one for gate and up, one for down. Where heads do not divide a width,
-  the last block is cut off. All linears share C_l, and each kind of them has a row of C_m.
+- Each part of a layer and each in_features in it (`_group`) has its own A, B and C_h, so the MLP can be adapted too.
+  Where heads do not divide a width, the last block is cut off.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
     from qvera.adapters.projection import Pair
 
 LAYERS = "qvera_layers"
-"""C_l. Its row i is layer i's."""
+"""C_l: row i is that of layer i."""
 
 
 class Lorta(Method):
-    """Shared by all linears: A, B and C_h of each group, C_l as ``qvera_layers``, rows of C_m as ``qvera_module_…``."""
+    """The tensors are A, B and C_h of each group, C_l as ``qvera_layers``, and rows of C_m as ``qvera_module_…``."""
 
     name = "lorta"
     title = "LoRTA"
@@ -70,7 +69,7 @@ class Lorta(Method):
         return shapes | {_module_row(spec): (rank,) for spec in specs}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        """B = 0 and the others uniform, within the bounds of the code whose convention it is."""
+        """B = 0. The others are uniform, with the bounds of the authors' code for this convention."""
         if name.startswith("qvera_B_") and getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
         is_wide = not _is_input_first(adapter) and not name.startswith("qvera_A_")
@@ -94,7 +93,7 @@ class Lorta(Method):
     def memory(
         self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """The blocks, which are made for each linear, their gradient and that of A in fp32, and A where it is cast."""
+        """The blocks of each linear and their gradient, the gradient of A in fp32, and A where it is cast."""
         cut = spec.out_features if _is_input_first(adapter) else spec.in_features
         cast = max(
             super().memory(adapter, spec, tokens, dtype, on_accelerator).cast, adapter.rank * cut * dtype.itemsize
@@ -126,11 +125,10 @@ def _layer_and_module(spec: LinearSpec) -> tuple[int, str]:
 
 
 def _group(spec: LinearSpec) -> str:
-    """What shares A, B and C_h: linears of one part of a layer and one in_features, such as ``self_attn_4096``."""
+    """Linears of one part of a layer with one in_features share A, B and C_h: ``self_attn_4096``."""
     *part, _ = _layer_and_module(spec)[1].split(".")
     return "_".join([*part, str(spec.in_features)])
 
 
 def _module_row(spec: LinearSpec) -> str:
-    """The tensor that is this linear's row of C_m."""
     return "qvera_module_" + _layer_and_module(spec)[1].replace(".", "_")

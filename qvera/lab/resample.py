@@ -1,9 +1,9 @@
-"""New projections every some steps (``training.resample_every``): VeRA in phases, and what happens between two of them.
+"""``training.resample_every``: VeRA in phases, each with a new random pair.
 
-    ΔW = Σ_p s diag(b_p) B_p diag(d_p) A_p        A_p, B_p of seed p, all of one rank r
+    ΔW = Σ_p s diag(b_p) B_p diag(d_p) A_p        A_p, B_p of seed p, all of rank r
 
-As ReLoRA merges and begins again, and as Flora draws a new random subspace (arXiv 2402.03293): one pair reaches changes
-of rank r only, and the sum has rank p r. Nothing is merged into the base; the sum is an exact LoRA of the summed rank.
+One pair only reaches changes of rank r; the sum of all has rank p r. ReLoRA also merges and begins again, and Flora
+(arXiv 2402.03293) draws new random subspaces. Nothing is merged into the base here, and the sum is an exact LoRA.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Resample(Schedule):
-    """Phases of a run: which one a step is in is a function of the step."""
+    """``training.resample_every``."""
 
     name = "resample"
 
@@ -75,11 +75,7 @@ class Resample(Schedule):
 
 
 def phase_count(recipe: Any, rows: int) -> int:
-    """How many phases a run over that many training rows has; 1 without ``training.resample_every``.
-
-    Raises:
-        InputError: they come to a larger rank than an adapter may have.
-    """
+    """How many phases a run has; 1 without ``training.resample_every``. InputError if their ranks sum to too much."""
     every = recipe.training.resample_every
     if not every:
         return 1
@@ -93,18 +89,17 @@ def phase_count(recipe: Any, rows: int) -> int:
 
 
 class ResampledVera(Vera):
-    """VeRA, which a chain of seeds turns into `VeraPhases`."""
+    """VeRA; with a chain of seeds it is `VeraPhases`."""
 
     def variant(self, adapter: Settings) -> Method:
         return _PHASES if getattr(adapter, "seed_chain", None) else super().variant(adapter)
 
 
 class VeraPhases(Vera):
-    """Every some steps the vectors are frozen, and a new random pair with fresh vectors goes on.
+    """VeRA whose vectors freeze at the end of a phase; the next phase has a new random pair and new vectors.
 
-    In tensors it is VeRA with ``b_groups``: A [p r, n] and B [m, p r] hold the pairs of all seeds, d [p r], b [p, m].
-    Only the scale s is that of rank r. A phase that has not begun has b = 0, adds nothing, and is left out of the
-    products. While it is trained (``current_phase``), only the current phase gets gradients.
+    Its tensors are those of VeRA with ``b_groups``: A [p r, n] and B [m, p r] hold the pairs of all seeds, d is [p r]
+    and b [p, m]. The scale is that of rank r. Phases that have not begun are left out of the products.
     """
 
     peft_type = None
@@ -130,7 +125,7 @@ class VeraPhases(Vera):
 
 
 def _phases(adapter: Any) -> tuple[int, int]:
-    """How many phases an adapter has, and the number of the last one that is in use."""
+    """The number of phases, and the index of the last one in use."""
     phases, current = len(adapter.seed_chain), getattr(adapter, "current_phase", None)
     return phases, phases - 1 if current is None else current
 
@@ -139,10 +134,7 @@ _PHASES = VeraPhases()
 
 
 class ResampleHook(TrainingHook):
-    """Begins a phase every ``every`` steps; which one a step is in is a function of the step.
-
-    A new phase begins with b = 0 and d = d_initial, and without optimizer state, or with what `move_state` makes of it.
-    """
+    """Begins a phase every ``every`` steps: b = 0, d = d_initial, and optimizer state from `move_state` or none."""
 
     def __init__(self, model: PeftModel, optimizer: torch.optim.Optimizer, training: Any) -> None:
         self.config: QveraConfig = model.peft_config["default"]
@@ -152,7 +144,7 @@ class ResampleHook(TrainingHook):
         self._enter(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The phase: it is what a run that goes on after its last step is scored with."""
+        """The phase: a run that is resumed after its last step is scored with it."""
         return {"phase": self.config.current_phase}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,11 +171,10 @@ class ResampleHook(TrainingHook):
 
 @torch.no_grad()
 def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's state of a linear for the phase that has just begun, made of that of the phase before.
+    """Make AdamW's state for the new phase of a linear from that of the phase before.
 
-    The momentum of b goes over as far as the new subspace has it (`carried_share`). d has no gradient while
-    the new b is 0, so its momentum begins at 0. The second moments stay: they are sizes, and the new directions are as
-    long as the old ones.
+    b keeps the part of its momentum that the new subspace has (`carried_share`). The momentum of d begins at 0: it has
+    no gradient while the new b is 0. Second moments stay, since the new directions are as long as the old ones.
     """
     phase, rank = config.current_phase, config.rank // config.b_groups
     assert phase
@@ -204,31 +195,19 @@ def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.O
 
 
 def moved_momentum(momentum: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The momentum of a gradient G [m, n] that is kept as G Pᵀ [m, r], in another subspace: M' = (M P_old) P_newᵀ.
+    """The momentum M [m, r] of a gradient G, kept as G Pᵀ, in another subspace [m, r']: M' = (M P_old) P_newᵀ.
 
-    Decompressed by the old projection, compressed by the new one. With normal projections of variance 1 / r,
-    E[Pᵀ P] = 1, so M' is the compressed momentum of the same G in expectation. For a projection from the left (P G)
-    transpose everything.
-
-    Args:
-        momentum: M [m, r].
-        old, new: P_old [r, n] and P_new [r', n].
-
-    Returns:
-        M' [m, r'].
+    With normal projections P_old [r, n] and P_new [r', n] of variance 1 / r, E[Pᵀ P] = 1, so M' is the compressed
+    momentum of the same G in expectation. For projections from the left (P G), transpose everything.
     """
     return momentum @ (old @ new.t())
 
 
 def carried_share(old: Factors, new: Factors) -> torch.Tensor:
-    """What `moved_momentum` makes of the momentum of VeRA's b, as a factor for each element: [m].
+    """`moved_momentum` of VeRA's b as a factor for each element [m], from two phases of one linear.
 
-    ∂b_i = s (B_i ⊙ d) A ∂W_iᵀ is the gradient of row i of W in a subspace of one direction, v_i = s (B_i ⊙ d) A [n].
-    With v_i / ‖v_i‖² in place of P_old, what comes over to v'_i is the momentum times v_i · v'_i / ‖v_i‖². For random
-    pairs that is about 1 / √n.
-
-    Args:
-        old, new: of one linear, with A, B and d of two phases; b is not read.
+    ∂b_i = s (B_i ⊙ d) A ∂W_iᵀ is the gradient of row i of W in one direction, v_i = s (B_i ⊙ d) A [n]. P_old is
+    replaced by v_i / ‖v_i‖². So the factor is v_i · v'_i / ‖v_i‖², about 1 / √n for random pairs.
     """
     assert old.d is not None
     assert new.d is not None

@@ -1,15 +1,15 @@
 """The weight gradient of a linear from some of its tokens: WTA-CRS (arXiv 2305.15265), winner-take-all and sampling.
 
-A trained factor with the input x [T, n] and the upstream gradient g [T, m] has the gradient gᵀ x = Σ_t g_t x_tᵀ, for
-which backward needs all of x. With probabilities p_t > 0, the k tokens of a sample are
+A trained factor with input x [T, n] and output gradient g [T, m] has the gradient gᵀ x = Σ_t g_t x_tᵀ, for which
+backward needs all of x. With probabilities p_t > 0, a sample of k tokens is
 
-- C, the tokens of the largest p_t, each once with weight 1;
-- k - |C| draws from the others, with replacement and p_t as their odds, each with weight (1 - p_C) / (p_t (k - |C|)),
-  where p_C = Σ_{t in C} p_t.
+- C: the tokens with the largest p_t, each once with weight 1;
+- k - |C| draws from the others, with replacement, with odds p_t and weights (1 - p_C) / (p_t (k - |C|)), where
+  p_C = Σ_{t in C} p_t.
 
-|C| is the size that makes (1 - p_C) / (k - |C|) smallest (the paper's theorem 2). Σ w_t g_t x_tᵀ over the sample is
-gᵀ x in expectation for any p; its variance is least for p_t ∝ ‖x_t‖ ‖g_t‖. The paper's code takes ‖g_t‖ from the epoch
-before and has a biased first epoch; here what is not known is left out of p, which costs variance and no bias.
+|C| makes (1 - p_C) / (k - |C|) smallest (theorem 2). Σ w_t g_t x_tᵀ over the sample is gᵀ x in expectation for any p.
+Its variance is least for p_t ∝ ‖x_t‖ ‖g_t‖. The paper's code takes ‖g_t‖ from the epoch before, and its first epoch is
+biased. Here p leaves out what is not known, which costs variance and no bias.
 """
 
 from __future__ import annotations
@@ -30,19 +30,14 @@ _UNITS = 2**52
 
 
 class TokenSample(NamedTuple):
-    """Tokens to keep and their weights; a token that was drawn twice is there twice."""
+    """Tokens and their weights; a token that was drawn twice is there twice."""
 
     tokens: torch.Tensor  # int64 [k]
     weight: torch.Tensor  # [k], of the dtype of the probabilities
 
 
 def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) -> torch.Tensor:
-    """p [T] ∝ ‖x_t‖ ‖g_t‖, fp32 or wider, every element above 0.
-
-    Args:
-        x: [T, n].
-        g_norms: ‖g_t‖ [T] where it is known; None: the same for all tokens.
-    """
+    """p [T] ∝ ‖x_t‖ ‖g_t‖ for x [T, n], fp32 or wider, all above 0. Without ``g_norms`` [T] only by ‖x_t‖."""
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     odds = norms if g_norms is None else norms * g_norms.to(norms.dtype)
     # a run that diverges ends by its loss: no place below is out of range, which on CUDA would end the whole process
@@ -53,24 +48,18 @@ def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) ->
 
 
 def _in_units(p: torch.Tensor) -> torch.Tensor:
-    """p in units of 1 / `_UNITS`, int64: torch has running sums of integers on CUDA that are the same each time.
-
-    It has none of floats, and refuses them with ``training.full_determinism``.
-    """
+    """int64: on CUDA, torch's running sums are deterministic for integers and not for floats."""
     return (p.double() * _UNITS).long()
 
 
 def kept_count(highest: torch.Tensor) -> torch.Tensor:
-    """|C|, int64 [1]: how many of the k tokens with the ``highest`` p [k] a sample keeps for certain; less than k."""
+    """|C| as int64 [1]: how many of the tokens with the ``highest`` p [k] are kept for certain; less than k."""
     slots = len(highest) - torch.arange(len(highest), device=highest.device)
     return (_not_kept(highest) / slots).argmin(0, keepdim=True)
 
 
 def sample_tokens(p: torch.Tensor, k: int, generator: torch.Generator | None = None) -> TokenSample:
-    """Draw a sample of ``k`` of T tokens, 0 < k; all of them, each with weight 1, where k >= T.
-
-    Shapes do not depend on what is drawn, so that the host never waits for an accelerator.
-    """
+    """Draw ``k`` > 0 of T tokens; all, if k >= T. Shapes do not depend on the draws, so the host need not wait."""
     if k >= len(p):
         return TokenSample(torch.arange(len(p), device=p.device), torch.ones_like(p))
     highest = p.topk(k)
@@ -85,30 +74,29 @@ def sample_tokens(p: torch.Tensor, k: int, generator: torch.Generator | None = N
 
 
 def drawn_weights(p: torch.Tensor, not_kept: torch.Tensor, draws: torch.Tensor | int) -> torch.Tensor:
-    """(1 - p_C) / (p_t (k - |C|)) of drawn tokens: their p, ``not_kept`` is 1 - p_C and ``draws`` k - |C|."""
+    """(1 - p_C) / (p_t (k - |C|)): ``not_kept`` is 1 - p_C, and ``draws`` is k - |C|."""
     return not_kept / (p * draws)
 
 
 def _not_kept(highest: torch.Tensor) -> torch.Tensor:
-    """1 - p_C, fp64 [k], where C are the first 0, 1, .. k - 1 of the highest p [k]."""
+    """1 - p_C, fp64 [k], for C = the first 0, 1, .. k - 1 of the highest p [k]."""
     units = _in_units(highest)
     return 1 - (units.cumsum(0) - units).double() / _UNITS
 
 
 class TokenSampler:
-    """Draws the sample that backward keeps of each input x; layers that read the same x share one.
+    """Draws what backward keeps of each input x: ``share`` of its tokens, rounded up.
 
-    ‖g_t‖ is not known in forward, so p_t ∝ ‖x_t‖. Draws come from torch's
+    Layers that read the same x share a sample. Forward does not know ‖g_t‖, so p_t ∝ ‖x_t‖. Draws come from torch's
     default generator of x's device.
     """
 
     def __init__(self, share: float) -> None:
-        """``share``: of the tokens of an input, rounded up, that a sample has; 0 < share < 1."""
         self.share = share
         self._recent: tuple[weakref.ref[torch.Tensor], tuple[int, int], torch.Tensor, TokenSample] | None = None
 
     def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The rows of x [..., n] that are kept, [k, n], and the sample: which tokens they are, and their weights."""
+        """The kept rows [k, n] of x [..., n], which tokens they are, and their weights."""
         # of the backward pass we are in, as in `projection.SharedInput`: a recomputation has its own
         key = x._version, torch._C._current_graph_task_id()
         recent = self._recent
@@ -126,7 +114,7 @@ class TokenSampler:
 
 
 class SampleTokens(Schedule):
-    """``training.sample_tokens``: the layers get a sampler, which draws in every pass of a training."""
+    """``training.sample_tokens``: the layers get a sampler."""
 
     name = "sample_tokens"
 

@@ -1,13 +1,11 @@
-"""SARA (arXiv 2408.03290): VeRA's vectors with a rank for each linear, from the singular values of its weight.
+"""SARA (arXiv 2408.03290): VeRA's vectors, with a rank for each linear from the singular values of its weight.
 
-The rank of a linear is the smallest number of leading singular values whose sum is ``singular_share`` of the sum of
-all, and at most ``rank``. A and B are prefixes of VeRA's shared random pair, or with ``frozen_pair: svd`` the linear's
-own Σ Vᵀ and U. No code of the authors is public: what is theirs here is the rule for the rank, the form U Λ V, and the
-router; a vector b [out_features] from 0 makes the start exact, as a third party's code has it.
+The rank is the smallest number of leading singular values whose sum is ``singular_share`` of the sum of all, at most
+``rank``. A and B are prefixes of VeRA's shared random pair, or with ``frozen_pair: svd`` the linear's own Σ Vᵀ and U.
+The authors published no code; the vector b [out_features], 0 at first, is from a third party's.
 
-With ``experts`` above 1 it is Mo-SARA: several vectors d, mixed for each token by softmax(w_out (w_in · z / rms(z))),
-z = A x.
-Its change is another one for each token, so it can't be merged, nor be a LoRA.
+With ``experts`` above 1 it is Mo-SARA: several vectors d are mixed for each token, z = A x, with the gates
+softmax(w_out (w_in · z / rms(z))). So there is no one ΔW to merge.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Sara(Method):
-    """d [k] and b [out_features] for each linear, k its rank; VeRA's starts."""
+    """d [k] and b [out_features] for each linear, k its rank; they start as VeRA's."""
 
     name = "sara"
     title = "SARA"
@@ -47,7 +45,6 @@ class Sara(Method):
         return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
 
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:
-        """Write the ranks into the config, where it is a fresh one."""
         if adapter.ranks is not None:
             return
         ranks, cache = {}, FactorCache.of(adapter)
@@ -62,7 +59,7 @@ class Sara(Method):
         adapter.ranks = ranks or None
 
     def rank_at(self, adapter: Settings, spec: LinearSpec) -> int:
-        """The linear's rank; of a recipe, which knows no weights, the highest that it may have."""
+        """A recipe knows no weights: then the highest rank that the linear may have."""
         ranks = getattr(adapter, "ranks", None) or {}
         most = min(adapter.rank, spec.in_features, spec.out_features)
         return int(ranks.get(spec.name, most))
@@ -79,7 +76,7 @@ class Sara(Method):
         return Traits(is_trained=name != "qvera_d" or adapter.train_d)
 
     def scale(self, adapter: Settings, spec: LinearSpec) -> float:
-        """VeRA's, by the highest rank for all linears: the step of a linear does not depend on its own rank."""
+        """VeRA's for the highest rank, so that the step of a linear does not depend on its own rank."""
         return vera_scale(adapter.rank, spec.in_features)
 
     def factors(
@@ -112,7 +109,7 @@ class _Mixture(Sara):
         return {**vectors, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        """b as SARA's; d around d_initial and the router at random, so that the experts are not all the same."""
+        """d varies around d_initial and the router is random: equal experts would stay equal."""
         if name == "qvera_b" or not getattr(adapter, "init_weights", True):
             return super().start(name, shape, adapter, spec)
         seed = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
@@ -123,10 +120,7 @@ class _Mixture(Sara):
     def memory(
         self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """What `add` multiplies with: of each token z / rms(z), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, the score and the weights.
-
-        z / rms(z) is in fp32; in 16 bits z is kept in fp32 for it too. Then there is the vector of ones.
-        """
+        """Of each token: z / rms(z) in fp32 (in 16 bits also z in fp32), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, score and gates."""
         k, size = self.rank_at(adapter, spec), dtype.itemsize
         kept = tokens * (k * ((4 if size == 4 else 8) + 2 * size) + 4 * (2 + adapter.experts)) + 4 * k
         return LinearBytes(kept, 4 * k * (2 * spec.out_features + 3 * tokens), 0)
@@ -164,4 +158,4 @@ _VARIANTS: dict[tuple[bool, bool], Method] = {
     (False, True): _Mixture(),
     (True, True): _SvdMixture(),
 }
-"""By whether the pair is the weight's own, and whether there are several experts."""
+"""By (the pair is the weight's own, there are several experts)."""

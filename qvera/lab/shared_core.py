@@ -1,7 +1,6 @@
-"""A dense core between VeRA's shared pair: ΔW = s B R A with R [rank, rank] trained, A and B random, frozen and shared.
+"""ΔW = s B R A, with R [rank, rank] trained. A and B are VeRA's: random, frozen and shared.
 
-LoRA-XS (arXiv 2405.17604) puts R between factors of each weight; here the pair is VeRA's, so that a file holds nothing
-but R and linears that read the same input share z.
+Unlike LoRA-XS (arXiv 2405.17604), a file holds only R, and linears that read the same input share z.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from qvera.lab.keys import Settings
 
 
 class SharedCore(Method):
-    """R [rank, rank] for each linear, from 0."""
+    """R [rank, rank] for each linear starts at 0."""
 
     name = "shared-core"
     usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}

@@ -1,13 +1,12 @@
-"""The mathematics of a sparse ΔW: k values of a weight [m, n], and nothing of the weight's own size (SpIEL).
+"""The mathematics of a sparse ΔW: k values of a weight [m, n].
 
 SpIEL (arXiv 2401.16405, section 3) adds a sparse δ to a frozen weight:
 
     y_ti = (W x_t)_i + Σ v_e x_t,j over the values e of row i         ∂v_e = Σ_t g_ti x_tj         ∂x_t = (W + ΔW)ᵀ g_t
 
-with i and j the row and column of value e. An index is a place in the flattened weight, i n + j, int32, and all of a
-weight's are sorted: row by row. Sums over the values of a row are embedding bags, one bag a row, over xᵀ: no product is
-kept for each value and token. ∂x takes the same values column by column. Tokens go by blocks, in fp32 or wider, so that
-beside x and y only a few MB are held.
+Value e is in row i and column j. Its index is i n + j, int32, and the indices of a weight are sorted. Sums over the
+values of a row are embedding bags over xᵀ, one bag a row, so no product is kept for each value and token. Tokens are
+taken in blocks, in fp32 or wider: nothing is ever held that has the size of the weight.
 """
 
 from __future__ import annotations
@@ -23,19 +22,16 @@ from qvera.adapters.products.functional import AutogradContext, as_output
 from qvera.utils.errors import InputError
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
-"""Is given the output's gradient [T, m] and the input [T, n] of a layer in its backward pass."""
+"""Called in backward with the output's gradient [T, m] and the input [T, n] of a layer."""
 
 
 def _block_elements(on_accelerator: bool) -> int:
-    """Elements of a transposed block of tokens, or of a block of rows of gᵀ x.
-
-    8 MB in fp32, for a CPU's cache. On an accelerator 64 MB: smaller blocks wait for their launches.
-    """
+    """8 MB in fp32 fit a CPU's cache. Accelerators get 64 MB: small blocks would wait for kernel launches."""
     return 2**24 if on_accelerator else 2**21
 
 
 def _token_blocks(*tensors: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same tokens of each tensor [T, features], as [features, block] in ``dtype``, block by block."""
+    """Yields the same block of tokens of each tensor [T, features], as [features, block]."""
     step = max(1, _block_elements(not tensors[0].is_cpu) // max(tensor.shape[1] for tensor in tensors))
     for blocks in zip(*(tensor.split(step) for tensor in tensors), strict=True):
         yield tuple(block.to(dtype).t().contiguous() for block in blocks)
@@ -46,18 +42,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_blocks(rows: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
-    """``rows`` [m, ...] cut so that a block times ``columns`` numbers is no more than `_block_elements`."""
+    """Cut ``rows`` [m, ...] so that a block times ``columns`` numbers has `_block_elements` at most."""
     return rows.split(max(1, _block_elements(not rows.is_cpu) // columns))
 
 
 def row_starts(indices: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Where each row's values begin among sorted ``indices`` [k], and where the last row's end: int32 [rows + 1]."""
+    """int32 [rows + 1]: where each row's values begin among sorted ``indices`` [k], and where the last row ends."""
     firsts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
     return torch.searchsorted(indices.long(), firsts, out_int32=True)
 
 
 def _add_rows(out: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor, v: torch.Tensor) -> None:
-    """Add Σ_e v_e x[:, columns_e] over the values of row i to out[:, i]; out [T, m], x [T, n]."""
+    """out[:, i] += Σ_e v_e x[:, columns_e] over the values e of row i; out [T, m], x [T, n]."""
     first = 0
     for (block,) in _token_blocks(x, dtype=_wide(x.dtype)):
         sums = F.embedding_bag(
@@ -68,16 +64,7 @@ def _add_rows(out: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, starts:
 
 
 def sampled_product(g: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(gᵀ x) at the given places: Σ_t g_t[i_e] x_t[j_e].
-
-    Args:
-        g: [T, m].
-        x: [T, n].
-        indices: i n + j of each place, int32 [k], in any order.
-
-    Returns:
-        [k] in fp32 or wider.
-    """
+    """(gᵀ x) at ``indices`` [k] only: Σ_t g_t[i_e] x_t[j_e], [k] in fp32 or wider; g is [T, m] and x [T, n]."""
     n = x.shape[1]
     rows, columns = indices // n, indices % n
     # the operator asks for offsets and looks at their dtype alone
@@ -91,14 +78,9 @@ def sampled_product(g: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> 
 def largest_places(
     blocks: Iterator[torch.Tensor], count: int, skip: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` largest |values| of a matrix that comes as blocks of rows, one block held at a time.
+    """The ``count`` largest |values| of a matrix that comes in ``blocks`` of rows [rows, n], one in memory at a time.
 
-    Args:
-        blocks: [rows, n] each, from the first row on.
-        skip: sorted flat indices that do not count.
-
-    Returns:
-        Flat indices, int32, sorted; and the values there. Fewer than ``count`` where there are no more.
+    Returns sorted flat indices, int32, and the values there. ``skip`` are sorted flat indices that do not count.
     """
     best: tuple[torch.Tensor, torch.Tensor] | None = None
     first = 0
@@ -129,11 +111,11 @@ def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torc
 
 
 def working_bytes(tokens: int, rows: int, columns: int, count: int, itemsize: int, on_accelerator: bool) -> int:
-    """The most that forward and backward of `add_sparse` take for the moment, without the gradient of x.
+    """The most that forward and backward of `add_sparse` hold for a moment, without the gradient of x.
 
-    A block of tokens of x and of y in fp32, and in 16 bits one of them before it is transposed; of several blocks the
-    last one is there while the next is made. Or, while candidates are looked for, a block of gᵀ x and its absolute
-    values, and in 16 bits x and a block of g in fp32. Beside them indices and values in another order.
+    A block of tokens of x and y (the last block is still there while the next is made), or, while candidates are
+    searched, a block of gᵀ x and its absolute values. 16-bit inputs need fp32 copies. Indices and values in another
+    order come on top.
     """
     most = _block_elements(on_accelerator)
     block = max(1, min(tokens, most // max(rows, columns)))
@@ -146,7 +128,7 @@ def working_bytes(tokens: int, rows: int, columns: int, count: int, itemsize: in
 
 
 class SparseChange(NamedTuple):
-    """A sparse ΔW [rows, columns]. It answers what exports ask of `qvera.adapters.factors.Factors`."""
+    """A sparse ΔW, with the methods of `qvera.adapters.factors.Factors` that exports call."""
 
     values: torch.Tensor  # [k]
     places: torch.Tensor  # int32 [k], i columns + j, sorted
@@ -155,24 +137,18 @@ class SparseChange(NamedTuple):
 
     @property
     def vectors(self) -> None:
-        """None: it is no low-rank path."""
+        """None: there is no low-rank path."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
         return self.rows, self.columns
 
     @property
     def rank(self) -> int:
-        """The rank of the LoRA that trains as many numbers."""
+        """The rank of a LoRA that trains as many numbers."""
         return len(self.values) // (self.rows + self.columns)
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuse: there are no factors.
-
-        Raises:
-            InputError: always.
-        """
         raise InputError(
             "this adapter's method is spiel: its ΔW has single elements all over the weight, so its rank is near the "
             "weight's own. No LoRA is the same, and --to lora, --reduce and sums of adapters need one. Export it "
@@ -180,21 +156,21 @@ class SparseChange(NamedTuple):
         )
 
     def delta(self) -> torch.Tensor:
-        """ΔW as a dense tensor in fp32 or wider, without a graph."""
+        """Dense, in fp32 or wider, without a graph."""
         values = self.values.detach().to(_wide(self.values.dtype))
         dense = values.new_zeros(self.rows * self.columns)
         dense[self.places.long()] = values
         return dense.view(self.rows, self.columns)
 
     def outputs(self, part: slice) -> SparseChange:
-        """These rows of ΔW, one after another."""
+        """Consecutive rows of ΔW."""
         start, stop, _ = part.indices(self.rows)
         low, high = (int(torch.searchsorted(self.places.long(), row * self.columns)) for row in (start, stop))
         places = self.places[low:high] - start * self.columns
         return SparseChange(self.values[low:high], places, stop - start, self.columns)
 
     def inputs(self, part: slice) -> SparseChange:
-        """These columns of ΔW, one after another."""
+        """Consecutive columns of ΔW."""
         start, stop, _ = part.indices(self.columns)
         i, j = self.places // self.columns, self.places % self.columns
         kept = (j >= start) & (j < stop)
@@ -260,18 +236,17 @@ def add_sparse(
     overwrite: bool = False,
     watch: Watch | None = None,
 ) -> torch.Tensor:
-    """y = base + x ΔWᵀ, where ΔW [m, n] has ``values`` at ``indices`` and is zero elsewhere.
+    """y = base + x ΔWᵀ [..., m], where ΔW [m, n] has ``values`` at ``indices`` and is zero elsewhere.
+
+    Differentiable once in base, x and values. y may be changed in place.
 
     Args:
         base: the frozen layer's output [..., m].
         x: [..., n] in any dtype; kept for backward.
-        values: [k] in fp32 or wider; the gradient comes in the same dtype.
+        values: [k] in fp32 or wider.
         indices: i n + j of each value, int32 [k], sorted and all different.
-        overwrite: y may take base's memory. For a base that nobody else reads, in backward neither.
-        watch: called in backward with the gradient of y [T, m] and x [T, n], after the gradients were computed.
-
-    Returns:
-        [..., m] in base's dtype. Differentiable once in base, x and values; may be changed in place.
+        overwrite: y may take the memory of base. Then nobody else may read base, in backward neither.
+        watch: called in backward, after the gradients were computed.
     """
     if not torch.is_grad_enabled():
         return _add_sparse(base, x, values, indices, overwrite)

@@ -1,17 +1,14 @@
 """SpIEL (arXiv 2401.16405): ΔW has k trained values at k places of the weight, and the places change in training.
 
-k is what a LoRA of the same rank trains, rank (in_features + out_features). The authors give every weight the same
-share of its elements instead.
+k is rank (in_features + out_features), as in LoRA. The authors give every weight the same share of its elements.
 
-Every so many steps a share of the values, those of smallest size, is dropped, and as many places are grown, at zero
-(section 3.2):
+Every ``reselect_every`` steps the smallest values are dropped and as many new places start at zero (section 3.2):
 
-- by accumulated gradient (AG), with AdamW: candidates are the k places where the gradient of one micro-batch is
-  largest. Their gradients are summed over some steps, and those with the largest sums are grown.
-- by momentum approximation (MA), with SM3: the places where the product of its row and column accumulators is largest.
+- accumulated gradient (AG), with AdamW: candidates are the k places where the gradient of one micro-batch is largest.
+  Their gradients are summed over some steps, and the largest sums win.
+- momentum approximation (MA), with SM3: where the product of its row and column accumulators is largest.
 
-Neither ever has a tensor of the weight's size: gᵀ x and the products come as blocks of rows (`sparse.largest_places`).
-Both optimizers can give a value of one parameter a new place: its state starts anew, the other values keep theirs.
+No tensor has the weight's size: gᵀ x and the products come in blocks of rows (`sparse.largest_places`).
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ VALUES, PLACES = "qvera_values", "qvera_places"
 
 
 class Spiel(Method):
-    """Values [k] from 0, and their places, int32 [k]: sorted indices into the flattened weight."""
+    """Values [k] start at 0. Places, int32 [k], are sorted indices into the flattened weight."""
 
     name = "spiel"
     title = "SpIEL"
@@ -135,7 +132,6 @@ class Spiel(Method):
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The linears with an adapter "default", by their names in the base model."""
     from qvera.adapters.layer import QveraLinear  # which imports the methods
 
     found = {}
@@ -147,7 +143,7 @@ def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 def random_places(count: int, among: int, seed: int, name: str) -> torch.Tensor:
-    """``count`` different numbers below ``among``, int32, sorted; of this seed and linear always the same."""
+    """``count`` different sorted int32 numbers below ``among``, the same for the same seed and linear."""
     words = np.random.Philox(key=np.array([seed, zlib.crc32(name.encode())], dtype=np.uint64))
     found = np.empty(0, dtype=np.int64)
     while len(found) < count:  # drawn one after another until there are enough, so that every choice is as likely
@@ -157,14 +153,10 @@ def random_places(count: int, among: int, seed: int, name: str) -> torch.Tensor:
 
 
 class Candidates:
-    """The places of one weight that may get a value next, and their gradients, summed over optimizer steps.
+    """Places of one weight that may get a value next (int32 [k], sorted), and their gradients.
 
-    Attributes:
-        indices: the places, int32 [k], sorted; None before the first micro-batch.
-        total: sum of their gradients over the steps counted, [k] in fp32 or wider.
-        squares: sum of the squares of the steps' gradients.
-        steps: how many steps were counted.
-        agreed: whether the places stay when a step is dropped: a step was counted, or all ranks have these.
+    ``total`` and ``squares`` [k] are sums over ``steps`` optimizer steps, fp32 or wider. When a step is dropped, the
+    places stay if ``agreed``: a step was counted, or all ranks have the same places.
     """
 
     def __init__(self, count: int) -> None:
@@ -185,24 +177,23 @@ class Candidates:
         self._step = found if self._step is None else self._step + found
 
     def drop_step(self) -> None:
-        """Forget the micro-batches of a step that was not taken; in the first step the places too."""
+        """Forget a step that was not taken; before the places are agreed on, forget them too."""
         self._step = None
         if not self.agreed:
             self.indices = None
 
     def agree(self, indices: torch.Tensor) -> None:
-        """Take these places, and forget the gradients of the step that is under way."""
+        """Take these places, and forget the gradients of the current step."""
         self.indices, self._step, self.agreed = indices, None, True
 
     def step_gradient(self) -> torch.Tensor:
-        """The gradients of the step that is under way, [k]; to be summed over ranks in place."""
+        """[k], of the current step; to be summed over ranks in place."""
         if self._step is None:  # this rank had no rows
             assert self.indices is not None
             self._step = torch.zeros(len(self.indices), device=self.indices.device)
         return self._step
 
     def end_step(self, loss_scale: float = 1.0) -> None:
-        """Count the micro-batches since the last call as the gradient of one step, divided by the loss scale."""
         if self._step is None:
             return
         step, self._step = self._step / loss_scale, None
@@ -215,35 +206,28 @@ class Candidates:
 
 
 class Replacement(NamedTuple):
-    """Which values get which new places."""
+    """Values that move, and their new places."""
 
     slots: torch.Tensor
-    """The values that are dropped, as positions among the weight's values, [c]."""
+    """Positions of the dropped values, [c]."""
     places: torch.Tensor
-    """The places that are grown, int32 [c]; none has a value now."""
+    """The new places, int32 [c]; none has a value now."""
     chosen: torch.Tensor | None = None
-    """By accumulated gradient: their positions among the candidates, [c]."""
+    """By accumulated gradient: the positions of the new places among the candidates, [c]."""
 
 
 def smallest(values: torch.Tensor, share: float) -> torch.Tensor:
-    """Positions of the share (rounded down) of ``values`` [k] with the smallest size, smallest first."""
+    """Positions of the smallest |values|, smallest first; ``share`` of k is rounded down."""
     return values.abs().topk(int(len(values) * share), largest=False, sorted=True).indices
 
 
 def by_accumulated_gradient(
     indices: torch.Tensor, values: torch.Tensor, share: float, candidates: torch.Tensor, total: torch.Tensor
 ) -> Replacement:
-    """The replacement by the largest |total| among the candidates that keep no value.
+    """Choose the largest |total| among the ``candidates`` (places, int32) that keep no value.
 
-    A place that is among the dropped and among the grown stays as it is, with its value. Where too few candidates are
-    left, fewer values are dropped.
-
-    Args:
-        indices: the places of the values, int32 [k].
-        values: [k].
-        share: how many of them to drop.
-        candidates: places, int32.
-        total: the sum of gradients at each candidate.
+    Drops the ``share`` smallest of the values [k] at ``indices``; with too few candidates, fewer. A place that is both
+    dropped and chosen keeps its value.
     """
     dropped = smallest(values, share)
     stays = torch.ones_like(values, dtype=torch.bool)
@@ -261,14 +245,9 @@ def by_accumulated_gradient(
 def by_momentum(
     indices: torch.Tensor, values: torch.Tensor, share: float, row: torch.Tensor, column: torch.Tensor
 ) -> Replacement:
-    """The replacement by the largest row_i column_j among the places without a value. What is dropped stays out.
+    """Choose the largest row_i column_j (SM3's accumulators [m] and [n]) among the places that have no value.
 
-    Args:
-        indices: the places of the values, int32 [k], sorted.
-        values: [k].
-        share: how many of them to drop.
-        row: SM3's accumulator of each row [m].
-        column: of each column [n].
+    Drops the ``share`` smallest of the values [k] at ``indices``, int32 [k], sorted.
     """
     dropped = smallest(values, share)
     products = (rows.unsqueeze(1) * column for rows in row_blocks(row, len(column)))
@@ -278,11 +257,7 @@ def by_momentum(
 
 @torch.no_grad()
 def replace(indices: torch.Tensor, values: torch.Tensor, change: Replacement) -> torch.Tensor:
-    """Give the values their new places, in place; grown ones start at zero and all are sorted by place again.
-
-    Returns:
-        For each value its slot before, [k].
-    """
+    """Move values in place: new ones start at zero, all are sorted by place again. Returns their old positions, [k]."""
     indices[change.slots] = change.places
     values[change.slots] = 0.0
     order = indices.argsort()
@@ -292,7 +267,7 @@ def replace(indices: torch.Tensor, values: torch.Tensor, change: Replacement) ->
 
 
 class SparseLayer(NamedTuple):
-    """A linear with sparse values, for `Reselection`."""
+    """A linear with sparse values."""
 
     layer: AdaptedForward
     values: nn.Parameter  # [k]
@@ -302,25 +277,18 @@ class SparseLayer(NamedTuple):
 class Reselection(TrainingHook):
     """Changes the places of sparse values between optimizer steps.
 
-    Steps ``accumulate``, ``every`` + ``accumulate``, 2 ``every`` + ``accumulate``, .. are followed by a change, but for
-    the run's last step. It moves ``drop_share`` of the values, times the share of the run's steps that are left. The
-    first one moves all of them where ``places_are_random``.
+    A change follows steps ``accumulate``, ``every`` + ``accumulate``, 2 ``every`` + ``accumulate`` and so on, but not
+    the last step. It moves ``drop_share`` of the values times the share of steps that are left. With
+    ``places_are_random`` the first change moves all of them.
 
-    Several ranks: the candidates are those of rank 0's first micro-batch. The step that finds them is not counted then,
-    since the others have no gradients at these places yet.
+    With several ranks the candidates come from the first micro-batch of rank 0. The step that finds them is not counted
+    then: the other ranks have no gradients at these places yet.
 
     Args:
         layers: by name. Each gets a ``gradient_watch`` while gradients are accumulated.
-        optimizer: of all values. Its class says how new places are chosen.
-        every: steps from one change to the next.
-        accumulate: steps over which gradients are summed before each, at most ``every``.
-        drop_share: see above.
-        total_steps: of the run.
+        optimizer: of all values. Its class decides how new places are chosen.
+        accumulate: steps over which gradients are summed before a change, at most ``every``.
         places_are_random: at the start; False: another training chose them.
-        group: the run's processes.
-
-    Raises:
-        InputError: several processes, and no step is left to accumulate gradients in.
     """
 
     def __init__(
@@ -345,7 +313,7 @@ class Reselection(TrainingHook):
             )
 
     def before_step(self, step: int) -> None:
-        """Watch gradients in the steps before a change; drop what an attempt without a step has left."""
+        """Watch gradients in the steps before a change; a failed attempt at this step is forgotten."""
         if (step - 1) % self.every >= self.accumulate or not isinstance(self.optimizer, AgedAdamW):
             return
         for name, (layer, values, _) in self.layers.items():
@@ -355,7 +323,6 @@ class Reselection(TrainingHook):
             layer.needs_whole_passes = True
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """Count the step's gradients, and change the places where it is time."""
         for layer, *_ in self.layers.values():
             layer.gradient_watch, layer.needs_whole_passes = None, False  # type: ignore[attr-defined]
         if self.candidates:
@@ -395,7 +362,6 @@ class Reselection(TrainingHook):
         self.optimizer.take_over(values, change.slots, replace(places, values, change), seeds)
 
     def state_dict(self) -> dict[str, Any]:
-        """The candidates and their sums, between the steps before a change."""
         found: dict[str, Any] = {}
         for name, candidates in self.candidates.items():
             for part in ("indices", "total", "squares"):
@@ -405,7 +371,6 @@ class Reselection(TrainingHook):
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
         self.candidates = {}
         for key, value in state.items():
             name, _, part = key.rpartition(":")
@@ -416,16 +381,14 @@ class Reselection(TrainingHook):
 
 
 class Seeds(NamedTuple):
-    """What is known of the gradients at new places, one element for each."""
+    """Means over ``steps`` optimizer steps of the gradients at new places, one element for each."""
 
     mean: torch.Tensor
     mean_square: torch.Tensor
     steps: int
-    """How many optimizer steps' gradients these are the means of."""
 
 
 def _loss_of(closure: Callable[[], float] | None) -> float | None:
-    """What an optimizer's ``closure`` gives, as torch's own optimizers call it; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -433,10 +396,10 @@ def _loss_of(closure: Callable[[], float] | None) -> float | None:
 
 
 class AgedAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) in torch's form, with the bias correction of each value's own age (SpIEL, 2401.16405).
+    """AdamW (arXiv 1711.05101) whose bias correction uses each value's own age (SpIEL, 2401.16405).
 
-    The state of a parameter is ``age``, ``exp_avg`` and ``exp_avg_sq``, of its shape, in fp32 or wider. The age is the
-    number of gradients in the averages. While no value takes a new place, the steps are those of `torch.optim.AdamW`.
+    The state is ``age`` (the gradients in the averages), ``exp_avg`` and ``exp_avg_sq``, in fp32 or wider. While no
+    value moves, the steps are those of `torch.optim.AdamW`.
     """
 
     def __init__(
@@ -451,7 +414,6 @@ class AgedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
         loss = _loss_of(closure)
         for group in self.param_groups:
             rate, (beta1, beta2) = group["lr"], group["betas"]
@@ -475,16 +437,10 @@ class AgedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, parameter: nn.Parameter, slots: torch.Tensor, order: torch.Tensor, seeds: Seeds) -> None:
-        """Start the state of some values anew from their places' gradients so far, then put all into a new order.
+        """Start the values ``slots`` [c] anew from ``seeds`` [c], then reorder all by ``order`` [k] (old positions).
 
-        The averages are as if Adam had seen ``seeds.steps`` gradients with these means, so that after bias correction
-        they are the means themselves.
-
-        Args:
-            parameter: [k].
-            slots: which values, [c].
-            order: for each value of the new order its slot now, [k].
-            seeds: of ``slots``, each [c].
+        The new averages are those that Adam has after ``seeds.steps`` gradients with these means: bias correction gives
+        the means themselves.
         """
         beta1, beta2 = next(g["betas"] for g in self.param_groups if any(p is parameter for p in g["params"]))
         state, steps = self._state_of(parameter), torch.tensor(float(seeds.steps), dtype=torch.float64)
@@ -496,20 +452,15 @@ class AgedAdamW(torch.optim.Optimizer):
 
 
 def _weight_sum(beta: float, age: torch.Tensor) -> torch.Tensor:
-    """1 - beta ** age, the sum of the weights in an average of that many gradients; exact where it is small."""
+    """1 - beta ** age, the sum of the weights in an average of ``age`` gradients; exact where it is small."""
     return torch.expm1(age * math.log(beta)).neg_() if beta else torch.ones_like(age)
 
 
 class SparseSM3(torch.optim.Optimizer):
-    """SM3 (arXiv 1901.11150, algorithm SM3-II) with momentum, over sparse values, with decoupled weight decay.
+    """SM3 (arXiv 1901.11150, algorithm SM3-II) with momentum and decoupled weight decay, over sparse values.
 
-    The squares of the gradients are remembered as a largest sum for each row [m] and each column [n] of the weight, and
-    not for each value. The state of a parameter is ``row``, ``column`` and ``momentum`` [k], fp32 or wider.
-
-    Args:
-        params: the values [k] of each weight.
-        places: for each of them its flat indices (int32 [k], read at every step) and the weight's shape.
-        momentum: the share of the last update in the next.
+    It keeps the squares of gradients for each row [m] and column [n] of the weight, not for each value. ``places`` has
+    for each parameter its flat indices (int32 [k], read at every step) and the weight's shape.
     """
 
     def __init__(
@@ -526,7 +477,6 @@ class SparseSM3(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
         loss = _loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -544,7 +494,7 @@ class SparseSM3(torch.optim.Optimizer):
         return loss
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """The state of a parameter; zeros before its first step."""
+        """Zeros before the first step."""
         state = self.state[parameter]
         if not state:
             _, (rows, columns) = self._places[parameter]
@@ -554,7 +504,7 @@ class SparseSM3(torch.optim.Optimizer):
 
     @torch.no_grad()
     def take_over(self, parameter: nn.Parameter, slots: torch.Tensor, order: torch.Tensor) -> None:
-        """Start the momentum of some values anew, then put all into a new order; see `AgedAdamW.take_over`."""
+        """Start the momentum of some values anew, then reorder all; see `AgedAdamW.take_over`."""
         momentum = self.state_of(parameter)["momentum"]
         momentum[slots] = 0.0
         self.state[parameter]["momentum"] = momentum[order]

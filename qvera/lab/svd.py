@@ -1,4 +1,4 @@
-"""Singular values and vectors of a weight: the largest ones, all of them, and how many make up a share of their sum.
+"""Singular values and vectors of a weight.
 
 The largest are found by block Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2), from a sketch Q [n, b]
 that is always the same:
@@ -6,24 +6,19 @@ that is always the same:
     K = [K₁, K₂, …]      K₁ = Wᵀ (W Q)      K_{i+1} = Wᵀ (W K_i), made orthonormal to those before it
     W K = U Σ Ṽᵀ         V = K Ṽ
 
-W [m, n] is read once for each block and once at the end, some rows at a time. There are two users:
+W [m, n] is read some rows at a time: once for each block and once at the end.
 
-- `truncated_svd` takes a fixed number of blocks. Its factors are the frozen A = Σ Vᵀ and B = U of some adapters
-  (LoRA-XS, arXiv 2405.17604).
-- `leading_singular_vectors` takes blocks until each vector has converged, as `qvera analyze` needs them.
+A trained core belongs to its very vectors, so they must come out the same wherever the adapter is opened:
 
-The core that an adapter trains is tied to its very vectors, so they have to come out the same wherever the adapter is
-opened. Hence three rules:
-
-- W is what its stored numbers say, in fp32: a 4-bit weight is not rounded to the compute dtype, which differs from
+- W is what its stored numbers say, in fp32. A 4-bit weight is not rounded to the compute dtype, which differs from
   machine to machine.
-- Products are summed in fp64. Neighbouring singular values of a language model differ by as little as 1 in 10,000, and
-  rounding then mixes their vectors. In SmolLM2-135M at rank 64, sums in fp32 in another order moved a vector by up to
-  3e-3 of its length; with sums in fp64, another fp32 rounding of the weight moved it by up to 4e-5.
-- uᵢ and vᵢ have the sign that makes uᵢ·p positive for a fixed random p. A rule by the largest element, which
-  scikit-learn has, changes the sign whenever rounding changes which of two elements is the larger one.
+- Products are summed in fp64. Neighbouring singular values of a language model may differ by 1 in 10,000, and rounding
+  mixes their vectors. In SmolLM2-135M at rank 64, fp32 sums in another order moved a vector by up to 3e-3 of its
+  length. With fp64 sums, another fp32 rounding of the weight moved it by up to 4e-5.
+- The signs of uᵢ and vᵢ make uᵢ·p positive for a fixed random p. A rule by the largest element (scikit-learn's) flips
+  when rounding changes which of two elements is larger.
 
-The same machine gives the same bits. Another one gives the same to rounding.
+The same machine gives the same bits, another one the same up to rounding.
 """
 
 from __future__ import annotations
@@ -42,36 +37,29 @@ from qvera.models import quantization
 from qvera.utils.uniform import uniform_matrix
 
 BLOCKS = 8
-"""Blocks of the Krylov space of `truncated_svd`. With 8 the captured energy of SmolLM2-135M's weights is within 3e-6 of
-the best possible for ranks 8 to 128; as many passes of plain subspace iteration leave up to 1e-2."""
+"""With 8, `truncated_svd` captures SmolLM2-135M's weights within 3e-6 of the best energy for ranks 8 to 128."""
 OVERSAMPLING = 10
 """Columns of the sketch beyond the rank (Halko, Martinsson and Tropp, section 4.3)."""
 SMALL_SIDE = 128
-"""`leading_singular_vectors` decomposes a weight with a side of at most this many fully: that is quicker there."""
+"""`leading_singular_vectors` decomposes a weight fully if a side is at most this long: that is quicker."""
 _CHECKS = (4, 8, 16, 28, 40)
-"""After how many blocks it looks at what has converged: each look costs as much as half of these blocks."""
+"""The numbers of blocks after which convergence is checked; a check costs half as much as these blocks."""
 _SEED, _SKETCH, _SIGNS = 0, 2, 3
-"""The seed and the streams of the sketch and of p (`qvera.utils.uniform`); streams 0 and 1 are A and B."""
+"""Seed and streams (`qvera.utils.uniform`) of the sketch and of p; streams 0 and 1 are A and B."""
 _CHUNK_ELEMENTS = 1 << 22
 """Elements in fp64 at a time: 32 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightRows:
-    """A weight W [m, n] that is read some rows at a time, as often as one likes.
-
-    Attributes:
-        shape: (m, n).
-        device: where the rows come.
-        read: a fresh iterator over all rows, in blocks [k, n] of fp32 or fp64.
-    """
+    """A weight W [m, n] on ``device``. ``read`` starts an iterator over its rows: blocks [k, n] of fp32 or fp64."""
 
     shape: tuple[int, int]
     device: torch.device
     read: Callable[[], Iterator[torch.Tensor]]
 
     def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The rows, with their place; 32 MB in fp64 at a time."""
+        """The rows with their place, at most 32 MB in fp64 at a time."""
         step, first = max(1, _CHUNK_ELEMENTS // self.shape[1]), 0
         for rows in self.read():
             for part in rows.split(step):
@@ -80,10 +68,7 @@ class WeightRows:
 
 
 def rows_of(layer: nn.Module, step: int | None = None) -> WeightRows:
-    """The weight [out_features, in_features] of a linear layer or Conv1D, as its stored numbers say.
-
-    ``step`` is how many rows come at a time; by default as many as take 16 MB in fp32.
-    """
+    """The weight [out_features, in_features] of a linear or Conv1D, as its stored numbers say."""
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     if isinstance(layer, Conv1D):
@@ -105,14 +90,14 @@ def _quantized_rows(layer: nn.Linear, step: int) -> Iterator[torch.Tensor]:
 
 
 def rows_of_tensor(weight: torch.Tensor, step: int | None = None) -> WeightRows:
-    """The rows of a dense weight [m, n]; ``step`` as in `rows_of`."""
+    """The rows of a dense weight [m, n], ``step`` at a time."""
     m, n = weight.shape
     each = step or max(1, _CHUNK_ELEMENTS // n)
     return WeightRows((m, n), weight.device, lambda: iter(weight.split(each)))
 
 
 class TruncatedSvd(NamedTuple):
-    """W V = U diag(S), on the device of W."""
+    """W V = U diag(S)."""
 
     U: torch.Tensor  # [m, r], orthonormal columns
     S: torch.Tensor  # [r], from the largest down
@@ -124,11 +109,7 @@ class TruncatedSvd(NamedTuple):
 
 
 def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
-    """The ``rank`` largest singular values of a weight and their vectors, fp64.
-
-    Raises:
-        ValueError: the rank is not between 1 and the smaller side of the weight.
-    """
+    """The ``rank`` largest singular values of a weight and their vectors, fp64. ValueError if there are not so many."""
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"a weight [{m}, {n}] has 1 to {min(m, n)} singular values, and {rank} were asked for")
@@ -140,14 +121,9 @@ def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
 def leading_singular_vectors(weight: torch.Tensor, count: int, at_least: int | None = None) -> TruncatedSvd:
     """The ``count`` leading singular vectors of a weight [m, n], in its dtype, each of them converged.
 
-    Converged is one with ‖Wᵀu − σv‖ at the level of rounding. Memory beside the weight: at most 40 (count + 10) vectors
-    on either side, twice while they are made orthonormal. Has run on CPUs only.
-
-    Args:
-        weight: W.
-        count: how many.
-        at_least: where the last ones take more than 40 blocks, fewer come back, but not fewer than this. Default: then
-            the whole weight is decomposed.
+    Converged: ‖Wᵀu − σv‖ is at the level of rounding. Where 40 blocks are not enough, the whole weight is decomposed;
+    with ``at_least`` fewer vectors may come back instead, but not fewer than that. Beside the weight, memory holds at
+    most 40 (count + 10) vectors on either side, twice while they are made orthonormal. Has run on CPUs only.
     """
     needed = count if at_least is None else at_least
     if weight.shape[0] < weight.shape[1]:  # the Krylov space is of the smaller side
@@ -163,7 +139,7 @@ def singular_vectors(weight: torch.Tensor) -> TruncatedSvd:
 
 
 def _krylov_spaces(weight: WeightRows, rank: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Orthonormal K [n, …] with one block, with two, and so on until it has min(m, n) columns."""
+    """Orthonormal K [n, …] with one block, then with two, and so on up to min(m, n) columns."""
     m, n = weight.shape
     columns, side = min(rank + OVERSAMPLING, m, n), min(m, n)
     block = torch.from_numpy(uniform_matrix(columns, n, _SEED, _SKETCH)).to(weight.device).to(dtype).t()
@@ -179,7 +155,6 @@ def _krylov_spaces(weight: WeightRows, rank: int, dtype: torch.dtype) -> Iterato
 
 
 def _svd_on(weight: WeightRows, space: torch.Tensor, rank: int) -> TruncatedSvd:
-    """The ``rank`` largest singular values of W K and their vectors, with any signs."""
     product = torch.cat([rows @ space for _, rows in weight.blocks(space.dtype)])  # W K [m, ...]
     outer, inner = torch.linalg.qr(product)
     # a small square: accelerators have several algorithms for it, a CPU one
@@ -209,11 +184,7 @@ def _with_fixed_signs(found: TruncatedSvd) -> TruncatedSvd:
 
 
 def singular_values(weight: WeightRows) -> torch.Tensor:
-    """All min(m, n) singular values of a weight, fp64 on the CPU, from the largest down.
-
-    They are the roots of the eigenvalues of WᵀW or WWᵀ, whichever is smaller, in fp64. Those below 1e-8 of the largest
-    are noise.
-    """
+    """All min(m, n) singular values of a weight, fp64 on the CPU, falling; noise below 1e-8 of the largest."""
     m, n = weight.shape
     side = min(m, n)
     gram = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
@@ -228,17 +199,7 @@ def singular_values(weight: WeightRows) -> torch.Tensor:
 
 
 def rank_of_share(values: torch.Tensor, share: float) -> int:
-    """The smallest number of leading singular values whose sum is at least ``share`` of the sum of all.
-
-    The rule of SARA (arXiv 2408.03290): the values themselves, not their squares.
-
-    Args:
-        values: all singular values, from the largest down.
-        share: above 0, at most 1.
-
-    Returns:
-        1 to the number of values.
-    """
+    """How many leading singular ``values`` (falling) make up ``share`` of the sum of all (SARA, arXiv 2408.03290)."""
     sums = values.double().cumsum(0)
     wanted = share * sums[-1]
     return min(int((sums < wanted).sum().item()) + 1, len(values))

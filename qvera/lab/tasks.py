@@ -1,4 +1,4 @@
-"""Training by task (``data.sampling: task``): one task a step, and at the end a few steps on each task held out.
+"""Training by task (``data.sampling: task``): one task a step, and at the end a few steps on each held-out task.
 
 Uniform over tasks, however many rows they have (multitask fine-tuning, arXiv 2203.04904).
 """
@@ -29,7 +29,7 @@ from qvera.utils.errors import InputError, NotFinite, did_you_mean
 
 
 class Tasks(Schedule):
-    """Steps on one task each, and adaptation to held-out tasks at the end of the run."""
+    """``data.sampling: task`` and ``training.adapt_steps``."""
 
     name = "adapt"
 
@@ -47,17 +47,9 @@ class Tasks(Schedule):
 
 
 def take_tasks(section: Any, sections: Sequence[Any], sources: Sequence[Any]) -> tuple[list[str], dict[str, Rows]]:
-    """The tasks of all rows; training rows get their numbers (`Rows.part_of`).
+    """The names of the trained tasks, and the rows of held-out ones, which are taken out of their sources.
 
-    The rows of held-out tasks, evaluation rows too, are taken out of their source.
-
-    Args:
-        section: the recipe's ``data``.
-        sections: of each source.
-
-    Raises:
-        InputError: there is one task alone, fewer labels than a task has, or ``data.held_out_tasks`` does not fit or
-        has a task of a single row.
+    Training rows get their task's number (`Rows.part_of`). InputError if tasks or ``data.held_out_tasks`` do not fit.
     """
     own = source_names(sections)
     of_train, of_eval = (
@@ -105,7 +97,7 @@ def _without(rows: Rows, values: np.ndarray, names: dict[str, list[Rows]]) -> Ro
 
 
 def source_names(sections: Sequence[Any]) -> list[str]:
-    """What the sources are called as tasks: by their paths, and where these repeat by what else tells them apart."""
+    """Names for sources as tasks: their paths. Where paths repeat, config, split or a number is added."""
     paths = [about.path for about in sections]
     names = [
         path if paths.count(path) == 1 else " ".join(filter(None, (path, about.config_name, about.split)))
@@ -115,11 +107,7 @@ def source_names(sections: Sequence[Any]) -> list[str]:
 
 
 def held_out_names(section: Any, names: Sequence[str]) -> list[str]:
-    """The tasks that ``data.held_out_tasks`` takes out of training, in the order of ``names``.
-
-    Raises:
-        InputError: a task that is not there, or none would be left to train on.
-    """
+    """The tasks that ``data.held_out_tasks`` takes out of training; InputError if it does not fit."""
     asked = section.held_out_tasks
     if isinstance(asked, int):
         chosen = {names[i] for i in random_order(len(names), section.seed, -1)[:asked].tolist()}
@@ -139,14 +127,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def label_tasks(labels: Sequence[Sequence[str]], count: int, size: int, seed: int) -> list[list[str]]:
-    """``count`` tasks, each of ``size`` labels that are drawn without replacement from every set of labels.
+    """``count`` tasks, each of ``size`` labels that are drawn without replacement from every set of ``labels``.
 
-    The construction of multitask fine-tuning (arXiv 2203.04904, MultitaskFinetuneDataset of its code): all tasks of the
-    first set are drawn, then those of the second, and so on, from Python's generator; task k is the union of each set's
-    task k. A label may be in many tasks.
-
-    Args:
-        labels: of each set, in the order that the draws count in.
+    As in MultitaskFinetuneDataset of arXiv 2203.04904: all tasks of the first set are drawn from Python's generator,
+    then those of the second, and so on. Task k is the union of each set's task k.
     """
     chooser = random.Random(seed)
     drawn = [[chooser.sample(list(names), size) for _ in range(count)] for names in labels]
@@ -154,11 +138,7 @@ def label_tasks(labels: Sequence[Sequence[str]], count: int, size: int, seed: in
 
 
 def task_rows(section: Any, task_of: np.ndarray) -> list[np.ndarray]:
-    """The rows of each task to train, int64.
-
-    Args:
-        task_of: int64 [n], the task of each row; with ``data.task_labels`` its label, of which a task has several.
-    """
+    """The rows of each task, int64. ``task_of`` [n] is each row's task, or its label with ``data.task_labels``."""
     members = [np.flatnonzero(task_of == number) for number in range(int(task_of.max()) + 1)]
     if section.task_labels is None or section.task_count is None:
         return [rows for rows in members if len(rows)]
@@ -168,22 +148,22 @@ def task_rows(section: Any, task_of: np.ndarray) -> list[np.ndarray]:
 
 
 _TASK_ORDER, LEVELS = 2**30, 2**30 + 1
-"""The order of tasks and the split into levels are drawn as parts of these numbers; parts of rows have lower ones."""
+"""Numbers for drawing the order of tasks and the split into levels; parts of rows have lower numbers."""
 _STRETCH_STEPS = 1024
 
 
 @functools.lru_cache(maxsize=8)
 def part_order(part: int, epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """0..n-1 in the order in which epoch ``epoch`` of part ``part`` has its rows, int64 [n]."""
+    """int64 [n]: the order of a part's rows in one of its epochs."""
     return random_order(n, seed, (part + 1) * 2**32 + epoch) if shuffle else np.arange(n)
 
 
 @dataclass(slots=True)
 class PartBatches(Batches):
-    """Each part has epochs of its own: a batch never mixes two of them, and an epoch's last batch may be short."""
+    """Each part has its own epochs: a batch never mixes two parts, and an epoch's last batch may be short."""
 
     def part_rows(self, part: int, members: np.ndarray, batch: int) -> list[int]:
-        """The rows of batch ``batch`` (from 0) of a part whose rows are ``members`` int64 [n]."""
+        """Batch ``batch`` (from 0) of a part whose rows are ``members`` int64 [n]."""
         size = self.global_batch_size
         epoch, position = divmod(batch, steps_per_epoch(len(members), size))
         chosen = part_order(part, epoch, len(members), self.seed, self.shuffle)
@@ -196,14 +176,9 @@ class PartBatches(Batches):
 
 @dataclass(slots=True)
 class TaskBatches(PartBatches):
-    """Each optimizer step trains on one task. Each round over the K tasks has every task once, in random order.
+    """Each step trains on one task. A round over the K tasks has every task once, in random order.
 
-    Uniform over tasks, however many rows they have (multitask fine-tuning, arXiv 2203.04904). With ``steps_each`` above
-    1 a task keeps its turn for that many steps; the paper trains one task after the other.
-
-    Attributes:
-        tasks: the rows of each task, int64 [n]; a row may be in several tasks.
-        steps_each: consecutive steps on a task.
+    A task keeps its turn for ``steps_each`` steps; the paper trains one task after the other. A row may be in several.
     """
 
     _: KW_ONLY
@@ -211,30 +186,25 @@ class TaskBatches(PartBatches):
     steps_each: int = 1
 
     def turn(self, step: int) -> tuple[int, int]:
-        """The task of optimizer step ``step`` (from 0), and how many steps this task has had before."""
+        """The task of optimizer step ``step`` (from 0), and how many steps this task had before."""
         turn, within = divmod(step, self.steps_each)
         round_, place = divmod(turn, len(self.tasks))
         task = part_order(_TASK_ORDER, round_, len(self.tasks), self.seed, self.shuffle)[place]
         return int(task), round_ * self.steps_each + within
 
     def rows(self, step: int) -> list[int]:
-        """The rows of optimizer step ``step`` (from 0): a batch of its task's rows."""
         task, before = self.turn(step)
         return self.part_rows(task, self.tasks[task], before)
 
 
 class AdaptHook(TrainingHook):
-    """At the end of a run, adapts to each held-out task from the trained vectors, which the model has again afterwards.
+    """At the end of a run, adapts to each held-out task from the trained vectors, then restores them.
 
-    A task's rows are divided by ``data.seed`` into support rows, on which ``training.adapt_steps`` steps are taken
-    with a fresh optimizer and a constant rate, and query rows, which are only scored.
+    Support rows get ``training.adapt_steps`` steps with a fresh optimizer and a constant rate; query rows are scored.
     """
 
     def finish(self, training: Any) -> dict[str, Any]:
-        """For each task ``support_rows``, ``query_rows``, and of the query rows ``loss_before`` and ``loss_after``.
-
-        ``loss_after`` is None where a loss on the way was not finite.
-        """
+        """``loss_before`` and ``loss_after`` are of the query rows. None: a loss was not finite."""
         found = [_adapted(training, name, rows) for name, rows in training.datasets.set_aside.items()]
         return {"adaptation": found} if found else {}
 
@@ -277,7 +247,7 @@ def _adapted(session: Any, name: str, rows: Rows) -> dict[str, Any]:
 
 
 def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
-    """Support and query rows of a task, drawn by ``seed``: at most half of the rows are support rows."""
+    """Support and query rows of a task, drawn by ``seed``: at most half are support rows."""
     drawn = random_order(len(rows), seed, -1)
     count = max(1, min(support_rows, len(rows) // 2))
     return rows.take(np.sort(drawn[:count])), rows.take(np.sort(drawn[count:]))

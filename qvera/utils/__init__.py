@@ -1,4 +1,1 @@
-"""Errors, paths, formatting, memory readings, atomic files and safetensors files.
-
-Nothing here knows what a model is.
-"""
+"""Errors, paths, formatting, memory readings, atomic files and safetensors files. Nothing here knows a model."""

@@ -1,14 +1,9 @@
-"""The accelerator: the one file that asks torch which device there is, what it can do, and how much memory it has.
+"""The one file that asks torch which device there is, what it can do, and how much memory it has.
 
-A device is a CPU or an accelerator (CUDA, ROCm, XPU, MPS, or a backend that registered itself), and everything else in
-the package asks no further. `torch.accelerator` names the device; its module (`torch.get_device_module`) answers the
-rest, which torch 2.9 and all later versions do for every backend. What a backend does not count (MPS has no peak) is
-None here, and the caller falls back to the memory of the process.
+A device is a CPU or an accelerator (CUDA, ROCm, XPU, MPS, or a backend that registered itself). What a backend does not
+count (MPS has no peak) is None here. CUDA-only parts are marked. Torch is imported inside functions.
 
-CUDA-only, and marked so below: whether 16-bit products are emulated, memory that pages itself, and cuBLAS' workspaces.
-
-Imports torch only where a function needs it. Run so far on a CPU and on the fake accelerator of the tests (tests/gpu);
-on none of the real ones.
+Run so far on a CPU and on the tests' fake accelerator (tests/gpu), and on no real one.
 """
 
 from __future__ import annotations
@@ -23,25 +18,25 @@ if TYPE_CHECKING:
     import torch
 
 _ALIGNED_BYTES = 16
-"""Where a tensor of `tensors_on` may begin."""
+"""Tensors of `tensors_on` begin at multiples of this."""
 
 
 def is_available() -> bool:
-    """Whether this machine has an accelerator that torch can use."""
+    """Whether torch can use an accelerator here."""
     import torch
 
     return torch.accelerator.is_available()
 
 
 def device_count() -> int:
-    """How many accelerators this process sees; 0 on a machine without one."""
+    """Accelerators that this process sees."""
     import torch
 
     return torch.accelerator.device_count() if is_available() else 0
 
 
 def current_device() -> torch.device:
-    """The accelerator of this process, else the CPU. Under a launcher each process takes the one of its LOCAL_RANK."""
+    """The accelerator of this process, else the CPU. Under a launcher it is the one of its LOCAL_RANK."""
     import torch
 
     found = torch.accelerator.current_accelerator() if is_available() else None
@@ -51,7 +46,7 @@ def current_device() -> torch.device:
 
 
 def use_device(index: int) -> None:
-    """Make the accelerator of this number the one that torch takes where none is named; nothing on a CPU."""
+    """Make this accelerator the default one; nothing on a CPU."""
     import torch
 
     if is_available():
@@ -59,31 +54,31 @@ def use_device(index: int) -> None:
 
 
 def in_use(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context in which an accelerator is the one that kernels are launched on; nothing on a CPU."""
+    """A context in which kernels are launched on this accelerator; nothing on a CPU."""
     import torch
 
     return torch.accelerator.device_index(device.index) if is_accelerator(device) else contextlib.nullcontext()
 
 
 def is_accelerator(device: torch.device | str) -> bool:
-    """Whether a device, or a device type such as ``cuda``, is an accelerator: not a CPU, and not ``meta``."""
+    """Whether a device, or a type such as ``cuda``, is neither a CPU nor ``meta``."""
     return str(device).partition(":")[0] not in ("cpu", "meta")
 
 
 def has_own_memory(device: torch.device | str) -> bool:
-    """Whether a device's memory is apart from RAM, so that moving a tensor to RAM frees any; not on a CPU and MPS."""
+    """Whether moving a tensor to RAM frees device memory; not on a CPU and MPS."""
     return is_accelerator(device) and str(device).partition(":")[0] != "mps"
 
 
 def computing_stream(device: torch.device) -> torch.Stream:
-    """The stream that kernels of this thread are launched in."""
+    """The stream in which this thread launches kernels."""
     import torch
 
     return torch.accelerator.current_stream(device)
 
 
 def synchronize() -> None:
-    """Wait until the accelerator has done what it was given; nothing on a CPU."""
+    """Wait until the accelerator has finished its work; nothing on a CPU."""
     import torch
 
     if is_available():
@@ -91,20 +86,20 @@ def synchronize() -> None:
 
 
 def empty_cache() -> None:
-    """Give memory that the accelerator's allocator keeps, and no tensor uses, back to the system."""
+    """Give unused memory of the accelerator's allocator back to the system."""
     if is_available() and (empty := _function(current_device(), "empty_cache")) is not None:
         empty()
 
 
 def empty_host_cache() -> None:
-    """Give page-locked RAM that torch keeps, and no tensor uses, back to the system, where this torch can."""
+    """Give unused page-locked RAM back to the system, where this torch can."""
     empty = getattr(torch.accelerator, "empty_host_cache", None)
     if is_available() and empty is not None:
         empty()
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
-    """Memory of an accelerator that no process holds, and all it has; None where that is not known (MPS)."""
+    """Free bytes and all bytes of an accelerator; None where that is not known (MPS)."""
     ask = _function(device, "mem_get_info")
     return None if ask is None else ask(device)
 
@@ -115,22 +110,22 @@ def allocated_bytes(device: torch.device) -> int | None:
 
 
 def reserved_bytes(device: torch.device) -> int | None:
-    """Bytes that the allocator of this process holds on an accelerator; None where it does not count them."""
+    """Bytes that this process's allocator holds on an accelerator; None where it does not count them."""
     return _bytes(device, "memory_reserved", of_mps="driver_allocated_memory")
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most bytes of tensors at one time since `reset_peak`; None where the accelerator keeps no peak (MPS)."""
+    """The most bytes of tensors at one time since `reset_peak`; None where no peak is kept (MPS)."""
     return _bytes(device, "max_memory_allocated")
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:
-    """The most bytes that the allocator held since `reset_peak`; None where the accelerator keeps no peak (MPS)."""
+    """The most bytes that the allocator held since `reset_peak`; None where no peak is kept (MPS)."""
     return _bytes(device, "max_memory_reserved")
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Start the peak of `peak_bytes` anew; False where the accelerator keeps none."""
+    """Start the peaks anew; False where none are kept."""
     reset = _function(device, "reset_peak_memory_stats")
     if reset is not None:
         reset(device)
@@ -138,13 +133,13 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """The type and, where the accelerator says it, the model of a card, such as ``cuda: NVIDIA H100``."""
+    """``cuda: NVIDIA H100``, or the type alone."""
     ask = _function(device, "get_device_name")
     return device.type if ask is None else f"{device.type}: {ask(device)}"
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether an accelerator has products in bfloat16, in hardware."""
+    """Whether an accelerator has bfloat16 products in hardware."""
     import torch
 
     ask = _function(device, "is_bf16_supported")
@@ -156,29 +151,23 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def pages_optimizer_state() -> bool:
-    """Whether there is memory that moves between card and RAM by itself, as bitsandbytes' paged optimizers need it.
-
-    CUDA only (`cudaMallocManaged`).
-    """
+    """Whether bitsandbytes' paged optimizers work: they need CUDA's `cudaMallocManaged`."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def product_workspace_bytes(device: torch.device) -> int:
-    """What torch allocates for cuBLAS: a workspace for the thread of forward and one for that of backward.
-
-    CUDA only: 0 elsewhere. 8.1 MiB each, 32 on Hopper and later (torch's ATen/cuda/CublasHandlePool.cpp).
-    """
+    """cuBLAS' two workspaces, 8.1 MiB each or 32 on Hopper and later (torch's CublasHandlePool.cpp); 0 without CUDA."""
     if device.type != "cuda" or (ask := _function(device, "get_device_capability")) is None:
         return 0
     return 2 * (32 * 2**20 if ask(device)[0] >= 9 else (2 * 4096 + 8 * 16) * 2**10)
 
 
 def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Numpy arrays as tensors on a device. On a CPU they share the arrays' memory.
+    """Numpy arrays as tensors on a device.
 
-    An accelerator gets all of them in one copy from pinned memory, for which the host does not wait.
+    A CPU shares the arrays' memory. An accelerator gets one copy from pinned memory, for which the host does not wait.
     """
     import numpy as np
     import torch
@@ -200,7 +189,7 @@ def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dic
 
 
 def collective_backend() -> str:
-    """What `torch.distributed.init_process_group` takes: gloo for control, the accelerator's own for its tensors."""
+    """For `torch.distributed.init_process_group`: gloo for control, the accelerator's own backend for its tensors."""
     import torch
 
     if not is_available():
@@ -213,14 +202,14 @@ def collective_backend() -> str:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The generator state (uint8) of the accelerator by its type, such as ``cuda``; empty where there is none."""
+    """The accelerator's generator state (uint8) by its type, such as ``cuda``; empty where there is none."""
     device = current_device()
     ask = _function(device, "get_rng_state")
     return {} if ask is None else {device.type: ask()}
 
 
 def set_random_state(states: dict[str, torch.Tensor]) -> None:
-    """Take over what `random_state` gave. The state of another type of device is left alone."""
+    """Restore what `random_state` gave. The state of another type of device is left alone."""
     device = current_device()
     give = _function(device, "set_rng_state")
     if give is not None and device.type in states:
@@ -229,7 +218,7 @@ def set_random_state(states: dict[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def forked_random_state() -> Iterator[None]:
-    """A context that leaves the generators of CPU and accelerator as they were before it."""
+    """Restore the generators of CPU and accelerator after the block."""
     import torch
 
     with torch.random.fork_rng(devices=[]):  # it can't fork MPS, whose functions take no device
@@ -241,14 +230,14 @@ def forked_random_state() -> Iterator[None]:
 
 
 def _function(device: torch.device, name: str) -> Callable[..., Any] | None:
-    """A function of an accelerator's module by its name; None where it has none, and on a CPU."""
+    """A function of the accelerator's module; None where there is none, and on a CPU."""
     import torch
 
     return getattr(torch.get_device_module(device), name, None) if is_accelerator(device) else None
 
 
 def _bytes(device: torch.device, name: str, of_mps: str = "") -> int | None:
-    """What the function of that name says of the device; MPS has other names, and one device."""
+    """MPS has other names, and one device."""
     if (ask := _function(device, name)) is not None:
         return ask(device)
     ask = _function(device, of_mps)

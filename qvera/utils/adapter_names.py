@@ -8,19 +8,18 @@ from urllib.parse import unquote_to_bytes
 from qvera.utils.errors import InputError
 
 MOST_BYTES = 200
-"""Of a directory's name. File systems take 255; a suffix such as ``.html`` and the mark of an unfinished file need
-room."""
+"""Of a directory's name. File systems take 255; ``.html`` and the mark of an unfinished file need room."""
 _GOOD = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE | re.DOTALL)
-"""What Windows opens as a device, with any suffix."""
+"""Windows opens these as devices, with any suffix."""
 _ESCAPED = re.compile(r"(?:=[0-9A-F]{2})+")
 
 
 def escape_name(name: str) -> str:
-    """A directory's name for an adapter's name; `unescape_name` gives the name back.
+    """A directory's name for an adapter's name; `unescape_name` reverses it.
 
-    Letters, digits, ``-``, ``_`` and dots stay, those of other alphabets too. Anything else becomes its UTF-8 bytes as
-    ``=XX``, which needs no quotes in a shell and none in a URL. So do a dot or ``-`` at the beginning, a dot at the
+    Letters and digits of any alphabet, ``-``, ``_`` and dots stay. Other characters become their UTF-8 bytes as
+    ``=XX``, which needs no quotes in a shell and none in a URL. So do: a dot or ``-`` at the beginning, a dot at the
     end, the first letter of a name that Windows reserves, and what file systems of macOS would compose.
 
     Raises:
@@ -30,10 +29,7 @@ def escape_name(name: str) -> str:
 
 
 def unescape_name(directory: str) -> str:
-    """The adapter's name that `escape_name` or `directory_names` made ``directory`` of.
-
-    A directory that was named by hand gives its own name.
-    """
+    """The adapter's name for a directory. One that was named by hand gives its own name."""
     composed = unicodedata.normalize("NFC", directory)  # a copy by way of an older macOS has decomposed names
     try:
         return _ESCAPED.sub(lambda found: unquote_to_bytes(found[0].replace("=", "%")).decode(), composed)
@@ -42,13 +38,9 @@ def unescape_name(directory: str) -> str:
 
 
 def directory_names(names: Iterable[str]) -> dict[str, str]:
-    """The directory of each name, in their order.
+    """The directory of each name; InputError as in `escape_name`. They differ on every file system.
 
-    In names that `alike_names` finds alike, capitals and other alphabets are escaped too, so that their directories
-    differ on every file system.
-
-    Raises:
-        InputError: as `escape_name`.
+    So in names that `alike_names` finds alike, capitals and other alphabets are escaped too.
     """
     listed = list(names)
     alike = {name for group in alike_names(listed) for name in group}
@@ -56,12 +48,12 @@ def directory_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def shown_name(name: str) -> str:
-    """A name as a line of a terminal can show it: as it is, or in quotes where it has line breaks or the like."""
+    """A name for a line of a terminal: in quotes where it has line breaks or the like."""
     return name if name.isprintable() else repr(name)
 
 
 def alike_names(names: Iterable[str]) -> list[list[str]]:
-    """Groups of different names that differ only by case, by spaces, or by how their characters are composed."""
+    """Groups of names that differ only by case, by spaces, or by how their characters are composed."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())

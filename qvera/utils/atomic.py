@@ -7,8 +7,8 @@
         ...the small files; what makes the directory a model (config.json) last, with `replace_text`
         work.complete()
 
-A hidden state file lists the finished shards. Its ``identity`` is everything that the bytes are a function of; another
-identity is refused. One process at a time may work in a directory (the kernel drops the lock of one that was killed).
+A hidden state file lists the finished shards and the ``identity``: all that the bytes depend on. A directory with
+another identity is refused. A lock lets one process at a time work there; the kernel drops that of a killed process.
 """
 
 import contextlib
@@ -34,11 +34,9 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
-    """A directory that is being filled, and the lock on it. Made by `open`.
+    """A directory that is being filled, and the lock on it.
 
-    Attributes:
-        shards: file name → SHA-256 of every finished shard.
-        facts: JSON values of the caller's own; the next `finished` writes them to the state file.
+    ``shards`` is file name → SHA-256 of the finished ones. ``facts`` are the caller's JSON values, saved by `finished`.
     """
 
     def __init__(self, out: Path, state: Path, document: dict[str, Any], lock: FileLock) -> None:
@@ -50,10 +48,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
     def open(cls, out: Path, identity: dict[str, Any], what: str) -> Self:
         """Take a directory that is new or empty, or was left by a killed process with the same ``identity``.
 
-        Args:
-            out: the directory.
-            identity: JSON values; what the output is a function of.
-            what: one word for the state file's name and for messages: ``export``, ``quantize``.
+        ``what`` is one word for the state file's name and for messages: ``export``, ``quantize``.
 
         Raises:
             InputError: it holds something else, is not writable, or another process works in it.
@@ -85,12 +80,12 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
 
     def finished(self, name: str, sha256: str) -> None:
-        """Note in the state file that this shard is whole and on disk."""
+        """Note that this shard is whole and on disk."""
         self.shards[name] = sha256
         replace_text(self._state, json.dumps(self._document))
 
     def complete(self) -> None:
-        """Remove state, lock and partial files: everything is written."""
+        """Remove state, lock and partial files."""
         for leftover in self.out.glob(".*.partial"):
             leftover.unlink()
         self._state.unlink()
@@ -98,7 +93,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         flush(self.out)
 
     def close(self) -> None:
-        """Release the lock, so that another process can go on."""
+        """Release the lock."""
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
@@ -108,7 +103,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
 
 
 def require_new_or_unfinished(out: Path, what: str) -> Path:
-    """Refuse (InputError) a directory that `OutputDirectory.open` would refuse for what lies in it; its state file."""
+    """Raise InputError where `OutputDirectory.open` would, for what is in the directory; return its state file."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a directory that is new or empty.")
     state = out / f".qvera_{what}_state.json"
@@ -119,11 +114,7 @@ def require_new_or_unfinished(out: Path, what: str) -> Path:
 
 
 def require_empty(out: Path) -> None:
-    """Refuse an output directory that holds something, or that `new_directory` can't put another one in place of.
-
-    Raises:
-        InputError: it is such a directory.
-    """
+    """Raise InputError where a directory holds something, or `new_directory` can't put another one in its place."""
     if out.resolve() == Path.cwd():  # an empty one too: who is in it would be in a directory that is gone
         raise InputError(
             f"{out}: is the directory that this command runs in, and what is written takes the place of a directory as "
@@ -137,11 +128,7 @@ def require_empty(out: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill under a temporary name, which is ``out`` when it is whole, and is deleted if it fails.
-
-    Raises:
-        InputError: ``out`` holds something, or can't be written.
-    """
+    """Yield a temporary directory that becomes ``out``, or is deleted after an error; InputError as `require_empty`."""
     require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
@@ -167,11 +154,7 @@ def flush(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two files or directories take each other's name in one step, so that at no moment a name has none.
-
-    Returns:
-        Whether it was done; False where the system or the file system can't.
-    """
+    """Swap two files or directories in one step, so no name is ever missing; False where that can't be done."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
     except (AttributeError, OSError):
@@ -181,7 +164,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a small file's text as a whole: after a kill it has the new text or the old one."""
+    """Replace a small file's text: after a kill it has the new text or the old one."""
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -193,7 +176,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def place_files(out: Path, save: Callable[[Path], Any]) -> None:
-    """Let a library save small files (``save_pretrained``) to a scratch directory, and move each to ``out`` whole."""
+    """Let a library save small files (``save_pretrained``) to a scratch directory, then move each to ``out`` whole."""
     scratch = out / ".small.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -208,7 +191,7 @@ def place_files(out: Path, save: Callable[[Path], Any]) -> None:
 
 
 def require_space(out: Path, needed_bytes: int, what: str) -> None:
-    """Refuse (InputError) where less than ``needed_bytes`` are free, before any work is done."""
+    """Raise InputError where less than ``needed_bytes`` are free."""
     free = shutil.disk_usage(existing_parent(out)).free
     if free < needed_bytes:
         raise InputError(
@@ -219,14 +202,9 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, kept: str) -> Iterator[None]:
-    """Turn a full disk (or quota), or one that became read-only, into a clear message.
+    """Turn a full or unwritable disk, met by Python or safetensors, into RunFailed.
 
-    Args:
-        what: what is being written.
-        kept: a sentence that ends the message: what is not lost, and what to do.
-
-    Raises:
-        RunFailed: in place of ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM or EIO, from Python or from safetensors.
+    ``what`` is being written. ``kept`` ends the message: what is not lost, and what to do.
     """
     try:
         yield

@@ -1,12 +1,12 @@
-"""The cache on disk: directories of work that was done once and is found again by content, and the hashes of files.
+"""The cache on disk: directories that are found again by content, and the hashes of files.
 
-What quantized bases (`qvera.models.quantized_cache`) and tokenized rows (`qvera.data.cache`) have in common:
+It serves quantized bases (`qvera.models.quantized_cache`) and tokenized rows (`qvera.data.cache`):
 
   NAME/                    a finished entry
   .unfinished-KEY/         one that is being made, or was killed
   .KEY.lock                held by the process that makes it; the kernel drops it when the process dies
   .removed-NAME/           one that is being deleted
-  hashes.json              file → SHA-256, believed while size, mtime_ns and inode are the same
+  hashes.json              file → SHA-256, valid while size, mtime_ns and inode stay the same
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qvera.utils.files import file_sha256, file_stamp, try_read_json
 from qvera.utils.paths import cache_root
 
 StageProgress = Callable[[str, int, int, str], None]
-"""Called with (stage, bytes done, bytes in all, what); the stage is hashing, quantizing or waiting."""
+"""Called with (stage, bytes done, bytes in all, what). Stages are hashing, quantizing and waiting."""
 WAIT_SECONDS = 0.5
 UNFINISHED = ".unfinished-"
 
@@ -37,11 +37,10 @@ class DiskCache:
     """A cache of one kind of directories.
 
     Attributes:
-        what: what messages call one of them.
-        folder: its folder in `cache_root`.
-        record_of: the record in such a directory; None where there is none that can be read.
-        problem_of: reads all bytes of a finished one and returns what is wrong with it; None: nothing.
-        prefix: the beginning of a finished one's name, where the rest is the KEY that it was made under.
+        what: the word for an entry in messages.
+        record_of: reads an entry's record; None where it can't be read.
+        problem_of: reads all bytes of a finished entry and says what is wrong; None: nothing.
+        prefix: a finished entry is called PREFIXKEY; None: its name has no key.
     """
 
     what: str
@@ -52,12 +51,12 @@ class DiskCache:
 
     @property
     def root(self) -> Path:
-        """Where they are now: QVERA_CACHE may change."""
+        """Computed each time: QVERA_CACHE may change."""
         return cache_root() / self.folder
 
     @property
     def hashes(self) -> HashIndex:
-        """The hashes of the files that they were made from."""
+        """Hashes of the files that the entries were made from."""
         return HashIndex(self.root / "hashes.json")
 
     def listed(self) -> list[CacheEntry]:
@@ -70,11 +69,7 @@ class DiskCache:
         ]
 
     def remove(self, name: str) -> int:
-        """Delete one entry by its name (or the unique beginning of it); returns its bytes.
-
-        Raises:
-            InputError: there is none, or more than one, or it is being made right now.
-        """
+        """Delete an entry by name or a unique beginning of it; returns its bytes. InputError: not found, or in use."""
         entries = self.listed()
         found = [e for e in entries if e.name == name] or [e for e in entries if name and e.name.startswith(name)]
         if len(found) != 1:
@@ -95,7 +90,7 @@ class DiskCache:
 
     @contextlib.contextmanager
     def locked(self, key: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the lock of what is made under ``key``; call ``waiting`` now and then while another process has it."""
+        """Hold the lock of ``key``; call ``waiting`` now and then while another process has it."""
         lock = FileLock(self.root / f".{key}.lock")
         while not lock.is_locked:
             try:
@@ -109,14 +104,14 @@ class DiskCache:
             lock.release()
 
     def clear_removed(self) -> None:
-        """Finish removals that were killed."""
+        """Finish deletions that were killed."""
         for leftover in self.root.glob(".removed-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheEntry:
-    """One directory of the cache."""
+    """A directory of the cache."""
 
     name: str
     directory: Path
@@ -127,7 +122,7 @@ class CacheEntry:
 
     @property
     def finished(self) -> bool:
-        """Whether all of it is there, with a record that can be read."""
+        """Whether all of it is there, with a readable record."""
         return not self.name.startswith(UNFINISHED) and self.record is not None
 
 
@@ -141,7 +136,7 @@ def size_bytes(directory: Path) -> int:
 
 
 def discard(directory: Path) -> None:
-    """Rename a directory out of sight, then delete it; a process that has it mapped keeps its pages."""
+    """Rename a directory out of sight, then delete it; a process that has mapped it keeps its pages."""
     gone = directory.with_name(f".removed-{directory.name.lstrip('.')}")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):  # another process was quicker
@@ -150,13 +145,13 @@ def discard(directory: Path) -> None:
 
 
 class HashIndex:
-    """SHA-256 of files by path, believed as long as size, mtime_ns and inode are what they were."""
+    """SHA-256 of files by path, valid while size, mtime_ns and inode stay the same."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def known(self, files: Iterable[Path]) -> dict[Path, str]:
-        """File → SHA-256, of those that are known."""
+        """File → SHA-256 of the files that it has."""
         document = try_read_json(self._path) or {}  # a damaged index loses nothing but time
         found: dict[Path, str] = {}
         for file in files:
@@ -166,7 +161,7 @@ class HashIndex:
         return found
 
     def add(self, entries: dict[Path, tuple[list[int], str]]) -> None:
-        """Remember file → (what `file_stamp` said before its content was read, SHA-256); forget files that are gone."""
+        """Remember file → (`file_stamp` from before it was read, SHA-256); forget files that are gone."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock")):
@@ -178,7 +173,7 @@ class HashIndex:
             return  # a cache that can't be written: the next use hashes again
 
     def hashed(self, files: list[Path], known: dict[Path, str], progress: StageProgress | None) -> dict[Path, str]:
-        """All of ``files``: what is not in ``known`` is read and hashed now, and remembered."""
+        """File → SHA-256 of all ``files``: those not in ``known`` are hashed now and remembered."""
         total = sum(file.stat().st_size for file in files)
         done, found, new = 0, dict(known), {}
         for file in files:

@@ -1,4 +1,4 @@
-"""The errors that a person sees, and the exit code that a script sees for each."""
+"""Errors for people, and the exit code that a script sees for each."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command 
 
 
 class QveraError(Exception):
-    """An error whose message is written for the person who ran the command; the CLI prints it without a traceback."""
+    """An error whose message is for the person who ran the command; the CLI prints it without a traceback."""
 
     exit_code = EXIT_FAILED
     shared = False
-    """All processes of a run raise it together, so one of them says it for all."""
+    """All processes of a run raise it together, so only one prints it."""
 
 
 class InputError(QveraError):
@@ -45,14 +45,14 @@ class Interrupted(QveraError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message as a sentence; some list every model they know after it."""
+    """The first line of another library's message as a sentence; some libraries list every model they know after it."""
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     return line if line.endswith(".") else line + "."
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's whole message on one line without a full stop, at most ``limit`` characters; or the error's type."""
+    """An error's message on one line without a full stop; or its type, if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= limit else text[: limit - 1] + "…").rstrip(".")
 

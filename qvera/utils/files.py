@@ -1,4 +1,4 @@
-"""Read files whose content can't be trusted to be right: JSON documents, hashes, byte ranges. Imports no torch."""
+"""Read files whose content may be wrong: JSON documents, hashes, byte ranges. Imports no torch."""
 
 import hashlib
 import json
@@ -13,22 +13,14 @@ from qvera.utils.errors import InputError
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists: where it would be made."""
+    """The path itself, or the nearest directory above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") -> dict[str, Any]:
-    """Read a JSON file that has to hold an object.
+    """Read a JSON file that has to hold an object with these ``keys``; InputError if it does not.
 
-    Args:
-        path: the file.
-        what: what the file is, for messages: "the adapter's config".
-        keys: keys that the object must have.
-        fix: one sentence that ends each message: what to do about a bad file.
-
-    Raises:
-        InputError: the file is missing or unreadable, is not JSON (the message has line and column), holds no object,
-            or lacks one of ``keys``.
+    Messages say ``what`` was expected ("the adapter's config") and end with ``fix``, a sentence on what to do.
     """
     end = f" {fix}" if fix else ""
     try:
@@ -52,7 +44,7 @@ def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") 
 
 
 def try_read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where `read_json` would raise: for records that can be made again."""
+    """`read_json`, but None where it would raise: for records that can be made again."""
     try:
         return read_json(path, "a JSON object")
     except InputError:
@@ -66,12 +58,12 @@ def file_sha256(path: Path) -> str:
 
 
 def file_stamp(facts: os.stat_result) -> list[int]:
-    """Size, mtime_ns and inode: tells cheaply whether a file (or a link's target) is still the one it was."""
+    """Size, mtime_ns and inode: a cheap way to notice that a file (or a link's target) has changed."""
     return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
-    """Fill ``into`` from an open file, starting at byte ``offset``; False where the file ends before that."""
+    """Fill ``into`` from byte ``offset`` of an open file; False where the file ends too early."""
     done = 0
     while done < len(into):
         got = os.preadv(descriptor, [into[done:]], offset + done)
@@ -82,5 +74,5 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
 
 
 def plain_json(value: Any) -> Any:
-    """A JSON value without NaN or Inf (which other parsers refuse): they become null."""
+    """A JSON value with null in place of NaN and Inf, which other parsers refuse."""
     return to_jsonable_python(value, inf_nan_mode="null")

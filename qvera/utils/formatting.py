@@ -62,12 +62,12 @@ def percent(fraction: float) -> str:
 
 
 def text_or_dash(value: float | None, text: Callable[[float], str]) -> str:
-    """A cell of a table: the value in words, or a dash where it is not known."""
+    """``text(value)``, or a dash for None."""
     return "–" if value is None else text(value)
 
 
 def moment(iso: str) -> str:
-    """An ISO 8601 time as 24 November 2026, 15:20 UTC; anything else comes back as it is."""
+    """An ISO 8601 time as 24 November 2026, 15:20 UTC; other texts come back unchanged."""
     try:
         when = datetime.fromisoformat(iso)
     except ValueError:
@@ -77,11 +77,9 @@ def moment(iso: str) -> str:
 
 
 def axis_labels(ticks: Sequence[float], kind: str = "number") -> list[str]:
-    """Labels for the ticks of one axis, with the same unit and the same number of decimals.
+    """Labels for the ticks of one axis, all with the same unit and number of decimals.
 
-    Args:
-        ticks: rising, evenly spaced or powers of ten.
-        kind: ``number``, ``count`` (k, M), ``bytes`` (kB, MB, GB) or ``log`` (numbers, each with its own decimals).
+    ``kind`` is ``number``, ``count`` (k, M), ``bytes`` (kB, MB, GB) or ``log`` (each label with its own decimals).
     """
     if kind == "log":
         return [f"{tick:g}" for tick in ticks]
@@ -96,11 +94,10 @@ def axis_labels(ticks: Sequence[float], kind: str = "number") -> list[str]:
 
 
 def _decimals(value: float) -> int:
-    """Decimals that ``value``, a round number, needs."""
     enough = (n for n in range(10) if math.isclose(round(value, n), value, rel_tol=1e-6, abs_tol=1e-12))
     return next(enough, 10)
 
 
 def first_of(names: Sequence[object]) -> str:
-    """The first of some names, and how many others there are: ``a``, ``a (and 2 more)``."""
+    """``a``, or ``a (and 2 more)``."""
     return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else str(names[0])

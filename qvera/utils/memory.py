@@ -1,4 +1,4 @@
-"""What is measured on the machine: memory, device name, versions. Imports torch only where a function needs it."""
+"""Measurements of the machine: memory, device name, versions. Torch is imported inside functions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory held now: tensors on the accelerator, or `private_bytes` of this process."""
+    """Memory held now: tensors on the accelerator, or `private_bytes`."""
     allocated = accelerator.allocated_bytes(device)
     return private_bytes() if allocated is None else allocated
 
 
 def private_bytes() -> int:
-    """RssAnon + RssShmem + VmSwap of this process: memory that can't be dropped without losing its content.
-
-    The resident set where the system does not tell these apart (not Linux).
-    """
+    """RssAnon + RssShmem + VmSwap: memory that can't be dropped without loss. Not on Linux: the resident set."""
     try:
         text = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -39,7 +36,7 @@ def private_bytes() -> int:
 
 
 def allocated_bytes() -> int | None:
-    """Bytes of malloc's memory in use by this process; None without glibc 2.33 or newer."""
+    """malloc's memory in use by this process; None without glibc 2.33 or newer."""
     if not hasattr(psutil, "heap_info"):
         return None
     heap = psutil.heap_info()
@@ -48,10 +45,7 @@ def allocated_bytes() -> int | None:
 
 @functools.cache
 def kernel_bytes(dtype: torch.dtype) -> int:
-    """Bytes that the CPU's kernel cache takes for each new shape of a matrix product (`qvera.data.rows`), measured.
-
-    0 where that can't be measured.
-    """
+    """Bytes in the CPU's kernel cache for each new shape of a matrix product (`qvera.data.rows`); 0 if unknown."""
     import torch
 
     weight = torch.zeros(64, 64, dtype=dtype)
@@ -63,7 +57,7 @@ def kernel_bytes(dtype: torch.dtype) -> int:
 
 
 def mapped_weights_bytes() -> int:
-    """Resident bytes of mapped safetensors files in this process; 0 where the system does not say."""
+    """Resident bytes of this process's mapped safetensors files; 0 where the system does not say."""
     try:
         maps = psutil.Process().memory_maps()
     except (AttributeError, psutil.Error):  # not on macOS
@@ -73,7 +67,7 @@ def mapped_weights_bytes() -> int:
 
 
 class PeakWatch:
-    """Record the peak memory of a with-block: counted by the accelerator's allocator, else sampled every 20 ms."""
+    """Record the peak memory of a with-block: from the accelerator's allocator, else sampled every 20 ms."""
 
     INTERVAL_SECONDS = 0.02
 
@@ -97,17 +91,16 @@ class PeakWatch:
 
     @property
     def peak_bytes(self) -> int:
-        """The maximum so far: private bytes of the process (CPU), or what the accelerator's allocator held.
+        """The most so far: private bytes of the process (CPU), or bytes that the accelerator's allocator held.
 
-        That is what the card must have beside its context: tensors and the gaps between them. It may be more than the
-        run needs, since the allocator keeps what was free while it asked for more.
+        The allocator also keeps gaps and free memory, so a run may need less.
         """
         counted = accelerator.peak_reserved_bytes(self.device) if self._counted else None
         return max(self._highest_bytes, memory_bytes(self.device)) if counted is None else counted
 
     @property
     def peak_tensor_bytes(self) -> int | None:
-        """Of `peak_bytes`, the most that tensors took at one time; None where the device does not count them."""
+        """The most that tensors took at one time; None where the device does not count them."""
         return accelerator.peak_bytes(self.device) if self._counted else None
 
     def __exit__(self, *_: object) -> None:
@@ -117,14 +110,14 @@ class PeakWatch:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: on the accelerator, or in RAM within the limit of the process's cgroup."""
+    """Memory that can still be allocated: on the accelerator, or in RAM within the process's cgroup limit."""
     if (known := accelerator.free_and_total_bytes(device)) is not None:
         return known[0]
     return min([psutil.virtual_memory().available, *_cgroup_available()])
 
 
 def _cgroup_available() -> Iterator[int]:
-    """Bytes that each memory cgroup above this process (v1 or v2) has left; file pages count as free."""
+    """Free bytes of each memory cgroup above this process (v1 or v2); file pages count as free."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -149,7 +142,7 @@ def _cgroup_available() -> Iterator[int]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, with what a timing depends on: the model of the card or processor, and torch's threads."""
+    """The device with what a timing depends on: the model of the card or processor, and torch's threads."""
     import torch
 
     if accelerator.is_accelerator(device):
@@ -161,7 +154,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package that a result can depend on."""
+    """The versions of Python and of each package that a result can depend on."""
     found = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "bitsandbytes", "qvera"):
         try:

@@ -1,4 +1,4 @@
-"""Running out of memory: telling it from other errors, and trying something that may.
+"""Recognize out-of-memory errors, and go on after them.
 
 torch raises `torch.OutOfMemoryError` on an accelerator and a plain RuntimeError on a CPU; Python raises MemoryError.
 """
@@ -36,7 +36,6 @@ class Shortage:
     free_bytes: int  # of the device, or of RAM within the limit of the process's cgroup
 
     def __str__(self) -> str:
-        """As a clause: what was asked for, and what was free."""
         asked = "an allocation failed" if self.asked_bytes is None else f"{size(self.asked_bytes)} were asked for"
         return f"{asked}, {size(self.free_bytes)} were free"
 
@@ -50,15 +49,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """How much the failed allocation asked for; None where the error does not say."""
+    """The size of the failed allocation; None where the error does not say."""
     found = _ASKED.search(str(error))
     return None if found is None else int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def or_shortage(do: Callable[[], T], device: torch.device) -> T | Shortage:
-    """Call ``do``; return its result, or the shortage of memory that it ran into.
+    """The result of ``do``, or the shortage that it ran into.
 
-    The tensors of the failed call are free again when this returns: the error, which keeps them, is gone.
+    Its tensors are free then: the error that held them is gone.
     """
     try:
         return do()
@@ -74,16 +73,10 @@ def or_shortage(do: Callable[[], T], device: torch.device) -> T | Shortage:
 def each_in_halves(
     batches: Iterable[list[Row]], do: Callable[[list[Row]], T], device: torch.device, rows: str, advice: str
 ) -> Iterator[tuple[list[Row], T]]:
-    """Call ``do`` with each batch; yields the batch and the result.
+    """Call ``do`` with each batch; yield the batch and the result.
 
-    Where memory runs out, that batch and all later ones are cut into halves, again and again, and a warning says so.
-
-    Args:
-        rows: what a batch has several of, such as ``prompts``, for the messages.
-        advice: a sentence for a single one that does not fit.
-
-    Raises:
-        OutOfMemory: memory ran out with a single one.
+    Where memory runs out, that batch and all later ones are halved, again and again, with a warning. OutOfMemory if a
+    single one does not fit; ``advice`` ends its message. ``rows`` is the word for elements, such as ``prompts``.
     """
     most: int | None = None
     for batch in batches:

@@ -1,22 +1,22 @@
-"""Where things are: the cache, paths as a recipe gives them, and names of files."""
+"""Where things are: the cache, paths from a recipe, and names of files."""
 
 import os
 from pathlib import Path
 
 RECIPE_FILE = "recipe.yaml"
-"""The recipe in a run's directory."""
+"""In a run's directory."""
 RUN_OWNER = ".qvera_run.owner"
-"""The file in a run's directory in which the process that trains there says who it is: host, pid, started (ISO)."""
+"""In a run's directory: the process that trains there (host, pid, start in ISO format)."""
 ADAPTERS = "adapters"
-"""The directory of a run that trained many adapters, with one directory for each."""
+"""In a run that trained many adapters: one directory for each."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
-"""transformers' file of a chat template: beside an adapter of the hub, the one that it was trained with."""
+"""transformers' file; beside an adapter of the hub, the template that it was trained with."""
 TRAINING_FACTS = "qvera_training.json"
-"""The file beside an adapter's vectors in which a fine-tuning job says what it was trained on."""
+"""Beside an adapter's vectors: what a fine-tuning job trained it on."""
 CERTIFICATE = "qvera_export.json"
-"""The file beside an exported checkpoint that says what was merged onto what."""
+"""Beside an exported checkpoint: what was merged onto what."""
 
 
 def cache_root() -> Path:

@@ -1,7 +1,6 @@
-"""Run something when another package is imported, without importing that package now.
+"""Run something when another package is imported, without importing it now.
 
-Python finds a module through the finders of `sys.meta_path`. The finder here stands first among them. For one name it
-asks the others, and wraps what they found. All other names pass through.
+A finder at the head of `sys.meta_path` waits for one name, asks the other finders, and wraps what they found.
 """
 
 import importlib.util
@@ -13,10 +12,9 @@ from types import ModuleType
 
 
 def around_import(name: str, around: Callable[[], AbstractContextManager[object]]) -> None:
-    """Run the code of the package ``name`` inside ``around()`` once it is imported.
+    """Run the code of the top-level package ``name`` inside ``around()``, when it is imported.
 
-    If it has been imported already, ``around()`` is entered and left now. ``name`` is a top-level package that need not
-    be installed. What ``around()`` raises, the import raises.
+    If that has happened already, ``around()`` is entered and left now. The package need not be installed.
     """
     if name not in sys.modules:
         sys.meta_path.insert(0, _Finder(name, around))
@@ -26,8 +24,6 @@ def around_import(name: str, around: Callable[[], AbstractContextManager[object]
 
 
 class _Finder:
-    """Finds one package as the other finders do, and wraps its loader."""
-
     def __init__(self, name: str, around: Callable[[], AbstractContextManager[object]]) -> None:
         self.name, self.around = name, around
         self.searching = False

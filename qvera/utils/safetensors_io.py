@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint lie in its files, and a fingerprint; imports torch only when a header is read.
+"""The tensors of a checkpoint in its files, and its fingerprint. Torch is imported only when a header is read.
 
 File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
 (https://github.com/huggingface/safetensors#format). A sharded checkpoint has an index, ``{"weight_map": {tensor:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SOURCE_FILE = "qvera_source.json"
-"""In a directory quantized from another: ``{"fingerprint": ...}`` of what it was made from."""
+"""In a quantized directory: ``{"fingerprint": ...}`` of the directory that it was made from."""
 
 FACTS = "qvera"
-"""The key of a header's ``__metadata__`` with a JSON object of ours, in files whose format is another tool's."""
+"""The key in a header's ``__metadata__`` for a JSON object of ours, in files of other tools' formats."""
 
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
 _QUANTIZED, _SAMPLE_BYTES = "quantized:", 4096
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def torch_dtypes() -> dict[str, torch.dtype]:
-    """What a safetensors header calls a dtype → the torch dtype."""
+    """The dtype's name in a safetensors header → the torch dtype."""
     from safetensors.torch import _TYPES
 
     return {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
@@ -62,13 +62,13 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the tensor takes in a file."""
+        """Bytes in a file."""
         return self.numel * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry(TensorSpec):
-    """A tensor in a file: its bytes are ``start`` to ``stop``."""
+    """A tensor in a file, at the bytes ``start`` to ``stop``."""
 
     file: Path
     start: int
@@ -76,11 +76,7 @@ class TensorEntry(TensorSpec):
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of any new file; the library lets only the owner read it.
-
-    Raises:
-        OSError, SafetensorError: the file can't be written.
-    """
+    """Write a safetensors file with the permissions of any new file; the library lets only the owner read it."""
     from safetensors.torch import save_file
 
     file.touch()
@@ -90,7 +86,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict
 
 
 def unreadable(file: Path, error: Exception) -> InputError:
-    """What to raise for a safetensors file that could not be read."""
+    """The error to raise for a safetensors file that could not be read."""
     if file.exists() and not os.access(file, os.R_OK):  # the library calls such a file missing
         return InputError(f"{file}: this user may not read it. Have its owner run `chmod a+r` on it.")
     return InputError(
@@ -100,10 +96,9 @@ def unreadable(file: Path, error: Exception) -> InputError:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """The tensors of a safetensors file in the order of their bytes; the header ends where the first one starts.
+    """The tensors of a safetensors file in byte order; InputError if it is damaged.
 
-    Raises:
-        InputError: the header is damaged, names an unknown dtype, or does not fit the file's size.
+    The first tensor starts where the header ends.
     """
     try:
         with safe_open(file, framework="numpy"):
@@ -122,11 +117,7 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def own_facts(weights: Path) -> dict[str, Any]:
-    """What qvera wrote into the header of a safetensors file (`FACTS`); empty where it did not.
-
-    Raises:
-        InputError: the file is damaged, or these facts are.
-    """
+    """What qvera wrote under `FACTS` in a safetensors header, or {}; InputError if it is damaged."""
     try:
         with safe_open(weights, framework="numpy") as file:
             found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
@@ -140,11 +131,7 @@ def own_facts(weights: Path) -> dict[str, Any]:
 
 
 def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
-    """All tensors of a checkpoint directory in the order they lie on disk; an index is used where there is one.
-
-    Raises:
-        InputError: a shard is missing, cut short or not safetensors, or the index names a tensor that is not there.
-    """
+    """All tensors of a checkpoint directory in disk order, by its index if there is one; InputError if damaged."""
     index = directory / INDEX
     wanted = weight_map(index) if index.is_file() else {}
     entries: dict[str, TensorEntry] = {}
@@ -172,10 +159,9 @@ def file_stamps(entries: Iterable[TensorEntry]) -> dict[str, list[int]]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file name, as an index says. Every file has to lie beside it: an index may come from a stranger.
+    """Tensor → file name, from an index; InputError if it is damaged or names a file elsewhere.
 
-    Raises:
-        InputError: it is no index, or names a file elsewhere or one that is not safetensors.
+    An index may come from a stranger, so every file must lie beside it.
     """
     wanted = read_json(index, "a safetensors index", keys=("weight_map",))["weight_map"]
     if not isinstance(wanted, dict):
@@ -190,7 +176,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def _unindexed(directory: Path) -> list[Path]:
-    """Weight files where no index names them: the single file, else all, of which a numbered set must be whole."""
+    """Without an index: the single file, else all files, where a numbered set must be whole."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     files = sorted(directory.glob("*.safetensors"))
@@ -222,7 +208,7 @@ def _indexed(wanted: dict[str, str], directory: Path) -> list[Path]:
 def grouped_by_bytes(
     units: Iterable[list[T]], size_bytes: Callable[[T], int], max_bytes: int
 ) -> list[tuple[str, list[T]]]:
-    """File name and contents of each shard, in the order given; above ``max_bytes`` only where one unit alone is."""
+    """File name and contents of each shard, in order. Only a single large unit may exceed ``max_bytes``."""
     groups: list[list[T]] = [[]]
     filled = 0
     for unit in units:
@@ -238,15 +224,11 @@ def grouped_by_bytes(
 
 
 def base_fingerprint(directory: Path) -> str:
-    """What tells one base model from another by its content, in milliseconds and without hashing all of it.
+    """Tells base models apart by content in milliseconds, without hashing all bytes. InputError if a shard is damaged.
 
-    SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names, however
-    they are divided into files. A directory that was quantized from another one carries the other's fingerprint
-    (`SOURCE_FILE`). A quantized one of unknown origin has a fingerprint of its own kind, ``quantized:...``, which is
-    not comparable with those of 16-bit ones (`same_base`).
-
-    Raises:
-        InputError: a shard is missing, cut short or not safetensors.
+    It is SHA-256 over every tensor's name, dtype, shape, and first and last 4 KiB, by name, so shards don't matter. A
+    directory that was quantized from another one carries the other's fingerprint (`SOURCE_FILE`). A quantized one of
+    unknown origin has ``quantized:...``, which can't be compared with those of 16-bit models (`same_base`).
     """
     source = directory / SOURCE_FILE
     if source.is_file():
@@ -265,7 +247,7 @@ def base_fingerprint(directory: Path) -> str:
 
 
 def write_source_fingerprint(directory: Path, fingerprint: str) -> None:
-    """Say in a quantized copy what it was made from."""
+    """Note in a quantized copy what it was made from."""
     (directory / SOURCE_FILE).write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
 
 

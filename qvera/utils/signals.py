@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request that is looked at where stopping loses nothing."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as requests to stop, handled where stopping loses nothing."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class StopRequests:
-    """These signals only set ``asked``, to the signal's name; a second SIGINT stops at once (KeyboardInterrupt).
+    """Signals set ``asked`` to their name; a second SIGINT raises KeyboardInterrupt.
 
     What the process was started to ignore (SIGHUP under nohup) stays ignored.
     """
@@ -43,7 +43,7 @@ class StopRequests:
         self._restore.close()
 
     def _leave_terminal(self) -> None:
-        """Send to nowhere what would still be printed on a terminal that is gone: such a write fails."""
+        """A write to a terminal that is gone would fail."""
         for stream in self._terminals:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""How far a long stage has come, where its steps are not counted."""
+"""Progress of a long stage whose steps are not counted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 60.0
-"""In a log that is no terminal, progress is a line this often."""
+"""Between two lines of progress in a log that is no terminal."""
 
 
 @contextlib.contextmanager
 def status_line(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Yield what takes a new text: for a spinner on a terminal, for a line a minute in a log."""
+    """Yield a function that takes a new text: for a spinner on a terminal, for a line a minute in a log."""
     if console.is_terminal:
         with console.status(text) as status:
             yield status.update

@@ -1,8 +1,8 @@
-"""Seed → uniform random numbers that are the same on every machine.
+"""Uniform random numbers from a seed, the same on every machine.
 
-The values come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep.
-Element (i, j) of a matrix (key ``[seed, stream]``) is word ``j mod 4`` of the block with counter
-``[j // 4 + 1, i, 0, 0]``, mapped to [-1, 1) by ``u = (w >> 40) * 2**-23 - 1``, which is exact in fp32.
+They come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep. Element
+(i, j) of a matrix (key ``[seed, stream]``) is word ``j mod 4`` of the block with counter ``[j // 4 + 1, i, 0, 0]``,
+mapped to [-1, 1) by ``u = (w >> 40) * 2**-23 - 1``, which is exact in fp32.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarra
     """The [rows, columns] fp32 matrix of a seed, uniform on [-1, 1).
 
     Args:
-        stream: which of a seed's matrices: 0 and 1 are a pair's A and B, plug-ins have 2 and 3, and
+        stream: which of the seed's matrices: 0 and 1 are a pair's A and B, plug-ins have 2 and 3, and
             `qvera.adapters.projection` has 4.
     """
     out = np.empty((rows, columns), dtype=np.float32)
