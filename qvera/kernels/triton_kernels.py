@@ -102,7 +102,6 @@ def _sizes(B: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int]:
     return B.shape[0], B.shape[1] // b.shape[0], B.stride(0)
 
 
-SCALED_BLOCK_COLUMNS = 1024
 BACKWARD_ROWS = 64
 
 

@@ -93,6 +93,8 @@ def empty_cache() -> None:
 
 def empty_host_cache() -> None:
     """Give unused page-locked RAM back to the system, where this torch can."""
+    import torch
+
     empty = getattr(torch.accelerator, "empty_host_cache", None)
     if is_available() and empty is not None:
         empty()

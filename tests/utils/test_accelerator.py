@@ -83,6 +83,16 @@ def test_memory_where_no_peak_and_no_free_bytes_are_counted(monkeypatch: pytest.
         assert (watch.peak_bytes, watch.peak_tensor_bytes) == (9, None)
 
 
+def test_page_locked_memory_is_given_back_where_torch_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: calls.append("emptied"), raising=False)
+    accelerator.empty_host_cache()
+    assert calls == []  # there is no accelerator here
+    monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    accelerator.empty_host_cache()
+    assert calls == ["emptied"]
+
+
 def test_workspaces_of_products_are_those_that_torch_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, mebibytes in (((8, 9), 2 * 8.125), ((9, 0), 2 * 32)):
         with_device(monkeypatch, CUDA, get_device_capability=lambda device, found=capability: found)
