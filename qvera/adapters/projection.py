@@ -28,7 +28,7 @@ GENERATOR = "philox4x64-10/u24"
 """The name of the rule above, in every adapter file. A changed rule needs a new name."""
 
 Seeds: TypeAlias = int | tuple[int, ...]
-"""One seed, or several (`qvera.lab.resample.VeraPhases`)."""
+"""One seed, or one for each phase of a run that draws its pairs anew."""
 
 _STREAM_A, _STREAM_B = 0, 1
 _STREAM_CHECKS = 4  # 2 and 3 are taken by plug-ins

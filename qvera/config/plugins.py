@@ -7,7 +7,7 @@
 - ``qvera.caches``: any name → a `qvera.utils.cache_dir.DiskCache` for ``qvera cache``
 
 A part that can't be imported is left out with a warning. If a recipe asks for it by name, an error says why. qvera's
-own research methods (qvera.lab) come this way too.
+own research methods come this way too.
 """
 
 from __future__ import annotations
