@@ -27,7 +27,7 @@ from bench.limits import measured, parse_bytes
 from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.utils.files import file_sha256
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 

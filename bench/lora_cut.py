@@ -24,7 +24,7 @@ from qvera.evaluation.load import OpenRun, open_run
 from qvera.exporting import lora
 from qvera.exporting.compare import adapter_scores, open_lora
 from qvera.exporting.deltas import read_deltas
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.utils import formatting
 from qvera.utils.paths import ADAPTER_WEIGHTS
 

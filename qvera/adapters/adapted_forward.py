@@ -134,7 +134,7 @@ class AdaptedForward:
         base, factors = self.base_layer, self.parts(adapter)
         if factors.vectors is None:
             return None
-        if torch.compiler.is_compiling():  # one path for all numbers of tokens (`qvera.models.compile`)
+        if torch.compiler.is_compiling():  # one path for all numbers of tokens (`qvera.models.checkpointing`)
             return None
         dtype, scaled = linear.compute_dtype(base, x), factors.a is not None
         sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank

@@ -16,8 +16,7 @@ from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.models import lean_layers, linear
-from qvera.models.model_config import head_size
-from qvera.models.structure import beside_the_layers
+from qvera.models.structure import beside_the_layers, head_size
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 

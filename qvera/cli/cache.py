@@ -133,7 +133,7 @@ def quantize(
     quiet_libraries()
 
     from qvera.config.schema import ModelSection
-    from qvera.models.quantized_cache import cached_base, quantized_copy
+    from qvera.models.quantize_checkpoint import cached_base, quantized_copy
     from qvera.models.quantized_record import read_record
     from qvera.utils import accelerator
     from qvera.utils.signals import StopRequests

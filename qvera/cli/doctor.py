@@ -90,7 +90,7 @@ def four_bit_kernels(device: torch.device) -> Finding:
     import torch
 
     try:
-        from qvera.models.bitsandbytes_import import bitsandbytes
+        from qvera.models.quantization import bnb as bitsandbytes
 
         weight = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")

@@ -116,8 +116,7 @@ def merge_adapters(
     from qvera.exporting.deltas import read_deltas
     from qvera.exporting.export import require_no_added_tokens, write_lora
     from qvera.exporting.sums import same_directions, stacked_factors, union, weighted_sum, write_vectors
-    from qvera.models.model_class import CAUSAL_LM
-    from qvera.models.model_config import empty_model
+    from qvera.models.model_class import CAUSAL_LM, empty_model
 
     if names and len(adapters) != 1:
         raise InputError("--adapter: takes the adapters of one run; name one directory and OUT.")

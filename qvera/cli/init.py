@@ -105,7 +105,7 @@ def _ask(option: str, question: str) -> str:
 def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     from qvera.data import build_datasets
     from qvera.data.conversations import MissingColumn, UnaskedPreferences, UnknownFormat
-    from qvera.models.processor import load_processor
+    from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
     processor = load_processor(recipe.model, task_of(recipe).exported_class)

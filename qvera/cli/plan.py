@@ -68,7 +68,7 @@ def plan(
 def _local_data(recipe: Recipe) -> Datasets | None:
     """The rows, if they and the tokenizer are local: a plan must not wait for a download."""
     from qvera.data import build_datasets
-    from qvera.models.processor import load_processor
+    from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
     if not Path(resolve_path(recipe.data.path)).exists() or not Path(resolve_path(recipe.model.path)).is_dir():

@@ -28,7 +28,7 @@ def preview(
     from qvera.config.load import load_recipe
     from qvera.data import build_datasets, data_warnings, decode, print_preflight
     from qvera.evaluation.report.pages import preview_page
-    from qvera.models.processor import load_processor
+    from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
     loaded = load_recipe(recipe, overrides)

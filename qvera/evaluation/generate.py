@@ -20,8 +20,8 @@ from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_templa
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.evaluation.load import template_of
 from qvera.models import linear, quantization
-from qvera.models.loader import causal_model, takes_prefix_once
-from qvera.models.structure import decoder_of, position_limit
+from qvera.models.attention import rows_joined
+from qvera.models.structure import causal_model, decoder_of, position_limit
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.out_of_memory import each_in_halves
@@ -148,7 +148,12 @@ def generate(
     forked = accelerator.forked_random_state()
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
-        joins = takes_prefix_once(model) and streamer is None and adapters is None and not static_cache
+        joins = (
+            rows_joined(model, prefix_once=True, packing=False)
+            and streamer is None
+            and adapters is None
+            and not static_cache
+        )
         prefix = _common_prefix(prompts) if joins else 0
         cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix else None
 

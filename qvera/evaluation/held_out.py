@@ -18,7 +18,7 @@ from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
-from qvera.models.loader import causal_model
+from qvera.models.structure import causal_model
 from qvera.utils.out_of_memory import each_in_halves
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory, local_directory
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, stored_class
-from qvera.models.processor import load_processor
+from qvera.models.structure import causal_model
+from qvera.models.tokenizer import load_processor
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256, read_json, try_read_json
@@ -86,7 +87,7 @@ class OpenRun:
     @property
     def labels(self) -> Labels:
         """What the outputs of a classifier mean."""
-        config = loader.causal_model(self.model).config
+        config = causal_model(self.model).config
         names = tuple(config.id2label[number] for number in range(config.num_labels))
         return Labels(names, config.problem_type == REGRESSION)
 

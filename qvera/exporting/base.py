@@ -24,8 +24,7 @@ from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
-from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.model_config import empty_model, require_own_weights
+from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
 from qvera.models.nf4 import BLOCK
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
 from qvera.models.stored_weights import PackedWeight, as_named, packed_weights, without_statistics
@@ -95,7 +94,7 @@ class TrainedBaseReader(CheckpointReader):
 
     def _dequantized(self, block: Block, weight: torch.Tensor) -> torch.Tensor:
         if block.absmax is None:
-            return quantization.quantize_dequantize(weight, self.section)
+            return quantization.quantized_reader(weight, self.section)()
         at = block.first * weight.shape[1] // BLOCK
         absmax = block.absmax[at : at + -(-weight.numel() // BLOCK)]
         return quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)

@@ -24,7 +24,7 @@ from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
-from qvera.models.model_config import head_size
+from qvera.models.structure import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256

@@ -31,8 +31,7 @@ from qvera.exporting.gguf.files import export_gguf, export_gguf_lora
 from qvera.exporting.merged import export_merged
 from qvera.exporting.quantized import errors_text, export_quantized
 from qvera.models.loader import fingerprint_of
-from qvera.models.model_class import CAUSAL_LM
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import CAUSAL_LM, empty_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
 from qvera.utils import formatting, memory

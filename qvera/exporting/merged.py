@@ -22,9 +22,8 @@ from qvera.config.schema import ExportSection, ModelSection
 from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import PackedBaseReader, TrainedBaseReader, one_thread_each, open_adapter_on_base
 from qvera.exporting.deltas import TokenTable, token_tables
-from qvera.models.processor import load_processor
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
-from qvera.models.tokenizer import ADDED_ROWS, ids_of
+from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_processor
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed

@@ -18,8 +18,7 @@ from qvera.config.schema import ExportSection, ModelSection
 from qvera.exporting.base import PackedBaseReader, read_trained_weight
 from qvera.exporting.merged import export_merged
 from qvera.models.hub import base_directory
-from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.models.quantized_record import content_identity, problem_of, read_record, settings_of
 from qvera.models.stored_weights import packed_weights, without_statistics

@@ -26,7 +26,7 @@ from qvera.distributed.zero_config import zero_config_of
 from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import require_rank
 from qvera.lab.svd import rows_of, rows_of_tensor, truncated_svd
-from qvera.models.loader import causal_model
+from qvera.models.structure import causal_model
 from qvera.training.optim import current_rate
 from qvera.utils import memory
 from qvera.utils.errors import InputError, RunFailed

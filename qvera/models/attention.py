@@ -27,7 +27,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qvera.data.rows import Joined, round_up_length
+from qvera.models.structure import causal_model
 from qvera.utils import accelerator
+from qvera.utils.errors import InputError
 
 CAUSAL = "qvera_causal"
 """sdpa that knows that a batch is padded on the right."""
@@ -35,8 +37,7 @@ VARLEN = "qvera_varlen"
 """The same, with variable-length attention for rows in one sequence."""
 FP32_TOKENS = 128
 """On a CPU, joined rows of up to this length are computed in fp32: see `attend_in_groups`."""
-GROUPS_PER_OCTAVE = 2
-"""Groups of rows of like length, from each power of two to the next; a group shares a call of sdpa on a CPU."""
+_GROUPS_PER_OCTAVE = 2  # of rows of like length, from each power of two to the next
 
 _CAUSAL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2",
@@ -82,6 +83,23 @@ def joining_of(
     return found.get(implementation) if packing or prefix_once else None
 
 
+def rows_joined(model: PreTrainedModel, prefix_once: bool, packing: bool, whole_rows: bool = False) -> Joined | None:
+    """`joining_of` for a loaded model, which may have adapters."""
+    config = causal_model(model).config
+    return joining_of(config, config._attn_implementation, prefix_once, packing, whole_rows)
+
+
+def require_packing(model: PreTrainedModel) -> None:
+    """Raise InputError where several rows can't stand in one sequence, by a mask or by offsets."""
+    if rows_joined(model, prefix_once=False, packing=True) is None:
+        config = causal_model(model).config
+        raise InputError(
+            f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
+            f"{config._attn_implementation} attention). It takes one of {', '.join(JOINABLE_TYPES)} without "
+            "a sliding window, and sdpa, eager or flash attention. Set data.group_by_length instead."
+        )
+
+
 def implementation_on(
     device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype, whole_rows: bool = False
 ) -> str:
@@ -111,15 +129,12 @@ def choose_implementation(
         model.set_attn_implementation(better)
 
 
-def takes_open_mask(implementation: str | None) -> bool:
-    """Whether this implementation knows a mask from `open_mask` without reading it."""
-    return implementation in (CAUSAL, VARLEN)
-
-
-def open_mask(ids: torch.Tensor) -> torch.Tensor:
-    """A mask [B, T] like ``ids`` that hides nothing. Both strides are 0, by which it is known."""
-    # without any mask transformers reads the positions on the host, to see whether rows are packed
-    return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
+def open_mask(implementation: str | None, ids: torch.Tensor) -> torch.Tensor | None:
+    """A mask [B, T] like ``ids`` that hides nothing, or None: this implementation does not know it unread."""
+    # both strides are 0, by which `_mask` knows it; without any mask transformers reads the positions on the host, to
+    # see whether rows are packed
+    mask = torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
+    return mask if implementation in (CAUSAL, VARLEN) else None
 
 
 def varlen_kernel() -> Callable[..., Any] | None:
@@ -136,20 +151,18 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
     """Whether the kernel works on this device: tried once, on two rows behind a prefix, and compared with a CPU."""
     if device.type != "cpu" and varlen_kernel() is None:
         return False
-    lengths_q, lengths_k = [3, 5, 9], [3, 8, 12]
+    lengths = [3, 5, 9], [3, 8, 12]  # of queries and of keys
+    ends = [torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32) for each in lengths]
     generator = torch.Generator().manual_seed(0)
-    sizes = [(sum(lengths_q), groups), (sum(lengths_k), 1), (sum(lengths_k), 1)]
+    sizes = [(sum(lengths[0]), groups), (sum(lengths[1]), 1), (sum(lengths[1]), 1)]
     drawn = [torch.randn(*size, head_dim, generator=generator) for size in sizes]
 
     def tried(where: torch.device, kind: torch.dtype) -> list[torch.Tensor]:
-        q, k, v = (x.to(where, kind).requires_grad_() for x in drawn)
-        ends_q, ends_k = (
-            torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=where)
-            for lengths in (lengths_q, lengths_k)
-        )
+        inputs = [x.to(where, kind).requires_grad_() for x in drawn]
         with torch.enable_grad():
-            out = varlen_attention(q, k, v, ends_q, ends_k, max(lengths_q), max(lengths_k), head_dim**-0.5)
-            found = [out.detach(), *torch.autograd.grad(out.sum() + out.square().sum(), (q, k, v))]
+            q, k, v, ends_q, ends_k = *inputs, *(end.to(where) for end in ends)
+            out = varlen_attention(q, k, v, ends_q, ends_k, max(lengths[0]), max(lengths[1]), head_dim**-0.5)
+            found = [out.detach(), *torch.autograd.grad(out.sum() + out.square().sum(), inputs)]
         return [x.to("cpu", torch.float32) for x in found]
 
     try:
@@ -176,32 +189,19 @@ def varlen_attention(
     but the last, and so on. ``key`` and ``value`` are [Tk, kv_heads, head_dim], and heads is a multiple of kv_heads.
     ``ends_q`` and ``ends_k``, int32 [N + 1], are where the rows begin and end.
     """
-    if query.device.type == "cpu":
-        if torch.equal(ends_q, ends_k):
-            return attend_in_groups(query, key, value, ends_q, scale)
-        return attend_row_by_row(query, key, value, ends_q, ends_k, scale)
-    kernel = varlen_kernel()
-    assert kernel is not None  # `implementation_on` has asked
-    # a window that is open to the left and closed to the right is causal order, aligned at the last query and key
-    return kernel(
-        query, key, value, ends_q, ends_k, longest_q, longest_k, scale=scale, window_size=(-1, 0), enable_gqa=True
-    )
-
-
-def attend_row_by_row(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends_q: torch.Tensor,
-    ends_k: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """`varlen_attention` by one sdpa for each row."""
+    if query.device.type != "cpu":
+        kernel = varlen_kernel()
+        assert kernel is not None  # `implementation_on` has asked
+        # a window that is open to the left and closed to the right is causal order, aligned at the last query and key
+        return kernel(
+            query, key, value, ends_q, ends_k, longest_q, longest_k, scale=scale, window_size=(-1, 0), enable_gqa=True
+        )
+    if torch.equal(ends_q, ends_k):
+        return attend_in_groups(query, key, value, ends_q, scale)
     parts = []
-    cut_q, cut_k = ends_q.tolist(), ends_k.tolist()
-    for row in range(len(cut_q) - 1):
-        q = query[cut_q[row] : cut_q[row + 1]].transpose(0, 1)
-        k, v = (x[cut_k[row] : cut_k[row + 1]].transpose(0, 1) for x in (key, value))
+    rows_q, rows_k = (itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in (ends_q, ends_k))
+    for row_q, row_k in zip(rows_q, rows_k, strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[row_q], key[row_k], value[row_k]))
         sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True))
     return torch.cat(parts, 1).transpose(0, 1)
@@ -232,7 +232,7 @@ def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[t
     """
     groups: dict[int, list[tuple[int, int]]] = {}
     for begin, end in itertools.pairwise(ends):
-        groups.setdefault(round_up_length(end - begin, GROUPS_PER_OCTAVE), []).append((begin, end))
+        groups.setdefault(round_up_length(end - begin, _GROUPS_PER_OCTAVE), []).append((begin, end))
     taken, sizes, placed = [], [], 0
     back = torch.empty(ends[-1], dtype=torch.int64)
     for rows in groups.values():

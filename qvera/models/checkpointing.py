@@ -1,8 +1,9 @@
-"""Recompute each decoder layer in backward, and keep only its input: on the device, or in RAM (``offload``).
+"""What a training pass does to each decoder layer: recompute it in backward, or run it compiled.
 
-An offloaded input is copied out while its layer computes, and leaves the device before the next layer runs. In backward
-the input of layer i - 1 comes back while layer i is recomputed. So two inputs are on the device at a time, and the rest
-in page-locked RAM. No accelerator has run this yet; the tests run it with a thread in place of the stream.
+A recomputed layer keeps only its input: on the device, or in RAM (``offload``). An offloaded input is copied out while
+its layer computes, and leaves the device before the next layer runs. In backward the input of layer i - 1 comes back
+while layer i is recomputed. So two inputs are on the device at a time, and the rest in page-locked RAM. No accelerator
+has run this yet; the tests run it with a thread in place of the stream.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from qvera.models import stream
 from qvera.models.lean_layers import tile_mlps
-from qvera.models.stream import CopyStream, PinnedChunks, pairs
+from qvera.models.stream import CopyStream, PinnedChunks
+from qvera.models.structure import causal_model, decoder_layers, decoder_of
 from qvera.utils import accelerator
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,12 +48,12 @@ class _KeptInput:
         self.used = False
         self._tensor = tensor.detach().contiguous()
         self._chunks = pool.take(tensor.numel() * tensor.element_size())
-        self._event = streams.copy((chunk, part) for part, chunk in pairs(self._tensor, self._chunks))
+        self._event = streams.copy((chunk, part) for part, chunk in stream.pairs(self._tensor, self._chunks))
 
     def fetch(self) -> None:
         if self._tensor is None:
             self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            self._event = self._streams.copy(pairs(self._tensor, self._chunks))
+            self._event = self._streams.copy(stream.pairs(self._tensor, self._chunks))
 
     def let_go(self) -> torch.Tensor | None:
         """Give up the tensor on the device. The computing stream waits first for a copy that uses it."""
@@ -63,7 +67,7 @@ class _KeptInput:
         self._pool.give(self._chunks)
 
 
-class OffloadedInputs:
+class _OffloadedInputs:
     """Packs the inputs that checkpoints save into RAM. Unpacks each one ahead of its use."""
 
     def __init__(self, streams: CopyStream, pool: PinnedChunks) -> None:
@@ -95,11 +99,6 @@ class OffloadedInputs:
         assert tensor is not None
         return tensor
 
-    def checkpoint(self, function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-        """`torch.utils.checkpoint.checkpoint`, with the tensors among ``args`` offloaded."""
-        with saved_tensors_hooks(self.pack, self.unpack):
-            return checkpoint(function, *args, **settings)
-
 
 def draws_random_numbers(model: nn.Module) -> bool:
     """Whether a training pass drops elements or adds noise, so that recomputing has to draw the same."""
@@ -118,12 +117,12 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, 
     Args:
         mode: False keeps activations, True a layer's input. ``offload`` keeps it in RAM if the device has its own
             memory.
-        by_tiles: compute MLPs by tiles of tokens if there are many (`tiled_mlp`). Not for rows of different adapters: a
-            tile does not know the rows of its tokens.
+        by_tiles: compute MLPs by tiles of tokens if there are many (`lean_layers`). Not for rows of different adapters:
+            a tile does not know the rows of its tokens.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if mode is False:
         return
+    base: Any = causal_model(model)
     settings = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -136,13 +135,47 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, 
 
 
 def offload_inputs(base: nn.Module, streams: CopyStream, chunks: PinnedChunks, **settings: Any) -> None:
-    """Offload the inputs of all checkpointed layers of ``base``."""
+    """Offload the inputs of all checkpointed layers of ``base``; ``settings`` are those of torch's checkpoint."""
     # transformers makes a leaf of the embeddings, which would stay on the device; only reentrant checkpoints need that
     base.disable_input_require_grads()  # type: ignore[operator]
-    inputs = OffloadedInputs(streams, chunks)
+    inputs = _OffloadedInputs(streams, chunks)
+
+    def offloaded(function: Callable[..., Any], *args: Any) -> Any:
+        with saved_tensors_hooks(inputs.pack, inputs.unpack):
+            return checkpoint(function, *args, **settings)
+
     for module in base.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            # transformers' own way of choosing it is a private method
-            module._gradient_checkpointing_func = functools.partial(  # type: ignore[assignment]
-                inputs.checkpoint, **settings
-            )
+            module._gradient_checkpointing_func = offloaded  # type: ignore[assignment]  # there is no public way
+
+
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile the decoder layers for training passes, and return their number. Streamed layers raise InputError.
+
+    A model's layers are alike, so the first one's code serves all. Lengths are symbolic. A threshold on the number of
+    tokens would need a version for each side, so compiled layers always take the low-rank path, with C, and whole
+    weights. Tested on CPUs only.
+    """
+    inner = causal_model(model)
+    if stream.facts_of(inner) is not None:
+        raise InputError(
+            "training.torch_compile: the layers of this base are streamed to the device, which compiled code does not "
+            "wait for. Leave torch_compile out, or set model.stream: false."
+        )
+
+    def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
+        # torch keeps at most 8 versions of a function's code and then runs it plainly; masks, caches and dense weights
+        # of evaluations would use them up before the first step
+        plain = layer.forward
+        compiled = torch.compile(plain, backend=backend, dynamic=True)
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (compiled if layer.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+        return forward
+
+    layers = decoder_layers(decoder_of(inner))
+    for layer in layers:
+        layer.forward = compiled_in_training(layer)
+    return len(layers)

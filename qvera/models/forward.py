@@ -11,10 +11,9 @@ from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.zero_params import gathered
 from qvera.models import linear
-from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
-from qvera.models.loader import causal_model, rows_joined
+from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
-from qvera.models.structure import decoder_of
+from qvera.models.structure import causal_model, decoder_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,8 +52,8 @@ def make_batch(
     if sees is not None and sees.dim() == 4:  # additive, which both attention implementations take
         hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
-    elif sees is None and takes_open_mask(implementation):
-        batch["attention_mask"] = open_mask(batch["input_ids"])
+    elif sees is None and (mask := open_mask(implementation, batch["input_ids"])) is not None:
+        batch["attention_mask"] = mask
     return batch
 
 
@@ -82,33 +81,21 @@ def batch_nll(
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of the trained tokens, and their number; see `qvera.models.loss`."""
-    hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
+    hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch.get("trained")
     with gathered(head.module.parameters(recurse=False)):
         return fused_linear_cross_entropy(
-            hidden,
-            batch["labels"],
-            head,
-            chunk_tokens,
-            expected_grad=expected_grad,
-            trained=batch.get("trained"),
-            label_smoothing=label_smoothing,
+            hidden, batch["labels"], head, chunk_tokens, expected_grad, trained, label_smoothing
         )
 
 
 def row_nll(
-    model: nn.Module,
-    batch: dict[str, Any],
-    chunk_tokens: int,
-    row_weights: torch.Tensor,
-    label_smoothing: float = 0.0,
+    model: nn.Module, batch: dict[str, Any], chunk_tokens: int, row_weights: torch.Tensor, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of ``row_weights`` [B] · the rows' negative log likelihoods (scalar, differentiable), and the latter [B]."""
-    hidden, trained = hidden_states(model, batch), batch["trained"]
+    hidden, trained, labels = hidden_states(model, batch), batch["trained"], batch["labels"]
     if "cu_seq_lens_q" in batch:
         of_trained = torch.searchsorted(batch["cu_seq_lens_q"], trained, right=True) - 1
     else:
-        of_trained = trained // batch["labels"].shape[1]
+        of_trained = trained // labels.shape[1]
     head = Head.of(causal_model(model))
-    return row_cross_entropy(
-        hidden, batch["labels"], head, chunk_tokens, trained, of_trained, row_weights, label_smoothing
-    )
+    return row_cross_entropy(hidden, labels, head, chunk_tokens, trained, of_trained, row_weights, label_smoothing)

@@ -20,7 +20,7 @@ from qvera.utils.safetensors_io import INDEX, weight_map
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
 """What is read of a repository: nothing that Python would run or unpickle."""
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -28,20 +28,17 @@ def is_hub_id(name: str | Path) -> bool:
     return _hub_id(name) is not None
 
 
-def _hub_id(name: str | Path) -> tuple[str, str | None] | None:
-    path, found = Path(name), _HUB_ID.fullmatch(str(name))
-    if found is None or path.exists() or path.parent.exists():
-        return None
-    return found["repo"], found["revision"]
+def _hub_id(name: str | Path) -> re.Match[str] | None:
+    path = Path(name)
+    return None if path.exists() or path.parent.exists() else _HUB_ID.fullmatch(str(name))
 
 
 def local_directory(path: Path) -> Path:
     """The directory ``path``, or the hub's snapshot of an id. Raises InputError if that can't be downloaded."""
     if (found := _hub_id(path)) is None:
         return path
-    repo, revision = found
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), ignore_patterns="*/*"))
+        return Path(snapshot_download(found[1], revision=found[2], allow_patterns=list(FILES), ignore_patterns="*/*"))
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(f"{path}: no such directory here, and not to be had from the hub: {_reason(error)}") from None
 
@@ -50,9 +47,8 @@ def is_adapter_of_hub(name: str) -> bool:
     """Whether a repository of the hub has an adapter. False for any other name, or if the hub does not answer."""
     if (found := _hub_id(name)) is None:
         return False
-    repo, revision = found
     try:
-        hf_hub_download(repo, ADAPTER_CONFIG, revision=revision)
+        hf_hub_download(found[1], ADAPTER_CONFIG, revision=found[2])
     except Exception:  # no such file or repository, or no network: what loads it then says so
         return False
     return True
@@ -65,7 +61,7 @@ def send_files(files: Mapping[str, Path | bytes], repo: str, *, private: bool, m
     InputError if the name is wrong, or if the hub refuses the token or can't be reached.
     """
     found = _HUB_ID.fullmatch(repo)
-    if found is None or found["revision"]:
+    if found is None or found[2]:
         raise InputError(f"{repo}: is no name of a repository of the hub. Expected USER/NAME.")
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
     api = HfApi()
@@ -100,12 +96,11 @@ def base_directory(section: ModelSection) -> Path:
     require_model_files(name)
     if Path(name).is_dir():
         return Path(name)
-    patterns = [*FILES]
-    patterns += ["*.py"] if section.trust_remote_code else []
+    patterns = [*FILES, *(["*.py"] if section.trust_remote_code else [])]
     again = ["original/*", "consolidated*.safetensors"]  # the same weights in another format
     try:
         return Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns, ignore_patterns=again))
-    except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
+    except Exception as error:
         raise InputError(
             f"model.path: the base {name!r} is no directory here, and can't be downloaded from the hub "
             f"({type(error).__name__}: {error})."
@@ -115,20 +110,20 @@ def base_directory(section: ModelSection) -> Path:
 def require_model_files(name: str) -> None:
     """Raise InputError for a local path that is no directory with a config and safetensors weights."""
     path = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or path.exists()
-    if looks_local and not path.is_dir():
-        fetch = " `qvera quickstart --fetch-only` fetches it." if path.parent.name == "quickstart" else ""
-        raise InputError(
-            f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.{fetch}"
-        )
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
-        if (path / INDEX).is_file():
-            weight_map(path / INDEX)  # transformers would follow its names anywhere
-        if not any(path.glob("*.safetensors")):
-            pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-            found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or path.exists():
+            fetch = " `qvera quickstart --fetch-only` fetches it." if path.parent.name == "quickstart" else ""
             raise InputError(
-                f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
+                f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.{fetch}"
             )
+        return
+    if not (path / "config.json").is_file():
+        raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
+    if (path / INDEX).is_file():
+        weight_map(path / INDEX)  # transformers would follow its names anywhere
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+        found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
+        raise InputError(
+            f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
+        )

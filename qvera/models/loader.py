@@ -16,17 +16,13 @@ from transformers import AutoConfig, PretrainedConfig
 from qvera.config.schema import ModelSection
 from qvera.data.tokenization import pad_id_of, require_eos
 from qvera.distributed.zero_params import whole_numel
-from qvera.models import attention, linear, quantization, quantized_cache, stream
+from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
 from qvera.models.hub import base_directory
 from qvera.models.loss import require_own_logits
-from qvera.models.mmap import NotMappable, load_mapped
-from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.model_config import empty_model, load_config, require_own_weights
-from qvera.models.processor import load_processor
-from qvera.models.quantize_checkpoint import NotPlain
-from qvera.models.stored_weights import as_named
-from qvera.models.structure import decoder_of, expert_weights
-from qvera.models.tokenizer import ids_of, place_token_rows
+from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
+from qvera.models.stored_weights import NotMappable, as_named, load_mapped
+from qvera.models.structure import expert_weights
+from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
@@ -36,10 +32,8 @@ from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
     from transformers import PreTrainedModel
 
-    from qvera.data.rows import Joined
     from qvera.distributed.zero_params import BaseSharder
 
 
@@ -78,9 +72,9 @@ def load_base(
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
-    A 16-bit base for 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`). 4-bit files are mapped
-    (`qvera.models.mmap`). transformers loads int8, dense and unusual checkpoints. `qvera.models.linear` runs every
-    quantized linear. ``progress`` is called during the first quantization.
+    A 16-bit base for 4 bits is quantized once, into the cache (`qvera.models.quantize_checkpoint`). 4-bit files are
+    mapped (`qvera.models.stored_weights`). transformers loads int8, dense and unusual checkpoints.
+    `qvera.models.linear` runs every quantized linear. ``progress`` is called during the first quantization.
 
     Raises:
         InputError: there is no such model, its weights are not those of its config, or it is not as the recipe says.
@@ -93,6 +87,7 @@ def load_base(
         require_eos(tokenizer)
     try:
         config = load_config(section)
+        prequantized = getattr(config, "quantization_config", None) is not None
         if Path(name).is_dir():
             empty = empty_model(section, None, model_class)
             entries = as_named(checkpoint_tensors(Path(name)), empty)
@@ -116,35 +111,24 @@ def load_base(
             "directory with config.json and safetensors weights."
         ) from None
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
-    model.requires_grad_(False)
-    model.eval()
-    if (
-        model_class.has_own_head and not model_class.reads_images
-    ):  # a decoder's head reads the last token that is no padding
+    model.requires_grad_(False).eval()
+    if model_class.has_own_head and not model_class.reads_images:
+        # a decoder's head reads the last token that is no padding
         model.config.get_text_config().pad_token_id = pad_id_of(tokenizer)
         model.config.use_cache = False
-    ids = ids_of(tokenizer, section.added_tokens)
-    if ids:
+    if ids := ids_of(tokenizer, section.added_tokens):
         place_token_rows(model, ids)
     linear.freeze_linears(model)
     attention.choose_implementation(model, device, dtype)
     if not model_class.has_own_head and sharder is None and attention.needs_padding_mask(model):
         require_own_logits(model)  # of a type that is not among the tested ones
-    facts = read_back(model, section, dtype, prequantized=_is_quantized(config))
+    facts = _read_back(model, section, dtype, prequantized)
     if ids:
         facts["added_tokens"] = ids
     if (streamed := stream.facts_of(model)) is not None:
         facts["streamed"] = streamed
     facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
-
-
-def _attention(section: ModelSection) -> str | None:
-    return None if section.attn_implementation == "auto" else section.attn_implementation
-
-
-def _is_quantized(config: PretrainedConfig) -> bool:
-    return getattr(config, "quantization_config", None) is not None
 
 
 def _load_mapped(
@@ -157,30 +141,30 @@ def _load_mapped(
     model_class: ModelClass,
 ) -> PreTrainedModel | None:
     """The model from its mapped 4-bit file, which is written on first use. None: transformers has to load it."""
-    if _is_quantized(config):
-        settings = config.quantization_config
-        if not (settings if isinstance(settings, dict) else settings.to_dict()).get("load_in_4bit"):
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is not None:
+        if not (stored if isinstance(stored, dict) else stored.to_dict()).get("load_in_4bit"):
             return None
     elif section.quantization not in ("nf4", "fp4"):
         return None
+    trusted, chosen = section.trust_remote_code, section.attn_implementation
     try:
-        if _is_quantized(config):
+        if stored is not None:
             directory = base_directory(section)
         else:
-            directory = quantized_cache.cached_base(section, device=device, progress=progress, model_class=model_class)
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
+            options: Any = {"device": device, "progress": progress, "model_class": model_class}
+            directory = quantize_checkpoint.cached_base(section, **options)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
         streamed = section.stream is True
         if section.stream == "auto" and sharder is None:
-            stored = sum(entry.size_bytes for entry in checkpoint_tensors(directory))
-            streamed = stream.streams_by_itself(stored, device)
-        model = load_mapped(
-            directory, config, dtype, device, _attention(section), section.trust_remote_code, sharder, streamed,
-            model_class,
-        )  # fmt: skip
+            stored_bytes = sum(entry.size_bytes for entry in checkpoint_tensors(directory))
+            streamed = stream.streams_by_itself(stored_bytes, device)
+        attn = None if chosen == "auto" else chosen
+        model = load_mapped(directory, config, dtype, device, attn, trusted, sharder, streamed, model_class)
         if streamed:
             stream.stream_layers(model, device)
         return model
-    except (NotPlain, NotMappable):
+    except (quantize_checkpoint.NotPlain, NotMappable):
         return None
 
 
@@ -189,7 +173,8 @@ def _load_by_transformers(
 ) -> PreTrainedModel:
     """Raises InputError if the checkpoint lacks weights, which transformers would draw at random."""
     heads = list(model_class.head_modules(empty_model(section, None, model_class))) if model_class.has_own_head else []
-    wanted = None if _is_quantized(config) else quantization.quantization_config(section, dtype, heads)
+    prequantized = getattr(config, "quantization_config", None) is not None
+    wanted = None if prequantized else quantization.quantization_config(section, dtype, heads)
     name, keeps_head = resolve_path(section.path), model_class.finds_head(config)
     model, loading = model_class.from_pretrained(
         name,
@@ -200,11 +185,11 @@ def _load_by_transformers(
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         output_loading_info=True,
-        attn_implementation=_attention(section),
+        attn_implementation=None if section.attn_implementation == "auto" else section.attn_implementation,
         **({} if wanted is None else {"quantization_config": wanted}),
     )
     missing = sorted(key for key in loading["missing_keys"] if keeps_head or key.partition(".")[0] not in heads)
-    if missing and not _is_quantized(config):
+    if missing and not prequantized:
         raise InputError(
             f"model.path: the weights of {name!r} hold no {first_of(missing)}, which transformers would draw "
             "at random. Copy config.json and all weight files of one checkpoint again."
@@ -228,30 +213,10 @@ def fingerprint_of(section: ModelSection) -> str | None:
     return base_fingerprint(snapshot)
 
 
-def read_back(
-    model: PreTrainedModel, section: ModelSection, dtype: torch.dtype, prequantized: bool = False
-) -> dict[str, Any]:
+def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype, prequantized: bool) -> dict[str, Any]:
     """Quantization, dtypes, counts and bytes of the live modules. Raises InputError if they are not the recipe's."""
     four_bit = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
     eight_bit = [m for m in model.modules() if isinstance(m, quantization.Linear8bit)]
-    if prequantized:
-        for module in four_bit:
-            module.compute_dtype = dtype
-    found: dict[str, object] = {"quantization": "int8" if eight_bit else "none"}
-    storage, problems = None, []
-    if four_bit:
-        facts = {quantization.four_bit_facts(m) for m in four_bit}
-        if len(facts) > 1:
-            problems.append(f"its 4-bit layers differ among themselves: {sorted(map(str, facts))}")
-        fact = next(iter(facts))
-        storage = str(fact.storage_dtype).removeprefix("torch.")
-        found = {"quantization": fact.quant_type, "double_quant": fact.double_quant}
-        if not prequantized:
-            found |= {"quant_storage": storage, "compute_dtype": str(fact.compute_dtype).removeprefix("torch.")}
-    wanted = section.to_dict() | {"compute_dtype": str(dtype).removeprefix("torch.")}
-    problems += [
-        f"{key} is {value}, the recipe says {wanted[key]}" for key, value in found.items() if value != wanted[key]
-    ]
     if not four_bit and section.quantization in ("nf4", "fp4"):
         head = model.get_output_embeddings()
         linears = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
@@ -261,29 +226,44 @@ def read_back(
             f"Linear, and {type(model).__name__} has {', '.join(kinds) or 'none'}. Set model.quantization: none, or "
             "point model.path at a checkpoint in 16 bits if this one is stored in another format."
         )
+    if prequantized:
+        for module in four_bit:
+            module.compute_dtype = dtype
+    found: dict[str, object] = {"quantization": "int8" if eight_bit else "none"}
+    compute, storage, problems = str(dtype).removeprefix("torch."), None, []
+    if four_bit:
+        fact, *others = {quantization.four_bit_facts(m) for m in four_bit}
+        if others:
+            problems.append(f"its 4-bit layers differ among themselves: {sorted(map(str, [fact, *others]))}")
+        storage = str(fact.storage_dtype).removeprefix("torch.")
+        found = {"quantization": fact.quant_type, "double_quant": fact.double_quant}
+        if not prequantized:
+            found |= {"quant_storage": storage, "compute_dtype": str(fact.compute_dtype).removeprefix("torch.")}
+    wanted = section.to_dict() | {"compute_dtype": compute}
+    problems += [
+        f"{key} is {value}, the recipe says {wanted[key]}" for key, value in found.items() if value != wanted[key]
+    ]
     if problems:
         raise InputError(
             f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
         )
-    quantized = {id(m.weight) for m in [*four_bit, *eight_bit]}
-    dense = [p for p in model.parameters() if id(p) not in quantized]
-    dense_bytes = sum(whole_numel(p) * p.element_size() for p in dense)
-    parameters = sum(whole_numel(p) for p in dense)
+    quantized = [*four_bit, *eight_bit]
+    packed = {id(m.weight) for m in quantized}
+    sizes = [(whole_numel(p), p.element_size()) for p in model.parameters() if id(p) not in packed]
     experts = expert_weights(model).values()
-    parameters += sum(m.in_features * m.out_features for m in [*four_bit, *eight_bit])
     return {
         "path": section.path,
         "architecture": type(model).__name__,
-        "parameters": parameters,
+        "parameters": sum(n for n, _ in sizes) + sum(m.in_features * m.out_features for m in quantized),
         "quantization": found["quantization"],
         "double_quant": section.double_quant if four_bit else None,
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": compute,
         "quant_storage": storage,
         "four_bit_modules": len(four_bit),
         "int8_modules": len(eight_bit),
         "expert_tensors": len(experts),
         "expert_bytes": sum(whole_numel(p) * p.element_size() for p in experts),
-        "base_bytes": dense_bytes + sum(quantization.storage_bytes(m) for m in [*four_bit, *eight_bit]),
+        "base_bytes": sum(n * width for n, width in sizes) + sum(map(quantization.storage_bytes, quantized)),
     }
 
 
@@ -298,46 +278,10 @@ def experts_note(facts: dict[str, Any]) -> str | None:
     )
 
 
-def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model, without PEFT around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
-    """What a pass calls: the decoder, whose head the loss applies by chunks, or a model with a head of its own."""
-    inner = causal_model(model)
-    return inner if inner.get_output_embeddings() is None else decoder_of(inner)
-
-
-def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether rows of a batch may share their prefix (`qvera.data.rows_prefix_once`)."""
-    return rows_joined(model, prefix_once=True, packing=False) is not None
-
-
-def rows_joined(
-    model: PreTrainedModel | PeftModel, prefix_once: bool, packing: bool, whole_rows: bool = False
-) -> Joined | None:
-    """See `qvera.models.attention.joining_of`."""
-    config = causal_model(model).config
-    return attention.joining_of(config, config._attn_implementation, prefix_once, packing, whole_rows)
-
-
-def require_packing(model: PreTrainedModel | PeftModel) -> None:
-    """Raise InputError where several rows can't stand in one sequence, by a mask or by offsets."""
-    config = causal_model(model).config
-    if rows_joined(model, prefix_once=False, packing=True) is None:
-        raise InputError(
-            f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
-            f"{config._attn_implementation} attention). It takes one of {', '.join(attention.JOINABLE_TYPES)} without "
-            "a sliding window, and sdpa, eager or flash attention. Set data.group_by_length instead."
-        )
-
-
 def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:
     """The checkpoint in evaluation mode: on a CPU mapped, in fp32; on an accelerator as transformers loads it."""
     config = AutoConfig.from_pretrained(directory)
-    if _is_quantized(config):
-        stored = config.quantization_config
+    if (stored := getattr(config, "quantization_config", None)) is not None:
         section = ModelSection(
             path=str(directory),
             quantization=stored.get("bnb_4bit_quant_type", "nf4"),

@@ -157,7 +157,6 @@ def fused_linear_cross_entropy(
     labels: torch.Tensor,
     head: Head,
     chunk_tokens: int,
-    ignore_index: int = IGNORED,
     expected_grad: torch.Tensor | None = None,
     trained: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -177,19 +176,12 @@ def fused_linear_cross_entropy(
             section 7).
     """
     if trained is None:
-        row, place = torch.nonzero(labels[:, 1:] != ignore_index, as_tuple=True)
+        row, place = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
         trained = row * labels.shape[1] + place
-    rows, targets = _trained_tokens(hidden, labels, trained)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+    targets = labels.reshape(-1).index_select(0, trained + 1)
     total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None, label_smoothing)
     return total, int(trained.numel())
-
-
-def _trained_tokens(
-    hidden: torch.Tensor, labels: torch.Tensor, trained: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states [n, hidden] that predict a trained token, and those tokens [n]."""
-    states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    return states, labels.reshape(-1).index_select(0, trained + 1)
 
 
 def row_cross_entropy(
@@ -208,7 +200,8 @@ def row_cross_entropy(
     weight · summed cross entropy (scalar, fp32 or wider, differentiable once in hidden), and the sums [R], without a
     graph. A NaN in a row leaves the gradients of the others as they are.
     """
-    rows, targets = _trained_tokens(hidden, labels, trained)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+    targets = labels.reshape(-1).index_select(0, trained + 1)
     weights = row_weights.index_select(0, of_trained)
     total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights, label_smoothing)
     return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll)

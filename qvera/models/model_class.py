@@ -1,4 +1,4 @@
-"""Which class of transformers a base model is made as, and the head that is trained whole on it.
+"""What a base model is: its class of transformers, its config, the model without weights, and checks that weights fit.
 
 A causal language model keeps its head, frozen. A classification model gets a head that is fp32 and trained whole: all
 that it has beside its base model (``score``, ``classifier``, ``pooler``). Where the checkpoint has none, it is drawn
@@ -10,22 +10,43 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from qvera.config.schema import ModelSection
+from qvera.utils.errors import InputError, first_line
+from qvera.utils.formatting import first_of
+from qvera.utils.paths import resolve_path
+from qvera.utils.safetensors_io import TensorEntry
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-"""Ends of the class names of causal language models."""
 _BUFFERS = r"(?:^|\.)(?:position_ids|inv_freq)$"
 """Old checkpoints carry these; the model makes them."""
-_OF_TEXTS, _OF_IMAGES = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
+_OF_TOKENS, _OF_TEXTS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+_OF_IMAGES = "AutoModelForImageClassification"
+_KINDS = {
+    _OF_TOKENS: "a causal language model",
+    _OF_TEXTS: "a sequence classification model",
+    _OF_IMAGES: "an image classification model",
+}
 REGRESSION, CLASSES = "regression", "single_label_classification"
 """transformers' ``problem_type``."""
+_LARGEST = {
+    "num_hidden_layers": 10_000, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
+    "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
+}  # fmt: skip
+"""Far above any model there is, and far below what would end in a traceback or fill the memory."""
+_COMPARED_BYTES = 2**24
+_LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +55,25 @@ class ModelClass:
 
     Attributes:
         auto: the auto class of transformers.
-        what: the kind of model, for messages.
         labels: the names of the head's outputs, in order; empty: those of the checkpoint's config.
         problem_type: `CLASSES` or `REGRESSION`; None: the checkpoint's.
         seed: for a head that the checkpoint does not have.
     """
 
-    auto: str = "AutoModelForCausalLM"
-    what: str = "a causal language model"
-    has_own_head: bool = False
+    auto: str = _OF_TOKENS
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
     seed: int = 0
+
+    @property
+    def what(self) -> str:
+        """The kind of model, for messages."""
+        return _KINDS[self.auto]
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the head is trained whole."""
+        return self.auto != _OF_TOKENS
 
     @property
     def reads_images(self) -> bool:
@@ -81,15 +109,8 @@ class ModelClass:
         """The modules that are trained whole, by name: all with parameters beside the model's base model."""
         if not self.has_own_head:
             return {}
-        return {
-            name: module
-            for name, module in model.named_children()
-            if name != model.base_model_prefix and next(module.parameters(), None) is not None
-        }
-
-    def belongs_to_head(self, name: str, model: PreTrainedModel) -> bool:
-        """Whether a parameter of the model is one of its head's."""
-        return name.partition(".")[0] in self.head_modules(model)
+        base = model.base_model_prefix
+        return {n: m for n, m in model.named_children() if n != base and next(m.parameters(), None) is not None}
 
     def stored_names(self, names: Iterable[str], model: PreTrainedModel) -> set[str]:
         """The checkpoint's tensors of this model: without another head, such as a language model's."""
@@ -102,18 +123,21 @@ class ModelClass:
 
     def copied_as(self, architectures: Iterable[str] | None) -> ModelClass:
         """The class of a checkpoint's quantized copy: all tasks share that of a language model."""
-        is_language_model = any(name.endswith(_LANGUAGE_MODELS) for name in architectures or ())
-        if not self.has_own_head or is_language_model:
-            return CAUSAL_LM
-        return dataclasses.replace(self, labels=(), problem_type=None)
+        is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures or ())
+        return CAUSAL_LM if is_language_model else ModelClass(self.auto, seed=self.seed)
 
     @property
     def settings(self) -> Mapping[str, str]:
         """What a quantized copy depends on; empty for a causal language model."""
-        return {} if self == CAUSAL_LM else {"auto": self.auto}
+        return {"auto": self.auto} if self.has_own_head else {}
 
     def start_head(self, model: PreTrainedModel, is_stored: bool, device: torch.device) -> None:
         """Make the head fp32 on its device, drawn anew unless ``is_stored``. It takes its input in any dtype."""
+
+        def in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            dtype = next(module.parameters()).dtype
+            return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
         for module in self.head_modules(model).values():
             if not is_stored:
                 module.to_empty(device="cpu")
@@ -123,12 +147,7 @@ class ModelClass:
                         if callable(reset := getattr(part, "reset_parameters", None)):
                             reset()
             module.to(device=device, dtype=torch.float32)
-            module.register_forward_pre_hook(_in_own_dtype)
-
-
-def _in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+            module.register_forward_pre_hook(in_own_dtype)
 
 
 CAUSAL_LM = ModelClass()
@@ -137,15 +156,13 @@ CAUSAL_LM = ModelClass()
 def classification_class(labels: Iterable[str] = (), is_regression: bool = False, seed: int = 0) -> ModelClass:
     """A model for classes of texts, or (with one label) for a number. Without labels those of its checkpoint."""
     labels = tuple(labels)
-    problem = (REGRESSION if is_regression else CLASSES) if labels else None
-    what = "a sequence classification model"
-    return ModelClass(_OF_TEXTS, what, True, labels, problem, seed)
+    return ModelClass(_OF_TEXTS, labels, (REGRESSION if is_regression else CLASSES) if labels else None, seed)
 
 
 def image_class(labels: Iterable[str] = (), seed: int = 0) -> ModelClass:
     """A model for classes of images. Without labels those of its checkpoint."""
     labels = tuple(labels)
-    return ModelClass(_OF_IMAGES, "an image classification model", True, labels, CLASSES if labels else None, seed)
+    return ModelClass(_OF_IMAGES, labels, CLASSES if labels else None, seed)
 
 
 def stored_class(architectures: Iterable[str] | None) -> ModelClass:
@@ -156,3 +173,136 @@ def stored_class(architectures: Iterable[str] | None) -> ModelClass:
         if "ImageClassification" in name:
             return image_class()
     return CAUSAL_LM
+
+
+def load_config(section: ModelSection, source: Path | str | None = None) -> PretrainedConfig:
+    """The transformers config of the base, or of a directory or hub id ``source``.
+
+    Raises:
+        OSError: there is none, or it is not JSON; the message is transformers'.
+        InputError: it describes no possible model.
+    """
+    name = str(source or resolve_path(section.path))
+    revision = None if source else section.revision
+    raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, Mapping):
+            _require_possible(part, f"{name}: config.json")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    except StrictDataclassError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{name}: config.json describes no model that can be built: {reason}") from None
+
+
+def _require_possible(part: Mapping[str, Any], where: str) -> None:
+    for key, largest in _LARGEST.items():
+        value = part.get(key)
+        if value is None or isinstance(value, list):  # some models have a list, a value a layer
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+            raise InputError(f"{where} has {key} {value!r}, expected a whole number from 1 to {largest:,}.")
+    pairs = [("num_attention_heads", "num_key_value_heads")]
+    if not any("head_dim" in key for key in part):  # a head is hidden_size / num_attention_heads wide
+        pairs.append(("hidden_size", "num_attention_heads"))
+    for key, unit in pairs:
+        number, divisor = part.get(key), part.get(unit)
+        if isinstance(number, int) and isinstance(divisor, int) and number % divisor:
+            raise InputError(f"{where} has {key} {number}, not a multiple of {unit} {divisor}.")
+
+
+def empty_model(
+    section: ModelSection, source: Path | str | None = None, model_class: ModelClass = CAUSAL_LM
+) -> PreTrainedModel:
+    """The base without weights, on the meta device. Raises InputError if no model of this class can be made."""
+    try:
+        config = load_config(section, source)
+        with torch.device("meta"):
+            return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        name = str(source or resolve_path(section.path))
+        raise InputError(
+            f"model.path: no model can be made from the config of {name!r}; it can't be loaded as {model_class.what}: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def require_own_weights(
+    directory: Path, entries: list[TensorEntry], model: PreTrainedModel, model_class: ModelClass = CAUSAL_LM
+) -> None:
+    """Compare the tensors of a checkpoint with the model that its config.json describes (`empty_model`).
+
+    Other names than the model's are not compared: transformers may rename them. A head of the class itself may be
+    missing. Raises InputError for other layers, heads, shapes or dtypes, or a missing weight.
+    """
+    stored, weights = {entry.name: entry for entry in entries}, model.state_dict()
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = _layers(name for name in stored if not any(re.search(pattern, name) for pattern in ignored))
+    for prefix, expected in _layers(weights).items():
+        if found.get(prefix, expected) != expected:
+            raise InputError(
+                f"{directory}: config.json describes a model of {len(expected)} layers (num_hidden_layers), and the "
+                f"weights hold {len(found[prefix])} ({prefix}*). Copy config.json and all weight files of one "
+                "checkpoint again."
+            )
+    _require_head(directory, stored, model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # packed weights have other shapes and dtypes
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    heads = tuple(f"{name}." for name in model_class.head_modules(model))
+    wanted = [n for n, _ in model.named_parameters() if not n.startswith(heads)]
+    missing = [n for n in wanted if n not in stored and n not in tied.values()]
+    if missing and model_class.stored_names(stored, model) <= weights.keys():
+        raise InputError(
+            f"{directory}: the weights hold no {first_of(missing)}, which config.json asks for. Copy config.json and "
+            "all weight files of one checkpoint again."
+        )
+    for name, tensor in weights.items():
+        if (entry := stored.get(name)) is None or name.startswith(heads):
+            continue
+        if entry.shape != tuple(tensor.shape):
+            raise InputError(
+                f"{entry.file}: {name} has shape {list(entry.shape)}, the model of config.json needs "
+                f"{list(tensor.shape)}. Weights and config.json are not of one model."
+            )
+        if tensor.is_floating_point() and not entry.dtype.is_floating_point:
+            raise InputError(
+                f"{entry.file}: {name} is {entry.dtype}, expected a floating-point weight. Save the checkpoint again."
+            )
+
+
+def _layers(names: Iterable[str]) -> dict[str, set[int]]:
+    """Prefix of the layers' names → their numbers."""
+    found: dict[str, set[int]] = {}
+    for match in filter(None, map(_LAYER.match, names)):
+        found.setdefault(match[1], set()).add(int(match[2]))
+    return found
+
+
+def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: PreTrainedModel) -> None:
+    names: dict[nn.Module, str] = {module: f"{name}.weight" for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if names.get(embedding) not in stored or head not in names:
+        return
+    table, output = stored[names[embedding]], stored.get(names[head])
+    tied = head.weight is embedding.weight
+    if output is None and not tied:
+        raise InputError(
+            f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so "
+            "the model would get a random output head. Copy all weight files again; or, if the model has none of its "
+            "own, set tie_word_embeddings: true in config.json."
+        )
+    if output is not None and tied and not _same_tensor(table, output):
+        raise InputError(
+            f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from "
+            f"{table.name}. Set tie_word_embeddings: false in config.json, or take the head out of the weights."
+        )
+
+
+def _same_tensor(one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    size = one.size_bytes
+    first, second = (np.memmap(e.file, mode="r", offset=e.start, shape=(size,)) for e in (one, other))
+    parts = (slice(start, start + _COMPARED_BYTES) for start in range(0, size, _COMPARED_BYTES))
+    return all(np.array_equal(first[part], second[part]) for part in parts)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from qvera.models.bitsandbytes_import import bitsandbytes as bnb
+from qvera.models.quantization import bnb_functional
 
 BLOCK = 64
 """Weights that share one scale."""
@@ -36,7 +36,7 @@ class _Code(NamedTuple):
 
 @functools.cache
 def _code(quant_type: str) -> _Code:
-    values = bnb.functional.get_4bit_type(quant_type, device="cpu")
+    values = bnb_functional.get_4bit_type(quant_type, device="cpu")
     order = torch.argsort(values)  # as bitsandbytes does it, ties (FP4 has two zeros) included
     nibbles = order.numpy().astype(np.uint8)
     return _Code(((values[order[:-1]] + values[order[1:]]) / 2).numpy(), nibbles[0], np.diff(nibbles))
@@ -93,27 +93,6 @@ def _pack(scaled: np.ndarray, code: _Code, scratch: _Scratch, packed: np.ndarray
     np.copyto(packed, one, casting="unsafe")
 
 
-def _whole_blocks(
-    bits: np.ndarray, dtype: torch.dtype, code: _Code, scratch: _Scratch, packed: np.ndarray, absmax: np.ndarray
-) -> None:
-    _block_maxima(bits, dtype, scratch, absmax)
-    scaled = scratch.scaled[: bits.size]
-    _widen(bits, dtype, scaled)
-    factor = np.float32(1.0) / np.maximum(absmax, _SMALLEST)
-    rows = scaled.reshape(-1, BLOCK)
-    np.multiply(rows, factor[:, None], out=rows)
-    _pack(scaled, code, scratch, packed)
-
-
-def _last_block(bits: np.ndarray, dtype: torch.dtype, code: _Code, packed: np.ndarray, absmax: np.ndarray) -> None:
-    scaled = np.zeros(bits.size + bits.size % 2, np.float32)
-    values = scaled[: bits.size]
-    _widen(bits, dtype, values)
-    absmax[0] = np.maximum(np.abs(values).max(), _SMALLEST)
-    np.divide(values, absmax[0], out=values)
-    _pack(scaled, code, _Scratch(scaled.size, bits.dtype), packed)
-
-
 def pack(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a contiguous CPU tensor of n weights (bf16, fp16 or fp32) as one flat row, on this thread.
 
@@ -127,9 +106,18 @@ def pack(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Te
     scratch = _Scratch(min(whole, CHUNK), bits.dtype)
     with np.errstate(all="ignore"):  # NaN and Inf are the caller's to find, in absmax
         for start in range(0, whole, CHUNK):
-            stop = min(start + CHUNK, whole)
-            scales = absmax[start // BLOCK : stop // BLOCK]
-            _whole_blocks(bits[start:stop], dtype, code, scratch, packed[start // 2 : stop // 2], scales)
-        if whole < bits.size:
-            _last_block(bits[whole:], dtype, code, packed[whole // 2 :], absmax[whole // BLOCK :])
+            part = bits[start : min(start + CHUNK, whole)]
+            scales, scaled = absmax[start // BLOCK :][: part.size // BLOCK], scratch.scaled[: part.size]
+            _block_maxima(part, dtype, scratch, scales)
+            _widen(part, dtype, scaled)
+            rows, factor = scaled.reshape(-1, BLOCK), np.float32(1.0) / np.maximum(scales, _SMALLEST)
+            np.multiply(rows, factor[:, None], out=rows)
+            _pack(scaled, code, scratch, packed[start // 2 :][: part.size // 2])
+        if rest := bits.size - whole:  # of a last block, which divides, and may have an odd number of weights
+            scaled = np.zeros(rest + rest % 2, np.float32)
+            values = scaled[:rest]
+            _widen(bits[whole:], dtype, values)
+            absmax[-1] = np.maximum(np.abs(values).max(), _SMALLEST)
+            np.divide(values, absmax[-1], out=values)
+            _pack(scaled, code, _Scratch(scaled.size, bits.dtype), packed[whole // 2 :])
     return torch.from_numpy(packed), torch.from_numpy(absmax)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +21,14 @@ from transformers.quantizers import AutoHfQuantizer
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
 from qvera.kernels import dequantize
-from qvera.models.bitsandbytes_import import bitsandbytes as bnb
 from qvera.utils.safetensors_io import TensorSpec
+
+_logger = logging.getLogger("bitsandbytes")
+_level = _logger.level
+_logger.setLevel(logging.ERROR)  # on some CPUs it logs advice on an optional package
+import bitsandbytes as bnb  # noqa: E402
+
+_logger.setLevel(_level)
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -74,21 +81,17 @@ def serialized_layout(weight: TensorSpec, section: ModelSection) -> list[TensorS
     """
     name, storage = weight.name, getattr(torch, section.quant_storage)
     blocks = -(-weight.numel // 64)
+    scales = TensorSpec(f"{name}.absmax", torch.uint8 if section.double_quant else torch.float32, (blocks,))
     layout = [TensorSpec(name, storage, (-(-weight.numel // 2) // storage.itemsize, 1))]
-    if section.double_quant:
-        layout += [
-            TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
-            TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)),
-        ]
-    else:
-        layout.append(TensorSpec(f"{name}.absmax", torch.float32, (blocks,)))
-    layout.append(TensorSpec(f"{name}.quant_map", torch.float32, (16,)))
-    if section.double_quant:
-        layout.append(TensorSpec(f"{name}.absmax", torch.uint8, (blocks,)))
+    code = TensorSpec(f"{name}.quant_map", torch.float32, (16,))
     dtype = str(weight.dtype).removeprefix("torch.")
     state: dict[str, object] = {"quant_type": "nf4", "blocksize": 64, "dtype": dtype, "shape": weight.shape}
     if section.double_quant:
+        nested = TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),))
+        layout += [nested, TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)), code, scales]
         state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+    else:
+        layout += [scales, code]
     length = len(json.dumps(state)) + _FLOAT_CHARACTERS
     length += -(sum(spec.size_bytes for spec in layout) + length) % 64
     return [*layout, TensorSpec(f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
@@ -141,7 +144,10 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
                 "has no correct gradient. Load the base model again and attach the adapter before running it"
             )
-        return dequantized_packed(module.weight.data.view(-1, 1), _in_fp32(state) if exact else state).to(dtype)
+        if exact:
+            state = copy.copy(state)
+            state.dtype = torch.float32
+        return dequantized_packed(module.weight.data.view(-1, 1), state).to(dtype)
     if isinstance(module, Linear8bit):
         return dequantized_int8(*int8_rows(module), dtype)
     return module.weight.to(dtype)
@@ -221,19 +227,15 @@ def dequantized_packed(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     return bnb_functional.dequantize_4bit(packed, rows).view(shape)
 
 
-def _in_fp32(state: QuantState) -> QuantState:
-    state = copy.copy(state)
-    state.dtype = torch.float32
-    return state
-
-
 def dequantized_rows(
     module: nn.Linear, dtype: torch.dtype, rows: int, exact: bool = False
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """`dequantized_weight` of a 4-bit layer, ``rows`` rows at a time, where its `ends_with_rows`."""
     bring(module)
     weight, (m, n) = module.weight, (module.out_features, module.in_features)
-    state = _in_fp32(_require_state(module)) if exact else copy.copy(_require_state(module))
+    state = copy.copy(_require_state(module))
+    if exact:
+        state.dtype = torch.float32
     scales = state.absmax
     if state.nested:
         scales = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -264,17 +266,13 @@ def storage_bytes(module: nn.Linear) -> int:
     """Bytes of a linear's weight as stored, quantization state included."""
     weight = module.weight
     size = whole_numel(weight) * weight.element_size()
-    if isinstance(module, Linear4bit):
-        state = _state(module)
-        size += 0 if state is None else _state_bytes(state)
-    elif isinstance(module, Linear8bit):
+    if isinstance(module, Linear8bit):
         size += int8_rows(module)[1].numel() * 4
+    state = _state(module) if isinstance(module, Linear4bit) else None
+    while state is not None:
+        size += state.absmax.nbytes
+        state = state.state2 if getattr(state, "nested", False) else None
     return size
-
-
-def _state_bytes(state: QuantState) -> int:
-    size = state.absmax.numel() * state.absmax.element_size()
-    return size + (_state_bytes(state.state2) if getattr(state, "nested", False) else 0)
 
 
 class FourBitFacts(NamedTuple):
@@ -364,11 +362,6 @@ def fused_matmul(
     return None
 
 
-def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
-    """A 16-bit weight [m, n] quantized as the recipe says, and dequantized again."""
-    return quantized_reader(weight, section)()
-
-
 def quantized_reader(weight: torch.Tensor, section: ModelSection) -> Callable[[], torch.Tensor]:
     """Quantize a weight [m, n] as the recipe says. Each call of the result dequantizes it to its dtype."""
     dtype = weight.dtype
@@ -393,7 +386,7 @@ def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
 def quantize_dequantize_blocks(
     weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`quantize_dequantize` of whole blocks of 64 elements to ``dtype``, with one ``absmax`` for each block."""
+    """Whole blocks of 64 elements, quantized with one given ``absmax`` for each, and dequantized to ``dtype``."""
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
     state.absmax, state.dtype = absmax.contiguous(), dtype
     return dequantized_packed(packed, state)

@@ -1,15 +1,18 @@
-"""Quantize a 16-bit checkpoint to bitsandbytes' serialized 4-bit format, which stock transformers loads and qvera maps.
+"""Quantize a 16-bit checkpoint to bitsandbytes' serialized 4-bit format, once: into $QVERA_CACHE/bases, or elsewhere.
 
-Each source file is read once: one thread reads and hashes, one a core quantizes, the calling one writes. Finished
-shards survive a kill. ``config.json`` is written last: without it nothing takes a directory for a model.
+Stock transformers loads the copy, and qvera maps it. Each source file is read once: one thread reads and hashes, one a
+core quantizes, the calling one writes. Finished shards survive a kill. ``config.json`` is written last: without it
+nothing takes a directory for a model. A copy in the cache is found again by content (`qvera.models.quantized_record`).
 """
 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +22,17 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
-from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.model_config import empty_model, require_own_weights
-from qvera.models.quantized_record import RECORD, content_identity, settings_of
+from qvera.models.hub import base_directory
+from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
+from qvera.models.quantized_record import BASES, RECORD, content_identity, problem_of, read_record, settings_of
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.models.stored_weights import as_named
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
-from qvera.utils.cache_dir import StageProgress
+from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_sha256, read_json
-from qvera.utils.paths import CERTIFICATE
+from qvera.utils.files import file_sha256, read_json, try_read_json
+from qvera.utils.paths import CERTIFICATE, resolve_path
 from qvera.utils.safetensors_io import (
     TensorEntry,
     TensorSpec,
@@ -37,6 +40,7 @@ from qvera.utils.safetensors_io import (
     checkpoint_tensors,
     file_stamps,
     grouped_by_bytes,
+    shard_files,
     write_source_fingerprint,
 )
 
@@ -47,7 +51,6 @@ _NOT_COPIED = (
     ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json",
 )  # fmt: skip
 _NOT_AHEAD = "Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 Shards = list[tuple[str, list[TensorSpec]]]
 """File name and tensors of each shard."""
@@ -61,22 +64,25 @@ class NotPlain(InputError):
 
 @dataclasses.dataclass
 class SourceCheckpoint:
-    """A 16-bit checkpoint, checked against its config."""
+    """A 16-bit checkpoint, checked against its config.
+
+    Attributes:
+        entries: all tensors, in the order they lie on disk.
+        stamps: file name → bytes, mtime_ns, inode, by which hashed content is known again.
+        tensors: those that the model has.
+        quantized: names of the weights that become 4-bit.
+        head_names: modules that are trained, and so never quantized.
+    """
 
     directory: Path
     config: dict[str, Any]
     config_sha256: str
     entries: list[TensorEntry]
-    """All tensors, in the order they lie on disk."""
     stamps: dict[str, list[int]]
-    """File name → bytes, mtime_ns, inode, by which hashed content is known again."""
     tensors: list[TensorEntry]
-    """Those that the model has."""
     quantized: set[str]
-    """Names of the weights that become 4-bit."""
     model_class: ModelClass
     head_names: list[str]
-    """Modules that are trained, and so never quantized."""
 
     @property
     def files(self) -> list[Path]:
@@ -124,20 +130,20 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
             f"loading. {_NOT_AHEAD}"
         )
     quantized = {f"{name}.weight" for name in linears} & stored
-    for entry in entries:
-        if entry.name in quantized and entry.dtype not in _FLOATS:
+    for entry in (entry for entry in entries if entry.name in quantized):
+        if entry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise InputError(
                 f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."
             )
-        if entry.name in quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
+        if entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
             raise NotPlain(
                 f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
                 f"{section.quant_storage}. Set model.quant_storage: uint8."
             )
-    tensors = [entry for entry in entries if entry.name in names]
-    digest = file_sha256(directory / "config.json")
-    stamps = file_stamps(entries)
-    return SourceCheckpoint(directory, config, digest, entries, stamps, tensors, quantized, model_class, heads)
+    tensors, digest = [entry for entry in entries if entry.name in names], file_sha256(directory / "config.json")
+    return SourceCheckpoint(
+        directory, config, digest, entries, file_stamps(entries), tensors, quantized, model_class, heads
+    )
 
 
 def quantize_checkpoint(
@@ -162,8 +168,9 @@ def quantize_checkpoint(
     device = device or torch.device("cpu")
     settings = settings_of(section, source.model_class.settings)
     # what the bytes are a function of; the device, because bitsandbytes' kernels may round its statistics otherwise
+    place = str(source.directory.resolve())
     identity = {
-        "source": str(source.directory.resolve()),
+        "source": place,
         "files": source.stamps,
         "config": source.config_sha256,
         "settings": settings,
@@ -181,8 +188,7 @@ def quantize_checkpoint(
         reader = CheckpointReader(source.entries, source.stamps, hashes)
         planned = {spec.name for _, specs in missing for spec in specs}
         blocks = reader.blocks({entry.name for entry in source.entries} - planned)
-        workers = torch.get_num_threads()
-        pack = functools.partial(_pack, section, source, device)
+        workers, pack = torch.get_num_threads(), functools.partial(_pack, section, source, device)
         done = source.size_bytes - sum(entry.size_bytes for entry in source.entries if entry.name in planned)
 
         def report(block: Block) -> None:
@@ -206,7 +212,7 @@ def quantize_checkpoint(
             "source": {
                 "path": section.path,
                 "revision": section.revision,
-                "directory": str(source.directory.resolve()),
+                "directory": place,
                 "config_sha256": source.config_sha256,
                 "files": {
                     name: {"sha256": reader.sha256[name], "bytes": stamp[0]} for name, stamp in source.stamps.items()
@@ -223,19 +229,13 @@ def quantize_checkpoint(
     return record
 
 
-def output_bytes(source: SourceCheckpoint, section: ModelSection) -> int:
-    """Bytes of the tensors of the quantized copy."""
-    return sum(spec.size_bytes for _, specs in _shards(source, section, SHARD_BYTES) for spec in specs)
-
-
 def _shards(source: SourceCheckpoint, section: ModelSection, shard_bytes: int) -> Shards:
     """A weight and its statistics stay together. The order is that of the source."""
-
-    def units() -> Iterator[list[TensorSpec]]:
-        for entry in source.tensors:
-            yield quantization.serialized_layout(entry, section) if entry.name in source.quantized else [entry]
-
-    return grouped_by_bytes(units(), lambda spec: spec.size_bytes, shard_bytes)
+    units: Iterator[list[TensorSpec]] = (
+        quantization.serialized_layout(entry, section) if entry.name in source.quantized else list[TensorSpec]([entry])
+        for entry in source.tensors
+    )
+    return grouped_by_bytes(units, lambda spec: spec.size_bytes, shard_bytes)
 
 
 def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:
@@ -259,8 +259,12 @@ def _tensors(
         if entry.name not in source.quantized:
             yield rows
             continue
-        _require_finite(entry, rows if absmax is None else absmax)
         parts.append(rows if absmax is None else absmax)
+        if not torch.isfinite(parts[-1]).all():
+            raise RunFailed(
+                f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is "
+                "damaged, or was saved in a dtype too narrow for it."
+            )
         if absmax is not None:
             yield rows.view(storage).view(-1, 1)
         if not block.last:
@@ -274,14 +278,6 @@ def _tensors(
             statistics = quantization.serialized_statistics(entry, whole, section)
         for spec in quantization.serialized_layout(entry, section)[1:]:
             yield statistics[spec.name]
-
-
-def _require_finite(entry: TensorEntry, values: torch.Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise RunFailed(
-            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
-            "was saved in a dtype too narrow for it."
-        )
 
 
 def _write_small_files(
@@ -306,3 +302,165 @@ def _write_small_files(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(dtype).removeprefix("torch.")
     replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def cached_base(
+    section: ModelSection,
+    *,
+    device: torch.device | None = None,
+    verify: bool = False,
+    progress: StageProgress | None = None,
+    model_class: ModelClass = CAUSAL_LM,
+) -> Path:
+    """The directory of the quantized copy of ``section.path``, made on first use.
+
+    If several processes want the same copy, one makes it and the others wait. A damaged copy is made again. ``device``
+    is where to quantize (default CPU). With ``verify``, source and copy are hashed again.
+
+    Raises:
+        NotPlain: transformers renames or fuses this checkpoint's tensors while loading.
+        InputError: no such model, a shard is missing or damaged, or the cache can't be written.
+        RunFailed: a weight has NaN or Inf, or the disk is full; finished shards stay.
+    """
+    directory = base_directory(section)
+    if not verify and (found := find_base(section, directory, model_class)) is not None:
+        return found  # without a look at the model
+    source = read_source(section, directory, model_class)
+    settings = settings_of(section, source.model_class.settings)
+    root, hashes = BASES.root, BASES.hashes
+    where = [device.type if device is not None else "cpu", SHARD_BYTES]
+    parts = [str(source.directory.resolve()), source.stamps, source.config_sha256, *where]
+    key = hashlib.sha256(json.dumps([parts, settings], sort_keys=True).encode()).hexdigest()[:16]
+    unfinished = root / f"{UNFINISHED}{key}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{root}: the cache can't be written ({error.strerror}). Set QVERA_CACHE to a directory that can."
+        ) from None
+
+    def waiting() -> None:
+        assert progress is not None
+        total = sum(spec.size_bytes for _, specs in _shards(source, section, SHARD_BYTES) for spec in specs)
+        progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
+
+    with BASES.locked(key, None if progress is None else waiting):
+        known = {} if verify else hashes.known(source.files)
+        if verify or (len(known) < len(source.files) and _similar(source, settings)):
+            known = hashes.hashed(source.files, known, progress)
+        if len(known) == len(source.files):
+            target = _place(section, _identity(source.config_sha256, known, settings))
+            if target.exists() and problem_of(target, verify=verify) is None:
+                return target
+        BASES.clear_removed()
+        record = None
+        if not any(unfinished.glob(".qvera_*.json")) and problem_of(unfinished, verify=True) is None:
+            record = read_record(unfinished)  # killed between its last byte and its name
+        if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
+            discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
+        if record is None:
+            record = quantize_checkpoint(section, source, unfinished, known, device, progress)
+        _remember(source, record)
+        return _publish(unfinished, _place(section, record["identity"]))
+
+
+def find_base(section: ModelSection, directory: Path | None = None, model_class: ModelClass = CAUSAL_LM) -> Path | None:
+    """The finished copy for this section, if the source's hashes are known. Nothing is hashed; None: not found."""
+    directory = directory or base_directory(section)
+    files = shard_files(directory)
+    known = BASES.hashes.known(files)
+    if not files or len(known) < len(files) or not (directory / "config.json").is_file():
+        return None
+    architectures = (try_read_json(directory / "config.json") or {}).get("architectures")
+    settings = settings_of(section, model_class.copied_as(architectures).settings)
+    config = file_sha256(directory / "config.json")
+    target = _place(section, _identity(config, known, settings))
+    return target if problem_of(target) is None else None
+
+
+def how_stored(section: ModelSection) -> tuple[bool, int]:
+    """Whether a 4-bit base is mapped, and the bytes of a dense number in it; (True, 2) for one that is not here."""
+    directory = Path(resolve_path(section.path))
+    try:
+        if not directory.is_dir():
+            return True, 2
+        sizes = Counter[int]()
+        for entry in checkpoint_tensors(directory):
+            if entry.dtype.is_floating_point and len(entry.shape) > 1:
+                sizes[entry.dtype.itemsize] += entry.size_bytes
+        itemsize = max(sizes, key=sizes.__getitem__, default=2)
+        is_quantized = (try_read_json(directory / "config.json") or {}).get("quantization_config")
+        if not is_quantized and find_base(section, directory) is None:
+            read_source(section, directory)
+    except NotPlain:
+        return False, itemsize
+    except InputError:  # loading it tells
+        return True, 2
+    return True, itemsize
+
+
+def quantized_copy(
+    section: ModelSection,
+    out: Path,
+    *,
+    device: torch.device | None = None,
+    verify: bool = False,
+    progress: StageProgress | None = None,
+) -> dict[str, Any]:
+    """Write the quantized copy to ``out``, or go on with it; returns its record. Raises as `cached_base`."""
+    source = read_source(section, base_directory(section))
+    hashes = BASES.hashes
+    known = {} if verify else hashes.known(source.files)
+    record, settings = read_record(out), settings_of(section)
+    if record is not None:
+        if record["settings"] != settings:
+            raise InputError(f"{out}: is quantized with other settings ({record['settings']}). Name another directory.")
+        known = hashes.hashed(source.files, known, progress)
+        if record["identity"] != _identity(source.config_sha256, known, settings):
+            raise InputError(f"{out}: is the quantized copy of another checkpoint. Name another directory.")
+        if (problem := problem_of(out, verify=verify)) is not None:
+            raise InputError(f"{problem}. Delete {out} and run again.")
+        return record
+    record = quantize_checkpoint(section, source, out, known, device, progress)
+    _remember(source, record)
+    return record
+
+
+def _remember(source: SourceCheckpoint, record: dict[str, Any]) -> None:
+    recorded = record["source"]["files"]
+    BASES.hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
+
+
+def _identity(config_sha256: str, known: dict[Path, str], settings: dict[str, Any]) -> str:
+    return content_identity(config_sha256, {file.name: digest for file, digest in known.items()}, settings)
+
+
+def _place(section: ModelSection, identity: str) -> Path:
+    return BASES.root / f"{section.quantization}-{identity[:24]}"
+
+
+def _similar(source: SourceCheckpoint, settings: dict[str, Any]) -> bool:
+    """Whether a finished copy has sources of these names and sizes: then it pays to hash before quantizing."""
+    sizes = {name: stamp[0] for name, stamp in source.stamps.items()}
+    for record in (entry.record for entry in BASES.listed() if entry.record is not None):
+        recorded = {name: value["bytes"] for name, value in record["source"]["files"].items()}
+        if record["settings"] == settings and recorded == sizes:
+            return True
+    return False
+
+
+def _publish(made: Path, target: Path) -> Path:
+    """Give a finished copy its name. If another process was quicker, take its copy."""
+    if target.exists():
+        if problem_of(target, verify=True) is None:
+            shutil.rmtree(made)
+            return target
+        discard(target)
+    try:
+        made.rename(target)
+    except OSError:
+        if problem_of(target) is not None:
+            raise
+        shutil.rmtree(made)
+    flush(target.parent)
+    return target

@@ -4,6 +4,7 @@ A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`
 its KEY (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -54,8 +55,4 @@ def problem_of(directory: Path, *, verify: bool = False) -> str | None:
     return None
 
 
-def _problem(directory: Path) -> str | None:
-    return problem_of(directory, verify=True)
-
-
-BASES = DiskCache("quantized base", "bases", read_record, _problem)
+BASES = DiskCache("quantized base", "bases", read_record, functools.partial(problem_of, verify=True))

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from qvera.utils.errors import InputError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 _ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
 _GATES = ("gate", "shared_expert_gate")
 _LAYER_LISTS = ("layers", "h", "blocks", "layer")
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
+def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_of(model: Any) -> Any:
-    """What a language model calls before its head: embeddings, layers and the last norm.
-
-    transformers' ``get_decoder`` returns the whole model where a class misnames its decoder (Llama 4's text model).
-    Then it is the part that holds the input embedding.
-    """
+    """What a language model calls before its head: embeddings, layers and the last norm."""
     found = model.get_decoder()
-    if found is not model or model.get_output_embeddings() is None:
-        return found
-    embedding = model.get_input_embeddings()
-    for child in model.children():
-        if child is not embedding and any(module is embedding for module in child.modules()):
-            return child
+    if found is model and model.get_output_embeddings() is not None:
+        # a class that misnames its decoder (Llama 4's text model): the decoder is what holds the input embedding
+        embedding = model.get_input_embeddings()
+        for child in model.children():
+            if child is not embedding and any(module is embedding for module in child.modules()):
+                return child
     return found
+
+
+def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """What a pass calls: the decoder, whose head the loss applies by chunks, or a model with a head of its own."""
+    inner = causal_model(model)
+    return inner if inner.get_output_embeddings() is None else decoder_of(inner)
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -40,31 +52,31 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return [decoder]
 
 
-def routers(model: nn.Module) -> set[str]:
-    """Names of the linears that choose experts: an adapter there would change which weights a token meets."""
-    modules = dict(model.named_modules())
-    found = set()
-    for name, module in modules.items():
-        parent, _, last = name.rpartition(".")
-        is_gate = last in _GATES and hasattr(modules[parent], "experts")
-        if isinstance(module, nn.Linear) and (is_gate or _ROUTER.search(name) or returns_more(module)):
-            found.add(name)
-    return found
+def head_size(model: nn.Module) -> int | None:
+    """The size of the attention heads by the model's config; None where it names none."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size, hidden, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(size, int):
+        return size
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
 
 def beside_the_layers(model: nn.Module) -> set[str]:
-    """Names of the linears that ``all-linear`` leaves out: heads, poolers, `routers`, and what images go through.
+    """Names of the linears that ``all-linear`` leaves out: heads, poolers, routers, and what images go through.
 
     Of a language model this is all outside of its decoder: also a vision tower, which text never reaches. Of another
     model it is all outside of transformers' base model, such as a classifier.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     backbone: Any = getattr(model, "base_model", model) if head is None else decoder_of(model)
-    inside = set(map(id, backbone.modules()))
-    found = routers(model)
-    for name, module in model.named_modules():
-        outside = id(module) not in inside or module is head
-        if outside or "pooler" in name.split("."):
+    inside, modules, found = set(map(id, backbone.modules())), dict(model.named_modules()), set()
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        is_gate = last in _GATES and hasattr(modules[parent], "experts")
+        # an adapter on a router would change which weights a token meets
+        routes = isinstance(module, nn.Linear) and (is_gate or _ROUTER.search(name) or returns_more(module))
+        if routes or id(module) not in inside or module is head or "pooler" in name.split("."):
             found.add(name)
     return found
 
@@ -76,26 +88,18 @@ def returns_more(module: nn.Module) -> bool:
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights that hold all experts of a layer in one tensor [experts, .., ..], by name: not quantized, not adapted."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and _holds_experts(model, name.rpartition(".")[0])
-    }
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        is_named = "experts" in owner.split(".") or "Experts" in type(model.get_submodule(owner)).__name__
+        if parameter.dim() == 3 and is_named:
+            found[name] = parameter
+    return found
 
 
-def _holds_experts(model: nn.Module, name: str) -> bool:
-    return "experts" in name.split(".") or "Experts" in type(model.get_submodule(name)).__name__
-
-
-_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-
-
-def position_limit(model: nn.Module) -> int | None:
+def position_limit(model: Any) -> int | None:
     """The most tokens of a row, by the decoder's table. None: the model computes its positions (RoPE, ALiBi)."""
-    of_peft: Any = getattr(model, "get_base_model", None)
-    inner: Any = model if of_peft is None else of_peft()
-    backbone: nn.Module = inner if inner.get_output_embeddings() is None else decoder_of(inner)
-    for name, module in backbone.named_modules():
+    for name, module in core_of(model).named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
             # OPT begins at its offset, RoBERTa behind the padding's position
             unused = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -77,7 +77,7 @@ class Task(ABC):
         """The training loss of a forward pass, summed over its targets (scalar), and the number of targets.
 
         Args:
-            core: called in place of the model's `qvera.models.loader.core_of`, such as a DeepSpeed engine.
+            core: called in place of the model's `qvera.models.structure.core_of`, such as a DeepSpeed engine.
             expected_grad: see `qvera.models.loss.fused_linear_cross_entropy`.
         """
 

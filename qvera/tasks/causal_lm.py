@@ -11,9 +11,9 @@ from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation import held_out
 from qvera.models import forward
-from qvera.models.loader import causal_model
 from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.models.structure import causal_model
 from qvera.tasks.base import Task
 
 if TYPE_CHECKING:

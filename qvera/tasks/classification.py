@@ -21,9 +21,9 @@ from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
 from qvera.evaluation.metrics import class_scores, require_packages, value_scores
 from qvera.models import linear
-from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
-from qvera.models.loader import causal_model
+from qvera.models.attention import needs_padding_mask, open_mask
 from qvera.models.model_class import ModelClass, classification_class
+from qvera.models.structure import causal_model
 from qvera.tasks.base import Task
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
@@ -166,8 +166,8 @@ class SequenceClassification(Classification):
             most = getattr(inner.config, "max_position_embeddings", None) or 2**31
             tokens = max(tokens, min(round_up_length(tokens), most))
         batch = accelerator.tensors_on(device, labelled_arrays(rows, tokens, pad_id, needs_padding_mask(inner)))
-        if "attention_mask" not in batch and takes_open_mask(implementation):
-            batch["attention_mask"] = open_mask(batch["input_ids"])
+        if "attention_mask" not in batch and (mask := open_mask(implementation, batch["input_ids"])) is not None:
+            batch["attention_mask"] = mask
         takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
         return (core or inner)(**batch, **({"use_cache": False} if takes_cache else {})).logits.float()
 

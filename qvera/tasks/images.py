@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qvera.data.images import Draw, pixel_batch, require_pillow
-from qvera.models.loader import causal_model
 from qvera.models.model_class import ModelClass, image_class
+from qvera.models.structure import causal_model
 from qvera.tasks.classification import Classification
 from qvera.utils import accelerator
 

@@ -26,8 +26,7 @@ from qvera.config.schema import Recipe
 from qvera.distributed import zero_params
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig, deepspeed_module
-from qvera.models.loader import causal_model, core_of
-from qvera.models.structure import decoder_layers
+from qvera.models.structure import causal_model, core_of, decoder_layers
 from qvera.training.optim import current_rate
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe, TrainingSection
-from qvera.models.bitsandbytes_import import bitsandbytes
+from qvera.models.quantization import bnb as bitsandbytes
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import first_of

@@ -34,12 +34,11 @@ from qvera.data import (
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import require_deepspeed, zero_config_of
 from qvera.distributed.zero_params import BaseSharder
-from qvera.models.attention import choose_implementation
-from qvera.models.checkpointing import Mode, enable_checkpointing
-from qvera.models.compile import compile_layers
-from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype, require_packing, rows_joined
-from qvera.models.processor import load_processor
+from qvera.models.attention import choose_implementation, require_packing, rows_joined
+from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
+from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
+from qvera.models.tokenizer import load_processor
 from qvera.tasks import task_of
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors

@@ -1,6 +1,6 @@
 """The cache on disk: directories that are found again by content, and the hashes of files.
 
-It serves quantized bases (`qvera.models.quantized_cache`) and tokenized rows (`qvera.data.cache`):
+It serves quantized bases (`qvera.models.quantize_checkpoint`) and tokenized rows (`qvera.data.cache`):
 
   NAME/                    a finished entry
   .unfinished-KEY/         one that is being made, or was killed

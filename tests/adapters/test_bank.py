@@ -18,7 +18,7 @@ from qvera.data import Example
 from qvera.models.attention import VARLEN
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import batch_nll, make_batch, row_nll, row_tokens
-from qvera.models.loader import causal_model
+from qvera.models.structure import causal_model
 from qvera.training.optim import BankAdamW
 from tests.conftest import small_llama
 

@@ -14,8 +14,7 @@ import torch
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
 from qvera.data import Example
-from qvera.models import compile
-from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.checkpointing import compile_layers, enable_checkpointing
 from qvera.models.forward import batch_nll, make_batch
 from qvera.training import session
 from qvera.training.trainer import train
@@ -65,7 +64,7 @@ def test_a_training_step_through_compiled_layers(
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    eager = functools.partial(compile.compile_layers, backend="aot_eager")  # inductor would need a minute
+    eager = functools.partial(compile_layers, backend="aot_eager")  # inductor would need a minute
     monkeypatch.setattr(session, "compile_layers", eager)
     found = {}
     for compiled in (False, True):
@@ -90,7 +89,7 @@ def test_only_training_passes_run_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     model = small_llama()
     ids = torch.arange(3, 20)[None]
     wanted = model(ids).logits
-    count = compile.compile_layers(model)
+    count = compile_layers(model)
     model.train()
     assert torch.equal(model(ids).logits, wanted)
     assert len(calls) == count == 2
@@ -113,7 +112,7 @@ def test_the_number_of_tokens_needs_no_version_of_its_own() -> None:
     lengths = ([40, 30, 20], [5, 4], [64], [300, 200], [7] * 9, [12])  # many rows in a pass, or one
     for compiled in (False, True):
         if compiled:
-            compile.compile_layers(model, backend="eager")
+            compile_layers(model, backend="eager")
         model.train()
         before = graphs["unique_graphs"]
         for each in lengths:

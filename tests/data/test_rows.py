@@ -23,9 +23,9 @@ from qvera.config.schema import parse_recipe
 from qvera.data import Example, batches_of, collate, collate_prefix_once
 from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, common_prefix, pad_batch, round_up_length, rounds_lengths
 from qvera.models import forward
-from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN, open_mask
-from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN, open_mask, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.structure import causal_model
 from qvera.training.plan.longest import token_counts
 from qvera.utils import memory
 from tests.conftest import small_llama
@@ -210,9 +210,9 @@ def test_not_used_where_it_does_not_pay(rows: list[Example]) -> None:
 
 def test_a_sliding_window_is_left_alone(rows: list[Example]) -> None:
     model = small("mistral")
-    assert takes_prefix_once(model)
+    assert rows_joined(model, prefix_once=True, packing=False)
     model.config.sliding_window = 8
-    assert not takes_prefix_once(model)
+    assert not rows_joined(model, prefix_once=True, packing=False)
 
 
 BF16 = torch.bfloat16
@@ -305,7 +305,7 @@ def test_whole_rows_of_one_sequence_have_the_losses_of_each_alone_and_what_fills
         batch = forward.make_batch(model, rows, 2, whole_rows=True)
         batch = pad_batch(batch, 47 + more, 2)
         if more:
-            batch["attention_mask"] = open_mask(batch["input_ids"])
+            batch["attention_mask"] = open_mask(VARLEN, batch["input_ids"])
         total, nll = forward.row_nll(model, batch, 64, weights)
         total.backward()
         assert forward.row_tokens(batch, rows) == [21, 9, 17 + more]

@@ -24,7 +24,7 @@ from qvera.distributed.group import Group
 from qvera.distributed.heartbeat import end_if_stuck
 from qvera.distributed.init import in_group
 from qvera.models import quantization
-from qvera.models.loader import causal_model
+from qvera.models.structure import causal_model
 from qvera.training import trainer
 from qvera.training.optim import optimizer_bytes
 from qvera.training.trainer import Trainer

@@ -19,7 +19,8 @@ from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import exact_match
 from qvera.models import forward
-from qvera.models.loader import causal_model, load_base
+from qvera.models.loader import load_base
+from qvera.models.structure import causal_model
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes
 

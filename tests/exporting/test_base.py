@@ -38,7 +38,7 @@ def test_rows_equal_the_whole(
 ) -> None:
     section = ModelSection(path="x", quantization=kind, double_quant=double_quant)  # type: ignore[arg-type]
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.05).to(dtype)
-    expected = quantization.quantize_dequantize(weight, section)
+    expected = quantization.quantized_reader(weight, section)()
     save_file({"0.weight": weight}, tmp_path / "model.safetensors")
     entries = checkpoint_tensors(tmp_path)
     model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0]))
@@ -71,7 +71,7 @@ def test_a_block_across_two_rows_keeps_its_scale(shape: tuple[int, int], kind: s
     code = bnb.functional.get_4bit_type(kind, device="cpu")
     expected = (code[nibbles.long()] * state.absmax.repeat_interleave(64)[: weight.numel()]).view(shape).to(dtype)
     section = ModelSection(path="x", quantization=kind, double_quant=False)  # type: ignore[arg-type]
-    assert torch.equal(quantization.quantize_dequantize(weight, section), expected)
+    assert torch.equal(quantization.quantized_reader(weight, section)(), expected)
 
     dense = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
     statistics = {k.removeprefix("w."): v for k, v in quantization.serialized_state("w", state, section).items()}

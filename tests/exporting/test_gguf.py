@@ -26,7 +26,7 @@ from qvera.exporting.gguf.files import export_gguf, export_gguf_lora
 from qvera.exporting.gguf.tokenizer import model_name
 from qvera.exporting.merged import export_merged
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
 from tests.exporting.llama_cpp import Answer, half_characters, llama_cpp, transformers_answer

@@ -16,8 +16,9 @@ from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
 from qvera.models import quantization, safetensors_stream
-from qvera.models.loader import causal_model, load_base
+from qvera.models.loader import load_base
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
+from qvera.models.structure import causal_model
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.exporting.helpers import deltas

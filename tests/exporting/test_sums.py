@@ -23,7 +23,7 @@ from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.exporting.sums import same_directions, stacked_factors, union
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_WEIGHTS

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
-from qvera.models.attention import open_mask
+from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit
 from tests.gpu.fake_accelerator import FakeAccelerator, Seen, per_layer
@@ -108,7 +108,7 @@ def _inputs(model: Any, tokens: int, adapters: int) -> Iterator[dict[str, Any]]:
         yield {
             "input_ids": ids,
             "position_ids": ids,
-            "attention_mask": open_mask(ids),
+            "attention_mask": open_mask(VARLEN, ids),
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
             **dict.fromkeys(("max_length_q", "max_length_k"), lengths[0]),
         }

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from qvera.evaluation import generate
-from qvera.models.loader import causal_model
+from qvera.models.structure import causal_model
 from tests.gpu.fake_accelerator import FakeAccelerator, Seen, per_layer
 from tests.gpu.kernel_counts import CASES, ours
 from tests.gpu.own_process import measured

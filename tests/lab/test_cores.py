@@ -26,7 +26,7 @@ from qvera.lab.factor_record import FACTORS
 from qvera.lab.tasks import TaskBatches
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train

@@ -34,7 +34,7 @@ from qvera.lab.spiel import (
     replace,
 )
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qvera.data import collate_prefix_once
@@ -18,7 +19,6 @@ from qvera.models.attention import (
     CAUSAL,
     VARLEN,
     attend_in_groups,
-    attend_row_by_row,
     implementation_on,
     needs_padding_mask,
 )
@@ -113,9 +113,13 @@ def _joined_rows(dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def test_rows_in_groups_of_like_length_attend_as_row_by_row(dtype: torch.dtype, tolerance: float) -> None:
     ends, inputs = _joined_rows(dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    (q, k, v), (exact_q, exact_k, exact_v) = inputs, exact
+    q, k, v = inputs
     found = attend_in_groups(q, k, v, ends, 0.2)
-    wanted = attend_row_by_row(exact_q, exact_k, exact_v, ends, ends, 0.2)
+    alone = []
+    for begin, end in itertools.pairwise(ends.tolist()):
+        q, k, v = (x[begin:end].transpose(0, 1) for x in exact)
+        alone.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2, enable_gqa=True))
+    wanted = torch.cat(alone, 1).transpose(0, 1)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     pairs = zip(
         (found, *torch.autograd.grad(found, inputs, g)),
@@ -227,7 +231,7 @@ def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch
     assert implementation_on(None, config, torch.float32) == CAUSAL
     monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
     assert implementation_on(None, config, half) == CAUSAL
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: attention.attend_row_by_row)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: attention.varlen_attention)
     assert implementation_on(None, config, half) == VARLEN
     for works, name in ((False, CAUSAL), (True, VARLEN)):
         monkeypatch.setattr(attention, "varlen_runs", lambda *_, works=works: works)
@@ -241,13 +245,13 @@ def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch
 def test_a_kernel_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not attention.varlen_runs(torch.device("meta"), torch.bfloat16, 2, 16)
     assert attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
-    plain = attention.attend_row_by_row
+    plain = attention.varlen_attention
 
-    def errs(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, scale: float) -> torch.Tensor:
+    def errs(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *others: Any) -> torch.Tensor:
         """In 16 bits the rows begin one key late."""
-        return plain(q, k, v, ends_q, ends_k if q.dtype == torch.float32 else ends_k.clamp(min=1), scale)
+        return plain(q, k, v, ends_q, ends_k if q.dtype == torch.float32 else ends_k.clamp(min=1), *others)
 
-    monkeypatch.setattr(attention, "attend_row_by_row", errs)
+    monkeypatch.setattr(attention, "varlen_attention", errs)
     attention.varlen_runs.cache_clear()
     assert not attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
     attention.varlen_runs.cache_clear()

@@ -24,9 +24,10 @@ from qvera.evaluation.load import open_run
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.exporting.merged import export_merged
-from qvera.models.loader import load_base, takes_prefix_once
-from qvera.models.model_config import empty_model
-from qvera.models.quantized_cache import find_base
+from qvera.models.attention import rows_joined
+from qvera.models.loader import load_base
+from qvera.models.model_class import empty_model
+from qvera.models.quantize_checkpoint import find_base
 from qvera.serve.opening import open_served
 from qvera.serve.requests import EngineSettings
 from qvera.training.plan import shape_of
@@ -129,7 +130,8 @@ def test_prompts_of_a_batch_are_answered_by_adapters_of_their_own(
 def test_rows_are_packed_or_that_is_refused(checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path) -> None:
     family, directory = checkpoint
     recipe = recipe_of(make_recipe, family, directory, packing=True)
-    assert takes_prefix_once(load_base(recipe.model).model) == family.joins
+    model = load_base(recipe.model).model
+    assert (rows_joined(model, prefix_once=True, packing=False) is not None) == family.joins
     if not family.joins:
         with pytest.raises(InputError, match=r"data\.packing: rows of one sequence would see each other in this model"):
             train(recipe, tmp_path / "run")

@@ -18,13 +18,14 @@ from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, 
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import IGNORED
 from qvera.evaluation.generate import generate, generating
-from qvera.models import linear, mmap, quantization
+from qvera.models import linear, quantization, stored_weights
 from qvera.models import loss as loss_module
 from qvera.models.linear import WeightBlocks
 from qvera.models.loader import load_base
 from qvera.models.loss import Head, fused_linear_cross_entropy
-from qvera.models.mmap import NotMappable, load_mapped
+from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import TensorEntry
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 
@@ -140,11 +141,11 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
 def test_on_an_accelerator_the_head_is_cast_once_where_that_takes_no_more_room(
     device: str, computes_in: str, held_in: str
 ) -> None:
-    model, weight = nn.ModuleDict({"lm_head": nn.Linear(4, 6, bias=False)}), torch.zeros(6, 4, dtype=torch.bfloat16)
-    mmap._put_plain(
-        model, "lm_head.weight", weight, getattr(torch, computes_in), torch.device(device), Path("model.safetensors")
-    )
-    assert model["lm_head"].weight.dtype == getattr(torch, held_in)
+    model, file = small_llama(num_hidden_layers=1, tie_word_embeddings=False), Path("model.safetensors")
+    weight = model.lm_head.weight.detach().to(torch.bfloat16)
+    entry = TensorEntry("lm_head.weight", weight.dtype, tuple(weight.shape), file, 0, weight.nbytes)
+    stored_weights._put_plain(model, entry, weight, getattr(torch, computes_in), torch.device(device))
+    assert model.lm_head.weight.dtype == getattr(torch, held_in)
 
 
 def test_a_16_bit_checkpoint_can_be_mapped_too(tiny_model_dir: Path) -> None:

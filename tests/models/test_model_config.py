@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
-from qvera.models.quantized_cache import quantized_copy
+from qvera.models.model_class import empty_model
+from qvera.models.quantize_checkpoint import quantized_copy
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
 

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
-from qvera.models import quantize_checkpoint, quantized_cache
-from qvera.models.quantize_checkpoint import NotPlain
-from qvera.models.quantized_cache import cached_base, find_base
+from qvera.models import quantize_checkpoint
+from qvera.models.quantize_checkpoint import NotPlain, cached_base, find_base
 from qvera.models.quantized_record import BASES, problem_of, read_record
 from qvera.utils.errors import InputError
 from tests.helpers import start_process, wait_until
@@ -186,7 +185,7 @@ def test_killed_between_the_last_byte_and_the_name(section: ModelSection, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(quantized_cache, "_publish", dying)
+        patch.setattr(quantize_checkpoint, "_publish", dying)
         cached_base(section)
     stages = Stages()
     copy = cached_base(section, progress=stages)

@@ -10,7 +10,7 @@ from torch import nn
 
 from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection
-from qvera.models import tiled_mlp
+from qvera.models import lean_layers
 from qvera.models.checkpointing import enable_checkpointing
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama
@@ -19,9 +19,9 @@ from tests.conftest import small_llama
 @pytest.fixture(autouse=True)
 def few_tokens_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 tokens above 20."""
-    monkeypatch.setattr(tiled_mlp, "TILED_ABOVE_TOKENS", 20)
-    monkeypatch.setattr(tiled_mlp, "_TILE_TOKENS", 8)
-    monkeypatch.setattr(tiled_mlp, "_MULTIPLE", 1)
+    monkeypatch.setattr(lean_layers, "TILED_ABOVE_TOKENS", 20)
+    monkeypatch.setattr(lean_layers, "_TILE_TOKENS", 8)
+    monkeypatch.setattr(lean_layers, "_MULTIPLE", 1)
 
 
 def adapted(dtype: torch.dtype = torch.float32, checkpointing: bool = True, **adapter: Any) -> Any:
@@ -46,8 +46,8 @@ def test_tiles_give_the_numbers_of_the_whole(
     dtype: torch.dtype, tolerance: float, rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    real = tiled_mlp._tiles
-    monkeypatch.setattr(tiled_mlp, "_tiles", lambda count: passes.append(count) or real(count))
+    real = lean_layers._tiles
+    monkeypatch.setattr(lean_layers, "_tiles", lambda count: passes.append(count) or real(count))
     expected = results(adapted(dtype, checkpointing=False), rows, tokens)
     assert not passes
     found = results(adapted(dtype), rows, tokens)
@@ -75,7 +75,7 @@ def test_few_tokens_give_the_same_bits_and_no_tiles() -> None:
 
 
 def test_an_mlp_that_drops_elements_is_not_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled_mlp, "tiled", None)
+    monkeypatch.setattr(lean_layers, "tiled", None)
     results(adapted(dropout=0.5), 1, 40)
 
 
@@ -84,9 +84,9 @@ def test_a_layer_that_looks_at_the_gradients_of_a_pass_sees_all_of_its_tokens(mo
     model = adapted()
     mlp = model.get_base_model().model.layers[0].mlp
     x = torch.zeros(1, 40, mlp.down_proj.out_features)
-    assert tiled_mlp.can_tile(mlp, x)
+    assert lean_layers.can_tile(mlp, x)
     mlp.down_proj.needs_whole_passes = True
-    assert not tiled_mlp.can_tile(mlp, x)
+    assert not lean_layers.can_tile(mlp, x)
 
 
 def test_without_a_checkpoint_and_under_autocast() -> None:
@@ -96,7 +96,7 @@ def test_without_a_checkpoint_and_under_autocast() -> None:
     x, upstream = torch.randn(3, 11, 16), torch.randn(3, 11, 16)
     for wanted in (False, True):
         both = []
-        for function in (mlp, lambda x: tiled_mlp.tiled(mlp, mlp, x)):
+        for function in (mlp, lambda x: lean_layers.tiled(mlp, mlp, x)):
             mlp.zero_grad()
             given = x.clone().requires_grad_(wanted)
             with torch.autocast("cpu", torch.bfloat16):
@@ -109,5 +109,5 @@ def test_without_a_checkpoint_and_under_autocast() -> None:
 
 def test_tiles_are_at_most_4096_tokens_and_at_least_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    sizes = {tokens: tiled_mlp.tile_tokens(tokens) for tokens in (4097, 8000, 16384, 16385, 100_000)}
+    sizes = {tokens: lean_layers.tile_tokens(tokens) for tokens in (4097, 8000, 16384, 16385, 100_000)}
     assert sizes == {4097: 1088, 8000: 2048, 16384: 4096, 16385: 3328, 100_000: 4032}

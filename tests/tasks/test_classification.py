@@ -24,7 +24,7 @@ from qvera.data import Datasets, Labels, build_datasets, data_warnings
 from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import class_scores
-from qvera.models.loader import causal_model
+from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.classification import SequenceClassification, label_scores
 from qvera.training.plan import make_plan

@@ -25,8 +25,8 @@ from qvera.cli.main import main
 from qvera.config.schema import ModelSection, Recipe, parse_recipe
 from qvera.data import Datasets, build_datasets
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
-from qvera.models.loader import causal_model
-from qvera.models.processor import load_image_processor
+from qvera.models.structure import causal_model
+from qvera.models.tokenizer import load_image_processor
 from qvera.tasks.images import ImageClassification
 from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession

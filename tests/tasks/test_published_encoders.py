@@ -18,12 +18,12 @@ from qvera.adapters.files.save_load import named_vectors, put_on
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.evaluation.load import open_run
 from qvera.exporting.merged import export_merged
-from qvera.models.attention import needs_padding_mask
+from qvera.models.attention import needs_padding_mask, rows_joined
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.models.loader import load_base, takes_prefix_once
+from qvera.models.loader import load_base
 from qvera.models.model_class import ModelClass, classification_class, image_class
 from qvera.models.quantization import Linear4bit
-from qvera.models.quantized_cache import find_base
+from qvera.models.quantize_checkpoint import find_base
 from qvera.training.trainer import train
 from tests.adapters.helpers import dense_weight, perturb, relative
 from tests.families import ENCODERS, Encoder
@@ -136,7 +136,7 @@ def test_named_targets_are_those_layers(checkpoint: tuple[Encoder, Path]) -> Non
     model = put_on(base, QveraConfig(rank=8, target_modules=[first]))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in named_vectors(model)} == {first}
     assert needs_padding_mask(base) == (encoder.model_type != "gpt2")
-    assert not takes_prefix_once(base)
+    assert not rows_joined(base, prefix_once=True, packing=False)
 
 
 @pytest.mark.parametrize(

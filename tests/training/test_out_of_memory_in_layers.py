@@ -16,9 +16,8 @@ import torch
 
 from qvera.models import stream
 from qvera.models.checkpointing import enable_checkpointing, offload_inputs
-from qvera.models.loader import causal_model
 from qvera.models.stream import PinnedChunks
-from qvera.models.structure import decoder_layers
+from qvera.models.structure import causal_model, decoder_layers
 from qvera.training import session
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qvera.data import batches_of, build_datasets
-from qvera.models.loader import require_packing
+from qvera.models.attention import require_packing
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError

@@ -139,7 +139,7 @@ def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
     """Whether scaling z and outputs, T (r + 2 G m) elements, touches fewer than building C [m, r]."""
-    # compiled code has one path for all numbers of tokens (`qvera.models.compile`)
+    # compiled code has one path for all numbers of tokens (`qvera.models.checkpointing`)
     out_features, rank = B.shape
     return not torch.compiler.is_compiling() and tokens * (rank + 2 * groups * out_features) < out_features * rank
 

@@ -17,9 +17,9 @@ from qvera.adapters.products.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
+from qvera.models.lean_layers import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.models.linear import BLOCK_WEIGHTS
 from qvera.models.stream import CHUNK_BYTES
-from qvera.models.tiled_mlp import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.training.plan.run import Linear, PlannedRun
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -42,7 +42,7 @@ def kept_bytes(run: PlannedRun) -> int:
 
 
 def goes_by_tiles(run: PlannedRun) -> bool:
-    """Whether MLPs take some tokens at a time (`qvera.models.tiled_mlp`)."""
+    """Whether MLPs take some tokens at a time (`qvera.models.lean_layers`)."""
     if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.mixes_rows:
         return False
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)

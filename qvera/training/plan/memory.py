@@ -315,7 +315,7 @@ ETHERNET_BYTES_PER_SECOND = 117_000_000  # TCP's payload at 1 Gbit/s; to say wha
 
 @dataclass(frozen=True)
 class Spread:
-    """Bytes of the base that the ranks divide in stage 3 (`qvera.models.mmap`); statistics are not among them."""
+    """Bytes of the base that the ranks divide in stage 3 (`stored_weights.load_mapped`), without statistics."""
 
     packed: int  # 4-bit weights of all layers
     largest: int  # of those, one linear's at most

@@ -20,7 +20,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows
 from qvera.data.rows import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes

@@ -25,10 +25,9 @@ from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.model_config import head_size
-from qvera.models.processor import image_sides, image_tokens
-from qvera.models.quantized_cache import how_stored
-from qvera.models.structure import beside_the_layers, expert_weights
+from qvera.models.quantize_checkpoint import how_stored
+from qvera.models.structure import beside_the_layers, expert_weights, head_size
+from qvera.models.tokenizer import image_sides, image_tokens
 from qvera.tasks import Task, task_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -242,7 +241,7 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
         host = memory.available_bytes(torch.device("cpu"))
         return Machine(name, device.type, dtype, False, total, host_bytes=host, **held)
     runtime = memory.private_bytes()
-    # `qvera.models.mmap`; transformers holds what is dense, and unusual checkpoints
+    # `qvera.models.stored_weights`; transformers holds what is dense, and unusual checkpoints
     mapped, stored = how_stored(section) if section.quantization in ("nf4", "fp4") else (False, 2)
     available, kernels = memory.available_bytes(device) + runtime, memory.kernel_bytes(dtype)
     return Machine(name, "cpu", dtype, mapped, available, runtime, stored_itemsize=stored, kernel_bytes=kernels)

@@ -23,7 +23,7 @@ from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, export_stock_vera
 from qvera.exporting.sums import same_directions
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import IN, KINDS, OUT, base_layer, dense_weight, perturb, relative
 

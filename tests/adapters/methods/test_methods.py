@@ -22,7 +22,7 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, Recipe, parse_recipe
 from qvera.exporting.deltas import read_deltas
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.training.trainer import train
 from tests.adapters.helpers import SHAPES, dense_weight, on_meta, relative, trainable
 from tests.adapters.methods.cases import CASES, Case

@@ -21,7 +21,7 @@ from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.sums import same_directions
 from qvera.models.loader import Base, load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama

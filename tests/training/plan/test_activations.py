@@ -292,10 +292,10 @@ def test_the_peak_of_a_joined_pass_is_the_plan_s(more: str, dtype: torch.dtype, 
         if not checkpointing:
             (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
             places = sum(count * length for count, length in of.groups) + of.tokens  # that all layers share
-            found = live.kept_bytes(model, ids, open_mask(ids), **inputs)
+            found = live.kept_bytes(model, ids, open_mask(VARLEN, ids), **inputs)
             assert kept.bytes - 3 * 8 * of.tokens + 8 * places == found
         step = sum(c.bytes for c in memory.moments[memory.peak_moment])
         chunk = made.training.loss_chunk_tokens
-        counted = live.step_peak_bytes(model, ids, open_mask(ids), labels, chunk, **inputs)
+        counted = live.step_peak_bytes(model, ids, open_mask(VARLEN, ids), labels, chunk, **inputs)
     assert len(trained) == of.trained_tokens
     assert -0.02 < step / counted - 1 < 0.1

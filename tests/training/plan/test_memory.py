@@ -14,7 +14,7 @@ from qvera.cli.main import main
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.models import quantization
 from qvera.models.loader import load_base
-from qvera.models.model_config import empty_model
+from qvera.models.model_class import empty_model
 from qvera.training.optim import build_optimizer, optimizer_bytes
 from qvera.training.plan import ALONE, Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way, shape_of
 from qvera.training.plan.memory import (
