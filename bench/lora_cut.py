@@ -20,9 +20,9 @@ import torch
 
 from bench.common import header, markdown, write_result
 from qvera.data import build_datasets
-from qvera.evaluation.load import OpenRun, open_run
+from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.exporting import lora
-from qvera.exporting.compare import adapter_scores, open_lora
+from qvera.exporting.compare import adapter_scores
 from qvera.exporting.deltas import read_deltas
 from qvera.models.model_class import empty_model
 from qvera.utils import formatting
@@ -65,7 +65,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "lora"
             lora.export_lora(deltas, out, torch.float16, factors)
-            model = open_lora(out, args.run)
+            model = open_target(find_target(out, args.run))
             facts["file_bytes"] = (out / ADAPTER_WEIGHTS).stat().st_size
         record(f"LoRA r={rank or deltas.rank}" + ("" if rank else ", whole"), model, **facts)
     print(table(document["cases"]))

@@ -114,7 +114,8 @@ def merge_adapters(
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import find_adapter
     from qvera.exporting.deltas import read_deltas
-    from qvera.exporting.export import require_no_added_tokens, write_lora
+    from qvera.exporting.export import require_no_added_tokens
+    from qvera.exporting.lora import write_lora
     from qvera.exporting.sums import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_class import CAUSAL_LM, empty_model
 
@@ -150,7 +151,7 @@ def merge_adapters(
     if why is not None:
         lora = f"a LoRA of rank {rank or own_rank}"
         print(f"No QVERA adapter is the exact sum of these: {why}. So this writes {lora}.")
-    write_lora(union(deltas), out, getattr(torch, dtype or "float32"), own_rank, rank, stacked, template, print)
+    write_lora(union(deltas), out, getattr(torch, dtype or "float32"), rank, stacked, template, print)
 
 
 def _template(found: list[tuple[Artifact, Path]]) -> str | None:

@@ -148,14 +148,13 @@ def generate(
     forked = accelerator.forked_random_state()
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
-        joins = (
-            rows_joined(model, prefix_once=True, packing=False)
-            and streamer is None
-            and adapters is None
-            and not static_cache
-        )
-        prefix = _common_prefix(prompts) if joins else 0
-        cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix else None
+        joins = streamer is None and adapters is None and not static_cache
+        joins = joins and rows_joined(model, prefix_once=True, packing=False) is not None
+        prefix, cache = _common_prefix(prompts) if joins else 0, None
+        if prefix:
+            cache = DynamicCache(config=causal_model(model).config)
+            shared_ids = torch.tensor([prompts[0][:prefix]], device=device)
+            decoder_of(causal_model(model))(input_ids=shared_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
 
         def answer(rows: list[int]) -> list[str]:
             # padded on the left, so that every answer starts in the same column, and behind what all prompts share
@@ -224,19 +223,11 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return shared if shared >= _WORTH_TOKENS else 0
 
 
-def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device) -> DynamicCache:
-    cache = DynamicCache(config=causal_model(model).config)
-    ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
-    decoder_of(causal_model(model))(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
-    return cache
-
-
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end an answer: the tokenizer's, and those of the generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id}
-    ends.update(configured if isinstance(configured, list) else [configured])
-    return sorted(e for e in ends if e is not None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return sorted(ends - {None})
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,19 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.data import Example
     from qvera.evaluation.held_out import EvalPrompt
-
-Outcome = Literal["win", "tie", "loss", "unreadable"]
 
 _PLACES = re.compile(r"\{(question|reference|answer_a|answer_b)\}")
 _NEEDED = ("question", "answer_a", "answer_b")
@@ -43,16 +41,11 @@ class Pair:
     references: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a judge said of answers A and B; ``preference`` is 1 for A, -1 for B, 0 for neither."""
 
     preference: int
     scores: tuple[float, float] | None = None
-
-    def swapped(self) -> Verdict:
-        """The verdict with A and B exchanged."""
-        return Verdict(-self.preference, None if self.scores is None else (self.scores[1], self.scores[0]))
 
 
 @dataclass(frozen=True)
@@ -105,16 +98,6 @@ def read_verdict(reply: str) -> Verdict | None:
     return Verdict((a > b) - (a < b), (a, b))
 
 
-def outcome_of(verdicts: Sequence[Verdict | None]) -> Outcome:
-    """The outcome of the two verdicts; in both, the answer is A."""
-    known = [verdict.preference for verdict in verdicts if verdict is not None]
-    if len(known) < len(verdicts):
-        return "unreadable"
-    if all(preference == 1 for preference in known):
-        return "win"
-    return "loss" if all(preference == -1 for preference in known) else "tie"
-
-
 def judge_pairs(
     pairs: Sequence[Pair],
     prompt: JudgePrompt,
@@ -133,33 +116,30 @@ def judge_pairs(
     """
     asked = [number for number, pair in enumerate(pairs) if pair.answer.strip() != pair.other.strip()]
     prompts = [prompt.filled(pairs[number], swapped) for number in asked for swapped in (False, True)]
-    replies = list(_all_replies(prompts, ask, at_once, progress))
+    replies: list[str] = []
+    executor = ThreadPoolExecutor(at_once, thread_name_prefix="judge")
+    try:
+        for reply in executor.map(ask, prompts):
+            replies.append(reply)
+            if progress is not None:
+                progress(len(replies))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other replies
     judged: list[dict[str, Any]] = [{"outcome": "tie", "scores": [], "preferences": [], "replies": []} for _ in pairs]
     for number, texts in zip(asked, zip(replies[::2], replies[1::2], strict=True), strict=True):
         first, second = map(read_verdict, texts)
-        verdicts = [first, None if second is None else second.swapped()]
+        if second is not None:  # there the answer is B
+            second = Verdict(-second.preference, None if second.scores is None else second.scores[::-1])
+        preferences = [None if verdict is None else verdict.preference for verdict in (first, second)]
+        known = [preference for preference in preferences if preference is not None]
         judged[number] = {
-            "outcome": outcome_of(verdicts),
-            "scores": [
-                None if verdict is None or verdict.scores is None else list(verdict.scores) for verdict in verdicts
-            ],
-            "preferences": [None if verdict is None else verdict.preference for verdict in verdicts],
+            # preferred both times, or neither time; else a tie
+            "outcome": {2: "win", -2: "loss"}.get(sum(known), "tie") if len(known) == 2 else "unreadable",
+            "scores": [list(verdict.scores) if verdict and verdict.scores else None for verdict in (first, second)],
+            "preferences": preferences,
             "replies": list(texts),
         }
     return judged
-
-
-def _all_replies(
-    prompts: Sequence[str], ask: Callable[[str], str], at_once: int, progress: Callable[[int], None] | None
-) -> Iterator[str]:
-    executor = ThreadPoolExecutor(at_once, thread_name_prefix="judge")
-    try:
-        for done, reply in enumerate(executor.map(ask, prompts), start=1):
-            if progress is not None:
-                progress(done)
-            yield reply
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other replies
 
 
 def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:

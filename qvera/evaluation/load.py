@@ -144,8 +144,14 @@ def find_target(
     path = local_directory(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory. Expected a run, an adapter directory or an exported checkpoint.")
-    given = None if recipe is None else _recipe_of(recipe)
-    run = recipe if recipe is not None and recipe.is_dir() else None
+    given, run = None, None
+    if recipe is not None:
+        run = recipe if recipe.is_dir() else None
+        file = recipe if run is None else run / RECIPE_FILE
+        if not file.is_file():
+            raise InputError(f"--recipe {recipe}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
+        given = load_recipe(file, of_a_run=run is not None)
+        given = given if run is None else with_base_found(given, run / "adapter")
     if (root := adapters_root(path)) is not None:
         known = named_directories(root)
         if name is None and not needs_name and known:
@@ -175,43 +181,32 @@ def find_target(
 
 
 def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name: str | None = None) -> Artifact:
-    beside, name = run_of(adapter), name or name_of(adapter)
+    tree, beside, name = _config(adapter), run_of(adapter), name or name_of(adapter)
+    what = f"an adapter ({tree['peft_type']})" if name is None else f"adapter {name!r}"
     if given is None and beside is not None:
         given, run = with_base_found(load_recipe(beside / RECIPE_FILE, of_a_run=True), adapter), beside
-    section = _base_of_adapter(adapter) if given is None else given.model
-    what = f"an adapter ({_config(adapter)['peft_type']})" if name is None else f"adapter {name!r}"
-    return Artifact(adapter, what, section, adapter, given, run, name)
-
-
-def _recipe_of(path: Path) -> Recipe:
-    file = path / RECIPE_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"--recipe {path}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
-    recipe = load_recipe(file, of_a_run=path.is_dir())
-    return with_base_found(recipe, path / "adapter") if path.is_dir() else recipe
-
-
-def _config(adapter: Path) -> dict[str, Any]:
-    return read_json(adapter / ADAPTER_CONFIG, "a PEFT adapter config", keys=("peft_type",))
-
-
-def _base_of_adapter(adapter: Path) -> ModelSection:
-    tree = _config(adapter)
+    if given is not None:
+        return Artifact(adapter, what, given.model, adapter, given, run, name)
     if adapter_file.runs_on_our_layers(tree):
         tree = dict(vars(adapter_file.read_config(adapter)))
-    name = tree.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    base = tree.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise InputError(
             f"{adapter / ADAPTER_CONFIG}: names no base model (base_model_name_or_path). Name a recipe or run that "
             "does with --recipe."
         )
-    return ModelSection(
-        path=name,
+    section = ModelSection(
+        path=base,
         revision=tree.get("revision"),
         added_tokens=list(tree.get("added_tokens") or ()),
         pad_token=tree.get("pad_token"),
         eos_token=tree.get("eos_token"),
     )
+    return Artifact(adapter, what, section, adapter, None, run, name)
+
+
+def _config(adapter: Path) -> dict[str, Any]:
+    return read_json(adapter / ADAPTER_CONFIG, "a PEFT adapter config", keys=("peft_type",))
 
 
 def adapter_sha256(target: Artifact) -> str | None:
@@ -224,15 +219,12 @@ def adapter_sha256(target: Artifact) -> str | None:
 
 def template_of(recipe: Recipe, run: Path | None) -> str:
     """The template that a run trained with; run.json resolves ``auto``. Of a mixture, that of the first source."""
-    name = recipe.data.template
-    if name != "auto" or run is None:
-        return name
-    try:
-        data = (try_read_json(run / "run.json") or {})["data"]
-        first = data["sources"][0] if data.get("sources") else {}
-        used = first.get("template", data["template"])  # an older run.json has the first source's there
-    except (LookupError, TypeError, AttributeError):
-        return name
+    name, used = recipe.data.template, None
+    if name == "auto" and run is not None:
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            data = (try_read_json(run / "run.json") or {})["data"]
+            first = data["sources"][0] if data.get("sources") else {}
+            used = first.get("template", data["template"])  # an older run.json has the first source's there
     return used if isinstance(used, str) and used in NAMED_TEMPLATES else name
 
 
@@ -264,8 +256,9 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
         base.tokenizer.chat_template = template
     if not adapter:
         return OpenRun(target, base, base.model)
-    load = save_load.load_adapter if ours else _load_other_adapter
-    return OpenRun(target, base, load(base.model, target.adapter, base))
+    if ours:
+        return OpenRun(target, base, save_load.load_adapter(base.model, target.adapter, base))
+    return OpenRun(target, base, _load_other_adapter(base.model, target.adapter))
 
 
 def open_adapters(path: Path, names: Sequence[str], progress: Callable[[int], None] | None = None) -> OpenRun:
@@ -304,7 +297,7 @@ def _require_loadable(directory: Path) -> None:
         )
 
 
-def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) -> PeftModel:
+def _load_other_adapter(base_model: nn.Module, directory: Path) -> PeftModel:
     """A LoRA, or any other adapter that PEFT itself can load."""
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -327,11 +320,12 @@ def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) 
 
 
 def _load_merged_base(target: Artifact) -> loader.Base:
-    require_base(target)
+    """The base of a merged export, as far as it is known and there."""
+    section = _base_of_export(target)
     assert target.merged is not None
-    section, trained = _base_of_export(target.merged), target.merged.get("trained_on") or {}
     if target.merged["base"]["weights"] == "original":
         return _load_stored(base_directory(section))
+    trained = target.merged.get("trained_on") or {}
     changes = {key: trained[key] for key in ("quantization", "double_quant") if key in trained}
     if not accelerator.is_available():
         # as load_exported computes there, so that the change of the weights is all that differs
@@ -339,30 +333,30 @@ def _load_merged_base(target: Artifact) -> loader.Base:
     return loader.load_base(section.replace(**changes))
 
 
-def _base_of_export(certificate: dict[str, Any]) -> ModelSection:
-    base = certificate["base"]
-    return ModelSection(path=base["path"], revision=base.get("revision"), quantization="none")
-
-
 def require_base(target: Artifact) -> None:
     """Raise InputError where there is no base to compare with, as far as files say it."""
-    if target.adapter is not None:
-        return
+    if target.adapter is None:
+        _base_of_export(target)
+
+
+def _base_of_export(target: Artifact) -> ModelSection:
     if target.merged is None:
         raise InputError(
             f"{target.path}: is a checkpoint that says nothing of a base ({CERTIFICATE} is missing), so there is none "
             "to compare with. Evaluate that base's directory by itself."
         )
-    tokens = target.merged.get("added_tokens")
-    if tokens:
+    if tokens := target.merged.get("added_tokens"):
         raise InputError(
             f"{target.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't "
             "be asked the same. Evaluate the run itself, whose base is given them."
         )
+    base = target.merged["base"]
+    section = ModelSection(path=base["path"], revision=base.get("revision"), quantization="none")
     try:
-        base_directory(_base_of_export(target.merged))
+        base_directory(section)
     except InputError as error:
         raise InputError(f"{target.path / CERTIFICATE}: names a base that is not there any more. {error}") from None
+    return section
 
 
 def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader.Base:

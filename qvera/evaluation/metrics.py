@@ -7,7 +7,6 @@ BLEU, chrF and TER (0 to 100), and rouge-score for ROUGE (Lin, 2004; 0 to 1).
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import warnings
@@ -64,18 +63,9 @@ class TextMetric:
     of_all: Callable[[Sequence[str], References], float] | None = None
     lower_is_better: bool = False
 
-    def score(self, answers: Sequence[str], references: References) -> float:
-        """The score of the whole set."""
-        if self.of_all is not None:
-            return self.of_all(answers, references)
-        return sum(map(self.of_one, answers, references)) / len(answers)
 
-
-def _exact(name: str) -> TextMetric:
-    def one(answer: str, references: Sequence[str]) -> float:
-        return float(any(exact_match(answer, reference) for reference in references))
-
-    return TextMetric(name, "Exact match", lambda: "equal as JSON, else but for white space", one)
+def _any_exact(answer: str, references: Sequence[str]) -> float:
+    return float(any(exact_match(answer, reference) for reference in references))
 
 
 def _rouge(name: str) -> TextMetric:
@@ -118,7 +108,10 @@ def _sacrebleu(name: str) -> TextMetric:
 
 
 _MAKERS: dict[str, tuple[Callable[[str], TextMetric], str | None]] = {
-    "exact": (_exact, None),
+    "exact": (
+        lambda name: TextMetric(name, "Exact match", lambda: "equal as JSON, else but for white space", _any_exact),
+        None,
+    ),
     **dict.fromkeys(("bleu", "bleu-lowercase", "chrf", "chrf++", "ter"), (_sacrebleu, "sacrebleu")),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), (_rouge, "rouge_score")),
 }
@@ -150,13 +143,19 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
 
 def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references: References) -> dict[str, float]:
     """Metric name → score over all rows. There must be a row, and each needs a reference."""
-    return {metric.name: metric.score(answers, references) for metric in metrics}
+    found = {}
+    for metric in metrics:
+        if metric.of_all is not None:
+            found[metric.name] = metric.of_all(answers, references)
+        else:
+            found[metric.name] = sum(map(metric.of_one, answers, references)) / len(answers)
+    return found
 
 
 def require_packages(task: str) -> None:
     """Raise InputError where scikit-learn or scipy is missing."""
     for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
-        if importlib.util.find_spec(module) is None:
+        if find_spec(module) is None:
             raise InputError(
                 f"task: {task} is scored by {package}, which is not installed. Run pip install 'qvera[classification]'."
             )

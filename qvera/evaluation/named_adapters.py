@@ -67,8 +67,8 @@ def require_named(path: Path, name: str | None) -> Path:
     """The directory of the adapter ``name``. InputError: it does not exist, or ``name`` is None."""
     if name is not None:
         return require_all_named(path, [name])[name]
-    known = _known(path)
-    raise InputError(f"{path}: has {len(known):,} adapters; name one with --adapter NAME. {_list(path, known)}")
+    known, listed = _known(path)
+    raise InputError(f"{path}: has {len(known):,} adapters; name one with --adapter NAME. {listed}")
 
 
 def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, str] | None = None) -> dict[str, Path]:
@@ -76,32 +76,33 @@ def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, st
 
     InputError: one does not exist.
     """
-    known, found = _known(path), {}
+    known, listed = _known(path)
+    found = {}
     for name in names:
         if name not in known:
-            why = _why_not_saved(path, name)
-            end = did_you_mean(name, known) if why is None else f": {why}."
+            entries = (try_read_json(path / "run.json") or {}).get("adapters")
+            end = did_you_mean(name, known)
+            for entry in entries if isinstance(entries, list) else ():
+                if isinstance(entry, dict) and entry.get("name") == name:
+                    end = f": {_NOT_SAVED.get(str(entry.get('status')), 'it has not finished')}."
             said = f"--adapter {shown_name(name)}: {path} has no adapter of this name"
             if sources and name in sources:
                 said = f"{sources[name]}: {path} has no adapter {shown_name(name)}"
-            raise InputError(f"{said}{end} {_list(path, known)}")
+            raise InputError(f"{said}{end} {listed}")
         found[name] = known[name]
     return found
 
 
-def _known(path: Path) -> dict[str, Path]:
+def _known(path: Path) -> tuple[dict[str, Path], str]:
+    """The adapters, and a sentence that names the first of them."""
     root = adapters_root(path)
     assert root is not None
     known = named_directories(root)
     if not known:
         raise InputError(f"{path}: has no finished adapter yet; go on with `qvera train ... --resume`.")
-    return known
-
-
-def _list(path: Path, known: dict[str, Path]) -> str:
     names = ", ".join(map(shown_name, list(known)[:_SHOWN_NAMES]))
     more = f" and {len(known) - _SHOWN_NAMES:,} more; `qvera info {path}` lists them" * (len(known) > _SHOWN_NAMES)
-    return f"There are: {names}{more}."
+    return known, f"There are: {names}{more}."
 
 
 def refuse_name(path: Path, name: str | None) -> None:
@@ -113,21 +114,26 @@ def refuse_name(path: Path, name: str | None) -> None:
         )
 
 
-def _rows_of(datasets: Datasets, name: str | None) -> tuple[Rows, Rows]:
-    """Held-out and training rows of one adapter; all rows where ``name`` is None or the data names no adapters."""
-    if name is None or not datasets.adapters:
-        return datasets.eval, datasets.train
-    for adapter in datasets.adapters:
-        if adapter.name == name:
-            return datasets.eval.take(adapter.eval), datasets.train.take(adapter.train)
-    raise InputError(
-        f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
-    )
+def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
+    """The rows on which an export is compared with its run, and whether they are ``held-out`` or ``training``.
+
+    They are those of one adapter, or all where ``name`` is None or the data names no adapters.
+    """
+    held_out, training = datasets.eval, datasets.train
+    if name is not None and datasets.adapters:
+        own = next((adapter for adapter in datasets.adapters if adapter.name == name), None)
+        if own is None:
+            raise InputError(
+                f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
+            )
+        held_out, training = held_out.take(own.eval), training.take(own.train)
+    return (held_out, "held-out") if held_out else (training, "training")
 
 
-def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """Held-out rows of one adapter; all of them where ``name`` is None or the data names no adapters."""
-    return _rows_of(datasets, name)[0]
+def held_out_rows(datasets: Datasets, name: str | None) -> Rows | None:
+    """Held-out rows of one adapter, or all of them as in `rows_to_compare`; None where there are none."""
+    rows, split = rows_to_compare(datasets, name)
+    return rows if split == "held-out" else None
 
 
 def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
@@ -136,17 +142,3 @@ def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
         return rows
     whose = "the recipe holds out no rows" if name is None else f"adapter {shown_name(name)} has no held-out rows"
     raise InputError(f"{whose}, so there is nothing to score it on. Name a file with --data.")
-
-
-def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
-    """The rows on which an export is compared with its run, and whether they are ``held-out`` or ``training``."""
-    held_out, training = _rows_of(datasets, name)
-    return (held_out, "held-out") if held_out else (training, "training")
-
-
-def _why_not_saved(path: Path, name: str) -> str | None:
-    listed = (try_read_json(path / "run.json") or {}).get("adapters")
-    for entry in listed if isinstance(listed, list) else ():
-        if isinstance(entry, dict) and entry.get("name") == name:
-            return _NOT_SAVED.get(str(entry.get("status")), "it has not finished")
-    return None

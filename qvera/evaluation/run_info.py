@@ -18,8 +18,6 @@ from qvera.utils.safetensors_io import own_facts, unreadable
 
 _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", "qvera_places"})
 """Last parts of the names of tensors that are not trained."""
-
-
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
 _LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}
@@ -44,19 +42,46 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
         raise InputError(
             f"{path}: no such directory. Expected a run, an adapter directory or a merged export of qvera."
         )
-    if (root := adapters_root(path)) is not None:
-        return _many(path, root) if name is None else _one_of_many(path, name)
-    refuse_name(path, name)
-    if (path / RECIPE_FILE).is_file():
-        return _run(path)
-    if (path / ADAPTER_CONFIG).is_file():
-        return {"kind": "adapter", "path": str(path), **_adapter(path)}
-    if (path / CERTIFICATE).is_file():
-        return _export(path)
-    raise InputError(
-        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
-        f"merged export (no {CERTIFICATE})."
-    )
+    root, is_run = adapters_root(path), (path / RECIPE_FILE).is_file()
+    if root is None:
+        refuse_name(path, name)
+    if root is None and not is_run:
+        if (path / ADAPTER_CONFIG).is_file():
+            return {"kind": "adapter", "path": str(path), **_adapter(path)}
+        if (path / CERTIFICATE).is_file():
+            return _export(path)
+        raise InputError(
+            f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
+            f"merged export (no {CERTIFICATE})."
+        )
+    summary = path / "run.json"
+    run = read_json(summary, "the summary of a run") if summary.is_file() else {}
+    listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
+    if root is not None and name is not None:
+        directory = require_named(path, name)
+        own = next((one for one in listed if isinstance(one, dict) and one.get("name") == name), {})
+        facts = {"kind": "adapter", "path": str(directory), "name": name, **_adapter(directory)}
+        return facts | {key: value for key, value in own.items() if key not in ("name", "directory")}
+    facts = {"kind": "run" if root is None else "directory of adapters", "path": str(path)}
+    if is_run:
+        recipe = load_run_recipe(path)
+        about = {"base": recipe.model.path, "base_revision": recipe.model.revision}
+        facts["quantization"] = recipe.model.quantization
+        if root is None:
+            facts |= _adapter(path / "adapter") | about
+        else:
+            facts |= {"kind": "run of many adapters", **about}
+            facts |= {"method": recipe.adapter.method, "rank": recipe.adapter.rank}
+        if run:
+            facts |= {"status": run.get("status"), "versions": run.get("versions")}
+            result = run.get("result") or {}
+            facts["result"] = {key: value for key, value in result.items() if not isinstance(value, dict)}
+    if root is not None:
+        found = named_directories(root)
+        known = {entry.get("name") for entry in listed if isinstance(entry, dict)}
+        others = [{"name": one, "directory": place.name} for one, place in found.items() if one not in known]
+        facts |= {"saved_adapters": len(found), "adapters": [*listed, *others]}
+    return facts
 
 
 def load_run_recipe(path: Path) -> Recipe:
@@ -67,58 +92,20 @@ def load_run_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _run(path: Path) -> dict[str, Any]:
-    recipe = load_run_recipe(path)
-    facts: dict[str, Any] = {"kind": "run", "path": str(path), "quantization": recipe.model.quantization}
-    facts |= _adapter(path / "adapter") | {"base": recipe.model.path, "base_revision": recipe.model.revision}
-    return facts | _outcome(_summary(path))
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    return read_json(path / "run.json", "the summary of a run") if (path / "run.json").is_file() else {}
-
-
-def _outcome(run: dict[str, Any]) -> dict[str, Any]:
-    if not run:
-        return {}
-    result = {key: value for key, value in (run.get("result") or {}).items() if not isinstance(value, dict)}
-    return {"status": run.get("status"), "versions": run.get("versions"), "result": result}
-
-
-def _many(path: Path, root: Path) -> dict[str, Any]:
-    found = named_directories(root)
-    run = _summary(path)
-    listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
-    known = {entry.get("name") for entry in listed if isinstance(entry, dict)}
-    others = [{"name": name, "directory": directory.name} for name, directory in found.items() if name not in known]
-    facts: dict[str, Any] = {"kind": "directory of adapters", "path": str(path)}
-    if (path / RECIPE_FILE).is_file():
-        recipe = load_run_recipe(path)
-        facts |= {
-            "kind": "run of many adapters",
-            "quantization": recipe.model.quantization,
-            "base": recipe.model.path,
-            "base_revision": recipe.model.revision,
-            "method": recipe.adapter.method,
-            "rank": recipe.adapter.rank,
-            **_outcome(run),
-        }
-    return facts | {"saved_adapters": len(found), "adapters": [*listed, *others]}
-
-
-def _one_of_many(path: Path, name: str) -> dict[str, Any]:
-    directory = require_named(path, name)
-    entries = _summary(path).get("adapters")
-    own = next((one for one in entries or () if isinstance(one, dict) and one.get("name") == name), {})
-    facts = {"kind": "adapter", "path": str(directory), "name": name, **_adapter(directory)}
-    return facts | {key: value for key, value in own.items() if key not in ("name", "directory")}
-
-
 def _adapter(directory: Path) -> dict[str, Any]:
     weights = directory / ADAPTER_WEIGHTS
     config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
-    parameters = _parameters(weights)
-    trained = {name: count for name, count in parameters.items() if name.rpartition(".")[2] not in _UNTRAINED}
+    counts: dict[str, int] = {}
+    try:
+        with safe_open(weights, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dict
+                part = tensors.get_slice(name)
+                counts[name] = int(np.prod(part.get_shape(), dtype=np.int64))
+                if part.get_dtype() in ("F32", "F16") and not np.isfinite(tensors.get_tensor(name)).all():
+                    raise InputError(f"{weights}: {name} has NaN or Inf in it.")
+    except (SafetensorError, OSError) as error:
+        raise unreadable(weights, error) from None
+    trained = {name: count for name, count in counts.items() if name.rpartition(".")[2] not in _UNTRAINED}
     heads = tuple(f"base_model.model.{name}." for name in config.get("modules_to_save") or ())
     head = {name: trained.pop(name) for name in list(trained) if name.startswith(heads)}
     is_lora = config["peft_type"] == "LORA"
@@ -151,21 +138,6 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "format_version": config.get("format_version"),
         "peft_type": config["peft_type"],
     }
-
-
-def _parameters(weights: Path) -> dict[str, int]:
-    """Tensor name → number of elements. InputError: the file is damaged, or has NaN or Inf."""
-    counts = {}
-    try:
-        with safe_open(weights, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a dict
-                part = tensors.get_slice(name)
-                counts[name] = int(np.prod(part.get_shape(), dtype=np.int64))
-                if part.get_dtype() in ("F32", "F16") and not np.isfinite(tensors.get_tensor(name)).all():
-                    raise InputError(f"{weights}: {name} has NaN or Inf in it.")
-    except (SafetensorError, OSError) as error:
-        raise unreadable(weights, error) from None
-    return counts
 
 
 def read_certificate(directory: Path) -> dict[str, Any]:

@@ -36,12 +36,11 @@ from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry, base_fingerprint, checkpoint_tensors, file_stamps
 
 
-def absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
-    """The largest absolute value of each block of 64 elements, fp32; the last block may be short."""
+def _absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
     flat = rows.reshape(-1)
     whole = flat.numel() // BLOCK * BLOCK
     found = flat[:whole].view(-1, BLOCK).abs().amax(dim=1).float()
-    if whole < flat.numel():
+    if whole < flat.numel():  # the last block is short
         found = torch.cat([found, flat[whole:].abs().amax().float().view(1)])
     return found
 
@@ -76,7 +75,7 @@ class TrainedBaseReader(CheckpointReader):
             parts = (block.rows for block in self.read(descriptor, entry, whole=transposed))
             # a Conv1D is quantized while loading, from weights in the compute dtype
             absmax = torch.cat(
-                [absolute_maxima(rows.to(self.compute).t().contiguous() if transposed else rows) for rows in parts]
+                [_absolute_maxima(rows.to(self.compute).t().contiguous() if transposed else rows) for rows in parts]
             )
             if self.section.double_quant:
                 absmax = quantization.double_quantized_absmax(absmax)
@@ -86,18 +85,17 @@ class TrainedBaseReader(CheckpointReader):
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` of a block as training had them, in ``compute``."""
         transposed = self.transposed.get(block.entry.name)
-        if transposed:
-            return self._dequantized(block, rows.to(self.compute).t().contiguous()).t()
-        if transposed is None or not self.four_bit:
-            rows = rows.to(self.compute)
-        return rows if transposed is None else self._dequantized(block, rows)
-
-    def _dequantized(self, block: Block, weight: torch.Tensor) -> torch.Tensor:
+        if transposed is None:
+            return rows.to(self.compute)
+        weight = rows if self.four_bit and not transposed else rows.to(self.compute)
+        weight = weight.t().contiguous() if transposed else weight
         if block.absmax is None:
-            return quantization.quantized_reader(weight, self.section)()
-        at = block.first * weight.shape[1] // BLOCK
-        absmax = block.absmax[at : at + -(-weight.numel() // BLOCK)]
-        return quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
+            found = quantization.quantized_reader(weight, self.section)()
+        else:
+            at = block.first * weight.shape[1] // BLOCK
+            absmax = block.absmax[at : at + -(-weight.numel() // BLOCK)]
+            found = quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
+        return found.t() if transposed else found
 
 
 class PackedBaseReader(CheckpointReader):
@@ -198,8 +196,11 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     model = empty_model(section, directory, model_class)
     named = as_named(stored, model)
     require_own_weights(directory, named, model, model_class)
-    if model_class.has_own_head or not _stores_layers(stored, model):
-        stored = named  # else the merged files keep the names that other tools know
+    skipped = beside_the_layers(model)
+    linears = {n for n, module in model.named_modules() if layer_shape(module) is not None and n not in skipped}
+    # the merged files keep the names that other tools know, if the linears have their own there
+    if model_class.has_own_head or not {f"{name}.weight" for name in linears} <= {entry.name for entry in stored}:
+        stored = named
     heads = tuple(f"{name}." for name in model_class.head_modules(model))
     kept = model_class.stored_names((entry.name for entry in stored), model)
     kept = {name for name in kept if not name.startswith(heads)}  # the adapter has its own
@@ -219,17 +220,8 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     absent = sorted({f"{name}.weight" for name in adapter.layers} - {entry.name for entry in entries})
     if absent:
         raise InputError(f"{directory}: has no {first_of(absent)}, which the adapter changes.")
-    stamps = file_stamps(stored)
-    opened = directory, model_class.configured(config), model, stored, packed, entries
-    return AdapterOnBase(*opened, stamps, fingerprint, compute, adapter, model_class)
-
-
-def _stores_layers(stored: list[TensorEntry], model: PreTrainedModel) -> bool:
-    """Whether the file names the layers' linears as the model does."""
-    names = {entry.name for entry in stored}
-    skipped = beside_the_layers(model)
-    linears = (n for n, module in model.named_modules() if layer_shape(module) is not None and n not in skipped)
-    return all(f"{name}.weight" in names for name in linears)
+    opened = directory, model_class.configured(config), model, stored, packed, entries, file_stamps(stored)
+    return AdapterOnBase(*opened, fingerprint, compute, adapter, model_class)
 
 
 def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: TensorEntry) -> torch.Tensor:

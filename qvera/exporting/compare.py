@@ -6,6 +6,7 @@ The trained model runs on a quantized base, and the export on 16-bit or dequanti
 from __future__ import annotations
 
 import gc
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,13 @@ from qvera.data import Example, Labels, build_datasets
 from qvera.evaluation.held_out import prompts_of, score_model
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
-from qvera.evaluation.named_adapters import rows_to_compare
+from qvera.evaluation.named_adapters import adapters_root, rows_to_compare
 from qvera.models.loader import exported_bytes, load_exported
 from qvera.tasks import TASKS, Task, task_of
 from qvera.utils import accelerator, formatting, memory
+from qvera.utils.errors import InputError
+from qvera.utils.files import try_read_json
+from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,16 +47,6 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
         batch.append(example)
     if batch:
         yield batch
-
-
-def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
-    """Why the memory can't hold ``trained_bytes`` and the export; None where it can."""
-    device = accelerator.current_device()
-    needed, available = trained_bytes + exported_bytes(exported_dir, device), memory.available_bytes(device)
-    if needed <= available:
-        return None
-    sizes = f"{formatting.size(needed)}, and {formatting.size(available)} of memory are available"
-    return f"holding the trained and the exported model together takes {sizes}"
 
 
 @torch.no_grad()
@@ -101,16 +95,15 @@ def measure_difference(
         "loss_exported": loss_exported / tokens,
         "logit_max_difference": largest_logit,
     }
-    if not agree:
-        return found
-    return {
-        **found,
-        "kl_mean": kl_sum / tokens,
-        "kl_max": kl_max,
-        "log_probability_max_difference": largest,
-        "top1_agreement": torch.cat(agree).double().mean().item(),
-        "answers_agree": sum(bool(row.all()) for row in agree),
-    }
+    if agree:
+        found |= {
+            "kl_mean": kl_sum / tokens,
+            "kl_max": kl_max,
+            "log_probability_max_difference": largest,
+            "top1_agreement": torch.cat(agree).double().mean().item(),
+            "answers_agree": sum(bool(row.all()) for row in agree),
+        }
+    return found
 
 
 def rows_name(difference: Mapping[str, Any]) -> str:
@@ -118,25 +111,25 @@ def rows_name(difference: Mapping[str, Any]) -> str:
     return "training rows" if difference.get("split") == "training" else "rows"
 
 
-def rows_text(count: int, difference: dict[str, Any]) -> str:
-    """How many rows were compared, and which."""
-    name = rows_name(difference)
-    return f"{count} {name.removesuffix('s') if count == 1 else name}"
-
-
-def difference_text(difference: dict[str, Any], base: str) -> str:
-    """The result of `measure_difference` (or ``not_measured``) in a sentence or two."""
+def difference_text(difference: dict[str, Any], base: str = "") -> str:
+    """A certificate's ``difference`` in a sentence or two; ``base`` says which weights a merge is onto."""
     if "not_measured" in difference:
         return f"not measured: {difference['not_measured']}"
-    rows, unit = difference["rows"], difference.get("unit", "token")
-    agree = difference.get("answers_agree", rows)
+    sides = [difference.get(side) or {"loss": difference[f"loss_{side}"]} for side in ("trained", "exported")]
+    rows = difference["rows"] if "rows" in difference else sides[0]["rows"]
+    name = rows_name(difference)
     text = (
-        f"trained vs exported on {rows_text(rows, difference)}: loss {difference['loss_trained']:.4f} vs "
-        f"{difference['loss_exported']:.4f}, "
+        f"trained vs exported on {rows} {name.removesuffix('s') if rows == 1 else name}: loss {sides[0]['loss']:.4f} "
+        f"vs {sides[1]['loss']:.4f}"
     )
+    if "trained" in difference:  # a LoRA
+        if "exact_match" in sides[0]:
+            text += f", right answers {sides[0]['exact_match']:.1%} vs {sides[1]['exact_match']:.1%}"
+        return text
     if "kl_mean" not in difference:
-        return f"{text}largest difference of a value {difference['logit_max_difference']:.2e}"
-    text += f"KL {difference['kl_mean']:.2e} per {unit}, same first choice "
+        return f"{text}, largest difference of a value {difference['logit_max_difference']:.2e}"
+    unit, agree = difference.get("unit", "token"), difference.get("answers_agree", rows)
+    text += f", KL {difference['kl_mean']:.2e} per {unit}, same first choice "
     if unit == "row":
         text += f"in {agree} of {rows} rows"
     else:
@@ -173,45 +166,63 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
     return {key: scores[key] for key in kept if key in scores}
 
 
-def open_lora(lora: Path, run: Path | None) -> OpenRun:
-    """Load a LoRA with stock PEFT, on the base of ``run``."""
-    return open_target(find_target(lora, run))
+def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, console: Console) -> dict[str, Any]:
+    """Measure a merged export beside its run, on at most ``limit`` rows. Both models are in memory together."""
+    option = f" --adapter {shlex.quote(target.name)}" if target.name and adapters_root(target.path) else ""
+    again = f"`qvera export {target.path} {merged}{option} --compare-only` measures it later, or on a larger machine."
+
+    def measure() -> dict[str, Any]:
+        summary = None if target.run is None else try_read_json(target.run / "run.json")
+        trained_bytes = (summary or {}).get("model", {}).get("base_bytes", 0)
+        device = accelerator.current_device()
+        needed, available = trained_bytes + exported_bytes(merged, device), memory.available_bytes(device)
+        if needed > available:
+            sizes = f"{formatting.size(needed)}, and {formatting.size(available)} of memory are available"
+            return {"not_measured": f"holding the trained and the exported model together takes {sizes}. {again}"}
+        opened, datasets, rows, split = _open_with_rows(target, recipe, limit, console)
+        labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
+        with status_line(console, "Comparing the trained with the exported model"):
+            found = measure_difference(opened.model, merged, rows, datasets.pad_id, task_of(recipe), labels)
+        return {"split": split, **found}
+
+    return _measured(measure, again)
 
 
-def compare_lora(
-    recipe: Recipe,
-    target: Artifact,
-    lora: Path,
-    limit: int,
-    console: Console | None = None,
-    progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Score the adapter of ``target`` and the LoRA made of it, on at most ``limit`` rows, one model after the other.
+def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, console: Console) -> dict[str, Any]:
+    """Score the adapter of ``target`` and the LoRA made of it, on at most ``limit`` rows, one model after the other."""
 
-    ``split`` in the result says which rows (`rows_to_compare`). ``console`` shows messages about the data.
-    """
-    progress(f"Loading {target.path}")
-    opened = open_target(target)
+    def measure() -> dict[str, Any]:
+        opened, datasets, rows, split = _open_with_rows(target, recipe, limit, console)
+        with status_line(console, "Scoring the trained adapter"):
+            trained = adapter_scores(opened, recipe, datasets, rows)
+        del opened
+        gc.collect()  # a quantized weight and its module hold each other
+        accelerator.empty_cache()
+        with status_line(console, "Scoring the LoRA on its base"):
+            exported = adapter_scores(open_target(find_target(lora, target.run)), recipe, datasets, rows)
+        return {"split": split, "trained": trained, "exported": exported}
+
+    return _measured(measure, "Export again to measure it, or use `qvera eval` on either.")
+
+
+def _open_with_rows(
+    target: Artifact, recipe: Recipe, limit: int, console: Console
+) -> tuple[OpenRun, Datasets, Rows, str]:
+    with status_line(console, f"Loading {target.path}"):
+        opened = open_target(target)
     labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
     rows, split = rows_to_compare(datasets, target.name)
-    rows = rows[:limit]
-    progress("Scoring the trained adapter")
-    trained = adapter_scores(opened, recipe, datasets, rows)
-    del opened
-    gc.collect()  # a quantized weight and its module hold each other
-    accelerator.empty_cache()
-    progress("Loading the LoRA on its base")
-    opened = open_lora(lora, target.run)
-    progress("Scoring the LoRA")
-    return {"split": split, "trained": trained, "exported": adapter_scores(opened, recipe, datasets, rows)}
+    return opened, datasets, rows[:limit], split
 
 
-def scores_text(difference: dict[str, Any]) -> str:
-    """The result of `compare_lora` in a sentence."""
-    trained, exported = difference["trained"], difference["exported"]
-    rows = rows_text(trained["rows"], difference)
-    text = f"trained vs exported on {rows}: loss {trained['loss']:.4f} vs {exported['loss']:.4f}"
-    if "exact_match" in trained:
-        text += f", right answers {trained['exact_match']:.1%} vs {exported['exact_match']:.1%}"
-    return text
+def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, Any]:
+    """If data or memory is missing, the result says so, and the export stands."""
+    try:
+        return measure()
+    except (InputError, OSError, ValueError) as error:
+        return {"not_measured": f"{error} {again}"}
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        return {"not_measured": f"the memory gave out. {again}"}

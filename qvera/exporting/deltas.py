@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, VeraConfig
+from peft import VeraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.tuners.vera.model import _kaiming_init
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from qvera import __version__
 from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.adapter_file import lora_config, read_adapter, require_places
+from qvera.adapters.files.adapter_file import read_adapter, require_places
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
@@ -26,10 +26,10 @@ from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.models.structure import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
+from qvera.utils import memory
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from qvera.utils.paths import ADAPTER_WEIGHTS
-from qvera.utils.safetensors_io import TensorEntry
 
 
 @dataclasses.dataclass
@@ -84,6 +84,24 @@ class AdapterDeltas:
     sha256: str | None = None
     head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        config = self.config
+        self.ours: QveraConfig | None = config if isinstance(config, QveraConfig) else None
+        """None for an adapter of PEFT's own VeRA."""
+        self.rank = max((delta.factors.rank for delta in self.layers.values()), default=0)
+        """The largest rank of a layer."""
+        self.magnitude = any(delta.magnitude is not None for delta in self.layers.values())
+        """Whether rows of W + ΔW are scaled to trained norms."""
+        self.method: str = getattr(config, "method", "vera")
+        self.seed: int | None = getattr(config, "projection_seed", getattr(config, "projection_prng_key", None))
+        self.groups: int = getattr(config, "b_groups", 1)
+        self.input_scale: bool = getattr(config, "input_scale", False)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether ΔW has factors of low rank (`Delta.lora`)."""
+        return self.ours is None or method_of(self.ours).change is Change.LOW_RANK
+
     def on(self, device: torch.device) -> AdapterDeltas:
         """A copy with its factors on a device; tensors that layers share are moved once."""
         if device.type == "cpu":
@@ -105,38 +123,6 @@ class AdapterDeltas:
         pair = None if self.pair is None else (move(self.pair[0]), move(self.pair[1]))
         return dataclasses.replace(self, pair=pair, layers=layers)
 
-    @property
-    def rank(self) -> int:
-        """The largest rank of a layer."""
-        return max(delta.factors.rank for delta in self.layers.values())
-
-    @property
-    def method(self) -> str:
-        """The method's name; ``vera`` for PEFT's own VeRA."""
-        return getattr(self.config, "method", "vera")
-
-    @property
-    def is_stock_vera(self) -> bool:
-        """Whether its vectors are those of PEFT's own VeRA."""
-        return not isinstance(self.config, QveraConfig) or method_of(self.config).peft_type == "VERA"
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether ΔW has factors of low rank (`Delta.lora`)."""
-        return not isinstance(self.config, QveraConfig) or method_of(self.config).change is Change.LOW_RANK
-
-    @property
-    def lora_config(self) -> LoraConfig | None:
-        """PEFT's config, where the adapter is a LoRA; else None."""
-        if isinstance(self.config, QveraConfig) and method_of(self.config).peft_type == "LORA":
-            return lora_config(self.config)
-        return None
-
-    @property
-    def magnitude(self) -> bool:
-        """Whether rows of W + ΔW are scaled to trained norms."""
-        return any(delta.magnitude is not None for delta in self.layers.values())
-
     def facts(self, adapter_dir: Path) -> dict[str, Any]:
         """The certificate's entry for the adapter."""
         return {
@@ -151,6 +137,12 @@ class AdapterDeltas:
             "seed": self.seed,
         }
 
+    def certificate(self, kind: str, section: ModelSection, adapter_dir: Path, **more: Any) -> dict[str, Any]:
+        """The certificate of an export that holds factors only."""
+        base = {"path": section.path, "revision": section.revision}
+        start = {"format": 1, "kind": kind, "base": base, "adapter": self.facts(adapter_dir)}
+        return {**start, **more, "versions": memory.versions()}
+
     def header(self, base: str | None = None) -> dict[str, str]:
         """Header of a safetensors file made from it. Names no directories, because files are shared."""
         name = base or self.config.base_model_name_or_path or ""
@@ -161,21 +153,6 @@ class AdapterDeltas:
             "adapter_sha256": self.sha256,
         }
         return {key: value for key, value in found.items() if value}
-
-    @property
-    def seed(self) -> int | None:
-        """The seed of A and B, ours or PEFT's."""
-        return getattr(self.config, "projection_seed", getattr(self.config, "projection_prng_key", None))
-
-    @property
-    def groups(self) -> int:
-        """How many vectors b each layer has."""
-        return getattr(self.config, "b_groups", 1)
-
-    @property
-    def input_scale(self) -> bool:
-        """Whether each layer has a vector a."""
-        return getattr(self.config, "input_scale", False)
 
 
 def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection | None = None) -> AdapterDeltas:
@@ -194,22 +171,33 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
     modules = dict(base.named_modules())
     shapes = {name: shape for name, module in modules.items() if (shape := layer_shape(module)) is not None}
     linears = {name: LinearSpec(name, *shape) for name, shape in shapes.items()}
-    head = _head_tensors(adapter_dir, config, tensors, base) if has_head else {}
+    head: dict[str, torch.Tensor] = {}
+    if has_head:
+        starts = tuple(f"{name}." for name in config.modules_to_save or ())
+        named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        head = {name: tensor.float() for name, tensor in named.items() if name.startswith(starts)}
+        wanted = {name: tuple(t.shape) for name, t in base.named_parameters() if name.startswith(starts)}
+        _require_shapes(adapter_dir, "a head of", wanted, head)
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for key in sorted(k for k in tensors if k.startswith(PREFIX)):
+    for key in sorted(key for key in tensors if key.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         if f"{name}.{kind}" not in head:
             found.setdefault(name, {})[kind] = tensors[key]
-    pair: Pair | None
-    shared: dict[str, torch.Tensor] = {}
+    shared = {key.removeprefix(SHARED_PREFIX): t.float() for key, t in tensors.items() if key.startswith(SHARED_PREFIX)}
+    pair: Pair | None = None
     own_pairs: dict[str, Pair] = {}
     if own is None:
         pair = _stock_pair(config, tensors, [shapes[name] for name in found if name in shapes])
     else:
-        pair, shared = _seeded_pair(own), _shared_tensors(adapter_dir, own, tensors, base, linears)
         if shared:  # linears without tensors of their own have these
-            found |= {name: found.get(name, {}) for name in linears if check_target_module_exists(own, name)}
-        own_pairs = _pairs_of_weights(own, [linears[name] for name in found if name in linears], section)
+            specs = [spec for name, spec in linears.items() if check_target_module_exists(own, name)]
+            wanted = method_of(own).shared_tensors(own, specs, head_size(base)) if specs else {}
+            _require_shapes(adapter_dir, "the shared tensors", wanted, shared)
+            found |= {spec.name: found.get(spec.name, {}) for spec in specs}
+        if method_of(own).source is Source.SEEDED:
+            pair = _seeded_pair(own)
+        elif method_of(own).source is Source.OWN:
+            own_pairs = _pairs_of_weights(own, [linears[name] for name in found if name in linears], section)
     layers: dict[str, Delta] = {}
     for name, vectors in found.items():
         spec = linears.get(name)
@@ -223,11 +211,9 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
             rank = config.r
             expected: dict[str, tuple[int, ...]] = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)}
         else:
-            rank = method_of(own).rank_at(own, spec)
-            expected = method_of(own).tensors(own, spec)
+            rank, expected = method_of(own).rank_at(own, spec), method_of(own).tensors(own, spec)
         given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
-        largest = None if pair is None else (pair[0].shape[1], pair[1].shape[0])
-        if given != expected or (largest is not None and (n > largest[0] or m > largest[1])):
+        if given != expected or (pair is not None and (n > pair[0].shape[1] or m > pair[1].shape[0])):
             held = "" if pair is None else f" and a pair of {list(pair[0].shape)} and {list(pair[1].shape)}"
             raise InputError(
                 f"{adapter_dir}: {name} has shape {[m, n]} in the base, which with its config asks for the vectors "
@@ -251,70 +237,39 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
     return AdapterDeltas(config, pair, layers, file_sha256(adapter_dir / ADAPTER_WEIGHTS), head)
 
 
-def _head_tensors(
-    adapter_dir: Path, config: QveraConfig, tensors: Mapping[str, torch.Tensor], base: torch.nn.Module
-) -> dict[str, torch.Tensor]:
-    starts = tuple(f"{name}." for name in config.modules_to_save or ())
-    found = {key.removeprefix(PREFIX): tensor.float() for key, tensor in tensors.items()}
-    found = {name: tensor for name, tensor in found.items() if name.startswith(starts)}
-    expected = {name: tuple(t.shape) for name, t in base.named_parameters() if name.startswith(starts)}
-    if (has := {name: tuple(tensor.shape) for name, tensor in found.items()}) != expected:
+def _require_shapes(
+    adapter_dir: Path, what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, torch.Tensor]
+) -> None:
+    if (has := {name: tuple(tensor.shape) for name, tensor in given.items()}) != wanted:
         raise InputError(
-            f"{adapter_dir}: the base with its config asks for a head of {expected}, but the adapter has {has}: the "
-            "file is damaged, or another model's adapter."
+            f"{adapter_dir}: the base with its config asks for {what} {wanted}, but the adapter has {has}: the file is "
+            "damaged, or another model's adapter."
         )
-    return found
-
-
-def _shared_tensors(
-    adapter_dir: Path,
-    config: QveraConfig,
-    tensors: Mapping[str, torch.Tensor],
-    base: torch.nn.Module,
-    linears: Mapping[str, LinearSpec],
-) -> dict[str, torch.Tensor]:
-    given = {key.removeprefix(SHARED_PREFIX): t.float() for key, t in tensors.items() if key.startswith(SHARED_PREFIX)}
-    if not given:
-        return {}
-    specs = [spec for name, spec in linears.items() if check_target_module_exists(config, name)]
-    expected = method_of(config).shared_tensors(config, specs, head_size(base)) if specs else {}
-    if (has := {name: tuple(tensor.shape) for name, tensor in given.items()}) != expected:
-        raise InputError(
-            f"{adapter_dir}: the base with its config asks for the shared tensors {expected}, but the adapter has "
-            f"{has}: the file is damaged, or another model's adapter."
-        )
-    return given
 
 
 def _pairs_of_weights(
     config: QveraConfig, specs: Sequence[LinearSpec], section: ModelSection | None
 ) -> dict[str, Pair]:
     """Each linear's own A and B, from the cache, else from the weights of the base."""
-    method = method_of(config)
-    if method.source is not Source.OWN:
-        return {}
-    pairs = {spec.name: method.own_pair(config, spec, None) for spec in specs}
-    model = None
+    method, model, pairs = method_of(config), None, {}
     for spec in specs:
-        if pairs[spec.name] is not None:
-            continue
-        if model is None:
+        pair = method.own_pair(config, spec, None)
+        if pair is None:
             if section is None:
                 raise InputError(
                     f"{spec.name}: A and B are not in the cache. Open the run once, as with qvera eval, on this "
                     "machine; then they are."
                 )
-            model = load_base(section, torch.device("cpu"), model_class=config.model_class).model
-        made = method.own_pair(config, spec, model.get_submodule(spec.name))
-        assert made is not None
-        config.check_pair(spec.name, made)
-        pairs[spec.name] = made
-    return {name: pair for name, pair in pairs.items() if pair is not None}
+            if model is None:
+                model = load_base(section, torch.device("cpu"), model_class=config.model_class).model
+            pair = method.own_pair(config, spec, model.get_submodule(spec.name))
+            assert pair is not None
+            config.check_pair(spec.name, pair)
+        pairs[spec.name] = pair
+    return pairs
 
 
-def _seeded_pair(config: QveraConfig) -> Pair | None:
-    if method_of(config).source is not Source.SEEDED:
-        return None
+def _seeded_pair(config: QveraConfig) -> Pair:
     largest = config.projection_shapes
     if not largest:
         raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
@@ -353,12 +308,14 @@ class TokenTable:
 
 
 def token_tables(
-    model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]
+    model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TokenTable]:
-    """Name of embedding and head in the checkpoint → table. InputError: the adapter's rows have another shape."""
+    """Name of embedding and head in the checkpoint → table; ``shapes`` are those of the base's tensors.
+
+    InputError: the adapter's rows have another shape.
+    """
     rows = read_token_rows(adapter_dir)
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    shapes = {e.name: e.shape for e in entries}
     tables = {}
     for end, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
         name = names[module]

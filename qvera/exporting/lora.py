@@ -7,18 +7,20 @@ LoRA has r (m + n) values a layer instead of r + m. It is exact up to the roundi
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from peft import LoraConfig, VeraConfig
 
 from qvera.adapters.config import PREFIX
+from qvera.adapters.files.adapter_file import lora_config
 from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
+from qvera.adapters.methods import method_of
 from qvera.exporting.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
+from qvera.utils import formatting
 from qvera.utils.atomic import new_directory
 from qvera.utils.errors import InputError
 from qvera.utils.paths import CHAT_TEMPLATE
@@ -26,10 +28,11 @@ from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")
 """Settings that exclude linears which the targets name. Configs written here name the rest in full instead."""
-
-
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank in vLLM 0.14."""
+
+Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Layer → A' [r, n] and B' [m, r]."""
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:
@@ -45,8 +48,7 @@ def serving_text(rank: int, is_dora: bool = False) -> str:
 def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
     """What a smaller rank loses: errors of `truncate` by layer, and a conclusion."""
     ordered = sorted(errors, key=errors.__getitem__)
-    low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
-    typical = errors[middle]
+    low, high, typical = ordered[0], ordered[-1], errors[ordered[len(ordered) // 2]]
     line = (
         f"rank {rank} of {own}: relative error of ΔW (Frobenius) {typical:.2g} in the median layer, from "
         f"{errors[low]:.2g} ({low}) to {errors[high]:.2g} ({high})"
@@ -77,12 +79,10 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     This is the truncated SVD (Eckart and Young), taken of the small factors (QR of each, then the SVD of an r x r
     core), never of a dense ΔW. The error is relative to ‖ΔW‖, in Frobenius norms.
     """
-    A, B = A.double(), B.double()
-    left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
-    right, right_core = torch.linalg.qr(A.t())  # [n, q], [q, r]
+    left, left_core = torch.linalg.qr(B.double())  # [m, p], [p, r]
+    right, right_core = torch.linalg.qr(A.double().t())  # [n, q], [q, r]
     U, S, Vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
-    root = S[:rank].sqrt()
-    whole = S.norm()
+    root, whole = S[:rank].sqrt(), S.norm()
     error = (S[rank:].norm() / whole).item() if whole > 0 else 0.0
     kept_B, kept_A = (left @ U[:, :rank]) * root, root.unsqueeze(1) * (right @ Vh[:rank].t()).t()
     missing = rank - kept_A.shape[0]
@@ -105,30 +105,50 @@ def truncate_all(
     return cut, errors
 
 
+def write_lora(
+    adapter: AdapterDeltas,
+    out: Path,
+    dtype: torch.dtype,
+    rank: int | None,
+    factors: Pairs | None,
+    chat_template: str | None,
+    say: Callable[[str], None],
+) -> dict[str, float] | None:
+    """Write a LoRA, exact or cut to ``rank``, and say its errors, rank and size.
+
+    ``factors`` as for `export_lora`. Returns the error of each layer where it is cut.
+    """
+    errors, kind = None, "DoRA" if adapter.magnitude else "LoRA"
+    own = adapter.rank if factors is None else max(len(A) for A, _ in factors.values())
+    if rank is not None:
+        whole = factors.items() if factors else ((name, delta.lora()) for name, delta in adapter.layers.items())
+        factors, errors = truncate_all(whole, own, rank, dtype)
+        text = truncation_text(errors, own, rank)
+    else:
+        text = f"{kind} of rank {own}: {rounding_text(dtype)}"
+    size = formatting.size(export_lora(adapter, out, dtype, factors, chat_template))
+    say(text)
+    say(f"{size} in {out}: {kind} of rank {rank or own} on {len(adapter.layers)} linears, for stock PEFT")
+    return errors
+
+
 def export_lora(
     adapter: AdapterDeltas,
     out: Path,
     dtype: torch.dtype,
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    factors: Pairs | None = None,
     chat_template: str | None = None,
 ) -> int:
     """Write a LoRA for stock PEFT (DoRA, with a magnitude) to ``out`` and return its bytes. Linears may differ in rank.
 
     Args:
-        factors: layer → A' [r, n] and B' [m, r]. Default: the adapter's own; a LoRA's are copied, with its alpha.
+        factors: default: the adapter's own; a LoRA's are copied, with its alpha.
         chat_template: that of its training, where it is not the base's own.
 
     Raises:
         InputError: ``out`` is not empty, a factor does not fit into ``dtype``, or a magnitude is 0.
     """
-    own = adapter.lora_config if factors is None else None
-
-    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        delta = adapter.layers[name]
-        if factors is not None:
-            return factors[name]
-        return delta.lora() if own is None else (delta.factors.A, delta.factors.B)
-
+    is_lora = factors is None and adapter.ours is not None and method_of(adapter.ours).peft_type == "LORA"
     ranks = {n: d.factors.rank if factors is None else len(factors[n][0]) for n, d in adapter.layers.items()}
     specs = []
     for name, delta in adapter.layers.items():
@@ -147,7 +167,8 @@ def export_lora(
 
     def tensors() -> Iterator[torch.Tensor]:
         for name, delta in adapter.layers.items():
-            for factor in pair(name):
+            own = (delta.factors.A, delta.factors.B) if is_lora else None
+            for factor in own or (delta.lora() if factors is None else factors[name]):
                 rounded = factor.to(dtype)
                 if not torch.isfinite(rounded).all():
                     raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
@@ -155,18 +176,18 @@ def export_lora(
             if delta.magnitude is not None:
                 yield delta.magnitude.float()
 
-    specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]
     rank = max(ranks.values())
     others = {name: one for name, one in ranks.items() if one != rank}
-    # PEFT multiplies by alpha / r
-    patterns = {"rank_pattern": others, "alpha_pattern": others}
-    config = own or LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
-    values = itertools.chain(tensors(), adapter.head.values())
+    if is_lora and adapter.ours is not None:
+        config = lora_config(adapter.ours)
+    else:  # PEFT multiplies by alpha / r
+        patterns = {"rank_pattern": others, "alpha_pattern": others}
+        config = LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
     # what only qvera reads: its base and tokens, and what the outputs of its head mean
     keys = ("base_fingerprint", "pad_token", "eos_token", *(("labels", "problem_type") if adapter.head else ()))
     facts = {key: value for key in keys if (value := getattr(adapter.config, key, None)) is not None}
-    header = adapter.header() | ({FACTS: json.dumps(facts)} if facts else {})
-    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, values, header, chat_template)
+    header = {FACTS: json.dumps(facts)} if facts else {}
+    return _write_for_peft(adapter, out, config, specs, tensors(), header, chat_template)
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | None = None) -> int:
@@ -186,39 +207,45 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
         raise InputError(
             f"this adapter has {' and '.join(has)}, and PEFT's VeRA has one b and one d. Export it with {ways}."
         )
-    if adapter.pair is None or not adapter.is_stock_vera:
+    if adapter.pair is None or (adapter.ours is not None and method_of(adapter.ours).peft_type != "VERA"):
         raise InputError(f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with {ways}.")
-    specs, values = [], []
+    tensors = {}
     for name, delta in adapter.layers.items():
         assert delta.factors.vectors is not None
         d, b = delta.factors.vectors
-        for suffix, vector in (("vera_lambda_b", b), ("vera_lambda_d", d * delta.factors.scale)):
-            specs.append(TensorSpec(f"{PREFIX}{name}.{suffix}", torch.float32, tuple(vector.shape)))
-            values.append(vector)
-    for suffix, matrix in zip(("vera_A", "vera_B"), adapter.pair, strict=True):
-        specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
-        values.append(matrix)
-    specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]
-    values += adapter.head.values()
-    config = VeraConfig(r=adapter.rank, save_projection=True, **_common(adapter))
-    floats = (value.float() for value in values)
-    return write_adapter(out, config.to_dict(), specs, floats, adapter.header(), chat_template)
+        tensors[f"{PREFIX}{name}.vera_lambda_b"] = b
+        tensors[f"{PREFIX}{name}.vera_lambda_d"] = d * delta.factors.scale
+    tensors |= {"base_model.vera_A": adapter.pair[0], "base_model.vera_B": adapter.pair[1]}
+    specs = [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    floats = (tensor.float() for tensor in tensors.values())
+    config = VeraConfig(r=adapter.rank, save_projection=True)
+    return _write_for_peft(adapter, out, config, specs, floats, {}, chat_template)
 
 
-def _common(adapter: AdapterDeltas) -> dict[str, Any]:
-    config = adapter.config
-    targets = config.target_modules
-    if any(getattr(config, limit, None) is not None for limit in LIMITS):
+def _write_for_peft(
+    adapter: AdapterDeltas,
+    out: Path,
+    config: LoraConfig | VeraConfig,
+    specs: list[TensorSpec],
+    tensors: Iterator[torch.Tensor],
+    header: Mapping[str, str],
+    chat_template: str | None,
+) -> int:
+    """Add what all kinds have: targets, base, head and header."""
+    own, targets = adapter.config, adapter.config.target_modules
+    if any(getattr(own, limit, None) is not None for limit in LIMITS):
         targets = list(adapter.layers)
-    base = config.base_model_name_or_path
-    return {
+    common = {
         "fan_in_fan_out": all(delta.transposed for delta in adapter.layers.values()),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "task_type": config.task_type,
-        "modules_to_save": sorted(config.modules_to_save) if adapter.head else None,
-        "base_model_name_or_path": None if base is None else portable_name(base),
+        "task_type": own.task_type,
+        "modules_to_save": sorted(own.modules_to_save) if adapter.head else None,
+        "base_model_name_or_path": own.base_model_name_or_path and portable_name(own.base_model_name_or_path),
         "inference_mode": True,
     }
+    specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]
+    values = itertools.chain(tensors, adapter.head.values())
+    return write_adapter(out, config.to_dict() | common, specs, values, {**adapter.header(), **header}, chat_template)
 
 
 def write_adapter(

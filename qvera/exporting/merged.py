@@ -53,41 +53,35 @@ class Merging:
         self, adapter_dir: Path, section: ModelSection, options: ExportSection, chat_template: str | None = None
     ) -> None:
         self.adapter_dir, self.section, self.options = adapter_dir, section, options
-        self.base = open_adapter_on_base(adapter_dir, section)
-        self.adapter, self.entries, self.stamps = self.base.adapter, self.base.entries, self.base.stamps
-        self.dtype: torch.dtype = getattr(torch, options.dtype)
-        self._check_stored_quantization()
-        self.tokenizer = cast(Any, load_processor(section, self.base.model_class))
+        self.base = base = open_adapter_on_base(adapter_dir, section)
+        self.adapter, self.dtype = base.adapter, getattr(torch, options.dtype)
+        if getattr(base.config, "quantization_config", None) is not None:
+            if options.base == "original":
+                raise InputError(
+                    f"--base original: {base.directory} is stored in 4 bits, so the original weights are not there. "
+                    "Use --base dequantized, or point model.path at the 16-bit checkpoint it was made from."
+                )
+            del base.config.quantization_config
+        self.tokenizer = cast(Any, load_processor(section, base.model_class))
         if chat_template is not None:  # models of images have none
             own = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
             if chat_template != own:
                 self.tokenizer.chat_template = chat_template
         self.added_tokens = ids_of(self.tokenizer, section.added_tokens)
         require_tokens(self.adapter.config, adapter_dir, self.added_tokens)
+        shapes = {entry.name: entry.shape for entry in base.entries}
         self.tables: dict[str, TokenTable] = {}
         if self.added_tokens:
-            self.tables = token_tables(self.base.model, self.added_tokens, adapter_dir, self.entries)
+            self.tables = token_tables(base.model, self.added_tokens, adapter_dir, shapes)
+            shapes |= {name: table.shape for name, table in self.tables.items()}
         self.device = accelerator.current_device()
         if memory.available_bytes(self.device) < _MERGING_BYTES:  # something else has filled it
             self.device = torch.device("cpu")
         self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.on(self.device).layers.items()}
-        self.specs = [
-            TensorSpec(e.name, self.dtype, self.tables[e.name].shape if e.name in self.tables else e.shape)
-            for e in self.entries
-        ]
         self.head = dict(sorted(self.adapter.head.items()))
+        self.specs = [TensorSpec(name, self.dtype, shape) for name, shape in shapes.items()]
         self.specs += [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in self.head.items()]
         self.layers: dict[str, dict[str, float]] = {}
-
-    def _check_stored_quantization(self) -> None:
-        if getattr(self.base.config, "quantization_config", None) is None:
-            return
-        if self.options.base == "original":
-            raise InputError(
-                f"--base original: {self.base.directory} is stored in 4 bits, so the original weights are not there. "
-                "Use --base dequantized, or point model.path at the 16-bit checkpoint it was made from."
-            )
-        del self.base.config.quantization_config
 
     def identity(self) -> dict[str, Any]:
         """An interrupted export continues only where all of this is equal.
@@ -98,7 +92,7 @@ class Merging:
         return {
             "adapter": self.adapter.sha256,
             "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
-            "base": [str(self.base.directory.resolve()), self.stamps],
+            "base": [str(self.base.directory.resolve()), self.base.stamps],
             "options": self.options.to_dict(),
             "device": self.device.type,  # another one may round otherwise
             "quantization": [section.quantization, section.double_quant, str(self.base.compute)],
@@ -107,30 +101,28 @@ class Merging:
     @contextlib.contextmanager
     def merged(self, skip: Collection[str], known: dict[str, str]) -> Iterator[Iterator[Merged]]:
         """Merged rows except ``skip``, in order; they fill `layers`. ``known``: SHA-256 of files already hashed."""
-        if self.base.packed or self.options.base == "dequantized":
-            self.reader = self.base.reader(self.section, known)
+        base = self.base
+        if base.packed or self.options.base == "dequantized":
+            self.reader = base.reader(self.section, known)
         else:
-            self.reader = CheckpointReader(self.base.stored, self.stamps, known)
-        skip = {entry.name for entry in self.base.stored} - {e.name for e in self.entries} | set(skip)
+            self.reader = CheckpointReader(base.stored, base.stamps, known)
+        skip = {entry.name for entry in base.stored} - {entry.name for entry in base.entries} | set(skip)
+
+        def counted(results: Iterator[Merged]) -> Iterator[Merged]:
+            largest = total = 0.0
+            for block, rows, found in results:
+                if found is not None:
+                    largest, total = max(largest, found[0]), total + found[1]
+                    if block.last:
+                        self.layers[block.entry.name] = {"max_abs": largest, "mean_abs": total / block.entry.numel}
+                        largest = total = 0.0
+                yield block, rows, found
+
         with (
             one_thread_each() as workers,
             contextlib.closing(in_order(self.reader.blocks(skip), self._merge, workers, 3 * workers + 2)) as results,
         ):
-            yield self._counted(results)
-
-    def _counted(self, results: Iterator[Merged]) -> Iterator[Merged]:
-        largest = total = 0.0
-        for block, rows, found in results:
-            if found is not None:
-                largest, total = max(largest, found[0]), total + found[1]
-                if block.last:
-                    self.layers[block.entry.name] = {"max_abs": largest, "mean_abs": total / block.entry.numel}
-                    largest = total = 0.0
-            yield block, rows, found
-
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of the base's files, once all are read."""
-        return {name: self.reader.sha256[name] for name in self.stamps}
+            yield counted(results)
 
     def _merge(self, block: Block) -> Merged:
         """W + ΔW in fp32, rounded once to the output's dtype.
@@ -156,7 +148,15 @@ class Merging:
         if of_delta:
             found = (max(-of_delta[0], of_delta[1]), of_delta[2])
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise RunFailed(_not_finite(block, exact, self.dtype, delta is not None))
+            if not torch.isfinite(block.rows.float()).all():
+                raise RunFailed(f"{name}: the base weight itself has NaN or Inf ({block.entry.file}).")
+            what = "has NaN or Inf" + (" after merging" if delta is not None else "")
+            if torch.isfinite(exact.float()).all():
+                largest, most = exact.abs().max().item(), torch.finfo(self.dtype).max
+                what = f"has values up to {largest:.6g}, beyond {self.dtype} (largest {most:g})"
+            raise RunFailed(
+                f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
+            )
         return block, result.cpu(), found
 
     def config(self) -> PretrainedConfig:
@@ -169,18 +169,17 @@ class Merging:
             config.eos_token_id = self.tokenizer.eos_token_id
         if section.pad_token is not None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        if self.head:
-            config.architectures = [type(self.base.model).__name__]
-            if not self.base.model_class.reads_images:
-                config.get_text_config().pad_token_id = pad_id_of(self.tokenizer)
-        config.architectures = config.architectures or [type(self.base.model).__name__]
+        own = [type(self.base.model).__name__]
+        if self.head and not self.base.model_class.reads_images:
+            config.get_text_config().pad_token_id = pad_id_of(self.tokenizer)
+        config.architectures = own if self.head else config.architectures or own
         return config
 
-    def certificate(self, kind: str, base_sha256: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
-        """What was merged into what; ``files``: name → SHA-256."""
-        section = self.section
+    def certificate(self, kind: str, files: dict[str, str]) -> dict[str, Any]:
+        """What was merged into what, once all of the base is read; ``files``: name → SHA-256."""
+        section, base = self.section, self.base
         trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
-        for weight in self.base.packed.values():  # what is in the file, whatever the recipe says
+        for weight in base.packed.values():  # what is in the file, whatever the recipe says
             trained_on = {"quantization": weight.quant_type, "double_quant": weight.double_quant}
         return {
             "format": 1,
@@ -189,9 +188,9 @@ class Merging:
                 "path": section.path,
                 "revision": section.revision,
                 "weights": self.options.base,
-                "stored_in_4_bits": bool(self.base.packed),
-                "fingerprint": self.base.fingerprint,
-                "sha256": base_sha256,
+                "stored_in_4_bits": bool(base.packed),
+                "fingerprint": base.fingerprint,
+                "sha256": {name: self.reader.sha256[name] for name in base.stamps},
             },
             "adapter": self.adapter.facts(self.adapter_dir),
             "trained_on": trained_on,
@@ -199,25 +198,13 @@ class Merging:
             "head": list(self.head),
             "dtype": self.options.dtype,
             "files": files,
-            "delta": {e.name: self.layers[e.name] for e in self.entries if e.name in self.layers},  # in files' order
+            "delta": {e.name: self.layers[e.name] for e in base.entries if e.name in self.layers},  # in files' order
             "versions": memory.versions(),
         }
 
 
-def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: bool) -> str:
-    name = block.entry.name
-    if not torch.isfinite(block.rows.float()).all():
-        return f"{name}: the base weight itself has NaN or Inf ({block.entry.file})."
-    if not torch.isfinite(exact.float()).all():
-        what = "has NaN or Inf" + (" after merging" if adapted else "")
-    else:
-        what = f"has values up to {exact.abs().max().item():.6g}, beyond {dtype} (largest {torch.finfo(dtype).max:g})"
-    return f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
-
-
 _KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."
 _INTERRUPTED = "Stopped by {why} with {done} of {total} shards finished in {out}. The same command goes on from there."
-Shards = list[tuple[str, list[TensorSpec]]]
 Progress = Callable[[int, int, str], None]
 """Called with (finished tensors, all tensors, tensor name)."""
 
@@ -247,12 +234,19 @@ def export_merged(
     merging = Merging(adapter_dir, section, options, chat_template)
     limit = options.max_shard_size_bytes
     shards = grouped_by_bytes(([s] for s in merging.specs), lambda spec: spec.size_bytes, limit)
-    total = len(shards)
     with StopRequests() as stop, OutputDirectory.open(out, merging.identity(), "export") as work:
+
+        def told(text: str, **more: object) -> str:
+            return text.format(done=len(work.shards), total=len(shards), out=out, **more)
+
+        def check() -> None:
+            if stop.asked:
+                raise Interrupted(told(_INTERRUPTED, why=stop.asked))
+
         try:
-            _write_shards(merging, shards, work, stop, progress)
-            certificate = merging.certificate("merged", work.facts["base"], work.shards)
-            with disk_errors(f"{out}", _KEPT.format(done=total, total=total)):
+            _write_shards(merging, shards, work, check, lambda: told(_KEPT), progress)
+            certificate = merging.certificate("merged", work.shards)
+            with disk_errors(f"{out}", told(_KEPT)):
                 write_index(out, shards)
                 place_files(out, merging.tokenizer.save_pretrained)
                 if (merging.base.directory / "generation_config.json").is_file():
@@ -263,43 +257,45 @@ def export_merged(
                 replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
                 place_files(out, merging.config().save_pretrained)
         except KeyboardInterrupt:
-            raise Interrupted(_INTERRUPTED.format(why="Ctrl-C", done=len(work.shards), total=total, out=out)) from None
+            raise Interrupted(told(_INTERRUPTED, why="Ctrl-C")) from None
         work.complete()
     return certificate
 
 
 def _write_shards(
-    merging: Merging, shards: Shards, work: OutputDirectory, stop: StopRequests, progress: Progress | None
+    merging: Merging,
+    shards: list[tuple[str, list[TensorSpec]]],
+    work: OutputDirectory,
+    check: Callable[[], None],
+    kept: Callable[[], str],
+    progress: Progress | None,
 ) -> None:
-    finished = {name for name, _ in shards if work.has(name)}
-    skip = {spec.name for name, group in shards if name in finished for spec in group}
+    """Write the shards that are not finished. ``check`` raises to stop; ``kept`` says what an error leaves."""
+    left = [(name, group) for name, group in shards if not work.has(name)]
+    skip = {spec.name for spec in merging.specs} - {spec.name for _, group in left for spec in group}
     merging.layers = {name: facts for name, facts in work.facts.get("layers", {}).items() if name in skip}
-    needed = sum(e.numel for e in merging.entries if e.name not in skip) * merging.dtype.itemsize
+    entries = merging.base.entries
+    needed = sum(entry.numel for entry in entries if entry.name not in skip) * merging.dtype.itemsize
     require_space(work.out, needed, "the rest of the export" if skip else "the export")
     header = merging.adapter.header(merging.section.path) | {"base_fingerprint": merging.base.fingerprint}
 
     def rows_of(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
         done = len(skip)
         for block, rows, _ in results:
-            if stop.asked:
-                counts = {"done": len(work.shards), "total": len(shards)}
-                raise Interrupted(_INTERRUPTED.format(why=stop.asked, out=work.out, **counts))
+            check()
             if block.last:
                 done += 1
                 if progress is not None:
-                    progress(done, len(merging.entries), block.entry.name)
+                    progress(done, len(entries), block.entry.name)
             yield rows
 
     with merging.merged(skip, work.facts.get("base", {})) as results:
         head = (tensor for name, tensor in merging.head.items() if name not in skip)
         rows = itertools.chain(rows_of(results), head)
-        for name, group in shards:
-            if name in finished:
-                continue
-            with disk_errors(str(work.out / name), _KEPT.format(done=len(work.shards), total=len(shards))):
+        for name, group in left:
+            with disk_errors(str(work.out / name), kept()):
                 sha256 = write_shard(work.out / name, group, rows, header)
                 work.facts.update(base=dict(merging.reader.sha256), layers=dict(merging.layers))
                 work.finished(name, sha256)
         for _ in results:  # the rest of the files is only read for its hash
             raise RuntimeError("the shards were planned without some of the tensors")
-    work.facts["base"] = merging.sha256()

@@ -54,8 +54,10 @@ def export_quantized(
         InputError, RunFailed, Interrupted: as `export_merged` and `quantize_checkpoint`.
     """
     model_class = getattr(read_config(adapter_dir), "model_class", CAUSAL_LM)
-    _require_quantizable(section.replace(quantization=quantization), model_class)
-    place = out.absolute()
+    base, place = base_directory(section), out.absolute()
+    is_dense = read_json(base / "config.json", "the config of a model").get("quantization_config") is None
+    if is_dense and not read_source(section.replace(quantization=quantization), base, model_class).quantized:
+        raise InputError(f"--quantize: {base} has no linear of a class that bitsandbytes quantizes. Leave it out.")
     merged = place.with_name(f".{place.name}.merged")
     target = ModelSection(
         path=str(merged),
@@ -64,8 +66,16 @@ def export_quantized(
         quant_storage=section.quant_storage,
         trust_remote_code=section.trust_remote_code,
     )
-    certificate = _finished_merge(merged, adapter_dir, section, options)
-    record = None if certificate is None else _finished_copy(out, target, certificate["files"], model_class)
+    certificate, record = _finished_merge(merged, adapter_dir, section, options), None
+    if certificate is not None:  # a quantized copy that is whole, but was not measured
+        record = read_record(out)
+        if record is not None and not (out / CERTIFICATE).exists() and not any(out.glob(".qvera_quantize*")):
+            source = read_source(target, merged, model_class)
+            settings = settings_of(target, model_class.settings)
+            identity = content_identity(source.config_sha256, certificate["files"], settings)
+            record = record if record["identity"] == identity and problem_of(out) is None else None
+        else:
+            record = None
     if record is None:
         require_new_or_unfinished(out, "quantize")  # before anything is merged
     if certificate is None:
@@ -90,7 +100,7 @@ def export_quantized(
         if record is None:
             source = read_source(target, merged, model_class)
             record = quantize_checkpoint(target, source, out, device=accelerator.current_device(), progress=report)
-        errors = weight_errors(merged, out, target, model_class, lambda name: say(f"Measuring the error of {name}"))
+        errors = _weight_errors(merged, out, target, model_class, lambda name: say(f"Measuring the error of {name}"))
     certificate |= {
         "files": {name: file["sha256"] for name, file in record["files"].items()},
         "quantized": {
@@ -102,14 +112,6 @@ def export_quantized(
     replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
     shutil.rmtree(merged)
     return certificate
-
-
-def _require_quantizable(section: ModelSection, model_class: ModelClass) -> None:
-    directory = base_directory(section)
-    if read_json(directory / "config.json", "the config of a model").get("quantization_config") is None:
-        if read_source(section, directory, model_class).quantized:
-            return
-        raise InputError(f"--quantize: {directory} has no linear of a class that bitsandbytes quantizes. Leave it out.")
 
 
 def _finished_merge(
@@ -130,25 +132,9 @@ def _finished_merge(
     return found
 
 
-def _finished_copy(
-    out: Path, target: ModelSection, files: dict[str, str], model_class: ModelClass
-) -> dict[str, Any] | None:
-    """The record of a quantized copy that an interrupted call finished, but did not measure; else None."""
-    record = read_record(out)
-    if record is None or (out / CERTIFICATE).exists() or any(out.glob(".qvera_quantize*")):
-        return None
-    source = read_source(target, Path(target.path), model_class)
-    identity = content_identity(source.config_sha256, files, settings_of(target, model_class.settings))
-    return record if record["identity"] == identity and problem_of(out) is None else None
-
-
 @torch.no_grad()
-def weight_errors(
-    dense: Path,
-    quantized: Path,
-    section: ModelSection,
-    model_class: ModelClass = CAUSAL_LM,
-    progress: Callable[[str], None] = lambda _: None,
+def _weight_errors(
+    dense: Path, quantized: Path, section: ModelSection, model_class: ModelClass, progress: Callable[[str], None]
 ) -> dict[str, float]:
     """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), with W from ``dense``.
 
@@ -162,26 +148,16 @@ def weight_errors(
     entries = {entry.name: entry for entry in originals}
     errors = {}
     for entry in without_statistics(stored, packed):
-        if entry.name in packed:
-            progress(entry.name)
-            weight = read_trained_weight(source, entries[entry.name])
-            wrong = size = 0.0
-            with open(entry.file, "rb", buffering=0) as handle:
-                for block in reader.blocks_of(handle.fileno(), entry):
-                    rows = reader.as_trained(block, block.rows)
-                    exact = weight[block.first : block.first + len(rows)]
-                    wrong += (rows - exact).double().square().sum().item()
-                    size += exact.double().square().sum().item()
-            errors[entry.name] = float((wrong / size) ** 0.5) if size else 0.0
+        if entry.name not in packed:
+            continue
+        progress(entry.name)
+        weight = read_trained_weight(source, entries[entry.name])
+        wrong = size = 0.0
+        with open(entry.file, "rb", buffering=0) as handle:
+            for block in reader.blocks_of(handle.fileno(), entry):
+                rows = reader.as_trained(block, block.rows)
+                exact = weight[block.first : block.first + len(rows)]
+                wrong += (rows - exact).double().square().sum().item()
+                size += exact.double().square().sum().item()
+        errors[entry.name] = float((wrong / size) ** 0.5) if size else 0.0
     return errors
-
-
-def errors_text(quantized: dict[str, Any]) -> str:
-    """The errors in a sentence."""
-    errors: dict[str, float] = quantized["relative_errors"]
-    ordered = sorted(errors, key=errors.__getitem__)
-    middle, largest = ordered[len(ordered) // 2], ordered[-1]
-    return (
-        f"{quantized['quantization']}: relative error of W + ΔW (Frobenius) {errors[middle]:.2g} in the median weight, "
-        f"at most {errors[largest]:.2g} ({largest})"
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qvera.adapters.config import PREFIX, QveraConfig
+from qvera.adapters.config import PREFIX
 from qvera.adapters.files.save_load import ADAPTER_CONFIG
 from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.exporting.lora import LIMITS, write_adapter
@@ -15,48 +15,42 @@ from qvera.utils.files import read_json
 from qvera.utils.safetensors_io import TensorSpec
 
 
+def _require_additive(adapters: Sequence[AdapterDeltas]) -> None:
+    if any(adapter.magnitude for adapter in adapters):
+        raise InputError(
+            "adapter.magnitude: an adapter that scales the rows of W + ΔW can't be added to another one or scaled. "
+            "Export it with --to lora or --to merged."
+        )
+
+
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     """Why a weighted sum is not a VeRA adapter; None where seed, rank, layers, d and a are the same.
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. ``adapter.train_d: false`` keeps d the same.
     """
-    require_additive(adapters)
+    _require_additive(adapters)
     first = adapters[0]
-    if not all(isinstance(adapter.config, QveraConfig) for adapter in adapters):
+    if not all(adapter.ours for adapter in adapters):
         return "one of them is an adapter of PEFT's own VeRA"
     if any(delta.factors.vectors is None for delta in first.layers.values()):
         return f"the method {first.method} has no vectors d and b"
     if first.pair is None:
         return "their linears have a pair of A and B each"
     for other in adapters[1:]:
-        for what, ours, theirs in (
-            ("method", first.method, other.method),
-            ("seed", first.seed, other.seed),
-            ("rank", first.rank, other.rank),
-            ("b_groups", first.groups, other.groups),
-            ("input_scale", first.input_scale, other.input_scale),
-            ("set of layers", first.layers.keys(), other.layers.keys()),
-        ):
-            if ours != theirs:
-                return f"they differ in {what}"
+        for what in ("method", "seed", "rank", "groups", "input_scale"):
+            if getattr(first, what) != getattr(other, what):
+                return f"they differ in {'b_groups' if what == 'groups' else what}"
+        if first.layers.keys() != other.layers.keys():
+            return "they differ in set of layers"
         if other.pair is None or not all(map(torch.equal, first.pair, other.pair)):
             return "they differ in their projections"
         for name, delta in first.layers.items():
-            factors = other.layers[name].factors
-            if not _equal(delta.factors.d, factors.d):
+            ours, theirs = delta.factors, other.layers[name].factors
+            if not _equal(ours.d, theirs.d):
                 return f"they differ in d (first at {name}); adapters trained with adapter.train_d: false do not"
-            if not _equal(delta.factors.a, factors.a):
+            if not _equal(ours.a, theirs.a):
                 return f"they differ in a (first at {name}); adapters trained without adapter.input_scale have none"
     return None
-
-
-def require_additive(adapters: Sequence[AdapterDeltas]) -> None:
-    """Raise InputError where adapters do more than add ΔW, because then no sum of factors is their sum."""
-    if any(adapter.magnitude for adapter in adapters):
-        raise InputError(
-            "adapter.magnitude: an adapter that scales the rows of W + ΔW can't be added to another one or scaled. "
-            "Export it with --to lora or --to merged."
-        )
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -69,26 +63,22 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
     InputError: the sum is no VeRA adapter (`same_directions`), or there is not one weight for each.
     """
     _check_weights(adapters, weights)
-    why = same_directions(adapters)
-    if why is not None:
+    if (why := same_directions(adapters)) is not None:
         raise InputError(
             f"the sum of these adapters is not a VeRA adapter: {why}. With --to lora it is written exactly, as a LoRA "
             f"of rank {sum(a.rank for a in adapters)}."
         )
     vectors = {}
     for name, delta in adapters[0].layers.items():
-        _, _, d, b, _, a, *_ = delta.factors
-        assert d is not None
-        assert b is not None
-        total = torch.zeros_like(b, dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
         for weight, adapter in zip(weights, adapters, strict=True):
-            theirs = adapter.layers[name].factors.b
-            assert theirs is not None
-            total += weight * theirs.double()
+            b = adapter.layers[name].factors.b
+            assert b is not None
+            total = total + weight * b.double()
         vectors[f"{PREFIX}{name}.qvera_b"] = total.float()
-        vectors[f"{PREFIX}{name}.qvera_d"] = d.clone()
-        if a is not None:
-            vectors[f"{PREFIX}{name}.qvera_a"] = a.clone()
+        for kind, vector in (("d", delta.factors.d), ("a", delta.factors.a)):
+            if vector is not None:
+                vectors[f"{PREFIX}{name}.qvera_{kind}"] = vector
     return vectors
 
 
@@ -110,8 +100,7 @@ def stacked_factors(
         m, n = delta.shape
         As, Bs = [], []
         for weight, adapter in zip(weights, adapters, strict=True):
-            rank = adapter.rank
-            here = adapter.layers.get(name)
+            here, rank = adapter.layers.get(name), adapter.rank
             A, B = here.lora() if here is not None else (torch.zeros(rank, n), torch.zeros(m, rank))
             As.append(A)
             Bs.append(weight * B)
@@ -120,7 +109,7 @@ def stacked_factors(
 
 
 def _check_weights(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> None:
-    require_additive(adapters)
+    _require_additive(adapters)
     if not adapters or len(adapters) != len(weights):
         raise InputError(f"--weights: got {len(weights)} for {len(adapters)} adapters; give one for each.")
 
@@ -135,11 +124,10 @@ def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path, cha
 def union(adapters: Sequence[AdapterDeltas]) -> AdapterDeltas:
     """The first adapter with the layers and targets of all, for `export_lora` with `stacked_factors`."""
     layers = {name: delta for adapter in reversed(adapters) for name, delta in adapter.layers.items()}
-    config = adapters[0].config
     configs = [adapter.config for adapter in adapters]
     limited = any(getattr(one, limit, None) is not None for one in configs for limit in LIMITS)
     if limited or any(isinstance(one.target_modules, str) for one in configs):
-        config = dataclasses.replace(config, target_modules=sorted(layers))
+        targets = sorted(layers)
     else:
-        config = dataclasses.replace(config, target_modules=sorted({t for one in configs for t in one.target_modules}))
-    return AdapterDeltas(config, adapters[0].pair, layers)
+        targets = sorted({target for one in configs for target in one.target_modules})
+    return AdapterDeltas(dataclasses.replace(configs[0], target_modules=targets), adapters[0].pair, layers)

@@ -13,7 +13,7 @@ import pytest
 from qvera.cli.main import main
 from qvera.data import Example
 from qvera.evaluation import held_out
-from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, outcome_of, read_verdict, summary_of
+from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, read_verdict, summary_of
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.judges import serving
 
@@ -55,7 +55,9 @@ def test_the_last_verdict_of_a_reply_counts(reply: str, preference: int, scores:
 @pytest.mark.parametrize("reply", ["", "A is better", "[7, 4]", "[[7]]", "[[D]]", "[[-1, 4]]"])
 def test_a_reply_without_a_verdict_is_none(reply: str) -> None:
     assert read_verdict(reply) is None
-    assert outcome_of([read_verdict(reply), read_verdict("[[A]]")]) == "unreadable"
+    replies = iter([reply, "[[A]]"])
+    (judged,) = judge_pairs([Pair("q", "one", "two")], PROMPT, lambda _: next(replies), at_once=1)
+    assert judged["outcome"] == "unreadable"
 
 
 def test_an_answer_wins_where_it_is_preferred_in_both_orders() -> None:

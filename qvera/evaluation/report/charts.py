@@ -64,21 +64,16 @@ class Scale:
         """Below 0 or above 1 outside the ends; -inf for a value without a logarithm."""
         if not self.log:
             return (value - self.low) / (self.high - self.low)
-        if value <= 0:
-            return -math.inf
-        return math.log(value / self.low) / math.log(self.high / self.low)
+        return -math.inf if value <= 0 else math.log(value / self.low) / math.log(self.high / self.low)
 
-    def percent(self, value: float) -> str:
-        """An SVG length from the left."""
-        return _percent(self.fraction(value))
+    def percent(self, value: float, from_top: bool = False) -> str:
+        """An SVG length from the left, or from the top."""
+        fraction = 1 - self.fraction(value) if from_top else self.fraction(value)
+        return f"{100 * fraction:.2f}".rstrip("0").rstrip(".") + "%"
 
-    def from_top(self, value: float) -> str:
-        """An SVG length from the top."""
-        return _percent(1 - self.fraction(value))
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}".rstrip("0").rstrip(".") + "%"
+    def ticks(self, values: Sequence[float], labels: Sequence[str], from_top: bool = False) -> list[tuple[str, str]]:
+        """Position and label of each tick."""
+        return [(self.percent(value, from_top), label) for value, label in zip(values, labels, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -187,6 +182,7 @@ def line_chart(
         x_ticks = log_ticks(first, last) if x_log else nice_ticks(first, last, 5, whole=True)
         x_ticks = [tick for tick in x_ticks if first * (1 - 1e-9) <= tick <= last * (1 + 1e-9)]
     raw = any(line.style == "faint" for line in lines)
+    drawn = [_drawn(line, x_scale, y_scale, best, x_name) for line in lines]
     summaries = [line.summary(x_name) for line in lines if not (raw and line.style == "main")]
     return {
         "title": title,
@@ -194,13 +190,13 @@ def line_chart(
         "description": f"{title} by {x_name}. {'; '.join(summaries)}.",
         "height": height,
         "legend": legend,
-        "y_ticks": _ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "log" if log else kind)),
-        "x_ticks": _ticks(
-            x_scale.percent, x_ticks, [f"{tick:g}".replace("e-0", "e-") if x_log else count(tick) for tick in x_ticks]
+        "y_ticks": y_scale.ticks(y_ticks, axis_labels(y_ticks, "log" if log else kind), from_top=True),
+        "x_ticks": x_scale.ticks(
+            x_ticks, [f"{tick:g}".replace("e-0", "e-") if x_log else count(tick) for tick in x_ticks]
         ),
         "x_name": {"token": "tokens", "learning rate": "rate"}.get(x_name, x_name),  # there is room for a short word
-        "paths": [(line.css, _path(line.points, x_scale, y_scale)) for line in lines],
-        "dots": [dot for line in lines for dot in _dots(line, x_scale, y_scale, best, x_name)],
+        "paths": [(line.css, path) for line, (path, _) in zip(lines, drawn, strict=True)],
+        "dots": [dot for _, dots in drawn for dot in dots],
         "best": "" if best is None else x_scale.percent(best),
         "log": log,
         "sync": f"{x_name}s",
@@ -220,15 +216,15 @@ def length_histogram(edges: Sequence[float], counts: Sequence[float]) -> Chart |
     for (left, right), rows in zip(pairwise(edges), counts, strict=True):
         texts = [f"{count(left)} to {count(right)} tokens", f"{count(rows)} rows"]
         place = x_scale.percent(left), x_scale.percent(edges[0] + right - left)
-        bars.append(("bar", *place, y_scale.from_top(rows), y_scale.percent(rows), ": ".join(texts)))
+        bars.append(("bar", *place, y_scale.percent(rows, from_top=True), y_scale.percent(rows), ": ".join(texts)))
         tips.append(((left + right) / 2, texts))
     return {
         "title": "Length of rows",
         "note": "rows by tokens",
         "description": f"Rows by length in tokens, in {len(counts)} bins.",
         "height": 120,
-        "y_ticks": _ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "count")),
-        "x_ticks": _ticks(x_scale.percent, x_ticks, [count(tick) for tick in x_ticks]),
+        "y_ticks": y_scale.ticks(y_ticks, axis_labels(y_ticks, "count"), from_top=True),
+        "x_ticks": x_scale.ticks(x_ticks, [count(tick) for tick in x_ticks]),
         "bars": bars,
         "tooltips": tooltips_json(x_scale, tips),
     }
@@ -255,17 +251,13 @@ def stacked_bars(
         "description": f"{title}. {'; '.join(f'{label}: {size(total)}' for label, total in totals.items())}.",
         "height": _ROW_HEIGHT * len(rows),
         "legend": legend,
-        "x_ticks": _ticks(scale.percent, ticks, axis_labels(ticks, "bytes")),
+        "x_ticks": scale.ticks(ticks, axis_labels(ticks, "bytes")),
         "x_grid": True,
         "rows": rows,
         "row_height": _ROW_HEIGHT,
         "scale": scale,
         "best": "" if mark_bytes is None else scale.percent(mark_bytes),
     }
-
-
-def _ticks(position: Callable[[float], str], ticks: Sequence[float], labels: Sequence[str]) -> list[tuple[str, str]]:
-    return [(position(tick), label) for tick, label in zip(ticks, labels, strict=True)]
 
 
 def _x_text(x: float, x_name: str) -> str:
@@ -281,38 +273,29 @@ def tooltips_json(scale: Scale, texts: Sequence[tuple[float, list[str]]]) -> str
     return json.dumps(tree, separators=(",", ":"))
 
 
-def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
-    """An SVG path in a box of 1000 × 1000, cut off a little above and below it."""
-    commands, pen_down = [], False
-    for x, y in points:
-        if y is not None:
-            down = 1000 * (1 - min(max(y_scale.fraction(y), -1.0), 2.0))
-            commands.append(f"{'L' if pen_down else 'M'}{_number(1000 * x_scale.fraction(x))} {_number(down)}")
-        pen_down = y is not None
-    return "".join(commands)
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def _dots(
+def _drawn(
     line: Line, x_scale: Scale, y_scale: Scale, best: float | None, x_name: str
-) -> list[tuple[str, str, str, str, bool]]:
-    """CSS class, x, y, tooltip, and whether there is a ring.
+) -> tuple[str, list[tuple[str, str, str, str, bool]]]:
+    """The path in a box of 1000 × 1000, cut off a little above and below it; and dots.
 
-    Held-out curves have a dot at every value; others only where a value between two gaps has no stroke.
+    A dot: CSS class, x, y, tooltip, and whether there is a ring. Held-out curves have one at every value; others only
+    where a value between two gaps has no stroke.
     """
     values = [None, *(y for _, y in line.points), None]
-    dots = []
+    path, dots = [], []
     for index, (x, y) in enumerate(line.points):
-        alone = values[index] is None and values[index + 2] is None
-        if y is None or not (line.style == "held-out" or alone) or not -1e-9 <= y_scale.fraction(y) <= 1 + 1e-9:
+        if y is None:
             continue
-        title = f"{_x_text(x, x_name)}: {line.label} {line.text(y)}"
-        ring = line.style == "held-out" and x == best
-        dots.append((f"dot {line.css}", x_scale.percent(x), y_scale.from_top(y), title, ring))
-    return dots
+        before, after = values[index], values[index + 2]
+        across, down = 1000 * x_scale.fraction(x), 1000 * (1 - min(max(y_scale.fraction(y), -1.0), 2.0))
+        numbers = " ".join(f"{number:.1f}".removesuffix(".0") for number in (across, down))
+        path.append(f"{'M' if before is None else 'L'}{numbers}")
+        has_dot = line.style == "held-out" or (before is None and after is None)
+        if has_dot and -1e-9 <= y_scale.fraction(y) <= 1 + 1e-9:
+            title = f"{_x_text(x, x_name)}: {line.label} {line.text(y)}"
+            place = x_scale.percent(x), y_scale.percent(y, from_top=True)
+            dots.append((f"dot {line.css}", *place, title, line.style == "held-out" and x == best))
+    return "".join(path), dots
 
 
 MAX_POINTS = 500

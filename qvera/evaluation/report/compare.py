@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qvera.evaluation.report.read import Evaluation, Run, get, get_number, read_adapter, read_run, trained_many
+from qvera.evaluation.report.read import Run, get, get_number, read_adapter, read_run, trained_many
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -43,13 +43,10 @@ SCORES = (
     Column("loss_after", "Loss after", score_format("loss")),
     Column("loss_lowest", "Lowest", score_format("loss")),
     Column("lowest_step", "at step", count),
-    Column("perplexity", "Perplexity", score_format("perplexity")),
-    Column("exact_match", "Exact match", score_format("exact_match")),
-    Column("accuracy", "Accuracy", score_format("accuracy")),
-    Column("f1", "F1", score_format("f1")),
-    Column("matthews", "Matthews", score_format("matthews")),
-    Column("pearson", "Pearson", score_format("pearson")),
-    Column("spearman", "Spearman", score_format("spearman")),
+    *(
+        Column(key, key.capitalize().replace("_", " "), score_format(key))
+        for key in ("perplexity", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
+    ),
 )
 AFTER_TRAINING = [column.key for column in SCORES[4:]]
 """Scores that were measured after training."""
@@ -126,10 +123,15 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
         twice = next((one for i, one in enumerate(named) if one in named[:i]), None)
         if twice is not None:
             raise InputError(f"{twice}: is named twice; name each once.")
+    parts = 1
+    while len({place.parts[-parts:] for place in places}) < len(places):
+        parts += 1
     runs: dict[str, Run] = {}
-    for label, path in zip(_labels(places), paths, strict=True):
+    for place, path in zip(places, paths, strict=True):
+        label = "/".join(place.parts[-parts:])  # the shortest ends of the paths that tell them apart
         for name in adapters:
-            runs[_label(label, name, len(paths), len(adapters))] = read_adapter(path, name)
+            both = label if len(adapters) == 1 else f"{label}: {name}"
+            runs[name if len(paths) == 1 else both] = read_adapter(path, name)
         if not adapters:
             runs[label] = read_run(path, evaluation=True)
             if trained_many(runs[label].info, runs[label].recipe):
@@ -140,26 +142,28 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
 def compare(runs: dict[str, Run]) -> Comparison:
     """Compare runs that are read already; the keys are their names."""
     figures = {label: run_figures(run) for label, run in runs.items()}
-    gaps = [gap for label, run in runs.items() for gap in _gaps_in_files(run, label, figures[label])]
+    trees = [run.settings for run in runs.values()]
+    known = [tree for tree in trees if tree]
+    differing = {
+        key: [tree.get(key) for tree in trees]
+        for key in dict.fromkeys(key for tree in known for key in tree)
+        if key not in _IGNORED_SETTINGS and any(tree.get(key) != known[0].get(key) for tree in known)
+    }
+    gaps = []
+    for label, run in runs.items():
+        if (status := run.text("status")) != "done":
+            state = f"its status is {status}" if status else "has not finished"
+            gaps.append(f"{label}: {state}; its figures are those so far.")
+        gaps += [f"{label}: {note}" for note in run.notes]
+        if not run.held_out():
+            gaps.append(f"{label}: has no held-out loss, so only its training loss is shown.")
+        missing = [column.title for column in COSTS if figures[label][column.key] is None]
+        if missing and run.info:
+            gaps.append(f"{label}: its files lack: {', '.join(missing).lower()}.")
     for sentence, ask in _QUESTIONS.items():
-        difference = _differs({label: ask(run) for label, run in runs.items()})
-        gaps += [sentence.format(difference)] if difference else []
-    gaps += _gaps_between_scores(runs)
-    return Comparison(runs, figures, _differing_settings(runs), gaps)
-
-
-def _label(run: str, adapter: str, runs: int, adapters: int) -> str:
-    if runs == 1:
-        return adapter
-    return run if adapters == 1 else f"{run}: {adapter}"
-
-
-def _labels(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = 1
-    while len({place.parts[-parts:] for place in places}) < len(places):
-        parts += 1
-    return ["/".join(place.parts[-parts:]) for place in places]
+        if difference := _differs({label: ask(run) for label, run in runs.items()}):
+            gaps.append(sentence.format(difference))
+    return Comparison(runs, figures, differing, gaps + _gaps_between_scores(runs))
 
 
 def run_figures(run: Run) -> Figures:
@@ -192,16 +196,6 @@ def tokens_by_step(run: Run) -> list[tuple[float, float]]:
     return [(float(row["step"]), tokens) for row, tokens in zip(run.train, seen, strict=True)]
 
 
-def _differing_settings(runs: dict[str, Run]) -> dict[str, list[object]]:
-    trees = [run.settings for run in runs.values()]
-    known = [tree for tree in trees if tree]
-    return {
-        key: [tree.get(key) for tree in trees]
-        for key in dict.fromkeys(key for tree in known for key in tree)
-        if key not in _IGNORED_SETTINGS and any(tree.get(key) != known[0].get(key) for tree in known)
-    }
-
-
 def score_columns(runs: dict[str, Run]) -> list[Column]:
     """The number of rows, and each metric by which ``qvera eval`` scored any of the runs."""
     labels: dict[str, str] = {}
@@ -217,29 +211,21 @@ def yaml_text(value: object) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _gaps_in_files(run: Run, label: str, figures: Figures) -> list[str]:
-    gaps = []
-    status = run.text("status")
-    if status != "done":
-        state = f"its status is {status}" if status else "has not finished"
-        gaps.append(f"{label}: {state}; its figures are those so far.")
-    gaps += [f"{label}: {note}" for note in run.notes]
-    if not run.held_out():
-        gaps.append(f"{label}: has no held-out loss, so only its training loss is shown.")
-    missing = [column.title for column in COSTS if figures[column.key] is None]
-    if missing and run.info:
-        gaps.append(f"{label}: its files lack: {', '.join(missing).lower()}.")
-    return gaps
+def _base(run: Run) -> str:
+    name, quantization = run.setting("model", "path"), run.setting("model", "quantization")
+    return f"{name} in {quantization}" if name else ""
 
 
-def _differs(answers: dict[str, str]) -> str:
-    """Each run's answer in words, "" where they agree; runs without an answer are left out."""
-    known = {label: answer for label, answer in answers.items() if answer}
-    return "; ".join(f"{label}: {answer}" for label, answer in known.items()) if len(set(known.values())) > 1 else ""
+def _last_evaluation(run: Run, key: str) -> str:
+    """How many rows or tokens were evaluated, from run.json, else from metrics.jsonl."""
+    last = get(run.info, "result", "eval_after") or get(run.info, "result", "eval_before")
+    last = last if isinstance(last, dict) else (run.evals[-1] if run.evals else None)
+    found = get_number(last, key)
+    return f"{found:,.0f} {key.removeprefix('trained_')}" if found else ""
 
 
 _QUESTIONS: dict[str, Callable[[Run], str]] = {
-    "The runs are not on the same base model ({}): their losses are not of one model.": lambda run: _base(run),
+    "The runs are not on the same base model ({}): their losses are not of one model.": _base,
     "The runs are not scored on the same held-out rows ({}): their scores are not of one set.": (
         lambda run: _last_evaluation(run, "rows")
     ),
@@ -254,17 +240,10 @@ _QUESTIONS: dict[str, Callable[[Run], str]] = {
 """If the runs answer one of these differently, their figures can't be compared, and this is said."""
 
 
-def _base(run: Run) -> str:
-    name, quantization = run.setting("model", "path"), run.setting("model", "quantization")
-    return f"{name} in {quantization}" if name else ""
-
-
-def _last_evaluation(run: Run, key: str) -> str:
-    """How many rows or tokens were evaluated, from run.json, else from metrics.jsonl."""
-    last = get(run.info, "result", "eval_after") or get(run.info, "result", "eval_before")
-    last = last if isinstance(last, dict) else (run.evals[-1] if run.evals else None)
-    found = get_number(last, key)
-    return f"{found:,.0f} {key.removeprefix('trained_')}" if found else ""
+def _differs(answers: dict[str, str]) -> str:
+    """Each run's answer in words, "" where they agree; runs without an answer are left out."""
+    known = {label: answer for label, answer in answers.items() if answer}
+    return "; ".join(f"{label}: {answer}" for label, answer in known.items()) if len(set(known.values())) > 1 else ""
 
 
 def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
@@ -272,10 +251,13 @@ def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
     known = {label: run.evaluation for label, run in runs.items() if run.evaluation is not None}
     gaps = []
     if len({each.inputs_sha256 or label for label, each in known.items()}) > 1:
-        inputs = "; ".join(f"{label}: {_inputs(each)}" for label, each in known.items())
+        inputs = []
+        for label, each in known.items():
+            rows = "" if each.scored_rows is None else f"{each.scored_rows:,.0f} rows of "
+            inputs.append(f"{label}: {rows}{each.data or 'unknown data'}, SHA-256 {each.inputs_sha256 or 'unknown'}")
         gaps.append(
-            f"The runs' eval.json are not of the same inputs ({inputs}): other rows, another template or other "
-            "references."
+            f"The runs' eval.json are not of the same inputs ({'; '.join(inputs)}): other rows, another template or "
+            "other references."
         )
     lengths = {label: f"{each.max_new_tokens or 0:,.0f} tokens" for label, each in known.items()}
     ways = {
@@ -290,8 +272,3 @@ def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
         }
     found = {what: _differs(way) for what, way in ways.items()}
     return gaps + [f"The runs' eval.json {what} ({difference})." for what, difference in found.items() if difference]
-
-
-def _inputs(evaluation: Evaluation) -> str:
-    rows = "" if evaluation.scored_rows is None else f"{evaluation.scored_rows:,.0f} rows of "
-    return f"{rows}{evaluation.data or 'unknown data'}, SHA-256 {evaluation.inputs_sha256 or 'unknown'}"

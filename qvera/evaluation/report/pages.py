@@ -71,13 +71,11 @@ def environment() -> Environment:
     formats: tuple[Callable[[float], str], ...] = (count, duration, percent, significant, size)
     for text in formats:  # "" for a value that is not known
         templates.filters[text.__name__] = lambda value, text=text: "" if value is None else text(value)
-    templates.filters |= {"moment": moment, "yaml": yaml_text, "code_spans": _code_spans}
+    templates.filters |= {"moment": moment, "yaml": yaml_text}
+    templates.filters["code_spans"] = lambda text: Markup(
+        re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))  # text between backticks is code
+    )
     return templates
-
-
-def _code_spans(text: str) -> Markup:
-    """HTML in which text between backticks is code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def render(template: str | Path, **context: object) -> str:
@@ -94,71 +92,61 @@ def render(template: str | Path, **context: object) -> str:
 
 def answers_page(evaluation: dict[str, Any]) -> str:
     """The page of ``qvera eval``; ``evaluation`` is what ``--json`` writes."""
-    of_rewards = {"rewards/margins": "Reward margin", "rewards/accuracies": "Reward accuracy"}
+    metrics, judge, rows = evaluation["metrics"], evaluation.get("judge"), evaluation["answers"]
+    names = {metric["name"]: metric["label"] for metric in metrics}
     unit = " (nats a token)" if "perplexity" in evaluation["scores"] else ""
-    labels = {"loss": f"Loss{unit}", "perplexity": "Perplexity", **of_rewards}
-    labels |= {score_key(metric["name"]): metric["label"] for metric in evaluation["metrics"]}
+    labels = {"loss": f"Loss{unit}", "perplexity": "Perplexity"}
+    labels |= {"rewards/margins": "Reward margin", "rewards/accuracies": "Reward accuracy"}
+    labels |= {score_key(name): label for name, label in names.items()}
     columns = [scores for scores in (evaluation["base_scores"], evaluation["scores"]) if scores is not None]
-    scores = [
-        (label, [text_or_dash(column.get(key), score_format(key)) for column in columns])
-        for key, label in labels.items()
-        if key in evaluation["scores"]
-    ]
-    return render(
-        "answers.html",
-        evaluation=evaluation,
-        name=Path(evaluation["subject"]["path"]).resolve().name,
-        scores=scores,
-        judge=_judge_facts(evaluation.get("judge")),
-        signatures=[(metric["label"], metric["signature"]) for metric in evaluation["metrics"]],
-        changes=_changes(evaluation),
-        samples=[_sample(row, evaluation) for row in evaluation["answers"][:MAX_ROWS]],
-    )
-
-
-def _sample(row: dict[str, Any], evaluation: dict[str, Any]) -> Sample:
-    labels = {metric["name"]: metric["label"] for metric in evaluation["metrics"]}
 
     def note(scores: dict[str, float]) -> str:
         """The scores of one answer, without exact match, which the verdict says already."""
-        return " · ".join(f"{labels[name]} {significant(value)}" for name, value in scores.items() if name != "exact")
+        return " · ".join(f"{names[name]} {significant(value)}" for name, value in scores.items() if name != "exact")
 
-    notes = [note(row["scores"])]
-    if judged := row.get("judge"):  # its outcome, and its scores beside the other answer's in both orders
-        pairs = ", ".join(f"{mine:g} to {other:g}" for mine, other in filter(None, judged["scores"]))
-        notes.append(f"judge: {judged['outcome']}" + (f" ({pairs})" if pairs else ""))
-    answers = [(evaluation["subject"]["column"], row["answer"], " · ".join(filter(None, notes)))]
-    if "base_answer" in row:
-        answers.insert(0, ("Base", row["base_answer"], note(row["base_scores"])))
-    return make_sample(row["source"], row["prompt"], answers, row["references"])
-
-
-def _judge_facts(judge: dict[str, Any] | None) -> list[tuple[str, str]]:
-    if judge is None:
-        return []
-    facts = [
-        ("Judge", f"{judge['model']}, against {judge['against']}, both orders"),
-        ("Wins, ties, losses", ", ".join(count(judge[key]) for key in ("wins", "ties", "losses"))),
-        ("Win rate, a tie counts half", text_or_dash(judge["win_rate"], significant)),
-        ("Pairs without a verdict", count(judge["unreadable"]) if judge["unreadable"] else ""),
-    ]
-    if judge["score"] is not None:
-        facts.append(("Mean scores", f"{significant(judge['score'])} to {significant(judge['other_score'])}"))
-    if judge["consistent"] is not None:
-        facts.append(("Same verdict in both orders", f"{judge['consistent']:.0%}"))
-    return facts
-
-
-def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """For each metric, how many rows are better than the base's answer, the same, and worse."""
-    pairs = [(row["base_scores"], row["scores"]) for row in evaluation["answers"] if row.get("base_scores")]
-    changes = []
-    for metric in evaluation["metrics"] if pairs else ():
+    samples = []
+    for row in rows[:MAX_ROWS]:
+        notes = [note(row["scores"])]
+        if judged := row.get("judge"):  # its outcome, and its scores beside the other answer's in both orders
+            both = ", ".join(f"{mine:g} to {other:g}" for mine, other in filter(None, judged["scores"]))
+            notes.append(f"judge: {judged['outcome']}" + (f" ({both})" if both else ""))
+        answers = [(evaluation["subject"]["column"], row["answer"], " · ".join(filter(None, notes)))]
+        if "base_answer" in row:
+            answers.insert(0, ("Base", row["base_answer"], note(row["base_scores"])))
+        samples.append(make_sample(row["source"], row["prompt"], answers, row["references"]))
+    changes = []  # for each metric, how many rows are better than the base's answer, the same, and worse
+    pairs = [(row["base_scores"], row["scores"]) for row in rows if row.get("base_scores")]
+    for metric in metrics if pairs else ():
         name, sign = metric["name"], -1 if metric["lower_is_better"] else 1
         gains = [sign * (after[name] - before[name]) for before, after in pairs]
         better, worse = sum(gain > 1e-9 for gain in gains), sum(gain < -1e-9 for gain in gains)
         changes.append((metric["label"], [count(number) for number in (better, len(gains) - better - worse, worse)]))
-    return changes
+    facts = []
+    if judge is not None:
+        facts = [
+            ("Judge", f"{judge['model']}, against {judge['against']}, both orders"),
+            ("Wins, ties, losses", ", ".join(count(judge[key]) for key in ("wins", "ties", "losses"))),
+            ("Win rate, a tie counts half", text_or_dash(judge["win_rate"], significant)),
+            ("Pairs without a verdict", count(judge["unreadable"]) if judge["unreadable"] else ""),
+        ]
+        if judge["score"] is not None:
+            facts.append(("Mean scores", f"{significant(judge['score'])} to {significant(judge['other_score'])}"))
+        if judge["consistent"] is not None:
+            facts.append(("Same verdict in both orders", f"{judge['consistent']:.0%}"))
+    return render(
+        "answers.html",
+        evaluation=evaluation,
+        name=Path(evaluation["subject"]["path"]).resolve().name,
+        scores=[
+            (label, [text_or_dash(column.get(key), score_format(key)) for column in columns])
+            for key, label in labels.items()
+            if key in evaluation["scores"]
+        ],
+        judge=facts,
+        signatures=[(metric["label"], metric["signature"]) for metric in metrics],
+        changes=changes,
+        samples=samples,
+    )
 
 
 def compare_page(comparison: Comparison, **more: object) -> str:
@@ -245,11 +233,22 @@ def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]]
     shown = []
     for name, answer, note in answers:
         equal = [reference for reference in references if exact_match(answer, reference)]
-        other = _nearest(answer, references) if references else answers[0][1]
-        spans = [DiffSpan(answer)] if equal else word_diff(answer, other)
-        verdict = _verdict(answer, references, equal)
+        nearest = max(references, key=lambda reference: _shared_words(answer, reference), default=answers[0][1])
+        spans = [DiffSpan(answer)] if equal else word_diff(answer, nearest)
+        verdict = "differs" if references else ""
+        if not answer.strip():
+            verdict = "empty"
+        elif equal:
+            which = "the reference" if len(references) == 1 else "a reference"
+            same = any(answer.split() == reference.split() for reference in equal)
+            verdict = f"equals {which}" if same else f"same JSON as {which}"
         shown.append({"name": name, "spans": spans, "equal": bool(equal), "verdict": verdict, "note": note})
     return {"title": title, "prompt": prompt, "answers": shown, "references": references}
+
+
+def _shared_words(answer: str, reference: str) -> float:
+    words, others = set(answer.split()), set(reference.split())
+    return len(words & others) / (len(words | others) or 1)
 
 
 def word_diff(answer: str, other: str) -> list[DiffSpan]:
@@ -265,25 +264,3 @@ def word_diff(answer: str, other: str) -> list[DiffSpan]:
         DiffSpan("".join(left[i:j]), tag in ("replace", "delete"), "" if tag == "equal" else "".join(right[k:m]))
         for tag, i, j, k, m in matcher.get_opcodes()
     ]
-
-
-def _nearest(answer: str, references: Sequence[str]) -> str:
-    """The reference that shares the most words with an answer."""
-
-    def shared(reference: str) -> float:
-        words, others = set(answer.split()), set(reference.split())
-        return len(words & others) / (len(words | others) or 1)
-
-    return max(references, key=shared)
-
-
-def _verdict(answer: str, references: Sequence[str], equal: Sequence[str]) -> str:
-    if not answer.strip():
-        return "empty"
-    if not references:
-        return ""
-    if not equal:
-        return "differs"
-    which = "the reference" if len(references) == 1 else "a reference"
-    same = any(answer.split() == reference.split() for reference in equal)
-    return f"equals {which}" if same else f"same JSON as {which}"

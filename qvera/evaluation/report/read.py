@@ -217,7 +217,14 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
         )
     notes: list[str] = []
     info = _read_object(root / "run.json", "the summary of a run", notes)
-    recipe_text, recipe = _read_recipe(root / "recipe.yaml", notes)
+    recipe_text, recipe = "", None
+    try:
+        recipe_text = (root / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+        recipe = yaml.safe_load(recipe_text)
+    except OSError as error:
+        notes.append(f"recipe.yaml: can't be read ({error.strerror}).")
+    except (yaml.YAMLError, RecursionError):
+        notes.append("recipe.yaml is not valid YAML: it is shown as it is.")
     # A resumed run may write a step again. The later line is the one that led to the adapter.
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
     for row in read_rows(root / "metrics.jsonl", ("step",), notes) if metrics else ():
@@ -230,7 +237,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
         name=root.resolve().name,
         info=info,
         recipe_text=recipe_text,
-        recipe=recipe,
+        recipe=recipe if isinstance(recipe, dict) else {},
         train=train,
         evals=evals,
         adapter_file_bytes=weights.stat().st_size if weights.is_file() else None,
@@ -245,18 +252,6 @@ def _read_object(path: Path, what: str, notes: list[str], keys: Sequence[str] = 
     except InputError as error:
         notes.append(str(error).replace(str(path), path.name))
         return {}
-
-
-def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
-    text, tree = "", None
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        tree = yaml.safe_load(text)
-    except OSError as error:
-        notes.append(f"{path.name}: can't be read ({error.strerror}).")
-    except (yaml.YAMLError, RecursionError):
-        notes.append(f"{path.name} is not valid YAML: it is shown as it is.")
-    return text, tree if isinstance(tree, dict) else {}
 
 
 def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation | None:
@@ -276,7 +271,20 @@ def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation |
     if not scores:
         notes.append(f"{path.name} has no scores of answers, and nothing else of it is shown.")
         return None
-    notes += _adapter_doubts(about, path, weights)
+    # the scores may not be those of the run's present adapter
+    again = f"Remove {path.name} and run `qvera eval` again."
+    try:
+        if isinstance(about, dict) and "adapter_sha256" not in about:  # written by an older qvera
+            if path.stat().st_mtime < weights.stat().st_mtime:
+                notes.append(f"{path.name} is older than the run's adapter: its scores may be another's. {again}")
+        elif get(about, "adapter_sha256") != file_sha256(weights):
+            notes.append(
+                f"{path.name} is of another adapter than the run has now: its scores are not this run's. {again}"
+            )
+    except OSError as error:
+        notes.append(
+            f"{path.name} can't be checked against the run's adapter ({error.strerror}): it may be of another one."
+        )
     # an older qvera did not write the hash
     sha256 = get_text(about, "inputs_sha256") or (inputs_sha256(rows) if rows and isinstance(rows, list) else "")
     return Evaluation(
@@ -289,20 +297,6 @@ def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation |
         column=get_text(about, "column"),
         max_new_tokens=get_number(about, "max_new_tokens"),
     )
-
-
-def _adapter_doubts(about: object, path: Path, weights: Path) -> list[str]:
-    """Why the scores may not be those of the run's present adapter."""
-    again = f"Remove {path.name} and run `qvera eval` again."
-    try:
-        if isinstance(about, dict) and "adapter_sha256" not in about:  # written by an older qvera
-            older = path.stat().st_mtime < weights.stat().st_mtime
-            return [f"{path.name} is older than the run's adapter: its scores may be another's. {again}"] * older
-        if get(about, "adapter_sha256") == file_sha256(weights):
-            return []
-    except OSError as error:
-        return [f"{path.name} can't be checked against the run's adapter ({error.strerror}): it may be of another one."]
-    return [f"{path.name} is of another adapter than the run has now: its scores are not this run's. {again}"]
 
 
 def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from qvera.evaluation.report.charts import (
@@ -64,6 +65,50 @@ _SHOWN_NAMES = 5
 """A notice names at most this many adapters; the table has all."""
 
 
+class _Spec(NamedTuple):
+    """A chart of the numbers in metrics.jsonl: each curve has a label, a key, the text of a value, and a style."""
+
+    title: str
+    note: str
+    curves: tuple[tuple[str, str, Callable[[float], str], Any], ...]
+    kind: str = "number"
+
+
+_RATE_AND_NORM = (
+    _Spec("Learning rate", "", (("learning rate", "learning_rate", significant, "main"),)),
+    _Spec("Gradient norm", "before clipping", (("gradient norm", "grad_norm", significant, "main"),)),
+)
+_SPEED_AND_MEMORY = (
+    _Spec("Throughput", "tokens a second", (("tokens/s", "tokens_per_second", count, "main"),), "count"),
+    _Spec("Memory", "", (("in use", "memory_bytes", size, "main"), ("peak", "peak_bytes", size, "dashed")), "bytes"),
+)
+_ROUNDS = (
+    _Spec("Adapters in flight", "", (("adapters", "adapters", count, "main"),)),
+    _Spec("Rows a round", "", (("rows", "rows", count, "main"),)),
+    *_SPEED_AND_MEMORY,
+)
+_REWARDS = (
+    _Spec(
+        "Reward margin",
+        "chosen less rejected",
+        (("margin", _MARGIN, significant, "main"), ("held-out margin", _MARGIN, significant, "held-out")),
+    ),
+    _Spec(
+        "Rewards",
+        "β log of the ratio to the reference",
+        (
+            ("chosen", "rewards/chosen", significant, "dashed"),
+            ("rejected", "rewards/rejected", significant, "faint"),
+        ),
+    ),
+    _Spec(
+        "Reward accuracy",
+        "chosen above rejected",
+        (("training", _ACCURACY, percent, "main"), ("held out", _ACCURACY, percent, "held-out")),
+    ),
+)
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into a run directory and return its path; for several adapters also a page each.
 
@@ -82,25 +127,22 @@ def write_report(run_dir: str | Path) -> Path:
         many = read_many(root)
         (root / _PAGES).mkdir(exist_ok=True)
         for entry in many.entries:
+            page = root / _PAGES / f"{entry.directory}.html"
+            weights = root / ADAPTERS / entry.directory / ADAPTER_WEIGHTS
+            with contextlib.suppress(OSError):
+                # an interrupted run of ten thousand adapters need not write again what is newer than the vectors
+                if page.stat().st_mtime_ns > weights.stat().st_mtime_ns:
+                    continue
             if entry.directory:
-                page = root / _PAGES / f"{entry.directory}.html"
-                if not _is_newer(page, root / ADAPTERS / entry.directory / ADAPTER_WEIGHTS):
-                    page.write_text(adapter_page(many, entry), encoding="utf-8")  # not flushed: it can be made again
+                page.write_text(adapter_page(many, entry), encoding="utf-8")  # not flushed: it can be made again
         replace_text(target, many_page(many))
     return target
 
 
-def _is_newer(page: Path, weights: Path) -> bool:
-    """Whether a page is newer than the vectors. An interrupted run of ten thousand adapters need not write it again."""
-    try:
-        return page.stat().st_mtime_ns > weights.stat().st_mtime_ns
-    except OSError:
-        return False
-
-
 def run_page(run: Run, **more: object) -> str:
     """The page of a run as HTML. ``more`` is for the template."""
-    charts = [*_reward_charts(run), *_small_charts(run)]
+    thinned = _thinned(run)
+    charts = _charts(run, _REWARDS, from_zero=False) + _charts(run, _RATE_AND_NORM + _SPEED_AND_MEMORY, thinned)
     return render("run.html", score=_score(run), loss_chart=_loss_chart(run), charts=charts, **_context(run), **more)
 
 
@@ -109,7 +151,11 @@ def _context(run: Run) -> dict[str, Any]:
     planned = run.number("plan", "measured", "total_bytes") is not None
     peak_bytes = run.totals["peak_bytes"]
     measured_bytes = peak_bytes + run.mapped_bytes if peak_bytes and planned else None
-    edges, counts = (_numbers(get(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
+    histogram: list[list[float]] = []
+    for key in ("edges", "counts"):
+        values = get(run.info, "data", "length_histogram", key)
+        numbers = [get_number(value) for value in values] if isinstance(values, list) else []
+        histogram.append([] if None in numbers else [value for value in numbers if value is not None])
     targets, versions = get(run.info, "adapter", "targets"), get(run.info, "versions")
     path = run.setting("model", "path")
     name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
@@ -121,15 +167,10 @@ def _context(run: Run) -> dict[str, Any]:
         "samples": _samples(run),
         "method": run.text("adapter", "title") or run.text("adapter", "method") or "VeRA",  # older runs name none
         "targets": ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
-        "lengths": length_histogram(edges, counts),
+        "lengths": length_histogram(*histogram),
         "settings": changed_settings(run.recipe).items(),
         "versions": list(versions.items()) if isinstance(versions, dict) else [],
     }
-
-
-def _numbers(values: object) -> list[float]:
-    numbers = [get_number(value) for value in values] if isinstance(values, list) else []
-    return [] if None in numbers else [value for value in numbers if value is not None]
 
 
 def _score(run: Run) -> tuple[str, str, str] | None:
@@ -181,60 +222,18 @@ def _thinned(run: Run) -> str:
     return f", means of {steps} steps" if steps > 1 else ""
 
 
-def _line(
-    rows: Sequence[dict[str, Any]], label: str, key: str, text: Callable[[float], str], style: Any = "main"
-) -> Line:
-    return Line(label, thin(series(rows, key)), style, text)
-
-
-def _rate_and_norm(run: Run) -> list[Chart | None]:
-    rate = _line(run.train, "learning rate" + _thinned(run), "learning_rate", significant)
-    norm = _line(run.train, "gradient norm" + _thinned(run), "grad_norm", significant)
-    return [
-        line_chart("Learning rate", [rate], from_zero=True),
-        line_chart("Gradient norm", [norm], note="before clipping", from_zero=True),
-    ]
-
-
-def _speed_and_memory(lines: Sequence[Line], x_name: str) -> list[Chart | None]:
-    speed, *memory = lines
-    legend = [(line.style, line.label) for line in memory]
-    return [
-        line_chart("Throughput", [speed], note="tokens a second", kind="count", from_zero=True, x_name=x_name),
-        line_chart("Memory", memory, legend=legend, kind="bytes", from_zero=True, x_name=x_name),
-    ]
-
-
-def _small_charts(run: Run) -> list[Chart]:
-    speed = _line(run.train, "tokens/s" + _thinned(run), "tokens_per_second", count)
-    memory = [
-        _line(run.train, "in use" + _thinned(run), "memory_bytes", size),
-        _line(run.train, "peak", "peak_bytes", size, "dashed"),
-    ]
-    charts = [*_rate_and_norm(run), *_speed_and_memory([speed, *(line for line in memory if line.values)], "step")]
-    return [chart for chart in charts if chart is not None]
-
-
-def _reward_charts(run: Run) -> list[Chart]:
-    """For a run on preferences: margin, rewards and accuracy."""
-    rows = run.train
-    margin = [_line(rows, "margin", _MARGIN, significant), Line("held-out margin", run.held_out(_MARGIN), "held-out")]
-    rewards = [
-        _line(rows, "chosen", "rewards/chosen", significant, "dashed"),
-        _line(rows, "rejected", "rewards/rejected", significant, "faint"),
-    ]
-    accuracy = [
-        _line(rows, "training", _ACCURACY, percent),
-        Line("held out", run.held_out(_ACCURACY), "held-out", percent),
-    ]
+def _charts(
+    run: Run, specs: Sequence[_Spec], thinned: str = "", *, x_name: str = "step", from_zero: bool = True
+) -> list[Chart]:
     charts = []
-    for title, lines, note in (
-        ("Reward margin", margin, "chosen less rejected"),
-        ("Rewards", rewards, "β log of the ratio to the reference"),
-        ("Reward accuracy", accuracy, "chosen above rejected"),
-    ):
-        known = [line for line in lines if line.values]
-        charts.append(line_chart(title, known, note=note, legend=[(line.style, line.label) for line in known]))
+    for title, note, curves, kind in specs:
+        lines = []
+        for label, key, text, style in curves:
+            points = run.held_out(key) if style == "held-out" else thin(series(run.train, key))
+            lines.append(Line(label + (thinned if style == "main" else ""), points, style, text))
+        lines = [line for line in lines if line.values]
+        legend = [(line.style, line.label) for line in lines] if len(curves) > 1 else []
+        charts.append(line_chart(title, lines, note=note, legend=legend, kind=kind, from_zero=from_zero, x_name=x_name))
     return [chart for chart in charts if chart is not None]
 
 
@@ -269,14 +268,12 @@ def _samples(run: Run) -> list[Sample]:
     return made
 
 
-def _href(entry: AdapterEntry) -> str:
-    return f"{_PAGES}/{quote(entry.directory)}.html" if entry.directory else ""
-
-
 def many_page(
     many: ManyRun,
     shown: Sequence[AdapterEntry] | None = None,
-    href: Callable[[AdapterEntry], str] = _href,
+    href: Callable[[AdapterEntry], str] = lambda entry: (
+        f"{_PAGES}/{quote(entry.directory)}.html" if entry.directory else ""
+    ),
     **more: object,
 ) -> str:
     """The page of a run of several adapters. ``shown``: those in the table; ``more`` is for the template."""
@@ -292,12 +289,32 @@ def many_page(
         for flag in [*([entry.status_text] if entry.ended_badly else []), *entry.flags]:
             flags.setdefault(flag, []).append(entry)
     statuses = Counter(entry.status_text for entry in entries).most_common()
+    overview = None
+    if len(losses) >= _OVERVIEW_ADAPTERS:  # adapters sorted by loss
+        after, before = ([(float(n), loss) for n, loss in enumerate(side, 1)] for side in zip(*losses, strict=True))
+        lines = [Line("before", thin(before), "dashed"), Line("after", thin(after))]
+        overview = line_chart(
+            "Held-out loss",
+            lines,
+            note="adapters by their loss after training",
+            legend=[(line.style, line.label) for line in lines],
+            height=200,
+            may_be_log=True,
+            x_name="adapter",
+        )
     seconds, ended = run.totals["seconds"], sum(entry.status in ("done", "stopped_early") for entry in entries)
+    rows = []
+    for entry in entries if shown is None else shown:  # numbers exactly or with four digits, so that a browser can sort
+        cells = [text_or_dash(value, "{:,.0f}".format) for value in (entry.rows, entry.eval_rows, entry.steps)]
+        sides = [entry.loss_before, entry.loss_after] if scored else []
+        sides += [entry.train_loss_first, entry.train_loss_last]
+        cells += [text_or_dash(loss, lambda value: significant(value, 4)) for loss in sides]
+        rows.append((entry, href(entry), cells))
     return render(
         "many.html",
         statuses=[(f"{text[0].upper()}{text[1:]}", count(number)) for text, number in statuses],
         adapters=len(entries),
-        rows=[(entry, href(entry), _cells(entry, scored)) for entry in (entries if shown is None else shown)],
+        rows=rows,
         scored=scored,
         flags=[
             (flag, len(named), [(entry.name, href(entry)) for entry in named[:_SHOWN_NAMES]])
@@ -305,45 +322,11 @@ def many_page(
         ],
         median=[significant(statistics.median(side)) for side in reversed(list(zip(*losses, strict=True)))],
         an_hour=None if not seconds or not ended else ended * 3600 / seconds,
-        overview=_overview(losses),
-        round_charts=_round_charts(run.train),
+        overview=overview,
+        round_charts=_charts(run, _ROUNDS, x_name="round"),
         **_context(run),
         **more,
     )
-
-
-def _cells(entry: AdapterEntry, scored: bool) -> list[str]:
-    """Numbers exactly or with four digits, so that a browser can sort by them."""
-    counts = [text_or_dash(value, "{:,.0f}".format) for value in (entry.rows, entry.eval_rows, entry.steps)]
-    losses = [entry.loss_before, entry.loss_after] if scored else []
-    losses += [entry.train_loss_first, entry.train_loss_last]
-    return counts + [text_or_dash(loss, lambda value: significant(value, 4)) for loss in losses]
-
-
-def _overview(losses: Sequence[tuple[float, float]]) -> Chart | None:
-    """Held-out losses before and after training, adapters sorted by loss; None for a few adapters."""
-    if len(losses) < _OVERVIEW_ADAPTERS:
-        return None
-    after, before = ([(float(place), loss) for place, loss in enumerate(side, 1)] for side in zip(*losses, strict=True))
-    lines = [Line("before", thin(before), "dashed"), Line("after", thin(after))]
-    legend = [(line.style, line.label) for line in lines]
-    note = "adapters by their loss after training"
-    return line_chart("Held-out loss", lines, note=note, legend=legend, height=200, may_be_log=True, x_name="adapter")
-
-
-def _round_charts(rounds: Sequence[dict[str, Any]]) -> list[Chart]:
-    lines = [
-        _line(rounds, "tokens/s", "tokens_per_second", count),
-        _line(rounds, "in use", "memory_bytes", size),
-        _line(rounds, "peak", "peak_bytes", size, "dashed"),
-    ]
-    adapters, rows = (_line(rounds, key, key, count) for key in ("adapters", "rows"))
-    charts = [
-        line_chart("Adapters in flight", [adapters], from_zero=True, x_name="round"),
-        line_chart("Rows a round", [rows], from_zero=True, x_name="round"),
-        *_speed_and_memory(lines, "round"),
-    ]
-    return [chart for chart in charts if chart is not None]
 
 
 def adapter_page(many: ManyRun, entry: AdapterEntry, run_href: str = "../report.html", **more: object) -> str:
@@ -368,6 +351,6 @@ def adapter_page(many: ManyRun, entry: AdapterEntry, run_href: str = "../report.
             if first is not None or last is not None
         ],
         loss_chart=_loss_chart(run),
-        charts=_rate_and_norm(run),
+        charts=_charts(run, _RATE_AND_NORM, _thinned(run)),
         **more,
     )

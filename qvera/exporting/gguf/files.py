@@ -25,7 +25,6 @@ from qvera.exporting.gguf.tokenizer import add_tokenizer, model_name
 from qvera.exporting.merged import Merged, Merging
 from qvera.models.hub import base_directory
 from qvera.models.tokenizer import load_tokenizer
-from qvera.utils import memory
 from qvera.utils.atomic import disk_errors, flush, new_directory, require_space
 from qvera.utils.errors import InputError, Interrupted
 from qvera.utils.paths import CERTIFICATE
@@ -45,6 +44,13 @@ class GgufTensor(NamedTuple):
     shape: tuple[int, ...]
     type: str
 
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], wanted: str) -> GgufTensor:
+        """A tensor in a file of type ``wanted``; llama.cpp's converter chooses its own type in the same way."""
+        if len(shape) < 2 or name.endswith("_norm.weight"):
+            return cls(name, shape, "F32")
+        return cls(name, shape, "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted)
+
     @property
     def bytes(self) -> int:
         """Its size in the file."""
@@ -54,20 +60,12 @@ class GgufTensor(NamedTuple):
         return torch.Size(self.shape).numel() // block * size
 
 
-def tensor_type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """The type of a tensor in a file of type ``wanted``, as llama.cpp's converter chooses it."""
-    if len(shape) < 2 or name.endswith("_norm.weight"):
-        return "F32"
-    return "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted
-
-
-def require_gguf() -> None:
-    """Raise InputError where the gguf package is missing."""
+def _require_gguf() -> None:
     if find_spec("gguf") is None:
         raise InputError("--to gguf: needs the gguf package: pip install 'qvera[gguf]'.")
 
 
-def new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWriter:
+def _new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWriter:
     """A writer with the settings of every file; ``facts`` are written under ``qvera.``."""
     import gguf
 
@@ -79,7 +77,7 @@ def new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWrite
     return writer
 
 
-def write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], blocks: Iterator[torch.Tensor]) -> str:
+def _write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], blocks: Iterator[torch.Tensor]) -> str:
     """Write the file and return its SHA-256. ``blocks`` are rows of ``tensors`` in order, each of one tensor."""
     import gguf
 
@@ -132,7 +130,7 @@ def export_gguf(
         RunFailed: a merged weight is NaN, Inf, or out of the type's range, or the disk is full.
         Interrupted: SIGINT or SIGTERM came. Nothing is kept.
     """
-    require_gguf()
+    _require_gguf()
     options = options.replace(dtype="float32" if dtype == "q8_0" else dtype)
     merging = Merging(adapter_dir, section, options, chat_template)
     config, wanted = merging.config(), TYPES[dtype]
@@ -144,12 +142,11 @@ def export_gguf(
         if name is None:
             skip.add(spec.name)
         else:
-            tensors.append(GgufTensor(name, spec.shape, tensor_type(name, spec.shape, wanted)))
+            tensors.append(GgufTensor.of(name, spec.shape, wanted))
     import gguf
 
-    identity = merging.identity()
-    facts = {"adapter_sha256": identity["adapter"], "base_fingerprint": merging.base.fingerprint}
-    writer = new_writer(architecture.name, model_name(Path(section.path).name, merging.tokenizer), facts)
+    facts = {"adapter_sha256": str(merging.adapter.sha256), "base_fingerprint": merging.base.fingerprint}
+    writer = _new_writer(architecture.name, model_name(Path(section.path).name, merging.tokenizer), facts)
     writer.add_type(gguf.GGUFType.MODEL)
     architecture.add_settings(writer)
     kind = "ALL_F32" if wanted == "F32" else f"MOSTLY_{wanted}"
@@ -186,12 +183,12 @@ def export_gguf(
                 disk_errors(str(out), "Make room, and run the same command again."),
             ):
                 rows = rows_of(results)
-                sha256 = write_gguf(file, writer, tensors, itertools.chain(extra.values(), rows))
+                sha256 = _write_gguf(file, writer, tensors, itertools.chain(extra.values(), rows))
                 for _ in rows:  # the rest of the files is only read for its hash
                     raise RuntimeError("the file was planned without some of the tensors")
         except KeyboardInterrupt:
             raise Interrupted(stopped.format("Ctrl-C")) from None
-        certificate = merging.certificate("gguf", merging.sha256(), {file.name: sha256})
+        certificate = merging.certificate("gguf", {file.name: sha256})
         certificate["dtype"] = dtype
         text = modelfile(file.name, None, merging.tokenizer, system)
         _write_beside(partial, text, certificate)
@@ -221,7 +218,7 @@ def export_gguf_lora(
 
     InputError and RunFailed: as `export_gguf`, and for a magnitude, which llama.cpp's LoRA does not have.
     """
-    require_gguf()
+    _require_gguf()
     if adapter.magnitude:
         raise InputError(
             f"{adapter_dir}: was trained with adapter.magnitude, and llama.cpp's LoRA has no magnitude. Use --to gguf, "
@@ -235,7 +232,7 @@ def export_gguf_lora(
     for layer, delta in adapter.layers.items():
         name, (m, n), rank = architecture.tensor_name(f"{layer}.weight"), delta.shape, ranks[layer]
         for suffix, shape in ((".lora_a", (rank, n)), (".lora_b", (m, rank))):
-            tensors.append(GgufTensor(f"{name}{suffix}", shape, tensor_type(f"{name}{suffix}", shape, wanted)))
+            tensors.append(GgufTensor.of(f"{name}{suffix}", shape, wanted))
 
     def values() -> Iterator[torch.Tensor]:
         for layer, delta in adapter.layers.items():
@@ -251,7 +248,7 @@ def export_gguf_lora(
     import gguf
 
     facts = {} if adapter.sha256 is None else {"adapter_sha256": adapter.sha256}
-    writer = new_writer(architecture.name, Path(section.path).name, facts)
+    writer = _new_writer(architecture.name, Path(section.path).name, facts)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
@@ -261,16 +258,8 @@ def export_gguf_lora(
     with new_directory(out) as partial:
         file = partial / f"adapter-{wanted.lower()}.gguf"
         with disk_errors(str(out), "Make room, and run the same command again."):
-            certificate = {
-                "format": 1,
-                "kind": "gguf-lora",
-                "base": {"path": section.path, "revision": section.revision},
-                "adapter": adapter.facts(adapter_dir),
-                "rank": alpha,
-                "dtype": dtype,
-                "files": {file.name: write_gguf(file, writer, tensors, values())},
-                "versions": memory.versions(),
-            }
+            files = {file.name: _write_gguf(file, writer, tensors, values())}
+            certificate = adapter.certificate("gguf-lora", section, adapter_dir, rank=alpha, dtype=dtype, files=files)
             text = modelfile(None, file.name, tokenizer, system, base=Path(section.path).name)
             _write_beside(partial, text, certificate)
     return (out / file.name).stat().st_size

@@ -108,7 +108,10 @@ def modelfile(
     else:
         go = GO_TEMPLATES[name]
         texts = {"EOS": tokenizer.eos_token or "", "BOS": tokenizer.bos_token or ""}
-        lines.append(f'TEMPLATE """{_filled(go.text, texts)}"""')
+        text = go.text
+        for marker, value in texts.items():
+            text = text.replace(marker, value)
+        lines.append(f'TEMPLATE """{text}"""')
         stop = [text for marker in go.stop if (text := texts.get(marker, marker))]
         stop += [texts["EOS"]] if texts["EOS"] and texts["EOS"] not in stop else []
     lines += [f'PARAMETER stop "{text}"' for text in stop]
@@ -142,9 +145,3 @@ def known_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str 
         except TemplateError:
             continue
     return None, None
-
-
-def _filled(text: str, texts: dict[str, str]) -> str:
-    for marker, value in texts.items():
-        text = text.replace(marker, value)
-    return text

@@ -70,11 +70,16 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config
         writer.add_tokenizer_model("gpt2" if byte_level else "llama")
         writer.add_tokenizer_pre(_splitter(tree) if byte_level else "default")
         if not byte_level:
-            _refuse_words(tree)
-            _refuse_other_merges(model)
-            scores = _scores(model)
+            scores = _piece_scores(tree)
             writer.add_token_scores([scores.get(token, _PIECE_OF_NO_MERGE) for token in tokens])
-            writer.add_add_space_prefix(_prefixes_space(tree))
+            steps = _steps(tree, "normalizer", "normalizers") + _steps(tree, "pre_tokenizer", "pretokenizers")
+            # whether a text is read as if a space stood before it
+            writer.add_add_space_prefix(
+                any(
+                    step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+                    for step in steps
+                )
+            )
         writer.add_token_list(tokens)
         writer.add_token_types(types)
         special = gguf.SpecialVocab(scratch, load_merges=byte_level, n_vocab=len(tokens))
@@ -105,7 +110,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[str], 
             kind = TokenType.BYTE
         elif number in added:
             if added[number].normalized:
-                _refuse_changed_text(tokenizer, text)
+                # it is searched in normalized text, so the normalizer must leave it as it is
+                normalizer = tokenizer.backend_tokenizer.normalizer
+                if normalizer is not None and (changed := normalizer.normalize_str(text)) != text:
+                    raise _refused(f"looks for its added token {text!r} as {changed!r} (add it with normalized=False)")
             else:
                 text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) or text
             marker = text.startswith("<|") and text.endswith("|>")
@@ -117,13 +125,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[str], 
         texts.append(text)
         types.append(int(kind))
     return texts, types
-
-
-def _refuse_changed_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Refuse an added token that is searched in normalized text, if the normalizer changes the token."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is not None and (changed := normalizer.normalize_str(text)) != text:
-        raise _refused(f"looks for its added token {text!r} as {changed!r} (add it with normalized=False)")
 
 
 def _splitter(tree: dict[str, Any]) -> str:
@@ -149,50 +150,31 @@ def _splitter(tree: dict[str, Any]) -> str:
     return name
 
 
-def _prefixes_space(tree: dict[str, Any]) -> bool:
-    """Whether a text is read as if a space stood before it."""
-    steps = _steps(tree, "normalizer", "normalizers") + _steps(tree, "pre_tokenizer", "pretokenizers")
-    return any(
-        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
-        for step in steps
-    )
-
-
 def _steps(tree: dict[str, Any], stage: str, members: str) -> list[dict[str, Any]]:
     """A stage of tokenizer.json has a sequence of steps, a single step, or none."""
     whole = tree.get(stage) or {}
     return list(whole.get(members, [whole] if whole else []))
 
 
-def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
-    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-    return [(left, right) for left, right in merges]
+def _piece_scores(tree: dict[str, Any]) -> dict[str, float]:
+    """Minus the place among the merges: SentencePiece's scores of a BPE have the same order.
 
-
-def _scores(model: dict[str, Any]) -> dict[str, float]:
-    """Minus the place among the merges: SentencePiece's scores of a BPE have the same order."""
-    scores: dict[str, float] = {}
-    for place, (left, right) in enumerate(_pairs(model)):
-        scores.setdefault(left + right, -float(place))
-    return scores
-
-
-def _refuse_words(tree: dict[str, Any]) -> None:
-    """SentencePiece and llama.cpp split only at spaces before merging."""
+    SentencePiece and llama.cpp split only at spaces before merging, and merge any two pieces whose sum is a piece.
+    """
     for part in _steps(tree, "pre_tokenizer", "pretokenizers"):
         of_spaces = part["type"] == "Split" and part["pattern"] == {"String": " "}
         if part["type"] != "Metaspace" and not of_spaces:
             raise _refused(f"splits texts into words by {[part['type']]}")
-
-
-def _refuse_other_merges(model: dict[str, Any]) -> None:
-    """SentencePiece and llama.cpp merge any two pieces whose sum is a piece."""
-    vocabulary, merges = model["vocab"], set(_pairs(model))
-    for left, right in merges:
+    vocabulary = tree["model"]["vocab"]
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in tree["model"]["merges"]]
+    known, scores = {(left, right) for left, right in merges}, dict[str, float]()
+    for place, (left, right) in enumerate(merges):
         piece = left + right
-        for place in range(1, len(piece)):
-            if (pair := (piece[:place], piece[place:])) not in merges and all(part in vocabulary for part in pair):
+        scores.setdefault(piece, -float(place))
+        for cut in range(1, len(piece)):
+            if (pair := (piece[:cut], piece[cut:])) not in known and all(part in vocabulary for part in pair):
                 raise _refused(f"does not merge {pair[0]!r} and {pair[1]!r} to its token {piece!r}")
+    return scores
 
 
 def _refused(why: str) -> InputError:
