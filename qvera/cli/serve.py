@@ -90,7 +90,7 @@ def serve(
     ] = None,
     train_at_once: Annotated[
         int, typer.Option(min=1, metavar="N", help="With --training-dir: jobs that are trained together.")
-    ] = DEFAULTS.jobs_at_once,
+    ] = 8,
     training_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="X", help="Of the time, while there are answers to give.")
     ] = _ENGINE.training_share,
@@ -124,6 +124,7 @@ def serve(
     from qvera.serve.api.access import KeyFile
     from qvera.serve.api.app import create_app
     from qvera.serve.api.server import Server, bound
+    from qvera.serve.api.service import Service
     from qvera.serve.opening import open_served
 
     key_file = KeyFile(keys) if keys is not None else None
@@ -153,20 +154,14 @@ def serve(
             served = open_served(model, adapters)
             base, prompts = served.opened.base, PromptWriter.of(served.opened)
             answering = _start_engine(served, settings)
+        for name in served.store.hidden_names():
+            said = f"The adapter {name!r} is called like the base, so it can't be asked for. Rename its directory."
+            console.print(said, markup=False, highlight=False)
         with contextlib.ExitStack() as ending:
             ending.callback(answering.close)
             jobs = _open_jobs(directory, served, answering, train_at_once)
             ends = frozenset(end_tokens(base.model, base.tokenizer))
-            app = create_app(
-                answering,
-                served.store,
-                prompts,
-                ends,
-                base_name=served.base_name,
-                limits=limits,
-                keys=key_file,
-                jobs=jobs,
-            )
+            app = create_app(Service(answering, served.store, prompts, ends, served.base_name, limits, key_file, jobs))
             if jobs is not None:
                 ending.enter_context(jobs)
                 ending.callback(answering.close)  # first: no thread trains while the jobs are saved

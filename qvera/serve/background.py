@@ -6,16 +6,26 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qvera.utils.errors import first_line
-
-if TYPE_CHECKING:
-    from qvera.serve.engine import BackgroundWork
 
 _logger = logging.getLogger(__name__)
 _ANSWERING_SECONDS = 1.0
 """An engine counts as answering for this long after its last step."""
+
+
+class BackgroundWork(Protocol):
+    """Work on the model for the time that answers leave, slice by slice."""
+
+    def has_work(self) -> bool:
+        """Whether there is a slice to do. Be quick: no step runs meanwhile. Call `Engine.wake` when it becomes true."""
+
+    def run_slice(self) -> None:
+        """Do one short slice in the engine's thread; no request gets a token meanwhile.
+
+        It may change the model during the call. After an error, nothing is done until `Engine.wake` is called.
+        """
 
 
 class Background:
@@ -24,7 +34,7 @@ class Background:
     A part begins at once if nobody was answered for a second. Otherwise a part of t seconds is followed by at least
     t · (1 - share) / share seconds of answers. That second counts as answering because a client that sends one request
     after the other leaves milliseconds between them, and would wait for a whole part each time. Work that raises is
-    parked until `resume`.
+    parked until ``failure`` is None again.
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -39,10 +49,6 @@ class Background:
     def set(self, work: BackgroundWork | None) -> None:
         """Replace the work."""
         self._work, self.failure = work, None
-
-    def resume(self) -> None:
-        """Try parked work again."""
-        self.failure = None
 
     def answered(self) -> None:
         """Note that a step of answers has run."""
@@ -67,7 +73,7 @@ class Background:
 
     def run_slice(self) -> bool:
         """Do the part that `has_part` found. False: it failed, and what it left in the model must be dropped."""
-        work, began = self._work, self.clock()
+        work, began, went_well = self._work, self.clock(), True
         if work is None:  # taken away since
             return True
         try:
@@ -75,8 +81,6 @@ class Background:
         except Exception as error:
             self._park(work, error)
             went_well = False
-        else:
-            went_well = True
         ended = self.clock()
         self.seconds, self.parts = self.seconds + ended - began, self.parts + 1
         # the pause is infinite if training gets no time beside answers, and a part may take none: inf · 0 is nan

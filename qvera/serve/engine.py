@@ -13,16 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from qvera.adapters.projection import forget_inputs
 from qvera.evaluation.generate import generating
-from qvera.serve.background import Background
-from qvera.serve.bank import HostVectors, ServingBank
-from qvera.serve.blocks import CachedTokens
-from qvera.serve.paged import PagedBatches
+from qvera.serve.background import Background, BackgroundWork
+from qvera.serve.batches import CachedTokens, PagedBatches, StaticBatches
 from qvera.serve.requests import (
     Busy,
     EndEvent,
@@ -35,7 +33,7 @@ from qvera.serve.requests import (
     TokenEvent,
 )
 from qvera.serve.sampling import TokenChooser, choose_tokens
-from qvera.serve.static import StaticBatches
+from qvera.serve.slots import HostVectors, ServingBank
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -45,19 +43,6 @@ _logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
 """So many failed steps in a row end the engine."""
 NOT_FINITE = "the model's output was not finite, so no token can be drawn from it"
-
-
-class BackgroundWork(Protocol):
-    """Work on the model for the time that answers leave, slice by slice."""
-
-    def has_work(self) -> bool:
-        """Whether there is a slice to do. Be quick: no step runs meanwhile. Call `Engine.wake` when it becomes true."""
-
-    def run_slice(self) -> None:
-        """Do one short slice in the engine's thread; no request gets a token meanwhile.
-
-        It may change the model during the call. After an error, nothing is done until `Engine.wake` is called.
-        """
 
 
 class ActiveRequest(CachedTokens):
@@ -70,16 +55,6 @@ class ActiveRequest(CachedTokens):
         self.request, self.on_event, self.vectors = request, on_event, vectors
         self.slot = 0
         self.chooser: TokenChooser | None = None
-        self.ended = False
-
-    def send(self, event: Event) -> bool:
-        """Pass an event on. False: its receiver failed, which must end no other request."""
-        try:
-            self.on_event(event)
-        except Exception:
-            _logger.exception("the receiver of request %s failed", self.request.id)
-            return False
-        return True
 
 
 class Engine:
@@ -92,18 +67,25 @@ class Engine:
         """
         self.settings, self.model = settings, base.model
         self.why_static: str | None = None  # why "auto" batching became static
-        self._batches = self._open_batches()
+        batches: PagedBatches | StaticBatches | None = None
+        if settings.batching != "static":
+            try:
+                batches = PagedBatches(self.model, settings)
+            except RunFailed as error:
+                if settings.batching == "continuous":
+                    raise
+                self.why_static = str(error)
+        self._batches = batches or StaticBatches(self.model)
+        self.longest_tokens = self._batches.longest_tokens  # of a prompt and its answer together
         self.bank = ServingBank(base, settings.slots)
         self.running: dict[str, ActiveRequest] = {}  # by id, in the order in which they got a place
         self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
         self._waiting: deque[ActiveRequest] = deque()
-        self._cancelled: set[str] = set()
         self._tasks: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._closing = False
+        self._closing = self._woken = False
         self._dead: str | None = None
         self._failures = self._prompt_tokens = self._generated = self._finished = 0
         self.background = Background(settings.training_share)
-        self._woken = False
         self._wake = threading.Condition()
         self._layout = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, name="qvera-engine", daemon=True)
@@ -113,11 +95,6 @@ class Engine:
         self._thread.start()
 
     # Called from any thread
-
-    @property
-    def longest_tokens(self) -> int:
-        """The most tokens of a prompt and its answer together."""
-        return self._batches.longest_tokens
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
         """Queue a request. An adapter that is not in memory is read first.
@@ -132,7 +109,16 @@ class Engine:
             AdapterChanged: its file was replaced after it was resolved.
             EngineDead: the engine has ended.
         """
-        self._require_fit(request)
+        prompt, longest = request.prompt, self.longest_tokens
+        if not prompt:
+            raise InputError("prompt: has no tokens; expected at least one.")
+        if len(prompt) + request.sampling.max_tokens > longest:
+            raise InputError(
+                f"prompt and max_tokens: {len(prompt):,} and {request.sampling.max_tokens:,} tokens are more than the "
+                f"{longest:,} that fit; shorten the prompt or lower max_tokens."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+            raise InputError(f"prompt: token ids of this model are 0 to {self._vocabulary - 1:,}.")
         with self._wake:
             self._require_room()
         vectors = None if request.adapter is None else self.bank.read(request.adapter)
@@ -142,11 +128,16 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
-        """End a request with ``EndEvent("cancelled")`` and free its place. Unknown ids are ignored."""
-        with self._wake:
-            if request_id in self.running or any(active.request.id == request_id for active in self._waiting):
-                self._cancelled.add(request_id)
-                self._wake.notify()
+        """End a request with ``EndEvent("cancelled")`` and free its place, without waiting. Ignores unknown ids."""
+
+        def end() -> None:
+            with self._wake:
+                active = next((one for one in self._all() if one.request.id == request_id), None)
+            if active is not None:
+                self._end(active, EndEvent("cancelled"))
+
+        with contextlib.suppress(EngineDead):
+            self._in_thread(end)
 
     def load(self, adapter: ResolvedAdapter) -> None:
         """Put an adapter on the device, so that its first request need not wait. If all slots are in use, only read it.
@@ -173,7 +164,7 @@ class Engine:
 
     def wake(self) -> None:
         """Tell the engine that the background work has something to do, or should be tried again after an error."""
-        self.background.resume()
+        self.background.failure = None
         with self._wake:
             self._woken = True
             self._wake.notify()
@@ -205,53 +196,35 @@ class Engine:
             self._thread.join()
         self._batches.close()
 
-    def _require_fit(self, request: GenerationRequest) -> None:
-        prompt, longest = request.prompt, self.longest_tokens
-        if not prompt:
-            raise InputError("prompt: has no tokens; expected at least one.")
-        if len(prompt) + request.sampling.max_tokens > longest:
-            raise InputError(
-                f"prompt and max_tokens: {len(prompt):,} and {request.sampling.max_tokens:,} tokens are more than the "
-                f"{longest:,} that fit; shorten the prompt or lower max_tokens."
-            )
-        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
-            raise InputError(f"prompt: token ids of this model are 0 to {self._vocabulary - 1:,}.")
+    # With the lock
 
-    def _require_room(self) -> None:
+    def _require_alive(self) -> None:
         if self._dead is not None or self._closing:
             raise EngineDead(self._dead or "the engine is closing")
+
+    def _require_room(self) -> None:
+        self._require_alive()
         free = max(0, self.settings.max_running - len(self.running))
         if len(self._waiting) >= self.settings.max_waiting + free:
             raise Busy(f"{len(self._waiting):,} requests wait already")
 
+    def _all(self) -> list[ActiveRequest]:
+        return [*self.running.values(), *self._waiting]
+
+    def _is_asked(self) -> bool:
+        """Whether there is anything to do besides background work."""
+        return bool(self._closing or self._waiting or self._tasks or self.running)
+
     def _in_thread(self, task: Callable[[], None]) -> Future[None]:
+        """Queue a task for the engine's thread. Takes the lock itself."""
         future: Future[None] = Future()
         with self._wake:
-            if self._dead is not None or self._closing:
-                raise EngineDead(self._dead or "the engine is closing")
+            self._require_alive()
             self._tasks.append((task, future))
             self._wake.notify()
         return future
 
     # The engine's thread
-
-    def _open_batches(self) -> PagedBatches | StaticBatches:
-        if self.settings.batching != "static":
-            try:
-                return PagedBatches(self.model, self.settings)
-            except RunFailed as error:
-                if self.settings.batching == "continuous":
-                    raise
-                self.why_static = str(error)
-        return StaticBatches(self.model)
-
-    def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
-        """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
-        batch = self._batches.schedule(self.running.values())
-        self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch])
-        drawing, logits = self._batches.run(batch)
-        choosers = [chooser for request in drawing if (chooser := request.chooser) is not None]
-        return list(zip(drawing, choose_tokens(logits, choosers), strict=True))
 
     def _run(self) -> None:
         dead = "the engine was closed"
@@ -260,15 +233,28 @@ class Engine:
                 self._layout.enter_context(generating(self.model, base_only=True))
                 while self._wait_for_work():
                     self._do_tasks()
-                    self._take_cancelled()
                     self._admit()
-                    self._try_step()
-                    self._try_part()
+                    if self.running:
+                        self._try_step()
+                    with self._wake:
+                        answering, closing = bool(self.running or self._waiting), self._closing
+                    if not closing and self.background.has_part(answering):
+                        with self._batches.paused():
+                            went_well = self.background.run_slice()
+                        if not went_well:
+                            forget_inputs(self.model)
         except BaseException as error:  # whatever it is, nobody may wait for this thread for ever
             _logger.exception("the engine's thread ended")
             dead = f"{type(error).__name__}: {first_line(error)}"
         finally:
-            self._end_all(dead)
+            with self._wake:
+                self._dead = dead
+                end = EndEvent("cancelled") if self._closing else EndEvent("error", dead)
+                left, tasks = self._all(), list(self._tasks)
+            for active in left:
+                self._end(active, end)
+            for _, future in tasks:
+                future.set_exception(EngineDead(dead))
 
     def _wait_for_work(self) -> bool:
         """Wait for something to do. False: the engine is to end."""
@@ -286,10 +272,6 @@ class Engine:
                 if not (self._woken or self._is_asked()):
                     self._wake.wait(seconds or None)
 
-    def _is_asked(self) -> bool:
-        """Whether there is anything to do besides background work. Call it with the lock."""
-        return bool(self._closing or self._waiting or self._tasks or self._cancelled or self.running)
-
     def _do_tasks(self) -> None:
         while True:
             with self._wake:
@@ -304,38 +286,19 @@ class Engine:
                 if not isinstance(error, Exception):
                     raise
 
-    def _take_cancelled(self) -> None:
-        with self._wake:
-            cancelled, self._cancelled = self._cancelled, set()
-            gone = [active for active in self._waiting if active.request.id in cancelled]
-            for active in gone:
-                self._waiting.remove(active)
-        for active in gone:
-            self._end(active, EndEvent("cancelled"))
-        for request_id in cancelled:
-            if (running := self.running.get(request_id)) is not None:
-                self._end(running, EndEvent("cancelled"))
-
     def _admit(self) -> None:
         """Give places to waiting requests in order. None overtakes one that waits for a slot."""
-        while len(self.running) < self.settings.max_running and self._batches.may_begin():
-            with self._wake:
-                active = self._waiting[0] if self._waiting else None
-            if active is None:
-                return
+        while self._waiting and len(self.running) < self.settings.max_running and self._batches.may_begin():
+            active = self._waiting[0]
             try:
                 slot = 0 if active.vectors is None else self._acquire(active.vectors)
             except Exception as error:
                 _logger.exception("adapter of request %s", active.request.id)
-                with self._wake:
-                    self._waiting.popleft()
-                active.vectors = None
                 self._end(active, EndEvent("error", _message(error)))
                 continue
             if slot is None:
                 return
-            active.slot = slot
-            active.chooser = TokenChooser(active.request.sampling, self.bank.device)
+            active.slot, active.chooser = slot, TokenChooser(active.request.sampling, self.bank.device)
             with self._wake:
                 self._waiting.popleft()
                 self.running[active.request.id] = active
@@ -351,17 +314,22 @@ class Engine:
         finally:
             self._layout.enter_context(generating(self.model, base_only=True))
 
+    def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
+        """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
+        batch = self._batches.schedule(self.running.values())
+        self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch])
+        drawing, logits = self._batches.run(batch)
+        choosers = [chooser for request in drawing if (chooser := request.chooser) is not None]
+        return list(zip(drawing, choose_tokens(logits, choosers), strict=True))
+
     def _try_step(self) -> None:
-        if not self.running:
-            return
         try:
             got = self.step()
         except Exception as error:
             _logger.exception("a step failed")
             self._failures += 1
-            message = _message(error)
             for active in list(self.running.values()):
-                self._end(active, EndEvent("error", message))
+                self._end(active, EndEvent("error", _message(error)))
             if self._failures >= _MOST_FAILURES:
                 raise
             forget_inputs(self.model)
@@ -370,56 +338,41 @@ class Engine:
         self._failures = 0
         self.background.answered()
         for active, event in got:
-            self._pass_on(active, event)
-
-    def _try_part(self) -> None:
-        with self._wake:
-            if self._closing:
-                return
-            answering = bool(self.running or self._waiting)
-        if self.background.has_part(answering):
-            with self._batches.paused():
-                went_well = self.background.run_slice()
-            if not went_well:
-                forget_inputs(self.model)
-
-    def _pass_on(self, active: ActiveRequest, event: TokenEvent | None) -> None:
-        if event is None:
-            self._end(active, EndEvent("error", NOT_FINITE))
-            return
-        sampling = active.request.sampling
-        if event.token in sampling.stop_tokens:
-            self._end(active, EndEvent("stop"))
-            return
-        active.tokens.append(event.token)
-        with self._wake:
-            self._generated += 1
-        if not active.send(event):
-            self._end(active, EndEvent("cancelled"))
-        elif len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
-            self._end(active, EndEvent("length"))
+            sampling = active.request.sampling
+            if event is None:
+                self._end(active, EndEvent("error", NOT_FINITE))
+            elif event.token in sampling.stop_tokens:
+                self._end(active, EndEvent("stop"))
+            else:
+                active.tokens.append(event.token)
+                with self._wake:
+                    self._generated += 1
+                if not _send(active, event):
+                    self._end(active, EndEvent("cancelled"))
+                elif len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
+                    self._end(active, EndEvent("length"))
 
     def _end(self, active: ActiveRequest, event: EndEvent) -> None:
         active.ended = True
         with self._wake:
             was_running = self.running.pop(active.request.id, None) is not None
+            if not was_running:
+                self._waiting.remove(active)
             self._finished += 1
         self._batches.end(active)
         if was_running and active.vectors is not None:
             self.bank.release(active.vectors)
-        active.send(event)
+        _send(active, event)
 
-    def _end_all(self, dead: str) -> None:
-        with self._wake:
-            self._dead = dead
-            left = [*self.running.values(), *self._waiting]
-            self._waiting.clear()
-            tasks = list(self._tasks)
-            reason: Literal["cancelled", "error"] = "cancelled" if self._closing else "error"
-        for active in left:
-            self._end(active, EndEvent(reason, "" if self._closing else dead))
-        for _, future in tasks:
-            future.set_exception(EngineDead(dead))
+
+def _send(active: ActiveRequest, event: Event) -> bool:
+    """Pass an event on. False: its receiver failed, which must end no other request."""
+    try:
+        active.on_event(event)
+    except Exception:
+        _logger.exception("the receiver of request %s failed", active.request.id)
+        return False
+    return True
 
 
 def _message(error: Exception) -> str:

@@ -13,7 +13,7 @@ from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, r
 from qvera.evaluation.named_adapters import adapters_root
 from qvera.models.hub import is_adapter_of_hub, local_directory
 from qvera.models.loader import load_base
-from qvera.serve.bank import require_served
+from qvera.serve.slots import require_served
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path

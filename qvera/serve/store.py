@@ -12,10 +12,9 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qvera.evaluation.named_adapters import name_of, named_directories, run_of
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
@@ -31,29 +30,16 @@ _ONLY = ""  # stands for the adapter's name in a run that trained one
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFacts:
-    """Facts of an adapter that need no vectors."""
-
-    name: str
-    directory: Path
-    size_bytes: int  # of its two files
-    base: str | None  # as its config names it
-    rank: int | None
-    changed: float  # when its vectors were written, in seconds since 1970
-    rows: int | None  # trained on; None, also below: no run or job says so
-    loss_before: float | None  # held-out loss of the base
-    loss: float | None  # held-out loss of the adapter
-
-
 class AdapterStore:
-    """The adapters that clients may name, for any thread. Methods raise UnknownAdapter for an unknown name."""
+    """The adapters that clients may name, for any thread. Methods raise UnknownAdapter for an unknown name.
+
+    An adapter in the directory that is called like the base can't be asked for: the name means the base.
+    """
 
     def __init__(self, path: Path | None, base_names: Collection[str] = ()) -> None:
         """``path``: a run that trained many, or a directory of adapters, perhaps empty. ``base_names``: of the base."""
-        self._root = path
-        if path is not None and (path / RECIPE_FILE).is_file():
-            self._root = path / ADAPTERS
+        is_run = path is not None and (path / RECIPE_FILE).is_file()
+        self.root = path / ADAPTERS if path is not None and is_run else path  # the directory that is listed
         self.base_names = frozenset(base_names)
         self._added: dict[str, Path] = {}
         self._removed: dict[str, Path] = {}
@@ -63,17 +49,18 @@ class AdapterStore:
         """Directory → stamps and SHA-256 of its files, only for files that have settled."""
         self._visible: dict[str, Path] | None = None
         """Listed ones without removed ones, with added ones; None: to be made again."""
-        self._scores: tuple[Path, list[int], dict[str, dict[str, Any]]] | None = None
+        self._run: tuple[Path, list[int], dict[str, dict[str, Any]]] | None = None
+        """A run.json, its stamp, and its entries by the adapters' names."""
         self._lock = threading.RLock()
-
-    @property
-    def root(self) -> Path | None:
-        """The directory that is listed, or None."""
-        return self._root
 
     def names(self) -> list[str]:
         """All names, sorted, without reading any adapter."""
         return sorted(self._directories())
+
+    def hidden_names(self) -> list[str]:
+        """Names in the directory that mean the base instead of the adapter."""
+        self._directories()
+        return sorted(self.base_names & set(self._listed))
 
     def resolve(self, model: str) -> ResolvedAdapter | None:
         """What a name, or a blend such as ``support*0.7+legal*0.3``, means now. None: the base.
@@ -84,10 +71,13 @@ class AdapterStore:
         """
         if model in self.base_names:
             return None
-        directories = self._directories()
-        weights = self._weights(model, directories)
-        parts = tuple(AdapterPart(w, directories[name], self._sha256(directories[name])) for name, w in weights.items())
-        return ResolvedAdapter(model, identity_of(parts), parts)
+        known = self._directories()
+        weights = self._weights(model, known)
+        parts = tuple(AdapterPart(w, known[name], self._sha256(known[name])) for name, w in weights.items())
+        if len(parts) == 1 and parts[0].weight == 1:
+            return ResolvedAdapter(model, parts[0].sha256, parts)
+        text = json.dumps(sorted((part.sha256, part.weight) for part in parts))
+        return ResolvedAdapter(model, hashlib.sha256(text.encode()).hexdigest(), parts)
 
     def parts_of(self, model: str) -> list[str]:
         """Names of the adapters in a name or blend. Reads none. Raises as `resolve`; the base is unknown here."""
@@ -98,8 +88,7 @@ class AdapterStore:
 
         Raises InputError if it is no adapter directory, or another one has the name.
         """
-        if name in self.base_names:
-            raise InputError(f"{shown_name(name)}: is the name of the base.")
+        self._require_not_base(name)
         if not name.strip():
             raise InputError("an adapter's name is empty; expected a text to call it by.")
         directory = directory.absolute()
@@ -108,20 +97,19 @@ class AdapterStore:
             raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}, so it is not an adapter directory.")
         with self._lock:
             other = self._directories().get(name)
-            if other is not None and other.absolute() != directory and not replace:
+            is_other = other is None or other.absolute() != directory
+            if other is not None and is_other and not replace:
                 raise InputError(f"{shown_name(name)}: is the name of another adapter; unload that one first.")
             if self._removed.get(name) == directory:
                 del self._removed[name]
-            elif other is None or other.absolute() != directory:
+            elif is_other:
                 self._added[name] = directory
             self._visible = None
 
     def remove(self, name: str) -> None:
         """Forget a name. Its files stay, and `add` brings it back."""
         with self._lock:
-            directory = self._directories().get(name)
-            if directory is None:
-                raise self._unknown(name)
+            directory = self._directory(name)
             if self._added.pop(name, None) is None:
                 self._removed[name] = directory
             self._visible = None
@@ -131,68 +119,83 @@ class AdapterStore:
 
         Raises InputError for an empty name, one of the base, a blend or an adapter elsewhere, or if there is no root.
         """
-        if name in self.base_names:
-            raise InputError(f"{shown_name(name)}: is the name of the base.")
-        if self._root is None:
+        self._require_not_base(name)
+        if self.root is None:
             raise InputError("there is no directory of adapters; start the server with --adapters DIR.")
         known = self._directories()
-        if self._is_blend(name, known):
+        if name not in known:
+            try:
+                self._weights(name, known)
+            except UnknownAdapter:
+                return self.root / directory_names([*known, name])[name]
             raise InputError(f"{shown_name(name)}: means a sum of adapters that are there; expected a name of its own.")
-        found = known.get(name)
-        if found is None:
-            return self._root / directory_names([*known, name])[name]
-        if found.parent.absolute() != self._root.absolute() or unescape_name(found.name) != name:
+        if known[name].parent.absolute() != self.root.absolute() or unescape_name(known[name].name) != name:
             raise InputError(
                 f"{shown_name(name)}: is the name of an adapter in another directory, which stays as it is."
             )
-        return found
+        return known[name]
 
-    def facts(self, name: str) -> AdapterFacts:
-        """Facts from an adapter's config, and from its run or job. Raises InputError if its config can't be read."""
-        directory = self._directories().get(name)
-        if directory is None:
-            raise self._unknown(name)
+    def facts(self, name: str) -> dict[str, Any]:
+        """What is known without the vectors. Raises InputError if the adapter's config can't be read.
+
+        ``name``, ``directory``, ``size_bytes`` of both files, ``base`` and ``rank`` as the config has them, ``changed``
+        (when the vectors were written, in seconds since 1970), and, where its run or job says so, ``rows`` trained on
+        and held-out losses of base and adapter (``loss_before``, ``loss``). What is not known is None.
+        """
+        directory = self._directory(name)
         config = read_json(directory / ADAPTER_CONFIG, "a PEFT adapter config")
         try:
             sizes = [(directory / file).stat() for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         except OSError as error:
             raise InputError(f"{directory}: can't be read ({error.strerror}).") from None
-        entry = self._job_entry(directory) or self._run_entry(directory)
-        base, rank = config.get("base_model_name_or_path"), config.get("rank")
-        return AdapterFacts(
-            name=name,
-            directory=directory,
-            size_bytes=sum(size.st_size for size in sizes),
-            base=base if isinstance(base, str) else None,
-            rank=rank if isinstance(rank, int) else None,
-            changed=sizes[1].st_mtime,
-            rows=_number(entry.get("rows"), int),
-            loss_before=_number(_loss(entry, "eval_before"), float),
-            loss=_number(_loss(entry, "eval_after"), float),
-        )
+        entry = try_read_json(directory / TRAINING_FACTS) or {}
+        if not entry or entry.get("adapter_sha256") != self._sha256(directory):  # other vectors are there now
+            entry = self._run_entry(directory)
+        base, rank, rows = config.get("base_model_name_or_path"), config.get("rank"), _number(entry.get("rows"))
+        return {
+            "name": name,
+            "directory": directory,
+            "size_bytes": sum(size.st_size for size in sizes),
+            "base": base if isinstance(base, str) else None,
+            "rank": rank if isinstance(rank, int) else None,
+            "changed": sizes[1].st_mtime,
+            "rows": None if rows is None else int(rows),
+            "loss_before": _number(_mapping(entry, "eval_before").get("loss")),
+            "loss": _number(_mapping(entry, "eval_after").get("loss")),
+        }
+
+    def _require_not_base(self, name: str) -> None:
+        if name in self.base_names:
+            raise InputError(f"{shown_name(name)}: is the name of the base.")
 
     def _directories(self) -> dict[str, Path]:
         """Name → directory. The root is listed again only if it has changed."""
         with self._lock:
-            if self._root is not None:
+            if self.root is not None:
                 try:
-                    stamp = file_stamp(self._root.stat())
+                    stamp = file_stamp(self.root.stat())
                     if self._listed_at is None or self._listed_at[0] != stamp or not _settled(*self._listed_at):
                         now = time.time_ns()
-                        self._listed = named_directories(self._root)
+                        self._listed = named_directories(self.root)
                         self._listed_at, self._visible = (stamp, now), None
                 except OSError:
                     self._listed, self._listed_at, self._visible = {}, None, None  # it may come, or come back
             if self._visible is None:
-                removed = self._removed
-                self._visible = {name: path for name, path in self._listed.items() if removed.get(name) != path}
-                self._visible |= self._added
+                self._visible = {
+                    name: path
+                    for name, path in self._listed.items()
+                    if self._removed.get(name) != path and name not in self.base_names
+                } | self._added
             return self._visible
 
+    def _directory(self, name: str) -> Path:
+        if (directory := self._directories().get(name)) is None:
+            raise self._unknown(name)
+        return directory
+
     def _sha256(self, directory: Path) -> str:
-        files = [directory / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         try:
-            stamps = [file_stamp(file.stat()) for file in files]
+            stamps = [file_stamp((directory / file).stat()) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         except OSError as error:
             raise InputError(f"{error.filename}: can't be read ({error.strerror}).") from None
         with self._lock:
@@ -208,67 +211,45 @@ class AdapterStore:
                 self._known.pop(directory, None)
         return sha256
 
-    def _weights(self, model: str, directories: Collection[str]) -> dict[str, float]:
-        if model in directories:
+    def _weights(self, model: str, known: Collection[str]) -> dict[str, float]:
+        """The adapters in a name or blend, and the weight of each."""
+        if model in known:
             return {model: 1.0}
         weights: dict[str, float] = {}
         for term in model.split("+"):
             name, star, number = term.strip().rpartition("*")
             if not star or not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
                 raise self._unknown(model)
-            if name not in directories:
+            if name not in known:
                 raise self._unknown(name)
             weights[name] = weights.get(name, 0.0) + float(number)
         if len(weights) > _MOST_PARTS:
             raise InputError(f"model: a blend has at most {_MOST_PARTS} adapters, this one {len(weights)}.")
         return weights
 
-    def _is_blend(self, name: str, directories: Collection[str]) -> bool:
-        try:
-            return name not in self._weights(name, directories)
-        except UnknownAdapter:
-            return False
-
     def _unknown(self, name: str) -> UnknownAdapter:
         shown = shown_name(name if len(name) <= 100 else f"{name[:100]}…")
         return UnknownAdapter(f"there is no adapter {shown}{did_you_mean(name[:100], self.names()[:1000])}")
 
-    def _job_entry(self, directory: Path) -> dict[str, Any]:
-        """The entry of the fine-tuning job that made an adapter; empty if other vectors are there now."""
-        entry = try_read_json(directory / TRAINING_FACTS) or {}
-        return entry if entry and entry.get("adapter_sha256") == self._sha256(directory) else {}
-
     def _run_entry(self, directory: Path) -> dict[str, Any]:
         """The entry of an adapter in its run's run.json, if any."""
-        run = run_of(directory)
-        if run is None:
+        if (run := run_of(directory)) is None:
             return {}
-        file = run / "run.json"
         try:
-            stamp = file_stamp(file.stat())
+            stamp = file_stamp((run / "run.json").stat())
         except OSError:
             return {}
         with self._lock:
-            if self._scores is None or self._scores[:2] != (file, stamp):
-                self._scores = file, stamp, _entries(try_read_json(file) or {})
-            entries = self._scores[2]
-            return entries.get(name_of(directory) or _ONLY, {})
-
-
-def identity_of(parts: Sequence[AdapterPart]) -> str:
-    """The identity of a weighted sum. A single adapter's is the SHA-256 of its content."""
-    if len(parts) == 1 and parts[0].weight == 1:
-        return parts[0].sha256
-    text = json.dumps(sorted((part.sha256, part.weight) for part in parts))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _entries(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name → rows and scores of a run.json's adapters. A single adapter has the name `_ONLY`."""
-    listed = run.get("adapters")
-    if isinstance(listed, list):
-        return {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
-    return {_ONLY: {**_mapping(run, "result"), "rows": _mapping(run, "data").get("train_rows")}}
+            if self._run is None or self._run[:2] != (run, stamp):
+                document = try_read_json(run / "run.json") or {}
+                listed = document.get("adapters")
+                if isinstance(listed, list):
+                    entries = {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
+                else:
+                    rows = _mapping(document, "data").get("train_rows")
+                    entries = {_ONLY: {**_mapping(document, "result"), "rows": rows}}
+                self._run = run, stamp, entries
+            return self._run[2].get(name_of(directory) or _ONLY, {})
 
 
 def _mapping(document: dict[str, Any], key: str) -> dict[str, Any]:
@@ -280,31 +261,23 @@ def _settled(stamp: list[int], read_ns: int) -> bool:
     return read_ns - stamp[1] > _SETTLED_NS
 
 
-def _loss(entry: dict[str, Any], key: str) -> object:
-    return _mapping(entry, key).get("loss")
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _number(value: object, kind: Callable[[Any], Any]) -> Any:
-    return kind(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """The bytes of ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
     config: bytes
     vectors: bytes
-
-    @property
-    def sha256(self) -> str:
-        """Hex, of both files: the same vectors under another config are another adapter."""
-        parts = (hashlib.sha256(part).digest() for part in (self.config, self.vectors))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+    sha256: str  # hex, of both files: the same vectors under another config are another adapter
 
 
 def read_content(directory: Path) -> Content:
     """Read both files. Raises InputError as `read_file`."""
-    return Content(read_file(directory / ADAPTER_CONFIG), read_file(directory / ADAPTER_WEIGHTS))
+    config, vectors = read_file(directory / ADAPTER_CONFIG), read_file(directory / ADAPTER_WEIGHTS)
+    both = hashlib.sha256(config).digest() + hashlib.sha256(vectors).digest()
+    return Content(config, vectors, hashlib.sha256(both).hexdigest())
 
 
 def read_file(path: Path) -> bytes:

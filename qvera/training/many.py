@@ -14,6 +14,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qvera.adapters.bank import AdapterBank
@@ -36,7 +37,7 @@ from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage
-from qvera.utils.paths import ADAPTERS
+from qvera.utils.paths import ADAPTERS, resolve_path
 from qvera.utils.status_line import status_line
 
 T = TypeVar("T")
@@ -89,6 +90,9 @@ class ManyTrainer(BankLoop, Run):
         self.runs = [
             every[number] for number in deal([run.steps for run in every], self.group.world_size)[self.group.rank]
         ]
+        base = Path(resolve_path(self.recipe.model.path)).name
+        if base in (run.name for run in every):
+            self.warn(f"{shown_name(base)}: an adapter and the base have this name, and `qvera serve` means the base.")
         sizes = sorted(len(run.rows.train) for run in every)
         self.console.print(
             f"{len(every):,} adapters of {sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,}), "

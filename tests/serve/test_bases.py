@@ -48,6 +48,14 @@ SHAPE = (
 )
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_neither_16_nor_4_bits_fall_back_to_static_batches(quantization: str, tiny_model_dir: Path) -> None:
+    model = {"quantization": quantization, "compute_dtype": "bfloat16"}
+    with engine_of(tiny_model_dir, "auto", model) as engine:
+        assert engine.why_static is None
+        assert submit(engine, request([3, 4], max_tokens=2)).end() == EndEvent("length")
+
+
 BASES: dict[str, tuple[dict[str, Any], float]] = {
     "bf16 over nf4": ({"compute_dtype": "bfloat16"}, 0.1),
     "fp16 over nf4": ({"compute_dtype": "float16"}, 0.02),

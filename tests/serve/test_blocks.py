@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens
+from qvera.serve.batches import BLOCK_TOKENS, Blocks, CachedTokens
 
 
 def _step(blocks: Blocks, running: list[CachedTokens], tokens: int = 1000) -> list[tuple[CachedTokens, int]]:

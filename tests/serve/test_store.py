@@ -58,11 +58,11 @@ def test_names_are_those_of_the_data_whatever_they_are_and_never_paths(run_dir: 
 
 def test_facts_are_those_of_the_files_and_of_the_run(run_dir: Path) -> None:
     facts = AdapterStore(run_dir).facts("Ben & Söhne")
-    files = [facts.directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-    assert facts.size_bytes == sum(len(file.read_bytes()) for file in files)
-    assert (facts.rank, facts.rows, facts.loss_before, facts.loss) == (8, 7, 2.4, 1.5)
-    assert facts.base is not None
-    assert facts.base.endswith("tiny-llama")
+    files = [facts["directory"] / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    assert facts["size_bytes"] == sum(len(file.read_bytes()) for file in files)
+    assert (facts["rank"], facts["rows"], facts["loss_before"], facts["loss"]) == (8, 7, 2.4, 1.5)
+    assert facts["base"] is not None
+    assert facts["base"].endswith("tiny-llama")
     with pytest.raises(UnknownAdapter):
         AdapterStore(run_dir).facts("nan")  # run.json has it, but it was not saved
 
@@ -71,8 +71,8 @@ def test_facts_of_a_run_of_one_adapter(trained_run: Path) -> None:
     store = AdapterStore(None)
     store.add("mine", trained_run / "adapter")
     facts, run = store.facts("mine"), json.loads((trained_run / "run.json").read_text())
-    assert facts.rows == run["data"]["train_rows"]
-    assert (facts.loss_before, facts.loss) == tuple(
+    assert facts["rows"] == run["data"]["train_rows"]
+    assert (facts["loss_before"], facts["loss"]) == tuple(
         run["result"][when]["loss"] for when in ("eval_before", "eval_after")
     )
 
@@ -86,6 +86,18 @@ def test_a_new_name_means_neither_the_base_nor_a_sum_of_others(tmp_path: Path) -
     for name in ("tiny", "a*0.5", "a*0.5+b*2*1"):
         with pytest.raises(InputError, match="is the name of the base|means a sum of adapters"):
             store.directory_for(name)
+
+
+def test_an_adapter_that_is_called_like_the_base_is_not_listed_but_told(tmp_path: Path) -> None:
+    """Its name means the base, so listed it would be answered for by the base."""
+    for name in ("base", "a"):
+        _write(tmp_path / name)
+    store = AdapterStore(tmp_path, base_names=["base"])
+    assert store.names() == ["a"]
+    assert store.hidden_names() == ["base"]
+    assert store.resolve("base") is None
+    with pytest.raises(UnknownAdapter):
+        store.parts_of("base*0.5+a*0.5")
 
 
 def test_what_is_trained_under_a_name_is_not_written_over_an_adapter_that_lies_elsewhere(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import os
 import re
 import secrets
 import socket
@@ -50,7 +49,6 @@ class Limits:
     file_bytes: int = 512 << 20  # of one upload; every 256 KiB must arrive within ``body_seconds``
     files: int = 100  # uploaded files of one key; without keys there is no such limit
     open_jobs: int = 16  # unfinished fine-tuning jobs of one key; without keys there is no such limit
-    jobs_at_once: int = 8  # fine-tuning jobs trained together
     stop_strings: int = 4
     stop_characters: int = 256  # of one stop string
     top_logprobs: int = 20
@@ -94,12 +92,22 @@ class KeyFile:
         """Raises InputError where the file is missing or holds something else."""
         self.path = path
         self._lock = threading.Lock()
-        self._keys = read_keys(path)
-        self._stamp: list[int] | None = _stamp(path)
+        self._keys = _read_keys(path)
+        self._stamp: list[int] | None = file_stamp(path.stat())
 
     def find(self, key: str) -> Access | None:
         """The owner of a key, or None. All hashes are compared, in constant time."""
-        self._read_again()
+        with self._lock:
+            try:
+                stamp = file_stamp(self.path.stat())
+            except OSError:
+                stamp = None
+            if stamp != self._stamp:
+                self._stamp = stamp
+                try:
+                    self._keys = _read_keys(self.path)
+                except InputError as error:  # being edited, or spoilt: nobody gets more than before
+                    _log.warning("%s The keys read before stay in use.", error)
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
         found = None
         for sha256, access in self._keys:
@@ -107,26 +115,8 @@ class KeyFile:
                 found = access
         return found
 
-    def _read_again(self) -> None:
-        with self._lock:
-            stamp = _stamp(self.path)
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
-            try:
-                self._keys = read_keys(self.path)
-            except InputError as error:  # being edited, or spoilt: nobody gets more than before
-                _log.warning("%s The keys read before stay in use.", error)
 
-
-def _stamp(path: Path) -> list[int] | None:
-    try:
-        return file_stamp(os.stat(path))
-    except OSError:
-        return None
-
-
-def read_keys(path: Path) -> list[tuple[str, Access]]:
+def _read_keys(path: Path) -> list[tuple[str, Access]]:
     """Each key's hash and what it may do. Raises InputError that names the faulty entry."""
     made = "Make one with `qvera serve --new-key NAME --keys FILE`."
     entries = read_json(path, "a file of keys", keys=("keys",), fix=made)["keys"]
@@ -134,32 +124,26 @@ def read_keys(path: Path) -> list[tuple[str, Access]]:
         raise InputError(f"{path}: keys: expected a list. {made}")
     found: dict[str, tuple[str, Access]] = {}
     for number, entry in enumerate(entries, start=1):
-        name, key = _read_key(f"{path}: key {number}", entry)
+        where = f"{path}: key {number}"
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected an object with name, sha256, adapters and may.")
+        if unknown := sorted(set(entry) - {"name", "sha256", "adapters", "may"}):
+            raise InputError(f"{where}: unknown {unknown[0]!r}; expected name, sha256, adapters and may.")
+        name, sha256 = entry.get("name"), entry.get("sha256")
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{where}: name: expected a text.")
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise InputError(f"{where} ({name}): sha256: expected 64 hex digits, the SHA-256 of the key.")
+        for part in ("adapters", "may"):
+            values = entry.get(part)
+            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                raise InputError(f"{where} ({name}): {part}: expected a list of texts.")
+        _require_actions(f"{where} ({name}): may", entry["may"])
         if name in found:
-            raise InputError(f"{path}: key {number}: the name {name!r} is used twice; give each key its own.")
-        found[name] = key
+            raise InputError(f"{where}: the name {name!r} is used twice; give each key its own.")
+        adapters = None if ALL in entry["adapters"] else frozenset(entry["adapters"])
+        found[name] = sha256, Access(name, adapters, frozenset(entry["may"]))
     return list(found.values())
-
-
-def _read_key(where: str, entry: Any) -> tuple[str, tuple[str, Access]]:
-    if not isinstance(entry, dict):
-        raise InputError(f"{where}: expected an object with name, sha256, adapters and may.")
-    if unknown := sorted(set(entry) - {"name", "sha256", "adapters", "may"}):
-        raise InputError(f"{where}: unknown {unknown[0]!r}; expected name, sha256, adapters and may.")
-    name, sha256 = entry.get("name"), entry.get("sha256")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{where}: name: expected a text.")
-    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise InputError(f"{where} ({name}): sha256: expected 64 hex digits, the SHA-256 of the key.")
-    lists = {}
-    for part in ("adapters", "may"):
-        values = entry.get(part)
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise InputError(f"{where} ({name}): {part}: expected a list of texts.")
-        lists[part] = values
-    _require_actions(f"{where} ({name}): may", lists["may"])
-    adapters = None if ALL in lists["adapters"] else frozenset(lists["adapters"])
-    return name, (sha256, Access(name, adapters, frozenset(lists["may"])))
 
 
 def _require_actions(where: str, may: Collection[str]) -> None:
@@ -178,7 +162,7 @@ def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[st
     with FileLock(path.with_name(f".{path.name}.lock")):
         entries: list[dict[str, Any]] = []
         if path.exists():
-            read_keys(path)
+            _read_keys(path)
             entries = read_json(path, "a file of keys")["keys"]
         if any(entry["name"] == name for entry in entries):
             raise InputError(f"{path}: has a key {name!r} already. Use another name, or take that key out of the file.")

@@ -9,91 +9,74 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 
 import qvera
-from qvera.serve.api import completions, errors, files, fine_tuning, metrics, models
-from qvera.serve.api.access import DEFAULTS, LOCAL, Access, KeyFile, Limits, is_loopback, is_of_other_site, name_of
+from qvera.serve.api import completions, errors, files, fine_tuning, models
+from qvera.serve.api.access import LOCAL, Access, is_loopback, is_of_other_site, name_of
 from qvera.serve.api.errors import ApiError, ClientGone
-from qvera.serve.api.metrics import Metrics
-from qvera.serve.api.service import Service
+from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.page import PAGE_PATHS, add_page
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from qvera.evaluation.generate import PromptWriter
-    from qvera.serve.engine import Engine
-    from qvera.serve.fine_tuning.jobs import Jobs
-    from qvera.serve.store import AdapterStore
-
-
-def create_app(
-    engine: Engine,
-    store: AdapterStore,
-    prompts: PromptWriter,
-    stop_tokens: frozenset[int],
-    *,
-    base_name: str,
-    limits: Limits = DEFAULTS,
-    keys: KeyFile | None = None,
-    jobs: Jobs | None = None,
-) -> FastAPI:
-    """OpenAI's API over an engine; ``app.state.service`` is its state.
-
-    Args:
-        engine: already started; the caller closes it.
-        base_name: how the base is listed; one of the store's ``base_names``.
-        keys: None asks for no key; only for the loopback address.
-        jobs: None: the fine-tuning routes say that this server trains nothing.
-    """
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        app.state.service.close()
-
-    # The pages of FastAPI's documentation load scripts from other hosts.
-    app = FastAPI(title="qvera", version=qvera.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    service = Service(
-        engine,
-        store,
-        prompts,
-        base_name,
-        stop_tokens,
-        vocabulary=len(prompts.encoder.tokenizer),
-        limits=limits,
-        keys=keys,
-        metrics=Metrics(engine.stats, jobs),
-        jobs=jobs,
-    )
-    app.state.service = service
-    for routes in (completions, models, files, fine_tuning, metrics):
-        app.include_router(routes.router)
-    add_page(app)
-    errors.add_handlers(app)
-    app.add_middleware(Guard, service=service)
-    return app
-
-
 _OPEN = ("/health", *PAGE_PATHS)
 """No key is needed: a load balancer has none, and the page asks its reader for one."""
 _UPLOAD_PATH = "/v1/files"
+_PATHS_OF_ONE = ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs")  # more follows: a name or id
 _KNOWN_PATHS = (
-    "/v1/models",
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/v1/load_adapter",
     "/v1/unload_adapter",
-    "/v1/files",
-    "/v1/fine_tuning/jobs",
-    "/health",
     "/metrics",
-    *PAGE_PATHS,
+    *_PATHS_OF_ONE,
+    *_OPEN,
 )  # labels of a metric; paths that clients invent would be labels without end
+
+router = APIRouter()
+
+
+def create_app(service: Service) -> FastAPI:
+    """OpenAI's API over a service, which is ``app.state.service``."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    # The pages of FastAPI's documentation load scripts from other hosts.
+    app = FastAPI(title="qvera", version=qvera.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    for each in (completions.router, models.router, files.router, fine_tuning.router, router):
+        app.include_router(each)
+    add_page(app)
+    errors.add_handlers(app)
+    app.add_middleware(Guard, service=service)
+    return app
+
+
+@router.get("/health", response_model=None)
+async def health(request: Request) -> Response:
+    """200 while the server takes calls; 503 once it stops, or where its engine has ended."""
+    service = service_of(request)
+    stats = await service.in_thread(service.engine.stats, "quick")
+    status = "draining" if service.draining else "ok" if stats.dead is None else "dead"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+
+@router.get("/metrics", response_model=None)
+async def metrics(request: Request) -> Response:
+    """Numbers in Prometheus' text format."""
+    require(request, "use")
+    service = service_of(request)
+    text = await service.in_thread(service.metrics.text, "disk")
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class Guard:
@@ -109,7 +92,7 @@ class Guard:
         """Let one call through, or answer why not."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        metrics, began, status = self.service.metrics, time.monotonic(), 0
+        service, path, began, status = self.service, scope["path"], time.monotonic(), 0
         name = uuid.uuid4().hex
 
         async def counted(message: Message) -> None:
@@ -121,11 +104,11 @@ class Guard:
 
         state = scope.setdefault("state", {})
         state["began"] = began
-        self.service.running += 1
+        service.running += 1
         try:
             try:
-                state["access"] = await self._access(scope)
-                is_upload = scope["method"] == "POST" and scope["path"] == _UPLOAD_PATH
+                state["access"] = await self._access(path, Headers(scope=scope))
+                is_upload = scope["method"] == "POST" and path == _UPLOAD_PATH
                 replay = receive if is_upload else await self._with_body(scope, receive)
             except ApiError as error:
                 return await error.response()(scope, receive, counted)
@@ -133,26 +116,36 @@ class Guard:
                 return
             await self.app(scope, replay, counted)
         finally:
-            self.service.running -= 1
-            metrics.calls.labels(_label(scope["path"]), str(status)).inc()
-            if scope["path"].endswith("/completions"):
-                metrics.call_seconds.observe(time.monotonic() - began)
+            service.running -= 1
+            of_one = next((known for known in _PATHS_OF_ONE if path.startswith(f"{known}/")), None)
+            service.metrics.calls.labels(of_one or (path if path in _KNOWN_PATHS else "other"), str(status)).inc()
+            if path.endswith("/completions"):
+                service.metrics.call_seconds.observe(time.monotonic() - began)
 
-    async def _access(self, scope: Scope) -> Access:
-        headers, service = Headers(scope=scope), self.service
-        if scope["path"] in _OPEN:
+    async def _access(self, path: str, headers: Headers) -> Access:
+        """What the sender may do."""
+        service, keys = self.service, self.service.keys
+        if path in _OPEN:
             return Access("nobody", frozenset(), frozenset())
         if service.draining:
             raise ApiError(
                 503, "The server is stopping and takes no new calls.", retry_seconds=service.limits.retry_seconds
             )
-        if service.keys is None:
-            _require_own_page(headers.get("host", ""), headers.get("origin"))
+        if keys is None:
+            # only the loopback address protects this server, and a browser here lets any site's page call it
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if not is_loopback(name_of(host)):
+                raise ApiError(
+                    403,
+                    f"The host {host!r} is not this machine's own name. Use localhost, or start the server with "
+                    "--keys.",
+                )
+            if is_of_other_site(host, origin):
+                raise ApiError(403, f"Pages of {origin!r} may not call this server. Start it with --keys.")
             return LOCAL
         scheme, _, key = headers.get("authorization", "").partition(" ")
         access = None
         if scheme.lower() == "bearer":
-            keys = service.keys
             access = await service.in_thread(lambda: keys.find(key.strip()), "quick")
         if access is None:
             raise ApiError(
@@ -180,30 +173,9 @@ class Guard:
                         raise too_large
         except TimeoutError:
             raise ApiError(408, f"The body did not arrive within {limits.body_seconds:g} s.") from None
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> Message:
-            nonlocal whole
-            if whole is not None:
-                message, whole = whole, None
-                return message
-            return await receive()
+            return next(messages, None) or await receive()
 
         return replay
-
-
-def _require_own_page(host: str, origin: str | None) -> None:
-    """Without keys, only the loopback address protects a server, and a browser here lets any site's page call it."""
-    if not is_loopback(name_of(host)):
-        raise ApiError(
-            403, f"The host {host!r} is not this machine's own name. Use localhost, or start the server with --keys."
-        )
-    if is_of_other_site(host, origin):
-        raise ApiError(403, f"Pages of {origin!r} may not call this server. Start it with --keys.")
-
-
-def _label(path: str) -> str:
-    for known in ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs"):
-        if path.startswith(f"{known}/"):
-            return known
-    return path if path in _KNOWN_PATHS else "other"

@@ -1,96 +1,425 @@
-"""POST /v1/completions and /v1/chat/completions, answered whole or as a stream."""
+"""POST /v1/completions and /v1/chat/completions, answered whole or as a stream. Nothing here blocks the event loop."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from qvera.data import Turn
-from qvera.serve.api.errors import ApiError, bad_request
-from qvera.serve.api.generation import Call, Generation, Piece, ScoredToken, check_body, sampling_of, while_connected
+from qvera.serve.api.errors import ApiError, ClientGone, bad_request
 from qvera.serve.api.schemas import ChatBody, CompletionBody
-from qvera.serve.api.server import EventStream
-from qvera.serve.api.service import Service, access_of, require, service_of
-from qvera.serve.text import TokenTexts
+from qvera.serve.api.server import EventStream, wait_until_gone
+from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.requests import AdapterChanged, Busy, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
+from qvera.serve.text import TextStream, TokenTexts
 
 if TYPE_CHECKING:
+    from starlette.types import Receive
+
+    from qvera.serve.api.access import Access
     from qvera.serve.api.schemas import GenerationBody
+
+T = TypeVar("T")
+_TRIES = 3  # to resolve an adapter whose file is replaced meanwhile
+_CONTEXT_TOKENS = 5
+"""Prompt tokens that are decoded with a continuation: enough for a cut character and the word before."""
+ScoredToken: TypeAlias = tuple[TokenEvent, int]
+"""A token of an answer, with log-probabilities if asked for, and the character at which its text begins."""
 
 router = APIRouter()
 
 
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(request: Request, body: ChatBody) -> Response:
+    """Answer a conversation."""
+    access, service = require(request, "use"), service_of(request)
+    stop = _stop_strings(body, service)
+    if len(body.messages) > service.limits.messages:
+        raise bad_request(f"messages: at most {service.limits.messages} are taken.", "messages")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs: is only for logprobs: true.", "top_logprobs")
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise bad_request("max_completion_tokens: is another name of max_tokens; give one.", "max_completion_tokens")
+    turns = [
+        Turn(
+            "system" if message.role == "developer" else message.role,
+            message.text(),
+            extra={} if message.name is None else {"name": message.name},
+        )
+        for message in body.messages
+    ]
+    if service.prompts.system and turns[0].role != "system":  # the recipe's
+        turns.insert(0, Turn("system", service.prompts.system))
+
+    def prompts() -> list[list[int]]:
+        service.require_model(body.model, access)
+        return [service.prompts.ids(turns)]
+
+    ids = await while_connected(request.receive, service.read_prompts(access, prompts))
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
+    sampling = _sampling(body, service, ids, body.max_completion_tokens or body.max_tokens, top, keys)
+    streams = [TextStream(service.texts, stop) for _ in ids for _ in range(body.n or 1)]
+    answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began)
+    return await _answer(request, body, answers, _ChatFormat(service.texts, top is not None))
+
+
+@router.post("/v1/completions", response_model=None)
+async def complete(request: Request, body: CompletionBody) -> Response:
+    """Go on with a text, or with each of several."""
+    access, service = require(request, "use"), service_of(request)
+    stop = _stop_strings(body, service)
+
+    def prompts() -> list[list[int]]:
+        service.require_model(body.model, access)
+        is_one = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
+        given: list[Any] = [body.prompt] if is_one else list(body.prompt)
+        if not 1 <= len(given) <= service.limits.answers:
+            raise bad_request(f"prompt: expected 1 to {service.limits.answers} prompts, got {len(given)}.", "prompt")
+        for prompt in given:
+            if not isinstance(prompt, str) and prompt and max(prompt) >= service.vocabulary:
+                raise bad_request(
+                    f"prompt: {max(prompt)} is no token of this model, whose vocabulary ends at "
+                    f"{service.vocabulary - 1}.",
+                    "prompt",
+                )
+        return [service.prompts.encoder.encode_prompt(each) if isinstance(each, str) else list(each) for each in given]
+
+    ids = await while_connected(request.receive, service.read_prompts(access, prompts))
+    wanted = min(16, service.limits.new_tokens) if body.max_tokens is None else body.max_tokens
+    sampling = _sampling(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"))
+    streams = [TextStream(service.texts, stop, prompt[-_CONTEXT_TOKENS:]) for prompt in ids for _ in range(body.n or 1)]
+    answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began)
+    return await _answer(request, body, answers, _CompletionFormat(service.texts, body.logprobs is not None))
+
+
+def _stop_strings(body: GenerationBody, service: Service) -> list[str]:
+    """Check what chat and completions share, and return the stop strings. Raises ApiError 400 that names the key."""
+    body.require_supported()
+    limits = service.limits
+    stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
+    if len(stop) > limits.stop_strings:
+        raise bad_request(f"stop: at most {limits.stop_strings} texts are taken, got {len(stop)}.", "stop")
+    if any(not text or len(text) > limits.stop_characters for text in stop):
+        raise bad_request(f"stop: expected texts of 1 to {limits.stop_characters} characters.", "stop")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options: is only for stream: true.", "stream_options")
+    return stop
+
+
+def _sampling(
+    body: GenerationBody,
+    service: Service,
+    prompts: Sequence[Sequence[int]],
+    wanted: int | None,
+    top: int | None,
+    keys: tuple[str, str],
+) -> Sampling:
+    """How a call's tokens are drawn. Raises ApiError 400 if a prompt, or the number of answers, is beyond a limit.
+
+    Args:
+        wanted: new tokens per answer; None: as many as fit.
+        top: number of likely tokens to list; None: no log-probabilities at all.
+        keys: the body's keys for ``wanted`` and ``top``, for messages.
+    """
+    limits, longest = service.limits, max(map(len, prompts))
+    context = service.engine.longest_tokens
+    answers = len(prompts) * (body.n or 1)
+    if answers > limits.answers:
+        raise bad_request(f"n: a call has at most {limits.answers} answers, and this one asks {answers}.", "n")
+    if not min(map(len, prompts)):
+        raise bad_request("prompt: is empty; expected at least one token.", "prompt")
+    if longest > limits.prompt_tokens or longest + (wanted or 1) > context:
+        most = min(limits.prompt_tokens, context - (wanted or 1))
+        raise bad_request(
+            f"The prompt has {longest:,} tokens, and with {wanted or 1:,} new ones at most {max(most, 0):,} are taken. "
+            "Shorten it or ask for fewer new tokens.",
+            code="context_length_exceeded",
+        )
+    if wanted is not None and wanted > limits.new_tokens:
+        raise bad_request(f"{keys[0]}: at most {limits.new_tokens:,} are taken, got {wanted:,}.", keys[0])
+    if top is not None and top > limits.top_logprobs:
+        raise bad_request(f"{keys[1]}: at most {limits.top_logprobs} are taken, got {top}.", keys[1])
+    return Sampling(
+        max_tokens=wanted or min(limits.new_tokens, context - longest),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        top_logprobs=top,
+        stop_tokens=service.stop_tokens,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """The new part of one answer."""
+
+    index: int  # of the answer in its call
+    text: str
+    tokens: Sequence[ScoredToken]
+    finish: Literal["stop", "length"] | None = None  # only in an answer's last piece
+
+
+class Generation:
+    """The answers to a call: `start`, then `pieces`, and always `close`.
+
+    Attributes:
+        fingerprint: identifies the weights: the base's, or the content of the adapter.
+        prompt_tokens: each prompt counts once, however many answers it gets.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        access: Access,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        streams: Sequence[TextStream],
+        began: float,
+    ) -> None:
+        """``streams``: the text of each answer, in the order of the prompts; each prompt has equally many."""
+        self._service, self._access, self._model, self._prompts = service, access, model, prompts
+        self.sampling, self.streams, self._began = sampling, streams, began
+        self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
+        self.fingerprint = "fp_base"
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open: dict[int, str] = {}  # index of an answer → the id of its request
+        self._closed, self._counted = False, 0
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Send the call's requests to the engine.
+
+        Raises ApiError (unknown model, full queue) or InputError (damaged adapter, prompt that does not fit).
+        """
+        self._service.open_answers(self._access, len(self.streams))
+        self._counted = len(self.streams)
+        try:
+            await self._service.in_thread(self._submit)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, Busy):
+                raise
+            raise ApiError(
+                429,
+                "As many requests wait as may wait; ask again later.",
+                code="queue_full",
+                retry_seconds=self._service.limits.retry_seconds,
+            ) from None
+
+    def _submit(self) -> None:
+        for tries in range(_TRIES):
+            adapter = self._service.resolve(self._model, self._access)
+            events, per_prompt = self._events, len(self.streams) // len(self._prompts)
+            try:
+                for index in range(len(self.streams)):
+                    sampling, repetition = self.sampling, index % per_prompt
+                    if sampling.seed is not None:  # several answers with one seed would all be the same
+                        seed = (sampling.seed + repetition + 2**63) % 2**64 - 2**63
+                        sampling = dataclasses.replace(sampling, seed=seed)
+                    prompt = tuple(self._prompts[index // per_prompt])
+                    self._submit_one(index, GenerationRequest(uuid.uuid4().hex, prompt, adapter, sampling), events)
+            except AdapterChanged:
+                if tries + 1 == _TRIES:
+                    raise
+                # all answers of a call come from one adapter
+                self._cancel(*self._open)
+                self._events = asyncio.Queue()
+                continue
+            self.fingerprint = "fp_base" if adapter is None else f"fp_{adapter.identity[:16]}"
+            return
+
+    def _submit_one(self, index: int, request: GenerationRequest, events: asyncio.Queue[tuple[int, Event]]) -> None:
+        def on_event(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
+                self._loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        self._open[index] = request.id
+        try:
+            self._service.engine.submit(request, on_event)
+        except BaseException:
+            self._open.pop(index, None)
+            raise
+        if self._closed:  # the client went away meanwhile; perhaps before the engine knew the request
+            self._service.engine.cancel(request.id)
+            raise ClientGone
+
+    def close(self) -> None:
+        """Cancel unfinished answers, without waiting."""
+        self._closed = True
+        self._cancel(*self._open)
+        if self._counted:
+            self._service.open_answers(self._access, -self._counted)
+            self._counted = 0
+
+    def _cancel(self, *indexes: int) -> None:
+        for index in indexes:
+            if (request_id := self._open.pop(index, None)) is not None:
+                self._service.engine.cancel(request_id)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces of all answers as they come. Raises ApiError if the engine fails or the call takes too long."""
+        waiting: list[list[ScoredToken]] = [[] for _ in self.streams]  # tokens whose text is still held back
+        left, seconds = len(self.streams), self._service.limits.seconds
+        while left:
+            try:
+                async with asyncio.timeout(max(0.0, seconds - (time.monotonic() - self._began))):
+                    index, event = await self._events.get()
+            except TimeoutError:
+                raise ApiError(504, f"The answer took longer than {seconds:g} s.", code="timeout") from None
+            if index not in self._open:
+                continue  # ended by a stop string
+            stream, finish = self.streams[index], None
+            if isinstance(event, EndEvent):
+                del self._open[index]
+                text = stream.finish()
+                if event.reason == "error":
+                    raise ApiError(500, f"The engine failed: {event.message}", code="engine_error")
+                if event.reason == "cancelled":
+                    raise ApiError(503, "The server is stopping.", code="cancelled")
+                finish = event.reason
+            else:
+                if not self.new_tokens:
+                    self._service.metrics.first_token_seconds.observe(time.monotonic() - self._began)
+                self.new_tokens += 1
+                waiting[index].append((event, stream.length))
+                text = stream.add(event.token)
+            tokens = waiting[index]
+            if stream.stopped:
+                self._cancel(index)
+                finish, tokens = "stop", [token for token in tokens if token[1] < stream.length]
+            if text or finish is not None:
+                waiting[index] = []
+                left -= finish is not None
+                yield Piece(index, text, tokens, finish)
+
+
+@dataclasses.dataclass
 class _Format:
     """How one of OpenAI's two APIs writes an answer."""
 
-    whole: str  # ``object`` of a whole response
-    chunk: str  # ``object`` of a chunk of a stream
-    prefix: str  # of a response's id
+    texts: TokenTexts
+    with_logprobs: bool
 
-    def __init__(self, texts: TokenTexts, logprobs: bool) -> None:
-        self._texts, self._with_logprobs = texts, logprobs
+
+class _ChatFormat(_Format):
+    whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Chunks before an answer's first piece."""
-        raise NotImplementedError
+        return [self._delta(index, {"role": "assistant", "content": ""})]
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        out = []
+        if piece.text or (piece.tokens and self.with_logprobs):
+            out.append(self._delta(piece.index, {"content": piece.text}, piece.tokens))
+        if piece.finish is not None:
+            out.append(self._delta(piece.index, {}, finish=piece.finish))
+        return out
+
+    def _delta(
+        self, index: int, delta: dict[str, Any], tokens: Sequence[ScoredToken] = (), finish: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(tokens) if tokens else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            return {
+                "token": self.texts.shown(token),
+                "logprob": logprob,
+                "bytes": list(self.texts.bytes_of(token)),
+            }
+
+        content = [
+            {**entry(event.token, event.logprob), "top_logprobs": [entry(*each) for each in event.top]}
+            for event, _ in tokens
+        ]
+        return {"content": content, "refusal": None}
 
 
-async def _answer(request: Request, body: GenerationBody, call: Call, form: _Format) -> Response:
-    service = service_of(request)
+class _CompletionFormat(_Format):
+    """Answers as text, with log-probabilities in the lists of OpenAI's older API."""
+
+    whole, chunk, prefix = "text_completion", "text_completion", "cmpl-"
+
+    def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
+        shown, logprobs = self.texts.shown, None
+        if self.with_logprobs:
+            logprobs = {
+                "tokens": [shown(event.token) for event, _ in tokens],
+                "token_logprobs": [event.logprob for event, _ in tokens],
+                "top_logprobs": [{shown(each): value for each, value in event.top} for event, _ in tokens],
+                "text_offset": [offset for _, offset in tokens],
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        return []
+
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self.choice(piece.index, piece.text, piece.tokens, piece.finish)]
+
+
+async def _answer(
+    request: Request, body: GenerationBody, answers: Generation, form: _ChatFormat | _CompletionFormat
+) -> Response:
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
-    answers = Generation(service, call, access_of(request))
-    if not body.stream:
-        texts = await while_connected(request.receive, _whole(answers, call))
+    if body.stream:
+        await while_connected(request.receive, answers.start())
+        head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(_events(answers, form, head, with_usage), answers.close)
+    whole = await while_connected(request.receive, _all_pieces(answers))
 
-        def response() -> Response:
-            choices = [form.choice(index, *parts) for index, parts in enumerate(texts)]
-            content = {"object": form.whole, "system_fingerprint": answers.fingerprint, "choices": choices}
-            return JSONResponse({**head, **content, "usage": _usage(answers)})
+    def response() -> Response:
+        choices = []
+        for index, pieces in enumerate(whole):
+            tokens = [token for piece in pieces for token in piece.tokens]
+            choices.append(form.choice(index, "".join(piece.text for piece in pieces), tokens, pieces[-1].finish))
+        content = {"object": form.whole, "system_fingerprint": answers.fingerprint, "choices": choices}
+        return JSONResponse({**head, **content, "usage": _usage(answers)})
 
-        # the log-probabilities of many tokens are megabytes of JSON
-        return response() if call.sampling.top_logprobs is None else await service.in_thread(response)
-    await while_connected(request.receive, answers.start())
-    head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_events(answers, call, form, head, with_usage), answers.close)
+    # the log-probabilities of many tokens are megabytes of JSON
+    return response() if answers.sampling.top_logprobs is None else await service_of(request).in_thread(response)
 
 
-async def _whole(answers: Generation, call: Call) -> list[tuple[str, list[ScoredToken], str]]:
-    """Text, tokens and finish reason of each answer."""
-    count = len(call.prompts) * call.n
-    texts: list[list[str]] = [[] for _ in range(count)]
-    tokens: list[list[ScoredToken]] = [[] for _ in range(count)]
-    ends = [""] * count
+async def _all_pieces(answers: Generation) -> list[list[Piece]]:
+    pieces: list[list[Piece]] = [[] for _ in answers.streams]
     await answers.start()
     try:
         async for piece in answers.pieces():
-            texts[piece.index].append(piece.text)
-            tokens[piece.index] += piece.tokens
-            ends[piece.index] = piece.finish or ""
+            pieces[piece.index].append(piece)
     finally:
         answers.close()
-    return [("".join(texts[index]), tokens[index], ends[index]) for index in range(count)]
+    return pieces
 
 
 async def _events(
-    answers: Generation, call: Call, form: _Format, head: dict[str, Any], with_usage: bool
+    answers: Generation, form: _ChatFormat | _CompletionFormat, head: dict[str, Any], with_usage: bool
 ) -> AsyncIterator[bytes]:
     """Server-sent events, ended by ``data: [DONE]`` or by an event with an error."""
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     last = b"data: [DONE]\n\n"
     try:
-        for index in range(len(call.prompts) * call.n):
+        for index in range(len(answers.streams)):
             for choice in form.opening(index):
                 yield _event({**head, "choices": [choice], **usage})
         async for piece in answers.pieces():
@@ -116,149 +445,16 @@ def _event(chunk: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
-@router.post("/v1/chat/completions", response_model=None)
-async def chat(request: Request, body: ChatBody) -> Response:
-    """Answer a conversation."""
-    access, service = require(request, "use"), service_of(request)
-    stop = check_body(body, service)
-    if len(body.messages) > service.limits.messages:
-        raise bad_request(f"messages: at most {service.limits.messages} are taken.", "messages")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise bad_request("top_logprobs: is only for logprobs: true.", "top_logprobs")
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise bad_request("max_completion_tokens: is another name of max_tokens; give one.", "max_completion_tokens")
-
-    def prompt() -> list[int]:
-        service.require_model(body.model, access)
-        return service.prompts.ids(_turns(body, service))
-
-    prompts = [await while_connected(request.receive, service.read_prompts(access, prompt))]
-    top = (body.top_logprobs or 0) if body.logprobs else None
-    keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
-    sampling = sampling_of(body, service, prompts, body.max_completion_tokens or body.max_tokens, top, keys)
-    call = Call(body.model, prompts, body.n or 1, sampling, stop, continues=False, began=request.state.began)
-    return await _answer(request, body, call, _ChatFormat(service.texts, top is not None))
-
-
-def _turns(body: ChatBody, service: Service) -> list[Turn]:
-    """The messages as turns. The recipe's system prompt goes first where they have none."""
-    turns = [
-        Turn(
-            "system" if message.role == "developer" else message.role,
-            message.text(),
-            extra={} if message.name is None else {"name": message.name},
-        )
-        for message in body.messages
-    ]
-    if service.prompts.system and turns[0].role != "system":
-        turns.insert(0, Turn("system", service.prompts.system))
-    return turns
-
-
-class _ChatFormat(_Format):
-    whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
-
-    def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        return [self._delta(index, {"role": "assistant", "content": ""}, (), None)]
-
-    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        out = []
-        if piece.text or (piece.tokens and self._with_logprobs):
-            out.append(self._delta(piece.index, {"content": piece.text}, piece.tokens, None))
-        if piece.finish is not None:
-            out.append(self._delta(piece.index, {}, (), piece.finish))
-        return out
-
-    def _delta(
-        self, index: int, delta: dict[str, Any], tokens: Sequence[ScoredToken], finish: str | None
-    ) -> dict[str, Any]:
-        logprobs = self._logprobs(tokens) if tokens else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
-        content = [
-            {
-                **self._entry(token.event.token, token.event.logprob),
-                "top_logprobs": [self._entry(each, value) for each, value in token.event.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "token": self._texts.shown(token),
-            "logprob": logprob,
-            "bytes": list(self._texts.bytes_of(token)),
-        }
-
-
-@router.post("/v1/completions", response_model=None)
-async def complete(request: Request, body: CompletionBody) -> Response:
-    """Go on with a text, or with each of several."""
-    access, service = require(request, "use"), service_of(request)
-    stop = check_body(body, service)
-
-    def prompts() -> list[list[int]]:
-        service.require_model(body.model, access)
-        return _prompts(body, service)
-
-    ids = await while_connected(request.receive, service.read_prompts(access, prompts))
-    wanted = min(16, service.limits.new_tokens) if body.max_tokens is None else body.max_tokens
-    sampling = sampling_of(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"))
-    call = Call(body.model, ids, body.n or 1, sampling, stop, continues=True, began=request.state.began)
-    return await _answer(request, body, call, _CompletionFormat(service.texts, body.logprobs is not None))
-
-
-def _prompts(body: CompletionBody, service: Service) -> list[list[int]]:
-    """Token ids of each prompt. Raises ApiError for none, too many, or an id outside the vocabulary."""
-    given: list[Any] = [body.prompt] if isinstance(body.prompt, str) or _is_ids(body.prompt) else list(body.prompt)
-    if not 1 <= len(given) <= service.limits.answers:
-        raise bad_request(f"prompt: expected 1 to {service.limits.answers} prompts, got {len(given)}.", "prompt")
-    out = []
-    for prompt in given:
-        if isinstance(prompt, str):
-            out.append(service.prompts.encoder.encode_prompt(prompt))
-            continue
-        if prompt and max(prompt) >= service.vocabulary:
-            raise bad_request(
-                f"prompt: {max(prompt)} is no token of this model, whose vocabulary ends at {service.vocabulary - 1}.",
-                "prompt",
-            )
-        out.append(list(prompt))
-    return out
-
-
-def _is_ids(prompt: Sequence[Any]) -> bool:
-    return bool(prompt) and isinstance(prompt[0], int)
-
-
-class _CompletionFormat(_Format):
-    """Answers as text, with log-probabilities in the lists of OpenAI's older API."""
-
-    whole, chunk, prefix = "text_completion", "text_completion", "cmpl-"
-
-    def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        return []
-
-    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        return [self.choice(piece.index, piece.text, piece.tokens, piece.finish)]
-
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
-        return {
-            "tokens": [self._texts.shown(token.event.token) for token in tokens],
-            "token_logprobs": [token.event.logprob for token in tokens],
-            "top_logprobs": [{self._texts.shown(each): value for each, value in token.event.top} for token in tokens],
-            "text_offset": [token.offset for token in tokens],
-        }
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """Await ``work``. If the client disconnects, ``work`` is cancelled and ClientGone raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(wait_until_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -77,42 +76,32 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def add_handlers(app: FastAPI) -> None:
     """Give every error that a route raises OpenAI's form."""
 
-    def own(_: Request, error: ApiError) -> Response:
-        return error.response()
+    async def answer(request: Request, error: Exception) -> Response:
+        return _as_api_error(request, error).response()
 
-    def wrong_input(request: Request, error: InputError) -> Response:
+    for kind in (ApiError, InputError, RequestValidationError, HTTPException, ClientGone, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _as_api_error(request: Request, error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InputError):
         root = request.app.state.service.store.root
-        text = str(error) if root is None else str(error).replace(f"{root}/", "")  # others need not know where it is
-        return bad_request(text).response()
-
-    def not_valid(_: Request, error: RequestValidationError) -> Response:
-        first: Mapping[str, Any] = error.errors()[0]
-        where = [shortened(str(part)) for part in first["loc"][1:]]
+        # others need not know where it is
+        return bad_request(str(error) if root is None else str(error).replace(f"{root}/", ""))
+    if isinstance(error, RequestValidationError):
+        first: dict[str, Any] = error.errors()[0]
         if first["type"] == "json_invalid":
-            return bad_request(f"The body is not JSON: {first['ctx']['error']}.").response()
-        shown = ".".join(where)
-        return bad_request(f"{shown or 'The body'}: {first['msg']}.", where[0] if where else None).response()
-
-    def http(_: Request, error: HTTPException) -> Response:
+            return bad_request(f"The body is not JSON: {first['ctx']['error']}.")
+        where = [shortened(str(part)) for part in first["loc"][1:]]
+        return bad_request(f"{'.'.join(where) or 'The body'}: {first['msg']}.", where[0] if where else None)
+    if isinstance(error, HTTPException):
         if error.status_code == 404:
-            return ApiError(404, "There is no such path; this server has those of /openapi.json.").response()
-        response = ApiError(error.status_code, str(error.detail)).response()
-        response.headers.update(error.headers or {})
-        return response
-
-    def gone(_: Request, __: ClientGone) -> Response:
-        return ApiError(499, "The client has gone.").response()
-
-    def unexpected(_: Request, error: Exception) -> Response:
-        return ApiError(500, "The server failed; its log says why.").response()
-
-    handlers: dict[type[Exception], Any] = {
-        ApiError: own,
-        InputError: wrong_input,
-        RequestValidationError: not_valid,
-        HTTPException: http,
-        ClientGone: gone,
-        Exception: unexpected,
-    }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
+            return ApiError(404, "There is no such path; this server has those of /openapi.json.")
+        refused = ApiError(error.status_code, str(error.detail))
+        refused.headers.update(error.headers or {})
+        return refused
+    if isinstance(error, ClientGone):
+        return ApiError(499, "The client has gone.")
+    return ApiError(500, "The server failed; its log says why.")

@@ -1,17 +1,14 @@
-"""GET /health for load balancers, and GET /metrics for Prometheus. Each app has its own registry."""
+"""The numbers of GET /metrics, for Prometheus. Each app has its own registry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from qvera.serve.api.service import require, service_of
 from qvera.serve.requests import EngineStats
 
 if TYPE_CHECKING:
@@ -20,10 +17,11 @@ if TYPE_CHECKING:
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-class Metrics:
-    """Counters of the HTTP side. The engine's numbers are read whenever somebody asks."""
+class Metrics(Collector):
+    """Counters of the HTTP side. The numbers of the engine and of jobs are read whenever somebody asks."""
 
-    def __init__(self, stats: Callable[[], EngineStats], jobs: Jobs | None = None) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], jobs: Jobs | None) -> None:
+        self._stats, self._jobs = stats, jobs
         self._registry = CollectorRegistry()
         self.calls = Counter(
             "qvera_calls", "HTTP calls that were answered.", ("path", "status"), registry=self._registry
@@ -37,20 +35,14 @@ class Metrics:
         self.call_seconds = Histogram(
             "qvera_call_seconds", "From a call's arrival to its end.", buckets=_SECONDS, registry=self._registry
         )
-        self._registry.register(_EngineCollector(stats))
-        if jobs is not None:
-            self._registry.register(_JobCollector(jobs))
+        self._registry.register(self)
 
     def text(self) -> bytes:
         """All numbers in Prometheus' text format."""
         return generate_latest(self._registry)
 
-
-class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
     def collect(self) -> Iterator[Metric]:
+        """What the registry asks for: the numbers of the engine and of jobs."""
         stats = self._stats()
         for name, text, value in (
             ("requests_running", "Requests that have a place in the batch.", stats.running),
@@ -69,39 +61,13 @@ class _EngineCollector(Collector):
         )
         for name, text, count in counters:
             yield CounterMetricFamily(f"qvera_{name}", text, count)
-
-
-class _JobCollector(Collector):
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs = jobs
-
-    def collect(self) -> Iterator[Metric]:
+        if self._jobs is None:
+            return
         gauge = GaugeMetricFamily("qvera_fine_tuning_jobs", "Fine-tuning jobs.", labels=["status"])
         counts = self._jobs.database.counts()
         counts["running"] = counts.get("running", 0) + counts.pop("finishing", 0)
-        for status, count in counts.items():
-            gauge.add_metric([status], count)
+        for status, jobs in counts.items():
+            gauge.add_metric([status], jobs)
         yield gauge
         tokens = self._jobs.worker.tokens
         yield CounterMetricFamily("qvera_training_tokens", "Tokens of rows that were trained on.", tokens)
-
-
-router = APIRouter()
-
-
-@router.get("/health", response_model=None)
-async def health(request: Request) -> Response:
-    """200 while the server takes calls; 503 once it stops, or where its engine has ended."""
-    service = service_of(request)
-    stats = await service.in_thread(service.engine.stats, "quick")
-    status = "draining" if service.draining else "ok" if stats.dead is None else "dead"
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-
-@router.get("/metrics", response_model=None)
-async def metrics(request: Request) -> Response:
-    """Numbers in Prometheus' text format."""
-    require(request, "use")
-    service = service_of(request)
-    text = await service.in_thread(service.metrics.text, "disk")
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

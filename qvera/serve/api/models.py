@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,12 @@ async def describe_model(request: Request, name: str) -> Response:
 
     def card() -> dict[str, Any]:
         service.require_model(name, access)
-        if name in service.store.base_names or service.store.parts_of(name) != [name]:
+        if not _is_adapter(service, name):
             return _card(service, name)
-        facts = dataclasses.asdict(service.store.facts(name))
-        return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": _public(facts)}
+        facts = {key: fact for key, fact in service.store.facts(name).items() if key != "directory"}
+        if facts["base"] is not None and Path(facts["base"]).is_absolute():
+            facts["base"] = Path(facts["base"]).name  # others need not know where it is
+        return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": facts}
 
     return JSONResponse(await service.in_thread(card))
 
@@ -56,7 +57,7 @@ async def delete_model(request: Request, name: str) -> Response:
     def delete() -> None:
         service.require_model(name, access)
         not_made = ApiError(403, f"No fine-tuning job of this key has made {name!r}, so it can't delete it.", "model")
-        if name in service.store.base_names or service.store.parts_of(name) != [name]:
+        if not _is_adapter(service, name):
             raise not_made
         adapter = None
         with contextlib.suppress(InputError):  # a damaged one can be deleted all the same
@@ -72,6 +73,11 @@ async def delete_model(request: Request, name: str) -> Response:
     return JSONResponse({"id": name, "object": "model", "deleted": True})
 
 
+def _is_adapter(service: Service, name: str) -> bool:
+    """Whether it is one adapter, and neither the base nor a blend."""
+    return name not in service.store.base_names and service.store.parts_of(name) == [name]
+
+
 def _card(service: Service, name: str) -> dict[str, Any]:
     base = service.base_name
     return {
@@ -82,14 +88,6 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "root": base,
         "parent": None if name in service.store.base_names else base,
     }
-
-
-def _public(facts: dict[str, Any]) -> dict[str, Any]:
-    """Without paths on the server's disk."""
-    base = facts.get("base")
-    if base is not None and Path(base).is_absolute():
-        facts["base"] = Path(base).name
-    return {key: value for key, value in facts.items() if not isinstance(value, Path)}
 
 
 @router.post("/v1/load_adapter", response_model=None)
@@ -153,8 +151,8 @@ async def _unload(request: Request, name: str, forget: bool) -> None:
         try:
             adapter = service.resolve(name, access)
         except InputError:
-            if not forget:
-                raise  # a damaged one can be forgotten all the same
+            if not forget:  # a damaged one can be forgotten all the same
+                raise
         if forget:
             service.store.remove(name)
         if adapter is not None:

@@ -18,6 +18,7 @@ from qvera.evaluation.generate import PromptWriter
 from qvera.serve.api.access import DEFAULTS
 from qvera.serve.api.app import create_app
 from qvera.serve.api.server import Server, bound
+from qvera.serve.api.service import Service
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.requests import GenerationRequest
@@ -111,15 +112,9 @@ def start() -> Iterator[Start]:
         if training_dir is not None:
             training = addresses.enter_context(_training(training_dir, training_slots))
             adapters = AdapterStore(training.root, base_names=["tiny", "hub/tiny"])
+        ends, jobs = frozenset({tokenizer.eos_token_id}), None if training is None else training.jobs
         app = create_app(
-            engine,
-            adapters,
-            prompts,
-            frozenset({tokenizer.eos_token_id}),
-            base_name="tiny",
-            limits=dataclasses.replace(DEFAULTS, **limits),
-            keys=keys,
-            jobs=None if training is None else training.jobs,
+            Service(engine, adapters, prompts, ends, "tiny", dataclasses.replace(DEFAULTS, **limits), keys, jobs)
         )
         server = Server(app)
         listener, url = addresses.enter_context(bound("127.0.0.1", 0))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qvera.serve.engine import BackgroundWork
 from qvera.serve.requests import (
@@ -145,15 +146,6 @@ class ScriptedEngine:
         running.on_event(event)
 
 
-@dataclass(frozen=True)
-class Facts:
-    rows: int
-    size_bytes: int
-    changed: float
-    base: str
-    directory: Path
-
-
 class NamedStore:
     """Adapters that are names and contents; a directory under ``root`` with a file ``content`` can be added."""
 
@@ -191,5 +183,6 @@ class NamedStore:
             raise UnknownAdapter(name)
         del self.contents[name]
 
-    def facts(self, name: str) -> Facts:
-        return Facts(7, len(self.contents[name]), 5.5, "/models/tiny", Path("/secret"))
+    def facts(self, name: str) -> dict[str, Any]:
+        size, place = len(self.contents[name]), Path("/secret")
+        return {"rows": 7, "size_bytes": size, "changed": 5.5, "base": "/models/tiny", "directory": place}

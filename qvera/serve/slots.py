@@ -65,37 +65,35 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
     return config
 
 
-class SlotTable:
-    """Which adapter is in which slot. The least recently used one is evicted, but never one in use.
+class _Slots:
+    """A bank of one shape, and which adapter is in which slot.
 
-    Slots count from 1 to ``count``. Slot 0 belongs to the base.
+    The least recently used one is evicted, but never one in use. Slots count from 1. Slot 0 belongs to the base.
     """
 
-    def __init__(self, count: int) -> None:
-        self._slots: OrderedDict[str, tuple[int, HostVectors]] = OrderedDict()
+    def __init__(self, bank: AdapterBank, count: int) -> None:
+        self.bank = bank
+        self.slots: OrderedDict[str, tuple[int, HostVectors]] = OrderedDict()
         """Identity → slot and its vectors, the most recently used last."""
         self._users: dict[str, int] = {}
         self._free = list(range(count, 0, -1))
         self._unloading: set[str] = set()
 
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def acquire(self, vectors: HostVectors) -> tuple[int, bool] | None:
-        """Add a user: its slot, and whether the vectors must be put there. None: other adapters use every slot."""
+    def acquire(self, vectors: HostVectors) -> int | None:
         identity = vectors.identity
-        is_new = identity not in self._slots
-        if is_new:
-            slot = self._free.pop() if self._free else self._evict()
-            if slot is None:
-                return None
-            self._slots[identity] = slot, vectors
-        self._slots.move_to_end(identity)
+        if identity not in self.slots:
+            if not self._free:
+                unused = next((one for one in self.slots if one not in self._users), None)
+                if unused is None:
+                    return None
+                self._free.append(self.slots.pop(unused)[0])
+            self.bank.put(self._free[-1], vectors.packed)
+            self.slots[identity] = self._free.pop(), vectors
+        self.slots.move_to_end(identity)
         self._users[identity] = self._users.get(identity, 0) + 1
-        return self._slots[identity][0], is_new
+        return self.slots[identity][0]
 
     def release(self, identity: str) -> None:
-        """Remove a user. The adapter keeps its slot until another needs it or it was unloaded."""
         self._users[identity] -= 1
         if not self._users[identity]:
             del self._users[identity]
@@ -103,17 +101,12 @@ class SlotTable:
                 self.unload(identity)
 
     def unload(self, identity: str) -> None:
-        """Free the adapter's slot once it has no user. Does nothing if it has no slot."""
         if identity in self._users:
             self._unloading.add(identity)
             return
         self._unloading.discard(identity)
-        if identity in self._slots:
-            self._free.append(self._slots.pop(identity)[0])
-
-    def _evict(self) -> int | None:
-        unused = next((identity for identity in self._slots if identity not in self._users), None)
-        return None if unused is None else self._slots.pop(unused)[0]
+        if identity in self.slots:
+            self._free.append(self.slots.pop(identity)[0])
 
 
 class ServingBank:
@@ -128,7 +121,7 @@ class ServingBank:
         self._base = base
         self.device = next(base.model.parameters()).device
         self._specs = linear_specs(base.model)
-        self._banks: dict[AdapterShape, tuple[AdapterBank, SlotTable]] = {}
+        self._slots: dict[AdapterShape, _Slots] = {}
         self._numbers = itertools.count()  # of banks that were begun
         self._mixed = MixedForward(self.device)
         self._read: weakref.WeakValueDictionary[str, HostVectors] = weakref.WeakValueDictionary()
@@ -155,11 +148,11 @@ class ServingBank:
             return self._read.setdefault(adapter.identity, HostVectors(adapter.identity, shape, packed))
 
     def _blend(self, adapter: ResolvedAdapter) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
+        """Shape and vectors of a weighted sum: b ⊙ (B (d ⊙ A x)) is linear in b alone."""
         shapes, parts = zip(*(self._read_part(part) for part in adapter.parts), strict=True)
         if len(parts) == 1 and adapter.parts[0].weight == 1:
             return shapes[0], parts[0]
-        # b ⊙ (B (d ⊙ A x)) is linear in b alone
-        first = adapter.parts[0].directory.name
+        first, summed = adapter.parts[0].directory.name, dict(parts[0])
         for part, shape, vectors in zip(adapter.parts, shapes, parts, strict=True):
             if shape != shapes[0]:
                 raise InputError(
@@ -173,13 +166,13 @@ class ServingBank:
                         f"{key.rpartition('.')[2].removeprefix('qvera_')}, so no single adapter is their weighted sum. "
                         "Adapters of one base that were trained with adapter.train_d: false can be blended."
                     )
-        weighted = [(part.weight, vectors) for part, vectors in zip(adapter.parts, parts, strict=True)]
-        return shapes[0], {
-            key: sum((w * vectors[key].double() for w, vectors in weighted), torch.zeros(())).float()
-            if key.endswith(".qvera_b")
-            else vector
-            for key, vector in parts[0].items()
-        }
+        for key in summed:
+            if key.endswith(".qvera_b"):
+                terms = [
+                    part.weight * vectors[key].double() for part, vectors in zip(adapter.parts, parts, strict=True)
+                ]
+                summed[key] = sum(terms, torch.zeros(())).float()
+        return shapes[0], summed
 
     def _read_part(self, part: AdapterPart) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
         content = read_content(part.directory)
@@ -195,54 +188,42 @@ class ServingBank:
 
     def needs_layers(self, vectors: HostVectors) -> bool:
         """Whether `acquire` would change the model's layers, as it does for the first adapter of a shape."""
-        return vectors.shape not in self._banks
+        return vectors.shape not in self._slots
 
     def acquire(self, vectors: HostVectors) -> int | None:
-        """Add a user of an adapter and return its slot, filled. None: all slots of its bank are in use."""
-        if vectors.shape not in self._banks:
-            self._add_bank(vectors.shape)
-        bank, table = self._banks[vectors.shape]
-        acquired = table.acquire(vectors)
-        if acquired is None:
-            return None
-        slot, is_new = acquired
-        if is_new:
-            bank.put(slot, vectors.packed)
-        return slot
+        """Add a user of an adapter and return its slot, filled. None: all slots of its shape are in use."""
+        if self.needs_layers(vectors):
+            name, shape = f"__shape_{next(self._numbers)}__", vectors.shape
+            model = add_adapter(self._base, name, shape.config)
+            for layer in give_to_answers(model, name):
+                layer.mixed = self._mixed
+            bank = AdapterBank(model, self.slots + 1, name, shape.layout(self._specs))
+            self._slots[shape] = _Slots(bank, self.slots)
+        return self._slots[vectors.shape].acquire(vectors)
 
     def release(self, vectors: HostVectors) -> None:
-        """Remove a user."""
-        self._banks[vectors.shape][1].release(vectors.identity)
+        """Remove a user. The adapter keeps its slot until another needs it or it was unloaded."""
+        self._slots[vectors.shape].release(vectors.identity)
 
     def unload(self, identity: str) -> None:
         """Free an adapter's slot once it has no user."""
-        for _, table in self._banks.values():
-            table.unload(identity)
+        for slots in self._slots.values():
+            slots.unload(identity)
 
     @property
     def resident(self) -> int:
         """Number of adapters in slots."""
-        return sum(len(table) for _, table in list(self._banks.values()))
+        return sum(len(slots.slots) for slots in list(self._slots.values()))
 
     @property
     def size_bytes(self) -> int:
         """Memory of all slots, used or not."""
-        return sum(bank.vectors.nbytes for bank, _ in list(self._banks.values()))
-
-    def _add_bank(self, shape: AdapterShape) -> None:
-        name = f"__shape_{next(self._numbers)}__"
-        model = add_adapter(self._base, name, shape.config)
-        for layer in give_to_answers(model, name):
-            layer.mixed = self._mixed
-        bank = AdapterBank(model, self.slots + 1, name, shape.layout(self._specs))
-        self._banks[shape] = bank, SlotTable(self.slots)
-
-    # The forward pass
+        return sum(slots.bank.vectors.nbytes for slots in list(self._slots.values()))
 
     def use(self, users: Sequence[tuple[HostVectors | None, int, int]]) -> None:
         """Set the adapters of the next forward pass.
 
         ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch.
         """
-        slots = [None if vectors is None else (self._banks[vectors.shape][0], slot) for vectors, slot, _ in users]
+        slots = [None if vectors is None else (self._slots[vectors.shape].bank, slot) for vectors, slot, _ in users]
         self._mixed.use(slots, [tokens for *_, tokens in users])

@@ -1,0 +1,507 @@
+"""Batches of requests: continuous ones, whose keys and values stand in blocks of one cache, and static ones.
+
+To `PagedBatches`, requests come and go at any step. `Blocks` says which block holds which tokens and what each step
+computes. The tokens of a step run as one sequence [1, tokens] by transformers' public interfaces only: an attention
+function and a mask function, registered under our own name, and arguments that a model hands on to its attention. Each
+layer gets the *rule* of its mask (causal, within a window, within a chunk) and applies it to the positions of each
+request. A query meets keys and values of its own request only, so a request whose numbers are not finite spoils no
+other.
+
+Models of untested types are tried before the first request: `PagedBatches._require_same_logits`. `StaticBatches`, with
+the same methods, are for those that can't run so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from qvera.evaluation.generate import CACHE_ARGUMENT, padded
+from qvera.utils import accelerator, memory
+from qvera.utils.errors import RunFailed, first_line
+from qvera.utils.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qvera.serve.requests import EngineSettings
+
+BLOCK_TOKENS = 16
+"""Tokens per block. Only whole blocks are shared: a shorter common beginning is computed again."""
+PAGED = "qvera_paged"  # the name of the attention
+Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""transformers' mask function: batch, head, positions of queries and keys → which keys a query may see."""
+_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # each has a test, so it needs no trial
+_TOLERANCES = {4: 1e-3, 2: 0.05}
+"""Bytes per key → allowed difference of logits from those of an ordinary pass, relative to their norm."""
+
+
+class CachedTokens:
+    """The tokens of a request, and where their keys and values are. ``identity``: of its adapter; "" for the base."""
+
+    def __init__(self, tokens: Sequence[int], identity: str = "") -> None:
+        self.tokens, self.identity = list(tokens), identity
+        self.blocks: list[int] = []  # in the order of the tokens; empty: it must begin, or begin again
+        self.computed = 0  # leading tokens whose keys and values are there
+        self.ended = False
+        self.parent: int | str = identity
+        """The content number of the last full block that others may share, which the next one follows."""
+
+    @property
+    def blocks_needed(self) -> int:
+        """Blocks that hold all of its tokens."""
+        return -(-len(self.tokens) // BLOCK_TOKENS)
+
+    def key(self, number: int) -> tuple[int | str, tuple[int, ...]]:
+        """What its next block to be shared, the ``number``-th, is found by."""
+        return self.parent, tuple(self.tokens[number * BLOCK_TOKENS : (number + 1) * BLOCK_TOKENS])
+
+
+T = TypeVar("T", bound=CachedTokens)
+
+
+class Blocks:
+    """The blocks of a cache, and the scheduler over them.
+
+    A block is found by its adapter, the tokens before it and its own tokens; these are compared, not only hashed. So
+    requests of one adapter share equal beginnings, and those of two adapters never do.
+
+    The request that has run longest always gets a block, if need be from the newest one, which begins again later. The
+    cache holds the longest request, so every step advances some request.
+    """
+
+    def __init__(self, count: int, share: bool) -> None:
+        self.count = count
+        self.fresh: list[int] = []  # blocks that changed owner since the last `take_fresh`
+        self._share = share
+        self._content = itertools.count()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all requests and contents."""
+        self._users = [0] * self.count
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.count))
+        """Blocks without a user, the next to be taken first. Their contents are still known."""
+        self._block_of: dict[tuple[int | str, tuple[int, ...]], int] = {}
+        self._known: dict[int, tuple[tuple[int | str, tuple[int, ...]], int]] = {}  # block → its key, content number
+
+    def take_fresh(self) -> list[int]:
+        """Blocks that changed owner since the last call; they still hold another request's keys and values."""
+        fresh, self.fresh = self.fresh, []
+        return fresh
+
+    def schedule(self, running: Iterable[T], step_tokens: int) -> list[tuple[T, int]]:
+        """The next step: requests, and how many of their next tokens it computes, ``step_tokens`` in all at most.
+
+        Requests with a single token come first, then prompts in the order of ``running``.
+        """
+        running = list(running)
+        begun = [request for request in running if request.blocks]
+        for request in list(begun):
+            while request.blocks and not self._grow(request):
+                self.release(begun.pop())
+        begun.sort(key=lambda request: len(request.tokens) - request.computed > 1)
+        batch: list[tuple[T, int]] = []
+        for request in [*begun, *(request for request in running if not request.blocks)]:
+            if not step_tokens or not (request.blocks or self._begin(request)):
+                break  # none passes one that waits for memory
+            count = min(step_tokens, len(request.tokens) - request.computed)
+            batch.append((request, count))
+            step_tokens -= count
+        return batch
+
+    def note_computed(self, request: CachedTokens, count: int) -> None:
+        """Note that ``count`` more tokens are in the cache. Blocks that are full now can be shared."""
+        before, request.computed = request.computed, request.computed + count
+        if not self._share:
+            return
+        for number in range(before // BLOCK_TOKENS, request.computed // BLOCK_TOKENS):
+            block, key = request.blocks[number], request.key(number)
+            if self._block_of.setdefault(key, block) == block and block not in self._known:
+                self._known[block] = key, next(self._content)
+            request.parent = self._known[self._block_of[key]][1]
+
+    def release(self, request: CachedTokens) -> None:
+        """Free a request's blocks. Their contents stay known until the blocks are needed; later blocks go first."""
+        for block in reversed(request.blocks):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
+                self._free.move_to_end(block, last=block in self._known)
+        request.blocks, request.computed, request.parent = [], 0, request.identity
+
+    def _begin(self, request: CachedTokens) -> bool:
+        """Give a request blocks for all of its tokens; False if they are not free."""
+        shared: list[int] = []
+        # one token at least is computed, since the next one is drawn from its logits
+        while self._share and (len(shared) + 1) * BLOCK_TOKENS < len(request.tokens):
+            block = self._block_of.get(request.key(len(shared)))
+            if block is None:
+                break
+            shared.append(block)
+            request.parent = self._known[block][1]
+        missing = request.blocks_needed - len(shared)
+        if missing > len(self._free) - sum(not self._users[block] for block in shared):
+            request.parent = request.identity
+            return False
+        for block in shared:
+            self._users[block] += 1
+            self._free.pop(block, None)
+        request.blocks, request.computed = shared, len(shared) * BLOCK_TOKENS
+        self._grow(request)
+        return True
+
+    def _grow(self, request: CachedTokens) -> bool:
+        """Give a request the blocks that its new tokens need; False if too few are free."""
+        while len(request.blocks) < request.blocks_needed:
+            if not self._free:
+                return False
+            block, _ = self._free.popitem(last=False)
+            if (known := self._known.pop(block, None)) is not None:
+                del self._block_of[known[0]]
+            self._users[block] = 1
+            self.fresh.append(block)
+            request.blocks.append(block)
+        return True
+
+
+class _Step:
+    """What all layers' attention needs to know of a step."""
+
+    def __init__(
+        self,
+        layers: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        write: torch.Tensor,
+        groups: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Prepare a step.
+
+        Args:
+            layers: keys and values [blocks, BLOCK_TOKENS, kv heads, size] of each layer.
+            write: int64 [tokens], where keys and values go, as block · BLOCK_TOKENS + place.
+            groups: requests with equal numbers of queries, and about equal numbers of blocks. Their blocks, int64
+                [requests, blocks], with shorter rows filled up by their own first block, which no query may see there;
+                and positions, int64 [requests, queries].
+        """
+        self.layers, self.write, self.groups = layers, write, groups
+        self.masks: dict[tuple[int, Rule, int], torch.Tensor] = {}
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None,
+        softcap: float | None, sinks: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention of the step's tokens in one layer; returns [tokens, heads, size of v].
+
+        Args:
+            q: [tokens, heads, size]; k and v: [tokens, kv heads, size].
+            softcap: scores become softcap · tanh(score / softcap).
+            sinks: [heads], scores of an extra key without a value.
+        """
+        keys, values = self.layers[layer]
+        keys.flatten(0, 1).index_copy_(0, self.write, k)
+        values.flatten(0, 1).index_copy_(0, self.write, v)
+        kv_heads, shared = k.shape[1], q.shape[1] // k.shape[1]
+        outputs, begin = [], 0
+        for number, (table, positions) in enumerate(self.groups):
+            rows, queries = positions.shape
+            # heads that share keys stand beside each other, as more queries of one head
+            query = q[begin : begin + rows * queries].reshape(rows, queries, kv_heads, shared, -1)
+            query = query.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, shared * queries, -1)
+            key, value = (
+                x.flatten(1).index_select(0, table.flatten()).view(rows, -1, *x.shape[2:]).transpose(1, 2)
+                for x in (keys, values)
+            )
+            mask = self._mask(number, rule, shared, q.dtype)
+            if softcap is None and sinks is None:
+                out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            else:
+                scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = (scores / softcap).tanh() * softcap
+                scores = scores + mask
+                if sinks is not None:
+                    sink = sinks.float().view(1, kv_heads, shared, 1).expand(rows, -1, -1, queries)
+                    scores = torch.cat([scores, sink.reshape(rows, kv_heads, -1, 1)], -1)
+                out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
+            out = out.view(rows, kv_heads, shared, queries, -1).permute(0, 3, 1, 2, 4)
+            outputs.append(out.reshape(rows * queries, q.shape[1], -1))
+            begin += rows * queries
+        return torch.cat(outputs)
+
+    def _mask(self, number: int, rule: Rule, shared: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to a group's scores, [requests, 1, shared · queries, keys]. Most layers share it."""
+        if (number, rule, shared) not in self.masks:
+            table, positions = self.groups[number]
+            of_queries = positions.unsqueeze(2)
+            of_keys = torch.arange(table.shape[1] * BLOCK_TOKENS, device=table.device).view(1, 1, -1)
+            seen = rule(0, 0, of_queries, of_keys) & (of_keys <= of_queries)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=table.device).masked_fill_(~seen, float("-inf"))
+            mask = mask.unsqueeze(1).expand(-1, shared, -1, -1).reshape(len(table), 1, -1, mask.shape[2])
+            self.masks[number, rule, shared] = mask
+        return self.masks[number, rule, shared]
+
+
+class _Shapes(dict[int, tuple[torch.Size, torch.Size, torch.dtype]]):
+    """Stands in for a step, to learn each layer's kv heads and size of keys and values, and their dtype."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+        self[layer] = k.shape[1:], v.shape[1:], k.dtype
+        return q.new_zeros(*q.shape[:2], v.shape[2])
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    paged_step: _Step | _Shapes | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: [1, heads, tokens, size] → [1, tokens, heads, size]."""
+    if paged_step is None or not callable(attention_mask) or position_bias is not None:
+        raise RuntimeError("its layers do not pass on what paged attention needs")
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out = paged_step.attend(module.layer_idx, q, k, v, attention_mask, scaling, softcap, s_aux)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(PAGED, _attention)
+# in place of a mask, layers get its rule
+AttentionMaskInterface.register(PAGED, lambda *_, mask_function, **__: mask_function)
+
+
+class PagedBatches:
+    """Batches that requests join and leave at any step. For one thread."""
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
+        """Make the cache, and switch the model's attention until `close`.
+
+        Raises RunFailed if the model can't run from blocks, or memory is short.
+        """
+        self._model, self._step_tokens = model, settings.step_tokens
+        self._attention = model.config._attn_implementation
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        config = model.config.get_text_config()
+        self.longest_tokens = int(config.max_position_embeddings)  # of one request in all
+        try:
+            with torch.no_grad():
+                is_known = model.config.model_type in _KNOWN_TYPES
+                # the first ids are often unused tokens, whose logits may be pure rounding error
+                *prompts, [answer] = [[config.vocab_size // n for n in ns] for ns in ((7, 5, 3), (4, 2), (6,))]
+                expected = [] if is_known else [self._ordinary_logits([*prompt, answer]) for prompt in prompts]
+                model.set_attn_implementation(PAGED)
+                shapes, zero = _Shapes(), torch.zeros(1, dtype=torch.long, device=model.device)
+                self._forward(zero, zero, zero, shapes)
+                if model.config._attn_implementation != PAGED or not shapes:
+                    raise RuntimeError("its attention is not made for other implementations")
+                tokens = settings.cache_tokens
+                if tokens is None:
+                    token_bytes = [(key.numel() + value.numel()) * of.itemsize for key, value, of in shapes.values()]
+                    share = 2 if accelerator.has_own_memory(model.device) else 8  # of the free memory
+                    # a layer gathers the keys and values of all requests, and attention may copy them once more
+                    fits = memory.available_bytes(model.device) // share // (sum(token_bytes) + 2 * max(token_bytes))
+                    tokens = min(fits, settings.max_running * self.longest_tokens)
+                count = max(1, tokens // BLOCK_TOKENS)
+                for layer, (key, value, dtype) in shapes.items():
+                    keys, values = (
+                        torch.zeros(count, BLOCK_TOKENS, *shape, dtype=dtype, device=model.device)
+                        for shape in (key, value)
+                    )
+                    self._layers[layer] = keys, values
+                self.longest_tokens = min(count * BLOCK_TOKENS, self.longest_tokens)
+                self._blocks = Blocks(count, settings.share_prefixes)
+                if not is_known:
+                    self._require_same_logits(prompts, answer, expected)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, MemoryError) as error:
+            self.close()
+            if is_out_of_memory(error):
+                raise RunFailed(
+                    f"the cache of keys and values does not fit into memory ({first_line(error)}) Lower "
+                    "--cache-tokens or --running."
+                ) from None
+            raise RunFailed(
+                f"continuous batching can't run {type(model).__name__} ({type(error).__name__}: {first_line(error)}) "
+                "Use the static engine (--engine static)."
+            ) from None
+
+    def may_begin(self) -> bool:
+        """Requests may always join."""
+        return True
+
+    def schedule(self, running: Collection[T]) -> list[tuple[T, int]]:
+        """The next step: requests and their numbers of tokens, in the order of the batch."""
+        batch = self._blocks.schedule(running, self._step_tokens)
+        return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
+
+    def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
+        """Run a step. Returns the requests that get a token now, and their logits [requests, vocabulary]."""
+        positions = [np.arange(request.computed, request.computed + count) for request, count in batch]
+        blocks = [
+            np.array(request.blocks)[of // BLOCK_TOKENS] for (request, _), of in zip(batch, positions, strict=True)
+        ]
+        drawing = [i for i, (request, count) in enumerate(batch) if request.computed + count == len(request.tokens)]
+        fresh = self._blocks.take_fresh()
+        arrays = {
+            "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in batch]),
+            "positions": np.concatenate(positions),
+            "write": np.concatenate(blocks) * BLOCK_TOKENS + np.concatenate(positions) % BLOCK_TOKENS,
+            "kept": np.cumsum([count for _, count in batch])[drawing or [-1]] - 1,
+            "fresh": np.array(fresh, dtype=np.int64),
+        }
+        # neighbours attend together: equal numbers of tokens, and at most twice the first one's blocks
+        groups: list[list[tuple[T, int]]] = []
+        for request, count in batch:
+            if groups and groups[-1][0][1] == count and len(request.blocks) <= 2 * len(groups[-1][0][0].blocks):
+                groups[-1].append((request, count))
+            else:
+                groups.append([(request, count)])
+        for number, group in enumerate(groups):
+            longest = max(len(request.blocks) for request, _ in group)
+            rows = [request.blocks + request.blocks[:1] * (longest - len(request.blocks)) for request, _ in group]
+            arrays[f"table {number}"] = np.array(rows)
+        sent = accelerator.tensors_on(self._model.device, arrays)
+        if fresh:
+            # a masked key or value that is not finite would still make the output nan
+            for tensor in itertools.chain.from_iterable(self._layers.values()):
+                tensor.index_fill_(0, sent["fresh"], 0)
+        parts = sent["positions"].split([sum(count for _, count in group) for group in groups])
+        tables = [sent[f"table {number}"] for number in range(len(groups))]
+        grouped = [(table, part.view(len(table), -1)) for table, part in zip(tables, parts, strict=True)]
+        step = _Step(self._layers, sent["write"], grouped)
+        logits = self._forward(sent["ids"], sent["positions"], sent["kept"], step)
+        for request, count in batch:
+            self._blocks.note_computed(request, count)
+        return [batch[i][0] for i in drawing], logits[: len(drawing)]
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, step: _Step | _Shapes
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self._model(
+            input_ids=ids.unsqueeze(0),
+            # without a mask transformers would look for rows in the positions
+            attention_mask=torch.ones_like(ids).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            logits_to_keep=kept,
+            use_cache=False,
+            paged_step=step,
+        ).logits
+        return logits[0]
+
+    def end(self, request: CachedTokens) -> None:
+        """Free a request's blocks."""
+        self._blocks.release(request)
+
+    def reset(self) -> None:
+        """Forget all requests, keys and values."""
+        self._blocks.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Give the model its own attention within the block."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(PAGED)
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        self._model.set_attn_implementation(self._attention)
+
+    def _ordinary_logits(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [2, vocabulary] of the last two places, by the model's ordinary pass."""
+        ids = torch.tensor([tokens], device=self._model.device)
+        logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits[0, -2:].float()
+
+    def _require_same_logits(self, prompts: list[list[int]], answer: int, expected: list[torch.Tensor]) -> None:
+        """Run the prompts and the token after them from blocks, the second one beside the first, and compare."""
+        requests = [CachedTokens(prompt) for prompt in prompts]
+        running, found = requests[:1], [list[torch.Tensor]() for _ in requests]
+        while running:
+            drawing, logits = self.run(self.schedule(running))
+            for request, row in zip(drawing, logits, strict=True):
+                found[requests.index(request)].append(row.float().clone())
+                request.tokens.append(answer)
+            running = [request for i, request in enumerate(requests) if len(found[i]) < 2]
+            for request in drawing:
+                if request not in running:
+                    self.end(request)
+        self.reset()
+        for rows, wanted in zip(found, expected, strict=True):
+            error = ((torch.stack(rows) - wanted).norm() / wanted.norm()).item()
+            if not error < _TOLERANCES[min(4, next(iter(self._layers.values()))[0].itemsize)]:
+                raise RuntimeError(f"its logits differ by {error:.1g} of their norm")
+
+
+class StaticBatches:
+    """Batches that begin and end together, by the model's ordinary pass and transformers' own cache. For one thread.
+
+    Rows are padded on the left as in `qvera.evaluation.generate`. New requests wait for the end of the running batch.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.longest_tokens = int(model.config.get_text_config().max_position_embeddings)  # of one request in all
+        self._rows: list[Any] = []
+        self._mask = torch.empty(0)
+        self._cache: DynamicCache | None = None
+
+    def may_begin(self) -> bool:
+        """Whether no batch runs."""
+        return all(row.ended for row in self._rows)
+
+    def schedule(self, running: Collection[T]) -> list[tuple[T, int]]:
+        """All rows of the batch, ended ones too, each with the columns of the next step."""
+        if self.may_begin():
+            self._rows, self._cache = list(running), None
+        width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
+        return [(row, width) for row in self._rows]
+
+    def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
+        """Run a step. Returns the rows that have not ended, and their logits [rows, vocabulary]."""
+        rows, device = [row for row, _ in batch], self._model.device
+        if self._cache is None:
+            self._cache = DynamicCache(config=self._model.config)
+            ids = padded([row.tokens for row in rows], 0).to(device)
+            self._mask = padded([[1] * len(row.tokens) for row in rows], 0).to(device)
+        else:
+            ids = torch.tensor([row.tokens[-1:] for row in rows], device=device)
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)
+        logits = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=(self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            use_cache=True,
+            logits_to_keep=1,
+            **{CACHE_ARGUMENT: self._cache},
+        ).logits[:, -1]
+        going = [i for i, row in enumerate(rows) if not row.ended]
+        return [rows[i] for i in going], logits[going]
+
+    def end(self, request: CachedTokens) -> None:
+        """Do nothing: the row stays until the batch ends."""
+
+    def reset(self) -> None:
+        """Forget the batch."""
+        self._rows, self._cache = [], None
+
+    def paused(self) -> contextlib.nullcontext[None]:
+        """The model always has its own attention."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Do nothing: the model was not changed."""
