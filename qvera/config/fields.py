@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self, get_args
 
@@ -42,7 +41,6 @@ Passes = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False), *Number]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
 class OnlyWith:
     """Marks a key that means something only where one of ``switches`` is on.
 
@@ -50,10 +48,8 @@ class OnlyWith:
     ``key: value`` is for a key beside the sections.
     """
 
-    switches: tuple[str, ...]
-
     def __init__(self, *switches: str) -> None:
-        object.__setattr__(self, "switches", switches)
+        self.switches = switches
 
     def is_on(self, recipe: BaseModel) -> bool:
         """Whether a recipe has one of the switches on."""
@@ -200,8 +196,15 @@ def _model_of(annotation: object) -> type[BaseModel] | None:
 
 def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: type[BaseModel]) -> str:
     known = list(holder.model_fields)
-    if parents == ["training"] and (advice := _INSTEAD.get(name) or _training_argument_advice(name)):
-        return f"is not a key of this section: {advice}."
+    if parents == ["training"]:
+        advice, package = _INSTEAD.get(name), importlib.util.find_spec("transformers")
+        if advice is None and package is not None and package.origin is not None:
+            # TrainingArguments as text: importing it would take seconds
+            text = (Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8")
+            if re.search(rf"^    {re.escape(name)}: ", text, re.MULTILINE):
+                advice = "it is a TrainingArguments field that this loop does not have; remove it"
+        if advice is not None:
+            return f"is not a key of this section: {advice}."
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"unknown key. Did you mean `{near[0]}`?"
     for section, field in root.model_fields.items():
@@ -209,17 +212,6 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
         if model is not None and parents != [section] and name in model.model_fields:
             return f"unknown key. There is `{section}.{name}`: move it there."
     return f"unknown key. Known here: {', '.join(known)}."
-
-
-def _training_argument_advice(name: str) -> str | None:
-    """Searches the text of transformers' TrainingArguments: importing it would take seconds."""
-    package = importlib.util.find_spec("transformers")
-    if package is None or package.origin is None:
-        return None
-    text = (Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8")
-    if re.search(rf"^    {re.escape(name)}: ", text, re.MULTILINE):
-        return "it is a TrainingArguments field that this loop does not have; remove it"
-    return None
 
 
 def _short(value: object) -> str:

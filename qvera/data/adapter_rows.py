@@ -12,6 +12,11 @@ from qvera.data.rows import Rows
 from qvera.data.source import members_of
 from qvera.utils.adapter_names import alike_names, directory_names, shown_name
 
+_ALL_NAMED = 12
+"""Up to this many adapters are listed by name."""
+_SHOWN = 5
+"""A warning lists up to this many names."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
@@ -48,46 +53,33 @@ class Adapters:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts and names for ``data`` in run.json."""
-        return {
-            "trained": len(self.trained),
-            "without_rows": self.without_rows,
-            "only_held_out": self.only_held_out,
-            "alike": self.alike,
-        }
+        names = {name: getattr(self, name) for name in ("without_rows", "only_held_out", "alike")}
+        return {"trained": len(self.trained), **names}
 
     def warnings(self) -> list[str]:
         """Warnings to show before the first step."""
+        texts = (
+            (
+                self.without_rows,
+                "Adapters without a row after cutting, which are not trained: {}. Raise data.max_length, or change "
+                "data.too_long.",
+            ),
+            (self.without_held_out, "Adapters without held-out rows, which are trained but not scored: {}."),
+            (
+                self.only_held_out,
+                "Adapters with held-out rows alone, which nothing trains or scores: {}. Are these names the same in "
+                "data.path?",
+            ),
+        )
         lines = []
-        if self.without_rows:
-            lines.append(
-                f"Adapters without a row after cutting, which are not trained: {_listed(self.without_rows)}. Raise "
-                "data.max_length, or change data.too_long."
-            )
-        if self.without_held_out:
-            lines.append(
-                f"Adapters without held-out rows, which are trained but not scored: {_listed(self.without_held_out)}."
-            )
-        if self.only_held_out:
-            lines.append(
-                f"Adapters with held-out rows alone, which nothing trains or scores: {_listed(self.only_held_out)}. "
-                "Are these names the same in data.path?"
-            )
+        for names, text in texts:
+            more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+            lines += [text.format(", ".join(map(repr, names[:_SHOWN])) + more)] if names else []
         if self.alike:
-            groups = [" and ".join(map(repr, group)) for group in self.alike[:_SHOWN]]
+            groups = "; ".join(" and ".join(map(repr, group)) for group in self.alike[:_SHOWN])
             more = f", and {len(self.alike) - _SHOWN:,} more groups" if len(self.alike) > _SHOWN else ""
-            lines.append(f"Names that are nearly the same, of different adapters: {'; '.join(groups)}{more}.")
+            lines.append(f"Names that are nearly the same, of different adapters: {groups}{more}.")
         return lines
-
-
-_ALL_NAMED = 12
-"""Up to this many adapters are listed by name."""
-_SHOWN = 5
-"""A warning lists up to this many names."""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: bool = False) -> Adapters:
@@ -98,30 +90,24 @@ def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: 
     """
     directory_names(names)
     number_of = {name: number for number, name in enumerate(names)}
-    of_train, of_eval = (_numbers(rows, number_of) for rows in (train, held_out))
-    only_held_out = list(number_of)[len(names) :]
-    rows_of = members_of(of_train, len(number_of))
-    eval_of = members_of(of_eval, len(number_of))
-    repeated = _repeated(of_train, train, of_eval, held_out, len(number_of))
-    every = zip(names, rows_of, eval_of, repeated.tolist(), strict=False)  # those with held-out rows alone come last
-    found = [AdapterRows(*each) for each in every]
+    owner_of = []  # int64 [n] each: the adapter's number of each row; a new name gets the next number
+    for rows in (train, held_out):
+        owners, places = rows.distinct_owners()
+        owner_of.append(np.array([number_of.setdefault(n, len(number_of)) for n in owners], dtype=np.int64)[places])
+    repeated = np.zeros(len(number_of), dtype=np.int64)
+    if len(held_out):
+        hashes, kind = np.unique(np.concatenate([train.ids_hash, held_out.ids_hash]), return_inverse=True)
+        pair = np.concatenate(owner_of) * len(hashes) + kind  # one number for each adapter and row
+        is_repeated = np.isin(pair[len(train) :], pair[: len(train)], kind="sort")
+        repeated = np.bincount(owner_of[1][is_repeated], minlength=len(number_of))
+    every = [members_of(each, len(number_of)) for each in owner_of]
+    # names with held-out rows alone come last, behind ``names``
+    found = [AdapterRows(*each) for each in zip(names, *every, repeated.tolist(), strict=False)]
     trained = [each for each in found if len(each.train)]
-    without_rows = [each.name for each in found if not len(each.train)]
-    without_held_out = [each.name for each in trained if not len(each.eval)] if holds_out else []
-    return Adapters(trained, without_rows, only_held_out, without_held_out, alike_names(names))
-
-
-def _numbers(rows: Rows, number_of: dict[str, int]) -> np.ndarray:
-    """Each row's adapter number, int64 [n]. A new name gets the next number."""
-    names, places = rows.distinct_owners()
-    return np.array([number_of.setdefault(name, len(number_of)) for name in names], dtype=np.int64)[places]
-
-
-def _repeated(of_train: np.ndarray, train: Rows, of_eval: np.ndarray, held_out: Rows, adapters: int) -> np.ndarray:
-    """Held-out rows of each adapter that are also its training rows, int64 [adapters]."""
-    if not len(held_out):
-        return np.zeros(adapters, dtype=np.int64)
-    hashes, kind = np.unique(np.concatenate([train.ids_hash, held_out.ids_hash]), return_inverse=True)
-    pair = np.concatenate([of_train, of_eval]) * len(hashes) + kind  # one number for each adapter and row
-    is_repeated = np.isin(pair[len(train) :], pair[: len(train)], kind="sort")
-    return np.bincount(of_eval[is_repeated], minlength=adapters)
+    return Adapters(
+        trained,
+        without_rows=[each.name for each in found if not len(each.train)],
+        only_held_out=list(number_of)[len(names) :],
+        without_held_out=[each.name for each in trained if holds_out and not len(each.eval)],
+        alike=alike_names(names),
+    )

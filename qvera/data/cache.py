@@ -3,8 +3,6 @@
 An entry (`qvera.utils.cache_dir`) is $QVERA_CACHE/rows/rows-KEY. KEY hashes everything that decides the rows. The entry
 holds train.arrow, eval.arrow and record.json, which is written last. One rank of a node makes it and the others wait.
 If the rows are wrong, that rank writes its error to .KEY.failed for them.
-
-`datasets.Dataset.from_generator` writes rows nine times slower, forks our threads and misses damaged files.
 """
 
 from __future__ import annotations
@@ -47,38 +45,44 @@ _NOT_OF_THE_ROWS = (
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
-def tokenized(section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None) -> TokenizedSource:
+def tokenized(
+    section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None, cached: bool = True
+) -> TokenizedSource:
     """The rows of one source, from the cache if it has them; else they are tokenized, and cached if possible.
+
+    Args:
+        cached: False: they are mapped from a temporary file that is deleted right away.
 
     Raises:
         InputError: as `tokenize_source`; or a file of the source changed while it was read.
-        RunFailed: the cache's disk is full.
+        RunFailed: the disk of the cache or of temporary files is full.
     """
-    root = ROWS.root
-    hashes = ROWS.hashes
-    key = _key_of(section, encoder, hashes)
-    if key is None:
-        return tokenized_uncached(section, encoder, console)
-    sha256 = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    failed = root / f".{sha256}.failed"
-    waiting = f"{section.path}: waiting, another process tokenizes these rows."
+    key = _key_of(section, encoder, ROWS.hashes) if cached else None
     with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            failed_before = _stamp(failed)
-            stack.enter_context(ROWS.locked(sha256, functools.cache(lambda: _warn(console, waiting))))  # said once
-        except OSError as error:
-            reason = f"{root}: tokenized rows can't be cached there ({error.strerror or error})"
-            _warn(console, f"{reason}; the next run tokenizes them again.")
-            return tokenized_uncached(section, encoder, console)
+        if key is not None:
+            root, sha256 = ROWS.root, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+            failed, text = root / f".{sha256}.failed", f"{section.path}: waiting, another process tokenizes these rows."
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                failed_before = _stamp(failed)
+                stack.enter_context(ROWS.locked(sha256, functools.cache(lambda: _warn(console, text))))  # said once
+            except OSError as error:
+                reason = f"{root}: tokenized rows can't be cached there ({error.strerror or error})"
+                _warn(console, f"{reason}; the next run tokenizes them again.")
+                key = None
+        if key is None:
+            directory = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True)
+            )
+            stack.enter_context(disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."))
+            return tokenize_source(section, encoder, Path(directory), console)
         target = root / f"{PREFIX}{sha256}"
-        found = _open_entry(target, hashes, console)
-        if found is not None:
+        if (found := _open_entry(target, console)) is not None:
             return found
         if _stamp(failed) not in (None, failed_before):  # written while this process waited
             raise InputError(failed.read_text(encoding="utf-8"))
         try:
-            return _make_entry(section, encoder, key, target, hashes, console)
+            return _make_entry(section, encoder, key, target, console)
         except InputError as error:
             with contextlib.suppress(OSError):  # the error that is raised is the one above
                 replace_text(failed, str(error))
@@ -89,31 +93,10 @@ def _stamp(file: Path) -> list[int] | None:
     return file_stamp(file.stat()) if file.exists() else None
 
 
-def tokenized_uncached(
-    section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None
-) -> TokenizedSource:
-    """The rows of one source, mapped from a temporary file that is deleted right away.
-
-    Raises:
-        InputError: as `tokenize_source`.
-        RunFailed: the disk for temporary files is full.
-    """
-    with (
-        tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True) as directory,
-        disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."),
-    ):
-        return tokenize_source(section, encoder, Path(directory), console)
-
-
 def _make_entry(
-    section: DataSection,
-    encoder: Encoder | ImageEncoder,
-    key: dict[str, Any],
-    target: Path,
-    hashes: HashIndex,
-    console: Console | None,
+    section: DataSection, encoder: Encoder | ImageEncoder, key: dict[str, Any], target: Path, console: Console | None
 ) -> TokenizedSource:
-    unfinished = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}")
+    unfinished, hashes = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"), ROWS.hashes
     shutil.rmtree(unfinished, ignore_errors=True)
     ROWS.clear_removed()
     with disk_errors(str(target.parent), "Make room, or set QVERA_CACHE to a directory on another disk."):
@@ -125,12 +108,27 @@ def _make_entry(
                     f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
                     "it."
                 )
-            sha256_of = _write_record(unfinished, key, section, source)
+            files = {}
+            for file in sorted(unfinished.glob("*.arrow")):
+                flush(file)
+                files[file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            record = {
+                "source": section.path,
+                "key": key,
+                "rows": {TRAIN: len(source.train), EVAL: len(source.eval)},
+                "format": source.format,
+                "unused": source.unused_columns,
+                "template": source.template,
+                "counts": dataclasses.asdict(source.counts),
+                "adapters": source.adapters,
+                "files": files,
+            }
+            replace_text(unfinished / RECORD, json.dumps(record, indent=1))
             unfinished.rename(target)  # what is mapped stays mapped
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         flush(target.parent)
-        hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sha256_of.items()})
+        hashes.add({target / n: (file_stamp((target / n).stat()), str(each["sha256"])) for n, each in files.items()})
     return source
 
 
@@ -150,11 +148,10 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     keys = {k: v for k, v in section.to_dict().items() if k not in no_keys} | {"owner_column": section.owner_column}
     if not section.eval_fraction:
         del keys["seed"]  # it has chosen nothing here
-    tokenizer = encoder.tokenizer
     return {
         "format": 1,
         "content": content,  # and the names of files, which messages show
-        "tokenizer": [type(tokenizer).__name__, tokenizer_hash],
+        "tokenizer": [type(encoder.tokenizer).__name__, tokenizer_hash],
         "keys": keys,
         "code": code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
@@ -171,8 +168,7 @@ def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] |
             content += [[str(file), sha256_of[file]] for file in files]
             continue
         dataset = load_hub(path, split, section.config_name, section.revision)
-        fingerprint = getattr(dataset, "_fingerprint", None)
-        if fingerprint is None:
+        if (fingerprint := getattr(dataset, "_fingerprint", None)) is None:
             return None
         content.append([path, str(fingerprint)])
     return content
@@ -187,39 +183,15 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
-def _write_record(
-    directory: Path, key: dict[str, Any], section: DataSection, source: TokenizedSource
-) -> dict[str, str]:
-    """Returns the tables' SHA-256 by name."""
-    sha256_of = {}
-    for file in sorted(directory.glob("*.arrow")):
-        flush(file)
-        sha256_of[file.name] = file_sha256(file)
-    record = {
-        "source": section.path,
-        "key": key,
-        "rows": {TRAIN: len(source.train), EVAL: len(source.eval)},
-        "format": source.format,
-        "unused": source.unused_columns,
-        "template": source.template,
-        "counts": dataclasses.asdict(source.counts),
-        "adapters": source.adapters,
-        "files": {name: {"bytes": (directory / name).stat().st_size, "sha256": sha} for name, sha in sha256_of.items()},
-    }
-    replace_text(directory / RECORD, json.dumps(record, indent=1))
-    return sha256_of
-
-
-def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> TokenizedSource | None:
+def _open_entry(directory: Path, console: Console | None) -> TokenizedSource | None:
     """The entry, if it exists and is undamaged. A damaged one is removed with a warning."""
     if not directory.is_dir():
         return None
-    problem = problem_of(directory, hashes)
-    if problem is not None:
+    if problem := problem_of(directory, ROWS.hashes):
         _warn(console, f"{problem}. The rows are tokenized again.")
         discard(directory)
         return None
-    record = try_read_json(directory / RECORD) or {}
+    record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     train, held_out = (
         Rows.open(directory / f"{part}.arrow") if record["rows"][part] else Rows() for part in (TRAIN, EVAL)
     )
@@ -232,15 +204,14 @@ def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     record = try_read_json(directory / RECORD)
     if record is None or not record.keys() >= {"files", "rows", "format", "unused", "template", "counts", "adapters"}:
         return f"{directory / RECORD}: is missing or damaged"
-    files = {directory / name: entry["sha256"] for name, entry in record["files"].items()}
-    if missing := [file for file in files if not file.is_file()]:
-        return f"{missing[0]}: is missing"
-    if hashes is None:
-        found = {file: file_sha256(file) for file in files}
-    else:
-        found = hashes.hashed(list(files), hashes.known(files), None)
-    changed = [file for file in files if found[file] != files[file]]
-    return f"{changed[0]}: has other bytes than were written" if changed else None
+    for name, written in record["files"].items():
+        file = directory / name
+        if not file.is_file():
+            return f"{file}: is missing"
+        found = file_sha256(file) if hashes is None else hashes.hashed([file], hashes.known([file]), None)[file]
+        if found != written["sha256"]:
+            return f"{file}: has other bytes than were written"
+    return None
 
 
 def _warn(console: Console | None, text: str) -> None:

@@ -1,14 +1,11 @@
 """Conversations → the text a model reads, and which characters of it are answers.
 
-Answers are never searched for: a row's text may hold anything, even the template's markers. There are three ways. They
-agree where two can place all answers. Each does templates that the others can't (tests/data/test_chat_template.py):
-
-- ``{% generation %}`` blocks, if the author wrote any. Only they place an answer that a later turn makes the template
-  rewrite. Blocks differ in what they include; one of the next two ways settles that.
-- Layouts: the text around the contents, learned once for each shape of conversation by rendering slots. Only they do
-  templates that write more around an answer once a later turn follows, such as Qwen3's.
-- Prefixes: render up to and without each answer, nine times slower. Only they do tool calls, empty answers and
-  templates that strip more than white space.
+Answers are never searched for: a row's text may hold anything, even the template's markers. An answer's content is
+found by rendering a slot in its place, its two ends by rendering the turns up to it and the prompt for it (`_place`).
+That is done once for each shape of conversation, with slots for all contents: this *layout* places the answers of every
+row that it fits, nine times faster, and does templates that write more around an answer once a later turn follows, such
+as Qwen3's. Other rows are done one by one: those with tool calls or empty answers, or whose contents the template
+changes. ``{% generation %}`` blocks go first: only they place an answer that a later turn makes the template rewrite.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,11 +79,6 @@ class _Slot(NamedTuple):
     strip_right: bool
     answer: tuple[int, int, bool] | None  # characters before and after the content, and whether a marker ends it
 
-    def content(self, messages: list[Message]) -> str:
-        content: str = messages[self.turn][self.name]
-        content = content.lstrip() if self.strip_left else content
-        return content.rstrip() if self.strip_right else content
-
 
 _Layout = tuple[list[_Slot], str]
 """What a template writes for one shape of conversation: the slots, and the literal after the last one."""
@@ -133,26 +125,22 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
     return ChatTemplate(name, NAMED_TEMPLATES[name], tokenizer)
 
 
-@dataclass(slots=True)
 class ChatTemplate:
-    """A chat template bound to a tokenizer."""
+    """A chat template bound to a tokenizer.
 
-    name: str  # as `resolve_template` takes it
-    jinja: str  # for tokenizer.chat_template beside an adapter
-    tokenizer: PreTrainedTokenizerBase
-    special: re.Pattern[str] = field(init=False, repr=False)  # finds special tokens
-    source: str = field(init=False, repr=False)  # what is rendered: with a fixed date
-    _added: re.Pattern[str] = field(init=False, repr=False)
-    # by a conversation's shape and tools; None: no layout can be learned
-    layouts: dict[object, _Layout | None] = field(default_factory=dict, init=False, repr=False)
-    _written: set[tuple[str, bool]] = field(default_factory=set, init=False, repr=False)
+    ``name`` is as `resolve_template` takes it; ``jinja`` is for tokenizer.chat_template beside an adapter.
+    """
 
-    def __post_init__(self) -> None:
-        added = list(self.tokenizer.added_tokens_decoder.values())
-        named = list(self.tokenizer.all_special_tokens)
-        self.special = _any_of([token.content for token in added if token.special] + named)
-        self.source = _CLOCK + self.jinja if "strftime_now" in self.jinja else self.jinja
+    def __init__(self, name: str, jinja: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
+        added, named = tokenizer.added_tokens_decoder.values(), list(tokenizer.all_special_tokens)
+        self.special = _any_of([token.content for token in added if token.special] + named)  # finds special tokens
+        self.source = _CLOCK + jinja if "strftime_now" in jinja else jinja  # what is rendered: with a fixed date
+        self.layouts: dict[
+            object, _Layout | None
+        ] = {}  # by a conversation's shape and tools; None: none can be learned
         self._added = _any_of([token.content for token in added] + named)
+        self._written: set[tuple[str, bool]] = set()
 
     def messages(self, turns: list[Turn]) -> list[Message]:
         """Turns as ``apply_chat_template`` takes them."""
@@ -241,38 +229,28 @@ class ChatTemplate:
 
     def _require_written(self, source: str, messages: list[Message], tools: Tools, prompt: bool = False) -> None:
         """Refuse a row with a part that the template does not write: training would not see it."""
-        without: dict[str, list[tuple[list[Message], Tools]]] = {}
-        if tools:
-            without["tools"] = [(messages, None)]
-        if any("tool_calls" in message for message in messages):
-            without["tool_calls"] = [([{k: m[k] for k in m if k != "tool_calls"} for m in messages], tools)]
-        for key in REASONING:
+        changes: list[tuple[str, list[Message], Tools]] = [("tools", messages, None)] if tools else []
+        for key in ("tool_calls", *REASONING):
             if any(key in message for message in messages):
-                without[key] = [([{k: m[k] for k in m if k != key} for m in messages], tools)]
-        spoken = [(i, m["role"]) for i, m in enumerate(messages) if m["content"].strip()]
-        places = {
-            "turns of the role tool": [i for i, role in spoken if role == "tool"],
-            "turns of the role system": [i for i, role in spoken if role == "system" and i == 0],
-            "system turns behind the first turn": [i for i, role in spoken if role == "system" and i > 0],
-        }
-        for part, found in places.items():
-            without[part] = [
-                ([{**m, "content": m["content"] + "x"} if i == at else m for i, m in enumerate(messages)], tools)
-                for at in found
-            ]
-        unseen = {part: changes for part, changes in without.items() if changes and (part, prompt) not in self._written}
+                changes.append((key, [{k: m[k] for k in m if k != key} for m in messages], tools))
+        for at, message in enumerate(messages):
+            if message["role"] in ("tool", "system") and message["content"].strip():
+                later = "system turns behind the first turn"
+                part = later if message["role"] == "system" and at else f"turns of the role {message['role']}"
+                other = {**message, "content": message["content"] + "x"}
+                changes.append((part, [*messages[:at], other, *messages[at + 1 :]], tools))
+        unseen = [change for change in changes if (change[0], prompt) not in self._written]
         if not unseen:
             return
         try:
             whole = self.render(messages, tools, prompt)
         except TemplateError:  # the caller, who renders it too, says so
             return
-        for part, changes in unseen.items():
-            for changed in changes:
-                with contextlib.suppress(TemplateError):  # what it refuses it has read
-                    if self.render(*changed, prompt) == whole:
-                        raise InputError(f"{source}: {self._unwritten_text(part)}")
-            self._written.add((part, prompt))
+        for part, changed, other_tools in unseen:
+            with contextlib.suppress(TemplateError):  # what it refuses it has read
+                if self.render(changed, other_tools, prompt) == whole:
+                    raise InputError(f"{source}: {self._unwritten_text(part)}")
+        self._written.update((part, prompt) for part, *_ in unseen)
 
     def _unwritten_text(self, part: str) -> str:
         text = f"the chat template ({self.name}) does not write {part}, so the model would not see them. "
@@ -299,11 +277,11 @@ def _answer_spans(
     spans = _layout_spans(template, text, messages, conversation)
     blocks = _generation_blocks(template, text, messages, conversation)
     if spans is None:
-        spans = _prefix_spans(template, text, messages, conversation)
+        spans = _slow_spans(template, text, messages, conversation)
     if blocks is None:
         return spans
-    measured = {span.turn: span for span in spans}
-    return [_within_block(template, text, turn, *block, measured.get(turn)) for turn, block in blocks.items()]
+    placed = {span.turn: span for span in spans}
+    return [_within_block(template, text, turn, *block, placed.get(turn)) for turn, block in blocks.items()]
 
 
 def _generation_blocks(
@@ -333,17 +311,17 @@ def _generation_blocks(
 
 
 def _within_block(
-    template: ChatTemplate, text: str, turn: int, start: int, end: int, measured: AnswerSpan | None
+    template: ChatTemplate, text: str, turn: int, start: int, end: int, placed: AnswerSpan | None
 ) -> AnswerSpan:
     """The answer of a block [start, end), with its end of turn. Blocks may leave that out, or hold the heading too."""
     header = start
-    if measured is not None:
-        header = min(measured.header, start)
-        start = max(start, measured.start)
+    if placed is not None:
+        header = min(placed.header, start)
+        start = max(start, placed.start)
         # the end of turn stands right behind a block that leaves it outside; one that stops earlier means to
-        closes = measured.marked and template.special.fullmatch(text, end, measured.end)
-        if end >= measured.end or closes:
-            return AnswerSpan(turn, header, start, measured.end, measured.marked)
+        closes = placed.marked and template.special.fullmatch(text, end, placed.end)
+        if end >= placed.end or closes:
+            return AnswerSpan(turn, header, start, placed.end, placed.marked)
     ends = [found.end() for found in template.special.finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
         return AnswerSpan(turn, header, start, ends[-1], True)
@@ -353,24 +331,43 @@ def _within_block(
     return AnswerSpan(turn, header, start, end, False)
 
 
-def _answer_start(
-    template: ChatTemplate, before: list[Message], tools: Tools, text: str, earliest: int, content: int
-) -> tuple[int, int]:
-    """Where the answer with its content at ``content`` starts, and where its heading starts.
+def _place(
+    template: ChatTemplate,
+    text: str,
+    messages: list[Message],
+    turn: int,
+    tools: Tools,
+    content: tuple[int, int],
+    latest: int,
+    earliest: int = 0,
+) -> AnswerSpan:
+    """The answer around its ``content`` in the text of ``messages``; it starts at ``earliest`` and ends at ``latest``.
 
-    The generation prompt for ``before`` ends there. So the answer includes the space after Llama-2's ``[/INST]`` and
-    Qwen3's empty think block, which the model has to write. A start before ``earliest`` is not accepted.
+    The generation prompt for the turns before ends at its start. So the answer includes the space after Llama-2's
+    ``[/INST]`` and Qwen3's empty think block, which the model has to write.
     """
-    try:
+    before = messages[:turn]
+    start = header = content[0]
+    with contextlib.suppress(TemplateError):
         prompt = template.render(before, tools, prompt=True) if before else ""
         bare = template.render(before, tools) if before else ""
-    except TemplateError:
-        return content, content
-    # A template that knows no generation prompt writes a heading, which is still not the model's to write.
-    has_heading = prompt == bare and bool(text[len(prompt) : content].strip())
-    if has_heading or not text.startswith(prompt) or not earliest <= len(prompt) <= content:
-        return content, min(len(bare), content)
-    return len(prompt), min(len(bare), len(prompt))
+        # A template that knows no generation prompt writes a heading, which is still not the model's to write.
+        has_heading = prompt == bare and bool(text[len(prompt) : start].strip())
+        if not has_heading and text.startswith(prompt) and earliest <= len(prompt) <= start:
+            start = len(prompt)
+        header = min(len(bare), start)
+    # What follows up to the next content holds the next turn's heading too. Without a marker, what the template itself
+    # puts behind an answer (a line break, say) is all there is to learn from.
+    close = latest
+    if turn + 1 < len(messages):
+        close = content[1]
+        with contextlib.suppress(TemplateError):
+            alone = template.render(messages[: turn + 1], tools)
+            if text.startswith(alone) and close <= len(alone) <= latest:
+                close = latest = len(alone)
+    # A tool call is written behind the content, and may open with a special token of its own.
+    marker_end = template.marker_end(text, content[1], latest, last="tool_calls" in messages[turn])
+    return AnswerSpan(turn, header, start, marker_end or close, marker_end is not None)
 
 
 def _layout_spans(
@@ -389,16 +386,16 @@ def _layout_spans(
     layout = layouts[key]
     if layout is None:
         return None
-    written = ""
-    answers = []
-    slots, closing = layout
-    for slot in slots:
+    written, answers = "", []
+    for slot in layout[0]:
         header, written = len(written), written + slot.literal
-        start, written = len(written), written + slot.content(messages)
+        content = messages[slot.turn][slot.name]
+        content = content.lstrip() if slot.strip_left else content
+        start, written = len(written), written + (content.rstrip() if slot.strip_right else content)
         if slot.answer is not None:
             before, after, marked = slot.answer
             answers.append(AnswerSpan(slot.turn, header, start - before, len(written) + after, marked))
-    return answers if written + closing == text else None
+    return answers if written + layout[1] == text else None
 
 
 def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools) -> _Layout | None:
@@ -429,46 +426,24 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
         end = start + len(left + mark + right)
         answer = None
         if messages[turn]["role"] == "assistant" and name == "content":
-            begins, _ = _answer_start(template, slotted[:turn], tools, text, earliest, start)
-            closes, marked = _slotted_end(template, slotted, turn, tools, text, end, end + len(behind))
-            answer = (start - begins, closes - end, marked)
+            span = _place(template, text, slotted, turn, tools, (start, end), end + len(behind), earliest)
+            answer = (start - span.start, span.end - end, span.marked)
         slots.append(_Slot(literal, turn, name, not left, not right, answer))
     return slots, closing
 
 
-def _slotted_end(
-    template: ChatTemplate, slotted: list[Message], turn: int, tools: Tools, text: str, end: int, latest: int
-) -> tuple[int, bool]:
-    """The end of the turn whose content ends at ``end``, and whether a marker ends it."""
-    # What follows up to the next content holds the next turn's heading too. Without a marker, what the template itself
-    # puts behind an answer (a line break, say) is all there is to learn from.
-    close = latest if turn + 1 == len(slotted) else end
-    with contextlib.suppress(TemplateError):
-        alone = template.render(slotted[: turn + 1], tools)
-        if text.startswith(alone) and end <= len(alone) <= latest:
-            close = latest = len(alone)
-    marker_end = template.marker_end(text, end, latest)
-    return (marker_end or close), marker_end is not None
-
-
-def _prefix_spans(
+def _slow_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
-    """Render up to and without each answer. An answer is left out if the text does not begin like that."""
+    """Each answer in the text of the turns up to it. It is left out if the whole text does not begin like that."""
     answers = []
-    tools = conversation.tools
-    for turn, item in enumerate(conversation.turns):
-        if item.role != "assistant":
-            continue
-        through = template.render(messages[: turn + 1], tools)
-        place = _content_place(template, messages[: turn + 1], tools, through) if text.startswith(through) else None
-        if place is None:
-            continue  # rewritten beyond recognition: a marker inside of it could be mistaken for its end
-        content, behind = place
-        start, header = _answer_start(template, messages[:turn], tools, through, 0, content)
-        # A tool call is written behind the content, and may open with a special token of its own.
-        marker_end = template.marker_end(through, behind, len(through), last="tool_calls" in item.extra)
-        answers.append(AnswerSpan(turn, header, start, marker_end or len(through), marker_end is not None))
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            upto, tools = messages[: turn + 1], conversation.tools
+            through = template.render(upto, tools)
+            content = _content_place(template, upto, tools, through) if text.startswith(through) else None
+            if content is not None:  # else rewritten: a marker inside of it could be mistaken for its end
+                answers.append(_place(template, through, upto, turn, tools, content, len(through)))
     return answers
 
 

@@ -1,38 +1,21 @@
-"""Raw rows → conversations: detect the format and check each row. Also reads prompts and preferences."""
+"""Raw rows → conversations, texts and labelled rows: `FORMATS` says how each format is read. Also reads prompts."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qvera.config.schema import DataSection
 from qvera.data.readers import RawRow, describe, read_file, read_lines, read_rows
 from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.formatting import first_of
 
-# The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
-_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("system", "tools")),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "prompt-completion": (("prompt", "completion"), ("system", "tools")),
-    "text": (("text",), ()),
-    "classification": (("text", "label"), ("text_pair",)),
-    "image": (("image", "label"), ()),
-    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
-    "unpaired-preference": (("prompt", "completion", "label"), ("system", "tools")),
-}
-PREFERENCES = ("preference", "unpaired-preference")
-"""Formats for preferences, as TRL has them: pairs of answers, or single judged answers."""
-LABELLED = ("classification", "image")
-UNRENDERED = ("text", *LABELLED)
-"""Formats whose texts are taken as they are, without a template."""
-_DETECTED = [name for name in _FORMATS if name not in (*LABELLED, *PREFERENCES)]
-"""Labels and preferences are read only if the recipe's task or objective asks for them."""
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("sentence",), ("question",),
@@ -44,9 +27,9 @@ _ALIASES = {
     "assistant": ("gpt", "chatgpt", "model", "bot", "function_call"),
     "tool": ("function", "observation", "ipython"),
 }
+_ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Message keys for what an assistant thought before its answer."""
-_ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Message keys that only some templates read."""
 
@@ -74,71 +57,6 @@ class MissingColumn(InputError):
 
 class UnaskedPreferences(InputError):
     """The rows are pairs of answers, but the recipe has no objective for them."""
-
-
-def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
-    """Find the rows' format from the first row. ``columns`` is ``data.columns``: our field name → the file's column.
-
-    Raises:
-        InputError: an unknown field or a missing column; see also the three errors above.
-    """
-    columns = columns or {}
-    if format in LABELLED:
-        columns = {**_usual_columns(format, row.fields, columns), **columns}
-    known = sorted({name for required, optional in _FORMATS.values() for name in required + optional})
-    found = ", ".join(map(str, row.fields)) or "none"
-    for ours, theirs in columns.items():
-        if ours not in known:
-            hint = did_you_mean(ours, known)
-            raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
-        if theirs not in row.fields:
-            hint = did_you_mean(theirs, row.fields)
-            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
-    present = {name for name in known if name in columns or name in row.fields}
-    if format == "auto":
-        matches = [name for name in _DETECTED if present.issuperset(_FORMATS[name][0])]
-        # A column that the recipe names is meant to be read: formats that read it come first.
-        matches.sort(key=lambda name: not set(columns) & {*_FORMATS[name][0], *_FORMATS[name][1]})
-        if not matches:
-            shapes = "; ".join(f"{name} ({', '.join(_FORMATS[name][0])})" for name in _DETECTED)
-            if present.issuperset(_FORMATS["preference"][0]):
-                raise UnaskedPreferences(
-                    f"{row.source}: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train "
-                    "on such pairs."
-                )
-            raise UnknownFormat(
-                f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
-                "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
-            )
-        format = matches[0]
-    required, optional = _FORMATS[format]
-    missing = [name for name in required if name not in present]
-    if missing:
-        raise MissingColumn(
-            f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-            f"Columns found: {found}. Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another "
-            "data.format."
-        )
-    # optional columns are read wherever a row has them, though the first row may not
-    read = {name: columns.get(name, name) for name in required + optional}
-    for ours in columns:
-        if ours not in read:
-            raise InputError(
-                f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(required + optional)}."
-            )
-    unused = [str(name) for name in row.fields if name not in read.values()]
-    return RowFormat(format, read, unused)
-
-
-def _usual_columns(format: str, fields: Mapping[str, object], named: Mapping[str, str]) -> dict[str, str]:
-    """Columns of a labelled row with usual names. Text columns that the recipe names are left to it."""
-    found: dict[str, str] = {}
-    if format == "image":
-        found = {"image": "img"} if "image" not in fields and "img" in fields else {}
-    elif not named.keys() & {"text", "text_pair"}:
-        texts = next((names for names in _USUAL_TEXTS if all(name in fields for name in names)), ())
-        found = dict(zip(("text", "text_pair"), texts, strict=False))
-    return found | ({"label": "labels"} if "label" not in fields and "labels" in fields else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,89 +92,167 @@ class Text:
     owner: str | None = None
 
 
-def parse_row(
-    row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()
-) -> Conversation | Text:
-    """Check one row and turn it into a conversation or a text.
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A text, a pair of texts or an image, with its label."""
+
+    content: Any  # the (first) text; or an image's bytes or path
+    label: str  # a name, or a number as text
+    source: str
+    owner: str | None = None
+    text_pair: str | None = None  # None if missing or empty
+
+    @property
+    def whole(self) -> str:
+        """Both texts, for messages."""
+        return str(self.content) if self.text_pair is None else f"{self.content}\n{self.text_pair}"
+
+
+def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
+    """Find the rows' format from the first row. ``columns`` is ``data.columns``: our field name → the file's column.
+
+    Raises:
+        InputError: an unknown field or a missing column; see also the three errors above.
+    """
+    columns = columns or {}
+    if format in LABELLED:
+        columns = {**_usual_columns(row, format, columns), **columns}
+    known = sorted({name for kind in FORMATS.values() for name in kind.fields})
+    found = ", ".join(map(str, row.fields)) or "none"
+    for ours, theirs in columns.items():
+        if ours not in known:
+            hint = did_you_mean(ours, known)
+            raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
+        if theirs not in row.fields:
+            hint = did_you_mean(theirs, row.fields)
+            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
+    present = {name for name in known if name in columns or name in row.fields}
+    if format == "auto":
+        detected = [name for name, kind in FORMATS.items() if kind.trains in ("answers", "texts")]
+        matches = [name for name in detected if present.issuperset(FORMATS[name].required)]
+        # A column that the recipe names is meant to be read: formats that read it come first.
+        matches.sort(key=lambda name: not set(columns) & set(FORMATS[name].fields))
+        if not matches and present.issuperset(FORMATS["preference"].required):
+            raise UnaskedPreferences(
+                f"{row.source}: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train "
+                "on such pairs."
+            )
+        if not matches:
+            shapes = "; ".join(f"{name} ({', '.join(FORMATS[name].required)})" for name in detected)
+            raise UnknownFormat(
+                f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
+                "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
+            )
+        format = matches[0]
+    if missing := [name for name in FORMATS[format].required if name not in present]:
+        raise MissingColumn(
+            f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
+            f"Columns found: {found}. Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another "
+            "data.format."
+        )
+    # optional columns are read wherever a row has them, though the first row may not
+    read = {name: columns.get(name, name) for name in FORMATS[format].fields}
+    for ours in columns:
+        if ours not in read:
+            raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.")
+    return RowFormat(format, read, [str(name) for name in row.fields if name not in read.values()])
+
+
+def _usual_columns(row: RawRow, format: str, named: dict[str, str]) -> dict[str, str]:
+    """Columns of a labelled row with usual names. Text columns that the recipe names are left to it."""
+    found: dict[str, str] = {}
+    if format == "image":
+        found = {"image": "img"} if "image" not in row.fields and "img" in row.fields else {}
+    elif not named.keys() & {"text", "text_pair"}:
+        texts = next((names for names in _USUAL_TEXTS if all(name in row.fields for name in names)), ())
+        found = dict(zip(("text", "text_pair"), texts, strict=False))
+    return found | ({"label": "labels"} if "label" not in row.fields and "labels" in row.fields else {})
+
+
+def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()) -> Parsed:
+    """Check one row and turn it into what its format makes of it.
 
     Args:
         system: for rows without a system prompt.
-        label_names: the name of each integer label, from 0, if answers are such labels.
+        label_names: the name of each integer label, from 0, if answers are such labels; or the classes.
 
     Raises:
         InputError: a missing column, a wrong type, an unknown role or half a character; names the row's source.
     """
-    if format.name in PREFERENCES:
-        return _parse_preference(row, format, system)
-    if format.name == "text":
-        return Text(row_text(row, format, "text"), row.source, row.owner)
-    tools = row_tools(row, format)
-    own_system = row_optional_text(row, format, "system")
-    is_chat = format.name in ("messages", "sharegpt")
-    if format.name == "messages":
-        turns = row_turns(row, format, "messages")
-    elif format.name == "sharegpt":
-        turns = row_turns(row, format, "conversations")
-    elif format.name == "alpaca":
-        context = row_optional_text(row, format, "input")
-        question = Turn("user", row_text(row, format, "instruction"), context=context if context.strip() else None)
-        turns = [question, Turn("assistant", _answer(row, format, "output", label_names))]
-    elif messages_in(row_value(row, format, "prompt")) is not None:
-        # TRL's conversational form: both sides are lists of messages, and the completion is trained
-        is_chat = True
-        asked = [replace(turn, in_prompt=True) for turn in row_turns(row, format, "prompt")]
-        turns = asked + row_turns(row, format, "completion")
-    else:
-        answer = _answer(row, format, "completion", label_names)
-        turns = [Turn("user", row_text(row, format, "prompt")), Turn("assistant", answer)]
-    if label_names and is_chat:
-        raise InputError(
-            f"data.label_names: names the labels of a column of answers, and {row.source} has messages. Remove it."
-        )
-    if turns[0].role != "system" and (own_system or system):
-        turns = [Turn("system", own_system or system or ""), *turns]
-    return Conversation(turns, row.source, tools, row.owner)
+    return FORMATS[format.name].parse(_Cells(row, format, system, label_names))
 
 
-def row_value(row: RawRow, format: RowFormat, name: str) -> object:
-    """The row's value for our field name; InputError if the column is missing."""
-    column = format.column(name)
-    if column not in row.fields:
-        raise InputError(
-            f"{row.source}: the column {column!r} is missing here, though the first row has it. "
-            f"Columns found: {', '.join(map(str, row.fields)) or 'none'}."
-        )
-    return row.fields[column]
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """A row's values by our names of the fields. All methods raise InputError, which names the row."""
 
+    row: RawRow
+    format: RowFormat
+    system: str | None
+    label_names: Sequence[str]
 
-def row_text(row: RawRow, format: RowFormat, name: str) -> str:
-    """As `row_value`; InputError if it is not text, or holds half a character."""
-    value, column = row_value(row, format, name), format.column(name)
-    if not isinstance(value, str):
-        raise InputError(f"{row.source}: {column} must be text, got {describe(value)}. Fix the row.")
-    _require_whole_characters(value, f"{row.source}: {column}")
-    return value
+    def where(self, name: str) -> str:
+        return f"{self.row.source}: {self.format.column(name)}"
 
-
-def row_optional_text(row: RawRow, format: RowFormat, name: str) -> str:
-    """As `row_text`, but "" if the field is missing."""
-    return "" if row.fields.get(format.column(name)) is None else row_text(row, format, name)
-
-
-def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str]) -> str:
-    value, column = row_value(row, format, name), format.column(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if label_names:
-        digits = str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
-        if not re.fullmatch(r"[0-9]+", digits) or int(digits) >= len(label_names):
+    def value(self, name: str) -> Any:
+        column, fields = self.format.column(name), self.row.fields
+        if column not in fields:
             raise InputError(
-                f"{row.source}: {column} must be a label, 0 to {len(label_names) - 1} (data.label_names has "
-                f"{len(label_names)}), got {describe(value)}. Fix the row, or data.label_names."
+                f"{self.row.source}: the column {column!r} is missing here, though the first row has it. "
+                f"Columns found: {', '.join(map(str, fields)) or 'none'}."
             )
-        return label_names[int(digits)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{row.source}: {column} must be text or a number, got {value}. Fix the row, or leave it out.")
-    return str(value) if is_number else row_text(row, format, name)
+        return fields[column]
+
+    def text(self, name: str, optional: bool = False) -> str:
+        """Text of whole characters. ``optional``: "" if it is missing."""
+        if optional and self.row.fields.get(self.format.column(name)) is None:
+            return ""
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise InputError(f"{self.where(name)} must be text, got {describe(value)}. Fix the row.")
+        _require_whole_characters(value, self.where(name))
+        return value
+
+    def turns(self, name: str) -> list[Turn]:
+        value = _from_json(self.value(name))
+        if not isinstance(value, list):
+            raise InputError(
+                f'{self.where(name)} must be a list of turns such as {{"role": "user", "content": "..."}}, '
+                f"got {describe(value)}."
+            )
+        if not value:
+            raise InputError(f"{self.where(name)} is an empty list. Expected at least one user and one assistant turn.")
+        return [_turn(item, f"{self.where(name)}[{index}]") for index, item in enumerate(value)]
+
+    def is_messages(self, name: str) -> bool:
+        """Whether a value is a list of messages, maybe as JSON text (as in CSV)."""
+        value = self.value(name)
+        found = _from_json(value)
+        if isinstance(value, list) or not isinstance(found, list):
+            return isinstance(value, list)
+        return bool(found) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
+
+    def with_system(self, turns: list[Turn]) -> list[Turn]:
+        """The turns, after the row's own system prompt or that of the recipe."""
+        system = self.text("system", optional=True) or self.system
+        return [Turn("system", system), *turns] if system and turns[0].role != "system" else turns
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The JSON schemas of the row's tools; None if it offers none."""
+        columns = self.format.columns
+        tools = _from_json(self.row.fields.get(columns["tools"])) if "tools" in columns else None
+        _require_whole_characters(tools, f"{self.row.source}: tools")
+        if not tools:
+            return None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise InputError(
+                f"{self.row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}."
+            )
+        return [_without_nulls(tool) for tool in tools]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _require_whole_characters(value: object, where: str) -> None:
@@ -271,18 +267,12 @@ def _require_whole_characters(value: object, where: str) -> None:
         ) from None
 
 
-def row_tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
-    """The JSON schemas of the row's tools; None if it offers none."""
-    if "tools" not in format.columns:
-        return None
-    tools = _from_json(row.fields.get(format.columns["tools"]))
-    _require_whole_characters(tools, f"{row.source}: tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}.")
-    found: list[dict[str, Any]] = _without_nulls(tools)
-    return found
+def _from_json(value: object) -> object:
+    # CSV has no lists and some Parquet exports write nested values as JSON text.
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -292,46 +282,44 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _calls(calls: Any) -> Any:
-    """Parse the arguments of tool calls: OpenAI's API has them as JSON text, templates take objects."""
-    calls = _without_nulls(calls)
-    for call in calls if isinstance(calls, list) else ():
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
-            function["arguments"] = arguments
-    return calls
+# --- conversations and texts
 
 
-def messages_in(value: object) -> list[Any] | None:
-    """The value as a list of messages, also from JSON text (as in CSV); None if it is no such list."""
-    found = _from_json(value)
-    if not isinstance(found, list):
-        return None
-    are_turns = bool(found) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
-    return found if isinstance(value, list) or are_turns else None
+def _parse_text(cells: _Cells) -> Text:
+    return Text(cells.text("text"), cells.row.source, cells.row.owner)
 
 
-def _from_json(value: object) -> object:
-    # CSV has no lists and some Parquet exports write nested values as JSON text.
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+def _parse_conversation(cells: _Cells) -> Conversation:
+    tools, source = cells.tools(), cells.row.source
+    first, *others = FORMATS[cells.format.name].required
+    if others and (cells.format.name == "alpaca" or not cells.is_messages(first)):
+        context = cells.text("input", optional=True) if cells.format.name == "alpaca" else ""
+        question = Turn("user", cells.text(first), context=context if context.strip() else None)
+        turns = [question, Turn("assistant", _answer(cells, others[0]))]
+    else:
+        turns = cells.turns(first)
+        if others:  # TRL's conversational form: both sides are lists of messages, and the completion is trained
+            turns = [replace(turn, in_prompt=True) for turn in turns] + cells.turns(others[0])
+        if cells.label_names:
+            raise InputError(
+                f"data.label_names: names the labels of a column of answers, and {source} has messages. Remove it."
+            )
+    return Conversation(cells.with_system(turns), source, tools, cells.row.owner)
 
 
-def row_turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
-    """The turns of a field; InputError if it is not a list of messages."""
-    value, column = _from_json(row_value(row, format, name)), format.column(name)
-    if not isinstance(value, list):
-        raise InputError(
-            f'{row.source}: {column} must be a list of turns such as {{"role": "user", "content": "..."}}, '
-            f"got {describe(value)}."
-        )
-    if not value:
-        raise InputError(f"{row.source}: {column} is an empty list. Expected at least one user and one assistant turn.")
-    return [_turn(item, f"{row.source}: {column}[{index}]") for index, item in enumerate(value)]
+def _answer(cells: _Cells, name: str) -> str:
+    value, names = cells.value(name), cells.label_names
+    if names:
+        digits = str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+        if not re.fullmatch(r"[0-9]+", digits) or int(digits) >= len(names):
+            raise InputError(
+                f"{cells.where(name)} must be a label, 0 to {len(names) - 1} (data.label_names has {len(names)}), got "
+                f"{describe(value)}. Fix the row, or data.label_names."
+            )
+        return names[int(digits)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{cells.where(name)} must be text or a number, got {value}. Fix the row, or leave it out.")
+    return str(value) if _is_number(value) else cells.text(name)
 
 
 def _turn(item: object, where: str) -> Turn:
@@ -349,110 +337,169 @@ def _turn(item: object, where: str) -> Turn:
         raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
     extra = {k: item[k] for k in _PASSED_ON if item.get(k)}  # Arrow fills up with []
     if "tool_calls" in extra:
-        extra["tool_calls"] = _calls(extra["tool_calls"])
-    calls_tools = role == "assistant" and item.get("tool_calls") is not None
-    content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)
-    _require_whole_characters(content, f"{where}.{content_key}")
+        calls = extra["tool_calls"] = _without_nulls(extra["tool_calls"])
+        for call in calls if isinstance(calls, list) else ():
+            # OpenAI's API has arguments as JSON text, templates take objects
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
+                function["arguments"] = arguments
+    content, where_content = item.get(content_key), f"{where}.{content_key}"
+    if content is None and role == "assistant" and item.get("tool_calls") is not None:
+        content = ""
+    elif isinstance(content, list):  # OpenAI's content parts
+        content = "".join(_part_text(part, where_content) for part in content)
+    elif not isinstance(content, str):
+        raise InputError(f"{where_content} must be text, got {describe(content)}. Fix the row.")
+    _require_whole_characters(content, where_content)
     _require_whole_characters(extra, where)
-    return Turn(role, content, _trained(item, role, where), None, extra)
+    # OpenAI's fine-tuning format has ``weight``, Axolotl's ``train``
+    key, trained = next(((key, item[key]) for key in ("weight", "train") if item.get(key) is not None), ("", None))
+    if trained not in (None, 0, 1):
+        raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {describe(trained)}.")
+    if trained and role != "assistant":
+        raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
+    return Turn(role, content, None if trained is None else bool(trained), None, extra)
 
 
-def _content(value: object, where: str, optional: bool) -> str:
-    if value is None and optional:
-        return ""
-    if isinstance(value, list):  # OpenAI's content parts
-        parts = []
-        for part in value:
-            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-            if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, dict) else describe(part)
-                raise InputError(f"{where}: a part of it is {kind!r}; only text parts can be trained on. Remove it.")
-            parts.append(text)
-        return "".join(parts)
-    if not isinstance(value, str):
-        raise InputError(f"{where} must be text, got {describe(value)}. Fix the row.")
-    return value
+def _part_text(part: object, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, dict) else describe(part)
+        raise InputError(f"{where}: a part of it is {kind!r}; only text parts can be trained on. Remove it.")
+    return text
 
 
-def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
-    for key in ("weight", "train"):  # OpenAI's fine-tuning format; Axolotl's
-        value = item.get(key)
-        if value is None:
-            continue
-        if value not in (0, 1):
-            raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {describe(value)}.")
-        if value and role != "assistant":
-            raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
-        return bool(value)
-    return None
+# --- preferences
 
 
-def _parse_preference(row: RawRow, format: RowFormat, system: str | None) -> Conversation:
+def _parse_preference(cells: _Cells) -> Conversation:
     """The conversation ends with the (chosen) answer.
 
     Without a ``prompt`` column, the prompt is what both lists of messages begin with.
     """
-    paired = format.name == "preference"
+    paired, source = cells.format.name == "preference", cells.row.source
     names = ["chosen", "rejected"] if paired else ["completion"]
-    if paired and format.column("prompt") not in row.fields:
-        prompt, answers = _without_common_prompt(row, format)
+    if paired and cells.format.column("prompt") not in cells.row.fields:
+        lists = [cells.turns(name) for name in names]
+        shared = 0
+        # the last turn of each is its answer, even where both are the same
+        while shared < min(map(len, lists)) - 1 and lists[0][shared] == lists[1][shared]:
+            shared += 1
+        prompt, lists = lists[0][:shared], [turns[shared:] for turns in lists]
     else:
-        prompt = _text_or_turns(row, format, "prompt", "user")
-        answers = [_one_answer(row, format, name, _text_or_turns(row, format, name, "assistant")) for name in names]
-    if not prompt or prompt[-1].role in ("system", "assistant"):
-        raise InputError(f"{row.source}: the prompt must end with a turn that asks for an answer, such as a user's.")
-    own_system = row_optional_text(row, format, "system") or system
-    if prompt[0].role != "system" and own_system:
-        prompt = [Turn("system", own_system), *prompt]
-    return Conversation(
-        [*prompt, answers[0]],
-        row.source,
-        row_tools(row, format),
-        row.owner,
-        rejected=answers[1] if paired else None,
-        desirable=None if paired else _judgement(row, format),
-    )
-
-
-def _text_or_turns(row: RawRow, format: RowFormat, name: str, role: str) -> list[Turn]:
-    if messages_in(row_value(row, format, name)) is not None:
-        return row_turns(row, format, name)
-    return [Turn(role, row_text(row, format, name))]
-
-
-def _one_answer(row: RawRow, format: RowFormat, name: str, turns: list[Turn]) -> Turn:
-    if [turn.role for turn in turns] != ["assistant"]:
-        roles = ", ".join(turn.role for turn in turns) or "none"
-        raise InputError(
-            f"{row.source}: {format.column(name)} must be one assistant turn after the prompt; its turns are {roles}. "
-            "Put earlier turns into the prompt."
+        roles = {"prompt": "user", **dict.fromkeys(names, "assistant")}
+        prompt, *lists = (
+            cells.turns(name) if cells.is_messages(name) else [Turn(role, cells.text(name))]
+            for name, role in roles.items()
         )
-    if not turns[0].content.strip() and not turns[0].extra.get("tool_calls"):
-        raise InputError(f"{row.source}: {format.column(name)} is empty. Fill it in, or remove the row.")
-    return turns[0]
-
-
-def _without_common_prompt(row: RawRow, format: RowFormat) -> tuple[list[Turn], list[Turn]]:
-    lists = [row_turns(row, format, name) for name in ("chosen", "rejected")]
-    shared = 0
-    # the last turn of each is its answer, even where both are the same
-    while shared < min(map(len, lists)) - 1 and lists[0][shared] == lists[1][shared]:
-        shared += 1
-    names = zip(("chosen", "rejected"), lists, strict=True)
-    return lists[0][:shared], [_one_answer(row, format, name, turns[shared:]) for name, turns in names]
-
-
-def _judgement(row: RawRow, format: RowFormat) -> bool:
-    value = row_value(row, format, "label")
+    for name, turns in zip(names, lists, strict=True):
+        if [turn.role for turn in turns] != ["assistant"]:
+            raise InputError(
+                f"{cells.where(name)} must be one assistant turn after the prompt; its turns are "
+                f"{', '.join(turn.role for turn in turns) or 'none'}. Put earlier turns into the prompt."
+            )
+        if not turns[0].content.strip() and not turns[0].extra.get("tool_calls"):
+            raise InputError(f"{cells.where(name)} is empty. Fill it in, or remove the row.")
+    if not prompt or prompt[-1].role in ("system", "assistant"):
+        raise InputError(f"{source}: the prompt must end with a turn that asks for an answer, such as a user's.")
+    found = Conversation([*cells.with_system(prompt), *lists[0]], source, cells.tools(), cells.row.owner)
+    if paired:
+        return replace(found, rejected=lists[1][0])
+    value = cells.value("label")
     word = value.strip().lower() if isinstance(value, str) else value  # CSV has no booleans
-    if word in (True, 1, "true", "1"):
-        return True
-    if word in (False, 0, "false", "0"):
-        return False
+    if word not in (True, "true", "1", False, "false", "0"):
+        raise InputError(
+            f"{cells.where('label')} must be true (a good answer) or false, got {describe(value)}. Fix the row."
+        )
+    return replace(found, desirable=word in (True, "true", "1"))
+
+
+# --- rows with a label
+
+
+def _parse_classification(cells: _Cells) -> LabelledRow:
+    pair, label = cells.text("text_pair", optional=True), _label(cells)
+    return LabelledRow(cells.text("text"), label, cells.row.source, cells.row.owner, pair if pair.strip() else None)
+
+
+def _parse_image(cells: _Cells) -> LabelledRow:
+    """The content is the image's bytes or its file's path. A relative path starts at the data file."""
+    label, row = _label(cells), cells.row
+    value = cells.value("image")
+    if isinstance(value, dict):  # as `datasets.Image` stores it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray)) and value:
+        return LabelledRow(bytes(value), label, row.source, row.owner)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(
+            f"{cells.where('image')} must be an image: its bytes, the path of a file, or an object with bytes or path; "
+            f"got {describe(value)}. Fix the row, or remove it."
+        )
+    path = (Path() if row.file is None else row.file.parent) / Path(value).expanduser()
+    return LabelledRow(str(path.absolute()), label, row.source, row.owner)
+
+
+def _label(cells: _Cells) -> str:
+    """The label as text. It may be written as a class's number, from 0, if no class name is a number."""
+    value, where, names = cells.value("label"), cells.where("label"), cells.label_names
+    if value is None or (isinstance(value, str) and not value.strip()) or (_is_number(value) and value != value):
+        raise InputError(f"{where} is empty. Each row needs its label: fill it in, or remove the row.")
+    if not isinstance(value, (int, float, str)):
+        raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} must be finite, got {value}. Fix the row.")
+    label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if not names or label in names:
+        return label
+    is_count = re.compile(r"[0-9]+").fullmatch
+    may_count = not any(map(is_count, names))  # a class that is called 1 is not the one after the first
+    if may_count and is_count(label) and int(label) < len(names):
+        return names[int(label)]
+    or_number = f", or a number from 0 to {len(names) - 1}" if may_count else ""
     raise InputError(
-        f"{row.source}: {format.column('label')} must be true (a good answer) or false, got {describe(value)}. Fix the "
-        "row."
+        f"{where} is {describe(value)}, which is no label of data.label_names{did_you_mean(label, names)} Expected "
+        f"{first_of(names)}{or_number}."
     )
+
+
+# --- the table of formats
+
+Parsed = Conversation | Text | LabelledRow
+_CHAT = ("system", "tools")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What a row of one format looks like, and how it is read."""
+
+    trains: Literal["answers", "texts", "labels", "preferences"]
+    """The last two are read only if the recipe's task or objective asks for them."""
+    required: tuple[str, ...]  # fields that every row must have
+    optional: tuple[str, ...]  # fields that it may have
+    parse: Callable[[_Cells], Parsed]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields."""
+        return self.required + self.optional
+
+
+FORMATS = {
+    "messages": Format("answers", ("messages",), _CHAT, _parse_conversation),
+    "sharegpt": Format("answers", ("conversations",), _CHAT, _parse_conversation),
+    "alpaca": Format("answers", ("instruction", "output"), ("input", "system"), _parse_conversation),
+    "prompt-completion": Format("answers", ("prompt", "completion"), _CHAT, _parse_conversation),
+    "text": Format("texts", ("text",), (), _parse_text),
+    "classification": Format("labels", ("text", "label"), ("text_pair",), _parse_classification),
+    "image": Format("labels", ("image", "label"), (), _parse_image),
+    "preference": Format("preferences", ("chosen", "rejected"), ("prompt", *_CHAT), _parse_preference),
+    "unpaired-preference": Format("preferences", ("prompt", "completion", "label"), _CHAT, _parse_preference),
+}
+"""All data formats, in the order in which they are looked for. The recipe's ``data.format`` takes these names."""
+PREFERENCES = tuple(name for name, kind in FORMATS.items() if kind.trains == "preferences")
+LABELLED = tuple(name for name, kind in FORMATS.items() if kind.trains == "labels")
+UNRENDERED = tuple(name for name, kind in FORMATS.items() if kind.trains in ("texts", "labels"))
+"""Formats whose texts are taken as they are, without a template."""
 
 
 def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:
@@ -479,7 +526,7 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
         parsed = parse_row(filled, detect_format(filled, format, columns), section.system)
-        if isinstance(parsed, Text):
+        if not isinstance(parsed, Conversation):
             raise InputError(
                 f"{row.source}: is plain text, which asks nothing. Expected prompts, instructions or messages."
             )

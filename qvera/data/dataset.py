@@ -13,13 +13,13 @@ import numpy as np
 from qvera.config import plugins
 from qvera.config.schema import DataSection
 from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
-from qvera.data.cache import tokenized, tokenized_uncached
+from qvera.data.cache import tokenized
 from qvera.data.chat_template import OWN, ChatTemplate
 from qvera.data.conversations import LABELLED, UNRENDERED
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import Labels, few_of_each_label, labels_of
 from qvera.data.rows import Rows, concatenated
-from qvera.data.sampler import random_order
+from qvera.data.sampler import Batches, random_order
 from qvera.data.source import encoder_of, template_of, with_label_names
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
@@ -27,6 +27,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qvera.config.schema import Recipe
     from qvera.data.source import Processor
 
 
@@ -104,12 +105,7 @@ class DataStats(RowCounts):
         """The ``data`` object of run.json."""
         counts = ["train_rows", "eval_rows", "tokens", "trained_tokens", "longest_tokens", "truncated_rows"]
         counts += ["truncated_tokens", "split_rows", "split_parts", "dropped_rows"]
-        others = {} if self.adapters is None else {"adapters": self.adapters.to_dict()}
-        if self.labels is not None:
-            names, counts_of = list(self.labels.names), (self.label_rows, self.eval_label_rows)
-            others["labels"] = {"names": names, "is_regression": self.labels.is_regression}
-            others["labels"] |= dict(zip(("train_rows", "eval_rows"), counts_of, strict=True))
-        return {
+        found: dict[str, Any] = {
             **{name: getattr(self, name) for name in counts},
             "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
             "repeated_rows": self.repeated_rows,
@@ -117,8 +113,17 @@ class DataStats(RowCounts):
             "format": self.format,
             "template": self.template,
             "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},
-            **others,
         }
+        if self.adapters is not None:
+            found["adapters"] = self.adapters.to_dict()
+        if self.labels is not None:
+            found["labels"] = {
+                "names": list(self.labels.names),
+                "is_regression": self.labels.is_regression,
+                "train_rows": self.label_rows,
+                "eval_rows": self.eval_label_rows,
+            }
+        return found
 
 
 @dataclass(slots=True)
@@ -165,6 +170,14 @@ class Datasets:
         return self.train.take(np.array([row for *_, row in sorted(turns)[:count]], dtype=np.int64))
 
 
+def adapter_batches(recipe: Recipe, datasets: Datasets, adapter: AdapterRows) -> Batches:
+    """The batches of one of many adapters, the same as a run on its rows alone. Row i is ``adapter.train[i]``."""
+    data, training = recipe.data, recipe.training
+    lengths = datasets.train.lengths[adapter.train]
+    sizes = training.global_batch_size, training.per_device_train_batch_size
+    return Batches(lengths, *sizes, seed=data.seed, shuffle=data.shuffle, by_length=data.group_by_length)
+
+
 def data_sha256(datasets: Datasets) -> str:
     """SHA-256 over all rows' tokens, masks and tasks, to compare what two machines read."""
     digest = hashlib.sha256()
@@ -201,9 +214,14 @@ def build_datasets(
         section = section.replace(label_names=list(labels.names))
     encoder = encoder_of(section, processor)
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
-    sections = [with_label_names(each) for each in _sources(section)]
-    read = tokenized if cached else tokenized_uncached
-    sources = [read(each, encoder, console) for each in sections]
+    # each part of the mixture as a section; only the first keeps ``eval_path`` and ``eval_split``
+    sections = [section.model_copy(update={"mixture": []})]
+    for part in section.mixture:
+        fraction = section.eval_fraction if section.held_out_path is None else 0.0
+        own = {"mixture": [], "eval_path": None, "eval_split": None, "eval_fraction": fraction, **dict(part)}
+        sections.append(section.model_copy(update=own))
+    sections = [with_label_names(each) for each in sections]
+    sources = [tokenized(each, encoder, console, cached) for each in sections]
     divided = [schedule.divide(section, sections, sources) for schedule in plugins.schedules()]
     part_names, set_aside = next((parts for parts in divided if parts is not None), ([], {}))
     if section.rows_per_label is not None:
@@ -238,23 +256,12 @@ def build_datasets(
         for part in (train, held_out, *set_aside.values()):
             part.processor = processor
     if section.format in LABELLED:
-        stats.labels = found = labels or labels_of(
-            section, train, held_out, *set_aside.values(), known=sections[0].label_names
-        )
-        stats.label_rows, stats.eval_label_rows = found.counts(train), found.counts(held_out)
+        known, others = sections[0].label_names, set_aside.values()
+        stats.labels = labels or labels_of(section, train, held_out, *others, known=known)
+        stats.label_rows, stats.eval_label_rows = stats.labels.counts(train), stats.labels.counts(held_out)
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = template_of(section, encoder, sources[0].format)
     return Datasets(train, held_out, stats, template, encoder.pad_id, part_names, set_aside)
-
-
-def _sources(section: DataSection) -> list[DataSection]:
-    """Each part of the mixture as a section. Only the first keeps ``eval_path`` and ``eval_split``."""
-    sources = [section.model_copy(update={"mixture": []})]
-    for part in section.mixture:
-        fraction = section.eval_fraction if section.held_out_path is None else 0.0
-        own = {"mixture": [], "eval_path": None, "eval_split": None, "eval_fraction": fraction, **dict(part)}
-        sources.append(section.model_copy(update=own))
-    return sources
 
 
 def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:

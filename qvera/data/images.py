@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
 import io
 import math
@@ -52,61 +53,46 @@ def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
         InputError: no such file, no image, damaged, more pixels than Pillow's limit, or pixels of no known range.
     """
     import pyarrow as pa
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     limit = Image.MAX_IMAGE_PIXELS
     try:
         if not isinstance(content, str):
             # an Arrow buffer is read from the mapped pages, without a copy
             content = io.BytesIO(content) if isinstance(content, bytes) else pa.BufferReader(content)
-        with Image.open(content) as opened:
-            width, height = opened.size
-            if limit is not None and width * height > limit:
+        with Image.open(content) as image:
+            if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError
-            opened.load()
-            return _as_rgb(_turned(opened), source)
+            image.load()
+            turned: Image.Image = image
+            with contextlib.suppress(*_DAMAGED):  # its EXIF data may be
+                turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I"):  # whole numbers of 16 or 32 bits
+                values = np.asarray(turned)
+                if values.size and (values.min() < 0 or values.max() > 65_535):
+                    raise InputError(f"{source}: has grey values beyond 16 bits. Convert it to 8 or 16 bits.")
+                return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+            if turned.mode == "F":
+                raise InputError(f"{source}: has fractions as pixels, whose range is not known. Convert it to 8 bits.")
+            if turned.has_transparency_data:
+                seen = turned.convert("RGBA")
+                turned = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+            return turned.convert("RGB")
     except FileNotFoundError:
-        raise InputError(f"{source}: there is no image file {content!s}. Fix the path, or remove the row.") from None
+        problem = f"there is no image file {content!s}. Fix the path, or remove the row."
     except UnidentifiedImageError:
-        raise InputError(
-            f"{source}: is no image that Pillow can read. Expected JPEG, PNG, WebP, GIF, BMP or TIFF; convert it, or "
-            "remove it."
-        ) from None
+        problem = (
+            "is no image that Pillow can read. Expected JPEG, PNG, WebP, GIF, BMP or TIFF; convert it, or remove it."
+        )
     except Image.DecompressionBombError:
-        raise InputError(
-            f"{source}: has more than {limit:,} pixels, Pillow's limit for images that are safe to unpack. Make it "
-            "smaller, or remove it."
-        ) from None
-    except InputError:
-        raise
+        problem = (
+            f"has more than {limit:,} pixels, Pillow's limit for images that are safe to unpack. Make it smaller, or "
+        )
+        problem += "remove it."
     except _DAMAGED as error:
         reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise InputError(f"{source}: the image is damaged ({reason}). Replace it, or remove it.") from None
-
-
-def _as_rgb(image: Image, source: str) -> Image:
-    import PIL.Image as Pillow
-
-    if image.mode.startswith("I"):  # whole numbers of 16 or 32 bits
-        values = np.asarray(image)
-        if values.size and (values.min() < 0 or values.max() > 65_535):
-            raise InputError(f"{source}: has grey values beyond 16 bits. Convert it to 8 or 16 bits.")
-        return Pillow.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InputError(f"{source}: has fractions as pixels, whose range is not known. Convert it to 8 bits.")
-    if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        return Pillow.alpha_composite(Pillow.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image.convert("RGB")
-
-
-def _turned(image: Image) -> Image:
-    from PIL.ImageOps import exif_transpose
-
-    try:
-        return exif_transpose(image)
-    except _DAMAGED:
-        return image
+        problem = f"the image is damaged ({reason}). Replace it, or remove it."
+    raise InputError(f"{source}: {problem}") from None
 
 
 def thumbnail_uri(image: Image) -> str:

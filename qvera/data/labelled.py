@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvera.config.schema import DataSection
-from qvera.data.conversations import RowFormat, row_text, row_value
+from qvera.data.conversations import LabelledRow
 from qvera.data.images import StoredImage
-from qvera.data.readers import RawRow, describe
-from qvera.data.rows import Example, Rows, concatenated
+from qvera.data.rows import Example, Rows, concatenated, padded_arrays
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError, did_you_mean
@@ -25,53 +24,7 @@ from qvera.utils.formatting import first_of
 
 VALUE = "value"
 """The name of a regression's one output."""
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """A checked row."""
-
-    content: Any  # the (first) text; or an image's bytes or path
-    label: str  # a name, or a number as text
-    source: str
-    owner: str | None = None
-    text_pair: str | None = None  # None if missing or empty
-
-    @property
-    def whole(self) -> str:
-        """Both texts, for messages."""
-        return str(self.content) if self.text_pair is None else f"{self.content}\n{self.text_pair}"
-
-
-def row_label(row: RawRow, format: RowFormat, names: Sequence[str] = ()) -> str:
-    """The label of a row as text. It may be written as a class's number, from 0, if no class name is a number.
-
-    Raises:
-        InputError: the column or the label is missing, or the label is not one of ``names``.
-    """
-    value, column = row_value(row, format, "label"), format.column("label")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is None or (isinstance(value, str) and not value.strip()) or (is_number and value != value):
-        raise InputError(f"{row.source}: {column} is empty. Each row needs its label: fill it in, or remove the row.")
-    if not is_number and not isinstance(value, (str, bool)):
-        raise InputError(f"{row.source}: {column} must be a label (a name or a number), got {describe(value)}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{row.source}: {column} must be finite, got {value}. Fix the row.")
-    label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if not names or label in names:
-        return label
-    may_count = not any(map(_is_count, names))  # a class that is called 1 is not the one after the first
-    if may_count and _is_count(label) and int(label) < len(names):
-        return names[int(label)]
-    or_number = f", or a number from 0 to {len(names) - 1}" if may_count else ""
-    raise InputError(
-        f"{row.source}: {column} is {describe(value)}, which is no label of data.label_names"
-        f"{did_you_mean(label, names)} Expected {first_of(names)}{or_number}."
-    )
-
-
-def _is_count(label: str) -> bool:
-    return label.isascii() and label.isdigit()
+_NOTHING = np.zeros(0, np.int32)
 
 
 class LabelledTokenizer(RowTokenizer):
@@ -81,13 +34,6 @@ class LabelledTokenizer(RowTokenizer):
     break joins the two texts. No row is longer than the tokenizer's model_max_length.
     """
 
-    def _parse(self, row: RawRow) -> Any:
-        format = self.row_format
-        has_pair = row.fields.get(format.column("text_pair")) is not None
-        pair = row_text(row, format, "text_pair") if has_pair else ""
-        label = row_label(row, format, self.section.label_names)
-        return LabelledRow(row_text(row, format, "text"), label, row.source, row.owner, pair if pair.strip() else None)
-
     def _is_empty(self, row: Any) -> bool:
         return not row.content.strip()
 
@@ -95,34 +41,33 @@ class LabelledTokenizer(RowTokenizer):
         """See `RowTokenizer.empty_rows_message`."""
         return f"{first_of(list(sources))}: the text is empty. Fill it in, or remove the row."
 
-    def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:  # type: ignore[override]
+    def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:
         """See `RowTokenizer.encode`."""
-        self._counts, examples = RowCounts(), []
+        counts, examples = RowCounts(), []
+        asked, most = self.section.max_length, self.encoder.tokenizer.model_max_length
+        limit = min(asked, most)
         for row in rows:
-            self._counts.special_token_rows += bool(self.template.special.search(row.whole))
+            counts.special_token_rows += bool(self.template.special.search(row.whole))
             ids, pair_start = self._ids(row)
-            asked, most = self.section.max_length, self.encoder.tokenizer.model_max_length
-            limit = min(asked, most)
             if len(ids) > limit and self.section.too_long == "drop":
                 whose = "data.max_length" if asked <= most else "the tokenizer's model_max_length"
-                self._counts.dropped.setdefault(f"longer than {whose} ({limit})", []).append(row.source)
+                counts.dropped.setdefault(f"longer than {whose} ({limit})", []).append(row.source)
                 continue
             if len(ids) > limit:
-                self._counts.truncated_rows += 1
-                self._counts.truncated_tokens += len(ids) - limit
+                counts.truncated_rows += 1
+                counts.truncated_tokens += len(ids) - limit
                 ids, pair_start = self._ids(row, truncation=True, max_length=limit)
             trained = np.zeros(len(ids), dtype=bool)
             trained[-1:] = True
-            whole, nothing = np.asarray(ids, np.int32), np.zeros(0, np.int32)
-            examples.append(Example(whole, trained, row.source, nothing, row.whole, row.label, row.owner, pair_start))
-        return examples, self._counts
+            whole = np.asarray(ids, np.int32)
+            examples.append(Example(whole, trained, row.source, _NOTHING, row.whole, row.label, row.owner, pair_start))
+        return examples, counts
 
     def _ids(self, row: LabelledRow, **options: Any) -> tuple[list[int], int | None]:
         """The ids, and where the second text begins if the tokenizer gives token types."""
         tokenizer = self.encoder.tokenizer
-        cut_side = "left" if self.section.too_long == "cut-start" else "right"
-        side, tokenizer.truncation_side = tokenizer.truncation_side, cut_side
-        count = tokenizer.num_special_tokens_to_add
+        side, count = tokenizer.truncation_side, tokenizer.num_special_tokens_to_add
+        tokenizer.truncation_side = "left" if self.section.too_long == "cut-start" else "right"
         try:
             knows_pairs = row.text_pair is not None and count(pair=True) > count(pair=False)
             texts = (row.content, row.text_pair) if knows_pairs else (row.whole,)
@@ -154,41 +99,21 @@ class ImageReader(RowTokenizer):
     An example has one token for each patch. The last one stands for its one target, the label (`Example.is_labelled`).
     """
 
-    def _parse(self, row: RawRow) -> Any:
-        label = row_label(row, self.row_format, self.section.label_names)
-        return LabelledRow(_image_content(row, self.row_format), label, row.source, row.owner)
-
     def _is_empty(self, row: Any) -> bool:
         return False
 
-    def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:  # type: ignore[override]
+    def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:
         """See `RowTokenizer.encode`."""
         tokens = self.encoder.patches  # type: ignore[attr-defined]
-        ids, nothing, trained = np.zeros(tokens, np.int32), np.zeros(0, np.int32), np.zeros(tokens, dtype=bool)
+        ids, trained = np.zeros(tokens, np.int32), np.zeros(tokens, dtype=bool)
         trained[-1:] = True
         examples = []
         for row in rows:
             image = StoredImage(row.content, row.source)
             image.open()
             where = row.content if isinstance(row.content, str) else ""
-            examples.append(Example(ids, trained, row.source, nothing, where, row.label, row.owner, image=image))
+            examples.append(Example(ids, trained, row.source, _NOTHING, where, row.label, row.owner, image=image))
         return examples, RowCounts()
-
-
-def _image_content(row: RawRow, format: RowFormat) -> str | bytes:
-    """The image's bytes or its file's path. A relative path starts at the data file."""
-    value, column = row_value(row, format, "image"), format.column("image")
-    if isinstance(value, Mapping):  # as `datasets.Image` stores it
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)) and value:
-        return bytes(value)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(
-            f"{row.source}: {column} must be an image: its bytes, the path of a file, or an object with bytes or path; "
-            f"got {describe(value)}. Fix the row, or remove it."
-        )
-    directory = Path() if row.file is None else row.file.parent
-    return str((directory / Path(value).expanduser()).absolute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +130,13 @@ class Labels:
             InputError: an unknown label; names the row.
         """
         if self.is_regression:
-            return np.array([_number(row) for row in rows], np.float32)
+            for row in rows:
+                if _as_number(str(row.reference)) is None:
+                    raise InputError(
+                        f"{row.source}: the label {row.reference!r} is no number, and this is a regression "
+                        "(data.regression). Fix the row, or set data.regression: false for classes."
+                    )
+            return np.array([float(str(row.reference)) for row in rows], np.float32)
         numbers = {name: number for number, name in enumerate(self.names)}
         for row in rows:
             if row.reference not in numbers:
@@ -218,7 +149,7 @@ class Labels:
 
     def counts(self, rows: Rows) -> list[int]:
         """Rows of each class; empty for a regression."""
-        found = rows_by_label(rows)
+        found = {} if self.is_regression else rows_by_label(rows)
         return [] if self.is_regression else [found.get(name, 0) for name in self.names]
 
 
@@ -240,10 +171,8 @@ def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Ro
     for row in random_order(len(names), seed, 2**62).tolist():
         seen[names[row]] += 1
         taken[row] = seen[names[row]] <= count
-    return [
-        rows.take(np.flatnonzero(part))
-        for rows, part in zip(sources, np.split(taken, np.cumsum([len(rows) for rows in sources])[:-1]), strict=True)
-    ]
+    parts = np.split(taken, np.cumsum([len(rows) for rows in sources])[:-1])
+    return [rows.take(np.flatnonzero(part)) for rows, part in zip(sources, parts, strict=True)]
 
 
 def _reference(rows: Rows) -> pa.ChunkedArray:
@@ -268,18 +197,18 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
     """
     found = rows_by_label(train)
     numbers = {label: _as_number(label) for label in found}
+    all_numbers = None not in numbers.values()
     has_fraction = any(value is not None and not value.is_integer() for value in numbers.values())
     asked = section.regression if section.format == "classification" else False  # an image has a class
-    if asked is True or (asked == "auto" and has_fraction and None not in numbers.values() and not section.label_names):
+    if asked is True or (asked == "auto" and has_fraction and all_numbers and not section.label_names):
         labels = Labels((VALUE,), True)
         for rows in (train, *held_out):
-            if any(_as_number(label) is None for label in rows_by_label(rows)):
+            if None in map(_as_number, rows_by_label(rows)):
                 labels.targets(rows)
         return labels
-    others = sorted(found.keys() - set(known), key=lambda label: (numbers[label] or 0.0, label))
-    if None in numbers.values():
-        others.sort()
-    names = section.label_names or [*known, *others]
+    others = sorted(found.keys() - set(known))
+    if all_numbers:
+        others.sort(key=lambda label: numbers[label] or 0.0)
     if unused := [name for name in section.label_names if name not in found]:
         raise InputError(
             f"data.label_names: no training row of {section.path} has the label {first_of(unused)}. Add rows of it, or "
@@ -290,9 +219,9 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
             f"{section.path}: all {len(train):,} training rows have the label {min(found)!r}, and a classifier needs "
             "two labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
         )
-    labels = Labels(tuple(names))
+    labels = Labels(tuple(section.label_names or [*known, *others]))
     for rows in (train, *held_out):
-        if rows_by_label(rows).keys() - set(names):
+        if rows_by_label(rows).keys() - set(labels.names):
             labels.targets(rows)
     return labels
 
@@ -305,30 +234,16 @@ def _as_number(label: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _number(row: Example) -> float:
-    value = _as_number(str(row.reference))
-    if value is None:
-        raise InputError(
-            f"{row.source}: the label {row.reference!r} is no number, and this is a regression (data.regression). Fix "
-            "the row, or set data.regression: false for classes."
-        )
-    return value
-
-
 def labelled_arrays(examples: Sequence[Example], tokens: int, pad_id: int, masked: bool) -> dict[str, np.ndarray]:
     """Rows padded on the right to ``tokens``: ``input_ids``, and maybe ``attention_mask`` and ``token_type_ids``.
 
     All are int64 [B, T]. ``masked`` is for models whose tokens see the padding behind them. Token types are 1 from the
     second text on; they are there if any row has a ``pair_start``.
     """
-    lengths = np.array([len(example.input_ids) for example in examples])
-    columns, ids = np.arange(tokens), np.full((len(examples), tokens), pad_id, dtype=np.int64)
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = example.input_ids
-    arrays = {"input_ids": ids}
-    if masked:
-        arrays["attention_mask"] = (columns < lengths[:, None]).astype(np.int64)
+    arrays = padded_arrays(examples, tokens, pad_id, masked)
     starts = np.array([tokens if e.pair_start is None else e.pair_start for e in examples])
     if (starts < tokens).any():
-        arrays["token_type_ids"] = ((columns >= starts[:, None]) & (columns < lengths[:, None])).astype(np.int64)
+        columns, lengths = np.arange(tokens), np.array([len(example.input_ids) for example in examples])
+        types = (columns >= starts[:, None]) & (columns < lengths[:, None])
+        arrays["token_type_ids"] = types.astype(np.int64)
     return arrays

@@ -55,19 +55,22 @@ def read_rows(
     Raises:
         InputError: nothing of that name, an unknown extension, or a file that is empty, not UTF-8 or malformed.
     """
-    files = local_files(path)
+    files, local = local_files(path), Path(path).expanduser()
     if files is None:
-        yield from _read_hub(path, split, config_name, revision)
+        number = 0
+        for number, fields in enumerate(load_hub(path, split, config_name, revision), start=1):
+            yield RawRow(dict(fields), f"{path}[{split}] row {number}")
+        if not number:
+            raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
         return
     for name, value in (("config_name", config_name), ("revision", revision)):
         if value is not None:
-            kind = "directory" if Path(path).expanduser().is_dir() else "file"
             raise InputError(
-                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local {kind}. Remove the "
-                f"key."
+                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local "
+                f"{'directory' if local.is_dir() else 'file'}. Remove the key."
             )
     for file in files:
-        if file.suffix.lower() in IMAGE_EXTENSIONS and Path(path).expanduser().is_dir():
+        if file.suffix.lower() in IMAGE_EXTENSIONS and local.is_dir():
             yield RawRow({"image": str(file.absolute()), "label": file.parent.name}, str(file))
         else:
             yield from read_file(file)
@@ -110,18 +113,21 @@ def local_files(path: str) -> list[Path] | None:
         return [local]
     if local.exists():
         raise InputError(f"{path}: is a pipe or a device, and rows are read more than once. Save them to a file.")
-    if (
-        re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
-        and not path.lower().endswith(EXTENSIONS)
-        and (path.count("/") == 1 or "." not in path)
-    ):
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not path.lower().endswith(EXTENSIONS)
+    if is_id and (path.count("/") == 1 or "." not in path):
         return None
-    raise _missing(path, local)
+    if local.is_symlink():
+        raise InputError(f"{path}: is a link to {os.readlink(local)}, and no file can be reached by it. Mend the link.")
+    if not local.parent.is_dir():
+        raise InputError(f"{path}: no such file, and no directory {local.parent} either. Check data.path.")
+    near = difflib.get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
+    hint = f"Did you mean {local.parent / near[0]}?" if near else f"Expected a {_ACCEPTED} file or a directory of them."
+    raise InputError(f"{path}: no such file or directory. {hint}")
 
 
 def _data_files(directory: Path) -> list[Path]:
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS)
-    if not files and (images := image_files(directory)):
+    if not files and (images := _image_files(directory)):
         return images
     if not files:
         others = sorted(p.name for p in directory.iterdir())[:5]
@@ -142,7 +148,7 @@ def _data_files(directory: Path) -> list[Path]:
     return files
 
 
-def image_files(directory: Path) -> list[Path]:
+def _image_files(directory: Path) -> list[Path]:
     """The images of all classes in name order; empty if the directory has no folders of images.
 
     Raises:
@@ -150,17 +156,21 @@ def image_files(directory: Path) -> list[Path]:
     """
     folders = [entry for entry in _entries(directory) if entry.is_dir()]
     names = {folder.name.lower(): folder for folder in folders}
-    train = next((names[name] for name in _TRAIN_FOLDERS if name in names), None)
-    held_out = next((names[name] for name in _HELD_OUT_FOLDERS if name in names), None)
+    train, held_out = (
+        next((names[name] for name in wanted if name in names), None) for wanted in (_TRAIN_FOLDERS, _HELD_OUT_FOLDERS)
+    )
     if train is not None and held_out is not None:
         raise InputError(
             f"{directory}: holds the splits {train.name} and {held_out.name}, not classes. Set data.path to {train} "
             f"and data.eval_path to {held_out}."
         )
-    found = [[entry for entry in _entries(folder) if _is_image(entry)] for folder in folders]
+    beside, *found = (
+        [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()]
+        for folder in (directory, *folders)
+    )
     if not any(found):
         return []
-    if beside := [entry for entry in _entries(directory) if _is_image(entry)]:
+    if beside:
         raise InputError(
             f"{beside[0]}: stands beside the folders of {directory}, and an image's folder is its class. Move it into "
             "one, or remove it."
@@ -173,12 +183,8 @@ def image_files(directory: Path) -> list[Path]:
     return [image for images in found for image in images]
 
 
-def _entries(directory: Path) -> Iterator[Path]:
-    return (entry for entry in sorted(directory.iterdir()) if not entry.name.startswith("."))
-
-
-def _is_image(entry: Path) -> bool:
-    return entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()
+def _entries(directory: Path) -> list[Path]:
+    return [entry for entry in sorted(directory.iterdir()) if not entry.name.startswith(".")]
 
 
 def adapter_files(path: str) -> list[Path]:
@@ -195,7 +201,7 @@ def adapter_files(path: str) -> list[Path]:
             "directory, or use data.adapter_column, a column of the adapters' names."
         )
     files: dict[str, Path] = {}
-    for file in sorted(p for p in directory.iterdir() if not p.name.startswith(".")):
+    for file in _entries(directory):
         if not file.is_file() or file.suffix.lower() not in EXTENSIONS:
             what = "a directory" if file.is_dir() else "no data file"
             raise InputError(
@@ -211,20 +217,6 @@ def adapter_files(path: str) -> list[Path]:
     if not files:
         raise InputError(f"{directory}: is empty. Expected {_ACCEPTED} in it, a file for each adapter.")
     return list(files.values())
-
-
-def _missing(path: str, local: Path) -> InputError:
-    if local.is_symlink():
-        return InputError(
-            f"{path}: is a link to {os.readlink(local)}, and no file can be reached by it. Mend the link."
-        )
-    if not local.parent.is_dir():
-        return InputError(f"{path}: no such file, and no directory {local.parent} either. Check data.path.")
-    near = difflib.get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
-    hint = (
-        f" Did you mean {local.parent / near[0]}?" if near else f" Expected a {_ACCEPTED} file or a directory of them."
-    )
-    return InputError(f"{path}: no such file or directory.{hint}")
 
 
 def _not_utf8(file: Path) -> InputError:
@@ -251,8 +243,6 @@ def read_lines(file: Path) -> Iterator[RawRow]:
 
 _Repeated = list[tuple[dict[str, Any], str]]
 """Objects that hold a key twice, with that key."""
-
-
 _TOO_MANY_DIGITS = "a whole number of more than 4,300 digits"
 
 
@@ -286,7 +276,17 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
             try:
                 value, repeated = _parse_json(line)
             except (ValueError, RecursionError) as error:
-                raise _bad_line(source, number, line, error) from None
+                if number == 1 and line in ("[", "{"):
+                    raise InputError(
+                        f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
+                    ) from None
+                detail = "nested too deeply" if isinstance(error, RecursionError) else _TOO_MANY_DIGITS
+                if isinstance(error, json.JSONDecodeError):
+                    detail = f"{error.msg} at column {error.colno}"
+                raise InputError(
+                    f"{source}: not valid JSON: {detail}, in {_shortened(line)!r}. Expected one complete JSON object "
+                    "on each line; fix or remove the line."
+                ) from None
             if not isinstance(value, dict):
                 hint = " The file is one JSON list: rename it to .json." if number == 1 and line[0] == "[" else ""
                 raise InputError(
@@ -295,21 +295,6 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
                 )
             _require_unique_keys(repeated, source)
             yield RawRow(value, source, file=file)
-
-
-def _bad_line(source: str, number: int, line: str, error: Exception) -> InputError:
-    if number == 1 and line in ("[", "{"):
-        return InputError(
-            f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
-        )
-    if isinstance(error, json.JSONDecodeError):
-        detail = f"{error.msg} at column {error.colno}"
-    else:
-        detail = "nested too deeply" if isinstance(error, RecursionError) else _TOO_MANY_DIGITS
-    return InputError(
-        f"{source}: not valid JSON: {detail}, in {_shortened(line)!r}. Expected one complete JSON object on each line; "
-        "fix or remove the line."
-    )
 
 
 def _read_json(file: Path) -> Iterator[RawRow]:
@@ -406,14 +391,6 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
         raise InputError(f"{file}: can't be read as Parquet: {one_line(error)}. Is the file complete?") from None
 
 
-def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
-    number = 0
-    for number, fields in enumerate(load_hub(path, split, config_name, revision), start=1):
-        yield RawRow(dict(fields), f"{path}[{split}] row {number}")
-    if not number:
-        raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
-
-
 def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> datasets.Dataset:
     """Load a hub dataset: memory-mapped Arrow files, images not decoded.
 
@@ -438,14 +415,6 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
         ) from None
 
 
-def class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """The names of a column's integer labels, from 0; empty if the dataset has none."""
-    import datasets
-
-    feature = dataset.features.get(column)
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
-
-
 def _shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -453,7 +422,5 @@ def _shortened(text: str, limit: int = 60) -> str:
 def describe(value: object) -> str:
     """A value's JSON type, and the value if it is short, for messages."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    if value is None:
-        return "null"
-    kind = kinds.get(type(value), type(value).__name__)
-    return kind if isinstance(value, (dict, list)) else f"{kind} ({_shortened(repr(value), 40)})"
+    kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
+    return kind if value is None or isinstance(value, (dict, list)) else f"{kind} ({_shortened(repr(value), 40)})"

@@ -6,11 +6,7 @@ counts and hashes of all rows are held, 24 bytes a row.
 If B rows share a prefix of P tokens, a padded batch computes it B times. `collate_prefix_once` makes one sequence
 instead: prefix + rest 1 + ... + rest B. Each rest sees only the prefix and itself, at its old positions. Losses and
 gradients are those of the padded batch (tests/data/test_rows.py), with (B - 1) P fewer tokens and no padding.
-``data.packing`` always makes such a sequence, with or without a prefix.
-
-`Joined` lists how attention tells the rows apart. A dense mask works everywhere, but costs attention T² and, on an
-accelerator, the flash kernel. Variable-length attention (`qvera.models.attention`) takes offsets. Each layer then
-copies the prefix's keys and values to the front of each row's own.
+``data.packing`` always makes such a sequence. `Joined` lists how attention tells the rows apart.
 
 On a CPU each new shape of a 16-bit matrix product caches 0.6 MB of kernels in oneDNN and torch: SmolLM2 grew by 10 MB a
 step. So lengths are rounded up to one of eight an octave, 4 % more tokens on average. Smaller caches do not help: their
@@ -121,34 +117,27 @@ _FIELDS = [field.name for field in dataclasses.fields(Example)]
 
 def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     """Rows as an Arrow record batch of `SCHEMA`."""
-    rows = [
-        {
-            **{name: getattr(example, name) for name in _FIELDS},
+    rows = []
+    for example in examples:
+        label = str(example.desirable) if example.desirable is not None else example.reference
+        label = label if example.desirable is not None or example.is_labelled else None
+        content = (
+            np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
+            if example.image is None
+            else example.image.read_bytes()
+        )
+        about = {
             "trained": example.trained.view(np.uint8),
             "trained_tokens": example.trained_tokens,
             "image": None if example.image is None else example.image.stored_bytes,
-            "ids_hash": _hash(_content(example)),
-            "mask_hash": _hash(example.trained.tobytes(), _label(example)),
+            "ids_hash": _hash(content),
+            "mask_hash": _hash(example.trained.tobytes() + (label or "").encode()),
         }
-        for example in examples
-    ]
+        rows.append({name: getattr(example, name) for name in _FIELDS} | about)
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-def _content(example: Example) -> bytes:
-    if example.image is not None:
-        return example.image.read_bytes()
-    return np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
-
-
-def _label(example: Example) -> str | None:
-    if example.desirable is not None:
-        return str(example.desirable)
-    return example.reference if example.is_labelled else None
-
-
-def _hash(content: bytes, label: str | None = None) -> int:
-    content += (label or "").encode()
+def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -168,40 +157,36 @@ def write_table(batches: Iterable[pa.RecordBatch], path: Path) -> Rows:
     return Rows.open(path)
 
 
+_OF_EACH_ROW = ("trained_tokens", "lengths", "all_tokens", "ids_hash", "mask_hash", "part_of", "chosen")
+
+
 class Rows(Sequence[Example]):
     """A selection of a table's rows, in order; a row may come more than once.
 
-    ``trained_tokens`` and ``all_tokens`` count both rows of a pair, and ignore ``max_tokens``.
+    ``trained_tokens`` and ``all_tokens`` count both rows of a pair, also where rows are `cut`.
 
-    Args:
+    Attributes:
         chosen: int64 [n], row numbers in the table; None: all rows.
-        max_tokens: cut each row to this many tokens, and drop its prompt.
-        part_of: int64 [n], the number of each row's part (`plugins.Schedule.divide`).
+        lengths, trained_tokens, all_tokens: int32 [n]; of a pair the longer row, its targets, and both rows.
+        ids_hash, mask_hash: uint64 [n].
+        part_of: int64 [n], the number of each row's part (`plugins.Schedule.divide`), or None.
         processor: makes the pixel values of images.
     """
 
-    def __init__(
-        self,
-        table: pa.Table | None = None,
-        chosen: np.ndarray | None = None,
-        max_tokens: int | None = None,
-        part_of: np.ndarray | None = None,
-        processor: ImageProcessor | None = None,
-    ) -> None:
+    def __init__(self, table: pa.Table | None = None) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
-        self.chosen, self._max_tokens, self.part_of, self.processor = chosen, max_tokens, part_of, processor
-        self.trained_tokens = self._column(self.table["trained_tokens"])  # int32 [n]: targets
-        lengths = self._column(pc.list_value_length(self.table["input_ids"]))
-        rejected = self._column(pc.fill_null(pc.list_value_length(self.table["rejected_ids"]), 0))
+        self.chosen: np.ndarray | None = None
+        self.part_of: np.ndarray | None = None
+        self.processor: ImageProcessor | None = None
+        self._max_tokens: int | None = None
+        self.trained_tokens, self.ids_hash, self.mask_hash = (
+            self.table[name].to_numpy() for name in ("trained_tokens", "ids_hash", "mask_hash")
+        )
+        lengths = pc.list_value_length(self.table["input_ids"]).to_numpy()
+        rejected = pc.fill_null(pc.list_value_length(self.table["rejected_ids"]), 0).to_numpy()
         # a pair's two rows have the prompt in common, which is all that is not trained
         others = np.where(rejected > 0, lengths - self.trained_tokens + 2 * rejected, 0)
-        self.lengths = np.minimum(np.maximum(lengths, others), max_tokens or 2**31 - 1)  # a pair's longer row
-        self.all_tokens = lengths + others  # int32 [n]
-        self.ids_hash = self._column(self.table["ids_hash"])  # uint64 [n]
-        self.mask_hash = self._column(self.table["mask_hash"])  # uint64 [n]
-
-    def _column(self, values: pa.ChunkedArray) -> np.ndarray:
-        return values.to_numpy() if self.chosen is None else values.to_numpy()[self.chosen]
+        self.lengths, self.all_tokens = np.maximum(lengths, others), lengths + others
 
     @classmethod
     def open(cls, path: Path) -> Rows:
@@ -246,16 +231,18 @@ class Rows(Sequence[Example]):
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""
         taken = copy.copy(self)  # without a look at the whole table
-        taken.chosen = rows if self.chosen is None else self.chosen[rows]
-        taken.part_of = None if self.part_of is None else self.part_of[rows]
-        taken.lengths, taken.trained_tokens = self.lengths[rows], self.trained_tokens[rows]
-        taken.all_tokens = self.all_tokens[rows]
-        taken.ids_hash, taken.mask_hash = self.ids_hash[rows], self.mask_hash[rows]
+        for name in _OF_EACH_ROW:
+            values = getattr(self, name)
+            setattr(taken, name, None if values is None else values[rows])
+        taken.chosen = rows if self.chosen is None else taken.chosen
         return taken
 
     def cut(self, max_tokens: int) -> Rows:
         """All rows cut to ``max_tokens`` tokens, without prompts, for a plan. Images are never cut."""
-        return self if self.processor is not None else Rows(self.table, self.chosen, max_tokens, self.part_of)
+        cut = copy.copy(self)
+        if self.processor is None:
+            cut._max_tokens, cut.lengths = max_tokens, np.minimum(self.lengths, max_tokens)
+        return cut
 
     def owners(self) -> list[str]:
         """The task or adapter of each row."""
@@ -271,15 +258,14 @@ class Rows(Sequence[Example]):
 
 def concatenated(parts: Sequence[Rows]) -> Rows:
     """The rows of several selections, one selection after the other."""
-    table = pa.concat_tables([part.table for part in parts])
+    rows = Rows(pa.concat_tables([part.table for part in parts]))
+    if any(part.chosen is not None for part in parts):
+        starts = np.cumsum([0, *(part.table.num_rows for part in parts)])
+        chosen = [np.arange(len(part)) if part.chosen is None else part.chosen for part in parts]
+        rows = rows.take(np.concatenate([start + each for start, each in zip(starts[:-1], chosen, strict=True)]))
     numbers = [part.part_of for part in parts if part.part_of is not None]
-    part_of = np.concatenate(numbers) if numbers else None
-    if all(part.chosen is None for part in parts):
-        return Rows(table, part_of=part_of)
-    starts = np.cumsum([0, *(part.table.num_rows for part in parts)])
-    chosen = [np.arange(len(part)) if part.chosen is None else part.chosen for part in parts]
-    chosen = [start + rows for start, rows in zip(starts[:-1], chosen, strict=True)]
-    return Rows(table, np.concatenate(chosen), part_of=part_of)
+    rows.part_of = np.concatenate(numbers) if numbers else None
+    return rows
 
 
 def lengths_of(rows: Sequence[Example]) -> np.ndarray:
@@ -301,17 +287,22 @@ def collate(
         Labels are the tokens themselves, or `IGNORED`. They are not shifted: the loss does that.
     """
     length = max(len(example.input_ids) for example in examples)
-    input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
-    labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
+    arrays = padded_arrays(examples, length, pad_id, masked)
+    arrays["labels"] = np.full((len(examples), length), IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        arrays["labels"][row, : len(example.input_ids)] = _labels(example)
+    return _tensors(arrays, device)
+
+
+def padded_arrays(examples: Sequence[Example], tokens: int, pad_id: int, masked: bool) -> dict[str, np.ndarray]:
+    """``input_ids``, padded on the right to ``tokens``, and if ``masked`` ``attention_mask``: int64 [B, T]."""
+    ids = np.full((len(examples), tokens), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
     for row, example in enumerate(examples):
         end = len(example.input_ids)
-        input_ids[row, :end] = example.input_ids
-        labels[row, :end] = _labels(example)
-    arrays = {"input_ids": input_ids, "labels": labels}
-    if masked:
-        ends = np.array([len(example.input_ids) for example in examples])
-        arrays["attention_mask"] = (np.arange(length) < ends[:, None]).astype(np.int64)
-    return _tensors(arrays, device)
+        ids[row, :end] = example.input_ids
+        mask[row, :end] = 1
+    return {"input_ids": ids, "attention_mask": mask} if masked else {"input_ids": ids}
 
 
 def _labels(example: Example) -> np.ndarray:

@@ -15,8 +15,6 @@ from qvera.data.rows import lengths_of
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
-    from qvera.data.adapter_rows import AdapterRows
-    from qvera.data.dataset import Datasets
     from qvera.data.rows import Example
 
 Row = TypeVar("Row")
@@ -163,23 +161,12 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     """
     data, training = recipe.data, recipe.training
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
-    common: dict[str, Any] = {
-        "pack_tokens": data.max_length if data.packing else None,
-        "seed": data.seed,
-        "shuffle": data.shuffle,
-    }
+    pack_tokens = data.max_length if data.packing else None
+    common: dict[str, Any] = {"pack_tokens": pack_tokens, "seed": data.seed, "shuffle": data.shuffle}
     for schedule in plugins.schedules():
         if (batches := schedule.batches(recipe, rows, sizes, common)) is not None:
             return batches
     return Batches(*sizes, **common, by_length=data.group_by_length)
-
-
-def adapter_batches(recipe: Recipe, datasets: Datasets, adapter: AdapterRows) -> Batches:
-    """The batches of one of many adapters, the same as a run on its rows alone. Row i is ``adapter.train[i]``."""
-    data, training = recipe.data, recipe.training
-    lengths = datasets.train.lengths[adapter.train]
-    sizes = training.global_batch_size, training.per_device_train_batch_size
-    return Batches(lengths, *sizes, seed=data.seed, shuffle=data.shuffle, by_length=data.group_by_length)
 
 
 def planned_steps(recipe: Recipe, rows: int) -> int:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
@@ -32,7 +32,7 @@ from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.conversations import LABELLED, PREFERENCES, RowFormat, detect_format
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
-from qvera.data.readers import RawRow, adapter_files, class_names, describe, load_hub, local_files, read_file, read_rows
+from qvera.data.readers import RawRow, adapter_files, describe, load_hub, local_files, read_file, read_rows
 from qvera.data.rows import Rows, write_table
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedChunk
@@ -63,15 +63,11 @@ _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_
 """One core for each process, and transformers without torch, whose import takes ten times as long as all the rest."""
 
 
-def _split(section: DataSection, held_out: bool) -> str:
-    return section.eval_split or section.split if held_out else section.split
-
-
 def source_paths(section: DataSection) -> Iterator[tuple[str, str]]:
     """Path and split of all that a source reads, training rows first. The split counts for a hub dataset only."""
     yield section.path, section.split
     if section.held_out_path is not None:
-        yield section.held_out_path, _split(section, True)
+        yield section.held_out_path, section.eval_split or section.split
 
 
 def source_files(section: DataSection, path: str) -> list[Path] | None:
@@ -98,31 +94,25 @@ def with_label_names(section: DataSection) -> DataSection:
     for path, split in source_paths(section):
         if local_files(path) is None:
             dataset = load_hub(path, split, section.config_name, section.revision)
-            found.append((path, next(filter(None, (class_names(dataset, column) for column in columns)), [])))
-    if given := section.label_names:
-        _require_same_names(found, given, "data.label_names or the trained model", may_rename=True)
-        return section
-    if not found or found[0][0] != section.path:
-        return section
-    names = found[0][1]
-    _require_same_names(found[1:], names, section.path)
-    return section.replace(label_names=[] if any(map(str.isdecimal, names)) else names)
-
-
-def _require_same_names(
-    found: list[tuple[str, list[str]]], names: list[str], source: str, may_rename: bool = False
-) -> None:
-    """Refuse a dataset in which an integer label is another class than in ``names``.
-
-    ``may_rename``: wholly other names are fine; the same names in another order are not.
-    """
+            named = (getattr(dataset.features.get(column), "names", None) for column in columns)  # of a ClassLabel
+            found.append((path, list(next(filter(None, named), []))))
+    names, given = section.label_names, "data.label_names or the trained model"
+    if not names:
+        if not found or found[0][0] != section.path:
+            return section
+        (given, names), *found = found
     for path, own in found:
-        if own and names and own != names and not (may_rename and sorted(own) != sorted(names)):
+        # wholly other names than the recipe's are fine; the same ones in another order are not
+        is_renamed = bool(section.label_names) and sorted(own) != sorted(names)
+        if own and names and own != names and not is_renamed:
             raise InputError(
-                f"{path}: calls its classes {', '.join(own)}, and {source} calls them {', '.join(names)}: an integer "
+                f"{path}: calls its classes {', '.join(own)}, and {given} calls them {', '.join(names)}: an integer "
                 "label would mean two things. Take rows with the same classes in the same order, or whose labels are "
                 "names."
             )
+    if section.label_names:
+        return section
+    return section.replace(label_names=[] if any(map(str.isdecimal, names)) else names)
 
 
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
@@ -132,53 +122,45 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
         InputError: a file or a row can't be read, or a row does not name its owner.
     """
     rows: Iterator[RawRow]
-    path = str(section.held_out_path) if held_out else section.path
-    if held_out and section.eval_split is not None and local_files(path) is not None:
+    path, split = list(source_paths(section))[held_out]
+    key, name = ("eval_split", "held-out rows in data.eval_path") if held_out else ("split", "that split in data.path")
+    value = getattr(section, key)
+    if value != (None if held_out else "train") and local_files(path) is not None:
         raise InputError(
-            f"data.eval_split: {section.eval_split!r} has a meaning for hub datasets only, and {path} is local. Remove "
-            "the key, and name the file of held-out rows in data.eval_path."
-        )
-    if not held_out and section.split != "train" and local_files(path) is not None:
-        raise InputError(
-            f"data.split: {section.split!r} has a meaning for hub datasets only, and {path} is local. Remove the key, "
-            "and name the file of that split in data.path."
+            f"data.{key}: {value!r} has a meaning for hub datasets only, and {path} is local. Remove the key, and name "
+            f"the file of {name}."
         )
     if section.adapter_files:
         rows = (replace(row, owner=file.stem) for file in adapter_files(path) for row in read_file(file))
     elif path == section.path or not Path(path).expanduser().exists():
-        split = _split(section, held_out)
         rows = read_rows(path, split=split, config_name=section.config_name, revision=section.revision)
     else:  # a local eval file beside a hub dataset: the hub's keys are not about it
         rows = read_rows(path)
-    if section.owner_column is not None:
-        rows = _with_owners(rows, *section.owner_column)
     limit = None if held_out else section.limit
-    return _first_of_each(rows, limit) if section.has_adapters and limit else itertools.islice(rows, limit)
-
-
-def _with_owners(rows: Iterator[RawRow], column: str, kind: str) -> Iterator[RawRow]:
-    for row in rows:
-        if column not in row.fields:
-            raise InputError(
-                f"{row.source}: no column {column!r} (data.{kind}_column){did_you_mean(column, row.fields)} Columns "
-                f"found: {', '.join(map(str, row.fields)) or 'none'}. Each row names its {kind}."
-            )
-        value = row.fields[column]
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
-            is_missing = value is None or value != value or value == ""  # a missing number is a NaN
-            raise InputError(
-                f"{row.source}: the column {column!r} (data.{kind}_column) names the row's {kind} by a text or a whole "
-                f"number, got {'nothing' if is_missing else describe(value)}. Fill it in, or remove the row."
-            )
-        yield replace(row, owner=str(value))
-
-
-def _first_of_each(rows: Iterator[RawRow], limit: int) -> Iterator[RawRow]:
     seen: Counter[str | None] = Counter()
-    for row in rows:
-        seen[row.owner] += 1
-        if seen[row.owner] <= limit:
-            yield row
+    for row in itertools.islice(rows, None if section.has_adapters else limit):
+        owned = row if section.owner_column is None else _with_owner(row, *section.owner_column)
+        if limit is not None and section.has_adapters:
+            seen[owned.owner] += 1
+            if seen[owned.owner] > limit:
+                continue
+        yield owned
+
+
+def _with_owner(row: RawRow, column: str, kind: str) -> RawRow:
+    if column not in row.fields:
+        raise InputError(
+            f"{row.source}: no column {column!r} (data.{kind}_column){did_you_mean(column, row.fields)} Columns "
+            f"found: {', '.join(map(str, row.fields)) or 'none'}. Each row names its {kind}."
+        )
+    value = row.fields[column]
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+        is_missing = value is None or value != value or value == ""  # a missing number is a NaN
+        raise InputError(
+            f"{row.source}: the column {column!r} (data.{kind}_column) names the row's {kind} by a text or a whole "
+            f"number, got {'nothing' if is_missing else describe(value)}. Fill it in, or remove the row."
+        )
+    return replace(row, owner=str(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +171,7 @@ class Survey:
     format: RowFormat
     count: int  # rows
     names: list[str]  # adapters in order of first appearance; empty if rows name none
-    members: list[np.ndarray]  # for each adapter, the numbers of its rows, int64
+    members: list[np.ndarray]  # the numbers of each adapter's rows, int64; without adapters those of all rows
 
 
 def survey(section: DataSection, held_out: bool = False) -> Survey:
@@ -222,7 +204,9 @@ def survey(section: DataSection, held_out: bool = False) -> Survey:
                 f"{other.source}: the row looks like {name}, and {first.source} like {format.name}. All adapters of a "
                 "run have rows of one format: convert them, or set data.format if both can be read as one."
             )
-    members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers)) if numbers else []
+    members = [np.arange(count)]
+    if numbers:
+        members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers))
     return Survey(first, format, count, list(numbers), members)
 
 
@@ -241,13 +225,12 @@ def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) ->
     Returns:
         bool [raw rows of ``data.path``] and bool [raw rows that held-out rows come from].
     """
+    trained, held = np.ones(rows.count, dtype=bool), np.zeros((eval_rows or rows).count, dtype=bool)
     if eval_rows is not None:
-        held = np.zeros(eval_rows.count, dtype=bool)
-        for members in eval_rows.members or [np.arange(eval_rows.count)]:
+        for members in eval_rows.members:
             held[members[: section.eval_limit]] = True
-        return np.ones(rows.count, dtype=bool), held
-    trained, held = np.ones(rows.count, dtype=bool), np.zeros(rows.count, dtype=bool)
-    for members in (rows.members or [np.arange(rows.count)]) if section.eval_fraction > 0 else ():
+        return trained, held
+    for members in rows.members:
         chosen = members[hold_out(len(members), section.eval_fraction, section.seed)]
         trained[chosen] = False
         held[chosen[: section.eval_limit]] = True
@@ -273,17 +256,6 @@ def encoder_of(section: DataSection, processor: Processor) -> Encoder | ImageEnc
 def template_of(section: DataSection, encoder: Encoder | ImageEncoder, format: str) -> ChatTemplate | None:
     """The template of a source's rows; None for images. Raises as `resolve_template`."""
     return None if isinstance(encoder, ImageEncoder) else resolve_template(section.template, encoder.tokenizer, format)
-
-
-def row_tokenizer(
-    section: DataSection, encoder: Encoder | ImageEncoder, template: ChatTemplate | None, format: RowFormat
-) -> RowTokenizer:
-    """The tokenizer of a source's raw rows."""
-    if isinstance(encoder, ImageEncoder):
-        return ImageReader(section, encoder, template, format)  # type: ignore[arg-type]
-    assert template is not None
-    kind = LabelledTokenizer if format.name in LABELLED else RowTokenizer
-    return kind(section, encoder, template, format)
 
 
 @dataclass(slots=True)
@@ -346,32 +318,15 @@ def tokenize_source(
     unused = [name for name in rows.format.unused if name not in (section.owner_column or ())[:1]]
     name = "" if template is None else template.name
     source = TokenizedSource(rows.format.name, unused, name, RowCounts(), Rows(), Rows(), rows.names)
-    train, held = choose_rows(section, rows, eval_rows)
-    part = Part(row_tokenizer(section, encoder, template, rows.format), TRAIN, False, train)
-    source.train = _tokenize(part, directory, source, console)
-    if held.any():
-        tokenizer = row_tokenizer(section, encoder, template, (eval_rows or rows).format)
-        part = Part(tokenizer, EVAL, eval_rows is not None, held)
-        source.eval = _tokenize(part, directory, source, console)
+    trained, held = choose_rows(section, rows, eval_rows)
+    parts = [(TRAIN, False, trained, rows.format), (EVAL, eval_rows is not None, held, (eval_rows or rows).format)]
+    for name, held_out, chosen, format in parts:
+        kind = LabelledTokenizer if format.name in LABELLED else RowTokenizer
+        kind = ImageReader if isinstance(encoder, ImageEncoder) else kind
+        part = Part(kind(section, encoder, template, format), name, held_out, chosen)  # type: ignore[arg-type]
+        if name == TRAIN or held.any():
+            setattr(source, name, _tokenize(part, directory, source, console))
     return source
-
-
-def _why_none(section: DataSection, rows: int, dropped: Mapping[str, Sequence[str]]) -> str:
-    """The reason why none of ``rows`` rows is left, and what to do about it."""
-    limit = section.max_length
-    if section.format in PREFERENCES:
-        reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
-        return f"all {rows} are left out: {reasons}. Fix the rows, or raise data.max_length ({limit})."
-    if section.too_long == "drop":  # which leaves out no row for anything else
-        return (
-            f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
-            "or shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
-            "cut-start or split."
-        )
-    return (
-        f"none of all {rows} has a trained token within data.max_length ({limit}). Raise it, or set "
-        "data.max_source_length below it, or change data.too_long."
-    )
 
 
 def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Console | None) -> Rows:
@@ -399,46 +354,57 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Con
             raise InputError(part.tokenizer.empty_rows_message(empty_rows))
 
     rows = write_table(batches(), directory / f"{part.name}.arrow")
-    if not len(rows):
-        purpose = "held-out" if part.name == EVAL else "training"
-        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, count, source.counts.dropped)}")
-    return rows
+    if len(rows):
+        return rows
+    limit, dropped = section.max_length, source.counts.dropped
+    if section.format in PREFERENCES:
+        reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
+        why = f"all {count} are left out: {reasons}. Fix the rows, or raise data.max_length ({limit})."
+    elif section.too_long == "drop":  # which leaves out no row for anything else
+        why = (
+            f"all {count} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
+            "or shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
+            "cut-start or split."
+        )
+    else:
+        why = (
+            f"none of all {count} has a trained token within data.max_length ({limit}). Raise it, or set "
+            "data.max_source_length below it, or change data.too_long."
+        )
+    raise InputError(f"{path}: no {'held-out' if part.name == EVAL else 'training'} row is left: {why}")
+
+
+# --- several processes
 
 
 def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
     """All chunks in order, from several processes if the recipe asks for them or it is worth it."""
-    cores = len(os.sched_getaffinity(0))
-    asked = part.tokenizer.section.tokenize_processes
-    rows = part.rows
-    processes = min(asked or cores, -(-rows // CHUNK_ROWS))
+    asked, total = part.tokenizer.section.tokenize_processes, -(-part.rows // CHUNK_ROWS)
+    processes = min(asked or len(os.sched_getaffinity(0)), total)
     done, begun = 0, time.perf_counter()
-    if asked is None:
-        for chunk in part.chunks(0):
-            yield chunk
-            done += 1
-            seconds = time.perf_counter() - begun
-            rest = seconds * (rows / (done * CHUNK_ROWS) - 1)
-            if processes > 1 and seconds > MEASURED_SECONDS and rest > WORTH_SECONDS:
-                break
-        else:
-            return
-    if processes > 1:
+    for chunk in part.chunks(0) if asked is None else ():
+        yield chunk
+        done += 1
+        seconds = time.perf_counter() - begun
+        if processes > 1 and seconds > MEASURED_SECONDS and seconds * (total / done - 1) > WORTH_SECONDS:
+            break
+    if processes > 1 and done < total:
         try:
-            for chunk in _chunks_by_processes(part, done, processes):
+            for chunk in _chunks_by_processes(part, done, processes, total):
                 yield chunk
                 done += 1
-            return
         except _ProcessFailed:
             text = "One process tokenizes all rows: others could not be started, or could not load this tokenizer."
             console.print(text, style="yellow", markup=False)
-    yield from part.chunks(done)
+    if done < total:
+        yield from part.chunks(done)
 
 
 class _ProcessFailed(Exception):
     """A process could not start, or ended too early."""
 
 
-def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[TokenizedChunk]:
+def _chunks_by_processes(part: Part, first: int, processes: int, total: int) -> Iterator[TokenizedChunk]:
     """The chunks from number ``first`` on, in order. Each process writes its own to its standard output.
 
     Raises:
@@ -463,7 +429,7 @@ def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[Tok
                 stack.callback(process.kill)
                 assert process.stdout is not None
                 outputs.append(process.stdout)
-            for number in range(-(-part.rows // CHUNK_ROWS) - first):
+            for number in range(total - first):
                 yield pickle.load(outputs[number % processes])
         # the last two: Python's own start (a sitecustomize) printed something in front of the chunks
         except (OSError, EOFError, pickle.PickleError, TypeError, AttributeError, ValueError, LookupError) as error:

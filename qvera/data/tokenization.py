@@ -80,13 +80,7 @@ class Encoder:
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """``ids`` with exactly one BOS in front if the model wants one. A template may have written it already."""
-        if self.bos_id is None or ids[:1] == [self.bos_id]:
-            return ids
-        return [self.bos_id, *ids]
-
-    def starts_with_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
-        """Whether the model wants a BOS and these ids start with it."""
-        return self.bos_id is not None and len(ids) > 0 and int(ids[0]) == self.bos_id
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def encode_prompt(self, text: str, starts: Sequence[int] = ()) -> list[int]:
         """The ids of a prompt as in training; ``text`` and ``starts`` are from `ChatTemplate.prompt`."""
@@ -219,9 +213,9 @@ class RowTokenizer:
 
     def tokenize_chunk(self, rows: Sequence[RawRow]) -> TokenizedChunk:
         """Check and tokenize consecutive rows."""
-        chunk = TokenizedChunk()
+        chunk, section = TokenizedChunk(), self.section
         try:
-            parsed = [self._parse(row) for row in rows]
+            parsed: list[Any] = [parse_row(row, self.row_format, section.system, section.label_names) for row in rows]
             chunk.empty_rows = [row.source for row in parsed if self._is_empty(row)]
             if not chunk.empty_rows:
                 examples, chunk.counts = self.encode(parsed)
@@ -230,10 +224,7 @@ class RowTokenizer:
             chunk.error = str(error)
         return chunk
 
-    def _parse(self, row: RawRow) -> Any:
-        return parse_row(row, self.row_format, self.section.system, self.section.label_names)
-
-    def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], RowCounts]:
+    def encode(self, rows: Sequence[Any]) -> tuple[list[Example], RowCounts]:
         """The rows' examples in order, and what was cut, split and dropped.
 
         Raises:
@@ -248,12 +239,14 @@ class RowTokenizer:
         """Yields the examples of one row at a time: none, one or several."""
         rendered: list[tuple[str, list[AnswerSpan]]] = []
         for row in rows:
-            self._counts.special_token_rows += self._has_special_token(row)
             if isinstance(row, Text):
+                texts = [row.text]
                 rendered.append((row.text, []))
             else:
+                texts = [turn.content + (turn.context or "") for turn in row.turns]
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
                 rendered.append(self.template.lay_out(row, needed))
+            self._counts.special_token_rows += any(map(self.template.special.search, texts))
         places = [[(span.header, span.start, span.end) for span in answers] for _, answers in rendered]
         encoded = self.encoder.encode([text for text, _ in rendered], places)
         for row, (text, answers), (ids, bounds) in zip(rows, rendered, encoded, strict=True):
@@ -308,17 +301,13 @@ class RowTokenizer:
         turns = conversation.turns
         return [i for i in answers if turns[i].trained or (turns[i].trained is None and not turns[i].in_prompt)]
 
-    def _is_empty(self, row: Conversation | Text) -> bool:
+    def _is_empty(self, row: Any) -> bool:
         if isinstance(row, Text):
             return not row.text.strip()
         if self.section.train_on == "all":
             return not any(turn.content.strip() for turn in row.turns)
         turns = [row.turns[i] for i in self._trained_turns(row)]
         return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
-
-    def _has_special_token(self, row: Conversation | Text) -> bool:
-        texts = [row.text] if isinstance(row, Text) else [t.content + (t.context or "") for t in row.turns]
-        return any(self.template.special.search(text) for text in texts)
 
     def _example(
         self, row: Conversation | Text, text: str, answers: list[AnswerSpan], ids: list[int], bounds: list[Bounds]
@@ -361,27 +350,45 @@ class RowTokenizer:
 
         ``header``: tokens right before the first trained one that open the answer.
         """
-        # asked: what is left of the prompt that the answer is asked for with. A cut at the start shortens it too
-        asked, keep = self._kept_sides(whole, header)
-        kept, limit, too_long = np.flatnonzero(keep), self.section.max_length, self.section.too_long
-        is_long = len(kept) > limit
+        section, counts = self.section, self._counts
+        limit, too_long = section.max_length, section.too_long
+        source, target, first = section.max_source_length, section.max_target_length, whole.answer_start
+        keep = np.ones(len(whole.trained), dtype=bool)
+        if source is not None and first > source:
+            # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
+            header = min(header, source)
+            keep[source - header : first - header] = False
+        asked = keep.copy()  # what is left of the prompt to ask for an answer with; a cut at the start shortens it too
+        if target is not None:
+            keep[first + target :] = False
+        kept = np.flatnonzero(keep)
+        is_long, bos = len(kept) > limit, int(len(kept) > 0 and whole.input_ids[kept[0]] == self.encoder.bos_id)
         if is_long and too_long == "cut-start":
-            bos = int(self.encoder.starts_with_bos(whole.input_ids[kept]))
             cut = kept[bos : len(kept) - limit + bos]
             keep[cut] = asked[cut] = False
         elif is_long and too_long == "cut-end":
             keep[kept[limit:]] = False
-        is_cut = not keep.all()
-        if is_cut:  # a row that is split or dropped below has lost these too
-            self._counts.truncated_rows += 1
-            self._counts.truncated_tokens += int((~keep).sum())
+        if not keep.all():  # a row that is split or dropped below has lost these too
+            counts.truncated_rows += 1
+            counts.truncated_tokens += int((~keep).sum())
+        elif not is_long:
+            return [whole]
         if is_long and too_long == "drop":
             self._drop(whole, f"longer than data.max_length ({limit})")
             return []
         if is_long and too_long == "split":
-            return self._split(whole, kept)
-        if not is_cut:
-            return [whole]
+            # each part stands after the row's BOS or the token before it, which is never a target
+            parts, size = [], limit - 1
+            for start in range(1, len(kept), size):
+                part = np.append(kept[0 if bos else start - 1], kept[start : start + size])
+                trained = whole.trained[part]
+                trained[:1] = False
+                if trained.any():  # none can be answered as the row could, so parts have no prompt
+                    nothing = np.zeros(0, np.int32)
+                    parts.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None, whole.owner))
+            counts.split_rows += 1
+            counts.split_parts += len(parts)
+            return parts
         trained = whole.trained[keep]
         trained[:1] = False  # nothing stands before it any more
         if not trained.any():
@@ -393,42 +400,8 @@ class RowTokenizer:
             row = replace(row, prompt_text="", reference=None)
         return [row]
 
-    def _kept_sides(self, whole: Example, header: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens max_source_length leaves, and which both it and max_target_length leave, bool [T] each."""
-        source, target = self.section.max_source_length, self.section.max_target_length
-        first = int(np.argmax(whole.trained))
-        keep = np.ones(len(whole.trained), dtype=bool)
-        if source is not None and first > source:
-            # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
-            header = min(header, source)
-            keep[source - header : first - header] = False
-        asked = keep.copy()
-        if target is not None:
-            keep[first + target :] = False
-        return asked, keep
-
     def _drop(self, row: Example, reason: str) -> None:
         self._counts.dropped.setdefault(reason, []).append(row.source)
-
-    def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
-        """Split the tokens ``kept`` into parts of max_length, each after the row's BOS or the token before.
-
-        Only parts with a trained token are kept. They have no prompt, because none can be answered as the row could.
-        """
-        with_bos = self.encoder.starts_with_bos(whole.input_ids[kept])
-        size = self.section.max_length - 1
-        nothing = np.zeros(0, np.int32)
-        found = []
-        for start in range(1, len(kept), size):
-            # A part's first token is never a target, so it is one that an earlier part has, or the row's own first.
-            part = np.append(kept[0 if with_bos else start - 1], kept[start : start + size])
-            trained = whole.trained[part].copy()
-            trained[:1] = False
-            if trained.any():
-                found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None, whole.owner))
-        self._counts.split_rows += 1
-        self._counts.split_parts += len(found)
-        return found
 
 
 def _answered(example: Example) -> Example:

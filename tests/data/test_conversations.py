@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from qvera.data.conversations import Conversation, Text, Turn, detect_format, parse_row
+from qvera.config.schema import DataSection
+from qvera.data.conversations import FORMATS, Conversation, LabelledRow, Text, Turn, detect_format, parse_row
 from qvera.data.readers import RawRow
 from qvera.utils.errors import InputError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 
-def parse(fields: dict[str, Any], system: str | None = None, **kwargs: Any) -> Conversation | Text:
+def parse(fields: dict[str, Any], system: str | None = None, **kwargs: Any) -> Conversation | Text | LabelledRow:
     row = RawRow(fields, "f.jsonl:7")
     return parse_row(row, detect_format(row, **kwargs), system)
 
@@ -176,3 +177,7 @@ def test_an_integer_label_becomes_its_name(label: int | str) -> None:
     for wrong in (2, -1, 1.0, True, "positive", None):
         with pytest.raises(InputError, match=r"f\.jsonl:7: label must be a label, 0 to 1 .data\.label_names has 2."):
             parse_row(RawRow({"text": "x", "label": wrong}, row.source), format, label_names=["negative", "positive"])
+
+
+def test_the_recipe_takes_every_format() -> None:
+    assert {*get_args(DataSection.model_fields["format"].annotation)} == {"auto", *FORMATS}

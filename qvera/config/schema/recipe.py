@@ -26,12 +26,6 @@ _FORMAT_OF_OBJECTIVE = {"dpo": "preference", "orpo": "preference", "kto": "unpai
 """``training.objective`` → likewise."""
 
 
-def _with_format(source: object, wanted: str) -> object:
-    if isinstance(source, dict) and source.get("format", "auto") == "auto":
-        return {**source, "format": wanted}
-    return source
-
-
 _NO_EFFECT = "has no effect without"
 _SHARED_PASS_ROWS = 16
 """The default of ``training.per_device_train_batch_size`` where many adapters share a forward pass."""
@@ -91,10 +85,14 @@ class Recipe(Section):
         if wanted is not None:
             mixture = data.get("mixture", [])
             if isinstance(mixture, list):
-                mixture = [_with_format(source, wanted) for source in mixture]
-            data = {"format": wanted, **data, "mixture": mixture}
-            if data["format"] == "auto":
-                data["format"] = wanted
+                mixture = [
+                    {**part, "format": wanted}
+                    if isinstance(part, dict) and part.get("format", "auto") == "auto"
+                    else part
+                    for part in mixture
+                ]
+            own = data.get("format", "auto")
+            data = {**data, "format": wanted if own == "auto" else own, "mixture": mixture}
         if isinstance(training, dict) and (data.get("adapter_column") or data.get("adapter_files")):
             training = {"per_device_train_batch_size": _SHARED_PASS_ROWS, **training}
         return {**tree, "data": data, **({"training": training} if training else {})}
@@ -116,41 +114,32 @@ class Recipe(Section):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
+        data, training, wanted = self.data, self.training, "set data.eval_path, eval_split or eval_fraction."
         yield from self._keys_without_effect()
         yield from self._format_contradictions()
-        if self.training.objective != "sft":
+        if training.objective != "sft":
             yield from _preference_contradictions(self)
-        if self.data.has_adapters:
-            yield from self.many_adapters_contradictions(
-                f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
-            )
-        else:
-            rows, pass_rows = self.training.global_batch_size, self.training.per_device_train_batch_size
-            if rows % pass_rows:
-                size = f"training.per_device_train_batch_size ({pass_rows})"
-                yield "training.global_batch_size", f"{rows} is not a multiple of {size}."
-        names = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
-        used = [name for name in names if getattr(self.training, name)]
-        if not self.data.has_held_out_rows:
-            for name in used:
-                yield (
-                    f"training.{name}",
-                    "needs held-out rows; set data.eval_path, eval_split or eval_fraction.",
-                )
-        elif not self.training.eval_steps:
-            for name in used:
+        rows, pass_rows = training.global_batch_size, training.per_device_train_batch_size
+        if data.has_adapters:
+            key = "adapter_files" if data.adapter_files else "adapter_column"
+            yield from self.many_adapters_contradictions(f"data.{key}")
+        elif rows % pass_rows:
+            size = f"training.per_device_train_batch_size ({pass_rows})"
+            yield "training.global_batch_size", f"{rows} is not a multiple of {size}."
+        for name in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
+            if getattr(training, name) and not data.has_held_out_rows:
+                yield f"training.{name}", f"needs held-out rows; {wanted}"
+            elif getattr(training, name) and not training.eval_steps:
                 yield f"training.{name}", "needs training.eval_steps above 0."
-        if self.model.stream is True and self.training.torch_compile:
+        if self.model.stream is True and training.torch_compile:
             yield "training.torch_compile", "compiled code does not wait for streamed layers; remove one of the two."
-        if self.deepspeed is not None and (optim := self.training.optim) != "adamw":
-            yield (
-                "training.optim",
-                (
-                    f"{optim} keeps its state in blocks that ZeRO would cut elsewhere with every other number of "
-                    "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
-                ),
+        if self.deepspeed is not None and training.optim != "adamw":
+            text = (
+                f"{training.optim} keeps its state in blocks that ZeRO would cut elsewhere with every other number of "
             )
-        if self.deepspeed is not None and self.training.on_oom == "halve":
+            text += "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
+            yield "training.optim", text
+        if self.deepspeed is not None and training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 
     def many_adapters_contradictions(self, names: str) -> Iterator[tuple[str, str]]:
