@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import Json, console, progress, quiet_libraries
+from qvera.cli.common import Json, argument, console, flag, option, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.paths import cache_root
@@ -62,13 +62,13 @@ def ls(as_json: Json = False) -> None:
     print(f"{len(rows)} in {cache_root()}, {formatting.size(total)}")
 
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="As ls shows them, or their beginning.")]
+Names = Annotated[list[str] | None, argument("NAME", "As ls shows them, or their beginning.")]
 
 
 def rm(
     names: Names = None,
-    everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="What was interrupted.")] = False,
+    everything: Annotated[bool, flag("--all", "Everything.")] = False,
+    unfinished: Annotated[bool, flag("--unfinished", "What was interrupted.")] = False,
 ) -> None:
     """Delete some of it.
 
@@ -108,18 +108,16 @@ def verify(names: Names = None) -> None:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory with safetensors, or a hub id.")],
-    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="New or empty (default: the cache).")] = None,
+    model: Annotated[str, argument("MODEL", "A directory with safetensors, or a hub id.")],
+    out: Annotated[Path | None, argument("OUT", "New or empty (default: the cache).")] = None,
     quantization: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="Default: nf4.")] = None,
-    no_double_quant: Annotated[bool, typer.Option("--no-double-quant", help="Keep the scales in fp32.")] = False,
+    no_double_quant: Annotated[bool, flag("--no-double-quant", "Keep the scales in fp32.")] = False,
     quant_storage: Annotated[
         Literal["uint8", "bfloat16", "float16", "float32"] | None, typer.Option(help="Default: bfloat16.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's Python code.")
-    ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash all files again, not only sizes and times.")] = False,
+    revision: Annotated[str | None, option("NAME", "Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[bool, flag("--trust-remote-code", "Run the model's Python code.")] = False,
+    verify: Annotated[bool, flag("--verify", "Hash all files again, not only sizes and times.")] = False,
 ) -> None:
     """Write the 4-bit copy of a 16-bit model.
 
@@ -138,15 +136,10 @@ def quantize(
     from qvera.utils import accelerator
     from qvera.utils.signals import StopRequests
 
-    given = {
-        "quantization": quantization,
-        "double_quant": False if no_double_quant else None,
-        "quant_storage": quant_storage,
-        "revision": revision,
-        "trust_remote_code": True if trust_remote_code else None,
-    }
-    settings = {key: value for key, value in given.items() if value is not None}
-    section = ModelSection(path=model, **settings)  # type: ignore[arg-type]
+    section = ModelSection(path=model, revision=revision, trust_remote_code=trust_remote_code)
+    given: dict[str, Any] = {"quantization": quantization, "quant_storage": quant_storage}
+    given["double_quant"] = False if no_double_quant else None
+    section = section.replace(**{key: value for key, value in given.items() if value is not None})
     began = time.perf_counter()
     with StopRequests() as stop, _byte_progress() as show:
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,57 +15,54 @@ from rich.console import Console
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
 from qvera.utils.status_line import status_line
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")]
-RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run or an adapter: its directory, or USER/NAME on the hub.")
-]
-RunOrServer = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN",
-        help="A run, an adapter or an exported checkpoint: its directory, or USER/NAME on the hub; or http://SERVER.",
-    ),
-]
-EvalPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN", help="A run, an adapter or an exported checkpoint: its directory, or USER/NAME on the hub."
-    ),
-]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Override one key of the recipe (repeatable), e.g. --set training.max_steps=100.",
-    ),
-]
-AdapterName = Annotated[
-    str | None, typer.Option("--adapter", metavar="NAME", help="Which adapter, of a run that trained many.")
-]
-AdapterNames = Annotated[
-    list[str],
-    typer.Option(
-        "--adapter",
-        metavar="NAME",
-        default_factory=list,
-        show_default=False,
-        help="Which adapter, of a run that trained many (repeatable).",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+def option(metavar: str, help: str, *names: str) -> Any:
+    """An option that takes a value. ``names``: where it is not called as its parameter."""
+    return typer.Option(*names, metavar=metavar, help=help)
+
+
+def number(help: str, least: float = 1) -> Any:
+    """An option that takes a number of at least ``least``."""
+    return typer.Option(min=least, metavar="N", help=help)
+
+
+def flag(name: str, help: str) -> Any:
+    """An option that takes no value and has no opposite."""
+    return typer.Option(name, help=help)
+
+
+def repeated(metavar: str, help: str, name: str) -> Any:
+    """An option that may be given several times; without it the list is empty."""
+    return typer.Option(name, metavar=metavar, help=help, default_factory=list, show_default=False)
+
+
+def argument(metavar: str, help: str) -> Any:
+    """A positional argument."""
+    return typer.Argument(metavar=metavar, help=help)
+
+
+RecipePath = Annotated[Path, argument("RECIPE", "A YAML file; see recipes/ and docs/recipe.md.")]
+RunPath = Annotated[Path, argument("RUN", "A run or an adapter: its directory, or USER/NAME on the hub.")]
+_ANY_RUN = "A run, an adapter or an exported checkpoint: its directory, or USER/NAME on the hub"
+EvalPath = Annotated[Path, argument("RUN", f"{_ANY_RUN}.")]
+RunOrServer = Annotated[Path, argument("RUN", f"{_ANY_RUN}; or http://SERVER.")]
+_SET = "Override one key of the recipe (repeatable), e.g. --set training.max_steps=100."
+Overrides = Annotated[list[str], repeated("SECTION.KEY=VALUE", _SET, "--set")]
+_ADAPTER = "Which adapter, of a run that trained many"
+AdapterName = Annotated[str | None, option("NAME", f"{_ADAPTER}.", "--adapter")]
+AdapterNames = Annotated[list[str], repeated("NAME", f"{_ADAPTER} (repeatable).", "--adapter")]
+Json = Annotated[bool, flag("--json", "Print JSON.")]
+HtmlFile = Annotated[Path | None, option("FILE", "Write a page for a browser.")]
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 GgufDtype = Literal["float16", "bfloat16", "float32", "q8_0"]
 
 # What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.lr_range.LrRange.
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")]
-FindLr = Annotated[bool, typer.Option("--find-lr", help="Test a range of learning rates; suggest one.")]
-LrFrom = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the first rate (default: 1e-05).")]
-LrTo = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the last rate (default: 1).")]
-LrSteps = Annotated[int | None, typer.Option(metavar="N", help="With --find-lr: steps (default: 100).")]
+Resume = Annotated[bool, flag("--resume", "Continue from the newest intact checkpoint.")]
+FindLr = Annotated[bool, flag("--find-lr", "Test a range of learning rates; suggest one.")]
+LrFrom = Annotated[float | None, option("R", "With --find-lr: the first rate (default: 1e-05).")]
+LrTo = Annotated[float | None, option("R", "With --find-lr: the last rate (default: 1).")]
+LrSteps = Annotated[int | None, option("N", "With --find-lr: steps (default: 100).")]
 
 
 def _top_p(value: float) -> float:
@@ -79,6 +76,11 @@ TopP = Annotated[float, typer.Option(callback=_top_p, metavar="P", help="Nucleus
 Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed of the sampling.")]
 
 console = Console(stderr=True)
+
+
+def say(text: str, **style: Any) -> None:
+    """Print a text to standard error as it is."""
+    console.print(text, markup=False, highlight=False, **style)
 
 
 def progress(text: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
@@ -105,18 +107,6 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _quiet_imports() -> None:
-    """Silence other libraries before they are imported: a user of qvera can't act on what they show."""
-    import logging
-    import warnings
-
-    if not console.is_terminal:  # a download's bar would write a line of a log ten times a second
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a renamed attribute
-
-
 def require_packages(extra: str, *names: str) -> None:
     """Raise InputError where packages of one of qvera's extras are missing."""
     from importlib.util import find_spec
@@ -128,11 +118,11 @@ def require_packages(extra: str, *names: str) -> None:
         )
 
 
-def require_new_file(path: Path) -> None:
+def require_new_file(path: Path | None) -> None:
     """Raise InputError where an output file exists or can't be made, before any work goes into it."""
-    if path.exists():
+    if path is not None and path.exists():
         raise InputError(f"{path}: exists; nothing is overwritten, name another file.")
-    if not os.access(path.absolute().parent, os.W_OK):
+    if path is not None and not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"{path}: its directory does not exist or can't be written.")
 
 
@@ -143,7 +133,15 @@ def with_exit_code(
 
     @functools.wraps(function)
     def run(**arguments: object) -> None:
-        _quiet_imports()
+        import logging
+        import warnings
+
+        # before other libraries are imported: a user of qvera can't act on what they show
+        if not console.is_terminal:  # a download's bar would write a line of a log ten times a second
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT
         try:
             code = function(**arguments) or EXIT_DONE
             sys.stdout.flush()
@@ -156,10 +154,8 @@ def with_exit_code(
     return run
 
 
-def report(command: str, error: BaseException) -> int:
+def report(command: str, error: QveraError | KeyboardInterrupt | OSError) -> int:
     """Print an error; return the exit code."""
-    if isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
-        return EXIT_FAILED
     name = f"qvera {command}".strip()
     if isinstance(error, QveraError):
         if not error.shared or os.environ.get("RANK", "0") == "0":
@@ -167,7 +163,7 @@ def report(command: str, error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted before there was anything to save.", file=sys.stderr)
-    elif isinstance(error, OSError):
+    elif not isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
         where = f"{error.filename}: " if error.filename else ""
         print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
     return EXIT_FAILED

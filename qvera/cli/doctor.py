@@ -22,14 +22,12 @@ LOW_DISK_BYTES = 2_000_000_000
 
 
 class Finding(NamedTuple):
-    """One line of the report."""
+    """One line of the report. ``stops``: a run on this machine would fail. ``fix``: what to do, if anything."""
 
     what: str
     found: str
     stops: bool = False
-    """A run on this machine would fail."""
     fix: str = ""
-    """What to do, if anything."""
 
 
 def doctor() -> int:
@@ -80,7 +78,13 @@ def examine() -> Iterator[Finding]:
 
         problem = triton_problem()
         yield Finding("triton kernels", "work" if problem is None else "can't be built", fix=problem or "")
-    yield compiler()
+    # DeepSpeed compiles its CPU optimizer and NVMe reader on first use
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if found and shutil.which("ninja"):
+        yield Finding("C++ compiler", f"{found}, with ninja")
+    else:
+        fix = "Only for ZeRO offload to NVMe. Debian and Ubuntu: apt install g++ ninja-build"
+        yield Finding("C++ compiler", "no ninja" if found else "none", fix=fix)
     yield free_disk("disk here", Path.cwd(), False, "training.output_dir")
     yield free_disk("cache", cache_root(), True, "the environment variable QVERA_CACHE")
 
@@ -102,15 +106,6 @@ def four_bit_kernels(device: torch.device) -> Finding:
         fix = "Reinstall: pip install --force-reinstall bitsandbytes, or try another version of it."
         return Finding("4-bit kernels", f"fail ({reason})", True, fix)
     return Finding("4-bit kernels", "work")
-
-
-def compiler() -> Finding:
-    """DeepSpeed compiles its CPU optimizer and NVMe reader on first use."""
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if found and shutil.which("ninja"):
-        return Finding("C++ compiler", f"{found}, with ninja")
-    fix = "Only for ZeRO offload to NVMe. Debian and Ubuntu: apt install g++ ninja-build"
-    return Finding("C++ compiler", "no ninja" if found else "none", fix=fix)
 
 
 def free_disk(what: str, directory: Path, stops: bool, setting: str) -> Finding:

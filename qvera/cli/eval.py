@@ -8,17 +8,25 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from qvera.cli.common import AdapterName, EvalPath, console, progress, quiet_libraries, require_new_file
+from qvera.cli.common import (
+    AdapterName,
+    EvalPath,
+    HtmlFile,
+    console,
+    flag,
+    number,
+    option,
+    progress,
+    quiet_libraries,
+    require_new_file,
+    say,
+)
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
 
 if TYPE_CHECKING:
     from qvera.evaluation.judge import Judge
-    from qvera.evaluation.load import Artifact
-
 
 _MOST_JUDGE_TOKENS = 2048
 """Of a judge's reply; models that think first need many."""
@@ -27,43 +35,24 @@ _MOST_JUDGE_TOKENS = 2048
 def evaluate(
     run: EvalPath,
     adapter: AdapterName = None,
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A recipe, or a run, whose rows and settings are used.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rows to evaluate on (default: the recipe's held-out rows).")
-    ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows.")] = None,
-    metrics: Annotated[
-        str, typer.Option(metavar="NAME,NAME", help="How answers are compared with references.")
-    ] = "exact",
-    group_prompts: Annotated[
-        bool, typer.Option("--group-prompts", help="Rows with the same prompt are one, with all their references.")
-    ] = False,
-    base: Annotated[bool, typer.Option("--base", help="Evaluate the base model without the adapter.")] = False,
-    with_base: Annotated[bool, typer.Option("--with-base", help="Evaluate the base model too.")] = False,
-    no_generation: Annotated[bool, typer.Option("--no-generation", help="Loss only: no answers, no metrics.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens per answer (default: the recipe's).")
-    ] = None,
-    judge: Annotated[
-        str | None, typer.Option(metavar="URL", help="Let a model of this server compare answers, in both orders.")
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which of its models (default: its only one).")
-    ] = None,
+    recipe: Annotated[Path | None, option("PATH", "A recipe, or a run, whose rows and settings are used.")] = None,
+    data: Annotated[str | None, option("FILE", "Rows to evaluate on (default: the recipe's held-out rows).")] = None,
+    rows: Annotated[int | None, number("Use only the first N rows.")] = None,
+    metrics: Annotated[str, option("NAME,NAME", "How answers are compared with references.")] = "exact",
+    group_prompts: Annotated[bool, flag("--group-prompts", "Rows with the same prompt are one row.")] = False,
+    base: Annotated[bool, flag("--base", "Evaluate the base model without the adapter.")] = False,
+    with_base: Annotated[bool, flag("--with-base", "Evaluate the base model too.")] = False,
+    no_generation: Annotated[bool, flag("--no-generation", "Loss only: no answers, no metrics.")] = False,
+    max_new_tokens: Annotated[int | None, number("Tokens per answer (default: the recipe's).")] = None,
+    judge: Annotated[str | None, option("URL", "Let a model of this server compare answers, in both orders.")] = None,
+    judge_model: Annotated[str | None, option("NAME", "Which of its models (default: its only one).")] = None,
     judge_against: Annotated[
-        str | None,
-        typer.Option(metavar="base|reference|FILE", help="What answers are compared with (default: base)."),
+        str | None, option("base|reference|FILE", "What answers are compared with (default: base).")
     ] = None,
-    judge_prompt: Annotated[Path | None, typer.Option(metavar="FILE", help="What the judge is asked.")] = None,
-    predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a line of JSON a prompt.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page: base, adapter and reference side by side.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write scores and every answer as JSON.")
-    ] = None,
+    judge_prompt: Annotated[Path | None, option("FILE", "What the judge is asked.")] = None,
+    predictions: Annotated[Path | None, option("FILE", "Write a line of JSON a prompt.")] = None,
+    html: HtmlFile = None,
+    json_file: Annotated[Path | None, option("FILE", "Write scores and every answer as JSON.", "--json")] = None,
 ) -> None:
     """Compute held-out loss, answers and their scores.
 
@@ -81,13 +70,23 @@ def evaluate(
     Example:
         qvera eval runs/quickstart --with-base --html page.html
     """
+    if base and with_base:
+        raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
+    # options for models that write text, and for their answers: which of them were given
     for_answers = {
-        "--predictions": predictions is not None,
-        "--group-prompts": group_prompts,
         "--metrics": metrics != "exact",
+        "--group-prompts": group_prompts,
         "--max-new-tokens": max_new_tokens is not None,
     }
-    _check_options(base, with_base, no_generation, for_answers, json_file, predictions, html)
+    if no_generation:
+        for name, is_given in {**for_answers, "--predictions": predictions is not None}.items():
+            if is_given:
+                raise InputError(f"{name}: is for answers, and --no-generation asks for none; drop one of them.")
+    written = [path for path in (json_file, predictions, html) if path is not None]
+    for path in written:
+        require_new_file(path)
+    if len({path.absolute() for path in written}) < len(written):
+        raise InputError(f"{written[0]}: --json, --predictions and --html need a file each.")
     judging = _judge_of(judge, judge_model, judge_against, judge_prompt, no_generation)
     if judging is not None and judging.against == "base":
         if base:
@@ -101,25 +100,32 @@ def evaluate(
         text_metrics(names)  # a missing package is named at once
     quiet_libraries()
 
+    from qvera.evaluation.judge import summary_text
     from qvera.evaluation.load import find_target, require_base
+    from qvera.evaluation.report.pages import answers_page
     from qvera.tasks.evaluate import evaluate as evaluate_target
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     if target.model_class.has_own_head:
-        text_only = {"metrics": metrics != "exact", "group_prompts": group_prompts, "no_generation": no_generation}
-        text_only |= {
-            "max_new_tokens": max_new_tokens is not None,
-            "html": html is not None,
-            "judge": judge is not None,
-        }
-        _refuse_options(target, base=base, with_base=with_base and judging is None, **text_only)
+        for name, is_given in {"--base": base, "--with-base": with_base and judging is None}.items():
+            if is_given:
+                raise InputError(
+                    f"{name}: {target.path} is a classifier, and its base has no head that was trained for these "
+                    "labels. Leave it out; run.json has the scores from before training."
+                )
+        for_text = {"--no-generation": no_generation, "--html": html is not None, "--judge": judge is not None}
+        for name, is_given in {**for_answers, **for_text}.items():
+            if is_given:
+                raise InputError(
+                    f"{name}: is for models that write text, and {target.path} is a classifier. Leave it out."
+                )
     elif html is not None and not (base or with_base):  # the page has a column for the base, if there is one
         try:
             require_base(target)
             with_base = True
         except InputError as error:
             if target.merged is not None:
-                console.print(f"The page will have no base beside the answers. {error}", style="yellow", markup=False)
+                say(f"The page will have no base beside the answers. {error}", style="yellow")
     document = evaluate_target(
         target,
         data,
@@ -134,8 +140,20 @@ def evaluate(
         console=console,
     )
     failure = document.pop("judge_error", None)
+    if predictions is not None:
+        lines = (json.dumps(plain_json(answer), ensure_ascii=False) + "\n" for answer in document["answers"])
+        replace_text(predictions, "".join(lines))
+    if json_file is not None:
+        replace_text(json_file, json.dumps(plain_json(document), indent=1, ensure_ascii=False))
+    if html is not None:
+        replace_text(html, answers_page(document))
+    _print_scores(document)
+    if document["judge"] is not None:
+        print("\n".join(summary_text(document["judge"], document["subject"]["column"].lower())))
     what = f"{len(document['answers'])} {'labels' if target.model_class.has_own_head else 'answers'}"
-    _write_and_print(document, what, predictions, json_file, html)
+    for file, content in ((predictions, what), (json_file, "scores and answers"), (html, "the page")):
+        if file is not None:
+            print(f"{file}: {content}")
     if failure is not None:
         raise failure
 
@@ -174,55 +192,6 @@ def _judge_of(
     return Judge(ask, client.url, picked, against, text)
 
 
-def _refuse_options(target: Artifact, **given: bool) -> None:
-    """InputError for options (name: whether it was given) that make no sense for a classifier."""
-    for name in ("base", "with_base"):
-        if given.pop(name):
-            raise InputError(
-                f"--{name.replace('_', '-')}: {target.path} is a classifier, and its base has no head that was trained "
-                "for these labels. Leave it out; run.json has the scores from before training."
-            )
-    if asked := [f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given]:
-        raise InputError(f"{asked[0]}: is for models that write text, and {target.path} is a classifier. Leave it out.")
-
-
-def _write_and_print(
-    document: dict[str, Any], what: str, predictions: Path | None, json_file: Path | None, html: Path | None
-) -> None:
-    """``what``: what the predictions are."""
-    from qvera.evaluation.judge import summary_text
-    from qvera.evaluation.report.pages import answers_page
-
-    if predictions is not None:
-        lines = (json.dumps(plain_json(answer), ensure_ascii=False) + "\n" for answer in document["answers"])
-        replace_text(predictions, "".join(lines))
-    if json_file is not None:
-        replace_text(json_file, json.dumps(plain_json(document), indent=1, ensure_ascii=False))
-    if html is not None:
-        replace_text(html, answers_page(document))
-    _print_scores(document)
-    if document["judge"] is not None:
-        print("\n".join(summary_text(document["judge"], document["subject"]["column"].lower())))
-    for path, content in ((predictions, what), (json_file, "scores and answers"), (html, "the page")):
-        if path is not None:
-            print(f"{path}: {content}")
-
-
-def _check_options(
-    base: bool, with_base: bool, no_generation: bool, for_answers: dict[str, bool], *files: Path | None
-) -> None:
-    """InputError if options contradict each other (``for_answers``: name → was it given), or an output file exists."""
-    if base and with_base:
-        raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
-    if no_generation and (given := [name for name, is_given in for_answers.items() if is_given]):
-        raise InputError(f"{given[0]}: is for answers, and --no-generation asks for none; drop one of them.")
-    written = [path for path in files if path is not None]
-    for path in written:
-        require_new_file(path)
-    if len({path.absolute() for path in written}) < len(written):
-        raise InputError(f"{written[0]}: --json, --predictions and --html need a file each.")
-
-
 def _print_scores(document: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
@@ -239,21 +208,17 @@ def _print_scores(document: dict[str, Any]) -> None:
 
 def harness(
     run: EvalPath,
-    tasks: Annotated[str, typer.Option(metavar="NAME,NAME", help="lm-eval's names of tasks, groups or tags.")],
-    include: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory with your own task files.")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A recipe or run that says how an adapter's base is loaded.")
-    ] = None,
+    tasks: Annotated[str, option("NAME,NAME", "lm-eval's names of tasks, groups or tags.")],
+    include: Annotated[Path | None, option("DIR", "A directory with your own task files.")] = None,
+    recipe: Annotated[Path | None, option("PATH", "A recipe or run that says how an adapter's base is loaded.")] = None,
     adapter: AdapterName = None,
-    base: Annotated[bool, typer.Option("--base", help="The base model without the adapter.")] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Documents of each task (default: all).")
-    ] = None,
-    few_shot: Annotated[int | None, typer.Option(metavar="N", help="Examples before each question.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at a time.")] = 8,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    base: Annotated[bool, flag("--base", "The base model without the adapter.")] = False,
+    limit: Annotated[int | None, number("Documents of each task (default: all).")] = None,
+    few_shot: Annotated[int | None, option("N", "Examples before each question.")] = None,
+    batch_size: Annotated[int, number("Requests at a time.")] = 8,
+    chat: Annotated[bool, flag("--chat", "Put prompts through the chat template.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write lm-eval's results and every document as JSON.")
+        Path | None, option("FILE", "Write lm-eval's results and every document as JSON.", "--json")
     ] = None,
 ) -> None:
     """Run lm-evaluation-harness on a run or export.
@@ -266,8 +231,7 @@ def harness(
         qvera harness runs/quickstart --tasks arc_easy --limit 100
     """
     quiet_libraries()
-    if json_file is not None:
-        require_new_file(json_file)
+    require_new_file(json_file)
 
     from qvera.evaluation.generate import PromptWriter
     from qvera.evaluation.lm_eval import find_tasks, run_harness

@@ -1,4 +1,4 @@
-"""`qvera export` and `qvera merge-adapters`."""
+"""`qvera export`, `qvera merge-adapters`, `qvera card` and `qvera push`."""
 
 from __future__ import annotations
 
@@ -10,32 +10,43 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.core import TyperCommand
 
-from qvera.cli.common import AdapterName, AdapterNames, Dtype, GgufDtype, RunPath, console, quiet_libraries
-from qvera.utils.atomic import require_empty
+from qvera.cli.common import (
+    AdapterName,
+    AdapterNames,
+    Dtype,
+    GgufDtype,
+    RunPath,
+    argument,
+    console,
+    flag,
+    option,
+    progress,
+    quiet_libraries,
+    require_new_file,
+    say,
+)
+from qvera.utils import formatting
+from qvera.utils.atomic import replace_text, require_empty
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
     from qvera.evaluation.load import Artifact
 
+To = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]
+
 
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory, or this export unfinished.")],
+    out: Annotated[Path, argument("OUT", "A new or empty directory, or this export unfinished.")],
     adapter: AdapterName = None,
-    to: Annotated[
-        Literal["merged", "lora", "peft", "gguf", "gguf-lora"], typer.Option(help="What to write.")
-    ] = "merged",
-    rank: Annotated[
-        int | None, typer.Option(metavar="K", help="With --to lora or gguf-lora: keep the best K directions.")
-    ] = None,
+    to: Annotated[To, typer.Option(help="What to write.")] = "merged",
+    rank: Annotated[int | None, option("K", "With --to lora or gguf-lora: keep the best K directions.")] = None,
     dtype: Annotated[GgufDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
-    quantize: Annotated[
-        Literal["nf4", "fp4"] | None, typer.Option(help="With --to merged: write it in 4 bits.")
-    ] = None,
+    quantize: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="With --to merged: write in 4 bits.")] = None,
     base: Annotated[Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's.")] = None,
-    no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not measure the difference.")] = False,
-    compare_only: Annotated[bool, typer.Option("--compare-only", help="Only measure the export in OUT.")] = False,
+    no_compare: Annotated[bool, flag("--no-compare", "Do not measure the difference.")] = False,
+    compare_only: Annotated[bool, flag("--compare-only", "Only measure the export in OUT.")] = False,
 ) -> None:
     """Write a checkpoint that other tools load.
 
@@ -87,12 +98,12 @@ class Weights(TyperCommand):
 
 
 def merge_adapters(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Runs, adapter directories, or hub ids.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory.")],
+    adapters: Annotated[list[Path], argument("ADAPTER", "Runs, adapter directories, or hub ids.")],
+    out: Annotated[Path, argument("OUT", "A new or empty directory.")],
     names: AdapterNames,
-    weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One each (default: average).")] = None,
+    weights: Annotated[list[float] | None, option("W...", "One each (default: average).")] = None,
     to: Annotated[Literal["qvera", "lora"] | None, typer.Option(help="Default: qvera if exact, else lora.")] = None,
-    rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
+    rank: Annotated[int | None, option("K", "With --to lora: keep the best K directions.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of a LoRA. Default: float32.")] = None,
 ) -> None:
     """Scale, add or interpolate adapters of one base.
@@ -180,3 +191,62 @@ def _require_one_base(found: list[tuple[Artifact, Path]]) -> None:
     if different:
         bases = [f"{name} (fingerprint {(known or 'unknown')[:16]})" for name, known in zip(names, prints, strict=True)]
         raise InputError(f"these adapters were trained on different base models: {', '.join(bases)}.")
+
+
+def card(
+    path: Annotated[Path, argument("RUN", "A run, an adapter, an export, or a hub id.")],
+    adapter: AdapterName = None,
+    out: Annotated[Path | None, option("FILE", "Default: README.md beside the weights.")] = None,
+    repo: Annotated[str | None, option("USER/NAME", "Where it will be, for its commands.")] = None,
+) -> None:
+    """Write a model card from a run.
+
+    A README.md as the Hugging Face hub reads it: base and its license, data, method, scores before and after, and how
+    to use the adapter in PEFT, transformers, vLLM, Ollama and qvera. What the run's files do not say is left out.
+
+    Example:
+        qvera card runs/quickstart
+    """
+    quiet_libraries()
+
+    from qvera.exporting.card import find_subject, model_card
+
+    subject = find_subject(path, adapter)
+    file = out or subject.directory / "README.md"
+    require_new_file(file)
+    replace_text(file, model_card(subject, repo))
+    print(f"{file}: the card of {path}")
+
+
+def push(
+    path: Annotated[Path, argument("RUN", "A run, an adapter directory, or an export.")],
+    repo: Annotated[str, argument("USER/NAME", "The repository on the hub.")],
+    adapter: AdapterName = None,
+    private: Annotated[bool, flag("--private", "A repository that is made now is private.")] = False,
+) -> None:
+    """Send an adapter or an export to the hub.
+
+    A run's adapter, or the files of what `qvera export` wrote, and README.md: the one beside them, else the card that
+    `qvera card` writes. Recipes, data and certificates stay here. The token is that of `hf auth login` or HF_TOKEN.
+
+    Example:
+        qvera push runs/quickstart anna/orders --private
+    """
+    quiet_libraries()
+
+    from qvera.exporting.card import contents_of, files_of, find_subject, local_base
+    from qvera.models.hub import send_files
+
+    subject = find_subject(path, adapter)
+    files = files_of(subject)
+    if (base := local_base(subject)) is not None:
+        say(
+            f"The adapter names a directory of this computer as its base, {base}. Others need that model under the "
+            "same name. Train with a hub id in model.path to name it for them.",
+            style="yellow",
+        )
+    size = sum(file.stat().st_size for file in files)
+    with progress(f"Sending {formatting.size(size)}"):
+        contents = contents_of(subject, repo)
+        address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
+    print(f"{address}: {formatting.size(size)} in {len(contents) - 1} files, and README.md")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
-
-import typer
 
 from qvera.cli.common import (
     AdapterName,
@@ -19,10 +16,15 @@ from qvera.cli.common import (
     Seed,
     Temperature,
     TopP,
+    argument,
     console,
+    flag,
+    number,
+    option,
     progress,
     quiet_libraries,
     require_new_file,
+    say,
 )
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import replace_text
@@ -39,25 +41,16 @@ if TYPE_CHECKING:
 def generate(
     run: RunOrServer,
     adapters: AdapterNames,
-    prompts: Annotated[
-        Path | None, typer.Argument(metavar="PROMPTS", help="A file of rows, or .txt: one prompt a line.")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A prompt, in place of a file (repeatable).")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL file to write; must not exist. Default: print.")
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 256,
+    prompts: Annotated[Path | None, argument("PROMPTS", "A file of rows, or .txt: one prompt a line.")] = None,
+    prompt: Annotated[list[str] | None, option("TEXT", "A prompt, in place of a file (repeatable).")] = None,
+    out: Annotated[Path | None, option("FILE", "JSONL file to write; must not exist. Default: print.")] = None,
+    base: Annotated[bool, flag("--base", "Answer with the base model, without the adapter.")] = False,
+    batch_size: Annotated[int, number("Prompts at a time.")] = 16,
+    max_new_tokens: Annotated[int, number("Longest answer, in tokens.")] = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    static_cache: Annotated[
-        bool,
-        typer.Option("--static-cache", help="Compile a step and record it as a CUDA graph: for many long answers."),
-    ] = False,
+    static_cache: Annotated[bool, flag("--static-cache", "Compile a step (CUDA graph), for long answers.")] = False,
 ) -> None:
     """Answer the prompts of a file in batches.
 
@@ -74,60 +67,58 @@ def generate(
     Example:
         qvera generate runs/quickstart prompts.txt --out answers.jsonl
     """
-    if out is not None:
-        require_new_file(out)
+    require_new_file(out)
     if (prompts is None) == (not prompt):
         raise InputError("generate: takes a file PROMPTS, or --prompt TEXT; give one of them.")
 
     from qvera.serve.client import server_url
 
-    url = server_url(run)
-    if url is not None:
+    if (url := server_url(run)) is not None:
         if static_cache:
             raise InputError("--static-cache: is for a run; a server decides that itself.")
-        asked = _questions(None, prompts, prompt or [], adapters, many=not base)
+        questions = _questions(None, prompts, prompt or [], adapters, many=not base)
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        questions, answers = _ask_server(url, asked, base, batch_size, settings)
-        _write(questions, answers, out)
-        return
-    quiet_libraries()
+        questions, answers = _ask_server(url, questions, base, batch_size, settings)
+    else:
+        quiet_libraries()
 
-    from qvera.api import load
-    from qvera.evaluation.load import find_target, require_answers
-    from qvera.evaluation.named_adapters import adapters_root, require_all_named
+        from qvera.api import load
+        from qvera.evaluation.load import find_target, require_answers
+        from qvera.evaluation.named_adapters import adapters_root, require_all_named
 
-    many = not base and adapters_root(run) is not None
-    target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
-    require_answers(target, "qvera generate")
-    questions = _questions(target, prompts, prompt or [], adapters, many)
-    names = list(dict.fromkeys(name for _, name in questions if name is not None))
-    if many:
-        in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
-        require_all_named(run, names, in_rows)  # before a big model is loaded
-    model = load(run, names[0] if len(names) == 1 else names or None, base=base, console=console)
-    answers = model.generate(
-        [row for row, _ in questions],
-        adapter=[name for _, name in questions] if many else None,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        static_cache=static_cache,
-    )
-    _write(questions, answers, out)
-
-
-def _write(questions: Sequence[tuple[Conversation, str | None]], answers: Sequence[str], out: Path | None) -> None:
+        many = not base and adapters_root(run) is not None
+        target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
+        require_answers(target, "qvera generate")
+        questions = _questions(target, prompts, prompt or [], adapters, many)
+        names = list(dict.fromkeys(name for _, name in questions if name is not None))
+        if many:
+            in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
+            require_all_named(run, names, in_rows)  # before a big model is loaded
+        model = load(run, names[0] if len(names) == 1 else names or None, base=base, console=console)
+        answers = model.generate(
+            [row for row, _ in questions],
+            adapter=[name for _, name in questions] if many else None,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
+            static_cache=static_cache,
+        )
     answered: list[dict[str, str]] = [
         {"source": row.source, **({"adapter": name} if name else {}), "prompt": row.turns[-1].content, "answer": answer}
         for (row, name), answer in zip(questions, answers, strict=True)
     ]
-    if out is None:
-        _print_answers(answered)
+    if out is not None:
+        replace_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
+        print(f"{len(answers)} answers in {out}")
         return
-    replace_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
-    print(f"{len(answers)} answers in {out}")
+    several, last = len({(line["source"], line["prompt"]) for line in answered}) > 1, None
+    for line in answered:  # each after its adapter's name, if it has one; prompts too where there are several
+        if several and (line["source"], line["prompt"]) != last:
+            last = line["source"], line["prompt"]
+            print(f"> {line['prompt']}")
+        print(f"{shown_name(line['adapter'])}: {line['answer']}" if "adapter" in line else line["answer"])
 
 
 def _ask_server(
@@ -194,22 +185,12 @@ def _questions(
     return [(row, row.owner) for row in rows]
 
 
-def _print_answers(answered: Sequence[dict[str, str]]) -> None:
-    """Each after its adapter's name, if it has one; prompts too where there are several."""
-    several, last = len({(line["source"], line["prompt"]) for line in answered}) > 1, None
-    for line in answered:
-        if several and (line["source"], line["prompt"]) != last:
-            last = line["source"], line["prompt"]
-            print(f"> {line['prompt']}")
-        print(f"{shown_name(line['adapter'])}: {line['answer']}" if "adapter" in line else line["answer"])
-
-
 def chat(
     run: RunOrServer,
     adapter: AdapterName = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt (default: the recipe's).")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Talk to the base model without the adapter.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 512,
+    system: Annotated[str | None, option("TEXT", "A system prompt (default: the recipe's).")] = None,
+    base: Annotated[bool, flag("--base", "Talk to the base model without the adapter.")] = False,
+    max_new_tokens: Annotated[int, number("Longest answer, in tokens.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -226,25 +207,14 @@ def chat(
     from qvera.serve.client import server_url
 
     sampling = {"temperature": temperature, "top_p": top_p}
-    url = server_url(run)
-    if url is not None:
-        first = [Turn("system", system)] if system else []
-        _talk(first, seed, _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens}))
+    if (url := server_url(run)) is not None:
+        answer = _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens})
+        _talk([Turn("system", system)] if system else [], seed, answer)
         return
-    with _local_answers(run, adapter, base, system, {**sampling, "max_new_tokens": max_new_tokens}) as (first, answer):
-        _talk(first, seed, answer)
-
-
-@contextlib.contextmanager
-def _local_answers(
-    run: Path, adapter: str | None, base: bool, system: str | None, settings: dict[str, Any]
-) -> Iterator[tuple[list[Turn], Answer]]:
-    """The turns before a conversation, and a function that answers one and prints while it does."""
     quiet_libraries()
 
     import transformers
 
-    from qvera.data import Turn
     from qvera.evaluation.generate import PromptWriter, generate, generating
     from qvera.evaluation.load import find_target, open_target, require_answers
 
@@ -254,19 +224,18 @@ def _local_answers(
         opened = open_target(target, adapter=not base)
     prompts, tokenizer = PromptWriter.of(opened), opened.base.tokenizer
 
-    def answer(turns: list[Turn], seed: int) -> str:
+    def answer_here(turns: list[Turn], seed: int) -> str:
         streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = prompts.ids(turns)
-        (text,) = generate(opened.model, tokenizer, [ids], seed=seed, streamer=streamer, **settings)
+        settings: dict[str, Any] = {**sampling, "max_new_tokens": max_new_tokens, "seed": seed, "streamer": streamer}
+        (text,) = generate(opened.model, tokenizer, [prompts.ids(turns)], **settings)
         return text
 
     system = prompts.system if system is None else system
     with generating(opened.model):  # once for all messages
-        yield [Turn("system", system)] if system else [], answer
+        _talk([Turn("system", system)] if system else [], seed, answer_here)
 
 
 def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[str, Any]) -> Answer:
-    """As `_local_answers`' function, by a server."""
     from qvera.serve.client import ServerClient
 
     client = ServerClient.at(url)
@@ -282,29 +251,24 @@ def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[st
 
 
 def _talk(first: list[Turn], seed: int, answer: Answer) -> None:
+    """Read messages until the end. ``answer`` takes the turns and a seed, and prints the answer that it returns."""
     from qvera.data import Turn
 
     turns: list[Turn] = []
     console.print("Type a message; /reset forgets the conversation, /quit ends it.")
-    while (text := _read_message()) is not None:
-        if text.startswith("/"):
-            if text != "/reset":
-                console.print(f"{text.split()[0]}: unknown command; expected /reset or /quit.", markup=False)
-            turns = turns if text != "/reset" else []
-            continue
-        turns.append(Turn("user", text))
-        turns.append(Turn("assistant", answer(first + turns, seed + len(turns))))
-
-
-def _read_message() -> str | None:
-    """The next line that is not empty; None: the conversation is over."""
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             print()
-            return None
-        if text.strip() in ("/quit", "/exit"):
-            return None
-        if text.strip():
-            return text.strip() if text.strip().startswith("/") else text
+            return
+        word = text.strip()
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/reset":
+            turns = []
+        elif word.startswith("/"):
+            say(f"{word.split()[0]}: unknown command; expected /reset or /quit.")
+        elif word:
+            turns.append(Turn("user", text))
+            turns.append(Turn("assistant", answer(first + turns, seed + len(turns))))

@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from qvera.cli.common import AdapterName, AdapterNames, Json, print_table, require_new_file
+from qvera.cli.common import AdapterName, AdapterNames, HtmlFile, Json, argument, print_table, require_new_file
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
 
@@ -21,7 +19,7 @@ MAX_ADAPTERS = 50
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A run, adapter, merged export, or a hub id.")],
+    path: Annotated[Path, argument("DIR", "A run, adapter, merged export, or a hub id.")],
     adapter: AdapterName = None,
     as_json: Json = False,
 ) -> None:
@@ -49,24 +47,13 @@ def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
     from qvera.evaluation.report.read import entries_of
 
     entries = entries_of({"adapters": adapters})
-    shown = (
-        sorted(entries, key=lambda entry: not entry.is_flagged)[:MAX_ADAPTERS]
-        if len(entries) > MAX_ADAPTERS
-        else entries
-    )
-    rows = []
-    for entry in shown:
-        counts = [
-            formatting.text_or_dash(value, formatting.count) for value in (entry.rows, entry.eval_rows, entry.steps)
-        ]
-        losses = (entry.loss_before, entry.loss_after, entry.train_loss_first, entry.train_loss_last)
-        cells = [*counts, *(formatting.text_or_dash(loss, "{:.4f}".format) for loss in losses)]
-        rows.append(
-            (
-                shown_name(entry.name),
-                [*cells, "; ".join([*([entry.status_text] if entry.status else []), *entry.flags])],
-            )
-        )
+    shown = entries if len(entries) <= MAX_ADAPTERS else sorted(entries, key=lambda one: not one.is_flagged)
+    shown, dash, rows = shown[:MAX_ADAPTERS], formatting.text_or_dash, []
+    for one in shown:
+        counts = [dash(value, formatting.count) for value in (one.rows, one.eval_rows, one.steps)]
+        losses = (one.loss_before, one.loss_after, one.train_loss_first, one.train_loss_last)
+        ended = "; ".join([*([one.status_text] if one.status else []), *one.flags])
+        rows.append((shown_name(one.name), [*counts, *(dash(loss, "{:.4f}".format) for loss in losses), ended]))
     titles = ["adapter", "rows", "held out", "steps", "loss before", "loss after", "first", "last", "ended"]
     print()
     print_table(titles, rows)
@@ -95,9 +82,9 @@ def _text(name: str, value: object) -> str:
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, two to eight in all.")],
+    runs: Annotated[list[Path], argument("RUN", "Run directories, two to eight in all.")],
     adapters: AdapterNames,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
+    html: HtmlFile = None,
     as_json: Json = False,
 ) -> None:
     """Compare runs: scores, cost, recipe keys that differ.
@@ -114,8 +101,7 @@ def compare(
     """
     from qvera.evaluation.report.compare import compare_runs
 
-    if html is not None:
-        require_new_file(html)
+    require_new_file(html)
     found = compare_runs(runs, adapters)
     if html is not None:
         from qvera.evaluation.report.pages import compare_page

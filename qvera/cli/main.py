@@ -11,37 +11,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qvera.cli import (
-    cache,
-    card,
-    doctor,
-    eval,
-    export,
-    generate,
-    info,
-    init,
-    launch,
-    plan,
-    preview,
-    quickstart,
-    serve,
-    train,
-)
-from qvera.cli.common import help_of, report, with_exit_code
+from qvera.cli import cache, doctor, eval, export, generate, info, quickstart, recipes, serve, train
+from qvera.cli.common import flag, help_of, report, with_exit_code
 from qvera.cli.streams import command_streams
 from qvera.config import plugins
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
-    "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
+    "Train": (quickstart.quickstart, recipes.init, recipes.preview, recipes.plan, train.train, train.launch),
     "Look": (eval.evaluate, info.compare, eval.harness, info.info, serve.ui),
     "Use": (generate.chat, generate.generate, serve.serve),
-    "Share": (export.export, export.merge_adapters, card.card, card.push),
-    "Setup": (doctor.doctor, init.schema),
+    "Share": (export.export, export.merge_adapters, export.card, export.push),
+    "Setup": (doctor.doctor, recipes.schema),
     "Bases": (cache.quantize,),
 }
-NAMES: dict[Callable[..., int | None], str] = {eval.evaluate: "eval"}
-"""Commands whose name is not that of their function."""
 
 
 class CommandsByPanel(TyperGroup):
@@ -49,7 +32,7 @@ class CommandsByPanel(TyperGroup):
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         """A line for each command; the first of a group begins with the group's name."""
-        lines, last = [_USAGE], ""
+        lines, last = ["qvera [--traceback] COMMAND [...]. Exit codes: 1 failed, 2 bad input, 75 saved"], ""
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
             assert command is not None
@@ -60,9 +43,6 @@ class CommandsByPanel(TyperGroup):
         formatter.write("\n".join(lines))
 
 
-_USAGE = "qvera [--traceback] COMMAND [...]. Exit codes: 1 failed, 2 bad input, 75 saved"
-
-
 def build_app() -> typer.Typer:
     """All commands, in the groups of `qvera --help`."""
     app = typer.Typer(cls=CommandsByPanel, pretty_exceptions_enable=False)
@@ -71,8 +51,8 @@ def build_app() -> typer.Typer:
     @app.callback(invoke_without_command=True)
     def qvera(
         ctx: typer.Context,
-        version: Annotated[bool, typer.Option("--version", help="Print versions.")] = False,
-        traceback: Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error.")] = False,
+        version: Annotated[bool, flag("--version", "Print versions.")] = False,
+        traceback: Annotated[bool, flag("--traceback", "Show the Python traceback of an error.")] = False,
         local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
     ) -> None:
         """Fine-tune Llama models in 4-bit with VeRA."""
@@ -86,7 +66,7 @@ def build_app() -> typer.Typer:
             print(ctx.get_help())
 
     def add(to: typer.Typer, function: Callable[..., int | None], panel: str | None, command: str = "") -> None:
-        name = NAMES.get(function, function.__name__.replace("_", "-"))
+        name = "eval" if function is eval.evaluate else function.__name__.replace("_", "-")
         text, example = help_of(function)
         to.command(
             name,
@@ -110,19 +90,13 @@ def build_app() -> typer.Typer:
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
-def _set_allocator() -> None:
-    """Let torch's GPU allocator (Linux only) grow its segments: batches of many lengths then do not fragment memory.
-
-    Torch reads this when it is imported. The user's own setting stays, under torch 2.9's name or an older one.
-    """
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 interrupted and saved."""
+    # Torch reads this when it is imported: its GPU allocator (Linux only) grows segments, so batches of many lengths do
+    # not fragment memory. The user's own setting stays, under torch 2.9's name or an older one.
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 interrupted and saved."""
-    _set_allocator()
     with command_streams():
         return _run(arguments)
 

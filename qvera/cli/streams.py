@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 
@@ -20,8 +20,7 @@ class LossyStream:
 
     def write(self, text: str) -> int:
         """Return the length of ``text``, written or not."""
-        with self._dropping():
-            self._stream.write(text)
+        self._try(self._stream.write, text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -30,16 +29,14 @@ class LossyStream:
 
     def flush(self) -> None:
         """Flush, where somebody still reads."""
-        with self._dropping():
-            self._stream.flush()
+        self._try(self._stream.flush)
 
     def close(self) -> None:
         """Do nothing: the stream is the process's, and a log handler that outlives the command may close it."""
 
-    @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
+    def _try(self, call: Callable[..., object], *values: str) -> None:
         try:
-            yield
+            call(*values)
         except BlockingIOError:  # a reader that is slow for a moment, on a pipe that does not wait
             pass
         except OSError:
@@ -55,11 +52,8 @@ def drop(stream: TextIO) -> None:
     """Send a stream's buffer and all later writes to the null device."""
     with contextlib.suppress(OSError, ValueError):
         number = stream.fileno()
-        null = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(null, number)
-        finally:
-            os.close(null)
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), number)
 
 
 @contextlib.contextmanager

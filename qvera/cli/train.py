@@ -1,14 +1,27 @@
-"""`qvera train`."""
+"""`qvera train` and `qvera launch`."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from qvera.cli.common import FindLr, LrFrom, LrSteps, LrTo, Overrides, RecipePath, Resume, console, quiet_libraries
+from qvera.cli.common import (
+    FindLr,
+    LrFrom,
+    LrSteps,
+    LrTo,
+    Overrides,
+    RecipePath,
+    Resume,
+    console,
+    flag,
+    number,
+    option,
+    quiet_libraries,
+)
 from qvera.cli.streams import for_who_still_reads
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
@@ -16,14 +29,14 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.config.lr_range import LrRange
-    from qvera.config.schema import Recipe
+    from qvera.training.lr_finder import RangeTestResult
 
 
 def train(
     recipe: RecipePath,
     overrides: Overrides,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show rows and plan, then stop.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Check, show rows and plan, then stop.")] = False,
     find_lr: FindLr = False,
     lr_from: LrFrom = None,
     lr_to: LrTo = None,
@@ -32,8 +45,7 @@ def train(
     """Train an adapter as a recipe describes, or many.
 
     Writes adapter/ (or adapters/), checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into
-    training.output_dir
-    (default: runs/RECIPE_NAME). Ctrl-C saves after the current step; --resume continues from there.
+    training.output_dir (default: runs/RECIPE_NAME). Ctrl-C saves after the current step; --resume continues from there.
 
     Example:
         qvera train recipes/quickstart.yaml --set training.max_steps=100
@@ -41,15 +53,18 @@ def train(
     from qvera.config.load import load_recipe
 
     loaded = load_recipe(recipe, overrides, of_a_run=resume)
-    ramp = range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
+    ramp = _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
     quiet_libraries()
 
+    from qvera.training.lr_finder import find_lr as find_rate
     from qvera.training.run_dir import run_directory
     from qvera.training.trainer import train as train_run
 
     run_dir = run_directory(loaded, recipe)
+    # both give None in one of several processes that is not the first
     if ramp is not None:
-        _find_lr(loaded, run_dir, ramp)
+        if (curve := find_rate(loaded, run_dir, ramp, console=console)) is not None:
+            _print_curve(curve, run_dir, ramp)
         return
     result = train_run(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
     if result is not None:
@@ -57,7 +72,58 @@ def train(
             print_result(result.run_dir, result.run)
 
 
-def range_test(
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides,
+    gpus: Annotated[int | None, number("Processes per machine (default: GPUs).")] = None,
+    hostfile: Annotated[Path | None, option("FILE", "A line `HOST slots=N` a machine.")] = None,
+    node_rank: Annotated[int | None, option("K", "This machine's number, from 0.")] = None,
+    nnodes: Annotated[int | None, option("N", "Number of machines.")] = None,
+    rdzv: Annotated[str | None, option("HOST:PORT", "Where machine 0 is reached.")] = None,
+    max_restarts: Annotated[int, number("Restarts from the last checkpoint.", 0)] = 0,
+    resume: Resume = False,
+    find_lr: FindLr = False,
+    lr_from: LrFrom = None,
+    lr_to: LrTo = None,
+    lr_steps: LrSteps = None,
+) -> int:
+    """Train with several processes or machines.
+
+    On one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a
+    scheduler, on each machine: --node-rank K --nnodes N --rdzv HOST:PORT.
+
+    It prints and runs torchrun, or deepspeed for a host file. Both also work directly: torchrun ... -m qvera train
+    RECIPE. The recipe's deepspeed key says how the processes share the model.
+
+    Example:
+        qvera launch recipes/instruct/llama2-7b.yaml --gpus 4
+    """
+    from qvera.config.load import load_recipe
+    from qvera.distributed import launch as launcher
+
+    load_recipe(recipe, overrides, of_a_run=resume)  # an error in it is reported once, before anything starts
+    _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume)
+    arguments = [part for override in overrides for part in ("--set", override)]
+    arguments += ["--resume"] * resume + ["--find-lr"] * find_lr
+    for name, value in (("--lr-from", lr_from), ("--lr-to", lr_to), ("--lr-steps", lr_steps)):
+        arguments += [] if value is None else [name, str(value)]
+    command = launcher.launch_command(
+        recipe,
+        gpus=gpus,
+        hostfile=hostfile,
+        node_rank=node_rank,
+        nnodes=nnodes,
+        rdzv=rdzv,
+        max_restarts=max_restarts,
+        train_arguments=arguments,
+    )
+    if hostfile is not None:
+        launcher.require_hosts(hostfile)
+    print(shlex.join(command), file=sys.stderr)
+    return launcher.run(command)
+
+
+def _range_test(
     find_lr: bool, lr_from: float | None, lr_to: float | None, lr_steps: int | None, **of_a_run: bool
 ) -> LrRange | None:
     """The range test that --find-lr asks for; None: a run. InputError if options contradict each other."""
@@ -65,23 +131,20 @@ def range_test(
 
     values = {"start": lr_from, "end": lr_to, "steps": lr_steps}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    if find_lr:
-        for name, value in of_a_run.items():
-            if value:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option}: goes with a run, and --find-lr makes none; drop one of them.")
-        return LrRange(**given)
-    if given:
-        raise InputError("--lr-from, --lr-to, --lr-steps go with --find-lr only; a run has training.learning_rate.")
-    return None
+    if not find_lr:
+        if given:
+            raise InputError("--lr-from, --lr-to, --lr-steps go with --find-lr only; a run has training.learning_rate.")
+        return None
+    for name, value in of_a_run.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option}: goes with a run, and --find-lr makes none; drop one of them.")
+    return LrRange(**given)
 
 
-def _find_lr(recipe: Recipe, run_dir: Path, ramp: LrRange) -> None:
-    from qvera.training.lr_finder import PAGE, POINTS, RULE, find_lr, rate_text
+def _print_curve(found: RangeTestResult, run_dir: Path, ramp: LrRange) -> None:
+    from qvera.training.lr_finder import PAGE, POINTS, RULE, rate_text
 
-    found = find_lr(recipe, run_dir, ramp, console=console)
-    if found is None:
-        return  # one of several processes that is not the first
     if found.diverged is not None:
         print(f"diverged          at {rate_text(found.diverged)}, step {found.points[-1]['step']} of {ramp.steps}")
     else:
@@ -99,25 +162,18 @@ def _find_lr(recipe: Recipe, run_dir: Path, ramp: LrRange) -> None:
 def print_result(run_dir: Path, run: dict[str, Any]) -> None:
     """Print the end of a run, from its run.json."""
     result, adapter = run["result"], run["adapter"]
+    before, after = result.get("eval_before"), result.get("eval_after")
     if "adapters" in run:
         _print_adapters(run_dir, run["adapters"])
-        _print_measured(run_dir, result)
-        return
-    before, after = result.get("eval_before"), result.get("eval_after")
-    if before and after:
-        print(
-            "held-out loss     "
-            + " → ".join(formatting.text_or_dash(one["loss"], "{:.4f}".format) for one in (before, after))
-        )
-        if "exact_match" in after:
-            share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
-            print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
-    print(f"parameters        {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})")
-    print(f"adapter           {formatting.size(adapter['file_bytes'])} in {run_dir / 'adapter'}")
-    _print_measured(run_dir, result)
-
-
-def _print_measured(run_dir: Path, result: dict[str, Any]) -> None:
+    else:
+        if before and after:
+            losses = (formatting.text_or_dash(one["loss"], "{:.4f}".format) for one in (before, after))
+            print(f"held-out loss     {' → '.join(losses)}")
+            if "exact_match" in after:
+                share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
+                print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
+        print(f"parameters        {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})")
+        print(f"adapter           {formatting.size(adapter['file_bytes'])} in {run_dir / 'adapter'}")
     mapped = f", and {formatting.size(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""
     print(f"peak memory       {formatting.size(result['peak_bytes'])}{mapped}")
     if result["tokens_per_second"]:
@@ -140,5 +196,5 @@ def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:
     flagged = {flag: [entry["name"] for entry in entries if flag in entry["flags"]] for flag in flags}
     for word in ("not finite", "without rows"):
         flagged |= {word: named[word]} if named[word] else {}
-    for flag, names in flagged.items():
-        print(f"look at           {flag}: {formatting.first_of([shown_name(name) for name in names])}")
+    for what, names in flagged.items():
+        print(f"look at           {what}: {formatting.first_of([shown_name(name) for name in names])}")

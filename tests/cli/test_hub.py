@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
+from qvera.cli.main import main
 from qvera.evaluation.run_info import directory_facts
 from qvera.models.hub import is_hub_id
 from qvera.serve import opening
@@ -20,93 +20,83 @@ from tests.hub_server import Hub, hub_server
 pytestmark = pytest.mark.process
 
 
-def commands(hub: Hub, directory: Path, lines: list[list[str]], token: str = "hf_write") -> list[tuple[int, str, str]]:
-    """Run commands in a process that knows only this hub; exit code, output and errors of each."""
-    code = """
-import contextlib, io, json, sys
-from qvera.cli.main import main
-found = []
-for line in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        status = main(line)
-    found.append((status, out.getvalue(), err.getvalue()))
-print("RESULT" + json.dumps(found))
-"""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(directory / "hf"),
-        "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1",  # a protocol of its own, of huggingface.co alone
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(lines)],
-        cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert "RESULT" in done.stdout, done.stderr[-3000:]
-    return [tuple(one) for one in json.loads(done.stdout.rpartition("RESULT")[2])]
-
-
-def test_an_adapter_goes_to_the_hub_and_is_used_by_its_id(trained_run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The only hub that huggingface_hub knows, as if its variables had been set before it was imported."""
     with hub_server() as hub:
-        (pushed,) = commands(hub, tmp_path, [["push", str(trained_run), "anna/orders", "--private"]])
-        assert pushed[0] == 0, pushed
-        assert pushed[1].startswith(f"{hub.address}/anna/orders: ")
-        assert hub.private == {"anna/orders"} and hub.messages == ["adapter by qvera"]
-        files = hub.repositories["anna/orders"]
-        adapter = {path.name: path.read_bytes() for path in (trained_run / "adapter").iterdir()}
-        assert {name: data for name, data in files.items() if name != "README.md"} == adapter
-        assert b"PeftModel.from_pretrained(base, 'anna/orders')" in files["README.md"]
-
-        files |= {
-            "adapter_model.bin": b"pickle",
-            "evil.py": b"raise SystemExit(9)",
-            "old/adapter_model.safetensors": b"",
-        }
-        used = commands(
-            hub,
-            tmp_path,
-            [
-                ["info", "anna/orders", "--json"],
-                ["generate", "anna/orders", "--prompt", "say red 1", "--max-new-tokens", "4"],
-                ["generate", str(trained_run), "--prompt", "say red 1", "--max-new-tokens", "4"],
-                ["eval", "anna/orders", "--recipe", str(trained_run), "--no-generation", "--json", "scores.json"],
-                ["export", "anna/orders", "lora", "--to", "lora"],
-                ["push", "lora", "anna/lora"],
-                ["eval", "anna/lora", "--recipe", str(trained_run), "--no-generation", "--json", "lora.json"],
-            ],
-        )
-        assert [status for status, *_ in used] == [0] * 7, used
-        own = directory_facts(trained_run / "adapter")
-        assert json.loads(used[0][1])["adapter_sha256"] == own["adapter_sha256"]
-        assert used[1][1] == used[2][1] != ""
-        result = json.loads((trained_run / "run.json").read_text())["result"]
-        for name in ("scores.json", "lora.json"):
-            scores = json.loads((tmp_path / name).read_text())["scores"]
-            assert scores["loss"] == pytest.approx(result["eval_after"]["loss"], rel=1e-3)
-        asked = "\n".join(hub.requests)
-        assert "adapter_model.bin" not in asked and "evil.py" not in asked and "old/" not in asked
-        assert "qvera_export.json" not in hub.repositories["anna/lora"]  # it names directories of this computer
-        assert "anna/lora" not in hub.private
+        for name, value in vars(constants).items():
+            if isinstance(value, str) and value.startswith(constants.ENDPOINT) and name != "ENDPOINT":
+                monkeypatch.setattr(constants, name, value.replace(constants.ENDPOINT, hub.address))
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, of huggingface.co alone
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        monkeypatch.chdir(tmp_path)
+        yield hub
 
 
-def test_an_adapter_of_the_hub_is_asked_with_the_template_of_its_training(make_recipe: Any, tmp_path: Path) -> None:
+def commands(capsys: Any, *lines: list[str]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each."""
+    capsys.readouterr()
+    return [(main(line), *capsys.readouterr()) for line in lines]
+
+
+def test_an_adapter_goes_to_the_hub_and_is_used_by_its_id(
+    hub: Hub, trained_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (pushed,) = commands(capsys, ["push", str(trained_run), "anna/orders", "--private"])
+    assert pushed[0] == 0, pushed
+    assert pushed[1].startswith(f"{hub.address}/anna/orders: ")
+    assert hub.private == {"anna/orders"} and hub.messages == ["adapter by qvera"]
+    files = hub.repositories["anna/orders"]
+    adapter = {path.name: path.read_bytes() for path in (trained_run / "adapter").iterdir()}
+    assert {name: data for name, data in files.items() if name != "README.md"} == adapter
+    assert b"PeftModel.from_pretrained(base, 'anna/orders')" in files["README.md"]
+
+    files |= {"adapter_model.bin": b"pickle", "evil.py": b"raise SystemExit(9)", "old/adapter_model.safetensors": b""}
+    by_recipe = ["--recipe", str(trained_run), "--no-generation", "--json"]
+    used = commands(
+        capsys,
+        ["info", "anna/orders", "--json"],
+        ["generate", "anna/orders", "--prompt", "say red 1", "--max-new-tokens", "4"],
+        ["generate", str(trained_run), "--prompt", "say red 1", "--max-new-tokens", "4"],
+        ["eval", "anna/orders", *by_recipe, "scores.json"],
+        ["export", "anna/orders", "lora", "--to", "lora"],
+        ["push", "lora", "anna/lora"],
+        ["eval", "anna/lora", *by_recipe, "lora.json"],
+    )
+    assert [status for status, *_ in used] == [0] * 7, used
+    own = directory_facts(trained_run / "adapter")
+    assert json.loads(used[0][1])["adapter_sha256"] == own["adapter_sha256"]
+    assert used[1][1] == used[2][1] != ""
+    result = json.loads((trained_run / "run.json").read_text())["result"]
+    for name in ("scores.json", "lora.json"):
+        scores = json.loads((tmp_path / name).read_text())["scores"]
+        assert scores["loss"] == pytest.approx(result["eval_after"]["loss"], rel=1e-3)
+    asked = "\n".join(hub.requests)
+    assert "adapter_model.bin" not in asked and "evil.py" not in asked and "old/" not in asked
+    assert "qvera_export.json" not in hub.repositories["anna/lora"]  # it names directories of this computer
+    assert "anna/lora" not in hub.private
+
+
+def test_an_adapter_of_the_hub_is_asked_with_the_template_of_its_training(
+    hub: Hub, make_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
     run = tmp_path / "alpaca"
-    train(make_recipe(data={"template": "alpaca", "max_length": 192}), run)
+    train(make_recipe(data={"template": "alpaca", "max_length": 192}, training={"max_steps": 1}), run)
     ask = ["--prompt", "say red 1", "--max-new-tokens", "4", "--out"]
-    with hub_server() as hub:
-        lines = [
-            ["push", str(run), "anna/alpaca"],
-            ["generate", str(run), *ask, "run.jsonl"],
-            ["generate", "anna/alpaca", *ask, "hub.jsonl"],
-            ["export", "anna/alpaca", "merged"],
-        ]
-        assert [status for status, *_ in commands(hub, tmp_path, lines)] == [0] * 4
-        template = hub.repositories["anna/alpaca"]["chat_template.jinja"].decode()
-        assert (
-            "Prompts have the chat template in chat_template.jinja."
-            in hub.repositories["anna/alpaca"]["README.md"].decode()
-        )
+    done = commands(
+        capsys,
+        ["push", str(run), "anna/alpaca"],
+        ["generate", str(run), *ask, "run.jsonl"],
+        ["generate", "anna/alpaca", *ask, "hub.jsonl"],
+        ["export", "anna/alpaca", "merged", "--no-compare"],
+    )
+    assert [status for status, *_ in done] == [0] * 4, done
+    files = hub.repositories["anna/alpaca"]
+    template = files["chat_template.jinja"].decode()
+    assert "Prompts have the chat template in chat_template.jinja." in files["README.md"].decode()
     assert (tmp_path / "run.jsonl").read_text() == (tmp_path / "hub.jsonl").read_text()
     assert "alpaca" in template and (tmp_path / "merged" / "chat_template.jinja").read_text() == template
 
@@ -119,18 +109,19 @@ def test_an_adapter_of_the_hub_is_served_under_its_name(trained_run: Path, monke
     assert not {"anna/orders", "anna/orders@v1.0", "orders"} & store.base_names  # none of them means the base
 
 
-def test_what_the_hub_refuses_is_said_in_a_sentence(trained_run: Path, tmp_path: Path) -> None:
+def test_what_the_hub_refuses_is_said_in_a_sentence(
+    hub: Hub, trained_run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push = ["push", str(trained_run), "anna/orders"]
-    with hub_server() as hub:
-        for token, words in (("hf_read", "this token may not do that"), ("", "Run `hf auth login`, or set HF_TOKEN")):
-            lines = [push, ["info", "anna/none"]] if token else [push]
-            refused, *missing = commands(hub, tmp_path, lines, token)
-            assert refused[0] == 2 and words in refused[2] and "nothing was sent" in refused[2]
-            for status, _, error in missing:
-                assert status == 2 and "anna/none: no such directory here" in error and "no such repository" in error
-        assert hub.repositories.get("anna/orders", {}) == {}
-    hub.address = "http://127.0.0.1:9"  # nobody listens
-    misnamed, failed = commands(hub, tmp_path, [["push", str(trained_run), "anna"], push])
+    for token, words in (("hf_read", "this token may not do that"), ("", "Run `hf auth login`, or set HF_TOKEN")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        refused, missing = commands(capsys, push, ["info", "anna/none"])
+        assert refused[0] == 2 and words in refused[2] and "nothing was sent" in refused[2]
+        assert missing[0] == 2 and "anna/none: no such directory here" in missing[2]
+        assert ("no such repository" in missing[2]) == bool(token)
+    assert hub.repositories.get("anna/orders", {}) == {}
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    misnamed, failed = commands(capsys, ["push", str(trained_run), "anna"], push)
     assert misnamed[0] == 2 and "Expected USER/NAME" in misnamed[2]
     assert failed[0] == 2 and "Look at the network, HF_ENDPOINT" in failed[2]
 

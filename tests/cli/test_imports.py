@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,23 +11,10 @@ import pytest
 
 pytestmark = pytest.mark.process
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "numpy", "triton")
 
-
-def run_python(code: str) -> str:
+def run_python(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def heavy_modules_after(code: str) -> list[str]:
-    """Which of the heavy packages a fresh process has imported after ``code``."""
-    out = run_python(f"{code}\nimport json, sys\nprint()\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))")
-    return json.loads(out.splitlines()[-1])
-
-
-def test_import_qvera_is_light_and_names_its_api() -> None:
-    assert heavy_modules_after("import qvera; qvera.__version__; assert 'QveraConfig' in dir(qvera)") == []
 
 
 def test_an_unknown_attribute_is_an_attribute_error() -> None:
@@ -50,58 +36,51 @@ def test_peft_knows_qvera_where_peft_is_imported_first() -> None:
 
 
 def test_peft_knows_qvera_where_qvera_is_imported_first() -> None:
-    """Here in the middle of the import of transformers' trainer.
+    """Here in the middle of the import of transformers' trainer. PEFT's module keeps its own loader, which tools ask.
 
-    PEFT's module keeps its own loader, which tools ask.
+    All of it goes without setuptools: it is no dependency, and where distutils is imported its import fails.
     """
     code = """
-import importlib.util, inspect, sys, qvera
+import importlib.util, inspect, sys
+sys.modules["setuptools"] = None
+import qvera
 assert importlib.util.find_spec("peft").origin.endswith("__init__.py") and "peft" not in sys.modules
 from transformers import Trainer
 import peft
 assert "PeftModel" in inspect.getsource(peft)
 assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
+import qvera.training.trainer, qvera.training.plan.timing
 """
     run_python(f"{code}{KNOWS_QVERA}")
 
 
-def test_training_imports_without_setuptools() -> None:
-    """It is no dependency, and in a process that has imported distutils its import fails."""
-    run_python(
-        "import sys; sys.modules['setuptools'] = None; import qvera.training.trainer, qvera.training.plan.timing"
-    )
-
-
-def test_light_commands_import_no_torch(trained_run: Path, tmp_path: Path) -> None:
+def test_light_commands_import_no_torch_and_set_its_allocator_unless_the_user_has(
+    trained_run: Path, tmp_path: Path
+) -> None:
     """One process runs them all; compare reads two finished runs."""
     other = shutil.copytree(trained_run, tmp_path / "other")
-    lines = [
-        ["--help"],
-        ["--version"],
-        ["train", "--help"],
-        ["schema"],
-        ["cache", "ls"],
-        ["ui", "--help"],
-        ["info", str(trained_run)],
-        ["compare", str(trained_run), str(other), "--html", str(tmp_path / "page.html")],
-    ]
-    code = f"from qvera.cli.main import main\nassert [main(line) for line in {lines}] == [0] * {len(lines)}"
-    assert set(heavy_modules_after(code)) <= {"numpy"}
-
-
-def test_the_allocator_is_set_before_torch_unless_the_user_has_set_it() -> None:
-    code = """
+    page = tmp_path / "page.html"
+    lines = ["--help", "--version", "train --help", "schema", "cache ls", "ui --help", f"info {trained_run}"]
+    lines.append(f"compare {trained_run} {other} --html {page}")
+    code = f"""
 import os, sys
+import qvera
+qvera.__version__
+assert "QveraConfig" in dir(qvera)
+heavy = {{"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "triton"}}
+assert not (heavy | {{"numpy"}}) & set(sys.modules)
 from qvera.cli.main import main
+assert [main(line.split()) for line in {lines}] == [0] * {len(lines)}
+assert not heavy & set(sys.modules)
 def after(**given):
     for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
         del os.environ[name]
     os.environ.update(given)
     assert main(["--version"]) == 0 and "torch" not in sys.modules
-    return {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
-for own in ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}):
+    return {{name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}}
+for own in ({{"PYTORCH_ALLOC_CONF": ""}}, {{"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}}):
     assert after(**own) == own
-assert after() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+assert after() == {{"PYTORCH_ALLOC_CONF": "expandable_segments:True"}}
 import torch
 torch.zeros(3) + 1  # a CPU takes no notice
 """

@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-from qvera.cli.launch import train_arguments
 from qvera.cli.main import main
 from qvera.distributed import launch
 from qvera.utils.errors import InputError
-from tests.cli.helpers import parse
 from tests.distributed.ranks import clean_environment, free_port
 
 pytestmark = pytest.mark.process
@@ -98,28 +96,14 @@ def test_hosts_are_asked_before_anything_starts(tmp_path: Path, monkeypatch: Any
     assert len((tmp_path / "called").read_text().splitlines()) == 2
 
 
-def test_what_train_is_given_is_handed_on() -> None:
-    given = [
-        "--set",
-        "a.b=1",
-        "--set",
-        "c.d=2",
-        "--resume",
-        "--find-lr",
-        "--lr-from",
-        "1e-06",
-        "--lr-to",
-        "0.5",
-        "--lr-steps",
-        "7",
-    ]
-    assert train_arguments(**train_options(["launch", "r.yaml", "--gpus", "2", *given])) == given
-    assert train_arguments(**train_options(["launch", "r.yaml"])) == []
-
-
-def train_options(line: list[str]) -> dict[str, Any]:
-    _, options = parse(line)
-    return {name: options[name] for name in ("overrides", "resume", "find_lr", "lr_from", "lr_to", "lr_steps")}
+def test_what_train_is_given_is_handed_on(write_recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(launch, "run", lambda command: ran.append(command) or 0)
+    recipe, given = str(write_recipe()), ["--set", "adapter.rank=4", "--set", "training.max_steps=3"]
+    ramp = ["--find-lr", "--lr-from", "1e-06", "--lr-to", "0.5", "--lr-steps", "17"]
+    for more in ([], [*given, "--resume"], [*given, *ramp]):
+        assert main(["launch", recipe, "--gpus", "2", *more]) == 0
+        assert ran[-1][ran[-1].index(recipe) + 1 :] == more
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.shared_model import load_adapters
-from qvera.cli.serve import _start_engine
+from qvera.cli.serve import start_engine
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
 from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run
@@ -206,7 +206,7 @@ def test_many_adapters_are_trained_together(checkpoint: tuple[Family, Path], mak
 
 def test_a_server_takes_static_batches_where_pages_are_not_known(tmp_path: Path, capsys: Any) -> None:
     FAMILIES["stablelm"].write(tmp_path / "stablelm")
-    engine = _start_engine(open_served(str(tmp_path / "stablelm")), EngineSettings(cache_tokens=512))
+    engine = start_engine(open_served(str(tmp_path / "stablelm")), EngineSettings(cache_tokens=512))
     try:
         assert submit(engine, request([5, 6, 7], None, 3)).end().reason == "length"
     finally:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
+from qvera.serve.api.access import new_key
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
 from tests.many_adapters import write_customers, write_run
@@ -84,20 +83,13 @@ def say(client: openai.OpenAI, model: str, text: str = "say 3") -> str:
     return str(answer.choices[0].message.content)
 
 
-def new_key(path: Path, name: str, *may: str) -> str:
-    line = [sys.executable, "-m", "qvera", "serve", "--new-key", name, "--keys", str(path)]
-    made = subprocess.run([*line, *(part for word in may for part in ("--may", word))], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    return made.stdout.strip()
-
-
 @pytest.mark.parametrize("engine", ["continuous", pytest.param("static", marks=pytest.mark.slow)])
 def test_two_users_train_at_once_while_answers_go_on(
     engine: str, tiny_model_dir: Path, adapters: Path, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys.json"
-    users = {name: new_key(keys, name, "use", "train") for name in WORDS}
-    reader = new_key(keys, "reader", "use")
+    users = {name: new_key(keys, name, ["*"], ["use", "train"]) for name in WORDS}
+    reader = new_key(keys, "reader", ["*"], ["use"])
     names = {name: f"{name} {engine}" for name in WORDS}
     more = ["--keys", str(keys), "--engine", engine, "--training-share", "0.5"]
     command = serve(tiny_model_dir, adapters, tmp_path / "training", *more)
@@ -154,37 +146,38 @@ def test_two_users_train_at_once_while_answers_go_on(
 
 def test_a_killed_server_goes_on_to_the_same_adapters(tiny_model_dir: Path, adapters: Path, tmp_path: Path) -> None:
     """The job is trained alone: when another one joins it is a matter of time, and then it is the same up to rounding."""
-    vectors = {}
-    for how in ("whole", "killed"):
-        training, name = tmp_path / how, f"job {how}"
-        command = serve(tiny_model_dir, adapters, training, "--train-at-once", "1")
-        client = client_of(command)
-        job = begin(client, rows_of("red blue"), name, n_epochs=80)  # 160 steps, saved after 100
-        waiting = begin(client, rows_of("blue"), f"{name} 2", n_epochs=1)
-        if how == "killed":
-            wait_until((training / "states" / f"{job.id}.safetensors").exists, 240)
-            command.process.send_signal(signal.SIGKILL)
-            command.process.wait(60)
-            assert not (adapters / "job=20killed").exists()
-            command = serve(tiny_model_dir, adapters, training, "--train-at-once", "1")
-            client = client_of(command)
-        ended = wait_for(client, job, "succeeded", "failed")
+    training, rows = tmp_path / "training", rows_of("red blue")
+    command = serve(tiny_model_dir, adapters, training, "--train-at-once", "1")
+    client = client_of(command)
+    job = begin(client, rows, "killed", n_epochs=55)  # 110 steps, saved after 100
+    waiting = begin(client, rows_of("blue"), "waiting", n_epochs=1)
+    wait_until((training / "states" / f"{job.id}.safetensors").exists, 240)
+    command.process.send_signal(signal.SIGKILL)
+    command.process.wait(60)
+    assert not (adapters / "killed").exists()
+    command = serve(tiny_model_dir, adapters, training, "--train-at-once", "1")
+    client = client_of(command)
+    whole = begin(client, rows, "whole", n_epochs=55)
+    for one in (job, waiting, whole):
+        ended = wait_for(client, one, "succeeded", "failed")
         assert ended.status == "succeeded", ended.error
-        assert wait_for(client, waiting, "succeeded", "failed").status == "succeeded"
-        assert steps_of(client, job) == list(range(1, 161))
-        events = list(client.fine_tuning.jobs.list_events(job.id))
-        assert any("goes on after step" in event.message for event in events) == (how == "killed")
-        assert command.stop() == 0, "".join(command.said)
-        vectors[how] = load_file(adapters / f"job=20{how}" / ADAPTER_WEIGHTS)
-    for key, whole in vectors["whole"].items():
-        assert whole.equal(vectors["killed"][key]), key
+    for one in (job, whole):
+        assert steps_of(client, one) == list(range(1, 111))
+        events = list(client.fine_tuning.jobs.list_events(one.id))
+        assert any("goes on after step" in event.message for event in events) == (one is job)
+    assert command.stop() == 0, "".join(command.said)
+    found = load_file(adapters / "killed" / ADAPTER_WEIGHTS)
+    for key, expected in load_file(adapters / "whole" / ADAPTER_WEIGHTS).items():
+        assert expected.equal(found[key]), key
 
 
-def test_sigterm_saves_what_is_trained(tiny_model_dir: Path, adapters: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_what_is_trained_and_the_example_of_the_documentation_runs(
+    tiny_model_dir: Path, adapters: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = serve(tiny_model_dir, adapters, tmp_path / "training")
     client = client_of(command)
     job = begin(client, rows_of("red"), "long", n_epochs=1000)
-    paused = begin(client, rows_of("blue"), "later", n_epochs=10)
+    paused = begin(client, rows_of("blue"), "later", n_epochs=2)
     client.fine_tuning.jobs.pause(paused.id)
     wait_until(lambda: len(client.fine_tuning.jobs.list_events(job.id).data) > 10)
     began = time.monotonic()
@@ -204,7 +197,14 @@ def test_sigterm_saves_what_is_trained(tiny_model_dir: Path, adapters: Path, tmp
     bad = begin(client, b'{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}\n', "bad")
     failed = wait_for(client, bad, "failed", "succeeded")
     assert failed.error.message.startswith("rows.jsonl:2: prompt must be text")
+    page = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_bytes(chat_rows(8))
+    exec(compile(block.replace("http://127.0.0.1:8000", command.url), "docs/fine-tuning.md", "exec"), {})
     assert command.stop() == 0, "".join(command.said)
+    assert "The job has successfully completed" in capsys.readouterr().out
+    assert (adapters / "support").is_dir()
     assert not (adapters / "long").exists()
 
 
@@ -249,22 +249,6 @@ def test_a_job_trains_what_qvera_train_trains_by_the_recipe_of_the_served_run(
     assert found.keys() == vectors.keys()
     for key, vector in vectors.items():
         torch.testing.assert_close(found[key], vector, rtol=1e-3, atol=1e-5)
-
-
-def test_the_example_of_the_documentation_runs(
-    tiny_model_dir: Path, adapters: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_bytes(chat_rows(8))
-    command = serve(tiny_model_dir, adapters, tmp_path / "training")
-    try:
-        exec(compile(block.replace("http://127.0.0.1:8000", command.url), "docs/fine-tuning.md", "exec"), {})
-    finally:
-        assert command.stop() == 0, "".join(command.said)
-    assert "The job has successfully completed" in capsys.readouterr().out
-    assert (adapters / "support").is_dir()
 
 
 def test_training_needs_a_place_for_adapters_and_a_recipe_that_fits(

@@ -14,16 +14,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from qvera.serve.api.errors import ApiError, ClientGone, bad_request, shortened
-from qvera.serve.api.fine_tuning import answered, no_room, page, too_many, training_of
+from qvera.serve.api.fine_tuning import api_errors, ask, page, too_many, training_of
+from qvera.serve.fine_tuning.database import TRAINING, StoredFile, UnknownRecord
 from qvera.serve.fine_tuning.directory import TrainingDirectory, Upload
-from qvera.serve.fine_tuning.records import TRAINING, StoredFile, UnknownRecord
-from qvera.utils.errors import RunFailed
 
 if TYPE_CHECKING:
-    from fastapi import Request
-
     from qvera.serve.api.service import Service
-    from qvera.serve.fine_tuning.records import StoredFile
+    from qvera.serve.fine_tuning.jobs import Jobs
 
 router = APIRouter()
 _UNKNOWN = "There is no file"
@@ -53,13 +50,11 @@ async def upload(request: Request) -> Response:
     access, service, jobs = training_of(request)
     with service.uploading(access) as open_uploads:
         if service.keys is not None:
-            count = await answered(service, lambda: jobs.database.file_count(access.name, "fine-tune"))
+            count = await ask(request, lambda jobs, owner: jobs.database.file_count(owner, TRAINING))
             if count + open_uploads > service.limits.files:
                 raise too_many(f"This key has {count} files, and may have {service.limits.files}; delete one.")
-        try:
+        with api_errors(service):
             file = await receive_file(request, service, jobs.directory, access.name)
-        except RunFailed as error:
-            raise no_room(error) from None
     return JSONResponse(_card(file))
 
 
@@ -72,19 +67,17 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     """The sender's files."""
-    access, service, jobs = training_of(request)
 
-    def cards(most: int) -> list[dict[str, Any]]:
-        return [_card(file) for file in jobs.database.files(access.name, purpose, after, most, order == "desc")]
+    def cards(jobs: Jobs, owner: str, most: int) -> list[dict[str, Any]]:
+        return [_card(file) for file in jobs.database.files(owner, purpose, after, most, order == "desc")]
 
-    return await page(service, cards, limit, _UNKNOWN)
+    return await page(request, limit, _UNKNOWN, cards)
 
 
 @router.get("/v1/files/{file_id}", response_model=None)
 async def describe_file(request: Request, file_id: str) -> Response:
     """One file."""
-    access, service, jobs = training_of(request)
-    return JSONResponse(_card(await answered(service, lambda: jobs.database.file(file_id, access.name), _UNKNOWN)))
+    return JSONResponse(await ask(request, lambda jobs, owner: _card(jobs.database.file(file_id, owner)), _UNKNOWN))
 
 
 @router.get("/v1/files/{file_id}/content", response_model=None)
@@ -93,15 +86,14 @@ async def file_content(request: Request, file_id: str) -> Response:
 
     They are never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
     """
-    access, service, jobs = training_of(request)
 
-    def find() -> Path:
-        place = jobs.directory.place(jobs.database.file(file_id, access.name))
+    def find(jobs: Jobs, owner: str) -> Path:
+        place = jobs.directory.place(jobs.database.file(file_id, owner))
         if not place.is_file():  # deleted since it was looked up
             raise UnknownRecord(file_id)
         return place
 
-    place = await answered(service, find, _UNKNOWN)
+    place = await ask(request, find, _UNKNOWN)
     no_page = {"X-Content-Type-Options": "nosniff"}
     return FileResponse(place, headers=no_page, media_type="application/octet-stream", filename=place.name)
 
@@ -109,16 +101,15 @@ async def file_content(request: Request, file_id: str) -> Response:
 @router.delete("/v1/files/{file_id}", response_model=None)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete it."""
-    access, service, jobs = training_of(request)
 
-    def delete() -> None:
-        file = jobs.database.file(file_id, access.name)
-        if (job := jobs.database.remove_file(file_id, access.name)) is not None:
+    def delete(jobs: Jobs, owner: str) -> None:
+        file = jobs.database.file(file_id, owner)
+        if (job := jobs.database.remove_file(file_id, owner)) is not None:
             text = f"The job {job} needs this file; wait for it, or cancel it."
             raise ApiError(409, text, code="file_in_use", retried=False)
-        jobs.directory.remove_file(file)
+        jobs.directory.place(file).unlink(missing_ok=True)
 
-    await answered(service, delete, _UNKNOWN)
+    await ask(request, delete, _UNKNOWN)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -156,9 +147,8 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > limits.file_bytes + _FORM_BYTES):
         raise _too_large(limits.file_bytes)
-    upload = Upload(directory, owner)
+    form = _Form(request.headers.get("content-type", ""), directory, owner, limits.file_bytes)
     try:
-        form = _Form(request.headers.get("content-type", ""), upload, limits.file_bytes)
         more = True
         while more:
             block = bytearray()
@@ -176,13 +166,14 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
             await service.in_thread(functools.partial(form.feed, bytes(block)), "disk")
         return await service.in_thread(form.finish, "disk")
     finally:
-        upload.discard()
+        if form.upload is not None:
+            form.upload.discard()
 
 
 class _Form:
-    """Parses a form with the parts ``purpose`` and ``file``."""
+    """Parses a form with the parts ``purpose`` and ``file``; the file goes into an `Upload`."""
 
-    def __init__(self, content_type: str, upload: Upload, most_bytes: int) -> None:
+    def __init__(self, content_type: str, directory: TrainingDirectory, owner: str, most_bytes: int) -> None:
         from python_multipart.exceptions import FormParserError
         from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -190,27 +181,23 @@ class _Form:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise bad_request("Expected a multipart/form-data body with the parts 'purpose' and 'file'.")
-        self._upload, self._most_bytes = upload, most_bytes
-        self._fields: dict[str, bytes] = {}
-        self._field: str | None = None  # None: in the file
-        self._header = [b"", b""]
-        self._disposition = b""
+        self._directory, self._owner, self._most_bytes = directory, owner, most_bytes
+        self.upload: Upload | None = None
+        self._purpose, self._is_file = b"", False  # whether the part is the file
+        self._header, self._disposition = [b"", b""], b""
         self._parts = self._size = 0
         self._ended = False
+        calls: Any = {
+            "on_part_begin": self._begin_part,
+            "on_header_field": lambda data, start, end: self._add_header(0, data[start:end]),
+            "on_header_value": lambda data, start, end: self._add_header(1, data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._begin_content,
+            "on_part_data": lambda data, start, end: self._add_content(data[start:end]),
+            "on_end": lambda: setattr(self, "_ended", True),
+        }
         try:
-            self._parser = MultipartParser(
-                options[b"boundary"],
-                {
-                    "on_part_begin": self._begin_part,
-                    "on_header_begin": self._begin_header,
-                    "on_header_field": lambda data, start, end: self._add_header(0, data[start:end]),
-                    "on_header_value": lambda data, start, end: self._add_header(1, data[start:end]),
-                    "on_header_end": self._end_header,
-                    "on_headers_finished": self._begin_content,
-                    "on_part_data": lambda data, start, end: self._add_content(data[start:end]),
-                    "on_end": self._end,
-                },
-            )
+            self._parser = MultipartParser(options[b"boundary"], calls)
         except FormParserError as error:
             raise bad_request(f"The body is no multipart form: {error}.") from None
 
@@ -222,28 +209,25 @@ class _Form:
             self._parser.write(data)
         except self._error as error:
             raise bad_request(f"The body is no multipart form: {error}.") from None
-        if self._size - self._upload.size_bytes > _FORM_BYTES:
+        if self._size - (self.upload.size_bytes if self.upload else 0) > _FORM_BYTES:
             raise bad_request(f"The form has more than {_FORM_BYTES:,} bytes beside its file.")
 
     def finish(self) -> StoredFile:
         """The stored file, once the whole body has been fed."""
         if not self._ended:
             raise bad_request("The form ends in the middle.")
-        if not self._upload.has_begun:
+        if self.upload is None:
             raise bad_request("file: is missing.", "file")
-        purpose = self._fields.get("purpose", b"").decode("utf-8", "replace")
+        purpose = self._purpose.decode("utf-8", "replace")
         if purpose != TRAINING:
             raise bad_request(f"purpose: expected {TRAINING!r}, got {shortened(purpose)!r}.", "purpose")
-        return self._upload.finish(purpose)
+        return self.upload.finish(purpose)
 
     def _begin_part(self) -> None:
         self._parts += 1
-        self._disposition = b""
+        self._header, self._disposition = [b"", b""], b""
         if self._parts > _PARTS:
             raise bad_request(f"The form has more than {_PARTS} parts.")
-
-    def _begin_header(self) -> None:
-        self._header = [b"", b""]
 
     def _add_header(self, part: int, data: bytes) -> None:
         self._header[part] += data
@@ -253,34 +237,34 @@ class _Form:
     def _end_header(self) -> None:
         if self._header[0].lower() == b"content-disposition":
             self._disposition = self._header[1]
+        self._header = [b"", b""]
 
     def _begin_content(self) -> None:
         _, options = self._options_of(self._disposition.decode("latin-1"))
         name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._is_file = name == "file"
         if name == "file":
-            if self._upload.has_begun:
+            if self.upload is not None:
                 raise bad_request("file: is there twice; send one file.", "file")
-            self._field = None
-            self._upload.begin(options.get(b"filename", b"").decode("utf-8", "replace")[:_FIELD_BYTES])
+            file_name = options.get(b"filename", b"").decode("utf-8", "replace")[:_FIELD_BYTES]
+            self.upload = Upload(self._directory, self._owner, file_name)
         elif name == "purpose":
-            self._field, self._fields[name] = name, b""
+            self._purpose = b""
         elif name.partition("[")[0] == "expires_after":
             raise bad_request("expires_after: is not supported here; files stay until they are deleted.", name)
         else:
             raise bad_request(f"Unknown key {shortened(name)!r}.", shortened(name), "unknown_parameter")
 
     def _add_content(self, data: bytes) -> None:
-        if self._field is not None:
-            self._fields[self._field] += data
-            if len(self._fields[self._field]) > _FIELD_BYTES:
-                raise bad_request(f"{self._field}: is longer than {_FIELD_BYTES} bytes.", self._field)
+        if not self._is_file:
+            self._purpose += data
+            if len(self._purpose) > _FIELD_BYTES:
+                raise bad_request(f"purpose: is longer than {_FIELD_BYTES} bytes.", "purpose")
             return
-        if self._upload.size_bytes + len(data) > self._most_bytes:
+        assert self.upload is not None
+        if self.upload.size_bytes + len(data) > self._most_bytes:
             raise _too_large(self._most_bytes)
-        self._upload.write(data)
-
-    def _end(self) -> None:
-        self._ended = True
+        self.upload.write(data)
 
 
 def _too_large(most_bytes: int) -> ApiError:

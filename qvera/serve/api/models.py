@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, bad_request
-from qvera.serve.api.fine_tuning import answered, training_of
+from qvera.serve.api.fine_tuning import ask, training_of
 from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
 from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.fine_tuning.records import NotMade
+from qvera.serve.fine_tuning.database import NotMade
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.serve.fine_tuning.jobs import Jobs
 
 router = APIRouter()
 
@@ -52,9 +55,9 @@ async def describe_model(request: Request, name: str) -> Response:
 @router.delete("/v1/models/{name:path}", response_model=None)
 async def delete_model(request: Request, name: str) -> Response:
     """Delete a model that a fine-tuning job of the sender has made; answers that are running finish on it."""
-    access, service, jobs = training_of(request)
+    access, service, _ = training_of(request)
 
-    def delete() -> None:
+    def delete(jobs: Jobs, owner: str) -> None:
         service.require_model(name, access)
         not_made = ApiError(403, f"No fine-tuning job of this key has made {name!r}, so it can't delete it.", "model")
         if not _is_adapter(service, name):
@@ -63,13 +66,13 @@ async def delete_model(request: Request, name: str) -> Response:
         with contextlib.suppress(InputError):  # a damaged one can be deleted all the same
             adapter = service.store.resolve(name)
         try:
-            jobs.delete_model(name, access.name)
+            jobs.delete_model(name, owner)
         except NotMade:
             raise not_made from None
         if adapter is not None:
             service.engine.unload(adapter.identity)
 
-    await answered(service, delete)
+    await ask(request, delete)
     return JSONResponse({"id": name, "object": "model", "deleted": True})
 
 

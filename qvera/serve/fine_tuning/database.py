@@ -1,4 +1,4 @@
-"""The database of a training directory: files, jobs and events in SQLite. Only this module writes SQL.
+"""The database of a training directory: files, jobs and events in SQLite. Only this module writes SQL. No torch.
 
 There is one connection under a lock, so any thread may call the methods, but an event loop should not. Each method is
 one transaction: a killed process leaves it done or not done. ``PRAGMA user_version`` has the version of the schema.
@@ -9,14 +9,106 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from qvera.serve.fine_tuning.records import OPEN, Event, Job, Status, StoredFile, UnknownRecord
 from qvera.utils.errors import InputError, RunFailed
+
+TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
+Status = Literal["validating_files", "queued", "running", "finishing", "paused", "succeeded", "failed", "cancelled"]
+BEFORE: tuple[Status, ...] = ("validating_files", "queued")
+TRAINED: tuple[Status, ...] = ("running", "finishing")
+"""``finishing``: its adapter is being saved, so it can't be cancelled any more. The API shows "running"."""
+OPEN: tuple[Status, ...] = (*BEFORE, *TRAINED, "paused")  # all other statuses are final
+
+
+def new_id(kind: str) -> str:
+    """An id that nobody can guess: ``kind``, a dash and 24 hex digits."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """An uploaded file, or a job's results."""
+
+    id: str
+    owner: str  # name of a key
+    name: str  # from the sender; shown, but never used as a path
+    suffix: str  # picks the reader, such as ``.jsonl``
+    purpose: str
+    size_bytes: int
+    created: int = field(default_factory=now)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A fine-tuning job."""
+
+    id: str
+    owner: str
+    model: str  # name of the adapter that it makes
+    base: str
+    training_file: str
+    validation_file: str | None
+    seed: int | None  # as asked; None: the recipe's
+    asked: dict[str, Any]  # hyperparameters by OpenAI's names, each ``auto`` or a number
+    replaces: bool  # whether it may replace an adapter of its name
+    metadata: dict[str, str]
+    recipe: dict[str, Any]  # `Recipe.to_dict` of the recipe in use
+    status: Status = "validating_files"
+    created: int = field(default_factory=now)
+    started: int | None = None
+    finished: int | None = None
+    trained_tokens: int | None = None
+    step: int | None = None  # optimizer steps of the saved adapter
+    result_file: str | None = None
+    error: dict[str, Any] | None = None  # ``code``, ``message`` and ``param`` of a failed job
+    deleted: bool = False  # whether the owner deleted the adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job. With the numbers of a step its type is ``metrics``."""
+
+    job: str
+    message: str
+    level: Literal["info", "warn", "error"] = "info"
+    data: dict[str, Any] | None = None
+    step: int | None = None  # optimizer step of metrics
+    id: str = field(default_factory=lambda: new_id("ftevent"))
+    created: int = field(default_factory=now)
+
+
+class UnknownRecord(LookupError):
+    """No record has this id, or it belongs to another owner."""
+
+
+class Refused(InputError):
+    """A client's request that can't be done."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class TooMany(Exception):
+    """An owner is at its limit of unfinished jobs."""
+
+
+class NotMade(Exception):
+    """No job of this owner made the model."""
+
 
 R = TypeVar("R", StoredFile, Job, Event)
 VERSION = 1
@@ -42,58 +134,45 @@ CREATE TABLE events (
 );
 CREATE INDEX events_of_job ON events (job, number);
 """
-_AS_JSON = (
-    "asked",
-    "metadata",
-    "recipe",
-    "error",
-    "data",
-    "seed",
-)  # a seed may have 64 bits, SQLite's integers have 63
+_TABLES: dict[type, str] = {StoredFile: "files", Job: "jobs", Event: "events"}
+_AS_JSON = ("asked", "metadata", "recipe", "error", "data", "seed")  # a seed may have 64 bits, SQLite's integers 63
 _AS_BOOL = ("replaces", "deleted")
 
 
 class Database:
-    """Made by `open`; ended by `close`. Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
+    """Ended by `close`. Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self.path, self._connection = path, connection
-        self._lock = threading.RLock()
-
-    @classmethod
-    def open(cls, path: Path) -> Database:
+    def __init__(self, path: Path) -> None:
         """Open the database, or make one.
 
         Raises InputError if it is damaged, no database, from a newer qvera, or can't be written.
         """
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        self.path, self._lock, problem = path, threading.RLock(), ""
+        self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False, timeout=10)
+        self._connection.row_factory = sqlite3.Row
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if damage != "ok":
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(damage)
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
             if version > VERSION:
-                raise InputError(
-                    f"{path}: was written by a newer version of qvera (its version is {version}, and {VERSION} is the "
-                    "newest that this one knows). Update qvera, or choose another --training-dir."
+                problem = (
+                    f"was written by a newer version of qvera (its version is {version}, and {VERSION} is the newest "
+                    "that this one knows). Update qvera, or choose another --training-dir."
                 )
-            if version == 0:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            elif version == 0:
+                self._connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
         except sqlite3.OperationalError as error:
-            connection.close()
-            raise InputError(f"{path}: can't be used ({error}). Is its disk full, or read-only?") from None
+            problem = f"can't be used ({error}). Is its disk full, or read-only?"
         except sqlite3.DatabaseError as error:
-            connection.close()
-            raise InputError(
-                f"{path}: is damaged, or no database of fine-tuning jobs ({error}). Put a copy of it back, or choose "
-                "another --training-dir."
-            ) from None
-        except InputError:
-            connection.close()
-            raise
-        return cls(path, connection)
+            problem = (
+                f"is damaged, or no database of fine-tuning jobs ({error}). Put a copy of it back, or choose another "
+                "--training-dir."
+            )
+        if problem:
+            self._connection.close()
+            raise InputError(f"{path}: {problem}")
 
     def close(self) -> None:
         """Close it; SQLite moves its log into the file."""
@@ -104,48 +183,76 @@ class Database:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                try:
+                with self._connection:  # which commits, or rolls back after an error
                     yield self._connection
-                    self._connection.execute("COMMIT")
-                except BaseException:
-                    if self._connection.in_transaction:
-                        self._connection.execute("ROLLBACK")
-                    raise
             except sqlite3.Error as error:
                 raise RunFailed(f"{self.path}: {error}. Nothing was changed; is its disk full or read-only?") from None
 
-    def _rows(self, query: str, values: Sequence[object] = ()) -> list[dict[str, Any]]:
+    def _rows(self, query: str, values: Iterable[object] = ()) -> list[sqlite3.Row]:
         with self._transaction() as connection:
-            found = connection.execute(query, values)
-            names = [column[0] for column in found.description]
-            return [_read(dict(zip(names, row, strict=True))) for row in found]
+            return connection.execute(query, tuple(values)).fetchall()
+
+    def _records(self, kind: type[R], rest: str, values: Iterable[object]) -> list[R]:
+        """The records that ``SELECT * FROM`` their table and ``rest`` gives."""
+        found = []
+        for row in self._rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values):
+            fields = {name: json.loads(row[name]) if name in _AS_JSON else row[name] for name in row.keys()}  # noqa: SIM118
+            fields |= {name: bool(fields[name]) for name in _AS_BOOL if name in fields}
+            del fields["number"]
+            found.append(kind(**fields))
+        return found
+
+    def _one(self, kind: type[R], key: str, owner: str | None) -> R:
+        found = self._records(kind, "WHERE id = ? AND owner = IFNULL(?, owner)", (key, owner))
+        if not found:
+            raise UnknownRecord(key)
+        return found[0]
+
+    def _page(
+        self,
+        kind: type[R],
+        owner: str,
+        after: str | None,
+        limit: int,
+        more: str = "",
+        values: Iterable[object] = (),
+        newest_first: bool = True,
+    ) -> list[R]:
+        """An owner's records, or a job's events, that fit ``more`` and come after the record ``after``."""
+        of_owner = "WHERE job = ?" if kind is Event else "WHERE owner = ?"
+        given: list[object] = [owner, *values]
+        where = of_owner + more
+        if after is not None:
+            found = self._rows(f"SELECT number FROM {_TABLES[kind]} {of_owner} AND id = ?", (owner, after))
+            if not found:
+                raise UnknownRecord(after)
+            where += f" AND number {'<' if newest_first else '>'} ?"
+            given.append(found[0]["number"])
+        order = "DESC" if newest_first else "ASC"
+        return self._records(kind, f"{where} ORDER BY number {order} LIMIT ?", [*given, limit])
 
     # Files
 
     def add_file(self, file: StoredFile) -> None:
         """Add a file that is complete on disk."""
         with self._transaction() as connection:
-            _insert(connection, "files", file)
+            _insert(connection, file)
 
     def file(self, file_id: str, owner: str | None = None) -> StoredFile:
         """A file, of this owner only if one is named."""
-        return _record(StoredFile, self._one("files", file_id, owner))
+        return self._one(StoredFile, file_id, owner)
 
     def files(
         self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
     ) -> list[StoredFile]:
         """An owner's files that come after the file ``after``."""
-        where, values = ("", []) if purpose is None else (" AND purpose = ?", [purpose])
-        return [
-            _record(StoredFile, row)
-            for row in self._page("files", "owner", owner, where, values, after, limit, newest_first)
-        ]
+        more, values = ("", ()) if purpose is None else (" AND purpose = ?", (purpose,))
+        return self._page(StoredFile, owner, after, limit, more, values, newest_first)
 
     def file_count(self, owner: str, purpose: str) -> int:
         """Number of an owner's files."""
-        query = "SELECT COUNT(*) AS count FROM files WHERE owner = ? AND purpose = ?"
-        return int(self._rows(query, (owner, purpose))[0]["count"])
+        query = "SELECT COUNT(*) FROM files WHERE owner = ? AND purpose = ?"
+        return int(self._rows(query, (owner, purpose))[0][0])
 
     def all_files(self) -> dict[str, str]:
         """Id → suffix of every file."""
@@ -170,58 +277,47 @@ class Database:
             (count,) = connection.execute(query, (job.owner, *OPEN)).fetchone()
             if most_open is not None and count >= most_open:
                 return False
-            _insert(connection, "jobs", job)
-            for event in events:
-                _insert(connection, "events", event)
+            _insert(connection, job, *events)
             return True
 
     def job(self, job_id: str, owner: str | None = None) -> Job:
         """A job, of this owner only if one is named."""
-        return _record(Job, self._one("jobs", job_id, owner))
+        return self._one(Job, job_id, owner)
 
     def jobs(self, owner: str, metadata: Mapping[str, str], after: str | None, limit: int) -> list[Job]:
         """An owner's jobs with these metadata that come after the job ``after``, newest first."""
-        where = " AND EXISTS (SELECT 1 FROM json_each(metadata) AS pair WHERE pair.key = ? AND pair.value = ?)"
+        more = " AND EXISTS (SELECT 1 FROM json_each(metadata) AS pair WHERE pair.key = ? AND pair.value = ?)"
         values = [part for pair in metadata.items() for part in pair]
-        return [
-            _record(Job, row) for row in self._page("jobs", "owner", owner, where * len(metadata), values, after, limit)
-        ]
+        return self._page(Job, owner, after, limit, more * len(metadata), values)
 
     def open_jobs(self) -> list[Job]:
         """Unfinished jobs, paused ones too, oldest first."""
-        query = f"SELECT * FROM jobs WHERE status IN ({_marks(OPEN)}) ORDER BY number"
-        return [_record(Job, row) for row in self._rows(query, OPEN)]
+        return self._records(Job, f"WHERE status IN ({_marks(OPEN)}) ORDER BY number", OPEN)
 
     def job_of_model(self, model: str, statuses: Sequence[Status]) -> Job | None:
         """The newest job with one of these statuses whose adapter has this name, unless the adapter was deleted."""
-        query = (
-            f"SELECT * FROM jobs WHERE model = ? AND status IN ({_marks(statuses)}) AND NOT deleted "
-            "ORDER BY number DESC LIMIT 1"
-        )
-        found = self._rows(query, (model, *statuses))
-        return _record(Job, found[0]) if found else None
+        where = f"WHERE model = ? AND status IN ({_marks(statuses)}) AND NOT deleted ORDER BY number DESC LIMIT 1"
+        return next(iter(self._records(Job, where, (model, *statuses))), None)
 
     def counts(self) -> dict[str, int]:
         """Status → number of jobs."""
-        rows = self._rows("SELECT status, COUNT(*) AS count FROM jobs GROUP BY status")
-        return {row["status"]: row["count"] for row in rows}
+        return dict(map(tuple, self._rows("SELECT status, COUNT(*) FROM jobs GROUP BY status")))
 
-    def move(self, job_id: str, expected: Sequence[Status], status: Status, *events: Event, **changes: object) -> bool:
-        """Set a job's status and the columns in ``changes``, and add events.
+    def move(
+        self, job_id: str, expected: Sequence[Status], status: Status, *records: Event | StoredFile, **changes: object
+    ) -> bool:
+        """Set a job's status and the columns in ``changes``, and add events and files.
 
         False: its status was not one of ``expected``, and nothing is changed.
         """
+        written = _written({"status": status, **changes})
+        assigned = ", ".join(f"{name} = ?" for name in written)
+        query = f"UPDATE jobs SET {assigned} WHERE id = ? AND status IN ({_marks(expected)})"
         with self._transaction() as connection:
-            return _move(connection, job_id, expected, status, changes, events)
-
-    def succeed(self, job_id: str, result: StoredFile, *events: Event, **changes: object) -> bool:
-        """`move` a job whose adapter is saved to "succeeded", and add its file of results."""
-        with self._transaction() as connection:
-            changes |= {"result_file": result.id}
-            done = _move(connection, job_id, ("finishing",), "succeeded", changes, events)
-            if done:
-                _insert(connection, "files", result)
-            return done
+            if not connection.execute(query, (*written.values(), job_id, *expected)).rowcount:
+                return False
+            _insert(connection, *records)
+            return True
 
     def forget_model(self, job_id: str) -> None:
         """Note that a job's adapter was deleted."""
@@ -230,80 +326,35 @@ class Database:
 
     # Events
 
-    def add_events(self, events: Iterable[Event], taken_again: Mapping[str, int] | None = None) -> None:
+    def add_events(self, events: Iterable[Event], taken_again: Mapping[str, int]) -> None:
         """Add events in order. ``taken_again``: job → a step; its events of later steps are removed first."""
         with self._transaction() as connection:
-            for job_id, step in (taken_again or {}).items():
-                connection.execute("DELETE FROM events WHERE job = ? AND step > ?", (job_id, step))
-            for event in events:
-                _insert(connection, "events", event)
+            connection.executemany("DELETE FROM events WHERE job = ? AND step > ?", taken_again.items())
+            _insert(connection, *events)
 
     def events(self, job_id: str, after: str | None, limit: int) -> list[Event]:
         """A job's events that come after the event ``after``, newest first."""
-        return [_record(Event, row) for row in self._page("events", "job", job_id, "", [], after, limit)]
+        return self._page(Event, job_id, after, limit)
 
     def metrics(self, job_id: str) -> list[Event]:
         """The events of a job's steps, in order."""
-        query = "SELECT * FROM events WHERE job = ? AND step IS NOT NULL ORDER BY step, number"
-        return [_record(Event, row) for row in self._rows(query, (job_id,))]
+        return self._records(Event, "WHERE job = ? AND step IS NOT NULL ORDER BY step, number", (job_id,))
 
     def last_losses(self, job_id: str) -> dict[str, float]:
         """A job's last ``train_loss`` and ``valid_loss``. It may have millions of events, so SQL picks them."""
         found = {}
+        query = "WHERE job = ? AND json_extract(data, ?) IS NOT NULL ORDER BY number DESC LIMIT 1"
         for name in ("train_loss", "valid_loss"):
-            query = "SELECT data FROM events WHERE job = ? AND json_extract(data, ?) IS NOT NULL"
-            for row in self._rows(f"{query} ORDER BY number DESC LIMIT 1", (job_id, f"$.{name}")):
-                found[name] = float(row["data"][name])
+            for event in self._records(Event, query, (job_id, f"$.{name}")):
+                found[name] = float((event.data or {})[name])
         return found
 
-    def _one(self, table: str, key: str, owner: str | None) -> dict[str, Any]:
-        where, values = ("", ()) if owner is None else (" AND owner = ?", (owner,))
-        found = self._rows(f"SELECT * FROM {table} WHERE id = ?{where}", (key, *values))
-        if not found:
-            raise UnknownRecord(key)
-        return found[0]
 
-    def _page(
-        self,
-        table: str,
-        group: str,
-        value: str,
-        where: str,
-        values: list[Any],
-        after: str | None,
-        limit: int,
-        newest_first: bool = True,
-    ) -> list[dict[str, Any]]:
-        query, given = f"SELECT * FROM {table} WHERE {group} = ?{where}", [value, *values]
-        if after is not None:
-            found = self._rows(f"SELECT number FROM {table} WHERE {group} = ? AND id = ?", (value, after))
-            if not found:
-                raise UnknownRecord(after)
-            query, given = f"{query} AND number {'<' if newest_first else '>'} ?", [*given, found[0]["number"]]
-        return self._rows(f"{query} ORDER BY number {'DESC' if newest_first else 'ASC'} LIMIT ?", [*given, limit])
-
-
-def _move(
-    connection: sqlite3.Connection,
-    job_id: str,
-    expected: Sequence[Status],
-    status: Status,
-    changes: Mapping[str, object],
-    events: Iterable[Event],
-) -> bool:
-    written = _written({"status": status, **changes})
-    assigned = ", ".join(f"{name} = ?" for name in written)
-    query = f"UPDATE jobs SET {assigned} WHERE id = ? AND status IN ({_marks(expected)})"
-    if not connection.execute(query, (*written.values(), job_id, *expected)).rowcount:
-        return False
-    for event in events:
-        _insert(connection, "events", event)
-    return True
-
-
-def _insert(connection: sqlite3.Connection, table: str, record: Any) -> None:
-    values = _written(dataclasses.asdict(record))
-    connection.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({_marks(values)})", tuple(values.values()))
+def _insert(connection: sqlite3.Connection, *records: StoredFile | Job | Event) -> None:
+    for record in records:
+        values = _written(dataclasses.asdict(record))
+        query = f"INSERT INTO {_TABLES[type(record)]} ({', '.join(values)}) VALUES ({_marks(values)})"
+        connection.execute(query, tuple(values.values()))
 
 
 def _marks(values: Iterable[object]) -> str:
@@ -312,16 +363,3 @@ def _marks(values: Iterable[object]) -> str:
 
 def _written(values: Mapping[str, object]) -> dict[str, object]:
     return {name: json.dumps(value) if name in _AS_JSON else value for name, value in values.items()}
-
-
-def _read(row: dict[str, Any]) -> dict[str, Any]:
-    for name in row:
-        if name in _AS_JSON:
-            row[name] = json.loads(row[name])
-        elif name in _AS_BOOL:
-            row[name] = bool(row[name])
-    return row
-
-
-def _record(kind: type[R], row: dict[str, Any]) -> R:
-    return kind(**{name: value for name, value in row.items() if name != "number"})

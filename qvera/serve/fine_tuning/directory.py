@@ -15,17 +15,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from qvera.data.readers import EXTENSIONS
-from qvera.serve.fine_tuning.database import Database
-from qvera.serve.fine_tuning.records import BEFORE, RESULTS, TRAINED, Event, StoredFile, new_id, now
+from qvera.serve.fine_tuning.database import BEFORE, RESULTS, TRAINED, Database, Event, StoredFile, new_id, now
 from qvera.training.run_dir import run_lock
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
 
 DATABASE = "fine_tuning.sqlite"
-_PARTS = ("files", "states")
 _MESSAGE_CHARACTERS = 2000  # of an error, which may list all columns of a file
 _KEPT = "Nothing of this file was kept."
 
@@ -35,7 +32,7 @@ class TrainingDirectory:
 
     def __init__(self, path: Path, database: Database) -> None:
         self.path, self.database = path, database
-        self.files, self.states = (path / name for name in _PARTS)
+        self.files, self.states = path / "files", path / "states"
 
     @classmethod
     @contextlib.contextmanager
@@ -46,27 +43,28 @@ class TrainingDirectory:
         """
         path = path.absolute()  # a message about it has no word that another text may have
         with run_lock(path, socket.gethostname(), what="--training-dir"):
-            _require_own(path)
-            database = Database.open(path / DATABASE)
-            with contextlib.closing(database):
+            # files without a database would count as remains of a crash and be removed
+            for part in () if (path / DATABASE).exists() else (path / "files", path / "states"):
+                if part.exists() and not (part.is_dir() and not any(part.iterdir())):
+                    raise InputError(
+                        f"{part}: is of something else, or {DATABASE} beside it was lost. Put that back, or choose "
+                        "another --training-dir."
+                    )
+            with contextlib.closing(Database(path / DATABASE)) as database:
                 directory = cls(path, database)
+                known = {f"{file_id}{suffix}" for file_id, suffix in database.all_files().items()}
+                states = {directory.state(job.id).name for job in database.open_jobs()}
                 try:
-                    for each in (directory.files, directory.states):
-                        each.mkdir(exist_ok=True)
-                    directory._remove_leftovers()
+                    for place, kept in ((directory.files, known), (directory.states, states)):
+                        place.mkdir(exist_ok=True)
+                        for file in place.iterdir():
+                            if file.name not in kept:
+                                file.unlink()
                 except OSError as error:
                     raise InputError(
                         f"{path}: can't be written ({error.strerror or error}). Choose another --training-dir."
                     ) from None
                 yield directory
-
-    def _remove_leftovers(self) -> None:
-        known = {f"{file_id}{suffix}" for file_id, suffix in self.database.all_files().items()}
-        states = {self.state(job.id).name for job in self.database.open_jobs()}
-        for directory, keep in ((self.files, known), (self.states, states)):
-            for file in directory.iterdir():
-                if file.name not in keep:
-                    file.unlink()
 
     def place(self, file: StoredFile) -> Path:
         """The path of a file."""
@@ -79,10 +77,6 @@ class TrainingDirectory:
     def without_places(self, text: str) -> str:
         """A message without the path of this directory, for a job's owner."""
         return text.replace(f"{self.path}/", "")
-
-    def remove_file(self, file: StoredFile) -> None:
-        """Delete a file from disk that the database no longer has."""
-        self.place(file).unlink(missing_ok=True)
 
     def fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
         """End a job that can't continue, and delete its state. A cancelled or paused one stays as it is.
@@ -106,48 +100,31 @@ class TrainingDirectory:
         return file
 
 
-def _require_own(path: Path) -> None:
-    """Refuse files without a database: they would count as remains of a crash and be removed."""
-    for part in [] if (path / DATABASE).exists() else [path / name for name in _PARTS]:
-        if part.exists() and not (part.is_dir() and not any(part.iterdir())):
-            raise InputError(
-                f"{part}: is of something else, or {DATABASE} beside it was lost. Put that back, or choose another "
-                "--training-dir."
-            )
-
-
 class Upload:
-    """A file in transfer, for one thread at a time. Writing raises RunFailed if the disk is full."""
+    """A file in transfer, for one thread at a time. Methods raise RunFailed if the disk is full."""
 
-    def __init__(self, directory: TrainingDirectory, owner: str) -> None:
-        self._directory, self._owner = directory, owner
-        self._id = new_id("file")
+    def __init__(self, directory: TrainingDirectory, owner: str, name: str) -> None:
+        """``name``: the sender's, of which only the suffix matters. Raises InputError if no reader takes that."""
+        suffix = Path(name).suffix.lower() or ".jsonl"  # without one it is JSON lines, as in OpenAI's API
+        if suffix not in EXTENSIONS:
+            raise InputError(
+                f"{shown(name)}: can't read a file that ends in {suffix!r}; expected {', '.join(EXTENSIONS)}. Convert "
+                "it, or rename it if it is one of these."
+            )
+        self._directory, self._owner, self._name, self._suffix = directory, owner, name, suffix
+        self._id, self.size_bytes = new_id("file"), 0
         self._partial = directory.files / f".{self._id}"
-        self._stream: BinaryIO | None = None
-        self._name = self._suffix = ""
-        self.size_bytes = 0
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether `begin` was called."""
-        return self._stream is not None
-
-    def begin(self, name: str) -> None:
-        """Start with the sender's name, of which only the suffix matters. Raises InputError if no reader takes it."""
-        self._name, self._suffix = name, suffix_of(name)
         with disk_errors(shown(name), _KEPT):
             self._stream = self._partial.open("xb")
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
-        assert self._stream is not None
         self.size_bytes += len(data)
         with disk_errors(shown(self._name), _KEPT):
             self._stream.write(data)
 
     def finish(self, purpose: str) -> StoredFile:
         """Sync it to disk and add it to the database. If that fails, nothing of it is left there."""
-        assert self._stream is not None
         file = StoredFile(self._id, self._owner, self._name, self._suffix, purpose, self.size_bytes)
         place = self._directory.place(file)
         try:
@@ -165,24 +142,9 @@ class Upload:
 
     def discard(self) -> None:
         """Remove the unfinished file."""
-        if self._stream is not None:
-            with contextlib.suppress(OSError):  # a full disk takes the last buffer no better now
-                self._stream.close()
+        with contextlib.suppress(OSError):  # a full disk takes the last buffer no better now
+            self._stream.close()
         self._partial.unlink(missing_ok=True)
-
-
-def suffix_of(name: str) -> str:
-    """The suffix that picks a file's reader; ``.jsonl`` if it has none, as in OpenAI's API.
-
-    Raises InputError if there is no reader for it.
-    """
-    suffix = Path(name).suffix.lower() or ".jsonl"
-    if suffix not in EXTENSIONS:
-        raise InputError(
-            f"{shown(name)}: can't read a file that ends in {suffix!r}; expected {', '.join(EXTENSIONS)}. Convert it, "
-            "or rename it if it is one of these."
-        )
-    return suffix
 
 
 def shown(name: str) -> str:

@@ -1,18 +1,22 @@
-"""What a client may do with jobs. These methods may block, so call them in a thread, not on the event loop."""
+"""The jobs of a training directory: what a client may do with them, and the thread that reads their rows."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import queue
 import shutil
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qvera.serve.fine_tuning.directory import TrainingDirectory
-from qvera.serve.fine_tuning.preparing import Preparer, Recipes
-from qvera.serve.fine_tuning.records import (
+from rich.console import Console
+
+from qvera.data import build_datasets, data_warnings
+from qvera.serve.fine_tuning.database import (
     BEFORE,
     OPEN,
+    TRAINED,
     TRAINING,
     Event,
     Job,
@@ -25,12 +29,15 @@ from qvera.serve.fine_tuning.records import (
     new_id,
     now,
 )
-from qvera.serve.fine_tuning.worker import Worker, maker_of
+from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
+from qvera.serve.fine_tuning.preparing import Recipes, require_short_rows
+from qvera.serve.fine_tuning.worker import Worker
 from qvera.training.online import OnlineTrainer
-from qvera.training.run_dir import require_writable
+from qvera.training.run_dir import changed_keys, require_writable
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_CONFIG
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import try_read_json
+from qvera.utils.paths import ADAPTER_CONFIG, TRAINING_FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,27 +45,22 @@ if TYPE_CHECKING:
     from qvera.serve.engine import Engine
     from qvera.serve.opening import Served
     from qvera.serve.store import AdapterStore
+    from qvera.training.roster import AdapterRun
 
-_RUNS: tuple[Status, ...] = (*BEFORE, "running")
-"""These may be paused. These and paused ones may be cancelled."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Asked:
-    """A client's request for a job, by OpenAI's names."""
-
-    base: str
-    training_file: str
-    validation_file: str | None
-    suffix: str | None
-    seed: int | None
-    hyperparameters: dict[str, Any]
-    metadata: dict[str, str]
-    replace: bool
+_logger = logging.getLogger(__name__)
+_RETRY_SECONDS = 30.0
+_JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
+Change = Literal["cancel", "pause", "resume"]
+_CHANGES: dict[Change, tuple[tuple[Status, ...], Status, str]] = {
+    "cancel": ((*BEFORE, "running", "paused"), "cancelled", "Fine-tuning job cancelled"),
+    "pause": ((*BEFORE, "running"), "paused", "Fine-tuning job paused"),
+    "resume": (("paused",), "validating_files", "Fine-tuning job resumed"),
+}
+"""The statuses that allow it, the new status, and the event."""
 
 
 class Jobs:
-    """The jobs of a training directory. Methods raise UnknownRecord if the owner has no such job."""
+    """Methods may block, so call them in a thread. They raise UnknownRecord if the owner has no such job."""
 
     def __init__(
         self,
@@ -71,65 +73,77 @@ class Jobs:
     ) -> None:
         """``wake`` tells the engine to ask ``worker.has_work`` again."""
         self.directory, self.database = directory, directory.database
-        self._recipes, self._store = recipes, store
-        self._naming = threading.Lock()  # so that no two jobs take one name
-        self._changing = threading.Lock()  # so that the worker hears of a pause before a resume
+        self._recipes, self._trainer, self._store, self._tokenizer = recipes, trainer, store, tokenizer
         self.worker = Worker(directory, trainer, store, wake)
-        self._preparer = Preparer(directory, recipes, tokenizer, trainer, self.worker.add)
+        # so that no two jobs take one name, and the worker hears of a pause before a resume
+        self._changing = threading.Lock()
+        self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # ids of jobs
+        self._closing = False
+        self._reader = threading.Thread(target=self._read_rows, name="qvera-rows", daemon=True)
 
     def __enter__(self) -> Self:
         """Continue the jobs that the last server left unfinished; those that were running come first."""
         found = [job for job in self.database.open_jobs() if job.status != "paused"]
         for job in sorted(found, key=lambda job: job.status in BEFORE):
-            self._preparer.add(job.id)
-        self._preparer.start()
+            self._unread.put(job.id)
+        self._reader.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Save what is being trained. The engine's thread must have ended."""
-        self._preparer.close()
+        """Save what is being trained. The engine's thread must have ended. The next server reads unread rows."""
+        self._closing = True
+        self._unread.put(None)
+        self._reader.join(_JOIN_SECONDS)
         self.worker.close()
 
-    def create(self, asked: Asked, owner: str, covers: Callable[[str], bool], most_open: int | None) -> Job:
-        """Queue a job. ``covers``: whether the owner may use the model of a name.
+    def create(
+        self,
+        owner: str,
+        covers: Callable[[str], bool],
+        most_open: int | None,
+        *,
+        base: str,
+        training_file: str,
+        validation_file: str | None,
+        suffix: str | None,
+        seed: int | None,
+        asked: dict[str, Any],
+        metadata: dict[str, str],
+        replace: bool,
+    ) -> Job:
+        """Queue a job.
+
+        Args:
+            covers: whether the owner may use the model of a name.
+            suffix: the name of the new model.
+            asked: hyperparameters by OpenAI's names.
+            replace: whether a model of that name may be replaced.
 
         Raises:
             Refused: a file does not exist, or the name can't be used.
             InputError: the hyperparameters do not fit together.
             TooMany: the owner has ``most_open`` unfinished jobs.
         """
-        files = [self._file(asked.training_file, owner, "training_file")]
-        if asked.validation_file is not None:
-            files.append(self._file(asked.validation_file, owner, "validation_file"))
-            if asked.validation_file == asked.training_file:
+        files = [self._file(training_file, owner, "training_file")]
+        if validation_file is not None:
+            files.append(self._file(validation_file, owner, "validation_file"))
+            if validation_file == training_file:
                 raise Refused("validation_file: is the training file; held-out rows are others.", "validation_file")
         job_id = new_id("ftjob")
-        model = asked.suffix if asked.suffix is not None else f"ft-{job_id.partition('-')[2]}"
+        model = suffix if suffix is not None else f"ft-{job_id.partition('-')[2]}"
         if not covers(model):
-            how = "may not use a model of this name" if asked.suffix else "has models of its own: give the name of one"
+            how = "may not use a model of this name" if suffix else "has models of its own: give the name of one"
             raise Refused(f"suffix: {shown_name(model)} would be the model's name, and this key {how}.", "suffix")
-        job = Job(
-            id=job_id,
-            owner=owner,
-            model=model,
-            base=asked.base,
-            training_file=asked.training_file,
-            validation_file=asked.validation_file,
-            seed=asked.seed,
-            asked=asked.hyperparameters,
-            replaces=asked.replace,
-            metadata=asked.metadata,
-            recipe={},
-        )
+        job = Job(job_id, owner, model, base, training_file, validation_file, seed, asked, replace, metadata, recipe={})
         recipe = self._recipes.of(job, *(self.directory.place(file).name for file in files))
         job = dataclasses.replace(job, recipe=recipe.to_dict())
-        said = [Event(job.id, f"Created fine-tuning job: {job.id}")]
-        said += [Event(job.id, f"Validating file: {file.name}") for file in files]
-        with self._naming:
-            self._require_free(model, asked.replace)
+        said = [Event(job_id, f"Created fine-tuning job: {job_id}")]
+        said += [Event(job_id, f"Validating file: {file.name}") for file in files]
+        with self._changing:
+            self._require_free(model, replace)
             if not self.database.add_job(job, said, most_open):
                 raise TooMany
-        self._preparer.add(job.id)
+        self._unread.put(job_id)
         return job
 
     def _file(self, file_id: str, owner: str, param: str) -> StoredFile:
@@ -142,61 +156,44 @@ class Jobs:
         return file
 
     def _require_free(self, model: str, replace: bool) -> None:
+        name = shown_name(model)
         try:
             directory = self._store.directory_for(model)
         except InputError as error:
             raise Refused(f"suffix: {error}", "suffix") from None
         if self.database.job_of_model(model, OPEN) is not None:
-            raise Refused(
-                f"suffix: another job makes {shown_name(model)} already; wait for it, or cancel it.", "suffix"
-            )
+            raise Refused(f"suffix: another job makes {name} already; wait for it, or cancel it.", "suffix")
         if directory.exists() and not (directory / ADAPTER_CONFIG).is_file():
-            text = f"suffix: what lies in the place of {shown_name(model)} is no adapter. Use another name."
+            text = f"suffix: what lies in the place of {name} is no adapter. Use another name."
             raise Refused(text, "suffix", "name_taken")
         if directory.exists() and not replace:
-            raise Refused(
-                f'suffix: there is a model {shown_name(model)} already. Use another name, or send "replace": true.',
-                "suffix",
-                "name_taken",
-            )
+            text = f'suffix: there is a model {name} already. Use another name, or send "replace": true.'
+            raise Refused(text, "suffix", "name_taken")
 
-    def cancel(self, job_id: str, owner: str) -> Job:
-        """End a job; only its events are kept. Raises Refused if it has ended."""
-        event = Event(job_id, "Fine-tuning job cancelled")
-        return self._stop(job_id, owner, (*_RUNS, "paused"), "cancelled", event)
+    def change(self, job_id: str, owner: str, how: Change) -> Job:
+        """Cancel a job (only its events are kept), save it and free its slot, or let a paused one go on.
 
-    def pause(self, job_id: str, owner: str) -> Job:
-        """Save a job and free its slot. Raises Refused if it has ended or is paused."""
-        return self._stop(job_id, owner, _RUNS, "paused", Event(job_id, "Fine-tuning job paused"))
-
-    def _stop(self, job_id: str, owner: str, expected: tuple[Status, ...], status: Status, event: Event) -> Job:
-        job = self.database.job(job_id, owner)
-        ended = {"finished": now()} if status == "cancelled" else {}
+        Raises Refused if its status does not allow it.
+        """
+        self.database.job(job_id, owner)
+        expected, status, text = _CHANGES[how]
+        ended = {"finished": now()} if how == "cancel" else {}
         with self._changing:
-            if not self.database.move(job_id, expected, status, event, **ended):
-                raise self._too_late(job)
-            self.worker.stop(job_id, "cancel" if status == "cancelled" else "pause")
+            if not self.database.move(job_id, expected, status, Event(job_id, text), **ended):
+                is_now = self.database.job(job_id).status.replace("_", " ")
+                raise Refused(f"The job {job_id} is {is_now}, so that can't be done.", code="invalid_status")
+            if how == "resume":
+                self._unread.put(job_id)
+            else:
+                self.worker.stop(job_id, how)
         return self.database.job(job_id)
-
-    def resume(self, job_id: str, owner: str) -> Job:
-        """Queue a paused job again, to go on where it was. Raises Refused if it is not paused."""
-        job = self.database.job(job_id, owner)
-        event = Event(job_id, "Fine-tuning job resumed")
-        with self._changing:
-            if not self.database.move(job_id, ("paused",), "validating_files", event):
-                raise self._too_late(job)
-        self._preparer.add(job_id)
-        return self.database.job(job_id)
-
-    def _too_late(self, job: Job) -> Refused:
-        status = self.database.job(job.id).status
-        return Refused(f"The job {job.id} is {status.replace('_', ' ')}, so that can't be done.", code="invalid_status")
 
     def delete_model(self, model: str, owner: str) -> None:
         """Delete an adapter that a job of this owner made. Raises NotMade if none did, or it was replaced."""
         job = self.database.job_of_model(model, ("succeeded",))
         directory = self._store.directory_for(model)
-        if job is None or job.owner != owner or maker_of(directory) != job.id:
+        maker = (try_read_json(directory / TRAINING_FACTS) or {}).get("job")
+        if job is None or job.owner != owner or maker != job.id:
             raise NotMade
         if (other := self.database.job_of_model(model, OPEN)) is not None:
             raise Refused(f"The job {other.id} makes this model anew; cancel it first.", "model")
@@ -208,6 +205,72 @@ class Jobs:
             raise NotMade from None
         shutil.rmtree(gone, ignore_errors=True)
         self.database.forget_model(job.id)
+
+    # The thread that reads rows
+
+    def _read_rows(self) -> None:
+        while (job_id := self._unread.get()) is not None and not self._closing:
+            try:
+                self._prepare(self.database.job(job_id))
+            except RunFailed as error:  # a full disk: of the database, or of what the rows are mapped from
+                _logger.warning("%s: its rows can't be read now; again in %g s: %s", job_id, _RETRY_SECONDS, error)
+                again = threading.Timer(_RETRY_SECONDS, self._unread.put, (job_id,))  # others may need less room
+                again.daemon = True
+                again.start()
+
+    def _prepare(self, job: Job) -> None:
+        if job.status not in (*BEFORE, *TRAINED):
+            return  # cancelled or paused meanwhile
+        files: dict[str, StoredFile] = {}
+        try:
+            for param in ("training_file", "validation_file"):
+                if (file_id := getattr(job, param)) is not None:
+                    files[param] = self.database.file(file_id)
+            run = self._run_of(job, files)
+            self.worker.add(self.database.job(job.id), run)
+        except UnknownRecord as error:
+            self.directory.fail(job.id, "invalid_job", f"The file {error.args[0]} is not there any more.")
+        except InputError as error:
+            text = str(error)
+            named = next((key for key, file in files.items() if str(self.directory.place(file)) in text), None)
+            code = "invalid_training_file" if named else "invalid_job"
+            self.directory.fail(job.id, code, self._for_its_owner(text, files), named)
+        except RunFailed:
+            raise
+        except Exception:  # it ends this job alone: the thread reads the rows of all
+            _logger.exception("the rows of %s", job.id)
+            self.directory.fail(job.id, "server_error", "The server failed; its log says why.")
+
+    def _run_of(self, job: Job, files: dict[str, StoredFile]) -> AdapterRun:
+        places = [self.directory.place(file) for file in files.values()]
+        for place in places:
+            require_short_rows(place)
+        recipe = self._recipes.of(job, *(place.name for place in places))
+        has_begun = self.directory.state(job.id).exists()
+        if has_begun and (changed := changed_keys(job.recipe, recipe)):
+            raise InputError(
+                f"The server was started again with another recipe ({', '.join(changed)}), by which this job can't go "
+                "on. Create the job anew."
+            )
+        section = recipe.data.replace(**dict(zip(("path", "eval_path"), map(str, places), strict=False)))
+        datasets = build_datasets(section, self._tokenizer, Console(quiet=True), cached=False)
+        run = self._trainer.prepare(job.id, recipe, datasets)
+        if job.status == "validating_files":
+            rows = f"{len(datasets.train):,} training rows"
+            rows += f" and {len(datasets.eval):,} held-out rows" if len(datasets.eval) else ""
+            said = [Event(job.id, f"Files validated: {rows}. Moving job to queued state.")]
+            warnings = [self._for_its_owner(text, files) for text in data_warnings(datasets.stats)]
+            said += [Event(job.id, text, level="warn") for text in warnings]
+            self.database.move(job.id, ("validating_files",), "queued", *said, recipe=recipe.to_dict())
+        elif not has_begun:  # its rows were read first by a server with another recipe, maybe
+            self.database.move(job.id, (job.status,), job.status, recipe=recipe.to_dict())
+        return run
+
+    def _for_its_owner(self, text: str, files: dict[str, StoredFile]) -> str:
+        """A message with the sender's file names in place of paths."""
+        for file in files.values():
+            text = text.replace(str(self.directory.place(file)), shown(file.name))
+        return self.directory.without_places(text)
 
 
 def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:
@@ -221,8 +284,8 @@ def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_o
             "with --adapters DIR; it may be empty."
         )
     require_writable(served.store.root / "adapter", "--adapters")
-    recipes = Recipes(served.opened.target)
-    trainer = OnlineTrainer(served.opened.base, recipes.server, at_once)
-    jobs = Jobs(directory, recipes, trainer, served.store, served.opened.base.tokenizer, engine.wake)
+    recipes, base = Recipes(served.opened.target), served.opened.base
+    trainer = OnlineTrainer(base, recipes.server, at_once)
+    jobs = Jobs(directory, recipes, trainer, served.store, base.tokenizer, engine.wake)
     engine.set_background(jobs.worker)
     return jobs

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qvera.serve.fine_tuning.database import TRAINED, Event, Job, now
 from qvera.serve.fine_tuning.directory import TrainingDirectory
-from qvera.serve.fine_tuning.records import TRAINED, Event, Job, Status, now
 from qvera.serve.store import read_content
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, RunFailed, first_line
-from qvera.utils.files import plain_json, try_read_json
+from qvera.utils.files import plain_json
 from qvera.utils.paths import TRAINING_FACTS
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class Worker:
         self._events: list[Event] = []
         self._taken_again: dict[str, int] = {}
         """Job → a step. Events of later steps are removed before new ones are written."""
-        self._wrote_at = clock()
-        self._parked_until: float | None = None
+        self._wrote_at, self._parked_until = clock(), 0.0
         self._timer: threading.Timer | None = None
         self.tokens = 0  # trained on since the server's start
 
@@ -94,26 +93,24 @@ class Worker:
     def has_work(self) -> bool:
         """See `BackgroundWork.has_work`."""
         with self._lock:
-            if self._parked_until is not None and self._clock() < self._parked_until:
-                return False
             seconds = self._clock()
             trains = any(not one.run.has_ended or seconds >= one.retry_at for one in list(self._trained.values()))
-            return bool(trains or self._stops or self._ready)
+            return seconds >= self._parked_until and bool(trains or self._stops or self._ready)
 
     # The engine's thread
 
     def run_slice(self) -> None:
         """See `BackgroundWork.run_slice`. It raises nothing: errors end jobs, or are retried later."""
         try:
-            with self._lock:
-                self._parked_until = None
             self._take_stops()
             self._begin_ready()
             if self._trained:
                 self._train()
             self._write_events()
-        except (RunFailed, OSError) as error:
-            self._park(error)
+        except (RunFailed, OSError) as error:  # what a full disk refused is written again afterwards
+            _logger.warning("training waits %g s: %s", _PARK_SECONDS, error)
+            self._parked_until = self._clock() + _PARK_SECONDS
+            self._wake_later()
 
     def _take_stops(self) -> None:
         while True:
@@ -135,45 +132,39 @@ class Worker:
     def _begin_ready(self) -> None:
         """Give free slots first to jobs that were running, then to the oldest of the owner with the fewest running."""
         while self._trainer.free_slots:
+            owners = [trained.job.owner for trained in self._trained.values()]
             with self._lock:
                 # one that was paused and resumed still has a slot until `_take_stops` has saved it
-                ready = [pair for job_id, pair in self._ready.items() if job_id not in self._trained]
+                ready = [job for job, _ in self._ready.values() if job.id not in self._trained]
                 if not ready:
                     return
-                owners = [trained.job.owner for trained in self._trained.values()]
-
-                def turn(pair: tuple[Job, AdapterRun], owners: Sequence[str] = owners) -> tuple[bool, int, float]:
-                    job, _ = pair
-                    return job.status not in TRAINED, owners.count(job.owner), job.created
-
-                job, run = min(ready, key=turn)
-                del self._ready[job.id]
-            self._begin(job, run)
+                turns = [(job.status not in TRAINED, owners.count(job.owner), job.created) for job in ready]
+                job, run = self._ready.pop(ready[turns.index(min(turns))].id)
+            try:
+                self._begin(job, run)
+            except RunFailed:
+                self.add(job, run)
+                raise
+            self._write_events(at_once=True)
 
     def _begin(self, job: Job, run: AdapterRun) -> None:
         state = self._directory.state(job.id)
         saved = state if state.exists() else None
-        finishing = job.status == "finishing"
-        status: Status = "finishing" if finishing else "running"
+        status: Literal["finishing", "running"] = "finishing" if job.status == "finishing" else "running"
+        if not self._database.move(job.id, ("queued", *TRAINED), status, started=job.started or now()):
+            return  # cancelled or paused meanwhile
         try:
-            if not self._database.move(job.id, ("queued", *TRAINED), status, started=job.started or now()):
-                return  # cancelled or paused meanwhile
-            try:
-                self._trainer.begin(run, saved)
-            except Exception as error:
-                if not isinstance(error, InputError):
-                    _logger.exception("%s can't begin", job.id)
-                self._directory.fail(job.id, "server_error", f"It can't begin: {self._text(error)}")
-                return
-        except RunFailed:
-            self.add(job, run)
-            raise
+            self._trainer.begin(run, saved)
+        except Exception as error:
+            if not isinstance(error, InputError):
+                _logger.exception("%s can't begin", job.id)
+            self._directory.fail(job.id, "server_error", f"It can't begin: {self._text(error)}")
+            return
         step = run.state.step
-        self._trained[job.id] = Trained(job, run, step, self._clock(), finishing)
+        self._trained[job.id] = Trained(job, run, step, self._clock(), is_named=status == "finishing")
         self._taken_again[job.id] = -1 if saved is None else step
         text = "Fine-tuning job started" if saved is None else f"Fine-tuning job goes on after step {step:,}"
         self._events.append(Event(job.id, f"{text}: {run.steps:,} steps over {len(run.rows.train):,} rows"))
-        self._write_events(at_once=True)
 
     def _train(self) -> None:
         try:
@@ -181,30 +172,24 @@ class Worker:
         except Exception as error:
             _logger.exception("training failed; the jobs that were trained together are ended")
             for trained in list(self._trained.values()):
-                self._directory.fail(trained.job.id, "server_error", f"Training failed: {self._text(error)}")
-                self._let_go(trained)
+                self._fail(trained, "server_error", f"Training failed: {self._text(error)}")
             return
         for record in records:
-            steps = self._trained[record["adapter"]].run.steps
             self.tokens += record.get("input_tokens", 0)
-            self._events.append(metrics_event(record["adapter"], record, steps))
+            self._events.append(metrics_event(record, self._trained[record["adapter"]].run.steps))
         for trained in list(self._trained.values()):
+            steps, seconds = trained.run.state.step - trained.saved_step, self._clock()
             try:
                 if trained.run.has_ended:
-                    if self._clock() >= trained.retry_at:
+                    if seconds >= trained.retry_at:
                         self._finish(trained)
-                elif self._is_due(trained):
+                elif steps >= _SAVE_STEPS or (steps > 0 and seconds - trained.saved_at >= _SAVE_SECONDS):
                     self._save(trained)
             except RunFailed:
                 raise
             except Exception as error:
                 _logger.exception("%s can't be saved", trained.job.id)
-                self._directory.fail(trained.job.id, "server_error", f"It can't be saved: {self._text(error)}")
-                self._let_go(trained)
-
-    def _is_due(self, trained: Trained) -> bool:
-        steps = trained.run.state.step - trained.saved_step
-        return steps >= _SAVE_STEPS or (steps > 0 and self._clock() - trained.saved_at >= _SAVE_SECONDS)
+                self._fail(trained, "server_error", f"It can't be saved: {self._text(error)}")
 
     def _save(self, trained: Trained) -> None:
         self._write_events(at_once=True)
@@ -215,16 +200,12 @@ class Worker:
         job, run = trained.job, trained.run
         if run.reason is not None:
             self._write_events(at_once=True)
-            self._directory.fail(job.id, "training_failed", run.reason)
-            self._let_go(trained)
-            return
+            return self._fail(trained, "training_failed", run.reason)
         self._save(trained)
         directory = self._store.directory_for(job.model)
         if directory.exists() and not (job.replaces or trained.is_named):
             text = f"While this job ran, another adapter was given the name {shown_name(job.model)}."
-            self._directory.fail(job.id, "name_taken", f"{text} It was not replaced.")
-            self._let_go(trained)
-            return
+            return self._fail(trained, "name_taken", f"{text} It was not replaced.")
         if not self._database.move(job.id, TRAINED, "finishing"):
             return  # cancelled or paused: `_take_stops` sees to it
         trained.is_named = True
@@ -234,31 +215,30 @@ class Worker:
         except RunFailed as error:  # it holds up no other job
             _logger.warning("%s: its adapter can't be written; again in %g s: %s", job.id, _PARK_SECONDS, error)
             trained.retry_at = self._clock() + _PARK_SECONDS
-            self._wake_in(_PARK_SECONDS)
-            return
+            return self._wake_later()
         self._store.add(job.model, directory)
         results = steps_csv(self._database.metrics(job.id))
         file = self._directory.write_results(job.owner, f"{job.id}-steps.csv", results)
-        events = (
-            Event(job.id, f"New fine-tuned model created: {job.model}"),
-            Event(job.id, "The job has successfully completed"),
-        )
-        tokens, step = run.state.input_tokens, run.state.step
+        texts = (f"New fine-tuned model created: {job.model}", "The job has successfully completed")
+        said = [Event(job.id, text) for text in texts]
+        changes = {"finished": now(), "trained_tokens": run.state.input_tokens, "step": run.state.step}
         try:
-            self._database.succeed(job.id, file, *events, finished=now(), trained_tokens=tokens, step=step)
+            self._database.move(job.id, ("finishing",), "succeeded", file, *said, result_file=file.id, **changes)
         except RunFailed:
-            self._directory.remove_file(file)
+            self._directory.place(file).unlink(missing_ok=True)
             raise
         self._let_go(trained)
         self._directory.state(job.id).unlink(missing_ok=True)
 
     def _text(self, error: Exception) -> str:
         """A message for the job's owner, without paths on the server's disk."""
-        return (
-            "the server's log says why."
-            if isinstance(error, OSError)
-            else self._directory.without_places(first_line(error))
-        )
+        if isinstance(error, OSError):
+            return "the server's log says why."
+        return self._directory.without_places(first_line(error))
+
+    def _fail(self, trained: Trained, code: str, message: str) -> None:
+        self._directory.fail(trained.job.id, code, message)
+        self._let_go(trained)
 
     def _let_go(self, trained: Trained) -> None:
         self._trainer.end(trained.run)
@@ -269,17 +249,10 @@ class Worker:
             self._database.add_events(self._events, self._taken_again)
             self._events, self._taken_again, self._wrote_at = [], {}, self._clock()
 
-    def _park(self, error: Exception) -> None:
-        """Pause training. What a full disk refused is written again afterwards."""
-        _logger.warning("training waits %g s: %s", _PARK_SECONDS, error)
-        with self._lock:
-            self._parked_until = self._clock() + _PARK_SECONDS
-        self._wake_in(_PARK_SECONDS)
-
-    def _wake_in(self, seconds: float) -> None:
+    def _wake_later(self) -> None:
         if self._timer is not None:
             self._timer.cancel()  # the later one is enough: what was to be done before is done then
-        self._timer = threading.Timer(seconds, self._wake)
+        self._timer = threading.Timer(_PARK_SECONDS, self._wake)
         self._timer.daemon = True
         self._timer.start()
 
@@ -294,23 +267,19 @@ class Worker:
                 _logger.warning("%s: %s", trained.job.id, error)
 
 
-def metrics_event(job_id: str, record: dict[str, Any], steps: int) -> Event:
+def metrics_event(record: dict[str, Any], steps: int) -> Event:
     """The event of a step or evaluation, its numbers by OpenAI's names. Those that are not finite become None."""
-    numbers = {"step": record["step"], "total_steps": steps}
-    if record["kind"] == "eval":
-        numbers["valid_loss"] = record["loss"]
-    else:
-        numbers |= {"train_loss": record["loss"], "learning_rate": record.get("learning_rate")}
-    what = "validation" if record["kind"] == "eval" else "training"
-    message = f"Step {record['step']:,}/{steps:,}: {what} loss={record['loss']:.4f}"
-    return Event(job_id, message, data=dict(plain_json(numbers)), step=record["step"])
+    step, loss, is_eval = record["step"], record["loss"], record["kind"] == "eval"
+    numbers = {"valid_loss": loss} if is_eval else {"train_loss": loss, "learning_rate": record.get("learning_rate")}
+    message = f"Step {step:,}/{steps:,}: {'validation' if is_eval else 'training'} loss={loss:.4f}"
+    data = dict(plain_json({"step": step, "total_steps": steps, **numbers}))
+    return Event(record["adapter"], message, data=data, step=step)
 
 
 def steps_csv(metrics: Sequence[Event]) -> str:
     """CSV with a line per step: its losses and learning rate. Missing values are empty."""
-    lines: dict[int, dict[str, Any]] = {}
+    lines: dict[int | None, dict[str, Any]] = {}
     for event in metrics:
-        assert event.step is not None
         lines.setdefault(event.step, {}).update(event.data or {})
     out = io.StringIO()
     writer = csv.DictWriter(out, _COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -333,9 +302,3 @@ def write_facts(directory: Path, job: Job, run: AdapterRun) -> None:
     }
     with disk_errors(str(directory), "The job goes on when there is room again."):
         replace_text(directory / TRAINING_FACTS, json.dumps(plain_json(facts), indent=1))
-
-
-def maker_of(directory: Path) -> str | None:
-    """The id of the job that made an adapter; None if unknown."""
-    job = (try_read_json(directory / TRAINING_FACTS) or {}).get("job")
-    return job if isinstance(job, str) else None

@@ -1,14 +1,17 @@
-"""The Starlette app of `qvera ui`: read-only pages, their style and scripts, and events."""
+"""The Starlette app of `qvera ui`: read-only pages, their style and scripts, and server-sent events."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,16 +22,19 @@ from qvera.evaluation import report
 from qvera.serve.api.access import Limits, is_of_other_site, is_own_name
 from qvera.serve.api.server import EventStream
 from qvera.serve.ui.directories import RunDirectories
-from qvera.serve.ui.events import LOOK_SECONDS, list_events, run_events
-from qvera.serve.ui.metrics import NOTHING, Position
+from qvera.serve.ui.metrics import NOTHING, Position, news_since
 from qvera.serve.ui.pages import Finder, Pages, list_signature, run_href
-from qvera.serve.ui.views import SIGNED, NotFound, Summaries, Views, signature_of, stamps_of
+from qvera.serve.ui.views import NotFound, Summaries, Views
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_STREAMS = 200  # event streams at a time
+LOOK_SECONDS = 1.0  # between two looks at a run's files
+HEARTBEAT_SECONDS = 15.0
+"""A quiet stream sends a comment, so that a lost reader is noticed, by proxies too."""
+_END_SECONDS = 0.2  # a stream ends this soon after the server is asked to stop
 _QUERY_CHARACTERS = 16_384
 _HEADERS = {
     # texts of runs are escaped; should markup ever get in, it can load and run nothing
@@ -64,8 +70,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.summaries = Summaries(self.directories)
-        self.views = Views(self.directories)
-        self.pages = Pages(self.place, self.directories, self.summaries, self.views)
+        self.pages = Pages(self.place, self.directories, self.summaries, Views(self.directories))
 
     def list_signature(self) -> str:
         """Changes with the shown list of runs. It is computed once for all who ask at about the same time."""
@@ -73,13 +78,6 @@ class Service:
         if now - self._listed[0] > LOOK_SECONDS / 2:
             self._listed = now, list_signature(self.summaries.list())
         return self._listed[1]
-
-    def run_signature(self, id: str) -> str:
-        """Changes with a run's state and files, except metrics.jsonl, whose records are sent."""
-        directory = self.directories.get(id)
-        if directory is None:
-            return ""
-        return signature_of(self.summaries.state(id, directory), stamps_of(directory, *SIGNED))
 
 
 def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1") -> Starlette:
@@ -97,8 +95,8 @@ def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1") -> Starlet
         Route("/look/{name}", _look),
         Route("/health", _health),
     ]
-    handlers = {NotFound: _not_found, InputError: _wrong_input, HTTPException: _http, Exception: _failed}
-    app = Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys((NotFound, InputError, HTTPException), _refused))
+    app.add_exception_handler(Exception, lambda _, error: _text(500, "The server failed; its log says why."))
     app.state.service = Service(" ".join(map(str, places)), RunDirectories(places))
     app.add_middleware(Guard, service=app.state.service, listens_on=listens_on)
     return app
@@ -117,28 +115,23 @@ class Guard:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        self.service.running += 1
-        try:
-            refusal = self._refusal(scope)
-            await (self.app if refusal is None else refusal)(scope, receive, guarded)
-        finally:
-            self.service.running -= 1
-
-    def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
+        app: ASGIApp = self.app
         if not is_own_name(host, self.listens_on):
-            return _text(403, f"The host {host[:200]!r} is not this machine's own name. Use localhost, or an address.")
-        if is_of_other_site(host, headers.get("origin")):
-            return _text(403, "Pages of other sites may not read this server.")
-        if len(scope["query_string"]) > _QUERY_CHARACTERS:
-            return _text(414, f"The address has more than {_QUERY_CHARACTERS:,} characters after its question mark.")
-        return None
+            app = _text(403, f"The host {host[:200]!r} is not this machine's own name. Use localhost, or an address.")
+        elif is_of_other_site(host, headers.get("origin")):
+            app = _text(403, "Pages of other sites may not read this server.")
+        elif len(scope["query_string"]) > _QUERY_CHARACTERS:
+            app = _text(414, f"The address has more than {_QUERY_CHARACTERS:,} characters after its question mark.")
+        self.service.running += 1
+        try:
+            await app(scope, receive, guarded)
+        finally:
+            self.service.running -= 1
 
 
 def _text(status: int, text: str) -> Response:
@@ -146,8 +139,19 @@ def _text(status: int, text: str) -> Response:
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+    return request.app.state.service  # type: ignore[no-any-return]
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    """A page that says why there is none."""
+    status, title, reason = 404, "Not found", str(error)
+    if isinstance(error, InputError):
+        status, title = 400, "Not shown"
+    elif isinstance(error, HTTPException):
+        if error.status_code != 404:
+            return PlainTextResponse(f"{error.detail}\n", error.status_code, headers=error.headers)
+        reason = "There is no such page."
+    return HTMLResponse(_service(request).pages.refused(title, [reason]), status)
 
 
 def _finder(request: Request, action: str) -> Finder:
@@ -176,30 +180,6 @@ def _compare(request: Request) -> Response:
     return HTMLResponse(_service(request).pages.compare(asked.getlist("run"), asked.getlist("adapter")))
 
 
-async def _list_events(request: Request) -> Response:
-    return _stream(request, lambda service: list_events(service, request.query_params.get("seen", "")))
-
-
-async def _run_events(request: Request) -> Response:
-    # a reader that comes again says what it has seen last; the first time, its page does
-    text = request.headers.get("last-event-id") or request.query_params.get("from", "")
-    position = Position.parse(text) or NOTHING
-    seen = request.query_params.get("seen", "")
-    return _stream(request, lambda service: run_events(service, request.path_params["id"], position, seen))
-
-
-def _stream(request: Request, events: Callable[[Service], AsyncIterator[bytes]]) -> Response:
-    service = _service(request)
-    if service.draining or service.streams >= MOST_STREAMS:
-        return _text(503, f"{MOST_STREAMS} readers hear of news already; reload the page instead.")
-    service.streams += 1
-
-    def close() -> None:
-        service.streams -= 1
-
-    return EventStream(events(service), close)
-
-
 def _look(request: Request) -> Response:
     file = _LOOK.get(request.path_params["name"])
     if file is None:
@@ -211,24 +191,78 @@ async def _health(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-def _refused(request: Request, status: int, title: str, *reasons: str) -> Response:
-    return HTMLResponse(_service(request).pages.refused(title, reasons), status)
+# Events: each `next` of a look reads files once, and gives the events to send.
 
 
-def _not_found(request: Request, error: Exception) -> Response:
-    return _refused(request, 404, "Not found", str(error))
+async def _list_events(request: Request) -> Response:
+    return _stream(request, list_news(_service(request), request.query_params.get("seen", "")))
 
 
-def _wrong_input(request: Request, error: Exception) -> Response:
-    return _refused(request, 400, "Not shown", str(error))
+def list_news(service: Service, seen: str) -> Iterator[list[bytes]]:
+    """``changed`` whenever the list of runs differs from what the reader has ``seen``."""
+    while True:
+        now = service.list_signature()
+        yield [event("changed", {})] if now != seen else []
+        seen = now
 
 
-def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return _refused(request, 404, "Not found", "There is no such page.")
-    return PlainTextResponse(f"{error.detail}\n", error.status_code, headers=error.headers)
+async def _run_events(request: Request) -> Response:
+    # a reader that comes again says what it has seen last; the first time, its page does
+    text = request.headers.get("last-event-id") or request.query_params.get("from", "")
+    position, seen = Position.parse(text) or NOTHING, request.query_params.get("seen", "")
+    return _stream(request, run_news(_service(request), request.path_params["id"], position, seen))
 
 
-def _failed(request: Request, error: Exception) -> Response:
-    return _text(500, "The server failed; its log says why.")
+def run_news(service: Service, id: str, position: Position, seen: str) -> Iterator[list[bytes]]:
+    """``records`` (new ones), ``changed`` (reload the page), or ``gone`` (there is no such run any more).
+
+    Args:
+        position: how far the reader knows metrics.jsonl.
+        seen: the signature of the other files that it knows.
+    """
+    while (directory := service.directories.get(id)) is not None:
+        news, found = news_since(directory / "metrics.jsonl", position), []
+        position = news.position
+        if news.records:
+            found.append(event("records", {"records": news.records}, str(position)))
+        now = service.summaries.signature(id, directory)
+        if news.is_other or now != seen:
+            seen = now
+            found.append(event("changed", {}, str(position)))
+        yield found
+    yield [event("gone", {})]
+
+
+def event(name: str, data: object, id: str = "") -> bytes:
+    """The bytes of one event. A reader that reconnects sends the last ``id`` back."""
+    lines = [f"event: {name}", *([f"id: {id}"] if id else []), f"data: {json.dumps(data)}"]
+    return ("\n".join(lines) + "\n\n").encode()
+
+
+def _stream(request: Request, looks: Iterator[list[bytes]]) -> Response:
+    service = _service(request)
+    if service.draining or service.streams >= MOST_STREAMS:
+        return _text(503, f"{MOST_STREAMS} readers hear of news already; reload the page instead.")
+    service.streams += 1
+
+    def close() -> None:
+        service.streams -= 1
+
+    async def send() -> AsyncIterator[bytes]:
+        yield b"retry: 2000\n\n"
+        beat = look = time.monotonic()
+        while not service.draining:
+            now = time.monotonic()
+            if now >= look:
+                found = await run_in_threadpool(next, looks, None)
+                if found is None:
+                    return
+                for part in found:
+                    yield part
+                look = time.monotonic() + LOOK_SECONDS
+            if now >= beat + HEARTBEAT_SECONDS:
+                beat = now
+                yield b": here\n\n"
+            await asyncio.sleep(_END_SECONDS)
+
+    return EventStream(send(), close)

@@ -1,4 +1,4 @@
-"""Reads a growing metrics.jsonl: each record once, and curves of a limited number of steps."""
+"""Reads a growing metrics.jsonl: curves of a limited number of steps, or what is new since a position."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _SAMPLE_BYTES = 8 << 10
 _CHUNK_BYTES = 1 << 20
 _LINE_BYTES = 1 << 20  # a longer line is no record
 _PLACES = ("step", "round")
+MOST_NEW_BYTES = 1 << 20
+"""A reader that is further behind gets no records; it is told to reload the page."""
 _KEYS, _CHARACTERS = 64, 512
 """Most keys of a record, and longest texts, so that a foreign file does not fill the memory."""
 
@@ -74,32 +76,16 @@ class Curve:
 
 
 @dataclass
-class Totals:
-    """Sums over all steps."""
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-    adapter_steps: float = 0.0  # optimizer steps of all adapters of a run of many
-    peak_bytes: float | None = None
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a step, or a round in the form of one."""
-        self.seconds += get_number(row, "step_seconds") or 0.0
-        self.tokens += get_number(row, "input_tokens") or 0.0
-        self.adapter_steps += get_number(row, "adapters") or 0.0
-        peak = get_number(row, "peak_bytes")
-        if peak is not None:
-            self.peak_bytes = max(self.peak_bytes or 0.0, peak)
-
-
-@dataclass
 class Read:
     """What was read of a file so far."""
 
     position: Position  # where reading stopped
     train: Curve = field(default_factory=Curve)  # steps, or rounds in the form of steps
     evals: Curve = field(default_factory=Curve)
-    totals: Totals = field(default_factory=Totals)
+    seconds: float = 0.0  # of all steps, as the next three
+    tokens: float = 0.0
+    adapter_steps: float = 0.0  # optimizer steps of all adapters of a run of many
+    peak_bytes: float | None = None
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a run of many: name → numbers
     sampled_bytes: int = 0  # size of a file that was read in samples only
     unreadable: int = 0  # lines that are no records
@@ -120,13 +106,12 @@ class Read:
 
     def recorded(self) -> dict[str, float | None]:
         """Totals under the keys of `Run.totals`; None where samples can't tell."""
-        totals, last = self.totals, self.train.last
-        whole = not self.sampled_bytes and totals.seconds > 0
+        last, whole = self.train.last, not self.sampled_bytes and self.seconds > 0
         return {
             "steps": None if last is None else float(last["step"]),
-            "seconds": totals.seconds if whole else None,
-            "tokens_per_second": totals.tokens / totals.seconds if whole and totals.tokens else None,
-            "peak_bytes": totals.peak_bytes,
+            "seconds": self.seconds if whole else None,
+            "tokens_per_second": self.tokens / self.seconds if whole and self.tokens else None,
+            "peak_bytes": self.peak_bytes,
         }
 
     def entries(self) -> list[AdapterEntry]:
@@ -140,24 +125,25 @@ class Read:
             return
         row = {key: value for key, value in list(row.items())[:_KEYS] if _is_short(key) and _is_short(value)}
         if kind == "round" and not row.get("rank") and get_number(row, "round") is not None:
-            row = round_as_step(row)
-            self.train.add(row)
-            self.totals.add(row)
+            self._add_step(round_as_step(row))
         elif get_number(row, "step") is None:
             return
         elif adapter:
-            self._add_to_adapter(adapter, kind, row)
+            if kind == "train" and (adapter in self.adapters or len(self.adapters) < MOST_ADAPTERS):
+                numbers = self.adapters.setdefault(adapter, {"train_loss_first": get_number(row, "loss")})
+                numbers |= {"steps": get_number(row, "step"), "train_loss_last": get_number(row, "loss")}
         elif kind == "train":
-            self.train.add(row)
-            self.totals.add(row)
+            self._add_step(row)
         elif kind == "eval":
             self.evals.add(row)
 
-    def _add_to_adapter(self, name: str, kind: str, row: dict[str, Any]) -> None:
-        if kind != "train" or (name not in self.adapters and len(self.adapters) == MOST_ADAPTERS):
-            return
-        numbers = self.adapters.setdefault(name, {"train_loss_first": get_number(row, "loss")})
-        numbers |= {"steps": get_number(row, "step"), "train_loss_last": get_number(row, "loss")}
+    def _add_step(self, row: dict[str, Any]) -> None:
+        self.train.add(row)
+        self.seconds += get_number(row, "step_seconds") or 0.0
+        self.tokens += get_number(row, "input_tokens") or 0.0
+        self.adapter_steps += get_number(row, "adapters") or 0.0
+        if (peak := get_number(row, "peak_bytes")) is not None:
+            self.peak_bytes = max(self.peak_bytes or 0.0, peak)
 
 
 def _is_short(value: object) -> bool:
@@ -184,22 +170,19 @@ class MetricsFile:
                 self.read = Read(Position(facts.st_ino, 0))
             if facts.st_size - self.read.position.offset > WHOLE_BYTES:
                 self._sample(descriptor, facts.st_size)
-            self._read_on(descriptor, facts.st_size)
+            read = self.read
+            for line, offset in whole_lines(descriptor, read.position.offset, facts.st_size):
+                row = parse_row(line, _PLACES)
+                if row is not None:
+                    read.add(row)
+                elif line.strip():
+                    read.unreadable += 1
+                read.position = Position(read.position.inode, offset)
         except OSError:  # the disk is gone: what was read stays
             pass
         finally:
             os.close(descriptor)
         return self.read
-
-    def _read_on(self, descriptor: int, end: int) -> None:
-        read = self.read
-        for line, offset in whole_lines(descriptor, read.position.offset, end):
-            row = parse_row(line, _PLACES)
-            if row is not None:
-                read.add(row)
-            elif line.strip():
-                read.unreadable += 1
-            read.position = Position(read.position.inode, offset)
 
     def _sample(self, descriptor: int, end: int) -> None:
         """Read samples of a long file, and go on near its end."""
@@ -236,3 +219,40 @@ def whole_lines(descriptor: int, offset: int, end: int) -> Iterator[tuple[bytes,
         kept = rest if len(rest) <= _LINE_BYTES else b"x"
         if kept != rest:
             yield b"x", offset - 1  # so that its beginning is not read again
+
+
+@dataclass(frozen=True)
+class News:
+    """What is new in a metrics.jsonl since a position."""
+
+    position: Position  # where the next look begins
+    records: list[dict[str, Any]]  # steps, rounds and evaluations of the whole run
+    is_other: bool = False  # the file was replaced, or has too much new to send
+
+
+def news_since(path: Path, position: Position) -> News:
+    """Look at the file once; it may be missing."""
+    descriptor = open_plain(path)
+    if descriptor is None:
+        return News(NOTHING, [], is_other=position != NOTHING)
+    try:
+        facts = os.fstat(descriptor)
+        now = Position(facts.st_ino, facts.st_size)
+        if position == NOTHING:
+            position = Position(facts.st_ino, 0)
+        if now.inode != position.inode or not 0 <= now.offset - position.offset <= MOST_NEW_BYTES:
+            return News(now, [], is_other=True)
+        records, offset = [], position.offset
+        for line, offset in whole_lines(descriptor, position.offset, now.offset):  # noqa: B007
+            row = parse_row(line, _PLACES)
+            kind = "" if row is None else get_text(row, "kind")
+            # not those of a single adapter of many, of which there can be thousands
+            if row is None or kind not in ("train", "eval", "round") or get_text(row, "adapter") or row.get("rank"):
+                continue
+            numbers = {key[:64]: get_number(row, key) for key in list(row)[:_KEYS]}
+            records.append({"kind": kind, **{key: value for key, value in numbers.items() if value is not None}})
+        return News(Position(now.inode, offset), records)
+    except OSError:
+        return News(position, [])
+    finally:
+        os.close(descriptor)

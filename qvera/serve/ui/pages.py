@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import threading
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from qvera.utils.formatting import count, duration, significant, text_or_dash
 
 MOST_PAGES = 64
 PAGE_ROWS = 100
+_four_digits = functools.partial(significant, digits=4)
 T = TypeVar("T")
 
 
@@ -177,10 +179,6 @@ def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> 
     return {"trail": trail, "events": events, "now": [], "planned_steps": None, **more}
 
 
-def _four_digits(value: float) -> str:
-    return significant(value, 4)
-
-
 def _cells(run: Summary) -> list[str]:
     facts = run.facts
     adapters = "" if facts.adapters is None else f"{count(facts.adapters)} adapters"
@@ -205,7 +203,7 @@ def _now(view: View) -> dict[str, Any]:
     if view.state != "running" or last is None:
         return {}
     step, is_many = get_number(last, "step") or 0.0, view.many is not None
-    planned, many_steps = view.run.number("planned_steps"), view.read.totals.adapter_steps
+    planned, many_steps = view.run.number("planned_steps"), view.read.adapter_steps
     if is_many and (view.read.sampled_bytes or (view.run.number("processes", "count") or 1) > 1):
         planned = None  # not all steps of the adapters are known
     done = many_steps if is_many else step

@@ -44,6 +44,14 @@ State = Literal["running", "finished", "interrupted", "failed", "killed", "unrea
 """``killed``: its files have no end, and no process can write one."""
 
 _ENDED: dict[str, State] = {"done": "finished", "interrupted": "interrupted", "failed": "failed"}
+_ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "killed", "unreadable", "finished")
+_TAIL_BYTES = 64 << 10
+_SPEED_STEPS = 50  # last steps, from which the time left is estimated
+MOST_VIEWS = 16
+"""Runs whose curves stay in memory, at some megabytes each; the least recently viewed one goes."""
+_SCORED = ("eval.json", f"adapter/{ADAPTER_WEIGHTS}")
+SIGNED = (RECIPE_FILE, "run.json", *_SCORED)  # files of a page, besides metrics.jsonl
+Stamps = tuple[tuple[int, ...], ...]
 _CLOCK_SECONDS = 5.0
 """A process begins before it writes down when it did; the two clocks may differ by this much."""
 
@@ -80,13 +88,6 @@ def _has_process(directory: Path) -> bool:
         return False
     except (psutil.Error, ValueError, OverflowError):
         return True
-
-
-_TAIL_BYTES = 64 << 10
-_SPEED_STEPS = 50  # last steps, from which the time left is estimated
-_ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "killed", "unreadable", "finished")
-
-Stamps = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +145,10 @@ class Summaries:
 
         return sorted(runs, key=place)
 
-    def state(self, id: str, directory: Path) -> State:
-        """The state of one run."""
+    def signature(self, id: str, directory: Path) -> str:
+        """Changes with one run's state and files, except metrics.jsonl."""
         with self._lock:
-            return self._summary(id, directory).state
+            return signature_of(self._summary(id, directory).state, stamps_of(directory, *SIGNED))
 
     def _summary(self, id: str, directory: Path) -> Summary:
         stamps = stamps_of(directory, "run.json", "metrics.jsonl")
@@ -220,13 +221,6 @@ def _tail(path: Path) -> list[dict[str, Any]]:
         os.close(descriptor)
     rows = (parse_row(line, ("step", "round")) for line in lines)
     return [row for row in rows if row is not None]
-
-
-MOST_VIEWS = 16
-"""Runs whose curves stay in memory, at some megabytes each; the least recently viewed one goes."""
-
-_SCORED = ("eval.json", f"adapter/{ADAPTER_WEIGHTS}")
-SIGNED = (RECIPE_FILE, "run.json", *_SCORED)  # files of a page, besides metrics.jsonl
 
 
 class NotFound(Exception):

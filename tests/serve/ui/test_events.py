@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qvera.serve.ui import app, events
+from qvera.serve.ui import app
 from tests.evaluation.report.conftest import train_rows
 from tests.helpers import wait_until
 from tests.serve.ui.conftest import Served, append, begin
@@ -26,8 +26,8 @@ Serve = Callable[..., Served]
 
 @pytest.fixture(autouse=True)
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(events, "_END_SECONDS", 0.02)
+    monkeypatch.setattr(app, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(app, "_END_SECONDS", 0.02)
 
 
 class Listener:
@@ -140,7 +140,7 @@ def test_the_list_is_told_of_new_runs_and_steps(
 def test_a_reader_that_leaves_is_let_go_and_a_silent_stream_beats(
     build_run: Build, serve: Serve, tmp_path: Path, listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(app, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(app, "MOST_STREAMS", 8)
     build_run(name="a")
     served = serve(tmp_path)

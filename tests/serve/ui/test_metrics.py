@@ -12,8 +12,7 @@ import pytest
 
 from qvera.evaluation.report.read import read_many, read_run
 from qvera.serve.ui import metrics
-from qvera.serve.ui.events import MOST_NEW_BYTES, news_since
-from qvera.serve.ui.metrics import NOTHING, MetricsFile, Position
+from qvera.serve.ui.metrics import MOST_NEW_BYTES, NOTHING, MetricsFile, Position, news_since
 from tests.evaluation.report.conftest import eval_rows, many_info, many_rows, train_rows
 from tests.serve.ui.conftest import append
 
@@ -52,7 +51,7 @@ def test_rounds_and_adapters_are_those_of_the_report(tmp_path: Path, seed: int) 
     found = in_pieces(tmp_path / "metrics.jsonl", lines(*many_rows()), seed).read
     whole = read_many(tmp_path)
     assert found.train.rows() == whole.run.train
-    assert found.totals.adapter_steps == 24
+    assert found.adapter_steps == 24
     assert [entry.name for entry in found.entries()] == [entry.name for entry in whole.entries]
     for entry in found.entries():
         steps = whole.curves[entry.name].rows("train")

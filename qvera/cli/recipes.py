@@ -1,52 +1,54 @@
-"""`qvera init` and `qvera schema`."""
+"""`qvera init`, `qvera schema`, `qvera preview` and `qvera plan`: a recipe before it is trained."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import console, quiet_libraries, require_new_file
+from qvera.cli.common import (
+    HtmlFile,
+    Json,
+    Overrides,
+    RecipePath,
+    argument,
+    console,
+    flag,
+    number,
+    option,
+    progress,
+    quiet_libraries,
+    require_new_file,
+)
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.paths import resolve_path
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.data import DataStats
 
-
 COLUMN_OPTIONS = "--prompt-column NAME --answer-column NAME"
-_COLUMNS = {
-    "classification": ("text", "label"),
-    "image": ("image", "label"),
-    "preference": ("prompt", "chosen"),
-}
+_COLUMNS = {"classification": ("text", "label"), "image": ("image", "label"), "preference": ("prompt", "chosen")}
 """Format → the fields for the two options, where they are not prompt and completion."""
 LONGEST_TOKENS = 2048
 """The largest ``max_length`` of a new recipe, however long the rows are."""
 
 
 def init(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The recipe to write; must not exist.")] = Path(
-        "recipe.yaml"
-    ),
-    model: Annotated[str | None, typer.Option(metavar="PATH", help="A model directory or a hub id.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="A file or directory of rows, or a hub id.")] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="sequence-classification or image-classification.")
-    ] = None,
-    objective: Annotated[str | None, typer.Option(metavar="NAME", help="dpo, orpo or kto, for preferences.")] = None,
-    prompt_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The column with the prompt; of a classifier the text or image.")
-    ] = None,
-    answer_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The column with the answer; of a classifier the label.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt for all rows.")] = None,
+    out: Annotated[Path, argument("OUT", "The recipe to write; must not exist.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, option("PATH", "A model directory or a hub id.")] = None,
+    data: Annotated[str | None, option("PATH", "A file or directory of rows, or a hub id.")] = None,
+    task: Annotated[str | None, option("NAME", "sequence-classification or image-classification.")] = None,
+    objective: Annotated[str | None, option("NAME", "dpo, orpo or kto, for preferences.")] = None,
+    prompt_column: Annotated[str | None, option("NAME", "The prompt; of a classifier the text or image.")] = None,
+    answer_column: Annotated[str | None, option("NAME", "The answer; of a classifier the label.")] = None,
+    system: Annotated[str | None, option("TEXT", "A system prompt for all rows.")] = None,
 ) -> None:
     """Write a commented recipe for your model and data.
 
@@ -64,9 +66,9 @@ def init(
     from qvera.config.schema import parse_recipe
 
     quiet_libraries()
-    kind = {"task": task, "training": {"objective": objective} if objective else None}
-    rows = {"path": data, **_given({"system": system})}
-    recipe = parse_recipe({"model": model, "data": rows, **_given(kind)}, "the options")
+    tree = {"model": model, "data": {"path": data, **_given(system=system)}, **_given(task=task)}
+    tree["training"] = _given(objective=objective)
+    recipe = parse_recipe(tree, "the options")
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
@@ -86,13 +88,13 @@ def init(
     print(f"train             qvera train {named}")
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def _given(**options: str | None) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _with_columns(recipe: Recipe, prompt: str | None, answer: str | None) -> Recipe:
     fields = _COLUMNS.get(recipe.data.format, ("prompt", "completion"))
-    columns = _given(dict(zip(fields, (prompt, answer), strict=True)))
+    columns = _given(**dict(zip(fields, (prompt, answer), strict=True)))
     return recipe.replace(data=recipe.data.replace(columns=columns))
 
 
@@ -191,3 +193,96 @@ def schema() -> None:
     from qvera.config.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides,
+    rows: Annotated[int, number("Rows shown in full.", 0)] = 4,
+    html: HtmlFile = None,
+) -> None:
+    """Show the rows of a recipe, trained tokens marked.
+
+    Prints counts, lengths and the first rows. Reads the data and the tokenizer, no weights.
+
+    Example:
+        qvera preview recipes/quickstart.yaml --rows 2
+    """
+    from rich.console import Console
+
+    from qvera.config.load import load_recipe
+    from qvera.data import build_datasets, data_warnings, decode, print_preflight
+    from qvera.evaluation.report.pages import preview_page
+    from qvera.models.tokenizer import load_processor
+    from qvera.tasks import task_of
+
+    loaded = load_recipe(recipe, overrides)
+    require_new_file(html)
+    quiet_libraries()
+    tokenizer = load_processor(loaded.model, task_of(loaded).exported_class)
+    datasets = build_datasets(loaded.data, tokenizer, console)
+    shown = datasets.first_rows(rows)
+    print_preflight(datasets, tokenizer, Console(), rows)
+    if html is not None:
+        warnings = data_warnings(datasets.stats)
+        show = partial(decode, tokenizer)
+        replace_text(html, preview_page(recipe.stem, loaded.data.path, datasets.stats, warnings, shown, show))
+        print(f"{html}: the same as a page, all tokens of {len(shown)} rows")
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides,
+    gpu: Annotated[str | None, option("SIZE", "Plan for a GPU of that size: 24GB, 24GiB.")] = None,
+    nodes: Annotated[int | None, number("Plan for N equal machines.")] = None,
+    gpus: Annotated[int | None, number("Plan for N processes on each machine.")] = None,
+    as_json: Json = False,
+    no_timing: Annotated[bool, flag("--no-timing", "Do not time a step.")] = False,
+) -> None:
+    """Estimate memory, time and files of a run.
+
+    Reads the model's config, no weights. The longest batch is that of the data if it is local, else data.max_length.
+    Without --gpu it plans for this machine and times a step (a few seconds). If the run does not fit, it names the
+    nearest changes that make it fit. --nodes and --gpus: one process of many, under each ZeRO stage, and which stage is
+    right.
+
+    Example:
+        qvera plan recipes/instruct/llama2-7b.yaml --gpu 24GB
+    """
+    import dataclasses
+
+    from rich.console import Console
+
+    from qvera.adapters.files.save_load import check_start
+    from qvera.config.load import load_recipe
+    from qvera.data import build_datasets
+    from qvera.distributed.zero_config import zero_config_of
+    from qvera.models.tokenizer import load_processor
+    from qvera.tasks import task_of
+    from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
+    from qvera.training.plan.plan import print_plan
+    from qvera.utils import accelerator
+
+    quiet_libraries()
+    loaded = load_recipe(recipe, overrides)
+    check_start(loaded.adapter)
+    device = accelerator.current_device()
+    machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
+    several = nodes is not None or gpus is not None
+    sharing = Sharing.of(zero_config_of(loaded), nodes or 1, gpus or 1)
+    data = None  # the rows, if they and the tokenizer are local: a plan must not wait for a download
+    if Path(resolve_path(loaded.data.path)).exists() and Path(resolve_path(loaded.model.path)).is_dir():
+        try:
+            tokenizer = load_processor(loaded.model, task_of(loaded).exported_class)
+        except InputError:  # without one, the longest batch is that of data.max_length
+            tokenizer = None
+        data = None if tokenizer is None else build_datasets(loaded.data, tokenizer, console)
+    rows, adapter_rows = (None, []) if data is None else (data.train, [len(one.train) for one in data.adapters])
+    made = make_plan(loaded, machine or device, rows, sharing, several, adapter_rows, data)
+    if machine is None and not no_timing:
+        with progress("Timing this machine"):
+            made = dataclasses.replace(made, seconds=time_step(made, device))
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        print_plan(made, Console())
