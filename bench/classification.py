@@ -94,7 +94,7 @@ def recipe_of(trial: Trial, data: Path, bases: dict[str, str]) -> Recipe:
 
 def adapted(trial: Trial, base: Base, recipe: Recipe, datasets: Datasets) -> Any:
     """The base with what the method trains on it, the head included."""
-    model_class = task_of(recipe).model_class(recipe, datasets)
+    model_class = task_of(recipe).model_class(datasets)
     torch.manual_seed(trial.seed)
     if trial.method == "PEFT LoRA r=16":
         config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
@@ -122,7 +122,7 @@ def train(trial: Trial, model: Any, recipe: Recipe, datasets: Datasets) -> dict[
     began, used = time.perf_counter(), time.process_time()
     for step in range(trial.steps):
         rows = [datasets.train[i] for i in batches.rows(step)]
-        loss, count = task.loss(model, rows, datasets, recipe)
+        loss, count = task.loss(model, rows, datasets)
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), training.max_grad_norm)
         optimizer.step()
@@ -141,16 +141,16 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
     task = task_of(recipe)
     # the rows first: they say which labels the head has
     datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
-    base = load_base(recipe.model, model_class=task.model_class(recipe, datasets))
+    base = load_base(recipe.model, model_class=task.model_class(datasets))
     model = adapted(trial, base, recipe, datasets)
     facts = train(trial, model, recipe, datasets)
-    found = task.held_out_loss(model, datasets.eval, datasets, recipe.training)
+    found = task.held_out_loss(model, datasets.eval, datasets)
     loss = found["loss"]
     scores = None
     if trial.final and math.isfinite(loss):
         test = recipe.data.replace(path=str(data / TASKS[trial.task][1]), eval_fraction=0.0)
         rows = build_datasets(test, base.tokenizer, labels=datasets.labels)
-        found = task.held_out_loss(model, rows.train, datasets, recipe.training)
+        found = task.held_out_loss(model, rows.train, datasets)
         scores = {name: found[name] for name in ("accuracy", "f1", "matthews")}
     return {**facts, "held_out_loss": loss, "scores": scores}
 

@@ -5,7 +5,7 @@
 Three pairs, interleaved, each in the state that `qvera train` brings a run into:
 
 - ``short steps``: an adapter's step has 4 rows. Together, a pass has 32 rows of 8 adapters (`ManyTrainer.take_turn`).
-  Alone, an adapter takes its steps one after the other (`TrainingSession.train_step`). What loading the next adapter
+  Alone, an adapter takes its steps one after the other (`AloneLoop.train_step`). What loading the next adapter
   takes is not counted, which favours those alone.
 - ``full batches``: a step has 32 rows, so a pass is full with one adapter. Together, a round has one adapter.
 
@@ -33,6 +33,7 @@ from bench.common import header, smollm2, write_result
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.distributed.group import ALONE
 from qvera.training.many import ManyTrainer
+from qvera.training.session import TrainingSession
 from qvera.training.trainer import Trainer
 
 THINGS = "chair table lamp door window bottle book train boat garden ladder kettle".split()
@@ -89,12 +90,12 @@ class Side:
 
 
 def opened(kind: type[Trainer] | type[ManyTrainer], recipe: Recipe, to: Path) -> Any:
-    trainer = kind(recipe, to, ALONE, Console(quiet=True))
+    trainer = kind(TrainingSession(recipe, to, ALONE, Console(quiet=True)))
     trainer.open_run_dir(False)
     trainer.load_data()
-    trainer.load_model()
+    trainer.session.load_model()
     trainer.setup()
-    trainer.model.train()
+    trainer.session.model.train()
     return trainer
 
 
@@ -104,7 +105,8 @@ def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -
     one_adapter.write_text("\n".join(lines[: rows_each + 1]) + "\n", encoding="utf-8")
     many = opened(ManyTrainer, recipe_of(rows, to / "together", step_rows, 32, True), to / "together")
     alone = opened(Trainer, recipe_of(one_adapter, to / "alone", step_rows, step_rows, False), to / "alone")
-    in_flight = many.bank.slots
+    bank = many.loop.bank
+    in_flight = bank.slots
 
     def together() -> int:
         before = sum(run.state.step for run in many.runs)
@@ -113,7 +115,7 @@ def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -
 
     def one_after_the_other() -> int:
         for _ in range(in_flight):
-            alone.train_step()
+            alone.loop.train_step()
         return in_flight
 
     class _Silent:
@@ -125,14 +127,14 @@ def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -
         for side in sides.values():
             side.run(count=number > 0)
         print(f"round {number} of {rounds}", flush=True)
-    numbers = many.bank.trained_numbers
-    bank_bytes = 4 * (many.bank.vectors.numel() + many.bank.gradients.numel() + 2 * many.adamw.first.numel())
+    numbers = bank.trained_numbers
+    bank_bytes = 4 * (bank.vectors.numel() + bank.gradients.numel() + 2 * many.loop.adamw.first.numel())
     steps = -(-rows_each // step_rows)
     found: dict[str, Any] = {
         "step_rows": step_rows,
         "adapters_in_flight": in_flight,
         "bank_bytes_per_number_and_adapter": bank_bytes / numbers / in_flight,
-        "plan_bytes": {n: None if (p := s.session.plan) is None else p.needed_bytes for n, s in sides.items()},
+        "plan_bytes": {n: None if (p := s.session.session.plan) is None else p.needed_bytes for n, s in sides.items()},
     }
     for unit in ("wall", "user"):
         seconds = {name: getattr(side, unit) for name, side in sides.items()}
@@ -141,7 +143,7 @@ def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -
         found[f"{unit}_adapters_per_hour"] = {name: 3600 / (s * steps) for name, s in medians.items()}
         found[f"{unit}_ratio"] = medians["alone"] / medians["together"]
     for side in sides.values():
-        side.session.resources.close()
+        side.session.session.resources.close()
     return found
 
 

@@ -108,7 +108,7 @@ def _recipe_and_directory(
         recipe = load_recipe(file, of_a_run=of_a_run)
     elif not isinstance(recipe, Recipe):
         recipe = parse_recipe(dict(recipe), "the recipe", drop_idle_keys=of_a_run)
-    return recipe, run_directory(recipe, file) if directory is None else Path(directory)
+    return recipe, run_directory(recipe.training.output_dir, file) if directory is None else Path(directory)
 
 
 def load(

@@ -19,7 +19,7 @@ from bench.metamathqa.published import PUBLISHED
 from qvera.adapters.methods import LinearSpec, check_recipe, method_of, names
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection
-from qvera.training.trainer import Trainer
+from qvera.training.loop import AloneLoop
 from tests.conftest import small_tokenizer
 
 
@@ -188,7 +188,7 @@ def test_the_whole_command_on_a_tiny_model(
     assert whole_command(tmp_path, str(tiny_model_dir), "lora r=1") == found
     lines = tmp_path / "lines.jsonl"
     lines.write_text("".join(json.dumps(line) + "\n" for line in sweep))
-    monkeypatch.setattr("qvera.training.trainer.Trainer.train_step", None)
+    monkeypatch.setattr("qvera.training.loop.AloneLoop.train_step", None)
     (again,) = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")[4:]
     assert {**again, "date": ""} == {**final, "date": "", "cpu_seconds": None}
 
@@ -214,8 +214,8 @@ def test_another_model_of_the_same_name_is_trained_itself(
     monkeypatch.setattr(run, "NEW_TOKENS", 1)
     other = shutil.copytree(tiny_model_dir, tmp_path / "other" / tiny_model_dir.name)
     steps: list[str] = []
-    real = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda it: (steps.append(it.recipe.model.path), real(it))[1])
+    real = AloneLoop.train_step
+    monkeypatch.setattr(AloneLoop, "train_step", lambda it: (steps.append(it.recipe.model.path), real(it))[1])
     for model in (tiny_model_dir, other):
         whole_command(tmp_path, str(model), "lora r=1")
     assert steps == [str(tiny_model_dir)] * 18 + [str(other)] * 18

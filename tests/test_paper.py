@@ -49,7 +49,7 @@ _ROWS = [pytest.param(row, id=row.recipe) for rows in TABLES.values() for row in
 def test_the_trained_numbers_are_the_papers(row: Row) -> None:
     recipe = load_recipe(paper.ROOT / "recipes" / f"{row.recipe}.yaml")
     config = _PUBLISHED[recipe.model.path]
-    model_class = task_of(recipe).model_class(recipe, None)
+    model_class = task_of(recipe).model_class(None)
     with torch.device("meta"):
         model = attach(model_class.from_config(config), recipe.adapter, model_class=model_class)
     vectors = (vector for name, vector in named_vectors(model).items() if ".qvera_" in name)

@@ -11,8 +11,8 @@ class TrainingHook:
     All ranks call a hook at the same steps, with the same vectors. DeepSpeed's ZeRO keeps its own copies of vectors and
     optimizer state. A hook that changes either must refuse a recipe with a ``deepspeed`` key.
 
-    ``training`` is the running `qvera.training.session.TrainingSession`. A hook reads its recipe, model, datasets,
-    batches, optimizer, schedule, steps, state, group, device and console. It may call `warn`, `nll`, `held_out_loss`,
+    ``training`` is the running `qvera.training.loop.AloneLoop`. A hook reads its recipe, model, datasets, batches,
+    optimizer, schedule, steps, state, group, device and console. It may call `warn`, `nll`, `held_out_loss`,
     `over_passes` (halves passes when memory runs out) and `branch` (the same model, trained on other rows).
     """
 
@@ -60,26 +60,21 @@ class TrainingHooks(TrainingHook):
         self.hooks = hooks or {}
 
     def start(self, training: Any) -> None:
-        """See `TrainingHook.start`."""
         for hook in self.hooks.values():
             hook.start(training)
 
     def before_step(self, step: int) -> None:
-        """See `TrainingHook.before_step`."""
         for hook in self.hooks.values():
             hook.before_step(step)
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """See `TrainingHook.after_step`."""
         for hook in self.hooks.values():
             hook.after_step(step, loss_scale)
 
     def metrics(self) -> dict[str, Any]:
-        """See `TrainingHook.metrics`."""
         return {key: value for hook in self.hooks.values() for key, value in hook.metrics().items()}
 
     def finish(self, training: Any) -> dict[str, Any]:
-        """See `TrainingHook.finish`."""
         return {key: value for hook in self.hooks.values() for key, value in hook.finish(training).items()}
 
     def state_dict(self) -> dict[str, Any]:

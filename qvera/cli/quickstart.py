@@ -59,7 +59,7 @@ def quickstart(
     from qvera.training.run_dir import run_directory
     from qvera.training.trainer import train
 
-    result = train(recipe, run_directory(recipe, files.recipe), resume=resume, console=console)
+    result = train(recipe, run_directory(recipe.training.output_dir, files.recipe), resume=resume, console=console)
     if result is None:
         return  # one of several processes that is not the first
     for number, sample in enumerate(result.run["samples"], start=1):

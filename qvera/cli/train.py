@@ -60,7 +60,7 @@ def train(
     from qvera.training.run_dir import run_directory
     from qvera.training.trainer import train as train_run
 
-    run_dir = run_directory(loaded, recipe)
+    run_dir = run_directory(loaded.training.output_dir, recipe)
     # both give None in one of several processes that is not the first
     if ramp is not None:
         if (curve := find_rate(loaded, run_dir, ramp, console=console)) is not None:

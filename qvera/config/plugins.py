@@ -78,13 +78,12 @@ def _warn(text: str) -> None:
 
 
 class Schedule:
-    """A way to train that the recipe switches on: subclasses under ``qvera.schedules`` override what they need.
-
-    Every method is called for every recipe. It returns None, or nothing, unless the recipe asks for the schedule.
-    """
+    """A way to train that the recipe switches on: subclasses under ``qvera.schedules`` override what they need."""
 
     name = ""
     """Prefix of its hook's state in a checkpoint."""
+    keys: tuple[str, ...] = ()
+    """Keys of a recipe, as ``section.key``. Only recipes that set one of them ask it; all do, if it has none."""
 
     def check(self, recipe: Any, method: Any) -> None:
         """Raise InputError where the recipe does not suit the adapter's method."""
@@ -130,9 +129,16 @@ class Schedule:
         return None
 
 
-def schedules() -> tuple[Schedule, ...]:
-    """One of each schedule."""
-    return tuple(schedule() for schedule in load_all("qvera.schedules"))
+def schedules_of(**sections: Any) -> list[Schedule]:
+    """The schedules that sections of a recipe switch on, such as ``training=recipe.training``."""
+
+    def is_set(key: str) -> bool:
+        part, _, name = key.partition(".")
+        section = sections.get(part)
+        return section is not None and getattr(section, name) != type(section).model_fields[name].default
+
+    schedules = [schedule() for schedule in load_all("qvera.schedules")]
+    return [schedule for schedule in schedules if not schedule.keys or any(map(is_set, schedule.keys))]
 
 
 def added_keys(section: Any) -> dict[str, Any]:

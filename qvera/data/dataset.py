@@ -222,7 +222,7 @@ def build_datasets(
         sections.append(section.model_copy(update=own))
     sections = [with_label_names(each) for each in sections]
     sources = [tokenized(each, encoder, console, cached) for each in sections]
-    divided = [schedule.divide(section, sections, sources) for schedule in plugins.schedules()]
+    divided = [schedule.divide(section, sections, sources) for schedule in plugins.schedules_of(data=section)]
     part_names, set_aside = next((parts for parts in divided if parts is not None), ([], {}))
     if section.rows_per_label is not None:
         few = few_of_each_label([source.train for source in sources], section.rows_per_label, section.seed)

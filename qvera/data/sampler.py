@@ -163,7 +163,7 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
     pack_tokens = data.max_length if data.packing else None
     common: dict[str, Any] = {"pack_tokens": pack_tokens, "seed": data.seed, "shuffle": data.shuffle}
-    for schedule in plugins.schedules():
+    for schedule in plugins.schedules_of(data=data, training=training):
         if (batches := schedule.batches(recipe, rows, sizes, common)) is not None:
             return batches
     return Batches(*sizes, **common, by_length=data.group_by_length)

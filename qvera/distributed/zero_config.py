@@ -25,7 +25,7 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field, Strict, ValidationError
 
 from qvera.config.fields import Section, describe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, TrainingSection
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import read_json
@@ -153,14 +153,14 @@ class ZeroConfig(_DeepSpeedKeys):
             return None
         return scratch if offload.nvme_path is None else Path(offload.nvme_path)
 
-    def complete(self, recipe: Recipe, world_size: int, sizes: Sizes, scratch: Path) -> dict[str, dict]:
+    def complete(self, training: TrainingSection, world_size: int, sizes: Sizes, scratch: Path) -> dict[str, dict]:
         """Return DeepSpeed's whole configuration: this file, and the recipe's batch size and clipping."""
         tree = self.model_dump(exclude_unset=True) | {
-            "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,
+            "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
             # our loop counts passes itself: the last batch of an epoch has fewer, and the mean is over tokens
             "gradient_accumulation_steps": 1,
-            "train_batch_size": recipe.training.per_device_train_batch_size * world_size,
-            "gradient_clipping": recipe.training.max_grad_norm,
+            "train_batch_size": training.per_device_train_batch_size * world_size,
+            "gradient_clipping": training.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**62,

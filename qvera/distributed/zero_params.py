@@ -99,7 +99,7 @@ class BaseSharder:
             return
         holder = nn.Module()
         holder.weight = weight
-        tree = self.config.complete(self.recipe, self.world_size, self.sizes, self.scratch)
+        tree = self.config.complete(self.recipe.training, self.world_size, self.sizes, self.scratch)
         if table:
             offload = tree["zero_optimization"]["offload_param"]
             tree["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": offload["pin_memory"]}

@@ -20,7 +20,7 @@ from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import adapters_root, rows_to_compare
 from qvera.models.loader import exported_bytes, load_exported
-from qvera.tasks import TASKS, Task, task_of
+from qvera.tasks import CausalLM, Task, task_of
 from qvera.utils import accelerator, formatting, memory
 from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.data import Datasets, Rows
 
-CAUSAL = TASKS["causal-lm"]
+CAUSAL = CausalLM()
 BATCH_TOKENS = 2048
 """Tokens of a batch with padding. Each batch dequantizes all weights, so single rows would take longer."""
 
@@ -144,11 +144,11 @@ def difference_text(difference: dict[str, Any], base: str = "") -> str:
 
 def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Rows) -> dict[str, Any]:
     """Held-out loss and, where rows have references, ``exact_match`` (`qvera.evaluation.held_out.score_model`)."""
-    settings, task = recipe.training, task_of(recipe)
-    task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
+    task = task_of(recipe)
+    task.prepare(opened.model, opened.base.tokenizer, datasets)
 
     def held_out(_: Callable[[str], None] | None = None) -> dict[str, Any]:
-        return task.held_out_loss(opened.model, rows, datasets, settings)
+        return task.held_out_loss(opened.model, rows, datasets)
 
     if not task.has_answers:
         scores = held_out()
@@ -159,8 +159,8 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
             held_out,
             prompts_of(rows),
             text_metrics(["exact"]),
-            settings,
-            max_new_tokens=settings.sample_max_new_tokens,
+            recipe.training,
+            max_new_tokens=recipe.training.sample_max_new_tokens,
         )
     kept = ("loss", "rows", "trained_tokens", "exact_match", "scored_rows", "accuracy", "pearson", "rewards/margins")
     return {key: scores[key] for key in kept if key in scores}

@@ -116,20 +116,19 @@ class Bilevel(Schedule):
     """``training.bilevel``: two groups of parameters, trained on two disjoint parts of the rows in turn."""
 
     name = "bilevel"
+    keys = ("training.bilevel",)
 
     def check(self, recipe: Any, method: Method) -> None:
         has_upper = "train_d" in method.keys or isinstance(method, Bilora)
-        if recipe.training.bilevel and not (has_upper and method.traits(UPPER, recipe.adapter).is_trained):
+        if not (has_upper and method.traits(UPPER, recipe.adapter).is_trained):
             more = "train d as well (adapter.train_d)" if has_upper else "choose adapter.method bilora"
             raise InputError(
                 f"training.bilevel: needs two groups of trained parameters, and adapter.method {method.name} has one "
                 f"here. Remove it, or {more}."
             )
 
-    def batches(self, recipe: Any, rows: Any, sizes: tuple[Any, ...], common: dict[str, Any]) -> BilevelBatches | None:
+    def batches(self, recipe: Any, rows: Any, sizes: tuple[Any, ...], common: dict[str, Any]) -> BilevelBatches:
         training = recipe.training
-        if not training.bilevel:
-            return None
         if len(rows) < 2:
             raise InputError("training.bilevel: cuts the rows into two parts, and there is one row. Remove it.")
         steps = planned_steps(recipe, len(rows))
@@ -143,9 +142,7 @@ class Bilevel(Schedule):
             retrain_from=steps - retraining if retraining else None,
         )
 
-    def hook(self, training: Any) -> BilevelHook | None:
-        if not isinstance(training.batches, BilevelBatches):
-            return None
+    def hook(self, training: Any) -> BilevelHook:
         return BilevelHook(training.batches, trained_vectors(training.model))
 
 

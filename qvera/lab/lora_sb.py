@@ -34,7 +34,7 @@ from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from qvera.data import Batches
-    from qvera.training.session import TrainingSession
+    from qvera.training.loop import AloneLoop
 
 
 class LoraSb(Method):
@@ -75,6 +75,7 @@ class FirstGradient(Schedule):
     """The start of LoRA-SB."""
 
     name = "first_gradient"
+    keys = ("adapter.method",)
 
     def check(self, recipe: Any, method: Method) -> None:
         zero = zero_config_of(recipe) if isinstance(method, LoraSb) else None
@@ -98,7 +99,7 @@ class StartFromGradient(TrainingHook):
     Gradients are collected for as many linears at a time as a quarter of the free memory holds.
     """
 
-    def start(self, training: TrainingSession) -> None:
+    def start(self, training: AloneLoop) -> None:
         section: Any = training.recipe.adapter
         layers = {name: m for name, m in training.model.named_modules() if isinstance(m, QveraLinear)}
         steps = max(training.steps, training.batches.per_epoch)
@@ -126,19 +127,19 @@ class StartFromGradient(TrainingHook):
 
 
 def _gradients(
-    session: TrainingSession, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
+    training: AloneLoop, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
 ) -> dict[str, torch.Tensor]:
-    train = session.datasets.train
+    train = training.datasets.train
 
     def in_passes(passes: list[list[int]]) -> dict[str, torch.Tensor]:
-        with collected(causal_model(session.model), linears) as gradients:
+        with collected(causal_model(training.model), linears) as gradients:
             for done, micro in enumerate(passes):
                 show(done / len(passes))
                 if micro:
-                    session.nll([train[i] for i in micro])[0].backward()
+                    training.nll([train[i] for i in micro])[0].backward()
         return gradients
 
-    return session.over_passes(rows, in_passes, "The gradient of the first rows")
+    return training.over_passes(rows, in_passes, "The gradient of the first rows")
 
 
 def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:

@@ -36,9 +36,10 @@ class Resample(Schedule):
     """``training.resample_every``."""
 
     name = "resample"
+    keys = ("training.resample_every",)
 
     def check(self, recipe: Any, method: Method) -> None:
-        if recipe.training.resample_every and (not isinstance(method, Vera) or recipe.adapter.magnitude):
+        if not isinstance(method, Vera) or recipe.adapter.magnitude:
             raise InputError(
                 "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and "
                 f"adapter.method is {recipe.adapter.method}. Remove one of the two."
@@ -53,16 +54,12 @@ class Resample(Schedule):
 
     def whole(self, recipe: Any, rows: int) -> Any:
         phases = phase_count(recipe, rows)
-        if not recipe.training.resample_every:
-            return recipe
         return recipe.replace(
             adapter=recipe.adapter.replace(rank=recipe.adapter.rank * phases, b_groups=phases),
             training=recipe.training.replace(resample_every=0, resample_momentum="clear"),
         )
 
-    def note(self, recipe: Any) -> str | None:
-        if not recipe.training.resample_every:
-            return None
+    def note(self, recipe: Any) -> str:
         return (
             "This is the first phase alone: without the rows nobody knows how many training.resample_every makes. Set "
             "training.max_steps to plan all of them."
@@ -75,11 +72,8 @@ class Resample(Schedule):
 
 
 def phase_count(recipe: Any, rows: int) -> int:
-    """How many phases a run has; 1 without ``training.resample_every``. InputError if their ranks sum to too much."""
-    every = recipe.training.resample_every
-    if not every:
-        return 1
-    phases = max(1, -(-planned_steps(recipe, rows) // every))
+    """How many phases a run has. InputError if their ranks sum to too much."""
+    phases = max(1, -(-planned_steps(recipe, rows) // recipe.training.resample_every))
     if phases * recipe.adapter.rank > MOST_RANK:
         raise InputError(
             f"training.resample_every: {phases} phases of rank {recipe.adapter.rank:,} are one adapter of rank "

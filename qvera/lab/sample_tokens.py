@@ -117,10 +117,9 @@ class SampleTokens(Schedule):
     """``training.sample_tokens``: the layers get a sampler."""
 
     name = "sample_tokens"
+    keys = ("training.sample_tokens",)
 
     def check(self, recipe: Any, method: Method) -> None:
-        if not recipe.training.sample_tokens:
-            return
         if method.source is not Source.TRAINED:
             raise InputError(
                 f"training.sample_tokens: there is nothing to save with adapter.method {method.name}. A is frozen, so "
@@ -134,14 +133,12 @@ class SampleTokens(Schedule):
             )
 
     def kept_share(self, recipe: Any) -> float | None:
-        share = recipe.training.sample_tokens
-        return share if share and _fits(method_of(recipe.adapter)) else None
+        return recipe.training.sample_tokens if _fits(method_of(recipe.adapter)) else None
 
     def hook(self, training: Any) -> None:
-        if share := training.recipe.training.sample_tokens:
-            sampler = TokenSampler(share)
-            for layer in adapted_layers(training.model):
-                layer.input_sampler = sampler.draw
+        sampler = TokenSampler(training.recipe.training.sample_tokens)
+        for layer in adapted_layers(training.model):
+            layer.input_sampler = sampler.draw
 
 
 def _fits(method: Method) -> bool:

@@ -32,6 +32,7 @@ class Tasks(Schedule):
     """``data.sampling: task`` and ``training.adapt_steps``."""
 
     name = "adapt"
+    keys = ("data.sampling", "training.adapt_steps")
 
     def divide(self, section: Any, sections: Any, sources: Any) -> tuple[list[str], dict[str, Any]] | None:
         return take_tasks(section, sections, sources) if section.sampling == "task" else None
@@ -209,31 +210,31 @@ class AdaptHook(TrainingHook):
         return {"adaptation": found} if found else {}
 
 
-def _adapted(session: Any, name: str, rows: Rows) -> dict[str, Any]:
-    recipe, vectors = session.recipe, trained_vectors(session.model)
+def _adapted(loop: Any, name: str, rows: Rows) -> dict[str, Any]:
+    recipe, vectors = loop.recipe, trained_vectors(loop.model)
     training, data = recipe.training, recipe.data
     support, query = split_rows(rows, training.adapt_rows, data.seed)
     query = query[: data.eval_limit]
     rate = training.adapt_learning_rate or training.learning_rate
     trained = {name: vector.detach().clone() for name, vector in vectors.items()}
     size = min(training.global_batch_size, len(support))
-    pass_rows = min(training.per_device_train_batch_size, session.batches.pass_rows)
-    pack_tokens = session.batches.pack_tokens
+    pass_rows = min(training.per_device_train_batch_size, loop.batches.pass_rows)
+    pack_tokens = loop.batches.pack_tokens
     batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
     adapting = recipe.replace(training=training.replace(learning_rate=rate))
-    own = method_of(recipe.adapter).optimizer(session.model, adapting)
-    optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(session.model, recipe))
-    datasets = dataclasses.replace(session.datasets, train=support, eval=query)
-    inner = session.branch(datasets, batches, optimizer, LambdaLR(optimizer, lambda _: 1.0))
+    own = method_of(recipe.adapter).optimizer(loop.model, adapting)
+    optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(loop.model, recipe))
+    datasets = dataclasses.replace(loop.datasets, train=support, eval=query)
+    inner = loop.branch(datasets, batches, optimizer, LambdaLR(optimizer, lambda _: 1.0))
     after: float | None = None
     try:
         before = _query_loss(inner)
-        session.model.train()
+        loop.model.train()
         while inner.state.step < training.adapt_steps:
             inner.train_step()
         after = _query_loss(inner)
     except NotFinite as error:  # the run itself is whole, and its adapter is written
-        session.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
+        loop.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
     finally:
         inner.engine.undo()  # a step whose loss was not finite leaves its gradients
         with torch.no_grad():
@@ -241,7 +242,7 @@ def _adapted(session: Any, name: str, rows: Rows) -> dict[str, Any]:
                 vector.copy_(trained[key])
     if after is not None:
         steps = training.adapt_steps
-        session.console.print(f"Held-out task {name}: loss {before:.4f}, after {steps} steps {after:.4f}")
+        loop.console.print(f"Held-out task {name}: loss {before:.4f}, after {steps} steps {after:.4f}")
     sizes = {"support_rows": len(support), "query_rows": len(query)}
     return {"task": name, **sizes, "loss_before": before, "loss_after": after}
 
@@ -253,6 +254,6 @@ def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
     return rows.take(np.sort(drawn[:count])), rows.take(np.sort(drawn[count:]))
 
 
-def _query_loss(session: Any) -> float:
-    with held_out.scoring(session.model):
-        return session.held_out_loss()["loss"]
+def _query_loss(loop: Any) -> float:
+    with held_out.scoring(loop.model):
+        return loop.held_out_loss()["loss"]

@@ -14,18 +14,17 @@ if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.models.model_class import ModelClass
 
-__all__ = ["TASKS", "Task", "classification_of", "task_of"]
+__all__ = ["CausalLM", "Task", "classification_of", "task_of"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), SequenceClassification(), ImageClassification())}
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, SequenceClassification, ImageClassification)}
 
 
 def task_of(recipe: Recipe) -> Task:
     """The task of a recipe."""
-    objective = recipe.training.objective
-    return TASKS[recipe.task] if objective == "sft" else Preferences(objective)
+    return (_TASKS[recipe.task] if recipe.training.objective == "sft" else Preferences)(recipe)
 
 
 def classification_of(model_class: ModelClass) -> Classification:
-    """The task whose models are of this class, which has a head of its own."""
-    found = (task for task in TASKS.values() if task.exported_class.auto == model_class.auto)
-    return next(task for task in found if isinstance(task, Classification))
+    """The task whose models are of this class, which has a head of its own; without a recipe."""
+    kinds = (SequenceClassification, ImageClassification)
+    return next(kind() for kind in kinds if kind.exported_class.auto == model_class.auto)

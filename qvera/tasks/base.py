@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from qvera.config.schema import Recipe, TrainingSection
 from qvera.distributed.group import ALONE, Group
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 
@@ -18,12 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from qvera.config.schema import Recipe, TrainingSection
     from qvera.data import Datasets, Example, Labels
 
 
 class Task(ABC):
-    """One kind of run. `prepare` makes what a run needs."""
+    """One kind of run. It holds the run's recipe; `prepare` makes what else a run needs."""
 
     name: ClassVar[str]
     """``task`` in a recipe."""
@@ -44,23 +44,25 @@ class Task(ABC):
     has_answers: ClassVar[bool] = False
     """Whether its model writes text, as chat, generate, serve and the text metrics need."""
 
-    def check(self, recipe: Recipe) -> None:  # noqa: B027  # optional
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.recipe = cast("Recipe", recipe)  # None: of a model whose recipe is not known, which can be scored only
+        self.training = TrainingSection() if recipe is None else recipe.training
+
+    def check(self) -> None:  # noqa: B027  # optional
         """Called before anything is read. InputError if a package that the task needs is missing."""
 
     @abstractmethod
-    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
+    def model_class(self, datasets: Datasets | None) -> ModelClass:
         """The class of model made of the base. ``datasets`` is None if the rows are not known, as in a plan."""
 
-    def prepare(  # noqa: B027
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, training: TrainingSection
-    ) -> None:
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:  # noqa: B027
         """Called with a base with a fresh adapter, before `loss` and `held_out_loss`."""
 
     def targets(self, rows: Sequence[Example]) -> int:
         """How many targets the rows have, without a pass over them."""
         return sum(row.trained_tokens for row in rows)
 
-    def training_row(self, row: Example, number: int, step: int, recipe: Recipe) -> Example:
+    def training_row(self, row: Example, number: int, step: int) -> Example:
         """A training row as optimizer step ``step`` (from 1) sees it. ``number`` is its place among all rows."""
         return row
 
@@ -70,7 +72,6 @@ class Task(ABC):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        recipe: Recipe,
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
@@ -97,7 +98,6 @@ class Task(ABC):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        training: TrainingSection,
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
@@ -119,7 +119,6 @@ class Task(ABC):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Example],
-        training: TrainingSection,
         group: Group,
         progress: Callable[[str], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:

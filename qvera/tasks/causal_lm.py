@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from qvera.config.schema import Recipe, TrainingSection
     from qvera.data import Datasets, Example, Labels
 
 
@@ -33,8 +32,7 @@ class CausalLM(Task):
     joins_rows = True
     has_answers = True
 
-    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`."""
+    def model_class(self, datasets: Datasets | None) -> ModelClass:
         return CAUSAL_LM
 
     def loss(
@@ -42,12 +40,10 @@ class CausalLM(Task):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        recipe: Recipe,
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """See `Task.loss`."""
-        data, training = recipe.data, recipe.training
+        data, training = self.recipe.data, self.training
         batch = forward.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
         chunk, smoothing = training.loss_chunk_tokens, training.label_smoothing
         return forward.batch_nll(model, batch, chunk, core, expected_grad, smoothing)
@@ -57,17 +53,16 @@ class CausalLM(Task):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        training: TrainingSection,
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """See `Task.held_out_loss`; adds ``perplexity``."""
+        """Adds ``perplexity``."""
         return held_out.held_out_loss(
             model,
             rows,
             pad_id=datasets.pad_id,
-            batch_size=training.per_device_eval_batch_size,
-            chunk_tokens=training.loss_chunk_tokens,
+            batch_size=self.training.per_device_eval_batch_size,
+            chunk_tokens=self.training.loss_chunk_tokens,
             progress=progress,
             group=group,
         )
@@ -75,7 +70,6 @@ class CausalLM(Task):
     def logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Task.logits`."""
         batch = collate(rows, pad_id, next(model.parameters()).device)
         hidden, targets = forward.hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:]
         trained, head = targets != IGNORED, Head.of(causal_model(model))
@@ -86,7 +80,6 @@ class CausalLM(Task):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Example],
-        training: TrainingSection,
         group: Group,
         progress: Callable[[str], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -94,6 +87,7 @@ class CausalLM(Task):
 
         Only rank 0 answers. With weights sharded by ZeRO-3 all ranks must take part, and rank 0's answers count.
         """
+        training = self.training
         asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
         with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
         sample_rows = list(itertools.islice(asked, training.sample_count))
@@ -117,7 +111,6 @@ class CausalLM(Task):
         return scores, [by_row[i] for i in sample_rows]
 
     def line(self, scores: dict[str, Any]) -> str:
-        """See `Task.line`."""
         text = f"held-out loss {scores['loss']:.4f}, "
         if "exact_match" in scores:
             return text + f"exact match {scores['exact_match']:.1%} of {scores['exact_match_rows']} rows"

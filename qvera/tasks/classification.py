@@ -31,7 +31,6 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qvera.config.schema import Recipe, TrainingSection
     from qvera.data import Datasets, Example
 
 
@@ -44,9 +43,8 @@ class Classification(Task):
     too_large: ClassVar[str]
     """The advice if a single row does not fit into memory."""
 
-    def check(self, recipe: Recipe) -> None:
-        """See `Task.check`: the scores need scikit-learn and scipy."""
-        require_packages(self.name)
+    def check(self) -> None:
+        require_packages(self.name)  # scikit-learn and scipy, for the scores
 
     @abstractmethod
     def row_logits(
@@ -59,15 +57,14 @@ class Classification(Task):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        recipe: Recipe,
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """See `Task.loss`: cross entropy, or the squared error of a regression."""
+        """Cross entropy, or the squared error of a regression."""
         labels = _labels(datasets)
         logits = self.row_logits(model, rows, datasets.pad_id, core)
         targets = accelerator.tensors_on(logits.device, {"targets": labels.targets(rows)})["targets"]
-        smoothing = recipe.training.label_smoothing
+        smoothing = self.training.label_smoothing
         return _row_losses(logits, targets, labels.is_regression, smoothing).sum(), len(rows)
 
     def held_out_loss(
@@ -75,13 +72,12 @@ class Classification(Task):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        training: TrainingSection,
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """See `Task.held_out_loss`; adds the scores of `qvera.evaluation.metrics`."""
+        """Adds the scores of `qvera.evaluation.metrics`."""
         started, labels = time.perf_counter(), _labels(datasets)
-        batch_size = training.per_device_eval_batch_size
+        batch_size = self.training.per_device_eval_batch_size
         logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)
         scores = label_scores(logits, rows, labels)
         return {**scores, "seconds": time.perf_counter() - started}
@@ -89,7 +85,6 @@ class Classification(Task):
     def logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Task.logits`."""
         assert labels is not None
         return self.row_logits(model, rows, pad_id).cpu(), torch.from_numpy(labels.targets(rows))
 
@@ -117,17 +112,10 @@ class Classification(Task):
         return logits
 
     def line(self, scores: dict[str, Any]) -> str:
-        """See `Task.line`."""
-        shown = {
-            "accuracy": "{:.1%}",
-            "top5": "{:.1%}",
-            "f1": "{:.4f}",
-            "matthews": "{:.4f}",
-            "pearson": "{:.4f}",
-            "spearman": "{:.4f}",
-        }
-        found = [f"{name} {text.format(scores[name])}" for name, text in shown.items() if scores.get(name) is not None]
-        return ", ".join([f"held-out loss {scores['loss']:.4f}", *found])
+        shares, numbers = ("accuracy", "top5"), ("f1", "matthews", "pearson", "spearman")
+        shown = [f"{name} {scores[name]:.1%}" for name in shares if scores.get(name) is not None]
+        shown += [f"{name} {scores[name]:.4f}" for name in numbers if scores.get(name) is not None]
+        return ", ".join([f"held-out loss {scores['loss']:.4f}", *shown])
 
 
 class SequenceClassification(Classification):
@@ -138,13 +126,13 @@ class SequenceClassification(Classification):
     row_format = "classification"
     too_large = "Lower data.max_length."
 
-    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`. If the rows are not known, the head is of ``data.label_names``, or of two classes.
+    def model_class(self, datasets: Datasets | None) -> ModelClass:
+        """If the rows are not known, the head is of ``data.label_names``, or of two classes.
 
         Raises:
             InputError: a regression has label_smoothing.
         """
-        labels = None if datasets is None else datasets.labels
+        labels, recipe = None if datasets is None else datasets.labels, self.recipe
         if labels is None and recipe.data.regression is True:
             labels = Labels((VALUE,), True)
         labels = labels or Labels(tuple(recipe.data.label_names or ["0", "1"]))
@@ -158,7 +146,7 @@ class SequenceClassification(Classification):
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
     ) -> torch.Tensor:
-        """See `Classification.row_logits`. On a CPU in 16 bits the length is rounded up (`qvera.data.rows`)."""
+        """On a CPU in 16 bits the length is rounded up (`qvera.data.rows`)."""
         inner = causal_model(model)
         device, implementation = next(model.parameters()).device, inner.config._attn_implementation
         tokens = max(len(row.input_ids) for row in rows)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qvera.config import plugins
-from qvera.config.schema import DataSection, TrainingSection
+from qvera.config.schema import DataSection
 from qvera.data import build_datasets, lengths_of
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
 from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, open_target, require_base, template_of
@@ -19,7 +19,7 @@ from qvera.evaluation.metrics import require_packages, text_metrics
 from qvera.evaluation.named_adapters import require_held_out_rows
 from qvera.evaluation.report.read import inputs_sha256
 from qvera.models.structure import require_positions
-from qvera.tasks import TASKS, classification_of, task_of
+from qvera.tasks import CausalLM, classification_of, task_of
 from qvera.tasks.classification import label_scores, predictions
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, QveraError
@@ -79,7 +79,7 @@ def evaluate(
     chosen = text_metrics(metrics) if answers else []
     if base_alone or with_base:
         require_base(target)
-    task = TASKS["causal-lm"] if target.recipe is None else task_of(target.recipe)
+    task = CausalLM() if target.recipe is None else task_of(target.recipe)
     if task.has_reference and (base_alone or target.adapter is None):
         alone = "the base alone (--base)" if base_alone else target.what
         raise InputError(
@@ -94,9 +94,8 @@ def evaluate(
     prompts = prompts_of(examples, group_prompts) if answers else []
     require_positions(model.model, lengths_of(examples))
     others = None if judge is None else judge.others(prompts)
-    settings = target.recipe.training if target.recipe is not None else TrainingSection()
-    answer_tokens = max_new_tokens or settings.sample_max_new_tokens
-    task.prepare(model.model, model.base.tokenizer, datasets, settings)
+    answer_tokens = max_new_tokens or task.training.sample_max_new_tokens
+    task.prepare(model.model, model.base.tokenizer, datasets)
 
     def score(
         scored: PreTrainedModel | PeftModel, label: str, with_loss: bool = True
@@ -108,7 +107,6 @@ def evaluate(
                 scored,
                 examples,
                 datasets,
-                settings,
                 progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
             )
 
@@ -119,7 +117,7 @@ def evaluate(
                 held_out,
                 prompts,
                 chosen,
-                settings,
+                task.training,
                 max_new_tokens=answer_tokens,
                 progress=lambda text: show(label + text),
             )
@@ -137,7 +135,7 @@ def evaluate(
             with status_line(console, "Loading the base"):
                 base = until_scored.enter_context(base_of(model))
             if target.adapter is None:
-                task.prepare(base, model.base.tokenizer, datasets, settings)
+                task.prepare(base, model.base.tokenizer, datasets)
             base_scores, base_rows = score(base, "Base: ", with_loss=not task.has_reference)
         answered = [
             row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}

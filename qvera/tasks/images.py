@@ -20,7 +20,6 @@ from qvera.utils import accelerator
 if TYPE_CHECKING:
     from torch import nn
 
-    from qvera.config.schema import Recipe
     from qvera.data import Datasets, Example
 
 
@@ -32,28 +31,27 @@ class ImageClassification(Classification):
     row_format = "image"
     too_large = "Use a base of a smaller image size."
 
-    def check(self, recipe: Recipe) -> None:
-        """See `Task.check`: images need Pillow too."""
-        super().check(recipe)
+    def check(self) -> None:
+        super().check()
         require_pillow()
 
-    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`. If the rows are not known, the head is of ``data.label_names``, or of two classes."""
+    def model_class(self, datasets: Datasets | None) -> ModelClass:
+        """If the rows are not known, the head is of ``data.label_names``, or of two classes."""
         labels = None if datasets is None else datasets.labels
-        names = (recipe.data.label_names or ["0", "1"]) if labels is None else labels.names
-        return image_class(names, recipe.training.seed)
+        names = (self.recipe.data.label_names or ["0", "1"]) if labels is None else labels.names
+        return image_class(names, self.training.seed)
 
-    def training_row(self, row: Example, number: int, step: int, recipe: Recipe) -> Example:
-        """See `Task.training_row`: a random crop and flip that depend only on ``data.seed``, the step and the row."""
-        if recipe.data.augment == "none":
+    def training_row(self, row: Example, number: int, step: int) -> Example:
+        """A random crop and flip that depend only on ``data.seed``, the step and the row."""
+        data = self.recipe.data
+        if data.augment == "none":
             return row
         assert row.image is not None
-        return replace(row, image=row.image.drawn(Draw(recipe.data.seed, step, number)))
+        return replace(row, image=row.image.drawn(Draw(data.seed, step, number)))
 
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
     ) -> torch.Tensor:
-        """See `Classification.row_logits`."""
         inner, device = causal_model(model), next(model.parameters()).device
         pixels = pixel_batch([row.image for row in rows if row.image is not None])
         values = accelerator.tensors_on(device, {"pixel_values": pixels})["pixel_values"]

@@ -71,8 +71,9 @@ class Preferences(CausalLM):
     _model: nn.Module
     _trainer: Any
 
-    def __init__(self, objective: str) -> None:
-        self.objective = objective
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.objective = objective = recipe.training.objective
         self.has_reference = objective != "orpo"
         self.makes_all_logits = objective == "orpo"
         # the reference's, and for KTO two more over prompts with other rows' answers
@@ -81,26 +82,22 @@ class Preferences(CausalLM):
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # metric → weighted sum, weight
         self._pass: dict[str, tuple[float, int]] = {}  # metric → mean over the latest pass, weight
 
-    def check(self, recipe: Recipe) -> None:
-        """See `Task.check`: the losses are TRL's."""
+    def check(self) -> None:
         require_trl()
 
-    def prepare(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, training: TrainingSection
-    ) -> None:
-        """See `Task.prepare`: makes TRL's trainer. InputError if TRL is missing or too old."""
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
+        """Makes TRL's trainer. InputError if TRL is missing or too old."""
         require_trl()
         self._sums.clear()
         own_tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token
         own_tokenizer.pad_token_id = datasets.pad_id
         self._model, device = model, next(model.parameters()).device
         with _quiet(), _as_it_was(model):
-            self._trainer = _make_trainer(model, own_tokenizer, training, device)
+            self._trainer = _make_trainer(model, own_tokenizer, self.training, device)
             if "ref" in getattr(model, "peft_config", {}):
                 model.delete_adapter("ref")  # type: ignore[operator]  # a fresh adapter, whose output is the base's
 
     def targets(self, rows: Sequence[Example]) -> int:
-        """See `Task.targets`."""
         return len(rows)
 
     def loss(
@@ -108,11 +105,10 @@ class Preferences(CausalLM):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        recipe: Recipe,
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """See `Task.loss`: summed over pairs, or over judged answers."""
+        """Summed over pairs, or over judged answers."""
         return self._sum(rows)
 
     def _sum(self, rows: Sequence[Example]) -> tuple[torch.Tensor, int]:
@@ -148,18 +144,16 @@ class Preferences(CausalLM):
         return found
 
     def count_pass(self) -> None:
-        """See `Task.count_pass`."""
         for key, (value, weight) in self._pass.items():
             self._sums[key][0] += value * weight
             self._sums[key][1] += weight
         self._pass = {}
 
     def forget_metrics(self) -> None:
-        """See `Task.forget_metrics`."""
         self._sums.clear()
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """See `Task.take_metrics`: means over all counted passes, without metrics that no row has.
+        """Means over all counted passes, without metrics that no row has.
 
         They are rewards and log probabilities of chosen and rejected answers, ``rewards/margins`` between them,
         ``rewards/accuracies`` (the share of pairs with a higher reward for the chosen answer), and the objective's own.
@@ -177,11 +171,10 @@ class Preferences(CausalLM):
         model: nn.Module,
         rows: Sequence[Example],
         datasets: Datasets,
-        training: TrainingSection,
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """See `Task.held_out_loss`; adds the metrics of `take_metrics`."""
+        """Adds the metrics of `take_metrics`."""
         started = time.perf_counter()
         self.forget_metrics()
 
@@ -190,7 +183,7 @@ class Preferences(CausalLM):
             self.count_pass()
             return total
 
-        size = training.per_device_eval_batch_size
+        size = self.training.per_device_eval_batch_size
         found = over_held_out(model, rows, compute, size, "Lower data.max_length.", progress, group)
         (total,) = group.sum([sum(loss.item() for _, loss in found)])
         return {
@@ -202,7 +195,6 @@ class Preferences(CausalLM):
         }
 
     def line(self, scores: dict[str, Any]) -> str:
-        """See `Task.line`."""
         text = f"held-out loss {scores['loss']:.4f}"
         if "rewards/margins" in scores:
             text += f", reward margin {scores['rewards/margins']:.4f}"

@@ -1,17 +1,20 @@
-"""A checkpoint: vectors, optimizer, schedule, random state, position. Never the frozen base.
+"""Checkpoints: vectors, optimizer, random state, position. Never the frozen base.
 
-Layout of ``checkpoints/step-00000100/``::
+``checkpoints/step-00000100/`` of one adapter, and ``checkpoints/round-00000100/`` of many::
 
-    vectors.safetensors     name → fp32 vector, the names of the adapter file
-    optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
-    state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results,
-                            loss scale
+    vectors.safetensors     one: name → fp32 vector, the names of the adapter file. many: "vectors": fp32 [slots,
+                            numbers], the bank
+    optimizer.safetensors   one: "name/key" → tensor of the optimizer's state for that vector. many: the moments and the
+                            counts of steps of each slot
+    state.json              step or round, recipe, what else goes on (`trainer`, `many`), earlier results
     random.safetensors      torch's generator states (uint8) by device type: "cpu", "cuda"; of rank k > 0 "cpu.k", ..
-    hooks.safetensors       "hook/name" → tensor of a step hook's state; only where a hook has one. Its other values are
-                            in state.json
+    hooks.safetensors       one: "hook/name" → tensor of a step hook's state; only where a hook has one. Its other
+                            values are in state.json
+    best.safetensors        many: adapter's number → fp32 [numbers]; only with training.load_best_model_at_end
     manifest.json           SHA-256 and size of each file; written last
 
-Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
+Of several processes that train many adapters, each has its own adapters, so each has its own checkpoints: process k > 0
+in ``checkpoints/rank-0000k/``. Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from qvera.config.load import load_recipe
+from qvera.config.schema import Recipe
 from qvera.distributed.group import Group
+from qvera.training.logging import metrics_path, read_records
+from qvera.training.run_dir import changed_keys
 from qvera.utils import accelerator
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
@@ -37,9 +44,8 @@ from qvera.utils.files import file_sha256
 from qvera.utils.safetensors_io import save_tensors
 
 FORMAT = 1
-_FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
+_FILES, _OPTIONAL = ("vectors", "optimizer", "random"), ("hooks", "best")
 _STATE = "state.json"
-_HOOKS = "hooks.safetensors"
 _NAME = re.compile(r"(step|round)-\d{8}")
 
 
@@ -70,16 +76,6 @@ class TrainState:
         self.train_seconds += seconds
         self.input_tokens += input_tokens
 
-    def add_halving(self, step: int, limit: dict[str, int], seconds: float) -> None:
-        """Note an attempt at a step that ran out of memory, and the limit of a pass since then."""
-        self.halvings = [*self.halvings, {"step": step, **limit}]
-        self.train_seconds += seconds
-
-    def add_skipped_step(self, seconds: float) -> None:
-        """Count an attempt at a step that was not taken."""
-        self.skipped_steps += 1
-        self.train_seconds += seconds
-
     def add_evaluation(self, loss: float, patience: int) -> None:
         """Compare a held-out loss with the best so far; ``patience`` without a lower one stop the run (0: never)."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
@@ -91,20 +87,24 @@ class TrainState:
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint that was read and verified. ``state`` is the JSON object of its state.json."""
+    """A checkpoint that was read and verified.
+
+    ``state``: the JSON object of its state.json. ``files``: tensors by name, of each file by its name without ending.
+    """
 
     path: Path
-    step: int
     state: dict[str, Any]
-    vectors: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
-    random: dict[str, torch.Tensor]
-    hooks: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    files: dict[str, dict[str, torch.Tensor]]
+
+    @property
+    def number(self) -> int:
+        """The step, or the round."""
+        return int(self.path.name[-8:])
 
     @property
     def hook_state(self) -> dict[str, Any]:
         """What the step hooks saved: tensors and JSON values by ``hook/name``."""
-        return {**self.state.get("hooks", {}), **self.hooks}
+        return {**self.state.get("hooks", {}), **self.files.get("hooks", {})}
 
 
 def save(
@@ -116,20 +116,26 @@ def save(
     random: dict[str, torch.Tensor] | None = None,
     hooks: dict[str, Any] | None = None,
 ) -> Path:
-    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+    """Write ``directory/step-XXXXXXXX`` of one adapter, as `write` does.
 
     ``vectors``: by their names in the adapter file. ``random``: of all ranks (`random_state`), by default of this
-    process. ``hooks``: as `TrainingHooks.state_dict` gives it. RunFailed where the disk is full; earlier checkpoints
-    are kept.
+    process. ``hooks``: as `TrainingHooks.state_dict` gives it.
     """
-    tensors, scalars = _optimizer_state(vectors, optimizer)
-    values = dict(hooks or {})
-    held = {n: values.pop(n).clone() for n in list(values) if isinstance(values[n], torch.Tensor)}
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in vectors.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = value.detach().clone()  # those of a file may not share memory
+            else:
+                scalars.setdefault(name, {})[key] = value
+    held = {name: value.clone() for name, value in (hooks or {}).items() if isinstance(value, torch.Tensor)}
+    values = {name: value for name, value in (hooks or {}).items() if name not in held}
     files = {
-        "vectors.safetensors": dict[str, torch.Tensor](vectors),
-        "optimizer.safetensors": tensors,
-        "random.safetensors": random_state() if random is None else random,
-        **({_HOOKS: held} if held else {}),
+        "vectors": dict[str, torch.Tensor](vectors),
+        "optimizer": tensors,
+        "random": random_state() if random is None else random,
+        **({"hooks": held} if held else {}),
     }
     return write(directory, "step", step, files, {"optimizer_scalars": scalars, "hooks": values, **state})
 
@@ -137,7 +143,11 @@ def save(
 def write(
     directory: Path, unit: str, number: int, files: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any]
 ) -> Path:
-    """Write ``directory/UNIT-XXXXXXXX`` as `save` does. ``unit``: ``step`` or ``round``. ``files``: name → tensors."""
+    """Write ``directory/UNIT-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+
+    ``unit``: ``step`` or ``round``. ``files``: as `Checkpoint` has them. RunFailed where the disk is full; earlier
+    checkpoints are kept.
+    """
     final = directory / f"{unit}-{number:08d}"
     partial = directory / f".partial-{final.name}"
     kept = "Earlier checkpoints are kept; mend that and go on with --resume."
@@ -147,7 +157,8 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, tensors in files.items():
-            save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / name)
+            held = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+            save_tensors(held, partial / f"{name}.safetensors")
         document = {"format": FORMAT, unit: number, **state}
         (partial / _STATE).write_text(json.dumps(document, indent=1))
         manifest = {}
@@ -171,40 +182,93 @@ def directories(directory: Path) -> list[Path]:
 
 
 def newest(
-    directory: Path, warn: Callable[[str], None] = lambda _: None, use: Callable[[Path], Any] | None = None
-) -> Any:
+    directory: Path,
+    warn: Callable[[str], None] = lambda _: None,
+    check: Callable[[Checkpoint], None] = lambda _: None,
+) -> Checkpoint | None:
     """The newest checkpoint in ``directory`` that can be used, or None.
 
-    ``warn`` gets a sentence about each one passed over. ``use`` (default: `load`) reads one, or raises InputError.
+    ``warn`` gets a sentence about each one passed over: damaged ones, and those that ``check`` raises InputError for.
     """
     for path in reversed(directories(directory)):
         try:
-            return (use or load)(path)
+            saved = load(path)
+            check(saved)
+            return saved
         except InputError as error:
             warn(f"{error} It is passed over.")
     return None
 
 
+def newest_of_run(
+    run_dir: Path,
+    recipe: Recipe,
+    unit: str,
+    warn: Callable[[str], None],
+    check: Callable[[Checkpoint], None],
+    rank: int = 0,
+) -> Checkpoint | None:
+    """The newest checkpoint of this run that verifies; None where the run ended before its first one.
+
+    ``unit``: numbers checkpoints and records, ``step`` or ``round``. ``check`` may raise InputError, and KeyError and
+    TypeError for what another version wrote. ``rank``: of the process whose they are. InputError where there are some
+    and none can be used: the run must not begin again.
+    """
+
+    def use(saved: Checkpoint) -> None:
+        if changed := changed_keys(saved.state.get("recipe") or {}, recipe):
+            raise InputError(f"{saved.path}: is of another run; {', '.join(changed)} differ from this recipe.")
+        try:
+            check(saved)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{saved.path}: was written by another version of qvera ({error}).") from None
+
+    directory = of_rank(run_dir, rank)
+    if (saved := newest(directory, warn, use)) is not None:
+        return saved
+    taken = max((record[unit] for record in read_records(metrics_path(run_dir, rank), unit)), default=0)
+    # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
+    has_saved = taken > load_recipe(run_dir / "recipe.yaml", of_a_run=True).training.save_steps
+    if has_saved or directories(directory):
+        raise InputError(
+            f"{directory}: holds no checkpoint that can be used, and the run has taken {taken} {unit}s. Put a whole "
+            f"checkpoint back. To begin again at {unit} 0, delete {run_dir} or choose another training.output_dir."
+        )
+    return None
+
+
+def of_rank(run_dir: Path, rank: int) -> Path:
+    """The directory of the checkpoints of a process that has its own."""
+    return run_dir / "checkpoints" / (f"rank-{rank:05d}" if rank else "")
+
+
+def require_same_inputs(saved: Checkpoint, inputs: dict[str, Any]) -> None:
+    """Raise InputError where a checkpoint is of other rows or another base than ``inputs`` (`TrainingSession.inputs`).
+
+    A checkpoint of an earlier version keeps none.
+    """
+    what, theirs = {"rows": "rows (data.path)", "base": "weights of the base (model.path)"}, saved.state.get("inputs")
+    known = {key: value for key, value in (theirs or {}).items() if value is not None and inputs.get(key) is not None}
+    if changed := [name for key, name in what.items() if key in known and known[key] != inputs[key]]:
+        raise InputError(
+            f"{saved.path}: was saved with other {' and other '.join(changed)} than are there now, so the run would "
+            "not become what it would have. Put them back, or start a new run in another training.output_dir."
+        )
+
+
 def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; InputError as in `read`."""
-    state, files = read(path, _FILES, (_HOOKS,))
-    return Checkpoint(path, state["step"], state, *files.values())
+    """Read and verify what `write` wrote.
 
-
-def read(
-    path: Path, names: Sequence[str], optional: Sequence[str] = ()
-) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Read and verify what `write` wrote: state.json, and file name → its tensors.
-
-    ``names``: the files that it must have; ``optional``: those that it may have. InputError where a file is missing,
-    cut short or changed, or the format is another one.
+    InputError where a file is missing, cut short or changed, or the format is another one.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version = manifest["format"]
-        wanted = [*names, *(name for name in optional if version == FORMAT and name in manifest["files"])]
-        files = {} if version != FORMAT else {n: manifest["files"][n] for n in (*wanted, _STATE)}
-        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+        if version == FORMAT:
+            listed = manifest["files"]
+            names = [*_FILES, *(name for name in _OPTIONAL if f"{name}.safetensors" in listed)]
+            facts = {name: listed[name] for name in (*(f"{name}.safetensors" for name in names), _STATE)}
+            expected = {name: (fact["bytes"], fact["sha256"]) for name, fact in facts.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: has no complete manifest.json ({type(error).__name__}), so it was not finished or is damaged."
@@ -223,7 +287,7 @@ def read(
         unit = path.name[:-9]
         if state[unit] != int(path.name[-8:]):
             raise ValueError(f"it is of {unit} {state[unit]}")
-        return state, {name: load_file(path / name) for name in wanted}
+        return Checkpoint(path, state, {name: load_file(path / f"{name}.safetensors") for name in names})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
             f"{path}: is no checkpoint of qvera's, though its manifest fits ({first_line(error)})"
@@ -233,13 +297,12 @@ def read(
 def shared(saved: Checkpoint | None, group: Group) -> Checkpoint | None:
     """Rank 0's checkpoint on every rank: nodes need not share a disk."""
     head = group.broadcast(
-        None if saved is None else {"path": str(saved.path), "step": saved.step, "state": saved.state}
+        None if saved is None else {"path": str(saved.path), "state": saved.state, "files": list(saved.files)}
     )
     if head is None or group.world_size == 1:
         return saved
-    names = ("vectors", "optimizer", "random", "hooks")
-    parts = [group.broadcast_tensors(getattr(saved, name, None)) for name in names]
-    return Checkpoint(Path(head["path"]), head["step"], head["state"], *parts)
+    files = {name: group.broadcast_tensors(None if saved is None else saved.files[name]) for name in head["files"]}
+    return Checkpoint(Path(head["path"]), head["state"], files)
 
 
 def restore(
@@ -249,19 +312,20 @@ def restore(
 
     A rank that the saved run did not have keeps its own. InputError where names or shapes are not those of this run.
     """
-    if {name: t.shape for name, t in checkpoint.vectors.items()} != {name: p.shape for name, p in vectors.items()}:
+    saved = checkpoint.files["vectors"]
+    if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in vectors.items()}:
         raise InputError(f"{checkpoint.path}: its vectors are not those of this recipe (other rank, targets or model).")
     with torch.no_grad():
         for name, parameter in vectors.items():
-            parameter.copy_(checkpoint.vectors[name])
+            parameter.copy_(saved[name])
     states: dict[str, dict[str, Any]] = {n: dict(s) for n, s in checkpoint.state["optimizer_scalars"].items()}
-    for key, tensor in checkpoint.optimizer.items():
+    for key, tensor in checkpoint.files["optimizer"].items():
         name, _, part = key.rpartition("/")
         device = "cpu" if part == "step" or name not in vectors else vectors[name].device  # AdamW counts on the CPU
         states.setdefault(name, {})[part] = _placed(tensor, device, optimizer, vectors.get(name))
     for name in states.keys() & vectors.keys():
         optimizer.state[vectors[name]] = states[name]
-    set_random_state(checkpoint.random, rank)
+    set_random_state(checkpoint.files["random"], rank)
 
 
 def _placed(
@@ -287,20 +351,6 @@ def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
             shutil.rmtree(path)
     for path in directory.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _optimizer_state(
-    vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in vectors.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
-            else:
-                scalars.setdefault(name, {})[key] = value
-    return tensors, scalars
 
 
 def random_state(rank: int = 0) -> dict[str, torch.Tensor]:

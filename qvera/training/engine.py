@@ -22,7 +22,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from qvera.adapters.files.save_load import named_vectors
-from qvera.config.schema import Recipe
+from qvera.config.schema import TrainingSection
 from qvera.distributed import zero_params
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig, deepspeed_module
@@ -138,7 +138,7 @@ class ZeroEngine(LocalEngine):
     def __init__(
         self,
         config: ZeroConfig,
-        recipe: Recipe,
+        training: TrainingSection,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: LRScheduler,
@@ -147,7 +147,7 @@ class ZeroEngine(LocalEngine):
         scaler: GradScaler | None = None,
     ) -> None:
         vectors = trained_vectors(model)
-        super().__init__(vectors, optimizer, schedule, recipe.training.max_grad_norm, group, scaler)
+        super().__init__(vectors, optimizer, schedule, training.max_grad_norm, group, scaler)
         self.config = config
         before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
         optimizer.state.clear()
@@ -155,7 +155,7 @@ class ZeroEngine(LocalEngine):
         module = decoder if config.shards_base else _VectorsOnly(list(vectors.values()))
         sizes = _sizes(decoder, vectors) if config.shards_base else Sizes()
         sizes = dataclasses.replace(sizes, trained=sum(vector.numel() for vector in vectors.values()))
-        tree = config.complete(recipe, group.world_size, sizes, scratch)
+        tree = config.complete(training, group.world_size, sizes, scratch)
         if config.shards_base:
             _show_shared(decoder, vectors)
         with _embedding_hidden(decoder) if config.shards_base else contextlib.nullcontext():
@@ -177,11 +177,10 @@ class ZeroEngine(LocalEngine):
             missing[0].all_gather(param_list=missing)
 
     def loss_gradient(self) -> torch.Tensor:
-        """See `LocalEngine.loss_gradient`; times the ranks, as in `backward`."""
+        """Times the ranks, as in `backward`."""
         return super().loss_gradient() * self.group.world_size
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """See `LocalEngine.backward`."""
         engine = self.deepspeed
         if self.scaler is not None:
             self.loss_scale = self.scaler.get_scale()
@@ -192,7 +191,6 @@ class ZeroEngine(LocalEngine):
         engine.backward(loss if self.config.shards_base else engine(loss), scale_wrt_gas=False)
 
     def step(self) -> tuple[float, float]:
-        """See `LocalEngine.step`."""
         rate = current_rate(self.schedule)
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
@@ -217,7 +215,7 @@ class ZeroEngine(LocalEngine):
         return zero.fp32_partitioned_groups_flat if self.config.stage == 3 else zero.single_partition_of_fp32_groups
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """See `LocalEngine.unsharded`: copies, gathered from the partitions."""
+        """Copies, gathered from the partitions."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         vectors = {name: nn.Parameter(safe_get_full_fp32_param(p).detach().clone()) for name, p in self.vectors.items()}
@@ -231,7 +229,6 @@ class ZeroEngine(LocalEngine):
         return vectors, optimizer
 
     def gather_vectors(self) -> None:
-        """See `LocalEngine.gather_vectors`."""
         if self.config.shards_base:
             self._gather_unsharded()
 

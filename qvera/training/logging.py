@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def metrics_path(run_dir: Path, rank: int) -> Path:
+    """The file of a process's records, of those that write their own; when a run ends, the first one's has all."""
+    return run_dir / (f"metrics.rank-{rank:05d}.jsonl" if rank else "metrics.jsonl")
+
+
+def join_records(run_dir: Path, processes: int) -> None:
+    """Put the records of all processes into metrics.jsonl. RunFailed where the disk is full; nothing is lost."""
+    first, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
+    with disk_errors(str(first), "Checkpoints are kept; mend that and go on with --resume."):
+        for path in [path for path in others if path.exists()]:
+            replace_text(first, first.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
+            path.unlink()
+
+
 def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
     """The records of a metrics.jsonl that have their ``unit``; lines that a killed run left half are passed over."""
     if not path.exists():

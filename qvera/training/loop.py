@@ -1,82 +1,74 @@
 """The optimizer step that all trainings take: passes → loss → backward → clip and step.
 
-`AloneLoop` trains one adapter; its processes share the rows of each step. `BankLoop` trains many in the slots of a
-bank, in forward passes that they share. Each row names its slot, and its loss is divided by the trained tokens of its
-own adapter's step. So an adapter's gradient does not depend on the others, up to rounding.
-
-Steps, and evaluations of a bank, yield between passes: a server answers there (`online`).
+`AloneLoop` trains one adapter; its processes share the rows of each step. `bank_loop.BankLoop` trains many in the slots
+of a bank, in forward passes that they share. Steps yield between passes: a server answers there (`online`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from qvera.adapters.hooks import TrainingHooks
+from qvera.adapters.files.save_load import rate_factors
+from qvera.adapters.hooks import TrainingHook, TrainingHooks
+from qvera.adapters.methods import method_of
 from qvera.adapters.projection import forget_inputs
-from qvera.data import Example, microbatches
+from qvera.config import plugins
+from qvera.data import Example, batches_of, planned_steps
 from qvera.distributed.group import ALONE
-from qvera.evaluation import held_out
-from qvera.models import forward
+from qvera.models.attention import rows_joined
 from qvera.training.checkpoint import TrainState, random_state, set_random_state
-from qvera.training.failures import lone_error, not_finite_error, not_finite_text, step_error, worst
+from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
+from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error, worst
+from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
+from qvera.training.plan import Plan, longest_rows
 from qvera.utils import memory
-from qvera.utils.errors import OutOfMemory, RunFailed
-from qvera.utils.out_of_memory import Shortage, each_in_halves, or_shortage
+from qvera.utils.errors import RunFailed
+from qvera.utils.out_of_memory import Shortage, or_shortage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from peft import PeftModel
+    from torch.optim.lr_scheduler import LRScheduler
 
-    from qvera.adapters.bank import AdapterBank
-    from qvera.config.schema import Recipe
+    from qvera.config.lr_range import LrRange
     from qvera.data import Batches, Datasets
     from qvera.distributed.group import Group
-    from qvera.distributed.zero_config import ZeroConfig
-    from qvera.tasks import Task
-    from qvera.training.engine import LocalEngine
-    from qvera.training.optim import BankAdamW
-    from qvera.training.plan import Plan
-    from qvera.training.roster import AdapterRun
+    from qvera.training.session import TrainingSession
 
 Records = list[dict[str, Any]]
+Row = TypeVar("Row")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
-class Step:
-    """An optimizer step that is being taken. With a bank, tokens, targets and sums are dicts by adapter.
+class Step(Generic[Row]):
+    """An optimizer step that is being taken.
 
     Attributes:
         number: from 1; with a bank, that of the round.
-        rows: of all processes: numbers of training rows, or `AdapterRow`s.
+        rows: of all processes.
         passes: those of this process that are left.
-        targets: what the loss is divided by.
         examples: of the latest pass; empty before the first one.
         pass_rows, losses: of each pass so far, its rows, and its summed loss (scalar) or that of each row [B].
-        sums, total: the losses as numbers: of each pass here (with a bank, by adapter), and of all processes.
     """
 
     number: int
-    rows: list[Any]
-    passes: list[list[Any]]
-    targets: Any = None
-    trained_tokens: Any = 0
-    input_tokens: Any = 0
-    examples: list[Example] = dataclasses.field(default_factory=list)
-    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    pass_rows: list[list[Any]] = dataclasses.field(default_factory=list)
-    sums: Any = None
-    total: float = 0.0
-    _before: float = 0.0
-    _since: float = dataclasses.field(default_factory=time.perf_counter)
+    rows: list[Row]
+    passes: list[list[Row]]
+    examples: list[Example] = dataclasses.field(default_factory=list, kw_only=True)
+    losses: list[torch.Tensor] = dataclasses.field(default_factory=list, kw_only=True)
+    pass_rows: list[list[Row]] = dataclasses.field(default_factory=list, kw_only=True)
+    _before: float = dataclasses.field(default=0.0, kw_only=True)
+    _since: float = dataclasses.field(default_factory=time.perf_counter, kw_only=True)
 
     @property
     def seconds(self) -> float:
@@ -93,16 +85,18 @@ class Step:
             self._since = time.perf_counter()
 
 
-class Loop(ABC):
+S = TypeVar("S", bound=Step[Any])
+
+
+class Loop(ABC, Generic[S]):
     """Takes optimizer steps, one for each `take_step`."""
 
-    recipe: Recipe
     model: PeftModel
     device: torch.device
     hooks: TrainingHooks = TrainingHooks()
     plan: Plan | None = None
-    step_group: Group = ALONE  # the processes that take a step together
-    step: Step | None = None  # the one that is being taken
+    group: Group = ALONE  # the processes that take a step together
+    step: S | None = None  # the one that is being taken
 
     def take_step(self) -> Iterator[Records]:
         """Take one optimizer step: yields [] after each pass, and its records at the end.
@@ -114,7 +108,7 @@ class Loop(ABC):
             OutOfMemory: memory ran out and smaller passes can't help; no step was taken.
             RunFailed: memory ran out in the optimizer.
         """
-        random = random_state(self.step_group.rank)
+        random = random_state(self.group.rank)
         step = self.step = self.next_step()
         self.hooks.before_step(step.number)
         shortage: Shortage | None = None
@@ -126,26 +120,25 @@ class Loop(ABC):
         if self.add_up(step, shortage):  # some process ran out of memory
             self.drop_gradients()
             forget_inputs(self.model)
-            set_random_state(random, self.step_group.rank)
+            set_random_state(random, self.group.rank)
             records = self.make_smaller(step, shortage)
         else:
             norms = or_shortage(lambda: self.clip_and_step(step), self.device)
-            if isinstance(norms, Shortage):
-                raise RunFailed(f"Memory ran out in the optimizer's step: {norms}. Earlier checkpoints are kept.")
-            records = self.count_step(step, norms)
+            half_stepped = isinstance(norms, Shortage)
+            records = self.give_up(step, norms) if half_stepped else self.count_step(step, norms)
         self.step = None
         yield records
 
     @abstractmethod
-    def next_step(self) -> Step:
+    def next_step(self) -> S:
         """Choose the rows of the next step and cut them into passes."""
 
     @abstractmethod
-    def do_pass(self, step: Step) -> None:
+    def do_pass(self, step: S) -> None:
         """Take the first of the passes that are left: forward and backward."""
 
     @abstractmethod
-    def add_up(self, step: Step, shortage: Shortage | None) -> bool:
+    def add_up(self, step: S, shortage: Shortage | None) -> bool:
         """Add up the losses of all passes and processes; True where one of them ran out of memory."""
 
     @abstractmethod
@@ -153,45 +146,130 @@ class Loop(ABC):
         """Undo what the passes of a step have left."""
 
     @abstractmethod
-    def make_smaller(self, step: Step, shortage: Shortage | None) -> Records:
+    def make_smaller(self, step: S, shortage: Shortage | None) -> Records:
         """Cut later passes smaller, or raise where it can't help; ``shortage`` None: only another process had one."""
 
     @abstractmethod
-    def clip_and_step(self, step: Step) -> Any:
+    def clip_and_step(self, step: S) -> Any:
         """Clip and step; returns the norms before clipping, and what else `count_step` needs."""
 
+    def give_up(self, step: S, shortage: Shortage) -> Records:
+        """Called where memory ran out in the optimizer: some vectors have been stepped and some have not."""
+        raise RunFailed(f"Memory ran out in the optimizer's step: {shortage}. Earlier checkpoints are kept.")
+
     @abstractmethod
-    def count_step(self, step: Step, norms: Any) -> Records:
+    def count_step(self, step: S, norms: Any) -> Records:
         """Count a step that was taken; returns its records for metrics.jsonl."""
 
 
-class AloneLoop(Loop):
-    """One adapter. All processes call each method together, each with its share of the rows."""
+@dataclasses.dataclass
+class AloneStep(Step[int]):
+    """A step of one adapter. Its rows are numbers of training rows.
 
-    datasets: Datasets
-    task: Task
-    state: TrainState
-    batches: Batches
+    Attributes:
+        targets: what the loss is divided by; 0 until the first pass.
+        sums, total: the losses as numbers: of each pass here, and of all passes of all processes.
+    """
+
+    targets: int = 0
+    trained_tokens: int = 0
+    input_tokens: int = 0
+    sums: list[float] = dataclasses.field(default_factory=list)
+    total: float = 0.0
+
+
+class AloneLoop(Loop[AloneStep]):
+    """One adapter. All processes call each method together, each with its share of the rows.
+
+    Hooks of methods and schedules know it as ``training`` (`qvera.adapters.hooks.TrainingHook`).
+    """
+
     engine: LocalEngine
-    zero: ZeroConfig | None
-    watch: memory.PeakWatch
 
-    def next_step(self) -> Step:
-        """See `Loop.next_step`."""
-        group, rows = self.step_group, self.batches.rows(self.state.step)
+    def __init__(self, session: TrainingSession, ramp: LrRange | None = None) -> None:
+        """Make the order of the rows, the optimizer, its schedule and the hooks; ``ramp``: those of a range test."""
+        self.session, self.recipe, self.group, self.console = session, session.recipe, session.group, session.console
+        self.model, self.device, self.plan = session.model, session.device, session.plan
+        self.datasets, self.task, self.warn = session.datasets, session.task, session.warn
+        recipe, training, method = self.recipe, self.recipe.training, method_of(self.recipe.adapter)
+        self.state, self.batches = TrainState(), batches_of(recipe, self.datasets.train)
+        vectors, stepper = trained_vectors(self.model), method.optimizer(self.model, recipe)
+        if stepper is not None:
+            require_all_stepped(stepper, vectors, recipe)
+        self.optimizer = stepper or build_optimizer(training, vectors, rate_factors(self.model, recipe))
+        self.steps = planned_steps(recipe, len(self.datasets.train))
+        hooks: dict[str, TrainingHook | None] = {
+            recipe.adapter.method: method.step_hook(self.model, recipe, self.optimizer, self.steps, self.group)
+        }
+        for schedule in plugins.schedules_of(data=recipe.data, adapter=recipe.adapter, training=training):
+            hooks[schedule.name] = schedule.hook(self)
+        self.hooks = TrainingHooks({name: hook for name, hook in hooks.items() if hook is not None})
+        if ramp is not None:
+            self.steps = ramp.steps
+        self.schedule: LRScheduler = (
+            build_schedule(training, self.optimizer, self.steps)
+            if ramp is None
+            else build_range_test(training, self.optimizer, ramp)
+        )
+
+    def start(self) -> None:
+        """Prepare the model, try the longest batch and build the engine. InputError if the batch does not fit."""
+        session, is_new = self.session, self.state.step == 0
+        session.prepare_model(start=lambda: self.hooks.start(self) if is_new else None)
+
+        def try_longest() -> None:
+            if is_new and self.steps and self.recipe.training.try_longest_batch:
+                session.try_longest_batch(self.longest_batch(), self.try_batch)
+
+        if session.sharder is None:
+            self.group.agree(try_longest)
+        self.engine = self.make_engine()
+        if session.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells others
+            try_longest()
+            self.engine.forget_module_order()
+
+    def make_engine(self) -> LocalEngine:
+        """Plain torch, or DeepSpeed where the recipe asks for it."""
+        session, training, stepped = self.session, self.recipe.training, (self.optimizer, self.schedule)
+        if session.zero is None:
+            vectors = trained_vectors(self.model)
+            return LocalEngine(vectors, *stepped, training.max_grad_norm, self.group, session.scaler)
+        scratch = session.run_dir / "offload"
+        return ZeroEngine(session.zero, training, self.model, *stepped, self.group, scratch, session.scaler)
+
+    def longest_batch(self) -> list[Example]:
+        """The rows of the run's longest forward pass."""
+        data, rows = self.recipe.data, self.datasets.train
+        joined = rows_joined(self.model, data.prefix_once and self.task.joins_rows, data.packing)
+        return [rows[i] for i in longest_rows(self.recipe, rows, joined, self.steps)]
+
+    def try_batch(self, examples: list[Example]) -> None:
+        """Forward and backward over the rows; the gradients are dropped."""
+        nll, trained = self.nll(examples)
+        torch.autograd.grad(nll / trained, list(trained_vectors(self.model).values()), allow_unused=True)
+
+    def train_step(self) -> dict[str, Any]:
+        """Take an optimizer step on the mean loss over the global batch's targets; returns its metrics.jsonl record.
+
+        Its kind is ``train``, or ``skipped`` or ``out_of_memory`` where no step was taken. ``learning_rate`` and
+        ``loss_scale`` are those that the step was taken with.
+        """
+        *_, [record] = self.take_step()
+        return record
+
+    def next_step(self) -> AloneStep:
+        group, rows = self.group, self.batches.rows(self.state.step)
         self.task.forget_metrics()
-        return Step(self.state.step + 1, rows, self.batches.passes(rows, group.rank, group.world_size))
+        return AloneStep(self.state.step + 1, rows, self.batches.passes(rows, group.rank, group.world_size))
 
-    def do_pass(self, step: Step) -> None:
-        """See `Loop.do_pass`. A process without rows runs a dummy pass, so that collectives stay in sync."""
+    def do_pass(self, step: AloneStep) -> None:
+        """A process without rows runs a dummy pass, so that collectives stay in sync."""
         train, engine = self.datasets.train, self.engine
-        if step.targets is None:
+        if not step.targets:
             rows = [train[i] for i in step.rows]
             step.targets, step.trained_tokens = self.task.targets(rows), sum(row.trained_tokens for row in rows)
         rows_here = step.passes[0]
-        step.examples = [
-            self.task.training_row(train[i], i, step.number, self.recipe) for i in rows_here or step.rows[:1]
-        ]
+        step.examples = [self.task.training_row(train[i], i, step.number) for i in rows_here or step.rows[:1]]
         expected_grad = None if engine.scaler is None else engine.loss_gradient() / step.targets
         nll, _ = self.nll(step.examples, engine.core, expected_grad)
         # divided by the targets of the whole global batch, so that neither accumulation nor ranks change the mean
@@ -209,27 +287,25 @@ class AloneLoop(Loop):
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Summed loss of the rows' targets, and how many there are (`qvera.tasks.Task.loss`)."""
-        return self.task.loss(self.model, rows, self.datasets, self.recipe, core, expected_grad)
+        return self.task.loss(self.model, rows, self.datasets, core, expected_grad)
 
-    def add_up(self, step: Step, shortage: Shortage | None) -> bool:
-        """See `Loop.add_up`. Under ZeRO a shortage raises: the other processes wait inside DeepSpeed's passes."""
-        group, train = self.step_group, self.datasets.train
-        if shortage is not None and self.zero is not None and group.world_size > 1:
+    def add_up(self, step: AloneStep, shortage: Shortage | None) -> bool:
+        """Under ZeRO a shortage raises: the other processes wait inside DeepSpeed's passes."""
+        group, train = self.group, self.datasets.train
+        if shortage is not None and self.session.zero is not None and group.world_size > 1:
             raise lone_error(step.number, shortage, step.examples, self.plan, train, group)
-        losses: list[float] = torch.stack(step.losses).tolist() if step.losses and shortage is None else []
-        input_tokens = sum(sum(train[i].row_tokens) for rows in step.pass_rows for i in rows) if losses else 0
-        step.sums = losses
-        step.total, inputs, failed = group.sum([sum(losses), input_tokens, float(shortage is not None)])
+        step.sums = torch.stack(step.losses).tolist() if step.losses and shortage is None else []
+        input_tokens = sum(sum(train[i].row_tokens) for rows in step.pass_rows for i in rows) if step.sums else 0
+        step.total, inputs, failed = group.sum([sum(step.sums), input_tokens, float(shortage is not None)])
         step.input_tokens = int(inputs)
         return bool(failed)
 
     def drop_gradients(self) -> None:
-        """See `Loop.drop_gradients`."""
         self.engine.undo()
 
-    def make_smaller(self, step: Step, shortage: Shortage | None) -> Records:
-        """See `Loop.make_smaller`: halves passes. Raises with ``training.on_oom: save``, or a single row in a pass."""
-        group, train, packed = self.step_group, self.datasets.train, self.recipe.data.packing
+    def make_smaller(self, step: AloneStep, shortage: Shortage | None) -> Records:
+        """Halves passes. Raises with ``training.on_oom: save``, or a single row in a pass."""
+        group, train, packed = self.group, self.datasets.train, self.recipe.data.packing
         examples = None if shortage is None else step.examples
         size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
         half = size // 2 if len(step.examples) > 1 else 0  # 0, too, where no pass had begun
@@ -240,18 +316,18 @@ class AloneLoop(Loop):
         if self.recipe.training.on_oom == "save" or most == 0:
             raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
         self.batches.limit(most)
-        limit = {"pass_tokens" if packed else "pass_rows": most}
-        seconds = step.seconds
-        self.state.add_halving(step.number, limit, seconds)
+        limit, seconds = {"pass_tokens" if packed else "pass_rows": most}, step.seconds
+        self.state.halvings = [*self.state.halvings, {"step": step.number, **limit}]
+        self.state.train_seconds += seconds
         about = {**dataclasses.asdict(shortage), **limit, "step_seconds": seconds}
         return [{"kind": "out_of_memory", "step": step.number, **about}]
 
-    def clip_and_step(self, step: Step) -> Any:
-        """See `Loop.clip_and_step`: the gradient's norm and the learning rate."""
+    def clip_and_step(self, step: AloneStep) -> tuple[float, float]:
+        """The gradient's norm and the learning rate."""
         return self.engine.step() if math.isfinite(step.total) else (math.nan, 0.0)
 
-    def count_step(self, step: Step, norms: tuple[float, float]) -> Records:
-        """See `Loop.count_step`. With loss scaling, a gradient that overflows takes no step and lowers the scale."""
+    def count_step(self, step: AloneStep, norms: tuple[float, float]) -> Records:
+        """With loss scaling, a gradient that overflows takes no step and lowers the scale."""
         (norm, rate), engine, train = norms, self.engine, self.datasets.train
         if math.isfinite(norm):
             self.hooks.after_step(step.number, engine.loss_scale)
@@ -259,11 +335,12 @@ class AloneLoop(Loop):
         scaling = {} if engine.scaler is None else {"loss_scale": engine.loss_scale}
         if not math.isfinite(norm):
             if math.isfinite(step.total) and engine.can_step_again():
-                self.state.add_skipped_step(seconds)
+                self.state.skipped_steps += 1
+                self.state.train_seconds += seconds
                 return [{"kind": "skipped", "step": step.number, "loss": loss, "step_seconds": seconds, **scaling}]
             sources = [[train[i].source for i in rows] for rows in step.pass_rows]
             step_rows = [train[i].source for i in step.rows]
-            raise not_finite_error(step.number, step.sums, norm, sources, step_rows, self.step_group)
+            raise not_finite_error(step.number, step.sums, norm, sources, step_rows, self.group)
         self.state.add_step(loss, seconds, step.input_tokens)
         record = {
             "kind": "train",
@@ -278,227 +355,46 @@ class AloneLoop(Loop):
             "step_seconds": seconds,
             "tokens_per_second": step.input_tokens / seconds,
             "memory_bytes": memory.memory_bytes(self.device),
-            "peak_bytes": self.watch.peak_bytes,
-            **self.task.take_metrics(self.step_group),
+            "peak_bytes": self.session.watch.peak_bytes,
+            **self.task.take_metrics(self.group),
             **self.hooks.metrics(),
         }
         return [record]
 
+    def held_out_loss(self) -> dict[str, Any]:
+        """Loss and scores of all held-out rows, the same values on all ranks."""
+        result = self.task.held_out_loss(self.model, self.datasets.eval, self.datasets, self.group)
+        return self.group.broadcast(result)
 
-class AdapterRow(NamedTuple):
-    """A training row of a step of many adapters."""
+    def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:
+        """What ``do`` makes of this rank's passes over training rows; all ranks call it together.
 
-    run: AdapterRun
-    row: int  # its number in the training rows of the run
-
-
-def cut_round(rows: Sequence[AdapterRow], lengths: Sequence[int], pass_rows: int) -> list[list[AdapterRow]]:
-    """Cut a round into forward passes of rows of like length. ``lengths``: tokens of each of ``rows``."""
-    by_length = sorted(range(len(rows)), key=lambda place: lengths[place])
-    return list(microbatches([rows[place] for place in by_length], pass_rows))
-
-
-class BankLoop(Loop):
-    """Many adapters: a step is a round, one optimizer step of each in flight that has steps left.
-
-    ``round``: how many rounds were taken. ``pass_rows``: the most rows of a pass.
-    """
-
-    bank: AdapterBank
-    adamw: BankAdamW
-    round: int = 0
-    pass_rows: int
-    logs_all_scores: ClassVar[bool] = False  # also those before and after training, which no eval_steps asked for
-
-    @property
-    @abstractmethod
-    def in_flight(self) -> list[AdapterRun]:
-        """The adapters that have a slot, in the order in which they began."""
-
-    @property
-    def pad_id(self) -> int:
-        """The padding token, which all adapters share."""
-        return self.in_flight[0].datasets.pad_id
-
-    def take_round(self) -> Iterator[Records]:
-        """Make the evaluations that are wanted, take a step, and evaluate where it is due; yields between passes."""
-        yield from self.evaluate()
-        if any(not run.takes_no_step for run in self.in_flight):
-            yield from self.take_step()
-        yield from self.evaluate()
-
-    def next_step(self) -> Step:
-        """See `Loop.next_step`."""
-        runs = [run for run in self.in_flight if not run.takes_no_step]
-        rows = [AdapterRow(run, row) for run in runs for row in run.next_rows()]
-        tokens, inputs = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)
-        for run, row in rows:
-            tokens[run] += int(run.datasets.train.trained_tokens[row])
-            inputs[run] += int(run.datasets.train.lengths[row])
-        lengths = [int(run.datasets.train.lengths[row]) for run, row in rows]
-        passes = cut_round(rows, lengths, self.pass_rows)
-        return Step(self.round + 1, rows, passes, tokens, tokens, inputs)
-
-    def drop_run(self, run: AdapterRun) -> None:
-        """Take an adapter out of the step under way: it is not stepped, and no later pass has its rows."""
-        step = self.step
-        if step is not None and run in step.targets:
-            step.targets = {other: count for other, count in step.targets.items() if other is not run}
-            step.rows = [row for row in step.rows if row.run is not run]
-            left = [[row for row in rows if row.run is not run] for rows in step.passes]
-            step.passes[:] = [rows for rows in left if rows]
-
-    def do_pass(self, step: Step) -> None:
-        """See `Loop.do_pass`."""
-        rows = step.passes[0]
-        step.examples = [run.datasets.train[row] for run, row in rows]
-        weights = [1 / step.targets[run] for run, _ in rows]
-        step.losses.append(self.pass_nll([run.held_slot for run, _ in rows], step.examples, weights))
-        step.pass_rows.append(step.passes.pop(0))
-
-    def pass_nll(
-        self, slots: Sequence[int], examples: Sequence[Example], weights: Sequence[float] | None = None
-    ) -> torch.Tensor:
-        """Negative log likelihood of each row of a pass [B]; adds the gradient of its weighted sum to the bank.
-
-        ``slots`` and ``weights`` are of each row. Without weights no gradient is computed.
+        Where memory runs out on one of them, all begin again with passes of half the size; what ``do`` returned is
+        dropped. Later steps keep their passes. InputError with ``training.on_oom: save``, or a single row in a pass.
+        ``what`` begins the warning, as ``The gradient of the first rows``.
         """
-        training = self.recipe.training
-        batch = forward.make_batch(self.model, examples, self.pad_id, prefix_once=False, whole_rows=True)
-        row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(self.device)
-        tokens = forward.row_tokens(batch, examples)
-        with self.bank.rows(slots, tokens), torch.set_grad_enabled(weights is not None):
-            smoothing = 0.0 if weights is None else training.label_smoothing
-            total, nll = forward.row_nll(self.model, batch, training.loss_chunk_tokens, row_weights, smoothing)
-            if weights is not None:
-                total.backward()
-        return nll
+        group, train, batches = self.group, self.datasets.train, copy.copy(self.batches)
+        while True:
+            passes = batches.passes(rows, group.rank, group.world_size)
+            result = or_shortage(functools.partial(do, passes), self.device)
+            forget_inputs(self.model)
+            short = [text for text in group.gather(str(result) if isinstance(result, Shortage) else None) if text]
+            if not isinstance(result, Shortage) and not short:
+                return result
+            largest = [train[i] for i in max(passes, key=len)]
+            sizes = group.gather([len(largest), sum(len(example.input_ids) for example in largest)])
+            most, tokens = (max(each) for each in zip(*sizes, strict=True))
+            if self.recipe.training.on_oom == "save" or most == 1:
+                raise longest_batch_error(self.recipe, self.plan, bool(self.session.checkpointing), largest)
+            self.warn(f"{what} does not fit into memory ({short[0]}): its passes are halved.")
+            batches.limit((tokens if self.recipe.data.packing else most) // 2)
 
-    def add_up(self, step: Step, shortage: Shortage | None) -> bool:
-        """See `Loop.add_up`. Read once, so that a device is not waited for pass by pass."""
-        step.sums = dict.fromkeys(step.input_tokens, 0.0)
-        if shortage is None and step.losses:
-            for (run, _), nll in zip(
-                (row for rows in step.pass_rows for row in rows), torch.cat(step.losses).tolist(), strict=True
-            ):
-                step.sums[run] += nll
-        return shortage is not None
-
-    def drop_gradients(self) -> None:
-        """See `Loop.drop_gradients`. It drops those of all adapters, since some have a part of the pass."""
-        self.bank.gradients.zero_()
-
-    def clip_and_step(self, step: Step) -> Any:
-        """See `Loop.clip_and_step`: norm and rate of each adapter; one whose loss is not finite has none."""
-        runs = [run for run in step.targets if math.isfinite(step.sums[run])]
-        rates = [run.rate for run in runs]
-        norms = self.adamw.step([run.held_slot for run in runs], rates)
-        return dict(zip(runs, zip(norms, rates, strict=True), strict=True))
-
-    def count_step(self, step: Step, norms: dict[AdapterRun, tuple[float, float]]) -> Records:
-        """See `Loop.count_step`: a record of each adapter that took its step. The others get a ``reason``."""
-        self.round, seconds, records = step.number, step.seconds, []
-        for run in step.targets:
-            loss = step.sums[run] / step.targets[run]
-            norm, rate = norms.get(run, (math.nan, 0.0))
-            if not math.isfinite(norm):
-                rows = [run.datasets.train[row].source for other, row in step.rows if other is run]
-                run.reason = not_finite_text(f"step {run.state.step + 1}", [loss], norm, rows)
-                continue
-            # a share of the round's time, so that the adapters' seconds add up to it
-            share = step.input_tokens[run] / sum(step.input_tokens.values())
-            run.state.add_step(loss, share * seconds, step.input_tokens[run])
-            run.state.evaluation_due = run.evaluation_is_due
-            assert run.batches is not None
-            records.append(
-                {
-                    "kind": "train",
-                    "adapter": run.name,
-                    "round": step.number,
-                    "step": run.state.step,
-                    "epoch": round(run.state.step / run.batches.per_epoch, 4),
-                    "loss": loss,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                    "trained_tokens": step.targets[run],
-                    "input_tokens": step.input_tokens[run],
-                }
-            )
-        return records
-
-    def evaluate(self) -> Iterator[Records]:
-        """Compute the held-out losses that adapters in flight want, until none does; yields [] between passes."""
-        while scored := [(run, why, run.state) for run in self.in_flight if (why := run.next_evaluation) is not None]:
-
-            def is_in_flight(place: int, scored: Sequence[Any] = scored) -> bool:
-                run, _, state = scored[place]
-                return run.slot is not None and run.state is state  # it may have left and begun again
-
-            for run, why, _ in scored:
-                if why == "after":
-                    run.put_best_back(self.bank.vectors[run.held_slot])
-            wanted = [(run, run.held_slot) for run, *_ in scored]
-            try:
-                results = yield from self.score(wanted, is_in_flight)
-            except OutOfMemory as error:
-                self.scores_failed(error, [scored[place][0] for place in self._scoring if is_in_flight(place)])
-                continue
-            records = []
-            for place, ((run, why, _), result) in enumerate(zip(scored, results, strict=True)):
-                if result is None or not is_in_flight(place):
-                    continue
-                is_new = run.add_score(why, result, self.bank.vectors[run.held_slot])
-                if why == "due" or (is_new and self.logs_all_scores):
-                    about = {"kind": "eval", "round": self.round, "adapter": run.name, "step": run.state.step}
-                    records.append({**about, **result})
-            yield records
-
-    def scores_failed(self, error: OutOfMemory, runs: Sequence[AdapterRun]) -> None:
-        """Called where memory does not suffice for a held-out row of these adapters; here the run ends."""
-        raise error
-
-    def score(
-        self, wanted: Sequence[tuple[AdapterRun, int]], is_wanted: Callable[[int], bool] = lambda _: True
-    ) -> Generator[Records, None, list[dict[str, Any] | None]]:
-        """Held-out losses of several adapters, in passes that they share; yields between passes.
-
-        ``wanted``: each adapter, and the slot of the vectors to score. ``is_wanted``: asked before each pass whether
-        the adapter at a place of ``wanted`` is still to be scored. Returns for each adapter what
-        `held_out.held_out_loss` returns, with the seconds of all; None: it has no rows. OutOfMemory where a single row
-        does not fit.
-        """
-        began, losses = time.perf_counter(), list[tuple[list[tuple[int, int]], torch.Tensor]]()
-        rows = [(place, row) for place, (run, _) in enumerate(wanted) for row in run.rows.eval.tolist()]
-        rows.sort(key=lambda place_row: wanted[place_row[0]][0].datasets.eval.lengths[place_row[1]])
-        self._scoring: set[int] = set()  # the adapters of the pass that was computed last, by their places
-
-        def score_rows(rows: list[tuple[int, int]]) -> None:
-            rows = [(place, row) for place, row in rows if is_wanted(place)]
-            self._scoring = {place for place, _ in rows}
-            if rows:
-                examples = [wanted[place][0].datasets.eval[row] for place, row in rows]
-                losses.append((rows, self.pass_nll([wanted[place][1] for place, _ in rows], examples)))
-
-        advice = "Lower data.max_length or training.loss_chunk_tokens."
-        batches = microbatches(rows, self.recipe.training.per_device_eval_batch_size)
-        passes = each_in_halves(batches, score_rows, self.device, "held-out rows", advice)
-        is_left = True
-        while is_left:
-            was_training = self.model.training
-            self.model.eval()
-            try:
-                is_left = next(passes, None) is not None
-            finally:
-                self.model.train(was_training)
-            if is_left:
-                yield []
-        sums, tokens = [0.0] * len(wanted), [0] * len(wanted)
-        values = torch.cat([nll for _, nll in losses]).tolist() if losses else []
-        for (place, row), nll in zip((each for rows, _ in losses for each in rows), values, strict=True):
-            sums[place] += nll
-            tokens[place] += int(wanted[place][0].datasets.eval.trained_tokens[row])
-        seconds = time.perf_counter() - began
-        return [
-            held_out.loss_scores(total, count, len(run.rows.eval), seconds) if len(run.rows.eval) else None
-            for total, count, (run, _) in zip(sums, tokens, wanted, strict=True)
-        ]
+    def branch(
+        self, datasets: Datasets, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LRScheduler
+    ) -> AloneLoop:
+        """A loop over the same model on other rows, without hooks, from step 0; this one stays as it is."""
+        other = copy.copy(self)
+        other.datasets, other.batches, other.optimizer, other.schedule = datasets, batches, optimizer, schedule
+        other.state, other.hooks = TrainState(), TrainingHooks()
+        other.engine = other.make_engine()
+        return other

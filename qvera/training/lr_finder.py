@@ -22,7 +22,8 @@ from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
 from qvera.training.logging import ProgressBar
-from qvera.training.optim import build_range_test, current_rate
+from qvera.training.loop import AloneLoop
+from qvera.training.optim import current_rate
 from qvera.training.run_dir import require_writable
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import replace_text
@@ -74,8 +75,9 @@ def find_lr(
         group.on_first(lambda: require_writable(out))
         session.load_data()
         session.load_model()
-        session.build_engine(build_range_test(recipe.training, session.optimizer, ramp), ramp.steps)
-        points, diverged = _take_steps(session, ramp)
+        loop = AloneLoop(session, ramp)
+        loop.start()
+        points, diverged = _take_steps(loop, ramp)
         if not group.first:
             return None
         result = read_curve(points, diverged)
@@ -83,18 +85,18 @@ def find_lr(
         return result
 
 
-def _take_steps(session: TrainingSession, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:
+def _take_steps(loop: AloneLoop, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:
     points: list[dict[str, Any]] = []
-    session.model.train()
-    with ProgressBar(session.console, ramp.steps, 0) as progress:
-        while session.state.step < ramp.steps:
-            rate = current_rate(session.schedule)
+    loop.model.train()
+    with ProgressBar(loop.console, ramp.steps, 0) as progress:
+        while loop.state.step < ramp.steps:
+            rate = current_rate(loop.schedule)
             try:
-                record = session.train_step()
+                record = loop.train_step()
             except NotFinite:  # it ends the test, unless no step has been taken yet
                 if not points:
                     raise
-                points.append({"step": session.state.step + 1, "learning_rate": rate, "loss": None})
+                points.append({"step": loop.state.step + 1, "learning_rate": rate, "loss": None})
                 return points, rate
             if record["kind"] != "train":
                 continue

@@ -1,4 +1,4 @@
-"""The run of many adapters on one base model, in forward passes that they share (`loop.BankLoop`).
+"""The run of many adapters on one base model, in forward passes that they share (`bank_loop.BankLoop`).
 
 Each adapter is trained as if it were alone, by the same recipe over a file of its rows. It shares only the pass through
 the frozen base. It leaves when its steps are taken, when it stops early, or when its loss or gradient is not finite;
@@ -13,36 +13,42 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import save_adapter
 from qvera.data import Example
 from qvera.distributed.group import ALONE, for_all
-from qvera.training import bank_checkpoint
-from qvera.training.bank_checkpoint import BankCheckpoint
-from qvera.training.failures import step_error
-from qvera.training.logging import MetricsLog
-from qvera.training.loop import BankLoop, Records, Step
-from qvera.training.optim import BankAdamW
+from qvera.training import checkpoint
+from qvera.training.bank_loop import BankLoop
+from qvera.training.checkpoint import Checkpoint, TrainState
+from qvera.training.failures import has_finite_loss
+from qvera.training.logging import MetricsLog, join_records, metrics_path
+from qvera.training.loop import Records
 from qvera.training.plan.decisions import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
 from qvera.training.run import Run
-from qvera.training.run_dir import adapter_result, add_results, begun_run, without_rows, write_run
+from qvera.training.run_dir import write_run
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, NotFinite, OutOfMemory
+from qvera.utils.errors import InputError, NotFinite, RunFailed
+from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import Shortage
 from qvera.utils.paths import ADAPTERS, resolve_path
 from qvera.utils.status_line import status_line
 
 T = TypeVar("T")
 
+GOT_WORSE = "got worse"  # the held-out loss is higher after training than before
+TOO_FEW_ROWS = "too few rows"  # than one optimizer step takes
+REPEATED = "held-out rows repeat training rows"  # token for token, of the same adapter
 _WAIT_SECONDS = 0.2  # how often a process that is done looks whether the others are
+_FRESH = vars(TrainState())  # what is still as at the beginning is left out: there may be a hundred thousand adapters
 
 
 @dataclasses.dataclass
@@ -53,46 +59,36 @@ class Totals:
     input_tokens: int = 0
 
 
-class ManyTrainer(BankLoop, Run):
+class ManyTrainer(Run):
     """A run of many adapters."""
 
     unit = "round"
-
-    @property
-    def in_flight(self) -> list[AdapterRun]:
-        """See `BankLoop.in_flight`."""
-        return self.roster.in_flight
-
-    @property
-    def pad_id(self) -> int:
-        """See `BankLoop.pad_id`."""
-        return self.datasets.pad_id
+    loop: BankLoop
+    steps = 0
 
     @property
     def count(self) -> int:
-        """See `Run.count`."""
-        return self.round
+        return self.loop.round
 
     @property
     def steps_behind(self) -> int:
-        """See `Run.steps_behind`."""
-        return self.roster.steps_behind
+        return self.loop.roster.steps_behind
 
     @property
     def has_steps_left(self) -> bool:
-        """See `Run.has_steps_left`."""
-        return not self.roster.is_done
+        return not self.loop.roster.is_done
 
     def load_data(self, preview: bool = False) -> None:
         """See `TrainingSession.load_data`; then the adapters of this process, as they begin."""
         super().load_data(preview)
-        every = self.group.agree(lambda: adapter_runs(self.recipe, self.datasets))
+        every = self.group.agree(lambda: adapter_runs(self.recipe, self.session.datasets))
         self.runs = [
             every[number] for number in deal([run.steps for run in every], self.group.world_size)[self.group.rank]
         ]
         base = Path(resolve_path(self.recipe.model.path)).name
         if base in (run.name for run in every):
             self.warn(f"{shown_name(base)}: an adapter and the base have this name, and `qvera serve` means the base.")
+        self.steps = sum(run.steps for run in self.runs)
         sizes = sorted(len(run.rows.train) for run in every)
         self.console.print(
             f"{len(every):,} adapters of {sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,}), "
@@ -101,79 +97,113 @@ class ManyTrainer(BankLoop, Run):
             soft_wrap=True,
         )
 
-    def make_optimizer(self) -> None:
-        """Make the bank and its optimizer. A run that goes on has as many slots as it began with."""
-        if self.scaler is not None:
+    def setup(self) -> None:
+        """Make the bank. A run that goes on has as many slots as it began with."""
+        session, training = self.session, self.recipe.training
+        if session.scaler is not None:
             raise InputError(
                 "model.compute_dtype: this device has no bfloat16, so auto is float16, which needs a loss scale that "
                 "the adapters would share. Set float32."
             )
-        self.step_group, self.totals, self.whole_round = ALONE, Totals(), 0
-        self.steps = sum(run.steps for run in self.runs)
-        self.pass_rows = self.recipe.training.per_device_train_batch_size
-        self.resumed: BankCheckpoint | None = None
-        if self.resume:
-            self.resumed = self.group.agree(lambda: bank_checkpoint.newest(self, self.warn))
-        if self.resumed is None:
-            rows = [len(run.rows.train) for run in self.runs]
-            slots = wanted_slots(self.recipe, rows)
-            if self.plan is not None:  # which knows what memory there is
-                slots = min(slots, self.plan.slots)
+        saved = self.group.agree(self._newest_checkpoint) if self.resume else None
+        if saved is not None:
+            slots = saved.state["slots"]
         else:
-            slots = self.resumed.state["slots"]
-        self.bank = AdapterBank(self.model, slots)
-        self.adamw = BankAdamW(self.bank, self.recipe.training)
+            slots = wanted_slots(self.recipe, [len(run.rows.train) for run in self.runs])
+            if session.plan is not None:  # which knows what memory there is
+                slots = min(slots, session.plan.slots)
+        bank = AdapterBank(session.model, slots)
+        pass_rows = training.per_device_train_batch_size if training.adapters_at_once == "auto" else None
+        self.totals, self.whole_round = Totals(), 0
 
-    def setup(self) -> None:
-        """Go on from the checkpoint, if there is one; try the longest pass; open the run's files."""
-        # others may have no checkpoint, so no rank waits in it
-        self.group.agree(self._go_on)
-        asked = self.recipe.training.adapters_at_once
-        self.roster = Roster(self.runs, self.bank.slots, self.pass_rows if asked == "auto" else None)
-        for run in self.roster.in_flight:
+        def make_loop() -> BankLoop:
+            if saved is not None:
+                self._restore_runs(saved)
+            roster = Roster(self.runs, slots, pass_rows)
+            loop = BankLoop(session.model, bank, roster, training, session.datasets.pad_id, session.plan)
+            if saved is not None:
+                self._restore(saved, loop)
+            elif self.resume:
+                text = f"No checkpoint was saved in {self.run_dir} yet: starting from round 0."
+                self.console.print(text, soft_wrap=True)
+            return loop
+
+        self.loop = self.group.agree(make_loop)  # others may have no checkpoint, so no rank waits in it
+        saved = None  # its tensors take memory
+        for run in self.loop.in_flight:
             run.begin()
-        self.prepare_model(alone=self.bank.slots == 1)
-        self.group.agree(lambda: self._try_longest_batch() if self.round == 0 else None)
+        session.prepare_model(alone=slots == 1)
+        self.group.agree(self._try_longest_pass)
         # names a meeting of this launch's processes
         self.meeting = self.group.broadcast(uuid.uuid4().hex)
         self.open_files()
         self.group.agree(self._open_own_files)
-        self.run = begun_run(self, self.started)
-        facts = self.run["adapter"]
-        facts["trainable_parameters"] = self.bank.trained_numbers  # of each adapter; the model's are frozen
-        self.write_begun(planned_steps=int(self.group.sum([float(self.steps)])[0]))  # of all processes
+        planned = int(self.group.sum([float(self.steps)])[0])  # of all processes
+        # each adapter's parameters; the model's are frozen
+        self.write_begun(planned, trainable_parameters=bank.trained_numbers)
         self.console.print(
-            f"Training {self.bank.trained_numbers:,} parameters of each adapter in {facts['adapted_modules']} linear "
-            f"layers, at most {self.bank.slots:,} adapters at a time, on {self.run['device']}"
+            f"Training {bank.trained_numbers:,} parameters of each adapter in "
+            f"{self.summary['adapter']['adapted_modules']} linear layers, at most {slots:,} adapters at a time, on "
+            f"{self.summary['device']}"
             + (f" and {self.group.world_size - 1} more." if self.group.world_size > 1 else "."),
             soft_wrap=True,
         )
 
-    def _go_on(self) -> None:
-        saved = self.resumed
-        if saved is not None:
-            bank_checkpoint.restore(self, saved)
-            self.keep_checkpointing(saved.state["gradient_checkpointing"], ALONE)
-            self.builds_per_pass = saved.state["builds_per_pass"]
-            self.saved, self.whole_round = self.round, self.round
-            self.console.print(f"Going on from round {self.round} ({saved.path}).", soft_wrap=True)
-            self.resumed = None  # its tensors take memory
-        elif self.resume:
-            self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.", soft_wrap=True)
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint of this process. InputError where it is of other data or of more or fewer processes."""
 
-    def longest_batch(self) -> list[Example]:
-        """The longest rows that may meet in a pass."""
-        train = self.datasets.train
-        rows = longest_pass(self.runs, train.lengths, self.bank.slots, self.pass_rows)
-        return [train[row] for row in rows]
+        def check(saved: Checkpoint) -> None:
+            state, processes = saved.state, saved.state["processes"]
+            names = [entry["name"] for entry in state["adapters"]]
+            for entry in state["adapters"]:
+                TrainState(**entry["state"])
+            state["slots"], state["round"], state["totals"], state["builds_per_pass"]
+            if processes != self.group.world_size:
+                raise InputError(
+                    f"{saved.path}: was written by one of {processes} processes, which share out the adapters among "
+                    f"them, and now there are {self.group.world_size}. Go on with as many."
+                )
+            if names != [run.name for run in self.runs]:
+                path = self.recipe.data.path
+                raise InputError(f"{saved.path}: has other adapters than {path} names now. Put the rows back.")
+            checkpoint.require_same_inputs(saved, self.session.inputs)
 
-    def try_batch(self, examples: list[Example]) -> None:
-        """Forward and backward over the rows, dealt out to the slots in turn; nothing is kept."""
-        slots = [row % self.bank.slots for row in range(len(examples))]
-        try:
-            self.pass_nll(slots, examples, [0.0] * len(examples))
-        finally:
-            self.bank.gradients.zero_()
+        return checkpoint.newest_of_run(self.run_dir, self.recipe, "round", self.warn, check, self.group.rank)
+
+    def _restore_runs(self, saved: Checkpoint) -> None:
+        best = saved.files.get("best", {})
+        for run, entry in zip(self.runs, saved.state["adapters"], strict=True):
+            run.status, run.slot, run.after, run.reason = (entry[key] for key in ("status", "slot", "after", "reason"))
+            run.state = TrainState(**entry["state"])
+            run.best = best.get(str(run.number))
+
+    def _restore(self, saved: Checkpoint, loop: BankLoop) -> None:
+        """Put a checkpoint into the loop and torch's generators. InputError where the vectors have another shape."""
+        vectors = saved.files["vectors"]["vectors"]
+        if vectors.shape != loop.bank.vectors.shape:
+            raise InputError(f"{saved.path}: its vectors are not those of this recipe (other rank, targets or model).")
+        loop.bank.vectors.copy_(vectors)
+        loop.adamw.load_state_dict(saved.files["optimizer"])
+        loop.round = self.saved = self.whole_round = saved.number
+        self.totals = Totals(**saved.state["totals"])
+        checkpoint.set_random_state(saved.files["random"])
+        self.session.keep_checkpointing(saved.state["gradient_checkpointing"], ALONE)
+        self.session.builds_per_pass = saved.state["builds_per_pass"]
+        self.console.print(f"Going on from round {loop.round} ({saved.path}).", soft_wrap=True)
+
+    def _try_longest_pass(self) -> None:
+        """Try the longest rows that may meet in a pass, dealt out to the slots in turn; nothing is kept."""
+        loop, bank, train = self.loop, self.loop.bank, self.session.datasets.train
+
+        def try_batch(examples: list[Example]) -> None:
+            try:
+                loop.pass_nll([row % bank.slots for row in range(len(examples))], examples, [0.0] * len(examples))
+            finally:
+                bank.gradients.zero_()
+
+        if loop.round == 0 and self.steps and self.recipe.training.try_longest_batch:
+            rows = longest_pass(self.runs, train.lengths, bank.slots, loop.pass_rows)
+            self.session.try_longest_batch([train[row] for row in rows], try_batch)
 
     def _open_own_files(self) -> None:
         with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
@@ -183,98 +213,79 @@ class ManyTrainer(BankLoop, Run):
                         f"{self.run_dir}: is not the directory that rank 0 writes to. Processes that share out "
                         "adapters write them into one; choose a training.output_dir on a disk that all nodes see."
                     )
-                path = bank_checkpoint.metrics_path(self.run_dir, self.group.rank)
-                self.log_file = MetricsLog(path, self.round, "round", self.group.rank)
+                path = metrics_path(self.run_dir, self.group.rank)
+                self.log_file = MetricsLog(path, self.loop.round, "round", self.group.rank)
             (self.run_dir / ADAPTERS).mkdir(exist_ok=True)
 
     @property
     def is_whole(self) -> bool:
-        """See `Run.is_whole`; evaluations and scores of a round belong to it."""
-        return self.round == self.whole_round
+        """Evaluations and scores of a round belong to it."""
+        return self.loop.round == self.whole_round
 
     def score_before(self) -> None:
-        """See `Run.score_before`. All adapters begin with the same vectors, so they share full passes in one slot."""
-        if self.round:
+        """All adapters begin with the same vectors, so they share full passes in one slot."""
+        if self.loop.round:
             return
-        self.bank.start(0)
+        self.loop.bank.start(0)
         wanted = [(run, 0) for run in self.runs if len(run.rows.eval)]
         with status_line(self.console, "Before training: held-out loss"):
-            for (run, _), result in zip(wanted, result_of(self.score(wanted)), strict=True):
+            for (run, _), result in zip(wanted, result_of(self.loop.score(wanted)), strict=True):
                 run.state.before = result
 
     def take_turn(self) -> bool:
-        """See `Run.take_turn`."""
-        try:
-            for run in self.roster.admit():
-                self.bank.start(run.held_slot)
-                self.adamw.reset(run.held_slot)
-                run.begin()
-            taken: Records = []
-            for records in self.take_round():
-                self.log(records)
-                taken += [record for record in records if record["kind"] == "round"]
-            self._let_out()
-        except OutOfMemory as error:
-            raise self.end(error) from None
-        self.whole_round = self.round
+        roster = self.loop.roster
+        for run in roster.admit():
+            self.loop.begin(run)
+        work, taken = self.loop.take_round(), list[dict[str, Any]]()
+        while True:
+            try:
+                records = next(work, None)
+            except RunFailed as error:
+                raise self.end(error) from None
+            if records is None:
+                break
+            self.log(records)
+            taken += [record for record in records if record["kind"] == "round"]
+        self._let_out()
+        self.whole_round = self.loop.round
         for record in taken:
             self.progress.move(
-                self.roster.steps_behind,
-                f"{self.roster.left:,} of {len(self.runs):,} adapters done, {len(self.in_flight):,} in flight  "
+                roster.steps_behind,
+                f"{roster.left:,} of {len(self.runs):,} adapters done, {len(roster.in_flight):,} in flight  "
                 f"{record['adapters'] / record['step_seconds']:,.1f} steps/s  "
                 f"{record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}",
             )
-        return self.round % self.recipe.training.save_steps == 0
-
-    def count_step(self, step: Step, norms: Any) -> Records:
-        """See `BankLoop.count_step`; adds a record of kind ``round``."""
-        seconds, records = step.seconds, super().count_step(step, norms)
-        inputs = sum(step.input_tokens.values())
-        self.totals.seconds += seconds
-        self.totals.input_tokens += inputs
-        self.roster.steps_behind += len(records)
-        about = {
-            "kind": "round",
-            "round": step.number,
-            "adapters": len(step.targets),
-            "rows": len(step.rows),
-            "passes": len(step.pass_rows),
-            "input_tokens": inputs,
-            "step_seconds": seconds,
-            "tokens_per_second": inputs / seconds,
-            "memory_bytes": memory.memory_bytes(self.device),
-            "peak_bytes": self.watch.peak_bytes,
-        }
-        return [*records, about]
-
-    def make_smaller(self, step: Step, shortage: Shortage | None) -> Records:
-        """See `Loop.make_smaller`: the run ends, with what would help."""
-        assert shortage is not None
-        raise step_error(f"Round {step.number}", shortage, step.examples, self.plan, self.datasets.train, ALONE)
+        return self.loop.round % self.recipe.training.save_steps == 0
 
     def _let_out(self) -> None:
         """Save the adapters that are finished and scored, and free their slots."""
-        for run in [run for run in self.roster.in_flight if run.has_ended]:
+        loop, roster = self.loop, self.loop.roster
+        for run in [run for run in roster.in_flight if run.has_ended]:
             if run.reason is None:
                 directory = self.run_dir / ADAPTERS / run.directory
-                save_adapter(self.model, directory, vectors=self.bank.take(run.held_slot))
-                self.roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
+                save_adapter(loop.model, directory, vectors=loop.bank.take(run.held_slot))
+                roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
             else:
                 name = shown_name(run.name)
                 self.warn(f"Adapter {name}: {run.reason} It is stopped and not saved; the others go on.")
-                self.roster.leave(run, "not_finite")
+                roster.leave(run, "not_finite")
 
-    def log(self, records: Sequence[dict[str, Any]]) -> None:  # type: ignore[override]
+    def log(self, records: Records) -> None:
         """Write records to metrics.jsonl; those of rounds go to the trackers too."""
+        for record in records:
+            if record["kind"] == "round":
+                record["memory_bytes"] = memory.memory_bytes(self.session.device)
+                record["peak_bytes"] = self.session.watch.peak_bytes
+                self.totals.seconds += record["step_seconds"]
+                self.totals.input_tokens += record["input_tokens"]
+                self.trackers.log({**record, "step": record["round"]})
         if records:
             rank = {"rank": self.group.rank} if self.group.rank else {}
             self.write_records(*({**record, **rank} for record in records))
-        for record in records:
-            if record["kind"] == "round":
-                self.trackers.log({**record, "step": record["round"]})
+        self.loop.roster.steps_behind += sum(record["kind"] == "train" for record in records)
 
     def stop_requested(self) -> bool:
-        """See `Run.stop_requested`; the processes look at each other's, and each stops at its round."""
+        """The processes look at each other's signals, and each stops at its round."""
         flag = f"stop {self.meeting}"
         if self.signals.asked is not None:
             self.stopped_by = self.signals.asked
@@ -284,7 +295,7 @@ class ManyTrainer(BankLoop, Run):
         return self.stopped_by is not None
 
     def meet(self) -> None:
-        """See `Run.meet`. It may take hours, which no collective may."""
+        """It may take hours, which no collective may."""
         if self.group.world_size == 1 or self.group.store is None:
             return
         self.group.set_flag(f"here {self.meeting} {self.group.rank}")
@@ -296,28 +307,96 @@ class ManyTrainer(BankLoop, Run):
         self.stopped_by = stops[0] if stops else None
 
     def save_checkpoint(self) -> None:
-        """See `Run.save_checkpoint`."""
         if self.log_file is not None:
             self.log_file.flush()
-        bank_checkpoint.save(self)
-        self.saved = self.round
+        loop, session = self.loop, self.session
+        best = {str(run.number): run.best for run in loop.in_flight if run.best is not None}
+        files: dict[str, dict[str, torch.Tensor]] = {
+            "vectors": {"vectors": loop.bank.vectors},
+            "optimizer": loop.adamw.state_dict(),
+            "random": checkpoint.random_state(),
+            **({"best": best} if best else {}),
+        }
+        adapters = [
+            {key: getattr(run, key) for key in ("name", "status", "slot", "after", "reason")}
+            | {"state": {key: value for key, value in vars(run.state).items() if value != _FRESH[key]}}
+            for run in self.runs
+        ]
+        state = {
+            "recipe": self.recipe.to_dict(),
+            "inputs": session.inputs,
+            "processes": self.group.world_size,
+            "slots": loop.bank.slots,
+            "gradient_checkpointing": session.checkpointing,
+            "builds_per_pass": session.builds_per_pass,
+            "totals": dataclasses.asdict(self.totals),
+            "adapters": adapters,
+        }
+        directory = checkpoint.of_rank(self.run_dir, self.group.rank)
+        checkpoint.write(directory, "round", loop.round, files, plain_json(state))
+        checkpoint.prune(directory, loop.round, self.recipe.training.save_total_limit, set())
+        self.saved = loop.round
 
     def finish(self, status: str) -> None:
-        """See `Run.finish`; with the adapters of all processes. NotFinite where a run that is done saved none."""
-        mine = [[run.number, adapter_result(run, self.recipe)] for run in self.runs]
+        """With the adapters of all processes. NotFinite where a run that is done saved none."""
+        mine = [[run.number, self._result(run)] for run in self.runs]
         entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
-        lacking = self.datasets.adapters_without_rows
-        add_results(self.run, self, status, [*entries, *map(without_rows, lacking)])
+        entries += map(_without_rows, self.session.datasets.adapters_without_rows)
+        rounds, seconds, tokens = zip(
+            *self.group.gather([self.loop.round, self.totals.seconds, self.totals.input_tokens]), strict=True
+        )
+        longest = max(seconds)
+        self.summary |= {"status": status, "adapters": entries}
+        self.summary["result"] = {
+            "rounds": max(rounds),
+            "steps": sum(entry["steps"] for entry in entries),
+            "planned_steps": sum(entry["planned_steps"] for entry in entries),
+            "seconds": longest,
+            "tokens_per_second": sum(tokens) / longest if longest else None,
+            **self.measured(),
+        }
+        self.summary["samples"] = []
 
         def write() -> None:
             if status == "done":
-                bank_checkpoint.join_records(self.run_dir, self.group.world_size)
-            write_run(self.run_dir, self.run, self.console)
+                join_records(self.run_dir, self.group.world_size)
+            write_run(self.run_dir, self.summary, self.console)
 
         self.group.on_first(write)
         if status == "done" and all(entry["status"] in ("not_finite", "no_rows") for entry in entries):
             text = "No adapter's loss stayed finite, so none was saved. Lower training.learning_rate."
             raise for_all(NotFinite(text))
+
+    def _result(self, run: AdapterRun) -> dict[str, Any]:
+        """An adapter's entry in run.json; its status is ``unfinished`` while it is still to be trained."""
+        state, before, after = run.state, run.state.before, run.after
+        worse = before is not None and after is not None and has_finite_loss(before) and after["loss"] > before["loss"]
+        few = len(run.rows.train) < self.recipe.training.global_batch_size
+        looks = {GOT_WORSE: worse, TOO_FEW_ROWS: few, REPEATED: run.rows.repeated_rows}
+        return {
+            "name": run.name,
+            "directory": run.directory,
+            "status": run.status if run.has_left else "unfinished",
+            "rows": len(run.rows.train),
+            "eval_rows": len(run.rows.eval),
+            "steps": state.step,
+            "planned_steps": run.steps,
+            "best_step": state.best_step,
+            "train_loss_first": state.train_loss_first,
+            "train_loss_last": state.train_loss_last,
+            "eval_before": before,
+            "eval_after": after,
+            "flags": [flag for flag, holds in looks.items() if holds],
+            **({} if run.reason is None else {"reason": run.reason}),
+        }
+
+
+def _without_rows(name: str) -> dict[str, Any]:
+    """The entry of an adapter whose rows were all dropped or cut away."""
+    empty = ("best_step", "train_loss_first", "train_loss_last", "eval_before", "eval_after")
+    counts = ("rows", "eval_rows", "steps", "planned_steps")
+    entry = {"name": name, "directory": None, "status": "no_rows"}
+    return {**entry, **dict.fromkeys(counts, 0), **dict.fromkeys(empty), "flags": []}
 
 
 def result_of(work: Generator[Records, None, T]) -> T:

@@ -1,7 +1,7 @@
 """Adapters that come and go, trained together on a base that answers requests meanwhile.
 
 Unlike in `many.ManyTrainer`, each adapter has a recipe and rows of its own and may begin, end, be saved or go on at any
-time. The loop is the same (`loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
+time. The loop is the same (`bank_loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
 optimizer step, or a pass over held-out rows. Between two parts the model belongs to whoever answers.
 
 **The model in a part.** It stays in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
@@ -18,14 +18,17 @@ at first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
-import logging
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import new_config, save_adapter, start_from
@@ -33,42 +36,43 @@ from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
-from qvera.data import AdapterRows, planned_steps
+from qvera.data import AdapterRows, data_sha256, planned_steps
 from qvera.models import linear
 from qvera.models.attention import implementation_on
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training import checkpoint
-from qvera.training.bank_checkpoint import SavedRun, save_run
+from qvera.training.bank_loop import BankLoop
 from qvera.training.checkpoint import TrainState
-from qvera.training.loop import BankLoop, Records, Step
-from qvera.training.optim import BankAdamW
+from qvera.training.loop import Records
 from qvera.training.roster import AdapterRun, Roster
 from qvera.training.run_dir import changed_keys
 from qvera.utils import accelerator
-from qvera.utils.errors import InputError, OutOfMemory, RunFailed
-from qvera.utils.out_of_memory import Shortage
+from qvera.utils.atomic import disk_errors, flush
+from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import plain_json
+from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.data import Datasets
     from qvera.models.loader import Base
 
-_logger = logging.getLogger(__name__)
+_JOB_FORMAT = "1"
 ADAPTER = "__training__"  # PEFT's name of the adapter that stands for all that are trained
 _HARMLESS = ("training.on_oom", "training.exact_match_rows")  # keys of a recipe that nothing here reads
 _SHARED = ("weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_chunk_tokens")
 """Keys of ``training`` that all jobs share, besides ``adapter``."""
 
 
-class OnlineTrainer(BankLoop):
+class OnlineTrainer:
     """Trains adapters on a base that answers requests meanwhile.
 
     Methods are called in the thread that runs the model, unless they say otherwise. ``recipe`` says the adapter's
     shape, the optimizer and the rows of a pass, for all. Epochs, rows of a step, learning rate, order and evaluations
-    are those of each job's own recipe. ``pass_rows``: the most rows of a pass, now.
+    are those of each job's own recipe.
     """
 
-    logs_all_scores = True
+    loop: BankLoop  # from the first `begin` on
 
     def __init__(self, base: Base, recipe: Recipe, slots: int) -> None:
         """Check that it can be done (else InputError); nothing is changed yet. May be called from any thread."""
@@ -76,8 +80,6 @@ class OnlineTrainer(BankLoop):
             raise InputError(f"adapters trained at once: expected at least 1, got {slots}.")
         require_trainable(base, recipe)
         self.recipe, self.slots, self._base = recipe, slots, base
-        self.device = next(base.model.parameters()).device
-        self.pass_rows = recipe.training.per_device_train_batch_size
         self._roster = Roster((), slots, None)
         self._numbers = itertools.count()
         self._attached = False
@@ -125,17 +127,15 @@ class OnlineTrainer(BankLoop):
         """
         if run.slot is not None or not self.free_slots:
             raise ValueError(f"{run.name}: " + ("is in flight" if run.slot is not None else "there is no free slot"))
-        saved_run = None if saved is None else SavedRun.read(saved, run, self._base)
+        saved_job = None if saved is None else SavedJob.read(saved, run, self._base)
         if not self._attached:
-            self._attach()
+            self._attach(run.datasets.pad_id)
         run.state, run.best, run.after, run.reason = TrainState(), None, None, None
-        slot = self._roster.enter(run)
+        self._roster.enter(run)
         try:
-            self.bank.start(slot)
-            self.adamw.reset(slot)
-            if saved_run is not None:
-                saved_run.put_into(run, self.bank, self.adamw)
-            run.begin()
+            self.loop.begin(run)
+            if saved_job is not None:
+                saved_job.put_into(run, self.loop)
         except BaseException:
             self._roster.leave(run, "waiting")
             raise
@@ -151,56 +151,57 @@ class OnlineTrainer(BankLoop):
         try:
             with self._training():
                 if self._work is None:
-                    self._work = self.take_round()
+                    self._work = self.loop.take_round()
                 records = next(self._work, None)
                 if records is None:  # the round was at its end; its successor has work
-                    self._work = self.take_round()
+                    self._work = self.loop.take_round()
                     records = next(self._work, [])
-                return records
+                return [record for record in records if record["kind"] != "round"]
         except Exception:
             # whatever it was, what is half done is not gone on with
-            self._work = self.step = None
-            self.bank.gradients.zero_()
-            forget_inputs(self.model)
+            self._work = self.loop.step = None
+            self.loop.drop_gradients()
+            forget_inputs(self.loop.model)
             raise
 
     def end(self, run: AdapterRun) -> None:
         """Free a job's slot, whether it is done, paused or cancelled. Its part of a round under way is dropped."""
         if run not in self.in_flight:
             return
-        self.drop_run(run)
-        if self.step is not None and not self.step.targets:
-            self._work = self.step = None
-        self.bank.gradients[run.held_slot].zero_()
+        loop = self.loop
+        loop.drop_run(run)
+        if loop.step is not None and not loop.step.shares:
+            self._work = loop.step = None
+        loop.bank.gradients[run.held_slot].zero_()
         ended: Any = "waiting" if not run.has_ended else "done" if run.reason is None else "not_finite"
         self._roster.leave(run, ended)
 
     def save(self, run: AdapterRun, file: Path) -> None:
-        """Write a job's state to a file (`bank_checkpoint`). RunFailed if the disk is full; an earlier file stays."""
-        save_run(file, run, self.bank, self.adamw, self._base)
+        """Write a job's state to a file (`save_job`). RunFailed if the disk is full; an earlier file stays."""
+        save_job(file, run, self.loop, self._base)
 
     def save_adapter(self, run: AdapterRun, directory: Path) -> None:
         """Write the adapter of a job in flight. RunFailed where the disk is full; an earlier adapter is kept."""
-        save_adapter(self.model, directory, vectors=self.bank.take(run.held_slot), adapter=ADAPTER)
+        save_adapter(self.loop.model, directory, vectors=self.loop.bank.take(run.held_slot), adapter=ADAPTER)
 
-    def _attach(self) -> None:
+    def _attach(self, pad_id: int) -> None:
         """Put the adapter on that stands for all, and make the bank."""
-        facts, section = self._base.facts, self.recipe.adapter
+        facts, section, training = self._base.facts, self.recipe.adapter, self.recipe.training
         config = new_config(section, facts.get("path"), facts.get("fingerprint"), None, self.recipe.model)
         adapted = self._base.adapted
         is_on = adapted is not None and ADAPTER in adapted.peft_config  # an attempt before this one failed later
-        self.model = adapted if is_on else add_adapter(self._base, ADAPTER, config)
-        leave_to_training(self.model, ADAPTER)
+        model: Any = adapted if is_on else add_adapter(self._base, ADAPTER, config)
+        leave_to_training(model, ADAPTER)
         if section.init_from is not None:
-            start_from(self.model, config, section.init_from, ADAPTER)
-        with training_layout(self.model, ADAPTER):
-            for layer in adapted_layers(self.model):
+            start_from(model, config, section.init_from, ADAPTER)
+        with training_layout(model, ADAPTER):
+            for layer in adapted_layers(model):
                 if layer.carries(ADAPTER):
                     layer.set_adapter([ADAPTER])  # what its method trains gets gradients
-            self.bank = AdapterBank(self.model, self.slots, ADAPTER)
-        self.adamw = BankAdamW(self.bank, self.recipe.training)
-        mode = self.recipe.training.gradient_checkpointing
-        enable_checkpointing(self.model, True if mode == "auto" else mode, by_tiles=False)
+            bank = AdapterBank(model, self.slots, ADAPTER)
+        self.loop = BankLoop(model, bank, self._roster, training, pad_id, beside_answers=True)
+        mode = training.gradient_checkpointing
+        enable_checkpointing(model, True if mode == "auto" else mode, by_tiles=False)
         self._attached = True
 
     @contextlib.contextmanager
@@ -208,53 +209,20 @@ class OnlineTrainer(BankLoop):
         """The model as a part needs it; see the module's docstring."""
         model = self._base.model
         answering, was_training = model.config._attn_implementation, model.training
-        with accelerator.forked_random_state(), training_layout(self.model, ADAPTER):
+        with accelerator.forked_random_state(), training_layout(self.loop.model, ADAPTER):
             if self._random is None:
                 torch.manual_seed(self.recipe.training.seed)
             else:
                 checkpoint.set_random_state(self._random)
             try:
                 model.set_attn_implementation(_implementation(model))
-                self.model.train()
+                self.loop.model.train()
                 yield
                 accelerator.synchronize()  # a part has ended when its kernels have
             finally:
-                self.model.train(was_training)
+                self.loop.model.train(was_training)
                 model.set_attn_implementation(answering)
                 self._random = checkpoint.random_state()
-
-    def take_step(self) -> Iterator[Records]:
-        """See `Loop.take_step`. Memory that runs out in the optimizer ends the jobs whose vectors it stepped."""
-        try:
-            yield from super().take_step()
-        except RunFailed as error:  # some vectors have been stepped and some have not
-            for run in self.step.targets if self.step is not None else ():
-                run.reason = str(error)
-            self.step = None
-            self.bank.gradients.zero_()
-
-    def make_smaller(self, step: Step, shortage: Shortage | None) -> Records:
-        """See `Loop.make_smaller`."""
-        runs = [run for run, _ in step.passes[0]]
-        if len(runs) > 1:
-            self.pass_rows = len(runs) // 2
-            _logger.warning(
-                "Memory ran out with %d rows a pass (%s); going on with %d.", len(runs), shortage, self.pass_rows
-            )
-        else:
-            tokens = len(step.examples[0].input_ids)
-            runs[0].reason = (
-                f"step {runs[0].state.step + 1}: memory ran out with a single row of {tokens:,} tokens "
-                f"({step.examples[0].source}): {shortage}. Shorten it, or lower data.max_length."
-            )
-            self.pass_rows = self.recipe.training.per_device_train_batch_size  # it was this row that took the memory
-        return []
-
-    def scores_failed(self, error: OutOfMemory, runs: Sequence[AdapterRun]) -> None:
-        """See `BankLoop.scores_failed`: the jobs whose rows were in the pass end."""
-        forget_inputs(self.model)
-        for run in runs:
-            run.reason = str(error)
 
 
 def _implementation(model: Any) -> str:
@@ -284,3 +252,97 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
         )
     if base.facts.get("added_tokens"):
         raise InputError("model.added_tokens: this base has tokens of its own, whose rows no job could train.")
+
+
+def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
+    """Write the state of an adapter in flight to a safetensors file. After a kill it is whole: the new or the old one.
+
+    Tensors, fp32: ``vectors`` [numbers], the moments ``first`` and ``second`` [trained numbers], and ``best`` [numbers]
+    where the recipe keeps the vectors of the best step. Metadata: ``format``, ``state`` (a JSON object) and ``sha256``
+    over the state and all tensors.
+    """
+    slot, bank, adamw = run.held_slot, loop.bank, loop.adamw
+    tensors = {"vectors": bank.vectors[slot], "first": adamw.first[slot], "second": adamw.second[slot]}
+    if run.best is not None:
+        tensors["best"] = run.best
+    state = {
+        "job": run.name,
+        **_inputs_of(run, base),
+        "recipe": run.recipe.to_dict(),
+        "optimizer_steps": adamw.steps[slot],
+        "state": dataclasses.asdict(run.state),
+        "after": run.after,
+        "reason": run.reason,
+    }
+    text = json.dumps(plain_json(state))
+    held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": _JOB_FORMAT, "state": text, "sha256": _sha256(text, held)}
+    partial = file.with_name(f".{file.name}.partial")
+    with disk_errors(str(file), "What was saved before is kept."):
+        try:
+            save_tensors(held, partial, metadata)
+            flush(partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+        flush(file.parent)
+
+
+@dataclasses.dataclass
+class SavedJob:
+    """What `save_job` wrote."""
+
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path, run: AdapterRun, base: Base) -> Self:
+        """Read and verify a job's file. InputError where it is damaged, or of another job, rows, recipe or base."""
+        try:
+            with safe_open(file, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no dict
+            if metadata["format"] != _JOB_FORMAT:
+                raise InputError(f"{file}: has the format {metadata['format']}; this qvera reads format {_JOB_FORMAT}.")
+            if metadata["sha256"] != _sha256(metadata["state"], tensors):
+                raise ValueError("its SHA-256 is another one")
+            saved = cls(tensors, json.loads(metadata["state"]))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"{file}: is no saved state of a job, or is damaged ({first_line(error)}) Begin the job anew."
+            ) from None
+        try:
+            TrainState(**saved.state["state"])
+        except TypeError as error:
+            raise InputError(
+                f"{file}: was written by another version of qvera ({error}). Begin the job anew."
+            ) from None
+        if changed := changed_keys(saved.state["recipe"], run.recipe):
+            raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.name}.")
+        for key, value in {"job": run.name, **_inputs_of(run, base)}.items():
+            if saved.state.get(key) != value:
+                raise InputError(
+                    f"{file}: has another {key} than {run.name}. Give the file of this job, or begin anew."
+                )
+        return saved
+
+    def put_into(self, run: AdapterRun, loop: BankLoop) -> None:
+        """Let a job in flight go on from here."""
+        slot, bank, adamw = run.held_slot, loop.bank, loop.adamw
+        bank.vectors[slot].copy_(self.tensors["vectors"])
+        adamw.first[slot].copy_(self.tensors["first"])
+        adamw.second[slot].copy_(self.tensors["second"])
+        adamw.steps[slot] = self.state["optimizer_steps"]
+        run.best, run.state = self.tensors.get("best"), TrainState(**self.state["state"])
+        run.after, run.reason = self.state["after"], self.state["reason"]
+
+
+def _inputs_of(run: AdapterRun, base: Base) -> dict[str, Any]:
+    return {"rows": data_sha256(run.datasets), "base": base.facts.get("fingerprint")}
+
+
+def _sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name].numpy().tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A run: the loop around the steps, and its directory with lock, signals, metrics.jsonl, checkpoints and run.json.
+"""A run: a session and its loop, with lock, signals, metrics.jsonl, checkpoints and run.json in a directory.
 
 A resumed run gives the same bits as an uninterrupted one: the rows of step k depend on k alone, the loss is the mean
 over the trained tokens of the whole global batch, and a checkpoint holds all else that a step depends on.
@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvera.adapters.files.save_load import adapter_facts
 from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
 from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
-from qvera.training.session import TrainingSession
+from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import Interrupted, OutOfMemory, RunFailed
 from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from qvera.config.schema import Recipe
-    from qvera.distributed.group import Group
+    from qvera.training.loop import Loop
+    from qvera.training.session import TrainingSession
 
 RESTART_WAIT_SECONDS = 60.0  # for the lock of the process whose place a restarted run takes
 
@@ -38,13 +38,18 @@ class RunResult:
     run: dict[str, Any]
 
 
-class Run(TrainingSession):
-    """A session with a run directory: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
+class Run(ABC):
+    """`open_run_dir`, `load_data`, `setup` and `train`, in this order; the session's model is loaded before `setup`.
+
+    ``summary`` becomes run.json.
+    """
 
     unit = "step"  # what is counted, saved and logged: optimizer steps of the adapter, or rounds of all of them
+    loop: Loop[Any]
 
-    def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
-        super().__init__(recipe, run_dir, group, console)
+    def __init__(self, session: TrainingSession) -> None:
+        self.session, self.recipe, self.run_dir = session, session.recipe, session.run_dir
+        self.group, self.console, self.warn = session.group, session.console, session.warn
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.resume = False
         self.signals = StopRequests()
@@ -52,10 +57,10 @@ class Run(TrainingSession):
         self.log_file: MetricsLog | None = None
         self.on_step: Callable[[dict[str, Any]], object] | None = None
         self.callback_error: Exception | None = None
-        self.run: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
         self.saved = 0
-        names = recipe.training.report_to if group.first else []
-        self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
+        names, config = self.recipe.training.report_to if self.group.first else [], self.recipe.to_dict()
+        self.trackers = self.group.agree(lambda: Trackers(names, self.run_dir, config))
 
     def open_run_dir(self, resume: bool) -> None:
         """Lock the run directory and check that it fits. A restarted run resumes what this launch has begun."""
@@ -66,11 +71,19 @@ class Run(TrainingSession):
         def open_it() -> bool:
             begun = again and group.has_flag(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
             wait_seconds = RESTART_WAIT_SECONDS if again else 0.0
-            self.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
+            self.session.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
             check_run_dir(run_dir, self.recipe, resume or begun)
             return resume or begun
 
         self.resume = group.on_first(open_it)
+
+    def load_data(self, preview: bool = False) -> None:
+        """See `TrainingSession.load_data`."""
+        self.session.load_data(preview)
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Make the loop, load the checkpoint to resume from, try the longest batch, and open the run's files."""
 
     def open_files(self, again: str | None = None) -> None:
         """Open metrics.jsonl without records after the last step, then write recipe.yaml. All ranks call this.
@@ -86,6 +99,35 @@ class Run(TrainingSession):
                 replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
 
         self.group.on_first(open_them)
+
+    def write_begun(self, planned_steps: int, **facts: Any) -> None:
+        """Write run.json while the run goes. ``facts``: of its adapter. All ranks call this."""
+        session = self.session
+        self.summary = {
+            "format": 1,
+            "status": "running",
+            "started": self.started,
+            "planned_steps": planned_steps,
+            "model": session.base.facts,
+            "adapter": {**adapter_facts(session.model), "file_bytes": None, **facts},
+            "data": {**session.datasets.stats.to_dict(), "sha256": session.inputs["rows"]},
+            "versions": memory.versions(),
+            "device": memory.device_name(session.device),
+            "plan": None if session.plan is None else session.plan.to_dict(),
+            "gradient_checkpointing": session.checkpointing,
+            "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed},
+        }
+        self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
+
+    def measured(self) -> dict[str, Any]:
+        """Peak memory, for the result in run.json; also added to its plan and processes. All ranks call this."""
+        watch, plan = self.session.watch, self.session.plan
+        mapped_bytes = 0 if accelerator.is_accelerator(self.session.device) else memory.mapped_weights_bytes()
+        peaks = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
+        self.summary["processes"]["ranks"] = peaks
+        if plan is not None:
+            self.summary["plan"]["measured"] = plan.measured(watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes)
+        return {"peak_bytes": watch.peak_bytes, "mapped_bytes": mapped_bytes}
 
     def write_records(self, *records: dict[str, Any]) -> None:
         """Write records to metrics.jsonl and, on rank 0, hand them to `on_step`, which may ask the run to stop.
@@ -108,16 +150,11 @@ class Run(TrainingSession):
             self.signals.asked = self.signals.asked or "on_step"
             return
 
-    def write_begun(self, **known: Any) -> None:
-        """Write run.json while the run goes; ``known``: what it has besides `begun_run`. All ranks call this."""
-        self.run |= known
-        self.group.on_first(lambda: write_run_json(self.run_dir, self.run))
-
     def train(self) -> RunResult | None:
         """Take the steps that are left, save what came out, and write run.json. Returns the result on rank 0."""
         with self.signals, self.trackers:
             self.score_before()
-            self.model.train()
+            self.session.model.train()
             with ProgressBar(self.console, self.steps, self.steps_behind) as self.progress:
                 while self.has_steps_left and not self.stop_requested():
                     if self.take_turn():
@@ -132,22 +169,27 @@ class Run(TrainingSession):
                 raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
             self.complete()
         self.finish("done")
-        return RunResult(self.run_dir, self.run) if self.group.first else None
+        return RunResult(self.run_dir, self.summary) if self.group.first else None
 
     @property
+    @abstractmethod
     def count(self) -> int:
         """How many steps or rounds have been taken."""
-        return self.state.step
 
     @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of the whole run in this process."""
+
+    @property
+    @abstractmethod
     def steps_behind(self) -> int:
         """How many of ``steps`` are done, for the progress bar."""
-        return self.state.step
 
     @property
+    @abstractmethod
     def has_steps_left(self) -> bool:
         """Whether `take_turn` has anything to do."""
-        raise NotImplementedError
 
     @property
     def is_whole(self) -> bool:
@@ -156,8 +198,8 @@ class Run(TrainingSession):
 
     def end(self, error: RunFailed) -> RunFailed:
         """Save the last whole step where memory ran out, and write run.json; returns the error to raise."""
-        if self.group.world_size > 1 and self.step_group.world_size == 1:
-            return OutOfMemory(str(error))  # this rank's own: the others are elsewhere, and must hear of it
+        if self.group.world_size > 1 and self.loop.group.world_size == 1:
+            return type(error)(str(error))  # this rank's own: the others are elsewhere, and must hear of it
         if self.group.world_size > 1 and not error.shared:
             return error  # the other ranks are elsewhere
         if isinstance(error, OutOfMemory):
@@ -171,31 +213,31 @@ class Run(TrainingSession):
         self.finish("failed")
         return error
 
+    @abstractmethod
     def score_before(self) -> None:
         """Score the held-out rows before the first step, unless that is done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_turn(self) -> bool:
         """Take one step or round, log it, and evaluate where that is due; True where a checkpoint is due."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop_requested(self) -> bool:
         """Whether a signal asks this run to stop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save_checkpoint(self) -> None:
         """Save everything that a later step depends on, and delete checkpoints beyond the recipe's limit."""
-        raise NotImplementedError
 
-    def meet(self) -> None:
+    def meet(self) -> None:  # noqa: B027  # optional
         """Wait until every process has taken its last step, where they take steps apart."""
 
-    def complete(self) -> None:
+    def complete(self) -> None:  # noqa: B027
         """Save what was trained, and score it."""
 
+    @abstractmethod
     def finish(self, status: str) -> None:
         """Write run.json and the report; ``status``: ``done``, ``interrupted`` or ``failed``. All ranks call it.
 
         The ranks wait for it: a launcher that sees one leave with 75 ends the others.
         """
-        raise NotImplementedError

@@ -1,87 +1,68 @@
-"""A training from its recipe to its first step: rows, plan, base, adapter, optimizer, engine, longest batch."""
+"""What a training has loaded before its first step: rows, plan, base, adapter. Loops over it: `loop`, `bank_loop`."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
-from qvera.adapters.files.save_load import attach, check_start, rate_factors
-from qvera.adapters.hooks import TrainingHook, TrainingHooks
-from qvera.adapters.methods import check_recipe, method_of
+from qvera.adapters.files.save_load import attach, check_start
+from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
 from qvera.config import plugins
 from qvera.config.schema import Recipe
-from qvera.data import (
-    Batches,
-    Datasets,
-    Example,
-    batches_of,
-    build_datasets,
-    data_warnings,
-    lengths_of,
-    print_preflight,
-)
+from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warnings, lengths_of, print_preflight
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import require_deepspeed, zero_config_of
 from qvera.distributed.zero_params import BaseSharder
-from qvera.models.attention import choose_implementation, require_packing, rows_joined
+from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
 from qvera.models.tokenizer import load_processor
 from qvera.tasks import task_of
-from qvera.training.checkpoint import TrainState
-from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
-from qvera.training.loop import AloneLoop
-from qvera.training.optim import build_optimizer, build_scaler, require_all_stepped
-from qvera.training.plan import Plan, Sharing, longest_rows, make_plan, planned_steps
+from qvera.training.optim import build_scaler
+from qvera.training.plan import Plan, Sharing, make_plan
 from qvera.training.plan.decisions import mode_word
 from qvera.training.plan.memory import spread_of
 from qvera.training.plan.plan import run_lines
 from qvera.training.plan.run import NotPlannable, changed
 from qvera.training.rank_checks import check_disk_space, check_memory, check_same_data, check_same_setup, count_nodes
-from qvera.training.run_dir import inputs_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import Shortage, is_out_of_memory, or_shortage
+from qvera.utils.out_of_memory import is_out_of_memory
 from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
-
     from qvera.models.model_class import ModelClass
 
-T = TypeVar("T")
 
-
-class TrainingSession(AloneLoop):
+class TrainingSession:
     """What a training has loaded. All ranks call each method together, in the order in which they stand here."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
         """Compare the ranks and seed them; nothing is loaded yet."""
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
-        self.step_group = group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
-        self.state, self.task = TrainState(), task_of(recipe)
+        self.task = task_of(recipe)
         self.zero = group.agree(lambda: zero_config_of(recipe))
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
         group.agree(lambda: check_recipe(recipe))
-        group.agree(lambda: self.task.check(recipe))
-        check_same_setup(recipe, group, self.console)
+        group.agree(self.task.check)
+        if group.world_size > 1:
+            check_same_setup(recipe, group, self.console)
         self.sharder: BaseSharder | None = None
         asked = recipe.training.gradient_checkpointing
         self.checkpointing: Mode = True if asked == "auto" else asked  # where no plan can be made
@@ -101,8 +82,8 @@ class TrainingSession(AloneLoop):
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """`inputs_of` this training."""
-        return inputs_of(self.datasets, self.base)
+        """What a step depends on besides the recipe: SHA-256 of the rows, fingerprint of the base."""
+        return {"rows": data_sha256(self.datasets), "base": self.base.facts.get("fingerprint")}
 
     def warn(self, text: str) -> None:
         """Print a sentence in yellow."""
@@ -140,7 +121,7 @@ class TrainingSession(AloneLoop):
         self._plan_memory()
 
     def load_model(self) -> None:
-        """Plan the memory, load the base, put a fresh adapter on it and build its optimizer."""
+        """Plan the memory, load the base and put a fresh adapter on it."""
         recipe, group = self.recipe, self.group
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
@@ -151,7 +132,7 @@ class TrainingSession(AloneLoop):
         self.plan = self._plan_memory()
         # of W + ΔW. Layers choose their path by it, so a run that goes on keeps it, whatever memory allows now
         self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
-        model_class = self.task.model_class(recipe, self.datasets)
+        model_class = self.task.model_class(self.datasets)
         self.base = self._load_base(model_class)
         if recipe.data.has_adapters:
             choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
@@ -160,7 +141,8 @@ class TrainingSession(AloneLoop):
             self.warn(note)
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         count = len(self.datasets.train)
-        changes = {k: v for each in plugins.schedules() for k, v in each.config(recipe, count).items()}
+        schedules = plugins.schedules_of(training=recipe.training)
+        changes = {k: v for each in schedules for k, v in each.config(recipe, count).items()}
         with status_line(self.console, "Putting the adapter on") as update:
             self.model = attach(
                 self.base.model,
@@ -176,68 +158,44 @@ class TrainingSession(AloneLoop):
             require_positions(self.model, lengths_of(rows))
         if recipe.data.packing:
             require_packing(self.model)
-        self.task.prepare(self.model, self.base.tokenizer, self.datasets, recipe.training)
-        self.make_optimizer()
+        self.task.prepare(self.model, self.base.tokenizer, self.datasets)
 
-    def make_optimizer(self) -> None:
-        """Make the order of the rows, the optimizer and the step hooks, once the adapter is on the model."""
-        recipe, group = self.recipe, self.group
-        self.batches = batches_of(recipe, self.datasets.train)
-        vectors, stepper = trained_vectors(self.model), method_of(recipe.adapter).optimizer(self.model, recipe)
-        if stepper is not None:
-            require_all_stepped(stepper, vectors, recipe)
-        self.optimizer = stepper or build_optimizer(recipe.training, vectors, rate_factors(self.model, recipe))
-        self.steps = planned_steps(recipe, len(self.datasets.train))
-        hooks: dict[str, TrainingHook | None] = {
-            recipe.adapter.method: method_of(recipe.adapter).step_hook(
-                self.model, recipe, self.optimizer, self.steps, group
-            ),
-            **{schedule.name: schedule.hook(self) for schedule in plugins.schedules()},
-        }
-        self.hooks = TrainingHooks({name: hook for name, hook in hooks.items() if hook is not None})
-
-    def build_engine(self, schedule: LRScheduler, steps: int) -> None:
-        """Build what steps the vectors, and try the longest batch of ``steps`` steps. InputError if it does not fit."""
-        self.schedule, self.steps = schedule, steps
-        self.prepare_model()
-        if self.sharder is None:
-            self.group.agree(self._try_longest_batch)
-        self.engine = self.make_engine()
-        if self.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells the others
-            self._try_longest_batch()
-            self.engine.forget_module_order()
-
-    def prepare_model(self, alone: bool = True) -> None:
+    def prepare_model(self, alone: bool = True, start: Callable[[], object] = lambda: None) -> None:
         """Set gradient checkpointing, compilation and held weights before the first pass, as recipe and plan say.
 
-        ``alone``: every pass is of one adapter. Else no W + ΔW can be held, and no MLP be taken by tiles.
+        ``alone``: every pass is of one adapter. Else no W + ΔW can be held, and no MLP be taken by tiles. ``start`` may
+        set the vectors; layers are neither compiled nor do they hold weights then.
         """
         enable_checkpointing(self.model, self.checkpointing, by_tiles=alone)
-        if self.state.step == 0:
-            self.hooks.start(self)
+        start()
         if self.recipe.training.torch_compile:
             compile_layers(self.model)
         holds = alone and self.plan is not None and self.plan.holds_weights
         hold_training_weights(self.model, holds, self.builds_per_pass)
 
-    def make_engine(self) -> LocalEngine:
-        """Plain torch, or DeepSpeed where the recipe asks for it."""
-        if self.zero is None:
-            limit = self.recipe.training.max_grad_norm
-            return LocalEngine(
-                trained_vectors(self.model), self.optimizer, self.schedule, limit, self.group, self.scaler
-            )
-        parts = self.model, self.optimizer, self.schedule, self.group
-        return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload", self.scaler)
+    def try_longest_batch(self, examples: list[Example], do: Callable[[list[Example]], object]) -> None:
+        """Let ``do`` take forward and backward over the longest batch of the run. It leaves no trace.
 
-    def train_step(self) -> dict[str, Any]:
-        """Take an optimizer step on the mean loss over the global batch's targets; returns its metrics.jsonl record.
-
-        Its kind is ``train``, or ``skipped`` or ``out_of_memory`` where no step was taken. ``learning_rate`` and
-        ``loss_scale`` are those that the step was taken with.
+        ``do`` drops the gradients, so that neither the vectors nor DeepSpeed's buffers hold them; random state and mode
+        are restored. Under ZeRO-3 all ranks call this together, once the engine's hooks gather the weights. Memory that
+        runs out is an InputError that says what would help; with ``training.on_oom: halve`` and several rows it is a
+        warning.
         """
-        *_, [record] = self.take_step()
-        return record
+        recipe, model = self.recipe, self.model
+        was_training = model.training
+        try:
+            with status_line(self.console, "Trying the longest batch"), accelerator.forked_random_state():
+                model.train()
+                do(examples)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if recipe.training.on_oom == "save" or len(examples) == 1:
+                raise longest_batch_error(recipe, self.plan, bool(self.checkpointing), examples) from None
+            self.warn(f"The longest batch does not fit into memory ({first_line(error)}). A step with it is halved.")
+        finally:
+            model.train(was_training)
+            forget_inputs(model)
 
     def _load_base(self, model_class: ModelClass) -> Base:
         section = self.recipe.model
@@ -296,84 +254,3 @@ class TrainingSession(AloneLoop):
             f"Gradient checkpointing was {mode_word(recorded)} when the run began, which does not fit into memory now; "
             f"it goes on with {mode_word(self.checkpointing)}, and its numbers may differ in the last bits."
         )
-
-    def _try_longest_batch(self) -> None:
-        if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
-            with status_line(self.console, "Trying the longest batch"):
-                self.run_longest_batch()
-
-    def run_longest_batch(self) -> None:
-        """Forward and backward over the longest batch of the run. It leaves no trace: the run gives the same bits.
-
-        The gradients are dropped, so that neither the vectors nor DeepSpeed's buckets hold them; random state and mode
-        are restored. Under ZeRO-3 all ranks call this together, once the engine's hooks gather the weights. Memory that
-        runs out is an InputError that says what would help; with ``training.on_oom: halve`` and several rows it is a
-        warning.
-        """
-        recipe, model = self.recipe, self.model
-        examples = self.longest_batch()
-        was_training = model.training
-        try:
-            with accelerator.forked_random_state():
-                model.train()
-                self.try_batch(examples)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if recipe.training.on_oom == "save" or len(examples) == 1:
-                raise longest_batch_error(recipe, self.plan, bool(self.checkpointing), examples) from None
-            self.warn(f"The longest batch does not fit into memory ({first_line(error)}). A step with it is halved.")
-        finally:
-            model.train(was_training)
-            forget_inputs(model)
-
-    def longest_batch(self) -> list[Example]:
-        """The rows of the run's longest forward pass."""
-        recipe, rows = self.recipe, self.datasets.train
-        prefix_once = recipe.data.prefix_once and self.task.joins_rows
-        joined = rows_joined(self.model, prefix_once, recipe.data.packing)
-        return [rows[i] for i in longest_rows(recipe, rows, joined, self.steps)]
-
-    def try_batch(self, examples: list[Example]) -> None:
-        """Forward and backward over the rows; the gradients are dropped."""
-        nll, trained = self.nll(examples)
-        torch.autograd.grad(nll / trained, list(trained_vectors(self.model).values()), allow_unused=True)
-
-    def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:
-        """What ``do`` makes of this rank's passes over training rows; all ranks call it together.
-
-        Where memory runs out on one of them, all begin again with passes of half the size; what ``do`` returned is
-        dropped. Later steps keep their passes. InputError with ``training.on_oom: save``, or a single row in a pass.
-        ``what`` begins the warning, as ``The gradient of the first rows``.
-        """
-        group, train, batches = self.group, self.datasets.train, copy.copy(self.batches)
-        while True:
-            passes = batches.passes(rows, group.rank, group.world_size)
-            result = or_shortage(functools.partial(do, passes), self.device)
-            forget_inputs(self.model)
-            short = [text for text in group.gather(str(result) if isinstance(result, Shortage) else None) if text]
-            if not isinstance(result, Shortage) and not short:
-                return result
-            largest = [train[i] for i in max(passes, key=len)]
-            sizes = group.gather([len(largest), sum(len(example.input_ids) for example in largest)])
-            most, tokens = (max(each) for each in zip(*sizes, strict=True))
-            if self.recipe.training.on_oom == "save" or most == 1:
-                raise longest_batch_error(self.recipe, self.plan, bool(self.checkpointing), largest)
-            self.warn(f"{what} does not fit into memory ({short[0]}): its passes are halved.")
-            batches.limit((tokens if self.recipe.data.packing else most) // 2)
-
-    def branch(
-        self, datasets: Datasets, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LRScheduler
-    ) -> TrainingSession:
-        """A training of the same model on other rows, without hooks, from step 0; this one's state stays as it is."""
-        other = copy.copy(self)
-        other.datasets, other.batches, other.optimizer, other.schedule = datasets, batches, optimizer, schedule
-        other.state, other.hooks = TrainState(), TrainingHooks()
-        other.engine = other.make_engine()
-        return other
-
-    def held_out_loss(self) -> dict[str, Any]:
-        """Loss and scores of all held-out rows, the same values on all ranks."""
-        training, datasets = self.recipe.training, self.datasets
-        result = self.task.held_out_loss(self.model, datasets.eval, datasets, training, self.group)
-        return self.group.broadcast(result)

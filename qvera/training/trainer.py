@@ -17,22 +17,16 @@ from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
 from qvera.evaluation import held_out
 from qvera.training import checkpoint
-from qvera.training.checkpoint import TrainState
+from qvera.training.checkpoint import Checkpoint, TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.logging import repeat_line
+from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
-from qvera.training.optim import build_schedule, optimizer_bytes
+from qvera.training.optim import optimizer_bytes
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import (
-    add_result,
-    begun_run,
-    begun_samples,
-    check_run_dir,
-    newest_checkpoint,
-    require_same_inputs,
-    write_run,
-)
+from qvera.training.run_dir import check_run_dir, write_run, write_run_json
+from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
@@ -64,16 +58,16 @@ def train(
         Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or ``on_step`` stopped the run after a step, which was saved.
         RunFailed: a loss or gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
-    kind = ManyTrainer if recipe.data.has_adapters else Trainer
-    with in_group() as group, kind(recipe, run_dir, group, console) as trainer:
+    with in_group() as group, TrainingSession(recipe, run_dir, group, console) as session:
+        trainer = ManyTrainer(session) if recipe.data.has_adapters else Trainer(session)
         if dry_run:
             group.on_first(lambda: check_run_dir(run_dir, recipe, resume))
             trainer.load_data(preview=True)
-            trainer.check_model()
+            session.check_model()
             return None
         trainer.open_run_dir(resume)
         trainer.load_data()
-        trainer.load_model()
+        session.load_model()
         trainer.setup()
         trainer.on_step = on_step
         try:
@@ -86,63 +80,79 @@ def train(
 class Trainer(Run):
     """A run of one adapter. All processes call each method together."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.after: dict[str, Any] | None = None
-        self.samples: Sequence[dict[str, Any]] = ()
-        self.extra: dict[str, Any] = {}
+    loop: AloneLoop
+    after: dict[str, Any] | None = None
+    samples: Sequence[dict[str, Any]] = ()
 
     def setup(self) -> None:
-        """Build schedule and engine, load the checkpoint to resume from, and open the run's files."""
-        self.schedule = build_schedule(self.recipe.training, self.optimizer, self.steps)
+        self.loop = AloneLoop(self.session)
+        self.extra: dict[str, Any] = {}  # what hooks add to the result
         if self.resume:
             self.load_checkpoint()
         self.saved = self.state.step  # a directory of another step's name may be damaged
-        self.build_engine(self.schedule, self.steps)
+        self.loop.start()
         self.open_files(again="eval" if self.state.evaluation_due else None)
-        self.run = begun_run(self, self.started)
-        facts, others = self.run["adapter"], self.group.world_size - 1
+        self.write_begun(self.steps)
+        facts, others = self.summary["adapter"], self.group.world_size - 1
         head = f", and {facts['head_parameters']:,} of a head," if "head_parameters" in facts else ""
         self.console.print(
             f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
-            f"of rank 64: {facts['lora_r64_parameters']:,}){head} for {self.steps} steps on {self.run['device']}"
+            f"of rank 64: {facts['lora_r64_parameters']:,}){head} for {self.steps} steps on {self.summary['device']}"
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
         )
-        self.write_begun()
+
+    @property
+    def state(self) -> TrainState:
+        """How far the adapter is."""
+        return self.loop.state
+
+    @property
+    def count(self) -> int:
+        return self.state.step
+
+    steps_behind = count
+
+    @property
+    def steps(self) -> int:
+        return self.loop.steps
 
     @property
     def has_steps_left(self) -> bool:
-        """See `Run.has_steps_left`. An evaluation that memory ran out in is made first."""
+        """An evaluation that memory ran out in is made first."""
         return self.state.evaluation_due or (self.state.step < self.steps and not self.state.stopped_early)
 
     def score_before(self) -> None:
-        """See `Run.score_before`."""
         state = self.state
-        if state.before is None and self.datasets.eval:
+        if state.before is None and self.loop.datasets.eval:
             state.before, state.samples_before = self.score("Before training")
-            self.write_begun(result={"eval_before": state.before}, samples=begun_samples(state.samples_before))
+            self.summary |= {"result": {"eval_before": state.before}, "samples": self._samples_before()}
+            self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
+
+    def _samples_before(self) -> list[dict[str, Any]]:
+        answers = self.state.samples_before
+        return [{"prompt": a["prompt"], "reference": a["reference"], "before": a["answer"]} for a in answers]
 
     def take_turn(self) -> bool:
-        """See `Run.take_turn`. A new best step is saved at once, so that its vectors are on disk whatever comes."""
+        """A new best step is saved at once, so that its vectors are on disk whatever comes."""
         training, state = self.recipe.training, self.state
         goes_on_with_evaluation, best_step = state.evaluation_due, state.best_step
         if not goes_on_with_evaluation:
             try:
-                record = self.train_step()
+                record = self.loop.train_step()
             except RunFailed as error:
                 raise self.end(error) from None
             self.log(record)
             if record["kind"] != "train":  # it was not taken
                 return False
             every = training.eval_steps
-            state.evaluation_due = bool(self.datasets.eval) and every > 0 and state.step % every == 0
+            state.evaluation_due = bool(self.loop.datasets.eval) and every > 0 and state.step % every == 0
         if state.evaluation_due:
             self.evaluate()
         return goes_on_with_evaluation or state.step % training.save_steps == 0 or state.best_step != best_step
 
     def complete(self) -> None:
-        """See `Run.complete`. Where training made the held-out loss not finite, the adapter is deleted (NotFinite)."""
+        """Where training made the held-out loss not finite, the adapter is deleted (NotFinite)."""
         state = self.state
         if self.recipe.training.load_best_model_at_end and state.best_step not in (None, state.step):
             self.load_best_vectors()
@@ -150,13 +160,13 @@ class Trainer(Run):
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
         try:
-            if self.datasets.eval:
+            if self.loop.datasets.eval:
                 after, samples = self.score("After training")
-            self.extra = self.hooks.finish(self)
+            self.extra = self.loop.hooks.finish(self.loop)
         except OutOfMemory as error:
             raise self.end(error) from None
         self.after, self.samples = after, samples
-        if self.after is None or has_finite_loss(self.after):
+        if after is None or has_finite_loss(after):
             return
         text = held_out_not_finite(f"Step {state.step}", state.before)
         if state.before is not None and not has_finite_loss(state.before):
@@ -167,7 +177,7 @@ class Trainer(Run):
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def stop_requested(self) -> bool:
-        """See `Run.stop_requested`. A signal to any rank stops all of them at the same step."""
+        """A signal to any rank stops all of them at the same step."""
         asked, group = self.signals.asked, self.group
         if group.sum([float(asked is not None)])[0]:
             of_ranks = group.gather([asked, group.host])
@@ -184,10 +194,10 @@ class Trainer(Run):
         if record["kind"] == "train":
             self.progress.show(record)
             if record["step"] == 1 and self.recipe.training.optim != "adamw":
-                stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.model).values())
+                stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.loop.model).values())
                 self.console.print(
-                    f"{self.recipe.training.optim} holds {optimizer_bytes(self.optimizer):,} bytes of state; torch's "
-                    f"adamw would hold {stock_bytes:,}."
+                    f"{self.recipe.training.optim} holds {optimizer_bytes(self.loop.optimizer):,} bytes of state; "
+                    f"torch's adamw would hold {stock_bytes:,}."
                 )
 
     def evaluate(self) -> None:
@@ -197,12 +207,12 @@ class Trainer(Run):
         """
         state, patience = self.state, self.recipe.training.early_stopping_patience
         try:
-            result = self.held_out_loss()
+            result = self.loop.held_out_loss()
         except OutOfMemory as error:
             raise self.end(error) from None
         state.evaluation_due = False
         state.add_evaluation(result["loss"], patience)
-        self.console.print(f"step {state.step}: {self.task.line(result)}", soft_wrap=True)
+        self.console.print(f"step {state.step}: {self.session.task.line(result)}", soft_wrap=True)
         if state.stopped_early:
             self.console.print(
                 f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
@@ -214,31 +224,33 @@ class Trainer(Run):
 
         Returns the scores, and the answers to show as samples.
         """
-        training, rows, task = self.recipe.training, self.datasets.eval, self.task
-        with status_line(self.console, f"{label}: held-out loss") as update, held_out.scoring(self.model):
-            result = self.held_out_loss()
+        loop, task = self.loop, self.session.task
+        with status_line(self.console, f"{label}: held-out loss") as update, held_out.scoring(loop.model):
+            result = loop.held_out_loss()
 
             def say(text: str) -> None:
                 update(f"{label}: {text}")
 
-            answered, samples = task.answers(self.model, self.base.tokenizer, rows, training, self.group, say)
+            answered, samples = task.answers(
+                loop.model, self.session.base.tokenizer, loop.datasets.eval, self.group, say
+            )
         result |= answered
         self.console.print(f"{label}: {task.line(result)}", soft_wrap=True)
         return result, samples
 
     def save_checkpoint(self) -> None:
-        """See `Run.save_checkpoint`."""
-        vectors, optimizer = self.engine.unsharded()
-        vectors = {**named_vectors(self.model), **vectors}
+        loop, session = self.loop, self.session
+        vectors, optimizer = loop.engine.unsharded()
+        vectors = {**named_vectors(loop.model), **vectors}
         random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
-        hooks = self.hooks.state_dict()
+        hooks = loop.hooks.state_dict()
         state = {
             "recipe": self.recipe.to_dict(),
-            "inputs": self.inputs,
-            "schedule": self.schedule.state_dict(),
-            "loss_scale": None if self.scaler is None else self.scaler.state_dict(),
-            "gradient_checkpointing": self.checkpointing,
-            "builds_per_pass": self.builds_per_pass,
+            "inputs": session.inputs,
+            "schedule": loop.schedule.state_dict(),
+            "loss_scale": None if session.scaler is None else session.scaler.state_dict(),
+            "gradient_checkpointing": session.checkpointing,
+            "builds_per_pass": session.builds_per_pass,
             "progressed": dataclasses.asdict(self.state),
         }
 
@@ -255,25 +267,34 @@ class Trainer(Run):
 
     def load_checkpoint(self) -> None:
         """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one."""
-        newest: list[checkpoint.Checkpoint | None] = []
-        self.group.on_first(lambda: newest.append(newest_checkpoint(self.run_dir, self.recipe, self.warn)))
+        newest: list[Checkpoint | None] = []
+
+        def check(saved: Checkpoint) -> None:
+            TrainState(**saved.state["progressed"])
+            saved.state["schedule"], saved.state["optimizer_scalars"]
+
+        def find() -> None:
+            newest.append(checkpoint.newest_of_run(self.run_dir, self.recipe, "step", self.warn, check))
+
+        self.group.on_first(find)
         saved = checkpoint.shared(newest[0] if newest else None, self.group)
         if saved is None:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
             return
-        require_same_inputs(saved.path, saved.state.get("inputs"), self.inputs)
-        self.hooks.load_state_dict(saved.hook_state)
-        checkpoint.restore(saved, named_vectors(self.model), self.optimizer, self.group.rank)
-        self.schedule.load_state_dict(saved.state["schedule"])
-        for parameters, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+        loop, session = self.loop, self.session
+        checkpoint.require_same_inputs(saved, session.inputs)
+        loop.hooks.load_state_dict(saved.hook_state)
+        checkpoint.restore(saved, named_vectors(loop.model), loop.optimizer, self.group.rank)
+        loop.schedule.load_state_dict(saved.state["schedule"])
+        for parameters, rate in zip(loop.optimizer.param_groups, loop.schedule.get_last_lr(), strict=True):
             parameters["lr"] = rate
-        if self.scaler is not None and saved.state.get("loss_scale"):
-            self.scaler.load_state_dict(saved.state["loss_scale"])
-        self.state = TrainState(**saved.state["progressed"])
-        for halving in self.state.halvings:
-            self.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
-        self.keep_checkpointing(saved.state.get("gradient_checkpointing", self.checkpointing), self.group)
-        self.builds_per_pass = saved.state.get("builds_per_pass", BUILDS_UNHELD)
+        if session.scaler is not None and saved.state.get("loss_scale"):
+            session.scaler.load_state_dict(saved.state["loss_scale"])
+        loop.state = TrainState(**saved.state["progressed"])
+        for halving in loop.state.halvings:
+            loop.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
+        session.keep_checkpointing(saved.state.get("gradient_checkpointing", session.checkpointing), self.group)
+        session.builds_per_pass = saved.state.get("builds_per_pass", BUILDS_UNHELD)
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).", soft_wrap=True)
 
     def load_best_vectors(self) -> None:
@@ -286,21 +307,40 @@ class Trainer(Run):
                 self.warn(f"{error} The adapter gets the last step's vectors, not the best.")
         best = checkpoint.shared(best, self.group)
         if best is not None:
-            self.hooks.load_state_dict(best.hook_state)
-            load_vectors(self.model, best.vectors, str(best.path))
+            self.loop.hooks.load_state_dict(best.hook_state)
+            load_vectors(self.loop.model, best.files["vectors"], str(best.path))
 
     def save_adapter(self) -> None:
         """Write the adapter into the run directory."""
-        self.engine.gather_vectors()
+        self.loop.engine.gather_vectors()
         directory, kept = self.run_dir / "adapter", "Checkpoints are kept; mend that and go on with --resume."
 
         def save() -> int:
             with disk_errors(f"the adapter in {directory}", kept):
-                return save_adapter(self.model, directory, self.base.tokenizer)
+                return save_adapter(self.loop.model, directory, self.session.base.tokenizer)
 
-        self.run["adapter"]["file_bytes"] = self.group.on_first(save)
+        self.summary["adapter"]["file_bytes"] = self.group.on_first(save)
 
     def finish(self, status: str) -> None:
-        """See `Run.finish`."""
-        add_result(self.run, self, status, self.after, self.samples, self.extra)
-        self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
+        state = self.state
+        self.summary["status"] = status
+        self.summary["result"] = {
+            "steps": state.step,
+            "planned_steps": self.steps,
+            "epochs": state.step / self.loop.batches.per_epoch,
+            "train_loss_first": state.train_loss_first,
+            "train_loss_last": state.train_loss_last,
+            "eval_before": state.before,
+            "eval_after": self.after,
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "skipped_steps": state.skipped_steps,
+            "halvings": state.halvings,
+            "seconds": state.train_seconds,
+            "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
+            **self.measured(),
+            **self.extra,
+        }
+        pairs = zip(self._samples_before(), self.samples, strict=False)
+        self.summary["samples"] = [{**before, "after": after["answer"]} for before, after in pairs]
+        self.group.on_first(lambda: write_run(self.run_dir, self.summary, self.console))

@@ -110,8 +110,8 @@ def all_saved(run: Launched) -> None:
     assert losses(run.out)[-1][0] == step
     newest = checkpoint.newest(run.out / "checkpoints")
     assert newest is not None
-    assert newest.step == step
-    assert sorted(newest.random) == ["cpu", "cpu.1"]
+    assert newest.number == step
+    assert sorted(newest.files["random"]) == ["cpu", "cpu.1"]
 
 
 def sigterm_stops_all(run: Launched, rank: int) -> None:
@@ -163,7 +163,7 @@ def test_a_killed_worker_ends_its_launcher(launched: Any, front: list[str], rank
     assert run.launcher.returncode != 0
     newest = checkpoint.newest(run.out / "checkpoints")
     assert newest is not None
-    assert newest.step >= 5
+    assert newest.number >= 5
 
 
 # Two nodes.
@@ -277,7 +277,7 @@ def test_the_other_node_notices_within_30_seconds_and_says_who_is_gone(pair: Any
         assert code not in (0, 75), run.text()
     newest = checkpoint.newest(run.out / "checkpoints")
     assert newest is not None
-    assert newest.step >= 5
+    assert newest.number >= 5
 
 
 @pytest.mark.matrix

@@ -81,9 +81,10 @@ def test_a_process_that_had_saved_nothing_yet_begins_again_beside_one_that_goes_
     shutil.rmtree(run_dir / "checkpoints" / "rank-00001")
     (run_dir / "metrics.rank-00001.jsonl").unlink()
     newest = checkpoint.directories(run_dir / "checkpoints")[-1]
-    state, files = checkpoint.read(newest, [path.name for path in newest.glob("*.safetensors")])
-    assert state["gradient_checkpointing"] is False
-    checkpoint.write(newest.parent, "round", state["round"], files, state | {"gradient_checkpointing": True})
+    saved = checkpoint.load(newest)
+    assert saved.state["gradient_checkpointing"] is False
+    changed = saved.state | {"gradient_checkpointing": True}
+    checkpoint.write(newest.parent, "round", saved.number, saved.files, changed)
 
     ranks = launch(recipe_file, run_dir, tmp_path / "logs", "--resume")
     assert ranks.wait(LIMIT_SECONDS) == [0, 0], ranks.text()

@@ -251,6 +251,8 @@ def test_zero3_gathers_one_layer_ahead_on_a_gpu_and_none_on_a_cpu(
     monkeypatch.setattr(zero_config.accelerator, "is_available", lambda: gpu)
     config = load_zero_config("zero3")
     assert config is not None
-    tree = config.complete(make_recipe(), 2, zero_config.Sizes(largest_layer=1000), tmp_path)["zero_optimization"]
+    tree = config.complete(make_recipe().training, 2, zero_config.Sizes(largest_layer=1000), tmp_path)[
+        "zero_optimization"
+    ]
     assert tree["stage3_prefetch_bucket_size"] == (1000 if gpu else 0)
     assert tree["stage3_max_live_parameters"] == (3000 if gpu else 2000)

@@ -26,8 +26,9 @@ from qvera.distributed.init import in_group
 from qvera.models import quantization
 from qvera.models.structure import causal_model
 from qvera.training import trainer
+from qvera.training.loop import AloneLoop
 from qvera.training.optim import optimizer_bytes
-from qvera.training.trainer import Trainer
+from qvera.training.session import TrainingSession
 from qvera.utils.errors import QveraError
 
 
@@ -70,8 +71,8 @@ class Watch:
         self.out_of_memory = out_of_memory  # a rank, a step, and the rows that fit in a pass there
 
     def __enter__(self) -> Watch:
-        self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
-        run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
+        self.kept = AloneLoop.make_engine, AloneLoop.train_step, Batches.passes
+        try_longest = self.try_longest = TrainingSession.try_longest_batch
         build, step, passes = self.kept
         recorder = self.recorder
 
@@ -82,25 +83,25 @@ class Watch:
                 return recorder
 
         plugins.registered["qvera.schedules"]["recorder"] = Recording
-        nll = self.nll = Trainer.nll
+        nll = self.nll = AloneLoop.nll
 
-        def watched_nll(trainer: Trainer, rows: Any, *rest: Any) -> Any:
+        def watched_nll(loop: AloneLoop, rows: Any, *rest: Any) -> Any:
             short = self.out_of_memory
-            here = short is not None and (short["rank"], short["step"]) == (trainer.group.rank, trainer.state.step + 1)
+            here = short is not None and (short["rank"], short["step"]) == (loop.group.rank, loop.state.step + 1)
             if short is not None and here and rest and len(rows) > short["rows"]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return nll(trainer, rows, *rest)
+            return nll(loop, rows, *rest)
 
-        Trainer.nll = watched_nll  # type: ignore
+        AloneLoop.nll = watched_nll  # type: ignore
 
-        def watched(trainer: Trainer) -> None:
+        def watched(*parts: Any) -> None:
             self.longest_batch_tries += 1
-            run_longest_batch(trainer)
+            try_longest(*parts)
 
-        Trainer.run_longest_batch = watched  # type: ignore
+        TrainingSession.try_longest_batch = watched  # type: ignore
 
-        def watched_build(trainer: Trainer) -> Any:
-            self.engine, self.model = build(trainer), trainer.model
+        def watched_build(loop: AloneLoop) -> Any:
+            self.engine, self.model = build(loop), loop.model
             linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantization.Linear4bit)]
             # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed
             # gather it
@@ -109,9 +110,9 @@ class Watch:
                 linear.register_forward_hook(self.look)
             return self.engine
 
-        def watched_step(trainer: Trainer) -> Any:
-            record = step(trainer)
-            if record["step"] == self.stop_after and trainer.group.rank == trainer.group.world_size - 1:
+        def watched_step(loop: AloneLoop) -> Any:
+            record = step(loop)
+            if record["step"] == self.stop_after and loop.group.rank == loop.group.world_size - 1:
                 os.kill(os.getpid(), 15)
             return record
 
@@ -120,7 +121,7 @@ class Watch:
             self.rows.append([row for one in found for row in one])
             return found
 
-        Trainer.make_engine, Trainer.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
+        AloneLoop.make_engine, AloneLoop.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
         return self
 
     def look(self, *_: Any) -> None:
@@ -129,10 +130,10 @@ class Watch:
         self.live_bytes = max(self.live_bytes, live)
 
     def __exit__(self, *_: Any) -> None:
-        Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
-        Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
+        AloneLoop.make_engine, AloneLoop.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
+        TrainingSession.try_longest_batch = self.try_longest  # type: ignore[method-assign]
         del plugins.registered["qvera.schedules"]["recorder"]
-        Trainer.nll = self.nll  # type: ignore[method-assign]
+        AloneLoop.nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:
         engine = self.engine

@@ -70,7 +70,7 @@ from qvera.kernels import choice
 from qvera.kernels.choice import LAUNCHES
 from qvera.models import attention, forward, linear, loss
 from qvera.models.loader import Base
-from qvera.training.optim import build_schedule
+from qvera.training.loop import AloneLoop
 from qvera.training.session import TrainingSession
 from tests.live_bytes import LiveBytes
 
@@ -460,7 +460,7 @@ class FakeAccelerator:
         data: dict[str, Any] | None = None,
         **training: Any,
     ) -> FakeSession:
-        """A training of that shape with the rows of one step, ready for `TrainingSession.train_step`.
+        """A training of that shape with the rows of one step, ready for `AloneLoop.train_step`.
 
         Args:
             rows: the tokens of each row of the step's global batch; one forward pass takes all of them.
@@ -509,8 +509,10 @@ class FakeSession(TrainingSession):
         self.datasets = datasets
         self.load_model()
         self.base_bytes = fake.alive_bytes
-        schedule = build_schedule(recipe.training, self.optimizer, recipe.training.max_steps)
-        self.build_engine(schedule, recipe.training.max_steps)
+        self.loop = AloneLoop(self)
+        self.loop.start()
+        self.engine, self.optimizer, self.nll = self.loop.engine, self.loop.optimizer, self.loop.nll
+        self.train_step = self.loop.train_step
         self.model.train()  # as the trainer does; layers recompute only in this mode
 
     def _load_base(self, *_: object) -> Base:

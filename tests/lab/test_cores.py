@@ -27,8 +27,8 @@ from qvera.lab.tasks import TaskBatches
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
+from qvera.training.loop import AloneLoop
 from qvera.training.plan import make_plan
-from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import IN, OUT, base_layer, dense_weight, perturb, relative
@@ -289,14 +289,14 @@ def test_lora_sb_halves_the_passes_that_memory_does_not_suffice_for(
     adapter = {"method": "lora-sb", "rank": 6, "gradient_rows": 8}
     recipe = make_recipe(adapter=adapter, training=training, data={"packing": packing, "max_length": 128})
     train(recipe, tmp_path / "whole")
-    real = TrainingSession.nll
+    real = AloneLoop.nll
 
-    def nll(session: TrainingSession, examples: Any, *rest: Any) -> Any:
+    def nll(loop: AloneLoop, examples: Any, *rest: Any) -> Any:
         if not rest and len(examples) > 2:  # not a step's
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(session, examples, *rest)
+        return real(loop, examples, *rest)
 
-    monkeypatch.setattr(TrainingSession, "nll", nll)
+    monkeypatch.setattr(AloneLoop, "nll", nll)
     with pytest.raises(InputError, match="does not fit into memory"):
         train(recipe.replace(training=recipe.training.replace(on_oom="save")), tmp_path / "save")
     train(recipe.replace(training=recipe.training.replace(on_oom="halve")), tmp_path / "halved")

@@ -124,7 +124,7 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     assert [*first, *rest, *last] == without
     for run in runs:
         assert run.reason is None
-        assert torch.equal(trainer.bank.vectors[run.held_slot], expected[run.name])
+        assert torch.equal(trainer.loop.bank.vectors[run.held_slot], expected[run.name])
 
 
 class Clock:

@@ -44,7 +44,7 @@ from bench.synthesise import tokenizer
 from qvera.cli.main import main as qvera
 from qvera.models import forward
 from qvera.training.engine import LocalEngine
-from qvera.training.trainer import Trainer
+from qvera.training.loop import AloneLoop
 from tests.stress import tracer
 from tests.stress.tracer import AFTER, GO, KILL, Stop, Traced
 
@@ -112,16 +112,16 @@ class Marker:
         around(forward, "batch_nll", FORWARD)
         around(LocalEngine, "backward", BACKWARD)
         around(LocalEngine, "step", UPDATE)
-        step: Any = Trainer.train_step
+        step: Any = AloneLoop.train_step
 
-        def watched(trainer: Trainer) -> Any:
-            self.set(BETWEEN, trainer.state.step + 1)
+        def watched(loop: AloneLoop) -> Any:
+            self.set(BETWEEN, loop.state.step + 1)
             os.kill(tell, signal.SIGUSR1)
-            found = step(trainer)
+            found = step(loop)
             self.set(OUTSIDE)
             return found
 
-        Trainer.train_step = watched  # type: ignore[method-assign, assignment]
+        AloneLoop.train_step = watched  # type: ignore[method-assign, assignment]
 
 
 class Kill:

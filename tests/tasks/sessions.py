@@ -1,4 +1,4 @@
-"""A training session that is ready for its first step, and the gradients of one."""
+"""A loop that is ready for its first step, and the gradients of one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from qvera.adapters.files.save_load import named_vectors
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group
+from qvera.training.loop import AloneLoop
 from qvera.training.session import TrainingSession
 
 
-def session_of(recipe: Recipe, run_dir: Path) -> TrainingSession:
-    """A session that is ready for its first step, adapter vectors not zero."""
+def loop_of(recipe: Recipe, run_dir: Path) -> AloneLoop:
+    """A loop that is ready for its first step, adapter vectors not zero."""
     session = TrainingSession(recipe, run_dir, Group())
     session.load_data()
     session.load_model()
@@ -23,12 +24,12 @@ def session_of(recipe: Recipe, run_dir: Path) -> TrainingSession:
             if "qvera" in name:
                 vector.add_(torch.randn(vector.shape, generator=generator) * 0.1)
     session.model.train()
-    return session
+    return AloneLoop(session)
 
 
-def gradients(session: TrainingSession, rows: list[int], passes: int = 1) -> dict[str, torch.Tensor]:
+def gradients(loop: AloneLoop, rows: list[int], passes: int = 1) -> dict[str, torch.Tensor]:
     """Of the mean loss over the rows, in so many passes."""
     for part in torch.tensor(rows).chunk(passes):
-        loss, _ = session.nll([session.datasets.train[i] for i in part.tolist()])
+        loss, _ = loop.nll([loop.datasets.train[i] for i in part.tolist()])
         (loss / len(rows)).backward()
-    return {name: vector.grad.clone() for name, vector in named_vectors(session.model).items()}
+    return {name: vector.grad.clone() for name, vector in named_vectors(loop.model).items()}

@@ -21,18 +21,17 @@ from qvera.adapters.files.save_load import named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection, Recipe, parse_recipe
 from qvera.data import Datasets, Labels, build_datasets, data_warnings
-from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import class_scores
 from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.classification import SequenceClassification, label_scores
 from qvera.training.plan import make_plan
-from qvera.training.trainer import Trainer, train
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError, NotFinite
 from tests.evaluation.judges import serving as judge_server
 from tests.tasks.encoders import save_family
-from tests.tasks.sessions import gradients, session_of
+from tests.tasks.sessions import gradients, loop_of
 
 CPU = torch.device("cpu")
 TASK = SequenceClassification()
@@ -94,15 +93,15 @@ def test_every_gradient_is_that_of_a_dense_model_in_fp64(
     base = tiny_model_dir if family == "llama" else save_family(family, tmp_path / "base")
     training = {"learning_rate": 1e-2, "label_smoothing": smoothing}
     model = {"path": str(base), "quantization": "none"}
-    session = session_of(classify(adapter=METHODS[method], model=model, training=training), tmp_path)
-    session.model.eval()  # without BERT's dropout
+    loop = loop_of(classify(adapter=METHODS[method], model=model, training=training), tmp_path)
+    loop.model.eval()  # without BERT's dropout
     rows = list(range(7))
-    found = gradients(session, rows)
-    session.model.zero_grad()
-    reference = session.model.double()
+    found = gradients(loop, rows)
+    loop.model.zero_grad()
+    reference = loop.model.double()
     inner = causal_model(reference)
-    examples = [session.datasets.train[i] for i in rows]
-    targets = torch.from_numpy(session.datasets.labels.targets(examples))
+    examples = [loop.datasets.train[i] for i in rows]
+    targets = torch.from_numpy(loop.datasets.labels.targets(examples))
     logits = [inner(torch.tensor(e.input_ids[None], dtype=torch.int64)).logits for e in examples]
     F.cross_entropy(torch.cat(logits), targets, label_smoothing=smoothing).backward()
     expected = {name: vector.grad for name, vector in named_vectors(reference).items()}
@@ -112,10 +111,10 @@ def test_every_gradient_is_that_of_a_dense_model_in_fp64(
 
 
 def test_the_loss_does_not_depend_on_accumulation(classify: Any, tmp_path: Path) -> None:
-    session = session_of(classify(), tmp_path)
-    whole = gradients(session, list(range(8)))
-    session.model.zero_grad()
-    for name, gradient in gradients(session, list(range(8)), passes=3).items():
+    loop = loop_of(classify(), tmp_path)
+    whole = gradients(loop, list(range(8)))
+    loop.model.zero_grad()
+    for name, gradient in gradients(loop, list(range(8)), passes=3).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-7)
 
 
@@ -129,17 +128,13 @@ def test_padding_changes_nothing(finished: Path) -> None:
 
 def test_the_head_has_a_rate_of_its_own_and_the_same_schedule(classify: Any, tmp_path: Path) -> None:
     recipe = classify(training={"head_learning_rate": 5e-3, "warmup_steps": 2})
-    trainer = Trainer(recipe, tmp_path, Group())
-    trainer.load_data()
-    trainer.load_model()
-    trainer.setup()
-    first = trainer.optimizer.param_groups[0]["lr"]
-    head = next(t for name, t in named_vectors(trainer.model).items() if name.endswith("score.weight"))
-    own = next(g for g in trainer.optimizer.param_groups if any(p is head for p in g["params"]))
+    loop = loop_of(recipe, tmp_path)
+    first = loop.optimizer.param_groups[0]["lr"]
+    head = next(t for name, t in named_vectors(loop.model).items() if name.endswith("score.weight"))
+    own = next(g for g in loop.optimizer.param_groups if any(p is head for p in g["params"]))
     assert own["lr"] == pytest.approx(first / 4)
     assert len(own["params"]) == 1
     assert 0 < first < 2e-2  # the warmup's first step
-    trainer.__exit__()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(classify: Any, tmp_path: Path) -> None:

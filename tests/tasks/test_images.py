@@ -34,7 +34,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.distributed.ranks import Ranks
 from tests.tasks.images import COLOURS, save_vit, write_folders
-from tests.tasks.sessions import gradients, session_of
+from tests.tasks.sessions import gradients, loop_of
 
 TASK = ImageClassification()
 METHODS = {"vera": {"rank": 8}, "lora": {"method": "lora", "rank": 4}, "lora-xs": {"method": "lora-xs", "rank": 4}}
@@ -131,17 +131,17 @@ def test_a_run_learns_its_classes_and_says_what_it_trained(finished: Path) -> No
 @pytest.mark.parametrize("method", METHODS)
 def test_every_gradient_is_that_of_a_dense_model_in_fp64(see: Any, tmp_path: Path, method: str) -> None:
     recipe = see(adapter=METHODS[method], model={"quantization": "none"})
-    session = session_of(recipe, tmp_path)
-    found = gradients(session, list(range(7)))
-    inner = causal_model(session.model.double())
-    session.model.zero_grad()
-    examples = [session.datasets.train[i] for i in range(7)]
+    loop = loop_of(recipe, tmp_path)
+    found = gradients(loop, list(range(7)))
+    inner = causal_model(loop.model.double())
+    loop.model.zero_grad()
+    examples = [loop.datasets.train[i] for i in range(7)]
     losses = []
-    for example, target in zip(examples, torch.from_numpy(session.datasets.labels.targets(examples)), strict=True):
+    for example, target in zip(examples, torch.from_numpy(loop.datasets.labels.targets(examples)), strict=True):
         pixels = torch.from_numpy(example.image.pixels())[None].double()
         losses.append(F.cross_entropy(inner(pixel_values=pixels).logits, target[None]))
     torch.stack(losses).mean().backward()
-    expected = {name: vector.grad for name, vector in named_vectors(session.model).items()}
+    expected = {name: vector.grad for name, vector in named_vectors(loop.model).items()}
     assert "base_model.model.classifier.weight" in found
     for name, gradient in found.items():
         torch.testing.assert_close(gradient.double(), expected[name].double(), rtol=5e-4, atol=2e-6, msg=name)
@@ -149,15 +149,15 @@ def test_every_gradient_is_that_of_a_dense_model_in_fp64(see: Any, tmp_path: Pat
 
 def test_a_step_depends_neither_on_passes_nor_on_what_came_before(see: Any, tmp_path: Path) -> None:
     def augmented_gradients(passes: int) -> dict[str, torch.Tensor]:
-        session = session_of(see(training={"per_device_train_batch_size": passes}), tmp_path / str(passes))
-        train_rows, step = session.datasets.train, 3
-        rows = [TASK.training_row(train_rows[i], i, step, session.recipe) for i in range(8)]
+        loop = loop_of(see(training={"per_device_train_batch_size": passes}), tmp_path / str(passes))
+        train_rows, step = loop.datasets.train, 3
+        rows = [loop.task.training_row(train_rows[i], i, step) for i in range(8)]
         plain = [train_rows[i] for i in range(8)]
         assert any((a.image.pixels() != b.image.pixels()).any() for a, b in zip(rows, plain, strict=True))
         for start in range(0, 8, passes):
-            loss, _ = session.nll(rows[start : start + passes])
+            loss, _ = loop.nll(rows[start : start + passes])
             (loss / 8).backward()
-        return {name: vector.grad.clone() for name, vector in named_vectors(session.model).items()}
+        return {name: vector.grad.clone() for name, vector in named_vectors(loop.model).items()}
 
     one, other = augmented_gradients(8), augmented_gradients(2)
     for name, gradient in one.items():

@@ -152,13 +152,13 @@ FORMULAS: dict[str, tuple[dict[str, Any], list[Example], Callable[[Any], torch.T
 
 
 def prepared(model: Any, **settings: Any) -> Preferences:
-    task = Preferences(settings["objective"])
-    task.prepare(model, small_tokenizer(), SimpleNamespace(pad_id=0), TrainingSection(**settings))  # type: ignore[arg-type]
+    task = Preferences(SimpleNamespace(training=TrainingSection(**settings)))  # type: ignore[arg-type]
+    task.prepare(model, small_tokenizer(), SimpleNamespace(pad_id=0))  # type: ignore[arg-type]
     return task
 
 
 def loss_of(task: Preferences, model: Any, rows: list[Example]) -> tuple[torch.Tensor, int]:
-    return task.loss(model, rows, None, None)  # type: ignore[arg-type]
+    return task.loss(model, rows, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", list(FORMULAS))

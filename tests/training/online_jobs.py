@@ -76,7 +76,7 @@ class Jobs:
 
     def vectors(self, run: AdapterRun) -> torch.Tensor:
         """A job's vectors now, fp32 [numbers]."""
-        return self.trainer.bank.vectors[run.held_slot].clone()
+        return self.trainer.loop.bank.vectors[run.held_slot].clone()
 
     def of(self, name: str, kind: str) -> list[dict[str, Any]]:
         """The records of a job."""

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from qvera.config.schema import Recipe
 from qvera.training import checkpoint
+from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
-from qvera.training.trainer import Trainer, train
+from qvera.training.trainer import train
 from qvera.utils.errors import Interrupted
 
 COLUMN = "customer"
@@ -123,20 +124,20 @@ def cut_off(run_dir: Path, copy: Path, *, after: int) -> Path:
 
 def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
     """Run until SIGTERM arrives during ``step``; the run saves and says so."""
-    original = Trainer.train_step
+    original = AloneLoop.train_step
 
-    def interrupted(trainer: Trainer) -> dict[str, Any]:
-        record = original(trainer)
+    def interrupted(loop: AloneLoop) -> dict[str, Any]:
+        record = original(loop)
         if record["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    Trainer.train_step = interrupted  # type: ignore[method-assign, assignment]
+    AloneLoop.train_step = interrupted  # type: ignore[method-assign, assignment]
     try:
         with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
             train(recipe, run_dir, resume=resume)
     finally:
-        Trainer.train_step = original  # type: ignore[method-assign]
+        AloneLoop.train_step = original  # type: ignore[method-assign]
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
@@ -155,9 +156,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     real = ManyTrainer.take_turn
 
     def take_turn(self: ManyTrainer) -> bool:
-        for run in self.roster.in_flight:
+        for run in self.loop.in_flight:
             if run.name == name and run.state.step == step - 1:
-                self.bank.vectors[run.held_slot, 0] = float("nan")
+                self.loop.bank.vectors[run.held_slot, 0] = float("nan")
         return real(self)
 
     monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)

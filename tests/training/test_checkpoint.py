@@ -55,11 +55,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.iterdir()) == FILES
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
     loaded = checkpoint.load(path)
-    assert loaded.step == 7
+    assert loaded.number == 7
     assert loaded.path == path
     assert {k: loaded.state[k] for k in STATE} == STATE
-    assert loaded.vectors.keys() == vectors.keys()
-    assert all(torch.equal(loaded.vectors[n], v) for n, v in vectors.items())
+    assert loaded.files["vectors"].keys() == vectors.keys()
+    assert all(torch.equal(loaded.files["vectors"][n], v) for n, v in vectors.items())
 
 
 def test_going_on_from_it_is_going_on(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_cut_at_any_byte_it_is_passed_over(saved: Path, every: int) -> None:
             assert file in warned[0]
             assert warned[0].endswith("It is passed over.")
         (saved / file).write_bytes(content)
-    assert checkpoint.load(saved).step == 7
+    assert checkpoint.load(saved).number == 7
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f != "manifest.json"])
@@ -163,7 +163,7 @@ def test_every_flipped_bit_in_a_file_is_noticed(saved: Path, file: str) -> None:
         with pytest.raises(InputError, match="damaged"):
             checkpoint.load(saved)
     (saved / file).write_bytes(content)
-    assert checkpoint.load(saved).step == 7
+    assert checkpoint.load(saved).number == 7
 
 
 def test_no_flipped_bit_in_the_manifest_gets_through_or_crashes(saved: Path) -> None:
@@ -182,9 +182,9 @@ def test_no_flipped_bit_in_the_manifest_gets_through_or_crashes(saved: Path) -> 
             assert str(saved) in str(error)
             assert "\n" not in str(error)
         else:
-            assert loaded.step == wanted.step
+            assert loaded.number == wanted.number
             assert loaded.state == wanted.state
-            assert all(torch.equal(loaded.vectors[n], v) for n, v in wanted.vectors.items())
+            assert all(torch.equal(loaded.files["vectors"][n], v) for n, v in wanted.files["vectors"].items())
     assert refused > 0.7 * len(content)
 
 
@@ -252,7 +252,7 @@ def test_the_manifest_of_another_run_or_step_is_refused_and_the_one_before_taken
         warned: list[str] = []
         found = checkpoint.newest(tmp_path / "mine", warned.append)
         assert found is not None
-        assert found.step == 2
+        assert found.number == 2
         assert len(warned) == 1
         assert "step-00000004" in warned[0]
         assert "not what the manifest says" in warned[0]
@@ -265,7 +265,7 @@ def test_an_older_format_is_passed_over_by_name(tmp_path: Path) -> None:
     warned: list[str] = []
     found = checkpoint.newest(tmp_path, warned.append)
     assert found is not None
-    assert found.step == 2
+    assert found.number == 2
     assert "step-00000004: has checkpoint format 0; this qvera reads format 1. It is passed over." in warned[0]
 
 
@@ -289,13 +289,13 @@ def test_the_newest_that_verifies_is_taken_and_the_others_are_told_of(tmp_path: 
     warned: list[str] = []
     found = checkpoint.newest(tmp_path, warned.append)
     assert found is not None
-    assert found.step == 10
+    assert found.number == 10
     assert not warned
     (tmp_path / "step-00000010" / "manifest.json").unlink()
     (tmp_path / "step-00000009" / "vectors.safetensors").write_bytes(b"")
     found = checkpoint.newest(tmp_path, warned.append)
     assert found is not None
-    assert found.step == 2
+    assert found.number == 2
     assert len(warned) == 2
     assert "step-00000010" in warned[0]
     assert "step-00000009" in warned[1]
@@ -310,7 +310,7 @@ def test_half_written_and_foreign_directories_are_passed_over(tmp_path: Path) ->
     shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000099-old")
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    assert found.step == 4
+    assert found.number == 4
     assert [path.name for path in checkpoint.directories(tmp_path)] == ["step-00000004"]
 
 
@@ -328,7 +328,7 @@ def test_a_write_that_fails_leaves_no_checkpoint_under_its_name(
     assert "step-00000008" not in names(tmp_path)
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    assert found.step == 4
+    assert found.number == 4
     monkeypatch.undo()
     save_steps(tmp_path, 8)  # over the leftovers
     assert names(tmp_path) == ["step-00000004", "step-00000008"]
@@ -352,7 +352,7 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 4, vectors, optimizer, {"a": 2})
     loaded = checkpoint.load(path)
     assert loaded.state["a"] == 2
-    assert torch.equal(loaded.vectors["layers.0.q.qvera_d"], torch.full((3,), 9.0))
+    assert torch.equal(loaded.files["vectors"]["layers.0.q.qvera_d"], torch.full((3,), 9.0))
     assert names(tmp_path) == ["step-00000004"]
 
 
@@ -367,7 +367,7 @@ def test_paged_state_is_paged_again(tmp_path: Path) -> None:
     checkpoint.restore(loaded, vectors, optimizer)
     state = optimizer.state[vectors["layers.0.q.qvera_b"]]
     assert {id(tensor) for tensor in paged} == {id(state["exp_avg"]), id(state["exp_avg_sq"])}
-    assert torch.equal(state["exp_avg"], loaded.optimizer["layers.0.q.qvera_b/exp_avg"])
+    assert torch.equal(state["exp_avg"], loaded.files["optimizer"]["layers.0.q.qvera_b/exp_avg"])
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> Non
         assert names(disk / "c") == ["step-00000001"]
         found = checkpoint.newest(disk / "c")
         assert found is not None
-        assert found.step == 1
+        assert found.number == 1
         filler.unlink()
         checkpoint.save(disk / "c", 2, vectors, optimizer, STATE)
         assert names(disk / "c") == ["step-00000001", "step-00000002"]
@@ -418,6 +418,6 @@ def test_a_disk_that_became_read_only_is_said_and_earlier_checkpoints_stay(tmp_p
             save_steps(disk / "c", 2)
         found = checkpoint.newest(disk / "c")
         assert found is not None
-        assert found.step == 1
+        assert found.number == 1
         assert names(disk / "c") == ["step-00000001"]
         save_steps(disk / "c", 2)

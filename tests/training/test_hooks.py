@@ -11,7 +11,7 @@ import torch
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.config import plugins
-from qvera.training.session import TrainingSession
+from qvera.training.loop import AloneLoop
 from qvera.training.trainer import train
 from tests.training.runs import cut_off, losses, same, vectors
 
@@ -76,14 +76,14 @@ def test_a_run_with_a_hook_is_resumed_to_the_bit(make_recipe: Any, tmp_path: Pat
 def test_an_attempt_that_memory_did_not_suffice_for_is_begun_again(
     make_recipe: Any, tmp_path: Path, hooks: list[Pull], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = TrainingSession.nll
+    real = AloneLoop.nll
 
-    def nll(self: TrainingSession, rows: Any, *rest: Any) -> Any:
+    def nll(self: AloneLoop, rows: Any, *rest: Any) -> Any:
         if rest and self.state.step == 1 and len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(self, rows, *rest)
 
-    monkeypatch.setattr(TrainingSession, "nll", nll)
+    monkeypatch.setattr(AloneLoop, "nll", nll)
     train(make_recipe(training={"max_steps": 3, "on_oom": "halve"}), tmp_path / "run")
     assert hooks[0].begun == [1, 2, 2, 3]
     assert hooks[0].steps == 3

@@ -28,11 +28,11 @@ def test_the_longest_batch_leaves_no_trace(make_recipe: Any, tmp_path: Path, mon
     """With dropout, so that the random state counts too."""
     recipe = make_recipe(adapter={"dropout": 0.2}, training={"max_steps": 5})
     ran = []
-    real = TrainingSession.run_longest_batch
-    monkeypatch.setattr(TrainingSession, "run_longest_batch", lambda session: (ran.append(1), real(session)))
+    real = TrainingSession.try_longest_batch
+    monkeypatch.setattr(TrainingSession, "try_longest_batch", lambda *parts: (ran.append(1), real(*parts)))
     train(recipe, tmp_path / "with")
     assert ran
-    monkeypatch.setattr(TrainingSession, "run_longest_batch", lambda session: None)
+    monkeypatch.setattr(TrainingSession, "try_longest_batch", lambda *parts: None)
     train(recipe, tmp_path / "without")
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert same(vectors(tmp_path / "with"), vectors(tmp_path / "without"))
@@ -92,12 +92,12 @@ import torch
 from qvera.training.session import TrainingSession
 from qvera.cli.main import main
 torch.set_num_threads(1)
-real = TrainingSession.run_longest_batch
-def limited(session):
+real = TrainingSession.try_longest_batch
+def limited(*parts):
     now = int(open("/proc/self/statm").read().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (now + 30_000_000, now + 30_000_000))
-    real(session)
-TrainingSession.run_longest_batch = limited
+    real(*parts)
+TrainingSession.try_longest_batch = limited
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -15,6 +15,7 @@ import yaml
 from qvera.cli.main import main
 from qvera.config.lr_range import LrRange
 from qvera.config.schema import parse_recipe
+from qvera.training.loop import AloneLoop
 from qvera.training.lr_finder import (
     PAGE,
     POINTS,
@@ -26,7 +27,6 @@ from qvera.training.lr_finder import (
     rate_text,
     read_curve,
 )  # fmt: skip
-from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import NotFinite
 from tests.distributed.ranks import Ranks
@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     assert found.diverged == found.points[-1]["learning_rate"]
     assert len(points_of(tmp_path / "out")) == len(found.points) < 14
 
-    real, calls = TrainingSession.train_step, []
+    real, calls = AloneLoop.train_step, []
 
     def failing(*args: Any) -> Any:
         calls.append(1)
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
             raise NotFinite("not finite")
         return real(*args)
 
-    monkeypatch.setattr(TrainingSession, "train_step", failing)
+    monkeypatch.setattr(AloneLoop, "train_step", failing)
     after = 6
     found = find_lr(make_recipe(), tmp_path / "cut", LrRange(start=1e-4, end=1e-2, steps=20))
     assert found is not None

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qvera.data import Example
 from qvera.models.loader import load_base
-from qvera.training import bank_checkpoint
+from qvera.training import online
+from qvera.training.bank_loop import BankLoop
 from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
@@ -114,7 +115,7 @@ def test_a_job_that_ends_within_a_round_leaves_no_trace_on_others_or_on_the_next
     jobs = Jobs(recipe, slots=2)
     anna, ben = (jobs.begin(name, own[name]) for name in ("anna", "ben"))
     jobs.do_parts(lambda: ben.state.step == 1)
-    gradient = jobs.trainer.bank.gradients[ben.held_slot]
+    gradient = jobs.trainer.loop.bank.gradients[ben.held_slot]
     jobs.do_parts(lambda: gradient.any())  # in the middle of the second round
     assert anna.state.step == 1
     slot = ben.held_slot
@@ -181,7 +182,7 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
         metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     state = json.loads(metadata["state"])
     text = json.dumps({**state, "state": {**state["state"], "mood": "good"}})
-    written = {**metadata, "state": text, "sha256": bank_checkpoint._sha256(text, tensors)}
+    written = {**metadata, "state": text, "sha256": online._sha256(text, tensors)}
     save_file(tensors, tmp_path / "newer", written)
     other_rate = own["anna"].replace(training=own["anna"].training.replace(learning_rate=0.5))
     for name, recipe, file, message in (
@@ -200,9 +201,9 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
     """Let passes fail after their backward for which ``fits(rows)`` is false; the rows of those that did not fail."""
-    real, sizes = OnlineTrainer.pass_nll, list[int]()
+    real, sizes = BankLoop.pass_nll, list[int]()
 
-    def pass_nll(self: OnlineTrainer, slots: Any, examples: Sequence[Example], weights: Any = None) -> torch.Tensor:
+    def pass_nll(self: BankLoop, slots: Any, examples: Sequence[Example], weights: Any = None) -> torch.Tensor:
         found = real(self, slots, examples, weights)
         if not fits(examples):
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
@@ -210,7 +211,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
             sizes.append(len(examples))
         return found
 
-    monkeypatch.setattr(OnlineTrainer, "pass_nll", pass_nll)
+    monkeypatch.setattr(BankLoop, "pass_nll", pass_nll)
     return sizes
 
 
@@ -224,7 +225,7 @@ def test_where_memory_runs_out_passes_have_half_the_rows_and_adapters_are_the_sa
     sizes = short_of_memory(monkeypatch, lambda rows: len(rows) <= 3)
     jobs = Jobs(server_recipe(make_recipe))
     found = jobs.finish([jobs.begin(name, own[name]) for name in names])
-    assert max(sizes) == jobs.trainer.pass_rows == 2
+    assert max(sizes) == jobs.trainer.loop.pass_rows == 2
     for name in names:
         assert difference(found[name], expected[name]) <= 1e-5
         assert len(jobs.of(name, "train")) == 5
@@ -267,7 +268,7 @@ def test_a_job_whose_loss_is_not_finite_ends_and_the_others_are_as_without_it(
     expected = ended.finish([runs[0], runs[2]])
     jobs = Jobs(server_recipe(make_recipe, training={"per_device_train_batch_size": 16, "global_batch_size": 16}))
     runs = until_two(jobs)
-    jobs.trainer.bank.vectors[runs[1].held_slot, 0] = float("nan")
+    jobs.trainer.loop.bank.vectors[runs[1].held_slot, 0] = float("nan")
     found = jobs.finish([runs[0], runs[2]])
     assert runs[1].reason is not None
     assert runs[1].reason.startswith("step 3: the loss or its gradient is not finite")
@@ -285,9 +286,9 @@ def test_an_error_in_a_part_spoils_nothing(
     jobs = Jobs(recipe)
     run = jobs.begin("anna", own["anna"])
     jobs.do_parts(lambda: run.state.step == 1)
-    jobs.do_parts(lambda: jobs.trainer.bank.gradients.any())
+    jobs.do_parts(lambda: jobs.trainer.loop.bank.gradients.any())
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineTrainer, "pass_nll", lambda *_: 1 / 0)
+        patch.setattr(BankLoop, "pass_nll", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             jobs.trainer.run_slice()
     assert torch.equal(jobs.finish([run])["anna"], expected["anna"])

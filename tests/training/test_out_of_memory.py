@@ -25,10 +25,10 @@ from qvera.data.rows import Rows
 from qvera.distributed.group import Group
 from qvera.models import forward
 from qvera.training.failures import step_error
+from qvera.training.loop import AloneLoop
 from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.run import changed
-from qvera.training.session import TrainingSession
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.out_of_memory import Shortage
@@ -44,7 +44,7 @@ MESSAGE = (
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let passes of step ``step`` and later with more than ``rows`` rows run out of memory, in forward or in backward."""
-    real = TrainingSession.nll
+    real = AloneLoop.nll
 
     def arrange(step: int, rows: int, where: str = "forward", first_pass: int = 1) -> None:
         passes: dict[int, int] = {}
@@ -54,20 +54,20 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             hooks.pop().remove()
             raise torch.OutOfMemoryError(MESSAGE)
 
-        def nll(session: TrainingSession, examples: Any, *rest: Any) -> Any:
-            if not rest or session.state.step + 1 < step:  # not the trial of the longest batch
-                return real(session, examples, *rest)
-            number = passes[session.state.step] = passes.get(session.state.step, 0) + 1
+        def nll(loop: AloneLoop, examples: Any, *rest: Any) -> Any:
+            if not rest or loop.state.step + 1 < step:  # not the trial of the longest batch
+                return real(loop, examples, *rest)
+            number = passes[loop.state.step] = passes.get(loop.state.step, 0) + 1
             fails = len(examples) > rows and number >= first_pass
             if fails and where == "forward":
                 raise torch.OutOfMemoryError(MESSAGE)
-            found, count = real(session, examples, *rest)
+            found, count = real(loop, examples, *rest)
             if fails:
-                first = next(iter(session.engine.vectors.values()))
+                first = next(iter(loop.engine.vectors.values()))
                 hooks.append(first.register_hook(out_of_memory))
             return found, count
 
-        monkeypatch.setattr(TrainingSession, "nll", nll)
+        monkeypatch.setattr(AloneLoop, "nll", nll)
 
     return arrange
 
@@ -160,14 +160,14 @@ def test_halved_passes_give_the_same_numbers_and_a_resumed_run_keeps_them(
 def test_with_halve_a_longest_batch_that_does_not_fit_is_a_warning(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    real = TrainingSession.nll
+    real = AloneLoop.nll
 
-    def nll(session: TrainingSession, examples: Any, *rest: Any) -> Any:
+    def nll(loop: AloneLoop, examples: Any, *rest: Any) -> Any:
         if len(examples) > 2:
             raise torch.OutOfMemoryError(MESSAGE)
-        return real(session, examples, *rest)
+        return real(loop, examples, *rest)
 
-    monkeypatch.setattr(TrainingSession, "nll", nll)
+    monkeypatch.setattr(AloneLoop, "nll", nll)
     console = Console(file=io.StringIO(), width=1000)
     training = {"max_steps": 6, "save_steps": 2, "save_total_limit": 9}
     train(make_recipe(training={**training, "on_oom": "halve"}), tmp_path / "halved", console=console)
@@ -186,18 +186,18 @@ def test_an_evaluation_that_does_not_fit_is_made_again_in_the_run_that_goes_on(
     training = {"max_steps": max_steps, "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}
     recipe = make_recipe(training=training)
     train(recipe, tmp_path / "whole")
-    real, held_out_loss = forward.batch_nll, Trainer.held_out_loss
+    real, held_out_loss = forward.batch_nll, AloneLoop.held_out_loss
 
     def too_much(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             raise torch.OutOfMemoryError(MESSAGE)
         return real(*args)
 
-    def later(trainer: Trainer) -> Any:
-        monkeypatch.setattr(forward, "batch_nll", too_much if trainer.state.step else real)
-        return held_out_loss(trainer)
+    def later(loop: AloneLoop) -> Any:
+        monkeypatch.setattr(forward, "batch_nll", too_much if loop.state.step else real)
+        return held_out_loss(loop)
 
-    monkeypatch.setattr(Trainer, "held_out_loss", later)
+    monkeypatch.setattr(AloneLoop, "held_out_loss", later)
     with (
         pytest.warns(UserWarning, match="Memory ran out with"),
         pytest.raises(OutOfMemory, match="Step 3 is saved: the same command with --resume goes on from it"),
@@ -267,17 +267,17 @@ def test_memory_that_runs_out_before_the_first_pass_ends_the_run_too(
     """While the rows of step 3 are read: fewer rows a pass would not help."""
     recipe = make_recipe(training={"max_steps": 4, "save_steps": 4, "on_oom": on_oom})
     train(recipe, tmp_path / "whole")
-    real, take = Rows.__getitem__, Trainer.train_step
+    real, take = Rows.__getitem__, AloneLoop.train_step
 
     def too_much(rows: Rows, index: Any) -> Any:
         monkeypatch.setattr(Rows, "__getitem__", real)  # the message is planned with the rows
         raise MemoryError
 
-    def third(trainer: Trainer) -> Any:
-        monkeypatch.setattr(Rows, "__getitem__", too_much if trainer.state.step == 2 else real)
-        return take(trainer)
+    def third(loop: AloneLoop) -> Any:
+        monkeypatch.setattr(Rows, "__getitem__", too_much if loop.state.step == 2 else real)
+        return take(loop)
 
-    monkeypatch.setattr(Trainer, "train_step", third)
+    monkeypatch.setattr(AloneLoop, "train_step", third)
     with pytest.raises(
         OutOfMemory, match="Step 3: memory ran out before the first forward and backward pass: "
     ) as caught:

@@ -19,7 +19,7 @@ from qvera.models.checkpointing import enable_checkpointing, offload_inputs
 from qvera.models.stream import PinnedChunks
 from qvera.models.structure import causal_model, decoder_layers
 from qvera.training import session
-from qvera.training.session import TrainingSession
+from qvera.training.loop import AloneLoop
 from qvera.training.trainer import train
 from qvera.utils.errors import OutOfMemory
 from tests.models.test_checkpointing import CHUNK_BYTES, ThreadStream
@@ -40,19 +40,19 @@ class Failure:
 
     def __init__(self, moment: str) -> None:
         self.moment, self.calls = moment, itertools.count(1)
-        self.session: TrainingSession | None = None
+        self.loop: AloneLoop | None = None
         self.raised = False
 
-    def watch(self, session: TrainingSession) -> None:
+    def watch(self, loop: AloneLoop) -> None:
         """Count the uses of the third layer: one in forward and one in backward of each pass."""
-        self.session = session
-        layer = decoder_layers(causal_model(session.model).get_decoder())[2]  # type: ignore[operator]
+        self.loop = loop
+        layer = decoder_layers(causal_model(loop.model).get_decoder())[2]  # type: ignore[operator]
         wanted = {"forward": 3, "backward": 4}.get(self.moment)
         layer.input_layernorm.register_forward_pre_hook(lambda *_: self.raise_at(wanted))
 
     def raise_at(self, wanted: int | None) -> None:
         """Raise at that call of step `STEP`."""
-        here = self.session is not None and self.session.state.step + 1 == STEP
+        here = self.loop is not None and self.loop.state.step + 1 == STEP
         if here and wanted is not None and not self.raised and next(self.calls) == wanted:
             self.raised = True
             raise torch.OutOfMemoryError(MESSAGE)
@@ -74,13 +74,13 @@ def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Fa
 
     def arranged(way: str, moment: str) -> Failure:
         failure = Failure(moment)
-        build = TrainingSession.build_engine
+        start = AloneLoop.start
 
-        def watched(session: TrainingSession, *args: Any) -> None:
-            build(session, *args)
-            failure.watch(session)
+        def watched(loop: AloneLoop) -> None:
+            start(loop)
+            failure.watch(loop)
 
-        monkeypatch.setattr(TrainingSession, "build_engine", watched)
+        monkeypatch.setattr(AloneLoop, "start", watched)
         plain: Any = stream.LayerStream
         pinned = way == "streamed"
         monkeypatch.setattr(

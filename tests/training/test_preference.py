@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
+from qvera.training.loop import AloneLoop
 from qvera.training.plan import make_plan
-from qvera.training.trainer import Trainer, train
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.runs import cut_off, records, same, vectors
 
@@ -152,13 +153,13 @@ def test_other_methods_train_on_preferences_too(method: str, recipe_of: Any, tmp
 def test_a_loss_that_is_not_finite_ends_the_run(
     recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nll = Trainer.nll
+    nll = AloneLoop.nll
 
-    def spoilt(trainer: Trainer, *arguments: Any) -> Any:
+    def spoilt(trainer: AloneLoop, *arguments: Any) -> Any:
         total, count = nll(trainer, *arguments)
         return (total * float("nan") if trainer.state.step == 2 else total), count
 
-    monkeypatch.setattr(Trainer, "nll", spoilt)
+    monkeypatch.setattr(AloneLoop, "nll", spoilt)
     with pytest.raises(Exception, match=r"Step 3: the loss or its gradient is not finite .*preference.jsonl:\d+"):
         train(recipe_of("dpo", max_steps=4), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

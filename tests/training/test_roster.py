@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qvera.data import AdapterRows
-from qvera.training.loop import AdapterRow, cut_round
+from qvera.training.bank_loop import AdapterRow, cut_round
 from qvera.training.plan.decisions import slots_to_fill
 from qvera.training.roster import AdapterRun, Roster, deal, longest_pass
 

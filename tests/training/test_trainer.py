@@ -26,7 +26,8 @@ from qvera.data import build_datasets, data_sha256
 from qvera.evaluation.load import open_run
 from qvera.models import forward
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training import checkpoint, run, trainer
+from qvera.training import checkpoint, run
+from qvera.training.loop import AloneLoop
 from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, NotFinite, RunFailed
@@ -228,7 +229,7 @@ def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(
     damaged = cut / "checkpoints" / "step-00000003"
     damaged.mkdir()
     stop_after(recipe, cut, step=3, resume=True)  # from step 2; "and saved" has to be true
-    assert checkpoint.load(damaged).step == 3
+    assert checkpoint.load(damaged).number == 3
 
 
 def test_each_step_is_saved_once_and_its_records_are_on_disk_before(
@@ -266,7 +267,7 @@ def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(write_recipe: A
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     found = checkpoint.newest(run_dir / "checkpoints")
     assert found is not None
-    assert found.step == len(losses(run_dir)) > 0
+    assert found.number == len(losses(run_dir)) > 0
 
 
 def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
@@ -305,12 +306,12 @@ def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: P
 def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = trainer.Trainer.held_out_loss, itertools.count()
+    real, calls = AloneLoop.held_out_loss, itertools.count()
 
-    def spoilt_after_training(run: trainer.Trainer) -> dict[str, Any]:
+    def spoilt_after_training(run: AloneLoop) -> dict[str, Any]:
         return {**real(run), "loss": math.nan} if next(calls) else real(run)
 
-    monkeypatch.setattr(trainer.Trainer, "held_out_loss", spoilt_after_training)
+    monkeypatch.setattr(AloneLoop, "held_out_loss", spoilt_after_training)
     run_dir = tmp_path / "run"
     with pytest.raises(NotFinite, match=r"Step 2: its held-out loss is not finite\. Lower training\.learning_rate\."):
         train(make_recipe(training={"max_steps": 2}), run_dir)
@@ -318,14 +319,14 @@ def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved(
     assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
     found = checkpoint.newest(run_dir / "checkpoints")
     assert found is not None
-    assert found.step == 2
+    assert found.number == 2
 
 
 def test_metrics_are_json_that_every_parser_reads_whatever_the_loss(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.Trainer.held_out_loss
-    monkeypatch.setattr(trainer.Trainer, "held_out_loss", lambda run: {**real(run), "loss": math.nan})  # the base's too
+    real = AloneLoop.held_out_loss
+    monkeypatch.setattr(AloneLoop, "held_out_loss", lambda run: {**real(run), "loss": math.nan})  # the base's too
     train(make_recipe(training={"max_steps": 2, "eval_steps": 1}), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     evals = [line for line in lines if json.loads(line)["kind"] == "eval"]
@@ -340,13 +341,13 @@ def test_early_stopping_keeps_the_best_vectors(
     recipe = make_recipe(
         training={"max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
     )
-    real, calls = trainer.Trainer.held_out_loss, itertools.count()
+    real, calls = AloneLoop.held_out_loss, itertools.count()
 
-    def worse_after_step_3(run: trainer.Trainer) -> dict[str, Any]:
+    def worse_after_step_3(run: AloneLoop) -> dict[str, Any]:
         found = real(run)  # the first call is before training
         return {**found, "loss": found["loss"] + 10} if next(calls) in (4, 5) else found
 
-    monkeypatch.setattr(trainer.Trainer, "held_out_loss", worse_after_step_3)
+    monkeypatch.setattr(AloneLoop, "held_out_loss", worse_after_step_3)
     run_dir = tmp_path / "run"
     result = train(recipe, run_dir)
     assert result is not None

@@ -86,5 +86,5 @@ def check_recipe(recipe: Recipe) -> None:
             "adapter.method: only vera without magnitude trains many adapters in one run, and this is "
             f"{section.method}. Train one (remove data.adapter_column or data.adapter_files), or choose vera."
         )
-    for schedule in plugins.schedules():
+    for schedule in plugins.schedules_of(data=recipe.data, adapter=section, training=recipe.training):
         schedule.check(recipe, method)

@@ -99,7 +99,8 @@ class Plan(PlannedRun):
     @property
     def notes(self) -> list[str]:
         """What the plan does not know, as schedules say."""
-        return [note for schedule in plugins.schedules() if (note := schedule.note(self.recipe)) is not None]
+        schedules = plugins.schedules_of(training=self.recipe.training)
+        return [note for schedule in schedules if (note := schedule.note(self.recipe)) is not None]
 
     @property
     def trained_parameters(self) -> int:
@@ -220,12 +221,12 @@ def make_plan(
     """
     check_recipe(recipe)
     whole = recipe
-    for schedule in plugins.schedules():
+    for schedule in plugins.schedules_of(training=recipe.training):
         whole = schedule.whole(whole, 0 if rows is None else len(rows))
     given, recipe = recipe, whole if rows is not None or recipe.training.max_steps >= 0 else recipe
     with torch.random.fork_rng(devices=[]):
         task = task_of(recipe)
-        model_class = task.model_class(recipe, datasets)
+        model_class = task.model_class(datasets)
         model = empty_model(recipe.model, None, model_class)
     shape = _grown(shape_of(model, model_class), recipe)
     masked, config = needs_padding_mask(model), model.config

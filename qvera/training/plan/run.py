@@ -430,7 +430,8 @@ class PlannedRun:
     @property
     def sampled_tokens(self) -> int | None:
         """Tokens of each input that backward keeps where a schedule keeps a share of them; None: no schedule does."""
-        shares = [share for schedule in plugins.schedules() if (share := schedule.kept_share(self.recipe))]
+        schedules = plugins.schedules_of(training=self.recipe.training)
+        shares = [share for schedule in schedules if (share := schedule.kept_share(self.recipe))]
         return max(1, math.ceil(min(shares) * self.batch.all_tokens)) if shares else None
 
     @property

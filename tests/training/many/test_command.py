@@ -14,8 +14,8 @@ import yaml
 from qvera.cli.main import main
 from qvera.config.lr_range import LrRange
 from qvera.training import session
+from qvera.training.bank_loop import BankLoop
 from qvera.training.lr_finder import find_lr
-from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.runs import entries, many_recipe, records, write_rows
@@ -36,14 +36,14 @@ def test_train_says_how_many_are_done_and_leaves_one_file_of_metrics(
     assert not run_dir.exists()
     capsys.readouterr()
     scored: list[int] = []
-    real = ManyTrainer.pass_nll
+    real = BankLoop.pass_nll
 
-    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> Any:
+    def pass_nll(self: BankLoop, slots: Any, examples: Any, weights: Any = None) -> Any:
         if weights is None:
             scored.append(len(slots))
         return real(self, slots, examples, weights)
 
-    monkeypatch.setattr(ManyTrainer, "pass_nll", pass_nll)
+    monkeypatch.setattr(BankLoop, "pass_nll", pass_nll)
     assert main(["train", str(path)]) == 0
     shown = capsys.readouterr()
     printed, progress = shown.out, " ".join(shown.err.split())

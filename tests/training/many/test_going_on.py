@@ -14,6 +14,7 @@ import torch
 from qvera.adapters.files.save_load import save_adapter
 from qvera.config.schema import Recipe
 from qvera.training import checkpoint
+from qvera.training.bank_loop import BankLoop
 from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
@@ -71,7 +72,7 @@ def test_a_stopped_run_is_saved_and_goes_on(
 
     def take_turn(self: ManyTrainer) -> bool:
         is_due = real(self)
-        if self.round == 5:
+        if self.loop.round == 5:
             signal.raise_signal(signal.SIGTERM)
         return is_due
 
@@ -92,16 +93,16 @@ def test_a_round_that_runs_out_of_memory_is_undone_and_the_one_before_is_saved(
     whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run_dir = whole
-    real = ManyTrainer.pass_nll
+    real = BankLoop.pass_nll
 
-    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> Any:
+    def pass_nll(self: BankLoop, slots: Any, examples: Any, weights: Any = None) -> Any:
         found = real(self, slots, examples, weights)
         if self.round == 4 and weights is not None:  # after the gradients of the fifth round's first pass
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(ManyTrainer, "pass_nll", pass_nll)
+        patch.setattr(BankLoop, "pass_nll", pass_nll)
         message = r"Round 5: memory ran out .*2\.15 GB were asked for(.|\n)*Round 4 is saved.*--resume"
         with pytest.raises(OutOfMemory, match=message):
             train(recipe, tmp_path / "run")

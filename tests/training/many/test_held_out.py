@@ -15,8 +15,10 @@ from rich.console import Console
 from qvera.cli.train import print_result
 from qvera.distributed.group import Group, for_all
 from qvera.evaluation.named_adapters import require_named
+from qvera.training.bank_loop import BankLoop
 from qvera.training.many import ManyTrainer
 from qvera.training.roster import AdapterRun
+from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, OutOfMemory
 from tests.training.runs import assert_same, cut_off, entries, many_recipe, records, train_many, write_rows
@@ -34,20 +36,20 @@ def recipe_of(make_recipe: Any, tmp_path: Path, **training: Any) -> Any:
 
 def spoil_held_out(monkeypatch: pytest.MonkeyPatch, name: str, steps: Collection[int]) -> None:
     """Let an adapter's vectors after so many steps answer NaN to its held-out rows; what it trains on is finite."""
-    real = ManyTrainer.pass_nll
+    real = BankLoop.pass_nll
 
-    def is_bad(trainer: ManyTrainer, run: AdapterRun) -> bool:
-        at_best = run.best is not None and torch.equal(trainer.bank.vectors[run.held_slot], run.best)
+    def is_bad(loop: BankLoop, run: AdapterRun) -> bool:
+        at_best = run.best is not None and torch.equal(loop.bank.vectors[run.held_slot], run.best)
         return run.name == name and run.state.step in steps and not at_best
 
-    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:
+    def pass_nll(self: BankLoop, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:
         nll = real(self, slots, examples, weights)
         if weights is None:
             bad = {run.slot for run in self.roster.in_flight if is_bad(self, run)}
             nll = torch.where(torch.tensor([slot in bad for slot in slots]), math.nan, nll)
         return nll
 
-    monkeypatch.setattr(ManyTrainer, "pass_nll", pass_nll)
+    monkeypatch.setattr(BankLoop, "pass_nll", pass_nll)
 
 
 def test_one_in_the_middle_is_never_the_best_also_after_a_kill(
@@ -107,16 +109,16 @@ def test_a_base_that_does_not_answer_the_held_out_rows_is_told_from_a_rate_that_
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Before training all answer with the first slot."""
-    real = ManyTrainer.pass_nll
+    real = BankLoop.pass_nll
 
-    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:
+    def pass_nll(self: BankLoop, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:
         nll = real(self, slots, examples, weights)
         before = weights is None and self.round == 0
         return nll * math.nan if before else nll
 
     recipe = recipe_of(make_recipe, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(ManyTrainer, "pass_nll", pass_nll)
+        patch.setattr(BankLoop, "pass_nll", pass_nll)
         spoil_held_out(patch, "ben", {2, 4, 6})
         found = train_many(recipe, tmp_path / "run")
     assert found["ben"]["reason"].endswith("It was not finite before training either: look at the held-out rows.")
@@ -138,8 +140,9 @@ def test_a_process_whose_round_does_not_fit_tells_the_others(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are in rounds of their own, and must not wait for it as for one that has ended with all."""
-    trainer = ManyTrainer(recipe_of(make_recipe, tmp_path), tmp_path / "run", Group())
+    trainer = ManyTrainer(TrainingSession(recipe_of(make_recipe, tmp_path), tmp_path / "run", Group()))
     monkeypatch.setattr(trainer, "group", Group(world_size=2))
+    trainer.loop = BankLoop  # type: ignore[assignment]  # whose steps are each process's own
     error = trainer.end(for_all(OutOfMemory("Round 3: memory ran out")))
     assert isinstance(error, OutOfMemory) and not error.shared
 
@@ -149,15 +152,15 @@ def test_memory_that_runs_out_in_one_saves_no_half_done_round(
 ) -> None:
     recipe = recipe_of(make_recipe, tmp_path)
     train_many(recipe, tmp_path / "whole")
-    real = ManyTrainer.pass_nll
+    real = BankLoop.pass_nll
 
-    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:
+    def pass_nll(self: BankLoop, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:
         if weights is None and self.round == 4:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
         return real(self, slots, examples, weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ManyTrainer, "pass_nll", pass_nll)
+        patch.setattr(BankLoop, "pass_nll", pass_nll)
         with pytest.warns(UserWarning, match="Memory ran out"), pytest.raises(OutOfMemory, match="Round 3 is saved"):
             train(recipe, tmp_path / "run")
     train(recipe, tmp_path / "run", resume=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from qvera.training.many import ManyTrainer
@@ -48,7 +50,7 @@ def test_a_nan_does_not_reach_the_others(make_recipe: Any, tmp_path: Path, monke
     take = ManyTrainer.take_turn
 
     def take_turn(self: ManyTrainer) -> bool:
-        bad[:] = [run.held_slot for run in self.roster.in_flight if run.name == "ben" and run.state.step == 2]
+        bad[:] = [run.held_slot for run in self.loop.in_flight if run.name == "ben" and run.state.step == 2]
         return take(self)
 
     monkeypatch.setattr(BankAdamW, "step", refuse)
@@ -67,7 +69,7 @@ def test_a_run_whose_adapters_all_diverge_fails(
 
     def take_turn(self: ManyTrainer) -> bool:
         is_due = real(self)
-        self.bank.vectors.fill_(math.nan)
+        self.loop.bank.vectors.fill_(math.nan)
         return is_due
 
     monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)
@@ -75,3 +77,23 @@ def test_a_run_whose_adapters_all_diverge_fails(
         train_many(many_recipe(make_recipe, tmp_path / "rows.jsonl"), tmp_path / "run")
     assert {entry["status"] for entry in entries(tmp_path / "run").values()} == {"not_finite"}
     assert all_files(tmp_path / "run") == {}
+
+
+def test_memory_that_runs_out_in_the_optimizer_ends_the_run(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some vectors may have been stepped and some not, so the round is not saved."""
+    write_rows(tmp_path / "rows.jsonl", {"anna": 4, "ben": 2})
+    real = BankAdamW.step
+
+    def too_much(self: BankAdamW, slots: list[int], rates: list[float]) -> list[float]:
+        if self.steps[slots[0]] == 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return real(self, slots, rates)
+
+    monkeypatch.setattr(BankAdamW, "step", too_much)
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", {"save_steps": 1})
+    with pytest.raises(RunFailed, match="Memory ran out in the optimizer's step: 2.15 GB were asked for"):
+        train_many(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "round-00000002"
