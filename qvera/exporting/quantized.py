@@ -20,7 +20,7 @@ from qvera.exporting.merged import export_merged
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
-from qvera.models.quantized_record import content_identity, problem_of, read_record, settings_of
+from qvera.models.quantized_record import problem_of, read_record
 from qvera.models.stored_weights import packed_weights, without_statistics
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text, require_new_or_unfinished
@@ -71,8 +71,7 @@ def export_quantized(
         record = read_record(out)
         if record is not None and not (out / CERTIFICATE).exists() and not any(out.glob(".qvera_quantize*")):
             source = read_source(target, merged, model_class)
-            settings = settings_of(target, model_class.settings)
-            identity = content_identity(source.config_sha256, certificate["files"], settings)
+            identity = source.identity({Path(name): digest for name, digest in certificate["files"].items()})
             record = record if record["identity"] == identity and problem_of(out) is None else None
         else:
             record = None

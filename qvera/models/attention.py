@@ -79,8 +79,9 @@ def joining_of(
         return Joined.ROWS if packing or whole_rows else None
     if whole_rows:
         return Joined.ROWS if implementation == VARLEN else None
-    found = {"sdpa": Joined.MASK, "eager": Joined.MASK, CAUSAL: Joined.MASK, VARLEN: Joined.OFFSETS}
-    return found.get(implementation) if packing or prefix_once else None
+    if not packing and not prefix_once:
+        return None
+    return {"sdpa": Joined.MASK, "eager": Joined.MASK, CAUSAL: Joined.MASK, VARLEN: Joined.OFFSETS}.get(implementation)
 
 
 def rows_joined(model: PreTrainedModel, prefix_once: bool, packing: bool, whole_rows: bool = False) -> Joined | None:

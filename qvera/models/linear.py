@@ -36,15 +36,13 @@ class WeightBlocks:
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype, elements: int, reused: bool = False) -> None:
         self.rows = module.out_features
-        self._module, self._dtype = module, dtype
-        self._whole: torch.Tensor | None = None
-        self._step = max(1, elements // module.in_features)
-        four_bit = isinstance(module, Linear4bit)
-        blocked = four_bit and not reused and module.weight.device.type == "cpu" and quantization.ends_with_rows(module)
-        self._dense = not four_bit and not isinstance(module, Linear8bit)
-        if not (blocked or (self._dense and module.weight.dtype != dtype)):
-            self._step = self.rows
-            self._whole = quantization.dequantized_weight(module, dtype)
+        self._module, self._dtype, self._whole = module, dtype, None
+        self._dense = not isinstance(module, (Linear4bit, Linear8bit))
+        on_cpu = isinstance(module, Linear4bit) and not reused and module.weight.device.type == "cpu"
+        if (on_cpu and quantization.ends_with_rows(module)) or (self._dense and module.weight.dtype != dtype):
+            self._step = max(1, elements // module.in_features)
+        else:
+            self._step, self._whole = self.rows, quantization.dequantized_weight(module, dtype)
 
     def __len__(self) -> int:
         return -(-self.rows // self._step)
@@ -131,19 +129,16 @@ def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     The product is taken in `compute_dtype`. A trained bias or dense weight (PEFT's ``bias``, ``modules_to_save``) gets
     its gradient.
     """
-    inner = x.to(compute_dtype(module, x))
+    inner, bias = x.to(compute_dtype(module, x)), module.bias
     if module.weight.requires_grad and not isinstance(module, (Linear4bit, Linear8bit)):
-        return F.linear(
-            inner, module.weight.to(inner.dtype), None if module.bias is None else module.bias.to(inner.dtype)
-        ).to(x.dtype)
+        weight = module.weight.to(inner.dtype)
+        return F.linear(inner, weight, None if bias is None else bias.to(inner.dtype)).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad) and isinstance(module, Linear4bit):
         y = quantization.fused_matmul(inner, module, getattr(module, "_inference_pack", None))
         if y is not None:
-            return (y if module.bias is None else y + module.bias.to(y.dtype)).to(x.dtype)
+            return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
     y = _FrozenLinearFunction.apply(inner, module)
-    if module.bias is not None and module.bias.requires_grad:
-        y = y + module.bias.to(y.dtype)
-    return y.to(x.dtype)
+    return (y + bias.to(y.dtype) if bias is not None and bias.requires_grad else y).to(x.dtype)
 
 
 def compute_dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype:
@@ -261,12 +256,8 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
             # gradient, `torch.matmul` makes a batched product of that and copies the weight once for each row.
             hook = output.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
             stack.callback(hook.remove)
-        if (
-            isinstance(output, FrozenLinear)
-            and output._inference_weight is None
-            and output.weight.is_cpu
-            and not is_sharded(output.weight)
-        ):
+        is_held = isinstance(output, FrozenLinear) and output._inference_weight is not None
+        if isinstance(output, FrozenLinear) and not is_held and output.weight.is_cpu and not is_sharded(output.weight):
             dtype = embedding_dtype(model.get_input_embeddings())  # type: ignore[operator]
             output._inference_weight = output.weight.to(dtype)
             stack.callback(setattr, output, "_inference_weight", None)
@@ -274,10 +265,8 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
         layers = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
         layers = [m for m in layers if not is_sharded(m.weight)]
         # the copies are private memory where the weights may be a mapped file
-        size_bytes = sum(quantization.storage_bytes(layer) for layer in layers)
-        if size_bytes > memory.available_bytes(torch.device("cpu")) // 4:
-            layers = []
-        for layer in layers:
+        has_room = sum(map(quantization.storage_bytes, layers)) <= memory.available_bytes(torch.device("cpu")) // 4
+        for layer in layers if has_room else ():
             # bfloat16 is all that the kernel computes in
             if layer.compute_dtype == torch.bfloat16 and not hasattr(layer, "_inference_pack"):
                 layer._inference_pack = quantization.inference_pack(layer)

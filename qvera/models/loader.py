@@ -44,7 +44,7 @@ class Base:
     model: PreTrainedModel
     tokenizer: Any
     facts: dict[str, Any]
-    """Read back from the loaded modules (`read_back`)."""
+    """Read back from the loaded modules (`_read_back`)."""
     adapted: PeftModel | None = None
     """The model with the adapters of `qvera.adapters.shared_model.add_adapter`."""
 

@@ -161,7 +161,7 @@ def is_streamed(module: nn.Linear) -> bool:
 def bring(module: nn.Linear) -> None:
     """Bring a streamed linear's bytes to its device (`qvera.models.stream`). Call it before each read of a weight."""
     if (streamed := getattr(module.weight, "streamed", None)) is not None:
-        streamed.bring()
+        streamed.stream.use(streamed.layer)
 
 
 def stored_tensors(module: Linear4bit) -> list[torch.Tensor]:
@@ -172,8 +172,7 @@ def stored_tensors(module: Linear4bit) -> list[torch.Tensor]:
 
 def replace_tensors(module: Linear4bit, tensors: list[torch.Tensor], device: torch.device) -> None:
     """Replace the `stored_tensors` of a 4-bit linear. Its few constants go to ``device``."""
-    before = module.weight
-    state = copy.copy(_require_state(module))
+    before, state = module.weight, copy.copy(_require_state(module))
     packed, state.absmax = tensors[:2]
     state.code = state.code.to(device)
     if state.nested:
@@ -218,13 +217,11 @@ def dequantized_packed(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     shape = state.shape
     if (weight := dequantize.dequantize_4bit(packed, state)) is not None:
         return weight
-    if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
-        return bnb_functional.dequantize_4bit(packed, state)
-    count = math.prod(shape)
-    rows = copy.copy(state)
-    width = count if count % state.blocksize else state.blocksize
-    rows.shape = torch.Size((count // width, width))
-    return bnb_functional.dequantize_4bit(packed, rows).view(shape)
+    if packed.device.type == "cpu" and shape[-1] % state.blocksize:
+        count, state = math.prod(shape), copy.copy(state)
+        width = count if count % state.blocksize else state.blocksize
+        state.shape = torch.Size((count // width, width))
+    return bnb_functional.dequantize_4bit(packed, state).view(shape)
 
 
 def dequantized_rows(
@@ -287,10 +284,8 @@ class FourBitFacts(NamedTuple):
 
 def four_bit_facts(module: Linear4bit) -> FourBitFacts:
     """Read a Linear4bit's quantization from its live tensors."""
-    state = _require_state(module)
-    return FourBitFacts(
-        state.quant_type, bool(state.nested), module.weight.dtype, module.compute_dtype, state.blocksize
-    )
+    state, stored = _require_state(module), module.weight.dtype
+    return FourBitFacts(state.quant_type, bool(state.nested), stored, module.compute_dtype, state.blocksize)
 
 
 def prequantized_linear(

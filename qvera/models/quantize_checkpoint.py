@@ -72,6 +72,7 @@ class SourceCheckpoint:
         tensors: those that the model has.
         quantized: names of the weights that become 4-bit.
         head_names: modules that are trained, and so never quantized.
+        settings: what the copy depends on besides the source (`settings_of`).
     """
 
     directory: Path
@@ -83,6 +84,7 @@ class SourceCheckpoint:
     quantized: set[str]
     model_class: ModelClass
     head_names: list[str]
+    settings: dict[str, Any]
 
     @property
     def files(self) -> list[Path]:
@@ -93,6 +95,10 @@ class SourceCheckpoint:
     def size_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(stamp[0] for stamp in self.stamps.values())
+
+    def identity(self, hashes: Mapping[Path, str]) -> str:
+        """The copy's name by content, from the SHA-256 of each shard."""
+        return content_identity(self.config_sha256, hashes, self.settings)
 
 
 def read_source(section: ModelSection, directory: Path, model_class: ModelClass = CAUSAL_LM) -> SourceCheckpoint:
@@ -141,8 +147,9 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
                 f"{section.quant_storage}. Set model.quant_storage: uint8."
             )
     tensors, digest = [entry for entry in entries if entry.name in names], file_sha256(directory / "config.json")
+    stamps, settings = file_stamps(entries), settings_of(section, model_class.settings)
     return SourceCheckpoint(
-        directory, config, digest, entries, file_stamps(entries), tensors, quantized, model_class, heads
+        directory, config, digest, entries, stamps, tensors, quantized, model_class, heads, settings
     )
 
 
@@ -166,14 +173,13 @@ def quantize_checkpoint(
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
-    settings = settings_of(section, source.model_class.settings)
     # what the bytes are a function of; the device, because bitsandbytes' kernels may round its statistics otherwise
     place = str(source.directory.resolve())
     identity = {
         "source": place,
         "files": source.stamps,
         "config": source.config_sha256,
-        "settings": settings,
+        "settings": source.settings,
         "device": device.type,
         "shard_bytes": shard_bytes or SHARD_BYTES,
     }
@@ -218,8 +224,8 @@ def quantize_checkpoint(
                     name: {"sha256": reader.sha256[name], "bytes": stamp[0]} for name, stamp in source.stamps.items()
                 },
             },
-            "settings": settings,
-            "identity": content_identity(source.config_sha256, reader.sha256, settings),
+            "settings": source.settings,
+            "identity": source.identity({Path(name): digest for name, digest in reader.sha256.items()}),
             "files": {name: {"sha256": work.shards[name], "bytes": (out / name).stat().st_size} for name, _ in shards},
             "seconds": time.perf_counter() - began,
             "versions": memory.versions(),
@@ -326,11 +332,10 @@ def cached_base(
     if not verify and (found := find_base(section, directory, model_class)) is not None:
         return found  # without a look at the model
     source = read_source(section, directory, model_class)
-    settings = settings_of(section, source.model_class.settings)
     root, hashes = BASES.root, BASES.hashes
     where = [device.type if device is not None else "cpu", SHARD_BYTES]
     parts = [str(source.directory.resolve()), source.stamps, source.config_sha256, *where]
-    key = hashlib.sha256(json.dumps([parts, settings], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([parts, source.settings], sort_keys=True).encode()).hexdigest()[:16]
     unfinished = root / f"{UNFINISHED}{key}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -346,10 +351,10 @@ def cached_base(
 
     with BASES.locked(key, None if progress is None else waiting):
         known = {} if verify else hashes.known(source.files)
-        if verify or (len(known) < len(source.files) and _similar(source, settings)):
+        if verify or (len(known) < len(source.files) and _similar(source)):
             known = hashes.hashed(source.files, known, progress)
         if len(known) == len(source.files):
-            target = _place(section, _identity(source.config_sha256, known, settings))
+            target = _place(section, source.identity(known))
             if target.exists() and problem_of(target, verify=verify) is None:
                 return target
         BASES.clear_removed()
@@ -373,8 +378,7 @@ def find_base(section: ModelSection, directory: Path | None = None, model_class:
         return None
     architectures = (try_read_json(directory / "config.json") or {}).get("architectures")
     settings = settings_of(section, model_class.copied_as(architectures).settings)
-    config = file_sha256(directory / "config.json")
-    target = _place(section, _identity(config, known, settings))
+    target = _place(section, content_identity(file_sha256(directory / "config.json"), known, settings))
     return target if problem_of(target) is None else None
 
 
@@ -411,12 +415,11 @@ def quantized_copy(
     source = read_source(section, base_directory(section))
     hashes = BASES.hashes
     known = {} if verify else hashes.known(source.files)
-    record, settings = read_record(out), settings_of(section)
-    if record is not None:
-        if record["settings"] != settings:
+    if (record := read_record(out)) is not None:
+        if record["settings"] != source.settings:
             raise InputError(f"{out}: is quantized with other settings ({record['settings']}). Name another directory.")
         known = hashes.hashed(source.files, known, progress)
-        if record["identity"] != _identity(source.config_sha256, known, settings):
+        if record["identity"] != source.identity(known):
             raise InputError(f"{out}: is the quantized copy of another checkpoint. Name another directory.")
         if (problem := problem_of(out, verify=verify)) is not None:
             raise InputError(f"{problem}. Delete {out} and run again.")
@@ -431,22 +434,18 @@ def _remember(source: SourceCheckpoint, record: dict[str, Any]) -> None:
     BASES.hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
 
 
-def _identity(config_sha256: str, known: dict[Path, str], settings: dict[str, Any]) -> str:
-    return content_identity(config_sha256, {file.name: digest for file, digest in known.items()}, settings)
-
-
 def _place(section: ModelSection, identity: str) -> Path:
     return BASES.root / f"{section.quantization}-{identity[:24]}"
 
 
-def _similar(source: SourceCheckpoint, settings: dict[str, Any]) -> bool:
+def _similar(source: SourceCheckpoint) -> bool:
     """Whether a finished copy has sources of these names and sizes: then it pays to hash before quantizing."""
-    sizes = {name: stamp[0] for name, stamp in source.stamps.items()}
-    for record in (entry.record for entry in BASES.listed() if entry.record is not None):
-        recorded = {name: value["bytes"] for name, value in record["source"]["files"].items()}
-        if record["settings"] == settings and recorded == sizes:
-            return True
-    return False
+    wanted = source.settings, {name: stamp[0] for name, stamp in source.stamps.items()}
+    records = (entry.record for entry in BASES.listed() if entry.record is not None)
+    return any(
+        (record["settings"], {name: file["bytes"] for name, file in record["source"]["files"].items()}) == wanted
+        for record in records
+    )
 
 
 def _publish(made: Path, target: Path) -> Path:

@@ -24,9 +24,10 @@ def settings_of(section: ModelSection, of_class: Mapping[str, str] | None = None
     return {key: getattr(section, key) for key in keys} | {"blocksize": 64, **(of_class or {})}
 
 
-def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """A hash, in hex, over config, shards (name → SHA-256) and settings."""
-    text = json.dumps([1, config_sha256, sorted(files.items()), sorted(settings.items())])
+def content_identity(config_sha256: str, files: Mapping[Path, str], settings: Mapping[str, Any]) -> str:
+    """A hash, in hex, over config, shards (name → SHA-256) and settings. Where the shards lie does not count."""
+    shards = sorted((file.name, digest) for file, digest in files.items())
+    text = json.dumps([1, config_sha256, shards, sorted(settings.items())])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

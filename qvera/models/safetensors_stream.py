@@ -3,14 +3,13 @@
 Each file is read or written once, in the order of its bytes, and hashed on the way. Memory is a few blocks.
 """
 
+import collections
 import hashlib
 import itertools
 import json
 import math
 import os
-import queue
 import struct
-import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -120,38 +119,19 @@ def in_order(
     An error is raised where its result would come. Closing the iterator stops the threads. At most ``waiting`` items
     are drawn and not yet consumed, which bounds memory.
     """
-    results: queue.Queue[Future[Out] | None] = queue.Queue()
-    places = threading.Semaphore(waiting)
-    stop = threading.Event()
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(workers, "compute") as pool:
 
-    def draw(pool: ThreadPoolExecutor) -> None:
-        try:
-            while True:
-                places.acquire()
-                if stop.is_set():
-                    return
-                item = next(items, None)
-                if item is None:
-                    return
-                results.put(pool.submit(compute, item))
-        except BaseException as error:  # handed to the consumer
-            failed: Future[Out] = Future()
-            failed.set_exception(error)
-            results.put(failed)
-        finally:
-            results.put(None)
+        def draw() -> Future[Out] | None:
+            item = next(items, None)
+            return None if item is None else pool.submit(compute, item)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="compute") as pool:
-        reader = threading.Thread(target=draw, args=(pool,), name="read", daemon=True)
-        reader.start()
+        drawn = collections.deque(reader.submit(draw) for _ in range(waiting))
         try:
-            while (future := results.get()) is not None:
+            while (future := drawn.popleft().result()) is not None:
                 yield future.result()
-                places.release()
+                drawn.append(reader.submit(draw))
         finally:
-            stop.set()
-            places.release()
-            reader.join()
+            reader.shutdown(cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
 

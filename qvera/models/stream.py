@@ -1,10 +1,10 @@
 """A 4-bit base larger than the accelerator's memory: its decoder layers stay in RAM, and two are on the device.
 
 Layer i uses buffer i mod 2 of the device: the packed weights and statistics of its linears always point into it. Each
-reader calls `LayerStream.use` first (`qvera.models.quantization` does). It waits for the layer's bytes and starts the
-copy of the likely next layer into the other buffer. A checkpoint recomputes a layer right before its backward, so one
-copy serves both: a training pass over L layers copies 2 L - 4 of them. A copy waits for everything that the computing
-stream was given before, which includes the readers of the layer that it overwrites.
+reader calls `LayerStream.use` first (`quantization.bring` does). It waits for the layer's bytes and starts the copy of
+the likely next layer into the other buffer. A checkpoint recomputes a layer right before its backward, so one copy
+serves both: a training pass over L layers copies 2 L - 4 of them. A copy waits for everything that the computing stream
+was given before, which includes the readers of the layer that it overwrites.
 
 The bytes lie in page-locked RAM. If there is too little, they stay in the mapped file, and a thread reads each layer
 into page-locked RAM shortly before its copy.
@@ -23,12 +23,11 @@ No accelerator has run this. tests/models/test_checkpointing.py runs it with a t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +37,15 @@ from qvera.models.quantization import Linear4bit
 from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils import accelerator, memory
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from transformers import PreTrainedModel
+
+PINNED_SHARE = 0.8
+"""Page-locked RAM can't be swapped out, so the system keeps at least a fifth of what is free."""
+_RESIDENT_SHARE = 0.85
+"""A larger share of the free memory leaves too little for activations and answers."""
+_ALIGNMENT_BYTES = 512  # of the device's own allocations
 CHUNK_BYTES = 2**24
 """16 MB: long enough for the bus's full rate. torch rounds page-locked memory up to a power of two."""
 
@@ -102,17 +110,6 @@ def pairs(flat: torch.Tensor, chunks: list[torch.Tensor]) -> list[tuple[torch.Te
     return [(part, chunk[: len(part)]) for part, chunk in zip(parts, chunks, strict=True)]
 
 
-if TYPE_CHECKING:
-    from bitsandbytes.functional import QuantState
-    from transformers import PreTrainedModel
-
-_ALIGNMENT_BYTES = 512  # of the device's own allocations
-_RESIDENT_SHARE = 0.85
-"""A larger share of the free memory leaves too little for activations and answers."""
-PINNED_SHARE = 0.8
-"""Page-locked RAM can't be swapped out, so the system keeps at least a fifth of what is free."""
-
-
 def streams_by_itself(base_bytes: int, device: torch.device) -> bool:
     """Whether the base is too large for the device: ``model.stream: auto`` without a plan."""
     return accelerator.has_own_memory(device) and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
@@ -130,8 +127,7 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
     return next((streamed.stream.facts for streamed in found if streamed is not None), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamedLinear:
+class StreamedLinear(NamedTuple):
     """The attribute ``streamed`` of a streamed linear's weight."""
 
     stream: LayerStream
@@ -139,10 +135,6 @@ class StreamedLinear:
     packed: torch.Tensor
     """In the file, on the CPU; so is ``state``."""
     state: QuantState
-
-    def bring(self) -> None:
-        """Bring the layer's bytes to where the weight points. Call it before each read."""
-        self.stream.use(self.layer)
 
 
 class LayerStream:
@@ -161,19 +153,31 @@ class LayerStream:
             pinned: whether all bytes are copied into page-locked RAM; None: where they fit.
             copies: None for a stream of its own, if the device has memory of its own.
         """
-        self._copies = copies or (CopyStream(device) if accelerator.has_own_memory(device) else None)
-        self._device = device
-        self._chunks = PinnedChunks(pin_memory=accelerator.has_own_memory(device))
-        self._sources = [_laid_out([t for m in linears for t in quantization.stored_tensors(m)]) for linears in layers]
-        self._sizes = [source[-1][0] + len(source[-1][1]) for source in self._sources]
+        own_memory = accelerator.has_own_memory(device)
+        self._copies = copies or (CopyStream(device) if own_memory else None)
+        self._chunks = PinnedChunks(pin_memory=own_memory)
+        # (offset in its layer's bytes, a tensor of the file as uint8 [bytes]) of each layer
+        self._sources: list[list[tuple[int, torch.Tensor]]] = []
+        self._sizes: list[int] = []
+        for linears in layers:
+            source, at = [], 0
+            for tensor in (tensor for linear in linears for tensor in quantization.stored_tensors(linear)):
+                part = tensor.reshape(-1).view(torch.uint8)
+                source.append((at, part))
+                end = at + len(part)
+                at = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            self._sources.append(source)
+            self._sizes.append(end)
         largest, total = max(self._sizes), sum(self._sizes)
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._held: list[int | None] = [None, None]
-        self._arrived: list[Any] = [None, None]
+        self._held: list[int | None] = [None, None]  # the layer in each buffer
+        self._arrived: list[Any] = [None, None]  # the event that the copy into it is through
         self._current: int | None = None
         self._starts_over = False
-        self._pinned = self._pin() if (self._has_room_to_pin(total) if pinned is None else pinned) else None
-        self._staging: list[list[torch.Tensor]] = []
+        if pinned is None:  # without a stream nothing would run beside the computation
+            free = PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
+            pinned = self._copies is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * total <= free
+        self._pinned = self._pin() if pinned else None
         if self._copies is not None:
             for buffer in self._buffers:
                 self._copies.keep(buffer)
@@ -183,7 +187,14 @@ class LayerStream:
         held_in = "mapped file" if self._pinned is None else "pinned RAM"
         self.facts = {"layers": len(layers), "layer_bytes": largest, "bytes": total, "held_in": held_in}
         for number, linears in enumerate(layers):
-            self._redirect(number, linears)
+            buffer, places = self._buffers[number % 2], iter(self._sources[number])
+            for linear in linears:
+                stored, state, on_device = quantization.stored_tensors(linear), linear.weight.quant_state, []
+                for tensor in stored:
+                    at, part = next(places)
+                    on_device.append(buffer[at : at + len(part)].view(tensor.dtype).view(tensor.shape))
+                quantization.replace_tensors(linear, on_device, device)
+                linear.weight.streamed = StreamedLinear(self, number, stored[0], state)
 
     def use(self, layer: int) -> None:
         """Let the computing stream wait for a layer's bytes, and start the copy of the likely next layer."""
@@ -192,33 +203,26 @@ class LayerStream:
         before, self._current = self._current, None  # an error leaves it so, and the next use looks again
         self._fetch(layer)
         if self._copies is not None:
-            self._copies.wait(self._arrival(layer % 2))
-        if before == len(self._sources) - 1:
-            self._starts_over = layer == 0
-        following = self._following(layer, before)
-        self._current = layer
-        if self._copies is not None:
-            self._fetch(following)
-
-    def _arrival(self, slot: int) -> Any:
-        """The event that the copy into a buffer is through. An error of the reading thread is raised here."""
-        arrived = self._arrived[slot]
-        if not isinstance(arrived, Future):
-            return arrived
-        try:
-            return arrived.result()
-        except BaseException:
-            self._held[slot] = self._arrived[slot] = None  # the next use reads the layer again
-            raise
-
-    def _following(self, layer: int, before: int | None) -> int:
-        """A wrong guess costs a copy, and nothing else."""
+            slot = layer % 2
+            arrived = self._arrived[slot]
+            try:
+                self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
+            except BaseException:  # of the reading thread
+                self._held[slot] = self._arrived[slot] = None  # the next use reads the layer again
+                raise
         last = len(self._sources) - 1
-        if layer == last:
-            # answers and evaluations begin again at the first layer, training turns round
-            return 0 if self._starts_over and last % 2 else max(last - 1, 0)
-        upwards = layer == 0 or (before is not None and before < layer)
-        return layer + 1 if upwards else layer - 1
+        if before == last:
+            self._starts_over = layer == 0
+        self._current = layer
+        if self._copies is None:
+            return
+        # a wrong guess costs a copy, and nothing else
+        if layer == last:  # answers and evaluations begin again at the first layer, training turns round
+            following = 0 if self._starts_over and last % 2 else max(last - 1, 0)
+        else:
+            upwards = layer == 0 or (before is not None and before < layer)
+            following = layer + 1 if upwards else layer - 1
+        self._fetch(following)
 
     def _fetch(self, layer: int) -> None:
         slot = layer % 2
@@ -229,29 +233,21 @@ class LayerStream:
             for at, part in self._sources[layer]:
                 self._buffers[slot][at : at + len(part)].copy_(part)
         elif self._pinned is not None:
-            self._arrived[slot] = self._copies.copy(self._pairs(layer, self._pinned[layer]))
+            buffer = self._buffers[slot][: self._sizes[layer]]
+            self._arrived[slot] = self._copies.copy(pairs(buffer, self._pinned[layer]))
         else:
             read = functools.partial(self._read_and_copy, layer, self._arrived[slot], self._copies.mark(), self._copies)
             self._arrived[slot] = self._reader.submit(read)
         self._held[slot] = layer
 
-    def _pairs(self, layer: int, chunks: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return pairs(self._buffers[layer % 2][: self._sizes[layer]], chunks)
-
     def _read_and_copy(self, layer: int, before: Future[Any] | None, after: Any, copies: CopyStream) -> Any:
         """In the reading thread: a layer from its file into page-locked RAM, then the copy; returns its event."""
-        staging = self._staging[layer % 2]
+        staging, size = self._staging[layer % 2], self._sizes[layer]
         if before is not None:
             before.result().synchronize()  # the copy from the same page-locked RAM
         _fill(staging, self._sources[layer])
-        used = -(-self._sizes[layer] // self._chunks.chunk_bytes)
-        return copies.copy(self._pairs(layer, staging[:used]), after)
-
-    def _has_room_to_pin(self, size_bytes: int) -> bool:
-        if self._copies is None:
-            return False  # nothing would run beside the computation
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return processes * size_bytes <= PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
+        used = -(-size // self._chunks.chunk_bytes)
+        return copies.copy(pairs(self._buffers[layer % 2][:size], staging[:used]), after)
 
     def _pin(self) -> list[list[torch.Tensor]] | None:
         """All layers in page-locked RAM; None where the system does not lock so much."""
@@ -266,33 +262,8 @@ class LayerStream:
             return None
         return found
 
-    def _redirect(self, layer: int, linears: Sequence[Linear4bit]) -> None:
-        buffer, places = self._buffers[layer % 2], iter(self._sources[layer])
-        for linear in linears:
-            stored = quantization.stored_tensors(linear)
-            state = linear.weight.quant_state
-            on_device = []
-            for tensor in stored:
-                at, part = next(places)
-                on_device.append(buffer[at : at + len(part)].view(tensor.dtype).view(tensor.shape))
-            quantization.replace_tensors(linear, on_device, self._device)
-            linear.weight.streamed = StreamedLinear(self, layer, stored[0], state)
 
-
-_LaidOut = list[tuple[int, torch.Tensor]]
-"""(offset in its layer's bytes, a tensor of the file as uint8 [bytes])."""
-
-
-def _laid_out(tensors: Sequence[torch.Tensor]) -> _LaidOut:
-    found, at = [], 0
-    for tensor in tensors:
-        part = tensor.reshape(-1).view(torch.uint8)
-        found.append((at, part))
-        at += -(-len(part) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return found
-
-
-def _fill(chunks: Sequence[torch.Tensor], source: _LaidOut) -> None:
+def _fill(chunks: Sequence[torch.Tensor], source: list[tuple[int, torch.Tensor]]) -> None:
     start = 0
     for chunk in chunks:
         end = start + len(chunk)

@@ -109,11 +109,11 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[st
     return dict(sorted(((token, vocabulary[token]) for token in tokens), key=lambda pair: pair[1]))
 
 
-def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
-    """Give every added token its row in embedding and head; returns how many rows the two had to grow by.
+def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> None:
+    """Give every added token its row in embedding and head. Raises InputError if they can't be given rows.
 
     Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in place. If they are too
-    few, embedding and head become private copies with more rows. Raises InputError if they can't be given rows.
+    few, embedding and head become private copies with more rows.
     """
     tables = _tables(model)
     first, known = min(ids.values()), tables[0].weight.shape[0]
@@ -122,7 +122,7 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
             f"model.added_tokens: the tokenizer would give {next(iter(ids))!r} the id {first}, but the model has rows "
             f"for {known} tokens: the two do not belong together. Name the model's own tokenizer."
         )
-    return _put(model, ids, [_drawn(module.weight, ids, first) for module in tables])
+    _put(model, ids, [_drawn(module.weight, ids, first) for module in tables])
 
 
 def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
@@ -141,11 +141,8 @@ def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, 
 
 def save_token_rows(model: PreTrainedModel, ids: dict[str, int], directory: Path) -> None:
     """Write the added tokens' rows, as they are in the model, beside an adapter."""
-    places = list(ids.values())
-    tensors = {
-        name: module.weight.detach()[places].cpu().contiguous()
-        for name, module in zip(("embedding", "head"), _tables(model), strict=False)
-    }
+    tables, places = zip(("embedding", "head"), _tables(model), strict=False), list(ids.values())
+    tensors = {name: module.weight.detach()[places].cpu().contiguous() for name, module in tables}
     save_tensors(tensors, directory / ADDED_ROWS)
 
 
@@ -196,7 +193,7 @@ def _drawn(weight: torch.Tensor, ids: dict[str, int], known: int) -> torch.Tenso
     return torch.stack(rows).to(weight.dtype)
 
 
-def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) -> int:
+def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) -> None:
     tables = _tables(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     places, needed = list(ids.values()), max(ids.values()) + 1
@@ -206,20 +203,16 @@ def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) 
         if grown:
             # what lies between is ids that no token has; zeros, so that they mean nothing
             weight = torch.cat([weight, weight.new_zeros(grown, weight.shape[1])])
-        weight[places] = new.to(weight)  # a mapping is private: the file is not written to
-        if grown:
             module.weight = nn.Parameter(weight, requires_grad=False)
+        weight[places] = new.to(weight)  # a mapping is private: the file is not written to
     if grown:
         if len(tables) == 1:
             head.weight = embedding.weight
         embedding.num_embeddings = head.out_features = needed
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            if hasattr(config, "vocab_size"):
-                config.vocab_size = needed
-        if hasattr(model, "vocab_size"):
-            model.vocab_size = needed
+        for owner in (model.config, model.config.get_text_config(), model):
+            if hasattr(owner, "vocab_size"):
+                owner.vocab_size = needed
     setattr(model, PLACED, dict(ids))
-    return grown
 
 
 def load_image_processor(section: ModelSection) -> ImageProcessor:
@@ -247,11 +240,10 @@ def load_image_processor(section: ModelSection) -> ImageProcessor:
 
 def _input_size(config: PretrainedConfig, processor: Any, name: str) -> tuple[int, int]:
     """Height and width of a model's images: by its config, else as the processor makes them."""
-    crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
-    made = dict((crop if getattr(processor, "do_center_crop", False) else size) or {})
     if (sides := image_sides(config)) is not None:
         return sides
-    height, width = made.get("height"), made.get("width")
+    made: Any = getattr(processor, "crop_size" if getattr(processor, "do_center_crop", False) else "size", None) or {}
+    height, width = (dict(made).get(side) for side in ("height", "width"))
     if isinstance(height, int) and isinstance(width, int):
         return height, width
     raise InputError(
