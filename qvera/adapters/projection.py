@@ -219,7 +219,7 @@ def require_same_pairs(found: Mapping[str, float], known: Mapping[str, float]) -
             raise InputError(
                 f"{name}: the A and B of this base's weight are not those that the adapter was trained with (their "
                 f"number is {found[name]:.4f}, and was {known[name]:.4f}). Load the base as in training: the same "
-                "weights, and the same model.quantization and model.double_quant."
+                "weights, and the same model.quantization, model.double_quant and model.compute_dtype."
             )
 
 

@@ -113,10 +113,9 @@ def generate(
         streamer: for one prompt only.
         progress: called after each batch with the number of finished prompts.
 
-    Raises:
-        InputError: a setting is out of its range, or a prompt and its answer need more positions than the model has.
-        RunFailed: memory ran out with a single prompt.
-        ValueError: ``adapters`` does not have one name for each prompt.
+    InputError: a setting is out of its range, or a prompt and its answer need more positions than the model has.
+    RunFailed: memory ran out with a single prompt.
+    ValueError: ``adapters`` does not have one name for each prompt.
     """
     for name, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -204,8 +203,7 @@ CACHE_ARGUMENT = (
 )
 """The name of the argument that takes a KV cache. transformers 5.x renames it, and warns of the old name."""
 
-_WORTH_TOKENS = 16
-"""A shorter common prefix is not computed separately, because that takes a forward pass of its own."""
+_WORTH_TOKENS = 16  # A shorter common prefix is not computed separately, because that takes a forward pass of its own
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

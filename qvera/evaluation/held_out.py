@@ -51,11 +51,7 @@ def held_out_loss(
     progress: Callable[[int], None] | None = None,
     group: Group = ALONE,
 ) -> dict[str, Any]:
-    """Mean negative log likelihood of the trained tokens of ``examples``.
-
-    Returns:
-        ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
-    """
+    """``loss`` (nats a trained token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds`` of ``examples``."""
     started = time.perf_counter()
 
     def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:

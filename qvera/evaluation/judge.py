@@ -180,12 +180,10 @@ def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Judge:
     """A model on a server that compares answers, and what it compares them with."""
 
-    ask: Callable[[str], str]
-    """Sends a text and returns the reply."""
+    ask: Callable[[str], str]  # Sends a text and returns the reply
     server: str
     model: str
-    against: str
-    """``base``, ``reference``, or a file that ``qvera eval --predictions`` wrote."""
+    against: str  # ``base``, ``reference``, or a file that ``qvera eval --predictions`` wrote
     prompt: JudgePrompt
 
     def others(self, prompts: Sequence[EvalPrompt]) -> list[str] | None:
@@ -211,9 +209,8 @@ class Judge:
         ``answers`` are rows of `qvera.evaluation.held_out.score_model`, with ``base_answer`` to compare with the base.
         ``others`` are from `others`.
 
-        Raises:
-            InputError: the server refuses.
-            RunFailed: the server can't be reached, or fails.
+        InputError: the server refuses.
+        RunFailed: the server can't be reached, or fails.
         """
         others = [row["base_answer"] for row in answers] if others is None else others
         pairs = [

@@ -21,8 +21,7 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
 
     ``names`` are tasks, groups or tags; ``*`` is allowed. Tasks in the directory ``include`` come before lm-eval's.
 
-    Raises:
-        InputError: lm-eval is not installed, or the directory or a task does not exist.
+    InputError: lm-eval is not installed, or the directory or a task does not exist.
     """
     if find_spec("lm_eval") is None:
         raise InputError(

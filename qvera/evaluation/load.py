@@ -45,26 +45,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A directory that can be evaluated, before anything big is read.
-
-    Attributes:
-        what: for people: a run, an adapter (LORA), a merged export, a checkpoint.
-        section: the base model of a run or adapter; a checkpoint itself.
-        adapter: the adapter's directory; None for a checkpoint.
-        name: of one of several adapters that a run trained.
-        recipe: says how rows are read; None where it is not known.
-        run: the run directory of the recipe.
-        merged: the certificate (qvera_export.json) of a merged export.
-    """
+    """A directory that can be evaluated, before anything big is read."""
 
     path: Path
-    what: str
-    section: ModelSection
-    adapter: Path | None = None
-    recipe: Recipe | None = None
-    run: Path | None = None
-    name: str | None = None
-    merged: dict[str, Any] | None = None
+    what: str  # for people: a run, an adapter (LORA), a merged export, a checkpoint
+    section: ModelSection  # the base model of a run or adapter; a checkpoint itself
+    adapter: Path | None = None  # the adapter's directory; None for a checkpoint
+    recipe: Recipe | None = None  # says how rows are read; None where it is not known
+    run: Path | None = None  # the run directory of the recipe
+    name: str | None = None  # of one of several adapters that a run trained
+    merged: dict[str, Any] | None = None  # the certificate (qvera_export.json) of a merged export
 
     @property
     def model_class(self) -> ModelClass:
@@ -118,12 +108,7 @@ def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
 
 
 def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None) -> OpenRun:
-    """Load a run, an adapter directory or a merged export, ready for answers.
-
-    Args:
-        adapter: False loads the base alone, for a comparison.
-        name: picks one of several adapters.
-    """
+    """Load a run, an adapter directory or a merged export (``adapter=False``: the base alone), ready for answers."""
     return open_target(find_target(Path(path), name=name, needs_name=adapter), adapter=adapter)
 
 
@@ -138,8 +123,7 @@ def find_target(
         name: picks one of several adapters.
         needs_name: False where only the base matters, because any of several adapters tells it.
 
-    Raises:
-        InputError: it is none of these, it has no adapter of this name, or the recipe can't be read.
+    InputError: it is none of these, it has no adapter of this name, or the recipe can't be read.
     """
     path = local_directory(path)
     if not path.is_dir():
@@ -240,8 +224,7 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
     The base of a run or adapter is loaded as its recipe says, else with the defaults of ``model``. A checkpoint is
     loaded as it is stored, and computes in fp32 on a CPU. The base of a merged export has the export's precision.
 
-    Raises:
-        InputError: the files do not fit together, or a checkpoint names no base.
+    InputError: the files do not fit together, or a checkpoint names no base.
     """
     if target.adapter is None:
         base = _load_stored(target.path, target.model_class) if adapter else _load_merged_base(target)

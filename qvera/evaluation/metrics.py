@@ -20,8 +20,7 @@ import numpy as np
 
 from qvera.utils.errors import InputError
 
-References = Sequence[Sequence[str]]
-"""For each answer, one or more right texts."""
+References = Sequence[Sequence[str]]  # For each answer, one or more right texts
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -47,21 +46,14 @@ def _same_json(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True)
 class TextMetric:
-    """One metric.
-
-    Attributes:
-        signature: what another person needs to get the same number.
-        of_one: the score of a row.
-        of_all: the score of the whole set, where it is not the mean of the rows' scores.
-        lower_is_better: for TER only.
-    """
+    """One metric."""
 
     name: str
     label: str
-    signature: Callable[[], str]
-    of_one: Callable[[str, Sequence[str]], float]
-    of_all: Callable[[Sequence[str], References], float] | None = None
-    lower_is_better: bool = False
+    signature: Callable[[], str]  # what another person needs to get the same number
+    of_one: Callable[[str, Sequence[str]], float]  # the score of a row
+    of_all: Callable[[Sequence[str], References], float] | None = None  # None: the mean of the rows' scores
+    lower_is_better: bool = False  # for TER only
 
 
 def _any_exact(answer: str, references: Sequence[str]) -> float:
@@ -123,8 +115,7 @@ NAMES = tuple(_MAKERS)
 def text_metrics(names: Sequence[str]) -> list[TextMetric]:
     """The metrics of these names, each once, in this order.
 
-    Raises:
-        InputError: a metric is unknown, or its package is not installed.
+    InputError: a metric is unknown, or its package is not installed.
     """
     known = {name.lower(): name for name in NAMES}
     unknown = [name for name in names if name.strip().lower() not in known]

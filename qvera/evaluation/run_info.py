@@ -20,8 +20,7 @@ _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", 
 """Last parts of the names of tensors that are not trained."""
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
-_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}
-"""The same for a LoRA in a GGUF file."""
+_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # The same for a LoRA in a GGUF file
 _EXPORTS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
 """Kind in the certificate → what people call it; any other kind is a merged checkpoint."""
 
@@ -34,8 +33,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
             that trained several adapters or a directory of adapters; ``adapters`` then lists all.
         name: show only this one of several adapters.
 
-    Raises:
-        InputError: it is none of these, it has no adapter of this name, or a file is damaged.
+    InputError: it is none of these, it has no adapter of this name, or a file is damaged.
     """
     path = local_directory(Path(path))
     if not path.is_dir():

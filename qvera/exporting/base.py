@@ -155,26 +155,17 @@ def one_thread_each() -> Iterator[int]:
 
 
 class AdapterOnBase(NamedTuple):
-    """An adapter and its base.
-
-    Attributes:
-        model: the base without weights.
-        stored: all tensors of the checkpoint.
-        packed: those that are 4-bit weights.
-        entries: those of the model, without statistics of 4-bit weights, and without a head that the adapter has.
-        stamps: `file_stamp` of each file.
-        compute: the dtype of the base's computations.
-    """
+    """An adapter and its base."""
 
     directory: Path
     config: PretrainedConfig
-    model: PreTrainedModel
-    stored: list[TensorEntry]
-    packed: dict[str, PackedWeight]
-    entries: list[TensorEntry]
-    stamps: dict[str, list[int]]
+    model: PreTrainedModel  # without weights
+    stored: list[TensorEntry]  # all tensors of the checkpoint
+    packed: dict[str, PackedWeight]  # those that are 4-bit weights
+    entries: list[TensorEntry]  # of the model: no statistics of 4-bit weights, no head that the adapter has
+    stamps: dict[str, list[int]]  # `file_stamp` of each file
     fingerprint: str
-    compute: torch.dtype
+    compute: torch.dtype  # of the base's computations
     adapter: AdapterDeltas
     model_class: ModelClass
 

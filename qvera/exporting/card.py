@@ -73,28 +73,18 @@ _SHARED = (
 
 
 class CardSubject(NamedTuple):
-    """What a card describes.
+    """What a card describes."""
 
-    Attributes:
-        kind: a key of `_KINDS`.
-        directory: has the files to share (`files_of`).
-        adapter: `directory_facts`; {} where the adapter is gone.
-        run: run.json; for one of several adapters only what concerns it.
-        evaluation: from ``qvera eval --json``, if it is of this adapter.
-        chat_template: where it is not the base's own.
-        certificate: of an export; {} for an adapter.
-    """
-
-    kind: str
-    directory: Path
-    adapter: dict[str, Any]
+    kind: str  # a key of `_KINDS`
+    directory: Path  # has the files to share (`files_of`)
+    adapter: dict[str, Any]  # `directory_facts`; {} where the adapter is gone
     base: ModelSection
     model_class: ModelClass
     recipe: Recipe | None
-    run: dict[str, Any]
-    evaluation: dict[str, Any]
-    chat_template: str | None
-    certificate: dict[str, Any]
+    run: dict[str, Any]  # run.json; for one of several adapters only what concerns it
+    evaluation: dict[str, Any]  # from ``qvera eval --json``, if it is of this adapter
+    chat_template: str | None  # where it is not the base's own
+    certificate: dict[str, Any]  # of an export; {} for an adapter
 
 
 def find_subject(path: Path, name: str | None = None) -> CardSubject:

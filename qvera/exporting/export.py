@@ -57,13 +57,10 @@ def export(
         compare_only: only measure the finished export in ``out``.
         say: takes each line of the result.
 
-    Returns:
-        The certificate; None for ``gguf-lora``.
-
-    Raises:
-        InputError: the arguments contradict each other, or ``target`` can't be written so.
-        RunFailed: a weight is out of the dtype's range, or the disk is full.
-        Interrupted: a signal came; the same call continues.
+    Returns the certificate; None for ``gguf-lora``.
+    InputError: the arguments contradict each other, or ``target`` can't be written so.
+    RunFailed: a weight is out of the dtype's range, or the disk is full.
+    Interrupted: a signal came; the same call continues.
     """
     _require_fitting(to, rank, dtype, quantize, base, compare, compare_only)
     section, adapter_dir, chat = target.section, require_adapter(target), chat_of(target)

@@ -28,11 +28,9 @@ from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")
 """Settings that exclude linears which the targets name. Configs written here name the rest in full instead."""
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of --max-lora-rank in vLLM 0.14."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # Values of --max-lora-rank in vLLM 0.14
 
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Layer → A' [r, n] and B' [m, r]."""
+Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # Layer → A' [r, n] and B' [m, r]
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:
@@ -145,8 +143,7 @@ def export_lora(
         factors: default: the adapter's own; a LoRA's are copied, with its alpha.
         chat_template: that of its training, where it is not the base's own.
 
-    Raises:
-        InputError: ``out`` is not empty, a factor does not fit into ``dtype``, or a magnitude is 0.
+    InputError: ``out`` is not empty, a factor does not fit into ``dtype``, or a magnitude is 0.
     """
     is_lora = factors is None and adapter.ours is not None and method_of(adapter.ours).peft_type == "LORA"
     ranks = {n: d.factors.rank if factors is None else len(factors[n][0]) for n, d in adapter.layers.items()}
@@ -193,8 +190,7 @@ def export_lora(
 def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | None = None) -> int:
     """Write PEFT's own VeRA with its projections, and return its bytes. Each layer's scale goes into its d.
 
-    Raises:
-        InputError: ``out`` is not empty, or PEFT's VeRA has no place for the adapter's vectors.
+    InputError: ``out`` is not empty, or PEFT's VeRA has no place for the adapter's vectors.
     """
     ways = "--to lora (exact) or --to merged" if adapter.is_low_rank or adapter.magnitude else "--to merged"
     seeds = getattr(adapter.config, "seeds", None)

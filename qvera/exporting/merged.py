@@ -39,13 +39,7 @@ Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
 
 
 class Merging:
-    """Opens and compares base and adapter before anything is written; then gives merged rows.
-
-    Attributes:
-        specs: tensors of the merged model, in the order of the base's files; then those of ``head``.
-        head: tensors of a classification head, fp32.
-        layers: adapted weight → max and mean |ΔW|, of the merged ones.
-    """
+    """Opens and compares base and adapter before anything is written; then gives merged rows."""
 
     reader: CheckpointReader
 
@@ -78,10 +72,11 @@ class Merging:
         if memory.available_bytes(self.device) < _MERGING_BYTES:  # something else has filled it
             self.device = torch.device("cpu")
         self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.on(self.device).layers.items()}
-        self.head = dict(sorted(self.adapter.head.items()))
+        self.head = dict(sorted(self.adapter.head.items()))  # tensors of a classification head, fp32
+        # in the order of the base's files; then those of the head
         self.specs = [TensorSpec(name, self.dtype, shape) for name, shape in shapes.items()]
         self.specs += [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in self.head.items()]
-        self.layers: dict[str, dict[str, float]] = {}
+        self.layers: dict[str, dict[str, float]] = {}  # adapted weight → max and mean |ΔW|, of the merged ones
 
     def identity(self) -> dict[str, Any]:
         """An interrupted export continues only where all of this is equal.
@@ -205,8 +200,7 @@ class Merging:
 
 _KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."
 _INTERRUPTED = "Stopped by {why} with {done} of {total} shards finished in {out}. The same command goes on from there."
-Progress = Callable[[int, int, str], None]
-"""Called with (finished tensors, all tensors, tensor name)."""
+Progress = Callable[[int, int, str], None]  # Called with (finished tensors, all tensors, tensor name)
 
 
 def export_merged(

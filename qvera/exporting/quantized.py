@@ -50,8 +50,7 @@ def export_quantized(
         options: dtype of the merge and of what is not quantized, base, shard size.
         quantization: nf4 or fp4.
 
-    Raises:
-        InputError, RunFailed, Interrupted: as `export_merged` and `quantize_checkpoint`.
+    InputError, RunFailed, Interrupted: as `export_merged` and `quantize_checkpoint`.
     """
     model_class = getattr(read_config(adapter_dir), "model_class", CAUSAL_LM)
     base, place = base_directory(section), out.absolute()

@@ -6,7 +6,9 @@ import copy
 import gc
 import hashlib
 import pickle
+import re
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,14 @@ def test_every_element_equals_the_definition(seed: int, stream: int) -> None:
     expected = [[element(i, j, seed, stream) for j in range(11)] for i in range(5)]
     assert drawn.dtype == np.float32
     assert drawn.tolist() == expected  # exact: 24 bits fit into fp32
+
+
+def test_the_docs_formula_gives_the_rows_of_any_seed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adapter-format.md").read_text(encoding="utf-8")
+    formula = re.findall(r"`(Philox\(.*?)`", page)[0]
+    for seed in (17, 2**63 + 5):
+        words = eval(formula, {"Philox": np.random.Philox, "np": np, "i": 3, "seed": seed, "n": 11})
+        assert ((words >> np.uint64(40)) / 2.0**23 - 1).tolist() == uniform_matrix(5, 11, seed, 0)[3].tolist()
 
 
 @pytest.mark.parametrize(

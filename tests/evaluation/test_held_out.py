@@ -168,16 +168,22 @@ def test_an_export_without_its_run_says_what_it_needs(run: Path, tiny_rows: Path
     assert main(["eval", str(out)]) == 2
 
 
-def test_a_lora_that_peft_trained(run: Path, tiny_model_dir: Path, capsys: Any) -> None:
-    model = get_peft_model(
-        load_base(load_recipe(run / "recipe.yaml").model).model, LoraConfig(r=4, target_modules="all-linear")
-    )
+@pytest.fixture(scope="module")
+def stock_lora(moved_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that PEFT wrote."""
+    base = load_base(load_recipe(moved_run / "recipe.yaml").model).model
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    out = run.parent / "lora"
+    out = tmp_path_factory.mktemp("stock") / "lora"
     model.save_pretrained(out, save_embedding_layers=False)
+    return out
+
+
+def test_a_lora_that_peft_trained(run: Path, stock_lora: Path, capsys: Any) -> None:
+    out = Path(shutil.copytree(stock_lora, run.parent / "lora"))
     found = evaluate(out, "--recipe", run, "--with-base", "--no-generation")
     assert abs(found["scores"]["loss"] - found["base_scores"]["loss"]) > 1e-3
     (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
@@ -200,13 +206,9 @@ def test_a_lora_that_peft_trained(run: Path, tiny_model_dir: Path, capsys: Any) 
     ],
 )
 def test_adapters_that_peft_would_load_with_harm_or_without_effect(
-    run: Path, capsys: Any, changes: dict[str, Any], said: str
+    run: Path, stock_lora: Path, capsys: Any, changes: dict[str, Any], said: str
 ) -> None:
-    model = get_peft_model(
-        load_base(load_recipe(run / "recipe.yaml").model).model, LoraConfig(r=4, target_modules="all-linear")
-    )
-    out = run.parent / "lora"
-    model.save_pretrained(out, save_embedding_layers=False)
+    out = Path(shutil.copytree(stock_lora, run.parent / "lora"))
     config = out / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     assert main(["eval", str(out), "--recipe", str(run), "--no-generation"]) == 2

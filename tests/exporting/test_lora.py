@@ -47,10 +47,13 @@ PLAIN: dict[str, Any] = {"rank": RANK}
 MORE: dict[str, Any] = {"rank": RANK, "b_groups": 2, "input_scale": True}
 
 
-@pytest.fixture(params=[("nf4", PLAIN), ("none", PLAIN), ("nf4", MORE)], ids=["nf4", "none", "nf4-more"])
-def trained(request: Any, tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
+@pytest.fixture(scope="module", params=[("none", PLAIN), ("nf4", MORE)], ids=["none", "nf4-more"])
+def trained(
+    request: Any, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, ModelSection, Path]:
     quantization, adapter = request.param
-    return trained_adapter(tiny_model_dir, tmp_path / "adapter", {"quantization": quantization}, **adapter)
+    directory = tmp_path_factory.mktemp("lora") / "adapter"
+    return trained_adapter(tiny_model_dir, directory, {"quantization": quantization}, **adapter)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -121,7 +124,7 @@ def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir
         torch.testing.assert_close(delta.rows(), layers[name].get_delta_weight("default").detach())
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("k", [1, 7])
 def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: int) -> None:
     model, section, adapter_dir = trained
     adapter = read_deltas(adapter_dir, empty_model(section))
@@ -315,4 +318,4 @@ def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, 
     with pytest.raises(InputError, match="bfloat16"):
         export_lora(adapter, tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    assert not list(tmp_path.iterdir())

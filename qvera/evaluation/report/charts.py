@@ -17,11 +17,9 @@ import numpy as np
 from qvera.evaluation.report.read import Point
 from qvera.utils.formatting import axis_labels, count, significant, size
 
-Chart = dict[str, object]
-"""The values for templates/chart.html, which lists the keys; positions are SVG lengths."""
+Chart = dict[str, object]  # The values for templates/chart.html, which lists the keys; positions are SVG lengths
 
-_ROW_HEIGHT = 46
-"""Height in pixels of one bar of `stacked_bars` with its label."""
+_ROW_HEIGHT = 46  # Height in pixels of one bar of `stacked_bars` with its label
 
 
 def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
@@ -78,18 +76,13 @@ class Scale:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; x of its points rises.
-
-    Attributes:
-        style: ``faint`` (raw values), ``main``, ``held-out`` (accent colour, a dot at each point) or ``dashed``.
-        colour: 1 to 8 where a chart shows several runs; 0 for the colour of the style.
-    """
+    """One curve; x of its points rises."""
 
     label: str
     points: Sequence[Point]
-    style: Literal["faint", "main", "held-out", "dashed"] = "main"
+    style: Literal["faint", "main", "held-out", "dashed"] = "main"  # faint: raw values; held-out: a dot at each point
     format: Callable[[float], str] = significant
-    colour: int = 0
+    colour: int = 0  # 1 to 8 where a chart shows several runs; 0 for the colour of the style
 
     @property
     def css(self) -> str:
@@ -298,8 +291,7 @@ def _drawn(
     return "".join(path), dots
 
 
-MAX_POINTS = 500
-"""Curves are thinned to this number of points, so that pages stay small."""
+MAX_POINTS = 500  # Curves are thinned to this number of points, so that pages stay small
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:

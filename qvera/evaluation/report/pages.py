@@ -38,15 +38,12 @@ if TYPE_CHECKING:
 Sample = dict[str, Any]
 """A prompt with its answers and references; answers are cut where they differ from the nearest reference."""
 
-MAX_ROWS = 500
-"""Rows on the page of an evaluation; the predictions file has all."""
+MAX_ROWS = 500  # Rows on the page of an evaluation; the predictions file has all
 
 _HERE = Path(__file__).parent
 _TOKENS = re.compile(r"\w+|\s+|[^\w\s]")
-_MAX_TOKENS = 2_000
-"""Longer answers are shown without marks, because matching is quadratic."""
-_MIN_RATIO = 0.35
-"""Texts with less in common than this are shown without marks, which would cover everything."""
+_MAX_TOKENS = 2_000  # Longer answers are shown without marks, because matching is quadratic
+_MIN_RATIO = 0.35  # Texts with less in common than this are shown without marks, which would cover everything
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

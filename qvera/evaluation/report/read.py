@@ -21,11 +21,9 @@ from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
-Point = tuple[float, float | None]
-"""x (such as a step) and y; None is a gap in the curve."""
+Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
-RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
-"""A run directory has at least one of these."""
+RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")  # A run directory has at least one of these
 _MAX_STEP = 1e12
 
 
@@ -77,28 +75,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run directory; {} or "" for a missing one.
-
-    Attributes:
-        info: run.json.
-        recipe_text: recipe.yaml as it is.
-        train: rows of kind "train" in metrics.jsonl, by rising step, each step once.
-        evals: rows of kind "eval", likewise.
-        evaluation: eval.json, where it was asked for and exists.
-        notes: sentences about what could not be read.
-        recorded: `totals` of all steps, where ``train`` has only some of them.
-    """
+    """The files of a run directory; {} or "" for a missing one."""
 
     name: str
-    info: dict[str, Any]
-    recipe_text: str
+    info: dict[str, Any]  # run.json
+    recipe_text: str  # recipe.yaml as it is
     recipe: dict[str, Any]
-    train: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
+    train: list[dict[str, Any]]  # rows of kind "train" in metrics.jsonl, by rising step, each step once
+    evals: list[dict[str, Any]]  # rows of kind "eval", likewise
     adapter_file_bytes: int | None
-    evaluation: Evaluation | None
-    notes: list[str]
-    recorded: dict[str, float | None] | None = None
+    evaluation: Evaluation | None  # eval.json, where it was asked for and exists
+    notes: list[str]  # sentences about what could not be read
+    recorded: dict[str, float | None] | None = None  # `totals` of all steps, where ``train`` has only some of them
 
     def number(self, *keys: str) -> float | None:
         """A number of run.json."""
@@ -348,18 +336,11 @@ _ENTRY_NUMBERS = ("rows", "eval_rows", "steps", "best_step", "train_loss_first",
 
 @dataclass(frozen=True, slots=True)
 class AdapterEntry:
-    """One adapter of a run that trained several, from run.json; None for a number that is not known.
-
-    Attributes:
-        directory: in ``adapters/``, and the name of its page; "" where it has none.
-        status: "" for one that has not finished.
-        flags: what a person should look at, in words.
-        tree: the whole entry of run.json.
-    """
+    """One adapter of a run that trained several, from run.json; None for a number that is not known."""
 
     name: str
-    directory: str = ""
-    status: str = ""
+    directory: str = ""  # in ``adapters/``, and the name of its page; "" where it has none
+    status: str = ""  # "" for one that has not finished
     rows: float | None = None
     eval_rows: float | None = None
     steps: float | None = None
@@ -368,8 +349,8 @@ class AdapterEntry:
     train_loss_last: float | None = None
     loss_before: float | None = None
     loss_after: float | None = None
-    flags: tuple[str, ...] = ()
-    tree: dict[str, Any] = field(default_factory=dict, repr=False)
+    flags: tuple[str, ...] = ()  # what a person should look at, in words
+    tree: dict[str, Any] = field(default_factory=dict, repr=False)  # the whole entry of run.json
 
     @property
     def status_text(self) -> str:
@@ -442,15 +423,10 @@ class AdapterCurve:
 
 @dataclass(frozen=True)
 class ManyRun:
-    """A run that trained several adapters, with their curves by name.
+    """A run that trained several adapters, with their curves by name."""
 
-    Attributes:
-        run: the run as a whole; its steps are the rounds of the first process.
-        entries: in the order of the data. Of a killed run, the adapters that have begun.
-    """
-
-    run: Run
-    entries: list[AdapterEntry]
+    run: Run  # the run as a whole; its steps are the rounds of the first process
+    entries: list[AdapterEntry]  # in the order of the data. Of a killed run, the adapters that have begun
     curves: dict[str, AdapterCurve]
 
     def adapter_run(self, entry: AdapterEntry) -> Run:

@@ -20,7 +20,7 @@ from qvera.evaluation.report.charts import (
     stacked_bars,
     thin,
 )
-from qvera.evaluation.report.pages import Sample, make_sample, render
+from qvera.evaluation.report.pages import make_sample, render
 from qvera.evaluation.report.read import (
     AdapterEntry,
     ManyRun,
@@ -57,12 +57,9 @@ _HEADLINES = (
 )
 """Scores for the headline; the first that a run has is shown."""
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
-_PAGES = "report"
-"""The directory of the adapters' pages, beside report.html."""
-_OVERVIEW_ADAPTERS = 10
-"""With fewer adapters, the table shows at a glance what a curve would."""
-_SHOWN_NAMES = 5
-"""A notice names at most this many adapters; the table has all."""
+_PAGES = "report"  # The directory of the adapters' pages, beside report.html
+_OVERVIEW_ADAPTERS = 10  # With fewer adapters, the table shows at a glance what a curve would
+_SHOWN_NAMES = 5  # A notice names at most this many adapters; the table has all
 
 
 class _Spec(NamedTuple):
@@ -114,9 +111,8 @@ def write_report(run_dir: str | Path) -> Path:
 
     recipe.yaml, metrics.jsonl and run.json may be missing or cut off: a killed run has a report too.
 
-    Raises:
-        InputError: the directory does not exist, or holds none of the three files.
-        RunFailed: a page could not be written.
+    InputError: the directory does not exist, or holds none of the three files.
+    RunFailed: a page could not be written.
     """
     root = Path(run_dir)
     run, target = read_run(root, metrics=False), root / "report.html"
@@ -156,6 +152,12 @@ def _context(run: Run) -> dict[str, Any]:
         values = get(run.info, "data", "length_histogram", key)
         numbers = [get_number(value) for value in values] if isinstance(values, list) else []
         histogram.append([] if None in numbers else [value for value in numbers if value is not None])
+    samples, listed = [], get(run.info, "samples")
+    for sample in listed if isinstance(listed, list) else ():
+        if isinstance(sample, dict):  # while a run goes, there are those from before
+            sides = [(when.capitalize(), get_text(sample, when), "") for when in ("before", "after") if when in sample]
+            reference = get_text(sample, "reference")
+            samples.append(make_sample("Prompt", get_text(sample, "prompt"), sides, [reference] if reference else []))
     targets, versions = get(run.info, "adapter", "targets"), get(run.info, "versions")
     path = run.setting("model", "path")
     name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
@@ -164,7 +166,7 @@ def _context(run: Run) -> dict[str, Any]:
         "model": name or run.text("model", "architecture") or "A run",
         "memory_chart": _memory_chart(run, measured_bytes),
         "measured_bytes": measured_bytes,
-        "samples": _samples(run),
+        "samples": samples,
         "method": run.text("adapter", "title") or run.text("adapter", "method") or "VeRA",  # older runs name none
         "targets": ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
         "lengths": length_histogram(*histogram),
@@ -252,20 +254,6 @@ def _memory_chart(run: Run, measured_bytes: float | None) -> Chart | None:
     if measured_bytes:
         legend.append(("dashed", "measured peak"))
     return stacked_bars("Planned memory, by moment", rows, legend=legend, mark_bytes=measured_bytes)
-
-
-def _samples(run: Run) -> list[Sample]:
-    samples = get(run.info, "samples")
-    made = []
-    for sample in samples if isinstance(samples, list) else ():
-        if isinstance(sample, dict):
-            # while a run goes, there are those from before
-            answers = [
-                (when.capitalize(), get_text(sample, when), "") for when in ("before", "after") if when in sample
-            ]
-            reference = get_text(sample, "reference")
-            made.append(make_sample("Prompt", get_text(sample, "prompt"), answers, [reference] if reference else []))
-    return made
 
 
 def many_page(

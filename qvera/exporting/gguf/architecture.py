@@ -21,22 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp holds the models of one transformers class.
-
-    Attributes:
-        paired: the rows of a head of q and k are in pairs (Llama's first release).
-        adds_one: transformers multiplies norms by 1 + weight, and llama.cpp by the weight.
-        activation: of the MLP; llama.cpp has no other for it.
-        rope_types: those that were compared.
-        slides: llama.cpp has its sliding attention. Otherwise the context is limited to the window.
-    """
+    """How llama.cpp holds the models of one transformers class."""
 
     name: str
-    paired: bool = False
-    adds_one: bool = False
-    activation: str = "silu"
-    rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
-    slides: bool = False
+    paired: bool = False  # the rows of a head of q and k are in pairs (Llama's first release)
+    adds_one: bool = False  # transformers multiplies norms by 1 + weight, and llama.cpp by the weight
+    activation: str = "silu"  # of the MLP; llama.cpp has no other for it
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")  # those that were compared
+    slides: bool = False  # llama.cpp has its sliding attention. Otherwise the context is limited to the window
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -91,8 +83,7 @@ def _difference(name: str, config: PretrainedConfig) -> str | None:
 
 
 _NOT_WRITTEN = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.")
-_TEXT_MODEL = re.compile(r"(^|\.)language_model\.")
-"""Only this part of a model of images and text is written."""
+_TEXT_MODEL = re.compile(r"(^|\.)language_model\.")  # Only this part of a model of images and text is written
 _PAIRED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
 
 
@@ -133,11 +124,6 @@ class GgufArchitecture:
     def is_paired(self, name: str) -> bool:
         """Whether its rows change places (`paired_rows`)."""
         return self.family.paired and _PAIRED.search(name) is not None
-
-    def shifted(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """The rows, plus 1 for a norm that adds one to its weight."""
-        is_norm = self.family.adds_one and name.endswith("norm.weight")
-        return rows.float() + 1 if is_norm else rows
 
     def paired_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """All rows of q or k in llama.cpp's order: element i of a head beside element i + half."""

@@ -33,8 +33,7 @@ from qvera.utils.signals import StopRequests
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
-"""`--dtype` → GGUF's name of the type."""
+TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}  # `--dtype` → GGUF's name of the type
 
 
 class GgufTensor(NamedTuple):
@@ -166,13 +165,14 @@ def export_gguf(
             if block.last and progress is not None:
                 done += 1
                 progress(done, count, name)
-            if not architecture.is_paired(name):
-                yield architecture.shifted(name, rows)
-                continue
-            parts.append(rows)
-            if block.last:
-                yield architecture.paired_rows(name, torch.cat(parts))
-                parts = []
+            if architecture.is_paired(name):
+                parts.append(rows)
+                if block.last:
+                    yield architecture.paired_rows(name, torch.cat(parts))
+                    parts = []
+            else:
+                adds_one = architecture.family.adds_one and name.endswith("norm.weight")
+                yield rows.float() + 1 if adds_one else rows
 
     require_space(out, sum(tensor.bytes for tensor in tensors), "the GGUF file")
     with StopRequests() as stop, new_directory(out) as partial:

@@ -89,12 +89,6 @@ def finished(build_run: Build, root: Path) -> Path:
     return write_report(build_run(info, train_rows(12), evals, recipe))
 
 
-def killed(build_run: Build, root: Path) -> Path:
-    """A run without an end, whose last line is cut off."""
-    evals = eval_rows({4: 0.6, 8: 0.17})
-    return write_report(build_run(info=None, train=train_rows()[:9], evals=evals, tail='{"kind":"train","st'))
-
-
 def rewarded(build_run: Build, root: Path) -> Path:
     """A run on preferences."""
     rows, evals = train_rows(3), eval_rows({2: 0.5})
@@ -175,11 +169,9 @@ def many(build_run: Build, root: Path) -> Path:
 
 SNAPSHOTS: dict[str, Callable[[Build, Path], Path]] = {
     "finished": finished,
-    "killed": killed,
     "preferences": rewarded,
     "many": few,
     "adapter": lambda build_run, root: few(build_run, root).parent / "report" / "ben.html",
-    "lost-adapter": lambda build_run, root: few(build_run, root).parent / "report" / "chloe.html",
     "compare": scored,
     "eval": answers,
     "find-lr": ramp,

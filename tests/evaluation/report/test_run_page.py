@@ -159,6 +159,9 @@ def test_interrupted_and_failed_runs_say_how_to_go_on(build_run: Build) -> None:
     assert "Training loss, first and last step (no held-out score)" in text
     text = page(build_run(info=run_info() | {"status": "failed"}, name="b")).text
     assert "This run failed after step 96." in text
+    text = page(build_run(info=None, train=train_rows(9), evals=eval_rows({4: 0.6, 8: 0.17}), name="c")).text
+    assert "This run has not finished: it was killed or is still going after step 9." in text
+    assert "Held-out loss, step 4 to step 8" in text
 
 
 def test_a_run_that_evaluates_only_around_training(build_run: Build) -> None:
@@ -223,10 +226,11 @@ def survives(run_dir: Path, info: dict[str, Any]) -> None:
 
 
 def test_an_odd_value_anywhere_in_run_json_is_survived(build_run: Build) -> None:
-    """One odd value for each key, each of them several times."""
-    run_dir = build_run(train=train_rows(12))
+    """One odd value for every second key, each of them several times; the slow test below has all for all."""
+    run_dir = build_run(train=train_rows(2))
     for number, variant in enumerate(zip(*(variants(run_info(), odd) for odd in ODD), strict=True)):
-        survives(run_dir, variant[number % len(ODD)])
+        if number % 2 == 0:
+            survives(run_dir, variant[number // 2 % len(ODD)])
 
 
 @pytest.mark.slow
@@ -321,6 +325,8 @@ def test_every_adapter_that_has_files_has_a_page_to_which_its_name_leads(many_ru
     assert links[-3:] == ["report/Anna%3D27s%3D20Bakery.html", "report/ben.html", "report/chloe.html"]
     names = ["Anna=27s=20Bakery.html", "ben.html", "chloe.html"]
     assert sorted(path.name for path in (many_run / "report").iterdir()) == names
+    lost = Page((many_run / "report" / "chloe.html").read_text(encoding="utf-8")).text
+    assert "not finite" in lost and "Stopped: step 3: the loss is NaN." in lost
 
 
 def test_a_killed_run_has_its_adapters_from_the_metrics(build_run: Build) -> None:
@@ -371,14 +377,14 @@ def test_a_page_of_an_adapter_is_written_again_only_for_new_vectors(many_run: Pa
     assert len(pages) == 3
 
 
-def test_a_page_of_ten_thousand_stays_small(many_run: Path) -> None:
+def test_a_page_of_many_stays_small(many_run: Path) -> None:
     many = read_many(many_run)
     more = [
         AdapterEntry(f"customer {n}", f"customer=20{n}", "done", 20, 4, 30, 20, 2.5, 0.5, 2.4, 0.6)
-        for n in range(9_996)
+        for n in range(2_000)
     ]
     many.entries.extend(more)
-    assert len(many_page(many).encode()) < 2_500_000
+    assert len(many_page(many).encode()) < 600_000
 
 
 def test_adapters_are_compared_within_a_run_and_between_runs(many_run: Path, build_run: Build) -> None:
