@@ -17,6 +17,7 @@ import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -173,26 +174,17 @@ class Blocks:
         return True
 
 
+@dataclass
 class _Step:
     """What all layers' attention needs to know of a step."""
 
-    def __init__(
-        self,
-        layers: dict[int, tuple[torch.Tensor, torch.Tensor]],
-        write: torch.Tensor,
-        groups: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
-        """Prepare a step.
-
-        Args:
-            layers: keys and values [blocks, BLOCK_TOKENS, kv heads, size] of each layer.
-            write: int64 [tokens], where keys and values go, as block · BLOCK_TOKENS + place.
-            groups: requests with equal numbers of queries, and about equal numbers of blocks. Their blocks, int64
-                [requests, blocks], with shorter rows filled up by their own first block, which no query may see there;
-                and positions, int64 [requests, queries].
-        """
-        self.layers, self.write, self.groups = layers, write, groups
-        self.masks: dict[tuple[int, Rule, int], torch.Tensor] = {}
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values [blocks, BLOCK_TOKENS, kv heads, size]
+    write: torch.Tensor  # int64 [tokens]: where keys and values go, as block · BLOCK_TOKENS + place
+    groups: list[tuple[torch.Tensor, torch.Tensor]]
+    """Blocks, int64 [requests, blocks], and positions, int64 [requests, queries], of requests with equal numbers of
+    queries and about equal numbers of blocks. Shorter rows of blocks are filled up with their own first one, which no
+    query may see there."""
+    masks: dict[tuple[int, Rule, int], torch.Tensor] = field(default_factory=dict)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None,

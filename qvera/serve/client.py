@@ -49,7 +49,22 @@ class ServerClient:
         Raises InputError if the server has no such model, or has several and none is named.
         """
         models = self._models()
-        return {name: self._pick_model(models, name, base) for name in names}
+        adapters = [model for model, parent in models.items() if parent is not None]
+        bases = [model for model, parent in models.items() if parent is None]
+        if base and not bases:
+            raise InputError(f"--base: this key may not use the base of {self.url}.")
+        if not models:
+            raise InputError(f"{self.url}: has no model that this key may use.")
+        if base:
+            return dict.fromkeys(names, bases[0])
+        for name in names:
+            if name is None and len(adapters) > 1:
+                some = _some_of(adapters)
+                raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {some}.")
+            if name is not None and name not in models and "*" not in name:  # a blend is not listed
+                hint = did_you_mean(name, models)
+                raise InputError(f"--adapter {name}: {self.url} has no model of this name{hint}")
+        return {name: (adapters or bases)[0] if name is None else name for name in names}
 
     def pick_judge(self, name: str | None) -> str:
         """The model that judges: this one, or the server's only one. Raises InputError as `pick_models`."""
@@ -69,23 +84,6 @@ class ServerClient:
                 return {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RunFailed(f"{self.url}: /v1/models is no list of models. Is this a server of OpenAI's API?") from None
-
-    def _pick_model(self, models: Mapping[str, str | None], name: str | None, base: bool) -> str:
-        adapters = [model for model, parent in models.items() if parent is not None]
-        bases = [model for model, parent in models.items() if parent is None]
-        if base and not bases:
-            raise InputError(f"--base: this key may not use the base of {self.url}.")
-        if not models:
-            raise InputError(f"{self.url}: has no model that this key may use.")
-        if base:
-            return bases[0]
-        if name is not None:
-            if name not in models and "*" not in name:  # a blend is not listed
-                raise InputError(f"--adapter {name}: {self.url} has no model of this name{did_you_mean(name, models)}")
-            return name
-        if len(adapters) == 1 or not adapters:
-            return (adapters or bases)[0]
-        raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {_some_of(adapters)}.")
 
     def chat(
         self,
@@ -128,10 +126,13 @@ class ServerClient:
     def _call(self, path: str, body: Mapping[str, Any] | None = None) -> HTTPResponse:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         data = None if body is None else json.dumps(body).encode()
+        # the environment's proxy is not used for this machine's own addresses
+        is_own = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if is_own else None))
         for tries_left in reversed(range(_TRIES)):
             request = urllib.request.Request(self.url + path, data, headers)
             try:
-                return self._opener().open(request, timeout=_SECONDS)  # type: ignore[no-any-return]
+                return opener.open(request, timeout=_SECONDS)  # type: ignore[no-any-return]
             except urllib.error.HTTPError as error:
                 if error.code in _BUSY and tries_left:
                     time.sleep(_wait_seconds(error))
@@ -141,12 +142,6 @@ class ServerClient:
                 reason = getattr(error, "reason", error)
                 raise RunFailed(f"{self.url}: can't be reached: {reason}. Is `qvera serve` running there?") from None
         raise AssertionError("the last try raises")
-
-    def _opener(self) -> urllib.request.OpenerDirector:
-        """The environment's proxy is not used for this machine's own addresses."""
-        host = urllib.parse.urlsplit(self.url).hostname or ""
-        own = urllib.request.ProxyHandler({}) if is_loopback(host) else urllib.request.ProxyHandler()
-        return urllib.request.build_opener(own)
 
     def _problem(self, error: urllib.error.HTTPError) -> InputError | RunFailed:
         try:

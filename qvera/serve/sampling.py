@@ -27,17 +27,10 @@ class TokenChooser:
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
-        self._generator: torch.Generator | None = None
+        self.generator: torch.Generator | None = None  # None: greedy
         if sampling.temperature > 0:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
-            self._generator = torch.Generator(device=device).manual_seed(seed)
-
-    def draw_noise(self, into: torch.Tensor) -> None:
-        """Fill ``into`` [vocabulary] with exponential noise, or with ones for a greedy request."""
-        if self._generator is None:
-            into.fill_(1.0)
-        else:
-            into.exponential_(generator=self._generator)
+            self.generator = torch.Generator(device=device).manual_seed(seed)
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[TokenEvent | None]:
@@ -55,9 +48,10 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
         cut = [i for i, one in enumerate(settings) if one.temperature > 0 and one.top_p < 1]
         if cut:
             scores[cut] = _within_top_p(scores[cut], [settings[i].top_p for i in cut])
-        noise = torch.empty_like(scores)
+        noise = torch.ones_like(scores)
         for row, chooser in zip(noise, choosers, strict=True):
-            chooser.draw_noise(row)
+            if chooser.generator is not None:
+                row.exponential_(generator=chooser.generator)
         scores = scores - noise.log_()
     tokens = torch.stack([scores.argmax(-1), finite.long()]).tolist()
     logprobs = _logprobs(logits, settings, tokens[0])

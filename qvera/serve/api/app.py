@@ -16,7 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models
 from qvera.serve.api.access import LOCAL, Access, is_loopback, is_of_other_site, name_of
-from qvera.serve.api.errors import ApiError, ClientGone
+from qvera.serve.api.errors import ApiError
+from qvera.serve.api.server import ClientGone
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.page import PAGE_PATHS, add_page
 

@@ -8,27 +8,24 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from qvera.data import Turn
-from qvera.serve.api.errors import ApiError, ClientGone, bad_request
+from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.schemas import ChatBody, CompletionBody
-from qvera.serve.api.server import EventStream, wait_until_gone
+from qvera.serve.api.server import ClientGone, EventStream, while_connected
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.requests import AdapterChanged, Busy, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
 from qvera.serve.text import TextStream, TokenTexts
 
 if TYPE_CHECKING:
-    from starlette.types import Receive
-
     from qvera.serve.api.access import Access
     from qvera.serve.api.schemas import GenerationBody
 
-T = TypeVar("T")
 _TRIES = 3  # to resolve an adapter whose file is replaced meanwhile
 _CONTEXT_TOKENS = 5
 """Prompt tokens that are decoded with a continuation: enough for a cut character and the word before."""
@@ -443,18 +440,3 @@ def _usage(answers: Generation) -> dict[str, int]:
 def _event(chunk: dict[str, Any]) -> bytes:
     # one line whatever a text holds: JSON escapes line breaks, and ASCII has no other ones
     return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """Await ``work``. If the client disconnects, ``work`` is cancelled and ClientGone raised."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(wait_until_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)

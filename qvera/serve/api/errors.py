@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from qvera.serve.api.server import ClientGone
 from qvera.utils.errors import InputError
 
 _NAME_CHARACTERS = 200
@@ -57,10 +58,6 @@ class ApiError(Exception):
         """The HTTP response."""
         text = json.dumps(self.body())  # ASCII: a message may quote half a character of a name
         return Response(text, self.status, headers=self.headers, media_type="application/json")
-
-
-class ClientGone(Exception):
-    """The client has closed its connection."""
 
 
 def shortened(name: str) -> str:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from qvera.serve.api.errors import ApiError, ClientGone, bad_request, shortened
+from qvera.serve.api.errors import ApiError, bad_request, shortened
 from qvera.serve.api.fine_tuning import api_errors, ask, page, too_many, training_of
+from qvera.serve.api.server import ClientGone
 from qvera.serve.fine_tuning.database import TRAINING, StoredFile, UnknownRecord
 from qvera.serve.fine_tuning.directory import TrainingDirectory, Upload
 

@@ -10,9 +10,9 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import uvicorn
 from starlette.responses import Response
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from qvera.serve.api.access import Limits
 
+T = TypeVar("T")
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Type: application/json\r\n\r\n"
     b'{"error": {"message": "The server has as many connections as it takes; ask again later.", '
@@ -173,17 +174,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until they end or the client goes."""
-        gone = asyncio.create_task(wait_until_gone(receive))
-        writing = asyncio.create_task(self._write(send))
         try:
-            await asyncio.wait({gone, writing}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            with contextlib.suppress(ClientGone):
+                await while_connected(receive, self._write(send))
         finally:
-            self._close()  # first: a server that stops cancels what is awaited here
-            gone.cancel()
-            writing.cancel()
-            await asyncio.gather(gone, writing, return_exceptions=True)
+            self._close()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -192,7 +187,24 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def wait_until_gone(receive: Receive) -> None:
-    """Return when the client disconnects. The whole body must have been received."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class ClientGone(Exception):
+    """The client has closed its connection."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, once the body was read. If the client disconnects, it is cancelled, and ClientGone raised."""
+
+    async def wait_until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work), asyncio.create_task(wait_until_gone())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
