@@ -1,8 +1,7 @@
 """VeRA as a PEFT tuner. Importing it registers ``QVERA`` with PEFT."""
 
-from qvera.adapters.adapted_forward import AdaptedForward, hold_training_weights
 from qvera.adapters.config import QveraConfig
-from qvera.adapters.layer import QveraLinear
+from qvera.adapters.layer import AdaptedForward, QveraLinear, hold_training_weights
 from qvera.adapters.peft_compat import accelerate_peft, accelerated_peft, restore_peft
 from qvera.adapters.projection import SharedProjection
 from qvera.adapters.tuner import QveraModel, register

@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.save_load import named_vectors
@@ -32,13 +32,8 @@ from qvera.utils.errors import InputError
 
 
 def _vera_path(
-    layer: QveraLinear,
-    adapter: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor],
-    tokens: TokenSlots | None,
-) -> torch.Tensor:
+    layer: QveraLinear, adapter: str, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], tokens: TokenSlots | None
+) -> Tensor:
     """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of ``adapter``."""
     pair, dtype = layer.qvera_projection[adapter], linear.compute_dtype(layer.base_layer, x)
     rank = tensors["qvera_d"].shape[-1]
@@ -58,8 +53,8 @@ class Columns(NamedTuple):
     start: int
     shape: tuple[int, ...]
 
-    def of(self, numbers: torch.Tensor) -> torch.Tensor:
-        """This tensor as a view, from one slot [numbers] or all slots [slots, numbers]."""
+    def of(self, numbers: Tensor) -> Tensor:
+        """A view of this tensor, from one slot [numbers] or all slots [slots, numbers]."""
         part = numbers[..., self.start : self.start + math.prod(self.shape)]
         return part.view(*numbers.shape[:-1], *self.shape)
 
@@ -74,10 +69,9 @@ class VectorLayout:
             self.columns[key] = Columns(self.numbers, tuple(shape))
             self.numbers += math.prod(shape)
 
-    def pack(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def pack(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """Flatten an adapter's vectors to fp32 [numbers]; ValueError if keys or shapes are wrong."""
-        if set(vectors) != set(self.columns):
-            wrong = sorted(set(vectors) ^ set(self.columns))
+        if wrong := sorted(set(vectors) ^ set(self.columns)):
             raise ValueError(f"these vectors are not those of an adapter of this model: {', '.join(wrong[:3])}")
         for key, columns in self.columns.items():
             if tuple(vectors[key].shape) != columns.shape:
@@ -119,20 +113,19 @@ class AdapterShape(NamedTuple):
 
 
 def shape_of(
-    config: QveraConfig, vectors: Mapping[str, torch.Tensor], specs: Mapping[str, LinearSpec], directory: Path
+    config: QveraConfig, vectors: Mapping[str, Tensor], specs: Mapping[str, LinearSpec], directory: Path
 ) -> AdapterShape:
     """The shape of the adapter that was read from ``directory``; ``specs`` are the base's linears by name.
 
-    Raises:
-        InputError: it does not fit the base: linears, shapes or projections.
+    InputError: its linears, shapes or projections do not fit the base.
     """
     linears = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in vectors})
-    expected: dict[str, tuple[int, ...]] = {}
     for name in linears:
         if name not in specs:
             raise InputError(f"{directory}: has vectors of {name}, which this base does not have.")
-        shapes = method_of(config).tensors(config, specs[name])
-        expected |= {f"{PREFIX}{name}.{kind}": shape for kind, shape in shapes.items()}
+    settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale
+    shape = AdapterShape(*settings, tuple(linears))
+    expected = {key: columns.shape for key, columns in shape.layout(specs).columns.items()}
     given = {key: tuple(vector.shape) for key, vector in vectors.items()}
     for key in sorted(expected.keys() | given.keys()):
         if given.get(key) != expected.get(key):
@@ -146,24 +139,21 @@ def shape_of(
             config.check_projection(*(max(side) for side in zip(*sizes, strict=True)))
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
-    settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale
-    return AdapterShape(*settings, tuple(linears))
+    return shape
 
 
 class _TakeSlots(torch.autograd.Function):
     """Select slots of a bank's view. Backward adds to the bank's gradients, so no gradient of all slots is made."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, view: torch.Tensor, gradients: torch.Tensor | None, slots: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.gradients, ctx.slots = gradients, slots  # type: ignore[attr-defined]
+    def forward(ctx: Any, view: Tensor, gradients: Tensor | None, slots: Tensor) -> Tensor:
+        ctx.gradients, ctx.slots = gradients, slots
         return view.index_select(0, slots)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[None, None, None]:
-        ctx.gradients.index_add_(0, ctx.slots, g)  # type: ignore[attr-defined]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:
+        ctx.gradients.index_add_(0, ctx.slots, g)
         return None, None, None
 
 
@@ -176,6 +166,7 @@ class AdapterBank:
         initial: fp32 [numbers], the start of a trained adapter.
         vectors: fp32 [slots, numbers].
         gradients: fp32 [slots, trained_numbers]; backward adds to them.
+        tensors: linear → kind → that tensor of all adapters [slots, ...], a view with a gradient that is a view too.
     """
 
     def __init__(
@@ -191,71 +182,41 @@ class AdapterBank:
         self.trained_numbers = sum(vector.numel() for vector in trained.values())
         self.device = next(iter(named.values())).device
         self.initial = torch.cat([named[key].detach().reshape(-1) for key in layout.columns])
-        if trained:
-            self.vectors = self.initial.repeat(slots, 1)
-        else:
-            self.vectors = torch.zeros(slots, self.numbers, device=self.device)
+        unused = (slots, self.numbers)
+        self.vectors = self.initial.repeat(slots, 1) if trained else torch.zeros(unused, device=self.device)
         self.gradients = torch.zeros(slots, self.trained_numbers, device=self.device)
         for vector in named.values():
             vector.requires_grad_(False)
         self._ordinary = named
         self.layers: list[QveraLinear] = []
-        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {}
         for name, module in model.named_modules():
             if isinstance(module, QveraLinear) and module.carries(adapter):
                 self.layers.append(module)
-                kinds = module.vectors(adapter)
-                self._tensors[module.spec.name] = {kind: self._view(f"{name}.{kind}") for kind in kinds}
-        self._path = _PATHS[model.peft_config[adapter].method]
-
-    def _view(self, key: str) -> torch.Tensor:
-        """One tensor of all adapters [slots, ...], a view of `vectors`; its gradient is a view of `gradients`."""
-        columns = self.layout.columns[key]
-        if columns.start >= self.trained_numbers:
-            return columns.of(self.vectors)
-        view = nn.Parameter(columns.of(self.vectors))
-        view.grad = columns.of(self.gradients)
-        return view
+                views = self.tensors[module.spec.name] = {}
+                for kind in module.vectors(adapter):
+                    columns = layout.columns[f"{name}.{kind}"]
+                    views[kind] = columns.of(self.vectors)
+                    if columns.start < self.trained_numbers:
+                        views[kind] = nn.Parameter(views[kind])
+                        views[kind].grad = columns.of(self.gradients)
+        self.path = _PATHS[model.peft_config[adapter].method]
 
     def start(self, slot: int) -> None:
         """Start a new adapter in a slot: initial vectors, gradient zero."""
-        self.vectors[slot].copy_(self.initial)
-        self.gradients[slot].zero_()
+        self.put(slot, self.initial)
 
-    def put(self, slot: int, vectors: Mapping[str, torch.Tensor] | torch.Tensor) -> None:
+    def put(self, slot: int, vectors: Mapping[str, Tensor] | Tensor) -> None:
         """Put an adapter into a slot, by the keys of its file or packed, and zero its gradient.
 
-        Raises:
-            ValueError: a key is missing or unknown, or a shape is wrong.
+        ValueError: a key is missing or unknown, or a shape is wrong.
         """
-        self.vectors[slot].copy_(vectors if isinstance(vectors, torch.Tensor) else self.layout.pack(vectors))
+        self.vectors[slot].copy_(vectors if isinstance(vectors, Tensor) else self.layout.pack(vectors))
         self.gradients[slot].zero_()
 
-    def take(self, slot: int) -> dict[str, torch.Tensor]:
+    def take(self, slot: int) -> dict[str, Tensor]:
         """Copy an adapter's vectors, by their keys in an adapter file."""
         return {key: columns.of(self.vectors[slot]).clone() for key, columns in self.layout.columns.items()}
-
-    def add(
-        self,
-        layer: QveraLinear,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        slots: slice | torch.Tensor | None,
-        tokens: TokenSlots | None,
-    ) -> torch.Tensor:
-        """Add each token's adapter to y, the output so far. A layer without the bank's adapters returns y.
-
-        ``tokens`` has each token's place in ``slots`` (None: there is one slot). ``slots`` None: all. Only slots given
-        as a tensor get gradients.
-        """
-        tensors = self._tensors.get(layer.spec.name)
-        if tensors is None:
-            return y
-        if isinstance(slots, slice):
-            tensors = {kind: view[slots] for kind, view in tensors.items()}
-        elif slots is not None:
-            tensors = {kind: _TakeSlots.apply(view, view.grad, slots) for kind, view in tensors.items()}
-        return self._path(layer, self.adapter, x, y, tensors, tokens)
 
     @contextlib.contextmanager
     def rows(self, slots: Sequence[int], tokens: Sequence[int]) -> Iterator[None]:
@@ -264,26 +225,21 @@ class AdapterBank:
         Run backward within it too, since a checkpointed layer repeats its forward pass there. ``tokens`` has each row's
         length, padding included, for rows that are padded or concatenated.
         """
-        if len(set(slots)) == 1:
-            with self._alone(slots[0]):
+        if len(set(slots)) > 1:
+            mixed = MixedForward(self.device)
+            mixed.use([(self, slot) for slot in slots], tokens)
+            with mixed.installed(self.layers):
                 yield
             return
-        mixed = MixedForward(self.device)
-        mixed.use([(self, slot) for slot in slots], tokens)
-        with mixed.installed(self.layers):
-            yield
-
-    @contextlib.contextmanager
-    def _alone(self, slot: int) -> Iterator[None]:
-        """Lend a slot's vectors and gradients to the ordinary adapter."""
+        # one adapter alone: its vectors and gradients are lent to the ordinary adapter
         before = {key: parameter.data for key, parameter in self._ordinary.items()}
         try:
             for key, parameter in self._ordinary.items():
                 columns = self.layout.columns[key]
-                parameter.data = columns.of(self.vectors[slot])
+                parameter.data = columns.of(self.vectors[slots[0]])
                 if columns.start < self.trained_numbers:
                     parameter.requires_grad_(True)
-                    parameter.grad = columns.of(self.gradients[slot])
+                    parameter.grad = columns.of(self.gradients[slots[0]])
             yield
         finally:
             for key, parameter in self._ordinary.items():
@@ -298,20 +254,31 @@ User: TypeAlias = tuple[AdapterBank, int] | str | None
 
 @dataclass
 class _Part:
+    """The tokens' slots in one bank."""
+
     bank: AdapterBank
-    slots: slice | torch.Tensor | None  # see `AdapterBank.add`
+    slots: slice | Tensor | None  # that the batch uses; None: all. Only those given as a tensor get gradients
     count: int  # of these slots
-    index: torch.Tensor | None  # the place of each token's slot, or of each row's; None: there is one
+    index: Tensor | None  # the place of each token's slot among them, or of each row's; None: there is one
     tokens: dict[int, TokenSlots] = field(default_factory=dict)
 
-    def slots_of(self, x: torch.Tensor) -> TokenSlots | None:
-        if self.index is None:
-            return None
-        total, known = x.shape[:-1].numel(), len(self.index)
-        if total not in self.tokens:
-            each = self.index if total == known else self.index.repeat_interleave(total // known)
-            self.tokens[total] = TokenSlots(each, self.count)
-        return self.tokens[total]
+    def add(self, layer: QveraLinear, x: Tensor, y: Tensor) -> Tensor:
+        """Add each token's adapter to y, the output so far. A layer without the bank's adapters returns y."""
+        tensors = self.bank.tensors.get(layer.spec.name)
+        if tensors is None:
+            return y
+        if isinstance(self.slots, slice):
+            tensors = {kind: view[self.slots] for kind, view in tensors.items()}
+        elif self.slots is not None:
+            tensors = {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
+        each = None
+        if self.index is not None:
+            total, known = x.shape[:-1].numel(), len(self.index)
+            if total not in self.tokens:
+                index = self.index if total == known else self.index.repeat_interleave(total // known)
+                self.tokens[total] = TokenSlots(index, self.count)
+            each = self.tokens[total]
+        return self.bank.path(layer, self.bank.adapter, x, y, tensors, each)
 
 
 class MixedForward:
@@ -320,7 +287,7 @@ class MixedForward:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._parts: list[_Part] = []
-        self._ordinary: list[tuple[str, torch.Tensor | None]] = []
+        self._ordinary: list[tuple[str, Tensor | None]] = []
         self._rows: int | None = None  # where rows of one length were named
         self._tokens: int | None = None  # where tokens were counted
 
@@ -361,11 +328,10 @@ class MixedForward:
             for layer in layers:
                 layer.mixed = None
 
-    def forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(self, layer: QveraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) plus what each token's own adapter adds; x is [..., n].
 
-        Raises:
-            ValueError: adapters are merged into the base, or the batch has another number of rows or tokens.
+        ValueError: adapters are merged into the base, or the batch has another number of rows or tokens.
         """
         rows, total = self._rows, x.shape[:-1].numel()
         if rows is not None and x.dim() == 2 and len(x) != rows and len(x) % rows == 0:
@@ -384,12 +350,12 @@ class MixedForward:
         if layer.disable_adapters:
             return y
         for part in self._parts:
-            y = part.bank.add(layer, x, y, part.slots, part.slots_of(x))
+            y = part.add(layer, x, y)
         for name, mine in self._ordinary:
             if not layer.carries(name):
                 continue
             if mine is None:
-                y = layer.add_adapter(name, x, y)
+                y = layer.method(name).add(layer, name, x, y, False)
             else:
-                y = y.index_copy(0, mine, layer.add_adapter(name, x[mine], y[mine]))
+                y = y.index_copy(0, mine, layer.method(name).add(layer, name, x[mine], y[mine], False))
         return y

@@ -32,9 +32,7 @@ FORMAT_VERSION = LABELS_VERSION = 4
 """The newest format that is read. An adapter names the oldest one that has all it needs."""
 # 1: one b and one d for each linear; 2: b_groups, input_scale; 3: method, magnitude; 4: labels
 
-BIASES = ("none", "all", "qvera_only")
-
-
+_BIASES = ("none", "all", "qvera_only")
 _DEFAULTS = AdapterSection()
 
 
@@ -120,12 +118,9 @@ class QveraConfig(PeftConfig):
         if self.magnitude is None:  # as files had it before there was one
             self.magnitude = False
         self._check_values()
-        if self.b_groups > 1 or self.input_scale:
-            self.format_version = max(self.format_version, 2)
-        if self.method != _DEFAULTS.method or self.magnitude:
-            self.format_version = max(self.format_version, 3)
-        if self.labels:
-            self.format_version = max(self.format_version, LABELS_VERSION)
+        needed = 2 if self.b_groups > 1 or self.input_scale else 1
+        needed = 3 if self.method != _DEFAULTS.method or self.magnitude else needed
+        self.format_version = max(self.format_version, LABELS_VERSION if self.labels else needed)
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 
@@ -135,11 +130,7 @@ class QveraConfig(PeftConfig):
         return self.projection_seed
 
     def check_projection(self, largest_in: int, largest_out: int) -> None:
-        """Compare the seed's projections with those of training, or record them in a fresh config.
-
-        Raises:
-            InputError: shapes or values differ.
-        """
+        """Record the seed's projections in a fresh config; InputError if an existing one has others."""
         shapes = {"A": [self.rank, largest_in], "B": [largest_out, self.rank]}
         if self.projection_shapes is not None and self.projection_shapes != shapes:
             raise InputError(
@@ -151,27 +142,19 @@ class QveraConfig(PeftConfig):
         self.projection_shapes, self.projection_sha256 = shapes, digest
 
     def check_pair(self, name: str, pair: Pair) -> None:
-        """Compare a linear's own pair with that of training, or record it in a fresh config.
-
-        Raises:
-            InputError: it is another pair.
-        """
-        if pair[1].is_meta:
-            return
-        found = pair_number(pair[1])
-        if self.pair_numbers is None:
-            self.pair_numbers = {}
-        self.pair_numbers.setdefault(name, found)
-        require_same_pairs({name: found}, self.pair_numbers)
+        """Record a linear's own pair in a fresh config; InputError if an existing one has another."""
+        if not pair[1].is_meta:
+            found, self.pair_numbers = pair_number(pair[1]), self.pair_numbers or {}
+            require_same_pairs({name: found}, {name: self.pair_numbers.setdefault(name, found)})
 
     def _check_values(self) -> None:
-        _DEFAULTS.replace(**{name: getattr(self, name) for name in _SHARED})
+        _DEFAULTS.replace(**{name: getattr(self, name) for name in SHARED_KEYS})
         try:
             _DEFAULTS.replace(seed=self.projection_seed)
         except InputError as error:
             raise InputError(f"projection_{error}") from None
-        if self.bias not in BIASES:
-            raise InputError(f"bias: takes one of {', '.join(BIASES)}, got {self.bias!r}.")
+        if self.bias not in _BIASES:
+            raise InputError(f"bias: takes one of {', '.join(_BIASES)}, got {self.bias!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(
                 f"layers_pattern: takes effect only with layers_to_transform, got {self.layers_pattern!r}."
@@ -192,13 +175,6 @@ class QveraConfig(PeftConfig):
             return image_class(self.labels)
         return classification_class(self.labels, self.problem_type == REGRESSION)
 
-    @classmethod
-    def of_section(cls, section: AdapterSection, **others: Any) -> QveraConfig:
-        """The config of a recipe's adapter section; ``others`` override it."""
-        targets = section.targets if isinstance(section.targets, str) else list(section.targets)
-        shared = {name: getattr(section, name) for name in _SHARED}
-        return cls(**{**shared, "target_modules": targets, "projection_seed": section.seed, **others})
 
-
-_SHARED = sorted({one.name for one in fields(QveraConfig)} & set(AdapterSection.model_fields))
+SHARED_KEYS = sorted({each.name for each in fields(QveraConfig)} & set(AdapterSection.model_fields))
 """The keys that a recipe's adapter section and an adapter's config have under the same name."""

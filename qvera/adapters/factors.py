@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from qvera.adapters.products import functional
 from qvera.kernels.low_rank import times_b
 
 
-def no_zeros(norms: torch.Tensor) -> torch.Tensor:
+def no_zeros(norms: Tensor) -> Tensor:
     """The norms with 1 in place of 0, so that a row of zeros can be divided."""
     return norms.masked_fill(norms == 0, 1.0)
 
@@ -24,14 +25,14 @@ def no_zeros(norms: torch.Tensor) -> torch.Tensor:
 class Factors(NamedTuple):
     """ΔW [m, n] in factors."""
 
-    A: torch.Tensor  # [r, n]
-    B: torch.Tensor  # [m, r]
-    d: torch.Tensor | None = None  # [r], fp32 or wider
-    b: torch.Tensor | None = None  # [m], or [G, m] with b_groups; only with d
+    A: Tensor  # [r, n]
+    B: Tensor  # [m, r]
+    d: Tensor | None = None  # [r], fp32 or wider
+    b: Tensor | None = None  # [m], or [G, m] with b_groups; only with d
     scale: float = 1.0
-    a: torch.Tensor | None = None  # [n]
-    R: torch.Tensor | None = None  # [r, r], without d and b
-    magnitude: torch.Tensor | None = None  # [m]
+    a: Tensor | None = None  # [n]
+    R: Tensor | None = None  # [r, r], without d and b
+    magnitude: Tensor | None = None  # [m]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,11 +45,11 @@ class Factors(NamedTuple):
         return self.A.shape[0]
 
     @property
-    def vectors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """d and b if both are there, else None. With both, the path is VeRA's, with its own backward and kernels."""
+    def vectors(self) -> tuple[Tensor, Tensor] | None:
+        """d and b, or None unless both are there. With both, the path is VeRA's, with its own backward and kernels."""
         return None if self.d is None or self.b is None else (self.d, self.b)
 
-    def expand(self, base: torch.Tensor, z: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    def expand(self, base: Tensor, z: Tensor, overwrite: bool = False) -> Tensor:
         """y = base + s diag(b) B M z [..., m] in base's dtype, for z = A diag(a) x [..., r] in the compute dtype."""
         if (vectors := self.vectors) is not None:
             return functional.expand(base, z, *vectors, self.B, self.scale, overwrite)
@@ -56,14 +57,14 @@ class Factors(NamedTuple):
         inner = inner if self.d is None else functional.scale_input(inner, self.d)
         return functional.add_product(base, inner, self.B, self.scale, overwrite)
 
-    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lora(self) -> tuple[Tensor, Tensor]:
         """A' = s M A diag(a) [r, n] and B' = diag(b) B [m, r] in fp32, without a graph: ΔW = B' A'."""
         A, B, d, b, scale, a, R, _ = self.detached()
         right = A if R is None else R @ A
         right = right * scale if d is None else (d * scale).unsqueeze(1) * right
         return right if a is None else right.mul_(a), B if b is None else times_b(B, b)
 
-    def delta(self) -> torch.Tensor:
+    def delta(self) -> Tensor:
         """ΔW [m, n] in fp32, without a graph."""
         A, B, d, b, scale, a, *_ = self.detached()
         if d is not None and b is not None:
@@ -71,7 +72,7 @@ class Factors(NamedTuple):
         right, left = self.lora()
         return left @ right
 
-    def change(self, weight: torch.Tensor) -> torch.Tensor:
+    def change(self, weight: Tensor) -> Tensor:
         """The change of W [m, n], in fp32 without a graph: ΔW, or with a magnitude diag(m / ‖W + ΔW‖) (W + ΔW) - W."""
         delta = self.delta()
         if self.magnitude is None:
@@ -83,12 +84,8 @@ class Factors(NamedTuple):
 
     def outputs(self, part: slice) -> Factors:
         """Rows of ΔW."""
-        b, magnitude = self.b, self.magnitude
-        return self._replace(
-            B=self.B[part],
-            b=None if b is None else b[..., part],
-            magnitude=None if magnitude is None else magnitude[part],
-        )
+        b, m = (None if v is None else v[..., part] for v in (self.b, self.magnitude))
+        return self._replace(B=self.B[part], b=b, magnitude=m)
 
     def inputs(self, part: slice) -> Factors:
         """Columns of ΔW."""
@@ -96,5 +93,5 @@ class Factors(NamedTuple):
 
     def detached(self) -> Factors:
         """All factors in fp32, without a graph."""
-        parts = (p.detach().float() if isinstance(p, torch.Tensor) else p for p in self)
+        parts = (p.detach().float() if isinstance(p, Tensor) else p for p in self)
         return Factors(*parts)  # type: ignore[arg-type]

@@ -1,32 +1,229 @@
-"""The adapted linear: a frozen base layer and the tensors of each adapter. The method says what these compute."""
+"""The adapted linear: a frozen base layer, the tensors of each adapter, and the forward pass y = W x + ΔW x.
+
+An adapter's method says what its tensors compute. `accelerate_peft` mixes `AdaptedForward` into PEFT's VeRA layers too.
+"""
 
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.adapted_forward import AdaptedForward, layer_shape
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.methods.base import Change, trains_pair
-from qvera.adapters.products.low_rank import trained_linear
-from qvera.adapters.products.magnitude import RowNorms
+from qvera.adapters.methods.vera import RowNorms
+from qvera.adapters.products import functional, fused
+from qvera.adapters.products.low_rank import Sampler, trained_linear
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
+from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
+from qvera.models.structure import returns_more
+
+
+def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a layer that can be adapted, else None."""
+    if isinstance(base_layer, Conv1D):
+        return base_layer.weight.shape[0], base_layer.weight.shape[1]
+    if isinstance(base_layer, nn.Linear) and not returns_more(base_layer):  # bitsandbytes' are nn.Linear too
+        return base_layer.in_features, base_layer.out_features
+    return None
+
+
+class AdaptedForward:
+    """Mixed into a PEFT layer with a frozen ``base_layer``. Subclasses say where an adapter's factors are."""
+
+    base_layer: Any  # a linear of torch, bitsandbytes or transformers
+    in_features: int
+    out_features: int
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    unmerge: Callable[[], None]
+    _inference_weight: Tensor | None = None
+    _inference_adapters: tuple[str, ...] = ()
+    _training_weight: fused.HeldWeight | None = None
+    _builds_per_pass: float = fused.BUILDS_UNHELD
+    input_sampler: Sampler | None = None
+    """Chooses the tokens of x that backward keeps for the gradient of a trained A; None: all are kept."""
+    needs_whole_passes: bool = False
+    """The method has to see all tokens of a pass at once, so an MLP must not be computed in tiles."""
+
+    @abstractmethod
+    def carries(self, adapter: str) -> bool:
+        """Whether this layer has vectors of that adapter."""
+
+    @abstractmethod
+    def method(self, adapter: str) -> Method:
+        """The method of one adapter."""
+
+    @abstractmethod
+    def parts(self, adapter: str) -> Factors:
+        """The factors of one adapter in this layer; a shared A and B are views of the pair."""
+
+    @abstractmethod
+    def dropout_of(self, adapter: str) -> nn.Module:
+        """The dropout on the adapter's input; an Identity where there is none."""
+
+    @abstractmethod
+    def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """z = A x in ``dtype``, shared with the layers that read the same x; None where the adapter has A itself."""
+
+    @abstractmethod
+    def int8_dtype(self) -> torch.dtype:
+        """The compute dtype over an int8 base, whose weight does not tell it."""
+
+    def active_names(self) -> list[str]:
+        """The active adapters that this layer carries."""
+        return [name for name in self.active_adapters if self.carries(name)]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """y = W x + ΔW x, summed over the active adapters, in the base layer's output dtype."""
+        # with VeRA ΔW = s diag(b) B diag(d) A (equation 2)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self.active_names()
+        # another adapter may have been made active since the weight was made: then the normal path is the right one
+        held = self._inference_weight is not None and tuple(names) == self._inference_adapters
+        if held and names and not torch.is_grad_enabled():
+            return self.inference_product(x)
+        if len(names) == 1 and (joined := self.with_base(names[0], x)) is not None:
+            return joined
+        base = self.base_layer
+        y = base(x, *args, **kwargs)  # W x
+        # overwriting y saves a launch on an accelerator: no linear keeps its output for backward, and without hooks
+        # only this layer reads it
+        on_accelerator = y.device.type != "cpu" and not torch.compiler.is_compiling()
+        overwrite = on_accelerator and isinstance(base, (nn.Linear, Conv1D)) and not base._forward_hooks
+        for adapter in names:
+            y = self.method(adapter).add(self, adapter, x, y, overwrite)
+        return y
+
+    def add_low_rank(self, adapter: str, x: Tensor, y: Tensor, overwrite: bool = False) -> Tensor:
+        """y + s diag(b) B M A diag(a) x, for all methods whose change is `Factors`."""
+        factors = self.parts(adapter)
+        z = self.project(x, adapter, factors.A, factors.a)  # A x
+        return factors.expand(y, z, overwrite)  # y + s diag(b) B M z
+
+    def project(self, x: Tensor, adapter: str, A: Tensor, a: Tensor | None = None) -> Tensor:
+        """z = A diag(a) dropout(x) in the compute dtype."""
+        dtype, dropout = linear.compute_dtype(self.base_layer, x), self.dropout_of(adapter)
+        if isinstance(dropout, nn.Identity) and a is None and (z := self.shared_z(adapter, x, dtype)) is not None:
+            return z
+        # every layer drops other elements and has its own a, so there is nothing to share
+        inner = dropout(x).to(dtype)
+        return functional.project(inner if a is None else functional.scale_input(inner, a), A.to(dtype))
+
+    def with_base(self, adapter: str, x: Tensor) -> Tensor | None:
+        """W x + ΔW x in one autograd node, or None where that can't be, or is not cheaper or less exact.
+
+        A trained pair keeps less that way. VeRA's is one product with W + ΔW (`fused.pays`).
+        """
+        base, grad = self.base_layer, torch.is_grad_enabled()
+        # ZeRO-3 gathers a weight when its module is called, and here it is not
+        if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
+            return None
+        if any(p is not None and p.requires_grad for p in (base.weight, base.bias)):
+            return None
+        if not isinstance(self.dropout_of(adapter), nn.Identity):
+            return None
+        dtype, method = linear.compute_dtype(base, x), self.method(adapter)
+        if trains_pair(method):
+            if not grad or base._forward_hooks or base._forward_pre_hooks:
+                return None
+            factors = self.parts(adapter)
+            y = trained_linear(base, x.to(dtype), factors.A, factors.B, factors.scale, self.input_sampler)
+            return y.to(x.dtype)
+        if method.change is not Change.LOW_RANK or (factors := self.parts(adapter)).vectors is None:
+            return None
+        if torch.compiler.is_compiling():  # one path for all numbers of tokens (`qvera.models.checkpointing`)
+            return None
+        scaled = factors.a is not None
+        sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
+        # evaluations go one way whether W + ΔW is held or not, and so give the same loss in every process
+        if not fused.pays(*sizes, dtype, x.device.type, scaled, self._builds_per_pass if grad else fused.BUILDS_UNHELD):
+            return None
+        z = None
+        if grad and not fused.keeps_input(*sizes, scaled):
+            with torch.no_grad():
+                z = self.shared_z(adapter, x, dtype)
+        return fused.summed_linear(base, x.to(dtype), z, factors, self._training_weight).to(x.dtype)
+
+    def delta_weight_fp32(self, adapter: str) -> Tensor:
+        """The change of the weight by one adapter in fp32, without a graph: [out, in], or [in, out] for a Conv1D."""
+        is_conv = isinstance(self.base_layer, Conv1D)
+        if self.method(adapter).change is Change.SCALED:
+            weight = quantization.dequantized_weight(self.base_layer, torch.float32)
+            delta = self.parts(adapter).change(weight.t() if is_conv else weight)
+        else:
+            delta = self.parts(adapter).delta()
+        return delta.t() if is_conv else delta
+
+    def cache_merged_weight(self, hold: bool, base_only: bool = False) -> None:
+        """Hold W + ΔW of the active adapters [m, n] in the compute dtype for inference, or drop it.
+
+        On a CPU the one product is as fast as the 4-bit kernel on the base alone. ``base_only`` holds W, for batches
+        whose rows use different adapters.
+        """
+        # the class' None takes its place: code compiled before would be compiled again for a None of its own
+        self.__dict__.pop("_inference_weight", None)
+        if self._training_weight is not None:
+            self._training_weight.drop()
+        names = [] if base_only else self.active_names()
+        changes = [self.method(name).change for name in names]
+        has_one_weight = Change.PER_TOKEN not in changes and (len(names) == 1 or Change.SCALED not in changes)
+        may = has_one_weight and not self.merged and not isinstance(self.base_layer, Conv1D)
+        if hold and may and (names or base_only):
+            weight = quantization.dequantized_weight(self.base_layer, torch.float32).detach()
+            for name in names:
+                weight = weight + self.delta_weight_fp32(name)
+            self._inference_weight, self._inference_adapters = weight.to(self.held_dtype()), tuple(names)
+
+    def held_dtype(self) -> torch.dtype:
+        """The dtype of `cache_merged_weight`."""
+        dtype = getattr(self.base_layer, "compute_dtype", None) or self.base_layer.weight.dtype
+        return dtype if dtype.is_floating_point else self.int8_dtype()
+
+    def inference_product(self, x: Tensor) -> Tensor:
+        """y as one product with the held weight."""
+        weight, bias = self._inference_weight, self.base_layer.bias
+        assert weight is not None
+        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    @property
+    def holds_inference_weight(self) -> bool:
+        """Whether the layer holds W + ΔW, or W alone, now."""
+        return self._inference_weight is not None
+
+
+def hold_training_weights(model: nn.Module, hold: bool = True, builds: float | None = None) -> None:
+    """Hold W + ΔW of every adapted layer until a vector changes, or drop it; this pays on a CPU.
+
+    It takes as much memory as all adapted weights in the compute dtype. `qvera train` does it by itself where the plan
+    says that it fits. It can change a layer's path (`fused.pays`), and so the last bits.
+
+    ``builds``: how often W + ΔW is made in a forward and backward pass, such as 1/4 if held over a step of four passes.
+    None: once where it is held, else twice.
+    """
+    for module in model.modules():
+        if isinstance(module, AdaptedForward):
+            module._training_weight = fused.HeldWeight() if hold else None
+            module._builds_per_pass = (1.0 if hold else fused.BUILDS_UNHELD) if builds is None else builds
 
 
 class VectorDict(nn.ParameterDict):
     """Adapter name → vector. Casting the model to 16 bits leaves it fp32, since optimizer steps are finer than bf16."""
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VectorDict:
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
+        def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
 
@@ -38,7 +235,7 @@ class SharedTensors(nn.ModuleDict):
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's tensors, by their names in an adapter file."""
-        tensors: Any = dict(self.items()).get(adapter, {})
+        tensors: Any = self[adapter] if adapter in self else {}  # noqa: SIM401  # a ModuleDict has no get
         return dict(tensors.items())
 
 
@@ -95,7 +292,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         config: QveraConfig,
         shared: VectorDict | None = None,
     ) -> None:
-        """Add the tensors of one more adapter, at their start values."""
+        """Add the tensors of one more adapter, at their start values. Under ZeRO-3 all ranks must do it together."""
         device, method = self.base_layer.weight.device, method_of(config)
         self.qvera_settings[adapter_name] = method, config
         if projection is not None:
@@ -118,20 +315,16 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             else:
                 start = method.start(name, shape, config, self.spec).to(device)
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
-        if method.change is Change.SCALED:
-            self._hold_norms(adapter_name)
+        if method.change is Change.SCALED:  # the magnitude starts at the weight's row norms
+            pair, A = self.qvera_projection[adapter_name], self.parts(adapter_name).A
+            others = (norms for other, norms in self.qvera_frozen.items() if self.qvera_projection[other] is pair)
+            held = next((norms for norms in others if norms.products.shape[1] >= A.shape[0]), None)
+            norms = RowNorms(self.base_layer, A, self.out_features) if held is None else held
+            self.qvera_frozen[adapter_name] = norms
+            magnitude = self.vectors(adapter_name)["qvera_m"]
+            if not magnitude.is_meta:
+                magnitude.data.copy_(norms.squares.sqrt())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _hold_norms(self, adapter: str) -> None:
-        """Compute the weight's row norms, where a magnitude starts. Under ZeRO-3 all ranks must call this together."""
-        pair, A = self.qvera_projection[adapter], self.parts(adapter).A
-        others = (norms for other, norms in self.qvera_frozen.items() if self.qvera_projection[other] is pair)
-        held = next((norms for norms in others if norms.products.shape[1] >= A.shape[0]), None)
-        norms = RowNorms(self.base_layer, A, self.out_features) if held is None else held
-        self.qvera_frozen[adapter] = norms
-        magnitude = self.vectors(adapter)["qvera_m"]
-        if not magnitude.is_meta:
-            magnitude.data.copy_(norms.of_weight())
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters and train them, except what their methods keep frozen. PEFT calls it."""
@@ -154,7 +347,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             if adapter_name in modules:
                 modules[adapter_name].to(device)
 
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """See `AdaptedForward.forward`. While `mixed` is set, each token uses its own adapter."""
         if self.mixed is not None:
             return self.mixed.forward(self, x, *args, **kwargs)
@@ -173,11 +366,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return {**self.vectors(adapter), **self.qvera_shared.get(adapter, {})}
 
     def method(self, adapter: str) -> Method:
-        """The method of one adapter."""
+        """See `AdaptedForward.method`."""
         return self.qvera_settings[adapter][0]
 
     def parts(self, adapter: str) -> Factors:
-        """See `AdaptedForward.parts`; a shared A and B are views of the pair."""
+        """See `AdaptedForward.parts`."""
         method, config = self.qvera_settings[adapter]
         return method.factors(config, self.spec, self.tensors(adapter), self.pair(adapter))
 
@@ -189,41 +382,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         rank = method.rank_at(config, self.spec)
         return self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
 
-    def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """See `AdaptedForward.add_adapter`; the method computes it."""
-        return self.method(adapter).add(self, adapter, x, y, overwrite)
-
-    def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        """See `AdaptedForward.with_base`; a trained pair does it in one autograd node."""
-        if not trains_pair(self.method(adapter)):
-            return super().with_base(adapter, x)
-        base: nn.Linear = self.base_layer
-        if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
-            return None
-        factors, inner = self.parts(adapter), x.to(linear.compute_dtype(base, x))
-        return trained_linear(base, inner, factors.A, factors.B, factors.scale, self.input_sampler).to(x.dtype)
-
-    def delta(self, adapter: str) -> torch.Tensor:
-        """The change of W [m, n] in fp32, without a graph."""
-        if self.method(adapter).change is not Change.SCALED:
-            return super().delta(adapter)
-        weight = quantization.dequantized_weight(self.base_layer, torch.float32)
-        return self.parts(adapter).change(weight.t() if isinstance(self.base_layer, Conv1D) else weight)
-
-    def is_low_rank(self, adapter: str) -> bool:
-        """See `AdaptedForward.is_low_rank`."""
-        return self.method(adapter).change is Change.LOW_RANK
-
-    def has_delta(self, adapter: str) -> bool:
-        """See `AdaptedForward.has_delta`; a scaled adapter has none while others are active."""
-        change = self.method(adapter).change
-        return change is not Change.PER_TOKEN and not (change is Change.SCALED and len(self.active_names()) > 1)
-
     def dropout_of(self, adapter: str) -> nn.Module:
         """See `AdaptedForward.dropout_of`."""
         return self.qvera_dropout[adapter]
 
-    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See `AdaptedForward.shared_z`."""
         if adapter not in self.qvera_projection:
             return None
@@ -231,7 +394,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return self.qvera_projection[adapter].project(x, method.rank_at(config, self.spec), dtype)
 
     def int8_dtype(self) -> torch.dtype:
-        """See `AdaptedForward.int8_dtype`; without a frozen pair `made_in`."""
+        """See `AdaptedForward.int8_dtype`: that of a frozen pair, else `made_in`."""
         return next((pair.A.dtype for pair in self.qvera_projection.values()), self.made_in)
 
     get_delta_weight = AdaptedForward.delta_weight_fp32  # PEFT's name for it
@@ -239,11 +402,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: active) adapters to the base weight; `unmerge` restores the original bytes.
 
-        A quantized weight is quantized again, and a warning gives the error of that.
-
-        Raises:
-            ValueError: the result has NaN or Inf (with ``safe_merge``), or one of several adapters can't be merged with
-                others. The layer is unchanged.
+        A quantized weight is quantized again, and a warning gives the error of that. ValueError: the result has NaN or
+        Inf (with ``safe_merge``), or one of several adapters can't be merged with others. The layer is unchanged then.
         """
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if self.carries(n)]
         if not adapter_names:

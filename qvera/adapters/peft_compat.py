@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from peft import PeftType, VeraConfig, VeraModel, mapping
 from peft.tuners.vera.layer import VeraLayer
-from torch import nn
+from torch import Tensor, nn
 
-from qvera.adapters.adapted_forward import AdaptedForward
 from qvera.adapters.factors import Factors
+from qvera.adapters.layer import AdaptedForward
+from qvera.adapters.methods.base import Method
+from qvera.adapters.methods.vera import Vera
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import SharedInput
 from qvera.models import linear
@@ -25,19 +27,17 @@ class _Pair(SharedInput):
 
     def __init__(self) -> None:
         super().__init__()
-        self._casts: dict[tuple[str, str, torch.dtype, torch.device], tuple[Any, int, torch.Tensor]] = {}
+        self._casts: dict[tuple[str, torch.dtype, torch.device], tuple[Any, int, Tensor]] = {}
 
-    def cast(self, name: str, adapter: str, held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Cast ``held`` to ``dtype``; the copy is reused until the tensor is replaced or changed in place."""
+    def cast(self, adapter: str, held: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cast A to ``dtype``; the copy is reused until the tensor is replaced or changed in place."""
         if held.dtype == dtype:
             return held
-        key = name, adapter, dtype, held.device
+        key = adapter, dtype, held.device
         found = self._casts.get(key)
-        if found is not None and found[0]() is held and found[1] == held._version:
-            return found[2]
-        copy = held.detach().to(dtype)
-        self._casts[key] = (weakref.ref(held), held._version, copy)
-        return copy
+        if found is None or found[0]() is not held or found[1] != held._version:
+            found = self._casts[key] = weakref.ref(held), held._version, held.detach().to(dtype)
+        return found[2]
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_casts": {}}
@@ -54,6 +54,9 @@ class _AcceleratedLayer(AdaptedForward):
     def carries(self, adapter: str) -> bool:
         return adapter in self.vera_lambda_d
 
+    def method(self, adapter: str) -> Method:
+        return _VERA
+
     def parts(self, adapter: str) -> Factors:
         d, b = at_least_fp32(self.vera_lambda_d[adapter]), at_least_fp32(self.vera_lambda_b[adapter])
         # PEFT leaves its buffers where they are when only a layer is moved
@@ -64,23 +67,21 @@ class _AcceleratedLayer(AdaptedForward):
     def dropout_of(self, adapter: str) -> nn.Module:
         return self.vera_dropout[adapter]
 
-    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         held = self.vera_A[adapter].to(x.device)
-        A = self._pair.cast("A", adapter, held, dtype)[:, : self.in_features]
+        A = self._pair.cast(adapter, held, dtype)[:, : self.in_features]
         return self._pair.project(x, A, dtype, (adapter, A.data_ptr(), held._version))
 
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def int8_dtype(self) -> torch.dtype:
+        return self.parts(min(self.vera_lambda_d)).A.dtype
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         return super().forward(x, *args, **kwargs).to(x.dtype)
 
 
+_VERA = Vera()
 _accelerated: dict[type, type] = {}
-
-
-def _accelerated_class(stock: type) -> type:
-    """PEFT has one VeRA layer class for each kind of base layer; each gets one subclass."""
-    if stock not in _accelerated:
-        _accelerated[stock] = type(f"Accelerated{stock.__name__}", (_AcceleratedLayer, stock), {"__module__": __name__})
-    return _accelerated[stock]
+"""PEFT's VeRA layer class, of which there is one for each kind of base layer → its subclass that computes our way."""
 
 
 class AcceleratedVeraModel(VeraModel):
@@ -94,7 +95,11 @@ class AcceleratedVeraModel(VeraModel):
     def _create_new_module(self, *args: object, **kwargs: object) -> VeraLayer:  # type: ignore[override]
         layer = VeraModel._create_new_module(*args, **kwargs)
         if isinstance(layer, VeraLayer):
-            layer.__class__ = _accelerated_class(type(layer))
+            stock = type(layer)
+            if stock not in _accelerated:
+                bases, about = (_AcceleratedLayer, stock), {"__module__": __name__}
+                _accelerated[stock] = type(f"Accelerated{stock.__name__}", bases, about)
+            layer.__class__ = _accelerated[stock]
             layer.__dict__["_pair"] = self.__dict__.setdefault("_pair", _Pair())
         return layer
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvera.adapters.products import functional
 from qvera.utils.errors import InputError
@@ -33,7 +33,7 @@ Seeds: TypeAlias = int | tuple[int, ...]
 _STREAM_A, _STREAM_B = 0, 1
 _STREAM_CHECKS = 4  # 2 and 3 are taken by plug-ins
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 """A [r, n] and B [m, r] of one linear."""
 
 
@@ -57,7 +57,7 @@ def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seed
 
 
 def pair_sha256(A: np.ndarray, B: np.ndarray) -> str:
-    """The hash of `projection_sha256` for an existing pair."""
+    """`projection_sha256` of an existing pair."""
     digest = hashlib.sha256()
     for matrix in (A, B):
         digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
@@ -81,9 +81,9 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._recent: tuple[weakref.ref[torch.Tensor], tuple[object, ...], torch.Tensor] | None = None
+        self._recent: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
-    def project(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, key: object = None) -> torch.Tensor:
+    def project(self, x: Tensor, A: Tensor, dtype: torch.dtype, key: object = None) -> Tensor:
         """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells apart matrices A of one shape that may meet the same x."""
         if torch.compiler.is_compiling() or x.is_inference():
             return functional.project(x.to(dtype), A.to(dtype))
@@ -94,7 +94,7 @@ class SharedInput:
         if recent is not None and recent[0]() is x and recent[1] == full_key:
             return recent[2]
         z = functional.project(x.to(dtype), A.to(dtype))
-        self._recent = (weakref.ref(x, self._forget), full_key, z)
+        self._recent = (weakref.ref(x, self._forget_dead), full_key, z)
         if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
             z.register_hook(self.forget)
         return z
@@ -103,7 +103,7 @@ class SharedInput:
         """Drop the last z."""
         self._recent = None
 
-    def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
+    def _forget_dead(self, dead: weakref.ref[Tensor]) -> None:
         if self._recent is not None and self._recent[0] is dead:
             self._recent = None
 
@@ -118,43 +118,42 @@ class SharedProjection(nn.Module):
     values are drawn again, so they are always the seed's fp32 values, rounded once.
     """
 
-    A: torch.Tensor
-    B: torch.Tensor
+    A: Tensor
+    B: Tensor
 
     def __init__(self, seed: Seeds, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.seed = seed
         self.inputs = SharedInput()
-        self._grams: dict[tuple[int, int], torch.Tensor] = {}
+        self._grams: dict[tuple[int, int], Tensor] = {}
         self.register_buffer("A", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
         self.register_buffer("B", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
 
     def ensure(self, rank: int, in_features: int, out_features: int) -> None:
         """Grow the pair if it is too small for this rank and these layer sizes."""
-        held_rank, held_in, held_out = self.A.shape[0], self.A.shape[1], self.B.shape[0]
-        wanted = max(rank, held_rank), max(in_features, held_in), max(out_features, held_out)
-        if wanted != (held_rank, held_in, held_out):
-            self._draw(*wanted, self.A.device, self.A.dtype)
+        held = len(self.A), self.A.shape[1], len(self.B)
+        wanted = max(rank, held[0]), max(in_features, held[1]), max(out_features, held[2])
+        if wanted != held:
+            self._draw(*wanted)
 
-    def _draw(self, rank: int, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
+    def _draw(self, rank: int, in_features: int, out_features: int) -> None:
         self.inputs.forget()
         self._grams.clear()
-        if device.type == "meta":
-            self.A = torch.empty(rank, in_features, device=device, dtype=dtype)
-            self.B = torch.empty(out_features, rank, device=device, dtype=dtype)
-            return
-        pair = uniform_pair(rank, in_features, out_features, self.seed)
-        self.A, self.B = (torch.from_numpy(matrix).to(device=device, dtype=dtype) for matrix in pair)
+        if self.A.is_meta:
+            self.A, self.B = self.A.new_empty(rank, in_features), self.A.new_empty(out_features, rank)
+        else:
+            pair = uniform_pair(rank, in_features, out_features, self.seed)
+            self.A, self.B = (torch.from_numpy(matrix).to(self.A) for matrix in pair)
 
-    def slices(self, rank: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def slices(self, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """Views A [rank, in_features] and B [out_features, rank] for one layer."""
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
-    def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    def project(self, x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
         """z = x Aᵀ [..., rank] in ``dtype``; layers that read the same x get the same tensor."""
         return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype)
 
-    def gram(self, rank: int, in_features: int) -> torch.Tensor:
+    def gram(self, rank: int, in_features: int) -> Tensor:
         """A Aᵀ [rank, rank] in fp32 or wider, cached for each rank and in_features."""
         key = rank, in_features
         if key not in self._grams:
@@ -162,27 +161,22 @@ class SharedProjection(nn.Module):
             self._grams[key] = A @ A.t()
         return self._grams[key]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharedProjection:
-        before = self.A.dtype, self.A.device.type
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedProjection:
+        dtype, was_meta = self.A.dtype, self.A.is_meta
         self._grams.clear()
         super()._apply(fn, recurse)
-        after = self.A.dtype, self.A.device.type
-        if after != before and (after[0] != before[0] or before[1] == "meta"):
-            self._draw(self.A.shape[0], self.A.shape[1], self.B.shape[0], self.A.device, self.A.dtype)
+        if self.A.dtype != dtype or (was_meta and not self.A.is_meta):
+            self._draw(len(self.A), self.A.shape[1], len(self.B))
         return self
-
-    def extra_repr(self) -> str:
-        """Seed, shapes and dtype, for `print(model)`."""
-        return f"seed={self.seed}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"
 
 
 class OwnProjection(nn.Module):
     """A frozen pair of one linear, in the compute dtype, as non-persistent buffers."""
 
-    A: torch.Tensor
-    B: torch.Tensor
+    A: Tensor
+    B: Tensor
 
-    def __init__(self, A: torch.Tensor, B: torch.Tensor) -> None:
+    def __init__(self, A: Tensor, B: Tensor) -> None:
         super().__init__()
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
@@ -191,19 +185,14 @@ class OwnProjection(nn.Module):
         """A [rank, in_features] and B [out_features, rank]."""
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
-    def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    def project(self, x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
         """z = x Aᵀ [..., rank] in ``dtype``."""
         return functional.project(x.to(dtype), self.A[:rank].to(dtype))
 
-    def extra_repr(self) -> str:
-        """Shapes and dtype, for `print(model)`."""
-        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"
 
-
-def pair_number(B: torch.Tensor) -> float:
+def pair_number(B: Tensor) -> float:
     """p·B q with fixed random p and q, which identifies a linear's own pair. Rounding changes it by less than 0.01."""
-    m, rank = B.shape
-    left, right = (torch.from_numpy(uniform_matrix(1, size, 0, _STREAM_CHECKS))[0].double() for size in (m, rank))
+    left, right = (torch.from_numpy(uniform_matrix(1, size, 0, _STREAM_CHECKS))[0].double() for size in B.shape)
     return round(float(left @ B.cpu().double() @ right), 6)
 
 

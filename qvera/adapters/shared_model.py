@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel, VeraConfig
-from torch import nn
+from torch import Tensor, nn
 
-from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.bank import AdapterBank, AdapterShape, User, shape_of
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.files.save_load import load_vectors, put_on
-from qvera.adapters.layer import QveraLinear, adapted_layers
+from qvera.adapters.layer import QveraLinear, adapted_layers, layer_shape
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.models.loader import Base
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _OF_ANSWERS = ("mixed", "_inference_weight", "_inference_pack")
@@ -37,20 +35,13 @@ def load_adapters(
     """Put many QVERA adapters on a loaded base model, to answer with; ranks, seeds and targets may differ.
 
     Each row of a batch names its adapter: ``model(..., adapter_names=[...])``, or ``adapters`` of
-    `qvera.evaluation.generate.generate`.
-
-    Args:
-        model: the loaded base model.
-        directories: adapter name → directory.
-        progress: called with the number of adapters read so far.
-
-    Raises:
-        InputError: one of them is no QVERA adapter, or not one for this model.
+    `qvera.evaluation.generate.generate`. ``directories`` is adapter name → directory; ``progress`` is called with the
+    number of adapters read so far. InputError: one of them is no QVERA adapter, or not one for this model.
     """
     if not directories:
         raise InputError("load_adapters: takes at least one adapter directory.")
     specs, alone = linear_specs(model), dict[str, QveraConfig]()
-    banked: dict[AdapterShape, dict[str, dict[str, torch.Tensor]]] = {}
+    banked: dict[AdapterShape, dict[str, dict[str, Tensor]]] = {}
     for number, (name, given) in enumerate(directories.items(), 1):
         config = require_shareable(read_config(Path(given)), Path(given))
         if method_of(config).peft_type == "VERA":
@@ -81,30 +72,26 @@ def linear_specs(model: nn.Module) -> dict[str, LinearSpec]:
 
 
 def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
-    """Return the config if the adapter can be one of many on a model.
+    """The config of an adapter that can be one of many on a model.
 
-    Raises:
-        InputError: it is PEFT's own VeRA, trains more than vectors (token rows, modules, biases), or targets a pattern.
+    InputError: it is PEFT's own VeRA, trains more than vectors (token rows, modules, biases), or targets a pattern.
     """
     if not isinstance(config, QveraConfig):
-        raise InputError(
-            f"{directory}: is an adapter of PEFT's VeRA; many on one model have to be {PEFT_TYPE} adapters."
-        )
+        why = f"is an adapter of PEFT's VeRA; many on one model have to be {PEFT_TYPE} adapters."
+        raise InputError(f"{directory}: {why}")
     require_tokens(config, directory, None)  # many adapters would each want rows of their own
     if config.modules_to_save or config.bias != "none":
-        raise InputError(
-            f"{directory}: has trained modules or biases beside its vectors; load it alone (load_adapter)."
-        )
+        why = "has trained modules or biases beside its vectors; load it alone (load_adapter)."
+        raise InputError(f"{directory}: {why}")
     if isinstance(config.target_modules, str):
         raise InputError(f"{directory}: its targets are a pattern, not names; many adapters need names.")
     return config
 
 
 def add_adapter(base: Base, name: str, config: QveraConfig) -> PeftModel:
-    """Put a fresh adapter on a loaded base, beside others. Nothing in the model is trained afterwards.
+    """Put a fresh adapter on a loaded base, beside others; InputError if a target matches no linear.
 
-    Raises:
-        InputError: a target matches nothing or no linear.
+    Nothing in the model is trained afterwards.
     """
     if base.adapted is None:
         base.adapted = put_on(base.model, config, name)
@@ -139,15 +126,13 @@ def training_layout(model: nn.Module, adapter: str) -> Iterator[None]:
     kept: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for module in model.modules():
-            own = module.__dict__
+            own, is_adapted = module.__dict__, isinstance(module, QveraLinear)
             names = [name for name in _OF_ANSWERS if name in own]
-            if isinstance(module, QveraLinear):
-                names += ["_active_adapter", "_disable_adapters"]
-            if not names:
-                continue
-            kept.append((module, {name: own.pop(name) for name in names}))
-            if isinstance(module, QveraLinear):
-                module._active_adapter, module._disable_adapters = adapter, False
+            names += ["_active_adapter", "_disable_adapters"] if is_adapted else []
+            if names:
+                kept.append((module, {name: own.pop(name) for name in names}))
+            if is_adapted:
+                own.update(_active_adapter=adapter, _disable_adapters=False)
         yield
     finally:
         for module, values in kept:

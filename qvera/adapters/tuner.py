@@ -9,10 +9,9 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.bank import MixedForward, User
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
-from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers
+from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers, layer_shape
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.models import lean_layers, linear
@@ -34,15 +33,12 @@ class QveraModel(BaseTuner):
 
     def _projection(self, config: QveraConfig, device: torch.device, dtype: torch.dtype) -> SharedProjection:
         """The pair of this adapter's seed on this device; a model spread over devices has one on each."""
-        pool = self.__dict__.setdefault("_projection_pool", [])
+        pool: list[SharedProjection] = self.__dict__.setdefault("_projection_pool", [])
         for projection in pool:
+            A = projection.A
             # of several seeds no pair is a prefix of a larger one
-            same_size = isinstance(config.seeds, int) or len(projection.A) in (0, config.rank)
-            if (projection.seed, projection.A.device, projection.A.dtype) == (
-                config.seeds,
-                device,
-                dtype,
-            ) and same_size:
+            same_size = isinstance(config.seeds, int) or len(A) in (0, config.rank)
+            if same_size and (projection.seed, A.device, A.dtype) == (config.seeds, device, dtype):
                 return projection
         pool.append(SharedProjection(config.seeds, device, dtype))
         return pool[-1]
@@ -79,7 +75,17 @@ class QveraModel(BaseTuner):
                 "PEFT does not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
                 "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.files.save_load.load_adapter."
             )
-        self._prepare_projection(model, config, adapter_name)
+        linear.freeze_linears(model)
+        matched, method = self._match_targets(model, config), method_of(config)
+        found = [(LinearSpec(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
+        method.prepare(config, found)
+        self._share_tensors(model, config, adapter_name, found)
+        if method.source is Source.SEEDED:
+            shapes = [(spec.in_features, spec.out_features) for spec, _ in found]
+            largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
+            config.check_projection(largest_in, largest_out)
+            for home in dict.fromkeys(_home(base, model) for _, base in matched):
+                self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
         lean_layers.reduce_saved_activations(model)
         lean_layers.fuse_rotation(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -129,21 +135,6 @@ class QveraModel(BaseTuner):
             tensors[name] = nn.Parameter(start, requires_grad=adapter_name in self.active_adapters)
         self.shared[adapter_name] = tensors
 
-    def _prepare_projection(self, model: nn.Module, config: QveraConfig, adapter_name: str) -> None:
-        linear.freeze_linears(model)
-        matched = self._match_targets(model, config)
-        found = [(LinearSpec(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
-        method_of(config).prepare(config, found)
-        self._share_tensors(model, config, adapter_name, found)
-        if method_of(config).source is not Source.SEEDED:
-            return
-        shapes = [(spec.in_features, spec.out_features) for spec, _ in found]
-        largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
-        homes = dict.fromkeys(_home(base, model) for _, base in matched)
-        config.check_projection(largest_in, largest_out)
-        for home in homes:
-            self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
-
     def _match_targets(self, model: nn.Module, config: QveraConfig) -> list[tuple[str, nn.Module]]:
         """Find names and base layers of what the config adapts, and write short target names into the config."""
         before = config.target_modules
@@ -168,7 +159,8 @@ class QveraModel(BaseTuner):
             )
         if not matched or (unmatched and not isinstance(targets, str)):
             linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
-            limits = [f"{k} {v}" for k in _LIMITS if (v := getattr(config, k)) is not None]
+            keys = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+            limits = [f"{k} {v}" for k in keys if (v := getattr(config, k)) is not None]
             raise InputError(
                 f"adapter.targets: no module of this model is named {', '.join(sorted(unmatched or names))}"
                 f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(linears)}."
@@ -187,13 +179,20 @@ class QveraModel(BaseTuner):
         **_: object,
     ) -> None:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        projection = self._layer_projection(peft_config, current_key, base)
+        method, home, shape = method_of(peft_config), _home(base, self.model), layer_shape(base)
+        projection: SharedProjection | OwnProjection | None = None
+        if method.source is Source.SEEDED:
+            projection = self._projection(peft_config, *home)
+        elif shape and (pair := method.own_pair(peft_config, LinearSpec(current_key, *shape), base)) is not None:
+            peft_config.check_pair(current_key, pair)
+            A, B = (factor.to(*home) for factor in pair)
+            projection = OwnProjection(A, B)
         shared = self._shared_of(adapter_name)
         if isinstance(target, QveraLinear):
             target.update_layer(adapter_name, projection, peft_config, shared)
             return
         layer = QveraLinear(target, adapter_name, projection, peft_config, current_key, shared)
-        layer.made_in = _home(base, self.model)[1]
+        layer.made_in = home[1]
         if adapter_name not in self.active_adapters:
             # a further adapter is not trained until it is made active
             layer.requires_grad_(False)
@@ -201,24 +200,9 @@ class QveraModel(BaseTuner):
                 shared.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _layer_projection(
-        self, config: QveraConfig, name: str, base: nn.Module
-    ) -> SharedProjection | OwnProjection | None:
-        method, home, shape = method_of(config), _home(base, self.model), layer_shape(base)
-        if method.source is Source.SEEDED:
-            return self._projection(config, *home)
-        if shape is None or (pair := method.own_pair(config, LinearSpec(name, *shape), base)) is None:
-            return None
-        config.check_pair(name, pair)
-        A, B = (factor.to(*home) for factor in pair)
-        return OwnProjection(A, B)
-
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would move and cast the new module; ours is already where and what it should be
         setattr(parent, child_name, new_module)
-
-
-_LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
 def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
@@ -226,9 +210,8 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
     if isinstance(targets, str):
         return targets
     last_names = {key.rpartition(".")[2] for key in matched}
-    same = {
-        key for key, module in model.named_modules() if key.rpartition(".")[2] in last_names and "base_layer" not in key
-    }
+    names = (key for key, _ in model.named_modules() if "base_layer" not in key)
+    same = {key for key in names if key.rpartition(".")[2] in last_names}
     return sorted(last_names if same == set(matched) else set(targets))
 
 

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.files.adapter_file import read_adapter, require_base
+from qvera.adapters.layer import layer_shape
 from qvera.config.schema import ModelSection
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera import __version__
-from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files.adapter_file import read_adapter, require_places
+from qvera.adapters.layer import layer_shape
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair

@@ -1,4 +1,4 @@
-"""What training did to each weight: intruder dimensions, and the size and effective rank of ΔW.
+"""What training did to each weight, and the page of it: intruder dimensions, size and effective rank of ΔW.
 
 One of the first k left singular vectors of W + ΔW is an intruder dimension if its cosine with every left singular
 vector of W is below ε, signs aside (LoRA vs Full Fine-tuning, arXiv 2410.21228).
@@ -9,22 +9,28 @@ Works on the CPU with one linear in memory at a time, in fp32, or fp64 where int
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qvera.config.schema import ModelSection
+from qvera.evaluation.report.charts import Chart, Scale, tooltips_json
+from qvera.evaluation.report.pages import render
 from qvera.exporting.base import open_adapter_on_base, read_trained_weight
 from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.lab.svd import TruncatedSvd, leading_singular_vectors, singular_vectors
 from qvera.models.safetensors_stream import rows_per_block
 from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.formatting import count, percent, significant
 
-Factors = tuple[torch.Tensor, torch.Tensor]
+Factors = tuple[Tensor, Tensor]
 """A [r, n] and B [m, r] of a change B A."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -40,8 +46,9 @@ class LinearAnalysis:
         rank: of the factors of ΔW; 0 for a sparse ΔW, which has none.
         weight_norm, delta_norm: ‖W‖ and ‖ΔW‖, Frobenius.
         singular_values: the first k of W + ΔW.
-        cosines: of each left vector [k], the largest with any left singular vector of W; ``exact``: see `Cosines`.
+        cosines: of each left vector [k], the largest with any left singular vector of W; ``exact``: see `Intruders`.
         intruders: indices among the k.
+        relative_norm: ‖ΔW‖ / ‖W‖; 0 for a weight of zeros.
     """
 
     name: str
@@ -56,50 +63,38 @@ class LinearAnalysis:
     cosines: list[float]
     exact: list[bool]
     intruders: list[int]
-
-    @property
-    def relative_norm(self) -> float:
-        """‖ΔW‖ / ‖W‖; 0 for a weight of zeros."""
-        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
+    relative_norm: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Analysis:
-    """All adapted ``linears`` in model order; with ``keep``, ``mitigations`` has the factors of each."""
+class Analysis(Mapping[str, Factors]):
+    """All adapted ``linears`` in model order. With ``keep``, ``mitigations`` has factors to add to each.
+
+    As a mapping it has the adapter with reduced intruders, exact: name → A' [rank, n] and B' [m, rank].
+    """
 
     adapter: AdapterDeltas
     linears: list[LinearAnalysis]
     mitigations: dict[str, Factors]
 
     @property
-    def rank(self) -> int:
-        return max(linear.rank for linear in self.linears)
-
-    def mitigated(self) -> MitigatedFactors:
-        """The adapter with reduced intruders, for `qvera.exporting.lora.export_lora`."""
-        ranks = {linear.name: linear.rank + len(linear.intruders) for linear in self.linears}
-        return MitigatedFactors(self.adapter, self.mitigations, max(ranks.values()))
-
-
-class MitigatedFactors(Mapping[str, Factors]):
-    """Name → A' [rank, n] and B' [m, rank] of the mitigated ΔW, exact; zeros fill up to the largest rank needed."""
-
-    def __init__(self, adapter: AdapterDeltas, mitigations: Mapping[str, Factors], rank: int) -> None:
-        self._adapter, self._mitigations, self.rank = adapter, mitigations, rank
+    def reduced_rank(self) -> int:
+        """Of the reduced adapter. Zeros fill up where a linear needs less."""
+        return max(each.rank + len(each.intruders) for each in self.linears)
 
     def __getitem__(self, name: str) -> Factors:
-        (A, B), (more_A, more_B) = self._adapter.layers[name].lora(), self._mitigations[name]
-        zeros = self.rank - len(A) - len(more_A)
+        (A, B), (more_A, more_B) = self.adapter.layers[name].lora(), self.mitigations[name]
+        zeros = self.reduced_rank - len(A) - len(more_A)
         return (
             torch.cat([A, more_A, A.new_zeros(zeros, A.shape[1])]),
             torch.cat([B, more_B, B.new_zeros(len(B), zeros)], dim=1),
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._mitigations)
+        return iter(self.mitigations)
 
     def __len__(self) -> int:
-        return len(self._mitigations)
+        return len(self.mitigations)
 
 
 def analyze_adapter(
@@ -138,17 +133,17 @@ def analyze_adapter(
     reader, layers = base.reader(section, {}), base.adapter.layers
     entries = {entry.name: entry for entry in base.entries}
     names = [name for name, _ in base.model.named_modules() if name in layers]
-    linears, mitigations, roles = [], {}, roles_of(names)
+    found, roles = Analysis(base.adapter, [], {}), roles_of(names)
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)
         weight = read_trained_weight(reader, entries[f"{name}.weight"])
         factors = layers[name].lora() if base.adapter.is_low_rank else None
         linear, mitigation = _analyze(name, roles[name], weight, layers[name], factors, top_k, epsilon, keep)
-        linears.append(linear)
+        found.linears.append(linear)
         if mitigation is not None:
-            mitigations[name] = mitigation
-    return Analysis(base.adapter, linears, mitigations)
+            found.mitigations[name] = mitigation
+    return found
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
@@ -170,7 +165,7 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
 def _analyze(
     name: str,
     role: str,
-    weight: torch.Tensor,
+    weight: Tensor,
     delta: Delta,
     factors: Factors | None,
     top_k: int,
@@ -190,20 +185,21 @@ def _analyze(
     if delta.transposed:
         weight, tuned = weight.t(), tuned.t()
     found = find_intruders(weight, tuned, top_k, epsilon)
-    layer = _LAYER.search(name)
+    layer, weight_norm, delta_norm = _LAYER.search(name), weight.norm().item(), values.norm().item()
     linear = LinearAnalysis(
         name=name,
         role=role,
         layer=int(layer[1]) if layer else None,
         shape=delta.shape,
         rank=0 if factors is None else len(factors[0]),
-        weight_norm=weight.norm().item(),
-        delta_norm=values.norm().item(),
+        weight_norm=weight_norm,
+        delta_norm=delta_norm,
         effective_rank=effective_rank(values),
         singular_values=found.top.S.tolist(),
-        cosines=found.cosines.values.tolist(),
-        exact=found.cosines.exact.tolist(),
+        cosines=found.cosines.tolist(),
+        exact=found.exact.tolist(),
         intruders=found.found.nonzero().flatten().tolist(),
+        relative_norm=delta_norm / weight_norm if weight_norm else 0.0,
     )
     return linear, None if keep is None else mitigation_factors(found, keep)
 
@@ -212,35 +208,30 @@ DENSE_SIDE = 1024
 """If a side of a weight is at most this long, it is decomposed fully, and all of its cosines are exact."""
 
 
-class Cosines(NamedTuple):
-    """For each vector its largest cosine with a left singular vector of the base weight, fp64 [k].
+class Intruders(NamedTuple):
+    """The first k singular vectors of W + ΔW, the largest cosines of the left ones, and which are intruders, [k] each.
 
-    Not ``exact``: a bound on the same side of ε, an upper one for an intruder, else a lower one.
+    Cosines are fp64. Not ``exact``: a bound on the same side of ε, an upper one for an intruder, else a lower one.
     """
 
-    values: torch.Tensor
-    exact: torch.Tensor
-
-
-class Intruders(NamedTuple):
-    """The ``top`` k singular vectors of W + ΔW, cosines of the left ones, and a mask [k] of the intruders."""
-
     top: TruncatedSvd
-    cosines: Cosines
-    found: torch.Tensor
+    cosines: Tensor
+    exact: Tensor
+    found: Tensor
 
 
-def find_intruders(weight: torch.Tensor, tuned: torch.Tensor, top_k: int, epsilon: float) -> Intruders:
+def find_intruders(weight: Tensor, tuned: Tensor, top_k: int, epsilon: float) -> Intruders:
     """The intruders among the first ``top_k`` singular vectors of ``tuned`` = W + ΔW [m, n]."""
     top = leading_singular_vectors(tuned, min(top_k, *tuned.shape))
-    cosines = largest_cosines(weight, top.U, epsilon)
-    return Intruders(top, cosines, cosines.values < epsilon)
+    cosines, exact = largest_cosines(weight, top.U, epsilon)
+    return Intruders(top, cosines, exact, cosines < epsilon)
 
 
-def largest_cosines(weight: torch.Tensor, vectors: torch.Tensor, epsilon: float) -> Cosines:
+def largest_cosines(weight: Tensor, vectors: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The largest |cosine| of each of ``vectors`` [m, k], of length 1, with any left singular vector of W [m, n].
 
-    For a large weight, only enough is computed to know on which side of ``epsilon`` each is:
+    Returns ``cosines`` and ``exact`` of `Intruders`. For a large weight, only enough is computed to know on which side
+    of ``epsilon`` each is:
 
     1. The cosines with the leading vectors of W; what these leave of a vector bounds its other cosines.
     2. `largest_share_bounds` of what they leave: a vector that is spread over many others is close to none.
@@ -267,15 +258,15 @@ def largest_cosines(weight: torch.Tensor, vectors: torch.Tensor, epsilon: float)
                 break
         else:
             return _exact_cosines(weight, vectors)
-    return Cosines(torch.where(found < epsilon, torch.maximum(found, left), found), left <= found)
+    return torch.where(found < epsilon, torch.maximum(found, left), found), left <= found
 
 
-def _exact_cosines(weight: torch.Tensor, vectors: torch.Tensor) -> Cosines:
+def _exact_cosines(weight: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     values = (singular_vectors(weight).U.t() @ vectors).abs().amax(dim=0).double()
-    return Cosines(values, torch.ones_like(values, dtype=torch.bool))
+    return values, torch.ones_like(values, dtype=torch.bool)
 
 
-def largest_share_bounds(weight: torch.Tensor, vectors: torch.Tensor, steps: int) -> torch.Tensor:
+def largest_share_bounds(weight: Tensor, vectors: Tensor, steps: int) -> Tensor:
     """For each vector x [m], an upper bound on the largest (u_iᵀ x)² over all left singular vectors u_i of W [m, n].
 
     The Lanczos process on W Wᵀ from x, ``steps`` long, gives nodes and weights of the Gauss quadrature of x's spectral
@@ -308,22 +299,144 @@ def largest_share_bounds(weight: torch.Tensor, vectors: torch.Tensor, steps: int
     return pairs.max(dim=1).values * norms.double() ** 2
 
 
-def mitigation_factors(intruders: Intruders, keep: float) -> tuple[torch.Tensor, torch.Tensor]:
+def mitigation_factors(intruders: Intruders, keep: float) -> tuple[Tensor, Tensor]:
     """A [k, n] and B [m, k] that take k intruders down to λ = ``keep``: B A = (λ − 1) Σ_i σ_i u_i v_iᵀ (section 5)."""
     U, S, V = (part[..., intruders.found] for part in intruders.top)
     return V.t().contiguous(), (keep - 1) * S * U
 
 
-def delta_singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def delta_singular_values(A: Tensor, B: Tensor) -> Tensor:
     """Those of ΔW = B A: [min(m, n, r)], falling, fp64, from the factors' small cores."""
     left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.t()))
     return torch.linalg.svdvals(left @ right.t())
 
 
-def effective_rank(singular_values: torch.Tensor) -> float:
+def effective_rank(singular_values: Tensor) -> float:
     """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli, 2007); 0 for a zero matrix."""
     total = singular_values.sum()
     if not total > 0:
         return 0.0
     shares = (singular_values / total).double()
     return torch.special.entr(shares).sum().exp().item()
+
+
+Document = dict[str, Any]
+"""What ``qvera analyze --json`` prints."""
+ROLE_TITLES = ["linears", "intruder dimensions", "‖ΔW‖ / ‖W‖", "effective rank of ΔW"]
+
+
+def role_rows(document: Document) -> list[tuple[str, list[str]]]:
+    """The cells of `ROLE_TITLES` for each kind of linear, then for all of them; norms and ranks are medians."""
+    roles: dict[str, list[dict[str, Any]]] = {}
+    for linear in document["linears"]:
+        roles.setdefault(linear["role"], []).append(linear)
+    return [
+        (
+            role,
+            [
+                count(len(linears)),
+                count(sum(len(linear["intruders"]) for linear in linears)),
+                significant(statistics.median(linear["relative_norm"] for linear in linears)),
+                significant(statistics.median(linear["effective_rank"] for linear in linears)),
+            ],
+        )
+        for role, linears in [*roles.items(), ("all", document["linears"])]
+    ]
+
+
+def loss_titles(document: Document) -> list[str]:
+    """The column titles of `loss_rows`."""
+    reduced = document["reduced"]
+    return ["Rows", "Base", "Adapter", *([] if reduced is None else [f"Reduced to {reduced['keep']:g}"])]
+
+
+def loss_rows(document: Document) -> list[tuple[str, list[str]]]:
+    """For each text its rows, and the losses of base, adapter and reduced adapter (if there is one)."""
+    rows = []
+    for losses in document["losses"]:
+        models = [losses[model] for model in ("base", "adapter", "reduced") if losses[model] is not None]
+        rows.append((losses["text"], [count(losses["rows"]), *(f"{loss:.4f}" for loss in models)]))
+    return rows
+
+
+def summary(document: Document) -> str:
+    """A sentence: how many intruder dimensions there are, and in how many linears."""
+    found = [len(linear["intruders"]) for linear in document["linears"]]
+    total, touched = sum(found), sum(number > 0 for number in found)
+    dimensions = f"{total:,} intruder dimension{'' if total == 1 else 's'}"
+    where = f"{touched:,} of {len(found):,}" if total else f"{len(found):,}"
+    return f"{dimensions} in {where} linears (k = {document['top_k']}, ε = {document['epsilon']:g})"
+
+
+def analysis_page(document: Document) -> str:
+    """HTML with heat maps over layers, tables, and every intruder dimension."""
+    pictures: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str], str]] = [
+        ("Intruder dimensions", lambda linear: len(linear["intruders"]), count, "among the first k singular vectors"),
+        ("Size of ΔW", lambda linear: linear["relative_norm"], percent, "‖ΔW‖ / ‖W‖, Frobenius"),
+        ("Effective rank of ΔW", lambda linear: linear["effective_rank"], significant, "exp of the entropy of σ / Σσ"),
+    ]
+    charts = []
+    for title, value, text, note in pictures:
+        rows: dict[str, dict[int, float]] = {}
+        for linear in document["linears"]:
+            if linear["layer"] is not None:
+                rows.setdefault(linear["role"], {})[linear["layer"]] = value(linear)
+        charts.append(heat_map(title, rows, note, text))
+    intruders = []
+    for linear in document["linears"]:
+        for index in linear["intruders"]:
+            cosine = ("" if linear["exact"][index] else "at most ") + significant(linear["cosines"][index])
+            place = f"{index + 1} of {len(linear['cosines'])}"
+            intruders.append((linear["name"], [place, significant(linear["singular_values"][index]), cosine]))
+    return render(
+        Path(__file__).with_name("analysis.html"),
+        document=document,
+        name=Path(document["subject"]["path"]).resolve().name,
+        summary=summary(document),
+        charts=charts,
+        roles=role_rows(document),
+        role_titles=[title[0].upper() + title[1:] for title in ROLE_TITLES],
+        losses=loss_rows(document),
+        loss_titles=loss_titles(document),
+        intruders=intruders,
+    )
+
+
+SHADES = 9
+"""Above the shade of 0: the classes h1 to h9 of style.css."""
+
+
+def heat_map(
+    title: str, rows: Mapping[str, Mapping[int, float]], note: str, text: Callable[[float], str]
+) -> Chart | None:
+    """A heat map of row → column → value, 0 or more; None without values. The largest value has the full colour."""
+    columns = sorted({column for values in rows.values() for column in values})
+    if not columns:
+        return None
+    largest = max(value for values in rows.values() for value in values.values())
+    across, down = Scale(0.0, len(columns)), Scale(0.0, len(rows))
+    bars, texts = [], [[f"layer {column}"] for column in columns]
+    for number, (name, values) in enumerate(rows.items()):
+        for place, column in enumerate(columns):
+            if column in values:
+                shade = math.ceil(SHADES * values[column] / largest) if largest > 0 else 0
+                cell = across.percent(place), across.percent(1), down.percent(number), down.percent(1)
+                bars.append((f"bar h{shade}", *cell, f"layer {column}: {name} {text(values[column])}"))
+                texts[place].append(f"{name} {text(values[column])}")
+    middles, stride = [place + 0.5 for place in range(len(columns))], -(-len(columns) // 12)  # so many labels at most
+    labels = [name.removesuffix("_proj") for name in rows]
+    labels = [label if len(label) <= 9 else f"{label[:8]}…" for label in labels]
+    ticks = [(across.percent(middle), str(column)) for middle, column in zip(middles, columns, strict=True)]
+    return {
+        "title": title,
+        "note": note,
+        "description": f"{title} by layer and kind of linear, from 0 to {text(largest)}.",
+        "height": 24 * len(rows),
+        "legend": [("swatch h0", "0"), (f"swatch h{SHADES}", text(largest))],
+        "y_ticks": [(down.percent(number + 0.5), label) for number, label in enumerate(labels)],
+        "x_ticks": ticks[::stride],
+        "x_name": "layer",
+        "bars": bars,
+        "sync": "layers",
+        "tooltips": tooltips_json(across, list(zip(middles, texts, strict=True))),
+    }

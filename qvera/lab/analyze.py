@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -27,10 +27,8 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
 
 if TYPE_CHECKING:
-    from qvera.config.schema import DataSection
     from qvera.data.rows import Rows
     from qvera.evaluation.load import Artifact
-    from qvera.lab.analysis import Analysis
 
 
 def analyze(
@@ -78,12 +76,15 @@ def analyze(
         raise InputError(f"--text: {text}: no such file. Expected rows (.jsonl, .json, .csv, .tsv, .parquet) or .txt.")
     quiet_libraries()
 
+    import torch
+
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
     from qvera.exporting.export import chat_of, require_no_added_tokens
-    from qvera.lab.analysis import analyze_adapter
+    from qvera.exporting.lora import export_lora
+    from qvera.lab.analysis import analysis_page, analyze_adapter
     from qvera.utils import memory
-    from qvera.utils.atomic import require_empty
+    from qvera.utils.atomic import replace_text, require_empty
 
     target, adapter_dir = find_adapter(run, adapter)
     texts: list[Text] = []
@@ -109,28 +110,24 @@ def analyze(
         "subject": {
             "path": str(run),
             "method": analysis.adapter.method,
-            "rank": analysis.rank,
+            "rank": max(linear.rank for linear in analysis.linears),
             "adapter_sha256": sha256,
             "base": target.section.path,
             "quantization": target.section.quantization,
         },
         "top_k": top_k,
         "epsilon": epsilon,
-        "linears": [
-            dataclasses.asdict(linear) | {"relative_norm": linear.relative_norm} for linear in analysis.linears
-        ],
+        "linears": [dataclasses.asdict(linear) for linear in analysis.linears],
         "reduced": None,
         "losses": [],
         "versions": memory.versions(),
     }
-    if reduce is not None and out is not None:
-        document["reduced"] = _reduce(analysis, out, reduce, template)
+    if out is not None:
+        size = export_lora(analysis.adapter, out, torch.float32, analysis, template)
+        document["reduced"] = {"keep": reduce, "path": str(out), "rank": analysis.reduced_rank, "bytes": size}
     if text is not None:
-        document["losses"] = _losses(target, texts, rows, out)
+        document["losses"] = _losses(target, texts, out)
     if html is not None:
-        from qvera.lab.analysis_page import analysis_page
-        from qvera.utils.atomic import replace_text
-
         replace_text(html, analysis_page(document))
     if as_json:
         print(json.dumps(plain_json(document), indent=1, ensure_ascii=False))
@@ -140,22 +137,8 @@ def analyze(
         print(f"{html}: the same, layer by layer")
 
 
-def _reduce(analysis: Analysis, out: Path, keep: float, chat_template: str | None) -> dict[str, Any]:
-    import torch
-
-    from qvera.exporting.lora import export_lora
-
-    factors = analysis.mitigated()
-    written_bytes = export_lora(analysis.adapter, out, torch.float32, factors, chat_template)
-    return {"keep": keep, "path": str(out), "rank": factors.rank, "bytes": written_bytes}
-
-
-class Text(NamedTuple):
-    """Rows to measure a loss on."""
-
-    label: str
-    rows: Rows
-    pad_id: int
+Text: TypeAlias = "tuple[str, Rows, int]"
+"""A label, rows to measure a loss on, and the padding token."""
 
 
 def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
@@ -168,44 +151,37 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
     recipe, tokenizer = target.recipe, load_tokenizer(target.section)
     if (template := template_beside(target)) is not None:
         tokenizer.chat_template = template
+    about: dict[str, Any] = {"limit": limit}
+    if recipe is not None:
+        about |= {"template": template_of(recipe, target.run), "max_length": recipe.data.max_length}
     with _rows_file(text) as path:
-        about: dict[str, Any] = {"path": str(path), "limit": limit}
-        if recipe is not None:
-            about |= {"template": template_of(recipe, target.run), "max_length": recipe.data.max_length}
-        datasets = build_datasets(DataSection(**about), tokenizer, console)
-    found = [Text(str(text), datasets.train, datasets.pad_id)]
+        datasets = build_datasets(DataSection(path=str(path), **about), tokenizer, console)
+    found = [(str(text), datasets.train[:limit], datasets.pad_id)]
     if recipe is not None and recipe.data.has_held_out_rows:
-        section: DataSection = recipe.data.replace(template=template_of(recipe, target.run))
-        datasets = build_datasets(section, tokenizer, console)
+        datasets = build_datasets(recipe.data.replace(template=about["template"]), tokenizer, console)
         if held_out := held_out_rows(datasets, target.name):  # one of many adapters may have none
-            found.append(Text("held-out rows of the run", held_out, datasets.pad_id))
+            found.append(("held-out rows of the run", held_out[:limit], datasets.pad_id))
     return found
 
 
-def _losses(target: Artifact, texts: list[Text], limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
+def _losses(target: Artifact, texts: list[Text], reduced: Path | None) -> list[dict[str, Any]]:
     from qvera.config.schema import TrainingSection
     from qvera.evaluation.held_out import held_out_loss, scoring
     from qvera.evaluation.load import base_of, open_target
 
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
+    size, chunk = settings.per_device_eval_batch_size, settings.loss_chunk_tokens
     with progress("Loading the model"):
         opened = open_target(target)
     tables: list[dict[str, Any]] = [
-        {"text": label, "rows": len(some[:limit]), "base": None, "adapter": None, "reduced": None}
-        for label, some, _ in texts
+        {"text": label, "rows": len(some), "base": None, "adapter": None, "reduced": None} for label, some, _ in texts
     ]
 
     def measure(model: Any, column: str) -> None:
         with progress(f"Loss ({column})") as show, scoring(model):
             for table, (label, some, pad_id) in zip(tables, texts, strict=True):
                 show(f"Loss ({column}): {label}, {table['rows']} rows")
-                table[column] = held_out_loss(
-                    model,
-                    some[:limit],
-                    pad_id=pad_id,
-                    batch_size=settings.per_device_eval_batch_size,
-                    chunk_tokens=settings.loss_chunk_tokens,
-                )["loss"]
+                table[column] = held_out_loss(model, some, pad_id=pad_id, batch_size=size, chunk_tokens=chunk)["loss"]
 
     measure(opened.model, "adapter")
     with base_of(opened) as base:
@@ -233,12 +209,11 @@ def _rows_file(text: Path) -> Iterator[Path]:
 
 
 def _print_analysis(document: dict[str, Any]) -> None:
-    from qvera.lab.analysis_page import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
+    from qvera.lab.analysis import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
 
     print_table(["", *ROLE_TITLES], role_rows(document))
     print(f"\n{summary(document)}")
-    losses = loss_rows(document)
-    if losses:
+    if losses := loss_rows(document):
         print()
         print_table(["loss", *(title.lower() for title in loss_titles(document))], losses)
     else:

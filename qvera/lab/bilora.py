@@ -8,17 +8,16 @@ orthogonal is γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²), Frobenius, summed over
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
-from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Source
+from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.methods.lora import start_generator
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.config.plugins import Schedule
@@ -30,12 +29,9 @@ from qvera.training.engine import trained_vectors
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.methods.base import LinearSpec
     from qvera.adapters.projection import Pair
     from qvera.config.schema import Recipe
     from qvera.distributed.group import Group
-
-_START_STD = 0.02
 
 
 class Bilora(Method):
@@ -48,18 +44,16 @@ class Bilora(Method):
     usual = {"adapter.rank": 8, "adapter.alpha": 2048, "training.learning_rate": 2e-3}
     samples_tokens = False  # the gradient of Λ is made of that of Λ Q: it would be a sample too
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         rank = adapter.rank
         return {"qvera_A": (rank, spec.in_features), "qvera_B": (spec.out_features, rank), "qvera_d": (rank,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
         if name != "qvera_d":
-            return torch.randn(shape, generator=start_generator(adapter, f"{spec.name}.{name}")) * _START_STD
+            return torch.randn(shape, generator=start_generator(adapter, f"{spec.name}.{name}")) * 0.02
         return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.ones(shape)
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         A, B, d = (at_least_fp32(tensors[name]) for name in ("qvera_A", "qvera_B", "qvera_d"))
         scale = (adapter.rank if adapter.alpha is None else adapter.alpha) / adapter.rank
         return Factors(d.unsqueeze(1) * A, B, scale=scale)
@@ -67,8 +61,7 @@ class Bilora(Method):
     def memory(
         self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """Λ Q is made for each linear."""
-        taken = super().memory(adapter, spec, tokens, dtype, on_accelerator)
+        taken = super().memory(adapter, spec, tokens, dtype, on_accelerator)  # and Λ Q is made for each linear
         return taken._replace(cast=max(taken.cast, adapter.rank * spec.in_features * dtype.itemsize))
 
     def step_hook(
@@ -87,25 +80,21 @@ class OrthogonalPenalty(TrainingHook):
 
     def __init__(self, model: nn.Module, penalty: float, optimizer: torch.optim.Optimizer) -> None:
         trained = {name.rpartition(".")[0]: p for name, p in model.named_parameters() if p.requires_grad}
-        self.rows = [p for name, p in trained.items() if name.endswith("qvera_A")]
-        self.columns = [p for name, p in trained.items() if name.endswith("qvera_B")]
+        both = ("qvera_A", "qvera_B")
+        self.factors = [(p, name.endswith("qvera_B")) for name, p in trained.items() if name.endswith(both)]
         self.penalty = penalty
         optimizer.register_step_pre_hook(self.add_gradients)
 
     @torch.no_grad()
     def add_gradients(self, *_: Any) -> None:
-        for Q in self.rows:
-            if Q.grad is not None:
-                Q.grad.add_(self._gradient(Q))
-        for P in self.columns:
-            if P.grad is not None:
-                P.grad.add_(self._gradient(P.t()).t())
-
-    def _gradient(self, X: torch.Tensor) -> torch.Tensor:
-        """The gradient of γ ‖X Xᵀ - I‖² for X [r, ...]."""
-        excess = X @ X.t()
-        excess.diagonal().sub_(1)
-        return (excess @ X).mul_(4 * self.penalty)
+        for factor, is_P in self.factors:
+            if factor.grad is None:
+                continue
+            X = factor.t() if is_P else factor  # [r, ...]
+            excess = X @ X.t()
+            excess.diagonal().sub_(1)
+            gradient = (excess @ X).mul_(4 * self.penalty)
+            factor.grad.add_(gradient.t() if is_P else gradient)
 
 
 UPPER = "qvera_d"
@@ -172,17 +161,14 @@ class BilevelBatches(PartBatches):
             return False
         return step % (self.lower_steps + self.upper_steps) >= self.lower_steps
 
-    def level_rows(self, upper: bool) -> np.ndarray:
-        """int64, in the order of the data."""
-        return split_levels(len(self.lengths), self.upper_share, self.seed)[upper]
-
     def rows(self, step: int) -> list[int]:
         if self.retrain_from is not None and step >= self.retrain_from:
             return self.part_rows(2, np.arange(len(self.lengths)), step - self.retrain_from)
         cycle, place = divmod(step, self.lower_steps + self.upper_steps)
         upper = self.is_upper(step)
         batch = cycle * self.upper_steps + place - self.lower_steps if upper else cycle * self.lower_steps + place
-        return self.part_rows(int(upper), self.level_rows(upper), batch)
+        levels = split_levels(len(self.lengths), self.upper_share, self.seed)
+        return self.part_rows(int(upper), levels[upper], batch)
 
 
 class BilevelHook(TrainingHook):
@@ -198,13 +184,10 @@ class BilevelHook(TrainingHook):
 
     def before_step(self, step: int) -> None:
         upper = self.batches.is_upper(step - 1)
-        _set_trained(self.upper, upper)
-        _set_trained(self.lower, not upper)
+        for vectors, is_trained in ((self.upper, upper), (self.lower, not upper)):
+            for vector in vectors:
+                vector.requires_grad_(is_trained)
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        _set_trained([*self.upper, *self.lower], True)
-
-
-def _set_trained(vectors: Iterable[nn.Parameter], trained: bool) -> None:
-    for vector in vectors:
-        vector.requires_grad_(trained)
+        for vector in (*self.upper, *self.lower):
+            vector.requires_grad_(True)

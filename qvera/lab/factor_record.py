@@ -7,7 +7,6 @@ for each linear and rank; its header has the SHA-256 of its data.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from qvera.utils.cache_dir import DiskCache
 from qvera.utils.files import try_read_json
@@ -33,15 +32,13 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def _record_of(directory: Path) -> dict[str, Any] | None:
-    return try_read_json(directory / RECORD)
-
-
 def _problem_of(directory: Path) -> str | None:
-    if _record_of(directory) is None:
+    if try_read_json(directory / RECORD) is None:
         return f"{directory / RECORD} is missing or damaged"
     broken = [file for file in sorted(directory.glob("*.safetensors")) if not is_whole(file)]
     return f"{broken[0]} has other data than were written" if broken else None
 
 
-FACTORS = DiskCache("set of decomposed weights", "factors", _record_of, _problem_of, PREFIX)
+FACTORS = DiskCache(
+    "set of decomposed weights", "factors", lambda directory: try_read_json(directory / RECORD), _problem_of, PREFIX
+)

@@ -29,6 +29,7 @@ from qvera.utils.errors import InputError
 _BY_TASK = OnlyWith("data.sampling: task")
 _EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction", "data.held_out_tasks")
 _BILEVEL = OnlyWith("training.bilevel")
+_SCHEDULES = ("bilevel", "resample_every", "sample_tokens")
 Problems = Iterator[tuple[str, str]]
 Settings: TypeAlias = Any
 """A `QveraConfig` or the adapter section of a recipe, both with the keys of this module."""
@@ -188,27 +189,14 @@ class RecipeKeys(Section):
     def contradictions(self) -> Problems:
         """Yield keys of different sections that contradict each other."""
         yield from super().contradictions()
-        data, training, objective = self.data, self.training, self.training.objective
-        if objective != "sft":
-            name = f"training.objective: {objective}"
+        data, training, adapter, method = self.data, self.training, self.adapter, self.adapter.method
+        if training.objective != "sft":
+            name = f"training.objective: {training.objective}"
             if data.sampling == "task":
                 yield "data.sampling", f"task is not built for {name}; use rows."
-            for key in ("bilevel", "resample_every", "sample_tokens"):
+            for key in _SCHEDULES:
                 if getattr(training, key):
                     yield f"training.{key}", f"is not built for {name}; remove one of the two."
-        yield from self._method_problems()
-        if training.adapt_steps and self.deepspeed is not None:
-            yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
-        if training.bilevel:
-            yield from (("training.bilevel", problem) for problem in self._bilevel_problems())
-        if training.sample_tokens and training.torch_compile:
-            problem = "draws by the data's own sizes, which is not compiled; remove one of the two."
-            yield "training.sample_tokens", problem
-        if training.resample_every:
-            yield from (("training.resample_every", problem) for problem in self._resample_problems())
-
-    def _method_problems(self) -> Problems:
-        adapter, training, method = self.adapter, self.training, self.adapter.method
         if method == "bilora" and adapter.orthogonal_penalty and self.deepspeed is not None:
             yield (
                 "adapter.orthogonal_penalty",
@@ -236,6 +224,14 @@ class RecipeKeys(Section):
                     f"optimizers of its own, over these values alone, that run in plain torch. Remove {key}, or choose "
                     "another method.",
                 )
+        if training.adapt_steps and self.deepspeed is not None:
+            yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
+        if training.sample_tokens and training.torch_compile:
+            problem = "draws by the data's own sizes, which is not compiled; remove one of the two."
+            yield "training.sample_tokens", problem
+        for key, problems in (("bilevel", self._bilevel_problems()), ("resample_every", self._resample_problems())):
+            if getattr(training, key):
+                yield from ((f"training.{key}", problem) for problem in problems)
 
     def _bilevel_problems(self) -> Iterator[str]:
         if self.deepspeed is not None:
@@ -263,7 +259,7 @@ class RecipeKeys(Section):
     def many_adapters_contradictions(self, names: str) -> Problems:
         """Yield keys with which no adapters can be trained together."""
         yield from super().many_adapters_contradictions(names)  # type: ignore[misc]
-        for key in ("bilevel", "resample_every", "sample_tokens"):
+        for key in _SCHEDULES:
             if getattr(self.training, key):
                 yield f"training.{key}", f"is not built for many adapters ({names}); remove one of the two."
 

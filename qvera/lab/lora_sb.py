@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Source, Traits
-from qvera.adapters.products.functional import AutogradContext, at_least_fp32
+from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors, Traits
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, forget_inputs
 from qvera.config.plugins import Schedule
 from qvera.distributed.zero_config import zero_config_of
@@ -46,15 +46,10 @@ class LoraSb(Method):
     usual = {"adapter.rank": 96, "training.learning_rate": 1e-4}
     source = Source.STORED
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         require_rank(adapter.rank, spec)
         r = adapter.rank
         return {"qvera_frozen_A": (r, spec.in_features), "qvera_frozen_B": (spec.out_features, r), "qvera_R": (r, r)}
-
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        if getattr(adapter, "init_weights", True):
-            return torch.zeros(shape, dtype=self.traits(name, adapter).dtype)
-        return torch.randn(shape).to(self.traits(name, adapter).dtype)
 
     def traits(self, name: str, adapter: Settings) -> Traits:
         return Traits() if name == "qvera_R" else Traits(torch.bfloat16, is_trained=False)
@@ -65,9 +60,7 @@ class LoraSb(Method):
         cast = adapter.rank * (spec.in_features + spec.out_features) * dtype.itemsize if dtype != torch.bfloat16 else 0
         return super().memory(adapter, spec, tokens, dtype, on_accelerator)._replace(cast=cast)
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         return Factors(tensors["qvera_frozen_A"], tensors["qvera_frozen_B"], R=at_least_fp32(tensors["qvera_R"]))
 
 
@@ -104,15 +97,22 @@ class StartFromGradient(TrainingHook):
         layers = {name: m for name, m in training.model.named_modules() if isinstance(m, QveraLinear)}
         steps = max(training.steps, training.batches.per_epoch)
         rows, rate = _first_rows(training.batches, steps, section.gradient_rows), current_rate(training.schedule)
-        parts = _parts(layers, memory.available_bytes(training.device) // _SHARE_OF_FREE_MEMORY)
+        parts: list[dict[str, QveraLinear]] = []
+        most, room = memory.available_bytes(training.device) // _SHARE_OF_FREE_MEMORY, 0
+        for name, layer in layers.items():
+            size = 4 * layer.in_features * layer.out_features
+            if not parts or size > room:
+                parts.append({})
+                room = most
+            parts[-1][name] = layer
+            room -= size
         with status_line(training.console, "Gradient of the first rows") as update, _base_alone(training.model, layers):
             for number, part in enumerate(parts):
 
                 def show(share: float, number: int = number) -> None:
                     update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
 
-                linears = {name: layer.base_layer for name, layer in part.items()}
-                gradients = _gradients(training, linears, rows, show)
+                gradients = _gradients(training, {name: each.base_layer for name, each in part.items()}, rows, show)
                 for name, layer in part.items():
                     gradient = gradients.pop(name)
                     training.group.all_reduce([gradient])
@@ -126,22 +126,6 @@ class StartFromGradient(TrainingHook):
                             vector.copy_(made[kind])
 
 
-def _gradients(
-    training: AloneLoop, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
-) -> dict[str, torch.Tensor]:
-    train = training.datasets.train
-
-    def in_passes(passes: list[list[int]]) -> dict[str, torch.Tensor]:
-        with collected(causal_model(training.model), linears) as gradients:
-            for done, micro in enumerate(passes):
-                show(done / len(passes))
-                if micro:
-                    training.nll([train[i] for i in micro])[0].backward()
-        return gradients
-
-    return training.over_passes(rows, in_passes, "The gradient of the first rows")
-
-
 def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
     """The first ``most`` different rows that training will see, in order."""
     found: dict[int, None] = {}
@@ -152,18 +136,18 @@ def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
     return list(found)[:most]
 
 
-def _parts(layers: dict[str, QveraLinear], most_bytes: int) -> list[dict[str, QveraLinear]]:
-    """Consecutive layers whose gradients take at most ``most_bytes`` together; one layer at least."""
-    parts: list[dict[str, QveraLinear]] = []
-    room = 0
-    for name, layer in layers.items():
-        size = 4 * layer.in_features * layer.out_features
-        if not parts or size > room:
-            parts.append({})
-            room = most_bytes
-        parts[-1][name] = layer
-        room -= size
-    return parts
+def _gradients(
+    training: AloneLoop, linears: dict[str, nn.Module], rows: list[int], show: Callable[[float], None]
+) -> dict[str, Tensor]:
+    def in_passes(passes: list[list[int]]) -> dict[str, Tensor]:
+        with collected(causal_model(training.model), linears) as gradients:
+            for done, micro in enumerate(passes):
+                show(done / len(passes))
+                if micro:
+                    training.nll([training.datasets.train[i] for i in micro])[0].backward()
+        return gradients
+
+    return training.over_passes(rows, in_passes, "The gradient of the first rows")
 
 
 @contextlib.contextmanager
@@ -191,48 +175,44 @@ class _AddUp(torch.autograd.Function):
     """Returns y. Backward adds gᵀ x to ``total``. x is saved through autograd, so checkpoints drop it."""
 
     @staticmethod
-    def forward(ctx: AutogradContext, y: torch.Tensor, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, total: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.total = total  # type: ignore[attr-defined]
+        ctx.total = total
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,), total = ctx.saved_tensors, ctx.total  # type: ignore[attr-defined]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), total = ctx.saved_tensors, ctx.total
         total.addmm_(g.reshape(-1, g.shape[-1]).t().to(total.dtype), x.reshape(-1, x.shape[-1]).to(total.dtype))
         return g, None, None
 
 
 @contextlib.contextmanager
-def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Each backward pass in the block adds to these linears' gradients [out_features, in_features], fp32 or wider."""
-    gradients: dict[str, torch.Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+
+    def leaf(_module: nn.Module, _inputs: object, y: Tensor) -> Tensor:
+        return y if y.requires_grad or not torch.is_grad_enabled() else y.detach().requires_grad_()
+
     with contextlib.ExitStack() as stack:
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if isinstance(embedding, nn.Module):  # nothing before the linears needs a gradient by itself
-            hook = embedding.register_forward_hook(lambda _module, _inputs, y: _with_gradient(y))
-            stack.callback(hook.remove)
+            stack.callback(embedding.register_forward_hook(leaf).remove)
         for name, linear in linears.items():
-            m, n = rows_of(linear).shape
             weight = linear.weight
-            assert isinstance(weight, torch.Tensor)
+            assert isinstance(weight, Tensor)
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            total = gradients[name] = torch.zeros(m, n, dtype=wide, device=weight.device)
+            total = gradients[name] = torch.zeros(rows_of(linear).shape, dtype=wide, device=weight.device)
 
-            def add(
-                _: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor, total: torch.Tensor = total
-            ) -> torch.Tensor | None:
+            def add(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, total: Tensor = total) -> Tensor | None:
                 return _AddUp.apply(y, inputs[0].detach(), total) if y.requires_grad else None
 
             stack.callback(linear.register_forward_hook(add).remove)
         yield gradients
 
 
-def _with_gradient(y: torch.Tensor) -> torch.Tensor:
-    return y if y.requires_grad or not torch.is_grad_enabled() else y.detach().requires_grad_()
-
-
-def sign_step(gradient: torch.Tensor, size: float) -> torch.Tensor:
+def sign_step(gradient: Tensor, size: float) -> Tensor:
     """−size · sign(gradient): the first step of a sign-based optimizer, as Adam's is."""
     return gradient.sign().mul_(-size)

@@ -10,7 +10,7 @@ import contextlib
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearSpec, Method, Source
+from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, pair_number, same_pair
 from qvera.distributed.zero_params import gathered
@@ -68,19 +68,14 @@ class LoraXs(Method):
     usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
     source = Source.OWN
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         require_rank(adapter.rank, spec)
         return {"qvera_R": (adapter.rank, adapter.rank)}
-
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
 
     def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None) -> Pair | None:
         return svd_pair(adapter, spec, base_layer, adapter.rank)
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         assert pair is not None
         return Factors(*pair, R=at_least_fp32(tensors["qvera_R"]))
 
@@ -114,7 +109,7 @@ class FactorCache:
     def pair(self, name: str, layer: nn.Module, rank: int) -> Pair:
         """A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU."""
 
-        def compute() -> dict[str, torch.Tensor]:
+        def compute() -> dict[str, Tensor]:
             A, B = svd.truncated_svd(svd.rows_of(layer), rank).pair()
             # laid out as a file gives them back: products with a transposed matrix round otherwise on some CPUs
             return {"A": A.float().contiguous(), "B": B.float().contiguous()}
@@ -128,54 +123,46 @@ class FactorCache:
             return None
         files = sorted(self.directory.glob(f"{glob.escape(name)}.*.rank{rank}.safetensors"))
         pairs = [(found["A"], found["B"]) for file in files if (found := _read(file)) is not None]
-        if not pairs:
-            return None
         # the same weight is there in several number formats, and their pairs may be near to each other
-        numbers = [pair_number(B) for _, B in pairs]
-        nearest = min(range(len(pairs)), key=lambda i: abs(numbers[i] - number))
-        return pairs[nearest] if same_pair(numbers[nearest], number) else None
+        nearest = min(pairs, key=lambda pair: abs(pair_number(pair[1]) - number), default=None)
+        return nearest if nearest is not None and same_pair(pair_number(nearest[1]), number) else None
 
-    def singular_values(self, name: str, layer: nn.Module) -> torch.Tensor:
+    def singular_values(self, name: str, layer: nn.Module) -> Tensor:
         """All singular values of a linear, fp64, falling."""
         values = self._cached(name, layer, "values", lambda: {"S": svd.singular_values(svd.rows_of(layer))})
         return values["S"]
 
     def _cached(
-        self, name: str, layer: nn.Module, what: str, compute: Callable[[], dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        def made() -> dict[str, torch.Tensor]:
+        self, name: str, layer: nn.Module, what: str, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        def made() -> dict[str, Tensor]:
             if self.progress is not None:
                 self.progress(name)
             return compute()
 
+        if self.fingerprint is None or not name:
+            return made()
+        directory = self.directory
         with contextlib.ExitStack() as stack:
-            directory = None if self.fingerprint is None or not name else self._open(stack)
-            if directory is None:
+            try:
+                directory.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FACTORS.locked(directory.name.removeprefix(PREFIX)))
+                directory.mkdir(exist_ok=True)
+                if not (directory / RECORD).is_file():
+                    record = {"source": self.source, "fingerprint": self.fingerprint, "way": _WAY}
+                    replace_text(directory / RECORD, json.dumps(record, indent=1))
+            except OSError:  # it can't be written
                 return made()
             file = directory / f"{name}.{_storage(layer)}.{what}.safetensors"
-            sample = _sample(layer)
+            sample = next(svd.rows_of(layer, step=1).read())[0].float().cpu()
             found = _read(file)
             if found is None:
                 found = made()
                 with contextlib.suppress(OSError):
-                    _write(file, found | {_SAMPLE: sample})
+                    _write(file, {**found, _SAMPLE: sample})
             elif not torch.allclose(found[_SAMPLE], sample, rtol=1e-4, atol=1e-6):
                 return made()
             return found
-
-    def _open(self, stack: contextlib.ExitStack) -> Path | None:
-        """The base's directory, locked until the stack is closed; None where it can't be written."""
-        directory = self.directory
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FACTORS.locked(directory.name.removeprefix(PREFIX)))
-            directory.mkdir(exist_ok=True)
-            if not (directory / RECORD).is_file():
-                record = {"source": self.source, "fingerprint": self.fingerprint, "way": _WAY}
-                replace_text(directory / RECORD, json.dumps(record, indent=1))
-        except OSError:
-            return None
-        return directory
 
 
 def _storage(layer: nn.Module) -> str:
@@ -185,24 +172,18 @@ def _storage(layer: nn.Module) -> str:
         return f"{facts.quant_type}{'-double' if facts.double_quant else ''}-{facts.blocksize}"
     if isinstance(layer, quantization.Linear8bit):
         return "int8"
-    assert isinstance(layer.weight, torch.Tensor)
+    assert isinstance(layer.weight, Tensor)
     return str(layer.weight.dtype).removeprefix("torch.")
 
 
-def _sample(layer: nn.Module) -> torch.Tensor:
-    return next(iter(svd.rows_of(layer, step=1).read()))[0].float().cpu()
-
-
-def _read(file: Path) -> dict[str, torch.Tensor] | None:
-    if not file.is_file() or not is_whole(file):
-        return None
+def _read(file: Path) -> dict[str, Tensor] | None:
     try:
-        return load_file(file)
+        return load_file(file) if is_whole(file) else None
     except (SafetensorError, OSError):
         return None
 
 
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content = save(tensors, {SHA256: data_sha256(save(tensors))})
     partial = file.with_name(f".{file.name}.partial")

@@ -16,13 +16,14 @@ adapt attention only, of one width, with as many key heads as query heads. Here:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Source
+from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.methods.lora import start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.lab.keys import Settings
@@ -47,15 +48,13 @@ class Lorta(Method):
     def variant(self, adapter: Settings) -> Method:
         return self if _is_input_first(adapter) else _OUTPUT_FIRST
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         return {}
 
-    def shared_tensors(
-        self, adapter: Settings, specs: Sequence[LinearSpec], head_size: int | None
-    ) -> dict[str, tuple[int, ...]]:
+    def shared_tensors(self, adapter: Settings, specs: Sequence[LinearSpec], head_size: int | None) -> Shapes:
         if head_size is None:
             raise InputError("adapter.method: lorta cuts weights into attention heads, and this model has none.")
-        rank, shapes = adapter.rank, dict[str, tuple[int, ...]]()
+        rank, shapes = adapter.rank, Shapes()
         groups: dict[str, list[LinearSpec]] = {}
         for spec in specs:
             groups.setdefault(_group(spec), []).append(spec)
@@ -68,7 +67,7 @@ class Lorta(Method):
         shapes[LAYERS] = 1 + max(_layer_and_module(spec)[0] for spec in specs), rank
         return shapes | {_module_row(spec): (rank,) for spec in specs}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
         """B = 0. The others are uniform, with the bounds of the authors' code for this convention."""
         if name.startswith("qvera_B_") and getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
@@ -76,9 +75,7 @@ class Lorta(Method):
         bound = math.sqrt((6 if is_wide else 1) / adapter.rank)
         return uniform(shape, bound, start_generator(adapter, name))
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         group, (layer, _) = _group(spec), _layer_and_module(spec)
         A, B, heads = (at_least_fp32(tensors[f"qvera_{kind}_{group}"]) for kind in ("A", "B", "heads"))
         d = at_least_fp32(tensors[LAYERS])[layer] * at_least_fp32(tensors[_module_row(spec)])
@@ -93,11 +90,10 @@ class Lorta(Method):
     def memory(
         self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """The blocks of each linear and their gradient, the gradient of A in fp32, and A where it is cast."""
+        # the blocks of each linear and their gradient, the gradient of A in fp32, and A where it is cast
         cut = spec.out_features if _is_input_first(adapter) else spec.in_features
-        cast = max(
-            super().memory(adapter, spec, tokens, dtype, on_accelerator).cast, adapter.rank * cut * dtype.itemsize
-        )
+        pair = super().memory(adapter, spec, tokens, dtype, on_accelerator)
+        cast = max(pair.cast, adapter.rank * cut * dtype.itemsize)
         return LinearBytes(0, 4 * adapter.rank * (2 * spec.out_features + spec.in_features), cast)
 
 

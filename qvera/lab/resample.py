@@ -8,15 +8,15 @@ One pair only reaches changes of rank r; the sum of all has rank p r. ReLoRA als
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
-from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods.base import LinearSpec, Method
+from qvera.adapters.layer import QveraLinear, adapted_layers
+from qvera.adapters.methods.base import LinearSpec, Method, Tensors
 from qvera.adapters.methods.vera import Vera
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
@@ -53,10 +53,10 @@ class Resample(Schedule):
         return {"rank": section.rank * phases, "b_groups": phases, "seed_chain": chain}
 
     def whole(self, recipe: Any, rows: int) -> Any:
-        phases = phase_count(recipe, rows)
+        section, training, phases = recipe.adapter, recipe.training, phase_count(recipe, rows)
         return recipe.replace(
-            adapter=recipe.adapter.replace(rank=recipe.adapter.rank * phases, b_groups=phases),
-            training=recipe.training.replace(resample_every=0, resample_momentum="clear"),
+            adapter=section.replace(rank=section.rank * phases, b_groups=phases),
+            training=training.replace(resample_every=0, resample_momentum="clear"),
         )
 
     def note(self, recipe: Any) -> str:
@@ -82,13 +82,6 @@ def phase_count(recipe: Any, rows: int) -> int:
     return phases
 
 
-class ResampledVera(Vera):
-    """VeRA; with a chain of seeds it is `VeraPhases`."""
-
-    def variant(self, adapter: Settings) -> Method:
-        return _PHASES if getattr(adapter, "seed_chain", None) else super().variant(adapter)
-
-
 class VeraPhases(Vera):
     """VeRA whose vectors freeze at the end of a phase; the next phase has a new random pair and new vectors.
 
@@ -105,9 +98,7 @@ class VeraPhases(Vera):
         phases, current = _phases(adapter)
         return adapter.rank // phases * (current + 1)
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         assert pair is not None
         phases, current = _phases(adapter)
         rank = adapter.rank // phases
@@ -127,12 +118,19 @@ def _phases(adapter: Any) -> tuple[int, int]:
 _PHASES = VeraPhases()
 
 
+class ResampledVera(Vera):
+    """VeRA; with a chain of seeds it is `VeraPhases`."""
+
+    def variant(self, adapter: Settings) -> Method:
+        return _PHASES if getattr(adapter, "seed_chain", None) else super().variant(adapter)
+
+
 class ResampleHook(TrainingHook):
     """Begins a phase every ``every`` steps: b = 0, d = d_initial, and optimizer state from `move_state` or none."""
 
     def __init__(self, model: PeftModel, optimizer: torch.optim.Optimizer, training: Any) -> None:
         self.config: QveraConfig = model.peft_config["default"]
-        self.layers = [m for m in model.modules() if isinstance(m, QveraLinear) and m.carries("default")]
+        self.layers = [layer for layer in adapted_layers(model) if layer.carries("default")]
         self.optimizer, self.every = optimizer, training.resample_every
         self.moves = training.resample_momentum == "move"
         self._enter(0)
@@ -153,9 +151,7 @@ class ResampleHook(TrainingHook):
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         before = self.config.current_phase
         self._enter(step // self.every)
-        if self.config.current_phase == before:
-            return
-        for layer in self.layers:
+        for layer in self.layers if self.config.current_phase != before else ():
             if self.moves:
                 move_state(layer, self.config, self.optimizer)
             else:
@@ -170,15 +166,11 @@ def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.O
     b keeps the part of its momentum that the new subspace has (`carried_share`). The momentum of d begins at 0: it has
     no gradient while the new b is 0. Second moments stay, since the new directions are as long as the old ones.
     """
-    phase, rank = config.current_phase, config.rank // config.b_groups
+    phase, rank, both = config.current_phase, config.rank // config.b_groups, layer.parts("default")
     assert phase
-    both = layer.parts("default")
     assert both.d is not None
-    parts = [
-        Factors(both.A[at : at + rank], both.B[:, at : at + rank], both.d[at : at + rank], scale=both.scale)
-        for at in ((phase - 1) * rank, phase * rank)
-    ]
-    share = carried_share(*parts)
+    slices = (slice((phase - 1) * rank, phase * rank), slice(phase * rank, (phase + 1) * rank))
+    share = carried_share(*(Factors(both.A[at], both.B[:, at], both.d[at], scale=both.scale) for at in slices))
     for name, vector in layer.vectors("default").items():
         if not (state := optimizer.state.get(vector)):
             continue
@@ -188,20 +180,12 @@ def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.O
         squares[phase] = squares[phase - 1]
 
 
-def moved_momentum(momentum: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The momentum M [m, r] of a gradient G, kept as G Pᵀ, in another subspace [m, r']: M' = (M P_old) P_newᵀ.
+def carried_share(old: Factors, new: Factors) -> Tensor:
+    """How much of the momentum of VeRA's b is carried over from one phase of a linear to the next: a factor each [m].
 
-    With normal projections P_old [r, n] and P_new [r', n] of variance 1 / r, E[Pᵀ P] = 1, so M' is the compressed
-    momentum of the same G in expectation. For projections from the left (P G), transpose everything.
-    """
-    return momentum @ (old @ new.t())
-
-
-def carried_share(old: Factors, new: Factors) -> torch.Tensor:
-    """`moved_momentum` of VeRA's b as a factor for each element [m], from two phases of one linear.
-
-    ∂b_i = s (B_i ⊙ d) A ∂W_iᵀ is the gradient of row i of W in one direction, v_i = s (B_i ⊙ d) A [n]. P_old is
-    replaced by v_i / ‖v_i‖². So the factor is v_i · v'_i / ‖v_i‖², about 1 / √n for random pairs.
+    Flora keeps G Pᵀ of a gradient G and moves it as (G P_oldᵀ P_old) P_newᵀ. ∂b_i = s (B_i ⊙ d) A ∂W_iᵀ is the gradient
+    of row i of W in one direction, v_i = s (B_i ⊙ d) A [n]. P_old is replaced by v_i / ‖v_i‖². So the factor is
+    v_i · v'_i / ‖v_i‖², about 1 / √n for random pairs.
     """
     assert old.d is not None
     assert new.d is not None

@@ -19,6 +19,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import method_of
@@ -32,11 +33,11 @@ _UNITS = 2**52
 class TokenSample(NamedTuple):
     """Tokens and their weights; a token that was drawn twice is there twice."""
 
-    tokens: torch.Tensor  # int64 [k]
-    weight: torch.Tensor  # [k], of the dtype of the probabilities
+    tokens: Tensor  # int64 [k]
+    weight: Tensor  # [k], of the dtype of the probabilities
 
 
-def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) -> torch.Tensor:
+def token_probabilities(x: Tensor, g_norms: Tensor | None = None) -> Tensor:
     """p [T] ∝ ‖x_t‖ ‖g_t‖ for x [T, n], fp32 or wider, all above 0. Without ``g_norms`` [T] only by ‖x_t‖."""
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     odds = norms if g_norms is None else norms * g_norms.to(norms.dtype)
@@ -47,18 +48,24 @@ def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) ->
     return odds / odds.sum()
 
 
-def _in_units(p: torch.Tensor) -> torch.Tensor:
-    """int64: on CUDA, torch's running sums are deterministic for integers and not for floats."""
+def _not_kept(highest: Tensor) -> Tensor:
+    """1 - p_C, fp64 [k], for C = the first 0, 1, .. k - 1 of the highest p [k]."""
+    units = _in_units(highest)
+    return 1 - (units.cumsum(0) - units).double() / _UNITS
+
+
+def _in_units(p: Tensor) -> Tensor:
+    # int64: on CUDA, torch's running sums are deterministic for integers and not for floats
     return (p.double() * _UNITS).long()
 
 
-def kept_count(highest: torch.Tensor) -> torch.Tensor:
+def kept_count(highest: Tensor) -> Tensor:
     """|C| as int64 [1]: how many of the tokens with the ``highest`` p [k] are kept for certain; less than k."""
     slots = len(highest) - torch.arange(len(highest), device=highest.device)
     return (_not_kept(highest) / slots).argmin(0, keepdim=True)
 
 
-def sample_tokens(p: torch.Tensor, k: int, generator: torch.Generator | None = None) -> TokenSample:
+def sample_tokens(p: Tensor, k: int, generator: torch.Generator | None = None) -> TokenSample:
     """Draw ``k`` > 0 of T tokens; all, if k >= T. Shapes do not depend on the draws, so the host need not wait."""
     if k >= len(p):
         return TokenSample(torch.arange(len(p), device=p.device), torch.ones_like(p))
@@ -73,15 +80,9 @@ def sample_tokens(p: torch.Tensor, k: int, generator: torch.Generator | None = N
     return TokenSample(torch.where(is_kept, highest.indices, drawn), weight.to(p.dtype).masked_fill(is_kept, 1.0))
 
 
-def drawn_weights(p: torch.Tensor, not_kept: torch.Tensor, draws: torch.Tensor | int) -> torch.Tensor:
+def drawn_weights(p: Tensor, not_kept: Tensor, draws: Tensor | int) -> Tensor:
     """(1 - p_C) / (p_t (k - |C|)): ``not_kept`` is 1 - p_C, and ``draws`` is k - |C|."""
     return not_kept / (p * draws)
-
-
-def _not_kept(highest: torch.Tensor) -> torch.Tensor:
-    """1 - p_C, fp64 [k], for C = the first 0, 1, .. k - 1 of the highest p [k]."""
-    units = _in_units(highest)
-    return 1 - (units.cumsum(0) - units).double() / _UNITS
 
 
 class TokenSampler:
@@ -93,9 +94,9 @@ class TokenSampler:
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._recent: tuple[weakref.ref[torch.Tensor], tuple[int, int], torch.Tensor, TokenSample] | None = None
+        self._recent: tuple[weakref.ref[Tensor], tuple[int, int], Tensor, TokenSample] | None = None
 
-    def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The kept rows [k, n] of x [..., n], which tokens they are, and their weights."""
         # of the backward pass we are in, as in `projection.SharedInput`: a recomputation has its own
         key = x._version, torch._C._current_graph_task_id()
@@ -108,7 +109,7 @@ class TokenSampler:
         self._recent = weakref.ref(x, self._forget), key, kept, sample
         return kept, *sample
 
-    def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
         if self._recent is not None and self._recent[0] is dead:
             self._recent = None
 

@@ -11,14 +11,14 @@ softmax(w_out (w_in · z / rms(z))). So there is no one ΔW to merge.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Source, Traits
+from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors, Traits
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
@@ -39,7 +39,6 @@ class Sara(Method):
     title = "SARA"
     keys = {"singular_share": True, "frozen_pair": True, "experts": True, "d_initial": False, "train_d": False}
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
-    upper_kinds = frozenset({"qvera_d"})  # as VeRA's
 
     def variant(self, adapter: Settings) -> Method:
         return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
@@ -64,13 +63,12 @@ class Sara(Method):
         most = min(adapter.rank, spec.in_features, spec.out_features)
         return int(ranks.get(spec.name, most))
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         return {"qvera_b": (spec.out_features,), "qvera_d": (self.rank_at(adapter, spec),)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        if not getattr(adapter, "init_weights", True):
-            return torch.randn(shape)
-        return torch.full(shape, 0.0 if name == "qvera_b" else adapter.d_initial)
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
+        is_d = name == "qvera_d" and getattr(adapter, "init_weights", True)
+        return torch.full(shape, adapter.d_initial) if is_d else super().start(name, shape, adapter, spec)
 
     def traits(self, name: str, adapter: Settings) -> Traits:
         return Traits(is_trained=name != "qvera_d" or adapter.train_d)
@@ -79,9 +77,7 @@ class Sara(Method):
         """VeRA's for the highest rank, so that the step of a linear does not depend on its own rank."""
         return vera_scale(adapter.rank, spec.in_features)
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         assert pair is not None
         d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
         return Factors(*pair, d, b, self.scale(adapter, spec))
@@ -103,12 +99,12 @@ class _Mixture(Sara):
     title = "Mo-SARA"
     change = Change.PER_TOKEN
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         k, experts = self.rank_at(adapter, spec), adapter.experts
-        vectors: dict[str, tuple[int, ...]] = {"qvera_b": (spec.out_features,), "qvera_d": (experts, k)}
-        return {**vectors, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
+        shapes = super().tensors(adapter, spec) | {"qvera_d": (experts, k)}
+        return {**shapes, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
         """d varies around d_initial and the router is random: equal experts would stay equal."""
         if name == "qvera_b" or not getattr(adapter, "init_weights", True):
             return super().start(name, shape, adapter, spec)
@@ -120,20 +116,18 @@ class _Mixture(Sara):
     def memory(
         self, adapter: Settings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """Of each token: z / rms(z) in fp32 (in 16 bits also z in fp32), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, score and gates."""
+        # of each token: z / rms(z) in fp32 (in 16 bits also z in fp32), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, score and gates
         k, size = self.rank_at(adapter, spec), dtype.itemsize
         kept = tokens * (k * ((4 if size == 4 else 8) + 2 * size) + 4 * (2 + adapter.experts)) + 4 * k
         return LinearBytes(kept, 4 * k * (2 * spec.out_features + 3 * tokens), 0)
 
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         raise InputError(
             f"adapter.experts: the router mixes {adapter.experts} sets of values for each token, so there is no one ΔW "
             "to merge or to write as a LoRA. Answer with the run itself, or train with experts: 1."
         )
 
-    def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    def add(self, layer: Any, adapter_name: str, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
         """y + s b ⊙ B (d ⊙ z), where d = Σₑ gₑ dₑ and g = softmax(w_out (w_in · z / rms(z)))."""
         vectors, pair = layer.vectors(adapter_name), layer.pair(adapter_name)
         assert pair is not None

@@ -3,14 +3,8 @@
 Unlike LoRA-XS (arXiv 2405.17604), a file holds only R, and linears that read the same input share z.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-
-import torch
-
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearSpec, Method
+from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Tensors
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 from qvera.lab.keys import Settings
@@ -22,15 +16,9 @@ class SharedCore(Method):
     name = "shared-core"
     usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
 
-    def tensors(self, adapter: Settings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         return {"qvera_R": (adapter.rank, adapter.rank)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> torch.Tensor:
-        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
-
-    def factors(
-        self, adapter: Settings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         assert pair is not None
-        scale = vera_scale(adapter.rank, spec.in_features)
-        return Factors(*pair, scale=scale, R=at_least_fp32(tensors["qvera_R"]))
+        return Factors(*pair, scale=vera_scale(adapter.rank, spec.in_features), R=at_least_fp32(tensors["qvera_R"]))

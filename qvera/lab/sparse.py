@@ -12,16 +12,17 @@ taken in blocks, in fp32 or wider: nothing is ever held that has the size of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.products.functional import AutogradContext, as_output
+from qvera.adapters.products.functional import as_output
 from qvera.utils.errors import InputError
 
-Watch = Callable[[torch.Tensor, torch.Tensor], None]
+Watch = Callable[[Tensor, Tensor], None]
 """Called in backward with the output's gradient [T, m] and the input [T, n] of a layer."""
 
 
@@ -30,40 +31,36 @@ def _block_elements(on_accelerator: bool) -> int:
     return 2**24 if on_accelerator else 2**21
 
 
-def _token_blocks(*tensors: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _token_blocks(*tensors: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
     """Yields the same block of tokens of each tensor [T, features], as [features, block]."""
     step = max(1, _block_elements(not tensors[0].is_cpu) // max(tensor.shape[1] for tensor in tensors))
     for blocks in zip(*(tensor.split(step) for tensor in tensors), strict=True):
         yield tuple(block.to(dtype).t().contiguous() for block in blocks)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def row_blocks(rows: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
+def row_blocks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
     """Cut ``rows`` [m, ...] so that a block times ``columns`` numbers has `_block_elements` at most."""
     return rows.split(max(1, _block_elements(not rows.is_cpu) // columns))
 
 
-def row_starts(indices: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """int32 [rows + 1]: where each row's values begin among sorted ``indices`` [k], and where the last row ends."""
-    firsts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
-    return torch.searchsorted(indices.long(), firsts, out_int32=True)
-
-
-def _add_rows(out: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor, v: torch.Tensor) -> None:
-    """out[:, i] += Σ_e v_e x[:, columns_e] over the values e of row i; out [T, m], x [T, n]."""
-    first = 0
+def _add_rows(out: Tensor, x: Tensor, indices: Tensor, v: Tensor) -> None:
+    """out[:, i] += Σ_e v_e x[:, j_e] over the values e of row i, at sorted ``indices`` [k]; out [T, m], x [T, n]."""
+    (m, n), first = (out.shape[1], x.shape[1]), 0
+    firsts = torch.arange(m + 1, device=indices.device, dtype=torch.int64) * n
+    starts = torch.searchsorted(indices.long(), firsts, out_int32=True)
+    columns = (indices % n).int()
     for (block,) in _token_blocks(x, dtype=_wide(x.dtype)):
-        sums = F.embedding_bag(
-            columns, block, starts, mode="sum", per_sample_weights=v.to(block.dtype), include_last_offset=True
-        )
+        weights = v.to(block.dtype)
+        sums = F.embedding_bag(columns, block, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
         out[first : first + block.shape[1]] += sums.t().to(out.dtype)
         first += block.shape[1]
 
 
-def sampled_product(g: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def sampled_product(g: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """(gᵀ x) at ``indices`` [k] only: Σ_t g_t[i_e] x_t[j_e], [k] in fp32 or wider; g is [T, m] and x [T, n]."""
     n = x.shape[1]
     rows, columns = indices // n, indices % n
@@ -75,15 +72,12 @@ def sampled_product(g: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> 
     return total
 
 
-def largest_places(
-    blocks: Iterator[torch.Tensor], count: int, skip: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def largest_places(blocks: Iterator[Tensor], count: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``count`` largest |values| of a matrix that comes in ``blocks`` of rows [rows, n], one in memory at a time.
 
     Returns sorted flat indices, int32, and the values there. ``skip`` are sorted flat indices that do not count.
     """
-    best: tuple[torch.Tensor, torch.Tensor] | None = None
-    first = 0
+    best, values, first = torch.empty(0, dtype=torch.int32), torch.empty(0), 0
     for block in blocks:
         flat = block.reshape(-1)
         size = flat.abs()
@@ -92,19 +86,18 @@ def largest_places(
             size[skip[inside[0] : inside[1]].long() - first] = -1.0
         places = size.topk(min(count, len(flat)), sorted=False).indices
         places = places[size[places] >= 0]
-        found = (places + first).int(), flat[places]
-        if best is not None:
-            found = torch.cat([best[0], found[0]]), torch.cat([best[1], found[1]])
-            kept = found[1].abs().topk(min(count, len(found[1])), sorted=False).indices
-            found = found[0][kept], found[1][kept]
-        best = found
+        best, values = (
+            torch.cat([best.to(places.device), (places + first).int()]),
+            torch.cat([values.to(flat), flat[places]]),
+        )
+        kept = values.abs().topk(min(count, len(values)), sorted=False).indices
+        best, values = best[kept], values[kept]
         first += len(flat)
-    assert best is not None
-    order = best[0].argsort()
-    return best[0][order], best[1][order]
+    order = best.argsort()
+    return best[order], values[order]
 
 
-def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest_products(g: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` places where |gᵀ x| is largest, and gᵀ x there; see `largest_places`."""
     wide = x.to(_wide(x.dtype))  # products in 16 bits would often be equal
     return largest_places((rows.to(wide.dtype) @ wide for rows in row_blocks(g.t(), x.shape[1])), count)
@@ -130,8 +123,8 @@ def working_bytes(tokens: int, rows: int, columns: int, count: int, itemsize: in
 class SparseChange(NamedTuple):
     """A sparse ΔW, with the methods of `qvera.adapters.factors.Factors` that exports call."""
 
-    values: torch.Tensor  # [k]
-    places: torch.Tensor  # int32 [k], i columns + j, sorted
+    values: Tensor  # [k]
+    places: Tensor  # int32 [k], i columns + j, sorted
     rows: int
     columns: int
 
@@ -148,14 +141,14 @@ class SparseChange(NamedTuple):
         """The rank of a LoRA that trains as many numbers."""
         return len(self.values) // (self.rows + self.columns)
 
-    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lora(self) -> tuple[Tensor, Tensor]:
         raise InputError(
             "this adapter's method is spiel: its ΔW has single elements all over the weight, so its rank is near the "
             "weight's own. No LoRA is the same, and --to lora, --reduce and sums of adapters need one. Export it "
             "with --to merged, which is exact."
         )
 
-    def delta(self) -> torch.Tensor:
+    def delta(self) -> Tensor:
         """Dense, in fp32 or wider, without a graph."""
         values = self.values.detach().to(_wide(self.values.dtype))
         dense = values.new_zeros(self.rows * self.columns)
@@ -178,28 +171,18 @@ class SparseChange(NamedTuple):
         return SparseChange(self.values[kept], places, self.rows, stop - start)
 
 
-class _SparseContext(AutogradContext, Protocol):
-    watch: Watch | None
-
-
 class _AddSparse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _SparseContext,
-        base: torch.Tensor,
-        x: torch.Tensor,
-        values: torch.Tensor,
-        indices: torch.Tensor,
-        overwrite: bool,
-        watch: Watch | None,
-    ) -> torch.Tensor:
+        ctx: Any, base: Tensor, x: Tensor, values: Tensor, indices: Tensor, overwrite: bool, watch: Watch | None
+    ) -> Tensor:
         ctx.save_for_backward(x, values, indices)
         ctx.watch = watch
         return _add_sparse(base, x, values, indices, overwrite)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _SparseContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, values, indices = ctx.saved_tensors
         need_base, need_x, need_values = ctx.needs_input_grad[:3]
         rows, inputs = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -209,33 +192,23 @@ class _AddSparse(torch.autograd.Function):
         if need_x:
             by_column = (indices % n).long() * g.shape[-1] + indices // n  # their indices in ΔWᵀ [n, m]
             by_column, order = by_column.sort()
-            starts = row_starts(by_column, n, g.shape[-1])
-            grad = torch.zeros_like(inputs)
-            _add_rows(grad, rows, (by_column % g.shape[-1]).int(), starts, values[order])
-            grad_x = grad.view(x.shape)
+            grad_x = torch.zeros_like(inputs)
+            _add_rows(grad_x, rows, by_column, values[order])
+            grad_x = grad_x.view(x.shape)
         if ctx.watch is not None:
             ctx.watch(rows, inputs)
         return (g if need_base else None), grad_x, grad_values, None, None, None
 
 
-def _add_sparse(
-    base: torch.Tensor, x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, overwrite: bool
-) -> torch.Tensor:
-    m, n = base.shape[-1], x.shape[-1]
+def _add_sparse(base: Tensor, x: Tensor, values: Tensor, indices: Tensor, overwrite: bool) -> Tensor:
     y = base if overwrite and base.is_contiguous() else base.clone(memory_format=torch.contiguous_format)
-    starts = row_starts(indices, m, n)
-    _add_rows(y.view(-1, m), x.reshape(-1, n), indices % n, starts, values)
+    _add_rows(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), indices, values)
     return as_output(y, base.shape)
 
 
 def add_sparse(
-    base: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    overwrite: bool = False,
-    watch: Watch | None = None,
-) -> torch.Tensor:
+    base: Tensor, x: Tensor, values: Tensor, indices: Tensor, overwrite: bool = False, watch: Watch | None = None
+) -> Tensor:
     """y = base + x ΔWᵀ [..., m], where ΔW [m, n] has ``values`` at ``indices`` and is zero elsewhere.
 
     Differentiable once in base, x and values. y may be changed in place.

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera.models import quantization
@@ -56,40 +56,34 @@ class WeightRows:
 
     shape: tuple[int, int]
     device: torch.device
-    read: Callable[[], Iterator[torch.Tensor]]
+    read: Callable[[], Iterator[Tensor]]
 
-    def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The rows with their place, at most 32 MB in fp64 at a time."""
-        step, first = max(1, _CHUNK_ELEMENTS // self.shape[1]), 0
+    def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
+        """The rows, at most 32 MB in fp64 at a time."""
         for rows in self.read():
-            for part in rows.split(step):
-                yield slice(first, first + len(part)), part.to(dtype)
-                first += len(part)
+            for part in rows.split(max(1, _CHUNK_ELEMENTS // self.shape[1])):
+                yield part.to(dtype)
 
 
 def rows_of(layer: nn.Module, step: int | None = None) -> WeightRows:
     """The weight [out_features, in_features] of a linear or Conv1D, as its stored numbers say."""
     weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    if isinstance(layer, Conv1D):
-        return rows_of_tensor(weight.detach().t(), step)
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(weight, Tensor)
     if not isinstance(layer, (quantization.Linear4bit, quantization.Linear8bit)):
-        return rows_of_tensor(weight.detach(), step)
-    shape = (layer.out_features, layer.in_features)
+        return rows_of_tensor(weight.detach().t() if isinstance(layer, Conv1D) else weight.detach(), step)
     each = step or max(1, _CHUNK_ELEMENTS // layer.in_features)
-    return WeightRows(shape, weight.device, lambda: _quantized_rows(layer, each))
+
+    def read() -> Iterator[Tensor]:
+        if isinstance(layer, quantization.Linear4bit) and quantization.ends_with_rows(layer):
+            for _, rows in quantization.dequantized_rows(layer, torch.float32, each, exact=True):
+                yield rows
+        else:
+            yield quantization.dequantized_weight(layer, torch.float32, exact=True)
+
+    return WeightRows((layer.out_features, layer.in_features), weight.device, read)
 
 
-def _quantized_rows(layer: nn.Linear, step: int) -> Iterator[torch.Tensor]:
-    if isinstance(layer, quantization.Linear4bit) and quantization.ends_with_rows(layer):
-        for _, rows in quantization.dequantized_rows(layer, torch.float32, step, exact=True):
-            yield rows
-    else:
-        yield quantization.dequantized_weight(layer, torch.float32, exact=True)
-
-
-def rows_of_tensor(weight: torch.Tensor, step: int | None = None) -> WeightRows:
+def rows_of_tensor(weight: Tensor, step: int | None = None) -> WeightRows:
     """The rows of a dense weight [m, n], ``step`` at a time."""
     m, n = weight.shape
     each = step or max(1, _CHUNK_ELEMENTS // n)
@@ -99,11 +93,11 @@ def rows_of_tensor(weight: torch.Tensor, step: int | None = None) -> WeightRows:
 class TruncatedSvd(NamedTuple):
     """W V = U diag(S)."""
 
-    U: torch.Tensor  # [m, r], orthonormal columns
-    S: torch.Tensor  # [r], from the largest down
-    V: torch.Tensor  # [n, r], orthonormal columns
+    U: Tensor  # [m, r], orthonormal columns
+    S: Tensor  # [r], from the largest down
+    V: Tensor  # [n, r], orthonormal columns
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         """LoRA-XS's frozen A = Σ Vᵀ [r, n] and B = U [m, r]."""
         return self.S.unsqueeze(1) * self.V.t(), self.U
 
@@ -118,52 +112,16 @@ def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
     return _with_fixed_signs(_svd_on(weight, space, rank))
 
 
-def leading_singular_vectors(weight: torch.Tensor, count: int, at_least: int | None = None) -> TruncatedSvd:
+def leading_singular_vectors(weight: Tensor, count: int, at_least: int | None = None) -> TruncatedSvd:
     """The ``count`` leading singular vectors of a weight [m, n], in its dtype, each of them converged.
 
     Converged: ‖Wᵀu − σv‖ is at the level of rounding. Where 40 blocks are not enough, the whole weight is decomposed;
     with ``at_least`` fewer vectors may come back instead, but not fewer than that. Beside the weight, memory holds at
     most 40 (count + 10) vectors on either side, twice while they are made orthonormal. Has run on CPUs only.
     """
-    needed = count if at_least is None else at_least
     if weight.shape[0] < weight.shape[1]:  # the Krylov space is of the smaller side
-        U, S, V = _converged(weight.t(), count, needed)
-        return _with_fixed_signs(TruncatedSvd(V, S, U))
-    return _with_fixed_signs(_converged(weight, count, needed))
-
-
-def singular_vectors(weight: torch.Tensor) -> TruncatedSvd:
-    """All min(m, n) singular vectors of a weight [m, n], in its dtype."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    return _with_fixed_signs(TruncatedSvd(U, S, Vh.t()))
-
-
-def _krylov_spaces(weight: WeightRows, rank: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Orthonormal K [n, …] with one block, then with two, and so on up to min(m, n) columns."""
-    m, n = weight.shape
-    columns, side = min(rank + OVERSAMPLING, m, n), min(m, n)
-    block = torch.from_numpy(uniform_matrix(columns, n, _SEED, _SKETCH)).to(weight.device).to(dtype).t()
-    space = block.new_empty(n, 0)
-    while space.shape[1] < side:
-        image = torch.zeros(n, columns, dtype=dtype, device=weight.device)
-        for _, rows in weight.blocks(dtype):
-            image.addmm_(rows.t(), rows @ block)
-        # Householder's, so the columns are orthonormal even where W has fewer dimensions than the space
-        space = torch.linalg.qr(torch.cat([space, image], dim=1)).Q[:, :side]
-        yield space
-        block = space[:, -columns:]
-
-
-def _svd_on(weight: WeightRows, space: torch.Tensor, rank: int) -> TruncatedSvd:
-    product = torch.cat([rows @ space for _, rows in weight.blocks(space.dtype)])  # W K [m, ...]
-    outer, inner = torch.linalg.qr(product)
-    # a small square: accelerators have several algorithms for it, a CPU one
-    left, S, right = (part.to(outer) for part in torch.linalg.svd(inner.cpu().double()))
-    return TruncatedSvd(outer @ left[:, :rank], S[:rank], space @ right[:rank].t())
-
-
-def _converged(weight: torch.Tensor, count: int, needed: int) -> TruncatedSvd:
-    """`leading_singular_vectors` for m >= n, with any signs."""
+        V, S, U = leading_singular_vectors(weight.t(), count, at_least)
+        return _with_fixed_signs(TruncatedSvd(U, S, V))
     n, rows = weight.shape[1], rows_of_tensor(weight)
     last = 0 if n <= SMALL_SIDE else min(n // (2 * (count + OVERSAMPLING)), _CHECKS[-1])
     for number, space in enumerate(itertools.islice(_krylov_spaces(rows, count, weight.dtype), last), start=1):
@@ -172,9 +130,39 @@ def _converged(weight: torch.Tensor, count: int, needed: int) -> TruncatedSvd:
             remainders = (weight.t() @ found.U - found.V * found.S).norm(dim=0)
             good = remainders <= 50 * torch.finfo(weight.dtype).eps * found.S[0]
             converged = int(good.cumprod(dim=0).sum())
-            if converged == count or (number == last and converged >= needed):
-                return TruncatedSvd(*(part[..., :converged] for part in found))
+            if converged == count or (number == last and converged >= (count if at_least is None else at_least)):
+                return _with_fixed_signs(TruncatedSvd(*(part[..., :converged] for part in found)))
     return TruncatedSvd(*(part[..., :count] for part in singular_vectors(weight)))
+
+
+def singular_vectors(weight: Tensor) -> TruncatedSvd:
+    """All min(m, n) singular vectors of a weight [m, n], in its dtype."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return _with_fixed_signs(TruncatedSvd(U, S, Vh.t()))
+
+
+def _krylov_spaces(weight: WeightRows, rank: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Orthonormal K [n, …] with one block, then with two, and so on up to min(m, n) columns."""
+    m, n = weight.shape
+    columns, side = min(rank + OVERSAMPLING, m, n), min(m, n)
+    block = torch.from_numpy(uniform_matrix(columns, n, _SEED, _SKETCH)).to(weight.device).to(dtype).t()
+    space = block.new_empty(n, 0)
+    while space.shape[1] < side:
+        image = torch.zeros(n, columns, dtype=dtype, device=weight.device)
+        for rows in weight.blocks(dtype):
+            image.addmm_(rows.t(), rows @ block)
+        # Householder's, so the columns are orthonormal even where W has fewer dimensions than the space
+        space = torch.linalg.qr(torch.cat([space, image], dim=1)).Q[:, :side]
+        yield space
+        block = space[:, -columns:]
+
+
+def _svd_on(weight: WeightRows, space: Tensor, rank: int) -> TruncatedSvd:
+    product = torch.cat([rows @ space for rows in weight.blocks(space.dtype)])  # W K [m, ...]
+    outer, inner = torch.linalg.qr(product)
+    # a small square: accelerators have several algorithms for it, a CPU one
+    left, S, right = (part.to(outer) for part in torch.linalg.svd(inner.cpu().double()))
+    return TruncatedSvd(outer @ left[:, :rank], S[:rank], space @ right[:rank].t())
 
 
 def _with_fixed_signs(found: TruncatedSvd) -> TruncatedSvd:
@@ -183,13 +171,13 @@ def _with_fixed_signs(found: TruncatedSvd) -> TruncatedSvd:
     return TruncatedSvd(found.U * flip, found.S, found.V * flip)
 
 
-def singular_values(weight: WeightRows) -> torch.Tensor:
+def singular_values(weight: WeightRows) -> Tensor:
     """All min(m, n) singular values of a weight, fp64 on the CPU, falling; noise below 1e-8 of the largest."""
     m, n = weight.shape
     side = min(m, n)
     gram = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
     if n <= m:
-        for _, rows in weight.blocks():
+        for rows in weight.blocks():
             gram.addmm_(rows.t(), rows)
     else:  # one weight in fp32 at a time, and its columns in fp64
         for columns in torch.cat(list(weight.read())).split(max(1, _CHUNK_ELEMENTS // m), dim=1):
@@ -198,7 +186,7 @@ def singular_values(weight: WeightRows) -> torch.Tensor:
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0).cpu()
 
 
-def rank_of_share(values: torch.Tensor, share: float) -> int:
+def rank_of_share(values: Tensor, share: float) -> int:
     """How many leading singular ``values`` (falling) make up ``share`` of the sum of all (SARA, arXiv 2408.03290)."""
     sums = values.double().cumsum(0)
     wanted = share * sums[-1]

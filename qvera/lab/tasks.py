@@ -52,16 +52,13 @@ def take_tasks(section: Any, sections: Sequence[Any], sources: Sequence[Any]) ->
 
     Training rows get their task's number (`Rows.part_of`). InputError if tasks or ``data.held_out_tasks`` do not fit.
     """
-    own = source_names(sections)
-    of_train, of_eval = (
-        [
-            np.array(rows.owners() if section.task_column else [name] * len(rows), dtype=object)
-            for name, rows in zip(own, parts, strict=True)
-        ]
-        for parts in ([s.train for s in sources], [s.eval for s in sources])
-    )
-    names = sorted({name for values in of_train for name in values}) if section.task_column else []
-    names = names or own
+    own, by_column = source_names(sections), bool(section.task_column)
+
+    def tasks_of(rows: Rows, source: str) -> np.ndarray:
+        return np.array(rows.owners() if by_column else [source] * len(rows), dtype=object)
+
+    of_train = [tasks_of(source.train, name) for source, name in zip(sources, own, strict=True)]
+    names = (sorted({name for values in of_train for name in values}) if by_column else []) or own
     if len(names) < 2:
         raise InputError(
             f"data.sampling: task needs several tasks, and all rows are of {names[0]!r}. Remove it, or name another "
@@ -75,13 +72,15 @@ def take_tasks(section: Any, sections: Sequence[Any], sources: Sequence[Any]) ->
     found: dict[str, list[Rows]] = {name: [] for name in held_out_names(section, names)}
     trained = [name for name in names if name not in found]
     number_of = {name: number for number, name in enumerate(trained)}
-    for source, train_names, eval_names in zip(sources, of_train, of_eval, strict=True):
+    for source, source_name, train_names in zip(sources, own, of_train, strict=True):
+        eval_names = tasks_of(source.eval, source_name)
         for name, parts in found.items():
             for rows, values in ((source.train, train_names), (source.eval, eval_names)):
                 if (values == name).any():
                     parts.append(rows.take(np.flatnonzero(values == name)))
         source.train = _without(source.train, train_names, found)
-        source.train.part_of = np.array([number_of[n] for n in train_names if n in number_of], dtype=np.int64)
+        numbers = [number_of[name] for name in train_names if name in number_of]
+        source.train.part_of = np.array(numbers, dtype=np.int64)
         source.eval = _without(source.eval, eval_names, found)
     held_out = {name: concatenated(parts) for name, parts in found.items()}
     if single := [name for name, rows in held_out.items() if len(rows) < 2]:
@@ -127,30 +126,21 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def label_tasks(labels: Sequence[Sequence[str]], count: int, size: int, seed: int) -> list[list[str]]:
-    """``count`` tasks, each of ``size`` labels that are drawn without replacement from every set of ``labels``.
-
-    As in MultitaskFinetuneDataset of arXiv 2203.04904: all tasks of the first set are drawn from Python's generator,
-    then those of the second, and so on. Task k is the union of each set's task k.
-    """
-    chooser = random.Random(seed)
-    drawn = [[chooser.sample(list(names), size) for _ in range(count)] for names in labels]
-    return [[name for tasks in drawn for name in tasks[k]] for k in range(count)]
-
-
 def task_rows(section: Any, task_of: np.ndarray) -> list[np.ndarray]:
-    """The rows of each task, int64. ``task_of`` [n] is each row's task, or its label with ``data.task_labels``."""
+    """The rows of each task, int64. ``task_of`` [n] is each row's task, or its label with ``data.task_labels``.
+
+    Tasks of labels are drawn as in MultitaskFinetuneDataset of arXiv 2203.04904, without replacement within a task.
+    """
     members = [np.flatnonzero(task_of == number) for number in range(int(task_of.max()) + 1)]
-    if section.task_labels is None or section.task_count is None:
+    if section.task_labels is None:
         return [rows for rows in members if len(rows)]
-    names = [str(number) for number in range(len(members))]
-    tasks = label_tasks([names], section.task_count, section.task_labels, section.seed)
-    return [np.sort(np.concatenate([members[int(name)] for name in task])) for task in tasks]
+    chooser, labels = random.Random(section.seed), range(len(members))
+    tasks = [chooser.sample(labels, section.task_labels) for _ in range(section.task_count)]
+    return [np.sort(np.concatenate([members[label] for label in task])) for task in tasks]
 
 
 _TASK_ORDER, LEVELS = 2**30, 2**30 + 1
 """Numbers for drawing the order of tasks and the split into levels; parts of rows have lower numbers."""
-_STRETCH_STEPS = 1024
 
 
 @functools.lru_cache(maxsize=8)
@@ -171,8 +161,8 @@ class PartBatches(Batches):
         return members[chosen[position * size : (position + 1) * size]].tolist()
 
     def stretches(self, steps: int) -> Iterator[Sequence[Sequence[int]]]:
-        for first in range(0, steps, _STRETCH_STEPS):
-            yield [self.rows(step) for step in range(first, min(first + _STRETCH_STEPS, steps))]
+        for first in range(0, steps, 1024):
+            yield [self.rows(step) for step in range(first, min(first + 1024, steps))]
 
 
 @dataclass(slots=True)
@@ -211,28 +201,32 @@ class AdaptHook(TrainingHook):
 
 
 def _adapted(loop: Any, name: str, rows: Rows) -> dict[str, Any]:
-    recipe, vectors = loop.recipe, trained_vectors(loop.model)
-    training, data = recipe.training, recipe.data
+    recipe, vectors, model = loop.recipe, trained_vectors(loop.model), loop.model
+    training, data, batches = recipe.training, recipe.data, loop.batches
     support, query = split_rows(rows, training.adapt_rows, data.seed)
     query = query[: data.eval_limit]
+    trained = {key: vector.detach().clone() for key, vector in vectors.items()}
+    sizes = min(training.global_batch_size, len(support)), min(training.per_device_train_batch_size, batches.pass_rows)
+    own_batches = Batches(lengths_of(support), *sizes, pack_tokens=batches.pack_tokens, seed=data.seed)
     rate = training.adapt_learning_rate or training.learning_rate
-    trained = {name: vector.detach().clone() for name, vector in vectors.items()}
-    size = min(training.global_batch_size, len(support))
-    pass_rows = min(training.per_device_train_batch_size, loop.batches.pass_rows)
-    pack_tokens = loop.batches.pack_tokens
-    batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
     adapting = recipe.replace(training=training.replace(learning_rate=rate))
-    own = method_of(recipe.adapter).optimizer(loop.model, adapting)
-    optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(loop.model, recipe))
+    own = method_of(recipe.adapter).optimizer(model, adapting)
+    optimizer = own or build_optimizer(adapting.training, vectors, rate_factors(model, recipe))
     datasets = dataclasses.replace(loop.datasets, train=support, eval=query)
-    inner = loop.branch(datasets, batches, optimizer, LambdaLR(optimizer, lambda _: 1.0))
-    after: float | None = None
+    inner = loop.branch(datasets, own_batches, optimizer, LambdaLR(optimizer, lambda _: 1.0))
+
+    def query_loss() -> float:
+        with held_out.scoring(model):
+            return inner.held_out_loss()["loss"]
+
+    before, after = None, None
     try:
-        before = _query_loss(inner)
-        loop.model.train()
+        before = query_loss()
+        model.train()
         while inner.state.step < training.adapt_steps:
             inner.train_step()
-        after = _query_loss(inner)
+        after = query_loss()
+        loop.console.print(f"Held-out task {name}: loss {before:.4f}, after {inner.state.step} steps {after:.4f}")
     except NotFinite as error:  # the run itself is whole, and its adapter is written
         loop.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
     finally:
@@ -240,11 +234,8 @@ def _adapted(loop: Any, name: str, rows: Rows) -> dict[str, Any]:
         with torch.no_grad():
             for key, vector in vectors.items():
                 vector.copy_(trained[key])
-    if after is not None:
-        steps = training.adapt_steps
-        loop.console.print(f"Held-out task {name}: loss {before:.4f}, after {steps} steps {after:.4f}")
-    sizes = {"support_rows": len(support), "query_rows": len(query)}
-    return {"task": name, **sizes, "loss_before": before, "loss_after": after}
+    losses = {"loss_before": before, "loss_after": after}
+    return {"task": name, "support_rows": len(support), "query_rows": len(query), **losses}
 
 
 def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
@@ -252,8 +243,3 @@ def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
     drawn = random_order(len(rows), seed, -1)
     count = max(1, min(support_rows, len(rows) // 2))
     return rows.take(np.sort(drawn[:count])), rows.take(np.sort(drawn[count:]))
-
-
-def _query_loss(loop: Any) -> float:
-    with held_out.scoring(loop.model):
-        return loop.held_out_loss()["loss"]

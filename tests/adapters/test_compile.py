@@ -23,10 +23,12 @@ from tests.adapters.helpers import IN, OUT, adapted, relative, run
 from tests.conftest import small_llama
 
 pytestmark = pytest.mark.process
+COMPILED: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}), ("nf4+dq-bfloat16", {"groups": 3, "scaled": True}), ("int8", {}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [{}, {"groups": 3, "scaled": True}], ids=["vera", "groups-and-a"])
-@pytest.mark.parametrize("kind", ["linear", "nf4+dq-bfloat16", "int8"])
+@pytest.mark.parametrize(("kind", "more"), COMPILED)
 def test_compiled_output_and_gradients(kind: str, more: dict[str, Any]) -> None:
     torch._dynamo.reset()
     layer = adapted(kind, **more)
@@ -49,8 +51,7 @@ def test_compiled_output_and_gradients(kind: str, more: dict[str, Any]) -> None:
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
     reason="torch 2.9 and 2.10 compile the same layer in four or five parts",
 )
-@pytest.mark.parametrize("more", [{}, {"groups": 3, "scaled": True}], ids=["vera", "groups-and-a"])
-@pytest.mark.parametrize("kind", ["linear", "nf4+dq-bfloat16", "int8"])
+@pytest.mark.parametrize(("kind", "more"), COMPILED)
 def test_no_graph_break(kind: str, more: dict[str, Any]) -> None:
     torch._dynamo.reset()
     found = torch._dynamo.explain(adapted(kind, **more))(torch.randn(2, 9, IN, requires_grad=True))

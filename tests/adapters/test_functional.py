@@ -12,7 +12,6 @@ import torch
 
 from qvera.adapters.products.functional import delta_weight, expand, few_tokens, project, scale_input
 from qvera.kernels import low_rank
-from qvera.kernels.low_rank import combined
 from tests.adapters.helpers import TOLERANCE, parts, relative, rounded, textbook
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -95,31 +94,6 @@ def test_gradcheck_of_a_scaled_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(scale_input, (p["x"].requires_grad_(), p["a"].requires_grad_()))
 
 
-def test_both_branches_are_really_taken() -> None:
-    sizes = [(T, torch.empty(m, r)) for T in (1, 3, 257) for _, m, r in DIMENSIONS]
-    taken = {few_tokens(T, B) for T, B in sizes}
-    assert taken == {True, False}
-    assert few_tokens(1, torch.empty(4096, 1024))
-    assert not few_tokens(2048, torch.empty(4096, 1024))
-    assert few_tokens(60, torch.empty(1024, 256), 2)
-    assert not few_tokens(60, torch.empty(1024, 256), 4)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_both_branches_agree(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = parts(5, 6, 7, 8, groups=groups)
-    results = []
-    for few in (True, False):
-        monkeypatch.setattr("qvera.adapters.products.functional.few_tokens", lambda *_, few=few: few)
-        leaves = {k: p[k].clone().requires_grad_() for k in ("x", "d", "b")}
-        y = expand(leaves["x"] @ p["W"].t(), project(leaves["x"], p["A"]), leaves["d"], leaves["b"], p["B"], 0.5)
-        y.square().sum().backward()
-        results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    assert all(t is not None and torch.count_nonzero(t) > 0 for t in results[0])
-
-
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("T", [1, 40])
 def test_gradcheck(T: int, groups: int) -> None:
@@ -131,15 +105,6 @@ def test_gradcheck(T: int, groups: int) -> None:
         return expand(x @ W.t(), project(x, p["A"]), d, b, p["B"], 0.7)
 
     assert torch.autograd.gradcheck(run, (x, W, d, b))
-
-
-def test_leading_dimensions_are_kept() -> None:
-    p = parts(12, 5, 6, 3)
-    flat = expand(p["x"] @ p["W"].t(), project(p["x"], p["A"]), p["d"], p["b"], p["B"], 1.0)
-    x = p["x"].view(2, 3, 2, 5)
-    shaped = expand(x @ p["W"].t(), project(x, p["A"]), p["d"], p["b"], p["B"], 1.0)
-    assert shaped.shape == (2, 3, 2, 6)
-    torch.testing.assert_close(shaped.reshape(12, 6), flat)
 
 
 def test_a_strided_output_gradient_and_input_do() -> None:
@@ -181,20 +146,6 @@ def test_only_z_and_the_small_tensors_are_kept_for_backward(few: bool) -> None:
     assert x.grad is not None
 
 
-def test_siblings_that_share_z_add_up_their_gradients() -> None:
-    p, q = parts(9, 5, 6, 4), parts(9, 5, 8, 4, seed=2)
-    grads = []
-    for shared in (True, False):
-        x = p["x"].clone().requires_grad_()
-        z = project(x, p["A"])
-        other = z if shared else project(x, p["A"])
-        y1 = expand(torch.zeros(9, 6, dtype=torch.float64), z, p["d"], p["b"], p["B"], 1.0)
-        y2 = expand(torch.zeros(9, 8, dtype=torch.float64), other, q["d"], q["b"], q["B"], 1.0)
-        (y1.square().sum() + y2.square().sum()).backward()
-        grads.append(x.grad)
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
-
-
 def test_only_the_gradients_asked_for_are_made() -> None:
     p = parts(4, 3, 5, 2)
     for wanted in ("base", "z", "d", "b"):
@@ -220,39 +171,6 @@ def test_delta_weight_is_what_expand_adds() -> None:
     base = p["x"] @ p["W"].t()
     added = expand(base, project(p["x"], p["A"]), p["d"], p["b"], p["B"], 0.5) - base
     torch.testing.assert_close(added, p["x"] @ delta.t())
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_by_blocks_of_rows_the_numbers_are_the_same(
-    dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    p = parts(40, 5, 19, 6, groups=groups)  # 19 rows in blocks of 4: the last one is short
-    vector = torch.promote_types(dtype, torch.float32)
-    z, B, d, b = p["x"] @ p["A"].t(), p["B"].to(dtype), p["d"].to(vector), p["b"].to(vector)
-    base = torch.zeros(40, 19, dtype=dtype)
-    upstream = torch.randn(40, 19, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    found = []
-    for elements in (low_rank.BLOCK_ELEMENTS, 24):
-        monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", elements)
-        leaves = [t.clone().requires_grad_() for t in (z.to(dtype), d, b)]
-        y = expand(base, leaves[0], leaves[1], leaves[2], B, 0.3)
-        y.backward(upstream)
-        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    assert len(low_rank.row_blocks(B)) == 5
-    one, other = found
-    assert torch.equal(one[0], other[0])
-    assert torch.equal(one[1], other[1])
-    for whole, blocks in zip(one[2:], other[2:], strict=True):
-        torch.testing.assert_close(whole, blocks, rtol=1e-5 if dtype == torch.bfloat16 else 1e-12, atol=1e-9)
-
-
-def test_c_is_rounded_once() -> None:
-    p = {k: v.float() for k, v in parts(2, 3, 17, 9).items()}
-    C = combined(p["B"], p["d"], p["b"], 0.3, torch.bfloat16)
-    exact = (p["b"].double().unsqueeze(1) * p["B"].double() * (p["d"].double() * 0.3)).float()
-    assert torch.equal(C, exact.to(torch.bfloat16))
-    assert C.dtype == torch.bfloat16
 
 
 def test_nothing_is_changed_in_place() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from qvera.adapters import hold_training_weights
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import fused
 from tests.adapters.helpers import IN, KINDS, OUT, adapted, parts, reference, relative, run, textbook
@@ -90,14 +91,6 @@ def test_gradcheck_of_a_scaled_input(by_weight: bool, groups: int, monkeypatch: 
         assert actual is not None and relative(actual, expected[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("rank", [12, 80, 300])
-@pytest.mark.parametrize("tokens", [20, 600, 5000])
-def test_the_cheaper_way_to_the_gradients_is_taken(tokens: int, rank: int) -> None:
-    by_weight, by_rank = OUT * IN * (tokens + 2 * rank), 2 * tokens * rank * (IN + OUT)
-    assert fused.gradient_cost(tokens, IN, OUT, rank, True) == min(by_weight, by_rank)
-    assert fused.keeps_input(tokens, IN, OUT, rank, True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("groups", "scaled"), [(1, False), (2, True)], ids=["one b", "two b and an a"])
 @pytest.mark.parametrize("rank", WAYS.values(), ids=WAYS)
@@ -126,19 +119,6 @@ def test_few_tokens_and_sixteen_bits_on_cuda_take_the_low_rank_path() -> None:
         assert not fused.pays(512, 4096, 4096, 256, dtype)
 
 
-@pytest.mark.parametrize("rank", [64, 256, 1024])
-@pytest.mark.parametrize("passes", [1, 2, 4])
-def test_a_held_weight_pays_from_fewer_tokens_on(passes: int, rank: int) -> None:
-    n, m = 4096, 11008
-
-    def least(builds: float) -> int:
-        return next(t for t in range(20, 10**5, 20) if fused.pays(t, n, m, rank, torch.float32, builds=builds))
-
-    # M and z cost as much either way: what is saved is T r (n + 2 m), and what it takes is m n r a build
-    assert least(1 / passes) == pytest.approx(m * n / (n + 2 * m) / passes, abs=20)
-    assert least(fused.BUILDS_UNHELD) == pytest.approx(2 * m * n / (n + 2 * m), abs=20)
-
-
 def test_a_layer_that_holds_its_weight_takes_it_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, tokens = adapted("nf4+dq-bfloat16"), 2 * (IN * OUT // (IN + 2 * OUT) // 2 + 1)
     x, upstream = torch.randn(2, tokens // 2, IN), torch.randn(2, tokens // 2, OUT)
@@ -147,7 +127,7 @@ def test_a_layer_that_holds_its_weight_takes_it_where_that_pays(monkeypatch: pyt
     monkeypatch.setattr(fused, "summed_linear", lambda *a: calls.append(1) or original(*a))
     low_rank = run(layer, x, upstream)
     assert not calls
-    layer.hold_training_weight(True)
+    hold_training_weights(layer, True)
     held = run(layer, x, upstream)
     assert len(calls) == 1
     for name, one, other in zip(NAMES, held, low_rank, strict=True):
@@ -155,7 +135,7 @@ def test_a_layer_that_holds_its_weight_takes_it_where_that_pays(monkeypatch: pyt
     with torch.no_grad():  # an evaluation goes the same way in every process
         layer(x)
     assert len(calls) == 1
-    layer.hold_training_weight(False, builds=1.0)  # the path of a run that began with more memory
+    hold_training_weights(layer, False, builds=1.0)  # the path of a run that began with more memory
     for one, other in zip(held, run(layer, x, upstream), strict=True):
         assert torch.equal(one, other)
     assert len(calls) == 2
@@ -199,31 +179,13 @@ def test_what_is_kept_for_backward() -> None:
         assert large == [(TOKENS, width)]
 
 
-def test_layers_that_read_the_same_input_share_z(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = adapted("linear")
-    second = adapted("linear")
-    second.qvera_projection["default"] = first.qvera_projection["default"]
-    x = torch.randn(TOKENS, IN, requires_grad=True)
-    kept: list[int] = []
-    original = fused.summed_linear
-    monkeypatch.setattr(
-        fused, "summed_linear", lambda module, x, z, *rest: kept.append(id(z)) or original(module, x, z, *rest)
-    )
-    y = first(x) + second(x)
-    assert len(kept) == 2
-    assert kept[0] == kept[1]
-    y.sum().backward()
-    assert x.grad is not None
-    assert torch.count_nonzero(x.grad) > 0
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", LINEARS)
 def test_a_held_weight_gives_the_same_numbers_and_is_made_once_a_step(
     kind: str, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, plain = (adapted(kind, rank=WAYS["keeps z"], scaled=scaled) for _ in range(2))
-    layer.hold_training_weight(True)
+    hold_training_weights(layer, True)
     x, upstream = torch.randn(2, TOKENS // 2, IN), torch.randn(2, TOKENS // 2, OUT)
     calls = []
     product = fused.summed_weight
@@ -242,7 +204,7 @@ def test_a_held_weight_gives_the_same_numbers_and_is_made_once_a_step(
 def test_a_held_weight_notices_another_base_weight_and_another_pair() -> None:
     layer = adapted("linear", rank=WAYS["keeps z"])
     x, upstream = torch.randn(1, TOKENS, IN), torch.randn(1, TOKENS, OUT)
-    layer.hold_training_weight(True)
+    hold_training_weights(layer, True)
     run(layer, x, upstream)
     changes = (
         lambda: layer.base_layer.weight.mul_(2),
@@ -253,8 +215,8 @@ def test_a_held_weight_notices_another_base_weight_and_another_pair() -> None:
         with torch.no_grad():
             change()
         held = run(layer, x, upstream)
-        layer.hold_training_weight(False)
+        hold_training_weights(layer, False)
         for one, other in zip(held, run(layer, x, upstream), strict=True):
             assert torch.equal(one, other)
-        layer.hold_training_weight(True)
+        hold_training_weights(layer, True)
         run(layer, x, upstream)

@@ -77,16 +77,15 @@ base, adapter, out = sys.argv[1:4]
 ids = torch.tensor(json.loads(sys.argv[4]))
 results = {}
 for quantized in (False, True):
-    for low in (False, True):
-        kwargs = {"dtype": torch.bfloat16}
-        if quantized:
-            kwargs["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)
-        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-        model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low)
-        with torch.no_grad():
-            results[f"{quantized}-{low}"] = model(ids).logits
+    kwargs = {"dtype": torch.bfloat16}
+    if quantized:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=quantized)
+    with torch.no_grad():
+        results[str(quantized)] = model(ids).logits
 save_file(results, out)
 """
 
@@ -104,14 +103,12 @@ def test_a_fresh_process_gives_the_same_logits_to_the_bit(tiny_model_dir: Path, 
     done = subprocess.run([sys.executable, "-c", FRESH, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = load_file(tmp_path / "out")
-    assert len(results) == 4
-    for key, result in results.items():
-        assert torch.equal(result, wanted[key.startswith("True")]), key
+    for quantized, expected in wanted.items():
+        assert torch.equal(results[str(quantized)], expected), quantized
     assert not torch.equal(wanted[True], wanted[False])
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_round_trip_in_one_process(dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     model = adapted(small_llama().to(dtype), rank=11, projection_seed=4)
     wanted = logits(model)
@@ -267,16 +264,6 @@ def test_two_adapters_of_one_model_are_saved_and_loaded_apart(tmp_path: Path) ->
     assert torch.equal(logits(loaded), wanted_second)
 
 
-def test_disable_adapter_gives_the_base_back() -> None:
-    plain = logits(small_llama())
-    model = adapted()
-    changed = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), plain)
-    assert torch.equal(logits(model), changed)
-    assert not torch.allclose(changed, plain)
-
-
 def test_unload_gives_the_base_back_and_merge_and_unload_the_merged_model() -> None:
     model = adapted()
     wanted = logits(model)
@@ -284,15 +271,6 @@ def test_unload_gives_the_base_back_and_merge_and_unload_the_merged_model() -> N
     assert not layers(merged)
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(adapted().unload()), logits(small_llama()))
-
-
-def test_deleting_an_adapter_leaves_the_other() -> None:
-    model = adapted()
-    wanted = logits(model)
-    model.add_adapter("second", QveraConfig(rank=30))
-    model.delete_adapter("second")
-    assert not named_vectors(model, "second")
-    assert torch.equal(logits(model), wanted)
 
 
 def test_all_linear_leaves_out_the_head_and_names_match_last_parts() -> None:
@@ -465,13 +443,3 @@ def test_nothing_is_copied_when_one_vector_does_not_fit(saved: Path) -> None:
     with pytest.raises(InputError):
         load_vectors(model, read_adapter(saved)[1], "here")
     assert all(torch.equal(v, before[n]) for n, v in named_vectors(model).items())
-
-
-def test_the_model_casts_as_a_whole_keep_vectors_fp32() -> None:
-    model = adapted()
-    before = {n: v.detach().clone() for n, v in named_vectors(model).items()}
-    for cast in (lambda: model.half(), lambda: model.to(torch.bfloat16), lambda: model.float()):
-        cast()
-        for name, vector in named_vectors(model).items():
-            assert vector.dtype == torch.float32
-            assert torch.equal(vector, before[name])

@@ -330,4 +330,4 @@ def test_a_lora_is_on_the_linears_that_limits_left(limits: dict[str, Any], tmp_p
             total = sum(
                 w * d.layers[layer].rows() for w, d in zip((1, 0.5), expected, strict=False) if layer in d.layers
             )
-            torch.testing.assert_close(module.delta("default"), total, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(module.delta_weight_fp32("default"), total, rtol=1e-4, atol=1e-6)

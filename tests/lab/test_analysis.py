@@ -11,13 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.exporting.deltas import Delta
@@ -36,7 +35,6 @@ from qvera.lab.analysis import (
 from qvera.lab.svd import leading_singular_vectors, singular_vectors
 from qvera.models.loader import load_base
 from qvera.models.quantization import dequantized_weight
-from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 from tests.exporting.helpers import stock_base
@@ -89,7 +87,6 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
     keep = None if sparse else 0.25
     found = analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=keep)
     assert [linear.name for linear in found.linears] == list(pairs)
-    factors = None if sparse else found.mitigated()
     total = 0
     for linear in found.linears:
         W, delta = pairs[linear.name]
@@ -105,13 +102,13 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
         torch.testing.assert_close(torch.tensor(linear.cosines).double(), cosines, rtol=0, atol=1e-3)
         assert linear.intruders == [i for i in range(6) if cosines[i] < 0.5]
         total += len(linear.intruders)
-        if factors is None:
+        if sparse:
             assert linear.rank == 0
             continue
         mine = linear.intruders
         expected = delta - 0.75 * (U[:, mine] * S[mine]) @ Vh[mine]
-        A, B = factors[linear.name]
-        assert len(A) == factors.rank > found.rank == 8
+        A, B = found[linear.name]
+        assert len(A) == found.reduced_rank > linear.rank == 8
         torch.testing.assert_close(B.double() @ A.double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
     assert total > 4 or sparse, "the perturbed adapter has intruders, else this compares nothing"
     assert [linear.layer for linear in found.linears] == [0] * 7 + [1] * 7
@@ -126,10 +123,9 @@ def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_mode
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
     pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter"))
     found = analyze_adapter(tmp_path / "adapter", section, top_k=4, epsilon=0.5, keep=0.6)
-    factors = found.mitigated()
-    export_lora(found.adapter, tmp_path / "reduced", torch.float32, factors)
+    export_lora(found.adapter, tmp_path / "reduced", torch.float32, found)
     stock = PeftModel.from_pretrained(stock_base(tiny_model_dir, "nf4"), tmp_path / "reduced")
-    assert stock.peft_config["default"].r == factors.rank > 8
+    assert stock.peft_config["default"].r == found.reduced_rank > 8
     seen = 0
     for name, module in stock.named_modules():
         if isinstance(module, LoraLayer):
@@ -145,33 +141,6 @@ def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_mode
                     along.norm(dim=1), more_B.norm(dim=0).double() * 0.6 / 0.4, rtol=1e-3, atol=1e-6
                 )
     assert seen == 14
-
-
-def test_a_run_with_intruders_is_reduced_by_the_formula(
-    make_recipe: Any, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A LoRA trained at a high rate, the file that the command writes, and (λ - 1) Σ σ u vᵀ by dense SVDs in fp64."""
-    run, reduced, keep = tmp_path / "run", tmp_path / "reduced", 0.4
-    adapter = {"method": "lora", "rank": 8, "alpha": 16}
-    training = {"max_steps": 12, "learning_rate": 5e-2, "sample_count": 0, "output_dir": str(run)}
-    recipe = make_recipe(adapter=adapter, training=training)
-    train(recipe, run)
-    line = ["analyze", str(run), "--text", str(tiny_rows), "--rows", "8", "--reduce", str(keep), "--out", str(reduced)]
-    assert main([*line, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    intruders_of = {linear["name"]: linear["intruders"] for linear in document["linears"]}
-    written = load_file(reduced / "adapter_model.safetensors")
-    scale = json.loads((reduced / "adapter_config.json").read_text())
-    assert sum(map(len, intruders_of.values())) > 4
-    for name, (W, delta) in dense_pairs(load_adapter(load_base(recipe.model).model, run / "adapter")).items():
-        U, S, Vh = torch.linalg.svd(W + delta, full_matrices=False)
-        mine = intruders_of[name]
-        expected = delta - (1 - keep) * (U[:, mine] * S[mine]) @ Vh[mine]
-        A, B = (written[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "AB")
-        got = B @ A * scale["lora_alpha"] / scale["r"]
-        assert ((got - expected).norm() / expected.norm()).item() < 1e-6, name
-    for losses in document["losses"]:
-        assert losses["reduced"] != losses["adapter"] != losses["base"]
 
 
 class PeakBytes(TorchDispatchMode):
@@ -344,10 +313,10 @@ def test_intruders_are_those_of_the_papers_script(change: str, shape: str, way: 
         found = find_intruders(before, after, 20, epsilon)
         assert found.found.tolist() == arrays[f"{case}_is_intruder"][row].bool().tolist()
         assert found.found.cumsum(0).tolist() == arrays[f"{case}_counts"][row].tolist()
-        exact = found.cosines.exact[:10]
+        exact = found.exact[:10]
         assert exact.all() or way == "bounded"
         expected = arrays[f"{case}_cos_top10"]
-        torch.testing.assert_close(found.cosines.values[:10][exact], expected[exact], rtol=0, atol=5e-5)
+        torch.testing.assert_close(found.cosines[:10][exact], expected[exact], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("shape", ["tall", "wide"])
@@ -358,7 +327,7 @@ def test_mitigation_factors_are_what_peft_computes_before_it_cuts_the_rank(shape
     weight, A, B = arrays[f"{shape}_W0"], arrays[f"{shape}_A"], arrays["scaling"] * arrays[f"{shape}_B"]
     found = find_intruders(weight, weight + B @ A, int(arrays["top_k"]), float(arrays["eps"]))
     assert found.found.nonzero().flatten().tolist() == arrays[f"{shape}_intruders"].tolist()
-    torch.testing.assert_close(found.cosines.values, arrays[f"{shape}_cos"], rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.cosines, arrays[f"{shape}_cos"], rtol=0, atol=1e-11)
     more_A, more_B = mitigation_factors(found, keep)
     assert len(more_A) == len(arrays[f"{shape}_intruders"])
     new_A, new_B = torch.cat([A, more_A]), torch.cat([B, more_B], dim=1)
@@ -420,12 +389,12 @@ def test_large_weights_are_decided_without_a_full_decomposition(
     counted: list[int] = []
     monkeypatch.setattr(intruders, "singular_vectors", lambda w: counted.append(1) or singular_vectors(w))
     for epsilon in (0.6, 0.5):
-        found = largest_cosines(weight, vectors, epsilon)
-        assert ((found.values < epsilon) == (exact < epsilon)).all()
-        torch.testing.assert_close(found.values[found.exact], exact[found.exact], rtol=0, atol=1e-5)
-        assert (torch.where(exact < epsilon, found.values - exact, exact - found.values) > -1e-5).all()
+        found, is_exact = largest_cosines(weight, vectors, epsilon)
+        assert ((found < epsilon) == (exact < epsilon)).all()
+        torch.testing.assert_close(found[is_exact], exact[is_exact], rtol=0, atol=1e-5)
+        assert (torch.where(exact < epsilon, found - exact, exact - found) > -1e-5).all()
     assert counted == []
-    assert found.exact.tolist() == [True, True, False, False]
+    assert is_exact.tolist() == [True, True, False, False]
     largest_cosines(weight, whole[:, 100:101], 0.5)
     assert counted == [1]
 

@@ -83,24 +83,12 @@ def test_a_penalty_makes_the_factors_more_orthogonal(make_recipe: Any, tmp_path:
     assert found[10.0] < 0.5 * found[0.0]
 
 
-def test_what_does_not_go_with_bilora_is_refused(make_recipe: Any, tmp_path: Path) -> None:
-    adapter = {"method": "bilora", "rank": 4, "alpha": 4}
-    with pytest.raises(InputError, match="adapter.orthogonal_penalty: is added to gradients of which DeepSpeed has"):
-        train(make_recipe(adapter=adapter).replace(deepspeed="zero2"), tmp_path / "zero")
-    with pytest.raises(InputError, match="adapter.orthogonal_penalty: is read by bilora only"):
-        train(make_recipe(adapter={"method": "lora", "rank": 4, "orthogonal_penalty": 1.0}), tmp_path / "lora")
-    with pytest.raises(
-        InputError, match="training.sample_tokens: adapter.method bilora, as it is set here, keeps its inputs"
-    ):
-        train(make_recipe(adapter=adapter, training={"sample_tokens": 0.5}), tmp_path / "sampled")
-
-
 pytestmark = pytest.mark.process
 
 LEVELS = {"bilevel": True, "bilevel_share": 0.25, "bilevel_lower_steps": 2, "bilevel_retrain": 0.25}
 
 
-LOWER = {"vera": {"b"}, "sara": {"b"}, "bilora": {"A", "B"}}
+LOWER = {"vera": {"b"}, "bilora": {"A", "B"}}
 
 
 @pytest.fixture(scope="module", params=LOWER)

@@ -25,8 +25,7 @@ from qvera.exporting.deltas import read_deltas
 from qvera.lab.sample_tokens import TokenSampler
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import dense_weight, on_meta, relative, trainable
-from tests.adapters.methods.cases import lorta_delta
-from tests.adapters.methods.test_methods import IDS, logits, moved
+from tests.adapters.methods.cases import IDS, logits, lorta_delta, moved
 from tests.conftest import small_llama
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -22,7 +22,7 @@ from qvera.adapters.projection import uniform_pair
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
-from qvera.lab.resample import Resample, carried_share, moved_momentum, phase_count
+from qvera.lab.resample import Resample, carried_share, phase_count
 from qvera.training.plan import make_plan
 from qvera.training.plan.plan import print_plan
 from qvera.training.trainer import train
@@ -237,6 +237,11 @@ def test_a_seed_chain_that_does_not_fit_is_refused() -> None:
 
 
 AUTHORS = Path(__file__).parent / "reference"
+
+
+def moved_momentum(momentum: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Flora's: the momentum M [m, r] of a gradient G, kept as G P_oldᵀ, in another subspace: M' = (M P_old) P_newᵀ."""
+    return momentum @ (old @ new.t())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from qvera.adapters.files.save_load import attach
 from qvera.adapters.layer import adapted_layers
@@ -71,20 +70,6 @@ def test_the_estimate_has_no_bias_also_where_gradients_are_unknown(case: str) ->
         z = error / (found.std(0) / len(found) ** 0.5)
         assert z.abs().max() < 4.5  # of 96 entries
         assert z.square().mean() < 2.5  # the entries depend on one another
-
-
-def test_kept_tokens_lower_the_variance() -> None:
-    x, g, k = stored("peaked", "h"), stored("peaked", "dz"), int(stored("peaked", "k"))
-    p, exact = stored("peaked", "prob"), g.t() @ x
-    generator = torch.Generator().manual_seed(5)
-
-    def squared_error(sample: TokenSample) -> float:
-        return (sampled_product(g, x[sample.tokens], sample) - exact).square().sum().item()
-
-    plain = [torch.multinomial(p, k, replacement=True, generator=generator) for _ in range(500)]
-    without = [squared_error(TokenSample(drawn, drawn_weights(p[drawn], torch.ones(1), k))) for drawn in plain]
-    with_kept = [squared_error(sample_tokens(p, k, generator)) for _ in range(500)]
-    assert sum(with_kept) < 0.8 * sum(without)
 
 
 def test_all_tokens_are_the_exact_gradient_and_zero_rows_are_no_trouble() -> None:
@@ -179,31 +164,6 @@ def sampled_lora(share: float | None) -> Any:
     for layer in adapted_layers(model):
         layer.input_sampler = None if share is None else TokenSampler(share).draw
     return model
-
-
-def kept_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    """What one forward pass holds for backward, each storage once, without parameters."""
-    held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(ids).logits.square().mean()
-    del loss
-    return sum(held.values())
-
-
-def test_a_sampled_lora_holds_less_for_backward() -> None:
-    """Each layer's four inputs, of which a fifth is kept: 64 of the norms' and attention's, 192 of the MLP's."""
-    ids = torch.randint(3, 300, (2, 100))
-    whole, sampled = (kept_bytes(sampled_lora(share), ids) for share in (None, 0.2))
-    inputs = 2 * 200 * (64 + 64 + 192) * 4  # attention keeps o_proj's own
-    assert whole - sampled > 0.5 * inputs
 
 
 @pytest.mark.process

@@ -17,10 +17,10 @@ import torch
 from peft import LoraConfig, VeraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
+from torch import Tensor
 
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.methods import LinearSpec, method_of
-from qvera.adapters.methods.base import Traits
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
@@ -32,35 +32,37 @@ from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, 
 LORA = "LORA"
 
 
-def read_adapter(
-    directory: Path, content: bytes | None = None
-) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
+def read_adapter(directory: Path, content: bytes | None = None) -> tuple[QveraConfig | VeraConfig, dict[str, Tensor]]:
     """Read an adapter directory without a model: one of ours, or one of PEFT's VeRA or plain LoRA.
 
     ``content`` is the weights file if it was read already. Otherwise the file is mapped: no process may truncate it.
-
-    Raises:
-        InputError: it is no adapter that qvera reads, the file is damaged, or the two files do not belong together.
+    InputError: it is no adapter that qvera reads, the file is damaged, or the two files do not belong together.
     """
     config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
     try:
         tensors = load_file(weights_file) if content is None else load(content)
     except (SafetensorError, OSError) as error:
         raise unreadable(weights_file, error) from None
-    if isinstance(config, QveraConfig) and method_of(config).peft_type == "LORA":
-        tensors = {_to_ours(key): tensor for key, tensor in tensors.items()}
-    key, suffix = ("rank", ".qvera_d") if isinstance(config, QveraConfig) else ("r", ".vera_lambda_d")
-    for name, tensor in sorted(tensors.items()):
-        ours = isinstance(config, QveraConfig)
-        traits = method_of(config).traits(name.rpartition(".")[2], config) if ours else Traits()  # type: ignore[arg-type]
-        holds_places = not traits.dtype.is_floating_point
+    method = method_of(config) if isinstance(config, QveraConfig) else None
+    if method is not None and method.peft_type == "LORA":
+        tensors = {_renamed(key, _TO_OURS): tensor for key, tensor in tensors.items()}
+    for key, tensor in sorted(tensors.items()):
+        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        dtype = torch.float32 if method is None else method.traits(kind, config).dtype  # type: ignore[arg-type]
+        holds_places = not dtype.is_floating_point
         if tensor.dtype != torch.int32 if holds_places else not tensor.dtype.is_floating_point:
             expected = "torch.int32" if holds_places else "a floating-point dtype"
-            raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected {expected}.")
-        if name.endswith(suffix) and tensor.shape[-1:] != (rank := _rank_of(config, name),):
+            raise InputError(f"{weights_file}: {key} is stored as {tensor.dtype}, expected {expected}.")
+        if kind != ("vera_lambda_d" if method is None else "qvera_d"):
+            continue
+        if isinstance(config, QveraConfig):
+            setting, rank = "rank", method_of(config).rank_at(config, LinearSpec(name, config.rank, config.rank))
+        else:
+            setting, rank = "r", config.r
+        if tensor.shape[-1:] != (rank,):
             raise InputError(
-                f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} "
-                "values: the two files do not belong together, or one was changed."
+                f"{directory / ADAPTER_CONFIG}: {setting} is {rank}, but {key} in {ADAPTER_WEIGHTS} has "
+                f"{tensor.numel()} values: the two files do not belong together, or one was changed."
             )
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
@@ -68,19 +70,8 @@ def read_adapter(
     return config, tensors
 
 
-def _rank_of(config: QveraConfig | VeraConfig, key: str) -> int:
-    if not isinstance(config, QveraConfig):
-        return config.r
-    name = key.removeprefix(PREFIX).rpartition(".")[0]
-    return method_of(config).rank_at(config, LinearSpec(name, config.rank, config.rank))
-
-
 def read_config(directory: Path) -> QveraConfig | VeraConfig:
-    """The config of an adapter directory: ours (also for a LoRA), or PEFT's for its own VeRA.
-
-    Raises:
-        InputError: it is no adapter directory, or of another kind.
-    """
+    """The config of an adapter directory: ours (also for a LoRA), or PEFT's for its own VeRA. InputError: neither."""
     config_file = directory / ADAPTER_CONFIG
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter directory.")
@@ -177,7 +168,8 @@ _LORA_WITHOUT_EFFECT = {
 _LORA_STARTS = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", False: "default", "eva": "default"}
 """Starts that leave the base weights unchanged. PiSSA, OLoRA, LoftQ and others change them."""
 
-_LORA_SUFFIXES = {"lora_A.weight": "qvera_A", "lora_B.weight": "qvera_B"}
+_TO_OURS = {"lora_A.weight": "qvera_A", "lora_B.weight": "qvera_B"}
+_TO_PEFT = {ours: theirs for theirs, ours in _TO_OURS.items()}
 
 
 def lora_refusal(raw: dict[str, Any]) -> str | None:
@@ -200,11 +192,10 @@ def _config_of_lora(raw: dict[str, Any], directory: Path) -> QveraConfig:
     known = {field.name for field in dataclasses.fields(QveraConfig)}
     values = {key: raw[key] for key in _LORA_SAME if raw.get(key) not in (None, {}) and key in known}
     values["target_modules"] = raw.get("target_modules")
-    for ours, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")):
-        if theirs in raw:
-            values[ours] = raw[theirs]
-    if raw.get("bias", "none") != "none":
-        values["bias"] = {"lora_only": "qvera_only"}.get(raw["bias"], raw["bias"])
+    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    values |= {ours: raw[theirs] for theirs, ours in names.items() if theirs in raw}
+    bias = raw.get("bias", "none")
+    values["bias"] = "qvera_only" if bias == "lora_only" else bias
     values["init_lora_weights"] = _LORA_STARTS[raw.get("init_lora_weights", True)]
     facts = own_facts(directory / ADAPTER_WEIGHTS)
     return QveraConfig(method="lora", **values, **{key: facts[key] for key in _LORA_FACTS if key in facts})
@@ -212,14 +203,13 @@ def _config_of_lora(raw: dict[str, Any], directory: Path) -> QveraConfig:
 
 def lora_config(config: QveraConfig) -> LoraConfig:
     """The config that stock PEFT reads."""
-    start = {"default": True}.get(config.init_lora_weights, config.init_lora_weights)
     alpha = config.rank if config.alpha is None else config.alpha
     stock = LoraConfig(
         r=config.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        bias={"qvera_only": "lora_only"}.get(config.bias, config.bias),
-        init_lora_weights=start,
+        bias="lora_only" if config.bias == "qvera_only" else config.bias,  # type: ignore[arg-type]
+        init_lora_weights=config.init_lora_weights == "default" or config.init_lora_weights,  # type: ignore[arg-type]
         **{key: value for key in _LORA_SAME if (value := getattr(config, key)) is not None},
     )
     for key in ("target_modules", "exclude_modules"):
@@ -228,7 +218,7 @@ def lora_config(config: QveraConfig) -> LoraConfig:
     return stock
 
 
-def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, torch.Tensor]) -> None:
+def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, Tensor]) -> None:
     """Write both files of an adapter for stock PEFT; ``tensors`` have our keys."""
     stock = lora_config(config)
     stock.inference_mode = True
@@ -242,23 +232,19 @@ def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, torch.Te
 
 def to_peft(key: str) -> str:
     """PEFT's key for our key: ``….qvera_A`` → ``….lora_A.weight``. Other keys stay."""
-    name, _, kind = key.rpartition(".")
-    return next((f"{name}.{theirs}" for theirs, ours in _LORA_SUFFIXES.items() if ours == kind), key)
+    return _renamed(key, _TO_PEFT)
 
 
-def _to_ours(key: str) -> str:
-    return next(
-        (key.removesuffix(theirs) + ours for theirs, ours in _LORA_SUFFIXES.items() if key.endswith(theirs)), key
-    )
+def _renamed(key: str, ends: dict[str, str]) -> str:
+    return next((f"{key.removesuffix(old)}{new}" for old, new in ends.items() if key.endswith(f".{old}")), key)
 
 
-def require_places(spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+def require_places(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError if an integer tensor is not of rising indices into the linear's flattened weight."""
     size = spec.in_features * spec.out_features
     for name, places in tensors.items():
-        if places.is_floating_point():
-            continue
-        if places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any():
+        is_index = not places.is_floating_point()
+        if is_index and (places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any()):
             raise InputError(
                 f"{name} of {spec.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
                 "damaged, or another model's adapter."

@@ -15,9 +15,9 @@ import psutil
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from qvera.adapters.config import LABELS_VERSION, QveraConfig
+from qvera.adapters.config import LABELS_VERSION, SHARED_KEYS, QveraConfig
 from qvera.adapters.files.adapter_file import (
     read_adapter,
     read_config,
@@ -104,6 +104,9 @@ def new_config(
 ) -> QveraConfig:
     """The config of a fresh adapter; see `attach`."""
     fields = {
+        **{name: getattr(section, name) for name in SHARED_KEYS},
+        "target_modules": section.targets if isinstance(section.targets, str) else list(section.targets),
+        "projection_seed": section.seed,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base_name is None else portable_name(base_name),
         "base_fingerprint": base_fingerprint,
@@ -111,17 +114,13 @@ def new_config(
         "pad_token": None if tokens is None else tokens.pad_token,
         "eos_token": None if tokens is None else tokens.eos_token,
     }
-    return QveraConfig.of_section(section, **fields, **(changes or {}))
+    return QveraConfig(**fields | dict(changes or {}))
 
 
-_OF_RECIPE = {key: key for key in ("method", "rank")}
-_SEEDS = {"seeds": "seed"}
-_OF_MODEL = {key: key for key in ("labels", "problem_type")}
 _PROJECTIONS = {
     "projection_shapes": "projections (by its targets and base) of shapes",
     "projection_sha256": "projections' SHA-256",
 }
-"""Fields of `QveraConfig` that must agree between an adapter and its start → their names in errors."""
 
 
 def check_start(section: AdapterSection) -> None:
@@ -133,12 +132,12 @@ def check_start(section: AdapterSection) -> None:
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
     """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config.
 
-    Raises:
-        InputError: settings, projections, tokens or the base differ, or it is an adapter of PEFT's own VeRA.
+    InputError: settings, projections, tokens or the base differ, or it is an adapter of PEFT's own VeRA.
     """
     directory, (theirs, vectors) = Path(resolve_path(init_from)), _read_start(config, init_from)
     seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
-    _require_equal(theirs, config, init_from, _OF_MODEL | (_PROJECTIONS if seeded else {}))
+    of_model = {"labels": "labels", "problem_type": "problem_type"}
+    _require_equal(theirs, config, init_from, of_model | (_PROJECTIONS if seeded else {}))
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
     try:
         require_same_pairs(config.pair_numbers or {}, theirs.pair_numbers or {})
@@ -151,7 +150,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
     load_vectors(peft_model, vectors, init_from, adapter)
 
 
-def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, torch.Tensor]]:
+def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor]]:
     """Read the start, and compare what the recipe alone decides."""
     theirs, vectors = read_adapter(Path(resolve_path(init_from)))
     if not isinstance(theirs, QveraConfig):
@@ -159,23 +158,23 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
             "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
         )
-    seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
-    _require_equal(theirs, config, init_from, _OF_RECIPE | (_SEEDS if seeded else {}))
-    for key, is_fixed in method_of(config).keys.items():
-        if is_fixed:  # no alpha: the rank
-            given, wanted = (one.rank if (v := getattr(one, key)) is None else v for one in (theirs, config))
-            _require(given, wanted, key, init_from)
+    method = method_of(config)
+    seeds = {"seeds": "seed"} if method.source in (Source.SEEDED, Source.OWN) else {}
+    own = {key: key for key, is_fixed in method.keys.items() if is_fixed}
+    _require_equal(theirs, config, init_from, {"method": "method", "rank": "rank"} | seeds | own)
     return theirs, vectors
 
 
 def _require_equal(theirs: QveraConfig, config: QveraConfig, init_from: str, fields: dict[str, str]) -> None:
-    for field, key in fields.items():
-        _require(getattr(theirs, field), getattr(config, field), key, init_from)
+    """InputError unless two configs agree in these fields; their values are the names for the message."""
 
+    def value(of: QveraConfig, field: str) -> object:
+        return of.rank if field == "alpha" and of.alpha is None else getattr(of, field)
 
-def _require(given: object, wanted: object, key: str, init_from: str) -> None:
-    if given != wanted:
-        raise InputError(f"adapter.init_from: {init_from} has {key} {given}, the recipe {wanted}.")
+    for field, name in fields.items():
+        given, wanted = value(theirs, field), value(config, field)
+        if given != wanted:
+            raise InputError(f"adapter.init_from: {init_from} has {name} {given}, the recipe {wanted}.")
 
 
 def portable_name(name: str) -> str:
@@ -241,26 +240,16 @@ def save_adapter(
     model: PeftModel,
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    vectors: dict[str, torch.Tensor] | None = None,
+    vectors: dict[str, Tensor] | None = None,
     adapter: str = "default",
 ) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
-    Added tokens' rows (`ADDED_ROWS`) and ``tokenizer`` go beside them. Files get a temporary name first, so that no
-    half-written adapter is ever found.
+    Added tokens' rows (`ADDED_ROWS`) and the base's ``tokenizer`` go beside them. ``vectors`` are written in place of
+    the model's own, by the same keys; any ``adapter`` but the default one needs them. Files get a temporary name first,
+    so that no half-written adapter is ever found. Returns the size in bytes, without the tokenizer's files.
 
-    Args:
-        model: with the adapter.
-        directory: where it goes.
-        tokenizer: the base model's.
-        vectors: written in place of the model's own vectors, by the same keys.
-        adapter: whose config is written. Any but the default one needs ``vectors``.
-
-    Returns:
-        The size in bytes, without the tokenizer's files.
-
-    Raises:
-        RunFailed: the disk is full. An adapter that was there before is kept.
+    RunFailed: the disk is full. An adapter that was there before is kept.
     """
     with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
         partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
@@ -290,7 +279,7 @@ def _write_files(
     model: PeftModel,
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
-    vectors: dict[str, torch.Tensor] | None,
+    vectors: dict[str, Tensor] | None,
     adapter: str,
 ) -> None:
     config = model.peft_config[adapter]
@@ -325,13 +314,15 @@ def _discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:
+def load_vectors(model: nn.Module, vectors: dict[str, Tensor], source: str, adapter: str = "default") -> None:
     """Copy an adapter file's tensors into a model.
 
-    Raises:
-        InputError: a vector is missing, unknown or of another shape; nothing was copied.
+    InputError: one is missing, unknown, of another shape, or no index of the weight; nothing was copied.
     """
-    ours = _saved_tensors(model, adapter)
+    config = getattr(model, "peft_config", {}).get(adapter)
+    ours: dict[str, Tensor] = {**named_vectors(model, adapter)}
+    if config is not None and config.bias != "none":
+        ours = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     missing, unknown = sorted(ours.keys() - vectors.keys()), sorted(vectors.keys() - ours.keys())
     for keys, what in ((missing, "missing"), (unknown, "unknown")):
         if keys:
@@ -344,22 +335,13 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
             )
     for name, module in model.named_modules():
         if isinstance(module, QveraLinear) and module.carries(adapter):
-            own = {kind: vectors[f"{name}.{kind}"] for kind in module.vectors(adapter)}
             try:
-                require_places(module.spec, own)
+                require_places(module.spec, {kind: vectors[f"{name}.{kind}"] for kind in module.vectors(adapter)})
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(vectors[name])
-
-
-def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """Key in the adapter file → the model's tensor that it is copied into."""
-    config = getattr(model, "peft_config", {}).get(adapter)
-    if config is not None and config.bias != "none":
-        return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return dict(named_vectors(model, adapter))
 
 
 def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> PeftModel:
@@ -378,10 +360,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
     """Put the adapter in ``directory`` on a loaded base model: one of ours, or of PEFT's own VeRA.
 
     Projections, names, shapes and values are checked. With ``base``, what `load_base` gave for ``model``, the base is
-    compared by content too.
-
-    Raises:
-        InputError: it is no adapter, or not one for this model.
+    compared by content too. InputError: it is no adapter, or not one for this model.
     """
     config, vectors = read_adapter(directory)
     facts = {} if base is None else base.facts  # a model as it comes from the hub has no added tokens
@@ -396,21 +375,15 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
         load_vectors(peft_model, vectors, str(directory / ADAPTER_WEIGHTS))
-    else:
-        peft_model = _load_stock_adapter(model, directory)
+    else:  # PEFT reads the file and the projections of its own VeRA, our layers compute
+        try:
+            with warnings.catch_warnings(), accelerated_peft():
+                warnings.simplefilter("ignore", UserWarning)
+                peft_model = PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise InputError(f"{directory}: does not fit this base model: {first_line(error)}") from None
+        missing = [name for name, p in peft_model.named_parameters() if "vera_lambda" in name and p.is_meta]
+        if missing:
+            raise InputError(f"{directory}: has no values for {first_of(missing)}.")
     peft_model.requires_grad_(False)
     return peft_model.eval()
-
-
-def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
-    """Load an adapter of PEFT's own VeRA: PEFT reads the file and the projections, our layers compute."""
-    try:
-        with warnings.catch_warnings(), accelerated_peft():
-            warnings.simplefilter("ignore", UserWarning)
-            peft_model = PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{directory}: does not fit this base model: {first_line(error)}") from None
-    missing = [name for name, p in peft_model.named_parameters() if "vera_lambda" in name and p.is_meta]
-    if missing:
-        raise InputError(f"{directory}: has no values for {first_of(missing)}.")
-    return peft_model

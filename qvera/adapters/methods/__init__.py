@@ -32,11 +32,7 @@ def names() -> list[str]:
 
 
 def method_of(adapter: AdapterSettings) -> Method:
-    """The method of an adapter's config or of a recipe's adapter section.
-
-    Raises:
-        InputError: there is none of that name, or its package can't be imported.
-    """
+    """The method of an adapter's config or of a recipe's adapter section; InputError if it can't be had."""
     name = adapter.method
     method = _CORE.get(name)
     if name in plugins.names(_GROUP):  # which may extend one of the core
@@ -53,18 +49,14 @@ def method_of(adapter: AdapterSettings) -> Method:
     return method.variant(adapter)
 
 
-_EVERY_METHOD = frozenset({"method", "rank", "targets", "dropout", "seed", "init_from"})
-
-
 def check_recipe(recipe: Recipe) -> None:
     """Check that a recipe's adapter section suits its method.
 
-    Raises:
-        InputError: the method is unknown or does not read a key that is set, or a key without default is missing.
+    InputError: the method is unknown or does not read a key that is set, or a key without default is missing.
     """
-    section = recipe.adapter
-    method = method_of(section)
-    for key in sorted(section.model_fields_set - _EVERY_METHOD - method.keys.keys()):
+    section, method = recipe.adapter, method_of(recipe.adapter)
+    of_all = {"method", "rank", "targets", "dropout", "seed", "init_from"}
+    for key in sorted(section.model_fields_set - of_all - method.keys.keys()):
         if getattr(section, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
             known = (*_CORE.values(), *plugins.load_all(_GROUP))
             readers = dict.fromkeys(other.name for other in known if key in other.keys)
@@ -72,15 +64,14 @@ def check_recipe(recipe: Recipe) -> None:
                 f"adapter.{key}: is read by {', '.join(readers)} only, and adapter.method is {section.method}. Remove "
                 "one of the two."
             )
-    if section.method != Vera.name:
-        given = {"adapter": section.model_fields_set, "training": recipe.training.model_fields_set}
-        for key, value in method.usual.items():
-            part, _, name = key.partition(".")
-            if name not in given[part]:
-                raise InputError(
-                    f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
-                    f"{value:g} is a usual value."
-                )
+    given = {"adapter": section.model_fields_set, "training": recipe.training.model_fields_set}
+    for key, value in method.usual.items() if section.method != Vera.name else ():
+        part, _, name = key.partition(".")
+        if name not in given[part]:
+            raise InputError(
+                f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
+                f"{value:g} is a usual value."
+            )
     if recipe.data.has_adapters and method.peft_type != "VERA":
         raise InputError(
             "adapter.method: only vera without magnitude trains many adapters in one run, and this is "

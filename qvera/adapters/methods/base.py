@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from qvera.adapters.products.low_rank import trained_path
 from qvera.models import linear
@@ -17,16 +18,20 @@ from qvera.models import linear
 if TYPE_CHECKING:
     from torch import nn
 
-    from qvera.adapters.adapted_forward import AdaptedForward
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.factors import Factors
     from qvera.adapters.hooks import TrainingHook
+    from qvera.adapters.layer import AdaptedForward
     from qvera.adapters.projection import Pair
     from qvera.config.schema import AdapterSection, Recipe
     from qvera.distributed.group import Group
 
     AdapterSettings: TypeAlias = QveraConfig | AdapterSection
     """A method reads its settings from either; both use the same names."""
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+"""Tensor name → shape; the names begin with ``qvera_``."""
+Tensors: TypeAlias = Mapping[str, Tensor]
 
 
 class Source(Enum):
@@ -109,29 +114,20 @@ class Method(ABC):
         return self
 
     @abstractmethod
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
-        """Tensors in the file for one linear: name → shape. Names begin with ``qvera_``."""
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
+        """Tensors in the file for one linear."""
 
-    def shared_tensors(
-        self, adapter: AdapterSettings, specs: Sequence[LinearSpec], head_size: int | None
-    ) -> dict[str, tuple[int, ...]]:
-        """Tensors that all adapted linears share: name → shape. Names begin with ``qvera_``.
-
-        ``head_size`` is that of the attention heads; None if there are none.
-
-        Raises:
-            InputError: the linears can't share them.
-        """
+    def shared_tensors(self, adapter: AdapterSettings, specs: Sequence[LinearSpec], head_size: int | None) -> Shapes:
+        """Tensors that all adapted linears share; InputError if they can't. ``head_size``: None without attention."""
         return {}
 
-    @abstractmethod
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> Tensor:
         """The start value of a tensor, on the CPU. For `shared_tensors` the spec has no name or sizes."""
+        made = torch.zeros if getattr(adapter, "init_weights", True) else torch.randn
+        return made(shape).to(self.traits(name, adapter).dtype)
 
     @abstractmethod
-    def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: AdapterSettings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         """ΔW of one linear, from its tensors (shared ones too) and, by `source`, its frozen A [r, n] and B [m, r]."""
 
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:  # noqa: B027
@@ -158,9 +154,7 @@ class Method(ABC):
         casts = self.source is Source.TRAINED and dtype.itemsize < 4
         return LinearBytes(0, working, rank * (spec.in_features + spec.out_features) * dtype.itemsize if casts else 0)
 
-    def add(
-        self, layer: AdaptedForward, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
-    ) -> torch.Tensor:
+    def add(self, layer: AdaptedForward, adapter_name: str, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
         """Return (W + ΔW) x for x [..., n] and y = W x [..., m]; with ``overwrite`` it may take y's memory."""
         if self.source is not Source.TRAINED:
             return layer.add_low_rank(adapter_name, x, y, overwrite)

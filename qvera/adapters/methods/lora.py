@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.utils.other import get_pattern_key
+from torch import Tensor
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import LinearSpec, Method, Source, Traits
+from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Source, Tensors, Traits
 from qvera.adapters.products.functional import at_least_fp32
 
 if TYPE_CHECKING:
@@ -32,32 +33,30 @@ class Lora(Method):
     source = Source.TRAINED
     peft_type = "LORA"
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
         rank = self.rank_at(adapter, spec)
         return {"qvera_A": (rank, spec.in_features), "qvera_B": (spec.out_features, rank)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> Tensor:
         rank, n = self.tensors(adapter, spec)["qvera_A"]
         generator = start_generator(adapter, spec.name)
-        if adapter.init_lora_weights == "orthogonal":
-            A, B = orthogonal_pair(rank, n, spec.out_features, generator)
-            return A if name == "qvera_A" else B
-        bound = math.sqrt(1 / n)  # Kaiming's with a = √5
+        if adapter.init_lora_weights == "orthogonal":  # B A = 0 up to rounding, as in PEFT's `orthogonal_init`
+            Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+            A = torch.randn(n, rank // 2, generator=generator) @ Q[0::2] / 10
+            B = torch.randn(spec.out_features, rank // 2, generator=generator) @ Q[1::2] / 10
+            return A.t().contiguous() if name == "qvera_A" else B
         if name == "qvera_A" and adapter.init_lora_weights == "gaussian":
             return torch.randn(shape, generator=generator) / rank
-        if name == "qvera_A":
-            return uniform(shape, bound, generator)
-        if getattr(adapter, "init_weights", True):
+        if name == "qvera_B" and getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
-        return uniform(shape, math.sqrt(1 / rank), generator)
+        # Kaiming's with a = √5 for A
+        return uniform(shape, math.sqrt(1 / (n if name == "qvera_A" else rank)), generator)
 
-    def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: AdapterSettings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         A, B = at_least_fp32(tensors["qvera_A"]), at_least_fp32(tensors["qvera_B"])
-        rank = A.shape[0]
-        scale = alpha_at(adapter, spec) / (math.sqrt(rank) if adapter.use_rslora else rank)
-        return Factors(A, B, scale=scale)
+        rank, default = A.shape[0], adapter.rank if adapter.alpha is None else adapter.alpha
+        alpha = _of_pattern(getattr(adapter, "alpha_pattern", None), spec, default)
+        return Factors(A, B, scale=alpha / (math.sqrt(rank) if adapter.use_rslora else rank))
 
     def traits(self, name: str, adapter: AdapterSettings) -> Traits:
         return Traits(rate=getattr(adapter, "loraplus_lr_ratio", 1.0) if name == "qvera_B" else 1.0)
@@ -66,25 +65,9 @@ class Lora(Method):
         return int(_of_pattern(getattr(adapter, "rank_pattern", None), spec, adapter.rank))
 
 
-def alpha_at(adapter: AdapterSettings, spec: LinearSpec) -> float:
-    """alpha of one linear: from PEFT's ``alpha_pattern``, else the adapter's alpha, else its rank."""
-    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
-    return _of_pattern(getattr(adapter, "alpha_pattern", None), spec, alpha)
-
-
 def _of_pattern(pattern: Mapping[str, float] | None, spec: LinearSpec, default: float) -> float:
     """Look up a linear in PEFT's ``rank_pattern`` or ``alpha_pattern``; the first match counts."""
     return default if not pattern else pattern.get(get_pattern_key(list(pattern), spec.name), default)
-
-
-def orthogonal_pair(
-    rank: int, in_features: int, out_features: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, n] and B [m, r] with B A = 0 up to rounding, as in PEFT's ``LoraLayer.orthogonal_init``."""
-    Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
-    A = torch.randn(in_features, rank // 2, generator=generator) @ Q[0::2] / 10
-    B = torch.randn(out_features, rank // 2, generator=generator) @ Q[1::2] / 10
-    return A.t().contiguous(), B
 
 
 def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
@@ -94,6 +77,6 @@ def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
 
 
-def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> torch.Tensor:
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     """Uniform in ±bound."""
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

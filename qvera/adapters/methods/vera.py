@@ -1,20 +1,29 @@
 """VeRA (arXiv 2310.11454): ΔW = s diag(b) B diag(d) A diag(a), A and B random, frozen and shared by all linears.
 
-b_groups and input_scale go beyond the paper. With ``magnitude`` it is DVoRA (DoRA, arXiv 2402.09353).
+b_groups and input_scale go beyond the paper. With ``magnitude`` it is DVoRA: the rows of the weight have trained norms
+(DoRA, arXiv 2402.09353, equation 5), W' = diag(m / ‖W + ΔW‖) (W + ΔW). ‖W + ΔW‖ is a constant for the gradient (section
+4.3). With a frozen A and ΔW = C A, C = diag(b) B diag(s d), it needs no weight:
+
+    ‖w_i + δ_i‖² = ‖w_i‖² + 2 (W Aᵀ)_i · C_i + C_i (A Aᵀ) C_iᵀ
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Change, LinearSpec, Method, Traits
+from qvera.adapters.factors import Factors, no_zeros
+from qvera.adapters.methods.base import Change, LinearSpec, Method, Shapes, Tensors, Traits
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
+from qvera.distributed.zero_params import gathered
+from qvera.kernels.low_rank import row_blocks, times_b
+from qvera.models.linear import BLOCK_WEIGHTS, WeightBlocks
 
 if TYPE_CHECKING:
     from qvera.adapters.methods.base import AdapterSettings
@@ -34,28 +43,23 @@ class Vera(Method):
     def variant(self, adapter: AdapterSettings) -> Method:
         return _WITH_MAGNITUDE if adapter.magnitude else self
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
         m, groups = spec.out_features, adapter.b_groups
-        shapes: dict[str, tuple[int, ...]] = {"qvera_b": (m,) if groups == 1 else (groups, m)}
-        shapes["qvera_d"] = (adapter.rank,)
-        if adapter.input_scale:
-            shapes["qvera_a"] = (spec.in_features,)
-        return shapes
+        shapes: Shapes = {"qvera_b": (m,) if groups == 1 else (groups, m), "qvera_d": (adapter.rank,)}
+        return shapes | {"qvera_a": (spec.in_features,)} if adapter.input_scale else shapes
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> Tensor:
         init = getattr(adapter, "init_weights", True)
         if name == "qvera_d" and not init:
             return torch.randn(shape)
-        starts = {"qvera_b": 0.0 if init else 1.0, "qvera_d": adapter.d_initial, "qvera_a": 1.0}
-        return torch.full(shape, starts[name])
+        starts = {"qvera_b": 0.0 if init else 1.0, "qvera_d": adapter.d_initial}
+        return torch.full(shape, starts.get(name, 1.0))
 
-    def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
+    def factors(self, adapter: AdapterSettings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         assert pair is not None
         d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
-        a = at_least_fp32(tensors["qvera_a"]) if "qvera_a" in tensors else None
-        return Factors(*pair, d, b, vera_scale(adapter.rank, spec.in_features), a)
+        a, m = (at_least_fp32(tensors[name]) if name in tensors else None for name in ("qvera_a", "qvera_m"))
+        return Factors(*pair, d, b, vera_scale(adapter.rank, spec.in_features), a, magnitude=m)
 
     def traits(self, name: str, adapter: AdapterSettings) -> Traits:
         return Traits(is_trained=name != "qvera_d" or adapter.train_d)
@@ -68,24 +72,14 @@ class _WithMagnitude(Vera):
     change = Change.SCALED
     peft_type = None
 
-    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> dict[str, tuple[int, ...]]:
+    def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
         return {**super().tensors(adapter, spec), "qvera_m": (spec.out_features,)}
 
-    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> torch.Tensor:
-        return torch.ones(shape) if name == "qvera_m" else super().start(name, shape, adapter, spec)
-
-    def factors(
-        self, adapter: AdapterSettings, spec: LinearSpec, tensors: Mapping[str, torch.Tensor], pair: Pair | None
-    ) -> Factors:
-        factors = super().factors(adapter, spec, tensors, pair)
-        return factors._replace(magnitude=at_least_fp32(tensors["qvera_m"]))
-
-    def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    def add(self, layer: Any, adapter_name: str, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
         """bias + f ⊙ (W x + ΔW x) with f = m / ‖W + ΔW‖, which is 1 for a fresh adapter."""
         if layer.mixed is None and len(layer.active_names()) > 1:
             raise ValueError(f"{adapter_name} scales the rows of W + ΔW and can't be active together with others.")
         factors = layer.parts(adapter_name)
-        assert factors.magnitude is not None
         gram = layer.qvera_projection[adapter_name].gram(factors.rank, layer.in_features)
         factor = factors.magnitude / layer.qvera_frozen[adapter_name].of_sum(factors, gram)
         scaled = functional.scale_input(layer.add_low_rank(adapter_name, x, y, overwrite), factor)
@@ -94,3 +88,71 @@ class _WithMagnitude(Vera):
 
 
 _WITH_MAGNITUDE = _WithMagnitude()
+
+
+class RowNorms(nn.Module):
+    """What norms of W + ΔW are made of: ‖w_i‖² [m] in fp32 or wider and W Aᵀ [m, r] in the compute dtype.
+
+    They are non-persistent buffers, made once from the weight that the layer computes with.
+    """
+
+    squares: Tensor
+    products: Tensor
+
+    def __init__(self, base_layer: nn.Module, A: Tensor, out_features: int) -> None:
+        super().__init__()
+        wide = at_least_fp32(A)
+        squares = torch.empty(out_features, device=A.device, dtype=wide.dtype)
+        products = A.new_empty(out_features, A.shape[0])
+        weight = base_layer.weight
+        assert isinstance(weight, nn.Parameter)
+        if not weight.is_meta:
+            with torch.no_grad(), gathered([weight]):
+                if isinstance(base_layer, Conv1D):
+                    turned = weight.t()
+                    blocks: Any = ((rows, turned[rows].to(A.dtype)) for rows in row_blocks(turned))
+                else:
+                    blocks = WeightBlocks(base_layer, A.dtype, BLOCK_WEIGHTS)  # type: ignore[arg-type]
+                for rows, block in blocks:
+                    block = block.to(wide.dtype)
+                    squares[rows] = block.square().sum(1)
+                    products[rows] = (block @ wide.t()).to(products.dtype)
+        self.register_buffer("squares", squares, persistent=False)
+        self.register_buffer("products", products, persistent=False)
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def of_sum(self, factors: Factors, gram: Tensor) -> Tensor:
+        """‖w_i + δ_i‖ [m] in fp32 or wider, without a graph, with 1 for 0 (a pruned row); ``gram`` is A Aᵀ."""
+        # cached until d or b changes in value, but only on a CPU: elsewhere the comparison waits for the device
+        assert factors.vectors is not None
+        d, b = (vector.detach() for vector in factors.vectors)
+        holds = self.squares.device.type == "cpu" and not torch.compiler.is_compiling()
+        if holds and self._latest is not None:
+            last_d, last_b, norms = self._latest
+            if torch.equal(last_d, d) and torch.equal(last_b, b):
+                return norms
+        with torch.no_grad():
+            total, middle, rank = torch.empty_like(self.squares), d.to(self.squares) * factors.scale, d.shape[0]
+            for rows in row_blocks(factors.B):
+                C = times_b(factors.B[rows].to(total), b[..., rows].to(total)) * middle
+                crossed = (self.products[rows, :rank].to(total) * C).sum(1)
+                total[rows] = self.squares[rows] + 2 * crossed + ((C @ gram) * C).sum(1)
+            norms = no_zeros(total.clamp_min_(0).sqrt_())
+        if holds:
+            self._latest = d.clone(), b.clone(), norms
+        return norms
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowNorms:
+        self._latest = None
+
+        def moved(tensor: Tensor) -> Tensor:  # a cast would round what the cast of a weight does not change
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
+
+
+def held_bytes(rank: int, sizes: Sequence[tuple[int, int]], itemsize: int) -> int:
+    """Bytes of `RowNorms` and A Aᵀ for linears of these (in_features, out_features)."""
+    rows, inputs = sum(m for _, m in sizes), {n for n, _ in sizes}
+    return rows * (rank * itemsize + 4) + 4 * rank**2 * len(inputs)

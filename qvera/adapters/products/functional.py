@@ -22,9 +22,10 @@ Two options go beyond the paper:
   ∂a_j = Σ_t x_tj h_tj. x is kept, and layers that read the same x can't share z, since each has its own a.
 """
 
-from typing import Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qvera.kernels.choice import use_kernels
@@ -32,18 +33,7 @@ from qvera.kernels.columns import scaled_columns, scaled_columns_backward
 from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, vector_gradients, wide_product
 
 
-class AutogradContext(Protocol):
-    """The ``ctx`` of `torch.autograd.Function`."""
-
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[torch.Tensor, ...]
-    scale: float
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        """Keep tensors for backward."""
-
-
-def at_least_fp32(vector: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(vector: Tensor) -> Tensor:
     """A vector that TRL or PEFT cast to 16 bits, in fp32 again; others unchanged."""
     return vector.float() if vector.dtype.itemsize < 4 else vector
 
@@ -54,13 +44,13 @@ def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     return (1.0, scale) if dtype == torch.float16 else (scale, 1.0)
 
 
-def as_output(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def as_output(flat: Tensor, shape: torch.Size) -> Tensor:
     """Reshape a fresh tensor for the output of an autograd function, as `torch.matmul` does."""
     # a view as output could not be changed in place, which transformers' Llama 4 does
     return torch.ops.aten._unsafe_view(flat, shape)
 
 
-def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+def project(x: Tensor, A: Tensor) -> Tensor:
     """z = x Aᵀ: [..., n] and [r, n] give [..., r]."""
     # a node of its own, so that layers which read the same x can share z: autograd then adds up their ∂z before the one
     # product of backward; A is frozen, so autograd keeps A and not x
@@ -69,33 +59,33 @@ def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 class _ScaleInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:
         ctx.save_for_backward(x, a)
         return scaled_columns(x, a)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
         x, a = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
             return scaled_columns_backward(h, x, a)
         return scaled_columns(h, a), None
 
 
-def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def scale_input(x: Tensor, a: Tensor) -> Tensor:
     """diag(a) x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both."""
     return _ScaleInput.apply(x, a)
 
 
 class _Core(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: AutogradContext, z: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, z: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(z, R)
         return z @ R.to(z.dtype).t()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, R = ctx.saved_tensors
         grad_z = g @ R.to(g.dtype) if ctx.needs_input_grad[0] else None
         grad_R = None
@@ -104,14 +94,12 @@ class _Core(torch.autograd.Function):
         return grad_z, grad_R
 
 
-def core(z: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+def core(z: Tensor, R: Tensor) -> Tensor:
     """R z: [..., r] and [r, r], fp32 or wider, give [..., r] in z's dtype; differentiable once in both."""
     return _Core.apply(z, R)
 
 
-def add_product(
-    base: torch.Tensor, inner: torch.Tensor, B: torch.Tensor, scale: float, overwrite: bool = False
-) -> torch.Tensor:
+def add_product(base: Tensor, inner: Tensor, B: Tensor, scale: float, overwrite: bool = False) -> Tensor:
     """base + s inner Bᵀ: [..., m] and [..., r] give [..., m] in base's dtype. Differentiable in base, inner and B."""
     rows, flat = base.reshape(-1, base.shape[-1]), inner.reshape(-1, inner.shape[-1])
     if base.dtype != inner.dtype:
@@ -120,61 +108,47 @@ def add_product(
     return as_output(add(flat, B.to(inner.dtype).t(), alpha=scale), base.shape)
 
 
-def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-    """base + b ⊙ (inner Bᵀ), group by group, without C: [..., r] to [..., m] in base's dtype, else in inner's."""
-    # in mixed batches b is [T, ..., G, m], with one row for each first index of inner
-    each, B = grouped(b).unbind(-2), B.to(inner.dtype)
-    total = base if len(each) == 1 else None
-    for z, columns, own in zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True):
+def outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor) -> Tensor:
+    """base + b ⊙ (inner Bᵀ), group by group, without C: [T, r] to [T, m] in base's dtype."""
+    each, B = grouped(b), B.to(inner.dtype)
+    if len(each) == 1:
+        return scaled_columns(inner @ B.t(), each[0], base=base)
+    total: Tensor | None = None
+    for z, columns, own in zip(inner.chunk(len(each), dim=1), B.chunk(len(each), dim=1), each, strict=True):
         total = scaled_columns(z @ columns.t(), own, base=total)
     assert total is not None
-    return total if base is None or len(each) == 1 else base + total.to(base.dtype)
+    return base + total.to(base.dtype)
 
 
-def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def inward(g: Tensor, B: Tensor, b: Tensor) -> Tensor:
     """(g ⊙ b) B, group by group: the transpose of `outward`, [T, m] to [T, r]."""
     each, B = grouped(b).to(g.dtype), B.to(g.dtype)
     return torch.cat([(g * own) @ columns for own, columns in zip(each, B.chunk(len(each), dim=1), strict=True)], dim=1)
 
 
-def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
+def few_tokens(tokens: int, B: Tensor, groups: int = 1) -> bool:
     """Whether scaling z and outputs, T (r + 2 G m) elements, touches fewer than building C [m, r]."""
     # compiled code has one path for all numbers of tokens (`qvera.models.checkpointing`)
     out_features, rank = B.shape
     return not torch.compiler.is_compiling() and tokens * (rank + 2 * groups * out_features) < out_features * rank
 
 
-def delta_weight(
-    A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, a: torch.Tensor | None = None
-) -> torch.Tensor:
+def delta_weight(A: Tensor, B: Tensor, d: Tensor, b: Tensor, scale: float, a: Tensor | None = None) -> Tensor:
     """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs."""
     delta = combined(B, d, b, scale, B.dtype) @ A
     return delta if a is None else delta.mul_(a)
 
 
-def _expand(
-    base: torch.Tensor,
-    z: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    B: torch.Tensor,
-    scale: float,
-    overwrite: bool,
-) -> torch.Tensor:
+def _expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B, len(grouped(b))):  # a decoding step: C would cost more than the whole product
         rows = base.reshape(-1, base.shape[-1])
         return as_output(outward(scaled_columns(flat, d, scale), B, b, rows), base.shape)
     in_c, after = split_scale(scale, z.dtype)
-    C = combined(B, d, b, in_c, z.dtype)
-    if base.dtype == z.dtype:
-        rows = base.reshape(-1, base.shape[-1])
-        add = rows.addmm_ if overwrite else rows.addmm
-        return as_output(add(flat, C.t(), alpha=after), base.shape)
-    return base + times(flat, C.t(), after).view(base.shape).to(base.dtype)
+    return add_product(base, z, combined(B, d, b, in_c, z.dtype), after, overwrite)
 
 
-def times(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+def times(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """factor left @ right; the factor is applied before rounding."""
     if factor == 1.0:
         return left @ right
@@ -184,22 +158,15 @@ def times(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tenso
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: AutogradContext,
-        base: torch.Tensor,
-        z: torch.Tensor,
-        d: torch.Tensor,
-        b: torch.Tensor,
-        B: torch.Tensor,
-        scale: float,
-        overwrite: bool,
-    ) -> torch.Tensor:
+        ctx: Any, base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool
+    ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale = scale
         return _expand(base, z, d, b, B, scale, overwrite)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
         g_flat = g.reshape(-1, g.shape[-1]).to(z.dtype)
@@ -223,15 +190,7 @@ class _Expand(torch.autograd.Function):
         return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 
 
-def expand(
-    base: torch.Tensor,
-    z: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    B: torch.Tensor,
-    scale: float,
-    overwrite: bool = False,
-) -> torch.Tensor:
+def expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool = False) -> Tensor:
     """y = base + b ⊙ ((s d ⊙ z) Bᵀ), [..., m] in base's dtype. Differentiable once in base, z, d and b.
 
     Args:

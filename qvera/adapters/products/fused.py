@@ -14,14 +14,15 @@ gives ∂a_j = Σ_k A_kj N_kj: T r (2 n + 2 m) in all, or m n (T + 2 r).
 If memory allows, W' is held for a whole optimizer step (`HeldWeight`).
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.products.functional import AutogradContext, as_output, split_scale
+from qvera.adapters.products.functional import as_output, split_scale
 from qvera.kernels.low_rank import combined, vector_gradients, wide_product
 from qvera.models import quantization
 
@@ -66,93 +67,71 @@ def _by_weight(tokens: int, n: int, m: int, rank: int, input_scale: bool) -> boo
     return m * n * (tokens + passes * rank) < passes * tokens * rank * (n + m)
 
 
-def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> Tensor:
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
     quantized = isinstance(module, (quantization.Linear4bit, quantization.Linear8bit))
     is_copy = quantized or weight.dtype != module.weight.dtype
     in_c, after = split_scale(factors.scale, dtype)
-    C = combined(factors.B, *_vectors(factors), in_c, dtype)
+    assert factors.vectors is not None
+    C = combined(factors.B, *factors.vectors, in_c, dtype)
     A = _scaled(factors.A, factors.a, dtype).to(dtype)
     return weight.addmm_(C, A, alpha=after) if is_copy else torch.addmm(weight, C, A, alpha=after)
 
 
-class _Source(NamedTuple):
-    """A frozen tensor that a weight was made of. Holding it keeps its memory from being reused."""
-
-    tensor: torch.Tensor
-    version: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_Source":
-        return cls(tensor, 0 if tensor.is_inference() else tensor._version)
-
-    def is_still(self, tensor: torch.Tensor) -> bool:
-        same_memory = tensor.data_ptr() == self.tensor.data_ptr() and tensor.shape == self.tensor.shape
-        return same_memory and self.version == _Source.of(tensor).version
-
-
 class HeldWeight:
     """W + ΔW of one layer [m, n], until its sources change."""
-
-    # W, A and B are compared by address and version, vectors by value: anything may have changed those
 
     def __init__(self) -> None:
         self.drop()
 
     def drop(self) -> None:
         """Drop the weight; the next `get` makes it again."""
-        self._weight: torch.Tensor | None = None
-        self._sources: tuple[_Source, ...] = ()
-        self._vectors: tuple[torch.Tensor | None, ...] = ()
+        self._weight: Tensor | None = None
+        self._frozen: list[tuple[Tensor, int]] = []
+        self._vectors: list[Tensor | None] = []
         self._kind: tuple[float, torch.dtype] | None = None
 
-    def get(self, module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+    def get(self, module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> Tensor:
         """`summed_weight`, cached. Do not change it in place."""
-        frozen, vectors = (module.weight, factors.A, factors.B), (factors.d, factors.b, factors.a)
-        if self._weight is None or not self._is_of(frozen, vectors, (factors.scale, dtype)):
+        # W, A and B are compared by address and version, and held, so that no other tensor gets their memory; vectors
+        # are compared by value, since anything may have changed those
+        frozen = [(t, 0 if t.is_inference() else t._version) for t in (module.weight, factors.A, factors.B)]
+        vectors, kind = (factors.d, factors.b, factors.a), (factors.scale, dtype)
+        is_same = (
+            self._kind == kind
+            and all(
+                known.data_ptr() == now.data_ptr() and known.shape == now.shape and known_version == version
+                for (known, known_version), (now, version) in zip(self._frozen, frozen, strict=True)
+            )
+            and all(
+                known is now or (known is not None and now is not None and torch.equal(known, now))
+                for known, now in zip(self._vectors, vectors, strict=True)
+            )
+        )
+        if self._weight is None or not is_same:
             self.drop()  # first, so that no two are in memory
             self._weight = summed_weight(module, factors, dtype)
-            self._sources = tuple(map(_Source.of, frozen))
-            self._vectors = tuple(None if v is None else v.detach().clone() for v in vectors)
-            self._kind = factors.scale, dtype
+            self._frozen, self._kind = frozen, kind
+            self._vectors = [None if v is None else v.detach().clone() for v in vectors]
         return self._weight
-
-    def _is_of(
-        self,
-        frozen: tuple[torch.Tensor, ...],
-        vectors: tuple[torch.Tensor | None, ...],
-        kind: tuple[float, torch.dtype],
-    ) -> bool:
-        if self._kind != kind or not all(s.is_still(t) for s, t in zip(self._sources, frozen, strict=True)):
-            return False
-        return all(
-            one is other or (one is not None and other is not None and torch.equal(one, other))
-            for one, other in zip(self._vectors, vectors, strict=True)
-        )
-
-
-class _SummedContext(AutogradContext, Protocol):
-    module: torch.nn.Linear
-    held: HeldWeight | None
-    keeps_input: bool
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _SummedContext,
-        x: torch.Tensor,
-        z: torch.Tensor | None,
-        d: torch.Tensor,
-        b: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        d: Tensor,
+        b: Tensor,
+        A: Tensor,
+        B: Tensor,
         scale: float,
         module: torch.nn.Linear,
-        a: torch.Tensor | None,
+        a: Tensor | None,
         held: HeldWeight | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         ctx.save_for_backward(x if z is None else z, d, b, A, B, a)
         ctx.scale, ctx.module, ctx.keeps_input = scale, module, z is None
         ctx.held = held
@@ -163,7 +142,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _SummedContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept, d, b, A, B, a = ctx.saved_tensors
         grad_x = grad_d = grad_b = grad_a = None
         scaled = _scaled(A, a, g.dtype)
@@ -188,26 +167,18 @@ class _Summed(torch.autograd.Function):
         return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a, None
 
 
-def _vectors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    assert factors.vectors is not None
-    return factors.vectors
-
-
-def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _scaled(A: Tensor, a: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A diag(a) [r, n] in ``dtype``; without an a, A as it is."""
     return A if a is None else (A * a).to(dtype)
 
 
 def summed_linear(
-    module: torch.nn.Linear,
-    x: torch.Tensor,
-    z: torch.Tensor | None,
-    factors: Factors,
-    held: HeldWeight | None = None,
-) -> torch.Tensor:
+    module: torch.nn.Linear, x: Tensor, z: Tensor | None, factors: Factors, held: HeldWeight | None = None
+) -> Tensor:
     """y = x (W + ΔW)ᵀ + bias, [..., m] in x's dtype. Differentiable once in x, d, b and a; W and bias get no gradient.
 
     x is [..., n] in the compute dtype, and z = x Aᵀ [..., r] has no graph. z None: backward keeps x instead
     (`keeps_input`), as it must if there is an a. ``held`` None: W + ΔW is made anew, forward and backward.
     """
-    return _Summed.apply(x, z, *_vectors(factors), factors.A, factors.B, factors.scale, module, factors.a, held)
+    A, B, d, b, scale, a, *_ = factors
+    return _Summed.apply(x, z, d, b, A, B, scale, module, a, held)

@@ -9,56 +9,46 @@ casts, x only if A is trained, and z only if B is. s goes into z and h, except i
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.products.functional import AutogradContext, as_output, split_scale, times
+from qvera.adapters.products.functional import add_product, split_scale, times
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import wide_product
 from qvera.models import linear
 
-Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Sampler = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """x [..., n] → the rows that backward keeps [k, n], their token indices [k], and their weights [k]."""
 
 
-class _Context(AutogradContext, Protocol):
-    module: torch.nn.Linear | None
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, A, B
-
-
-def _product(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, y: torch.Tensor, overwrite: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _product(x: Tensor, A: Tensor, B: Tensor, scale: float, y: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
     """y + s (x Aᵀ) Bᵀ in y's dtype and shape, and z [T, r]; A and B in x's dtype."""
     inner, after = split_scale(scale, x.dtype)
     z = times(x.reshape(-1, x.shape[-1]), A.t(), inner)
-    if y.dtype != x.dtype:
-        return y + times(z, B.t(), after).view(y.shape).to(y.dtype), z
-    rows = y.reshape(-1, y.shape[-1])
-    return as_output((rows.addmm_ if overwrite else rows.addmm)(z, B.t(), alpha=after), y.shape), z
+    return add_product(y, z, B, after, overwrite), z
 
 
 class _TrainedPair(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context,
-        x: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
         scale: float,
-        base: torch.Tensor | None,
-        module: torch.nn.Linear | None,
+        base: Tensor | None,
+        module: Any,
         overwrite: bool,
-        kept: torch.Tensor | None,
-        tokens: torch.Tensor | None,
-        weight: torch.Tensor | None,
-    ) -> torch.Tensor:
+        kept: Tensor | None,
+        tokens: Tensor | None,
+        weight: Tensor | None,
+    ) -> Tensor:
         ctx.scale, ctx.module, ctx.dtypes = scale, module, (x.dtype, A.dtype, B.dtype)
         A, B = A.to(x.dtype), B.to(x.dtype)
         if base is None:
-            assert module is not None
             base, overwrite = linear.frozen_product(module, x), True
         y, z = _product(x, A, B, scale, base, overwrite)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
@@ -74,7 +64,7 @@ class _TrainedPair(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, z, A, B, tokens, weight = ctx.saved_tensors
         needs_x, needs_A, needs_B, _, needs_base = ctx.needs_input_grad[:5]
         dtype, *parameter_dtypes = ctx.dtypes
@@ -91,13 +81,12 @@ class _TrainedPair(torch.autograd.Function):
             if needs_x and ctx.module is None:
                 grad_x = times(h, A, after).view(*g.shape[:-1], -1)
             elif needs_x:
-                assert ctx.module is not None
                 grad_x = linear.frozen_input_grad(ctx.module, cast)
                 grad_x.view(-1, A.shape[1]).addmm_(h, A, alpha=after)
         return grad_x, grad_A, grad_B, None, g if needs_base else None, None, None, None, None, None
 
 
-def _parameter_gradient(left: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def _parameter_gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale leftᵀ right in the parameter's dtype. Kernels sum over the tokens in fp32, plain code in its own dtype."""
     if not use_kernels(left, right):
         return times(left.t(), right, scale).to(dtype)
@@ -106,14 +95,8 @@ def _parameter_gradient(left: torch.Tensor, right: torch.Tensor, scale: float, d
 
 
 def trained_path(
-    base: torch.Tensor,
-    x: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    scale: float,
-    overwrite: bool = False,
-    sampler: Sampler | None = None,
-) -> torch.Tensor:
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, overwrite: bool = False, sampler: Sampler | None = None
+) -> Tensor:
     """y = base + s (x Aᵀ) Bᵀ, [..., m] in base's dtype. Differentiable once in base, x, A and B.
 
     Args:
@@ -130,20 +113,13 @@ def trained_path(
     return _TrainedPair.apply(x, A, B, scale, base, None, overwrite, *_sampled(sampler, x, A))
 
 
-def _sampled(sampler: Sampler | None, x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Kept rows of x, their tokens and weights; None each if all are kept."""
-    if sampler is None or not A.requires_grad:
-        return None, None, None
-    return sampler(x)
-
-
 def trained_linear(
-    module: torch.nn.Linear,
-    x: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    scale: float,
-    sampler: Sampler | None = None,
-) -> torch.Tensor:
+    module: torch.nn.Linear, x: Tensor, A: Tensor, B: Tensor, scale: float, sampler: Sampler | None = None
+) -> Tensor:
     """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ, [..., m] in x's dtype. W and bias get no gradient. See `trained_path`."""
     return _TrainedPair.apply(x, A, B, scale, None, module, True, *_sampled(sampler, x, A))
+
+
+def _sampled(sampler: Sampler | None, x: Tensor, A: Tensor) -> tuple[Tensor | None, ...]:
+    """Kept rows of x, their tokens and weights; None each if all are kept."""
+    return (None, None, None) if sampler is None or not A.requires_grad else sampler(x)

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.products.functional import AutogradContext
 from qvera.kernels.columns import scaled_columns
 
 
@@ -29,29 +30,25 @@ from qvera.kernels.columns import scaled_columns
 class TokenSlots:
     """Which slot each of T tokens uses, in any order: int64 [T], from 0 to ``slots`` - 1."""
 
-    index: torch.Tensor
+    index: Tensor
     slots: int
 
     @functools.cached_property
-    def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def sorted(self) -> tuple[Tensor, Tensor]:
         """Tokens in the order of their slots, int64 [T], and where each slot begins there, int64 [R]. For backward."""
         slots, order = torch.sort(self.index, stable=True)
         return order, torch.searchsorted(slots, torch.arange(self.slots, device=slots.device))
 
 
 def _scaled(
-    x: torch.Tensor,
-    vectors: torch.Tensor,
-    tokens: TokenSlots | None,
-    scale: float = 1.0,
-    base: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, vectors: Tensor, tokens: TokenSlots | None, scale: float = 1.0, base: Tensor | None = None
+) -> Tensor:
     """scale v_i ⊙ x_i with the vectors [R, k]; with a base, base + that, which may take x's memory."""
     index = None if tokens is None else tokens.index
     return scaled_columns(x, vectors if index is not None else vectors[0], scale, base, index, base is not None)
 
 
-def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> torch.Tensor:
+def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> Tensor:
     """Σ left ⊙ right over each slot's tokens, [..., k] twice → [R, k], in ``dtype`` and in a fixed order."""
     if tokens is None:
         return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
@@ -60,9 +57,7 @@ def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: To
     return F.embedding_bag(order, product.view(-1, product.shape[-1]), begins, mode="sum")
 
 
-def _outward(
-    inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor, tokens: TokenSlots | None
-) -> torch.Tensor:
+def _outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor, tokens: TokenSlots | None) -> Tensor:
     """base + b_i ⊙ (inner_i Bᵀ), group by group, in the memory of the product."""
     groups, B = b.shape[1], B.to(inner.dtype)
     total = base
@@ -74,25 +69,18 @@ def _outward(
 class _ExpandSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: AutogradContext,
-        base: torch.Tensor,
-        z: torch.Tensor,
-        d: torch.Tensor,
-        b: torch.Tensor,
-        B: torch.Tensor,
-        scale: float,
-        tokens: TokenSlots | None,
-    ) -> torch.Tensor:
+        ctx: Any, base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
+    ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
-        ctx.scale, ctx.tokens = scale, tokens  # type: ignore[attr-defined]
+        ctx.scale, ctx.tokens = scale, tokens
         return _outward(_scaled(z, d, tokens, scale), B, b, base, tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
-        tokens: TokenSlots | None = ctx.tokens  # type: ignore[attr-defined]
+        tokens: TokenSlots | None = ctx.tokens
         upstream, B, groups = g.to(z.dtype), B.to(z.dtype), b.shape[1]
         sums, parts = [], []
         inner = _scaled(z, d, tokens, ctx.scale) if need_b else z
@@ -112,14 +100,8 @@ class _ExpandSlots(torch.autograd.Function):
 
 
 def expand_slots(
-    base: torch.Tensor,
-    z: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    B: torch.Tensor,
-    scale: float,
-    tokens: TokenSlots | None,
-) -> torch.Tensor:
+    base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
+) -> Tensor:
     """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each slot i of the batch, in base's shape and dtype.
 
     Differentiable once in base, z, d and b. NaN or Inf in a slot does not reach other slots, forward or backward.
@@ -139,21 +121,21 @@ def expand_slots(
 
 class _ScaleSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, tokens: TokenSlots | None) -> Tensor:
         ctx.save_for_backward(x, a)
-        ctx.tokens = tokens  # type: ignore[attr-defined]
+        ctx.tokens = tokens
         return _scaled(x, a, tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
         x, a = ctx.saved_tensors
-        tokens: TokenSlots | None = ctx.tokens  # type: ignore[attr-defined]
+        tokens: TokenSlots | None = ctx.tokens
         need_x, need_a = ctx.needs_input_grad[:2]
         grad_a = _sum(h, x, a.dtype, tokens) if need_a else None
         return _scaled(h, a, tokens) if need_x else None, grad_a, None
 
 
-def scale_slots(x: torch.Tensor, a: torch.Tensor, tokens: TokenSlots | None) -> torch.Tensor:
+def scale_slots(x: Tensor, a: Tensor, tokens: TokenSlots | None) -> Tensor:
     """diag(a_i) x_i for each slot: [..., n] of T tokens and [R, n] give [..., n] in x's dtype; differentiable once."""
     return _ScaleSlots.apply(x, a, tokens)

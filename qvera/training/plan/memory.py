@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from qvera.adapters.methods import Source
 from qvera.adapters.methods.base import Change
-from qvera.adapters.products.magnitude import held_bytes
+from qvera.adapters.methods.vera import held_bytes
 from qvera.config.schema import Recipe
 from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, nvme_buffers

@@ -13,8 +13,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.adapted_forward import layer_shape
 from qvera.adapters.config import PREFIX, SHARED_PREFIX
+from qvera.adapters.layer import layer_shape
 from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
 from qvera.adapters.products import fused

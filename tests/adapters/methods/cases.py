@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from qvera.adapters.files.save_load import named_vectors
+
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 Tensors = Mapping[str, torch.Tensor]
-Factor = torch.Tensor | None
+Factor: TypeAlias = Any
+"""A [r, n] or B [m, r]; None where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,6 @@ def _scale(A: torch.Tensor) -> float:
 
 
 def _vera(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
-    assert A is not None
-    assert B is not None
     b = t["qvera_b"] if t["qvera_b"].dim() == 2 else t["qvera_b"].unsqueeze(0)
     spread = b.t().repeat_interleave(A.shape[0] // len(b), dim=1)
     delta = _scale(A) * (spread * B) @ torch.diag(t["qvera_d"]) @ A
@@ -57,8 +59,6 @@ def _dvora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torc
 
 
 def _shared_core(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
-    assert A is not None
-    assert B is not None
     return W + _scale(A) * B @ t["qvera_R"] @ A
 
 
@@ -76,8 +76,6 @@ def _spiel(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torc
 
 
 def _lora_xs(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
-    assert A is not None
-    assert B is not None
     return W + B @ t["qvera_R"] @ A
 
 
@@ -86,15 +84,11 @@ def _lora_sb(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> to
 
 
 def _sara(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
-    assert A is not None
-    assert B is not None
     scale = math.sqrt(6 / A.shape[1]) * math.sqrt(6 / 16)  # by the highest rank, not by the linear's own
     return W + scale * torch.diag(t["qvera_b"]) @ B @ torch.diag(t["qvera_d"]) @ A
 
 
 def _sara_svd(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
-    assert A is not None
-    assert B is not None
     return W + torch.diag(t["qvera_b"]) @ B @ torch.diag(t["qvera_d"]) @ A
 
 
@@ -188,3 +182,17 @@ CASES: dict[str, Case] = {
         64 * ((4096 + 128 + 32) + (11008 + 128 + 32) + (4096 + 128 + 86) + 32 + 7),
     ),
 }
+
+
+def logits(model: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, **kwargs).logits
+
+
+def moved(model: Any, seed: int = 1) -> Any:
+    """The model with every tensor of its adapter at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for vector in named_vectors(model).values():
+        if vector.is_floating_point():
+            vector.data.add_(torch.randn(vector.shape, generator=generator), alpha=0.3)
+    return model

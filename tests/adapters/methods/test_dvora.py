@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.products.magnitude import held_bytes
+from qvera.adapters.methods.vera import held_bytes
 from qvera.adapters.projection import vera_scale
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe

@@ -25,9 +25,8 @@ from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.training.trainer import train
 from tests.adapters.helpers import SHAPES, dense_weight, on_meta, relative, trainable
-from tests.adapters.methods.cases import CASES, Case
+from tests.adapters.methods.cases import CASES, IDS, Case, logits, moved
 
-IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
 
 
@@ -37,7 +36,7 @@ def recipe_of(case: Case, model_dir: Path, rows: Path, output_dir: Path, **train
         "data": {"path": str(rows), "eval_fraction": 0.2, "max_length": 64},
         "adapter": case.adapter,
         "training": {
-            "output_dir": str(output_dir), "max_steps": 6, "global_batch_size": 8, "save_steps": 3, "sample_count": 0,
+            "output_dir": str(output_dir), "max_steps": 4, "global_batch_size": 8, "save_steps": 2, "sample_count": 0,
             "learning_rate": case.learning_rate, "report_to": [], **training,
         },
     }  # fmt: skip
@@ -51,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def run_dir(case: Case, tiny_model_dir: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps over the tiny model in NF4."""
+    """A run of four steps over the tiny model in NF4."""
     run = tmp_path_factory.mktemp("method") / "run"
     train(recipe_of(case, tiny_model_dir, tiny_rows, run), run)
     return run
@@ -61,24 +60,15 @@ def base_of(run: Path) -> Any:
     return load_base(load_recipe(run / "recipe.yaml").model)
 
 
-def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, **kwargs).logits
+@pytest.fixture(scope="module")
+def loaded(run_dir: Path) -> Any:
+    """The run's adapter on its base."""
+    return load_adapter(base_of(run_dir).model, run_dir / "adapter")
 
 
 @pytest.fixture(scope="module")
-def run_logits(run_dir: Path) -> torch.Tensor:
-    """Those of the run's adapter on its base."""
-    return logits(load_adapter(base_of(run_dir).model, run_dir / "adapter"))
-
-
-def moved(model: Any, seed: int = 1) -> Any:
-    """The model with every tensor of its adapter at random."""
-    generator = torch.Generator().manual_seed(seed)
-    for vector in named_vectors(model).values():
-        if vector.is_floating_point():
-            vector.data.add_(torch.randn(vector.shape, generator=generator), alpha=0.3)
-    return model
+def run_logits(loaded: Any) -> torch.Tensor:
+    return logits(loaded)
 
 
 def fresh(case: Case, model_dir: Path, **model: Any) -> PeftModel:
@@ -103,21 +93,23 @@ def test_the_count_on_a_7b_is_the_formulas(case: Case) -> None:
     assert one + (SHAPES["LLaMA-7B"]["num_hidden_layers"] - 1) * (two - one) == case.trained_on_7b
 
 
+WAYS = [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "bfloat16"), ("none", "float16"), ("fp4", "bfloat16")]
+
+
 @pytest.mark.parametrize(
-    ("quantization", "dtype"),
+    ("name", "quantization", "dtype"),
     [
-        ("nf4", "float32"),
-        ("nf4", "bfloat16"),
-        ("int8", "bfloat16"),
-        ("none", "float16"),
-        pytest.param("none", "float32", marks=pytest.mark.slow),
-        pytest.param("fp4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(name, *way, marks=() if (i + j) % 2 and j < 4 else pytest.mark.slow)  # two ways each, or all
+        for i, name in enumerate(CASES)
+        for j, way in enumerate(WAYS)
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_dense_equation(
-    case: Case, quantization: str, dtype: str, tiny_model_dir: Path
+    name: str, quantization: str, dtype: str, tiny_model_dir: Path
 ) -> None:
+    case = CASES[name]
     model = moved(fresh(case, tiny_model_dir, quantization=quantization, compute_dtype=dtype))
+    compute = getattr(torch, dtype)
     compute = getattr(torch, dtype)
     layers = {m.spec.name: m for m in model.modules() if isinstance(m, QveraLinear)}
     for name in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):  # grouped keys; wide and narrow
@@ -188,9 +180,8 @@ def test_the_file_holds_the_tensors_and_nothing_else(case: Case, run_dir: Path) 
     assert run["plan"]["trained_numbers"] == run["adapter"]["trainable_parameters"]
 
 
-def test_what_is_saved_is_loaded_to_the_bit(run_dir: Path, tmp_path: Path) -> None:
-    model = load_adapter(base_of(run_dir).model, run_dir / "adapter")
-    save_adapter(model, tmp_path / "again")
+def test_what_is_saved_is_loaded_to_the_bit(loaded: Any, run_dir: Path, tmp_path: Path) -> None:
+    save_adapter(loaded, tmp_path / "again")
     one, other = (load_file(d / "adapter_model.safetensors") for d in (run_dir / "adapter", tmp_path / "again"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -201,7 +192,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 ) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    shutil.rmtree(next((tmp_path / "run" / "checkpoints").glob("*6")))
+    shutil.rmtree(next((tmp_path / "run" / "checkpoints").glob("*4")))
     train(recipe_of(case, tiny_model_dir, tiny_rows, run_dir), tmp_path / "run", resume=True)
     one, other = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (run_dir, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -237,11 +228,10 @@ def test_rows_of_a_batch_take_their_own_adapters(run_dir: Path, run_logits: torc
     torch.testing.assert_close(mixed, torch.stack([logits(other)[0], run_logits[1]]))
 
 
-def test_the_factors_of_a_file_are_those_of_the_layer(run_dir: Path) -> None:
-    model = load_adapter(base_of(run_dir).model, run_dir / "adapter")
+def test_the_factors_of_a_file_are_those_of_the_layer(loaded: Any, run_dir: Path) -> None:
     section = load_recipe(run_dir / "recipe.yaml").model
     deltas = read_deltas(run_dir / "adapter", empty_model(section)).layers
-    layers = {m.spec.name: m for m in model.modules() if isinstance(m, QveraLinear)}
+    layers = {m.spec.name: m for m in loaded.modules() if isinstance(m, QveraLinear)}
     assert deltas.keys() == layers.keys()
     for name, delta in deltas.items():
         weight = dense_weight(layers[name].base_layer).float()

@@ -18,7 +18,7 @@ from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.evaluation.generate import generating
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError
-from tests.adapters.methods.test_methods import logits, moved
+from tests.adapters.methods.cases import logits, moved
 from tests.conftest import small_llama
 
 ROUTED = {"method": "sara", "rank": 8, "singular_share": 0.3, "experts": 2}

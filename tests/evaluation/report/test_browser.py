@@ -14,7 +14,7 @@ import pytest
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import compare_page
 from qvera.evaluation.report.run_page import write_report
-from qvera.lab.analysis_page import analysis_page
+from qvera.lab.analysis import analysis_page
 from tests.evaluation.report.conftest import (
     adapter_entry,
     analysis,
