@@ -203,7 +203,7 @@ CACHE_ARGUMENT = (
 )
 """The name of the argument that takes a KV cache. transformers 5.x renames it, and warns of the old name."""
 
-_WORTH_TOKENS = 16  # A shorter common prefix is not computed separately, because that takes a forward pass of its own
+_WORTH_TOKENS = 16  # a shorter common prefix is not computed separately, because that takes a forward pass of its own
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

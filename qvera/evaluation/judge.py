@@ -180,7 +180,7 @@ def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Judge:
     """A model on a server that compares answers, and what it compares them with."""
 
-    ask: Callable[[str], str]  # Sends a text and returns the reply
+    ask: Callable[[str], str]  # sends a text and returns the reply
     server: str
     model: str
     against: str  # ``base``, ``reference``, or a file that ``qvera eval --predictions`` wrote

@@ -20,7 +20,7 @@ import numpy as np
 
 from qvera.utils.errors import InputError
 
-References = Sequence[Sequence[str]]  # For each answer, one or more right texts
+References = Sequence[Sequence[str]]  # for each answer, one or more right texts
 
 
 def exact_match(answer: str, reference: str) -> bool:

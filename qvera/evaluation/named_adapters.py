@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qvera.data import Datasets
     from qvera.data.rows import Rows
 
-_SHOWN_NAMES = 8  # An error lists at most this many names
+_SHOWN_NAMES = 8  # an error lists at most this many names
 
 _NOT_SAVED = {
     "not_finite": "its loss, gradient or held-out loss was not finite, so its vectors were not saved",

@@ -20,7 +20,7 @@ _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", 
 """Last parts of the names of tensors that are not trained."""
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
-_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # The same for a LoRA in a GGUF file
+_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # the same for a LoRA in a GGUF file
 _EXPORTS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
 """Kind in the certificate → what people call it; any other kind is a merged checkpoint."""
 

@@ -160,14 +160,6 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         # a change that differs by token is no change of weights
         changes_weights, is_low_rank = known.change is not Change.PER_TOKEN, known.change is Change.LOW_RANK
         method = known.title or method
-    article = "An" if method[0].lower() in "aeiou" else "A"
-    rank = f" of rank {facts['rank']}" if facts.get("rank") else ""
-    trained = facts.get("trained_parameters")
-    size = "" if trained is None else f" with {trained:,} trained parameters"
-    version = (run.get("versions") or {}).get("qvera")
-    quantized = (subject.certificate.get("quantized") or {}).get("quantization")
-    form = _KINDS[kind].form + (f", in 4 bits ({quantized})" if quantized else "")
-
     has_answers, labels = not model_class.has_own_head, model_class.labels
     is_lora = facts.get("peft_type") == "LORA" or kind == "lora"
     served = has_answers and is_low_rank and not facts.get("magnitude") and not facts.get("added_tokens")
@@ -183,8 +175,12 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
     return environment.get_template("card.md").render(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=place.rpartition("/")[2] if repo else f"{base_name}, {facts['method']}",
-        summary=f"{article} {method} adapter{rank}{size}, for {base_name}{form}. It was trained with qvera"
-        f"{'' if version is None else f' {version}'}.",
+        method=method,
+        rank=facts.get("rank"),
+        trained=facts.get("trained_parameters"),
+        version=(run.get("versions") or {}).get("qvera"),
+        form=_KINDS[kind].form,
+        quantized=(subject.certificate.get("quantized") or {}).get("quantization"),
         kind=kind,
         repo=place,
         base=base_name,
@@ -197,7 +193,8 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         chat_template_file="" if subject.chat_template is None else CHAT_TEMPLATE,
         rows="pictures/" if model_class.reads_images else "rows.csv",
         changes_weights=changes_weights,
-        vllm=_vllm(int(facts.get("rank") or 0), base_name, place, is_lora) if served else "",
+        served=served,
+        vllm_ranks=VLLM_RANKS,
         has_gguf=has_answers and (run.get("model") or {}).get("architecture") in (None, *FAMILIES),
         scores=list(_score_tables(subject, before, after)),
         training={} if recipe is None else _training(subject, recipe, sources),
@@ -219,17 +216,6 @@ def _license(base: ModelSection, hub_id: str | None) -> dict[str, str]:
         return {}
     keys = ("license", "license_name", "license_link") if isinstance(tree, dict) else ()
     return {key: tree[key] for key in keys if isinstance(tree.get(key), str)}
-
-
-def _vllm(rank: int, base: str, repo: str, is_lora: bool) -> str:
-    """How vLLM serves it; "" for a LoRA of a rank that vLLM does not take."""
-    place = next((known for known in VLLM_RANKS if known >= rank), None)
-    if place is None and is_lora:
-        return ""
-    adapter = repo if is_lora else "lora/"
-    served = f"vllm serve {base} --enable-lora --max-lora-rank {place or VLLM_RANKS[-1]} --lora-modules name={adapter}"
-    cut = f" --rank {VLLM_RANKS[-1]}" if place is None else ""
-    return served if is_lora else f"qvera export {repo} lora/ --to lora{cut}\n{served}"
 
 
 def _training(subject: CardSubject, recipe: Recipe, sources: Sequence[str | None]) -> dict[str, object]:

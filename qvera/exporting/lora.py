@@ -28,9 +28,9 @@ from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")
 """Settings that exclude linears which the targets name. Configs written here name the rest in full instead."""
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # Values of --max-lora-rank in vLLM 0.14
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.14
 
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # Layer → A' [r, n] and B' [m, r]
+Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # layer → A' [r, n] and B' [m, r]
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:

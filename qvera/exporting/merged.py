@@ -36,6 +36,7 @@ _MERGING_BYTES = 2 * 10**9
 """Free memory needed on an accelerator: the pair of a 70B at rank 1024 in fp32 is 230 MB, and blocks add to it."""
 Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
 """Rows in the output's dtype, and max and sum of |ΔW| in them where the weight is adapted."""
+Progress = Callable[[int, int, str], None]  # called with (finished tensors, all tensors, tensor name)
 
 
 class Merging:
@@ -94,8 +95,13 @@ class Merging:
         }
 
     @contextlib.contextmanager
-    def merged(self, skip: Collection[str], known: dict[str, str]) -> Iterator[Iterator[Merged]]:
-        """Merged rows except ``skip``, in order; they fill `layers`. ``known``: SHA-256 of files already hashed."""
+    def merged(
+        self, skip: Collection[str], known: dict[str, str], check: Callable[[], None], progress: Progress | None
+    ) -> Iterator[Iterator[tuple[Block, torch.Tensor]]]:
+        """Merged rows except ``skip``, in order; they fill `layers`.
+
+        ``known``: SHA-256 of files already hashed. ``check`` is called at each block, and raises to stop.
+        """
         base = self.base
         if base.packed or self.options.base == "dequantized":
             self.reader = base.reader(self.section, known)
@@ -103,15 +109,21 @@ class Merging:
             self.reader = CheckpointReader(base.stored, base.stamps, known)
         skip = {entry.name for entry in base.stored} - {entry.name for entry in base.entries} | set(skip)
 
-        def counted(results: Iterator[Merged]) -> Iterator[Merged]:
+        def counted(results: Iterator[Merged]) -> Iterator[tuple[Block, torch.Tensor]]:
             largest = total = 0.0
+            done = sum(entry.name in skip for entry in base.entries)
             for block, rows, found in results:
+                check()
                 if found is not None:
                     largest, total = max(largest, found[0]), total + found[1]
                     if block.last:
                         self.layers[block.entry.name] = {"max_abs": largest, "mean_abs": total / block.entry.numel}
                         largest = total = 0.0
-                yield block, rows, found
+                if block.last:
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(base.entries), block.entry.name)
+                yield block, rows
 
         with (
             one_thread_each() as workers,
@@ -200,7 +212,6 @@ class Merging:
 
 _KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."
 _INTERRUPTED = "Stopped by {why} with {done} of {total} shards finished in {out}. The same command goes on from there."
-Progress = Callable[[int, int, str], None]  # Called with (finished tensors, all tensors, tensor name)
 
 
 def export_merged(
@@ -268,24 +279,13 @@ def _write_shards(
     left = [(name, group) for name, group in shards if not work.has(name)]
     skip = {spec.name for spec in merging.specs} - {spec.name for _, group in left for spec in group}
     merging.layers = {name: facts for name, facts in work.facts.get("layers", {}).items() if name in skip}
-    entries = merging.base.entries
-    needed = sum(entry.numel for entry in entries if entry.name not in skip) * merging.dtype.itemsize
+    needed = sum(entry.numel for entry in merging.base.entries if entry.name not in skip) * merging.dtype.itemsize
     require_space(work.out, needed, "the rest of the export" if skip else "the export")
     header = merging.adapter.header(merging.section.path) | {"base_fingerprint": merging.base.fingerprint}
 
-    def rows_of(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
-        done = len(skip)
-        for block, rows, _ in results:
-            check()
-            if block.last:
-                done += 1
-                if progress is not None:
-                    progress(done, len(entries), block.entry.name)
-            yield rows
-
-    with merging.merged(skip, work.facts.get("base", {})) as results:
+    with merging.merged(skip, work.facts.get("base", {}), check, progress) as results:
         head = (tensor for name, tensor in merging.head.items() if name not in skip)
-        rows = itertools.chain(rows_of(results), head)
+        rows = itertools.chain((rows for _, rows in results), head)
         for name, group in left:
             with disk_errors(str(work.out / name), kept()):
                 sha256 = write_shard(work.out / name, group, rows, header)

@@ -52,8 +52,13 @@ def loss_in_stock_transformers(directory: Path, run: Path) -> float:
     return total / tokens
 
 
-def test_a_run_its_adapter_and_what_it_exports_to(run: Path) -> None:
-    of_run = evaluate(run, "--with-base", "--max-new-tokens", "6")
+@pytest.fixture(scope="module")
+def of_run(moved_run: Path) -> dict[str, Any]:
+    """The run itself, with its base."""
+    return evaluate(moved_run, "--with-base", "--max-new-tokens", "6")
+
+
+def test_a_run_its_adapter_and_what_it_exports_to(run: Path, of_run: dict[str, Any]) -> None:
     before = json.loads((run / "run.json").read_text())["result"]["eval_before"]
     assert of_run["base_scores"]["loss"] == pytest.approx(before["loss"], rel=1e-6)
     assert abs(of_run["scores"]["loss"] - before["loss"]) > 0.01
@@ -73,7 +78,9 @@ def test_a_run_its_adapter_and_what_it_exports_to(run: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["original", "dequantized"])
-def test_a_merged_export_finds_its_run_and_its_base(run: Path, tiny_model_dir: Path, weights: str) -> None:
+def test_a_merged_export_finds_its_run_and_its_base(
+    run: Path, of_run: dict[str, Any], tiny_model_dir: Path, weights: str
+) -> None:
     out = run.parent / "merged"
     assert main(["export", str(run), str(out), "--dtype", "float32", "--base", weights, "--no-compare"]) == 0
     (run.parent / "prompts.txt").write_text("say red 1\n")
@@ -85,7 +92,6 @@ def test_a_merged_export_finds_its_run_and_its_base(run: Path, tiny_model_dir: P
     if weights == "original":
         assert found["base_scores"]["loss"] == pytest.approx(loss_in_stock_transformers(tiny_model_dir, run), rel=1e-5)
     else:  # merged into what the run trained on, so it is the run again
-        of_run = evaluate(run, "--with-base", "--max-new-tokens", "6")
         for scores in ("scores", "base_scores"):
             assert found[scores]["loss"] == pytest.approx(of_run[scores]["loss"], rel=1e-4)
         assert [row["answer"] for row in found["answers"]] == [row["answer"] for row in of_run["answers"]]
@@ -112,8 +118,9 @@ def test_an_export_is_asked_what_its_run_was_trained_on(make_recipe: Any, tmp_pa
     )
     train(recipe, tmp_path / "run")
     out = tmp_path / "merged"
-    assert main(["export", str(tmp_path / "run"), str(out), "--dtype", "float32", "--base", "dequantized"]) == 0
-    run, merged = evaluate(tmp_path / "run"), evaluate(out)
+    options = ["--dtype", "float32", "--base", "dequantized", "--no-compare"]
+    assert main(["export", str(tmp_path / "run"), str(out), *options]) == 0
+    run, merged = (evaluate(place, "--max-new-tokens", "2") for place in (tmp_path / "run", out))
     assert [row["prompt"] for row in merged["answers"]] == [row["prompt"] for row in run["answers"]]
     assert merged["scores"]["loss"] == pytest.approx(run["scores"]["loss"], rel=1e-4)
     said = load_tokenizer(ModelSection(path=str(out))).apply_chat_template(
@@ -280,12 +287,11 @@ def test_a_checkpoint_without_a_base_has_a_page_without_one(
     assert "<h3>Base " not in html
 
 
-def test_the_base_alone(run: Path) -> None:
+def test_the_base_alone(run: Path, of_run: dict[str, Any]) -> None:
     alone = evaluate(run, "--base", "--max-new-tokens", "6")
-    both = evaluate(run, "--with-base", "--max-new-tokens", "6")
     assert alone["base_scores"] is None
-    assert alone["scores"]["loss"] == both["base_scores"]["loss"]
-    assert [row["answer"] for row in alone["answers"]] == [row["base_answer"] for row in both["answers"]]
+    assert alone["scores"]["loss"] == of_run["base_scores"]["loss"]
+    assert [row["answer"] for row in alone["answers"]] == [row["base_answer"] for row in of_run["answers"]]
     assert alone["subject"]["column"] == "Base"
 
 

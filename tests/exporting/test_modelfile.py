@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qvera.data.chat_template import NAMED_TEMPLATES
-from qvera.exporting.gguf.modelfile import GO_TEMPLATES, known_template, modelfile
+from qvera.exporting.gguf.modelfile import STOP_TEXTS, known_template, modelfile
 from tests.conftest import small_tokenizer
 from tests.exporting.go_template import render
 
@@ -33,7 +33,7 @@ def template_in(text: str) -> str:
 
 
 def test_every_named_template_has_its_form_for_ollama() -> None:
-    assert GO_TEMPLATES.keys() == NAMED_TEMPLATES.keys()
+    assert STOP_TEXTS.keys() == NAMED_TEMPLATES.keys()
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)

@@ -17,9 +17,9 @@ import numpy as np
 from qvera.evaluation.report.read import Point
 from qvera.utils.formatting import axis_labels, count, significant, size
 
-Chart = dict[str, object]  # The values for templates/chart.html, which lists the keys; positions are SVG lengths
+Chart = dict[str, object]  # the values for templates/chart.html, which lists the keys; positions are SVG lengths
 
-_ROW_HEIGHT = 46  # Height in pixels of one bar of `stacked_bars` with its label
+_ROW_HEIGHT = 46  # height in pixels of one bar of `stacked_bars` with its label
 
 
 def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
@@ -291,7 +291,7 @@ def _drawn(
     return "".join(path), dots
 
 
-MAX_POINTS = 500  # Curves are thinned to this number of points, so that pages stay small
+MAX_POINTS = 500  # curves are thinned to this number of points, so that pages stay small
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:

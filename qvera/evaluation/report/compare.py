@@ -13,11 +13,11 @@ from qvera.evaluation.report.read import Run, get, get_number, read_adapter, rea
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
-MAX_RUNS = 8  # A page has colours for this many runs
+MAX_RUNS = 8  # a page has colours for this many runs
 
-_IGNORED_SETTINGS = ("training.output_dir", "training.report_to")  # Settings that do not change what a run computes
+_IGNORED_SETTINGS = ("training.output_dir", "training.report_to")  # settings that do not change what a run computes
 
-Figures = dict[str, float | None]  # Figures of one run by name; None where its files do not say
+Figures = dict[str, float | None]  # figures of one run by name; None where its files do not say
 
 
 class Column(NamedTuple):
@@ -45,7 +45,7 @@ SCORES = (
         for key in ("perplexity", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
     ),
 )
-AFTER_TRAINING = [column.key for column in SCORES[4:]]  # Scores that were measured after training
+AFTER_TRAINING = [column.key for column in SCORES[4:]]  # scores that were measured after training
 COSTS = (
     Column("trainable_parameters", "Trainable parameters", count),
     Column("adapter_bytes", "Adapter", size),

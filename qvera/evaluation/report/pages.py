@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 Sample = dict[str, Any]
 """A prompt with its answers and references; answers are cut where they differ from the nearest reference."""
 
-MAX_ROWS = 500  # Rows on the page of an evaluation; the predictions file has all
+MAX_ROWS = 500  # rows on the page of an evaluation; the predictions file has all
 
 _HERE = Path(__file__).parent
 _TOKENS = re.compile(r"\w+|\s+|[^\w\s]")
-_MAX_TOKENS = 2_000  # Longer answers are shown without marks, because matching is quadratic
-_MIN_RATIO = 0.35  # Texts with less in common than this are shown without marks, which would cover everything
+_MAX_TOKENS = 2_000  # longer answers are shown without marks, because matching is quadratic
+_MIN_RATIO = 0.35  # texts with less in common than this are shown without marks, which would cover everything
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -65,9 +65,9 @@ def environment() -> Environment:
         "script": Markup(script),
         "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
-    formats: tuple[Callable[[float], str], ...] = (count, duration, percent, significant, size)
+    formats: tuple[Callable[..., str], ...] = (count, duration, percent, significant, size)
     for text in formats:  # "" for a value that is not known
-        templates.filters[text.__name__] = lambda value, text=text: "" if value is None else text(value)
+        templates.filters[text.__name__] = lambda value, *more, text=text: "" if value is None else text(value, *more)
     templates.filters |= {"moment": moment, "yaml": yaml_text}
     templates.filters["code_spans"] = lambda text: Markup(
         re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))  # text between backticks is code
@@ -89,7 +89,7 @@ def render(template: str | Path, **context: object) -> str:
 
 def answers_page(evaluation: dict[str, Any]) -> str:
     """The page of ``qvera eval``; ``evaluation`` is what ``--json`` writes."""
-    metrics, judge, rows = evaluation["metrics"], evaluation.get("judge"), evaluation["answers"]
+    metrics, rows = evaluation["metrics"], evaluation["answers"]
     names = {metric["name"]: metric["label"] for metric in metrics}
     unit = " (nats a token)" if "perplexity" in evaluation["scores"] else ""
     labels = {"loss": f"Loss{unit}", "perplexity": "Perplexity"}
@@ -118,18 +118,6 @@ def answers_page(evaluation: dict[str, Any]) -> str:
         gains = [sign * (after[name] - before[name]) for before, after in pairs]
         better, worse = sum(gain > 1e-9 for gain in gains), sum(gain < -1e-9 for gain in gains)
         changes.append((metric["label"], [count(number) for number in (better, len(gains) - better - worse, worse)]))
-    facts = []
-    if judge is not None:
-        facts = [
-            ("Judge", f"{judge['model']}, against {judge['against']}, both orders"),
-            ("Wins, ties, losses", ", ".join(count(judge[key]) for key in ("wins", "ties", "losses"))),
-            ("Win rate, a tie counts half", text_or_dash(judge["win_rate"], significant)),
-            ("Pairs without a verdict", count(judge["unreadable"]) if judge["unreadable"] else ""),
-        ]
-        if judge["score"] is not None:
-            facts.append(("Mean scores", f"{significant(judge['score'])} to {significant(judge['other_score'])}"))
-        if judge["consistent"] is not None:
-            facts.append(("Same verdict in both orders", f"{judge['consistent']:.0%}"))
     return render(
         "answers.html",
         evaluation=evaluation,
@@ -139,7 +127,7 @@ def answers_page(evaluation: dict[str, Any]) -> str:
             for key, label in labels.items()
             if key in evaluation["scores"]
         ],
-        judge=facts,
+        judge=evaluation.get("judge"),
         signatures=[(metric["label"], metric["signature"]) for metric in metrics],
         changes=changes,
         samples=samples,

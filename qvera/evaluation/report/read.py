@@ -23,7 +23,7 @@ from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
-RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")  # A run directory has at least one of these
+RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")  # a run directory has at least one of these
 _MAX_STEP = 1e12
 
 

@@ -35,7 +35,7 @@ from qvera.evaluation.report.read import (
     trained_many,
 )
 from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.formatting import count, percent, significant, size, text_or_dash
+from qvera.utils.formatting import count, percent, significant, size
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
 _MEMORY_KINDS = (
@@ -57,9 +57,9 @@ _HEADLINES = (
 )
 """Scores for the headline; the first that a run has is shown."""
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
-_PAGES = "report"  # The directory of the adapters' pages, beside report.html
-_OVERVIEW_ADAPTERS = 10  # With fewer adapters, the table shows at a glance what a curve would
-_SHOWN_NAMES = 5  # A notice names at most this many adapters; the table has all
+_PAGES = "report"  # the directory of the adapters' pages, beside report.html
+_OVERVIEW_ADAPTERS = 10  # with fewer adapters, the table shows at a glance what a curve would
+_SHOWN_NAMES = 5  # a notice names at most this many adapters; the table has all
 
 
 class _Spec(NamedTuple):
@@ -291,18 +291,11 @@ def many_page(
             x_name="adapter",
         )
     seconds, ended = run.totals["seconds"], sum(entry.status in ("done", "stopped_early") for entry in entries)
-    rows = []
-    for entry in entries if shown is None else shown:  # numbers exactly or with four digits, so that a browser can sort
-        cells = [text_or_dash(value, "{:,.0f}".format) for value in (entry.rows, entry.eval_rows, entry.steps)]
-        sides = [entry.loss_before, entry.loss_after] if scored else []
-        sides += [entry.train_loss_first, entry.train_loss_last]
-        cells += [text_or_dash(loss, lambda value: significant(value, 4)) for loss in sides]
-        rows.append((entry, href(entry), cells))
     return render(
         "many.html",
         statuses=[(f"{text[0].upper()}{text[1:]}", count(number)) for text, number in statuses],
         adapters=len(entries),
-        rows=rows,
+        rows=[(entry, href(entry)) for entry in (entries if shown is None else shown)],
         scored=scored,
         flags=[
             (flag, len(named), [(entry.name, href(entry)) for entry in named[:_SHOWN_NAMES]])
@@ -322,10 +315,6 @@ def adapter_page(many: ManyRun, entry: AdapterEntry, run_href: str = "../report.
     run = many.adapter_run(entry)
     reason = get_text(entry.tree, "reason")
     sentences = [*entry.flags, *([f"stopped: {reason}"] if reason else [])]
-    losses = (
-        ("Held-out loss", entry.loss_before, entry.loss_after),
-        ("Training loss", entry.train_loss_first, entry.train_loss_last),
-    )
     return render(
         "adapter.html",
         run=run,
@@ -333,11 +322,6 @@ def adapter_page(many: ManyRun, entry: AdapterEntry, run_href: str = "../report.
         run_href=run_href,
         entry=entry,
         notices=[f"{text[0].upper()}{text[1:].rstrip('.')}." for text in sentences if text],
-        losses=[
-            (title, text_or_dash(first, significant), text_or_dash(last, significant))
-            for title, first, last in losses
-            if first is not None or last is not None
-        ],
         loss_chart=_loss_chart(run),
         charts=_charts(run, _RATE_AND_NORM, _thinned(run)),
         **more,

@@ -83,7 +83,7 @@ def _difference(name: str, config: PretrainedConfig) -> str | None:
 
 
 _NOT_WRITTEN = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\.")
-_TEXT_MODEL = re.compile(r"(^|\.)language_model\.")  # Only this part of a model of images and text is written
+_TEXT_MODEL = re.compile(r"(^|\.)language_model\.")  # only this part of a model of images and text is written
 _PAIRED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
 
 

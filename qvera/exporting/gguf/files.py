@@ -22,8 +22,9 @@ from qvera.exporting.deltas import AdapterDeltas
 from qvera.exporting.gguf.architecture import GgufArchitecture
 from qvera.exporting.gguf.modelfile import modelfile
 from qvera.exporting.gguf.tokenizer import add_tokenizer, model_name
-from qvera.exporting.merged import Merged, Merging
+from qvera.exporting.merged import Merging
 from qvera.models.hub import base_directory
+from qvera.models.safetensors_stream import Block
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.atomic import disk_errors, flush, new_directory, require_space
 from qvera.utils.errors import InputError, Interrupted
@@ -152,19 +153,16 @@ def export_gguf(
     writer.add_file_type(gguf.LlamaFileType[kind])
     add_tokenizer(writer, merging.tokenizer, architecture.config)
     stopped = f"Stopped by {{}} before the GGUF file in {out} was whole. The same command begins again."
-    count = len(tensors) - len(extra)
 
-    def rows_of(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
+    def check() -> None:
+        if stop.asked:
+            raise Interrupted(stopped.format(stop.asked))
+
+    def rows_of(results: Iterator[tuple[Block, torch.Tensor]]) -> Iterator[torch.Tensor]:
         """Rows in llama.cpp's order; q and k come whole."""
         parts: list[torch.Tensor] = []
-        done = 0
-        for block, rows, _ in results:
-            if stop.asked:
-                raise Interrupted(stopped.format(stop.asked))
+        for block, rows in results:
             name = block.entry.name
-            if block.last and progress is not None:
-                done += 1
-                progress(done, count, name)
             if architecture.is_paired(name):
                 parts.append(rows)
                 if block.last:
@@ -179,7 +177,7 @@ def export_gguf(
         file = partial / f"model-{wanted.lower()}.gguf"
         try:
             with (
-                merging.merged(skip, {}) as results,
+                merging.merged(skip, {}, check, progress) as results,
                 disk_errors(str(out), "Make room, and run the same command again."),
             ):
                 rows = rows_of(results)

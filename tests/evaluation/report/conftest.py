@@ -15,16 +15,6 @@ import pytest
 from qvera.config.schema import parse_recipe
 from qvera.evaluation.report.read import inputs_sha256
 
-PROMPT = (
-    "Extract the repair request as JSON with the keys name, device, fault, date, address {street, number, city} and "
-    "phone (null if absent).\n\nHello, this is Ines Moreau. My dishwasher stopped draining. Could someone come on "
-    "14 May to 27 Linden Road, Harwich?"
-)
-REFERENCE = (
-    '{"name": "Ines Moreau", "device": "dishwasher", "fault": "not draining", "date": "14 May", '
-    '"address": {"street": "Linden Road", "number": 27, "city": "Harwich"}, "phone": null}'
-)
-
 ADAPTER = b"the vectors"
 """The adapter file of a run that `evaluation` is of, as far as anything here reads it."""
 
@@ -136,52 +126,9 @@ def plan(private_bytes: float) -> dict[str, Any]:
 
 def evaluation() -> dict[str, Any]:
     """What `qvera eval --json` writes, of three rows: one won, one with two references, one without any."""
-    rows: list[dict[str, Any]] = [
-        {"references": [REFERENCE], "answer": REFERENCE, "base_answer": "I'm sorry to hear that!"}
-        | {"scores": {"exact": 1.0, "bleu": 100.0}, "base_scores": {"exact": 0.0, "bleu": 1.7}},
-        {"references": ["Call Tom.", "Tom is to be called on 3 June."], "answer": "Tom is to be called on 3 July."}
-        | {
-            "base_answer": "Call Tom.",
-            "scores": {"exact": 0.0, "bleu": 65.8},
-            "base_scores": {"exact": 1.0, "bleu": 100.0},
-        },
-        {"references": [], "answer": "", "base_answer": "Hello " * 400, "scores": {}, "base_scores": {}},
-    ]
-    for number, row in enumerate(rows):
-        row |= {"source": f"data/repairs_heldout.jsonl:{number + 1}", "prompt": PROMPT * (1 + 3 * number)}
-    return {
-        "subject": {
-            "path": "runs/repairs",
-            "what": "A run",
-            "column": "Adapter",
-            "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "data": "data/repairs_heldout.jsonl",
-            "max_new_tokens": 160,
-            "adapter_sha256": hashlib.sha256(ADAPTER).hexdigest(),
-            "inputs_sha256": inputs_sha256(rows),
-        },
-        "scores": {
-            "loss": 0.0712,
-            "perplexity": 1.0738,
-            "rows": 3,
-            "trained_tokens": 123,
-            "seconds": 0.4,
-            "exact_match": 0.5,
-        }
-        | {"bleu": 82.1, "scored_rows": 2, "references": 3},
-        "base_scores": {"loss": 2.412, "perplexity": 11.16, "exact_match": 0.5, "bleu": 17.44},
-        "metrics": [
-            {"name": "exact", "label": "Exact match", "signature": "equal as JSON", "lower_is_better": False},
-            {
-                "name": "bleu",
-                "label": "BLEU",
-                "signature": "sacrebleu nrefs:var|case:mixed|tok:13a",
-                "lower_is_better": False,
-            },
-        ],
-        "versions": {"qvera": "0.1.0"},
-        "answers": rows,
-    }
+    tree: dict[str, Any] = json.loads(Path(__file__).with_name("evaluation.json").read_text(encoding="utf-8"))
+    hashes = {"adapter_sha256": hashlib.sha256(ADAPTER).hexdigest(), "inputs_sha256": inputs_sha256(tree["answers"])}
+    return tree | {"subject": tree["subject"] | hashes}
 
 
 RECIPE: dict[str, Any] = {
