@@ -127,7 +127,7 @@ def test_a_variant_written_as_its_formulas_trains_as_the_layers_do(
     ids=str,
 )  # fmt: skip
 def test_every_variant_starts_from_the_base_and_trains(make_recipe: Any, variant: Any, what: dict[str, Any]) -> None:
-    shared: dict[str, Any] = {"method": "variant", "rank": 8, "learning_rate": 2e-2, "steps": 5}
+    shared: dict[str, Any] = {"method": "variant", "rank": 8, "learning_rate": 2e-2, "steps": 3}
     plain, other = (run(variant(**shared, **more), make_recipe())[3]["losses"] for more in ({}, what))
     assert plain[0] == pytest.approx(other[0], rel=1e-4)  # nothing is changed yet
     assert other[-1] < other[0]
@@ -182,7 +182,7 @@ def test_a_classifier_is_trained_and_scored_by_each_method(
     tries = [
         classification.Trial("minilm", task, method, factor, 1)
         for method in classification.METHODS
-        for factor in (1.0, 2.0, 3.0)
+        for factor in (1.0, 3.0)
     ]
     for trial in tries:
         trial = dataclasses.replace(trial, final=trial.factor == 3.0)

@@ -45,15 +45,22 @@ _PUBLISHED: dict[str, PretrainedConfig] = {
 _ROWS = [pytest.param(row, id=row.recipe) for rows in TABLES.values() for row in rows.values()]
 
 
+_counted: dict[tuple[str, str], int] = {}
+"""By model and adapter, which are all that the number depends on."""
+
+
 @pytest.mark.parametrize("row", _ROWS)
 def test_the_trained_numbers_are_the_papers(row: Row) -> None:
     recipe = load_recipe(paper.ROOT / "recipes" / f"{row.recipe}.yaml")
-    config = _PUBLISHED[recipe.model.path]
-    model_class = task_of(recipe).model_class(None)
-    with torch.device("meta"):
-        model = attach(model_class.from_config(config), recipe.adapter, model_class=model_class)
-    vectors = (vector for name, vector in named_vectors(model).items() if ".qvera_" in name)
-    assert sum(vector.numel() for vector in vectors) == row.trained
+    key = recipe.model.path, str(recipe.adapter.replace(seed=0))
+    if key not in _counted:
+        model_class = task_of(recipe).model_class(None)
+        with torch.device("meta"):
+            config = _PUBLISHED[recipe.model.path]
+            model = attach(model_class.from_config(config), recipe.adapter, model_class=model_class)
+        vectors = (vector for name, vector in named_vectors(model).items() if ".qvera_" in name)
+        _counted[key] = sum(vector.numel() for vector in vectors)
+    assert _counted[key] == row.trained
 
 
 _WORDS = ["good", "bad", "red", "blue"]
@@ -122,15 +129,15 @@ def test_a_table_is_run_and_shown_beside_the_papers_figures(
         changes |= {"training.eval_steps": 1}
     if kind != "image":
         changes |= {"data.max_length": 60}
-    lines, runs = tmp_path / "lines.jsonl", tmp_path / "runs"
-    line = ["paper", "run", table, "--only", name, "--seeds", "0", "1", "--lines", str(lines), "--runs", str(runs)]
+    lines, runs, seeds = tmp_path / "lines.jsonl", tmp_path / "runs", ["0", "1"] if name == "mrpc" else ["0"]
+    line = ["paper", "run", table, "--only", name, "--seeds", *seeds, "--lines", str(lines), "--runs", str(runs)]
     for key, value in changes.items():
         line += ["--set", f"{key}={value}"]
-    for _ in range(2):  # the second one finds both lines
+    for _ in range(2):  # the second one finds the lines
         monkeypatch.setattr("sys.argv", line)
         paper.main()
     found = read_lines(lines)
-    assert [(one["recipe"], one["seed"]) for one in found] == [(row.recipe, 0), (row.recipe, 1)]
+    assert [(one["recipe"], one["seed"]) for one in found] == [(row.recipe, int(seed)) for seed in seeds]
     assert all(set(one["scores"]) == set(row.scores) for one in found)
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["paper", "table", table, "--lines", str(lines)])

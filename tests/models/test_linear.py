@@ -15,11 +15,11 @@ from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear, quantization
-from qvera.models import quantization as quantize
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.loader import load_base
 from tests.adapters.helpers import FOUR_BIT, IN, OUT, base_layer, dense_weight, perturb, relative, weight_bytes
+from tests.helpers import sampled
 
 QUANTIZED = ("int8", *FOUR_BIT)
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
@@ -154,23 +154,6 @@ def test_evaluation_leaves_weights_and_gradients_alone_to_the_bit(kind: str) -> 
 
 
 @needs_fused_kernel
-def test_stock_bitsandbytes_spoils_its_gradients_by_an_evaluation() -> None:
-    # why qvera runs the layer itself; when this fails, bitsandbytes has mended it and the reason is history
-    layer = base_layer("nf4-uint8", torch.bfloat16, freeze=False)
-    stored = weight_bytes(layer)
-    x, upstream = torch.randn(6, IN, dtype=torch.bfloat16), torch.randn(6, OUT, dtype=torch.bfloat16)
-    _, before = gradient(layer.train(), x, upstream)
-    with torch.no_grad():
-        layer.eval()(x)
-    assert weight_bytes(layer) != stored
-    try:
-        _, after = gradient(layer.train(), x, upstream)
-    except RuntimeError:
-        return
-    assert relative(after, before) > 0.1
-
-
-@needs_fused_kernel
 def test_a_weight_that_stock_code_repacked_is_refused() -> None:
     layer = base_layer("nf4-uint8", torch.bfloat16, freeze=False)
     with torch.no_grad():
@@ -234,21 +217,21 @@ def test_freezing_counts_and_can_be_repeated() -> None:
 def test_a_layer_that_was_never_quantized_says_so() -> None:
     layer = bnb.nn.Linear4bit(IN, OUT)
     with pytest.raises(RuntimeError, match="was never quantized"):
-        quantize.dequantized_weight(layer, torch.float32)
+        quantization.dequantized_weight(layer, torch.float32)
     with pytest.raises(RuntimeError, match="was never quantized"):
-        quantize.four_bit_facts(layer)
+        quantization.four_bit_facts(layer)
 
 
 @pytest.mark.parametrize("kind", FOUR_BIT)
 def test_facts_and_bytes_are_read_from_the_live_layer(kind: str) -> None:
     layer = base_layer(kind)
-    facts = quantize.four_bit_facts(layer)
+    facts = quantization.four_bit_facts(layer)
     quant, storage = kind.split("-")
     assert facts == (quant[:3], quant.endswith("+dq"), getattr(torch, storage), torch.float32, 64)
     blocks = IN * OUT // 64
     # one fp32 scale a block; or one byte a block, and one fp32 scale for each 256 of those
     scales = blocks * 4 if not quant.endswith("+dq") else blocks + -(-blocks // 256) * 4
-    assert quantize.storage_bytes(layer) == IN * OUT // 2 + scales
+    assert quantization.storage_bytes(layer) == IN * OUT // 2 + scales
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -256,7 +239,7 @@ def test_quantizing_a_dequantized_weight_again_is_harmless(kind: str) -> None:
     layer = base_layer(kind)
     W = dense_weight(layer)
     layer_again = base_layer(kind)
-    layer_again.weight = quantize.requantized(layer, W.float())
+    layer_again.weight = quantization.requantized(layer, W.float())
     if kind == "int8":
         layer_again.state.CB = None
     else:
@@ -289,9 +272,7 @@ def stored(model: Any) -> list[bytes]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "compute"), [("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "bfloat16"), ("none", "float32")]
-)
+@pytest.mark.parametrize(("quantization", "compute"), [("nf4", "bfloat16"), ("int8", "bfloat16"), ("none", "float32")])
 def test_evaluating_and_generating_leave_training_unchanged_to_the_bit(
     tiny_model_dir: Path, quantization: str, compute: str
 ) -> None:
@@ -315,11 +296,10 @@ def test_evaluating_and_generating_leave_training_unchanged_to_the_bit(
     assert all(torch.equal(after[n], g) for n, g in before.items())
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_checkpointing_gives_the_same_gradients_to_the_bit(tiny_model_dir: Path, quantization: str) -> None:
+def test_checkpointing_gives_the_same_gradients_to_the_bit(tiny_model_dir: Path) -> None:
     results = []
     for checkpointing in (False, True):
-        model, _ = loaded(tiny_model_dir, quantization, "float32")
+        model, _ = loaded(tiny_model_dir, "nf4", "float32")
         if checkpointing:
             enable_checkpointing(model)
         model.train()
@@ -341,10 +321,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(tiny_model_dir: Path,
     assert kept_sum < plain_kept / 2  # it was really on
 
 
-@pytest.mark.parametrize(
-    ("quantization", "compute"),
-    [("nf4", "bfloat16"), ("nf4", "float32"), ("fp4", "bfloat16"), ("int8", "bfloat16"), ("none", "float32")],
-)
+@pytest.mark.parametrize(("quantization", "compute"), [("nf4", "float32"), ("fp4", "bfloat16"), ("int8", "bfloat16")])
 def test_the_layout_for_answers_gives_the_same_answers(tiny_model_dir: Path, quantization: str, compute: str) -> None:
     model, _ = loaded(tiny_model_dir, quantization, compute)
     model.eval()
@@ -357,7 +334,7 @@ def test_the_layout_for_answers_gives_the_same_answers(tiny_model_dir: Path, qua
 
 
 def test_whole_model_casts_leave_packed_bytes_alone(tiny_model_dir: Path) -> None:
-    for storage in ("uint8", "bfloat16", "float16", "float32"):
+    for storage in ("uint8", "float16"):
         section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quant_storage=storage)  # type: ignore[arg-type]
         model = attach(load_base(section, torch.device("cpu")).model, AdapterSection(rank=8))
         perturb(model)
@@ -374,7 +351,7 @@ def test_whole_model_casts_leave_packed_bytes_alone(tiny_model_dir: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_int8_weight_is_dequantized_without_a_copy_in_fp32(dtype: torch.dtype) -> None:
     layer = base_layer("int8")
-    rows, scales = quantize.int8_rows(layer)
+    rows, scales = quantization.int8_rows(layer)
     made: list[torch.Tensor] = []
 
     class Made(TorchDispatchMode):
@@ -384,7 +361,7 @@ def test_an_int8_weight_is_dequantized_without_a_copy_in_fp32(dtype: torch.dtype
             return out
 
     with Made():
-        weight = quantize.dequantized_weight(layer, dtype)
+        weight = quantization.dequantized_weight(layer, dtype)
     assert torch.equal(weight, (rows.float() * (scales.float() / 127)[:, None]).to(dtype))
     assert {tensor.dtype for tensor in made if tensor.shape == rows.shape} - {torch.int8} == {dtype}
 
@@ -394,28 +371,26 @@ SIZES = [(192, 128), (100, 64), (65, 320)]
 
 def four_bit(m: int, n: int, kind: str, storage: str, nested: bool, dtype: torch.dtype, bias: bool = False) -> Any:
     torch.manual_seed(m)
-    layer = quantization.Linear4bit(
-        n,
-        m,
-        bias,
-        compute_dtype=dtype,
-        quant_type=kind,
-        compress_statistics=nested,
-        quant_storage=getattr(torch, storage),
-    ).to("cpu")
-    model = torch.nn.Sequential(layer)
-    linear.freeze_linears(model)
+    settings: Any = {"quant_type": kind, "compress_statistics": nested, "quant_storage": getattr(torch, storage)}
+    layer = quantization.Linear4bit(n, m, bias, compute_dtype=dtype, **settings).to("cpu")
+    linear.freeze_linears(layer)
     return layer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("kind", "storage"), [("nf4", "bfloat16"), ("nf4", "uint8"), ("fp4", "float32")])
-@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize(
+    ("size", "kind", "nested", "dtype"),
+    sampled(
+        SIZES,
+        [("nf4", "bfloat16"), ("nf4", "uint8"), ("fp4", "float32")],
+        [False, True],
+        [torch.float32, torch.bfloat16],
+    ),
+)
 def test_the_blocks_are_the_weight_to_the_bit(
-    m: int, n: int, kind: str, storage: str, nested: bool, dtype: torch.dtype
+    size: tuple[int, int], kind: tuple[str, str], nested: bool, dtype: torch.dtype
 ) -> None:
-    layer = four_bit(m, n, kind, storage, nested, dtype)
+    m, n = size
+    layer = four_bit(m, n, *kind, nested, dtype)
     blocks = WeightBlocks(layer, dtype, 7 * n + 3)
     found = list(blocks)
     assert len(blocks) == len(found) == -(-m // 7)
@@ -465,9 +440,3 @@ def test_a_large_frozen_linear_goes_by_blocks_and_backward_with_many_tokens_does
     assert relative(y.detach(), x.detach() @ W.t() + layer.bias) < 1e-5
     assert x.grad is not None
     assert relative(x.grad, g @ W) < 1e-5
-
-
-def test_the_weights_of_a_70b_go_by_blocks() -> None:
-    assert linear.BLOCK_WEIGHTS < 2048 * 4096
-    assert linear.backward_by_blocks(3, 8192)
-    assert not linear.backward_by_blocks(1700, 8192)

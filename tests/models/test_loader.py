@@ -15,14 +15,12 @@ from qvera.adapters.files.save_load import adapter_facts, attach, named_vectors,
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models import linear as frozen
 from qvera.models import quantization as quantize
-from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base, pick_compute_dtype
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.safetensors_io import base_fingerprint
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama, small_tokenizer
-from tests.disk import fill, small_disk
 from tests.helpers import sampled
 
 CPU = torch.device("cpu")
@@ -43,13 +41,17 @@ def copied(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "double_quant", "storage"), sampled(["nf4", "fp4"], [True, False], ["uint8", "bfloat16"])
+    ("quantization", "double_quant", "storage"),
+    [*sampled(["nf4", "fp4"], [True, False], ["uint8", "bfloat16"]), ("int8", None, None), ("none", None, None)],
 )
-def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_quant: bool, storage: str) -> None:
-    wanted = section(tiny_model_dir, quantization=quantization, double_quant=double_quant, quant_storage=storage)
+def test_facts_of_a_base(tiny_model_dir: Path, quantization: str, double_quant: Any, storage: Any) -> None:
+    four_bit, changes = storage is not None, {"double_quant": double_quant, "quant_storage": storage}
+    wanted = section(tiny_model_dir, quantization=quantization, **(changes if four_bit else {}))
     base = load_base(wanted, CPU)
     blocks = [m * n // 64 for m, n in 2 * [(64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192)]]
     scales = sum(b + 4 * -(-b // 256) if double_quant else 4 * b for b in blocks)
+    rows = 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64)
+    packed_bytes = {"int8": LINEAR_PARAMETERS + 4 * rows, "none": 2 * LINEAR_PARAMETERS}
     assert base.facts == {
         "path": str(tiny_model_dir),
         "architecture": "LlamaForCausalLM",
@@ -58,39 +60,18 @@ def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_q
         "double_quant": double_quant,
         "compute_dtype": "bfloat16",
         "quant_storage": storage,
-        "four_bit_modules": 14,
-        "int8_modules": 0,
+        "four_bit_modules": 14 if four_bit else 0,
+        "int8_modules": 14 if quantization == "int8" else 0,
         "expert_tensors": 0,
         "expert_bytes": 0,
-        "base_bytes": LINEAR_PARAMETERS // 2 + scales + 2 * DENSE_PARAMETERS,
+        "base_bytes": packed_bytes.get(quantization, LINEAR_PARAMETERS // 2 + scales) + 2 * DENSE_PARAMETERS,
         "fingerprint": base_fingerprint(tiny_model_dir),
     }
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
-
-
-def test_facts_of_int8_and_of_an_unquantized_base(tiny_model_dir: Path) -> None:
-    common = {
-        "path": str(tiny_model_dir),
-        "architecture": "LlamaForCausalLM",
-        "parameters": LINEAR_PARAMETERS + DENSE_PARAMETERS,
-        "double_quant": None,
-        "quant_storage": None,
-        "four_bit_modules": 0,
-        "expert_tensors": 0,
-        "expert_bytes": 0,
-        "compute_dtype": "bfloat16",
-        "fingerprint": base_fingerprint(tiny_model_dir),
-    }
-    rows = 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64)
-    assert load_base(section(tiny_model_dir, quantization="int8"), CPU).facts == {
-        **common, "quantization": "int8", "int8_modules": 14,
-        "base_bytes": LINEAR_PARAMETERS + 4 * rows + 2 * DENSE_PARAMETERS,
-    }  # fmt: skip
-    assert load_base(section(tiny_model_dir, quantization="none", compute_dtype="float32"), CPU).facts == {
-        **common, "quantization": "none", "int8_modules": 0, "compute_dtype": "float32",
-        "base_bytes": 4 * (LINEAR_PARAMETERS + DENSE_PARAMETERS),
-    }  # fmt: skip
+    kinds = {type(m) for n, m in base.model.named_modules() if n.endswith("_proj")}
+    frozen_class = {"int8": frozen.FrozenLinear8bit, "none": torch.nn.Linear}.get(quantization, frozen.FrozenLinear4bit)
+    assert kinds == {frozen_class} and type(base.model.lm_head) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
@@ -123,15 +104,6 @@ def test_the_loaded_weights_are_the_stored_ones(tiny_model_dir: Path) -> None:
         for quantization, error in (("int8", 0.05), ("nf4", 0.35), ("fp4", 0.5)):
             model = load_base(section(tiny_model_dir, quantization=quantization), CPU).model
             assert 1e-3 < relative(model(IDS).logits, plain) < error
-
-
-def test_every_quantized_linear_runs_through_the_frozen_function(tiny_model_dir: Path) -> None:
-    for quantization, kind in (("nf4", frozen.FrozenLinear4bit), ("int8", frozen.FrozenLinear8bit)):
-        model = load_base(section(tiny_model_dir, quantization=quantization), CPU).model
-        quantized = [m for m in model.modules() if isinstance(m, (quantize.Linear4bit, quantize.Linear8bit))]
-        assert len(quantized) == 14
-        assert {type(m) for m in quantized} == {kind}
-        assert type(model.lm_head) is torch.nn.Linear
 
 
 @pytest.fixture(scope="module")
@@ -192,60 +164,58 @@ def refused(path: Path | str, **changes: Any) -> str:
 def test_no_such_directory(tmp_path: Path) -> None:
     assert "is not a directory" in refused(tmp_path / "nothing")
     assert "`qvera quickstart --fetch-only` fetches it" in refused(tmp_path / "quickstart" / "smollm2")
-
-
-def test_a_file_is_no_model_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "is not a directory" in refused(tmp_path / "file")
 
 
-def test_missing_config(tiny_model_dir: Path, tmp_path: Path) -> None:
-    directory = copied(tiny_model_dir, tmp_path)
-    (directory / "config.json").unlink()
-    assert "has no config.json, so it is not a model directory" in refused(directory)
-
-
-def test_pickles_only(tiny_model_dir: Path, tmp_path: Path) -> None:
-    directory = copied(tiny_model_dir, tmp_path)
+def _pickles_only(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
-    assert refused(directory).endswith("has no *.safetensors weights. Convert the weights to safetensors.")
     torch.save({"a": torch.ones(1)}, directory / "pytorch_model.bin")
-    message = refused(directory)
-    assert "it has pytorch_model.bin, which are pickles and are not read" in message
 
 
-def test_weights_cut_short(tiny_model_dir: Path, tmp_path: Path) -> None:
-    directory = copied(tiny_model_dir, tmp_path)
+def _cut_short(directory: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "cut short" in refused(directory)
-    assert str(file) in refused(directory)
 
 
-def test_config_that_is_no_json_or_no_known_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+def _without(*names: str) -> Any:
+    return lambda directory: [(directory / name).unlink() for name in names]
+
+
+def _of_type(model_type: str) -> Any:
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_without("config.json"), "has no config.json, so it is not a model directory"),
+        (_without("model.safetensors"), "has no *.safetensors weights. Convert the weights to safetensors."),
+        (_pickles_only, "it has pytorch_model.bin, which are pickles and are not read"),
+        (_cut_short, "model.safetensors: not a readable safetensors file, or cut short"),
+        (lambda directory: (directory / "config.json").write_text('{"model_type": '), ""),
+        (_of_type("nothing-known"), "can't be loaded as a causal language model"),
+        (_of_type("vit"), ""),
+        (_without("tokenizer.json", "tokenizer_config.json"), "no tokenizer can be loaded"),
+    ],
+)
+def test_a_bad_directory_is_refused_with_what_is_wrong(
+    tiny_model_dir: Path, tmp_path: Path, spoil: Any, words: str
+) -> None:
     directory = copied(tiny_model_dir, tmp_path)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text('{"model_type": ')
-    refused(directory)
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "nothing-known"}))
-    assert "can't be loaded as a causal language model" in refused(directory)
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
-    refused(directory)
-
-
-def test_no_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
-    directory = copied(tiny_model_dir, tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).unlink()
-    refused(directory)
+    spoil(directory)
+    assert words in refused(directory)
 
 
 def test_tokenizer_without_end_of_sequence(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = copied(tiny_model_dir, tmp_path)
-    file = directory / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    settings.pop("eos_token")
-    file.write_text(json.dumps(settings))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="has no end-of-sequence token"):
         load_base(section(directory), CPU)
 
@@ -348,25 +318,3 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(model, saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
-
-
-def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
-    model = attach(small_llama(), AdapterSection(rank=8, seed=4))
-    with small_disk(tmp_path / "disk", 200_000) as disk:
-        save_adapter(model, disk / "adapter")
-        before = {f.name: f.read_bytes() for f in (disk / "adapter").iterdir()}
-        filler = fill(disk, leave_bytes=4_000)
-        with pytest.raises(RunFailed, match="adapter: the disk is full.*go on with --resume"):
-            save_adapter(model, disk / "adapter")
-        assert {f.name: f.read_bytes() for f in (disk / "adapter").iterdir()} == before
-        assert sorted(p.name for p in disk.iterdir()) == ["adapter", "filler"]
-        filler.unlink()
-        save_adapter(model, disk / "adapter")
-
-
-def test_checkpointing_is_switched_on_for_every_decoder_layer() -> None:
-    model = attach(small_llama(), AdapterSection(rank=8))
-    enable_checkpointing(model)
-    layers = model.get_base_model().model.layers
-    assert len(layers) == 2
-    assert all(layer.gradient_checkpointing for layer in layers)

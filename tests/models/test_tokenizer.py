@@ -36,33 +36,35 @@ pytestmark = pytest.mark.process
 TOOL, DONE = "<|tool|>", "<|done|>"
 
 
-@pytest.fixture(
-    params=["spare rows", pytest.param("more rows", marks=pytest.mark.slow), "tied, more rows"], scope="module"
-)
-def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose checkpoint has rows to spare (304 for 300 tokens), or none; head and embedding apart, or one table."""
-    directory = tmp_path_factory.mktemp("models") / "model"
+def write_model(kind: str, directory: Path) -> Path:
+    """A checkpoint with rows to spare (304 for 300 tokens), or none; head and embedding apart, or one table."""
     tokenizer = small_tokenizer()
-    changes: dict[str, Any] = {} if request.param == "spare rows" else {"vocab_size": len(tokenizer)}
-    if request.param.startswith("tied"):
+    changes: dict[str, Any] = {} if kind == "spare rows" else {"vocab_size": len(tokenizer)}
+    if kind.startswith("tied"):
         changes["tie_word_embeddings"] = True
     small_llama(**changes).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-@pytest.fixture(scope="module")
-def trained(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(params=["spare rows", "more rows", "tied, more rows"], scope="module")
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(request.param, tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(params=[pytest.param("spare rows", marks=pytest.mark.slow), "tied, more rows"], scope="module")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a task that can't be done without the new tokens: call the tool by its token, end with another."""
     directory = tmp_path_factory.mktemp("trained")
+    model = write_model(request.param, directory / "model")
     row = {"prompt": "say red", "completion": f"{TOOL}red{DONE}"}
     (directory / "rows.jsonl").write_text((json.dumps(row) + "\n") * 16, encoding="utf-8")
     tree = {
-        "model": {"path": str(model_dir), "compute_dtype": "float32", "added_tokens": [TOOL, DONE]},
+        "model": {"path": str(model), "compute_dtype": "float32", "added_tokens": [TOOL, DONE]},
         "adapter": {"rank": 32},
         "data": {"path": str(directory / "rows.jsonl"), "template": "plain", "eval_fraction": 0.25, "max_length": 64},
         "training": {
-            "max_steps": 50, "global_batch_size": 4, "learning_rate": 4e-2, "save_steps": 25, "sample_count": 1,
+            "max_steps": 50, "global_batch_size": 4, "learning_rate": 4e-2, "save_steps": 40, "sample_count": 1,
             "sample_max_new_tokens": 8, "report_to": [], "gradient_checkpointing": False,
         },
     }  # fmt: skip
@@ -83,7 +85,7 @@ def ask(opened: Any) -> str:
     return tokenizer.decode(out[0, len(ids) :])
 
 
-def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_path: Path, model_dir: Path) -> None:
+def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_path: Path) -> None:
     opened = open_run(trained)
     said = ask(opened)
     assert said.startswith(f"{TOOL}red{DONE}"), said
@@ -113,14 +115,10 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     assert torch.allclose(ours, theirs, atol=1e-4)
     certificate = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())
     assert certificate["added_tokens"] == ids
-    base_files = sorted(f.name for f in model_dir.glob("*.safetensors"))
-    assert base_files
     assert "difference" in certificate
 
 
-def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(
-    trained: Path, tmp_path: Path, model_dir: Path, capsys: Any
-) -> None:
+def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(trained: Path, tmp_path: Path, capsys: Any) -> None:
     rows = trained.parent / "rows.jsonl"
     alone = Path(shutil.copytree(trained / "adapter", tmp_path / "alone"))
     assert main(["eval", str(alone), "--data", str(rows), "--json", str(tmp_path / "alone.json")]) == 0
@@ -136,9 +134,11 @@ def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(
     assert TOOL in capsys.readouterr().err
 
 
-def test_peft_alone_does_not_take_the_adapter_without_its_rows(trained: Path, model_dir: Path) -> None:
+def test_peft_alone_does_not_take_the_adapter_without_its_rows(trained: Path) -> None:
     with pytest.raises(InputError, match=re.escape(TOOL)):
-        PeftModel.from_pretrained(load_base(ModelSection(path=str(model_dir))).model, str(trained / "adapter"))
+        PeftModel.from_pretrained(
+            load_base(ModelSection(path=str(trained.parent / "model"))).model, str(trained / "adapter")
+        )
 
 
 def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(
