@@ -93,6 +93,7 @@ def _run(name: str, tokens: int, checkpointing: bool | str = True, stream: bool 
     return PlannedRun(_shape(name), recipe_of(256, checkpointing, stream, **training), batch, _gpu(0))
 
 
+@cache
 def total_bytes(name: str, tokens: int, stream: bool = False, **training: Any) -> int:
     """Device memory of training that model at r=256 on one row of so many tokens."""
     return plan_memory(_run(name, tokens, stream=stream, **training)).total_bytes

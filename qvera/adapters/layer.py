@@ -24,7 +24,7 @@ from qvera.adapters.methods.vera import RowNorms
 from qvera.adapters.products import functional, fused
 from qvera.adapters.products.low_rank import Sampler, trained_linear
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
-from qvera.distributed.zero_params import is_sharded
+from qvera.distributed.zero import is_sharded
 from qvera.models import linear, quantization
 from qvera.models.structure import returns_more
 

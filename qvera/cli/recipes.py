@@ -256,7 +256,7 @@ def plan(
     from qvera.adapters.files.save_load import check_start
     from qvera.config.load import load_recipe
     from qvera.data import build_datasets
-    from qvera.distributed.zero_config import zero_config_of
+    from qvera.distributed.zero import zero_config_of
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step

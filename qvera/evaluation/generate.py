@@ -17,14 +17,14 @@ from transformers import DynamicCache, GenerationMixin
 
 from qvera.adapters import AdaptedForward
 from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
-from qvera.distributed.zero_params import any_sharded, is_sharded
+from qvera.distributed.zero import any_sharded, is_sharded
 from qvera.evaluation.load import template_of
 from qvera.models import linear, quantization
 from qvera.models.attention import rows_joined
 from qvera.models.structure import causal_model, decoder_of, position_limit
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
-from qvera.utils.out_of_memory import each_in_halves
+from qvera.utils.memory import each_in_halves
 
 if TYPE_CHECKING:
     from peft import PeftModel

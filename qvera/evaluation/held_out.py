@@ -14,12 +14,12 @@ import torch
 from qvera.config.schema import TrainingSection
 from qvera.data import Example, lengths_of, microbatches
 from qvera.distributed.group import ALONE, Group
-from qvera.distributed.zero_params import any_sharded
+from qvera.distributed.zero import any_sharded
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
 from qvera.models.structure import causal_model
-from qvera.utils.out_of_memory import each_in_halves
+from qvera.utils.memory import each_in_halves
 
 if TYPE_CHECKING:
     from torch import nn

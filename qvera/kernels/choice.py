@@ -7,7 +7,7 @@ makes some forty calls, and a fast card waits for the host.
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,11 +75,7 @@ def triton_problem() -> str | None:
 
 
 def register(
-    name: str,
-    launch: Callable[..., Any],
-    fake: Callable[..., Any],
-    launches: int = 1,
-    mutates_args: Sequence[str] = (),
+    name: str, empty: Callable[..., Any], launch: Callable[..., Any] | None = None, launches: int = 1
 ) -> Callable[..., Any]:
     """Register the operator ``qvera::name`` and return the function that calls it.
 
@@ -87,21 +83,29 @@ def register(
 
     Args:
         name: of the operator.
-        launch: runs the kernel. Its annotations become the operator's schema.
-        fake: has the same signature and returns empty tensors of the right shape, dtype and device.
+        empty: returns empty tensors of the results' shapes, dtypes and device. Its annotations become the schema.
+        launch: takes the same arguments and the empty results, which it fills. Default: ``launch_NAME`` of
+            `triton_kernels`.
         launches: how many kernels ``launch`` starts.
-        mutates_args: arguments that the kernel writes into.
     """
 
-    def launch_on_its_device(*arguments: Any) -> Any:
+    def on_its_device(*arguments: Any) -> Any:
         # Triton launches on the current device, which for a layer on another card is not that of the tensors
         device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
         with accelerator.in_use(device):
-            return launch(*arguments)
+            if launch is not None:
+                return launch(*arguments)
+            from qvera.kernels import triton_kernels
 
-    schema = torch.library.infer_schema(launch, mutates_args=mutates_args)
+            results = empty(*arguments)
+            getattr(triton_kernels, f"launch_{name}")(
+                *arguments, *(results if isinstance(results, tuple) else [results])
+            )
+            return results
+
+    schema = torch.library.infer_schema(empty, mutates_args=())
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, launch_on_its_device, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qvera::{name}", fake, lib=_library)
+    _library.impl(name, on_its_device, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qvera::{name}", empty, lib=_library)
     LAUNCHES[f"qvera.{name}"] = launches
     return getattr(torch.ops.qvera, name).default

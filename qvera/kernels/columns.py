@@ -53,32 +53,15 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _launch(
-    x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    from qvera.kernels import triton_kernels
-
-    out = _fake(x, vectors, base, index, scale)
-    triton_kernels.launch_scaled_columns(x, vectors, base, out, index, scale)
-    return out
-
-
-def _launch_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_kernels
-
-    grad_x = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    return grad_x, triton_kernels.launch_scaled_columns_backward(g, x, vector, grad_x)
-
-
-def _fake_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(g.shape, dtype=g.dtype, device=g.device), vector.new_empty(vector.shape, dtype=torch.float32)
-
-
-def _fake(
+def _empty(
     x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     return torch.empty(x.shape, dtype=(x if base is None else base).dtype, device=x.device)
 
 
-_scaled_columns = register("scaled_columns", _launch, _fake)
-_backward = register("scaled_columns_backward", _launch_backward, _fake_backward, launches=2)
+def _empty_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(g.shape, dtype=g.dtype, device=g.device), vector.new_empty(vector.shape, dtype=torch.float32)
+
+
+_scaled_columns = register("scaled_columns", _empty)
+_backward = register("scaled_columns_backward", _empty_backward, launches=2)

@@ -19,19 +19,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 
-def plain_dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """`dequantize_4bit` in torch operations, for tests. bitsandbytes' own code differs between devices."""
-    scale = state.absmax
-    if state.nested:
-        outer = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: scale.numel()]
-        scale = state.state2.code[scale.int()] * outer + state.offset
-    pairs = packed.view(torch.uint8).flatten().int()
-    count = state.shape.numel()
-    codes = state.code[torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()[:count]]
-    return (codes * scale.repeat_interleave(state.blocksize)[:count]).to(state.dtype).view(state.shape)
-
-
-def _launch(
+def _empty(
     packed: torch.Tensor,
     absmax: torch.Tensor,
     code: torch.Tensor,
@@ -43,16 +31,10 @@ def _launch(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    from qvera.kernels import triton_kernels
-
-    weight, nested = packed.new_empty(shape, dtype=dtype), (nested_absmax, nested_code, offset)
-    triton_kernels.launch_dequantize_4bit(packed, absmax, code, *nested, blocksize, nested_blocksize, weight)
-    return weight
+    return packed.new_empty(shape, dtype=dtype)
 
 
-_dequantize_4bit = register(
-    "dequantize_4bit", _launch, lambda packed, *rest: packed.new_empty(rest[-2], dtype=rest[-1])
-)
+_dequantize_4bit = register("dequantize_4bit", _empty)
 
 
 def dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor | None:
@@ -60,16 +42,7 @@ def dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor | N
     # packed has two weights in each byte, the first in the upper half, in any dtype
     if not use_kernels(state.code):
         return None
-    outer = state.state2 if state.nested else None
-    return _dequantize_4bit(
-        packed,
-        state.absmax,
-        state.code,
-        None if outer is None else outer.absmax,
-        None if outer is None else outer.code,
-        None if outer is None else state.offset,
-        state.blocksize,
-        0 if outer is None else outer.blocksize,
-        state.shape,
-        state.dtype,
-    )
+    outer, offset = (state.state2, state.offset) if state.nested else (None, None)
+    nested = (None, None, offset) if outer is None else (outer.absmax, outer.code, offset)
+    blocks = state.blocksize, 0 if outer is None else outer.blocksize
+    return _dequantize_4bit(packed, state.absmax, state.code, *nested, *blocks, state.shape, state.dtype)

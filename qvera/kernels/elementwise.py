@@ -13,110 +13,37 @@ import torch.nn.functional as F
 from qvera.kernels.choice import register, use_kernels
 
 
-def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` as transformers computes it, in the same order."""
-    wide = x.to(torch.float32)
-    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (wide * factor).to(x.dtype), factor
-
-
-def plain_rms_norm_backward(
-    g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """`rms_norm_backward` in torch operations."""
-    u = (g * weight).to(torch.float32)
-    h = x.to(torch.float32) * factor
-    along = (h * u).mean(-1, keepdim=True)
-    return torch.addcmul(u, h, along, value=-1).mul_(factor).to(x.dtype)
-
-
-def plain_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """`swiglu` in torch operations."""
-    return F.silu(a).mul_(c)
-
-
-def plain_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`swiglu_backward` in torch operations."""
-    return torch.ops.aten.silu_backward(g * c, a), F.silu(a).mul_(g)
-
-
-def plain_rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rope` in torch operations: forward is transformers' `apply_rotary_pos_emb`."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-
-    def rotated(x: torch.Tensor) -> torch.Tensor:
-        one, two = x.chunk(2, dim=-1)
-        return torch.cat((-two, one), dim=-1)
-
-    if backward:
-        return q * cos - rotated(q * sin), k * cos - rotated(k * sin)
-    return q * cos + rotated(q) * sin, k * cos + rotated(k) * sin
-
-
 def _empty_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-def _launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_kernels
-
-    y, factor = _empty_rms_norm(x, weight, eps)
-    triton_kernels.launch_rms_norm(x.contiguous(), weight, y, factor, eps)
-    return y, factor
-
-
-def _launch_rms_norm_backward(
+def _empty_rms_norm_backward(
     g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    from qvera.kernels import triton_kernels
-
-    grad = x.new_empty(x.shape)
-    triton_kernels.launch_rms_norm_backward(g.contiguous(), x.contiguous(), factor, weight, grad)
-    return grad
+    return x.new_empty(x.shape)
 
 
-def _launch_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    from qvera.kernels import triton_kernels
-
-    y = a.new_empty(a.shape)
-    triton_kernels.launch_swiglu(a.contiguous(), c.contiguous(), y)
-    return y
+def _empty_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(a.shape)
 
 
-def _launch_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_kernels
-
-    grad_a, grad_c = a.new_empty(a.shape), c.new_empty(c.shape)
-    triton_kernels.launch_swiglu_backward(g.contiguous(), a.contiguous(), c.contiguous(), grad_a, grad_c)
-    return grad_a, grad_c
+def _empty_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return a.new_empty(a.shape), c.new_empty(c.shape)
 
 
 def _empty_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # in memory they lie as [B, T, H, D]
     q_out, k_out = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k))
     return q_out, k_out
 
 
-def _launch_rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_kernels
-
-    q_out, k_out = _empty_rope(q, k, cos, sin, backward)
-    triton_kernels.launch_rope(q, k, cos, sin, q_out, k_out, backward)
-    return q_out, k_out
-
-
-_rms_norm = register("rms_norm", _launch_rms_norm, _empty_rms_norm)
-_rms_norm_backward = register("rms_norm_backward", _launch_rms_norm_backward, lambda g, x, *rest: x.new_empty(x.shape))
-_swiglu = register("swiglu", _launch_swiglu, lambda a, c: a.new_empty(a.shape))
-_swiglu_backward = register(
-    "swiglu_backward", _launch_swiglu_backward, lambda g, a, c: (a.new_empty(a.shape), c.new_empty(c.shape))
-)
-_rope = register("rope", _launch_rope, _empty_rope)
+_rms_norm = register("rms_norm", _empty_rms_norm)
+_rms_norm_backward = register("rms_norm_backward", _empty_rms_norm_backward)
+_swiglu = register("swiglu", _empty_swiglu)
+_swiglu_backward = register("swiglu_backward", _empty_swiglu_backward)
+_rope = register("rope", _empty_rope)
 
 
 def _one_dtype(*tensors: torch.Tensor) -> bool:
@@ -126,24 +53,33 @@ def _one_dtype(*tensors: torch.Tensor) -> bool:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """y = w x f [..., n] in x's dtype, and f = 1 / rms(x) [..., 1] in fp32 (transformers' ``LlamaRMSNorm``)."""
-    return _rms_norm(x, weight, eps) if _one_dtype(x, weight) else plain_rms_norm(x, weight, eps)
+    if _one_dtype(x, weight):
+        return _rms_norm(x, weight, eps)
+    wide = x.to(torch.float32)
+    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * factor).to(x.dtype), factor
 
 
 def rms_norm_backward(g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """∂x [..., n] in x's dtype from g = ∂y and the ``factor`` of `rms_norm`; the weight gets no gradient."""
     if _one_dtype(g, x, weight):
         return _rms_norm_backward(g, x, factor, weight)
-    return plain_rms_norm_backward(g, x, factor, weight)
+    u = (g * weight).to(torch.float32)
+    h = x.to(torch.float32) * factor
+    along = (h * u).mean(-1, keepdim=True)
+    return torch.addcmul(u, h, along, value=-1).mul_(factor).to(x.dtype)
 
 
 def swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """silu(a) c, all of one shape."""
-    return _swiglu(a, c) if _one_dtype(a, c) else plain_swiglu(a, c)
+    return _swiglu(a, c) if _one_dtype(a, c) else F.silu(a).mul_(c)
 
 
 def swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """∂a and ∂c from g = ∂y."""
-    return _swiglu_backward(g, a, c) if _one_dtype(g, a, c) else plain_swiglu_backward(g, a, c)
+    if _one_dtype(g, a, c):
+        return _swiglu_backward(g, a, c)
+    return torch.ops.aten.silu_backward(g * c, a), F.silu(a).mul_(g)
 
 
 def rope(
@@ -154,4 +90,14 @@ def rope(
     cos and sin repeat their first half. With ``backward`` q and k are output gradients and become input gradients.
     Source: transformers' ``apply_rotary_pos_emb``. The kernel's results lie in memory as [B, T, H, D].
     """
-    return _rope(q, k, cos, sin, backward) if _one_dtype(q, k, cos, sin) else plain_rope(q, k, cos, sin, backward)
+    if _one_dtype(q, k, cos, sin):
+        return _rope(q, k, cos, sin, backward)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        one, two = x.chunk(2, dim=-1)
+        return torch.cat((-two, one), dim=-1)
+
+    if backward:
+        return q * cos - rotated(q * sin), k * cos - rotated(k * sin)
+    return q * cos + rotated(q) * sin, k * cos + rotated(k) * sin

@@ -102,37 +102,13 @@ def _by_kernel(
     return grad_d.to(d.dtype), grad_b.to(b.dtype).view_as(b), C
 
 
-def _launch_combined(
+def _empty_combined(
     B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    from qvera.kernels import triton_kernels
-
-    C = _fake_combined(B, d, b, scale, dtype)
-    triton_kernels.launch_combined(B, d, b, C, scale)
-    return C
-
-
-def _fake_combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(B.shape, dtype=dtype, device=B.device)
 
 
-def _launch_gradients(
-    M: torch.Tensor,
-    B: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    c_scale: float,
-    dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from qvera.kernels import triton_kernels
-
-    _, grad_b, C = _fake_gradients(M, B, d, b, scale, c_scale, dtype)
-    grad_d = triton_kernels.launch_gradients(M, B, d, b, grad_b, scale, c_scale, C)
-    return grad_d, grad_b, C
-
-
-def _fake_gradients(
+def _empty_gradients(
     M: torch.Tensor,
     B: torch.Tensor,
     d: torch.Tensor,
@@ -145,17 +121,17 @@ def _fake_gradients(
     return grad_d, grad_b, torch.empty(B.shape if dtype else (0,), dtype=dtype or M.dtype, device=B.device)
 
 
-def _launch_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _empty_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+
+
+def _torch_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     key = torch._C._dispatch_key_for_device(left.device.type)
     if torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()  # slower; torch has no such product for this device
 
 
-def _fake_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
-
-
-_combined = register("combined", _launch_combined, _fake_combined)
-_gradients = register("vector_gradients", _launch_gradients, _fake_gradients, launches=2)
-_wide_product = register("wide_product", _launch_wide_product, _fake_wide_product)
+_combined = register("combined", _empty_combined)
+_gradients = register("vector_gradients", _empty_gradients, launches=2)
+_wide_product = register("wide_product", _empty_wide_product, _torch_wide_product)

@@ -70,36 +70,29 @@ def vector_gradients_kernel(
     tl.store(grad_b + group * out_features + rows, b_sum * scale, mask=is_row)
 
 
-def launch_combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, C: torch.Tensor, scale: float) -> None:
+def launch_combined(
+    B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype, C: torch.Tensor
+) -> None:
     """Write diag(b) B diag(scale d) into C [m, r]; b [G, m]."""
-    combined_kernel[_grid(B, b)](B, d, b, C, scale, *_sizes(B, b), BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS)
+    grid = -(-B.shape[0] // BLOCK_ROWS), b.shape[0]
+    sizes = B.shape[0], B.shape[1] // b.shape[0], B.stride(0)
+    combined_kernel[grid](B, d, b, C, scale, *sizes, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS)
 
 
-def launch_gradients(
-    M: torch.Tensor,
-    B: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    grad_b: torch.Tensor,
-    scale: float,
-    c_scale: float,
-    C: torch.Tensor,
-) -> torch.Tensor:
-    """∂d [r]; writes ∂b [G, m], and diag(b) B diag(c_scale d) into C [m, r] unless it is empty."""
+def launch_vector_gradients(
+    M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, c_scale: float,
+    dtype: torch.dtype | None, grad_d: torch.Tensor, grad_b: torch.Tensor, C: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write ∂d [r], ∂b [G, m], and diag(b) B diag(c_scale d) into C [m, r] unless it is empty."""
     # the second launch adds up the parts of ∂d, one for each block of rows, always in the same order
-    grid = _grid(B, b)
+    grid = -(-B.shape[0] // BLOCK_ROWS), b.shape[0]
     parts = torch.empty(grid[0], B.shape[1], dtype=torch.float32, device=B.device)
-    sizes, blocks = _sizes(B, b), {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-    vector_gradients_kernel[grid](M, B, d, b, grad_b, parts, C, scale, c_scale, *sizes, WRITE_C=C.numel() > 0, **blocks)
-    return parts.sum(0)
-
-
-def _grid(B: torch.Tensor, b: torch.Tensor) -> tuple[int, int]:
-    return -(-B.shape[0] // BLOCK_ROWS), b.shape[0]
-
-
-def _sizes(B: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int]:
-    return B.shape[0], B.shape[1] // b.shape[0], B.stride(0)
+    sizes = B.shape[0], B.shape[1] // b.shape[0], B.stride(0)
+    vector_gradients_kernel[grid](
+        M, B, d, b, grad_b, parts, C, scale, c_scale, *sizes,
+        WRITE_C=C.numel() > 0, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
+    )  # fmt: skip
+    torch.sum(parts, 0, out=grad_d)
 
 
 BACKWARD_ROWS = 64
@@ -146,9 +139,9 @@ def scaled_columns_backward_kernel(
 
 
 def launch_scaled_columns_backward(
-    g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor, grad_x: torch.Tensor
-) -> torch.Tensor:
-    """∂vector [k] in fp32 from g and x [T, k]; writes g ⊙ vector into grad_x. A second launch adds up parts."""
+    g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor, grad_x: torch.Tensor, grad_vector: torch.Tensor
+) -> None:
+    """Write ∂vector [k] in fp32 from g and x [T, k], and g ⊙ vector into grad_x. A second launch adds up parts."""
     rows, columns = x.shape
     grid = -(-rows // BACKWARD_ROWS), -(-columns // BLOCK_COLUMNS)
     parts = torch.empty(grid[0], columns, dtype=torch.float32, device=x.device)
@@ -156,36 +149,21 @@ def launch_scaled_columns_backward(
         g, x, vector, grad_x, parts, rows, columns, g.stride(0), x.stride(0),
         ROWS=BACKWARD_ROWS, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip
-    return parts.sum(0)
+    torch.sum(parts, 0, out=grad_vector)
 
 
 def launch_scaled_columns(
-    x: torch.Tensor,
-    vectors: torch.Tensor,
-    base: torch.Tensor | None,
+    x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float,
     out: torch.Tensor,
-    index: torch.Tensor | None,
-    scale: float,
-) -> None:
+) -> None:  # fmt: skip
     """x, base and out [T, k] with dense rows, vectors [V, k]; V divides T where there is no index int64 [T]."""
     rows, columns = x.shape
     added = x if base is None else base
     scaled_columns_kernel[(rows, -(-columns // BLOCK_COLUMNS))](
-        x,
-        vectors,
-        added,
-        out,
-        out if index is None else index,
-        scale,
-        columns,
-        x.stride(0),
-        added.stride(0),
-        vectors.stride(0),
-        1 if index is not None else rows // vectors.shape[0],
-        ADD=base is not None,
-        INDEXED=index is not None,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-    )
+        x, vectors, added, out, out if index is None else index, scale, columns, x.stride(0), added.stride(0),
+        vectors.stride(0), 1 if index is not None else rows // vectors.shape[0],
+        ADD=base is not None, INDEXED=index is not None, BLOCK_COLUMNS=BLOCK_COLUMNS,
+    )  # fmt: skip
 
 
 PROGRAM_WEIGHTS = 4096
@@ -213,16 +191,10 @@ def dequantize_4bit_kernel(
 
 
 def launch_dequantize_4bit(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    weight: torch.Tensor,
-) -> None:
+    packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None, offset: torch.Tensor | None, blocksize: int, nested_blocksize: int,
+    shape: list[int], dtype: torch.dtype, weight: torch.Tensor,
+) -> None:  # fmt: skip
     """Write the weight, from the parts of bitsandbytes' quantization state."""
     count, blocks, each = weight.numel(), absmax.numel(), max(1, PROGRAM_WEIGHTS // blocksize)
     if nested_absmax is None:  # the kernel doesn't read them
@@ -355,11 +327,11 @@ def _warps(elements: int) -> int:
     return max(1, min(16, elements // 512))
 
 
-def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, factor: torch.Tensor, eps: float) -> None:
-    """Write y [..., n] and ``factor`` [..., 1]; both and x [..., n] are contiguous, as below."""
+def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, factor: torch.Tensor) -> None:
+    """Write y [..., n] and ``factor`` [..., 1]."""
     width, block = x.shape[-1], _power_of_two(x.shape[-1])
     if rows := factor.numel():
-        rms_norm_kernel[(rows,)](x, weight, y, factor, width, eps, BLOCK=block, num_warps=_warps(block))
+        rms_norm_kernel[(rows,)](x.contiguous(), weight, y, factor, width, eps, BLOCK=block, num_warps=_warps(block))
 
 
 def launch_rms_norm_backward(
@@ -368,13 +340,14 @@ def launch_rms_norm_backward(
     """Write ∂x to ``grad``."""
     width, block = x.shape[-1], _power_of_two(x.shape[-1])
     if rows := factor.numel():
-        rms_norm_backward_kernel[(rows,)](g, x, factor, weight, grad, width, BLOCK=block, num_warps=_warps(block))
+        tensors = g.contiguous(), x.contiguous(), factor, weight, grad
+        rms_norm_backward_kernel[(rows,)](*tensors, width, BLOCK=block, num_warps=_warps(block))
 
 
 def launch_swiglu(a: torch.Tensor, c: torch.Tensor, y: torch.Tensor) -> None:
     """Write y = silu(a) c."""
     if count := a.numel():
-        swiglu_kernel[(-(-count // SWIGLU_BLOCK),)](a, c, y, count, BLOCK=SWIGLU_BLOCK)
+        swiglu_kernel[(-(-count // SWIGLU_BLOCK),)](a.contiguous(), c.contiguous(), y, count, BLOCK=SWIGLU_BLOCK)
 
 
 def launch_swiglu_backward(
@@ -382,18 +355,14 @@ def launch_swiglu_backward(
 ) -> None:
     """Write ∂a and ∂c."""
     if count := a.numel():
-        swiglu_backward_kernel[(-(-count // SWIGLU_BLOCK),)](g, a, c, grad_a, grad_c, count, BLOCK=SWIGLU_BLOCK)
+        inputs = (tensor.contiguous() for tensor in (g, a, c))
+        swiglu_backward_kernel[(-(-count // SWIGLU_BLOCK),)](*inputs, grad_a, grad_c, count, BLOCK=SWIGLU_BLOCK)
 
 
 def launch_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool, q_out: torch.Tensor,
     k_out: torch.Tensor,
-    backward: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Rotate q [B, H, T, D] and k [B, K, T, D] into outputs that lie in memory as [B, T, H, D]."""
     q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
     batch, q_heads, tokens, width = q.shape

@@ -22,7 +22,7 @@ from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes,
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, forget_inputs
 from qvera.config.plugins import Schedule
-from qvera.distributed.zero_config import zero_config_of
+from qvera.distributed.zero import zero_config_of
 from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import require_rank
 from qvera.lab.svd import rows_of, rows_of_tensor, truncated_svd

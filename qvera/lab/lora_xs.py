@@ -24,7 +24,7 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, pair_number, same_pair
-from qvera.distributed.zero_params import gathered
+from qvera.distributed.zero import gathered
 from qvera.lab import svd
 from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
 from qvera.lab.keys import Settings

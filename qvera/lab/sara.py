@@ -22,7 +22,7 @@ from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method,
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
-from qvera.distributed.zero_params import gathered
+from qvera.distributed.zero import gathered
 from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import FactorCache, svd_pair
 from qvera.lab.svd import rank_of_share

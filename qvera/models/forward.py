@@ -9,7 +9,7 @@ import torch
 
 from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
-from qvera.distributed.zero_params import gathered
+from qvera.distributed.zero import gathered
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy

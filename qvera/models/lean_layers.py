@@ -31,7 +31,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvera.distributed.zero_params import is_sharded
+from qvera.distributed.zero import is_sharded
 from qvera.kernels import elementwise
 from qvera.kernels.choice import use_kernels
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qvera.distributed.zero_params import is_sharded
+from qvera.distributed.zero import is_sharded
 from qvera.models import quantization
 from qvera.models.quantization import Linear4bit, Linear8bit
 from qvera.utils import memory

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qvera.config.schema import ModelSection
 from qvera.data.tokenization import pad_id_of, require_eos
-from qvera.distributed.zero_params import whole_numel
+from qvera.distributed.zero import whole_numel
 from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
 from qvera.models.hub import base_directory
 from qvera.models.loss import require_own_logits
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from qvera.distributed.zero_params import BaseSharder
+    from qvera.distributed.zero import BaseSharder
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from qvera.config.schema import ModelSection
-from qvera.distributed.zero_params import whole_numel
+from qvera.distributed.zero import whole_numel
 from qvera.kernels import dequantize
 from qvera.utils.safetensors_io import TensorSpec
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -135,6 +135,20 @@ def in_order(
             pool.shutdown(cancel_futures=True)
 
 
+def packed_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """What a safetensors file begins with: the length of its header, and that."""
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for spec in specs:
+        offsets = [offset, offset + spec.size_bytes]
+        header[spec.name] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_shard(
     path: Path,
     specs: list[TensorSpec],
@@ -146,21 +160,12 @@ def write_shard(
     ``tensors`` are the values of ``specs`` in their order; one may come in parts along its first dimension. No more are
     taken than ``specs`` need, so one iterator can serve several files. An OSError leaves nothing behind.
     """
-    names = {dtype: name for name, dtype in torch_dtypes().items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for spec in specs:
-        offsets = [offset, offset + spec.size_bytes]
-        header[spec.name] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        offset = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     partial = path.with_name(f".{path.name}.partial")
     digest = hashlib.sha256()
     try:
         with open(partial, "wb", buffering=0) as handle, ThreadPoolExecutor(1) as disk:
             syncing, unsynced_bytes = disk.submit(os.fdatasync, handle.fileno()), 0
-            for data in itertools.chain([memoryview(struct.pack("<Q", len(text)) + text)], _values(specs, tensors)):
+            for data in itertools.chain([memoryview(packed_header(specs, metadata))], _values(specs, tensors)):
                 digest.update(data)
                 done = 0
                 while done < len(data):

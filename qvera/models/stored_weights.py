@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from qvera.distributed.zero_params import BaseSharder
+    from qvera.distributed.zero import BaseSharder
 
 _STATE = f".{STATE_KEY}"
 _BIG = (nn.Embedding, nn.Linear)

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
-from qvera.utils.out_of_memory import is_out_of_memory
+from qvera.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

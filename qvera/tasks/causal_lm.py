@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.data import IGNORED, collate
 from qvera.distributed.group import ALONE, Group
-from qvera.distributed.zero_params import any_sharded
+from qvera.distributed.zero import any_sharded
 from qvera.evaluation import held_out
 from qvera.models import forward
 from qvera.models.loss import Head

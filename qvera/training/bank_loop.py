@@ -26,7 +26,7 @@ from qvera.training.optim import BankAdamW
 from qvera.training.plan import Plan
 from qvera.training.roster import AdapterRun, Roster
 from qvera.utils.errors import OutOfMemory
-from qvera.utils.out_of_memory import Shortage, each_in_halves
+from qvera.utils.memory import Shortage, each_in_halves
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -23,9 +23,8 @@ from torch.amp import GradScaler
 
 from qvera.adapters.files.save_load import named_vectors
 from qvera.config.schema import TrainingSection
-from qvera.distributed import zero_params
 from qvera.distributed.group import Group
-from qvera.distributed.zero_config import Sizes, ZeroConfig, deepspeed_module
+from qvera.distributed.zero import Sizes, ZeroConfig, deepspeed_module, gather_at_call, is_sharded, whole_numel
 from qvera.models.structure import causal_model, core_of, decoder_layers
 from qvera.training.optim import current_rate
 
@@ -165,7 +164,7 @@ class ZeroEngine(LocalEngine):
             self._gather_unsharded()
             for end in (causal_model(model).get_input_embeddings(), causal_model(model).get_output_embeddings()):
                 if end is not None:
-                    zero_params.gather_at_call(end)
+                    gather_at_call(end)
         if before:
             self._take_over(before)
 
@@ -291,7 +290,7 @@ def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
     finally:
         for name, module in embeddings:
             decoder.set_submodule(name, module)
-            if not zero_params.is_sharded(module.weight):
+            if not is_sharded(module.weight):
                 weight = module.weight.detach()
                 del module.weight
                 module.register_buffer("weight", weight, persistent=False)
@@ -309,8 +308,8 @@ def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
     layers = [list(layer.parameters()) for layer in decoder_layers(decoder)]
     # a table is whole where the head is tied to it
     tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
-    small = [p.numel() for p in decoder.parameters() if not zero_params.is_sharded(p) and id(p) not in tables]
+    small = [p.numel() for p in decoder.parameters() if not is_sharded(p) and id(p) not in tables]
     return Sizes(
-        largest_layer=max(sum(map(zero_params.whole_numel, layer)) for layer in layers),
+        largest_layer=max(sum(map(whole_numel, layer)) for layer in layers),
         unsharded=max([*small, *(p.numel() for p in vectors.values())]),
     )

@@ -14,7 +14,7 @@ from qvera.training.plan.run import changed
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import Shortage
+from qvera.utils.memory import Shortage
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe

@@ -17,7 +17,7 @@ from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import Shortage
+from qvera.utils.memory import Shortage
 from qvera.utils.status_line import LINE_SECONDS
 
 if TYPE_CHECKING:

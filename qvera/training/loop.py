@@ -33,7 +33,7 @@ from qvera.training.optim import build_optimizer, build_range_test, build_schedu
 from qvera.training.plan import Plan, longest_rows
 from qvera.utils import memory
 from qvera.utils.errors import RunFailed
-from qvera.utils.out_of_memory import Shortage, or_shortage
+from qvera.utils.memory import Shortage, or_shortage
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -21,8 +21,7 @@ from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warnings, lengths_of, print_preflight
 from qvera.distributed.group import Group
-from qvera.distributed.zero_config import require_deepspeed, zero_config_of
-from qvera.distributed.zero_params import BaseSharder
+from qvera.distributed.zero import BaseSharder, require_deepspeed, zero_config_of
 from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype
@@ -40,7 +39,7 @@ from qvera.training.rank_checks import check_disk_space, check_memory, check_sam
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import is_out_of_memory
+from qvera.utils.memory import is_out_of_memory
 from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,24 +106,16 @@ def free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
     return None if ask is None else ask(device)
 
 
-def allocated_bytes(device: torch.device) -> int | None:
-    """Bytes of tensors on an accelerator now; None where it does not count them."""
-    return _bytes(device, "memory_allocated", of_mps="current_allocated_memory")
+def counted_bytes(device: torch.device, what: Literal["allocated", "reserved"], peak: bool = False) -> int | None:
+    """Bytes of tensors on an accelerator, or all that this process's allocator holds: now, or the ``peak``.
 
-
-def reserved_bytes(device: torch.device) -> int | None:
-    """Bytes that this process's allocator holds on an accelerator; None where it does not count them."""
-    return _bytes(device, "memory_reserved", of_mps="driver_allocated_memory")
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most bytes of tensors at one time since `reset_peak`; None where no peak is kept (MPS)."""
-    return _bytes(device, "max_memory_allocated")
-
-
-def peak_reserved_bytes(device: torch.device) -> int | None:
-    """The most bytes that the allocator held since `reset_peak`; None where no peak is kept (MPS)."""
-    return _bytes(device, "max_memory_reserved")
+    The peak is that since `reset_peak`. None where the device does not count it (MPS has no peak).
+    """
+    if (ask := _function(device, f"{'max_' * peak}memory_{what}")) is not None:
+        return ask(device)
+    of_mps = {"allocated": "current_allocated_memory", "reserved": "driver_allocated_memory"}[what]
+    ask = None if peak else _function(device, of_mps)
+    return None if ask is None else ask()
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -236,11 +228,3 @@ def _function(device: torch.device, name: str) -> Callable[..., Any] | None:
     import torch
 
     return getattr(torch.get_device_module(device), name, None) if is_accelerator(device) else None
-
-
-def _bytes(device: torch.device, name: str, of_mps: str = "") -> int | None:
-    """MPS has other names, and one device."""
-    if (ask := _function(device, name)) is not None:
-        return ask(device)
-    ask = _function(device, of_mps)
-    return None if ask is None else ask()

@@ -72,11 +72,16 @@ def _directory(name: str, ascii_only: bool, lower_only: bool) -> str:
             name.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the adapter's name {name!a} holds half a character, {name[error.start]!a}.") from None
-        stays = [_stays(character, ascii_only, lower_only) for character in name]
+        stays = [
+            (c.isalnum() or c in "-_." if c.isascii() else not ascii_only and c.isalnum() and _is_composed(c))
+            and not (lower_only and c != c.lower())
+            for c in name
+        ]
         stays[0] &= name[0] not in ".-" and not reserved
         stays[-1] &= name[-1] != "."
-        directory = "".join(c if stay else _escaped(c) for c, stay in zip(name, stays, strict=True))
-        if not unicodedata.is_normalized("NFC", directory):
+        escaped = ("".join(f"={byte:02X}" for byte in c.encode()) for c in name)
+        directory = "".join(c if stay else other for c, other, stay in zip(name, escaped, stays, strict=True))
+        if not _is_composed(directory):
             return _directory(name, ascii_only=True, lower_only=lower_only)
     if (size := len(directory.encode())) > MOST_BYTES:
         shown = f"{name[:40]}…"
@@ -87,13 +92,5 @@ def _directory(name: str, ascii_only: bool, lower_only: bool) -> str:
     return directory
 
 
-def _stays(character: str, ascii_only: bool, lower_only: bool) -> bool:
-    if lower_only and character != character.lower():
-        return False
-    if character.isascii():
-        return character.isalnum() or character in "-_."
-    return not ascii_only and character.isalnum() and unicodedata.is_normalized("NFC", character)
-
-
-def _escaped(character: str) -> str:
-    return "".join(f"={byte:02X}" for byte in character.encode())
+def _is_composed(text: str) -> bool:
+    return unicodedata.is_normalized("NFC", text)

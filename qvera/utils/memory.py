@@ -1,27 +1,45 @@
-"""Measurements of the machine: memory, device name, versions. Torch is imported inside functions."""
+"""Measurements of the machine (memory, device name, versions), and going on after memory ran out.
+
+torch raises `torch.OutOfMemoryError` on an accelerator and a plain RuntimeError on a CPU; Python raises MemoryError.
+Torch is imported inside functions: commands that compute nothing do not wait for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import platform
+import re
 import threading
-from collections.abc import Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
 from qvera.utils import accelerator
+from qvera.utils.errors import OutOfMemory
+from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
     import torch
 
+_MESSAGE = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+T = TypeVar("T")
+Row = TypeVar("Row")
+
 
 def memory_bytes(device: torch.device) -> int:
     """Memory held now: tensors on the accelerator, or `private_bytes`."""
-    allocated = accelerator.allocated_bytes(device)
+    allocated = accelerator.counted_bytes(device, "allocated")
     return private_bytes() if allocated is None else allocated
 
 
@@ -95,13 +113,13 @@ class PeakWatch:
 
         The allocator also keeps gaps and free memory, so a run may need less.
         """
-        counted = accelerator.peak_reserved_bytes(self.device) if self._counted else None
+        counted = accelerator.counted_bytes(self.device, "reserved", peak=True) if self._counted else None
         return max(self._highest_bytes, memory_bytes(self.device)) if counted is None else counted
 
     @property
     def peak_tensor_bytes(self) -> int | None:
         """The most that tensors took at one time; None where the device does not count them."""
-        return accelerator.peak_bytes(self.device) if self._counted else None
+        return accelerator.counted_bytes(self.device, "allocated", peak=True) if self._counted else None
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
@@ -162,3 +180,70 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """An allocation that failed."""
+
+    asked_bytes: int | None  # None where the error does not say
+    free_bytes: int  # of the device, or of RAM within the limit of the process's cgroup
+
+    def __str__(self) -> str:
+        asked = "an allocation failed" if self.asked_bytes is None else f"{size(self.asked_bytes)} were asked for"
+        return f"{asked}, {size(self.free_bytes)} were free"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on an accelerator or in RAM."""
+    import torch
+
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or (isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None)
+
+
+def or_shortage(do: Callable[[], T], device: torch.device) -> T | Shortage:
+    """The result of ``do``, or the shortage that it ran into.
+
+    Its tensors are free then: the error that held them is gone.
+    """
+    try:
+        return do()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = _ASKED.search(str(error))
+        asked_bytes = None if said is None else int(float(said[1]) * _UNITS[said[2].lower()])
+        found = Shortage(asked_bytes, available_bytes(device))
+    gc.collect()
+    accelerator.empty_cache()
+    return found
+
+
+def each_in_halves(
+    batches: Iterable[list[Row]], do: Callable[[list[Row]], T], device: torch.device, rows: str, advice: str
+) -> Iterator[tuple[list[Row], T]]:
+    """Call ``do`` with each batch; yield the batch and the result.
+
+    Where memory runs out, that batch and all later ones are halved, again and again, with a warning. OutOfMemory if a
+    single one does not fit; ``advice`` ends its message. ``rows`` is the word for elements, such as ``prompts``.
+    """
+    most: int | None = None
+    for batch in batches:
+        waiting = deque([batch])
+        while waiting:
+            part = waiting.popleft()
+            if most is not None and len(part) > most:
+                waiting.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
+                continue
+            result = or_shortage(lambda part=part: do(part), device)  # type: ignore[misc]
+            if not isinstance(result, Shortage):
+                yield part, result
+                continue
+            if len(part) == 1:
+                raise OutOfMemory(f"Memory ran out with one of the {rows} at a time: {result}. {advice}")
+            most = len(part) // 2
+            waiting.appendleft(part)
+            warnings.warn(
+                f"Memory ran out with {len(part)} {rows} at a time ({result}); going on with {most}.", stacklevel=2
+            )

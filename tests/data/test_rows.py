@@ -19,14 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig
-from qvera.config.schema import parse_recipe
-from qvera.data import Example, batches_of, collate, collate_prefix_once
+from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, common_prefix, pad_batch, round_up_length, rounds_lengths
 from qvera.models import forward
 from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN, open_mask, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.models.structure import causal_model
-from qvera.training.plan.longest import token_counts
 from qvera.utils import memory
 from tests.conftest import small_llama
 from tests.data.rows import rows_of
@@ -337,26 +335,6 @@ def test_ever_new_lengths_leave_no_memory_behind() -> None:
         step(length)
     before = step(65)
     assert max(step(length) for length in range(66, 73)) - before < bound_bytes
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_plan_counts_the_token_counts_of_a_run(packing: bool) -> None:
-    rows = rows_of(*range(10, 74))
-    tree = {
-        "model": "-",
-        "data": {"path": "-", "packing": packing, "max_length": 128},
-        "training": {"global_batch_size": 8, "per_device_train_batch_size": 4},
-    }
-    recipe = parse_recipe(tree, "a test")
-    model = small_llama().to(BF16)
-    batches = batches_of(recipe, rows)
-    for steps in (3, 8, 20):
-        met = set()
-        for step in range(steps):
-            for members in batches.passes(batches.rows(step)):
-                batch = forward.make_batch(model, [rows[i] for i in members], 2, False, packing)
-                met.add(tuple(batch["input_ids"].shape))
-        assert token_counts(recipe, rows, steps, True) == len(met)
 
 
 # In a process of its own, whose private memory (RssAnon) is this and nothing else. The rows are written without a

@@ -36,14 +36,9 @@ class Ranks:
         self.logs = [log_dir / f"rank{rank}.log" for rank in range(count)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            places = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            env = clean_environment() | {name: str(value) for name, value in places.items()} | environment
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            env = clean_environment() | {name: str(value) for name, value in places.items()}
+            env |= {"MASTER_ADDR": "127.0.0.1", **environment}
             with open(log, "w") as handle:
                 command = [sys.executable, *arguments]
                 self.processes.append(subprocess.Popen(command, env=env, cwd=log_dir, stdout=handle, stderr=handle))

@@ -179,16 +179,8 @@ class Pair:
         self.launchers = [self.start(0), self.start(1)]
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
-        place = [
-            "--gpus",
-            "1",
-            "--node-rank",
-            str(number),
-            "--nnodes",
-            "2",
-            "--rdzv",
-            f"{self.nodes[0].address}:{self.port}",
-        ]
+        place = ["--gpus", "1", "--node-rank", str(number), "--nnodes", "2"]
+        place += ["--rdzv", f"{self.nodes[0].address}:{self.port}"]
         command = [sys.executable, "-m", "qvera", "launch", str(self.recipe), *place, *self.more]
         return self.nodes[number].start(command, self.logs[number])
 

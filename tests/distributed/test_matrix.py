@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +31,20 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns
     place = TinyRuns(tmp_path_factory.mktemp("matrix"), tiny_rows)
     tasks: list[dict[str, Any]] = []
 
-    def task(name: str, recipe: dict[str, Any], **more: Any) -> None:
-        tasks.append({"name": name, "recipe": recipe, "run_dir": str(place.root / more.pop("of", name)), **more})
-
     for kind, training in KINDS.items():
         place.alone(f"alone-{kind}", **training)
         for stage in STAGED:
-            task(f"{stage}-{kind}", place.recipe(stage, **training))
+            tasks.append(place.task(f"{stage}-{kind}", stage, **training))
     for stage in STAGED:
         recipe = place.recipe(stage, **BARE)
         recipe["adapter"] |= {"dropout": 0.2, "train_d": False, "input_scale": False}
-        task(f"{stage}-dropout", recipe)
-        task(f"{stage}-dropout-cut", recipe, stop_after=CUT)
-        task(f"{stage}-dropout-resumed", recipe, of=f"{stage}-dropout-cut", resume=True)
+        name = f"{stage}-dropout"
+        tasks.append(place.task(name, stage, {"recipe": recipe}))
+        tasks.append(place.task(f"{name}-cut", stage, {"recipe": recipe, "stop_after": CUT}))
+        tasks.append(place.task(f"{name}-on", stage, {"recipe": recipe, "of": f"{name}-cut", "resume": True}))
         narrow = place.recipe(stage, **BARE)
         narrow["model"] |= {"compute_dtype": "bfloat16"}
-        task(f"{stage}-bf16", narrow)
+        tasks.append(place.task(f"{stage}-bf16", stage, {"recipe": narrow}))
     place.found = run_worker(tasks, 3, place.root / "spawn", limit_seconds=900)
     return place
 
@@ -74,73 +71,43 @@ def test_in_16_bits_the_stages_agree(place: TinyRuns, stage: str) -> None:
     assert losses(place.root / f"{stage}-bf16") == pytest.approx(losses(place.root / "None-bf16"), rel=2e-3)
 
 
-# Going on with another number of processes, under every stage, in uneven batches: seven rows a step, the fifth step has
-# four.
-
-
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
-    """Runs cut after step 4 and gone on with: 1 → 2, 2 → 1 and 2 → 4 processes."""
+    """Runs of two processes, cut after step 4 and gone on with by four. Seven rows a step; the fifth step has four."""
     place = TinyRuns(tmp_path_factory.mktemp("moved"), tiny_rows)
     root, found = place.root, {}
     place.alone("alone", **UNEVEN)
-    place.alone("from-1", **UNEVEN, save_steps=CUT)
-    shutil.rmtree(root / "from-1" / "checkpoints" / f"step-{STEPS:08d}")
-
-    def tasks(how: str, source: Callable[[str | None], str], **more: Any) -> list[dict[str, Any]]:
-        planned = []
-        for stage in STAGED:
-            name = f"{stage}-{how}"
-            if source(stage):
-                shutil.copytree(root / source(stage), root / name)
-            training = {**UNEVEN, "save_steps": CUT} if how == "1-to-2" else UNEVEN
-            planned.append(
-                {"name": name, "recipe": place.recipe(stage, **training), "run_dir": str(root / name), **more}
-            )
-        return planned
-
-    grown = tasks("1-to-2", lambda _: "from-1", resume=True)
-    two = run_worker([*grown, *tasks("from-2", lambda _: "", stop_after=CUT)], 2, root / "two", limit_seconds=400)
-    to_four = tasks("2-to-4", lambda stage: f"{stage}-from-2", resume=True)
     place.alone("alone-8", **BARE)
+    cut = [place.task(f"{stage}-from-2", stage, {"stop_after": CUT}, **UNEVEN) for stage in STAGED]
+    two = run_worker(cut, 2, root / "two", limit_seconds=400)
+    tasks = []
+    for stage in STAGED:
+        shutil.copytree(root / f"{stage}-from-2", root / f"{stage}-2-to-4")
+        tasks.append(place.task(f"{stage}-2-to-4", stage, {"resume": True}, **UNEVEN))
     for stage, packing in FOUR_TIMES_TWO:
         recipe = place.recipe(stage, **BARE)
         recipe["data"]["packing"] = packing
-        name = f"{stage}-packed" if packing else f"{stage}-padded"
-        to_four.append({"name": name, "recipe": recipe, "run_dir": str(root / name)})
-    four = run_worker(to_four, 4, root / "four", limit_seconds=900)
-    for stage in STAGED:
-        shutil.copytree(root / f"{stage}-from-2", root / f"{stage}-2-to-1")
-        place.alone(f"{stage}-2-to-1", resume=True, **UNEVEN)
-    for ranks in (two, four):
-        for name in ranks[0]:
-            found[name] = [
-                sorted(row for rank in ranks for row in rank[name]["rows"][i])
-                for i in range(len(ranks[0][name]["rows"]))
-            ]
+        tasks.append(place.task(f"{stage}-packed" if packing else f"{stage}-padded", stage, {"recipe": recipe}))
+    for ranks in (two, run_worker(tasks, 4, root / "four", limit_seconds=900)):
+        for name, first in ranks[0].items():
+            steps = range(len(first["rows"]))
+            found[name] = [sorted(row for rank in ranks for row in rank[name]["rows"][i]) for i in steps]
     place.found = [found]
     return place
 
 
-@pytest.mark.parametrize("how", ["1-to-2", "2-to-1", "2-to-4"])
 @pytest.mark.parametrize("stage", STAGED)
-def test_a_run_goes_on_with_another_number_of_processes(moved: TinyRuns, stage: str | None, how: str) -> None:
-    assert len(losses(moved.root / f"{stage}-{how}")) == STEPS
-    close(moved.root / f"{stage}-{how}", moved.root / "alone")
+def test_a_run_goes_on_with_more_processes_and_trains_each_row_once(moved: TinyRuns, stage: str | None) -> None:
+    assert len(losses(moved.root / f"{stage}-2-to-4")) == STEPS
+    close(moved.root / f"{stage}-2-to-4", moved.root / "alone")
+    before, after = moved.found[0][f"{stage}-from-2"], moved.found[0][f"{stage}-2-to-4"]
+    assert [len(rows) for rows in (*before, *after)] == [7, 7, 7, 7, 4, 7]
+    assert sorted(row for rows in (*before, *after[:1]) for row in rows) == list(range(32))
 
 
 @pytest.mark.parametrize(("stage", "packing"), FOUR_TIMES_TWO)
 def test_four_times_two_rows_are_eight(moved: TinyRuns, stage: str | None, packing: bool) -> None:
     close(moved.root / (f"{stage}-packed" if packing else f"{stage}-padded"), moved.root / "alone-8")
-
-
-@pytest.mark.parametrize("stage", STAGED)
-def test_no_row_comes_twice_and_none_is_missed_when_ranks_are_added(moved: TinyRuns, stage: str | None) -> None:
-    (found,) = moved.found
-    before, after = found[f"{stage}-from-2"], found[f"{stage}-2-to-4"]
-    assert [len(rows) for rows in (*before, *after)] == [7, 7, 7, 7, 4, 7]
-    epoch = [row for rows in (*before, *after[:1]) for row in rows]
-    assert sorted(epoch) == list(range(32))
 
 
 _TWICE = """

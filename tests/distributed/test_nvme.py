@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, nvme_problem
+from qvera.distributed.zero import IN_RAM_BELOW_BYTES, nvme_problem
 from tests.distributed.ranks import clean_environment, run_worker
 from tests.distributed.runs import BARE, CUT, LAYERS, STEPS, TinyRuns, losses, vectors
 

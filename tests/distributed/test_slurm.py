@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from bench.namespaces import Nodes, problem
-from tests.distributed.nodes import until
+from tests.distributed.nodes import Node, two_nodes, until
 from tests.distributed.ranks import ROOT, clean_environment
-from tests.distributed.test_nodes import start
 
 pytestmark = pytest.mark.matrix
 LIMIT_SECONDS = 420  # a requeued job waits two minutes for its node
@@ -46,14 +44,14 @@ _DAEMONS = ("munged", "slurmctld", "slurmd")
 class Cluster:
     """Two nodes under Slurm. ``tell`` runs one of its commands on the first."""
 
-    def __init__(self, nodes: Nodes, place: Path) -> None:
-        self.nodes, self.place = nodes, place
+    def __init__(self, first: Node, place: Path) -> None:
+        self.first, self.place = first, place
         self.environment = {"SLURM_CONF": str(place / "slurm.conf"), "QVERA_CACHE": os.environ["QVERA_CACHE"]}
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for `qvera`
 
     def tell(self, *command: str) -> str:
         environment = clean_environment() | self.environment
-        asked = self.nodes.command(0, list(command))
+        asked = self.first.command(list(command))
         return subprocess.run(
             asked, env=environment, cwd=self.place, capture_output=True, text=True, timeout=60
         ).stdout.strip()
@@ -77,9 +75,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for tool in (*_DAEMONS, "sbatch", "srun", "scontrol"):
         if shutil.which(tool, path=search) is None:
             pytest.skip(f"no {tool} here (Debian and Ubuntu: slurmctld slurmd slurm-client munge)")
-    missing = problem()
-    if missing is not None:
-        pytest.skip(missing)
     place = tmp_path_factory.mktemp("slurm")
     (place / "slurm.conf").write_text(_CONF.format(place=place))
     (place / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -88,22 +83,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     key.chmod(0o400)
     for name in ("state", "spool-node0", "spool-node1"):
         (place / name).mkdir()
-    started = []
-    with Nodes() as nodes:
-        cluster = Cluster(nodes, place)
+    with two_nodes() as nodes:
+        cluster = Cluster(nodes[0], place)
+
+        started = []
 
         def run(number: int, name: str, *arguments: str) -> None:
             command = [str(shutil.which(name, path=search)), *arguments]
-            started.append(start(nodes, number, command, place, f"{name}-{number}.log", **cluster.environment))
+            started.append(nodes[number].start(command, place / f"{name}-{number}.log", **cluster.environment))
 
         try:
-            files = {
-                "socket": "munge.socket",
-                "pid-file": "munge.pid",
-                "log-file": "munge.txt",
-                "seed-file": "munge.seed",
-            }
-            named = [f"--{option}={place / file}" for option, file in files.items()]
+            files = {"socket": "socket", "pid-file": "pid", "log-file": "txt", "seed-file": "seed"}
+            named = [f"--{option}={place / f'munge.{end}'}" for option, end in files.items()]
             run(0, "munged", "--foreground", "--force", f"--key-file={key}", *named)
             cluster.until((place / "munge.socket").exists, "munged answers")
             run(0, "slurmctld", "-D")

@@ -19,7 +19,7 @@ from qvera.adapters.hooks import TrainingHook
 from qvera.config import plugins
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
-from qvera.distributed import zero_params
+from qvera.distributed import zero
 from qvera.distributed.group import Group
 from qvera.distributed.heartbeat import end_if_stuck
 from qvera.distributed.init import in_group
@@ -144,7 +144,7 @@ class Watch:
             "zero_optimizer": None if deepspeed is None else type(deepspeed.optimizer).__name__,
             "optimizer_bytes": optimizer_bytes(engine.optimizer),
             "packed_held_bytes": sum(getattr(p, "ds_tensor", p).nbytes for p in self.big),
-            "packed_whole_bytes": sum(zero_params.whole_numel(p) * p.element_size() for p in self.big),
+            "packed_whole_bytes": sum(zero.whole_numel(p) * p.element_size() for p in self.big),
             "packed_live_bytes": self.live_bytes,
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),
@@ -160,7 +160,7 @@ def _embedding(model: Any) -> dict[str, bool]:
     output = model.get_output_embeddings()  # a classifier has none
     head = weight if output is None else output.weight
     return {
-        "sharded": zero_params.is_sharded(weight),
+        "sharded": zero.is_sharded(weight),
         "is_the_head": weight.numel() > 0 and weight.data_ptr() == head.data_ptr(),
         "mapped": weight.numel() > 0 and _in_a_safetensors_file(weight.data_ptr()),
     }

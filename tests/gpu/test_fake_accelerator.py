@@ -29,7 +29,7 @@ from tests.gpu.own_process import measured
 
 pytestmark = pytest.mark.process
 
-SHAPES = ("7b", "8b", "13b", "70b")
+SHAPES = ("8b", "70b")
 RANK = 64
 
 # How often the host waits for the device, by what it waits for.

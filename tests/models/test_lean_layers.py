@@ -227,12 +227,13 @@ def logits_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Take the way of the kernels on this CPU, where plain code stands in for them; one entry for each rotation."""
     calls: list[bool] = []
+    rope = elementwise.rope
 
     def counted(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(backward)
-        return elementwise.plain_rope(q, k, cos, sin, backward)
+        return rope(q, k, cos, sin, backward)
 
     monkeypatch.setattr(lean_layers, "use_kernels", lambda *tensors: True)
     monkeypatch.setattr(lean_layers.elementwise, "rope", counted)

@@ -74,8 +74,9 @@ def test_the_plan_takes_the_path_that_each_layer_takes(summed: list[Shape], hold
         recipe = parse_recipe({**tree, "training": training}, "t")
         for tokens in (4, 8, 12, 20, 30, 45, 60, 70, 80):
             batch = Batch(1, tokens, tokens, False, False, "", tokens)
-            run = PlannedRun(shape, recipe, batch, machine, holds_weights=holds)
-            hold_training_weights(model, holds, run.builds_per_pass)
+            builds = 1 / passes if holds else fused.BUILDS_UNHELD
+            run = PlannedRun(shape, recipe, batch, machine, builds_per_pass=builds)
+            hold_training_weights(model, holds, builds)
             summed.clear()
             model(torch.arange(tokens)[None] + 3)
             planned = sorted((x.n, x.m) for x in run.adapted if run.is_summed(x))

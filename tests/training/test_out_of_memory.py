@@ -31,7 +31,7 @@ from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.run import changed
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
-from qvera.utils.out_of_memory import Shortage
+from qvera.utils.memory import Shortage
 from tests.training.runs import cut_off, losses, records, same, vectors
 
 pytestmark = pytest.mark.process

@@ -135,7 +135,7 @@ def test_a_gpu_that_is_a_little_too_small_is_a_warning(make_recipe: Any) -> None
 def test_ranks_of_a_node_share_its_ram_and_too_little_is_a_warning(make_recipe: Any) -> None:
     machine = Machine("a CPU", "cpu", torch.float32, True, 10**10, 10**6, 0)
     plan = planned(make_recipe, machine)
-    one_needs = plan.memory.private_bytes - machine.runtime_bytes
+    one_needs = plan.memory.needed_bytes(machine) - machine.runtime_bytes
     for free, fits in ((2 * one_needs, True), (2 * one_needs - 1, False)):
         console = Console(file=io.StringIO(), width=300)
         rank_checks.check_memory(plan, Four(others=short_on(2, free)), console)

@@ -64,7 +64,7 @@ def test_memory_as_cuda_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
         get_device_name=lambda device: "a card",
     )
     assert accelerator.free_and_total_bytes(CUDA) == (3, 10) and memory.available_bytes(CUDA) == 3
-    assert (accelerator.reserved_bytes(CUDA), accelerator.peak_reserved_bytes(CUDA)) == (5, 7)
+    assert [accelerator.counted_bytes(CUDA, "reserved", peak) for peak in (False, True)] == [5, 7]
     assert memory.memory_bytes(CUDA) == 4 and memory.device_name(CUDA) == "cuda: a card"
     with memory.PeakWatch(CUDA) as watch:
         assert (watch.peak_bytes, watch.peak_tensor_bytes) == (7, 6)
@@ -75,9 +75,11 @@ def test_memory_where_no_peak_and_no_free_bytes_are_counted(monkeypatch: pytest.
     """As MPS, which shares the machine's RAM."""
     held = [5]
     with_device(monkeypatch, MPS, current_allocated_memory=lambda: held[0], driver_allocated_memory=lambda: 8)
-    assert accelerator.free_and_total_bytes(MPS) is None and accelerator.peak_bytes(MPS) is None
+    assert (
+        accelerator.free_and_total_bytes(MPS) is None and accelerator.counted_bytes(MPS, "allocated", peak=True) is None
+    )
     assert memory.available_bytes(MPS) > 10**6  # of the RAM
-    assert accelerator.reserved_bytes(MPS) == 8 and accelerator.device_name(MPS) == "mps"
+    assert accelerator.counted_bytes(MPS, "reserved") == 8 and accelerator.device_name(MPS) == "mps"
     with memory.PeakWatch(MPS) as watch:
         held[0] = 9
         assert (watch.peak_bytes, watch.peak_tensor_bytes) == (9, None)

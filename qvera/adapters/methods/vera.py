@@ -21,7 +21,7 @@ from qvera.adapters.methods.base import Change, LinearSpec, Method, Shapes, Tens
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
-from qvera.distributed.zero_params import gathered
+from qvera.distributed.zero import gathered
 from qvera.kernels.low_rank import row_blocks, times_b
 from qvera.models.linear import BLOCK_WEIGHTS, WeightBlocks
 

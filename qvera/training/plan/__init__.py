@@ -20,7 +20,7 @@ from qvera.training.plan.run import (
     parse_size,
     shape_of,
     this_machine,
-)  # fmt: skip
+)
 from qvera.training.plan.timing import time_step
 
 __all__ = [

@@ -3,22 +3,24 @@
 Read off the code that runs: `qvera.models.linear` (keeps the module only), `qvera.adapters.products.functional` (keeps
 z), `qvera.adapters.products.fused` (keeps z or x), `qvera.models.lean_layers`, and transformers' Llama layer.
 tests/training/plan/test_activations.py counts the same with ``saved_tensors_hooks``, and tests/gpu/test_plan.py on a
-fake accelerator. T: tokens of the batch.
+fake accelerator. T: tokens of the batch; g: the gradient of the residual stream.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from qvera.adapters.methods import Source
-from qvera.adapters.methods.base import Change
+from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
 from qvera.adapters.products.functional import few_tokens
+from qvera.config import plugins
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.lean_layers import TILED_ABOVE_TOKENS, tile_tokens
-from qvera.models.linear import BLOCK_WEIGHTS
+from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.stream import CHUNK_BYTES
 from qvera.training.plan.run import Linear, PlannedRun
 
@@ -33,17 +35,15 @@ _INPUTS = {
 
 def kept_bytes(run: PlannedRun) -> int:
     """What one decoder layer keeps for backward, its input included (the first norm keeps that)."""
-    T, size = run.batch.all_tokens, run.itemsize
-    if goes_by_tiles(run):  # the MLP keeps its input
-        inside, outside = T * run.shape.hidden * size, [x for x in run.layer if x.role not in _MLP]
-    else:
-        inside, outside = 2 * T * run.shape.ff * size, run.layer
-    return norm_bytes(run) * 2 + _attention_bytes(run) + inside + _adapter_bytes(run, outside)
+    tiled = goes_by_tiles(run)  # then the MLP keeps its input
+    inside = run.batch.all_tokens * (run.shape.hidden if tiled else 2 * run.shape.ff) * run.itemsize
+    linears = [x for x in run.layer if not (tiled and x.role in _MLP)]
+    return norm_bytes(run) * 2 + _attention_bytes(run) + inside + _adapter_bytes(run, linears)
 
 
 def goes_by_tiles(run: PlannedRun) -> bool:
     """Whether MLPs take some tokens at a time (`qvera.models.lean_layers`)."""
-    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.mixes_rows:
+    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.slots > 1:
         return False
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
 
@@ -61,22 +61,38 @@ def offloaded_bytes(run: PlannedRun) -> int:
     """Pinned RAM for the offloaded inputs of checkpointed layers (`qvera.models.stream`)."""
     if run.checkpointing != "offload":
         return 0
-    one = run.batch.all_tokens * run.shape.hidden * run.itemsize
-    return run.shape.layers * -(-one // CHUNK_BYTES) * CHUNK_BYTES
+    chunks = -(-run.batch.all_tokens * run.shape.hidden * run.itemsize // CHUNK_BYTES)
+    return run.shape.layers * chunks * CHUNK_BYTES
 
 
 def product_shapes(run: PlannedRun) -> int:
     """How many different matrix products one token count needs in a decoder layer, forward and backward."""
-    pairs = {("W", x.n, x.m) for x in run.layer}
+    rank, pairs = run.recipe.adapter.rank, {("W", x.n, x.m) for x in run.layer}
     for x in run.layer:
         if x.name in run.adapted_names and not run.is_summed(x):
-            pairs |= {("A", x.n, run.rank), ("B", run.rank, x.m)}
+            pairs |= {("A", x.n, rank), ("B", rank, x.m)}
     return 2 * len(pairs)
 
 
 def norm_bytes(run: PlannedRun) -> int:
     """An RMS norm keeps its input and one factor a token in fp32 (`qvera.models.lean_layers`)."""
     return run.batch.all_tokens * (run.shape.hidden * run.itemsize + 4)
+
+
+def method_bytes(run: PlannedRun, x: Linear) -> LinearBytes:
+    """What the method says of a step at one linear."""
+    tokens, machine = run.batch.all_tokens, run.machine
+    return run.method.memory(run.recipe.adapter, x.spec, tokens, machine.dtype, machine.on_gpu)
+
+
+def _groups(run: PlannedRun) -> list[tuple[int, int]]:
+    """Of each group of rows that a CPU attends to its places, padding included, and the bytes of a number.
+
+    Joined rows go in groups of like length (`qvera.models.attention.attend_in_groups`); [] elsewhere.
+    """
+    groups = () if run.machine.on_gpu or run.attention == "eager" else run.batch.groups
+    wide = max(run.itemsize, 4)
+    return [(rows * length, wide if length <= FP32_TOKENS else run.itemsize) for rows, length in groups]
 
 
 def _attention_bytes(run: PlannedRun) -> int:
@@ -86,8 +102,13 @@ def _attention_bytes(run: PlannedRun) -> int:
     if run.attention == "eager":
         squares = b.rows * s.heads * b.tokens**2
         return 3 * q * size + squares * 4 + (squares * size if size < 4 else 0) + normed
-    if _by_groups(run):
-        return _group_kept_bytes(run) + normed
+    if groups := _groups(run):
+        # padded queries, keys and values (a group's own where it goes to fp32), the output, and a number for each
+        qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
+        shared = any(wide == size for _, wide in groups)
+        kept = sum(places for places, _ in groups) * qkv * size if shared else 0
+        kept += sum(places * qkv * wide for places, wide in groups if wide > size)
+        return kept + sum(places * s.heads * (s.head_dim * wide + 4) for places, wide in groups) + normed
     masked = b.padded or (b.joined and not b.offsets)
     # with a mask sdpa repeats grouped keys and values, and so do we where there is no flash attention for them
     repeats = (masked and run.attention == "sdpa") or (run.machine.on_gpu and run.machine.dtype != torch.bfloat16)
@@ -98,58 +119,37 @@ def _attention_bytes(run: PlannedRun) -> int:
     return (2 * q + 2 * keys) * size + T * s.heads * 4 + mask + normed
 
 
-def _by_groups(run: PlannedRun) -> bool:
-    """Whether a CPU attends to joined rows in groups of like length (`qvera.models.attention.attend_in_groups`)."""
-    return bool(run.batch.groups) and not run.machine.on_gpu
-
-
-def _group_sizes(run: PlannedRun) -> list[tuple[int, int]]:
-    """Of each group its places, padding included, and the bytes of a number."""
-    wide = max(run.itemsize, 4)
-    return [(rows * length, wide if length <= FP32_TOKENS else run.itemsize) for rows, length in run.batch.groups]
-
-
-def _group_kept_bytes(run: PlannedRun) -> int:
-    """Padded queries, keys and values (a group's own where it goes to fp32), the output, and a number for each."""
-    s, sizes = run.shape, _group_sizes(run)
-    qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
-    gathered = sum(places for places, _ in sizes) * qkv * run.itemsize
-    own = sum(places * qkv * size for places, size in sizes if size > run.itemsize)
-    kept = own + (gathered if any(size == run.itemsize for _, size in sizes) else 0)
-    return kept + sum(places * s.heads * (s.head_dim * size + 4) for places, size in sizes)
-
-
 def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
     """Z of each input that low-rank paths read (shared by its readers), x where `fused.keeps_input`."""
-    T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
-    attention_keeps = run.attention != "eager" and not _by_groups(run)  # its output, which o_proj reads
+    T, size, section, method = run.batch.all_tokens, run.itemsize, run.recipe.adapter, run.method
+    attention_keeps = run.attention != "eager" and not _groups(run)  # its output, which o_proj reads
+    schedules = plugins.schedules_of(training=run.recipe.training)
+    shares = [share for schedule in schedules if (share := schedule.kept_share(run.recipe))]
     held: dict[tuple[str, str], int] = {}  # by what it is of, so that what is shared counts once
     for x in linears:
         if x.name not in run.adapted_names:
             continue
-        source = _INPUTS.get(x.role, x.name)
-        if run.mixes_rows:  # vectors of each adapter of the pass, in fp32 (`qvera.adapters.products`)
-            numbers = run.rank + section.b_groups * x.m + (x.n if section.input_scale else 0)
+        source, rank, own = _INPUTS.get(x.role, x.name), run.rank_at(x), method_bytes(run, x)
+        if run.slots > 1:  # vectors of each adapter of the pass, in fp32 (`qvera.adapters.products`)
+            numbers = section.rank + section.b_groups * x.m + (x.n if section.input_scale else 0)
             held[x.name, "vectors"] = 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * numbers
-        trains_A = run.method.source is Source.TRAINED
+        trains_A = method.source is Source.TRAINED
         reads_x = run.keeps_input(x) or trains_A or (section.input_scale and not section.dropout)
-        if run.sampled_tokens is not None:  # rows of its own, with a number and a weight each
-            held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
+        if shares:  # a schedule keeps some tokens of each input: rows of its own, with a number and a weight each
+            tokens = max(1, math.ceil(min(shares) * T))
+            held[x.name if section.dropout else source, "x"] = tokens * (x.n * size + 8 + 4)
         elif reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
-        own = run.method_bytes(x)
         held[x.name, "of the method's own"] = own.kept
-        if run.method.change is Change.SCALED:
+        if method.change is Change.SCALED:
             held[x.name, "y"] = T * x.m * size + 8 * x.m  # what its rows are scaled with in fp32, and their norms
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
-            held[x.name, "z"] = T * run.rank_at(x) * size + T * x.n + (T * x.n * size if section.input_scale else 0)
+            held[x.name, "z"] = T * rank * size + T * x.n + (T * x.n * size if section.input_scale else 0)
         elif run.keeps_input(x):
             continue
-        else:
-            shared = run.method.source is Source.SEEDED and not section.input_scale
-            own_rank = run.rank_at(x)  # readers of other ranks have another z
-            graph = "without" if run.is_summed(x) else "with"
-            held[source if shared else x.name, f"z of rank {own_rank} {graph} a graph"] = T * own_rank * size
+        else:  # readers of other ranks have another z
+            shared = method.source is Source.SEEDED and not section.input_scale
+            held[source if shared else x.name, f"z of rank {rank}, {run.is_summed(x)}"] = T * rank * size
         held[x.name, "A, B"] = own.cast
     return sum(held.values())
 
@@ -157,82 +157,32 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
 def _product_bytes(run: PlannedRun, x: Linear) -> int:
     """The most that the weights of one linear's products take for the moment: W, C = diag(b) B diag(d), W + ΔW, M."""
     section, size, T, numbers = run.recipe.adapter, run.itemsize, run.batch.all_tokens, x.n * x.m
-    read = 0
-    if run.goes_by_blocks(x):  # a block of W; g W in fp32, and one block's part of it
-        read = BLOCK_WEIGHTS * size + (T * x.n * (4 + size) if size < 4 else 0) + numbers // 16
-    elif run.is_quantized(x):  # W, and its scales
+    read, is_summed = 0, run.is_summed(x)
+    if run.recipe.model.quantization != "none" and x.quantizable:  # W, and its scales
         read = numbers * size + numbers // 16
+        by_blocks = run.is_four_bit and not run.machine.on_gpu and not is_summed and x.n % 64 == 0
+        if by_blocks and numbers > BLOCK_WEIGHTS and backward_by_blocks(T, x.n):
+            # W is never whole: a block of it; g W in fp32, and one block's part of it
+            read = BLOCK_WEIGHTS * size + (T * x.n * (4 + size) if size < 4 else 0) + numbers // 16
     if x.name not in run.adapted_names:
         return read
-    if run.mixes_rows:  # z scaled, u, and in fp32 what is added up
-        return read + T * (x.m * (size + 4) + 2 * run.rank * size)
+    if run.slots > 1:  # z scaled, u, and in fp32 what is added up
+        return read + T * (x.m * (size + 4) + 2 * section.rank * size)
     if not run.has_vectors(x):
-        return read + run.method_bytes(x).working
-    pair, side, z = x.m * run.rank_at(x), run.rank * x.n, T * run.rank * size
+        return read + method_bytes(run, x).working
+    pair, z = x.m * run.rank_at(x), T * section.rank * size
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
-    if run.is_summed(x):  # W + ΔW while C is made; with an a, gᵀ x beside C, M, A diag(a), N, and z's gradient or A N
+    if is_summed:  # W + ΔW while C is made; with an a, gᵀ x beside C, M, A diag(a), N, and z's gradient or A N
+        side = section.rank * x.n
         scaling = 2 * (pair + side) * size + max(z, 8 * side) if section.input_scale else 0
         return max(read, numbers * size + max(combining, scaling))
-    if few_tokens(T, torch.empty(x.m, run.rank, device="meta"), section.b_groups):
-        combining = T * (x.m * min(section.b_groups, 2) + run.rank) * size
+    if few_tokens(T, torch.empty(x.m, section.rank, device="meta"), section.b_groups):
+        combining = T * (x.m * min(section.b_groups, 2) + section.rank) * size
     # where rows are scaled: beside the gradient of the output, that of what is scaled
     flowing = T * x.m * size if run.method.change is Change.SCALED else 0
     return max(read, pair * size + (2 if size < 4 else 1) * block, combining) + flowing
-
-
-def transient_bytes(run: PlannedRun) -> int:
-    """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
-    T, size = run.batch.all_tokens, run.itemsize
-    g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
-    if goes_by_tiles(run):
-        tile = replace(run, batch=replace(run.batch, rows=1, tokens=tile_tokens(T), keys=0))
-        kept = 2 * tile.batch.all_tokens * run.shape.ff * size  # by a tile's own graph
-        kept += _adapter_bytes(tile, [x for x in run.layer if x.role in _MLP])
-        # beside a tile are the gradients of the MLP's output and input; what it kept is its input
-        in_mlp, of_mlp = 2 * g + kept + max(_mlp_moments(tile)), g
-    else:
-        z = _z_bytes(run)
-        in_mlp = max(_mlp_moments(run))
-        of_mlp = 2 * wide + z.get("down_proj", 0) + max(z.get("gate_proj", 0), z.get("up_proj", 0))
-    in_attention = max(_attention_moments(run)) - of_mlp - norm_bytes(run)  # the MLP and its norm are through
-    return max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers
-
-
-def _mlp_moments(run: PlannedRun) -> list[int]:
-    """Bytes at each kernel while backward goes through the MLP. ``g``: the gradient of the residual stream."""
-    T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
-    g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
-    # the gradients of gate and up have taken the place of what the MLP kept
-    flowing = {"down_proj": g + _input_gradients(run, "down_proj") * wide, "gate_proj": 2 * g, "up_proj": 2 * g}
-    inside = [_product_bytes(run, x) + flowing[x.role] - down for x in run.layer if x.role in _MLP]
-    return [g + 3 * wide - down, *inside]
-
-
-def _attention_moments(run: PlannedRun) -> list[int]:
-    """Bytes at each kernel while backward goes through the attention, and all that is not the MLP."""
-    s, b, T, size = run.shape, run.batch, run.batch.all_tokens, run.itemsize
-    g, gone = T * s.hidden * size, _z_bytes(run).get("o_proj", 0)
-    heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
-    flowing = {
-        "o_proj": g + _input_gradients(run, "o_proj") * heads,
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone),
-    }
-    moments = [_product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role not in _MLP]
-    if b.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
-        moments.append(2 * g + 2 * heads + 3 * b.keys * s.kv_heads * s.head_dim * size + kv)
-    if run.attention == "eager":
-        return [*moments, 2 * g + 2 * heads + 2 * b.rows * s.heads * b.tokens**2 * 4]
-    workspace = 0
-    if _by_groups(run):  # the padded gradients of all, twice, and of one group in its own dtype
-        sizes, each, kv_each = _group_sizes(run), s.heads * s.head_dim, s.kv_heads * s.head_dim
-        workspace = sum(places for places, _ in sizes) * (3 * each + 4 * kv_each) * size
-        workspace += max(places * 2 * (each + kv_each) * itemsize for places, itemsize in sizes)
-    elif run.machine.on_gpu:  # flash attention: ∂q in fp32, and with grouped keys ∂k and ∂v of every head
-        # read in torch's source (``mha_bwd`` in flash_api.cpp)
-        workspace = 4 * T * s.heads * (s.head_dim + 1) + (2 * heads if s.kv_heads < s.heads else 0)
-    return [*moments, g + 2 * heads + 2 * kv + workspace - gone]
 
 
 def _z_bytes(run: PlannedRun) -> dict[str, int]:
@@ -243,5 +193,50 @@ def _z_bytes(run: PlannedRun) -> dict[str, int]:
 
 def _input_gradients(run: PlannedRun, role: str) -> int:
     """How many gradients of one linear's input there are at a time: of W, and of A where it has a path of its own."""
+    # where the pair is trained, the frozen product is in the adapter's own node (`Method.with_base`)
+    one_node = trains_pair(run.method) and not run.recipe.adapter.dropout and run.sharing.stage < 3
     own = (x for x in run.layer if x.role == role and x.name in run.adapted_names)
-    return 1 + any(not run.is_summed(x) and not run.is_one_node for x in own)
+    return 1 + any(not run.is_summed(x) and not one_node for x in own)
+
+
+def _mlp_peak(run: PlannedRun) -> int:
+    """The most at a kernel while backward goes through the MLP."""
+    T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
+    g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
+    # the gradients of gate and up have taken the place of what the MLP kept
+    flowing = {"down_proj": g + _input_gradients(run, "down_proj") * wide, "gate_proj": 2 * g, "up_proj": 2 * g}
+    products = [_product_bytes(run, x) + flowing[x.role] for x in run.layer if x.role in _MLP]
+    return max([g + 3 * wide, *products]) - down
+
+
+def transient_bytes(run: PlannedRun) -> int:
+    """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
+    s, b, T, size, z = run.shape, run.batch, run.batch.all_tokens, run.itemsize, _z_bytes(run)
+    g, gone = T * s.hidden * size, z.get("o_proj", 0)
+    if goes_by_tiles(run):
+        tile = replace(run, batch=replace(b, rows=1, tokens=tile_tokens(T), keys=0))
+        own = 2 * tile.batch.all_tokens * s.ff * size + _adapter_bytes(tile, [x for x in run.layer if x.role in _MLP])
+        # beside a tile are the gradients of the MLP's output and input; what it kept is its input
+        in_mlp, of_mlp = 2 * g + own + _mlp_peak(tile), g
+    else:
+        in_mlp = _mlp_peak(run)
+        of_mlp = 2 * T * s.ff * size + z.get("down_proj", 0) + max(z.get("gate_proj", 0), z.get("up_proj", 0))
+    heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
+    flowing = dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone)
+    flowing["o_proj"] = g + _input_gradients(run, "o_proj") * heads
+    moments = [_product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role not in _MLP]
+    if b.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
+        moments.append(2 * g + 2 * heads + 3 * b.keys * s.kv_heads * s.head_dim * size + kv)
+    if run.attention == "eager":
+        moments.append(2 * g + 2 * heads + 2 * b.rows * s.heads * b.tokens**2 * 4)
+    elif groups := _groups(run):  # the padded gradients of all, twice, and of one group in its own dtype
+        each, kv_each = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        workspace = sum(places for places, _ in groups) * (3 * each + 4 * kv_each) * size
+        workspace += max(places * 2 * (each + kv_each) * wide for places, wide in groups)
+        moments.append(g + 2 * heads + 2 * kv + workspace - gone)
+    else:  # flash attention on a GPU: ∂q in fp32, and with grouped keys ∂k and ∂v of every head
+        # read in torch's source (``mha_bwd`` in flash_api.cpp)
+        workspace = 4 * T * s.heads * (s.head_dim + 1) + (2 * heads if s.kv_heads < s.heads else 0)
+        moments.append(g + 2 * heads + 2 * kv + (workspace if run.machine.on_gpu else 0) - gone)
+    in_attention = max(moments) - of_mlp - norm_bytes(run)  # the MLP and its norm are through
+    return max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers

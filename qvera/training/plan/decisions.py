@@ -15,6 +15,7 @@ from typing import Any
 
 from qvera.config.schema import Recipe
 from qvera.models.checkpointing import Mode
+from qvera.tasks import task_of
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.longest import BatchOf, pass_rows
 from qvera.training.plan.memory import (
@@ -47,54 +48,39 @@ def mode_word(mode: Mode) -> str:
 class Checkpointing:
     """A decision on `training.gradient_checkpointing`."""
 
+    asked: Mode | str
     mode: Mode
     why: str
-    asked: Mode | str
-    needed_bytes: dict[Mode, int] = field(default_factory=dict)  # at the peak, by mode; empty unless auto was asked
+    needed_bytes: dict[str, int] = field(default_factory=dict)  # at the peak, by `mode_word`; empty unless auto
     available_bytes: int = 0
 
     def fits(self, mode: Mode) -> bool:
         """Whether a run fits in another mode, without a margin; True where nothing is known."""
-        return self.needed_bytes.get(mode, 0) <= self.available_bytes
+        return self.needed_bytes.get(mode_word(mode), 0) <= self.available_bytes
 
     def __str__(self) -> str:
-        """One sentence."""
         return f"Gradient checkpointing: {mode_word(self.mode)} ({self.why})."
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        needed = {mode_word(mode): count for mode, count in self.needed_bytes.items()}
-        return {"asked": self.asked, "mode": self.mode, "why": self.why, "needed_bytes": needed}
 
 
 @dataclass(frozen=True)
 class Streaming:
     """A decision on `model.stream`: two layers on the device, the others in RAM."""
 
+    asked: bool | str
     streams: bool
     why: str
-    asked: bool | str
     ram_bytes: int = 0  # of the layers that stay there
-    pass_bytes: int = 0  # that one forward and backward pass copies to the device
-    too_little_ram: bool = False  # the layers are read from the mapped file
+    bytes_per_pass: int = 0  # that one forward and backward pass copies to the device
 
     def __str__(self) -> str:
-        """One or two sentences."""
         text = f"Streaming: {'on' if self.streams else 'off'} ({self.why})."
-        if self.pass_bytes:
+        if self.bytes_per_pass:
             text += (
-                f" {size(self.ram_bytes)} of layers stay in RAM, and a pass copies {size(self.pass_bytes)}: "
-                f"{duration(self.pass_bytes / PCIE_BYTES_PER_SECOND)} at {PCIE_BYTES_PER_SECOND / 1e9:g} GB/s, hidden "
-                "where the pass computes for longer."
+                f" {size(self.ram_bytes)} of layers stay in RAM, and a pass copies {size(self.bytes_per_pass)}: "
+                f"{duration(self.bytes_per_pass / PCIE_BYTES_PER_SECOND)} at {PCIE_BYTES_PER_SECOND / 1e9:g} GB/s, "
+                "hidden where the pass computes for longer."
             )
-        if self.too_little_ram:
-            text += " So much RAM is not free: the layers are read from their file in each pass."
         return text
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        sizes = {"ram_bytes": self.ram_bytes, "bytes_per_pass": self.pass_bytes}
-        return {"asked": self.asked, "streams": self.streams, "why": self.why, **sizes}
 
 
 def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
@@ -133,14 +119,14 @@ def with_fitting_slots(run: PlannedRun) -> PlannedRun:
 
 
 def hold_weights(run: PlannedRun) -> PlannedRun:
-    """The run with W + ΔW held between optimizer steps where one process on a CPU can; else as it is.
+    """The run with W + ΔW made once a step, and held, where one process on a CPU can; else as it is.
 
-    They may take a quarter of the free memory, and the run has to fit with them. A resumed run keeps this choice, since
-    layers choose their path by it.
+    They may take a quarter of the free memory, and the run has to fit with them. It saves a tenth of a step. A resumed
+    run keeps `PlannedRun.builds_per_pass`, since layers choose their path by it.
     """
-    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.mixes_rows:
+    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.slots > 1:
         return run
-    held, free_bytes = replace(run, holds_weights=True), run.machine.available_bytes
+    held, free_bytes = replace(run, builds_per_pass=1 / run.passes), run.machine.available_bytes
     size_bytes = held_weight_bytes(held)
     fits = size_bytes <= free_bytes // 4 and plan_rank(held).needed_bytes(run.machine) <= free_bytes
     return held if size_bytes and fits else run
@@ -152,31 +138,37 @@ def decide_checkpointing(run: PlannedRun) -> Checkpointing:
     if asked != "auto":
         shared = asked == "offload" and run.checkpointing is True
         why = "as the recipe says" + (": the device has no memory of its own to offload from" if shared else "")
-        return Checkpointing(run.checkpointing, why, asked)
+        return Checkpointing(asked, run.checkpointing, why)
     available = machine.available_bytes // (1 if machine.on_gpu else sharing.per_node)  # ranks divide a machine's RAM
-    runs = {mode: run.changed(training__gradient_checkpointing=mode) for mode in modes_of(run)}
+    runs = {mode: run.changed({"training.gradient_checkpointing": mode}) for mode in modes_of(run)}
     needed = {mode: plan_rank(each).total_bytes for mode, each in runs.items()}
-    takes, of = {mode: size(count) for mode, count in needed.items()}, f"of {size(available)}"
     mode: Mode = True
-    why = f"without it the run would take {takes[False]} {of}"
+    why = f"auto: without it the run would take {size(needed[False])} of {size(available)}"
     if needed[False] <= available * (OFF_SHARE_ACCELERATOR if machine.on_gpu else OFF_SHARE_CPU):
-        mode, why = False, f"without it the run takes {takes[False]} {of}"
+        mode, why = False, f"auto: without it the run takes {size(needed[False])} of {size(available)}"
     elif "offload" in runs and needed[True] > available * ON_SHARE_ACCELERATOR and needed["offload"] < needed[True]:
-        host_bytes, free_bytes = offloaded_bytes(runs["offload"]) * sharing.per_node, machine.host_bytes
+        host_bytes = offloaded_bytes(runs["offload"]) * sharing.per_node
         layers_bytes = pinned_layer_bytes(run)  # which are locked first
-        if free_bytes is None or host_bytes <= free_bytes - layers_bytes:
-            mode, why = "offload", f"{why}, and with all layer inputs on the device {takes[True]}"
+        if machine.host_bytes is None or host_bytes <= machine.host_bytes - layers_bytes:
+            mode, why = "offload", f"{why}, and with all layer inputs on the device {size(needed[True])}"
         else:
             beside = " beside the streamed layers" if layers_bytes else ""
             why += f", and {size(host_bytes)} of RAM to offload layer inputs to are not free{beside}"
-    return Checkpointing(mode, f"auto: {why}", asked, needed, available)
+    return Checkpointing(asked, mode, why, {mode_word(each): count for each, count in needed.items()}, available)
 
 
 def modes_of(run: PlannedRun) -> list[Mode]:
     """What there is on a machine for a run, the fastest first."""
     # TRL enables checkpointing anew in each pass, as transformers does it
-    can_offload = accelerator.has_own_memory(run.machine.device_type) and not run.task.loss_is_trl
+    can_offload = accelerator.has_own_memory(run.machine.device_type) and not task_of(run.recipe).loss_is_trl
     return [False, True, "offload"] if can_offload else [False, True]
+
+
+def can_stream(run: PlannedRun) -> bool:
+    """Whether streaming would free memory of the device, and goes with the rest of the recipe."""
+    # ZeRO-3 brings the layers to the device itself
+    may = run.sharing.stage < 3 and not run.recipe.training.torch_compile
+    return may and run.is_four_bit and accelerator.has_own_memory(run.machine.device_type)
 
 
 def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
@@ -184,16 +176,15 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
     asked, machine = run.recipe.model.stream, run.machine
 
     def planned(streams: bool) -> tuple[PlannedRun, Checkpointing, int]:
-        other = run.changed(model__stream=streams)
-        mode = decide_checkpointing(other)
-        other = other.changed(training__gradient_checkpointing=mode.mode)
+        mode = decide_checkpointing(run.changed({"model.stream": streams}))
+        other = run.changed({"model.stream": streams, "training.gradient_checkpointing": mode.mode})
         return other, mode, plan_rank(other).needed_bytes(machine)
 
     decided, mode, needed = planned(asked is True)
     why = "as the recipe says"
     if asked == "auto" and needed <= machine.available_bytes:
         why = "auto: the run fits without it"
-    elif asked == "auto" and not run.can_stream:
+    elif asked == "auto" and not can_stream(run):
         why = "auto: this run's layers can't be streamed"
     elif asked == "auto":
         why = "auto: the run does not fit with it either"
@@ -201,13 +192,14 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
         if less <= machine.available_bytes:
             decided, mode = streamed, its_mode
             why = f"auto: with the base on the device the run takes {size(needed)} of {size(machine.available_bytes)}"
-    if not decided.streams:
-        return decided, mode, Streaming(False, why, asked)
+    if decided.recipe.model.stream is not True:
+        return decided, mode, Streaming(asked, False, why)
     if not accelerator.has_own_memory(machine.device_type):
         why += "; here it only adds copies: the mapped file is in RAM anyway"
-        return decided, mode, Streaming(True, why, asked)
-    short = not pinned_layer_bytes(decided)
-    return decided, mode, Streaming(True, why, asked, sum(layer_bytes(decided)), stream_bytes(decided), short)
+        return decided, mode, Streaming(asked, True, why)
+    if not pinned_layer_bytes(decided):
+        why += "; so much RAM is not free: the layers are read from their file in each pass"
+    return decided, mode, Streaming(asked, True, why, sum(layer_bytes(decided)), stream_bytes(decided))
 
 
 @dataclass(frozen=True)
@@ -264,7 +256,7 @@ def _steps(run: PlannedRun) -> dict[str, list[Any]]:
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     return {
         "training.gradient_checkpointing": modes[modes.index(run.checkpointing) + 1 :],
-        "model.stream": [True] if run.can_stream and not run.streams else [],
+        "model.stream": [True] if can_stream(run) and run.recipe.model.stream is not True else [],
         "training.per_device_train_batch_size": [] if data.packing else fewer_rows,
         "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
         "data.max_length": [n for n in _eighths(longest, 8) if n >= _SHORTEST_TOKENS],

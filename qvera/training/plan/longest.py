@@ -1,7 +1,7 @@
 """The longest forward pass of a run: of its rows where they are here, else what the recipe allows."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,24 +21,21 @@ def longest_batch(
     rows: Rows | None, joined: Joined | None, rounded: bool, masked: bool, image_tokens: int = 0
 ) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on. ``image_tokens``: of each row's image."""
-    if rows is None:
-        return lambda recipe: assumed_batch(recipe, joined, image_tokens)
-
     known: dict[tuple[int, int], Batch] = {}
 
     def longest(recipe: Recipe) -> Batch:
+        if rows is None:
+            return assumed_batch(recipe, joined, image_tokens)
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in known:
             cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
-            steps = max(1, planned_steps(recipe, len(cut)))
             many = recipe.data.has_adapters
             if many:  # how rows meet depends on who leaves when: the longest ones may all meet
                 chosen = np.argsort(-cut.lengths, kind="stable")[: pass_rows(recipe)].tolist()
             else:
-                chosen = longest_rows(recipe, cut, joined, steps)
+                chosen = longest_rows(recipe, cut, joined, max(1, planned_steps(recipe, len(cut))))
             batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked, whole_rows=many)
-            counts = token_counts_of_many(cut, batch) if many else token_counts(recipe, cut, steps, rounded)
-            known[key] = replace(batch, token_counts=counts)
+            known[key] = replace(batch, token_counts=_token_counts(cut.lengths, batch, rounded))
         return known[key]
 
     return longest
@@ -54,19 +51,18 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: in
         source = f"images of the base's size: {rows} x {tokens:,} tokens"
         return Batch(rows, tokens, rows, False, False, source, tokens)
     rows *= 2 if data.format == "preference" else 1  # a pair is two rows
-    source = f"data.max_length: {rows} x {tokens:,} tokens"
-    targets = rows
+    source, targets = f"data.max_length: {rows} x {tokens:,} tokens", rows
     if data.packing:  # one full sequence; two rows in it, so that attention has to tell them apart
         source, rows, targets = f"data.max_length: packed into {tokens:,} tokens", 1, 2
-    trained = rows * tokens
+    trained = all_tokens = rows * tokens
     if data.train_on != "all" and data.max_target_length:
         trained = min(targets * min(data.max_target_length, tokens), trained)
     together = data.packing or (data.has_adapters and joined is not None)
     offsets = together and joined is not Joined.MASK
     groups = ((targets, tokens),) if data.has_adapters and offsets else ()
-    rows, all_tokens = (1, rows * tokens) if together else (rows, tokens)
+    sizes = (1, all_tokens) if together else (rows, tokens)
     packed = int(data.packing)
-    return Batch(rows, all_tokens, trained, False, together, source, tokens, packed, offsets=offsets, groups=groups)
+    return Batch(*sizes, trained, False, together, source, tokens, packed, offsets=offsets, groups=groups)
 
 
 def pass_rows(recipe: Recipe) -> int:
@@ -77,54 +73,41 @@ def pass_rows(recipe: Recipe) -> int:
     return min(training.per_device_train_batch_size, training.adapters_at_once * training.global_batch_size)
 
 
-def token_counts_of_many(rows: Rows, longest: Batch) -> int:
-    """How many token counts the passes of many adapters may have: padded, as many as rows have lengths.
+def _token_counts(lengths: np.ndarray, longest: Batch, rounded: bool) -> int:
+    """How many token counts the passes may have: padded, as many as rows have lengths.
 
     Joined rows have any number up to that of the longest pass. Where it matters it is rounded up.
     """
     if not longest.joined:
-        return len(set(rows.lengths.tolist()))
-    counts, tokens = 0, int(rows.lengths.min())
+        different = set(lengths.tolist())
+        return len({round_up_length(n) for n in different} if rounded else different)
+    counts, tokens = 0, int(lengths.min())
     while tokens <= longest.tokens:
         counts, tokens = counts + 1, round_up_length(tokens) + 1
-    return counts
+    return max(1, counts)
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
     """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps."""
+    batches, packing = batches_of(recipe, rows), recipe.data.packing
     candidates: dict[tuple[int, ...], int] = {}
-    for passes, row_tokens in _stretches(recipe, rows, steps):
-        sizes = row_tokens * np.array([1 if recipe.data.packing else len(p) for p in passes], dtype=np.int64)
+    for stretch in batches.stretches(steps):
+        passes = [each for part in stretch for each in batches.cut(part)]
+        counts = np.array([len(p) for p in passes], dtype=np.int64)
+        chosen = np.concatenate([np.asarray(part, dtype=np.int64) for part in stretch])
+        join = np.add if packing else np.maximum
+        row_tokens = join.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
+        sizes = row_tokens * (1 if packing else counts)
         for i in np.argsort(-sizes, kind="stable")[:_CANDIDATES]:
             candidates[tuple(passes[i])] = int(sizes[i])
     best, best_tokens = [], -1
     for members, padded in sorted(candidates.items(), key=lambda item: -item[1])[:_CANDIDATES]:
         if padded <= best_tokens:
             break  # joining only makes it less
-        tokens = batch_of([rows[i] for i in members], joined, recipe.data.packing).all_tokens
+        tokens = batch_of([rows[i] for i in members], joined, packing).all_tokens
         if tokens > best_tokens:
             best, best_tokens = list(members), tokens
     return best
-
-
-def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: bool) -> int:
-    """How many token counts the passes have, ``rounded`` up (`qvera.data.rows`) or not; joined rows count as padded."""
-    counts: set[tuple[int, int]] = set()
-    for passes, row_tokens in _stretches(recipe, rows, steps):
-        tokens = [round_up_length(int(n)) for n in row_tokens] if rounded else row_tokens.tolist()
-        counts |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
-    return max(1, len(counts))
-
-
-def _stretches(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:
-    """The passes of ``steps`` steps by stretches, with the tokens of a row in each (packed: of the whole pass)."""
-    batches = batches_of(recipe, rows)
-    join = np.add if recipe.data.packing else np.maximum
-    for stretch in batches.stretches(steps):
-        passes = [one for part in stretch for one in batches.cut(part)]
-        counts = np.array([len(p) for p in passes], dtype=np.int64)
-        chosen = np.concatenate([np.asarray(part, dtype=np.int64) for part in stretch])
-        yield passes, join.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
 
 
 def batch_of(
@@ -143,20 +126,18 @@ def batch_of(
     lengths = [tokens for e in examples for tokens in e.row_tokens]
     trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
     batch = None if joined is None else collate_prefix_once(examples, packing=packing or whole_rows, joined=joined)
-    if batch is not None:
-        tokens = batch["input_ids"].shape[1]
-        tokens = round_up_length(tokens) if rounded else tokens
-        source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
-        copied = len(batch["key_index"]) if "key_index" in batch else 0
-        offsets = "cu_seq_lens_q" in batch
-        groups: tuple[tuple[int, int], ...] = ()
-        if offsets and not copied:
-            filled = [tokens - sum(lengths)] if tokens > sum(lengths) else []
-            groups = tuple(groups_of(tuple(itertools.accumulate(lengths + filled, initial=0)))[2])
-        packed = rows if packing else 0
-        return Batch(
-            1, tokens, trained, False, True, source, longest, packed, offsets=offsets, keys=copied, groups=groups
-        )
-    tokens = round_up_length(longest) if rounded else longest
-    source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
-    return Batch(rows, tokens, trained, masked and min(lengths) < longest, False, source, longest)
+    if batch is None:
+        tokens = round_up_length(longest) if rounded else longest
+        source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
+        return Batch(rows, tokens, trained, masked and min(lengths) < longest, False, source, longest)
+    tokens = batch["input_ids"].shape[1]
+    tokens = round_up_length(tokens) if rounded else tokens
+    source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
+    groups: tuple[tuple[int, int], ...] = ()
+    offsets = "cu_seq_lens_q" in batch
+    keys = len(batch["key_index"]) if "key_index" in batch else 0
+    if offsets and not keys:
+        filled = [tokens - sum(lengths)] if tokens > sum(lengths) else []
+        groups = tuple(groups_of(tuple(itertools.accumulate(lengths + filled, initial=0)))[2])
+    packed = rows if packing else 0
+    return Batch(1, tokens, trained, False, True, source, longest, packed, offsets=offsets, keys=keys, groups=groups)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from qvera.adapters.files.adapter_file import to_peft
 from qvera.adapters.methods import Source, check_recipe
 from qvera.config import plugins
 from qvera.config.schema import Recipe
@@ -21,6 +18,7 @@ from qvera.data import Datasets, Rows
 from qvera.data.rows import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
 from qvera.models.model_class import empty_model
+from qvera.models.safetensors_stream import packed_header
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
@@ -33,7 +31,7 @@ from qvera.training.plan.decisions import (
     nearest_changes,
     wanted_slots,
     with_fitting_slots,
-)  # fmt: skip
+)
 from qvera.training.plan.longest import longest_batch
 from qvera.training.plan.memory import (
     ETHERNET_BYTES_PER_SECOND,
@@ -43,15 +41,13 @@ from qvera.training.plan.memory import (
     plan_ways,
     right_way,
     slot_bytes,
-)  # fmt: skip
+)
 from qvera.training.plan.run import ALONE, Machine, PlannedRun, Shape, Sharing, shape_of, this_machine
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, size
+from qvera.utils.safetensors_io import TensorSpec
 
-_CONFIG_BYTES = 1_250  # adapter_config.json
-_LORA_BYTES = 1_500  # that of PEFT's LoRA, and what is in the header beside the tensors
-_PAIR_NUMBER_BYTES = 21  # a line of its pair_numbers, without the name
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32"}
+_CONFIG_BYTES, _PAIR_NUMBER_BYTES = 1_250, 21  # adapter_config.json, and a line of its pair_numbers without the name
 _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 
 REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
@@ -59,7 +55,7 @@ REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
 No plan knows what the allocator loses to fragmentation, or what other processes give back."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(PlannedRun):
     """What a run will take, and what would make it fit where it does not."""
 
@@ -92,45 +88,36 @@ class Plan(PlannedRun):
         return self.machine.on_gpu and self.needed_bytes > limit and not self.is_refused
 
     @property
-    def has_first_phase_only(self) -> bool:
-        """Whether a schedule goes on in a way that only the rows can tell."""
-        return bool(self.notes)
-
-    @property
     def notes(self) -> list[str]:
-        """What the plan does not know, as schedules say."""
+        """What the plan does not know, as schedules say: they go on in a way that only the rows can tell."""
         schedules = plugins.schedules_of(training=self.recipe.training)
         return [note for schedule in schedules if (note := schedule.note(self.recipe)) is not None]
 
     @property
     def trained_parameters(self) -> int:
         """Trained parameters of the adapter, without a head's."""
-        return sum(self.vector_sizes(trained_only=True)) - self.shape.head_numbers
+        return sum(t.numel for t in self.tensors(trained_only=True)) - self.shape.head_numbers
 
-    @cached_property
+    @property
     def adapter_bytes(self) -> int:
         """The adapter directory: vectors and their config, with a line for each pair of A and B that is made."""
-        tensors, is_lora = self._tensors(), self.method.peft_type == "LORA"
-        if is_lora:
-            tensors = {to_peft(key): tensor for key, tensor in tensors.items()}
         numbered = self.adapted if self.method.source is Source.OWN else []
         lines = sum(len(x.name) + _PAIR_NUMBER_BYTES for x in numbered)
-        return _file_bytes(tensors, {"format": "pt"}) + (_LORA_BYTES if is_lora else _CONFIG_BYTES) + lines
+        return _file_bytes(self.tensors()) + _CONFIG_BYTES + lines
 
-    @cached_property
+    @property
     def checkpoint_bytes(self) -> int:
         """A checkpoint. Of many adapters it is that of all slots, without the results of each."""
         written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
         if self.slots:
             return self.slots * (slot_bytes(self) - 4 * self.trained_parameters) + written
-        state: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, sides in self.vector_shapes(trained_only=True).items():
-            for kind, shape in (("exp_avg", sides), ("exp_avg_sq", sides), ("step", ())):
-                state[f"{name}/{kind}"] = shape, torch.float32
-        return _file_bytes(self._tensors()) + _file_bytes(state) + written
-
-    def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {key: (shape, self.vector_dtype(key)) for key, shape in self.vector_shapes().items()}
+        parts = {"exp_avg": None, "exp_avg_sq": None, "step": ()}
+        state = [
+            TensorSpec(f"{t.name}/{part}", torch.float32, t.shape if shape is None else shape)
+            for t in self.tensors(trained_only=True)
+            for part, shape in parts.items()
+        ]
+        return _file_bytes(self.tensors()) + _file_bytes(state) + written
 
     def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
         """A run's measured peak (`memory.PeakWatch`) as JSON, and the plan's error relative to it.
@@ -138,8 +125,7 @@ class Plan(PlannedRun):
         On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, without the context; what
         the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
         """
-        predicted = self.memory.total_bytes - self.machine.context_bytes
-        total = peak_bytes + mapped_bytes
+        predicted, total = self.memory.total_bytes - self.machine.context_bytes, peak_bytes + mapped_bytes
         return {
             "private_bytes": peak_bytes,
             "mapped_bytes": mapped_bytes,
@@ -160,14 +146,14 @@ class Plan(PlannedRun):
             "available_bytes": self.machine.available_bytes,
             "fits": self.fits,
             "batch": {"rows": self.batch.rows, "tokens": self.batch.tokens, "source": self.batch.source},
-            "gradient_checkpointing": self.decided.to_dict(),
-            "stream": self.streaming.to_dict(),
+            "gradient_checkpointing": asdict(self.decided),
+            "stream": asdict(self.streaming),
             "pinned_bytes": offloaded_bytes(self),
             "parameters": self.shape.parameters,
             "trained_numbers": self.trained_parameters,
             "head_numbers": self.shape.head_numbers or None,
             "adapters_at_once": self.slots or None,
-            "first_phase_only": self.has_first_phase_only,
+            "first_phase_only": bool(self.notes),
             "memory": self.memory.to_dict(),
             "adapter_bytes": self.adapter_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
@@ -183,17 +169,9 @@ class Plan(PlannedRun):
         return document
 
 
-def _file_bytes(
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None = None
-) -> int:
-    """The size of a safetensors file with these tensors, of which none is made: its header has their offsets."""
-    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + -(-text // 8) * 8 + end
+def _file_bytes(tensors: Sequence[TensorSpec]) -> int:
+    """The size of a safetensors file."""
+    return len(packed_header(tensors)) + sum(t.size_bytes for t in tensors)
 
 
 def make_plan(
@@ -208,6 +186,7 @@ def make_plan(
     """Plan a run from its recipe and the base model's config; no weights are read.
 
     Args:
+        recipe: of the run.
         machine: a device: this process's own machine, with what it holds now.
         rows: the training rows. Without them every row is taken to be ``data.max_length`` long, and a schedule that
             needs them is planned for its beginning.
@@ -220,22 +199,20 @@ def make_plan(
         InputError: the config can't be read or planned for, a target matches nothing, or the adapter's keys are wrong.
     """
     check_recipe(recipe)
-    whole = recipe
+    whole = given = recipe
     for schedule in plugins.schedules_of(training=recipe.training):
         whole = schedule.whole(whole, 0 if rows is None else len(rows))
-    given, recipe = recipe, whole if rows is not None or recipe.training.max_steps >= 0 else recipe
+    recipe = whole if rows is not None or recipe.training.max_steps >= 0 else recipe
+    task, many = task_of(recipe), recipe.data.has_adapters
     with torch.random.fork_rng(devices=[]):
-        task = task_of(recipe)
         model_class = task.model_class(datasets)
         model = empty_model(recipe.model, None, model_class)
     shape = _grown(shape_of(model, model_class), recipe)
-    masked, config = needs_padding_mask(model), model.config
-    del model
+    masked, config = needs_padding_mask(model) or task.loss_is_trl, model.config
     device = machine if isinstance(machine, torch.device) else None
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
     name = recipe.model.attn_implementation.replace("auto", shape.attention)
-    many = recipe.data.has_adapters
     if name == "sdpa":
         device = device if machine.on_gpu else torch.device("cpu")
         name = implementation_on(device, config, machine.dtype, whole_rows=many)
@@ -243,20 +220,19 @@ def make_plan(
     joined = joining_of(config, name, prefix_once, recipe.data.packing, whole_rows=many)
     # TRL pads rows to their own length, and masks the padding
     rounded = not task.loss_is_trl and rounds_lengths(machine.dtype, machine.device_type)
-    batch_of = longest_batch(rows, joined, rounded, masked or task.loss_is_trl, shape.image_tokens)
+    batch_of = longest_batch(rows, joined, rounded, masked, shape.image_tokens)
     slots = wanted_slots(recipe, adapter_rows)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=slots)
     run, decided, streaming = decide(run)
+    ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
     run = with_fitting_slots(hold_weights(run))
     memory = plan_rank(run)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of)
     if whole.adapter.rank != given.adapter.rank:  # a schedule has made it
         changes = [change for change in changes if "adapter.rank" not in change.settings]
-    ways = tuple(plan_ways(replace(run, holds_weights=False), sharing.nodes, sharing.per_node)) if every_way else ()
-    parts = memory, changes, decided, streaming, ways
-    holds, slots = run.holds_weights, run.slots
-    return Plan(shape, run.recipe, run.batch, machine, *parts, sharing=sharing, holds_weights=holds, slots=slots)
+    of_run = {each.name: getattr(run, each.name) for each in fields(run)}
+    return Plan(**of_run, memory=memory, changes=changes, decided=decided, streaming=streaming, ways=ways)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
@@ -268,11 +244,9 @@ def _grown(shape: Shape, recipe: Recipe) -> Shape:
         last = max(ids_of(load_tokenizer(recipe.model), tokens).values())
     except InputError:
         last = shape.vocabulary + len(tokens) - 1
-    grown = max(0, last + 1 - shape.vocabulary)
-    more = grown * shape.hidden * (1 if shape.tied else 2)
-    return replace(
-        shape, vocabulary=shape.vocabulary + grown, dense_numbers=shape.dense_numbers + more, grown_rows=grown
-    )
+    rows = max(0, last + 1 - shape.vocabulary)
+    numbers = shape.dense_numbers + rows * shape.hidden * (1 if shape.tied else 2)
+    return replace(shape, vocabulary=shape.vocabulary + rows, dense_numbers=numbers, grown_rows=rows)
 
 
 _STYLE: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "bold"}
@@ -281,31 +255,30 @@ _MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
 
 def print_plan(plan: Plan, console: Console) -> None:
     """The whole plan: a table of components, files, time, and one sentence whether it fits."""
+    memory, shape, machine, world_size = plan.memory, plan.shape, plan.machine, plan.sharing.world_size
     trained = f"{plan.trained_parameters:,} trained"
-    trained += f" and a head of {plan.shape.head_numbers:,}" if plan.shape.head else ""
+    trained += f" and a head of {shape.head_numbers:,}" if shape.head else ""
     console.print(
-        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {trained}; "
-        f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
+        f"{shape.model_type}, {count(shape.parameters)} parameters; {trained}; "
+        f"computes in {str(machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
     )
     table = Table("At the peak", "where", Column("bytes", justify="right"), **_STYLE)
-    for part in plan.memory.peak:
-        where = "GPU" if plan.machine.on_gpu else "mapped file" if part.mapped else "private"
+    for part in memory.peak:
+        where = "GPU" if machine.on_gpu else "mapped file" if part.mapped else "private"
         table.add_row(part.name, where, size(part.bytes))
-    table.add_row("total", "", size(plan.memory.total_bytes), style="bold")
+    table.add_row("total", "", size(memory.total_bytes), style="bold")
     console.print(table)
-    if plan.shape.expert_numbers:
+    if shape.expert_numbers:
         console.print(
-            f"{count(plan.shape.expert_numbers)} of the parameters are experts. They are neither adapted nor "
+            f"{count(shape.expert_numbers)} of the parameters are experts. They are neither adapted nor "
             "quantized: they are no linears."
         )
-    others = [
-        f"{_MOMENTS[name]} {size(sum(c.bytes for c in plan.memory.at(name)))}"
-        for name in plan.memory.moments
-        if name != plan.memory.peak_moment
-    ]
-    console.print(f"The peak is in the {_MOMENTS[plan.memory.peak_moment]}; {', '.join(others)}.")
+    peak = memory.peak_moment
+    others = {name: sum(c.bytes for c in memory.at(name)) for name in memory.moments if name != peak}
+    others_text = ", ".join(f"{_MOMENTS[name]} {size(held)}" for name, held in others.items())
+    console.print(f"The peak is in the {_MOMENTS[peak]}; {others_text}.")
     console.print(str(plan.decided), markup=False)
-    if plan.streams:
+    if plan.streaming.streams:
         console.print(str(plan.streaming), markup=False)
     if pinned := offloaded_bytes(plan):
         console.print(f"Layer inputs take {size(pinned)} of pinned RAM.")
@@ -317,11 +290,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
-        several = plan.sharing.world_size > 1
-        ranks = f" for one of {plan.sharing.world_size} ranks, without the network" if several else ""
+        ranks = f" for one of {world_size} ranks, without the network" if world_size > 1 else ""
         step = "A round of steps, one of each adapter," if plan.slots else "A step"
         console.print(f"{step} takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
-    if plan.machine.on_gpu:
+    if machine.on_gpu:
         console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
     if plan.ways:
         _print_ways(plan, console)
@@ -330,59 +302,53 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(verdict(plan), style="bold")
 
 
+_COLUMN = {"base": "base", "vectors": "vectors", **dict.fromkeys(("checkpoints", "transient", "loss"), "activations")}
+"""Kind of a component → its column; projections, answers and the runtime are the others."""
+
+
 def _print_ways(plan: Plan, console: Console) -> None:
-    sharing, machine = plan.sharing, plan.machine
+    sharing = plan.sharing
     nodes = f"{sharing.nodes} node{'s' if sharing.nodes > 1 else ''}"
     console.print(
         f"\n{sharing.world_size} ranks, {sharing.per_node} on each of {nodes}. What one rank holds at its peak:"
     )
     titles = ("base", "vectors, optimizer", "activations", "others", "total", "received a step", "at 1 Gbit/s")
-    columns = [Column(title, justify="right") for title in titles]
-    table = Table("deepspeed", *columns, **_STYLE)
+    table = Table("deepspeed", *(Column(title, justify="right") for title in titles), **_STYLE)
     for way in plan.ways:
         parts = {"base": 0, "vectors": 0, "activations": 0, "others": 0}
         for part in way.memory.peak:
             if not part.mapped:
                 parts[_COLUMN.get(part.kind, "others")] += part.bytes
-        base = size(parts.pop("base"))
+        base, *cells = map(size, parts.values())
         if way.memory.mapped_bytes:
             base += f" + {size(way.memory.mapped_bytes)} mapped"
-        table.add_row(
-            way.sharing.word,
-            base,
-            *map(size, parts.values()),
-            size(way.needed_bytes) + ("" if way.fits else " (too much)"),
-            size(sum(way.traffic)),
-            duration(sum(way.traffic) / ETHERNET_BYTES_PER_SECOND),
-        )
+        needed = size(way.needed_bytes) + ("" if way.fits else " (too much)")
+        received = sum(way.traffic)
+        seconds = duration(received / ETHERNET_BYTES_PER_SECOND)
+        table.add_row(way.sharing.word, base, *cells, needed, size(received), seconds)
     console.print(table)
-    console.print(right_way(plan.ways, machine)[1], style="bold")
-
-
-_COLUMN = {"base": "base", "vectors": "vectors", **dict.fromkeys(("checkpoints", "transient", "loss"), "activations")}
-"""Kind of a component → its column; projections, answers and the runtime are the others."""
+    console.print(right_way(plan.ways, plan.machine)[1], style="bold")
 
 
 def verdict(plan: Plan) -> str:
     """One sentence: fits, or does not."""
-    memory, machine = plan.memory, plan.machine
-    needed = plan.needed_bytes
+    memory, machine, needed = plan.memory, plan.machine, size(plan.needed_bytes)
     have = f"{size(machine.available_bytes)} of {'memory' if machine.on_gpu else 'free RAM'}"
     if plan.is_tight:
         word = "Fits, barely" if plan.fits else "Does not fit by the plan"
         return (
-            f"{word}: needs {size(needed)}, and {machine.name} has {have}. That is too near to tell: "
+            f"{word}: needs {needed}, and {machine.name} has {have}. That is too near to tell: "
             "`qvera train` tries the longest batch before the first step."
         )
     if not plan.fits:
-        return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
+        return f"Does not fit: needs {needed}, and {machine.name} has {have}."
     if memory.total_bytes > machine.available_bytes:
         return (
-            f"Fits, slowly: {size(needed)} private of {have} on {machine.name}; the mapped base "
+            f"Fits, slowly: {needed} private of {have} on {machine.name}; the mapped base "
             f"({size(memory.mapped_bytes)}) does not stay in memory beside it and is read from disk in every step."
         )
     mapped = f" and {size(memory.mapped_bytes)} mapped" if memory.mapped_bytes else ""
-    return f"Fits: {size(needed)}{mapped} of {have} on {machine.name}."
+    return f"Fits: {needed}{mapped} of {have} on {machine.name}."
 
 
 def change_lines(plan: Plan) -> list[str]:
@@ -401,14 +367,14 @@ def change_lines(plan: Plan) -> list[str]:
 
 def run_lines(plan: Plan) -> list[str]:
     """The plan before a run, in two to four lines."""
-    memory = plan.memory
+    memory, world_size = plan.memory, plan.sharing.world_size
     mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
-    rank = f" of each of {plan.sharing.world_size} ranks" if plan.sharing.world_size > 1 else ""
-    peak = f"{size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}"
+    rank = f" of each of {world_size} ranks" if world_size > 1 else ""
+    peak = f"{size(memory.total_bytes - memory.mapped_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}"
     return [
         f"Plan: peak{rank} {peak}; {plan.batch.source}.",
         *([str(plan.decided)] if plan.decided.asked != plan.decided.mode else []),
-        *([str(plan.streaming)] if plan.streams else []),
+        *([str(plan.streaming)] if plan.streaming.streams else []),
         verdict(plan),
         *change_lines(plan),
     ]

@@ -16,24 +16,21 @@ from transformers.pytorch_utils import Conv1D
 from qvera.adapters.config import PREFIX, SHARED_PREFIX
 from qvera.adapters.layer import layer_shape
 from qvera.adapters.methods import LinearSpec, Method, method_of
-from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
+from qvera.adapters.methods.base import Change
 from qvera.adapters.products import fused
-from qvera.config import plugins
 from qvera.config.schema import ModelSection, Recipe
-from qvera.distributed.zero_config import ZeroConfig
+from qvera.distributed.zero import ZeroConfig
 from qvera.models.checkpointing import Mode
-from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
 from qvera.models.structure import beside_the_layers, expert_weights, head_size
 from qvera.models.tokenizer import image_sides, image_tokens
-from qvera.tasks import Task, task_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import TensorSpec
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-_SKIPPED_BY_CONFIG = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 @dataclass(frozen=True)
@@ -96,16 +93,14 @@ class Shape:
         """The linears that ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers."""
         if isinstance(targets, str):
             return tuple(x for x in self.linears if x.is_target)
-        found = {t: [x for x in self.linears if x.name == t or x.name.endswith(f".{t}")] for t in targets}
-        missing = sorted(t for t, hits in found.items() if not hits)
-        if missing:
+        chosen = {t: {x.name for x in self.linears if f".{x.name}".endswith(f".{t}")} for t in targets}
+        if missing := sorted(t for t, names in chosen.items() if not names):
             known = ", ".join(sorted({x.role for x in self.linears}))
-            missed = ", ".join(missing)
             raise InputError(
-                f"adapter.targets: no linear of this model's layers is named {missed}. They are named {known}."
+                f"adapter.targets: no linear of this model's layers is named {', '.join(missing)}. They are named "
+                f"{known}."
             )
-        chosen = {x.name for hits in found.values() for x in hits}
-        return tuple(x for x in self.linears if x.name in chosen)
+        return tuple(x for x in self.linears if x.name in set().union(*chosen.values()))
 
 
 class NotPlannable(InputError):
@@ -116,37 +111,38 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     """Read the shapes off a model, which needs no weights. NotPlannable where it has no decoder layers that we know."""
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    kept_dense = tuple(name for key in _SKIPPED_BY_CONFIG for name in stored.get(key) or ())
-    linears: list[Linear] = []
+    kept_dense = [
+        f".{name}" for k in ("llm_int8_skip_modules", "modules_to_not_convert") for name in stored.get(k) or ()
+    ]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     beside = beside_the_layers(model)
     own_heads = tuple(f"{name}." for name in model_class.head_modules(model))  # type: ignore[arg-type]
-    own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
+    linears: list[Linear] = []
     for name, module in model.named_modules():
         size = layer_shape(module)
         if size is None or module is head or f"{name}.".startswith(own_heads):
             continue
         layer = _LAYER.search(f".{name}.")
-        skipped = any(name == k or name.endswith(f".{k}") or f".{k}." in f".{name}." for k in kept_dense)
+        skipped = any(f".{name}".endswith(kept) or f"{kept}." in f".{name}." for kept in kept_dense)
         converted = type(module) in (nn.Linear, Conv1D) and not skipped
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
-    layers = {x.layer for x in linears} - {None}
+    kind, layers = type(model).__name__, {x.layer for x in linears} - {None}
+    own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
     if not layers or (head is None and not own_head):
-        raise NotPlannable(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
+        raise NotPlannable(f"model.path: {kind} has no decoder layers that a plan could be made for.")
     for key in ("num_attention_heads", "hidden_size"):
         if not isinstance(getattr(config, key, None), int):
-            kind = type(model).__name__
             raise NotPlannable(f"model.path: the config of {kind} has no whole number {key} to plan with.")
     hidden, heads = config.hidden_size, config.num_attention_heads
-    output = embedding if head is None else head
-    table = getattr(output, "weight", None)  # patches of images are in none
-    tied = bool(getattr(config, "tie_word_embeddings", False)) or table is getattr(embedding, "weight", None)
+    output, table = embedding if head is None else head, getattr(embedding, "weight", None)
+    weight = getattr(output, "weight", None)  # patches of images are in none
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or weight is table
     dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
     dense -= sum(x.n * x.m for x in linears if x.quantizable)
-    if tied and table is not getattr(embedding, "weight", None):  # a model on the meta device: not tied yet
+    if tied and weight is not table:  # a model on the meta device: not tied yet
         dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
@@ -158,10 +154,10 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=head_size(model) or hidden // heads,
-        vocabulary=0 if table is None else int(table.shape[0]),
+        vocabulary=0 if weight is None else int(weight.shape[0]),
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         tied=tied,
-        head_norms="q_norm" in names and "k_norm" in names,
+        head_norms={"q_norm", "k_norm"} <= names,
         linears=tuple(linears),
         dense_numbers=dense,
         expert_numbers=sum(p.numel() for p in expert_weights(model).values()),
@@ -222,24 +218,21 @@ def parse_size(text: str) -> int:
 def gpu_machine(section: ModelSection, size_bytes: int) -> Machine:
     """A GPU of that size that need not be here: 16-bit compute, an assumed CUDA context."""
     dtype = torch.bfloat16 if section.compute_dtype == "auto" else getattr(torch, section.compute_dtype)
-    name, context, workspace = f"a GPU with {size_bytes / 1e9:g} GB", CUDA_CONTEXT_BYTES, CUBLAS_WORKSPACE_BYTES
-    return Machine(name, "cuda", dtype, False, size_bytes, context_bytes=context, workspace_bytes=workspace)
+    name, held = f"a GPU with {size_bytes / 1e9:g} GB", (0, CUDA_CONTEXT_BYTES, CUBLAS_WORKSPACE_BYTES)
+    return Machine(name, "cuda", dtype, False, size_bytes, *held)
 
 
 def this_machine(section: ModelSection, device: torch.device) -> Machine:
     """The machine that this process runs on, with what the process holds right now."""
-    dtype = pick_compute_dtype(section.compute_dtype, device)
-    name = memory.device_name(device)
+    name, dtype = memory.device_name(device), pick_compute_dtype(section.compute_dtype, device)
     if accelerator.is_accelerator(device):
         known = accelerator.free_and_total_bytes(device)
         if known is None:  # it shares the RAM
-            available = memory.available_bytes(device)
-            return Machine(name, device.type, dtype, False, available, context_bytes=CUDA_CONTEXT_BYTES)
+            return Machine(name, device.type, dtype, False, memory.available_bytes(device), 0, CUDA_CONTEXT_BYTES)
         free, total = known
-        context = max(total - free - (accelerator.reserved_bytes(device) or 0), CUDA_CONTEXT_BYTES)
-        held = {"context_bytes": context, "workspace_bytes": accelerator.product_workspace_bytes(device)}
-        host = memory.available_bytes(torch.device("cpu"))
-        return Machine(name, device.type, dtype, False, total, host_bytes=host, **held)
+        context = max(total - free - (accelerator.counted_bytes(device, "reserved") or 0), CUDA_CONTEXT_BYTES)
+        workspace, host = accelerator.product_workspace_bytes(device), memory.available_bytes(torch.device("cpu"))
+        return Machine(name, device.type, dtype, False, total, 0, context, workspace, host)
     runtime = memory.private_bytes()
     # `qvera.models.stored_weights`; transformers holds what is dense, and unusual checkpoints
     mapped, stored = how_stored(section) if section.quantization in ("nf4", "fp4") else (False, 2)
@@ -321,13 +314,28 @@ class PlannedRun:
     batch: Batch
     machine: Machine
     sharing: Sharing = field(default=ALONE, kw_only=True)  # the plan is that of one of its ranks
-    holds_weights: bool = field(default=False, kw_only=True)  # W + ΔW, between steps (`plan.decisions.hold_weights`)
     slots: int = field(default=0, kw_only=True)  # adapters in flight together; 0: the run trains one adapter
+    builds_per_pass: float = field(default=fused.BUILDS_UNHELD, kw_only=True)
+    """How often a layer that goes through W + ΔW makes it in a pass, recomputation left out; see `hold_weights`."""
 
-    def changed(self, **settings: Any) -> PlannedRun:
-        """The same run with other values of ``section__key``, on which no batch depends."""
-        keys = {name.replace("__", "."): value for name, value in settings.items()}
-        return replace(self, recipe=changed(self.recipe, keys))
+    def changed(self, settings: dict[str, Any]) -> PlannedRun:
+        """The same run with other values of ``section.key``, on which no batch depends."""
+        return replace(self, recipe=changed(self.recipe, settings))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element in the compute dtype."""
+        return self.machine.dtype.itemsize
+
+    @property
+    def method(self) -> Method:
+        """The adapter's method."""
+        return method_of(self.recipe.adapter)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether W + ΔW stay in memory from one optimizer step to the next."""
+        return self.builds_per_pass < fused.BUILDS_UNHELD
 
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
@@ -343,36 +351,20 @@ class PlannedRun:
     def layer(self) -> list[Linear]:
         """The linears of one decoder layer that stands for all; the second one, where some first ones differ."""
         present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
-        number = present[min(1, len(present) - 1)]
-        return [x for x in self.shape.linears if x.layer == number]
+        return [x for x in self.shape.linears if x.layer == present[min(1, len(present) - 1)]]
 
-    def vector_shapes(self, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
-        """Adapter-file keys → shape of each tensor, a head's included; ``trained_only``: of those that are trained."""
+    def tensors(self, trained_only: bool = False) -> list[TensorSpec]:
+        """The tensors of the adapter's file, a head's included; ``trained_only``: those of them that are trained."""
         section, method, specs = self.recipe.adapter, self.method, [x.spec for x in self.adapted]
-        shapes = {
-            f"{PREFIX}{spec.name}.{kind}": size
-            for spec in specs
-            for kind, size in method.tensors(section, spec).items()
-        }
+        shapes = {PREFIX + f"{s.name}.{name}": size for s in specs for name, size in method.tensors(section, s).items()}
         shared = method.shared_tensors(section, specs, self.shape.head_dim)
-        shapes |= {f"{SHARED_PREFIX}{kind}": size for kind, size in shared.items()}
-        if trained_only:
-            is_trained = {key: method.traits(key.rpartition(".")[2], section).is_trained for key in shapes}
-            shapes = {key: size for key, size in shapes.items() if is_trained[key]}
-        return shapes | {f"{PREFIX}{name}": size for name, size in self.shape.head}
-
-    def vector_sizes(self, trained_only: bool = False) -> list[int]:
-        """Parameters of each of these vectors."""
-        return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
-
-    def vector_dtype(self, key: str) -> torch.dtype:
-        """The dtype of the vector with this key in the adapter file."""
-        return self.method.traits(key.rpartition(".")[2], self.recipe.adapter).dtype
-
-    @property
-    def vector_bytes(self) -> int:
-        """Bytes of all vectors as they are held."""
-        return sum(math.prod(shape) * self.vector_dtype(key).itemsize for key, shape in self.vector_shapes().items())
+        shapes |= {SHARED_PREFIX + name: size for name, size in shared.items()}
+        found = [TensorSpec(PREFIX + name, torch.float32, size) for name, size in self.shape.head]
+        for key, size in shapes.items():
+            traits = method.traits(key.rpartition(".")[2], section)
+            if traits.is_trained or not trained_only:
+                found.append(TensorSpec(key, traits.dtype, size))
+        return found
 
     @property
     def checkpointing(self) -> Mode:
@@ -383,56 +375,12 @@ class PlannedRun:
         return asked
 
     @property
-    def streams(self) -> bool:
-        """Whether the 4-bit layers stay in RAM; ``auto`` is False until it is decided (`plan.decisions`)."""
-        return self.recipe.model.stream is True
-
-    @property
-    def can_stream(self) -> bool:
-        """Whether streaming would free memory of the device, and goes with the rest of the recipe."""
-        # ZeRO-3 brings the layers to the device itself
-        may = self.sharing.stage < 3 and not self.recipe.training.torch_compile
-        return may and self.is_four_bit and accelerator.has_own_memory(self.machine.device_type)
-
-    @property
     def passes(self) -> int:
-        """Forward passes of a rank in an optimizer step (`data.Batches.passes`)."""
+        """Forward passes of a rank in an optimizer step (`data.Batches.passes`), or of a round with many adapters."""
         training = self.recipe.training
         rows = self.batch.packed_rows or training.per_device_train_batch_size
-        if self.slots:  # of a round, in which every adapter takes a step
-            return -(-self.slots * training.global_batch_size // rows)
-        return -(-self.sharing.share(training.global_batch_size) // rows)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element in the compute dtype."""
-        return self.machine.dtype.itemsize
-
-    @property
-    def method(self) -> Method:
-        """The adapter's method."""
-        return method_of(self.recipe.adapter)
-
-    @property
-    def task(self) -> Task:
-        """The run's task."""
-        return task_of(self.recipe)
-
-    @property
-    def rank(self) -> int:
-        """The adapter's rank."""
-        return self.recipe.adapter.rank
-
-    def rank_at(self, x: Linear) -> int:
-        """The adapter's rank at one linear."""
-        return self.method.rank_at(self.recipe.adapter, x.spec)
-
-    @property
-    def sampled_tokens(self) -> int | None:
-        """Tokens of each input that backward keeps where a schedule keeps a share of them; None: no schedule does."""
-        schedules = plugins.schedules_of(training=self.recipe.training)
-        shares = [share for schedule in schedules if (share := schedule.kept_share(self.recipe))]
-        return max(1, math.ceil(min(shares) * self.batch.all_tokens)) if shares else None
+        step = training.global_batch_size
+        return -(-(self.slots * step if self.slots else self.sharing.share(step)) // rows)
 
     @property
     def attention(self) -> str:
@@ -440,56 +388,29 @@ class PlannedRun:
         chosen = self.recipe.model.attn_implementation
         return self.shape.attention if chosen == "auto" else chosen
 
-    def has_vectors(self, x: Linear) -> bool:
-        """Whether the path is VeRA's, with d and b (`Factors.vectors`)."""
-        kinds = {"qvera_d", "qvera_b"} <= self.method.tensors(self.recipe.adapter, x.spec).keys()
-        return kinds and self.method.change is not Change.PER_TOKEN
-
-    def method_bytes(self, x: Linear) -> LinearBytes:
-        """What the method says of a step at one linear."""
-        tokens, machine = self.batch.all_tokens, self.machine
-        return self.method.memory(self.recipe.adapter, x.spec, tokens, machine.dtype, machine.on_gpu)
-
     @property
     def is_four_bit(self) -> bool:
         """Whether the base's linears are stored in four bits."""
         return self.recipe.model.quantization in ("nf4", "fp4")
 
-    def is_quantized(self, x: Linear) -> bool:
-        """Whether the recipe quantizes this linear."""
-        return self.recipe.model.quantization != "none" and x.quantizable
+    def rank_at(self, x: Linear) -> int:
+        """The adapter's rank at one linear."""
+        return self.method.rank_at(self.recipe.adapter, x.spec)
 
-    @property
-    def mixes_rows(self) -> bool:
-        """Whether the rows of a pass may be of different adapters."""
-        return self.slots > 1
-
-    # the paths that `qvera.models.linear` and `qvera.adapters` choose for a product
-
-    def goes_by_blocks(self, x: Linear) -> bool:
-        """Whether the weight is never whole: its products take some rows at a time (`qvera.models.linear`)."""
-        may = self.is_four_bit and x.quantizable and not self.machine.on_gpu and not self.is_summed(x)
-        return may and x.n * x.m > BLOCK_WEIGHTS and x.n % 64 == 0 and backward_by_blocks(self.batch.all_tokens, x.n)
-
-    @property
-    def is_one_node(self) -> bool:
-        """Whether the frozen product is in the adapter's own node (`Method.with_base`)."""
-        return trains_pair(self.method) and not self.recipe.adapter.dropout and self.sharing.stage < 3
+    def has_vectors(self, x: Linear) -> bool:
+        """Whether the path is VeRA's, with d and b (`Factors.vectors`)."""
+        names = self.method.tensors(self.recipe.adapter, x.spec).keys()
+        return {"qvera_d", "qvera_b"} <= names and self.method.change is not Change.PER_TOKEN
 
     def is_summed(self, x: Linear) -> bool:
         """Whether the layer goes through W + ΔW (`qvera.adapters.products.fused`)."""
         section, machine = self.recipe.adapter, self.machine
-        may = x.name in self.adapted_names and not section.dropout and self.has_vectors(x)
-        may = may and self.method.change is Change.LOW_RANK
-        if not may or self.recipe.training.torch_compile or self.mixes_rows:
+        if x.name not in self.adapted_names or section.dropout or self.recipe.training.torch_compile or self.slots > 1:
+            return False
+        if self.method.change is not Change.LOW_RANK or not self.has_vectors(x):
             return False
         sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
         return fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
-
-    @property
-    def builds_per_pass(self) -> float:
-        """How often a layer that goes through W + ΔW makes it in a pass (recomputation left out)."""
-        return 1 / self.passes if self.holds_weights else fused.BUILDS_UNHELD
 
     def keeps_input(self, x: Linear) -> bool:
         """Whether the backward pass through W + ΔW needs the layer's input."""

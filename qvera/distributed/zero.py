@@ -1,8 +1,9 @@
-"""The recipe's ``deepspeed`` key, a word or a file, becomes DeepSpeed's configuration.
+"""DeepSpeed ZeRO: the recipe's ``deepspeed`` key, a word or a file, and the parameters that ZeRO-3 shards over ranks.
 
 Batch size, precision, accumulation, clipping, schedule and optimizer come from the recipe; a file that sets one of them
 is refused. Only this module changes settings of other libraries, where they have no option for it: DeepSpeed's log
-level and one of its switches, and how malloc returns memory on a CPU under ZeRO-3.
+level and one of its switches, and how malloc returns memory on a CPU under ZeRO-3. Without ZeRO nothing here imports
+DeepSpeed or does anything.
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import logging
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
+import torch
 import torch.distributed as dist
 from pydantic import ConfigDict, Field, Strict, ValidationError
+from torch import nn
 
 from qvera.config.fields import Section, describe
 from qvera.config.schema import Recipe, TrainingSection
 from qvera.utils import accelerator
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import read_json
 
 STAGES = ("zero1", "zero2", "zero3", "zero3-offload-cpu", "zero3-offload-nvme")
@@ -115,20 +117,21 @@ class ZeroConfig(_DeepSpeedKeys):
             elif name in _UNSUPPORTED:
                 yield name, "is not supported by this training loop. Remove it."
         zero, others = self.zero_optimization, self.zero_optimization.model_extra or {}
-        for name in others:
-            if others[name] == "auto":
-                text = "is 'auto', which transformers' Trainer would fill in. Remove it: qvera computes what it needs."
-                yield f"zero_optimization.{name}", text
+        found: dict[str, str] = {}
+        if self.offload_device == "nvme":
+            text = "is not possible for weights on NVMe: DeepSpeed would run out of buffers. Remove it."
+            found |= {name: text for name in _NOT_WITH_NVME if others.get(name)}
         if others.get("offload_optimizer") is not None:
-            text = "the optimizer's state of VeRA's vectors is a few MB and stays on the device. Remove it."
-            yield "zero_optimization.offload_optimizer", text
+            found["offload_optimizer"] = (
+                "the optimizer's state of VeRA's vectors is a few MB and stays on the device. Remove it."
+            )
         if zero.offload_param is not None and self.stage != 3:
-            text = f"offloads parameters in stage {self.stage}; only stage 3 shards them. Set stage 3."
-            yield "zero_optimization.offload_param", text
-        for name in _NOT_WITH_NVME:
-            if self.offload_device == "nvme" and others.get(name):
-                text = "is not possible for weights on NVMe: DeepSpeed would run out of buffers. Remove it."
-                yield f"zero_optimization.{name}", text
+            found["offload_param"] = (
+                f"offloads parameters in stage {self.stage}; only stage 3 shards them. Set stage 3."
+            )
+        text = "is 'auto', which transformers' Trainer would fill in. Remove it: qvera computes what it needs."
+        found |= {name: text for name in others if others[name] == "auto"}
+        yield from ((f"zero_optimization.{name}", text) for name, text in found.items())
 
     @property
     def stage(self) -> int:
@@ -151,7 +154,7 @@ class ZeroConfig(_DeepSpeedKeys):
         offload = self.zero_optimization.offload_param
         if offload is None or offload.device != "nvme":
             return None
-        return scratch if offload.nvme_path is None else Path(offload.nvme_path)
+        return Path(offload.nvme_path or scratch)
 
     def complete(self, training: TrainingSection, world_size: int, sizes: Sizes, scratch: Path) -> dict[str, dict]:
         """Return DeepSpeed's whole configuration: this file, and the recipe's batch size and clipping."""
@@ -195,23 +198,24 @@ class ZeroConfig(_DeepSpeedKeys):
 def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
     """Return the settings of a recipe's ``deepspeed`` key, or None. Raises InputError if other keys exclude them."""
     config = None if recipe.deepspeed is None else load_zero_config(recipe.deepspeed)
-    if config is not None and config.shards_base:
-        if recipe.model.stream is True:
-            raise InputError("model.stream: ZeRO-3 brings the layers to the GPU itself; remove one of the two.")
-        if recipe.model.added_tokens:
-            raise InputError(
-                "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it "
-                "more rows. Use tokens that the model has, or deepspeed: zero1 or zero2, or none."
-            )
-        if recipe.training.torch_compile:
-            raise InputError(
-                "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."
-            )
-        if (objective := recipe.training.objective) != "sft":
-            raise InputError(
-                f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), which is not built for training.objective: "
-                f"{objective}; use zero1, zero2 or none."
-            )
+    if config is None or not config.shards_base:
+        return config
+    if recipe.model.stream is True:
+        raise InputError("model.stream: ZeRO-3 brings the layers to the GPU itself; remove one of the two.")
+    if recipe.model.added_tokens:
+        raise InputError(
+            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more "
+            "rows. Use tokens that the model has, or deepspeed: zero1 or zero2, or none."
+        )
+    if recipe.training.torch_compile:
+        raise InputError(
+            "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."
+        )
+    if (objective := recipe.training.objective) != "sft":
+        raise InputError(
+            f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), which is not built for training.objective: "
+            f"{objective}; use zero1, zero2 or none."
+        )
     return config
 
 
@@ -223,9 +227,8 @@ def load_zero_config(key: str) -> ZeroConfig:
         places = [folder / "ds_configs" / f"{key}.json" for folder in (package, package.parent)]
     path = next(filter(Path.is_file, places), None)
     if path is None:
-        near = difflib.get_close_matches(key, STAGES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise InputError(f"deepspeed: takes one of {', '.join(STAGES)}, or a JSON file; {key!r} is neither.{hint}")
+        hint = did_you_mean(key, STAGES)
+        raise InputError(f"deepspeed: takes one of {', '.join(STAGES)}, or a JSON file, and {key!r} is neither{hint}")
     tree = read_json(path, "the DeepSpeed configuration of the recipe's deepspeed key")
     try:
         config = ZeroConfig.model_validate(tree)
@@ -235,14 +238,12 @@ def load_zero_config(key: str) -> ZeroConfig:
         raise InputError(f"deepspeed: {path}: {found} {hint}".rstrip()) from None
     if config.offload_device == "nvme":
         require_deepspeed(key)
-        problem = nvme_problem()
-    else:
-        problem = None
-    if problem is not None:
-        raise InputError(
-            f"deepspeed: {key} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. Install libaio "
-            "(Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or zero3-offload-cpu."
-        )
+        if (problem := nvme_problem()) is not None:
+            raise InputError(
+                f"deepspeed: {key} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. Install "
+                "libaio (Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or "
+                "zero3-offload-cpu."
+            )
     return config
 
 
@@ -268,13 +269,11 @@ def require_deepspeed(word: str) -> None:
         _imported()
     except Exception as error:  # it probes compilers and CUDA when it is imported, and what fails there is up to them
         advice = (
-            "Install it with `pip install deepspeed`"
-            if isinstance(error, ModuleNotFoundError)
-            else (
-                "DeepSpeed before 0.19.5 needs CUDA's compiler nvcc where there is a GPU: install a newer one, or set "
-                "CUDA_HOME to a CUDA toolkit"
-            )
+            "DeepSpeed before 0.19.5 needs CUDA's compiler nvcc where there is a GPU: install a newer one, or set "
+            "CUDA_HOME to a CUDA toolkit"
         )
+        if isinstance(error, ModuleNotFoundError):
+            advice = "Install it with `pip install deepspeed`"
         raise InputError(
             f"deepspeed: {word} needs DeepSpeed, which can't be imported: {first_line(error)} {advice}, or leave the "
             "key out: without it several processes share the gradients only."
@@ -332,3 +331,115 @@ def abandoned_build(name: str) -> Path | None:
             if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
                 return lock
     return None
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a rank holds only its shard of this parameter. It is gathered while its module is called."""
+    return hasattr(parameter, "ds_id")
+
+
+def any_sharded(model: nn.Module) -> bool:
+    """Whether all ranks have to run this model together."""
+    return any(is_sharded(p) for p in model.parameters())
+
+
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Return the elements of the whole parameter, over all ranks."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Make these parameters whole on every rank inside the block. All ranks have to come here."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        yield
+        return
+    with deepspeed_module().zero.GatheredParameters(sharded):
+        yield
+
+
+def gather_at_call(module: nn.Module) -> None:
+    """Let a module outside the DeepSpeed engine, such as the output head, gather its own weights when it is called."""
+    blocks: list[contextlib.AbstractContextManager[None]] = []
+
+    def before(*_: object) -> None:
+        blocks.append(gathered(module.parameters(recurse=False)))
+        blocks[-1].__enter__()
+
+    def after(*_: object) -> None:
+        blocks.pop().__exit__(None, None, None)
+
+    if any(is_sharded(p) for p in module.parameters(recurse=False)):
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+
+
+class BaseSharder:
+    """Shards each big weight of the base as soon as it is read (`deepspeed.zero.Init`).
+
+    A rank never holds more of the base than its shard and one whole tensor. DeepSpeed shards rank 0's bytes and sends
+    them to the others, whose own copies only give the size. ``scratch`` is a directory of this run.
+    """
+
+    def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
+        self.config, self.recipe, self.rank, self.world_size = config, recipe, rank, world_size
+        self.scratch = Path(os.path.abspath(scratch))
+        self.sizes = Sizes()
+        self._first: dict[bool, nn.Parameter] = {}
+        self.folder = config.nvme_folder(self.scratch)  # None: not on NVMe
+        self.discard()  # the files of a run that was killed
+        if not accelerator.is_available():
+            return_buffers_at_once()
+
+    def expect(self, largest_weight: int, weights_per_layer: int) -> None:
+        """Set the sizes of the layers, as in `Sizes`, before the first weight comes."""
+        self.sizes = Sizes(largest_weight=largest_weight, weights_per_layer=weights_per_layer)
+
+    def __call__(self, weight: nn.Parameter, table: bool) -> None:
+        """Replace a whole weight by this rank's shard, in place. All ranks have to come with the same one.
+
+        ``table``: it is the input embedding or the head. Its shard stays in RAM when the layers go to NVMe: every
+        buffer is as large as the largest weight there, and a table is twelve times the largest linear of a 7B. Raises
+        InputError for a weight that goes to NVMe and is not bfloat16.
+        """
+        on_nvme = self.folder is not None
+        table = table and on_nvme
+        if on_nvme and not table and weight.dtype != torch.bfloat16:
+            raise InputError(
+                f"deepspeed: {self.recipe.deepspeed} reads weights through buffers of bfloat16, and "
+                f"{self.recipe.model.path} stores them as {str(weight.dtype).removeprefix('torch.')}. Quantize the "
+                "base with `qvera quantize` and model.quant_storage: bfloat16, or use zero3-offload-cpu."
+            )
+        if table in self._first:
+            # as one more of those that Init was given
+            self._first[table].convert_to_zero_parameters(param_list=[weight])  # type: ignore[attr-defined]
+            return
+        holder = nn.Module()
+        holder.weight = weight
+        tree = self.config.complete(self.recipe.training, self.world_size, self.sizes, self.scratch)
+        if table:
+            offload = tree["zero_optimization"]["offload_param"]
+            tree["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": offload["pin_memory"]}
+        elif self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        deepspeed_module().zero.Init(
+            module=holder,
+            config_dict_or_path=tree,
+            mem_efficient_linear=False,
+            dtype=torch.bfloat16,  # of the buffers that a base on NVMe goes through; nothing is cast
+        )
+        self._first[table] = weight
+
+    def discard(self) -> None:
+        """Remove this rank's files on NVMe. The base can't be used after that."""
+        if self.folder is None:
+            return
+        own = self.folder / "zero_stage_3" / "bfloat16params" / f"rank{self.rank}"  # as DeepSpeed's swapper names it
+        shutil.rmtree(own, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another rank has files there, or has been faster
+            for folder in own.parents[:2]:
+                folder.rmdir()
+            if self.folder == self.scratch:  # else it is the user's
+                self.folder.rmdir()
+                self.folder.parent.rmdir()  # of a run that has written nothing else

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from qvera.utils.errors import RunFailed
-from qvera.utils.out_of_memory import Shortage, asked_bytes, each_in_halves, is_out_of_memory, or_shortage
+from qvera.utils.memory import Shortage, each_in_halves, is_out_of_memory, or_shortage
 
 CPU = torch.device("cpu")
 CUDA = (
@@ -31,10 +32,10 @@ def test_what_a_real_allocation_of_too_much_raises_is_known() -> None:
 
 
 def test_messages_of_accelerators_are_known() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError(CUDA))
-    assert asked_bytes(torch.OutOfMemoryError(CUDA)) == 1.5 * 2**30
+    for error, asked_bytes in ((torch.OutOfMemoryError(CUDA), 1.5 * 2**30), (MemoryError(), None)):
+        found = or_shortage(Mock(side_effect=error), CPU)
+        assert isinstance(found, Shortage) and found.asked_bytes == asked_bytes
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
-    assert asked_bytes(MemoryError()) is None
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
