@@ -11,13 +11,7 @@ from bench.quickstart_rows import Split, generate, message_of
 from bench.quickstart_score import FIELDS, regex_baseline, score
 
 REFERENCE = json.dumps(
-    {
-        "item": "mugs",
-        "count": 1,
-        "colour": None,
-        "day": None,
-        "to": {"name": "Ann Ray", "city": "Bath", "floor": None},
-    }
+    {"item": "mugs", "count": 1, "colour": None, "day": None, "to": {"name": "Ann Ray", "city": "Bath", "floor": None}}
 )
 
 

@@ -74,7 +74,7 @@ def tokenizer_for(template: str, request: pytest.FixtureRequest) -> PreTrainedTo
 
 
 @pytest.mark.parametrize("template", list(WRITTEN))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(exchanges=st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3), system=st.none() | ANSWERS)
 def test_trained_tokens_are_the_answers_and_their_ends(
     template: str, exchanges: list[tuple[str, str]], system: str | None, tmp_path: Path, request: pytest.FixtureRequest
@@ -529,7 +529,7 @@ def with_examples(count: int) -> Any:
 
 
 @pytest.mark.parametrize("name", list(REAL))
-@with_examples(40)
+@with_examples(15)
 @given(data=st.data())
 def test_trained_is_what_the_assistant_says_and_its_end(
     name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
@@ -556,7 +556,7 @@ def test_trained_is_what_the_assistant_says_and_its_end(
 
 
 @pytest.mark.parametrize("name", ["llama-2", "mistral", "alpaca", "zephyr"])
-@with_examples(20)
+@with_examples(8)
 @given(data=st.data())
 def test_the_same_with_a_sentencepiece_tokenizer(
     name: str, data: st.DataObject, tmp_path: Path, llama2_tokenizer: PreTrainedTokenizerFast
@@ -586,8 +586,7 @@ _TWO_QUESTIONS = ("user", "user", "assistant")
 
 
 @pytest.mark.parametrize(
-    ("name", "roles"),
-    [*((name, _TOOL_TURN) for name in ("llama-2", "mistral", "alpaca")), ("llama-2", _TWO_QUESTIONS)],
+    ("name", "roles"), [*((name, _TOOL_TURN) for name in ("llama-2", "mistral", "alpaca")), ("llama-2", _TWO_QUESTIONS)]
 )
 def test_a_template_that_refuses_a_row_is_named_with_the_roles(
     name: str, roles: tuple[str, ...], tmp_path: Path, make_tokenizer: MakeTokenizer
@@ -674,7 +673,7 @@ MARKED = {
 
 
 @pytest.mark.parametrize("style", list(MARKED))
-@with_examples(20)
+@with_examples(8)
 @given(data=st.data())
 def test_generation_blocks_agree_with_the_template_without_them(
     style: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture
 def section(tmp_path: Path) -> DataSection:
-    """Three chunks of rows, for as many processes."""
-    chats, _ = write_rows(tmp_path, 700)
+    """Three chunks of rows, for as many threads; two for real processes."""
+    chats, _ = write_rows(tmp_path, 300)
     return DataSection(path=chats, template="chatml", eval_fraction=0.1, max_length=256, too_long="split")
 
 
@@ -77,6 +77,7 @@ class ThreadInPlaceOfAProcess:
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "CHUNK_ROWS", 100)
     monkeypatch.setattr(source.subprocess, "Popen", ThreadInPlaceOfAProcess)
 
 
@@ -114,7 +115,7 @@ def test_several_processes_make_the_same_rows_and_end(section: DataSection) -> N
     assert "qvera.data.source" not in children
 
 
-@pytest.mark.parametrize(("tokenizer", "limit"), [(byte_tokenizer, 700), (ByT5Tokenizer, 300)])
+@pytest.mark.parametrize(("tokenizer", "limit"), [(byte_tokenizer, 300), (ByT5Tokenizer, 210)])
 def test_three_processes_make_the_same_rows(section: DataSection, tokenizer: Any, limit: int, threads: None) -> None:
     section = section.replace(template="zephyr", limit=limit)
     assert same(made(section, tokenizer()), made(section.replace(tokenize_processes=3), tokenizer()))
@@ -158,11 +159,11 @@ REFUSED = {"messages": [{"role": role, "content": "x"} for role in ("user", "use
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({600: WIZARD, 300: WIZARD, 301: WIZARD}, ":301: messages.* unknown role 'wizard'"),
-        ({600: NO_ANSWER, 300: NO_ANSWER, 301: NO_ANSWER}, ":301, .*:302, .*:601: 3 rows with no token to train on"),
-        ({600: REFUSED, 300: REFUSED, 301: REFUSED}, ":301: the chat template .* refuses the row"),
-        ({100: NO_ANSWER, 300: REFUSED, 600: NO_ANSWER}, ":301: the chat template .* refuses the row"),
-        ({100: NO_ANSWER, 600: WIZARD}, ":601: messages.* unknown role 'wizard'"),
+        ({250: WIZARD, 130: WIZARD, 131: WIZARD}, ":131: messages.* unknown role 'wizard'"),
+        ({250: NO_ANSWER, 130: NO_ANSWER, 131: NO_ANSWER}, ":131, .*:132, .*:251: 3 rows with no token to train on"),
+        ({250: REFUSED, 130: REFUSED, 131: REFUSED}, ":131: the chat template .* refuses the row"),
+        ({50: NO_ANSWER, 130: REFUSED, 250: NO_ANSWER}, ":131: the chat template .* refuses the row"),
+        ({50: NO_ANSWER, 250: WIZARD}, ":251: messages.* unknown role 'wizard'"),
     ],
     ids=["malformed", "hollow", "refused", "refused after hollow", "malformed after hollow"],
 )
@@ -189,7 +190,7 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
         "eval.jsonl": {"prompt": "do it", "completion": "done"},
     }
     for name, row in files.items():
-        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 600, encoding="utf-8")
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 150, encoding="utf-8")
     section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
     one = made(section, byte_tokenizer())
     assert same(one, made(section.replace(tokenize_processes=2), byte_tokenizer()))
