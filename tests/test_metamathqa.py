@@ -154,13 +154,15 @@ def test_the_numbers_that_a_recipe_trains_on_llama_3b(label: str, trained: int) 
     assert 28 * sum(math.prod(shape) for one in tensors for shape in one.values()) == trained
 
 
-def whole_command(tmp_path: Path, model: str, *methods: str) -> list[dict[str, Any]]:
-    """Run the command on own rows: two steps for each rate of the sweep, then ten; returns the lines."""
+def whole_command(
+    tmp_path: Path, model: Path | str, steps: int = 10, sweep: int = 2, method: str = "lora r=1"
+) -> list[dict[str, Any]]:
+    """Run the command on own rows: ``sweep`` steps for each rate of the sweep, then ``steps``; returns the lines."""
     train, test = maths_rows(tmp_path)
     out = tmp_path / "lines.jsonl"
     run.main(
-        ["--model", model, "--quantization", "nf4", "--methods", *methods, "--steps", "10", "--sweep-steps", "2",
-         "--local-rows", str(train), str(test), "--runs", str(tmp_path / "runs"), "--out", str(out)]
+        ["--model", str(model), "--quantization", "nf4", "--methods", method, "--steps", str(steps), "--sweep-steps",
+         str(sweep), "--local-rows", str(train), str(test), "--runs", str(tmp_path / "runs"), "--out", str(out)]
     )  # fmt: skip
     return read_lines(out)
 
@@ -169,7 +171,8 @@ def test_the_whole_command_on_a_tiny_model(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "NEW_TOKENS", 4)
-    found = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")
+    monkeypatch.setattr(run, "RATES", (0.5, 1.0))
+    found = whole_command(tmp_path, tiny_model_dir)
     *sweep, final = found
     assert [line["learning_rate"] for line in sweep] == run.rates("lora r=1")
     assert not any(line["final"] or line["scores"] for line in sweep)
@@ -185,11 +188,11 @@ def test_the_whole_command_on_a_tiny_model(
     assert "| lora r=1 | tiny-llama, nf4 |" in shown
     assert all(one.source in shown for one in PUBLISHED)
     # nothing is done twice; a line that is lost comes from the finished run
-    assert whole_command(tmp_path, str(tiny_model_dir), "lora r=1") == found
+    assert whole_command(tmp_path, tiny_model_dir) == found
     lines = tmp_path / "lines.jsonl"
     lines.write_text("".join(json.dumps(line) + "\n" for line in sweep))
     monkeypatch.setattr("qvera.training.loop.AloneLoop.train_step", None)
-    (again,) = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")[4:]
+    (again,) = whole_command(tmp_path, tiny_model_dir)[2:]
     assert {**again, "date": ""} == {**final, "date": "", "cpu_seconds": None}
 
 
@@ -212,14 +215,15 @@ def test_another_model_of_the_same_name_is_trained_itself(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "NEW_TOKENS", 1)
+    monkeypatch.setattr(run, "RATES", (1.0,))
     other = shutil.copytree(tiny_model_dir, tmp_path / "other" / tiny_model_dir.name)
     steps: list[str] = []
     real = AloneLoop.train_step
     monkeypatch.setattr(AloneLoop, "train_step", lambda it: (steps.append(it.recipe.model.path), real(it))[1])
     for model in (tiny_model_dir, other):
-        whole_command(tmp_path, str(model), "lora r=1")
-    assert steps == [str(tiny_model_dir)] * 18 + [str(other)] * 18
-    assert len(list((tmp_path / "runs").glob("*/rows-10/train.jsonl"))) == 2
+        whole_command(tmp_path, model, steps=2, sweep=1)
+    assert steps == [str(tiny_model_dir)] * 3 + [str(other)] * 3
+    assert len(list((tmp_path / "runs").glob("*/rows-2/train.jsonl"))) == 2
 
 
 def test_a_rate_that_diverges_is_a_line_without_a_loss_and_the_sweep_goes_on(
@@ -227,7 +231,7 @@ def test_a_rate_that_diverges_is_a_line_without_a_loss_and_the_sweep_goes_on(
 ) -> None:
     monkeypatch.setattr(run, "NEW_TOKENS", 1)
     monkeypatch.setattr(run, "RATES", (1e36, 1.0))
-    bad, good, final = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")
+    bad, good, final = whole_command(tmp_path, tiny_model_dir, steps=3)
     assert (bad["held_out_loss"], bad["scores"], bad["learning_rate"]) == (None, None, 1e33)
     assert bad["trained"] == good["trained"]
     assert final["learning_rate"] == good["learning_rate"]
@@ -247,7 +251,7 @@ def test_the_best_rate_is_one_that_did_not_diverge() -> None:
 
 @pytest.mark.slow
 def test_the_whole_command_on_smollm2(tmp_path: Path) -> None:
-    *sweep, final = whole_command(tmp_path, smollm2(), "vera r=256")
+    *sweep, final = whole_command(tmp_path, smollm2(), method="vera r=256")
     assert len(sweep) == 4
     assert final["held_out_loss"] < min(line["held_out_loss"] for line in sweep)
     assert 0 <= final["scores"]["gsm8k"] <= 100

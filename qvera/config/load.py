@@ -79,9 +79,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
 
     With ``of_a_run`` the run has begun, maybe with an older qvera that accepted keys without effect. These are ignored.
-
-    Raises:
-        InputError: the file can't be read, is not YAML, or is not a valid recipe.
+    Raises InputError: the file can't be read, is not YAML, or is not a valid recipe.
     """
     path = Path(path)
     try:

@@ -85,8 +85,7 @@ class Adapters:
 def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: bool = False) -> Adapters:
     """Group rows by adapter.
 
-    Raises:
-        InputError: two names differ only by case, and one is too long for a directory name of its own.
+    Raises InputError: two names differ only by case, and one is too long for a directory name of its own.
     """
     directory_names(names)
     number_of = {name: number for number, name in enumerate(names)}

@@ -90,10 +90,8 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
     """The template that ``data.template`` means for this tokenizer and rows of this format.
 
     ``auto`` is the tokenizer's own if it has one. Else it is ``plain`` for prompt-completion rows and texts, which say
-    everything themselves, and ``alpaca`` for others.
-
-    Raises:
-        InputError: an unknown name, or the tokenizer lacks the template or its markers.
+    everything themselves, and ``alpaca`` for others. Raises InputError: an unknown name, or the tokenizer lacks the
+    template or its markers.
     """
     try:
         own = tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -157,8 +155,7 @@ class ChatTemplate:
     def render(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
         """The text of ``messages``. With ``prompt`` it ends with the opening of an assistant turn.
 
-        Raises:
-            TemplateError: the template refuses the messages; the text is its reason.
+        Raises TemplateError: the template refuses the messages; the text is its reason.
         """
         import jinja2
 
@@ -184,10 +181,8 @@ class ChatTemplate:
     def prompt(self, turns: list[Turn], tools: Tools = None) -> tuple[str, list[int]]:
         """The text that an answer to ``turns`` is generated from, as in training, and where its earlier answers start.
 
-        It differs from `render` with ``prompt=True`` for templates that ignore ``add_generation_prompt``.
-
-        Raises:
-            InputError: the template refuses the turns, or leaves a part of them out.
+        It differs from `render` with ``prompt=True`` for templates that ignore ``add_generation_prompt``. Raises
+        InputError: the template refuses the turns, or leaves a part of them out.
         """
         conversation = Conversation([*turns, Turn("assistant", "x")], "The conversation", tools)
         try:
@@ -204,8 +199,8 @@ class ChatTemplate:
     def lay_out(self, conversation: Conversation, needed: list[int]) -> tuple[str, list[AnswerSpan]]:
         """Render a row: its text, and the places of its answers in order. Only the turns ``needed`` must get a place.
 
-        Raises:
-            InputError: the template refuses the row, leaves a part out, or rewrites it so that answers can't be placed.
+        Raises InputError: the template refuses the row, leaves a part out, or rewrites it so that answers can't be
+        placed.
         """
         turns = conversation.turns
         messages = self.messages(turns)

@@ -111,8 +111,7 @@ class LabelledRow:
 def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
     """Find the rows' format from the first row. ``columns`` is ``data.columns``: our field name → the file's column.
 
-    Raises:
-        InputError: an unknown field or a missing column; see also the three errors above.
+    Raises InputError: an unknown field or a missing column; see also the three errors above.
     """
     columns = columns or {}
     if format in LABELLED:

@@ -47,10 +47,8 @@ def require_pillow() -> None:
 def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
     """Decode an image (a path or bytes) to 8-bit RGB, turned as its EXIF data says. Of an animation the first frame.
 
-    Transparent pixels stand before white. 16-bit greys are scaled by 1/257.
-
-    Raises:
-        InputError: no such file, no image, damaged, more pixels than Pillow's limit, or pixels of no known range.
+    Transparent pixels stand before white. 16-bit greys are scaled by 1/257. Raises InputError: no such file, no image,
+    damaged, more pixels than Pillow's limit, or pixels of no known range.
     """
     import pyarrow as pa
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -156,8 +154,7 @@ class ImageProcessor:
     def pixels(self, image: Image, source: str, draw: Draw | None = None) -> np.ndarray:
         """The model's input, fp32 [3, height, width]: the whole image, or a random crop resized to the model's size.
 
-        Raises:
-            InputError: the processor makes an image of another size than the model's.
+        Raises InputError: the processor makes an image of another size than the model's.
         """
         options: dict[str, Any] = {}
         if draw is not None:

@@ -126,8 +126,7 @@ class Labels:
     def targets(self, rows: Sequence[Example]) -> np.ndarray:
         """Class numbers, int64 [n], or a regression's values, fp32 [n].
 
-        Raises:
-            InputError: an unknown label; names the row.
+        Raises InputError: an unknown label; names the row.
         """
         if self.is_regression:
             for row in rows:
@@ -156,8 +155,7 @@ class Labels:
 def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Rows]:
     """At most ``count`` rows of each label over all sources, chosen by ``seed``, in their old order.
 
-    Raises:
-        InputError: a label is a fraction, so it is no class.
+    Raises InputError: a label is a fraction, so it is no class.
     """
     names = [name for rows in sources for name in _reference(rows).to_pylist()]
     for row, name in enumerate(names):
@@ -190,10 +188,8 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
 
     Classes are ``data.label_names``. Without them they are ``known`` (a hub dataset's own names, maybe without rows)
     and then the other labels, sorted by value or by name. A fraction makes a regression, unless ``data.regression``
-    says.
-
-    Raises:
-        InputError: fewer than two classes, a class without training rows, or a label that is no class or no number.
+    says. Raises InputError: fewer than two classes, a class without training rows, or a label that is no class or no
+    number.
     """
     found = rows_by_label(train)
     numbers = {label: _as_number(label) for label in found}

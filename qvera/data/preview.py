@@ -35,14 +35,18 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
     if datasets.train.processor is None:  # images are all equally long
         console.print()
         console.print(Text("Training rows by length (tokens)", style="bold"))
-        for line in _histogram_lines(stats.histogram_edges, stats.histogram_counts):
-            console.print(Text(line))
+        edges, highest = stats.histogram_edges, max(stats.histogram_counts, default=0)
+        digits = len(f"{edges[-1]:,}")
+        for low, high, count in zip(edges[:-1], edges[1:], stats.histogram_counts, strict=True):
+            bar = "█" * max(round(_BAR_WIDTH * count / highest), 1 if count else 0)
+            console.print(Text(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}"))
     for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
         console.print()
         if example.is_labelled:
             console.print(Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green")))
             if example.image is None:
-                console.print(Text(_shortened(decode(processor, example.input_ids.tolist()))))
+                text = decode(processor, example.input_ids.tolist())
+                console.print(Text(text if len(text) <= 1_600 else f"{text[:800]} … {text[-800:]}"))
             else:
                 console.print("{} x {} pixels".format(*example.image.open().size))
             continue
@@ -119,21 +123,6 @@ def data_warnings(stats: DataStats) -> list[str]:
     if stats.pads_with_eos:
         lines.append("The tokenizer has no pad token: batches are padded with eos, masked out of attention and loss.")
     return lines
-
-
-def _histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
-    highest = max(counts, default=0)
-    digits = len(f"{edges[-1]:,}") if edges else 1
-    lines = []
-    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
-        length = round(_BAR_WIDTH * count / highest)
-        bar = "█" * max(length, 1 if count else 0)
-        lines.append(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}")
-    return lines
-
-
-def _shortened(text: str, most: int = 1_600) -> str:
-    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:

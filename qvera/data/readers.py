@@ -103,8 +103,7 @@ def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = No
 def local_files(path: str) -> list[Path] | None:
     """The data files of a local path, in name order; None for the id of a hub dataset.
 
-    Raises:
-        InputError: no such path, no regular file, or a directory without data files or with several splits.
+    Raises InputError: no such path, no regular file, or a directory without data files or with several splits.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -151,8 +150,8 @@ def _data_files(directory: Path) -> list[Path]:
 def _image_files(directory: Path) -> list[Path]:
     """The images of all classes in name order; empty if the directory has no folders of images.
 
-    Raises:
-        InputError: the folders are splits, not classes; an image stands beside the folders; or a folder has no image.
+    Raises InputError: the folders are splits, not classes; an image stands beside the folders; or a folder has no
+    image.
     """
     folders = [entry for entry in _entries(directory) if entry.is_dir()]
     names = {folder.name.lower(): folder for folder in folders}
@@ -190,8 +189,7 @@ def _entries(directory: Path) -> list[Path]:
 def adapter_files(path: str) -> list[Path]:
     """The files of a directory with one file for each adapter, in name order.
 
-    Raises:
-        InputError: no such directory, a file in it that holds no rows, or two files of one name.
+    Raises InputError: no such directory, a file in it that holds no rows, or two files of one name.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -394,8 +392,7 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
 def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> datasets.Dataset:
     """Load a hub dataset: memory-mapped Arrow files, images not decoded.
 
-    Raises:
-        InputError: there is none of that name, or the hub can't be reached.
+    Raises InputError: there is none of that name, or the hub can't be reached.
     """
     import datasets
 

@@ -44,10 +44,7 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
 
 
 _GROUPED_BATCHES = 50
-"""Batches in a stretch that is sorted by length, as in transformers' LengthGroupedSampler.
-
-Few enough that the order stays random, many enough that the rows of a batch have nearly one length.
-"""
+"""Batches in a stretch that is sorted by length, as in transformers' LengthGroupedSampler."""
 
 
 def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -149,15 +146,13 @@ class Batches:
 
 def microbatches(indices: Sequence[Row], size: int) -> Iterator[list[Row]]:
     """Cut a batch into consecutive microbatches of at most ``size`` rows."""
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])
+    return (list(indices[start : start + size]) for start in range(0, len(indices), size))
 
 
 def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     """The batches of a run over its training rows.
 
-    Raises:
-        InputError: there are too few rows for the recipe's schedule.
+    Raises InputError: there are too few rows for the recipe's schedule.
     """
     data, training = recipe.data, recipe.training
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size

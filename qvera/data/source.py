@@ -73,8 +73,7 @@ def source_paths(section: DataSection) -> Iterator[tuple[str, str]]:
 def source_files(section: DataSection, path: str) -> list[Path] | None:
     """The files of ``data.path`` or ``data.eval_path``; None for a hub dataset.
 
-    Raises:
-        InputError: nothing of that name, or a directory whose files can't be read as the recipe says.
+    Raises InputError: nothing of that name, or a directory whose files can't be read as the recipe says.
     """
     return adapter_files(path) if section.adapter_files else local_files(path)
 
@@ -82,10 +81,8 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
 def with_label_names(section: DataSection) -> DataSection:
     """Give the source a hub dataset's own names for its integer labels, unless it has names already.
 
-    Names that are numbers, as MNIST's, are not used: an integer label would be mistaken for one of them.
-
-    Raises:
-        InputError: a dataset can't be loaded, or training rows, held-out rows and given names do not agree.
+    Names that are numbers, as MNIST's, are not used: an integer label would be mistaken for one of them. Raises
+    InputError: a dataset can't be loaded, or training rows, held-out rows and given names do not agree.
     """
     if section.format not in LABELLED or section.regression is True:
         return section
@@ -118,8 +115,7 @@ def with_label_names(section: DataSection) -> DataSection:
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
     """The raw rows of a source, one at a time, each with its ``owner``. ``held_out``: those of ``data.held_out_path``.
 
-    Raises:
-        InputError: a file or a row can't be read, or a row does not name its owner.
+    Raises InputError: a file or a row can't be read, or a row does not name its owner.
     """
     rows: Iterator[RawRow]
     path, split = list(source_paths(section))[held_out]
@@ -177,9 +173,8 @@ class Survey:
 def survey(section: DataSection, held_out: bool = False) -> Survey:
     """Read all rows of `raw_rows` once.
 
-    Raises:
-        InputError: as `raw_rows` and `detect_format`; an adapter's name is no directory name (`escape_name`); or the
-            first rows of two adapters differ in format.
+    Raises InputError: as `raw_rows` and `detect_format`; an adapter's name is no directory name (`escape_name`); or the
+    first rows of two adapters differ in format.
     """
     firsts: dict[frozenset[str], RawRow] = {}  # by their columns: the first row of all, and of each adapter
     count, numbers, owner_of = 0, dict[str, int](), array("q")
@@ -298,8 +293,7 @@ def tokenize_source(
 ) -> TokenizedSource:
     """Read, check, render and tokenize one source (with an empty ``mixture``) into tables in ``directory``.
 
-    Raises:
-        InputError: anything wrong with the recipe's ``data``, a file or a row.
+    Raises InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
     rows, eval_rows = survey(section), None
     if section.held_out_path is not None:
@@ -407,8 +401,7 @@ class _ProcessFailed(Exception):
 def _chunks_by_processes(part: Part, first: int, processes: int, total: int) -> Iterator[TokenizedChunk]:
     """The chunks from number ``first`` on, in order. Each process writes its own to its standard output.
 
-    Raises:
-        _ProcessFailed: the remaining chunks must be made in another way.
+    Raises _ProcessFailed: the remaining chunks must be made in another way.
     """
     with contextlib.ExitStack() as stack:
         try:

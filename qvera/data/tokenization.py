@@ -31,8 +31,7 @@ Bounds = tuple[int, int, int]
 class Encoder:
     """A tokenizer, with its BOS, EOS and padding. ``has_answers``: rows have answers, which end with eos.
 
-    Raises:
-        InputError: there is no eos token although rows have answers, or neither an eos nor a pad token.
+    Raises InputError: there is no eos token although rows have answers, or neither an eos nor a pad token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, has_answers: bool = True) -> None:
@@ -227,8 +226,7 @@ class RowTokenizer:
     def encode(self, rows: Sequence[Any]) -> tuple[list[Example], RowCounts]:
         """The rows' examples in order, and what was cut, split and dropped.
 
-        Raises:
-            InputError: the template refuses a row, or rewrites its answers.
+        Raises InputError: the template refuses a row, or rewrites its answers.
         """
         self._counts = RowCounts()
         if self.row_format.name in PREFERENCES:

@@ -31,112 +31,99 @@ from tests.data.conftest import MakeTokenizer
 from tests.data.rows import byte_tokenizer, write_rows
 
 Write = Callable[..., str]
+Read = Callable[..., Datasets]
 
 
 def pairs(count: int, answer: str = "yes") -> list[dict[str, str]]:
     return [{"prompt": f"question {i} ->", "completion": f" {answer} {i}"} for i in range(count)]
 
 
-def words(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+@pytest.fixture
+def read(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> Read:
+    """What rows become with these keys of ``data``."""
+
+    def read_rows(rows: list[Any], tokenizer: PreTrainedTokenizerFast = base_tokenizer, **keys: Any) -> Datasets:
+        return build_datasets(DataSection(path=write(rows), **keys), tokenizer)
+
+    return read_rows
 
 
-def test_training_and_held_out_rows_are_the_file(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write(pairs(30))
-    data = build_datasets(DataSection(path=path, eval_fraction=0.3), base_tokenizer)
+def test_training_and_held_out_rows_are_the_file(read: Read) -> None:
+    data = read(pairs(30), eval_fraction=0.3)
     numbers = [[int(e.source.rpartition(":")[2]) for e in rows] for rows in (data.train, data.eval)]
     assert sorted(numbers[0] + numbers[1]) == list(range(1, 31))
     assert all(part == sorted(part) for part in numbers)
 
 
-def test_eval_fraction_eval_path_and_limit(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path, other = write(pairs(10), "a.jsonl"), write([{"instruction": "i", "output": "o"}], "b.jsonl")
-    split = build_datasets(DataSection(path=path, eval_fraction=0.2), base_tokenizer)
+def test_eval_fraction_eval_path_and_limit(read: Read, write: Write) -> None:
+    other = write([{"instruction": "i", "output": "o"}], "b.jsonl")
+    split = read(pairs(10), eval_fraction=0.2)
     assert (len(split.train), len(split.eval)) == (8, 2)
-    limited = build_datasets(DataSection(path=path, limit=3, eval_path=other), base_tokenizer)
+    limited = read(pairs(10), limit=3, eval_path=other)
+    path = limited.stats.sources[0].path
     assert [e.source for e in limited.train] == [f"{path}:{n}" for n in (1, 2, 3)]
     assert limited.eval[0].reference == "o"
     with pytest.raises(InputError, match="data.eval_path: .* is data.path too"):
-        build_datasets(DataSection(path=path, eval_path=path), base_tokenizer)
+        read(pairs(10), eval_path=path)
     with pytest.raises(InputError, match="is the only row, so none can be held out"):
-        build_datasets(DataSection(path=path, limit=1, eval_fraction=0.5), base_tokenizer)
+        read(pairs(10), limit=1, eval_fraction=0.5)
+    assert read(pairs(4), eval_path=write(pairs(6)[3:], "c.jsonl")).stats.repeated_rows == 1
 
 
-def test_held_out_rows_that_are_also_trained_on_are_counted(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    data = build_datasets(
-        DataSection(path=write(pairs(4), "a.jsonl"), eval_path=write(pairs(6)[3:], "b.jsonl")), base_tokenizer
-    )
-    assert data.stats.repeated_rows == 1
-
-
-def test_truncation_at_the_end(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"prompt": "question", "completion": " yes" * 40}, {"prompt": "q", "completion": " yes"}])
-    whole = build_datasets(DataSection(path=path), base_tokenizer)
-    cut = build_datasets(DataSection(path=path, max_length=20), base_tokenizer)
+def test_truncation_at_the_end(read: Read) -> None:
+    rows = [{"prompt": "question", "completion": " yes" * 40}, {"prompt": "q", "completion": " yes"}]
+    whole, cut = read(rows), read(rows, max_length=20)
+    lost = len(whole.train[0].input_ids) - 20
     assert cut.train[0].input_ids.tolist() == whole.train[0].input_ids[:20].tolist()
-    assert cut.stats.truncated_rows == 1
-    assert cut.stats.truncated_tokens == len(whole.train[0].input_ids) - 20
+    assert (cut.stats.truncated_rows, cut.stats.truncated_tokens, cut.stats.dropped_rows) == (1, lost, 0)
     assert cut.stats.tokens == 20 + len(whole.train[1].input_ids)
-    assert cut.stats.dropped_rows == 0
 
 
-def test_rows_without_a_trained_token_left_are_dropped_and_named(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    path = write([{"prompt": "long question " * 30, "completion": " yes"}, {"prompt": "q", "completion": " yes"}])
-    data = build_datasets(DataSection(path=path, max_length=16), base_tokenizer)
+def test_rows_without_a_trained_token_left_are_dropped_and_named(read: Read) -> None:
+    rows = [{"prompt": "long question " * 30, "completion": " yes"}, {"prompt": "q", "completion": " yes"}]
+    data = read(rows, max_length=16)
+    path = data.stats.sources[0].path
     assert [e.source for e in data.train] == [f"{path}:2"]
     assert data.stats.dropped == {"cut to length, without a trained token": [f"{path}:1"]}
-    assert data.stats.to_dict()["dropped_rows"] == 1
-    assert data.stats.truncated_rows == 1
-    long = write([{"prompt": "x " * 99, "completion": "y"}])
+    assert data.stats.to_dict()["dropped_rows"] == data.stats.truncated_rows == 1
     with pytest.raises(InputError, match=r"no training row is left: .* within data\.max_length \(8\)"):
-        build_datasets(DataSection(path=long, max_length=8), base_tokenizer)
+        read([{"prompt": "x " * 99, "completion": "y"}], max_length=8)
 
 
 def test_a_long_row_loses_its_start_where_the_recipe_says_so(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
+    read: Read, base_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    path = write([{"prompt": "question " * 30, "completion": " yes" * 9}])
-    (whole,) = build_datasets(DataSection(path=path), base_tokenizer).train
-    data = build_datasets(DataSection(path=path, max_length=20, too_long="cut-start"), base_tokenizer)
+    rows = [{"prompt": "question " * 30, "completion": " yes" * 9}]
+    (whole,), data = read(rows).train, read(rows, max_length=20, too_long="cut-start")
     (cut,) = data.train
     assert base_tokenizer.bos_token_id == cut.input_ids[0]  # the BOS stays
     assert cut.input_ids[1:].tolist() == whole.input_ids[-19:].tolist()
     assert cut.trained[1:].tolist() == whole.trained[-19:].tolist()
     assert cut.prompt_ids.tolist() == cut.input_ids[: len(cut.prompt_ids)].tolist()
     assert cut.reference == whole.reference
-    assert data.stats.truncated_tokens == len(whole.input_ids) - 20
-    assert data.stats.dropped_rows == 0
-    (inside,) = build_datasets(DataSection(path=path, max_length=8, too_long="cut-start"), base_tokenizer).train
-    assert inside.trained[1:].all()
-    assert not inside.trained[0]
+    assert (data.stats.truncated_tokens, data.stats.dropped_rows) == (len(whole.input_ids) - 20, 0)
+    (inside,) = read(rows, max_length=8, too_long="cut-start").train
+    assert inside.trained.tolist() == [False] + [True] * 7
 
 
-def test_source_and_target_lengths(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer = base_tokenizer
-    path = write([{"instruction": "word " * 200, "output": "yes " * 100}])
-    section = DataSection(path=path, max_source_length=60, max_target_length=25)
-    example = build_datasets(section, tokenizer).train[0]
+def test_source_and_target_lengths(read: Read, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"instruction": "word " * 200, "output": "yes " * 100}]
+    data = read(rows, max_source_length=60, max_target_length=25)
+    example = data.train[0]
     first = int(np.argmax(example.trained))
     assert (first, len(example.input_ids) - first) == (60, 25)
-    assert example.trained[first:].all()
-    assert not example.trained[:first].any()
-    source = tokenizer.decode(example.input_ids[:first], clean_up_tokenization_spaces=False)
+    assert example.trained[first:].all() and not example.trained[:first].any()
+    source = base_tokenizer.decode(example.input_ids[:first], clean_up_tokenization_spaces=False)
     # The middle of the instruction goes; BOS, the introduction and the heading of the answer stay.
-    assert source.startswith("<s>Below is an instruction")
-    assert source.endswith("\n\n### Response:\n")
+    assert source.startswith("<s>Below is an instruction") and source.endswith("\n\n### Response:\n")
     assert example.prompt_ids.tolist() == example.input_ids[:first].tolist()
-    whole = build_datasets(DataSection(path=path, max_length=100_000), tokenizer)
-    truncated = build_datasets(section, tokenizer).stats
-    assert truncated.truncated_tokens == whole.stats.tokens - 85
-    assert truncated.truncated_rows == 1
-    exact = DataSection(
-        path=path, max_length=10_000, max_source_length=len(whole.train[0].prompt_ids), max_target_length=10_000
-    )
-    assert build_datasets(exact, tokenizer).stats.truncated_rows == 0
+    whole = read(rows, max_length=100_000)
+    assert (data.stats.truncated_tokens, data.stats.truncated_rows) == (whole.stats.tokens - 85, 1)
+    exact = {"max_source_length": len(whole.train[0].prompt_ids), "max_target_length": 10_000}
+    assert read(rows, max_length=10_000, **exact).stats.truncated_rows == 0
+
+
+_UNTRAINED = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]
 
 
 @pytest.mark.parametrize(
@@ -146,43 +133,33 @@ def test_source_and_target_lengths(write: Write, base_tokenizer: PreTrainedToken
         ([{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": " \n"}], r":2: 1 row with no token"),
         ([{"text": "a"}, {"text": ""}, {"text": " "}], r":2, .*:3: 2 rows with no token to train on"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "there is no assistant turn to train"),
-        (
-            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}],
-            "no token to train on",
-        ),
+        ([{"messages": _UNTRAINED}], "no token to train on"),
     ],
 )
-def test_rows_with_nothing_to_train(
-    rows: list[Any], message: str, write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_rows_with_nothing_to_train(rows: list[Any], message: str, read: Read) -> None:
     with pytest.raises(InputError, match=message):
-        build_datasets(DataSection(path=write(rows)), base_tokenizer)
+        read(rows)
 
 
-def test_many_hollow_rows_make_one_short_message(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"prompt": "p", "completion": "" if i % 2 else "c"} for i in range(600)])
+def test_many_hollow_rows_make_one_short_message(read: Read) -> None:
     with pytest.raises(InputError, match=r":2, .*:4, .*:6, .*:8, .*:10 and 295 more: 300 rows") as failure:
-        build_datasets(DataSection(path=path), base_tokenizer)
+        read([{"prompt": "p", "completion": "" if i % 2 else "c"} for i in range(600)])
     assert len(str(failure.value)) < 1000
 
 
-def test_tokenizer_without_eos_or_pad(write: Write, make_tokenizer: MakeTokenizer) -> None:
-    path = write(pairs(2))
+def test_tokenizer_without_eos_or_pad(read: Read, make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(InputError, match="no end-of-sequence token"):
-        build_datasets(DataSection(path=path), make_tokenizer(eos=None))
+        read(pairs(2), make_tokenizer(eos=None))
     tokenizer = make_tokenizer(pad=None)
     size = len(tokenizer)
-    data = build_datasets(DataSection(path=path), tokenizer)
-    assert data.pad_id == tokenizer.eos_token_id
-    assert data.stats.pads_with_eos
-    assert len(tokenizer) == size
-    assert tokenizer.pad_token is None
+    data = read(pairs(2), tokenizer)
+    assert data.stats.pads_with_eos and data.pad_id == tokenizer.eos_token_id
+    assert len(tokenizer) == size and tokenizer.pad_token is None
     assert "padded with eos" in preflight(data, tokenizer)
 
 
-def test_spelled_special_tokens_are_counted(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"prompt": "what is </s>?", "completion": "an end"}, {"prompt": "p", "completion": "c"}])
-    data = build_datasets(DataSection(path=path), base_tokenizer)
+def test_spelled_special_tokens_are_counted(read: Read, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = read([{"prompt": "what is </s>?", "completion": "an end"}, {"prompt": "p", "completion": "c"}])
     assert data.stats.special_token_rows == 1
     assert "which are read as those tokens: 1" in preflight(data, base_tokenizer)
 
@@ -204,22 +181,22 @@ def test_histogram_covers_every_row(lengths: list[int]) -> None:
     assert sum(counts) == len(lengths)
 
 
-def preflight(data: Datasets, tokenizer: PreTrainedTokenizerFast, width: int = 1000) -> str:
+def preflight(data: Datasets, tokenizer: PreTrainedTokenizerFast) -> str:
     out = io.StringIO()
-    print_preflight(data, tokenizer, Console(file=out, width=width))
+    print_preflight(data, tokenizer, Console(file=out, width=1000))
     return out.getvalue()
 
 
-def test_preflight_shows_what_is_trained(write: Write, smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_preflight_shows_what_is_trained(read: Read, smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "[red] hi", "completion": f"yes [/b] {i}", "id": i} for i in range(5)]
-    path = write([*rows, {"prompt": "long " * 300, "completion": "never", "id": 9}])
-    data = build_datasets(DataSection(path=path, eval_fraction=0.5, max_length=100), smollm2_tokenizer)
-    shown = preflight(data, smollm2_tokenizer)
+    rows.append({"prompt": "long " * 300, "completion": "never", "id": 9})
+    data = read(rows, smollm2_tokenizer, eval_fraction=0.5, max_length=100)
+    shown, stats = preflight(data, smollm2_tokenizer), data.stats
     assert "prompt-completion, template: the tokenizer's own" in shown
-    assert f"{data.stats.train_rows} to train on, {data.stats.eval_rows} held out" in shown
-    assert f"{data.stats.trained_tokens} tokens, {data.stats.trained_tokens / data.stats.tokens:.1%}" in shown
+    assert f"{stats.train_rows} to train on, {stats.eval_rows} held out" in shown
+    assert f"{stats.trained_tokens} tokens, {stats.trained_tokens / stats.tokens:.1%}" in shown
     assert "Not read   columns id" in shown
-    assert f"Dropped, cut to length, without a trained token: {path}:6" in shown
+    assert f"Dropped, cut to length, without a trained token: {stats.sources[0].path}:6" in shown
     assert "█" in shown
     # Two rows, with the mark that survives a log file; brackets in the data are not read as colours.
     for example in data.train[:2]:
@@ -228,38 +205,31 @@ def test_preflight_shows_what_is_trained(write: Write, smollm2_tokenizer: PreTra
     assert "[red] hi<|im_end|>" in shown
 
 
-def test_preflight_shortens_long_rows(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    data = build_datasets(DataSection(path=write([{"text": "word " * 900}]), max_length=4000), base_tokenizer)
-    shown = preflight(data, base_tokenizer)
+def test_preflight_shortens_long_rows(read: Read, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    shown = preflight(read([{"text": "word " * 900}], max_length=4000), base_tokenizer)
     assert " tokens … " in shown
     assert len(shown) < 4000
 
 
 def test_a_tokenizer_without_chat_template_is_warned_about(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast, smollm2_tokenizer: PreTrainedTokenizerFast
+    read: Read, base_tokenizer: PreTrainedTokenizerFast, smollm2_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    path = write(pairs(2))
     warning = "has no chat template, so rows are written with the template plain. Set data.template"
-    assert warning in preflight(build_datasets(DataSection(path=path), base_tokenizer), base_tokenizer)
-    for section, tokenizer in (
-        (DataSection(path=path, template="plain"), base_tokenizer),
-        (DataSection(path=path), smollm2_tokenizer),
-        (DataSection(path=write([{"text": "a b"}], "text.jsonl")), base_tokenizer),
-    ):
-        assert "no chat template" not in preflight(build_datasets(section, tokenizer), tokenizer)
+    assert warning in preflight(read(pairs(2)), base_tokenizer)
+    assert "no chat template" not in preflight(read(pairs(2), template="plain"), base_tokenizer)
+    assert "no chat template" not in preflight(read(pairs(2), smollm2_tokenizer), smollm2_tokenizer)
+    assert "no chat template" not in preflight(read([{"text": "a b"}]), base_tokenizer)
 
 
-def test_labels_are_trained_by_their_names(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"text": "fine", "label": 1}, {"text": "bad", "label": 0}])
-    columns = {"prompt": "text", "completion": "label"}
-    section = DataSection(path=path, columns=columns, label_names=["negative", "positive"])
-    assert [row.reference for row in build_datasets(section, base_tokenizer).train] == ["positive", "negative"]
+def test_labels_are_trained_by_their_names(read: Read) -> None:
+    rows = [{"text": "fine", "label": 1}, {"text": "bad", "label": 0}]
+    data = read(rows, columns={"prompt": "text", "completion": "label"}, label_names=["negative", "positive"])
+    assert [row.reference for row in data.train] == ["positive", "negative"]
 
 
-def test_a_negative_number_of_rows_to_show_is_refused(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    data = build_datasets(DataSection(path=write(pairs(3))), base_tokenizer)
+def test_a_negative_number_of_rows_to_show_is_refused(read: Read) -> None:
     with pytest.raises(InputError, match="--rows -3: takes a whole number of rows to show"):
-        data.first_rows(-3)
+        read(pairs(3)).first_rows(-3)
 
 
 def test_reading_rows_takes_no_torch() -> None:
@@ -288,20 +258,33 @@ def test_held_out_rows_may_be_another_split_of_a_hub_dataset(
     ]
 
 
-def test_a_split_of_held_out_rows_must_be_another_one_of_a_hub_dataset(write: Write, base_tokenizer: Any) -> None:
+def test_keys_that_do_not_suit_the_rows_are_refused(read: Read) -> None:
     with pytest.raises(InputError, match=r"data\.eval_split: 'test' has a meaning for hub datasets only"):
-        build_datasets(DataSection(path=write(pairs(4)), eval_split="test"), base_tokenizer)
+        read(pairs(4), eval_split="test")
     with pytest.raises(InputError, match=r"data\.split: 'validation' has a meaning for hub datasets only"):
-        build_datasets(DataSection(path=write(pairs(4)), split="validation"), base_tokenizer)
+        read(pairs(4), split="validation")
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "1"}]
     with pytest.raises(InputError, match=r"data\.label_names: names the labels of a column of answers, and .*:1 has"):
-        chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "1"}]}
-        build_datasets(DataSection(path=write([chat]), label_names=["no", "yes"]), base_tokenizer)
-    with pytest.raises(InputError, match=r"data\.label_names: names a label twice"):
-        parse_recipe({"model": "m", "data": {"path": "a/b", "label_names": ["x", "y", "y"]}}, "r.yaml")
-    with pytest.raises(InputError, match=r"eval_split: is data\.split too \(train\), so nothing would be held out"):
-        parse_recipe({"model": "m", "data": {"path": "a/b", "eval_split": "train"}}, "r.yaml")
-    with pytest.raises(InputError, match=r"eval_fraction: held-out rows already come from data\.eval_split"):
-        parse_recipe({"model": "m", "data": {"path": "a/b", "eval_split": "x", "eval_fraction": 0.5}}, "r.yaml")
+        read([{"messages": chat}], label_names=["no", "yes"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"label_names": ["x", "y", "y"]}, r"data\.label_names: names a label twice"),
+        ({"eval_split": "train"}, r"eval_split: is data\.split too \(train\), so nothing would be held out"),
+        ({"eval_split": "x", "eval_fraction": 0.5}, r"eval_fraction: held-out rows already come from data\.eval_split"),
+        ({"mixture": [{"path": "b", "wieght": 2}]}, r"data\.mixture\.0\.wieght: unknown key\. Did you mean `weight`\?"),
+        ({"mixture": [{"path": "b", "weight": 0}]}, r"data\.mixture\.0\.weight: should be greater than 0, got 0"),
+        ({"mixture": [{"path": "a"}, {"format": "text"}]}, r"data\.mixture\.1\.path: is missing"),
+        ({"mixture": "b.jsonl"}, r"data\.mixture: should be a valid list, got 'b\.jsonl'"),
+        ({"mixture": ["b.jsonl"]}, r"data\.mixture\.0: should be a mapping of keys, got 'b\.jsonl'"),
+        ({"mixture": [{"path": "b", "max_length": 9}]}, r"data\.mixture\.0\.max_length: unknown key\."),
+    ],
+)
+def test_wrong_keys_are_named(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_recipe({"model": "m", "data": {"path": "a/b", **keys}}, "x.yaml")
 
 
 @pytest.fixture
@@ -313,9 +296,7 @@ def mixed(write: Write) -> DataSection:
     return DataSection(path=write(pairs, "pairs.jsonl"), weight=0.5, mixture=[more], seed=3)
 
 
-def test_each_source_has_its_weight_format_and_template(
-    mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_each_source_has_its_weight_format_and_template(mixed: DataSection, base_tokenizer: Any) -> None:
     data = build_datasets(mixed, base_tokenizer)
     texts = [base_tokenizer.decode(e.input_ids) for e in data.train]
     seen = Counter(e.source for e in data.train)
@@ -381,9 +362,7 @@ def test_rows_to_look_at_are_of_each_source_in_turn_and_repeats_come_last(
         assert [e.source for e in data.first_rows(count)] == shown[:count]
 
 
-def test_rows_to_look_at_of_one_source_are_its_first(
-    mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_rows_to_look_at_of_one_source_are_its_first(mixed: DataSection, base_tokenizer: Any) -> None:
     data = build_datasets(mixed.replace(mixture=[], weight=1.5), base_tokenizer)
     for count in (1, 4, 12, 99):
         assert [e.source for e in data.first_rows(count)] == [e.source for e in data.train[:count]]
@@ -399,33 +378,13 @@ def test_auto_is_what_the_first_source_was_trained_with(
     assert template_of(recipe, tmp_path) == "plain"
 
 
-@pytest.mark.parametrize(
-    ("mixture", "message"),
-    [
-        ([{"path": "b", "wieght": 2}], r"data\.mixture\.0\.wieght: unknown key\. Did you mean `weight`\?"),
-        ([{"path": "b", "weight": 0}], r"data\.mixture\.0\.weight: should be greater than 0, got 0"),
-        ([{"path": "a"}, {"format": "text"}], r"data\.mixture\.1\.path: is missing"),
-        ("b.jsonl", r"data\.mixture: should be a valid list, got 'b\.jsonl'"),
-        (["b.jsonl"], r"data\.mixture\.0: should be a mapping of keys, got 'b\.jsonl'"),
-        ([{"path": "b", "max_length": 9}], r"data\.mixture\.0\.max_length: unknown key\."),
-    ],
-)
-def test_a_wrong_mixture_is_named_by_key(mixture: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parse_recipe({"model": "m", "data": {"path": "a", "mixture": mixture}}, "x.yaml")
-
-
+_LIMITS = {"max_source_length": 60, "max_target_length": 30}
 SECTIONS: dict[str, dict[str, Any]] = {
     "held out, cut at the end": {"template": "chatml", "eval_fraction": 0.1, "max_length": 256},
     "cut at the start": {"template": "chatml", "max_length": 128, "too_long": "cut-start", "train_on": "last"},
     "split": {"template": "chatml", "max_length": 100, "too_long": "split", "eval_fraction": 0.2, "eval_limit": 7},
     "dropped, by length": {"template": "zephyr", "max_length": 200, "too_long": "drop", "group_by_length": True},
-    "source and target lengths": {
-        "template": "zephyr",
-        "max_source_length": 60,
-        "max_target_length": 30,
-        "train_on": "all",
-    },
+    "source and target lengths": {**_LIMITS, "template": "zephyr", "train_on": "all"},
     "a mixture": {"template": "chatml", "weight": 0.4, "eval_fraction": 0.1, "seed": 9, "limit": 200, "mixture": True},
     "packed": {"template": "chatml", "max_length": 400, "packing": True, "shuffle": False},
 }
@@ -443,14 +402,8 @@ def digest_of(directory: Path, section: dict[str, Any]) -> str:
     datasets = build_datasets(recipe.data, byte_tokenizer())
     digest = hashlib.sha256()
     for row in [*datasets.train, *datasets.eval]:
-        fields = [
-            row.input_ids.tolist(),
-            row.trained.tolist(),
-            row.source,
-            row.prompt_ids.tolist(),
-            row.prompt_text,
-            row.reference,
-        ]
+        ids, mask, prompt = row.input_ids.tolist(), row.trained.tolist(), row.prompt_ids.tolist()
+        fields = [ids, mask, row.source, prompt, row.prompt_text, row.reference]
         digest.update(json.dumps(fields).replace(str(directory), "").encode())
     batches = batches_of(recipe, datasets.train)
     for step in range(3 * batches.per_epoch):
