@@ -64,7 +64,14 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
         require_answers(target, "qvera serve")
         opened = open_target(target)
     else:
-        opened = _open_base(path, adapters)
+        # a base, with the number format, dtype and tokens of the adapters' recipe
+        found = None
+        if adapters is not None and adapters_root(adapters) is not None:
+            found = find_target(adapters, needs_name=False)
+        section = ModelSection(path=path) if found is None else found.section.replace(path=path)
+        base = load_base(section)
+        recipe, run = (None, None) if found is None else (found.recipe, found.run)
+        opened = OpenRun(Artifact(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)
     section = opened.target.section
     name = Path(resolve_path(section.path)).name
     # the path of an adapter must not be taken for its base
@@ -89,14 +96,3 @@ def warm_up(engine: Engine, store: AdapterStore, own: str | None = None) -> None
             if (adapter := store.resolve(name)) is not None:
                 engine.load(adapter)
                 return
-
-
-def _open_base(path: str, adapters: Path | None) -> OpenRun:
-    """The base with the number format, dtype and tokens of the adapters' recipe."""
-    target = None
-    if adapters is not None and adapters_root(adapters) is not None:
-        target = find_target(adapters, needs_name=False)
-    section = ModelSection(path=path) if target is None else target.section.replace(path=path)
-    base = load_base(section)
-    recipe, run = (None, None) if target is None else (target.recipe, target.run)
-    return OpenRun(Artifact(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)

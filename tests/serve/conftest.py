@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.serve.helpers import Alone, write_adapters
+from qvera.serve.store import AdapterStore
+from tests.serve.helpers import Alone, engine_of, expected_of, store_of, write_adapters
 
 NAMES = [f"a{i}" for i in range(10)]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -28,6 +29,24 @@ def adapters_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 def alone(tiny_model_dir: Path) -> Any:
     """``alone(adapter directory)`` answers as that adapter does by itself; None: the base."""
     return lru_cache(maxsize=None)(lambda adapter: Alone(tiny_model_dir, adapter))
+
+
+@pytest.fixture
+def store(adapters_dir: Path) -> AdapterStore:
+    """The adapters of `adapters_dir`, and the base."""
+    return store_of(adapters_dir)
+
+
+@pytest.fixture
+def expected(alone: Any, adapters_dir: Path) -> Any:
+    """``expected(requests)``: what each gets alone. To be called before an engine runs."""
+    return lambda asked: expected_of(alone, adapters_dir, asked)
+
+
+@pytest.fixture
+def engine_with(tiny_model_dir: Path) -> Any:
+    """``engine_with(kind, **settings)`` is a running engine on the tiny model."""
+    return partial(engine_of, tiny_model_dir)
 
 
 @pytest.fixture

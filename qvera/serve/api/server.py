@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from starlette.responses import Response
@@ -98,14 +98,6 @@ def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
         yield taken, f"http://{shown}:{taken.getsockname()[1]}"
 
 
-class ServerState(Protocol):
-    """What a server reads of its app, as ``app.state.service``."""
-
-    limits: Limits
-    running: int  # calls in progress
-    draining: bool  # stopping: no new calls are taken
-
-
 class Server(uvicorn.Server):
     """Serves an app: ``run(sockets=[...])``.
 
@@ -115,7 +107,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: Starlette, *, log_calls: bool = False, on_start: Callable[[], None] | None = None) -> None:
         """``on_start`` is called once the server takes calls."""
         self._on_start = on_start
-        self.service: ServerState = app.state.service
+        self.service = app.state.service  # with ``limits``, ``running`` (calls in progress) and ``draining``
         self.drained_at: float | None = None  # the latest end (`time.monotonic`), once it drains
         super().__init__(
             uvicorn.Config(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import pytest
 
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
+from qvera.serve.api.server import bound
 from tests.many_adapters import write_customers, write_run
 from tests.serve.command import Command
 
@@ -119,21 +123,36 @@ def test_sigterm_ends_the_process_after_the_running_answer(command: Command) -> 
     assert command.process.wait(60) == 0
 
 
-def test_a_base_with_a_directory_of_adapters(run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_base_with_a_directory_of_adapters(run: Path, tiny_model_dir: Path, tmp_path: Path, capsys: Any) -> None:
     """The base is loaded as the adapters' recipe says; a key opens it."""
     keys = tmp_path / "keys.json"
-    line = [sys.executable, "-m", "qvera", "serve", "--new-key", "me", "--keys", str(keys)]
-    made = subprocess.run(line, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    headers = {"Authorization": f"Bearer {made.stdout.strip()}"}
-    served = Command(
-        str(tiny_model_dir), "--adapters", str(run / "adapters"), "--keys", str(keys), "--engine", "static"
-    )
-    body = {"model": "anna", "prompt": "say red 3", "max_tokens": 4, "temperature": 0}
-    assert served.post("/v1/completions", body).status_code == 401
-    answer = served.post("/v1/completions", body, headers=headers)
-    assert answer.status_code == 200, answer.text
-    assert served.stop() == 0, served.said
+    assert main(["serve", "--new-key", "me", "--keys", str(keys)]) == 0
+    key = capsys.readouterr().out.split()[-1]
+    shutil.copytree(run / "adapters", tmp_path / "adapters")
+    shutil.copytree(tmp_path / "adapters" / "anna", tmp_path / "adapters" / "tiny-llama")
+    with bound("127.0.0.1", 0) as (_, url):
+        pass
+    body, statuses = {"model": "anna", "prompt": "say red 3", "max_tokens": 4, "temperature": 0}, []
+
+    def ask() -> None:
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                statuses.append(httpx.get(f"{url}/health").status_code)
+                break
+            time.sleep(0.1)
+        else:
+            return  # it has not started, and `main` tells why
+        for headers in ({}, {"Authorization": f"Bearer {key}"}):
+            statuses.append(httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60).status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    line = [str(tiny_model_dir), "--adapters", str(tmp_path / "adapters"), "--keys", str(keys), "--engine", "static"]
+    assert main(["serve", *line, "--port", url.rpartition(":")[2]]) == 0
+    asking.join()
+    assert statuses == [200, 401, 200]
+    assert "The adapter 'tiny-llama' is called like the base, so it can't be asked for." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

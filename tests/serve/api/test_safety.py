@@ -56,13 +56,8 @@ def test_a_key_opens_what_it_names_and_nothing_else(start: Start, keys: Any) -> 
         return served.post("/v1/chat/completions", {**body, "model": model}, headers=headers[who]).status_code
 
     assert [status(model, "all") for model in ("tiny", "anna", "ben", "nobody")] == [200, 200, 200, 404]
-    assert [status(model, "anna") for model in ("tiny", "hub/tiny", "anna", "ben", "nobody")] == [
-        404,
-        404,
-        200,
-        404,
-        404,
-    ]
+    asked = ("tiny", "hub/tiny", "anna", "ben", "nobody")
+    assert [status(model, "anna") for model in asked] == [404, 404, 200, 404, 404]
     assert status("anna", "loads") == 403
     assert status("anna*0.5+ben*0.5", "anna") == 404
     hidden = served.post("/v1/chat/completions", {**body, "model": "be"}, headers=headers["anna"]).json()
@@ -135,20 +130,14 @@ def test_the_file_holds_no_key(tmp_path: Path) -> None:
         ('{"keys": 3}', "expected a list"),
         ('{"keys": [3]}', "key 1: expected an object"),
         ('{"keys": [{"name": "a"}]}', "key 1 .a.: sha256: expected 64 hex"),
-        (
-            '{"keys": [{"name": "a", "sha256": "%s", "adapters": ["*"], "may": ["fly"]}]}' % ("0" * 64),
-            "'fly' is none of",
-        ),
-        (
-            '{"keys": [{"name": "a", "sha256": "%s", "adapters": "*", "may": []}]}' % ("0" * 64),
-            "adapters: expected a list",
-        ),
+        ('{"keys": [{"name": "a", "sha256": "HASH", "adapters": ["*"], "may": ["fly"]}]}', "'fly' is none of"),
+        ('{"keys": [{"name": "a", "sha256": "HASH", "adapters": "*", "may": []}]}', "adapters: expected a list"),
         ('{"keys": [{"name": "a", "key": "secret"}]}', "unknown 'key'"),
     ],
 )
 def test_a_bad_key_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "keys.json"
-    path.write_text(text)
+    path.write_text(text.replace("HASH", "0" * 64))
     with pytest.raises(InputError, match=message):
         KeyFile(path)
 
@@ -271,19 +260,19 @@ def test_a_client_that_goes_away_while_its_requests_are_handed_over_leaves_none(
 
 
 def test_clients_that_read_nothing_stop_nobody(start: Start) -> None:
-    served = start(places=40, send_seconds=1.0, send_buffer_bytes=4096)
+    served = start(places=20, send_seconds=1.0, send_buffer_bytes=4096)
     served.said["tiny"] = "word " * 180
     stuck = []
-    for _ in range(30):
+    for _ in range(12):
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         client.connect(("127.0.0.1", served.port))
         # with twenty likely tokens for each token, more than the small buffers take
         client.sendall(raw_call({**CHAT, "n": 1, "logprobs": True, "top_logprobs": 20, "max_tokens": 900}))
         stuck.append(client)
-    wait_until(lambda: served.app.state.service.running >= 25)
+    wait_until(lambda: served.app.state.service.running == 12)
     began = time.monotonic()
-    for _ in range(5):
+    for _ in range(3):
         answer = served.chat(max_tokens=900).json()
         assert answer["choices"][0]["message"]["content"] == served.said["tiny"]
     assert time.monotonic() - began < 30
@@ -303,7 +292,7 @@ def test_who_asks_on_without_reading_is_let_go(start: Start) -> None:
 
 
 def test_a_connection_without_a_request_is_closed(start: Start) -> None:
-    served = start(head_seconds=1.0)
+    served = start(head_seconds=0.5)
     said_before = [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc", raw_call({"model": "nobody"})]
     clients = [served.connect() for _ in said_before]
     for client, text in zip(clients, said_before, strict=True):
@@ -321,7 +310,7 @@ def test_a_connection_without_a_request_is_closed(start: Start) -> None:
     served.engine.hold.set()
     with served.connect() as waits:  # for its answer, and not for a request
         waits.sendall(raw_call(CHAT))
-        time.sleep(2.5)
+        time.sleep(1.6)  # connections are looked at once a second
         served.engine.hold.clear()
         waits.settimeout(20)
         assert waits.recv(100).startswith(b"HTTP/1.1 200")

@@ -25,7 +25,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
-from tests.serve.helpers import Alone, assert_same, engine_of, request, submit, tiny_base, write_adapters
+from tests.serve.helpers import Alone, assert_same, request, submit, tiny_base, write_adapters
 
 
 def _resolve(store: AdapterStore, name: str) -> ResolvedAdapter:
@@ -46,15 +46,15 @@ def _replace(new: Path, old: Path) -> None:
 
 
 def test_a_replaced_file_answers_new_requests_while_those_that_run_finish_on_the_old_vectors(
-    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
+    engine_with: Any, adapters_dir: Path, tmp_path: Path, alone: Any
 ) -> None:
     _copy(adapters_dir, tmp_path, "a1")
     store = AdapterStore(tmp_path)
-    old = request([3, 4, 5], _resolve(store, "a1"), 150, top_logprobs=0)
+    old = request([3, 4, 5], _resolve(store, "a1"), 60, top_logprobs=0)
     waits = request([3, 4, 5], _resolve(store, "a1"), 5, top_logprobs=0)
     new_vectors = alone(adapters_dir / "a2").answer(request([3, 4, 5], None, 5, top_logprobs=0))
     old_vectors = alone(adapters_dir / "a1").answer(old)
-    with engine_of(tiny_model_dir, max_running=1) as engine:
+    with engine_with(max_running=1) as engine:
         running, waiting = submit(engine, old), submit(engine, waits)
         running.wait_for_token()
         _replace(adapters_dir / "a2", tmp_path / "a1")
@@ -69,13 +69,13 @@ def test_a_replaced_file_answers_new_requests_while_those_that_run_finish_on_the
 
 
 def test_a_file_replaced_between_resolve_and_submit_has_to_be_resolved_again(
-    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path
+    engine_with: Any, adapters_dir: Path, tmp_path: Path
 ) -> None:
     _copy(adapters_dir, tmp_path, "a1")
     store = AdapterStore(tmp_path)
     stale = _resolve(store, "a1")
     _replace(adapters_dir / "a2", tmp_path / "a1")
-    with engine_of(tiny_model_dir) as engine:
+    with engine_with() as engine:
         with pytest.raises(AdapterChanged, match="ask again"):
             submit(engine, request([3], stale))
         assert submit(engine, request([3], _resolve(store, "a1"))).end() == EndEvent("length")
@@ -104,7 +104,7 @@ def test_an_adapter_that_is_saved_anew_is_whole_and_never_missing(
 
     asking = threading.Thread(target=keep_asking)
     asking.start()
-    for seed in range(30):
+    for seed in range(12):
         perturb(model, seed=seed)
         save_load.save_adapter(model, tmp_path / "anna")
         saved = load_file(tmp_path / "anna" / ADAPTER_WEIGHTS)
@@ -117,26 +117,6 @@ def test_an_adapter_that_is_saved_anew_is_whole_and_never_missing(
         assert not missing[0]
 
 
-def _cut_short(directory: Path) -> None:
-    os.truncate(directory / ADAPTER_WEIGHTS, 1000)
-
-
-def _garbage(directory: Path) -> None:
-    (directory / ADAPTER_WEIGHTS).write_bytes(b"\xff" * 4096)
-
-
-def _nan(directory: Path) -> None:
-    vectors = load_file(directory / ADAPTER_WEIGHTS)
-    key = sorted(vectors)[0]
-    save_file({**vectors, key: vectors[key] * torch.nan}, directory / ADAPTER_WEIGHTS)
-
-
-def _lacks_a_vector(directory: Path) -> None:
-    vectors = load_file(directory / ADAPTER_WEIGHTS)
-    del vectors[sorted(vectors)[0]]
-    save_file(vectors, directory / ADAPTER_WEIGHTS)
-
-
 def _change_config(**changes: Any) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         file = directory / ADAPTER_CONFIG
@@ -145,35 +125,45 @@ def _change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut short": (_cut_short, "cut short"),
-    "garbage": (_garbage, "not a readable safetensors file"),
-    "nan": (_nan, "NaN or Inf"),
-    "lacks a vector": (_lacks_a_vector, "has the shape None"),
+def _change_first_vector(factor: float | None) -> Callable[[Path], None]:
+    """None: it goes."""
+
+    def change(directory: Path) -> None:
+        vectors = load_file(directory / ADAPTER_WEIGHTS)
+        vector = vectors.pop(key := min(vectors))
+        save_file(vectors | ({} if factor is None else {key: vector * factor}), directory / ADAPTER_WEIGHTS)
+
+    return change
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (lambda directory: os.truncate(directory / ADAPTER_WEIGHTS, 1000), "cut short"),
+    "garbage": (
+        lambda directory: (directory / ADAPTER_WEIGHTS).write_bytes(b"\xff" * 4096),
+        "not a readable safetensors file",
+    ),
+    "nan": (_change_first_vector(float("nan")), "NaN or Inf"),
+    "lacks a vector": (_change_first_vector(None), "has the shape None"),
     "another base": (_change_config(base_fingerprint="0" * 64), "another base model"),
     "other projections": (_change_config(projection_sha256="0" * 64), "made by another generator"),
     "another rank": (_change_config(rank=9), "rank is 9"),
     "not ours": (_change_config(peft_type="IA3"), "peft_type is IA3"),
-    "config is a list": (lambda directory: _write(directory / ADAPTER_CONFIG, "[]"), "holds a list"),
+    "config is a list": (lambda directory: (directory / ADAPTER_CONFIG).write_text("[]"), "holds a list"),
     "no vectors": (lambda directory: (directory / ADAPTER_WEIGHTS).unlink(), "can't be read"),
 }
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
 def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
-    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
+    engine_with: Any, adapters_dir: Path, tmp_path: Path, alone: Any
 ) -> None:
     _copy(adapters_dir, tmp_path, "a1")
     for name, (damage, _) in DAMAGES.items():
         shutil.copytree(adapters_dir / "a2", tmp_path / name)
         damage(tmp_path / name)
     store = AdapterStore(tmp_path)
-    good = request([3, 4], _resolve(store, "a1"), 60)
+    good = request([3, 4], _resolve(store, "a1"), 30)
     expected = alone(adapters_dir / "a1").answer(good)
-    with engine_of(tiny_model_dir) as engine:
+    with engine_with() as engine:
         answer = submit(engine, good)
         for name, (_, message) in DAMAGES.items():
             with pytest.raises(InputError, match=message):
@@ -184,25 +174,24 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
         assert engine.stats().dead is None
 
 
-def test_an_adapter_of_a_model_of_other_shapes_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_a_model_of_other_shapes_is_refused(engine_with: Any, tmp_path: Path) -> None:
     other = tmp_path / "other model"
     small_llama(hidden_size=32).to(torch.bfloat16).save_pretrained(other)
     small_tokenizer().save_pretrained(other)
     write_adapters(tmp_path / "adapters", other, {"foreign": 1})
     _change_config(base_fingerprint=None)(tmp_path / "adapters" / "foreign")  # nothing but the shapes tells
     store = AdapterStore(tmp_path / "adapters")
-    with (
-        engine_of(tiny_model_dir) as engine,
-        pytest.raises(InputError, match="this base and the adapter's config need"),
-    ):
+    with engine_with() as engine, pytest.raises(InputError, match="this base and the adapter's config need"):
         submit(engine, request([3], store.resolve("foreign")))
 
 
-def test_methods_that_are_not_vectors_of_one_pair_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_methods_that_are_not_vectors_of_one_pair_are_refused(
+    tiny_model_dir: Path, engine_with: Any, tmp_path: Path
+) -> None:
     for name, settings in {"dvora": {"magnitude": True}, "lora": {"method": "lora", "alpha": 8.0}}.items():
         write_adapters(tmp_path, tiny_model_dir, {name: 1}, **settings)
     store = AdapterStore(tmp_path)
-    with engine_of(tiny_model_dir) as engine:
+    with engine_with() as engine:
         for name in store.names():
             with pytest.raises(InputError, match="not served beside other adapters"):
                 submit(engine, request([3], store.resolve(name)))
@@ -225,7 +214,7 @@ def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
 
 
 def test_a_blend_of_adapters_with_one_d_answers_by_the_weighted_sum_of_their_b(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, engine_with: Any, tmp_path: Path
 ) -> None:
     write_adapters(tmp_path, tiny_model_dir, {"legal": 1, "support": 2}, train_d=False)
     first, second = (load_file(tmp_path / name / ADAPTER_WEIGHTS) for name in ("legal", "support"))
@@ -241,17 +230,17 @@ def test_a_blend_of_adapters_with_one_d_answers_by_the_weighted_sum_of_their_b(
     assert _resolve(store, "legal*1").identity == _resolve(store, "legal").identity
     asked = request([7, 8, 9], blend, 12, top_logprobs=2)
     expected = Alone(tiny_model_dir, tmp_path.parent / "sum").answer(asked)
-    with engine_of(tiny_model_dir) as engine:
+    with engine_with() as engine:
         assert_same(submit(engine, asked), expected)
 
 
 def test_a_blend_of_adapters_that_differ_in_more_than_b_is_refused_with_the_reason(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, engine_with: Any, tmp_path: Path
 ) -> None:
     write_adapters(tmp_path, tiny_model_dir, {"one": 1, "two": 2})
     write_adapters(tmp_path, tiny_model_dir, {"seeded": 1}, seed=4)
     store = AdapterStore(tmp_path)
-    with engine_of(tiny_model_dir) as engine:
+    with engine_with() as engine:
         with pytest.raises(InputError, match="one and two have different vectors d"):
             submit(engine, request([3], store.resolve("one*0.5+two*0.5")))
         with pytest.raises(InputError, match="one and seeded differ in seed"):
@@ -259,12 +248,12 @@ def test_a_blend_of_adapters_that_differ_in_more_than_b_is_refused_with_the_reas
 
 
 def test_a_server_that_starts_makes_the_layers_of_the_first_adapter_that_is_whole(
-    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path
+    engine_with: Any, adapters_dir: Path, tmp_path: Path
 ) -> None:
     _copy(adapters_dir, tmp_path, "a1", "a2", "a3")
     (tmp_path / "a1" / ADAPTER_WEIGHTS).write_bytes(b"cut")
     store = AdapterStore(tmp_path)
-    with engine_of(tiny_model_dir) as engine:
+    with engine_with() as engine:
         warm_up(engine, AdapterStore(None))  # there is none: nothing is done
         assert engine.stats().adapters_resident == 0
         warm_up(engine, store)
