@@ -43,13 +43,8 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
     train, answer, serve = (shlex.split(line)[1:] for line in commands("README.md") if "customers" in line)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
-    smaller = {
-        "model.path": tiny_model_dir,
-        "model.compute_dtype": "float32",
-        "adapter.rank": 8,
-        "data.max_length": 256,
-    }
-    smaller |= {"training.max_steps": 2}
+    smaller = {"model.path": tiny_model_dir, "model.compute_dtype": "float32", "adapter.rank": 8}
+    smaller |= {"data.max_length": 256, "training.max_steps": 2}
     assert main([*train, *(part for key, value in smaller.items() for part in ("--set", f"{key}={value}"))]) == 0
     run = Path("runs/customers")
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))

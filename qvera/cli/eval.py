@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from qvera.cli.common import (
     flag,
     number,
     option,
+    print_table,
     progress,
     quiet_libraries,
     require_new_file,
@@ -269,12 +269,7 @@ def harness(
 
 def _print_tasks(found: dict[str, Any]) -> None:
     """lm-eval names a metric ``metric,filter``."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("task", "shots", "metric", "value", "± stderr", "documents"):
-        table.add_column(title, justify="left" if title in ("task", "metric") else "right")
+    rows = []
     for task, values in found["results"].items():
         documents = (found.get("n-samples") or {}).get(task, {}).get("effective")
         shots = (found.get("n-shot") or {}).get(task)
@@ -283,12 +278,7 @@ def _print_tasks(found: dict[str, Any]) -> None:
             if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
-            table.add_row(
-                task,
-                "–" if shots is None else str(shots),
-                metric if kind == "none" else f"{metric} ({kind})",
-                f"{value:.4f}",
-                f"{error:.4f}" if isinstance(error, float) and math.isfinite(error) else "–",
-                "–" if documents is None else f"{documents:,}",
-            )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+            shown = f"{error:.4f}" if isinstance(error, float) and math.isfinite(error) else "–"
+            cells = ["–" if shots is None else str(shots), metric if kind == "none" else f"{metric} ({kind})"]
+            rows.append((task, [*cells, f"{value:.4f}", shown, "–" if documents is None else f"{documents:,}"]))
+    print_table(["task", "shots", "metric", "value", "± stderr", "documents"], rows)

@@ -266,7 +266,7 @@ def test_ctrl_c_saves_and_exits_75(is_read: bool, write_recipe: Any, tmp_path: P
     Ctrl-C under ``2>&1 | tee LOG`` ends the tee too, and what is printed then has nowhere to go.
     """
     run = tmp_path / "run"
-    settings = {"max_steps": 60, "save_steps": 50, "per_device_train_batch_size": 1, "output_dir": str(run)}
+    settings = {"max_steps": 40, "save_steps": 50, "per_device_train_batch_size": 1, "output_dir": str(run)}
     recipe = str(write_recipe(training=settings))
     process = subprocess.Popen([sys.executable, "-m", "qvera", "train", recipe], stderr=subprocess.PIPE, text=True)
     metrics = run / "metrics.jsonl"
@@ -290,9 +290,9 @@ def test_ctrl_c_saves_and_exits_75(is_read: bool, write_recipe: Any, tmp_path: P
         assert "Traceback" not in said
     assert process.wait(timeout=60) == 75, said
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
-    assert 3 < len(metrics.read_text().splitlines()) < 60
+    assert 3 < len(metrics.read_text().splitlines()) < 40
     assert main(["train", recipe, "--resume"]) == 0
-    assert len(metrics.read_text().splitlines()) == 60
+    assert len(metrics.read_text().splitlines()) == 40
 
 
 def test_an_unexpected_error_is_exit_1(trained_run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,15 +62,15 @@ def test_several_answer_in_one_batch_as_each_does_alone(run: Path, prompts: Path
     assert len({line["answer"] for line in lines[:3]}) == 3, "the adapters differ"
 
 
-@pytest.mark.parametrize("column", ["customer", "adapter"])
-def test_rows_name_their_adapters(run: Path, tmp_path: Path, column: str) -> None:
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    asked = [{column: name, "prompt": "say 3 red"} for name in ("dan", "anna", "dan", "../chloe")]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
-    assert main(["generate", str(run), str(rows), "--out", str(out), "--max-new-tokens", "8"]) == 0
-    lines = lines_of(out)
-    assert [line["adapter"] for line in lines] == ["dan", "anna", "dan", "../chloe"]
-    assert lines[0]["answer"] == lines[2]["answer"] != lines[1]["answer"]
+def test_rows_name_their_adapters(run: Path, tmp_path: Path) -> None:
+    names = ["dan", "anna", "dan", "../chloe"]
+    for column in ("customer", "adapter"):
+        rows, out = tmp_path / f"{column}.jsonl", tmp_path / f"{column}-out.jsonl"
+        rows.write_text("".join(json.dumps({column: name, "prompt": "say 3 red"}) + "\n" for name in names))
+        assert main(["generate", str(run), str(rows), "--out", str(out), "--max-new-tokens", "8"]) == 0
+        lines = lines_of(out)
+        assert [line["adapter"] for line in lines] == names
+        assert lines[0]["answer"] == lines[2]["answer"] != lines[1]["answer"]
 
 
 def test_answers_are_printed_after_their_names(run: Path, capsys: Any) -> None:
@@ -105,8 +105,8 @@ def test_the_vectors_of_each_are_read_once(run: Path, monkeypatch: pytest.Monkey
     assert read == [require_named(run, name) / "adapter_model.safetensors" for name in ("dan", "Anna")]
 
 
-def test_the_first_of_ten_thousand_is_found_at_once(run: Path, tmp_path: Path) -> None:
-    for number in range(10_000):
+def test_one_of_five_thousand_is_found_at_once(run: Path, tmp_path: Path) -> None:
+    for number in range(5_000):
         (tmp_path / "adapters" / f"customer{number}").mkdir(parents=True)
     shutil.copy(run / "recipe.yaml", tmp_path)
     shutil.copytree(require_named(run, "dan"), tmp_path / "adapters" / "dan")
@@ -114,7 +114,7 @@ def test_the_first_of_ten_thousand_is_found_at_once(run: Path, tmp_path: Path) -
     target = find_target(tmp_path, name="dan")
     assert time.process_time() - began < 1.0
     assert target.adapter == tmp_path / "adapters" / "dan"
-    with pytest.raises(InputError, match=r"did you mean 'customer4711'\?.*and 9,993 more"):
+    with pytest.raises(InputError, match=r"did you mean 'customer4711'\?.*and 4,993 more"):
         find_target(tmp_path, name="custommer4711")
 
 
@@ -129,44 +129,41 @@ def test_a_directory_of_adapters_needs_no_run(run: Path, prompts: Path, tmp_path
     assert {one["name"] for one in json.loads(capsys.readouterr().out)["adapters"]} == set(NAMES)
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("chat RUN --adapter ana", "--adapter ana: RUN has no adapter of this name; did you mean 'anna'?"),
-        ("chat RUN", "RUN: has 5 adapters; name one with --adapter NAME. There are: "),
-        (
-            "chat RUN --adapter nan",
-            "its loss, gradient or held-out loss was not finite, so its vectors were not saved.",
-        ),
-        ("eval RUN", "has 5 adapters"),
-        ("export RUN OUT", "has 5 adapters"),
-        ("info RUN --adapter Dan", "did you mean 'dan'?"),
-        ("generate RUN PROMPTS", "has 5 adapters"),
-        ("generate RUN PROMPTS --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
-        ("generate RUN", "or --prompt TEXT; give one of them."),
-        ("generate RUN PROMPTS --prompt x", "or --prompt TEXT; give one of them."),
-        ("generate RUN ROWS", "rows.jsonl:2: names no adapter. Expected one in its column 'customer' or 'adapter'"),
-        ("generate RUN STRANGER", "rows.csv:3: RUN has no adapter bem. There are: "),
-        ("merge-adapters RUN RUN OUT --adapter dan", "--adapter: takes the adapters of one run"),
-        ("compare RUN RUN2", "RUN: trained many adapters; name those to compare with --adapter NAME."),
-        ("compare RUN --adapter dan", "compare takes two runs or more, got 1."),
-        ("compare RUN --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
-        ("compare RUN --adapter dan --adapter dan", "dan: is named twice"),
-        ("info RUN/adapters/dan --adapter dan", "is for a run that trained many adapters"),
-    ],
-)
+WRONG_LINES = [
+    ("chat RUN --adapter ana", "--adapter ana: RUN has no adapter of this name; did you mean 'anna'?"),
+    ("chat RUN", "RUN: has 5 adapters; name one with --adapter NAME. There are: "),
+    ("chat RUN --adapter nan", "held-out loss was not finite, so its vectors were not saved."),
+    ("eval RUN", "has 5 adapters"),
+    ("export RUN OUT", "has 5 adapters"),
+    ("info RUN --adapter Dan", "did you mean 'dan'?"),
+    ("generate RUN PROMPTS", "has 5 adapters"),
+    ("generate RUN PROMPTS --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
+    ("generate RUN", "or --prompt TEXT; give one of them."),
+    ("generate RUN PROMPTS --prompt x", "or --prompt TEXT; give one of them."),
+    ("generate RUN ROWS", "rows.jsonl:2: names no adapter. Expected one in its column 'customer' or 'adapter'"),
+    ("generate RUN STRANGER", "rows.csv:3: RUN has no adapter bem. There are: "),
+    ("merge-adapters RUN RUN OUT --adapter dan", "--adapter: takes the adapters of one run"),
+    ("compare RUN RUN2", "RUN: trained many adapters; name those to compare with --adapter NAME."),
+    ("compare RUN --adapter dan", "compare takes two runs or more, got 1."),
+    ("compare RUN --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
+    ("compare RUN --adapter dan --adapter dan", "dan: is named twice"),
+    ("info RUN/adapters/dan --adapter dan", "is for a run that trained many adapters"),
+]
+
+
 def test_wrong_lines_are_answered_before_anything_is_loaded(
-    run: Path, prompts: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, line: str, said: str
+    run: Path, prompts: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"customer": "dan", "prompt": "x"}\n{"prompt": "x"}\n')
-    places = {"RUN2": shutil.copytree(run, tmp_path / "two"), "RUN": run, "PROMPTS": prompts}
     (tmp_path / "rows.csv").write_text("customer,prompt\ndan,x\nbem,x\nbem,y\n")
+    places = {"RUN2": shutil.copytree(run, tmp_path / "two"), "RUN": run, "PROMPTS": prompts}
     places |= {"OUT": tmp_path / "out", "ROWS": tmp_path / "rows.jsonl", "STRANGER": tmp_path / "rows.csv"}
-    for word, path in places.items():
-        line, said = line.replace(word, str(path)), said.replace(word, str(path))
     monkeypatch.setattr("qvera.models.loader.load_base", lambda *_: pytest.fail("a model was loaded"))
-    assert main(line.split()) == 2
-    assert said in capsys.readouterr().err
+    for line, said in WRONG_LINES:
+        for word, path in places.items():
+            line, said = line.replace(word, str(path)), said.replace(word, str(path))
+        assert main(line.split()) == 2, line
+        assert said in capsys.readouterr().err
 
 
 def test_eval_scores_the_rows_of_one_adapter(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -127,6 +127,10 @@ class Driver:
     def wake(self) -> None:
         self._woken.set()
 
+    def go_on(self) -> None:
+        self.hold.clear()
+        self.wake()
+
     def start(self) -> None:
         self._thread.start()
 

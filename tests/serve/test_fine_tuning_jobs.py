@@ -52,9 +52,9 @@ def create(jobs: Jobs, suffix: str | None = "anna", held_out: str | None = None,
     """A job of `STEPS` steps."""
     file_id = send(jobs, chat_rows(4))
     hyperparameters = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
-    wanted = {"suffix": suffix, "seed": None, "asked": hyperparameters, "metadata": {}, "replace": False, **changes}
-    files = {"base": "tiny", "training_file": file_id, "validation_file": held_out}
-    return jobs.create("me", lambda name: True, None, **files, **wanted)
+    wanted: dict[str, Any] = {"seed": None, "asked": hyperparameters, "metadata": {}, "replaces": False, **changes}
+    job = Job("me", suffix or "", "tiny", file_id, held_out, **wanted)
+    return jobs.create(job, lambda name: True, None)
 
 
 def run_all(jobs: Jobs) -> None:
@@ -99,7 +99,7 @@ def kill_at(number: int, trainer: ScriptedTrainer, jobs: Jobs, monkeypatch: pyte
         (trainer, "save_adapter"),
         (trainer, "end"),
         (jobs.database, "move"),
-        (jobs.database, "add_events"),
+        (jobs.database, "add"),
         (jobs.directory, "write_results"),
         (worker_module, "write_facts"),
     ):
@@ -310,7 +310,7 @@ def test_messages_have_no_place_of_the_server_and_all_of_their_words(
         assert any(text.startswith("Held-out rows that are also training rows: 2.") for text in said), said
 
 
-@pytest.mark.parametrize("full", ["save", "save_adapter", "move", "succeeded", "add_events", "write_results"])
+@pytest.mark.parametrize("full", ["save", "save_adapter", "move", "succeeded", "add", "write_results"])
 def test_a_full_disk_is_waited_for_and_loses_nothing(
     tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,15 +69,7 @@ def _answers(engine: Engine, asked: list[GenerationRequest], before: Callable[[]
     return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "rank"),
-    [
-        ("continuous", "float32", 8),
-        ("continuous", "bfloat16", 24),
-        ("static", "float32", 24),
-        ("static", "bfloat16", 8),
-    ],
-)
+@pytest.mark.parametrize(("kind", "dtype", "rank"), [("continuous", "bfloat16", 24), ("static", "float32", 8)])
 def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     kind: str, dtype: str, rank: int, make_recipe: Any, tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path
 ) -> None:
@@ -91,7 +83,7 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     data = {"eval_fraction": 0.3}
     own = {
         name: job_recipe(
-            make_recipe, write_job_rows(tmp_path / f"{name}.jsonl", 20, seed), data, eval_steps=3, max_steps=12
+            make_recipe, write_job_rows(tmp_path / f"{name}.jsonl", 20, seed), data, eval_steps=3, max_steps=8
         )
         for seed, name in enumerate(("anna", "ben"))
     }
@@ -152,8 +144,10 @@ class Parts:
         self.do()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("continuous", 0.0), ("continuous", 0.1), ("continuous", 0.5), ("static", 0.5), ("continuous", 1.0)],
+)
 def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_them(
     kind: str, share: float, tiny_model_dir: Path
 ) -> None:
@@ -178,7 +172,7 @@ def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_t
         work = Parts(part)
         engine.set_background(work)
         wait_until(lambda: work.parts > 20)
-        answers = [submit(engine, request([3], max_tokens=100)) for _ in range(2)]
+        answers = [submit(engine, request([3], max_tokens=60)) for _ in range(2)]
         assert [answer.end() for answer in answers] == [EndEvent("length")] * 2
         clock.now += 1
         engine.wake()

@@ -52,19 +52,8 @@ def _strange_value(chooser: random.Random, good: dict[str, Any]) -> bytes:
 
 def _other_keys(chooser: random.Random, good: dict[str, Any]) -> bytes:
     """A key more, or one less."""
-    keys = (
-        "n",
-        "best_of",
-        "logprobs",
-        "top_p",
-        "logit_bias",
-        "tools",
-        "stream_options",
-        "echo",
-        "name",
-        "lora_path",
-        "x" * 300,
-    )
+    keys = ["n", "best_of", "logprobs", "top_p", "logit_bias", "tools", "stream_options", "echo", "name", "lora_path"]
+    keys.append("x" * 300)
     if chooser.random() < 0.7:
         good[chooser.choice(keys)] = chooser.choice(STRANGE)
     else:

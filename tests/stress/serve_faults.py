@@ -98,14 +98,7 @@ class Scene:
 
 def kill(scene: Scene, server: ServerProcess, kills: int, seconds: float) -> tuple[ServerProcess, dict[str, Any]]:
     """Kill the server ``kills`` times; returns the last one."""
-    facts: dict[str, Any] = {
-        "sigkills": 0,
-        "broken_by_kills": 0,
-        "answered_before_kills": 0,
-        "answered_after": 0,
-        "wrong": 0,
-    }
-
+    facts = dict.fromkeys(("sigkills", "broken_by_kills", "answered_before_kills", "answered_after", "wrong"), 0)
     for _ in range(kills):
 
         async def later(tally: Tally, victim: ServerProcess = server) -> None:
@@ -292,15 +285,14 @@ def run(scene: Scene, args: argparse.Namespace) -> dict[str, Any]:
         tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, some_time))
         document["load"] = scene.check("load", tally)
         note("load")
-        if "files" in args.parts:
-            document["files"] = files(scene, server, args.changes)
-            note("files")
-        if "slow" in args.parts:
-            document["slow"] = slow(scene, server, args.slow, args.seconds)
-            note("slow")
-        if "bodies" in args.parts:
-            document["bodies"] = bodies(scene, server, args.bodies)
-            note("bodies")
+        for part, do in (
+            ("files", lambda: files(scene, server, args.changes)),
+            ("slow", lambda: slow(scene, server, args.slow, args.seconds)),
+            ("bodies", lambda: bodies(scene, server, args.bodies)),
+        ):
+            if part in args.parts:
+                document[part] = do()
+                note(part)
         tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, some_time))
         document["last load"] = scene.check("last load", tally)
         document["end"] = healthy(scene, server)

@@ -21,17 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.mark.slow
 def test_a_training_killed_everywhere_is_the_one_never_killed(tmp_path: Path) -> None:
     out = tmp_path / "chaos.json"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.stress.chaos",
-        "--kills",
-        "14",
-        "--scratch",
-        str(tmp_path),
-        "--out",
-        str(out),
-    ]
+    options = ["--kills", "14", "--scratch", str(tmp_path), "--out", str(out)]
+    command = [sys.executable, "-m", "tests.stress.chaos", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.stderr.startswith("nothing was killed") or "\nnothing was killed" in done.stderr:

@@ -48,7 +48,7 @@ def test_an_answer_of_the_wrong_adapter_is_a_fault_at_the_time_when_it_is_wrong(
     ids=" ".join,
 )
 def test_a_server_stands_the_faults_under_load(parts: list[str], tiny_model_dir: Path, tmp_path: Path) -> None:
-    sizes = ["--adapters", "4", "--seconds", "8", "--kills", "2", "--changes", "12", "--slow", "24", "--bodies", "200"]
+    sizes = ["--adapters", "3", "--seconds", "4", "--kills", "2", "--changes", "7", "--slow", "24", "--bodies", "100"]
     out = tmp_path / "faults.json"
     code = serve_faults.main(["--base", str(tiny_model_dir), "--parts", *parts, *sizes, "--out", str(out)])
     document = json.loads(out.read_text())

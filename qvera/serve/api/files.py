@@ -51,9 +51,10 @@ async def upload(request: Request) -> Response:
     access, service, jobs = training_of(request)
     with service.uploading(access) as open_uploads:
         if service.keys is not None:
-            count = await ask(request, lambda jobs, owner: jobs.database.file_count(owner, TRAINING))
-            if count + open_uploads > service.limits.files:
-                raise too_many(f"This key has {count} files, and may have {service.limits.files}; delete one.")
+            most = service.limits.files
+            count = len(await ask(request, lambda jobs, owner: jobs.database.files(owner, TRAINING, None, most, True)))
+            if count + open_uploads > most:
+                raise too_many(f"This key has {count} files, and may have {most}; delete one.")
         with api_errors(service):
             file = await receive_file(request, service, jobs.directory, access.name)
     return JSONResponse(_card(file))

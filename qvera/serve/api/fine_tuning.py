@@ -96,20 +96,18 @@ async def create_job(request: Request, body: JobBody) -> Response:
                 "model",
                 "model_not_found",
             )
-        job = jobs.create(
-            owner,
-            access.covers,
-            None if service.keys is None else service.limits.open_jobs,
+        job = Job(
+            owner=owner,
+            model=body.suffix or "",
             base=service.base_name,
             training_file=body.training_file,
             validation_file=body.validation_file,
-            suffix=body.suffix,
             seed=body.seed,
             asked=body.asked(),
+            replaces=body.replace,
             metadata=body.metadata or {},
-            replace=body.replace,
         )
-        return _card(job)
+        return _card(jobs.create(job, access.covers, None if service.keys is None else service.limits.open_jobs))
 
     return JSONResponse(await ask(request, create))
 

@@ -55,7 +55,6 @@ class StoredFile:
 class Job:
     """A fine-tuning job."""
 
-    id: str
     owner: str
     model: str  # name of the adapter that it makes
     base: str
@@ -65,7 +64,8 @@ class Job:
     asked: dict[str, Any]  # hyperparameters by OpenAI's names, each ``auto`` or a number
     replaces: bool  # whether it may replace an adapter of its name
     metadata: dict[str, str]
-    recipe: dict[str, Any]  # `Recipe.to_dict` of the recipe in use
+    recipe: dict[str, Any] = field(default_factory=dict)  # `Recipe.to_dict` of the recipe in use
+    id: str = field(default_factory=lambda: new_id("ftjob"))
     status: Status = "validating_files"
     created: int = field(default_factory=now)
     started: int | None = None
@@ -233,11 +233,6 @@ class Database:
 
     # Files
 
-    def add_file(self, file: StoredFile) -> None:
-        """Add a file that is complete on disk."""
-        with self._transaction() as connection:
-            _insert(connection, file)
-
     def file(self, file_id: str, owner: str | None = None) -> StoredFile:
         """A file, of this owner only if one is named."""
         return self._one(StoredFile, file_id, owner)
@@ -249,14 +244,9 @@ class Database:
         more, values = ("", ()) if purpose is None else (" AND purpose = ?", (purpose,))
         return self._page(StoredFile, owner, after, limit, more, values, newest_first)
 
-    def file_count(self, owner: str, purpose: str) -> int:
-        """Number of an owner's files."""
-        query = "SELECT COUNT(*) FROM files WHERE owner = ? AND purpose = ?"
-        return int(self._rows(query, (owner, purpose))[0][0])
-
-    def all_files(self) -> dict[str, str]:
-        """Id → suffix of every file."""
-        return {row["id"]: row["suffix"] for row in self._rows("SELECT id, suffix FROM files")}
+    def all_files(self) -> list[StoredFile]:
+        """Every owner's files."""
+        return self._records(StoredFile, "", ())
 
     def remove_file(self, file_id: str, owner: str) -> str | None:
         """Remove a file. If an unfinished job needs it, it stays, and the job's id is returned."""
@@ -319,18 +309,16 @@ class Database:
             _insert(connection, *records)
             return True
 
-    def forget_model(self, job_id: str) -> None:
-        """Note that a job's adapter was deleted."""
-        with self._transaction() as connection:
-            connection.execute("UPDATE jobs SET deleted = 1 WHERE id = ?", (job_id,))
-
     # Events
 
-    def add_events(self, events: Iterable[Event], taken_again: Mapping[str, int]) -> None:
-        """Add events in order. ``taken_again``: job → a step; its events of later steps are removed first."""
+    def add(self, *records: Event | StoredFile, taken_again: Mapping[str, int] | None = None) -> None:
+        """Add events in order, or files that are complete on disk.
+
+        ``taken_again``: job → a step; its events of later steps are removed first.
+        """
         with self._transaction() as connection:
-            connection.executemany("DELETE FROM events WHERE job = ? AND step > ?", taken_again.items())
-            _insert(connection, *events)
+            connection.executemany("DELETE FROM events WHERE job = ? AND step > ?", (taken_again or {}).items())
+            _insert(connection, *records)
 
     def events(self, job_id: str, after: str | None, limit: int) -> list[Event]:
         """A job's events that come after the event ``after``, newest first."""

@@ -52,7 +52,7 @@ class TrainingDirectory:
                     )
             with contextlib.closing(Database(path / DATABASE)) as database:
                 directory = cls(path, database)
-                known = {f"{file_id}{suffix}" for file_id, suffix in database.all_files().items()}
+                known = {directory.place(file).name for file in database.all_files()}
                 states = {directory.state(job.id).name for job in database.open_jobs()}
                 try:
                     for place, kept in ((directory.files, known), (directory.states, states)):
@@ -134,7 +134,7 @@ class Upload:
                 self._stream.close()
                 self._partial.rename(place)
                 flush(place.parent)
-            self._directory.database.add_file(file)
+            self._directory.database.add(file)
         except BaseException:
             place.unlink(missing_ok=True)
             raise

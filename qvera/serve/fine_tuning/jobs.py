@@ -8,7 +8,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console
 
@@ -26,7 +26,6 @@ from qvera.serve.fine_tuning.database import (
     StoredFile,
     TooMany,
     UnknownRecord,
-    new_id,
     now,
 )
 from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
@@ -96,64 +95,42 @@ class Jobs:
         self._reader.join(_JOIN_SECONDS)
         self.worker.close()
 
-    def create(
-        self,
-        owner: str,
-        covers: Callable[[str], bool],
-        most_open: int | None,
-        *,
-        base: str,
-        training_file: str,
-        validation_file: str | None,
-        suffix: str | None,
-        seed: int | None,
-        asked: dict[str, Any],
-        metadata: dict[str, str],
-        replace: bool,
-    ) -> Job:
-        """Queue a job.
+    def create(self, job: Job, covers: Callable[[str], bool], most_open: int | None) -> Job:
+        """Queue a new job, whose recipe is made here; without a model it gets a name of its own.
 
-        Args:
-            covers: whether the owner may use the model of a name.
-            suffix: the name of the new model.
-            asked: hyperparameters by OpenAI's names.
-            replace: whether a model of that name may be replaced.
+        ``covers``: whether the owner may use the model of a name.
 
         Raises:
             Refused: a file does not exist, or the name can't be used.
             InputError: the hyperparameters do not fit together.
             TooMany: the owner has ``most_open`` unfinished jobs.
         """
-        files = [self._file(training_file, owner, "training_file")]
-        if validation_file is not None:
-            files.append(self._file(validation_file, owner, "validation_file"))
-            if validation_file == training_file:
-                raise Refused("validation_file: is the training file; held-out rows are others.", "validation_file")
-        job_id = new_id("ftjob")
-        model = suffix if suffix is not None else f"ft-{job_id.partition('-')[2]}"
+        files: list[StoredFile] = []
+        for param, file_id in {"training_file": job.training_file, "validation_file": job.validation_file}.items():
+            if file_id is None:
+                continue
+            try:
+                files.append(self.database.file(file_id, job.owner))
+            except UnknownRecord:
+                raise Refused(f"{param}: there is no file {file_id[:100]!r}.", param, "invalid_file") from None
+            if (purpose := files[-1].purpose) != TRAINING:
+                raise Refused(f"{param}: {file_id} has the purpose {purpose!r}; expected {TRAINING!r}.", param)
+        if job.validation_file == job.training_file:
+            raise Refused("validation_file: is the training file; held-out rows are others.", "validation_file")
+        model = job.model or f"ft-{job.id.partition('-')[2]}"
         if not covers(model):
-            how = "may not use a model of this name" if suffix else "has models of its own: give the name of one"
+            how = "may not use a model of this name" if job.model else "has models of its own: give the name of one"
             raise Refused(f"suffix: {shown_name(model)} would be the model's name, and this key {how}.", "suffix")
-        job = Job(job_id, owner, model, base, training_file, validation_file, seed, asked, replace, metadata, recipe={})
         recipe = self._recipes.of(job, *(self.directory.place(file).name for file in files))
-        job = dataclasses.replace(job, recipe=recipe.to_dict())
-        said = [Event(job_id, f"Created fine-tuning job: {job_id}")]
-        said += [Event(job_id, f"Validating file: {file.name}") for file in files]
+        job = dataclasses.replace(job, model=model, recipe=recipe.to_dict())
+        said = [Event(job.id, f"Created fine-tuning job: {job.id}")]
+        said += [Event(job.id, f"Validating file: {file.name}") for file in files]
         with self._changing:
-            self._require_free(model, replace)
+            self._require_free(model, job.replaces)
             if not self.database.add_job(job, said, most_open):
                 raise TooMany
-        self._unread.put(job_id)
+        self._unread.put(job.id)
         return job
-
-    def _file(self, file_id: str, owner: str, param: str) -> StoredFile:
-        try:
-            file = self.database.file(file_id, owner)
-        except UnknownRecord:
-            raise Refused(f"{param}: there is no file {file_id[:100]!r}.", param, "invalid_file") from None
-        if file.purpose != TRAINING:
-            raise Refused(f"{param}: {file_id} has the purpose {file.purpose!r}; expected {TRAINING!r}.", param)
-        return file
 
     def _require_free(self, model: str, replace: bool) -> None:
         name = shown_name(model)
@@ -204,7 +181,7 @@ class Jobs:
         except FileNotFoundError:  # another call was first
             raise NotMade from None
         shutil.rmtree(gone, ignore_errors=True)
-        self.database.forget_model(job.id)
+        self.database.move(job.id, ("succeeded",), "succeeded", deleted=True)
 
     # The thread that reads rows
 

@@ -246,7 +246,7 @@ class Worker:
 
     def _write_events(self, at_once: bool = False) -> None:
         if self._events and (at_once or not self._trained or self._clock() - self._wrote_at >= _WRITE_SECONDS):
-            self._database.add_events(self._events, self._taken_again)
+            self._database.add(*self._events, taken_again=self._taken_again)
             self._events, self._taken_again, self._wrote_at = [], {}, self._clock()
 
     def _wake_later(self) -> None:

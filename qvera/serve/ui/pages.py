@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import threading
 from collections import OrderedDict
@@ -17,13 +16,12 @@ from qvera.evaluation.report.pages import compare_page, render
 from qvera.evaluation.report.read import Run, get_number, read_many
 from qvera.evaluation.report.run_page import adapter_page, many_page, run_page
 from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
-from qvera.serve.ui.views import Summaries, Summary, View, Views, left_seconds
+from qvera.serve.ui.views import Summaries, Summary, View, Views, four_digits, left_seconds
 from qvera.utils.errors import InputError
-from qvera.utils.formatting import count, duration, significant, text_or_dash
+from qvera.utils.formatting import count, duration
 
 MOST_PAGES = 64
 PAGE_ROWS = 100
-_four_digits = functools.partial(significant, digits=4)
 T = TypeVar("T")
 
 
@@ -91,7 +89,7 @@ class Pages:
                 empty_text=f"No run of this name is in {self._place}."
                 if runs
                 else "No run is here yet; the next one shows up.",
-                runs=[(run, run_href(run.id), _cells(run)) for run in shown],
+                runs=[(run, run_href(run.id), run.cells) for run in shown],
                 served=_served([], f"/events/runs?{urlencode({'seen': list_signature(runs)})}", finder=finder),
             )
 
@@ -179,24 +177,6 @@ def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> 
     return {"trail": trail, "events": events, "now": [], "planned_steps": None, **more}
 
 
-def _cells(run: Summary) -> list[str]:
-    facts = run.facts
-    adapters = "" if facts.adapters is None else f"{count(facts.adapters)} adapters"
-    what = ", ".join(filter(None, (facts.model, facts.method, adapters)))
-    of = f" of {facts.planned_steps:,.0f}" if facts.planned_steps else ""
-    step = "–" if facts.step is None else f"{'round ' if facts.is_rounds else ''}{facts.step:,.0f}{of}"
-    going = run.state == "running"
-    return [
-        what,
-        step,
-        text_or_dash(facts.train_loss, _four_digits),
-        text_or_dash(facts.eval_loss, _four_digits),
-        text_or_dash(facts.tokens_per_second, count),
-        text_or_dash(facts.left_seconds, duration) if going else "",
-        run.changed_text,
-    ]
-
-
 def _now(view: View) -> dict[str, Any]:
     """Figures of a running run: key, title, value and note of each."""
     last = view.read.train.last
@@ -220,11 +200,11 @@ def _now(view: View) -> dict[str, Any]:
     figures = [
         ("step", "Round" if is_many else "Step", f"{step:,.0f}", of),
         ("left", "Left", "" if left is None else duration(left), "at the pace of the last steps"),
-        ("loss", "Training loss", text(last, "loss", _four_digits), "of the last step"),
+        ("loss", "Training loss", text(last, "loss", four_digits), "of the last step"),
         (
             "held-out",
             "Held-out loss",
-            text(held_out, "loss", _four_digits),
+            text(held_out, "loss", four_digits),
             "" if held_out is None else f"at step {get_number(held_out, 'step'):,.0f}",
         ),
         ("speed", "Tokens per second", text(last, "tokens_per_second", count), "in the last step"),

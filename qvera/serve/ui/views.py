@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ from qvera.serve.ui.directories import RunDirectories, open_plain, unreadable
 from qvera.serve.ui.metrics import MetricsFile, Read
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_stamp, read_json
+from qvera.utils.formatting import count, duration, significant, text_or_dash
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER
 
 State = Literal["running", "finished", "interrupted", "failed", "killed", "unreadable"]
@@ -46,6 +48,7 @@ State = Literal["running", "finished", "interrupted", "failed", "killed", "unrea
 _ENDED: dict[str, State] = {"done": "finished", "interrupted": "interrupted", "failed": "failed"}
 _ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "killed", "unreadable", "finished")
 _TAIL_BYTES = 64 << 10
+four_digits = functools.partial(significant, digits=4)
 _SPEED_STEPS = 50  # last steps, from which the time left is estimated
 MOST_VIEWS = 16
 """Runs whose curves stay in memory, at some megabytes each; the least recently viewed one goes."""
@@ -61,9 +64,7 @@ def state_of(directory: Path, status: str) -> State:
 
     The process is asked first, because a resumed run has the old run.json for a moment.
     """
-    if _has_process(directory):
-        return "running"
-    return _ENDED.get(status, "killed")
+    return "running" if _has_process(directory) else _ENDED.get(status, "killed")
 
 
 def _has_process(directory: Path) -> bool:
@@ -91,38 +92,13 @@ def _has_process(directory: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """Facts from a run's files; None or "" where they do not say."""
-
-    status: str
-    model: str
-    method: str
-    step: float | None  # the last recorded one; in a run of many adapters, a round
-    planned_steps: float | None
-    train_loss: float | None
-    eval_loss: float | None
-    tokens_per_second: float | None
-    left_seconds: float | None  # for the remaining planned steps at the pace of the last ones
-    adapters: int | None  # how many; None for a run of one
-    is_rounds: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
-    """A run in the list. ``changed``: when its files were last written, in seconds since 1970."""
+    """A run in the list."""
 
     id: str
     state: State
-    facts: Facts
-    changed: float
-
-    @property
-    def changed_text(self) -> str:
-        """The time of the last change, in UTC: 27 Nov, 10:02."""
-        if not self.changed:
-            return ""
-        when = datetime.fromtimestamp(self.changed, UTC)
-        return f"{when.day} {when:%b, %H:%M}"
+    cells: list[str]  # of its row: what it trains, step, losses, tokens a second, time left, last change
+    changed: float  # when its files were last written, in seconds since 1970
 
 
 class Summaries:
@@ -130,7 +106,7 @@ class Summaries:
 
     def __init__(self, directories: RunDirectories) -> None:
         self._directories = directories
-        self._known: dict[str, tuple[Stamps, Facts]] = {}
+        self._known: dict[str, tuple[Stamps, tuple[str, list[str]]]] = {}
         self._lock = threading.Lock()
 
     def list(self) -> list[Summary]:
@@ -152,13 +128,15 @@ class Summaries:
 
     def _summary(self, id: str, directory: Path) -> Summary:
         stamps = stamps_of(directory, "run.json", "metrics.jsonl")
-        known = self._known.get(id)
-        if known is None or known[0] != stamps:
-            known = self._known[id] = stamps, read_facts(directory)
-        facts = known[1]
+        if id not in self._known or self._known[id][0] != stamps:
+            self._known[id] = stamps, read_cells(directory)
+        status, (*cells, left) = self._known[id][1]
         odd = unreadable(directory, "run.json", "metrics.jsonl")
-        state: State = "unreadable" if odd else state_of(directory, facts.status)
-        return Summary(id, state, facts, max((stamp[1] for stamp in stamps if stamp), default=0) / 1e9)
+        state: State = "unreadable" if odd else state_of(directory, status)
+        changed = max((stamp[1] for stamp in stamps if stamp), default=0) / 1e9
+        when = datetime.fromtimestamp(changed, UTC)
+        date = f"{when.day} {when:%b, %H:%M}" if changed else ""
+        return Summary(id, state, [*cells, left if state == "running" else "", date], changed)
 
 
 def stamps_of(directory: Path, *names: str) -> Stamps:
@@ -172,8 +150,8 @@ def stamps_of(directory: Path, *names: str) -> Stamps:
     return tuple(stamps)
 
 
-def read_facts(directory: Path) -> Facts:
-    """A run's facts, from run.json and the end of metrics.jsonl."""
+def read_cells(directory: Path) -> tuple[str, list[str]]:
+    """The status in a run's run.json, and cells of its row, from there and the end of metrics.jsonl."""
     info: dict[str, Any] = {}
     if not unreadable(directory, "run.json"):
         with contextlib.suppress(OSError, InputError):
@@ -183,23 +161,21 @@ def read_facts(directory: Path) -> Facts:
     own = [row for row in rows if not get_text(row, "adapter")]
     steps = rounds or [row for row in own if get_text(row, "kind") == "train"]
     evals = [loss for row in own if get_text(row, "kind") == "eval" and (loss := get_number(row, "loss")) is not None]
-    last = steps[-1] if steps else None
-    result, adapters = get(info, "result"), get(info, "adapters")
+    last, result, adapters = steps[-1] if steps else None, get(info, "result"), get(info, "adapters")
     step = get_number(last, "round" if rounds else "step")
-    planned = get_number(result, "planned_steps") or get_number(info, "planned_steps")
-    return Facts(
-        status=get_text(info, "status"),
-        model=PurePosixPath(get_text(info, "model", "path").replace("\\", "/")).name,
-        method=get_text(info, "adapter", "method"),
-        step=step,
-        planned_steps=None if rounds else planned,
-        train_loss=get_number(last, "loss"),
-        eval_loss=evals[-1] if evals else get_number(result, "eval_after", "loss"),
-        tokens_per_second=get_number(last, "tokens_per_second"),
-        left_seconds=None if rounds or planned is None or step is None else left_seconds(steps, planned - step),
-        adapters=len(adapters) if isinstance(adapters, list) else None,
-        is_rounds=bool(rounds),
-    )
+    planned = None if rounds else get_number(result, "planned_steps") or get_number(info, "planned_steps")
+    left = None if planned is None or step is None else left_seconds(steps, planned - step)
+    model = PurePosixPath(get_text(info, "model", "path").replace("\\", "/")).name
+    many = f"{count(len(adapters))} adapters" if isinstance(adapters, list) else ""
+    of = f" of {planned:,.0f}" if planned else ""
+    return get_text(info, "status"), [
+        ", ".join(filter(None, (model, get_text(info, "adapter", "method"), many))),
+        "–" if step is None else f"{'round ' if rounds else ''}{step:,.0f}{of}",
+        text_or_dash(get_number(last, "loss"), four_digits),
+        text_or_dash(evals[-1] if evals else get_number(result, "eval_after", "loss"), four_digits),
+        text_or_dash(get_number(last, "tokens_per_second"), count),
+        text_or_dash(left, duration),
+    ]
 
 
 def left_seconds(steps: Sequence[dict[str, Any]], left: float) -> float | None:

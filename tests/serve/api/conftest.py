@@ -26,7 +26,7 @@ from qvera.serve.store import AdapterStore
 from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
 from tests.serve.api.doubles import NamedStore, ScriptedEngine
-from tests.serve.scripted_training import Driver, ScriptedTrainer, jobs_of
+from tests.serve.scripted_training import Driver, ScriptedTrainer, chat_rows, jobs_of
 
 
 @dataclasses.dataclass
@@ -76,6 +76,12 @@ class Served:
 
 
 Start = Callable[..., Served]
+
+
+def send(served: Served, content: Any = None, name: str = "rows.jsonl", **settings: Any) -> httpx.Response:
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": (name, chat_rows() if content is None else content)}}
+    with served.client() as client:
+        return client.post("/v1/files", **{**form, **settings})
 
 
 @pytest.fixture

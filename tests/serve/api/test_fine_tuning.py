@@ -17,8 +17,7 @@ import pytest
 from qvera.serve.api.access import KeyFile, new_key
 from qvera.serve.fine_tuning import preparing
 from tests.helpers import wait_until
-from tests.serve.api.conftest import Served, Start
-from tests.serve.api.test_files import send
+from tests.serve.api.conftest import Served, Start, send
 from tests.serve.scripted_training import chat_rows
 
 Headers = dict[str, dict[str, str]]
@@ -119,44 +118,31 @@ def test_a_job_becomes_a_model_and_tells_its_steps(training: Served) -> None:
     assert "qvera_training_tokens_total 60.0" in metrics
 
 
-def test_auto_is_what_the_server_s_recipe_says(training: Served) -> None:
-    made = create(training, hyperparameters={"n_epochs": "auto"}).json()
-    assert made["hyperparameters"] == {"n_epochs": 1, "batch_size": 16, "learning_rate_multiplier": 1.0}
-    done = wait_for(training, made["id"], "succeeded")
-    assert done["fine_tuned_model"] == "ft-" + made["id"].removeprefix("ftjob-")
+BAD_ROWS = [
+    (chat_rows(2) + b'{"messages": [{"role": "king", "content": "x"}]}\n', ":3: messages[0]: unknown role"),
+    (chat_rows(2) + b"{", ":3: not valid JSON"),
+    (b"", ": holds no rows"),
+    (b'{"colour": "red"}\n', ":1: the columns match no known format"),
+    (b"\xff\xfe\n", ":1: not UTF-8 text"),
+    (json.dumps(dict.fromkeys(map(str, range(9000)), 1)).encode(), ":1: the columns match no known format"),
+]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            chat_rows(2) + b'{"messages": [{"role": "king", "content": "x"}]}\n',
-            "rows.jsonl:3: messages[0]: unknown role",
-        ),
-        (chat_rows(2) + b"{", "rows.jsonl:3: not valid JSON"),
-        (b"", "rows.jsonl: holds no rows"),
-        (b'{"colour": "red"}\n', "rows.jsonl:1: the columns match no known format"),
-        (b"\xff\xfe\n", "rows.jsonl:1: not UTF-8 text"),
-        (
-            json.dumps(dict.fromkeys(map(str, range(9000)), 1)).encode(),
-            "rows.jsonl:1: the columns match no known format",
-        ),
-    ],
-)
-def test_a_bad_file_fails_its_job_and_names_the_line(training: Served, rows: bytes, message: str) -> None:
-    made = create(training, rows=rows).json()
-    failed = wait_for(training, made["id"], "failed", "succeeded")
-    assert failed["status"] == "failed"
-    assert message in failed["error"]["message"]
-    assert len(failed["error"]["message"]) <= 2001
-    assert str(training.trained.directory.path) not in json.dumps(failed)
-    assert (failed["error"]["code"], failed["error"]["param"]) == ("invalid_training_file", "training_file")
-    assert messages(training, made["id"])[-1] == failed["error"]["message"]
-    assert failed["fine_tuned_model"] is None
-    bad = send(training, rows, "held out.jsonl").json()["id"]
-    failed = wait_for(training, create(training, validation_file=bad).json()["id"], "failed", "succeeded")
-    assert failed["error"]["param"] == "validation_file"
-    assert failed["error"]["message"].startswith("held out.jsonl")
+def test_a_bad_file_fails_its_job_and_names_the_line(training: Served) -> None:
+    for rows, message in BAD_ROWS:
+        bad = send(training, rows, "held out.jsonl").json()["id"]
+        for made, name, param in (
+            (create(training, rows=rows).json(), "rows.jsonl", "training_file"),
+            (create(training, validation_file=bad).json(), "held out.jsonl", "validation_file"),
+        ):
+            failed = wait_for(training, made["id"], "failed", "succeeded")
+            assert failed["status"] == "failed"
+            assert failed["error"]["message"].startswith(f"{name}{message}")
+            assert len(failed["error"]["message"]) <= 2001
+            assert str(training.trained.directory.path) not in json.dumps(failed)
+            assert (failed["error"]["code"], failed["error"]["param"]) == ("invalid_training_file", param)
+            assert messages(training, made["id"])[-1] == failed["error"]["message"]
+            assert failed["fine_tuned_model"] is None
 
 
 def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,43 +162,43 @@ def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monke
     assert ended["error"]["message"].startswith("rows.jsonl:3: a line may have at most 200 bytes")
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "message"),
-    [
-        ({"model": "anna"}, "model", "expected the base, 'tiny'"),
-        ({"training_file": "file-no"}, "training_file", "there is no file 'file-no'"),
-        ({"training_file": "../x"}, "training_file", "there is no file '../x'"),
-        ({"validation_file": "file-no"}, "validation_file", "there is no file"),
-        ({"integrations": [{"type": "wandb"}]}, "integrations", "not supported"),
-        ({"method": {"type": "dpo", "dpo": {}}}, "method", "supervised"),
-        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo", "not supported"),
-        ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs", "did you mean 'n_epochs'"),
-        ({"hyperparameters": {"batch_size": 0}}, "hyperparameters", "greater than or equal to 1"),
-        ({"hyperparameters": {"batch_size": True}}, "hyperparameters", "valid integer"),
-        ({"hyperparameters": {"n_epochs": -1}}, "hyperparameters", "greater than 0"),
-        ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters", "less than or equal to 1000"),
-        (
-            {
-                "hyperparameters": {"n_epochs": 1},
-                "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
-            },
-            "hyperparameters",
-            "give them once",
-        ),
-        ({"suffix": "tiny"}, "suffix", "is the name of the base"),
-        ({"suffix": " "}, "suffix", "blank"),
-        ({"suffix": "x" * 65}, "suffix", "at most 64"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"metadata": {str(k): "x" for k in range(17)}}, "metadata", "at most 16"),
-        ({"colour": "red"}, "colour", "Unknown key"),
-    ],
-)
-def test_what_can_t_be_done_is_refused_by_name(training: Served, body: Any, param: str, message: str) -> None:
-    answer = create(training, **body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert message in error["message"]
-    assert error["param"] == param
+WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": "anna"}, "model", "expected the base, 'tiny'"),
+    ({"training_file": "file-no"}, "training_file", "there is no file 'file-no'"),
+    ({"training_file": "../x"}, "training_file", "there is no file '../x'"),
+    ({"validation_file": "file-no"}, "validation_file", "there is no file"),
+    ({"integrations": [{"type": "wandb"}]}, "integrations", "not supported"),
+    ({"method": {"type": "dpo", "dpo": {}}}, "method", "supervised"),
+    ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo", "not supported"),
+    ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs", "did you mean 'n_epochs'"),
+    ({"hyperparameters": {"batch_size": 0}}, "hyperparameters", "greater than or equal to 1"),
+    ({"hyperparameters": {"batch_size": True}}, "hyperparameters", "valid integer"),
+    ({"hyperparameters": {"n_epochs": -1}}, "hyperparameters", "greater than 0"),
+    ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters", "less than or equal to 1000"),
+    (
+        {
+            "hyperparameters": {"n_epochs": 1},
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
+        },
+        "hyperparameters",
+        "give them once",
+    ),
+    ({"suffix": "tiny"}, "suffix", "is the name of the base"),
+    ({"suffix": " "}, "suffix", "blank"),
+    ({"suffix": "x" * 65}, "suffix", "at most 64"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"metadata": {str(k): "x" for k in range(17)}}, "metadata", "at most 16"),
+    ({"colour": "red"}, "colour", "Unknown key"),
+]
+
+
+def test_what_can_t_be_done_is_refused_by_name(training: Served) -> None:
+    for body, param, message in WRONG_BODIES:
+        answer = create(training, **body)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert message in error["message"]
+        assert error["param"] == param
     assert ask(training, "fine_tuning/jobs").json()["data"] == []
 
 
@@ -222,8 +208,7 @@ def test_a_name_that_is_taken_is_replaced_only_where_that_is_asked_for(training:
     again = create(training, suffix="anna")
     assert again.status_code == 400
     assert "another job makes anna already" in again.json()["error"]["message"]
-    training.trained.driver.hold.clear()
-    training.trained.driver.wake()
+    training.trained.driver.go_on()
     wait_for(training, first["id"], "succeeded")
     before = training.chat(model="anna").json()["system_fingerprint"]
     taken = create(training, suffix="anna").json()["error"]
@@ -231,13 +216,12 @@ def test_a_name_that_is_taken_is_replaced_only_where_that_is_asked_for(training:
     training.trained.driver.hold.set()
     second = create(training, suffix="anna", replace=True).json()
     assert training.chat(model="anna").json()["system_fingerprint"] == before  # until it is done
-    training.trained.driver.hold.clear()
-    training.trained.driver.wake()
+    training.trained.driver.go_on()
     wait_for(training, second["id"], "succeeded")
     assert training.chat(model="anna").json()["system_fingerprint"] != before
 
 
-def test_what_is_no_adapter_is_not_replaced(training: Served) -> None:
+def test_what_is_no_adapter_or_came_meanwhile_is_not_replaced(training: Served) -> None:
     other = training.trained.root / "backup"
     other.mkdir()
     (other / "precious").write_text("yes")
@@ -245,19 +229,14 @@ def test_what_is_no_adapter_is_not_replaced(training: Served) -> None:
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "name_taken"
     assert (other / "precious").read_text() == "yes"
-
-
-def test_an_adapter_that_came_meanwhile_is_not_replaced(training: Served) -> None:
     training.trained.driver.hold.set()
     made = create(training, suffix="anna").json()
-    other = training.trained.root / "anna"
-    other.mkdir()
-    (other / "adapter_config.json").write_text("{}")
-    training.trained.driver.hold.clear()
-    training.trained.driver.wake()
-    failed = wait_for(training, made["id"], "failed")
-    assert failed["error"]["code"] == "name_taken"
-    assert [file.name for file in other.iterdir()] == ["adapter_config.json"]
+    came = training.trained.root / "anna"
+    came.mkdir()
+    (came / "adapter_config.json").write_text("{}")
+    training.trained.driver.go_on()
+    assert wait_for(training, made["id"], "failed")["error"]["code"] == "name_taken"
+    assert [file.name for file in came.iterdir()] == ["adapter_config.json"]
 
 
 def hold_at(served: Served, step: int) -> Callable[[], None]:
@@ -326,15 +305,16 @@ def test_a_queued_job_is_paused_and_cancelled_before_it_begins(start: Start, tmp
     wait_for(served, waiting[1], "succeeded")
 
 
-def test_a_job_that_diverges_ends_alone_and_says_why(training: Served) -> None:
+def test_a_job_that_diverges_ends_alone_and_auto_is_what_the_server_s_recipe_says(training: Served) -> None:
     training.trained.driver.hold.set()
-    bad, good = (create(training).json()["id"] for _ in range(2))
-    training.trained.trainer.not_finite.add(bad)
-    training.trained.driver.hold.clear()
-    training.trained.driver.wake()
-    failed = wait_for(training, bad, "failed")
+    bad, good = (create(training, hyperparameters={"n_epochs": "auto"}).json() for _ in range(2))
+    assert good["hyperparameters"] == {"n_epochs": 1, "batch_size": 16, "learning_rate_multiplier": 1.0}
+    training.trained.trainer.not_finite.add(bad["id"])
+    training.trained.driver.go_on()
+    failed = wait_for(training, bad["id"], "failed")
     assert failed["error"] == {"code": "training_failed", "message": "step 1: its loss is not finite.", "param": None}
-    wait_for(training, good, "succeeded")
+    done = wait_for(training, good["id"], "succeeded")
+    assert done["fine_tuned_model"] == "ft-" + good["id"].removeprefix("ftjob-")
 
 
 def test_keys_have_jobs_models_and_limits_of_their_own(start: Start, tmp_path: Path, keys: Any) -> None:
@@ -360,8 +340,7 @@ def test_keys_have_jobs_models_and_limits_of_their_own(start: Start, tmp_path: P
     assert (full.status_code, full.json()["error"]["code"]) == (429, "too_many")
     in_use = ask(served, f"files/{made['training_file']}", anna, method="DELETE")
     assert (in_use.status_code, in_use.json()["error"]["code"]) == (409, "file_in_use")
-    served.trained.driver.hold.clear()
-    served.trained.driver.wake()
+    served.trained.driver.go_on()
     wait_for(served, made["id"], "succeeded", headers=anna)
     wait_for(served, mine["id"], "succeeded", headers=ben)
     assert ask(served, f"files/{made['training_file']}", anna, method="DELETE").status_code == 200
@@ -393,8 +372,7 @@ def test_openai_s_client_does_not_ask_again_what_somebody_has_to_change_first(
         calls = asking.get("/metrics", headers=headers["ben"]).text
     assert 'qvera_calls_total{path="/v1/files",status="409"} 1.0' in calls
     assert 'qvera_calls_total{path="/v1/fine_tuning/jobs",status="429"} 1.0' in calls
-    served.trained.driver.hold.clear()
-    served.trained.driver.wake()
+    served.trained.driver.go_on()
     wait_for(served, made["id"], "succeeded", headers=headers["ben"])
 
 
@@ -415,7 +393,6 @@ def test_whoever_has_fewest_running_is_next(start: Start, tmp_path: Path, keys: 
         begin(run, saved)
 
     served.trained.trainer.begin = noted  # type: ignore[method-assign]
-    served.trained.driver.hold.clear()
-    served.trained.driver.wake()
+    served.trained.driver.go_on()
     wait_for(served, greedy[-1], "succeeded", headers=headers["ben"])
     assert began == [greedy[0], modest, *greedy[1:]]

@@ -33,7 +33,7 @@ def in_pieces(path: Path, content: bytes, seed: int) -> MetricsFile:
     return file
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_file_that_grows_in_any_pieces_is_read_as_a_whole_one(tmp_path: Path, seed: int) -> None:
     rows = [*train_rows(60), *eval_rows({20: 0.6, 40: 0.2}), *train_rows(20)[10:]]  # steps 11 to 20 come again
     content = lines(*rows[:30]) + b'{"half": \n\n[[[' + lines(*rows[30:])
@@ -45,7 +45,7 @@ def test_a_file_that_grows_in_any_pieces_is_read_as_a_whole_one(tmp_path: Path, 
     assert found.position.offset == len(content)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_rounds_and_adapters_are_those_of_the_report(tmp_path: Path, seed: int) -> None:
     (tmp_path / "run.json").write_text(json.dumps({**many_info(), "adapters": []}))
     found = in_pieces(tmp_path / "metrics.jsonl", lines(*many_rows()), seed).read

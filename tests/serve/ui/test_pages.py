@@ -135,17 +135,17 @@ ODD: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_an_odd_run_breaks_no_page(build_run: Build, serve: Serve, tmp_path: Path, kind: str) -> None:
+def test_an_odd_run_breaks_no_page(build_run: Build, serve: Serve, tmp_path: Path) -> None:
     build_run(name="good")
-    ODD[kind](build_run(name="odd"))
+    for kind, spoil in ODD.items():
+        spoil(build_run(name=kind))
     served = serve(tmp_path)
-    listed = served.get("/")
-    assert listed.status_code == 200
-    assert rows_of(listed.text)["good"][0] == "finished"
-    assert "odd" in rows_of(listed.text)
-    assert served.get("/run/odd").status_code in (200, 400)
-    assert served.get("/compare?run=odd&run=good").status_code in (200, 400)
+    rows = rows_of(served.get("/").text)
+    assert rows.keys() == {"good", *ODD}
+    assert rows["good"][0] == "finished"
+    for kind in ODD:
+        assert served.get(f"/run/{kind}").status_code in (200, 400), kind
+        assert served.get(f"/compare?run={kind}&run=good").status_code in (200, 400), kind
     assert served.get("/run/good").status_code == 200
 
 
@@ -220,23 +220,19 @@ def test_runs_are_compared_as_qvera_compare_does(build_run: Build, serve: Serve,
     assert inside[0][1] == inside[1][1]
 
 
-@pytest.mark.parametrize(
-    ("query", "said"),
-    [("", "two runs or more"), ("?run=one", "got 1"), ("?" + "&".join(f"run=r{n}" for n in range(9)), "at most 8")],
-)
-def test_a_comparison_of_too_few_or_too_many_is_refused(
-    build_run: Build, serve: Serve, tmp_path: Path, query: str, said: str
-) -> None:
+def test_a_comparison_of_too_few_or_too_many_is_refused(build_run: Build, serve: Serve, tmp_path: Path) -> None:
     build_run(name="one")
-    answer = serve(tmp_path).get(f"/compare{query}")
-    assert (answer.status_code, said in answer.text) == (400, True)
+    served, nine = serve(tmp_path), "?" + "&".join(f"run=r{n}" for n in range(9))
+    for query, said in (("", "two runs or more"), ("?run=one", "got 1"), (nine, "at most 8")):
+        answer = served.get(f"/compare{query}")
+        assert (answer.status_code, said in answer.text) == (400, True)
 
 
-def test_two_hundred_runs_are_listed_from_two_reads_each_and_then_from_none(
+def test_a_hundred_runs_are_listed_from_two_reads_each_and_then_from_none(
     build_run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build_run(name="run-0")
-    for number in range(1, 200):
+    for number in range(1, 100):
         shutil.copytree(first, tmp_path / f"run-{number}")
     opened: list[object] = []
     plain, low = builtins.open, os.open
@@ -247,10 +243,10 @@ def test_two_hundred_runs_are_listed_from_two_reads_each_and_then_from_none(
 
     def reads() -> list[str]:
         opened.clear()
-        assert len(summaries.list()) == 200
+        assert len(summaries.list()) == 100
         return [str(path) for path in opened if str(path).endswith(("run.json", "metrics.jsonl"))]
 
-    assert len(reads()) <= 3 * 200  # run.json is opened once to see that it is a file
+    assert len(reads()) <= 3 * 100  # run.json is opened once to see that it is a file
     assert reads() == []
     append(tmp_path / "run-7", {"kind": "train", "step": 97, "loss": 1.0})
     assert {Path(path).parent.name for path in reads()} == {"run-7"}

@@ -60,24 +60,25 @@ def test_links_are_not_followed(build_run: Build, serve: Serve, outside: Path, t
     assert good.is_dir()
 
 
-@pytest.mark.parametrize("directory", ["../../../outside", "/etc", "..", ".", "a/../../../../outside", "linked"])
-def test_a_summary_leads_nowhere_else(
-    build_run: Build, serve: Serve, outside: Path, tmp_path: Path, directory: str
-) -> None:
+def test_a_summary_leads_nowhere_else(build_run: Build, serve: Serve, outside: Path, tmp_path: Path) -> None:
     """run.json names the directory of each adapter, and may come from anywhere."""
-    info = many_info()
-    for entry in info["adapters"][:2]:
-        entry["directory"] = directory
-    run = put(build_run, tmp_path, "many", info=info)
-    (run / "adapters").mkdir()
-    (run / "adapters" / "linked").symlink_to(outside)
+    places = ["../../../outside", "/etc", "..", ".", "a/../../../../outside", "linked"]
+    for number, directory in enumerate(places):
+        info = many_info()
+        for entry in info["adapters"][:2]:
+            entry["directory"] = directory
+        run = put(build_run, tmp_path, f"many-{number}", info=info)
+        (run / "adapters").mkdir()
+        (run / "adapters" / "linked").symlink_to(outside)
     served = serve(tmp_path / "runs")
-    names = [entry["name"] for entry in info["adapters"][:2]]
+    names = [entry["name"] for entry in many_info()["adapters"][:2]]
     query = "&".join(f"adapter={name.replace(' ', '+').replace('<', '%3C')}" for name in names)
-    for path in ("/run/many", f"/compare?run=many&{query}", f"/adapter/many?name={names[1].replace('<', '%3C')}"):
-        answer = served.get(path)
-        assert answer.status_code in (200, 400), path
-        assert SECRET not in answer.text, path
+    one = names[1].replace("<", "%3C")
+    for id in (f"many-{number}" for number in range(len(places))):
+        for path in (f"/run/{id}", f"/compare?run={id}&{query}", f"/adapter/{id}?name={one}"):
+            answer = served.get(path)
+            assert answer.status_code in (200, 400), path
+            assert SECRET not in answer.text, path
 
 
 def attempts() -> list[bytes]:
@@ -96,39 +97,15 @@ def attempts() -> list[bytes]:
     ]
     slashes = [b"/", b"%2f", b"%5c", b"//", b"%252f"]
     ends = [b"outside", b"outside/secret.txt", b"etc/passwd", b"outside/run.json"]
-    fronts = [
-        b"/run/",
-        b"/look/",
-        b"/adapter/",
-        b"/events/run/",
-        b"/",
-        b"/run/good/",
-        b"//",
-        b"file:///",
-        b"/compare?run=good&run=",
-    ]
+    fronts = [b"/run/", b"/look/", b"/adapter/", b"/events/run/", b"/", b"/run/good/", b"//", b"file:///"]
+    fronts.append(b"/compare?run=good&run=")
     made = [front + up + slash + end for front in fronts for up in ups for slash in slashes for end in ends]
     made += [front + (up + slash) * 8 + end for front in fronts[:4] for up in ups for slash in slashes for end in ends]
     chooser = random.Random(0)
-    alphabet = [
-        *ups,
-        *slashes,
-        *ends,
-        b"run",
-        b"good",
-        b"?",
-        b"&",
-        b"=",
-        b"%",
-        b"%0a",
-        b"%ff",
-        b"~",
-        b"*",
-        b"name=",
-        b"from=1-2",
-    ]
-    made += [b"/" + b"".join(chooser.choices(alphabet, k=chooser.randint(1, 12))) for _ in range(300)]
-    return chooser.sample(made, 400)
+    others = [b"run", b"good", b"?", b"&", b"=", b"%", b"%0a", b"%ff", b"~", b"*", b"name=", b"from=1-2"]
+    alphabet = [*ups, *slashes, *ends, *others]
+    made += [b"/" + b"".join(chooser.choices(alphabet, k=chooser.randint(1, 12))) for _ in range(150)]
+    return chooser.sample(made, 200)
 
 
 def test_no_address_leads_out_of_the_runs(
@@ -160,29 +137,17 @@ def test_names_of_other_alphabets_and_of_markup_are_texts(build_run: Build, serv
         assert served.get(f"/run{href}").status_code == 200, href
 
 
-@pytest.mark.parametrize(
-    ("host", "origin", "status"),
-    [
-        ("localhost", None, 200),
-        ("127.0.0.1:8001", None, 200),
-        ("[::1]:8001", None, 200),
-        ("localhost:1", "http://localhost:1", 200),
-        ("evil.example", None, 403),
-        ("localhost.evil.example", None, 403),
-        ("10.0.0.1", None, 403),
-        ("", None, 403),
-        ("localhost", "https://evil.example", 403),
-        ("localhost", "null", 403),
-    ],
-)
-def test_other_sites_are_refused(
-    build_run: Build, serve: Serve, tmp_path: Path, host: str, origin: str | None, status: int
-) -> None:
+def test_other_sites_are_refused(build_run: Build, serve: Serve, tmp_path: Path) -> None:
     build_run(name="one")
-    answer = serve(tmp_path).get("/run/one", Host=host, **({"Origin": origin} if origin else {}))
-    assert answer.status_code == status
-    assert ("SmolLM2" in answer.text) == (status == 200)
-    assert "access-control-allow-origin" not in answer.headers
+    served = serve(tmp_path)
+    good = [("localhost", ""), ("127.0.0.1:8001", ""), ("[::1]:8001", ""), ("localhost:1", "http://localhost:1")]
+    hosts = ["evil.example", "localhost.evil.example", "10.0.0.1", ""]
+    bad = [*((host, "") for host in hosts), ("localhost", "https://evil.example"), ("localhost", "null")]
+    for host, origin in good + bad:
+        answer = served.get("/run/one", Host=host, **({"Origin": origin} if origin else {}))
+        assert answer.status_code == (200 if (host, origin) in good else 403), host
+        assert ("SmolLM2" in answer.text) == ((host, origin) in good)
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def test_a_server_that_others_reach_takes_addresses_and_its_own_names() -> None:
@@ -205,12 +170,9 @@ def test_every_answer_forbids_scripts_and_loads_of_others(build_run: Build, serv
             assert inline not in answer.text or path.startswith("/look"), (path, inline)
 
 
-@pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"])
-def test_only_reading_is_allowed(build_run: Build, serve: Serve, tmp_path: Path, method: bytes) -> None:
+def test_only_reading_is_allowed_and_no_query_without_end(build_run: Build, serve: Serve, tmp_path: Path) -> None:
     build_run(name="one")
-    assert serve(tmp_path).raw(b"/run/one", method=method).startswith(b"HTTP/1.1 405")
-
-
-def test_a_query_without_end_is_refused(build_run: Build, serve: Serve, tmp_path: Path) -> None:
-    build_run(name="one")
-    assert serve(tmp_path).get("/?q=" + "x" * 20_000).status_code == 414
+    served = serve(tmp_path)
+    for method in (b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"):
+        assert served.raw(b"/run/one", method=method).startswith(b"HTTP/1.1 405")
+    assert served.get("/?q=" + "x" * 20_000).status_code == 414
