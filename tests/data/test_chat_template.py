@@ -264,26 +264,6 @@ def test_a_tokenizer_without_offsets_gives_the_same(
     assert slow.trained.tolist() == fast.trained.tolist()
 
 
-def test_generation_blocks_are_followed(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A: ' }}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{{ eos_token + '\n' }}{% else %}{{ 'Q: ' + m.content + '\n' }}{% endif %}{% endfor %}"
-    )
-    tokenizer = make_tokenizer(chat_template=template)
-    assert trained_text(tokenizer, one(tmp_path, TWO, tokenizer)) == "first</s>second</s>"
-
-
-def test_a_template_without_end_of_turn_gets_eos_at_the_end(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    tokenizer = make_tokenizer(chat_template=template)
-    example = one(tmp_path, TWO[:4], tokenizer)
-    assert trained_text(tokenizer, example) == "first\nsecond\n</s>"
-    assert decoded(tokenizer, example.input_ids).count("</s>") == 1
-
-
 # In the manner of Qwen3: reasoning is kept in the last answer and taken out of earlier ones.
 REWRITES = (
     "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and not loop.last %}"
@@ -303,45 +283,74 @@ def test_a_template_that_rewrites_answers(make_tokenizer: MakeTokenizer, tmp_pat
     assert trained_text(tokenizer, one(tmp_path, TWO, tokenizer)) == "first<|im_end|>second<|im_end|>"
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        "{% generation %}{{ c + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
-        "{% generation %}{{ c }}{% endgeneration %}{{ '<|im_end|>\n' }}",
-    ],
-    ids=["end of turn inside", "end of turn outside"],
-)
-def test_generation_blocks_place_answers_that_the_template_rewrites(
-    block: str, make_tokenizer: MakeTokenizer, tmp_path: Path
-) -> None:
-    written = "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
-    marked = "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + block + "{% else %}"
-    marked += "{{ c + '<|im_end|>\n' }}{% endif %}"
-    tokenizer = make_tokenizer(chat_template=REWRITES.replace(written, marked))
-    turns = [("user", "q"), ("assistant", "<think>a</think>\nb"), ("user", "r"), ("assistant", "<think>c</think>\nd")]
-    assert trained_text(tokenizer, one(tmp_path, turns, tokenizer)) == "b<|im_end|><think>c</think>\nd<|im_end|>"
-
-
-def test_a_template_that_strips_line_breaks(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
-    stripping = REWRITES.replace("{% set c = m.content %}", "{% set c = m.content.strip('\n') %}")
-    tokenizer = make_tokenizer(chat_template=stripping)
-    turns = [("user", "q"), ("assistant", "\n\nyes\n"), ("user", "r"), ("assistant", "no\n")]
-    assert trained_text(tokenizer, one(tmp_path, turns, tokenizer)) == "yes<|im_end|>no<|im_end|>"
-
-
 # In the manner of Qwen3: the last answer opens with a think block that is empty, earlier ones are written without.
 THINKS_LAST = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+NO_PROMPT = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+BLOCKS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A: ' }}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{{ eos_token + '\n' }}{% else %}{{ 'Q: ' + m.content + '\n' }}{% endif %}{% endfor %}"
+)
 
 
-def test_a_template_that_writes_more_before_the_last_answer(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(chat_template=THINKS_LAST)
-    example = one(tmp_path, TWO[:4], tokenizer)
-    assert trained_text(tokenizer, example) == "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"
-    assert example.prompt_text.endswith("two<|im_end|>\n<|im_start|>assistant\n")
+def rewrites_in_blocks(block: str) -> str:
+    marked = "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + block + "{% else %}"
+    marked += "{{ c + '<|im_end|>\n' }}{% endif %}"
+    return REWRITES.replace("{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}", marked)
+
+
+THOUGHTS = [("user", "q"), ("assistant", "<think>a</think>\nb"), ("user", "r"), ("assistant", "<think>c</think>\nd")]
+BREAKS = [("user", "q"), ("assistant", "\n\nyes\n"), ("user", "r"), ("assistant", "no\n")]
+# template, turns, what is trained, how the prompt of the last answer ends
+PLACED: dict[str, tuple[str, list[tuple[str, str]], str, str]] = {
+    "generation blocks": (BLOCKS, TWO, "first</s>second</s>", ""),
+    "blocks with the end of turn, around answers that are rewritten": (
+        rewrites_in_blocks("{% generation %}{{ c + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"),
+        THOUGHTS,
+        "b<|im_end|><think>c</think>\nd<|im_end|>",
+        "",
+    ),
+    "blocks without the end of turn, around answers that are rewritten": (
+        rewrites_in_blocks("{% generation %}{{ c }}{% endgeneration %}{{ '<|im_end|>\n' }}"),
+        THOUGHTS,
+        "b<|im_end|><think>c</think>\nd<|im_end|>",
+        "",
+    ),
+    "line breaks are stripped": (
+        REWRITES.replace("{% set c = m.content %}", "{% set c = m.content.strip('\n') %}"),
+        BREAKS,
+        "yes<|im_end|>no<|im_end|>",
+        "",
+    ),
+    "more is written before the last answer": (
+        THINKS_LAST,
+        TWO[:4],
+        "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>",
+        "two<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "no generation prompt": (NO_PROMPT, TWO[:4], "first\nsecond\n</s>", "user: two\nassistant: "),
+    "no end of turn": (
+        NO_PROMPT + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        TWO[:4],
+        "first\nsecond\n</s>",
+        "user: two\nassistant: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("jinja", "turns", "trained", "prompt"), PLACED.values(), ids=list(PLACED))
+def test_answers_are_placed_whatever_the_template_does(
+    jinja: str, turns: Any, trained: str, prompt: str, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(chat_template=jinja)
+    example = one(tmp_path, turns, tokenizer)
+    assert trained_text(tokenizer, example) == trained
+    assert example.prompt_text.endswith(prompt)
+    if trained.endswith("</s>") and jinja is not BLOCKS:
+        assert decoded(tokenizer, example.input_ids).count("</s>") == 1
 
 
 def test_names_and_needs(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
@@ -365,16 +374,6 @@ def test_a_tokenizer_written_in_python(template: str, tmp_path: Path) -> None:
     # Such tokenizers drop white space beside special tokens, in any text; everything else is exact.
     assert trained_text(tokenizer, example).replace(" ", "") == "".join(answers).replace(" ", "")
     assert "".join(decoded(tokenizer, example.prompt_ids).split()) == "".join(example.prompt_text.split())
-
-
-NO_PROMPT = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-
-
-def test_a_template_without_generation_prompt(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(chat_template=NO_PROMPT)
-    example = one(tmp_path, TWO[:4], tokenizer)
-    assert trained_text(tokenizer, example) == "first\nsecond\n</s>"
-    assert example.prompt_text.endswith("user: two\nassistant: ")
 
 
 def test_no_eos_is_added_behind_an_answer_that_is_not_trained(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
