@@ -6,11 +6,9 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvera.serve.engine import BackgroundWork
 from qvera.serve.requests import (
     AdapterPart,
     Busy,
@@ -23,15 +21,6 @@ from qvera.serve.requests import (
     UnknownAdapter,
 )
 from qvera.utils.errors import InputError
-
-
-@dataclass
-class Running:
-    request: GenerationRequest
-    on_event: Callable[[Event], None]
-    tokens: Iterator[int]
-    given: int = 0
-    cancelled: bool = False
 
 
 class ScriptedEngine:
@@ -50,31 +39,26 @@ class ScriptedEngine:
         self.step_seconds = 0.0
         self.fails: str | None = None
         self.requests: list[GenerationRequest] = []
-        self.cancelled: list[str] = []
-        self.loaded: list[str] = []
-        self.unloaded: list[str] = []
+        self.cancelled, self.loaded, self.unloaded = list[str](), list[str](), list[str]()
         self._lock = threading.Lock()
-        self._all: list[Running] = []
-        self._tokens, self._prompts, self._finished = 0, 0, 0
+        self._open: dict[str, tuple[GenerationRequest, Callable[[Event], None], Iterator[tuple[int, int]]]] = {}
+        self._tokens = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
         with self._lock:
-            if len(self._all) >= self.places + self.queue:
+            if len(self._open) >= self.places + self.queue:
                 raise Busy
             assert request.id not in [each.id for each in self.requests]
             self.requests.append(request)
-            self._prompts += len(request.prompt)
-            self._all.append(Running(request, on_event, self.script(request)))
+            self._open[request.id] = request, on_event, enumerate(self.script(request), start=1)
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
-            for running in self._all:
-                if running.request.id == request_id:
-                    running.cancelled = True
-                    self.cancelled.append(request_id)
+            if request_id in self._open:
+                self.cancelled.append(request_id)
 
     def load(self, adapter: ResolvedAdapter) -> None:
         self.loaded.append(adapter.identity)
@@ -82,68 +66,47 @@ class ScriptedEngine:
     def unload(self, identity: str) -> None:
         self.unloaded.append(identity)
 
-    def set_background(self, work: BackgroundWork | None) -> None:
-        """It has no time of its own to give."""
-
-    def wake(self) -> None:
-        """Nothing waits."""
-
     def stats(self) -> EngineStats:
         with self._lock:
-            running = min(len(self._all), self.places)
-            return EngineStats(
-                running,
-                len(self._all) - running,
-                len(self.loaded),
-                16,
-                1 << 20,
-                None,
-                self._prompts,
-                self._tokens,
-                self._finished,
-            )
+            running, asked = min(len(self._open), self.places), len(self.requests)
+            prompts, finished = sum(len(each.prompt) for each in self.requests), asked - len(self._open)
+            waiting, loaded = len(self._open) - running, len(self.loaded)
+        return EngineStats(running, waiting, loaded, 16, 1 << 20, None, prompts, self._tokens, finished)
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-        for running in self._all:
-            running.on_event(EndEvent("cancelled"))
+        for _, on_event, _ in self._open.values():
+            on_event(EndEvent("cancelled"))
 
     def _run(self) -> None:
         while not self._stop.is_set():
             with self._lock:
-                batch = self._all[: self.places]
-                gone = [running for running in self._all if running.cancelled]
-            for running in gone:
-                self._end(running, EndEvent("cancelled"))
-            if self.hold.is_set() or not batch:
-                time.sleep(0.002)
-                continue
-            for running in batch:
-                if running not in gone:
-                    self._step(running)
-            time.sleep(self.step_seconds)
+                running = list(self._open.items())
+            for place, (request_id, (request, on_event, tokens)) in enumerate(running):
+                end = EndEvent("cancelled") if request_id in self.cancelled else None
+                if end is None and place < self.places and not self.hold.is_set():
+                    end = self._step(request, on_event, tokens)
+                if end is not None:
+                    with self._lock:
+                        del self._open[request_id]
+                    on_event(end)
+            time.sleep(self.step_seconds if running and not self.hold.is_set() else 0.002)
 
-    def _step(self, running: Running) -> None:
-        sampling = running.request.sampling
+    def _step(
+        self, request: GenerationRequest, on_event: Callable[[Event], None], tokens: Iterator[tuple[int, int]]
+    ) -> EndEvent | None:
+        """The next token, or why there is none."""
         if self.fails is not None:
-            return self._end(running, EndEvent("error", self.fails))
-        token = next(running.tokens, None)
-        if token is None or token in sampling.stop_tokens:
-            return self._end(running, EndEvent("stop"))
-        running.given += 1
+            return EndEvent("error", self.fails)
+        given, token = next(tokens, (0, -1))
+        if token == -1 or token in request.sampling.stop_tokens:
+            return EndEvent("stop")
         self._tokens += 1
-        wanted = sampling.top_logprobs
+        wanted = request.sampling.top_logprobs
         top = tuple((token + k, -0.5 - k) for k in range(wanted or 0))
-        running.on_event(TokenEvent(token, None if wanted is None else -0.5, top))
-        if running.given == sampling.max_tokens:
-            self._end(running, EndEvent("length"))
-
-    def _end(self, running: Running, event: EndEvent) -> None:
-        with self._lock:
-            self._all.remove(running)
-            self._finished += 1
-        running.on_event(event)
+        on_event(TokenEvent(token, None if wanted is None else -0.5, top))
+        return EndEvent("length") if given == request.sampling.max_tokens else None
 
 
 class NamedStore:
