@@ -14,14 +14,15 @@ from qvera.cli.train import print_result
 from qvera.utils.adapter_names import unescape_name
 from tests.training.runs import entries, many_recipe, poison, records, train_many, write_rows
 
-NAMES = ["Anna", "anna", "CON", "..", "a/b", "ben smith", "Zoë", "Zoe\u0308", "😀", "7", "end.", "-x", "a=b"]
+NAMES = ["Anna", "anna", "CON", "..", "a/b", "ben smith", "Zoë", "Zoe\u0308", "😀", "-7", "end.", "a=b", "tiny-llama"]
 
 
 def test_every_name_has_a_directory_of_its_own_and_is_shown_as_it_was(make_recipe: Any, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     write_rows(data, dict.fromkeys(NAMES, 1))
-    run_dir = tmp_path / "run"
-    assert set(train_many(many_recipe(make_recipe, data, {"max_steps": 1}), run_dir)) == set(NAMES)
+    run_dir, console = tmp_path / "run", Console(record=True, width=400)
+    assert set(train_many(many_recipe(make_recipe, data, {"max_steps": 1}), run_dir, console=console)) == set(NAMES)
+    assert "tiny-llama: an adapter and the base have this name, and `qvera serve` means" in console.export_text()
     directories = {entry["directory"]: name for name, entry in entries(run_dir).items()}
     assert {path.name for path in (run_dir / "adapters").iterdir()} == set(directories)
     assert {directory: unescape_name(directory) for directory in directories} == directories
