@@ -14,7 +14,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ Seeds: TypeAlias = int | tuple[int, ...]
 _STREAM_A, _STREAM_B = 0, 1
 _STREAM_CHECKS = 4  # 2 and 3 are taken by plug-ins
 
+T = TypeVar("T")
 Pair = tuple[Tensor, Tensor]
 """A [r, n] and B [m, r] of one linear."""
 
@@ -73,34 +74,24 @@ def require_sha256(wanted: str | None, found: str, seeds: Seeds) -> None:
         )
 
 
-class SharedInput:
-    """Caches the last z = x Aᵀ for layers that read the very same x (q, k and v; gate and up).
-
-    Autograd then adds up their ∂z before the one product of backward. z is reused only for the same live, unchanged
-    tensor under the same grad mode, dtype, A and backward pass: a checkpoint's recomputation must build its own.
-    """
+class LastInput:
+    """Remembers what was made of the last input x, for the layers that read the very same x (q, k, v; gate, up)."""
 
     def __init__(self) -> None:
-        self._recent: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
+        self._recent: tuple[weakref.ref[Tensor], object, Any] | None = None
 
-    def project(self, x: Tensor, A: Tensor, dtype: torch.dtype, key: object = None) -> Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells apart matrices A of one shape that may meet the same x."""
-        if torch.compiler.is_compiling() or x.is_inference():
-            return functional.project(x.to(dtype), A.to(dtype))
-        # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
-        task = torch._C._current_graph_task_id()
-        full_key = (A.shape, key, dtype, x._version, x.requires_grad, torch.is_grad_enabled(), task)
+    def get(self, x: Tensor, key: object, make: Callable[[], T]) -> T:
+        """What ``make`` gave for this live, unchanged tensor and ``key``, in this backward pass or outside of any."""
+        # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it; a
+        # checkpoint's recomputation must build its own
+        key = key, x._version, torch._C._current_graph_task_id()
         recent = self._recent
-        if recent is not None and recent[0]() is x and recent[1] == full_key:
-            return recent[2]
-        z = functional.project(x.to(dtype), A.to(dtype))
-        self._recent = (weakref.ref(x, self._forget_dead), full_key, z)
-        if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
-            z.register_hook(self.forget)
-        return z
+        if recent is None or recent[0]() is not x or recent[1] != key:
+            recent = self._recent = weakref.ref(x, self._forget_dead), key, make()
+        return recent[2]
 
     def forget(self, *_: object) -> None:
-        """Drop the last z."""
+        """Drop what was made."""
         self._recent = None
 
     def _forget_dead(self, dead: weakref.ref[Tensor]) -> None:
@@ -108,7 +99,24 @@ class SharedInput:
             self._recent = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_recent": None}  # a weak reference can't be copied to another process
+        return {**self.__dict__, "_recent": None}  # a weak reference can't be copied to another process
+
+
+class SharedInput(LastInput):
+    """Shares z = x Aᵀ: autograd then adds up the ∂z of all layers before the one product of backward."""
+
+    def project(self, x: Tensor, A: Tensor, dtype: torch.dtype, key: object = None) -> Tensor:
+        """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells apart matrices A of one shape that may meet the same x."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return functional.project(x.to(dtype), A.to(dtype))
+
+        def make() -> Tensor:
+            z = functional.project(x.to(dtype), A.to(dtype))
+            if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
+                z.register_hook(self.forget)
+            return z
+
+        return self.get(x, (A.shape, key, dtype, x.requires_grad, torch.is_grad_enabled()), make)
 
 
 class SharedProjection(nn.Module):

@@ -106,14 +106,11 @@ def analyze_adapter(
     keep: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Analysis:
-    """Analyze every linear that an adapter changes.
+    """Analyze every linear that an adapter changes; ``section`` is the base that it was trained on.
 
-    Args:
-        section: the base that the adapter was trained on.
-        top_k: singular vectors of each W + ΔW to look at.
-        epsilon: an intruder's cosines are below it.
-        keep: λ, the share of an intruder that mitigation keeps. None: no mitigation is computed.
-        progress: called with (linears done, linears in all, name of the next one).
+    ``top_k`` singular vectors of each W + ΔW are looked at; an intruder's cosines are below ``epsilon``. ``keep`` is λ,
+    the share of an intruder that mitigation keeps; None: no mitigation is computed. ``progress`` is called with
+    (linears done, linears in all, name of the next one).
 
     Raises:
         InputError: adapter, base and ``keep`` do not fit, or the base is quantized but not in bitsandbytes' 4 bits.

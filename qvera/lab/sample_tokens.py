@@ -15,7 +15,6 @@ biased. Here p leaves out what is not known, which costs variance and no bias.
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import method_of
 from qvera.adapters.methods.base import Method, Source, trains_pair
+from qvera.adapters.projection import LastInput
 from qvera.config.plugins import Schedule
 from qvera.utils.errors import InputError
 
@@ -85,7 +85,7 @@ def drawn_weights(p: Tensor, not_kept: Tensor, draws: Tensor | int) -> Tensor:
     return not_kept / (p * draws)
 
 
-class TokenSampler:
+class TokenSampler(LastInput):
     """Draws what backward keeps of each input x: ``share`` of its tokens, rounded up.
 
     Layers that read the same x share a sample. Forward does not know ‖g_t‖, so p_t ∝ ‖x_t‖. Draws come from torch's
@@ -93,25 +93,18 @@ class TokenSampler:
     """
 
     def __init__(self, share: float) -> None:
+        super().__init__()
         self.share = share
-        self._recent: tuple[weakref.ref[Tensor], tuple[int, int], Tensor, TokenSample] | None = None
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The kept rows [k, n] of x [..., n], which tokens they are, and their weights."""
-        # of the backward pass we are in, as in `projection.SharedInput`: a recomputation has its own
-        key = x._version, torch._C._current_graph_task_id()
-        recent = self._recent
-        if recent is not None and recent[0]() is x and recent[1] == key:
-            return recent[2], *recent[3]
-        rows = x.detach().reshape(-1, x.shape[-1])
-        sample = sample_tokens(token_probabilities(rows), max(1, math.ceil(self.share * len(rows))))
-        kept = rows[sample.tokens]
-        self._recent = weakref.ref(x, self._forget), key, kept, sample
-        return kept, *sample
 
-    def _forget(self, dead: weakref.ref[Tensor]) -> None:
-        if self._recent is not None and self._recent[0] is dead:
-            self._recent = None
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            sample = sample_tokens(token_probabilities(rows), max(1, math.ceil(self.share * len(rows))))
+            return rows[sample.tokens], *sample
+
+        return self.get(x, None, make)
 
 
 class SampleTokens(Schedule):

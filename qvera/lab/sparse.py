@@ -211,15 +211,9 @@ def add_sparse(
 ) -> Tensor:
     """y = base + x ΔWᵀ [..., m], where ΔW [m, n] has ``values`` at ``indices`` and is zero elsewhere.
 
-    Differentiable once in base, x and values. y may be changed in place.
-
-    Args:
-        base: the frozen layer's output [..., m].
-        x: [..., n] in any dtype; kept for backward.
-        values: [k] in fp32 or wider.
-        indices: i n + j of each value, int32 [k], sorted and all different.
-        overwrite: y may take the memory of base. Then nobody else may read base, in backward neither.
-        watch: called in backward, after the gradients were computed.
+    Differentiable once in base [..., m], x [..., n] and values. y may be changed in place. ``values`` [k] are fp32 or
+    wider; ``indices``, int32 [k], are i n + j of each, sorted and all different. ``overwrite``: y may take the memory
+    of base; then nobody else may read base, in backward neither. ``watch`` is called in backward, after the gradients.
     """
     if not torch.is_grad_enabled():
         return _add_sparse(base, x, values, indices, overwrite)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -48,22 +50,10 @@ def base_layer(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, fre
         layer = layer.to("cpu")
     else:
         quant, storage = kind.split("-")
-        layer = bnb.nn.Linear4bit(
-            IN,
-            OUT,
-            compute_dtype=dtype,
-            compress_statistics=quant.endswith("+dq"),
-            quant_type=quant[:3],
-            quant_storage=getattr(torch, storage),
-        )
-        layer.weight = bnb.nn.Params4bit(
-            weight.to(dtype),
-            requires_grad=False,
-            compress_statistics=quant.endswith("+dq"),
-            quant_type=quant[:3],
-            quant_storage=getattr(torch, storage),
-            module=layer,
-        )
+        settings = {"compress_statistics": quant.endswith("+dq"), "quant_type": quant[:3]}
+        settings["quant_storage"] = getattr(torch, storage)
+        layer = bnb.nn.Linear4bit(IN, OUT, compute_dtype=dtype, **settings)
+        layer.weight = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, module=layer, **settings)
         layer.bias.data = bias.to(dtype)
         layer = layer.to("cpu")
         assert layer.weight.quant_state is not None
@@ -87,14 +77,28 @@ def dense_weight(layer: Any) -> torch.Tensor:
     return layer.weight.data.double()
 
 
-def perturb(model: nn.Module, seed: int = 1, size: float = 0.3, adapter: str = "default") -> None:
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
+
+
+def logits(model: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, **kwargs).logits
+
+
+def perturb(model: Any, seed: int = 1, size: float = 0.3, adapter: str = "default") -> Any:
     """Give every vector of an adapter values away from its initial ones, so that nothing regenerated passes for loaded."""
     generator = torch.Generator().manual_seed(seed)
     vectors = named_vectors(model, adapter)
     assert vectors
-    with torch.no_grad():
-        for vector in vectors.values():
-            vector.add_(size * torch.randn(vector.shape, generator=generator))
+    for vector in vectors.values():
+        if vector.is_floating_point():  # not places
+            vector.data.add_(size * torch.randn(vector.shape, generator=generator))
+    return model
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def weight_bytes(layer: Any) -> bytes:
@@ -211,36 +215,20 @@ def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[tor
 
 # Real shapes, on the meta device
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "LLaMA-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "Llama-3-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "Llama-3.2-1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, **more}
+
+
+SHAPES = {
+    "LLaMA-7B": _shape(4096, 11008, 32, 32),
+    "LLaMA-13B": _shape(5120, 13824, 40, 40),
+    "Llama-3-8B": _shape(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "Llama-3.2-1B": _shape(
+        2048, 8192, 16, 32, num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True
+    ),
+    "SmolLM2-135M": _shape(576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
 }
 
 

@@ -22,10 +22,9 @@ from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import IN, OUT, base_layer, perturb, relative
+from tests.adapters.helpers import IN, OUT, base_layer, logits, perturb, relative
 from tests.conftest import small_llama
 
-IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42], [8, 8, 30, 1, 99, 4, 250]])
 SETTINGS: list[dict[str, Any]] = [
     {"rank": 4},
     {"rank": 6, "alpha": 16.0, "use_rslora": True, "init_lora_weights": "gaussian", "targets": ["q_proj", "down_proj"]},
@@ -34,11 +33,6 @@ SETTINGS: list[dict[str, Any]] = [
 
 def lora(**settings: Any) -> AdapterSection:
     return AdapterSection(**{"method": "lora", "rank": 4, **settings})
-
-
-def logits(model: Any, **more: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS, **more).logits
 
 
 def stock(directory: Path) -> Any:

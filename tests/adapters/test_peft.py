@@ -25,20 +25,12 @@ from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.utils.atomic import flush
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import perturb
+from tests.adapters.helpers import IDS, edit_config, logits, perturb
 from tests.conftest import small_llama
-
-IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
 
 
 def section(path: Path, quantization: str = "none", **changes: Any) -> ModelSection:
     return ModelSection(path=str(path), quantization=quantization, **{"compute_dtype": "float32", **changes})  # type: ignore[arg-type]
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def adapted(model: Any = None, adapter: str = "default", **settings: Any) -> PeftModel:
@@ -318,11 +310,6 @@ def test_a_regular_expression_picks_by_full_name() -> None:
 def saved(tmp_path: Path) -> Path:
     save_adapter(adapted(), tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    file = directory / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def edit_weights(directory: Path, change: Any) -> None:

@@ -19,8 +19,6 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    Trainer,
-    TrainingArguments,
 )
 
 import qvera
@@ -313,27 +311,6 @@ def test_the_base_runs_through_our_frozen_linear(accelerated: None, tiny_model_d
     for name, module in model.named_modules():
         if name in weights:
             assert torch.equal(module.weight.data, weights[name])
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = (torch.arange(8) * 3 + index % 2) % 50
-        return {"input_ids": ids, "labels": ids}
-
-
-def test_transformers_trainer(accelerated: None, tmp_path: Path) -> None:
-    model = get_peft_model(small_llama(), config())
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=0.1, report_to=[],
-        use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.3
 
 
 def test_trl_sft_trainer(accelerated: None, tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.factors import Factors
 from qvera.adapters.files.save_load import attach, check_start, load_adapter, named_vectors, save_adapter
-from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.functional import project
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
@@ -31,22 +30,16 @@ from qvera.training.loop import AloneLoop
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import IN, OUT, base_layer, dense_weight, perturb, relative
+from tests.adapters.helpers import IDS, IN, OUT, base_layer, dense_weight, logits, perturb, relative
 from tests.conftest import small_llama
 from tests.helpers import sampled
 
 REFERENCE = Path(__file__).parent / "reference"
-IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 SARA: dict[str, Any] = {"method": "sara", "rank": 16, "singular_share": 0.3}
 MIXTURES: dict[str, dict[str, Any]] = {
     "seeded": {**SARA, "experts": 3},
     "of the weights": {**SARA, "experts": 3, "frozen_pair": "svd"},
 }
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
 
 
 # The authors' numbers.
@@ -313,28 +306,6 @@ def test_lora_sb_starts_from_the_rows_of_the_first_steps() -> None:
     batches = TaskBatches(np.full(1000, 5), 8, tasks=tasks)
     trained = [row for step in range(20) for row in batches.rows(step)]
     assert lora_sb._first_rows(batches, 125, 50) == list(dict.fromkeys(trained))[:50]
-
-
-@pytest.mark.parametrize(
-    ("adapter", "training", "deepspeed", "words"),
-    [
-        ({"method": "lora-sb"}, {}, "zero3", "deepspeed: zero3 shards the base"),
-        ({"method": "bilora", "alpha": 4, "orthogonal_penalty": 0.1}, {}, "zero1", "adapter.orthogonal_penalty"),
-        ({"method": "sara", "singular_share": 0.3}, {"torch_compile": True}, None, "a rank of its own"),
-        (
-            {"method": "lorta", "alpha": 4},
-            {"torch_compile": True},
-            None,
-            "training.torch_compile: adapter.method lorta",
-        ),
-    ],
-)
-def test_what_the_recipe_alone_rules_out_is_refused_before_anything_is_loaded(
-    adapter: Any, training: Any, deepspeed: str | None, words: str, make_recipe: Any
-) -> None:
-    with pytest.raises(InputError, match=words):
-        recipe = make_recipe(adapter={"rank": 4, **adapter}, training={"learning_rate": 1e-3, **training})
-        check_recipe(recipe.replace(deepspeed=deepspeed))
 
 
 def test_a_sara_of_other_settings_is_no_start(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from qvera.config.schema import AdapterSection
 from qvera.exporting.deltas import read_deltas
 from qvera.lab.sample_tokens import TokenSampler
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import dense_weight, on_meta, relative, trainable
-from tests.adapters.methods.cases import IDS, logits, lorta_delta, moved
+from tests.adapters.helpers import IDS, dense_weight, logits, on_meta, perturb, relative, trainable
+from tests.adapters.methods.cases import lorta_delta
 from tests.conftest import small_llama
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -132,7 +132,7 @@ def test_heads_wider_than_the_model_has_room_for() -> None:
     torch.manual_seed(0)
     base = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, num_hidden_layers=2, vocab_size=320))
     for adapter in (LORTA, OUTPUT_FIRST):
-        model = moved(attach(copy.deepcopy(base), AdapterSection(**adapter)))
+        model = perturb(attach(copy.deepcopy(base), AdapterSection(**adapter)))
         for layer in (m for m in model.modules() if isinstance(m, QveraLinear)):
             own = {name: tensor.double() for name, tensor in layer.tensors("default").items()}
             dense = lorta_delta(own, layer.spec.name, 5, layer.in_features, adapter is LORTA)
@@ -143,7 +143,7 @@ def test_heads_wider_than_the_model_has_room_for() -> None:
 
 
 def test_it_lives_beside_other_adapters() -> None:
-    model = moved(attach(small_llama(), AdapterSection(**LORTA)))
+    model = perturb(attach(small_llama(), AdapterSection(**LORTA)))
     alone = logits(model)
     for name, settings in (("other", OUTPUT_FIRST), ("vera", {"rank": 8})):
         model.add_adapter(name, QveraConfig(**settings))
@@ -173,7 +173,7 @@ def test_it_lives_beside_other_adapters() -> None:
 
 
 def test_a_cast_and_a_copy_keep_one_set_of_fp32_tensors() -> None:
-    model = moved(attach(small_llama(), AdapterSection(**LORTA)))
+    model = perturb(attach(small_llama(), AdapterSection(**LORTA)))
     other = copy.deepcopy(model).to(torch.bfloat16)
     for name, vector in named_vectors(other).items():
         assert vector.dtype == torch.float32
@@ -187,7 +187,7 @@ def test_a_cast_and_a_copy_keep_one_set_of_fp32_tensors() -> None:
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_peft_reads_and_writes_it(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    model = moved(attach(small_llama(), AdapterSection(**LORTA)))
+    model = perturb(attach(small_llama(), AdapterSection(**LORTA)))
     save_adapter(model, tmp_path / "one")
     held: Any = PeftModel.from_pretrained(
         small_llama(),  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def test_peft_reads_and_writes_it(low_cpu_mem_usage: bool, tmp_path: Path) -> No
 
 
 def test_a_sample_of_the_tokens_gives_the_gradient_of_a_in_expectation() -> None:
-    model = moved(attach(small_llama(), AdapterSection(**LORTA))).train()
+    model = perturb(attach(small_llama(), AdapterSection(**LORTA))).train()
     layer = next(m for m in model.modules() if isinstance(m, QveraLinear))
     torch.manual_seed(0)
     x, upstream = torch.randn(40, layer.in_features), torch.randn(40, layer.out_features)
@@ -222,7 +222,7 @@ def test_a_sample_of_the_tokens_gives_the_gradient_of_a_in_expectation() -> None
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    save_adapter(moved(attach(small_llama(), AdapterSection(**LORTA))), tmp_path)
+    save_adapter(perturb(attach(small_llama(), AdapterSection(**LORTA))), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.shared.qvera_layers"
@@ -267,7 +267,7 @@ def test_a_model_on_several_devices_is_refused() -> None:
 @pytest.mark.parametrize("adapter", [LORTA, OUTPUT_FIRST])
 def test_gradients_of_a_whole_model_are_those_of_dense_weights(adapter: dict[str, Any]) -> None:
     """Every linear adds to the same tensors."""
-    model = moved(attach(small_llama(), AdapterSection(**adapter))).double()
+    model = perturb(attach(small_llama(), AdapterSection(**adapter))).double()
     model(input_ids=IDS, labels=IDS).loss.backward()
     shared = {name.rpartition(".")[2]: v.detach().clone().requires_grad_() for name, v in named_vectors(model).items()}
     weights = {}

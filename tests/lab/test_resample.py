@@ -207,22 +207,6 @@ def test_a_plan_that_can_not_count_the_phases_says_so(make_recipe: Any) -> None:
     assert "This is the first phase alone" in text.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("sections", "words"),
-    [
-        ({"training": {"weight_decay": 0.1}}, "weight decay would go on to pull at the frozen phases"),
-        ({"adapter": {"b_groups": 2}}, "each phase has one b and one d"),
-        ({"training": {"bilevel": True}}, "two schedules for the same vectors"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    make_recipe: Any, sections: dict[str, dict[str, Any]], words: str
-) -> None:
-    sections = {**sections, "training": {"resample_every": 3, **sections.get("training", {})}}
-    with pytest.raises(InputError, match=words):
-        make_recipe(**sections)
-
-
 def test_more_phases_than_an_adapter_has_room_for_are_refused(make_recipe: Any) -> None:
     recipe = make_recipe(adapter={"rank": 8192}, training={"resample_every": 1, "max_steps": 9})
     with pytest.raises(InputError, match="resample_every: 9 phases of rank 8,192 are one adapter of rank 73,728"):

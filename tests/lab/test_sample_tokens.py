@@ -11,7 +11,6 @@ import torch
 
 from qvera.adapters.files.save_load import attach
 from qvera.adapters.layer import adapted_layers
-from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.low_rank import trained_linear, trained_path
 from qvera.config.schema import AdapterSection
 from qvera.lab.sample_tokens import (
@@ -25,7 +24,6 @@ from qvera.lab.sample_tokens import (
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
-from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
 from tests.training.runs import cut_off, losses, same, vectors
@@ -138,24 +136,6 @@ def test_layers_that_read_the_same_input_keep_one_sample_of_it() -> None:
 
 
 LORA = {"method": "lora", "rank": 4}
-
-
-def test_vera_has_nothing_to_save(make_recipe: Any) -> None:
-    recipe = make_recipe(training={"sample_tokens": 0.3})
-    for refused in (lambda: check_recipe(recipe), lambda: make_plan(recipe, torch.device("cpu"))):
-        with pytest.raises(
-            InputError, match="nothing to save with adapter.method vera. A is frozen, so .* only z = A x, 8"
-        ):
-            refused()
-
-
-def test_a_method_whose_input_side_is_made_of_others_is_refused(make_recipe: Any) -> None:
-    for adapter in (
-        {"method": "bilora", "rank": 4, "alpha": 4},
-        {"method": "lorta", "lorta_convention": "output-first", "rank": 4, "alpha": 4},
-    ):
-        with pytest.raises(InputError, match="keeps its inputs for more than the gradient of a trained A"):
-            check_recipe(make_recipe(adapter=adapter, training={"sample_tokens": 0.3, "learning_rate": 1e-3}))
 
 
 def sampled_lora(share: float | None) -> Any:

@@ -322,10 +322,3 @@ def test_a_task_that_memory_does_not_suffice_for_ends_the_run(
     with pytest.raises(OutOfMemory, match="Step 6 is saved: the same command with --resume goes on"):
         train(over_tasks(adapt_steps=3), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-
-
-def test_adapting_needs_held_out_tasks_and_plain_torch(make_recipe: Any, over_tasks: Any) -> None:
-    with pytest.raises(InputError, match="training.adapt_steps: has no effect without data.held_out_tasks"):
-        make_recipe(training={"adapt_steps": 2})
-    with pytest.raises(InputError, match="training.adapt_steps: steps with another optimizer than DeepSpeed's"):
-        over_tasks(adapt_steps=2).replace(deepspeed="zero2")

@@ -62,10 +62,7 @@ def attach(
     Only its vectors, and a head that the model's class trains whole, are trainable afterwards.
 
     Args:
-        model: the base model.
-        section: the adapter section of a recipe.
-        base_name: path or hub id of the base, for the config.
-        base_fingerprint: see `qvera.utils.safetensors_io.base_fingerprint`.
+        base_name, base_fingerprint: path or hub id of the base, and `qvera.utils.safetensors_io.base_fingerprint`.
         added_tokens: token → id; the model must have their rows.
         tokens: has the recipe's padding and end-of-sequence tokens.
         changes: fields of the config that override the section (`plugins.Schedule.config`).

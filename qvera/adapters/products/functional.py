@@ -193,14 +193,9 @@ class _Expand(torch.autograd.Function):
 def expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool = False) -> Tensor:
     """y = base + b ⊙ ((s d ⊙ z) Bᵀ), [..., m] in base's dtype. Differentiable once in base, z, d and b.
 
-    Args:
-        base: the frozen layer's output [..., m].
-        z: `project`'s output [..., r], in the compute dtype.
-        d: [r], fp32 or wider, like its gradient.
-        b: [m] or [G, m], likewise.
-        B: [m, r] in any dtype; frozen.
-        scale: see `projection.vera_scale`.
-        overwrite: y may take base's memory. Nobody else may read base then, in backward neither.
+    ``base`` [..., m] is the frozen layer's output, ``z`` [..., r] that of `project`, in the compute dtype. d [r] and
+    b [m] or [G, m] are fp32 or wider, like their gradients; B [m, r] is frozen, in any dtype. ``scale`` is
+    `projection.vera_scale`. ``overwrite``: y may take base's memory; nobody else may read base, in backward neither.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
         return _expand(base, z, d, b, B, scale, overwrite)

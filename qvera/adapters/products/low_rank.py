@@ -99,14 +99,9 @@ def trained_path(
 ) -> Tensor:
     """y = base + s (x Aᵀ) Bᵀ, [..., m] in base's dtype. Differentiable once in base, x, A and B.
 
-    Args:
-        base: the frozen layer's output [..., m].
-        x: its input [..., n], in the compute dtype.
-        A: [r, n], fp32 or wider, like its gradient.
-        B: [m, r], likewise.
-        scale: s, alpha / r or alpha / √r.
-        overwrite: y may take base's memory, as in `functional.expand`.
-        sampler: chooses rows of x for backward; ∂A is then right in expectation. None: all.
+    ``base`` [..., m] is the frozen layer's output, x [..., n] its input in the compute dtype. A [r, n] and B [m, r] are
+    fp32 or wider, like their gradients. ``overwrite`` is that of `functional.expand`. ``sampler`` chooses rows of x for
+    backward, and ∂A is then right in expectation; None: all.
     """
     if not torch.is_grad_enabled():
         return _product(x, A.to(x.dtype), B.to(x.dtype), scale, base, overwrite)[0]

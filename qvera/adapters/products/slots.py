@@ -106,14 +106,9 @@ def expand_slots(
 
     Differentiable once in base, z, d and b. NaN or Inf in a slot does not reach other slots, forward or backward.
 
-    Args:
-        base: the frozen layer's output [..., m] of T tokens.
-        z: x Aᵀ [..., r] in the compute dtype.
-        d: [R, r], fp32 or wider, like its gradient.
-        b: [R, m], or [R, G, m] for G groups, likewise.
-        B: [m, r] in any dtype; frozen.
-        scale: see `projection.vera_scale`.
-        tokens: each token's slot; None: there is one slot.
+    ``base`` [..., m] is the frozen layer's output of T tokens, z = x Aᵀ [..., r] is in the compute dtype. d [R, r] and
+    b [R, m], or [R, G, m] for G groups, are fp32 or wider, like their gradients; B [m, r] is frozen, in any dtype.
+    ``scale`` is `projection.vera_scale`. ``tokens`` has each token's slot; None: there is one slot.
     """
     grouped = b if b.dim() == 3 else b.unsqueeze(1)
     return _ExpandSlots.apply(base, z, d, grouped, B, scale, tokens)

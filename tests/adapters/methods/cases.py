@@ -9,9 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from qvera.adapters.files.save_load import named_vectors
-
-IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 Tensors = Mapping[str, torch.Tensor]
 Factor: TypeAlias = Any
 """A [r, n] or B [m, r]; None where there is none."""
@@ -182,17 +179,3 @@ CASES: dict[str, Case] = {
         64 * ((4096 + 128 + 32) + (11008 + 128 + 32) + (4096 + 128 + 86) + 32 + 7),
     ),
 }
-
-
-def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, **kwargs).logits
-
-
-def moved(model: Any, seed: int = 1) -> Any:
-    """The model with every tensor of its adapter at random."""
-    generator = torch.Generator().manual_seed(seed)
-    for vector in named_vectors(model).values():
-        if vector.is_floating_point():
-            vector.data.add_(torch.randn(vector.shape, generator=generator), alpha=0.3)
-    return model

@@ -24,8 +24,8 @@ from qvera.exporting.deltas import read_deltas
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.training.trainer import train
-from tests.adapters.helpers import SHAPES, dense_weight, on_meta, relative, trainable
-from tests.adapters.methods.cases import CASES, IDS, Case, logits, moved
+from tests.adapters.helpers import IDS, SHAPES, dense_weight, logits, on_meta, perturb, relative, trainable
+from tests.adapters.methods.cases import CASES, Case
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
 
@@ -82,7 +82,7 @@ def test_a_fresh_adapter_leaves_the_logits_as_they_are(case: Case, tiny_model_di
         without = logits(model)
     if method_of(AdapterSection(**case.adapter)).source is not Source.STORED:  # which starts from a gradient
         assert torch.equal(logits(model), without)
-    assert not torch.equal(logits(moved(model)), without)
+    assert not torch.equal(logits(perturb(model)), without)
 
 
 def test_the_count_on_a_7b_is_the_formulas(case: Case) -> None:
@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
     name: str, quantization: str, dtype: str, tiny_model_dir: Path
 ) -> None:
     case = CASES[name]
-    model = moved(fresh(case, tiny_model_dir, quantization=quantization, compute_dtype=dtype))
+    model = perturb(fresh(case, tiny_model_dir, quantization=quantization, compute_dtype=dtype))
     compute = getattr(torch, dtype)
     compute = getattr(torch, dtype)
     layers = {m.spec.name: m for m in model.modules() if isinstance(m, QveraLinear)}
@@ -144,7 +144,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
 def test_checkpointed_gradients_are_the_same(case: Case, tiny_model_dir: Path) -> None:
     found = []
     for checkpointing in (False, True):
-        model = moved(fresh(case, tiny_model_dir, compute_dtype="float32")).train()
+        model = perturb(fresh(case, tiny_model_dir, compute_dtype="float32")).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -218,7 +218,7 @@ def test_the_lora_export_is_exact_or_refused(
 
 
 def test_rows_of_a_batch_take_their_own_adapters(run_dir: Path, run_logits: torch.Tensor, tmp_path: Path) -> None:
-    other = moved(load_adapter(base_of(run_dir).model, run_dir / "adapter"))
+    other = perturb(load_adapter(base_of(run_dir).model, run_dir / "adapter"))
     with other.disable_adapter():
         base = logits(other)[1]
     save_adapter(other, tmp_path / "other")

@@ -18,7 +18,7 @@ from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.evaluation.generate import generating
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError
-from tests.adapters.methods.cases import logits, moved
+from tests.adapters.helpers import logits, perturb
 from tests.conftest import small_llama
 
 ROUTED = {"method": "sara", "rank": 8, "singular_share": 0.3, "experts": 2}
@@ -31,7 +31,7 @@ def over(model_dir: Path, **model: Any) -> Any:
 @pytest.mark.parametrize("adapter", [{"method": "lora", "rank": 4}, {"method": "spiel", "rank": 2}, ROUTED])
 def test_over_int8_a_layer_is_held_in_the_dtype_it_computes_in(adapter: dict[str, Any], tiny_model_dir: Path) -> None:
     base = over(tiny_model_dir, quantization="int8", compute_dtype="bfloat16")
-    model = moved(attach(base.model, AdapterSection(**adapter)))
+    model = perturb(attach(base.model, AdapterSection(**adapter)))
     expected = logits(model).float()
     layer = next(m for m in model.modules() if isinstance(m, QveraLinear))
     assert layer.held_dtype() == torch.bfloat16
@@ -56,7 +56,7 @@ def test_a_core_between_other_factors_is_no_start(
 def test_an_adapter_may_be_named_as_a_seed(tmp_path: Path) -> None:
     sections = {"seed-0": AdapterSection(method="lora", rank=4), "other": AdapterSection(rank=8)}
     for name, section in sections.items():
-        save_adapter(moved(attach(small_llama(), section)), tmp_path / name)
+        save_adapter(perturb(attach(small_llama(), section)), tmp_path / name)
     model = load_adapters(small_llama(), {name: tmp_path / name for name in sections})
     found = logits(model, adapter_names=list(sections))
     for row, name in enumerate(sections):
@@ -81,7 +81,7 @@ def test_a_model_can_be_copied_whatever_showed_its_progress() -> None:
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "rank": 4}, {"rank": 2}])
 def test_a_base_weight_that_somebody_trains_gets_its_gradient(adapter: dict[str, Any]) -> None:
-    model = moved(attach(small_llama(), AdapterSection(**adapter))).train()
+    model = perturb(attach(small_llama(), AdapterSection(**adapter))).train()
     layer = next(m for m in model.modules() if isinstance(m, QveraLinear))
     layer.base_layer.weight.requires_grad_(True)
     x = torch.randn(300, layer.in_features)
@@ -94,7 +94,7 @@ def test_a_base_weight_that_somebody_trains_gets_its_gradient(adapter: dict[str,
 def test_an_adapter_that_scales_rows_is_not_merged_or_held_with_others() -> None:
     model = attach(small_llama(), AdapterSection(rank=8, magnitude=True))
     model.add_adapter("other", QveraConfig(rank=4, task_type="CAUSAL_LM"))
-    moved(model)
+    perturb(model)
     expected = logits(model)
     with pytest.raises(ValueError, match="default scales the rows"):
         model.merge_adapter(["default", "other"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from qvera.exporting.sums import same_directions
 from qvera.models.loader import Base, load_base
 from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import perturb
+from tests.adapters.helpers import IDS, edit_config, logits, perturb
 from tests.conftest import small_llama
 
 MORE: dict[str, Any] = {"rank": 8, "b_groups": 2, "input_scale": True}
-IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -51,16 +49,6 @@ def saved(section: ModelSection, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def adapter(saved: Path, tmp_path: Path) -> Path:
     """A copy, to be damaged."""
     return shutil.copytree(saved, tmp_path / "adapter")
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    config = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps({**config, **changes}))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def test_every_vector_has_its_shape_and_start_and_is_trained(section: ModelSection) -> None:
