@@ -64,14 +64,9 @@ def test_all_problems_are_reported_at_once() -> None:
     ("key", "near"),
     [
         ("model.quantisation", "quantization"),
-        ("model.compute_type", "compute_dtype"),
         ("adapter.ranks", "rank"),
-        ("adapter.target", "targets"),
-        ("adapter.drop_out", "dropout"),
         ("data.train_in", "train_on"),
         ("training.learning_rates", "learning_rate"),
-        ("training.global_batchsize", "global_batch_size"),
-        ("training.warmup_ration", "warmup_ratio"),
         ("export.dtypes", "dtype"),
     ],
 )
@@ -323,7 +318,6 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> N
     ("changes", "key", "switch", "on"),
     [
         ({"training.bilevel_share": 0.3}, "training.bilevel_share", "training.bilevel", {"training.bilevel": True}),
-        ({"training.bilevel_retrain": 0.1}, "training.bilevel_retrain", "training.bilevel", {"training.bilevel": True}),
         (
             {"training.resample_momentum": "move"},
             "training.resample_momentum",

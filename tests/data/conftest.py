@@ -11,6 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from qvera.config.schema import DataSection
+from qvera.data import Datasets, build_datasets
 from tests.data.real_templates import SMOLLM2
 
 CORPUS = [
@@ -22,6 +24,8 @@ CORPUS = [
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
+Write = Callable[..., str]
+Read = Callable[..., Datasets]
 
 
 def _bpe_tokenizer(markers: list[str], trim_offsets: bool) -> Tokenizer:
@@ -129,3 +133,13 @@ def write(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write_file
+
+
+@pytest.fixture
+def read(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> Read:
+    """What rows become with these keys of ``data``."""
+
+    def read_rows(rows: Any, tokenizer: PreTrainedTokenizerFast = base_tokenizer, **keys: Any) -> Datasets:
+        return build_datasets(DataSection(path=write(rows), **keys), tokenizer)
+
+    return read_rows

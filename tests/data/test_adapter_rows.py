@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from qvera.data import (
 from qvera.data.adapter_rows import take_adapters
 from qvera.data.rows import SCHEMA
 from qvera.utils.errors import InputError
+from tests.data.conftest import Read, Write
 
-Write = Callable[..., str]
 SIZES = {"anna": 9, "Anna": 4, "ben/2": 1, "7": 6, "": 0}
 
 
@@ -129,15 +128,13 @@ def test_each_adapter_has_the_rows_and_order_that_it_has_alone(
     assert sum(len(a.eval) for a in together.adapters) == len(together.eval)
 
 
-def build(write: Write, tokenizer: PreTrainedTokenizerFast, names: list[Any], **keys: Any) -> Datasets:
+def build(read: Read, names: list[Any], **keys: Any) -> Datasets:
     rows = [{"customer": name, "prompt": f"q{i}", "completion": f"a{i}"} for i, name in enumerate(names)]
-    return build_datasets(DataSection(path=write(rows), adapter_column="customer", **keys), tokenizer)
+    return read(rows, adapter_column="customer", **keys)
 
 
-def test_adapters_come_in_order_of_first_appearance_and_a_number_is_its_digits(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    data = build(write, base_tokenizer, ["b", 1, "a", "1", "b", "01"])
+def test_adapters_come_in_order_of_first_appearance_and_a_number_is_its_digits(read: Read) -> None:
+    data = build(read, ["b", 1, "a", "1", "b", "01"])
     assert [(a.name, a.train.tolist()) for a in data.adapters] == [
         ("b", [0, 4]),
         ("1", [1, 3]),
@@ -173,11 +170,9 @@ def test_names_are_the_same_in_every_file_format(
         (["anna", "x" * 300], "rows.jsonl:2: the adapter's name 'x+…' is too long"),
     ],
 )
-def test_bad_names_are_refused_with_file_and_line(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast, names: list[Any], words: str
-) -> None:
+def test_bad_names_are_refused_with_file_and_line(read: Read, names: list[Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        build(write, base_tokenizer, names)
+        build(read, names)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +190,9 @@ def test_bad_names_are_refused_with_file_and_line(
         ),
     ],
 )
-def test_rows_that_do_not_name_their_adapter_or_look_different_are_refused(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast, text: str, words: str
-) -> None:
+def test_rows_that_do_not_name_their_adapter_or_look_different_are_refused(read: Read, text: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        build_datasets(DataSection(path=write(text), adapter_column="customer"), base_tokenizer)
+        read(text, adapter_column="customer")
 
 
 @pytest.mark.parametrize(
@@ -274,17 +267,15 @@ def test_what_is_odd_about_the_adapters_is_said_before_the_first_step(
     }
 
 
-def test_an_adapter_of_one_row_is_trained_and_not_scored(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    data = build(write, base_tokenizer, ["a", "b", "b"], eval_fraction=0.1)
+def test_an_adapter_of_one_row_is_trained_and_not_scored(read: Read) -> None:
+    data = build(read, ["a", "b", "b"], eval_fraction=0.1)
     assert [(a.name, len(a.train), len(a.eval)) for a in data.adapters] == [("a", 1, 0), ("b", 1, 1)]
     assert "trained but not scored: 'a'" in "\n".join(data_warnings(data.stats))
 
 
-def test_the_preview_names_the_adapters_with_the_fewest_and_the_most_rows(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_preview_names_the_adapters_with_the_fewest_and_the_most_rows(read: Read, base_tokenizer: Any) -> None:
     names = [f"c{i:02}" for i in range(20) for _ in range(i + 1)]
-    data = build(write, base_tokenizer, names)
+    data = build(read, names)
     console = Console(record=True, width=200)
     print_preflight(data, base_tokenizer, console, 3)
     text = console.export_text()
@@ -294,10 +285,8 @@ def test_the_preview_names_the_adapters_with_the_fewest_and_the_most_rows(
     assert [data.train[i].owner for i in (0, 1, 3)] == [each.owner for each in data.first_rows(3)]
 
 
-def test_a_name_with_control_characters_is_shown_in_quotes(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    adapters = build(write, base_tokenizer, ["a\nb", "c d", "c d"]).stats.adapters
+def test_a_name_with_control_characters_is_shown_in_quotes(read: Read) -> None:
+    adapters = build(read, ["a\nb", "c d", "c d"]).stats.adapters
     assert adapters is not None and adapters.counts == "2: 'a\\nb' (1), c d (2)"
 
 
@@ -326,19 +315,17 @@ def test_what_is_kept_of_a_name_is_small_and_does_not_grow_with_their_number(tmp
     assert large < 4000 * 600
 
 
-def test_the_hash_of_the_data_knows_whose_rows_they_are(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    one, other = (data_sha256(build(write, base_tokenizer, names)) for names in (["a", "b", "a"], ["a", "b", "b"]))
+def test_the_hash_of_the_data_knows_whose_rows_they_are(read: Read) -> None:
+    one, other = (data_sha256(build(read, names)) for names in (["a", "b", "a"], ["a", "b", "b"]))
     assert one != other
 
 
-def test_a_cached_set_of_rows_knows_its_adapters(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_set_of_rows_knows_its_adapters(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvera.data.cache.WORTH_BYTES", 0)
     keys: dict[str, Any] = {"eval_fraction": 0.5, "max_length": 16, "too_long": "drop"}
     names = ["b", "a", "b", "a"]
-    made = build(write, base_tokenizer, names, **keys)
-    found = build(write, base_tokenizer, names, **keys)
+    made = build(read, names, **keys)
+    found = build(read, names, **keys)
     assert not made.stats.cache_entries and found.stats.cache_entries
     assert data_sha256(found) == data_sha256(made)
     assert found.stats.adapters is not None and found.stats.to_dict() == made.stats.to_dict()

@@ -222,33 +222,6 @@ def test_trimmed_offsets(answer: str, make_tokenizer: MakeTokenizer, tmp_path: P
     assert trained_text(tokenizer, example) == answer + "</s>"
 
 
-@pytest.mark.parametrize("template", ["llama-2", "mistral", "alpaca", "zephyr", "plain"])
-def test_sentencepiece(template: str, llama2_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    turns = [("user", "Name a colour."), ("assistant", "Blue é.\n日"), ("user", "Another"), ("assistant", "Be brief.")]
-    example = one(tmp_path, turns, llama2_tokenizer, template=template)
-    runs: list[list[int]] = []
-    previous = False
-    for token, is_trained in zip(example.input_ids.tolist(), example.trained.tolist(), strict=True):
-        if is_trained and not previous:
-            runs.append([])
-        if is_trained:
-            runs[-1].append(token)
-        previous = is_trained
-    eos = llama2_tokenizer.eos_token_id
-    assert [run[-1] for run in runs] == [eos, eos]
-    assert [decoded(llama2_tokenizer, run[:-1]).strip() for run in runs] == ["Blue é.\n日", "Be brief."]
-    # In one piece: a space would be put in front of every further one.
-    messages = [{"role": role, "content": content} for role, content in turns]
-    text = llama2_tokenizer.apply_chat_template(messages, chat_template=NAMED_TEMPLATES[template], tokenize=False)
-    ids = llama2_tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert example.input_ids.tolist()[-len(ids) :] == ids
-    bos = llama2_tokenizer.bos_token_id
-    # Meta's format opens every exchange with BOS; the others have one in front.
-    assert example.input_ids.tolist().count(bos) == (2 if template == "llama-2" else 1)
-    assert example.input_ids[0] == bos
-    assert example.input_ids[1] != bos
-
-
 def test_a_tokenizer_without_offsets_gives_the_same(
     smollm2_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,10 +546,10 @@ def test_the_same_with_a_sentencepiece_tokenizer(
         piece for piece, _ in pieces
     )
     ids, mask = expected(llama2_tokenizer, pieces, whole=True)
-    got = example.input_ids.tolist()
+    got, bos = example.input_ids.tolist(), llama2_tokenizer.bos_token_id
     shift = len(got) - len(ids)
-    assert got[shift:] == ids
-    assert shift <= 1
+    assert got[shift:] == ids  # in one piece: a space would be put in front of every further one
+    assert shift <= 1 and got[0] == bos != got[1]
     assert example.trained.tolist() == [False] * shift + mask
 
 
@@ -658,14 +631,6 @@ MARKED = {
             + "{% endgeneration %}{% else %}"
             + _SMOL_PLAIN
             + "{% endif %}",
-        ),
-    ),
-    "Llama-2's": (
-        "llama-2",
-        _marked(
-            REAL["llama-2"].jinja or "",
-            "{{ ' '  + content.strip() + ' ' + eos_token }}",
-            "{% generation %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endgeneration %}",
         ),
     ),
 }

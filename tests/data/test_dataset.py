@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,12 @@ from qvera.data import Datasets, batches_of, build_datasets, print_preflight
 from qvera.data.dataset import length_histogram
 from qvera.evaluation.load import template_of
 from qvera.utils.errors import InputError
-from tests.data.conftest import MakeTokenizer
+from tests.data.conftest import MakeTokenizer, Read, Write
 from tests.data.rows import byte_tokenizer, write_rows
-
-Write = Callable[..., str]
-Read = Callable[..., Datasets]
 
 
 def pairs(count: int, answer: str = "yes") -> list[dict[str, str]]:
     return [{"prompt": f"question {i} ->", "completion": f" {answer} {i}"} for i in range(count)]
-
-
-@pytest.fixture
-def read(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> Read:
-    """What rows become with these keys of ``data``."""
-
-    def read_rows(rows: list[Any], tokenizer: PreTrainedTokenizerFast = base_tokenizer, **keys: Any) -> Datasets:
-        return build_datasets(DataSection(path=write(rows), **keys), tokenizer)
-
-    return read_rows
 
 
 def test_training_and_held_out_rows_are_the_file(read: Read) -> None:
