@@ -52,8 +52,9 @@ def dump_dom(path: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
 
 
-def with_script(report: Path, script: str) -> Path:
-    """A copy of the page whose policy is taken out and that runs ``script`` at its end."""
+def with_script(report: Path, name: str) -> Path:
+    """A copy of the page whose policy is taken out and that runs ``probes/NAME.js`` at its end."""
+    script = (Path(__file__).parent / "probes" / f"{name}.js").read_text(encoding="utf-8")
     source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text(encoding="utf-8"))
     copy = report.with_name("probed.html")
     copy.write_text(source.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
@@ -84,22 +85,9 @@ def test_hostile_text_does_nothing(build_run: Build, tmp_path: Path) -> None:
 
 
 def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, tmp_path: Path) -> None:
-    script = """
-      const plots = [...document.querySelectorAll('.plot')];
-      const shown = box => {
-        const frame = box.getBoundingClientRect();
-        box.dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right}));
-        const tips = [...document.querySelectorAll('.tip:not([hidden])')].map(
-          tip => [...tip.children].map(part => part.textContent).join('|'));
-        box.dispatchEvent(new PointerEvent('pointerleave'));
-        return tips;
-      };
-      const colours = new Set([...document.querySelectorAll('.axes path[class*=" c"]')].map(p => getComputedStyle(p).stroke));
-      document.title = [plots.length, shown(plots[0])[1], shown(plots[2])[1], colours.size].join(' ; ');
-    """
     places = [build_run(name="one"), build_run(name="two", train=train_rows(96))]
     (tmp_path / "runs.html").write_text(compare_page(compare_runs(places)))
-    dom, console = dump_dom(with_script(tmp_path / "runs.html", script), tmp_path / "profile")
+    dom, console = dump_dom(with_script(tmp_path / "runs.html", "pointed_together"), tmp_path / "profile")
     assert console == []
     number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
     assert (number, colours) == ("4", "2")
@@ -109,19 +97,7 @@ def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, t
 
 
 def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp_path: Path) -> None:
-    script = """
-      const box = document.querySelector('.plot'), frame = box.getBoundingClientRect();
-      const move = x => box.dispatchEvent(new PointerEvent('pointermove', {clientX: frame.left + x * frame.width}));
-      move(80 / 96);
-      const shown = [...document.querySelectorAll('.tip:not([hidden])')].map(
-        tip => [...tip.children].map(part => part.textContent).join('|'));
-      box.dispatchEvent(new PointerEvent('pointerleave'));
-      const left = document.querySelectorAll('.tip:not([hidden])').length;
-      box.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft'}));
-      const keyed = box.querySelector('.tip b').textContent;
-      document.title = [shown.length, shown[0], shown[4], left, keyed].join(' ; ');
-    """
-    dom, console = dump_dom(with_script(write_report(build_run()), script), tmp_path / "profile")
+    dom, console = dump_dom(with_script(write_report(build_run()), "pointed"), tmp_path / "profile")
     assert console == []
     title = re.findall(r"<title>(.*?)</title>", dom)[0]
     count, loss, memory, left, keyed = title.split(" ; ")
@@ -134,33 +110,11 @@ def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp
 
 
 def test_the_table_of_adapters_is_sorted_filtered_and_cut(build_run: Build, tmp_path: Path) -> None:
-    script = """
-      const table = document.querySelector('table.many'), [text, flagged] = document.querySelectorAll('.controls input');
-      const titles = [...table.tHead.rows[1].cells].map(cell => cell.querySelector('button'));
-      const names = () => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[0].textContent);
-      const said = () => document.querySelector('.shown').textContent;
-      const out = [names().length, said()];
-      titles[1].click();
-      out.push(names()[0], titles[1].parentElement.getAttribute('aria-sort'));
-      titles[1].click();
-      out.push(names()[0], titles[1].parentElement.getAttribute('aria-sort'));
-      titles[5].click();
-      out.push(names()[0]);
-      document.querySelector('.controls button').click();
-      out.push(names().length, names().slice(-2).sort().join(', '), said());
-      text.value = 'BAKER';
-      text.dispatchEvent(new Event('input', {bubbles: true}));
-      out.push(names().join(', '), said());
-      text.value = '';
-      flagged.click();
-      out.push(names().sort().join(', '));
-      document.title = out.join('|');
-    """
     info = many_info()
     after = {"loss": 1.75}
     info["adapters"] += [adapter_entry(f"customer {n}", f"c{n}", rows=5 + n, eval_after=after) for n in range(300)]
     report = write_report(build_run(info=info, train=many_rows(), evals=None))
-    dom, console = dump_dom(with_script(report, script), tmp_path / "profile")
+    dom, console = dump_dom(with_script(report, "sorted_table"), tmp_path / "profile")
     assert console == []
     assert html.unescape(re.findall(r"<title>(.*?)</title>", dom)[0]).split("|") == [
         *("200", "200 of 304", "dan", "ascending", "Anna's Bakery", "descending", "Anna's Bakery"),
@@ -188,32 +142,12 @@ PAGES: dict[str, Callable[[Build, Path], Path]] = {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits_its_width_and_can_be_read(build_run: Build, tmp_path: Path, scheme: str) -> None:
     """No sideways scrolling, every tick inside the window, and text at 4.5:1 or better (WCAG AA), at two widths."""
-    probe = """
-      addEventListener('load', () => {
-        const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number).map(
-          c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4
-        ).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-        const page = light(getComputedStyle(document.body).backgroundColor);
-        const worst = Math.min(...[...document.querySelectorAll('main *')].filter(
-          e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-            && !e.closest('.tip, title, [aria-hidden]')
-        ).map(e => {
-          const style = getComputedStyle(e), ink = light(e.closest('svg') ? style.fill : style.color);
-          return (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
-        }));
-        const ticks = [...document.querySelectorAll('.tick')].map(e => e.getBoundingClientRect());
-        const root = document.documentElement;
-        parent.document.title += [frameElement.id, innerWidth, root.scrollWidth,
-          Math.min(0, ...ticks.map(t => t.left)) >= 0, Math.max(0, ...ticks.map(t => t.right)) <= innerWidth,
-          worst.toFixed(2), page < 0.1 ? 'dark' : 'light'].join(' ') + ';';
-      });
-    """
     # Chromium's own window is never narrower than 500 px, a frame is
     frames = ""
     for name, write in PAGES.items():
         (tmp_path / name).mkdir()
         source = html.escape(
-            with_script(write(build_run, tmp_path / name), probe).read_text(encoding="utf-8"), quote=True
+            with_script(write(build_run, tmp_path / name), "fits").read_text(encoding="utf-8"), quote=True
         )
         for width in (390, 1200):
             frames += f'<iframe id="{name}" style="border:0;width:{width}px" srcdoc="{source}"></iframe>'
