@@ -56,17 +56,16 @@ def train(
     ramp = _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
     quiet_libraries()
 
-    from qvera.training.lr_finder import find_lr as find_rate
+    from qvera.training import lr_finder, trainer
     from qvera.training.run_dir import run_directory
-    from qvera.training.trainer import train as train_run
 
     run_dir = run_directory(loaded.training.output_dir, recipe)
     # both give None in one of several processes that is not the first
     if ramp is not None:
-        if (curve := find_rate(loaded, run_dir, ramp, console=console)) is not None:
+        if (curve := lr_finder.find_lr(loaded, run_dir, ramp, console=console)) is not None:
             _print_curve(curve, run_dir, ramp)
         return
-    result = train_run(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
+    result = trainer.train(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
     if result is not None:
         with for_who_still_reads():
             print_result(result.run_dir, result.run)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from qvera.tasks.base import Task
 from qvera.tasks.causal_lm import CausalLM
-from qvera.tasks.classification import Classification, SequenceClassification
-from qvera.tasks.images import ImageClassification
+from qvera.tasks.classification import Classification, ImageClassification, SequenceClassification
 from qvera.tasks.preference import Preferences
 
 if TYPE_CHECKING:

@@ -1,11 +1,13 @@
 """Classification: the model gives each row a class, or a number.
 
 The model of texts is transformers' own ``…ForSequenceClassification``, called as a whole: its head reads the last token
-of a decoder, or the first one of an encoder. Logits are fp32, whatever the base computes in.
+of a decoder, or the first one of an encoder. That of images is ``…ForImageClassification``; the checkpoint's image
+processor makes the pixel values. Logits are fp32, whatever the base computes in.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from abc import abstractmethod
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from qvera.data.images import Draw, pixel_batch, require_pillow
 from qvera.data.labelled import VALUE, Labels, labelled_arrays
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
@@ -22,7 +25,7 @@ from qvera.evaluation.held_out import over_held_out
 from qvera.evaluation.metrics import class_scores, require_packages, value_scores
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask
-from qvera.models.model_class import ModelClass, classification_class
+from qvera.models.model_class import ModelClass, classification_class, image_class
 from qvera.models.structure import causal_model
 from qvera.tasks.base import Task
 from qvera.utils import accelerator
@@ -158,6 +161,41 @@ class SequenceClassification(Classification):
             batch["attention_mask"] = mask
         takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
         return (core or inner)(**batch, **({"use_cache": False} if takes_cache else {})).logits.float()
+
+
+class ImageClassification(Classification):
+    """A row has one target, its label."""
+
+    name = "image-classification"
+    exported_class = image_class()
+    row_format = "image"
+    too_large = "Use a base of a smaller image size."
+
+    def check(self) -> None:
+        super().check()
+        require_pillow()
+
+    def model_class(self, datasets: Datasets | None) -> ModelClass:
+        """If the rows are not known, the head is of ``data.label_names``, or of two classes."""
+        labels = None if datasets is None else datasets.labels
+        names = (self.recipe.data.label_names or ["0", "1"]) if labels is None else labels.names
+        return image_class(names, self.training.seed)
+
+    def training_row(self, row: Example, number: int, step: int) -> Example:
+        """A random crop and flip that depend only on ``data.seed``, the step and the row."""
+        data = self.recipe.data
+        if data.augment == "none":
+            return row
+        assert row.image is not None
+        return dataclasses.replace(row, image=row.image.drawn(Draw(data.seed, step, number)))
+
+    def row_logits(
+        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
+        inner, device = causal_model(model), next(model.parameters()).device
+        pixels = pixel_batch([row.image for row in rows if row.image is not None])
+        values = accelerator.tensors_on(device, {"pixel_values": pixels})["pixel_values"]
+        return (core or inner)(pixel_values=values.to(inner.dtype)).logits.float()
 
 
 def _labels(datasets: Datasets) -> Labels:

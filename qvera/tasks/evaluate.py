@@ -104,10 +104,7 @@ def evaluate(
             if not with_loss:
                 return {}
             return task.held_out_loss(
-                scored,
-                examples,
-                datasets,
-                progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
+                scored, examples, datasets, progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows")
             )
 
         with status_line(console, f"{label}scoring") as show:
@@ -175,11 +172,7 @@ def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Conso
 
 
 def _evaluate_labels(
-    target: Artifact,
-    rows: str | None,
-    limit: int | None,
-    opened: Callable[[], OpenRun] | None,
-    console: Console,
+    target: Artifact, rows: str | None, limit: int | None, opened: Callable[[], OpenRun] | None, console: Console
 ) -> dict[str, Any]:
     """Score a classifier; ``answers`` are its predictions."""
     task = classification_of(target.model_class)

@@ -112,10 +112,8 @@ class Preferences(CausalLM):
         return self._sum(rows)
 
     def _sum(self, rows: Sequence[Example]) -> tuple[torch.Tensor, int]:
-        batch, device = (
-            self._trainer.data_collator(_FEATURES[self.objective](rows)),
-            next(self._model.parameters()).device,
-        )
+        batch = self._trainer.data_collator(_features(self.objective, rows))
+        device = next(self._model.parameters()).device
         batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
         def fp32_logits(*args: Any, **inputs: Any) -> Any:
@@ -205,61 +203,30 @@ class Preferences(CausalLM):
         return text
 
 
-def _pair_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Pairs for the collator of TRL's DPOTrainer."""
-    return [
-        {
-            "prompt_ids": example.input_ids[: example.answer_start].tolist(),
-            "chosen_ids": example.input_ids[example.answer_start :].tolist(),
-            "rejected_ids": _rejected(example),
-        }
-        for example in examples
-    ]
-
-
-def _labelled_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Pairs for the collator of TRL's ORPOTrainer."""
-    rows = []
-    for pair in _pair_features(examples):
-        row: dict[str, Any] = {}
-        for name in ("prompt", "chosen", "rejected"):
-            prompt, answer = pair["prompt_ids"], pair[f"{name}_ids"] if name != "prompt" else []
-            row[f"{name}_input_ids"] = prompt + answer
-            row[f"{name}_attention_mask"] = [1] * len(prompt + answer)
-            if answer:
-                row[f"{name}_labels"] = [-100] * len(prompt) + answer
+def _features(objective: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Rows for the collator of TRL's trainer: pairs (dpo, orpo), or judged answers (kto)."""
+    rows: list[dict[str, Any]] = []
+    answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
+    for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        prompt = example.input_ids[: example.answer_start].tolist()
+        if objective == "kto":
+            # as in TRL, the divergence is estimated with the answer of the row before; a single row has its own
+            about = {"KL_completion_ids": answers[number - 1], "label": bool(example.desirable)}
+            rows.append({"prompt_ids": prompt, "completion_ids": answer, **about})
+            continue
+        if example.rejected_ids is None:
+            raise ValueError(f"{example.source}: is no preference pair")
+        pair = {"chosen": answer, "rejected": example.rejected_ids.tolist()}
+        if objective == "dpo":
+            rows.append({"prompt_ids": prompt, **{f"{name}_ids": ids for name, ids in pair.items()}})
+            continue
+        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for name, ids in pair.items():
+            row[f"{name}_input_ids"] = prompt + ids
+            row[f"{name}_attention_mask"] = [1] * len(prompt + ids)
+            row[f"{name}_labels"] = [-100] * len(prompt) + ids
         rows.append(row)
     return rows
-
-
-def _judged_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Judged answers for the collator of TRL's KTOTrainer.
-
-    As in TRL, the divergence is estimated with the answer of the row before in the pass; a single row has its own.
-    """
-    answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
-    return [
-        {
-            "prompt_ids": example.input_ids[: example.answer_start].tolist(),
-            "completion_ids": answers[number],
-            "KL_completion_ids": answers[number - 1],
-            "label": bool(example.desirable),
-        }
-        for number, example in enumerate(examples)
-    ]
-
-
-_FEATURES: dict[str, Callable[[Sequence[Example]], list[dict[str, Any]]]] = {
-    "dpo": _pair_features,
-    "orpo": _labelled_features,
-    "kto": _judged_features,
-}
-
-
-def _rejected(example: Example) -> list[int]:
-    if example.rejected_ids is None:
-        raise ValueError(f"{example.source}: is no preference pair")
-    return example.rejected_ids.tolist()
 
 
 def _make_trainer(

@@ -182,9 +182,7 @@ def directories(directory: Path) -> list[Path]:
 
 
 def newest(
-    directory: Path,
-    warn: Callable[[str], None] = lambda _: None,
-    check: Callable[[Checkpoint], None] = lambda _: None,
+    directory: Path, warn: Callable[[str], None] = lambda _: None, check: Callable[[Checkpoint], None] = lambda _: None
 ) -> Checkpoint | None:
     """The newest checkpoint in ``directory`` that can be used, or None.
 

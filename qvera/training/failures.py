@@ -73,10 +73,9 @@ def has_finite_loss(scores: dict[str, Any]) -> bool:
 
 def held_out_not_finite(step: str, before: dict[str, Any] | None) -> str:
     """Why an adapter whose last held-out loss is not finite is not saved; ``before``: the scores before training."""
-    if before is None or has_finite_loss(before):
-        advice = "Lower training.learning_rate."
-    else:
-        advice = "It was not finite before training either: look at the held-out rows."
+    before_too = before is not None and not has_finite_loss(before)
+    more = "It was not finite before training either: look at the held-out rows."
+    advice = more if before_too else "Lower training.learning_rate."
     return f"{step}: its held-out loss is not finite. {advice}"
 
 
@@ -92,7 +91,7 @@ def step_error(
 
     Args:
         step: begins the message.
-        shortage: the `worst` of all ranks.
+        shortage: the worst of all ranks.
         examples: of the pass that failed on this rank; empty: before its first pass; None: it did not fail here.
         rows: the training rows, to plan the changes with; None: `make_plan` assumes some.
     """
@@ -115,12 +114,6 @@ def lone_error(
     )
 
 
-def worst(shortages: Sequence[Shortage]) -> Shortage:
-    """The largest allocation that failed on some rank, and the least that was free on one of them."""
-    asked = [each.asked_bytes for each in shortages if each.asked_bytes is not None]
-    return Shortage(max(asked, default=None), min(each.free_bytes for each in shortages))
-
-
 def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
     if plan is None:
         return _ANY_RUN
@@ -139,12 +132,9 @@ def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
 
 
 def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
-    where = [part for part in (rank, _batch(examples) if examples else None) if part is not None]
-    if examples:
-        what = "memory ran out in a forward and backward pass"
-    else:
-        what = "memory ran out before the first forward and backward pass"
-    return f"{what} ({', '.join(where)})" if where else what
+    where = ", ".join(part for part in (rank, _batch(examples) if examples else None) if part is not None)
+    what = f"memory ran out {'in a' if examples else 'before the first'} forward and backward pass"
+    return f"{what} ({where})" if where else what
 
 
 def _batch(examples: Sequence[Example]) -> str:

@@ -28,7 +28,7 @@ from qvera.distributed.group import ALONE
 from qvera.models.attention import rows_joined
 from qvera.training.checkpoint import TrainState, random_state, set_random_state
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
-from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error, worst
+from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error
 from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
 from qvera.training.plan import Plan, longest_rows
 from qvera.utils import memory
@@ -311,8 +311,9 @@ class AloneLoop(Loop[AloneStep]):
         half = size // 2 if len(step.examples) > 1 else 0  # 0, too, where no pass had begun
         of_ranks = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
         failed = [sizes for sizes in of_ranks if sizes is not None]
-        shortage = worst([Shortage(*sizes[:2]) for sizes in failed])
-        most = min(sizes[2] for sizes in failed)
+        asked, free, halves = zip(*failed, strict=True)
+        shortage = Shortage(max((each for each in asked if each is not None), default=None), min(free))
+        most = min(halves)
         if self.recipe.training.on_oom == "save" or most == 0:
             raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
         self.batches.limit(most)

@@ -81,7 +81,14 @@ def find_lr(
         if not group.first:
             return None
         result = read_curve(points, diverged)
-        _write(out, recipe, ramp, result)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
+            replace_text(out / PAGE, range_page(out.name, recipe, ramp, result))
+        except OSError as error:
+            raise InputError(
+                f"{out}: can't be written ({error.strerror or error}). Choose another training.output_dir."
+            ) from None
         return result
 
 
@@ -154,17 +161,6 @@ def read_curve(points: list[dict[str, Any]], diverged: float | None = None) -> R
     return RangeTestResult(points, math.exp(rates[lowest]), math.exp(rates[steepest]), diverged)
 
 
-def _write(out: Path, recipe: Recipe, ramp: LrRange, result: RangeTestResult) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
-        replace_text(out / PAGE, range_page(out.name, recipe, ramp, result))
-    except OSError as error:
-        raise InputError(
-            f"{out}: can't be written ({error.strerror or error}). Choose another training.output_dir."
-        ) from None
-
-
 def range_page(name: str, recipe: Recipe, ramp: LrRange, result: RangeTestResult) -> str:
     """The HTML page: loss over the rate, the suggestion, where it diverged. ``name``: of the output directory."""
     ended = (
@@ -180,13 +176,8 @@ def range_page(name: str, recipe: Recipe, ramp: LrRange, result: RangeTestResult
         ("Rows from", recipe.data.path),
         ("Time", duration(sum(get_number(point, "step_seconds") or 0.0 for point in result.points))),
     ]
-    norm = line_chart(
-        "Gradient norm",
-        [Line("gradient norm", _curve(result, "grad_norm"))],
-        note="before clipping",
-        may_be_log=True,
-        x_name="learning rate",
-    )
+    line = Line("gradient norm", _curve(result, "grad_norm"))
+    norm = line_chart("Gradient norm", [line], note="before clipping", may_be_log=True, x_name="learning rate")
     return render(
         "learning_rates.html",
         title=Path(recipe.model.path).name or recipe.model.path,

@@ -21,7 +21,7 @@ from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warnings, lengths_of, print_preflight
 from qvera.distributed.group import Group
-from qvera.distributed.zero import BaseSharder, require_deepspeed, zero_config_of
+from qvera.distributed.zero import BaseSharder, ZeroConfig, require_deepspeed, zero_config_of
 from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype
@@ -55,11 +55,16 @@ class TrainingSession:
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
         self.task = task_of(recipe)
-        self.zero = group.agree(lambda: zero_config_of(recipe))
-        if (word := recipe.deepspeed) is not None:
-            group.agree(lambda: require_deepspeed(word))
-        group.agree(lambda: check_recipe(recipe))
-        group.agree(self.task.check)
+
+        def check() -> ZeroConfig | None:
+            zero = zero_config_of(recipe)
+            if recipe.deepspeed is not None:
+                require_deepspeed(recipe.deepspeed)
+            check_recipe(recipe)
+            self.task.check()
+            return zero
+
+        self.zero = group.agree(check)
         if group.world_size > 1:
             check_same_setup(recipe, group, self.console)
         self.sharder: BaseSharder | None = None

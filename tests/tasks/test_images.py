@@ -27,7 +27,7 @@ from qvera.data import Datasets, build_datasets
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_image_processor
-from qvera.tasks.images import ImageClassification
+from qvera.tasks.classification import ImageClassification
 from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train

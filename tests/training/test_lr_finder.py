@@ -72,14 +72,14 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
 
 def test_it_stops_where_the_loss_diverges(make_recipe: Any, tmp_path: Path) -> None:
     """From an adapter that has learnt its rows: a random model has little to lose."""
-    learnt = make_recipe(training={"max_steps": 60, "learning_rate": 0.05})
+    learnt = make_recipe(training={"max_steps": 30, "learning_rate": 0.05, "save_steps": 30})
     train(learnt, tmp_path / "learnt")
     recipe = make_recipe(adapter={"init_from": str(tmp_path / "learnt" / "adapter")})
-    found = find_lr(recipe, tmp_path / "out", LrRange(start=1e-4, end=1e3, steps=71))
+    found = find_lr(recipe, tmp_path / "out", LrRange(start=1e-3, end=1e3, steps=31))
     assert found is not None
     assert found.diverged is not None
     assert found.diverged == found.points[-1]["learning_rate"] < 1e3
-    assert len(found.points) < 71
+    assert len(found.points) < 31
     losses = [point["loss"] for point in found.points]
     assert losses[-1] > losses[0]
     assert losses[-1] > 2 * min(losses)
@@ -110,14 +110,14 @@ def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tm
 @pytest.mark.parametrize("changes", [{"packing": True}, {"group_by_length": True}])
 def test_its_steps_are_those_of_a_run(make_recipe: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     """A ramp that does not rise is a run at a constant rate: same rows, same losses, same gradients, to the bit."""
-    steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 12, "learning_rate": 0.02}
+    steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 4, "learning_rate": 0.02}
     recipe = make_recipe(training=steady, data=changes, adapter={"dropout": 0.1})
-    found = find_lr(recipe, tmp_path / "ramp", LrRange(start=0.02, end=math.nextafter(0.02, 1), steps=12))
+    found = find_lr(recipe, tmp_path / "ramp", LrRange(start=0.02, end=math.nextafter(0.02, 1), steps=4))
     train(recipe, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     assert found is not None
-    assert len(found.points) == len(steps) == 12
+    assert len(found.points) == len(steps) == 4
     for point, record in zip(found.points, steps, strict=True):
         for key in ("step", "loss", "grad_norm", "trained_tokens", "input_tokens"):
             assert point[key] == record[key]

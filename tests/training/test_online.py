@@ -37,8 +37,8 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
     """One stops early, one keeps its best vectors, one has no held-out rows; rates, sizes and orders differ."""
     held = {"eval_fraction": 0.3}
     recipes = {
-        "stops": (11, held, {"max_steps": 20, "learning_rate": 0.05, "eval_steps": 2, "early_stopping_patience": 1}),
-        "best": (30, {**held, "seed": 7}, {"max_steps": 8, "eval_steps": 3, "load_best_model_at_end": True}),
+        "stops": (11, held, {"max_steps": 12, "learning_rate": 0.05, "eval_steps": 2, "early_stopping_patience": 1}),
+        "best": (30, {**held, "seed": 7}, {"max_steps": 5, "eval_steps": 2, "load_best_model_at_end": True}),
         "plain": (9, {"shuffle": False}, {"max_steps": -1, "num_train_epochs": 3.0, "learning_rate": 0.01}),
         "large": (20, held, {"global_batch_size": 12, "max_steps": 3, "lr_scheduler_type": "cosine"}),
     }
@@ -97,6 +97,7 @@ def own(make_recipe: Any, tmp_path: Path) -> dict[str, Any]:
             make_recipe,
             write_job_rows(tmp_path / f"{name}.jsonl", 14, seed),
             {"eval_fraction": 0.3},
+            max_steps=4,
             eval_steps=2,
             load_best_model_at_end=True,
         )
@@ -140,7 +141,7 @@ def test_a_saved_job_goes_on_to_the_bit_from_any_part(make_recipe: Any, own: dic
         files.append(tmp_path / f"{len(files)}.safetensors")
         whole.trainer.save(run, files[-1])
     steps = [json.dumps(one["loss"]) for one in whole.of("anna", "train")]
-    for file in [files[0], *files[3::7], files[-1]]:
+    for file in [files[0], *files[3::11], files[-1]]:
         again = Jobs(recipe)
         found = again.begin("anna", own["anna"], file)
         begun_at = found.state.step
@@ -228,7 +229,7 @@ def test_where_memory_runs_out_passes_have_half_the_rows_and_adapters_are_the_sa
     assert max(sizes) == jobs.trainer.loop.pass_rows == 2
     for name in names:
         assert difference(found[name], expected[name]) <= 1e-5
-        assert len(jobs.of(name, "train")) == 5
+        assert len(jobs.of(name, "train")) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Memory ran out:UserWarning")
@@ -322,10 +323,9 @@ def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recip
 )
 def test_jobs_learn_on_other_bases(model: dict[str, Any], make_recipe: Any, own: dict[str, Any]) -> None:
     jobs = Jobs(server_recipe(make_recipe, model=model))
-    runs = [jobs.begin(name, recipe.replace(model=recipe.model.replace(**model))) for name, recipe in own.items()]
+    run = jobs.begin("anna", own["anna"].replace(model=own["anna"].model.replace(**model)))
     jobs.do_parts(lambda: False)
-    for run in runs:
-        assert run.reason is None
-        assert run.after is not None
-        assert run.state.before is not None
-        assert run.after["loss"] < run.state.before["loss"]
+    assert run.reason is None
+    assert run.after is not None
+    assert run.state.before is not None
+    assert run.after["loss"] < run.state.before["loss"]

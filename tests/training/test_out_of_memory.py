@@ -80,13 +80,21 @@ def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def dropped_out(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe with dropout, and its run."""
+    recipe = make_recipe(adapter={"dropout": 0.2}, training={"max_steps": 5, "save_steps": 2})
+    run_dir = tmp_path_factory.mktemp("memory") / "dropped-out"
+    train(recipe, run_dir)
+    return recipe, run_dir
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_run_is_saved_before_the_step_and_goes_on_to_the_bit(
-    make_recipe: Any, tmp_path: Path, fail: Any, monkeypatch: pytest.MonkeyPatch, where: str
+    dropped_out: tuple[Recipe, Path], tmp_path: Path, fail: Any, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """In the second pass of step 4, with dropout, after the last planned checkpoint at step 2."""
-    recipe = make_recipe(adapter={"dropout": 0.2}, training={"max_steps": 5, "save_steps": 2})
-    train(recipe, tmp_path / "whole")
+    recipe, whole = dropped_out
     with monkeypatch.context():
         fail(step=4, rows=2, where=where, first_pass=2)
         with pytest.raises(OutOfMemory) as caught:
@@ -100,8 +108,8 @@ def test_a_run_is_saved_before_the_step_and_goes_on_to_the_bit(
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "failed"
     monkeypatch.undo()
     train(recipe, tmp_path / "cut", resume=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == losses(whole)
+    assert same(vectors(tmp_path / "cut"), vectors(whole))
 
 
 def test_the_message_has_the_three_mildest_changes_that_save_what_was_missing(make_recipe: Any) -> None:
@@ -262,11 +270,10 @@ def test_a_single_row_that_does_not_fit_ends_the_run(write_recipe: Any, tmp_path
 
 @pytest.mark.parametrize("on_oom", ["save", "halve"])
 def test_memory_that_runs_out_before_the_first_pass_ends_the_run_too(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_oom: str
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, on_oom: str
 ) -> None:
     """While the rows of step 3 are read: fewer rows a pass would not help."""
-    recipe = make_recipe(training={"max_steps": 4, "save_steps": 4, "on_oom": on_oom})
-    train(recipe, tmp_path / "whole")
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 9, "on_oom": on_oom})
     real, take = Rows.__getitem__, AloneLoop.train_step
 
     def too_much(rows: Rows, index: Any) -> Any:
@@ -285,8 +292,8 @@ def test_memory_that_runs_out_before_the_first_pass_ends_the_run_too(
     assert "Step 2 is saved: the same command with --resume goes on from it." in str(caught.value)
     monkeypatch.undo()
     train(recipe, tmp_path / "cut", resume=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == losses(whole)
+    assert same(vectors(tmp_path / "cut"), vectors(whole))
 
 
 def test_a_range_test_does_not_take_it_for_divergence(make_recipe: Any, tmp_path: Path, fail: Any) -> None:

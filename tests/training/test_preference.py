@@ -19,7 +19,7 @@ from qvera.training.loop import AloneLoop
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.runs import cut_off, records, same, vectors
+from tests.training.runs import cut_off, records, same, untimed, vectors
 
 pytestmark = pytest.mark.process
 
@@ -56,83 +56,87 @@ def recipe_of(make_recipe: Any, rows: dict[str, Path]) -> Any:
 trl = pytest.mark.skipif(find_spec("trl") is None, reason="pip install 'qvera[trl]'")
 
 
+@pytest.fixture(scope="module")
+def finished(recipe_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An objective → the recipe of a finished run, and its directory, with a checkpoint two steps before the end."""
+    runs: dict[str, tuple[Recipe, Path]] = {}
+
+    def run_of(objective: str) -> tuple[Recipe, Path]:
+        if objective not in runs:
+            steps, run_dir = 60 if objective == "orpo" else 24, tmp_path_factory.mktemp(objective) / "run"
+            settings = {"max_steps": steps, "eval_steps": 12, "save_steps": steps - 2, "gradient_checkpointing": True}
+            runs[objective] = recipe_of(objective, **settings, output_dir=str(run_dir)), run_dir
+            assert train(*runs[objective]) is not None
+        return runs[objective]
+
+    return run_of
+
+
+def scores_of(file: Path, *command: str) -> dict[str, Any]:
+    """What ``qvera eval --json`` writes, without answers."""
+    assert main(["eval", *command, "--no-generation", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    file.unlink()
+    return found
+
+
 @trl
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
-def test_a_run_moves_the_margin_of_held_out_rows(objective: str, recipe_of: Any, tmp_path: Path, capsys: Any) -> None:
-    steps = 60 if objective == "orpo" else 24
-    recipe = recipe_of(objective, max_steps=steps, eval_steps=12, output_dir=str(tmp_path / "run"))
-    result = train(recipe, tmp_path / "run")
-    assert result is not None
-    before, after = (result.run["result"][when] for when in ("eval_before", "eval_after"))
+def test_a_run_moves_the_margin_of_held_out_rows_and_resumes_to_the_bit(
+    objective: str, finished: Any, tmp_path: Path
+) -> None:
+    recipe, run_dir = finished(objective)
+    result, steps = json.loads((run_dir / "run.json").read_text())["result"], recipe.training.max_steps
+    before, after = (result[when] for when in ("eval_before", "eval_after"))
     assert after["rewards/margins"] > before["rewards/margins"] + (0.01 if objective == "orpo" else 0.2)
     assert after["rows"] == 8
     wanted = {"loss", "learning_rate", "step_seconds", "rewards/chosen", "rewards/rejected", "rewards/margins"}
     wanted |= set() if objective == "kto" else {"rewards/accuracies"}
-    assert all(wanted <= set(record) for record in records(tmp_path / "run"))
-    assert [record["step"] for record in records(tmp_path / "run", "eval")] == list(range(12, steps + 1, 12))
-    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(wanted <= set(record) for record in records(run_dir))
+    assert [record["step"] for record in records(run_dir, "eval")] == list(range(12, steps + 1, 12))
+    page = (run_dir / "report.html").read_text()
     assert "Reward margin" in page and "held-out margin" in page
     # the same scores, of the adapter as it was saved
-    scores = tmp_path / "scores.json"
-    assert main(["eval", str(tmp_path / "run"), "--no-generation", "--json", str(scores)]) == 0
-    again = json.loads(scores.read_text())["scores"]
+    again = scores_of(tmp_path / "scores.json", str(run_dir))["scores"]
     for key in ("loss", "rewards/margins", "rows"):
         assert again[key] == pytest.approx(after[key], rel=1e-4)
+    cut = cut_off(run_dir, tmp_path / "cut", after=steps - 2)
+    train(recipe, cut, resume=True)
+    assert same(vectors(run_dir), vectors(cut))
+    assert untimed(records(run_dir)) == untimed(records(cut))
 
 
 @trl
-def test_exports_are_compared_on_both_answers(recipe_of: Any, tmp_path: Path, capsys: Any) -> None:
-    run = str(tmp_path / "run")
-    train(recipe_of("dpo", max_steps=8, output_dir=run), tmp_path / "run")
+def test_exports_are_compared_on_both_answers(finished: Any, tmp_path: Path, capsys: Any) -> None:
+    run = str(finished("dpo")[1])
     assert main(["export", run, str(tmp_path / "merged")]) == 0
     assert "on 16 rows" in capsys.readouterr().out  # 8 held-out pairs
     assert main(["eval", str(tmp_path / "merged")]) == 2
     assert "so a merged export has none" in capsys.readouterr().err
     assert main(["eval", run, "--base"]) == 2
     assert main(["export", run, str(tmp_path / "lora"), "--to", "lora"]) == 0
-    scores = []
-    for number, asked in enumerate(([run], [str(tmp_path / "lora"), "--recipe", run])):
-        file = tmp_path / f"scores-{number}.json"
-        assert main(["eval", *asked, "--no-generation", "--with-base", "--json", str(file)]) == 0
-        scores.append(json.loads(file.read_text())["scores"]["rewards/margins"])
-    assert scores[0] == pytest.approx(scores[1], rel=1e-3) and scores[0] > 0.1
+    asked = [run], [str(tmp_path / "lora"), "--recipe", run]
+    ours, exported = (scores_of(tmp_path / "scores.json", *words, "--with-base")["scores"] for words in asked)
+    assert ours["rewards/margins"] == pytest.approx(exported["rewards/margins"], rel=1e-3)
+    assert ours["rewards/margins"] > 0.1
 
 
 @trl
-def test_a_model_without_an_adapter_is_scored_by_orpo_and_its_base_beside_it(recipe_of: Any, tmp_path: Path) -> None:
+def test_a_model_without_an_adapter_is_scored_by_orpo_and_its_base_beside_it(finished: Any, tmp_path: Path) -> None:
     """Its loss needs no reference."""
-    run = str(tmp_path / "run")
-    train(recipe_of("orpo", max_steps=8, output_dir=run), tmp_path / "run")
-    assert main(["export", run, str(tmp_path / "merged"), "--dtype", "float32", "--no-compare"]) == 0
-    losses = []
-    for number, asked in enumerate(([run], [str(tmp_path / "merged"), "--recipe", run], [run, "--base"])):
-        file = tmp_path / f"scores-{number}.json"
-        also = ["--with-base"] if number == 1 else []
-        assert main(["eval", *asked, *also, "--no-generation", "--json", str(file)]) == 0
-        losses.append(json.loads(file.read_text())["scores"]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[2] > losses[0]
-    of_base = json.loads((tmp_path / "scores-1.json").read_text())["base_scores"]
-    assert of_base["loss"] == pytest.approx(losses[2], rel=1e-3)
-
-
-@trl
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
-def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(objective: str, recipe_of: Any, tmp_path: Path) -> None:
-    recipe = recipe_of(objective, max_steps=6, save_steps=2, save_total_limit=3, gradient_checkpointing=True)
-    train(recipe, tmp_path / "whole")
-    cut_off(tmp_path / "whole", tmp_path / "cut", after=2)
-    train(recipe, tmp_path / "cut", resume=True)
-    assert same(vectors(tmp_path / "whole"), vectors(tmp_path / "cut"))
-    timed = {"step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes"}
-    runs = [[{k: v for k, v in r.items() if k not in timed} for r in records(tmp_path / n)] for n in ("whole", "cut")]
-    assert runs[0] == runs[1]
+    run, merged, file = str(finished("orpo")[1]), str(tmp_path / "merged"), tmp_path / "scores.json"
+    assert main(["export", run, merged, "--dtype", "float32", "--no-compare"]) == 0
+    of_run, of_base = (scores_of(file, run, *more)["scores"]["loss"] for more in ([], ["--base"]))
+    exported = scores_of(file, merged, "--recipe", run, "--with-base")
+    assert of_run == pytest.approx(exported["scores"]["loss"], rel=1e-3)
+    assert of_base > of_run
+    assert exported["base_scores"]["loss"] == pytest.approx(of_base, rel=1e-3)
 
 
 @trl
 def test_how_pairs_are_divided_into_passes_changes_nothing(recipe_of: Any, tmp_path: Path) -> None:
     for rows_of_pass in (8, 2):
-        recipe = recipe_of("dpo", max_steps=3, per_device_train_batch_size=rows_of_pass)
+        recipe = recipe_of("dpo", max_steps=2, per_device_train_batch_size=rows_of_pass)
         train(recipe, tmp_path / f"by-{rows_of_pass}")
     one, two = (records(tmp_path / name) for name in ("by-8", "by-2"))
     for a, b in zip(one, two, strict=True):
@@ -143,7 +147,7 @@ def test_how_pairs_are_divided_into_passes_changes_nothing(recipe_of: Any, tmp_p
 @trl
 @pytest.mark.parametrize("method", ["lora", "lora-sb", "lorta", "spiel"])
 def test_other_methods_train_on_preferences_too(method: str, recipe_of: Any, tmp_path: Path) -> None:
-    recipe = recipe_of("dpo", max_steps=8, learning_rate=0.02)
+    recipe = recipe_of("dpo", max_steps=5, learning_rate=0.02)
     train(recipe.replace(adapter=recipe.adapter.replace(method=method, rank=4)), tmp_path / "run")
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert losses[-1] < losses[0]
