@@ -133,7 +133,9 @@ def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
 
 def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
     where = ", ".join(part for part in (rank, _batch(examples) if examples else None) if part is not None)
-    what = f"memory ran out {'in a' if examples else 'before the first'} forward and backward pass"
+    what = "memory ran out in a forward and backward pass"
+    if not examples:
+        what = "memory ran out before the first forward and backward pass"
     return f"{what} ({where})" if where else what
 
 

@@ -76,7 +76,7 @@ class ManyTrainer(Run):
 
     @property
     def has_steps_left(self) -> bool:
-        return not self.loop.roster.is_done
+        return bool(self.loop.roster.queue or self.loop.in_flight)
 
     def load_data(self, preview: bool = False) -> None:
         """See `TrainingSession.load_data`; then the adapters of this process, as they begin."""

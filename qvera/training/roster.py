@@ -208,11 +208,6 @@ class Roster:
         self.steps_behind = sum(run.steps - run.steps_left for run in self.runs)
 
     @property
-    def is_done(self) -> bool:
-        """Whether all adapters have left."""
-        return not self.queue and not self.in_flight
-
-    @property
     def free_slots(self) -> int:
         """How many adapters may begin."""
         return len(self._free)
@@ -220,21 +215,18 @@ class Roster:
     def admit(self) -> list[AdapterRun]:
         """Let the next of the queue in while there is room; each gets a slot."""
         admitted: list[AdapterRun] = []
-        while self.queue and self._free and self._has_room(self.queue[0]):
+        while self.queue and self._free:
+            rows = sum(run.step_rows for run in (*self.in_flight, self.queue[0]))
+            if self.pass_rows is not None and self.in_flight and rows > self.pass_rows:
+                break
             admitted.append(self.queue.popleft())
             self.enter(admitted[-1])
         return admitted
 
-    def enter(self, run: AdapterRun) -> int:
+    def enter(self, run: AdapterRun) -> None:
         """Give an adapter the lowest free slot."""
         run.slot, run.status = heapq.heappop(self._free), "in_flight"
         self.in_flight.append(run)
-        return run.slot
-
-    def _has_room(self, run: AdapterRun) -> bool:
-        if self.pass_rows is None or not self.in_flight:
-            return True
-        return sum(other.step_rows for other in self.in_flight) + run.step_rows <= self.pass_rows
 
     def leave(self, run: AdapterRun, status: Status) -> None:
         """Take an adapter out; its slot is free."""

@@ -110,14 +110,14 @@ def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tm
 @pytest.mark.parametrize("changes", [{"packing": True}, {"group_by_length": True}])
 def test_its_steps_are_those_of_a_run(make_recipe: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     """A ramp that does not rise is a run at a constant rate: same rows, same losses, same gradients, to the bit."""
-    steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 4, "learning_rate": 0.02}
+    steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 10, "learning_rate": 0.02}
     recipe = make_recipe(training=steady, data=changes, adapter={"dropout": 0.1})
-    found = find_lr(recipe, tmp_path / "ramp", LrRange(start=0.02, end=math.nextafter(0.02, 1), steps=4))
+    found = find_lr(recipe, tmp_path / "ramp", LrRange(start=0.02, end=math.nextafter(0.02, 1), steps=10))
     train(recipe, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     assert found is not None
-    assert len(found.points) == len(steps) == 4
+    assert len(found.points) == len(steps) == 10
     for point, record in zip(found.points, steps, strict=True):
         for key in ("step", "loss", "grad_norm", "trained_tokens", "input_tokens"):
             assert point[key] == record[key]

@@ -37,8 +37,8 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
     """One stops early, one keeps its best vectors, one has no held-out rows; rates, sizes and orders differ."""
     held = {"eval_fraction": 0.3}
     recipes = {
-        "stops": (11, held, {"max_steps": 12, "learning_rate": 0.05, "eval_steps": 2, "early_stopping_patience": 1}),
-        "best": (30, {**held, "seed": 7}, {"max_steps": 5, "eval_steps": 2, "load_best_model_at_end": True}),
+        "stops": (11, held, {"max_steps": 20, "learning_rate": 0.05, "eval_steps": 2, "early_stopping_patience": 1}),
+        "best": (30, {**held, "seed": 7}, {"max_steps": 8, "eval_steps": 3, "load_best_model_at_end": True}),
         "plain": (9, {"shuffle": False}, {"max_steps": -1, "num_train_epochs": 3.0, "learning_rate": 0.01}),
         "large": (20, held, {"global_batch_size": 12, "max_steps": 3, "lr_scheduler_type": "cosine"}),
     }

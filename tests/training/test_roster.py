@@ -33,7 +33,7 @@ def test_those_with_most_steps_come_first_and_ties_in_the_order_of_the_data() ->
         roster.leave(roster.in_flight[0], "done")
         order += numbers(roster.admit())
     assert order == [3, 1, 4, 0, 2]
-    assert roster.is_done
+    assert not roster.queue and not roster.in_flight
 
 
 def test_whoever_is_in_flight_is_trained_until_it_leaves_and_its_slot_goes_to_the_next() -> None:
