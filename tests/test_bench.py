@@ -101,37 +101,27 @@ def test_a_variant_written_as_its_formulas_trains_as_the_layers_do(
     make_recipe: Any, variant: Any, more: dict[str, Any]
 ) -> None:
     """So that what bench/variants.py measured stands for ``adapter.b_groups`` and ``adapter.input_scale``."""
-    shared: dict[str, Any] = {
-        "rank": 8,
-        "learning_rate": 2e-2,
-        "steps": 6,
-        "input_scale": more.get("input_scale", False),
-    }
-    losses = [
-        run(trial, make_recipe())[3]["losses"]
-        for trial in (
-            Trial(method="qvera", b_groups=more.get("b_groups", 1), **shared),
-            variant(method="variant", groups=more.get("b_groups", 1), **shared),
-        )
-    ]
+    groups, scaled = more.get("b_groups", 1), more.get("input_scale", False)
+    shared: dict[str, Any] = {"rank": 8, "learning_rate": 2e-2, "steps": 4, "input_scale": scaled}
+    trials = Trial(method="qvera", b_groups=groups, **shared), variant(method="variant", groups=groups, **shared)
+    losses = [run(trial, make_recipe())[3]["losses"] for trial in trials]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
+def test_every_variant_starts_from_the_base_and_trains(make_recipe: Any, variant: Any) -> None:
+    def losses(**more: Any) -> list[float]:
+        return run(variant(method="variant", rank=8, learning_rate=2e-2, steps=5, **more), make_recipe())[3]["losses"]
+
+    plain = losses()
+    for what in (
         {"magnitude": "ia3"}, {"magnitude": "dora"}, {"redraw": 2}, {"per_layer": "weight"}, {"input_norm": 1.0},
         {"input_norm": 0.5, "input_unit": True}, {"by_spectrum": True}, {"scale": 0.5}, {"train_d": False},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_every_variant_starts_from_the_base_and_trains(make_recipe: Any, variant: Any, what: dict[str, Any]) -> None:
-    shared: dict[str, Any] = {"method": "variant", "rank": 8, "learning_rate": 2e-2, "steps": 3}
-    plain, other = (run(variant(**shared, **more), make_recipe())[3]["losses"] for more in ({}, what))
-    assert plain[0] == pytest.approx(other[0], rel=1e-4)  # nothing is changed yet
-    assert other[-1] < other[0]
-    assert other[1:] != plain[1:]
+    ):  # fmt: skip
+        other = losses(**what)
+        assert plain[0] == pytest.approx(other[0], rel=1e-4), what  # nothing is changed yet
+        assert other[-1] < other[0], what
+        assert other[1:] != plain[1:], what
 
 
 def test_a_kept_trial_is_the_model_that_was_trained(make_recipe: Any, tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from qvera.data import collate_prefix_once
-from qvera.data.rows import Joined
 from qvera.models import attention, forward
 from qvera.models.attention import (
     CAUSAL,
@@ -158,21 +156,6 @@ def test_unknown_models_keep_their_mask() -> None:
     assert needs_padding_mask(OwnModel(model.config))
     model.config.model_type = "mixtral"
     assert needs_padding_mask(model)
-
-
-def test_a_key_s_gradient_is_the_sum_over_its_copies() -> None:
-    batch = collate_prefix_once(rows_of(9, 6, 13, prefix=4), packing=True, joined=Joined.OFFSETS)
-    assert batch is not None
-    assert batch["prefix_length"] > 0
-    index, order, prefix = batch["key_index"], batch["key_order"], batch["prefix_length"]
-    torch.manual_seed(0)
-    keys = torch.randn(batch["input_ids"].shape[1], 2, 4, dtype=torch.float64, requires_grad=True)
-    copied = attention._KeysOfRows.apply(keys, index, order, prefix)
-    assert torch.equal(copied, keys[index])
-    weights = torch.randn(copied.shape, dtype=torch.float64)
-    (found,) = torch.autograd.grad((copied * weights).sum(), keys)
-    (wanted,) = torch.autograd.grad((keys[index] * weights).sum(), keys)
-    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("prefix", [0, 8])

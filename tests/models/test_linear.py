@@ -15,7 +15,6 @@ from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear, quantization
-from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.loader import load_base
 from tests.adapters.helpers import FOUR_BIT, IN, OUT, base_layer, dense_weight, perturb, relative, weight_bytes
@@ -51,17 +50,6 @@ def test_forward_and_backward_are_those_of_the_dequantized_weight(
     assert relative(grad, upstream.double() @ W) < tolerance
     with torch.no_grad():
         assert relative(layer(x), y) < tolerance
-
-
-@pytest.mark.parametrize("kind", ["nf4-uint8", "nf4+dq-bfloat16", "fp4-uint8"])
-def test_close_to_stock_bitsandbytes(kind: str) -> None:
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        stock, ours = base_layer(kind, dtype, freeze=False), base_layer(kind, dtype)
-        assert type(stock) is bnb.nn.Linear4bit
-        stock.train()
-        x, upstream = torch.randn(7, IN, dtype=dtype), torch.randn(7, OUT, dtype=dtype)
-        for one, other in zip(gradient(ours, x, upstream), gradient(stock, x, upstream), strict=True):
-            assert relative(one, other) < tolerance
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
@@ -138,21 +126,6 @@ def test_backward_reads_the_weight_again() -> None:
     assert relative(grad, torch.ones(5, OUT, dtype=torch.float64) @ W) > 0.1
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_evaluation_leaves_weights_and_gradients_alone_to_the_bit(kind: str) -> None:
-    layer = base_layer(kind, torch.bfloat16)
-    x, upstream = torch.randn(6, IN, dtype=torch.bfloat16), torch.randn(6, OUT, dtype=torch.bfloat16)
-    before, stored = gradient(layer.train(), x, upstream), weight_bytes(layer)
-    with torch.no_grad():
-        layer.eval()(x)
-        with linear.inference_layout(layer):
-            layer(x)
-    layer(x)  # evaluation mode, gradients enabled, input without
-    assert weight_bytes(layer) == stored
-    after = gradient(layer.train(), x, upstream)
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-
-
 @needs_fused_kernel
 def test_a_weight_that_stock_code_repacked_is_refused() -> None:
     layer = base_layer("nf4-uint8", torch.bfloat16, freeze=False)
@@ -212,26 +185,6 @@ def test_freezing_counts_and_can_be_repeated() -> None:
     linear.freeze_linears(model)
     assert [type(m) for m in model] == kinds
     assert type(base_layer("nf4-uint8", freeze=False)) is bnb.nn.Linear4bit  # the library itself is as it was
-
-
-def test_a_layer_that_was_never_quantized_says_so() -> None:
-    layer = bnb.nn.Linear4bit(IN, OUT)
-    with pytest.raises(RuntimeError, match="was never quantized"):
-        quantization.dequantized_weight(layer, torch.float32)
-    with pytest.raises(RuntimeError, match="was never quantized"):
-        quantization.four_bit_facts(layer)
-
-
-@pytest.mark.parametrize("kind", FOUR_BIT)
-def test_facts_and_bytes_are_read_from_the_live_layer(kind: str) -> None:
-    layer = base_layer(kind)
-    facts = quantization.four_bit_facts(layer)
-    quant, storage = kind.split("-")
-    assert facts == (quant[:3], quant.endswith("+dq"), getattr(torch, storage), torch.float32, 64)
-    blocks = IN * OUT // 64
-    # one fp32 scale a block; or one byte a block, and one fp32 scale for each 256 of those
-    scales = blocks * 4 if not quant.endswith("+dq") else blocks + -(-blocks // 256) * 4
-    assert quantization.storage_bytes(layer) == IN * OUT // 2 + scales
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -294,31 +247,6 @@ def test_evaluating_and_generating_leave_training_unchanged_to_the_bit(
     assert stored(model) == weights
     after = gradients(model)
     assert all(torch.equal(after[n], g) for n, g in before.items())
-
-
-def test_checkpointing_gives_the_same_gradients_to_the_bit(tiny_model_dir: Path) -> None:
-    results = []
-    for checkpointing in (False, True):
-        model, _ = loaded(tiny_model_dir, "nf4", "float32")
-        if checkpointing:
-            enable_checkpointing(model)
-        model.train()
-        kept: list[int] = []
-
-        def pack(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
-            kept.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model.zero_grad()
-            loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        grads = {n: v.grad.clone() for n, v in named_vectors(model).items()}  # type: ignore[union-attr]
-        results.append((loss.detach(), grads, sum(kept)))
-    (plain_loss, plain, plain_kept), (loss, recomputed, kept_sum) = results
-    assert torch.equal(loss, plain_loss)
-    assert all(torch.equal(recomputed[n], g) for n, g in plain.items())
-    assert kept_sum < plain_kept / 2  # it was really on
 
 
 @pytest.mark.parametrize(("quantization", "compute"), [("nf4", "float32"), ("fp4", "bfloat16"), ("int8", "bfloat16")])

@@ -74,27 +74,6 @@ def test_facts_of_a_base(tiny_model_dir: Path, quantization: str, double_quant: 
     assert kinds == {frozen_class} and type(base.model.lm_head) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
-def test_every_parameter_of_a_4_bit_model_has_its_dtype(tiny_model_dir: Path, storage: str) -> None:
-    base = load_base(section(tiny_model_dir, quant_storage=storage), CPU)
-    model = attach(base.model, AdapterSection(rank=8))
-    dtypes = {name.removeprefix("base_model.model."): p.dtype for name, p in model.named_parameters()}
-    packed, dense, vector = getattr(torch, storage), torch.bfloat16, torch.float32
-    wanted = {"model.embed_tokens.weight": dense, "model.norm.weight": dense, "lm_head.weight": dense}
-    for layer in (0, 1):
-        prefix = f"model.layers.{layer}"
-        wanted[f"{prefix}.input_layernorm.weight"] = wanted[f"{prefix}.post_attention_layernorm.weight"] = dense
-        for linear in LINEARS:
-            wanted[f"{prefix}.{linear}.base_layer.weight"] = packed
-            wanted[f"{prefix}.{linear}.qvera_b.default"] = wanted[f"{prefix}.{linear}.qvera_d.default"] = vector
-    assert dtypes == wanted
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {n for n, p in model.named_parameters() if "qvera_" in n}
-    projections = {n: b.dtype for n, b in model.named_buffers() if "qvera_projection" in n}
-    assert set(projections.values()) == {torch.bfloat16}
-    assert len(projections) == 2
-
-
 def test_the_loaded_weights_are_the_stored_ones(tiny_model_dir: Path) -> None:
     exact = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     with torch.no_grad():

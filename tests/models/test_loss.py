@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +23,7 @@ from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logi
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
+from tests.live_bytes import LiveBytes
 
 HIDDEN, VOCABULARY = 24, 301
 
@@ -308,28 +307,20 @@ def test_gemma_4_that_takes_images_too_caps_its_logits_by_the_config_of_its_text
     assert Head.of(fake).softcap == 5.0
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations make while this is on, and the most that are alive at one time."""
+class Census(TorchDispatchMode):
+    """The most bytes of storages alive at one time, of those that operations make while this is on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak_bytes = 0
+        self.alive, self.peak_bytes = LiveBytes(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in self._tensors(out):
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self.alive:
-                self.alive[key] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.alive.add(tensor)
+        self.peak_bytes = max(self.peak_bytes, self.alive.now)
         return out
-
-    @staticmethod
-    def _tensors(out: Any) -> Iterator[torch.Tensor]:
-        yield from (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
 
 
 def peak_bytes(loss: Any, tokens: int, vocabulary: int) -> int:
@@ -338,7 +329,7 @@ def peak_bytes(loss: Any, tokens: int, vocabulary: int) -> int:
     module = nn.Linear(8, vocabulary, bias=False).requires_grad_(False)
     hidden = torch.randn(1, tokens + 1, 8, requires_grad=True)
     labels = torch.randint(0, vocabulary, (1, tokens + 1))
-    with LiveBytes() as census:
+    with Census() as census:
         loss(hidden, labels, module).backward()
     return census.peak_bytes
 
@@ -362,26 +353,6 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
     # and the census would have seen it: the plain loss grows with the product
     plain_few, plain_many = (peak_bytes(whole, tokens, vocabulary) for tokens in (64, 1024))
     assert plain_many - plain_few > 960 * vocabulary * 4
-
-
-def test_prompts_cost_nothing_at_the_head() -> None:
-    """Only trained positions reach it, so a long prompt takes no logits at all."""
-    seen: list[int] = []
-
-    hidden, labels = batch(1, 60)
-    labels[:] = IGNORED
-    labels[0, 50:] = 5
-    h = head()
-    original = F.linear
-
-    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(x.shape[0])
-        return original(x, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qvera.models.linear.F.linear", counted)
-        fused_linear_cross_entropy(hidden, labels, h, 4)
-    assert seen == [4, 4, 2]
 
 
 # The places of the trained tokens, which `qvera.data.rows` knows.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -41,15 +40,6 @@ def normal(count: int, dtype: torch.dtype, seed: int = 0, size: float = 0.02) ->
 @pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 127, 128, 64 * 300 + 17, nf4.CHUNK + 64, 3 * nf4.CHUNK + 63])
 def test_any_number_of_weights(count: int, dtype: torch.dtype, quant_type: str) -> None:
     assert_equal_to_bitsandbytes(normal(count, dtype), quant_type)
-
-
-def test_parts_packed_by_several_threads_make_the_whole() -> None:
-    weights = normal(64 * 1000 + 5, torch.bfloat16)
-    expected = nf4.pack(weights, "nf4")
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda part: nf4.pack(part, "nf4"), weights.split(64 * 77)))
-    for whole, found in zip(expected, zip(*parts, strict=True), strict=True):
-        assert torch.equal(torch.cat(found), whole)
 
 
 def thresholds(quant_type: str) -> torch.Tensor:
@@ -166,17 +156,3 @@ def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, 
     assert {each.name: (each.dtype, each.shape) for each in layout[1:]} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()
     }
-
-
-@pytest.mark.parametrize("quant_type", TYPES)
-def test_bitsandbytes_own_kernels_give_the_same_tensors(quant_type: str) -> None:
-    """What is written where there is a GPU, run here on the CPU: same layout, same contents."""
-    weight = normal(700 * 320, torch.bfloat16).view(700, 320)
-    section = ModelSection(path="x", quantization=quant_type)  # type: ignore[arg-type]
-    packed, tensors = quantization.quantized_on_device("w", weight, section)
-    ours, absmax = nf4.pack(weight, quant_type)
-    assert torch.equal(packed.flatten().view(torch.uint8), ours)
-    assert packed.dtype is torch.bfloat16
-    expected = quantization.serialized_statistics(TensorSpec("w", torch.bfloat16, (700, 320)), absmax, section)
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], expected[name]) for name in expected)

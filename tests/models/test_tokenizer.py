@@ -247,12 +247,10 @@ def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, tiny_row
     tokenizer.pad_token = None
     small_llama(vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    recipe = make_recipe(model={"path": str(directory)}, training={"max_steps": 2})
+    recipe = make_recipe(model={"path": str(directory)})
     assert build_datasets(recipe.data, load_tokenizer(recipe.model)).stats.pads_with_eos
     base = load_base(recipe.model)
     assert base.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run" / "adapter" / ADDED_ROWS).exists()
     padded = make_recipe(model={"path": str(directory), "pad_token": "<|endoftext|>"})
     datasets = build_datasets(padded.data, load_tokenizer(padded.model))
     assert not datasets.stats.pads_with_eos
@@ -276,7 +274,9 @@ def test_chatml_s_markers_can_be_added(tmp_path: Path, tiny_rows: Path, make_rec
         build_datasets(without.data, load_tokenizer(without.model))
     markers = ["<|im_start|>", "<|im_end|>"]
     recipe = make_recipe(
-        model={"path": str(directory), "added_tokens": markers, "eos_token": "<|im_end|>"}, data={"template": "chatml"}
+        model={"path": str(directory), "added_tokens": markers, "eos_token": "<|im_end|>"},
+        data={"template": "chatml"},
+        training={"max_steps": 1},
     )
     train(recipe, tmp_path / "run")
     opened = open_run(tmp_path / "run")

@@ -22,7 +22,7 @@ from qvera.training import session
 from qvera.training.loop import AloneLoop
 from qvera.training.trainer import train
 from qvera.utils.errors import OutOfMemory
-from tests.models.test_checkpointing import CHUNK_BYTES, ThreadStream
+from tests.late_stream import CHUNK_BYTES, LateStream
 from tests.training.runs import losses, records, same, vectors
 from tests.training.test_out_of_memory import MESSAGE
 from tests.training.test_stream import five_layers  # noqa: F401 (a fixture)
@@ -69,7 +69,7 @@ class Failure:
 @pytest.fixture
 def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Failure]]:
     """Let layers be streamed or their inputs offloaded, by a thread, and a step fail."""
-    made: list[ThreadStream] = []
+    made: list[LateStream] = []
 
     def arranged(way: str, moment: str) -> Failure:
         failure = Failure(moment)
@@ -86,11 +86,11 @@ def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Fa
             stream, "LayerStream", lambda *args: plain(*args, pinned=pinned, copies=TwoThreads(HostStream()))
         )
         monkeypatch.setattr(TwoThreads, "copy", failure.copying(TwoThreads.copy))
-        monkeypatch.setattr(ThreadStream, "copy", failure.copying(ThreadStream.copy))
+        monkeypatch.setattr(LateStream, "copy", failure.copying(LateStream.copy))
 
         def offload(model: Any, *_: Any, **__: Any) -> None:
             enable_checkpointing(model)
-            made.append(ThreadStream(longest_seconds=0.002))
+            made.append(LateStream(longest_seconds=0.002))
             chunks = PinnedChunks(CHUNK_BYTES, pin_memory=False)
             copies: Any = made[-1]
             offload_inputs(model.get_base_model(), copies, chunks, use_reentrant=False)
