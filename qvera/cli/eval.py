@@ -100,9 +100,7 @@ def evaluate(
         text_metrics(names)  # a missing package is named at once
     quiet_libraries()
 
-    from qvera.evaluation.judge import summary_text
     from qvera.evaluation.load import find_target, require_base
-    from qvera.evaluation.report.pages import answers_page
     from qvera.tasks.evaluate import evaluate as evaluate_target
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
@@ -140,6 +138,18 @@ def evaluate(
         console=console,
     )
     failure = document.pop("judge_error", None)
+    what = f"{len(document['answers'])} {'labels' if target.model_class.has_own_head else 'answers'}"
+    _write_and_print(document, what, predictions, json_file, html)
+    if failure is not None:
+        raise failure
+
+
+def _write_and_print(
+    document: dict[str, Any], what: str, predictions: Path | None, json_file: Path | None, html: Path | None
+) -> None:
+    from qvera.evaluation.judge import summary_text
+    from qvera.evaluation.report.pages import answers_page
+
     if predictions is not None:
         lines = (json.dumps(plain_json(answer), ensure_ascii=False) + "\n" for answer in document["answers"])
         replace_text(predictions, "".join(lines))
@@ -150,12 +160,9 @@ def evaluate(
     _print_scores(document)
     if document["judge"] is not None:
         print("\n".join(summary_text(document["judge"], document["subject"]["column"].lower())))
-    what = f"{len(document['answers'])} {'labels' if target.model_class.has_own_head else 'answers'}"
     for file, content in ((predictions, what), (json_file, "scores and answers"), (html, "the page")):
         if file is not None:
             print(f"{file}: {content}")
-    if failure is not None:
-        raise failure
 
 
 def _judge_of(
