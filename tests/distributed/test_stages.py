@@ -129,12 +129,13 @@ def test_all_ranks_skip_a_step_whose_gradient_overflows(place: TinyRuns, stage: 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)
 def test_hooks_are_called_around_each_step_that_is_taken(place: TinyRuns, stage: str | None) -> None:
     """All ranks call them in the same order. `before_step` is called again for a step whose gradient overflowed."""
-    word = f"{name_of(stage)}-float16"
-    skipped = json.loads((place.root / word / "run.json").read_text())["result"]["skipped_steps"]
-    for found in place.found:
-        assert found[word]["hook_calls"] == place.found[0][word]["hook_calls"]
-        assert [step for name, step in found[word]["hook_calls"] if name == "after"] == [1, 2, 3]
-        assert len([step for name, step in found[word]["hook_calls"] if name == "before"]) == 3 + skipped
+    if stage in FLOAT16:
+        word = f"{name_of(stage)}-float16"
+        skipped = json.loads((place.root / word / "run.json").read_text())["result"]["skipped_steps"]
+        for found in place.found:
+            assert found[word]["hook_calls"] == place.found[0][word]["hook_calls"]
+            assert [step for name, step in found[word]["hook_calls"] if name == "after"] == [1, 2, 3]
+            assert len([step for name, step in found[word]["hook_calls"] if name == "before"]) == 3 + skipped
     plain = [[name, step] for step in range(1, STEPS + 1) for name in ("before", "after")]
     assert [found[name_of(stage)]["hook_calls"] for found in place.found] == [plain, plain]
     if stage in RESUMED:

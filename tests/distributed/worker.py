@@ -5,12 +5,14 @@ python -m tests.distributed.worker DIRECTORY        plan.json in, found<rank>.js
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -63,17 +65,13 @@ class Watch:
         self.engine: Any = None
         self.model: Any = None
         self.rows: list[list[int]] = []
-        self.live_bytes = 0
+        self.live_bytes = self.longest_batch_tries = 0
         self.big: list[Any] = []
-        self.longest_batch_tries = 0
-        self.recorder = Recorder()
+        self.recorder, self.patches = Recorder(), contextlib.ExitStack()
         self.stop_after = stop_after
         self.out_of_memory = out_of_memory  # a rank, a step, and the rows that fit in a pass there
 
     def __enter__(self) -> Watch:
-        self.kept = AloneLoop.make_engine, AloneLoop.train_step, Batches.passes
-        try_longest = self.try_longest = TrainingSession.try_longest_batch
-        build, step, passes = self.kept
         recorder = self.recorder
 
         class Recording(plugins.Schedule):
@@ -82,58 +80,58 @@ class Watch:
             def hook(self, training: Any) -> TrainingHook:
                 return recorder
 
-        plugins.registered["qvera.schedules"]["recorder"] = Recording
-        nll = self.nll = AloneLoop.nll
+        self.patches.enter_context(mock.patch.dict(plugins.registered["qvera.schedules"], recorder=Recording))
+        for owner, name, watched in (
+            (AloneLoop, "make_engine", self.make_engine), (AloneLoop, "train_step", self.train_step),
+            (AloneLoop, "nll", self.nll), (Batches, "passes", self.passes),
+            (TrainingSession, "try_longest_batch", self.try_longest_batch),
+        ):  # fmt: skip
+            real = getattr(owner, name)
 
-        def watched_nll(loop: AloneLoop, rows: Any, *rest: Any) -> Any:
-            short = self.out_of_memory
-            here = short is not None and (short["rank"], short["step"]) == (loop.group.rank, loop.state.step + 1)
-            if short is not None and here and rest and len(rows) > short["rows"]:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return nll(loop, rows, *rest)
+            def method(*arguments: Any, watched: Any = watched, real: Any = real) -> Any:
+                return watched(real, *arguments)
 
-        AloneLoop.nll = watched_nll  # type: ignore
-
-        def watched(*parts: Any) -> None:
-            self.longest_batch_tries += 1
-            try_longest(*parts)
-
-        TrainingSession.try_longest_batch = watched  # type: ignore
-
-        def watched_build(loop: AloneLoop) -> Any:
-            self.engine, self.model = build(loop), loop.model
-            linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantization.Linear4bit)]
-            # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed
-            # gather it
-            self.big = [linear.weight for linear in linears]
-            for linear in linears:
-                linear.register_forward_hook(self.look)
-            return self.engine
-
-        def watched_step(loop: AloneLoop) -> Any:
-            record = step(loop)
-            if record["step"] == self.stop_after and loop.group.rank == loop.group.world_size - 1:
-                os.kill(os.getpid(), 15)
-            return record
-
-        def watched_passes(*args: Any) -> Any:
-            found = passes(*args)
-            self.rows.append([row for one in found for row in one])
-            return found
-
-        AloneLoop.make_engine, AloneLoop.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
+            self.patches.enter_context(mock.patch.object(owner, name, method))
         return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.patches.close()
+
+    def nll(self, real: Any, loop: AloneLoop, rows: Any, *rest: Any) -> Any:
+        short = self.out_of_memory
+        here = short is not None and (short["rank"], short["step"]) == (loop.group.rank, loop.state.step + 1)
+        if short is not None and here and rest and len(rows) > short["rows"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(loop, rows, *rest)
+
+    def try_longest_batch(self, real: Any, *parts: Any) -> None:
+        self.longest_batch_tries += 1
+        real(*parts)
+
+    def make_engine(self, real: Any, loop: AloneLoop) -> Any:
+        self.engine, self.model = real(loop), loop.model
+        linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantization.Linear4bit)]
+        # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed gather it
+        self.big = [linear.weight for linear in linears]
+        for linear in linears:
+            linear.register_forward_hook(self.look)
+        return self.engine
+
+    def train_step(self, real: Any, loop: AloneLoop) -> Any:
+        record = real(loop)
+        if record["step"] == self.stop_after and loop.group.rank == loop.group.world_size - 1:
+            os.kill(os.getpid(), 15)
+        return record
+
+    def passes(self, real: Any, *arguments: Any) -> Any:
+        found = real(*arguments)
+        self.rows.append([row for one in found for row in one])
+        return found
 
     def look(self, *_: Any) -> None:
         """Bytes of the base's big weights that are whole in this process right now."""
         live = sum(p.numel() * p.element_size() for p in self.big)
         self.live_bytes = max(self.live_bytes, live)
-
-    def __exit__(self, *_: Any) -> None:
-        AloneLoop.make_engine, AloneLoop.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
-        TrainingSession.try_longest_batch = self.try_longest  # type: ignore[method-assign]
-        del plugins.registered["qvera.schedules"]["recorder"]
-        AloneLoop.nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:
         engine = self.engine

@@ -10,131 +10,64 @@ from tests.kernels.compiled import resources
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
-_SIZES = {"out_features": "i32", "width": "i32", "row_stride": "i32"}
-_BLOCKS = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}
-
-
-def low_rank(dtype: str) -> list[dict[str, Any]]:
-    B, vectors, C = {"B": f"*{dtype}"}, {"d": "*fp32", "b": "*fp32"}, {"C": f"*{dtype}"}
-    gradients = {"M": "*fp32", **B, **vectors, "grad_b": "*fp32", "grad_d_parts": "*fp32", **C}
-    return [
-        {
-            "name": f"combined {dtype}",
-            "kernel": "combined_kernel",
-            "signature": {**B, **vectors, **C, "scale": "fp32", **_SIZES},
-            "constexprs": _BLOCKS,
-        },
-        *(
-            {
-                "name": f"vector gradients {dtype}, C written: {write}",
-                "kernel": "vector_gradients_kernel",
-                "signature": {**gradients, "scale": "fp32", "c_scale": "fp32", **_SIZES},
-                "constexprs": {"WRITE_C": write, **_BLOCKS},
-            }
-            for write in (False, True)
-        ),
-    ]
-
-
-def elementwise(dtype: str) -> list[dict[str, Any]]:
-    """At the width of a 7B and at that of a 70B."""
-    kind, factor = f"*{dtype}", {"factor": "*fp32"}
-    norms = [
-        {
-            "name": f"{kernel} of {width}, {dtype}",
-            "kernel": f"{kernel}_kernel",
-            "signature": signature | {"width": "i32"} | more,
-            "constexprs": {"BLOCK": width},
-            "num_warps": width // 512,
-        }
-        for width in (4096, 8192)
-        for kernel, signature, more in (
-            ("rms_norm", {"x": kind, "weight": kind, "y": kind, **factor}, {"eps": "fp32"}),
-            ("rms_norm_backward", {"g": kind, "x": kind, **factor, "weight": kind, "grad": kind}, {}),
-        )
-    ]
-    swiglus = [
-        {
-            "name": f"{kernel}, {dtype}",
-            "kernel": f"{kernel}_kernel",
-            "signature": dict.fromkeys(tensors, kind) | {"count": "i32"},
-            "constexprs": {"BLOCK": 1024},
-        }
-        for kernel, tensors in (("swiglu", "acy"), ("swiglu_backward", ("g", "a", "c", "grad_a", "grad_c")))
-    ]
-    tensors = ("q", "k", "cos", "sin", "q_out", "k_out")
-    strides = [f"{name}_{axis}" for name in "qk" for axis in ("batch", "head", "token")]
-    strides += [f"{name}_{axis}" for name in "cs" for axis in ("batch", "token")]
-    sizes = ("tokens", "q_heads", "k_heads", "half", *strides)
-    ropes = [
-        {
-            "name": f"rope, {dtype}, backward: {backward}",
-            "kernel": "rope_kernel",
-            "signature": dict.fromkeys(tensors, kind) | dict.fromkeys(sizes, "i32"),
-            "constexprs": {"BACKWARD": backward, "BLOCK_HEADS": 8, "BLOCK_HALF": 64},
-        }
-        for backward in (False, True)
-    ]
-    return norms + swiglus + ropes
-
-
-def dequantize(dtype: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": f"dequantize, {dtype}, double: {nested > 0}",
-            "kernel": "dequantize_4bit_kernel",
-            "signature": {
-                "packed": "*u8", "absmax": "*u8" if nested else "*fp32", "code": "*fp32", "nested_absmax": "*fp32",
-                "nested_code": "*fp32", "offset": "*fp32", "weight": f"*{dtype}",
-                "count": "i32", "bytes": "i32", "blocks": "i32",
-            },
-            "constexprs": {"NESTED_BLOCK": nested, "HALF": 32, "BLOCKS": 64},
-        }
-        for nested in (0, 256)
-    ]  # fmt: skip
-
-
-def columns(dtype: str) -> list[dict[str, Any]]:
-    strides = ("columns", "x_stride", "base_stride", "vector_stride", "rows_a_vector")
-    tensors = {"x": f"*{dtype}", "vectors": "*fp32", "base": f"*{dtype}", "out": f"*{dtype}", "index": "*i64"}
-    return [
-        {
-            "name": f"scaled columns {dtype}, added: {add}, indexed: {indexed}",
-            "kernel": "scaled_columns_kernel",
-            "signature": {**tensors, "scale": "fp32", **dict.fromkeys(strides, "i32")},
-            "constexprs": {"ADD": add, "INDEXED": indexed, "BLOCK_COLUMNS": 1024},
-        }
+BLOCKS = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}
+SIZES = "out_features:i width:i row_stride:i"
+GRADIENTS = f"M:f B:T d:f b:f grad_b:f grad_d_parts:f C:T scale:x c_scale:x {SIZES}"
+COLUMNS = (
+    "x:T vectors:f base:T out:T index:l scale:x columns:i x_stride:i base_stride:i vector_stride:i rows_a_vector:i"
+)
+STRIDES = [f"{name}_{axis}:i" for name in "qk" for axis in ("batch", "head", "token")]
+STRIDES += [f"{name}_{axis}:i" for name in "cs" for axis in ("batch", "token")]
+ROPE = f"q:T k:T cos:T sin:T q_out:T k_out:T tokens:i q_heads:i k_heads:i half:i {' '.join(STRIDES)}"
+KERNELS: list[tuple[str, str, dict[str, Any]]] = [  # kernel, its parameters, its constants
+    ("combined", f"B:T d:f b:f C:T scale:x {SIZES}", BLOCKS),
+    *(("vector_gradients", GRADIENTS, {"WRITE_C": write, **BLOCKS}) for write in (False, True)),
+    *(
+        ("scaled_columns", COLUMNS, {"ADD": add, "INDEXED": indexed, "BLOCK_COLUMNS": 1024})
         for add in (False, True)
         for indexed in (False, True)
-    ] + [
-        {
-            "name": f"scaled columns backward {dtype}",
-            "kernel": "scaled_columns_backward_kernel",
-            "signature": {
-                "g": f"*{dtype}",
-                "x": f"*{dtype}",
-                "vector": "*fp32",
-                "grad_x": f"*{dtype}",
-                "grad_vector_parts": "*fp32",
-                **dict.fromkeys(("rows", "columns", "g_stride", "x_stride"), "i32"),
-            },
-            "constexprs": {"ROWS": 64, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128},
-        }
-    ]
-
-
-KERNELS = [
-    {"module": "qvera.kernels.triton_kernels", **kernel}
-    for kernels in (low_rank, columns, elementwise, dequantize)
-    for dtype in ("bf16", "fp16")
-    for kernel in kernels(dtype)
+    ),
+    (
+        "scaled_columns_backward",
+        "g:T x:T vector:f grad_x:T grad_vector_parts:f rows:i columns:i g_stride:i x_stride:i",
+        {"ROWS": 64, **BLOCKS},
+    ),
+    # at the width of a 7B and at that of a 70B
+    *(("rms_norm", "x:T weight:T y:T factor:f width:i eps:x", {"BLOCK": width}) for width in (4096, 8192)),
+    *(("rms_norm_backward", "g:T x:T factor:f weight:T grad:T width:i", {"BLOCK": width}) for width in (4096, 8192)),
+    ("swiglu", "a:T c:T y:T count:i", {"BLOCK": 1024}),
+    ("swiglu_backward", "g:T a:T c:T grad_a:T grad_c:T count:i", {"BLOCK": 1024}),
+    *(("rope", ROPE, {"BACKWARD": backward, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}) for backward in (False, True)),
+    *(
+        (
+            "dequantize_4bit",
+            f"packed:u absmax:{'u' if nested else 'f'} code:f nested_absmax:f nested_code:f offset:f weight:T "
+            "count:i bytes:i blocks:i",
+            {"NESTED_BLOCK": nested, "HALF": 32, "BLOCKS": 64},
+        )
+        for nested in (0, 256)
+    ),
 ]
+
+
+def described(kernel: str, parameters: str, constants: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """As `resources` takes it. T: a pointer to ``dtype``; f, u, l: to fp32, bytes, int64; i and x: numbers."""
+    kinds = {"T": f"*{dtype}", "f": "*fp32", "u": "*u8", "l": "*i64", "i": "i32", "x": "fp32"}
+    return {
+        "name": f"{kernel} {constants} {dtype}",
+        "module": "qvera.kernels.triton_kernels",
+        "kernel": f"{kernel}_kernel",
+        "signature": {name: kinds[kind] for name, kind in (each.split(":") for each in parameters.split())},
+        "constexprs": constants,
+        "num_warps": constants["BLOCK"] // 512 if kernel.startswith("rms_norm") else 4,
+    }
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_registers_and_spills(capability: int) -> None:
-    found = resources(KERNELS, capability)
-    assert len(found) == len(KERNELS)
+    kernels = [described(*kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp16")]
+    found = resources(kernels, capability)
+    assert len(found) == len(kernels) == 36
     for name, used in found.items():
         assert used["spilled_bytes"] == 0, (name, used)
         assert 8 <= used["registers"] <= 128, (name, used)  # 128: four programs of 128 threads on a multiprocessor

@@ -76,13 +76,17 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
                 torch.mm(first(inputs, tokens, n), first(narrow, rank, n).t())  # z = x Aᵀ
                 torch.mm(first(narrow, tokens, rank), first(narrow, m, rank).t())  # z Cᵀ
 
+        def dequantize() -> None:
+            for read in readers:
+                read()  # one is in memory at a time
+
         wide = first(inputs, tokens, max(*sides, run.shape.ff))
         numbers = sum(n * m for n, m in products)
         dequantized = sum(n * m for n, m in quantized)
         return {
             "products": 4 * tokens * numbers / _seconds(dense),
             "low rank": 2 * tokens * rank * sum(n + m for n, m in products) / _seconds(low_rank),
-            "dequantization": dequantized / _seconds(lambda: [read() for read in readers]) if readers else float("inf"),
+            "dequantization": dequantized / _seconds(dequantize) if readers else float("inf"),
             "elementwise": 2 * wide.nbytes / _seconds(lambda: torch.nn.functional.silu(wide)),
         }
 

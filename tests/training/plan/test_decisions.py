@@ -200,15 +200,30 @@ def test_the_table_of_the_document_is_the_plan() -> None:
     assert "\n".join(streamed_rows()) in text
 
 
-@pytest.mark.parametrize(("name", "card_gb", "streams"), [
-    ("Llama-2 13B", 6, True), ("Llama-2 70B", 24, True), ("Llama-2 13B", 12, False), ("Llama-2 70B", 80, False),
+NOT_STREAMED = "auto: this run's layers can't be streamed"
+
+
+@pytest.mark.parametrize(("name", "card_gb", "changes", "why"), [
+    ("Llama-2 13B", 6, {}, "auto: with the base on the device the run takes"),
+    ("Llama-2 70B", 24, {}, "auto: with the base on the device the run takes"),
+    ("Llama-2 13B", 12, {}, "auto: the run fits without it"),
+    ("Llama-2 70B", 80, {}, "auto: the run fits without it"),
+    ("Llama-2 70B", 1, {"layers": 4}, "auto: the run does not fit with it either"),
+    ("Llama-2 70B", 5, {"layers": 10, "sharing": Sharing(3, None, 1, 2)}, NOT_STREAMED),
+    ("Llama-2 70B", 5, {"layers": 10, "training": {"torch_compile": True}}, NOT_STREAMED),
+    ("Llama-2 70B", 5, {"layers": 10, "model": {"quantization": "int8"}}, NOT_STREAMED),
+    ("Llama-2 70B", 5, {"layers": 10, "model": {"quantization": "none"}}, NOT_STREAMED),
 ])  # fmt: skip
 def test_auto_streams_where_the_base_does_not_fit_otherwise(
-    plan_of: Any, name: str, card_gb: int, streams: bool
+    plan_of: Any, name: str, card_gb: int, changes: dict[str, Any], why: str
 ) -> None:
-    plan = plan_of(name, card_gb)
-    assert plan.fits and plan.streaming.streams is streams
+    plan = plan_of(name, card_gb, **changes)
+    streams = "with the base on the device" in why
+    assert plan.streaming.why.startswith(why) and plan.streaming.streams is streams
+    assert plan.fits is (streams or "fits without" in why)
     assert any("Streaming: on (auto" in line for line in run_lines(plan)) is streams
+    if why == NOT_STREAMED:
+        assert not any("model.stream" in change.settings for change in plan.changes)
 
 
 def test_two_layers_take_the_place_of_all(plan_of: Any) -> None:
@@ -227,34 +242,17 @@ def test_streaming_is_among_the_changes_that_make_a_run_fit(plan_of: Any) -> Non
     assert any("model.stream=true" in line for line in change_lines(plan))
 
 
-def test_a_run_that_does_not_fit_streamed_either_stays_resident(plan_of: Any) -> None:
-    plan = plan_of("Llama-2 70B", 1, layers=4)
-    assert not plan.fits and not plan.streaming.streams
-
-
 def test_too_little_ram_is_said(plan_of: Any) -> None:
     assert "read from their file" in str(plan_of("Llama-2 70B", 24, host_bytes=20 * 10**9).streaming)
     assert "read from their file" not in str(plan_of("Llama-2 70B", 24, host_bytes=64 * 10**9).streaming)
 
 
-def test_neither_zero3_nor_int8_nor_a_cpu_streams_by_itself(plan_of: Any, make_recipe: Any) -> None:
-    assert plan_of("Llama-2 70B", 5, layers=10).streaming.streams
-    assert not plan_of("Llama-2 70B", 5, Sharing(3, None, 1, 2), layers=10).streaming.streams
-    assert not plan_of("Llama-2 70B", 5, layers=10, model={"quantization": "int8"}).streaming.streams
+def test_a_cpu_does_not_stream_by_itself(make_recipe: Any) -> None:
     recipe = make_recipe()
     cpu = Machine("a CPU", "cpu", gpu_machine(recipe.model, 1).dtype, True, 1000)
     assert not make_plan(recipe, cpu).streaming.streams
     forced = make_plan(recipe.replace(model=recipe.model.replace(stream=True)), cpu)
     assert forced.streaming.streams and "only adds copies" in str(forced.streaming)
-
-
-def test_auto_does_not_stream_what_is_compiled_or_not_in_four_bits(plan_of: Any) -> None:
-    for changes in ({"training": {"torch_compile": True}}, {"model": {"quantization": "none"}}):
-        plan = plan_of("Llama-2 70B", 5, layers=10, **changes)
-        assert not plan.streaming.streams
-        assert not plan.fits
-        assert plan.streaming.why == "auto: this run's layers can't be streamed"
-        assert not any("model.stream" in change.settings for change in plan.changes)
 
 
 @pytest.fixture
