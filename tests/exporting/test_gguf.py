@@ -187,7 +187,7 @@ def small_model(name: str, directory: Path, tokenizer: Any = None) -> ModelSecti
             assert torch.isfinite(parameter).all(), key
     model.save_pretrained(directory)
     (tokenizer or byte_level("gpt-2")).save_pretrained(directory)
-    return ModelSection(path=str(directory), compute_dtype="float32")
+    return ModelSection(path=str(directory), compute_dtype="float32", quantization="none")
 
 
 def small_adapter(section: ModelSection, directory: Path, *, zero: bool = False, **settings: Any) -> Path:
@@ -279,13 +279,12 @@ def test_longer_texts_have_the_other_factors_of_phi_3(made: Callable[[str], Made
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "llama", "gemma"])
-def test_llama_cpp_reads_the_same_tokens(kind: str, tmp_path: Path) -> None:
+def test_llama_cpp_reads_the_same_tokens(kind: str, made: Callable[[str], Made], tmp_path: Path) -> None:
     tokenizer = sentence_pieces(kind) if kind in ("llama", "gemma") else byte_level(kind)
     # one that looks special, and one that does not
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<|call|>", "[WORD]")])
     section = small_model("llama", tmp_path / "base", tokenizer)
-    adapter = small_adapter(section, tmp_path / "adapter")
-    export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
+    export_gguf(made("llama").adapter, section, tmp_path / "gguf", ExportSection(), "float32")
     texts = [*PROMPTS, "the words say the   word", "say the<|call|>word [WORD] the", "1234567 say 12.5", "\n\n\n   the"]
     if kind not in ("llama", "gemma"):
         texts += ["<|im_start|>user\nthe word<|im_end|>\n", "I'll say'd X'LL"]
@@ -324,9 +323,10 @@ def test_a_model_is_not_called_phi_3_where_it_keeps_spaces() -> None:
 def test_smaller_types_are_as_near_as_they_can_be(
     dtype: str, tolerance: float, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
-    section, adapter, model, tokenizer = made("llama")
+    section, adapter = made("llama").section.replace(quantization="nf4"), made("llama").adapter
     certificate = export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), dtype)
     assert certificate["dtype"] == dtype
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
     ids = tokenizer(PROMPTS[1])["input_ids"]
     (name,) = certificate["files"]
     with llama_cpp(tmp_path / "gguf" / name) as loaded:

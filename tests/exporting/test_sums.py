@@ -45,9 +45,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["nf4", "none"])
+@pytest.fixture(scope="module")
 def section(request: Any, tiny_model_dir: Path) -> ModelSection:
-    return ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param)
+    quantization = getattr(request, "param", "nf4")
+    return ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=quantization)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,7 @@ def assert_rows(found: torch.Tensor, names: list[str], alone: dict[str, torch.Te
 NAMES = ["a", "smaller", "seed", "few", "__base__", "pairs"]
 
 
+@pytest.mark.parametrize("section", ["nf4", "none"], indirect=True, scope="module")
 def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
     section: ModelSection, directories: dict[str, Path], alone: dict[str, torch.Tensor]
 ) -> None:
