@@ -187,6 +187,12 @@ def test_what_is_saved_is_loaded_to_the_bit(loaded: Any, run_dir: Path, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+STATEFUL = ("vera", "spiel", "lora-sb", "lorta")  # plain vectors, places that move, a start of its own, shared tensors
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(n, marks=() if n in STATEFUL else pytest.mark.slow) for n in CASES], indirect=True
+)
 def test_a_resumed_run_is_the_same_to_the_bit(
     case: Case, run_dir: Path, tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
