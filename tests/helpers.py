@@ -1,17 +1,20 @@
-"""Helpers of many tests: processes that a test may kill, and grids of which the fast suite runs a sample."""
+"""Helpers of many tests: processes that a test may kill, grids of which the fast suite runs a sample, the pages' commands."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["qvera.models.loader", "tests.conftest"])
 
@@ -59,3 +62,12 @@ def sampled(*axes: Sequence[object]) -> list[Any]:
         )
         for case in cases
     ]
+
+
+def commands(page: str) -> list[str]:
+    """The command lines of the ``bash`` blocks of a page, without comments, and those between backquotes in a line."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`(qvera [a-z-]+ (?:my\.yaml|runs/my|MODEL)[^`]*)`", text)
+    found = [re.split(r"\s+#", line)[0].strip() for line in lines]
+    return [part for line in found if line and not line.startswith("#") for part in line.split(" && ") if part]

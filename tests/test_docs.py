@@ -20,11 +20,11 @@ from qvera.adapters import methods
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from tests.cli.helpers import parse
+from tests.helpers import ROOT, commands
 from tests.many_adapters import write_customers, write_run
 
 pytestmark = pytest.mark.process
 
-ROOT = Path(__file__).resolve().parent.parent
 OF_ALL_METHODS = [f"docs/methods/{name}.md" for name in ("index", "table", "evidence", "adding")]
 METHOD_PAGES = sorted({f"docs/methods/{p.name}" for p in (ROOT / "docs" / "methods").glob("*.md")} - {*OF_ALL_METHODS})
 OTHER_PAGES = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
@@ -67,15 +67,6 @@ NOT_RUN = {
     ".ci/run": "runs this suite",
     "make": "runs this suite, or builds; that the target exists is tested below",
 }
-
-
-def commands(page: str) -> list[str]:
-    """The command lines of the ``bash`` blocks of a page, without comments, and those between backquotes in a line."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    lines += re.findall(r"`(qvera [a-z-]+ (?:my\.yaml|runs/my|MODEL)[^`]*)`", text)
-    found = [re.split(r"\s+#", line)[0].strip() for line in lines]
-    return [part for line in found if line and not line.startswith("#") for part in line.split(" && ") if part]
 
 
 def reason_not_run(command: str) -> str | None:

@@ -18,8 +18,8 @@ from bench.customer_rows import STYLES, row, write_rows
 from qvera.adapters.bank import MixedForward, User
 from qvera.cli.main import main
 from qvera.evaluation.named_adapters import require_named
+from tests.helpers import ROOT, commands
 from tests.serve.command import Command
-from tests.test_docs import ROOT, commands
 
 pytestmark = pytest.mark.process
 

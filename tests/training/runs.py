@@ -24,6 +24,9 @@ from qvera.training.trainer import train
 from qvera.utils.errors import Interrupted
 
 COLUMN = "customer"
+MESSAGE = (  # of torch, for a card that is full
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which 1.00 GiB is free."
+)
 TIMES = ("seconds", "step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes")
 
 

@@ -32,13 +32,9 @@ from qvera.training.plan.run import changed
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.memory import Shortage
-from tests.training.runs import cut_off, losses, records, same, vectors
+from tests.training.runs import MESSAGE, cut_off, losses, records, same, vectors
 
 pytestmark = pytest.mark.process
-
-MESSAGE = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which 1.00 GiB is free."
-)
 
 
 @pytest.fixture

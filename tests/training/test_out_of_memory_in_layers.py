@@ -23,9 +23,7 @@ from qvera.training.loop import AloneLoop
 from qvera.training.trainer import train
 from qvera.utils.errors import OutOfMemory
 from tests.late_stream import CHUNK_BYTES, LateStream
-from tests.training.runs import losses, records, same, vectors
-from tests.training.test_out_of_memory import MESSAGE
-from tests.training.test_stream import five_layers  # noqa: F401 (a fixture)
+from tests.training.runs import MESSAGE, losses, records, same, vectors
 from tests.two_threads import HostStream, TwoThreads
 
 pytestmark = pytest.mark.process
@@ -106,7 +104,7 @@ def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Fa
 
 
 @pytest.fixture(scope="module")
-def recipe(make_recipe: Any, five_layers: Path) -> Callable[..., Any]:  # noqa: F811
+def recipe(make_recipe: Any, five_layers: Path) -> Callable[..., Any]:
     def make(way: str | None = None, **training: Any) -> Any:
         return make_recipe(
             model={"path": str(five_layers), "stream": way is not None and way != "offloaded"},
@@ -142,7 +140,9 @@ def test_the_step_is_taken_again_with_half_the_rows(
         torch.testing.assert_close(vectors(tmp_path / "halved")[name], tensor, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("way", ["streamed", "offloaded"])
+@pytest.mark.parametrize(
+    "way", ["streamed", "offloaded", pytest.param("streamed from the file", marks=pytest.mark.slow)]
+)
 def test_the_run_is_saved_and_goes_on_to_the_bit(
     recipe: Any, tmp_path: Path, arrange: Any, whole: Path, way: str
 ) -> None:

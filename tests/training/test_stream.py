@@ -14,17 +14,7 @@ from qvera.evaluation.load import open_run
 from qvera.models import stream
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.conftest import small_llama, small_tokenizer
 from tests.two_threads import HostStream, TwoThreads
-
-
-@pytest.fixture(scope="module")
-def five_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with more layers than there are buffers."""
-    directory = tmp_path_factory.mktemp("models") / "five-layers"
-    small_llama(num_hidden_layers=5).to(torch.bfloat16).save_pretrained(directory)
-    small_tokenizer().save_pretrained(directory)
-    return directory
 
 
 def steps_of(run_dir: Path) -> list[tuple[Any, ...]]:
