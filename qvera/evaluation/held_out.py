@@ -19,7 +19,8 @@ from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
 from qvera.models.structure import causal_model
-from qvera.utils.memory import each_in_halves
+from qvera.utils.errors import OutOfMemory
+from qvera.utils.memory import Shortage, each_in_halves, or_shortage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,8 +78,9 @@ def over_held_out(
 ) -> list[tuple[list[int], Found]]:
     """Run ``compute`` on batches of rows of similar length, in evaluation mode; it takes a batch's row numbers.
 
-    Where memory runs out, batches are halved. All ranks of ``group`` must call this, because they share the batches.
-    ``advice`` ends the error message where a single row does not fit.
+    All ranks of ``group`` must call this, because they share the batches. Where memory runs out, batches are halved,
+    but not under ZeRO-3, where it raises OutOfMemory. ``advice`` ends the error message where a single row does not
+    fit.
 
     Returns the row numbers and the result of each of this rank's batches.
     """
@@ -94,8 +96,19 @@ def over_held_out(
         together = any_sharded(model)
         idle = -(-len(batches) // group.world_size) - len(mine) if together else 0
         device = next(model.parameters()).device
+
+        def of_all_ranks(rows: list[int]) -> Found:
+            # not halved: the other ranks would wait for this one's share of the weights
+            result = or_shortage(lambda: compute(rows), device)
+            if isinstance(result, Shortage):
+                raise OutOfMemory(
+                    f"Memory ran out with {len(rows)} held-out rows at a time: {result}. Lower "
+                    f"training.per_device_eval_batch_size. {advice}"
+                )
+            return result
+
         each = (
-            ((rows, compute(rows)) for rows in mine + batches[:1] * idle)
+            ((rows, of_all_ranks(rows)) for rows in mine + batches[:1] * idle)
             if together
             else each_in_halves(mine, compute, device, "held-out rows", advice)
         )

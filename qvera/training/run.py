@@ -1,7 +1,8 @@
 """A run: a session and its loop, with lock, signals, metrics.jsonl, checkpoints and run.json in a directory.
 
 A resumed run gives the same bits as an uninterrupted one: the rows of step k depend on k alone, the loss is the mean
-over the trained tokens of the whole global batch, and a checkpoint holds all else that a step depends on.
+over the targets (trained tokens, or rows) of the whole global batch, and a checkpoint holds all else that a step
+depends on.
 """
 
 from __future__ import annotations
@@ -153,7 +154,10 @@ class Run(ABC):
     def train(self) -> RunResult | None:
         """Take the steps that are left, save what came out, and write run.json. Returns the result on rank 0."""
         with self.signals, self.trackers:
-            self.score_before()
+            try:
+                self.score_before()
+            except OutOfMemory as error:
+                raise self.end(error) from None
             self.session.model.train()
             with ProgressBar(self.console, self.steps, self.steps_behind) as self.progress:
                 while self.has_steps_left and not self.stop_requested():

@@ -5,6 +5,7 @@ The error is injected; no accelerator has raised it in a run yet.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -23,6 +24,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Example
 from qvera.data.rows import Rows
 from qvera.distributed.group import Group
+from qvera.evaluation import held_out
 from qvera.models import forward
 from qvera.training.failures import step_error
 from qvera.training.loop import AloneLoop
@@ -218,6 +220,29 @@ def test_an_evaluation_that_does_not_fit_is_made_again_in_the_run_that_goes_on(
     assert again | {"seconds": once["seconds"]} == once
     results = [json.loads((tmp_path / name / "run.json").read_text())["result"] for name in ("cut", "whole")]
     assert results[0]["best_step"] == results[1]["best_step"] == 3
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_score_before_training_that_does_not_fit_ends_the_run(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """With ZeRO-3's shards no batch is halved, since all ranks compute the same number of them."""
+    real = forward.batch_nll
+
+    def too_much(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError(MESSAGE)
+        return real(*args)
+
+    monkeypatch.setattr(forward, "batch_nll", too_much)
+    monkeypatch.setattr(held_out, "any_sharded", lambda _: sharded)
+    many = "with [2-9] held-out rows at a time: .* Lower training.per_device_eval_batch_size"
+    with (
+        contextlib.nullcontext() if sharded else pytest.warns(UserWarning, match="Memory ran out with"),
+        pytest.raises(OutOfMemory, match=many if sharded else "with one of the held-out rows at a time"),
+    ):
+        train(make_recipe(training={"max_steps": 2}), tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "failed"
 
 
 def test_scores_after_training_that_do_not_fit_leave_a_run_that_can_go_on(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qvera.serve.api.access import is_own_name
+from qvera.serve.ui import app
 from tests.evaluation.report.conftest import evaluation, many_info
 from tests.serve.ui.conftest import Served
 
@@ -109,9 +110,15 @@ def attempts() -> list[bytes]:
 
 
 def test_no_address_leads_out_of_the_runs(
-    build_run: Build, serve: Serve, outside: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build_run: Build,
+    serve: Serve,
+    outside: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     put(build_run, tmp_path, "good")
+    monkeypatch.setattr(app, "LOOK_SECONDS", 0.0)  # a stream of news of a run that is not there ends at its second look
     served = serve(tmp_path / "runs")
     for target in attempts():
         if target.startswith((b"/events/run/good", b"/events/runs")):
