@@ -249,7 +249,7 @@ def test_the_best_rate_is_one_that_did_not_diverge() -> None:
     assert best_rate([lines[0], *lines[3:]], 3) is None
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_whole_command_on_smollm2(tmp_path: Path) -> None:
     *sweep, final = whole_command(tmp_path, smollm2(), method="vera r=256")
     assert len(sweep) == 4

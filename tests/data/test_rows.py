@@ -417,6 +417,6 @@ def test_an_epoch_takes_the_memory_of_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_million_rows(tmp_path: Path) -> None:
     check_memory(tmp_path, 1_000_000, 1)

@@ -89,7 +89,7 @@ def slow_stages(place: TinyRuns) -> None:
         mine.update(more)
 
 
-@pytest.fixture(params=[*QUICK, *(pytest.param(stage, marks=pytest.mark.slow) for stage in SLOW)], ids=name_of)
+@pytest.fixture(params=[*QUICK, *(pytest.param(stage, marks=pytest.mark.matrix) for stage in SLOW)], ids=name_of)
 def stage(request: pytest.FixtureRequest) -> str | None:
     if request.param in SLOW:
         request.getfixturevalue("slow_stages")
@@ -237,14 +237,14 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: TinyRuns) -> None
             assert rank[f"{stage}-cut"]["rows"] + rank[f"{stage}-resumed"]["rows"] == rank[stage]["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.usefixtures("slow_stages")
 def test_layers_gathered_ahead_change_nothing(place: TinyRuns) -> None:
     close(place.root / "zero3-ahead", place.root / "alone")
 
 
 @pytest.mark.parametrize("word", ["zero3-uneven", "zero3-one-row", *(
-    pytest.param(word, marks=pytest.mark.slow) for word in ("zero2-uneven", "none-one-row")
+    pytest.param(word, marks=pytest.mark.matrix) for word in ("zero2-uneven", "none-one-row")
 )])  # fmt: skip
 def test_uneven_shares_and_a_rank_without_rows_change_nothing(
     place: TinyRuns, word: str, request: pytest.FixtureRequest

@@ -498,7 +498,7 @@ def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_smollm2_answers_20_prompts_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
+def test_smollm2_answers_prompts_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
     section = ModelSection(path=smollm2(), compute_dtype="float32")
     model = attach(load_base(section).model, AdapterSection(rank=64), section.path)
     generator = torch.Generator().manual_seed(0)
@@ -508,13 +508,13 @@ def test_smollm2_answers_20_prompts_in_llama_cpp_as_in_transformers(tmp_path: Pa
     save_adapter(model, tmp_path / "adapter")
     del model
     merged, tokenizer = merged_model(tmp_path / "adapter", section, tmp_path / "merged")
-    rows = (Path(__file__).parents[2] / "recipes" / "quickstart" / "heldout.jsonl").read_text().splitlines()[:20]
+    rows = (Path(__file__).parents[2] / "recipes" / "quickstart" / "heldout.jsonl").read_text().splitlines()[:8]
     turns = [[{"role": "user", "content": json.loads(row)["prompt"]}] for row in rows]
     texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     expected = [transformers_answer(merged, tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
-    # type → how many of the 20 answers have the same 8 tokens, and how far a log probability of those is off
+    # type → how many of the 8 answers have the same 8 tokens, and how far a log probability of those is off
     for dtype, (same, tolerance) in {
-        "float32": (20, 1e-3), "float16": (20, 2e-2), "bfloat16": (15, 0.2), "q8_0": (10, 0.5),
+        "float32": (8, 1e-3), "float16": (8, 2e-2), "bfloat16": (6, 0.2), "q8_0": (4, 0.5),
     }.items():  # fmt: skip
         certificate = export_gguf(tmp_path / "adapter", section, tmp_path / dtype, ExportSection(), dtype)
         (name,) = certificate["files"]
@@ -524,6 +524,6 @@ def test_smollm2_answers_20_prompts_in_llama_cpp_as_in_transformers(tmp_path: Pa
         largest = max(
             (torch.tensor(a.log_probabilities) - torch.tensor(b.log_probabilities)).abs().max() for a, b in equal
         )
-        print(f"{dtype}: {len(equal)} of 20 answers, log probabilities within {largest:.2g}")
+        print(f"{dtype}: {len(equal)} of 8 answers, log probabilities within {largest:.2g}")
         assert len(equal) >= same and largest <= tolerance
         assert [one.prompt_tokens for one in found] == [other.prompt_tokens for other in expected]

@@ -105,7 +105,7 @@ def test_the_peak_of_each_part_of_a_step_is_the_plan_s() -> None:
     check(SAMPLE)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_peak_is_the_plan_s_for_every_shape_rank_and_way_of_keeping_activations() -> None:
     check(PRODUCT)
 

@@ -44,7 +44,7 @@ def test_an_answer_of_the_wrong_adapter_is_a_fault_at_the_time_when_it_is_wrong(
 
 @pytest.mark.parametrize(
     "parts",
-    [["files", "bodies"], pytest.param(["kill", "slow", "disk"], marks=pytest.mark.slow)],
+    [["files", "bodies"], pytest.param(["kill", "slow", "disk"], marks=pytest.mark.matrix)],
     ids=" ".join,
 )
 def test_a_server_stands_the_faults_under_load(parts: list[str], tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ def test_among_others_as_alone(make_recipe: Any, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_each_of_a_hundred_as_alone(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1 to 60 rows, at least two that stop early, one that diverges."""
+def test_among_a_hundred_as_alone(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 to 60 rows, at least two that stop early, one that diverges; thirty of them are compared."""
     chooser = random.Random(1)
     counts = {f"customer {number}": chooser.randint(1, 60) for number in range(95)}
     counts |= {"least": 1, "most": 60} | {f"noise {number}": 4 + number for number in range(3)}
@@ -115,8 +115,7 @@ def test_each_of_a_hundred_as_alone(make_recipe: Any, tmp_path: Path, monkeypatc
     assert statuses["done"] >= 2
     differences = [
         assert_as_alone(tmp_path / "run", name, recipe, rows[name], tmp_path / found[name]["directory"], rel=2e-4)
-        for name in found
-        if name != "customer 7"
+        for name in ["least", "most", *chooser.sample(sorted(set(found) - {"least", "most", "customer 7"}), 28)]
     ]
     # at this learning rate AdamW makes some roundings large: of the same adapter alone in passes of 2 rows and of 4 too
     assert sum(one <= 1e-5 for one in differences) >= 0.9 * len(differences)
