@@ -29,7 +29,7 @@ from qvera.lab import svd
 from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
 from qvera.lab.keys import Settings
 from qvera.models import quantization
-from qvera.utils.atomic import flush, replace_text
+from qvera.utils.atomic import replace_text, replacing
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -186,10 +186,5 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content = save(tensors, {SHA256: data_sha256(save(tensors))})
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with replacing(file) as partial:
         partial.write_bytes(content)
-        flush(partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

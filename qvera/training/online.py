@@ -47,7 +47,7 @@ from qvera.training.loop import Records
 from qvera.training.roster import AdapterRun, Roster
 from qvera.training.run_dir import changed_keys
 from qvera.utils import accelerator
-from qvera.utils.atomic import disk_errors, flush
+from qvera.utils.atomic import disk_errors, replacing
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import plain_json
 from qvera.utils.safetensors_io import save_tensors
@@ -277,15 +277,8 @@ def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
     text = json.dumps(plain_json(state))
     held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _JOB_FORMAT, "state": text, "sha256": _sha256(text, held)}
-    partial = file.with_name(f".{file.name}.partial")
-    with disk_errors(str(file), "What was saved before is kept."):
-        try:
-            save_tensors(held, partial, metadata)
-            flush(partial)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-        flush(file.parent)
+    with disk_errors(str(file), "What was saved before is kept."), replacing(file) as partial:
+        save_tensors(held, partial, metadata)
 
 
 @dataclasses.dataclass

@@ -165,9 +165,16 @@ def exchange(one: Path, other: Path) -> bool:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file's text: after a kill it has the new text or the old one."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write a whole file to; then it takes the place of ``path``, on the disk."""
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         flush(partial)
         partial.replace(path)
     finally:
