@@ -184,12 +184,7 @@ def generate(
 
         batches = microbatches(by_length, batch_size)
         advice = "Lower the number of new tokens, or shorten the prompt."
-        each = (
-            ((rows, answer(rows)) for rows in batches)  # the ranks walk through the layers together
-            if together
-            else each_in_halves(batches, answer, device, "prompts", advice)
-        )
-        for rows, texts in each:
+        for rows, texts in each_in_halves(batches, answer, device, "prompts", advice, together):
             answers.update(zip(rows, texts, strict=True))
             if progress is not None:
                 progress(len(answers))

@@ -19,8 +19,7 @@ from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
 from qvera.models.structure import causal_model
-from qvera.utils.errors import OutOfMemory
-from qvera.utils.memory import Shortage, each_in_halves, or_shortage
+from qvera.utils.memory import each_in_halves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,23 +95,10 @@ def over_held_out(
         together = any_sharded(model)
         idle = -(-len(batches) // group.world_size) - len(mine) if together else 0
         device = next(model.parameters()).device
-
-        def of_all_ranks(rows: list[int]) -> Found:
-            # not halved: the other ranks would wait for this one's share of the weights
-            result = or_shortage(lambda: compute(rows), device)
-            if isinstance(result, Shortage):
-                raise OutOfMemory(
-                    f"Memory ran out with {len(rows)} held-out rows at a time: {result}. Lower "
-                    f"training.per_device_eval_batch_size. {advice}"
-                )
-            return result
-
-        each = (
-            ((rows, of_all_ranks(rows)) for rows in mine + batches[:1] * idle)
-            if together
-            else each_in_halves(mine, compute, device, "held-out rows", advice)
-        )
-        for rows, result in each:
+        if together:
+            advice = f"Lower training.per_device_eval_batch_size. {advice}"
+        all_batches = mine + batches[:1] * idle
+        for rows, result in each_in_halves(all_batches, compute, device, "held-out rows", advice, together):
             if rows is batches[0] and group.rank:
                 continue
             found.append((rows, result))

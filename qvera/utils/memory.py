@@ -221,12 +221,19 @@ def or_shortage(do: Callable[[], T], device: torch.device) -> T | Shortage:
 
 
 def each_in_halves(
-    batches: Iterable[list[Row]], do: Callable[[list[Row]], T], device: torch.device, rows: str, advice: str
+    batches: Iterable[list[Row]],
+    do: Callable[[list[Row]], T],
+    device: torch.device,
+    rows: str,
+    advice: str,
+    together: bool = False,
 ) -> Iterator[tuple[list[Row], T]]:
     """Call ``do`` with each batch; yield the batch and the result.
 
     Where memory runs out, that batch and all later ones are halved, again and again, with a warning. OutOfMemory if a
     single one does not fit; ``advice`` ends its message. ``rows`` is the word for elements, such as ``prompts``.
+    ``together``: the other ranks wait for this one's share of the weights in each batch, so a batch that does not fit
+    raises at once.
     """
     most: int | None = None
     for batch in batches:
@@ -242,6 +249,8 @@ def each_in_halves(
                 continue
             if len(part) == 1:
                 raise OutOfMemory(f"Memory ran out with one of the {rows} at a time: {result}. {advice}")
+            if together:
+                raise OutOfMemory(f"Memory ran out with {len(part)} {rows} at a time: {result}. {advice}")
             most = len(part) // 2
             waiting.appendleft(part)
             warnings.warn(
