@@ -36,7 +36,7 @@ from qvera.training.run_dir import write_run
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, NotFinite, RunFailed
+from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
 from qvera.utils.paths import ADAPTERS, resolve_path
@@ -236,14 +236,8 @@ class ManyTrainer(Run):
         roster = self.loop.roster
         for run in roster.admit():
             self.loop.begin(run)
-        work, taken = self.loop.take_round(), list[dict[str, Any]]()
-        while True:
-            try:
-                records = next(work, None)
-            except RunFailed as error:
-                raise self.end(error) from None
-            if records is None:
-                break
+        taken = list[dict[str, Any]]()
+        for records in self.loop.take_round():
             self.log(records)
             taken += [record for record in records if record["kind"] == "round"]
         self._let_out()

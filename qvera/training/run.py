@@ -7,6 +7,7 @@ depends on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from abc import ABC, abstractmethod
@@ -156,22 +157,23 @@ class Run(ABC):
         with self.signals, self.trackers:
             try:
                 self.score_before()
-            except OutOfMemory as error:
+                self.session.model.train()
+                with ProgressBar(self.console, self.steps, self.steps_behind) as self.progress:
+                    while self.has_steps_left and not self.stop_requested():
+                        if self.take_turn():
+                            self.save_checkpoint()
+                if self.count != self.saved:
+                    self.save_checkpoint()
+                self.meet()
+                if self.stopped_by is None:
+                    self.complete()
+            except RunFailed as error:
                 raise self.end(error) from None
-            self.session.model.train()
-            with ProgressBar(self.console, self.steps, self.steps_behind) as self.progress:
-                while self.has_steps_left and not self.stop_requested():
-                    if self.take_turn():
-                        self.save_checkpoint()
-            if self.count != self.saved:
-                self.save_checkpoint()
-            self.meet()
             if self.stopped_by is not None:
                 self.finish("interrupted")
                 of_all = f" of {self.steps}" if self.unit == "step" else ""
                 text = f"Stopped by {self.stopped_by} after {self.unit} {self.count}{of_all}, and saved. "
                 raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
-            self.complete()
         self.finish("done")
         return RunResult(self.run_dir, self.summary) if self.group.first else None
 
@@ -214,7 +216,8 @@ class Run(ABC):
                     f"{self.unit.capitalize()} {self.saved} is saved: the same command with --resume goes on from it."
                 )
                 error = for_all(OutOfMemory(f"{error}\n{said}"))
-        self.finish("failed")
+        with contextlib.suppress(RunFailed):  # a disk that is full has its own error already
+            self.finish("failed")
         return error
 
     @abstractmethod

@@ -28,7 +28,7 @@ from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import check_run_dir, write_run, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json
 from qvera.utils.status_line import status_line
 
@@ -138,10 +138,7 @@ class Trainer(Run):
         training, state = self.recipe.training, self.state
         goes_on_with_evaluation, best_step = state.evaluation_due, state.best_step
         if not goes_on_with_evaluation:
-            try:
-                record = self.loop.train_step()
-            except RunFailed as error:
-                raise self.end(error) from None
+            record = self.loop.train_step()
             self.log(record)
             if record["kind"] != "train":  # it was not taken
                 return False
@@ -159,12 +156,9 @@ class Trainer(Run):
         self.save_adapter()
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
-        try:
-            if self.loop.datasets.eval:
-                after, samples = self.score("After training")
-            self.extra = self.loop.hooks.finish(self.loop)
-        except OutOfMemory as error:
-            raise self.end(error) from None
+        if self.loop.datasets.eval:
+            after, samples = self.score("After training")
+        self.extra = self.loop.hooks.finish(self.loop)
         self.after, self.samples = after, samples
         if after is None or has_finite_loss(after):
             return
@@ -173,7 +167,6 @@ class Trainer(Run):
             self.warn(text)
             return
         self.group.on_first(lambda: shutil.rmtree(self.run_dir / "adapter"))
-        self.finish("failed")
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def stop_requested(self) -> bool:
@@ -206,10 +199,7 @@ class Trainer(Run):
         Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
         """
         state, patience = self.state, self.recipe.training.early_stopping_patience
-        try:
-            result = self.loop.held_out_loss()
-        except OutOfMemory as error:
-            raise self.end(error) from None
+        result = self.loop.held_out_loss()
         state.evaluation_due = False
         state.add_evaluation(result["loss"], patience)
         self.console.print(f"step {state.step}: {self.session.task.line(result)}", soft_wrap=True)

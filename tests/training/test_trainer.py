@@ -468,6 +468,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_resume_ends_where_it_would_have(
         assert "the disk is full" in capsys.readouterr().err
         assert list((disk / "run" / "checkpoints").glob("step-*"))
         assert not (disk / "run" / "adapter").exists()
+        assert json.loads((disk / "run" / "run.json").read_text())["status"] == "failed"
         filler.unlink()
         assert main([*command, "--resume"]) == 0
         vectors = (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
