@@ -1,4 +1,4 @@
-"""What a run left, of one adapter or of many; runs that are killed or stopped; rows and recipes of many adapters."""
+"""What a run left, of one adapter or of many; runs that are killed, stopped or shared; rows and recipes of many adapters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.training import checkpoint
 from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import Interrupted
+from tests.distributed.ranks import free_port
+from tests.helpers import start_process
 
 COLUMN = "customer"
 MESSAGE = (  # of torch, for a card that is full
@@ -80,9 +84,13 @@ def train_many(recipe: Recipe, run_dir: Path, **more: Any) -> dict[str, dict[str
     return entries(run_dir)
 
 
+def run_json(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return found
+
+
 def entries(run_dir: Path) -> dict[str, dict[str, Any]]:
-    run = json.loads((run_dir / "run.json").read_text())
-    return {entry["name"]: entry for entry in run["adapters"]}
+    return {entry["name"]: entry for entry in run_json(run_dir)["adapters"]}
 
 
 def records(run_dir: Path, kind: str = "train", adapter: str | None = None) -> list[dict[str, Any]]:
@@ -109,6 +117,20 @@ def losses(run_dir: Path) -> list[float]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    """Of one adapter: the losses and the vectors, to the bit."""
+    assert losses(run_dir) == losses(whole)
+    assert same(vectors(run_dir), vectors(whole))
+
+
+def assert_close_run(run_dir: Path, whole: Path) -> None:
+    """Of one adapter: the losses and the vectors, to what other passes round differently."""
+    assert losses(run_dir) == pytest.approx(losses(whole), rel=1e-5)
+    found, expected = vectors(run_dir), vectors(whole)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def cut_off(run_dir: Path, copy: Path, *, after: int) -> Path:
@@ -142,6 +164,34 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -
     finally:
         AloneLoop.train_step = original  # type: ignore[method-assign]
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def _rank(places: dict[str, str], log: Path, arguments: list[str]) -> None:
+    os.environ.update(places)
+    with open(log, "w") as handle:
+        for stream in (1, 2):
+            os.dup2(handle.fileno(), stream)
+        sys.exit(main(arguments))
+
+
+def on_two_ranks(arguments: list[str], directory: Path) -> str:
+    """Let two processes run a command as a launcher starts them; what both said."""
+    directory.mkdir()
+    logs = [directory / f"rank{rank}.log" for rank in range(2)]
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start_process(_rank, {**places, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log, arguments)
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        for rank in ranks:
+            rank.join(240)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = "\n".join(log.read_text() for log in logs)
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
+    return said
 
 
 def vouch_for(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +12,36 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qvera.config.schema import Recipe
 from qvera.data import Example
 from qvera.models.loader import load_base
 from qvera.training import online
 from qvera.training.bank_loop import BankLoop
 from qvera.training.online import OnlineTrainer
-from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.training.online_jobs import (
-    Jobs,
-    datasets_of,
-    difference,
-    job_recipe,
-    server_recipe,
-    write_job_rows,
-)
-from tests.training.runs import records
+from tests.training.online_jobs import Jobs, datasets_of, difference, job_recipe, server_recipe, write_job_rows
+from tests.training.runs import records, run_json
 
 pytestmark = pytest.mark.process
+
+OTHER_PASSES = 5e-5  # what rows that go into passes of another size may be rounded to
 
 
 def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: Any, tmp_path: Path) -> None:
     """One stops early, one keeps its best vectors, one has no held-out rows; rates, sizes and orders differ."""
     held = {"eval_fraction": 0.3}
-    recipes = {
+    recipes: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         "stops": (11, held, {"max_steps": 20, "learning_rate": 0.05, "eval_steps": 2, "early_stopping_patience": 1}),
         "best": (30, {**held, "seed": 7}, {"max_steps": 8, "eval_steps": 3, "load_best_model_at_end": True}),
         "plain": (9, {"shuffle": False}, {"max_steps": -1, "num_train_epochs": 3.0, "learning_rate": 0.01}),
         "large": (20, held, {"global_batch_size": 12, "max_steps": 3, "lr_scheduler_type": "cosine"}),
     }
-    own = {
-        name: job_recipe(
-            make_recipe,
-            write_job_rows(tmp_path / f"{name}.jsonl", count, len(name), noise=name == "stops"),
-            data,
-            **training,
-        )
-        for name, (count, data, training) in recipes.items()
-    }
-    for name, recipe in own.items():
-        train(recipe, tmp_path / name)
+    own = {}
+    for name, (count, data, training) in recipes.items():
+        rows = write_job_rows(tmp_path / f"{name}.jsonl", count, len(name), noise=name == "stops")
+        own[name] = job_recipe(make_recipe, rows, data, **training)
+        train(own[name], tmp_path / name)
     jobs = Jobs(server_recipe(make_recipe))
     runs = [jobs.begin(name, own[name]) for name in ("stops", "best")]
     jobs.do_parts(lambda: runs[0].state.step == 1)  # the others come later
@@ -62,7 +51,7 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
     for run in runs:
         assert run.has_ended
         assert run.reason is None
-        expected = json.loads((tmp_path / run.name / "run.json").read_text())["result"]
+        expected = run_json(tmp_path / run.name)["result"]
         for kind in ("train", "eval"):
             ours = [record for record in jobs.of(run.name, kind) if record["step"]]
             theirs = records(tmp_path / run.name, kind)
@@ -76,44 +65,52 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
             if scores is not None:
                 assert scores["loss"] == pytest.approx(expected[when]["loss"], rel=1e-5)
         jobs.trainer.save_adapter(run, tmp_path / "out" / run.name)
-        trained, alone = (
-            load_file(path / "adapter_model.safetensors")
-            for path in (tmp_path / "out" / run.name, tmp_path / run.name / "adapter")
-        )
+        directories = tmp_path / "out" / run.name, tmp_path / run.name / "adapter"
+        trained, alone = (load_file(directory / "adapter_model.safetensors") for directory in directories)
         assert trained.keys() == alone.keys()
         flat = [torch.cat([tensors[key].flatten() for key in sorted(alone)]) for tensors in (trained, alone)]
         assert difference(*flat) <= 1e-5
-        config = "adapter_config.json"
-        assert json.loads((tmp_path / "out" / run.name / config).read_text()) == json.loads(
-            (tmp_path / run.name / "adapter" / config).read_text()
-        )
+        configs = [json.loads((directory / "adapter_config.json").read_text()) for directory in directories]
+        assert configs[0] == configs[1]
 
 
-@pytest.fixture
-def own(make_recipe: Any, tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def own(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     """Three jobs of ten rows, with rows held out."""
+    directory = tmp_path_factory.mktemp("jobs")
+    training = {"max_steps": 4, "eval_steps": 2, "load_best_model_at_end": True}
     return {
         name: job_recipe(
-            make_recipe,
-            write_job_rows(tmp_path / f"{name}.jsonl", 14, seed),
-            {"eval_fraction": 0.3},
-            max_steps=4,
-            eval_steps=2,
-            load_best_model_at_end=True,
+            make_recipe, write_job_rows(directory / f"{name}.jsonl", 14, seed), {"eval_fraction": 0.3}, **training
         )
         for seed, name in enumerate(("anna", "ben", "cleo"))
     }
 
 
+@pytest.fixture(scope="module")
+def narrow(make_recipe: Any) -> Recipe:
+    """A server whose rounds take several passes, of two rows."""
+    return server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
+
+
+@pytest.fixture(scope="module")
+def alone(narrow: Recipe, own: dict[str, Recipe]) -> Callable[[str], torch.Tensor]:
+    """A job's vectors where it is the only one."""
+    found: dict[str, torch.Tensor] = {}
+
+    def vectors(name: str) -> torch.Tensor:
+        if name not in found:
+            jobs = Jobs(narrow)
+            found[name] = jobs.finish([jobs.begin(name, own[name])])[name]
+        return found[name]
+
+    return vectors
+
+
 def test_a_job_that_ends_within_a_round_leaves_no_trace_on_others_or_on_the_next_in_its_slot(
-    make_recipe: Any, own: dict[str, Any]
+    narrow: Recipe, own: dict[str, Recipe], alone: Any
 ) -> None:
-    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
-    expected: dict[str, torch.Tensor] = {}
-    for name in ("anna", "cleo"):
-        alone = Jobs(recipe)
-        expected |= alone.finish([alone.begin(name, own[name])])
-    jobs = Jobs(recipe, slots=2)
+    jobs = Jobs(narrow, slots=2)
     anna, ben = (jobs.begin(name, own[name]) for name in ("anna", "ben"))
     jobs.do_parts(lambda: ben.state.step == 1)
     gradient = jobs.trainer.loop.bank.gradients[ben.held_slot]
@@ -127,13 +124,14 @@ def test_a_job_that_ends_within_a_round_leaves_no_trace_on_others_or_on_the_next
     found = jobs.finish([anna, cleo])
     assert not jobs.of("ben", "train")[1:]
     for name in ("anna", "cleo"):
-        assert difference(found[name], expected[name]) <= 1e-5
+        assert difference(found[name], alone(name)) <= 1e-5
 
 
-def test_a_saved_job_goes_on_to_the_bit_from_any_part(make_recipe: Any, own: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_job_goes_on_to_the_bit_from_any_part_and_beside_others(
+    narrow: Recipe, own: dict[str, Recipe], tmp_path: Path
+) -> None:
     """From before its first step, the middle of a round, an evaluation that is due, and after its end."""
-    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
-    whole = Jobs(recipe)
+    whole = Jobs(narrow)
     run = whole.begin("anna", own["anna"])
     files: list[Path] = []
     while whole.trainer.has_work:
@@ -142,36 +140,23 @@ def test_a_saved_job_goes_on_to_the_bit_from_any_part(make_recipe: Any, own: dic
         whole.trainer.save(run, files[-1])
     steps = [json.dumps(one["loss"]) for one in whole.of("anna", "train")]
     for file in [files[0], *files[3::11], files[-1]]:
-        again = Jobs(recipe)
+        again = Jobs(narrow)
         found = again.begin("anna", own["anna"], file)
         begun_at = found.state.step
         again.do_parts(lambda: False)
         assert torch.equal(again.vectors(found), whole.vectors(run))
         assert [json.dumps(one["loss"]) for one in again.of("anna", "train")] == steps[begun_at:]
         assert (found.state.best_step, found.state.best_loss) == (run.state.best_step, run.state.best_loss)
-        assert found.after is not None
-        assert run.after is not None
+        assert found.after is not None and run.after is not None
         assert found.after["loss"] == run.after["loss"]
-
-
-def test_a_saved_job_goes_on_beside_others(make_recipe: Any, own: dict[str, Any], tmp_path: Path) -> None:
-    recipe = server_recipe(make_recipe)
-    alone = Jobs(recipe)
-    expected = alone.finish([alone.begin("anna", own["anna"])])
-    first = Jobs(recipe)
-    run = first.begin("anna", own["anna"])
-    first.begin("ben", own["ben"])
-    first.do_parts(lambda: run.state.step == 3)
-    first.trainer.save(run, tmp_path / "anna")
-    second = Jobs(recipe)
-    second.begin("cleo", own["cleo"])
-    again = second.begin("anna", own["anna"], tmp_path / "anna")
-    found = second.finish([again])
-    assert difference(found["anna"], expected["anna"]) <= 1e-5
+    others = Jobs(narrow)
+    others.begin("cleo", own["cleo"])
+    again_beside = others.begin("anna", own["anna"], files[len(files) // 2])
+    assert difference(others.finish([again_beside])["anna"], whole.vectors(run)) <= 1e-5
 
 
 def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
-    make_recipe: Any, own: dict[str, Any], tmp_path: Path
+    make_recipe: Any, own: dict[str, Recipe], tmp_path: Path
 ) -> None:
     jobs = Jobs(server_recipe(make_recipe), slots=2)
     run = jobs.begin("anna", own["anna"])
@@ -218,73 +203,59 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore:Memory ran out:UserWarning")
 def test_where_memory_runs_out_passes_have_half_the_rows_and_adapters_are_the_same(
-    make_recipe: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    make_recipe: Any, own: dict[str, Recipe], alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("anna", "ben")
-    whole = Jobs(server_recipe(make_recipe))
-    expected = whole.finish([whole.begin(name, own[name]) for name in names])
+    expected = {name: alone(name) for name in ("anna", "ben")}
     sizes = short_of_memory(monkeypatch, lambda rows: len(rows) <= 3)
     jobs = Jobs(server_recipe(make_recipe))
-    found = jobs.finish([jobs.begin(name, own[name]) for name in names])
+    found = jobs.finish([jobs.begin(name, own[name]) for name in expected])
     assert max(sizes) == jobs.trainer.loop.pass_rows == 2
-    for name in names:
-        assert difference(found[name], expected[name]) <= 1e-5
+    for name, vectors in expected.items():
+        assert difference(found[name], vectors) <= OTHER_PASSES
         assert len(jobs.of(name, "train")) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Memory ran out:UserWarning")
 @pytest.mark.parametrize("where", ["train", "eval"])
 def test_a_job_with_a_row_that_does_not_fit_ends_and_says_so(
-    where: str, make_recipe: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    where: str, make_recipe: Any, own: dict[str, Recipe], alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = alone("anna")
     datasets = datasets_of(own["ben"])
     rows = datasets.train if where == "train" else datasets.eval
-    longest = int(rows.lengths.argmax())
-    bad = rows[longest].input_ids.tobytes()
-    alone = Jobs(server_recipe(make_recipe))
-    expected = alone.finish([alone.begin("anna", own["anna"])])
+    bad = rows[int(rows.lengths.argmax())].input_ids.tobytes()
     short_of_memory(monkeypatch, lambda rows: all(row.input_ids.tobytes() != bad for row in rows))
     jobs = Jobs(server_recipe(make_recipe))
-    runs = [jobs.begin(name, own[name]) for name in ("anna", "ben")]
+    anna, ben = (jobs.begin(name, own[name]) for name in ("anna", "ben"))
     jobs.do_parts(lambda: False)
-    assert runs[0].reason is None
-    assert difference(jobs.vectors(runs[0]), expected["anna"]) <= 1e-5
-    assert runs[1].has_ended
-    assert runs[1].reason is not None
-    assert "2.15 GB were asked for" in runs[1].reason
-    assert ("ben.jsonl" in runs[1].reason) == (where == "train")
+    assert anna.reason is None
+    assert difference(jobs.vectors(anna), expected) <= OTHER_PASSES
+    assert ben.has_ended
+    assert ben.reason is not None
+    assert "2.15 GB were asked for" in ben.reason
+    assert ("ben.jsonl" in ben.reason) == (where == "train")
 
 
 def test_a_job_whose_loss_is_not_finite_ends_and_the_others_are_as_without_it(
-    make_recipe: Any, own: dict[str, Any]
+    make_recipe: Any, own: dict[str, Recipe], alone: Any
 ) -> None:
-    def until_two(jobs: Jobs) -> list[AdapterRun]:
-        runs = [jobs.begin(name, own[name]) for name in own]
-        jobs.do_parts(lambda: runs[1].state.step == 2)
-        return runs
-
-    ended = Jobs(server_recipe(make_recipe, training={"per_device_train_batch_size": 16, "global_batch_size": 16}))
-    runs = until_two(ended)
-    ended.trainer.end(runs[1])
-    expected = ended.finish([runs[0], runs[2]])
-    jobs = Jobs(server_recipe(make_recipe, training={"per_device_train_batch_size": 16, "global_batch_size": 16}))
-    runs = until_two(jobs)
-    jobs.trainer.loop.bank.vectors[runs[1].held_slot, 0] = float("nan")
-    found = jobs.finish([runs[0], runs[2]])
-    assert runs[1].reason is not None
-    assert runs[1].reason.startswith("step 3: the loss or its gradient is not finite")
-    assert "ben.jsonl" in runs[1].reason
+    sizes = {"per_device_train_batch_size": 16, "global_batch_size": 16}
+    jobs = Jobs(server_recipe(make_recipe, training=sizes))
+    anna, ben, cleo = (jobs.begin(name, own[name]) for name in own)
+    jobs.do_parts(lambda: ben.state.step == 2)
+    jobs.trainer.loop.bank.vectors[ben.held_slot, 0] = float("nan")
+    found = jobs.finish([anna, cleo])
+    assert ben.reason is not None
+    assert ben.reason.startswith("step 3: the loss or its gradient is not finite")
+    assert "ben.jsonl" in ben.reason
     for name, vectors in found.items():
-        assert difference(vectors, expected[name]) <= 1e-5
+        assert difference(vectors, alone(name)) <= OTHER_PASSES
 
 
 def test_an_error_in_a_part_spoils_nothing(
-    make_recipe: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    narrow: Recipe, own: dict[str, Recipe], alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
-    whole = Jobs(recipe)
-    expected = whole.finish([whole.begin("anna", own["anna"])])
-    jobs = Jobs(recipe)
+    jobs = Jobs(narrow)
     run = jobs.begin("anna", own["anna"])
     jobs.do_parts(lambda: run.state.step == 1)
     jobs.do_parts(lambda: jobs.trainer.loop.bank.gradients.any())
@@ -292,19 +263,17 @@ def test_an_error_in_a_part_spoils_nothing(
         patch.setattr(BankLoop, "pass_nll", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             jobs.trainer.run_slice()
-    assert torch.equal(jobs.finish([run])["anna"], expected["anna"])
+    assert torch.equal(jobs.finish([run])["anna"], alone("anna"))
 
 
-def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recipe: Any, own: dict[str, Any]) -> None:
+def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recipe: Any, own: dict[str, Recipe]) -> None:
     base = load_base(make_recipe().model)
-    for sections, message in (
-        (
-            {"adapter": {"method": "lora", "rank": 4}},
-            "adapter.method: lora with these options can't be trained beside answers",
-        ),
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"adapter": {"method": "lora", "rank": 4}}, "adapter.method: lora with these options can't be trained beside"),
         ({"adapter": {"magnitude": True}}, "adapter.magnitude"),
         ({"training": {"optim": "adamw_8bit"}}, "training.optim"),
-    ):
+    ]
+    for sections, message in refused:
         with pytest.raises(InputError, match=message):
             OnlineTrainer(base, server_recipe(make_recipe, **sections), 2)
     half = load_base(make_recipe(model={"compute_dtype": "float16"}).model)
@@ -316,16 +285,11 @@ def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recip
         trainer.prepare("anna", other, datasets_of(own["anna"]))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [{"quantization": "none"}, {"quantization": "int8", "compute_dtype": "auto"}, {"compute_dtype": "bfloat16"}],
-    ids=["dense", "int8", "bf16 over nf4"],
-)
-def test_jobs_learn_on_other_bases(model: dict[str, Any], make_recipe: Any, own: dict[str, Any]) -> None:
+@pytest.mark.parametrize("model", [{"quantization": "none"}, {"quantization": "int8", "compute_dtype": "auto"}])
+def test_jobs_learn_on_other_bases(model: dict[str, Any], make_recipe: Any, own: dict[str, Recipe]) -> None:
     jobs = Jobs(server_recipe(make_recipe, model=model))
     run = jobs.begin("anna", own["anna"].replace(model=own["anna"].model.replace(**model)))
     jobs.do_parts(lambda: False)
     assert run.reason is None
-    assert run.after is not None
-    assert run.state.before is not None
+    assert run.after is not None and run.state.before is not None
     assert run.after["loss"] < run.state.before["loss"]
