@@ -33,50 +33,62 @@ _LLAMA3_ROPE = {
 _SEVEN = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 _ATTENTION = "q_proj k_proj v_proj o_proj"
 _NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
+_FOUR_BIT = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}
+
+
+def _write(made_by: Any, config: Any, directory: Path) -> None:
+    """A random checkpoint, with biases that are not zero: zeros would hide that one is forgotten."""
+    torch.manual_seed(0)
+    model = made_by.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "gate.weight")) or "expert" in name or "router" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(directory)
+
+
+def _config(model_type: str, tree: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(model_type, **{key: value for key, value in tree.items() if value is not ...})
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of causal language models."""
+    """A family of causal language models; ``title`` is what people call it, ``model_type`` transformers' name.
+
+    Attributes:
+        targets: what ``all-linear`` adapts.
+        changes: of the tiny config.
+        four_bit: ``mapped`` from the quantized cache, made at ``each load`` by transformers, or ``no``.
+        joins: whether rows can stand in one sequence: ``data.prefix_once`` and ``data.packing``.
+        continuous: whether `qvera serve` takes it in continuous batches; else in static ones.
+        limits: for the page: what it can't do beside that.
+    """
 
     title: str
-    """As people call it."""
     model_type: str
-    """transformers' name."""
     targets: str = _SEVEN
-    """What ``all-linear`` adapts."""
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the tiny config."""
     four_bit: str = "mapped"
-    """``mapped``: from the quantized cache; ``each load``: by transformers, each time; or ``no``."""
     joins: bool = False
-    """Whether rows can stand in one sequence: ``data.prefix_once`` and ``data.packing``."""
     continuous: bool = True
-    """Whether `qvera serve` takes it in continuous batches; else in static ones."""
     has_experts: bool = False
-    limits: str = ""
-    """For the page: what it can't do beside that."""
-
-    @property
-    def has_gguf(self) -> bool:
-        """Whether ``qvera export --to gguf`` writes it."""
-        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type] in gguf_families.FAMILIES
+    limits: str = "–"
 
     def config(self) -> Any:
-        """A config of two layers, of width 64."""
-        tree = {**_COMMON, **self.changes}
-        return AutoConfig.for_model(self.model_type, **{k: v for k, v in tree.items() if v is not ...})
+        """Of two layers, of width 64."""
+        return _config(self.model_type, {**_COMMON, **self.changes})
 
-    def write(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-        """A random checkpoint, with biases that are not zero: zeros would hide that one is forgotten."""
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(self.config())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("bias", "gate.weight")) or "expert" in name or "router" in name:
-                    parameter.normal_(std=0.1)
-        model.to(dtype).save_pretrained(directory)
+    def write(self, directory: Path) -> None:
+        """Its checkpoint, with a tokenizer."""
+        _write(AutoModelForCausalLM, self.config(), directory)
         small_tokenizer().save_pretrained(directory)
+
+    def row(self) -> list[str]:
+        """Of the page's table."""
+        has_gguf = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type] in gguf_families.FAMILIES
+        targets = ", ".join(self.targets.split()) if self.targets != _SEVEN else "the seven of Llama"
+        answers = ["yes" if x else "no" for x in (self.joins, self.continuous, has_gguf)]
+        return [self.title, f"`{self.model_type}`", targets, _FOUR_BIT[self.four_bit], *answers, self.limits]
 
 
 _EXPERTS = "experts are neither adapted nor quantized"
@@ -146,7 +158,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-
 _ENCODER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 304,
     "max_position_embeddings": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0,
@@ -158,32 +169,29 @@ _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A family of models that are given a head for classes; written as the published checkpoints are."""
+    """A family of models that are given a head for classes.
+
+    ``published`` is the auto class that the published checkpoints are of; their tensors are named by it.
+    """
 
     title: str
     model_type: str
     published: str
-    """The auto class that the published checkpoint is of; its tensors are named by it."""
     targets: str
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     four_bit: str = "mapped"
     takes_images: bool = False
 
     def write(self, directory: Path) -> None:
-        """A random checkpoint, with biases that are not zero."""
-        torch.manual_seed(0)
-        tree = {**_ENCODER, **self.changes}
-        config = AutoConfig.for_model(self.model_type, **{k: v for k, v in tree.items() if v is not ...})
-        model = getattr(transformers, self.published).from_config(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.normal_(std=0.1)
-        model.save_pretrained(directory)
-        if self.takes_images:
-            image_processor(config.image_size).save_pretrained(directory)
-        else:
-            small_tokenizer().save_pretrained(directory)
+        """A checkpoint as the published ones are."""
+        config = _config(self.model_type, {**_ENCODER, **self.changes})
+        _write(getattr(transformers, self.published), config, directory)
+        beside = image_processor(config.image_size) if self.takes_images else small_tokenizer()
+        beside.save_pretrained(directory)
+
+    def row(self) -> list[str]:
+        """Of the page's table."""
+        return [self.title, f"`{self.model_type}`", ", ".join(self.targets.split()), _FOUR_BIT[self.four_bit]]
 
 
 ENCODERS: dict[str, Encoder] = {
@@ -208,43 +216,17 @@ ENCODERS: dict[str, Encoder] = {
     ),
     "vit": Encoder("ViT", "vit", "AutoModel", "q_proj k_proj v_proj o_proj fc1 fc2", _VISION, takes_images=True),
 }  # fmt: skip
-_FOUR_BIT = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}
-
-
-def encoder_table() -> str:
-    """The second table of docs/models.md."""
-    lines = ["| family | `model_type` | `all-linear` adapts | 4-bit weights |", "|---|---|---|---|"]
-    for one in ENCODERS.values():
-        lines.append(
-            f"| {one.title} | `{one.model_type}` | {', '.join(one.targets.split())} | {_FOUR_BIT[one.four_bit]} |"
-        )
-    return "\n".join(lines)
-
-
-def table() -> str:
-    """The table of docs/models.md."""
-    lines = [
-        "| family | `model_type` | `all-linear` adapts | 4-bit weights | packing, `prefix_once` | continuous batches | GGUF | limits |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in FAMILIES.values():
-        targets = ", ".join(one.targets.split()) if one.targets != _SEVEN else "the seven of Llama"
-        four_bit = _FOUR_BIT[one.four_bit]
-        cells = [
-            one.title,
-            f"`{one.model_type}`",
-            targets,
-            four_bit,
-            *("yes" if x else "no" for x in (one.joins, one.continuous, one.has_gguf)),
-        ]
-        lines.append(f"| {' | '.join(cells)} | {one.limits or '–'} |")
-    return "\n".join(lines)
 
 
 def page() -> str:
     """docs/models.md with the tables of today."""
     text = PAGE.read_text(encoding="utf-8")
-    return with_table(with_table(text, "families", table()), "encoders", encoder_table())
+    columns = "| family | `model_type` | `all-linear` adapts | 4-bit weights |"
+    more = " packing, `prefix_once` | continuous batches | GGUF | limits |"
+    for name, title, members in (("families", columns + more, FAMILIES), ("encoders", columns, ENCODERS)):
+        rows = [f"| {' | '.join(one.row())} |" for one in members.values()]
+        text = with_table(text, name, "\n".join([title, "|" + "---|" * (title.count("|") - 1), *rows]))
+    return text
 
 
 if __name__ == "__main__":

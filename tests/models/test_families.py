@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.adapters.shared_model import load_adapters
 from qvera.cli.serve import start_engine
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
 from qvera.evaluation.generate import generate
@@ -35,16 +34,22 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
 from tests.families import FAMILIES, PAGE, Family, page
-from tests.serve.helpers import BASE, Alone, assert_same, engine_of, request, store_of, submit, write_adapters
+from tests.serve.helpers import BASE, ENGINES, Alone, assert_same, engine_of, request, store_of, submit, write_adapters
 from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
 _FAST = ("llama4", "gpt2", "mixtral")
 """One of each kind: a decoder and router of its own, Conv1D, and tensors that are fused while loading."""
-_PARAMS = [pytest.param(name, marks=() if name in _FAST else pytest.mark.slow) for name in FAMILIES]
+_SLOW = ("llama", "gemma2", "gemma3_images", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
+"""What else differs: scaled rotations, windows and caps, a vision tower, biases, scaled logits, no paged attention, a
+table of positions, no 4 bits, and experts that are not fused. The others are like one of these."""
 
 
-@pytest.fixture(scope="module", params=_PARAMS)
+def _marks(name: str) -> Any:
+    return () if name in _FAST else pytest.mark.slow if name in _SLOW else pytest.mark.matrix
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name)) for name in FAMILIES])
 def checkpoint(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
     """A family, and the directory of its tiny checkpoint."""
     family, directory = FAMILIES[request.param], tmp_path_factory.mktemp("families") / request.param
@@ -111,77 +116,58 @@ def test_a_run_learns_and_resumes_to_the_same_bytes(
     assert together == alone
 
 
-def test_prompts_of_a_batch_are_answered_by_adapters_of_their_own(
-    checkpoint: tuple[Family, Path], tmp_path: Path
-) -> None:
+def test_saved_and_exported_it_gives_the_same_logits(checkpoint: tuple[Family, Path], tmp_path: Path) -> None:
+    """On a base in 4 bits and on one in 16."""
+    family, directory = checkpoint
+    in_4_bits, whole = (
+        ModelSection(path=str(directory), quantization=q, compute_dtype="float32") for q in ("nf4", "none")
+    )
+    if family.four_bit == "no":
+        with pytest.raises(InputError, match=r"no linear of .* is in 4 bits"):
+            load_base(in_4_bits)
+    for section in (whole,) if family.four_bit == "no" else (whole, in_4_bits):
+        root = tmp_path / section.quantization
+        base = load_base(section).model
+        with torch.no_grad():
+            with_base = base(input_ids=IDS).logits
+            model = perturb(attach(base, AdapterSection(rank=8), section.path))
+            trained = model(input_ids=IDS).logits
+            assert (trained - with_base).abs().max() > 0.01
+            save_adapter(model, root / "adapter")
+            again = load_adapter(load_base(section).model, root / "adapter")
+            assert torch.equal(again(input_ids=IDS).logits, trained)
+            onto: Any = "original" if section is whole else "dequantized"
+            export_merged(root / "adapter", section, root / "merged", ExportSection(dtype="float32", base=onto))
+            merged = AutoModelForCausalLM.from_pretrained(root / "merged").eval()
+            torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+            if section is whole:
+                export_lora(read_deltas(root / "adapter", empty_model(section)), root / "lora", torch.float32)
+                stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), root / "lora").eval()
+                torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_each_request_of_a_batch_gets_its_own_adapters_answer(checkpoint: tuple[Family, Path], tmp_path: Path) -> None:
     """The MLPs of OPT and Llama 4 get the tokens of all rows behind each other."""
     family, directory = checkpoint
-    section = ModelSection(path=str(directory), quantization=quantization(family), compute_dtype="float32")
-    names = ["a0", "a1"]
-    settings = {"quantization": quantization(family)}
-    write_adapters(tmp_path, directory, {name: seed for seed, name in enumerate(names)}, settings)
-    alone = []
-    for name in names:
-        model = load_adapter(load_base(section).model, tmp_path / name).eval()
-        with torch.no_grad():
-            alone.append(model(input_ids=IDS).logits)
-    model = load_adapters(load_base(section).model, {name: tmp_path / name for name in names})
-    with torch.no_grad():
-        mixed = model.eval()(input_ids=IDS, adapter_names=names).logits
-    for row in range(2):
-        torch.testing.assert_close(mixed[row], alone[row][row], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("quantized", [True, False])
-def test_saved_and_exported_it_gives_the_same_logits(
-    quantized: bool, checkpoint: tuple[Family, Path], tmp_path: Path
-) -> None:
-    family, directory = checkpoint
-    if quantized and family.four_bit == "no":
-        with pytest.raises(InputError, match=r"no linear of .* is in 4 bits"):
-            load_base(ModelSection(path=str(directory), compute_dtype="float32"))
-        return
-    section = ModelSection(path=str(directory), quantization="nf4" if quantized else "none", compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
-    perturb(model)
-    save_adapter(model, tmp_path / "adapter")
-    again = load_adapter(load_base(section).model, tmp_path / "adapter")
-    options = ExportSection(dtype="float32", base="dequantized" if quantized else "original")
-    export_merged(tmp_path / "adapter", section, tmp_path / "merged", options)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    with torch.no_grad():
-        trained, with_base = model(input_ids=IDS).logits, load_base(section).model(input_ids=IDS).logits
-        assert (trained - with_base).abs().max() > 0.01
-        assert torch.equal(again(input_ids=IDS).logits, trained)
-        torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
-        if not quantized:
-            export_lora(read_deltas(tmp_path / "adapter", empty_model(section)), tmp_path / "lora", torch.float32)
-            plain = AutoModelForCausalLM.from_pretrained(directory)
-            stock = PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
-            torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.slow), "continuous"])
-def test_each_request_of_a_batch_gets_its_own_adapters_answer(
-    kind: str, checkpoint: tuple[Family, Path], tmp_path: Path
-) -> None:
-    family, directory = checkpoint
     model: Any = {"quantization": quantization(family)}
-    if kind == "continuous" and not family.continuous:
-        with (
-            pytest.raises(RunFailed, match=r"continuous batching can't run .* Use the static engine"),
-            engine_of(directory, kind, model),
-        ):
-            pass
-        return
-    write_adapters(tmp_path / "adapters", directory, {"a": 1, "b": 2}, base=model)
-    store, names = store_of(tmp_path / "adapters"), (BASE, "a", "b")
-    asked = [request([5, 6, 7, 8][: 2 + i], store.resolve(name), 5, top_logprobs=1) for i, name in enumerate(names)]
-    adapters = [None if name == BASE else tmp_path / "adapters" / name for name in names]
-    expected = [Alone(directory, one, **model).answer(ask) for one, ask in zip(adapters, asked, strict=True)]
-    with engine_of(directory, kind, model) as engine:
-        for answer, events in zip([submit(engine, one) for one in asked], expected, strict=True):
-            assert_same(answer, events)
+    write_adapters(tmp_path, directory, {"a": 1, "b": 2}, base=model)
+    store, names = store_of(tmp_path), (BASE, "a", "b")
+    prompts = [[5, 6, 7, 8][: 2 + i] for i in range(len(names))]
+    adapters = [None if name == BASE else tmp_path / name for name in names]
+    expected = [
+        Alone(directory, adapter, **model).answer(request(prompt, None, 4, top_logprobs=1))
+        for adapter, prompt in zip(adapters, prompts, strict=True)
+    ]
+    for kind in ENGINES:
+        if kind == "continuous" and not family.continuous:
+            refused = pytest.raises(RunFailed, match=r"continuous batching can't run .* Use the static engine")
+            with refused, engine_of(directory, kind, model):
+                pass
+            continue
+        asked = [request(p, store.resolve(name), 4, top_logprobs=1) for p, name in zip(prompts, names, strict=True)]
+        with engine_of(directory, kind, model) as engine:
+            for answer, events in zip([submit(engine, one) for one in asked], expected, strict=True):
+                assert_same(answer, events)
 
 
 def test_many_adapters_are_trained_together(checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path) -> None:

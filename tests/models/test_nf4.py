@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,16 +17,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TYPES = ["nf4", "fp4"]
 
 
-def reference(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weights, 64, quant_type, torch.uint8)
-    return packed.flatten(), absmax
-
-
 def assert_equal_to_bitsandbytes(weights: torch.Tensor, quant_type: str) -> None:
     packed, absmax = nf4.pack(weights, quant_type)
-    expected, scales = reference(weights, quant_type)
+    expected, scales = torch.ops.bitsandbytes.quantize_4bit.default(weights, 64, quant_type, torch.uint8)
     assert torch.equal(absmax, scales)
-    assert torch.equal(packed, expected)
+    assert torch.equal(packed, expected.flatten())
 
 
 def normal(count: int, dtype: torch.dtype, seed: int = 0, size: float = 0.02) -> torch.Tensor:
@@ -37,33 +30,26 @@ def normal(count: int, dtype: torch.dtype, seed: int = 0, size: float = 0.02) ->
 
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 127, 128, 64 * 300 + 17, nf4.CHUNK + 64, 3 * nf4.CHUNK + 63])
-def test_any_number_of_weights(count: int, dtype: torch.dtype, quant_type: str) -> None:
-    assert_equal_to_bitsandbytes(normal(count, dtype), quant_type)
-
-
-def thresholds(quant_type: str) -> torch.Tensor:
-    code = quantization.bnb_functional.get_4bit_type(quant_type, device="cpu")
-    values = code[torch.argsort(code)]
-    return (values[:-1] + values[1:]) / 2
+def test_any_number_of_weights(dtype: torch.dtype, quant_type: str) -> None:
+    for count in (1, 2, 63, 64, 65, 128, 64 * 300 + 17, nf4.CHUNK + 64, 2 * nf4.CHUNK + 63):
+        assert_equal_to_bitsandbytes(normal(count, dtype), quant_type)
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("count", [64, 63])
 def test_at_and_one_ulp_around_every_threshold(quant_type: str, count: int) -> None:
-    edges = thresholds(quant_type)
-    near = [edges]
+    code = quantization.bnb_functional.get_4bit_type(quant_type, device="cpu").sort().values
+    near = [(code[:-1] + code[1:]) / 2]
     for direction in (-2.0, 2.0):
-        step = edges
+        step = near[0]
         for _ in range(2):
             step = torch.nextafter(step, torch.tensor(direction))
             near.append(step)
     values = torch.cat([*near, -torch.cat(near), torch.tensor([0.0, -0.0])])
     for largest in (1.0, 2.0, 0.75, 3.3e-3):  # 1 and 2 keep the scaled values exact
         rows = []
-        for start in range(0, len(values), count - 1):
+        for chosen in values.split(count - 1):
             row = torch.full((count,), largest)
-            chosen = values[start : start + count - 1]
             row[1 : 1 + len(chosen)] = chosen * largest
             rows.append(row)
         for row in rows if count < 64 else [torch.cat(rows)]:
@@ -89,39 +75,27 @@ def test_zeros_denormals_and_extremes(dtype: torch.dtype, quant_type: str) -> No
         assert_equal_to_bitsandbytes(row[:1], quant_type)
 
 
-def every_pattern(dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    values = values[torch.isfinite(values)]
-    yield values
-    yield values[torch.randperm(len(values), generator=torch.Generator().manual_seed(1))]
-
-
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_finite_16_bit_number(dtype: torch.dtype, quant_type: str) -> None:
-    for values in every_pattern(dtype):
-        assert_equal_to_bitsandbytes(values, quant_type)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[torch.isfinite(values)]
+    for order in (slice(None), torch.randperm(len(values), generator=torch.Generator().manual_seed(1))):
+        assert_equal_to_bitsandbytes(values[order], quant_type)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200),
-    st.sampled_from(DTYPES),
-    st.sampled_from(TYPES),
-)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200), st.sampled_from(DTYPES), st.sampled_from(TYPES))
 def test_random_bits(words: list[int], dtype: torch.dtype, quant_type: str) -> None:
-    raw = bytearray(struct.pack(f"<{len(words)}I", *words))
-    values = torch.frombuffer(raw, dtype=torch.int32).clone().view(dtype)
-    values = torch.where(torch.isfinite(values), values, torch.zeros_like(values))
-    assert_equal_to_bitsandbytes(values, quant_type)
+    values = torch.tensor(words, dtype=torch.int64).to(torch.int32).view(dtype)
+    assert_equal_to_bitsandbytes(torch.where(torch.isfinite(values), values, torch.zeros_like(values)), quant_type)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_shows_in_its_blocks_scale_and_nowhere_else(dtype: torch.dtype, bad: float) -> None:
-    weights = normal(64 * 5 + 3, dtype)
     for place, block in ((70, 1), (64 * 5 + 1, 5)):
-        spoilt = weights.clone()
+        spoilt = normal(64 * 5 + 3, dtype)
         spoilt[place] = bad
         with warnings.catch_warnings():
             warnings.simplefilter("error")
