@@ -1,4 +1,4 @@
-"""As much of Go's text/template as qvera's Modelfiles use, read strictly: anything else is an error.
+"""As much of Go's text/template as qvera's Modelfiles use, rewritten as Jinja; anything else is an error.
 
 Written after pkg.go.dev/text/template. The templates were also run once by Go itself (1.27), with the same texts.
 """
@@ -8,113 +8,68 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_ACTION = re.compile(r"\{\{(?P<left>- )?(?P<body>.*?)(?P<right> -)?\}\}", re.DOTALL)
-_WORD = re.compile(r'\(|\)|"(?:[^"\\]|\\.)*"|:=|=|,|[$.\w]+')
+from jinja2 import Environment, StrictUndefined
+
+_WORD = re.compile(r'\(|\)|"(?:[^"\\]|\\.)*"|[$.\w]+')
+_FUNCTIONS: dict[str, Any] = {
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "and": lambda a, b: a and b, "not": lambda a: not a,
+    "len": len, "slice": lambda items, start: items[start:],
+}  # fmt: skip
 
 
 def render(template: str, messages: list[dict[str, str]]) -> str:
     """What Ollama sends to the model for these messages."""
-    parts: list[tuple[str, Any]] = []
-    place, trim = 0, False
-    for found in _ACTION.finditer(template):
-        text = template[place : found.start()]
-        text = text.lstrip() if trim else text
-        parts.append(("text", text.rstrip() if found["left"] else text))
-        parts.append(("action", _WORD.findall(found["body"])))
-        place, trim = found.end(), bool(found["right"])
-    parts.append(("text", template[place:].lstrip() if trim else template[place:]))
-    tree, rest = _block(parts, 0)
-    assert rest == len(parts), "an end too many"
-    dot = {"Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
-    return "".join(_run(tree, dot, [{"$": dot}]))
+    open_blocks: list[str] = []
 
-
-def _block(parts: list[tuple[str, Any]], at: int) -> tuple[list[Any], int]:
-    """Nodes up to an end or else, and the place of that."""
-    nodes: list[Any] = []
-    while at < len(parts):
-        kind, body = parts[at]
-        if kind == "text":
-            nodes.append(("text", body))
-        elif body[0] in ("end", "else"):
-            return nodes, at
-        elif body[0] == "range":
-            assert [body[2], body[4]] == [",", ":="]
-            inner, at = _block(parts, at + 1)
-            assert parts[at][1] == ["end"]
-            nodes.append(("range", body[1], body[3], body[5:], inner))
-        elif body[0] == "if":
-            branches, condition = [], body[1:]
-            while True:
-                inner, at = _block(parts, at + 1)
-                branches.append((condition, inner))
-                closing = parts[at][1]
-                if closing == ["end"]:
-                    break
-                condition = closing[2:] if closing[1:2] == ["if"] else ["true"]
-            nodes.append(("if", branches))
-        elif len(body) > 1 and body[1] in (":=", "="):
-            nodes.append(("set", *body[:2], body[2:]))
+    def rewritten(action: re.Match[str]) -> str:
+        body, left, right = action["body"], "-" if action["left"] else "", "-" if action["right"] else ""
+        kind = body.partition(" ")[0]
+        if found := re.fullmatch(r"range \$(\w+), \$(\w+) := (.+)", body):
+            open_blocks.append("for")
+            first, second = f"set go.{found[1]} = loop.index0", f"set go.{found[2]} = item"
+            return f"{{%{left} for item in {_expression(found[3])} %}}{{% {first} %}}{{% {second} {right}%}}"
+        if found := re.fullmatch(r"\$(\w+) :?= (.+)", body):
+            statement = f"set go.{found[1]} = {_expression(found[2])}"
+        elif kind == "end":
+            statement = f"end{open_blocks.pop()}"
+        elif kind == "if":
+            open_blocks.append("if")
+            statement = f"if {_expression(body.removeprefix('if '))}"
+        elif kind == "else":
+            statement = body if body == "else" else f"elif {_expression(body.removeprefix('else if '))}"
         else:
-            nodes.append(("value", body))
-        at += 1
-    return nodes, at
+            return f"{{{{{left} {_expression(body)} {right}}}}}"
+        return f"{{%{left} {statement} {right}%}}"
+
+    source = re.sub(r"\{\{(?P<left>- )? ?(?P<body>.*?) ?(?P<right> -)?\}\}", rewritten, template, flags=re.DOTALL)
+    assert not open_blocks
+    jinja = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    root = {"Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
+    functions = {f"go_{name}": function for name, function in _FUNCTIONS.items()}
+    return jinja.from_string("{% set go = namespace() %}" + source).render(root=root, **functions)
 
 
-def _run(nodes: list[Any], dot: Any, scopes: list[dict[str, Any]]) -> list[str]:
-    out: list[str] = []
-    for node in nodes:
-        if node[0] == "text":
-            out.append(node[1])
-        elif node[0] == "value":
-            value = _value(node[1], dot, scopes)
-            assert isinstance(value, str)
-            out.append(value)
-        elif node[0] == "set":
-            value = _value(node[3], dot, scopes)
-            scope = scopes[-1] if node[2] == ":=" else next(s for s in reversed(scopes) if node[1] in s)
-            scope[node[1]] = value
-        elif node[0] == "range":
-            for number, item in enumerate(_value(node[3], dot, scopes)):
-                out += _run(node[4], item, [*scopes, {node[1]: number, node[2]: item}])
-        else:
-            for condition, inner in node[1]:
-                if _value(condition, dot, scopes):
-                    out += _run(inner, dot, [*scopes, {}])
-                    break
-    return out
+def _expression(text: str) -> str:
+    words = _WORD.findall(text)
+    found = _call(words)
+    assert not words
+    return found
 
 
-def _value(words: list[str], dot: Any, scopes: list[dict[str, Any]]) -> Any:
-    terms: list[Any] = []
-    rest = list(words)
+def _call(words: list[str]) -> str:
+    """A function with its arguments, or one value."""
+    if words[0] not in _FUNCTIONS:
+        return _term(words)
+    name, arguments = words.pop(0), []
+    while words and words[0] != ")":
+        arguments.append(_term(words))
+    return f"go_{name}({', '.join(arguments)})"
 
-    def term() -> Any:
-        word = rest.pop(0)
-        if word == "(":
-            depth, inner = 1, []
-            while depth:
-                depth += {"(": 1, ")": -1}.get(rest[0], 0)
-                inner.append(rest.pop(0))
-            return _value(inner[:-1], dot, scopes)
-        if word[0] == '"':
-            return word[1:-1]
-        if word.isdigit():
-            return int(word)
-        if word in ("true", "false"):
-            return word == "true"
-        name, _, field = word.partition(".")
-        found = dot if name == "" else next(s for s in reversed(scopes) if name in s)[name]
-        return found[field] if field else found
 
-    functions: dict[str, Any] = {
-        "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "and": lambda a, b: a and b, "not": lambda a: not a,
-        "len": len, "slice": lambda items, start: items[start:],
-    }  # fmt: skip
-    function = functions[rest.pop(0)] if rest[0] in functions else None
-    while rest:
-        terms.append(term())
-    if function is not None:
-        return function(*terms)
-    (only,) = terms
-    return only
+def _term(words: list[str]) -> str:
+    word = words.pop(0)
+    if word == "(":
+        found = _call(words)
+        assert words.pop(0) == ")"
+        return found
+    return re.sub(r"^\$?\.", "root.", word) if word.startswith((".", "$.")) else word.replace("$", "go.")

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.loader import load_base
 from tests.adapters.helpers import perturb
+from tests.models.helpers import stock_load
 
 
 def trained_adapter(
@@ -25,8 +26,7 @@ def trained_adapter(
     section = ModelSection(path=str(base), **{"compute_dtype": "float32", **(model or {})})
     loaded = load_base(section)
     fingerprint = loaded.facts["fingerprint"] if knows_base else None
-    peft_model = attach(loaded.model, AdapterSection(**{"rank": 8, **adapter}), section.path, fingerprint)
-    perturb(peft_model)
+    peft_model = perturb(attach(loaded.model, AdapterSection(**{"rank": 8, **adapter}), section.path, fingerprint))
     save_adapter(peft_model, directory)
     return peft_model.eval(), section, directory
 
@@ -42,12 +42,6 @@ def deltas(model: Any) -> dict[str, torch.Tensor]:
 
 def stock_base(directory: Path, quantization: str) -> Any:
     """The base as transformers loads it."""
-    kwargs: dict[str, Any] = {"dtype": torch.float32}
     if quantization == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
+        return stock_load(directory, torch.float32)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

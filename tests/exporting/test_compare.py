@@ -21,18 +21,9 @@ LENGTHS = (4, 30, 5, 6, 19, 7)  # the short rows have one trained token, the oth
 
 
 def rows() -> list[Example]:
-    ids = np.random.default_rng(0)
-    return [
-        Example(
-            ids.integers(3, 300, size=n).astype(np.int32),
-            np.arange(n) >= (n - 1 if n < 8 else n // 2),
-            "",
-            np.empty(0, np.int32),
-            "",
-            None,
-        )
-        for n in LENGTHS
-    ]
+    draw, nothing = np.random.default_rng(0), np.empty(0, np.int32)
+    drawn = [(n, draw.integers(3, 300, size=n).astype(np.int32)) for n in LENGTHS]
+    return [Example(ids, np.arange(n) >= (n - 1 if n < 8 else n // 2), "", nothing, "", None) for n, ids in drawn]
 
 
 @pytest.fixture(scope="module")

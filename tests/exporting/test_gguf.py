@@ -31,7 +31,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
-from tests.exporting.llama_cpp import Answer, half_characters, llama_cpp, transformers_answer
+from tests.exporting.llama_cpp import LlamaCpp, half_characters, llama_cpp, transformers_answer
 
 pytestmark = pytest.mark.process
 
@@ -62,6 +62,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256, "eos_token_id": 2,
     "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.15,
 }  # fmt: skip
+_SLOW = ("llama-tied", "llama-linear", "llama-yarn", "mistral", "gemma", "gemma3")  # like another one but for a setting
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -123,31 +124,12 @@ def sentence_pieces(kind: str = "llama") -> PreTrainedTokenizerFast:
     base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     # SentencePiece orders pieces by score; every two pieces whose sum is a piece are merged
     pieces = [
-        "th",
-        "he",
-        "the",
-        "▁th",
-        "▁the",
-        "ay",
-        "say",
-        "▁s",
-        "▁say",
-        "▁▁",
-        "or",
-        "wor",
-        "word",
-        "▁w",
-        "▁word",
-        "wo",
-    ]
+        "th", "he", "the", "▁th", "▁the", "ay", "say", "▁s", "▁say", "▁▁", "or", "wor", "word", "▁w", "▁word", "wo",
+    ]  # fmt: skip
     letters = sorted({letter for piece in pieces for letter in piece} | set("12345, !i"))
     vocabulary = {piece: number for number, piece in enumerate([*base, *pieces, *letters])}
-    merges = [
-        (piece[:place], piece[place:])
-        for piece in pieces
-        for place in range(1, len(piece))
-        if piece[:place] in vocabulary and piece[place:] in vocabulary
-    ]
+    halves = [(piece[:place], piece[place:]) for piece in pieces for place in range(1, len(piece))]
+    merges = [pair for pair in halves if all(half in vocabulary for half in pair)]
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if kind == "gemma":
@@ -246,13 +228,21 @@ def tolerance_of(name: str) -> float:
     return 3e-3 if name.startswith("gemma") else 2e-4
 
 
-def assert_same(found: Answer, expected: Answer, tolerance: float) -> None:
-    assert found.tokens == expected.tokens
-    assert found.prompt_tokens == expected.prompt_tokens
-    assert found.log_probabilities == pytest.approx(expected.log_probabilities, abs=tolerance)
+def assert_answers(
+    loaded: LlamaCpp, model: Any, tokenizer: Any, prompts: list[Any], tolerance: float, count: int = 8
+) -> None:
+    """To texts, or to ids, as transformers answers."""
+    banned = half_characters(tokenizer, 320)
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        found, expected = loaded.answer(prompt, banned, count), transformers_answer(model, ids, banned, count)
+        assert (found.tokens, found.prompt_tokens) == (expected.tokens, expected.prompt_tokens)
+        assert found.log_probabilities == pytest.approx(expected.log_probabilities, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in MODELS]
+)
 def test_llama_cpp_answers_as_transformers_does_on_the_merged_model(
     name: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
@@ -261,21 +251,12 @@ def test_llama_cpp_answers_as_transformers_does_on_the_merged_model(
     assert list(certificate["files"]) == ["model-f32.gguf"]
     assert certificate == json.loads((tmp_path / "gguf" / "qvera_export.json").read_text())
     assert len(certificate["delta"]) == len(read_deltas(adapter, empty_model(section), section).layers)
-    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
-        banned = half_characters(tokenizer, 320)
-        for prompt in PROMPTS[2:]:
-            ids = tokenizer(prompt)["input_ids"]
-            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), tolerance_of(name))
-
-
-def test_longer_texts_have_the_other_factors_of_phi_3(made: Callable[[str], Made], tmp_path: Path) -> None:
-    section, adapter, model, tokenizer = made("phi3-long")
-    export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
-    ids = tokenizer(" ".join(PROMPTS * 8))["input_ids"]
-    assert 256 < len(ids) < 500
+    prompts: list[Any] = PROMPTS[2:]
+    if name == "phi3-long":  # longer texts have other factors
+        prompts = [*prompts, tokenizer(" ".join(PROMPTS * 8))["input_ids"]]
+        assert 256 < len(prompts[-1]) < 500
     with llama_cpp(tmp_path / "gguf" / "model-f32.gguf", context=512) as loaded:
-        banned = half_characters(tokenizer, 320)
-        assert_same(loaded.answer(ids, banned), transformers_answer(model, ids, banned), 2e-4)
+        assert_answers(loaded, model, tokenizer, prompts, tolerance_of(name))
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "llama", "gemma"])
@@ -327,11 +308,9 @@ def test_smaller_types_are_as_near_as_they_can_be(
     certificate = export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), dtype)
     assert certificate["dtype"] == dtype
     model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
-    ids = tokenizer(PROMPTS[1])["input_ids"]
     (name,) = certificate["files"]
     with llama_cpp(tmp_path / "gguf" / name) as loaded:
-        banned = half_characters(tokenizer, 320)
-        assert_same(loaded.answer(ids, banned, 4), transformers_answer(model, ids, banned, 4), tolerance)
+        assert_answers(loaded, model, tokenizer, PROMPTS[1:2], tolerance, count=4)
 
 
 @pytest.mark.parametrize(
@@ -340,9 +319,7 @@ def test_smaller_types_are_as_near_as_they_can_be(
         ("llama", {}),
         ("qwen2", {"b_groups": 2, "input_scale": True}),
         ("llama", {"method": "lora", "alpha": 4}),
-        ("granite", {}),
-        ("phi3", {}),
-        ("gemma3", {}),
+        ("phi3-long", {}),
     ],
 )
 def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
@@ -361,11 +338,8 @@ def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
     file = tmp_path / "lora" / "adapter-f32.gguf"
     assert size == file.stat().st_size
     with llama_cpp(base_file(name), file) as loaded, llama_cpp(base_file(name)) as bare:
-        banned = half_characters(tokenizer, 320)
-        for prompt in PROMPTS[2:]:
-            ids = tokenizer(prompt)["input_ids"]
-            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), tolerance_of(name))
-            assert bare.answer(prompt, banned) != loaded.answer(prompt, banned)
+        assert_answers(loaded, model, tokenizer, PROMPTS[2:], tolerance_of(name))
+        assert bare.answer(PROMPTS[2]) != loaded.answer(PROMPTS[2])
 
 
 def test_layers_of_other_ranks_are_scaled_to_one_alpha(
@@ -379,10 +353,8 @@ def test_layers_of_other_ranks_are_scaled_to_one_alpha(
         more = number % 3  # zeros that change the rank and nothing else
         factors[layer] = (torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), more)], 1))
     export_gguf_lora(deltas, adapter, section, tmp_path / "lora", "float32", factors)
-    ids = tokenizer(PROMPTS[1])["input_ids"]
     with llama_cpp(base_file("llama"), tmp_path / "lora" / "adapter-f32.gguf") as loaded:
-        banned = half_characters(tokenizer, 320)
-        assert_same(loaded.answer(ids, banned), transformers_answer(model, ids, banned), 2e-4)
+        assert_answers(loaded, model, tokenizer, PROMPTS[1:2], 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -429,24 +401,19 @@ def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
         assert words in message and "convert_hf_to_gguf.py" in message
     config.write_text(json.dumps(tree))
 
-    tokens = json.loads(tokenizer_file.read_text())
-    sentence_pieces().save_pretrained(tmp_path / "pieces")
-    pieces = json.loads((tmp_path / "pieces" / "tokenizer.json").read_text())
+    def edited(tokenizer: PreTrainedTokenizerFast) -> Any:
+        return json.loads(tokenizer.backend_tokenizer.to_str())
+
+    tokens, pieces, digits = edited(byte_level("gpt-2")), edited(sentence_pieces()), edited(sentence_pieces())
     pieces["model"]["merges"].remove(["▁", "the"])
-    splits = {**tokens, "pre_tokenizer": {"type": "Whitespace"}}
-    named = sentence_pieces()
-    named.add_tokens(["[WORD]"])
-    named.save_pretrained(tmp_path / "named")
-    named = json.loads((tmp_path / "named" / "tokenizer.json").read_text())
-    merges = {**tokens, "model": {**tokens["model"], "ignore_merges": True}}
-    digits = sentence_pieces().backend_tokenizer
-    digits.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
-    digits = json.loads(digits.to_str())
+    digits["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
+    word = sentence_pieces()
+    word.add_tokens(["[WORD]"])
     for changed, words in (
-        (splits, "splits texts into words by ['Whitespace']"),
-        (merges, "has ignore_merges True"),
+        ({**tokens, "pre_tokenizer": {"type": "Whitespace"}}, "splits texts into words by ['Whitespace']"),
+        ({**tokens, "model": {**tokens["model"], "ignore_merges": True}}, "has ignore_merges True"),
         (digits, "splits texts into words by ['Digits']"),
-        (named, "looks for its added token '[WORD]' as '▁[WORD]'"),
+        (edited(word), "looks for its added token '[WORD]' as '▁[WORD]'"),
         (pieces, "does not merge '▁' and 'the' to its token '▁the'"),
     ):
         tokenizer_file.write_text(json.dumps(changed))
@@ -470,9 +437,7 @@ def test_a_context_is_no_longer_than_the_attention_window(tmp_path: Path) -> Non
 def test_a_weight_beyond_float16_leaves_nothing_behind(made: Callable[[str], Made], tmp_path: Path) -> None:
     section = made("llama").section
     model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
-    perturb(model)
-    with torch.no_grad():
-        next(v for name, v in named_vectors(model).items() if name.endswith("_b")).fill_(1e9)
+    next(v for name, v in named_vectors(perturb(model)).items() if name.endswith("_b")).data.fill_(1e9)
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(RunFailed, match="--dtype bfloat16"):
         export_gguf(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "float16")
@@ -499,31 +464,23 @@ def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_pat
 
 @pytest.mark.slow
 def test_smollm2_answers_prompts_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
+    """docs/export.md has the numbers of 20 prompts, and of all types."""
     section = ModelSection(path=smollm2(), compute_dtype="float32")
     model = attach(load_base(section).model, AdapterSection(rank=64), section.path)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for vector in named_vectors(model).values():
-            vector.add_(0.01 * torch.randn(vector.shape, generator=generator))
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(perturb(model, size=0.01), tmp_path / "adapter")
     del model
     merged, tokenizer = merged_model(tmp_path / "adapter", section, tmp_path / "merged")
-    rows = (Path(__file__).parents[2] / "recipes" / "quickstart" / "heldout.jsonl").read_text().splitlines()[:8]
+    rows = (Path(__file__).parents[2] / "recipes" / "quickstart" / "heldout.jsonl").read_text().splitlines()[:4]
     turns = [[{"role": "user", "content": json.loads(row)["prompt"]}] for row in rows]
     texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     expected = [transformers_answer(merged, tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
-    # type → how many of the 8 answers have the same 8 tokens, and how far a log probability of those is off
-    for dtype, (same, tolerance) in {
-        "float32": (8, 1e-3), "float16": (8, 2e-2), "bfloat16": (6, 0.2), "q8_0": (4, 0.5),
-    }.items():  # fmt: skip
-        certificate = export_gguf(tmp_path / "adapter", section, tmp_path / dtype, ExportSection(), dtype)
-        (name,) = certificate["files"]
+    # type → how many answers have the same 8 tokens, and how far a log probability of those is off
+    for dtype, same, tolerance in (("float32", 4, 1e-3), ("q8_0", 2, 0.5)):
+        (name,) = export_gguf(tmp_path / "adapter", section, tmp_path / dtype, ExportSection(), dtype)["files"]
         with llama_cpp(tmp_path / dtype / name) as loaded:
             found = [loaded.answer(text) for text in texts]
-        equal = [(one, other) for one, other in zip(found, expected, strict=True) if one.tokens == other.tokens]
-        largest = max(
-            (torch.tensor(a.log_probabilities) - torch.tensor(b.log_probabilities)).abs().max() for a, b in equal
-        )
-        print(f"{dtype}: {len(equal)} of 8 answers, log probabilities within {largest:.2g}")
-        assert len(equal) >= same and largest <= tolerance
         assert [one.prompt_tokens for one in found] == [other.prompt_tokens for other in expected]
+        equal = [(one, other) for one, other in zip(found, expected, strict=True) if one.tokens == other.tokens]
+        assert len(equal) >= same
+        for one, other in equal:
+            assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=tolerance)

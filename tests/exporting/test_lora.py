@@ -41,19 +41,17 @@ from tests.exporting.helpers import deltas, stock_base, trained_adapter
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 RANK = 8
-
-
 PLAIN: dict[str, Any] = {"rank": RANK}
 MORE: dict[str, Any] = {"rank": RANK, "b_groups": 2, "input_scale": True}
 
 
 @pytest.fixture(scope="module", params=[("none", PLAIN), ("nf4", MORE)], ids=["none", "nf4-more"])
-def trained(
-    request: Any, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, ModelSection, Path]:
+def trained(request: Any, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model, its section, the directory of the adapter, and what it changes."""
     quantization, adapter = request.param
     directory = tmp_path_factory.mktemp("lora") / "adapter"
-    return trained_adapter(tiny_model_dir, directory, {"quantization": quantization}, **adapter)
+    found = trained_adapter(tiny_model_dir, directory, {"quantization": quantization}, **adapter)
+    return *found, lambda: read_deltas(directory, empty_model(found[1]))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -62,8 +60,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
-    model, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, empty_model(section))
+    model, section, _, read = trained
+    adapter = read()
     size = export_lora(adapter, tmp_path / "lora", torch.float32)
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -78,83 +76,79 @@ def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp
 
 
 def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
-    model, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, empty_model(section))
+    model, section, _, read = trained
+    adapter, out = read(), tmp_path / "vera"
     if adapter.groups > 1:
-        with pytest.raises(
-            InputError, match="2 vectors b for each linear .adapter.b_groups. and a vector a for.*--to lora"
-        ):
-            export_stock_vera(adapter, tmp_path / "vera")
-        assert not (tmp_path / "vera").exists()
+        said = "2 vectors b for each linear .adapter.b_groups. and a vector a for.*--to lora"
+        with pytest.raises(InputError, match=said):
+            export_stock_vera(adapter, out)
+        assert not out.exists()
         return
-    export_stock_vera(adapter, tmp_path / "vera")
-    stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), tmp_path / "vera")
+    export_stock_vera(adapter, out)
+    stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), out)
     assert not any(isinstance(m, QveraLinear) for m in stock.modules())
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
     # and back again: what stock PEFT would load, loads here, and exports to the same LoRA
-    ours = load_adapter(load_base(section).model, tmp_path / "vera")
+    ours = load_adapter(load_base(section).model, out)
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-4)
-    again = read_deltas(tmp_path / "vera", empty_model(section)).layers
-    for name, delta in read_deltas(adapter_dir, empty_model(section)).layers.items():
+    again = read_deltas(out, empty_model(section)).layers
+    for name, delta in adapter.layers.items():
         torch.testing.assert_close(again[name].rows(), delta.rows())
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
 def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
-    stock = get_peft_model(
-        stock_base(tiny_model_dir, "none"),
-        VeraConfig(
-            r=RANK, target_modules=["q_proj", "down_proj"], projection_prng_key=7, save_projection=save_projection
-        ),
+    config = VeraConfig(
+        r=RANK, target_modules=["q_proj", "down_proj"], projection_prng_key=7, save_projection=save_projection
     )
-    with torch.no_grad():
-        for name, parameter in stock.named_parameters():
-            if "vera_lambda" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    stock = get_peft_model(stock_base(tiny_model_dir, "none"), config)
+    for name, parameter in stock.named_parameters():
+        if "vera_lambda" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
     stock.save_pretrained(tmp_path / "stock")
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
     ours = load_adapter(load_base(section).model, tmp_path / "stock")
     torch.testing.assert_close(logits(ours), logits(stock), rtol=1e-4, atol=1e-4)
     read = read_deltas(tmp_path / "stock", empty_model(section))
-    layers = {n.removeprefix("base_model.model."): m for n, m in stock.named_modules() if hasattr(m, "vera_lambda_b")}
-    layers = {n: m for n, m in layers.items() if hasattr(m, "get_delta_weight")}
-    assert read.layers.keys() == layers.keys()
-    assert len(layers) == 4
-    for name, delta in read.layers.items():
-        torch.testing.assert_close(delta.rows(), layers[name].get_delta_weight("default").detach())
+    changes = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in stock.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    assert len(changes) == 4
+    torch.testing.assert_close({name: delta.rows() for name, delta in read.layers.items()}, changes)
 
 
 @pytest.mark.parametrize("k", [1, 7])
 def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: int) -> None:
-    model, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, empty_model(section))
+    model, _, _, read = trained
+    adapter = read()
     for name, change in deltas(model).items():
-        A, B, error = truncate(*adapter.layers[name.removesuffix(".weight")].lora(), k)
+        whole_A, whole_B = adapter.layers[name.removesuffix(".weight")].lora()
+        A, B, error = truncate(whole_A, whole_B, k)
         singular = torch.linalg.svdvals(change.double())
         difference = change.double() - B.double() @ A.double()
-        assert A.shape == (k, change.shape[1])
-        assert B.shape == (change.shape[0], k)
+        assert (A.shape, B.shape) == ((k, change.shape[1]), (change.shape[0], k))
         # Eckart and Young: no matrix of rank k is nearer
         torch.testing.assert_close(difference.norm(), singular[k:].norm(), rtol=1e-4, atol=1e-6)
         assert error == pytest.approx((singular[k:].norm() / singular.norm()).item(), rel=1e-4)
 
 
 def test_a_summary_says_what_a_truncation_loses(trained: Any) -> None:
-    _, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, empty_model(section))
-    _, errors = truncate_all(((name, d.lora()) for name, d in adapter.layers.items()), RANK, 3, torch.float32)
-    assert len(errors) == 14
+    layers = trained[3]().layers
+    _, errors = truncate_all(((name, d.lora()) for name, d in layers.items()), RANK, 3, torch.float32)
     text = truncation_text(errors, RANK, 3)
     worst = max(errors, key=errors.__getitem__)
-    assert f"to {errors[worst]:.2g} ({worst})" in text
+    assert len(errors) == 14 and f"to {errors[worst]:.2g} ({worst})" in text
     assert "is lost: the change is spread over all 8 directions" in text
     assert truncation_text({"one": 0.01}, 8, 7).endswith("Little is lost.")
+    for rank in (0, RANK, RANK + 1):
+        with pytest.raises(InputError, match="from 1 to 7"):
+            truncate_all((), RANK, rank, torch.float32)
 
 
 def test_the_precision_of_a_whole_lora_is_what_it_says(trained: Any, tmp_path: Path) -> None:
-    _, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, empty_model(section))
-    found = {}
+    adapter, found = trained[3](), {}
     for dtype in (torch.float32, torch.float16):
         export_lora(adapter, tmp_path / str(dtype), dtype)
         tensors = load_file(tmp_path / str(dtype) / "adapter_model.safetensors")
@@ -167,44 +161,38 @@ def test_the_precision_of_a_whole_lora_is_what_it_says(trained: Any, tmp_path: P
     assert 1e-5 < found[torch.float16] < torch.finfo(torch.float16).eps / 2
     assert "exact" in rounding_text(torch.float32)
     assert "float16 (relative 5e-04 each); --dtype float32" in rounding_text(torch.float16)
+    b = next(iter(adapter.layers.values())).factors.b
+    b.fill_(1e9)
+    with pytest.raises(InputError, match="bfloat16"):  # beyond the dtype
+        export_lora(adapter, tmp_path / "out", torch.float16)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_base_is_named_so_that_other_tools_find_it(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, section, adapter_dir = trained
-    directory = Path(section.path)
+    def named(directory: Path) -> str | None:
+        return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    adapter, directory = trained[3](), Path(trained[1].path)
     monkeypatch.setenv("HOME", str(directory.parent))
-    adapter = read_deltas(adapter_dir, empty_model(section))
-    for written, expected in ((f"~/{directory.name}", section.path), ("owner/model", "owner/model"), (None, None)):
+    for number, (written, expected) in enumerate(
+        (("owner/model", "owner/model"), (None, None), (f"~/{directory.name}", str(directory)))
+    ):
         adapter.config.base_model_name_or_path = written
-        out = tmp_path / str(written).replace("/", "-")
-        export_lora(adapter, out, torch.float32)
-        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+        export_lora(adapter, tmp_path / str(number), torch.float32)
+        assert named(tmp_path / str(number)) == expected
     if adapter.groups == 1:
-        adapter.config.base_model_name_or_path = f"~/{directory.name}"
         export_stock_vera(adapter, tmp_path / "vera")
-        assert (
-            json.loads((tmp_path / "vera" / "adapter_config.json").read_text())["base_model_name_or_path"]
-            == section.path
-        )
-
-
-def test_a_rank_that_is_no_truncation_is_refused() -> None:
-    for rank in (0, RANK, RANK + 1):
-        with pytest.raises(InputError, match="from 1 to 7"):
-            truncate_all((), RANK, rank, torch.float32)
+        assert named(tmp_path / "vera") == str(directory)
 
 
 def test_the_command_says_rank_size_and_error(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    *_, adapter_dir = trained
-    grouped = json.loads((adapter_dir / "adapter_config.json").read_text())["b_groups"] > 1
-    out = tmp_path / "small"
+    _, _, adapter_dir, read = trained
+    grouped, out = read().groups > 1, tmp_path / "small"
     assert main(["export", str(adapter_dir), str(out), "--to", "lora", "--rank", "3", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
-    assert "rank 3 of 8: relative error of ΔW (Frobenius)" in said
-    assert len(said.splitlines()) == 3
-    assert "LoRA of rank 3 on 14 linears" in said
+    assert "rank 3 of 8: relative error of ΔW (Frobenius)" in said and "LoRA of rank 3 on 14 linears" in said
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 3
     tensors = load_file(out / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
@@ -251,14 +239,23 @@ def test_a_cut_is_measured_on_held_out_rows(
     assert header["qvera_version"] == __version__ and "/" not in header["base"]
 
 
-def test_sara_whose_ranks_differ_is_no_vera_of_peft(tiny_model_dir: Path, tmp_path: Path) -> None:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    adapter_section = AdapterSection.model_validate({"method": "sara", "rank": 16, "singular_share": 0.5})
-    model = attach(load_base(section).model, adapter_section, section.path)
-    save_adapter(model, tmp_path / "adapter")
-    adapter = read_deltas(tmp_path / "adapter", empty_model(section))
+def test_what_is_no_vera_of_peft_and_what_is_not_for_vllm(tiny_model_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """SARA, whose ranks differ, and a DoRA."""
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
+    for name, settings in (
+        ("sara", {"method": "sara", "rank": 16, "singular_share": 0.5}),
+        ("dora", {"rank": RANK, "magnitude": True}),
+    ):
+        model = attach(load_base(section).model, AdapterSection.model_validate(settings), section.path)
+        save_adapter(model, tmp_path / name)
     with pytest.raises(InputError, match="method is sara, which PEFT's VeRA is not"):
-        export_stock_vera(adapter, tmp_path / "out")
+        export_stock_vera(read_deltas(tmp_path / "sara", empty_model(section)), tmp_path / "out")
+    assert main(["export", str(tmp_path / "dora"), str(tmp_path / "out"), "--to", "lora"]) == 0
+    said = capsys.readouterr().out
+    assert "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged" in said
+    assert "--max-lora-rank" not in said
+    assert "--max-lora-rank 16;" in serving_text(9) and "--max-lora-rank 320;" in serving_text(300)
+    assert "cut it with --rank" in serving_text(1024)
 
 
 def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(make_recipe: Any, tmp_path: Path) -> None:
@@ -291,31 +288,3 @@ def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(make_r
     assert main(["generate", str(tmp_path / "lora"), *ask, str(tmp_path / "lora.jsonl")]) == 0
     asked = [json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in ("run", "lora")]
     assert asked[0]["answer"] == asked[1]["answer"]
-
-
-def test_ranks_are_named_as_vllm_takes_them() -> None:
-    assert "--max-lora-rank 16;" in serving_text(9)
-    assert "--max-lora-rank 320;" in serving_text(300)
-    assert "cut it with --rank" in serving_text(1024)
-
-
-def test_a_dora_is_not_for_vllm(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
-    model = attach(load_base(section).model, AdapterSection(rank=RANK, magnitude=True), section.path)
-    save_adapter(model, tmp_path / "adapter")
-    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "dora"), "--to", "lora"]) == 0
-    said = capsys.readouterr().out
-    assert "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged" in said
-    assert "--max-lora-rank" not in said
-
-
-def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:
-    _, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, empty_model(section))
-    b = next(iter(adapter.layers.values())).factors.b
-    assert b is not None
-    b.fill_(1e9)
-    with pytest.raises(InputError, match="bfloat16"):
-        export_lora(adapter, tmp_path / "out", torch.float16)
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.iterdir())

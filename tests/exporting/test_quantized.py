@@ -40,13 +40,10 @@ def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_transformers_and_qvera_open_the_merge_in_4_bits(
-    kind: str, adapter: tuple[ModelSection, Path], tmp_path: Path
-) -> None:
+def test_transformers_and_qvera_open_the_merge_in_4_bits(adapter: tuple[ModelSection, Path], tmp_path: Path) -> None:
     section, directory = adapter
     options = ExportSection(dtype="float32")
-    certificate = export_quantized(directory, section, tmp_path / "out", options, kind)
+    certificate = export_quantized(directory, section, tmp_path / "out", options, "fp4")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no merge in 16 bits is left
     export_merged(directory, section, tmp_path / "merged", options)
     dense = load_file(tmp_path / "merged" / "model.safetensors")
@@ -64,9 +61,12 @@ def test_transformers_and_qvera_open_the_merge_in_4_bits(
     with torch.no_grad():
         logits = stock(IDS).logits
         ours = open_run(tmp_path / "out").model(IDS).logits
-        base = load_base(section.replace(path=str(tmp_path / "out"), quantization=kind)).model(IDS).logits
+        base = load_base(section.replace(path=str(tmp_path / "out"), quantization="fp4")).model(IDS).logits
     torch.testing.assert_close(ours, logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(base, ours, rtol=1e-5, atol=1e-5)
+    assert main(["quantize", str(tmp_path / "merged"), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "merged" / "qvera_export.json").is_file()
+    assert not (tmp_path / "again" / "qvera_export.json").exists()  # it is the certificate of other files
 
 
 def test_the_command_measures_what_is_lost(
@@ -92,7 +92,12 @@ def test_an_interrupted_one_goes_on_from_the_finished_merge(
 ) -> None:
     section, directory = adapter
     out, options = tmp_path / "out", ExportSection()
-
+    out.mkdir()
+    (out / "notes.txt").touch()
+    with pytest.raises(InputError, match="is not empty"):  # before anything is merged
+        export_quantized(directory, section, out, options, "nf4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "notes.txt").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(quantized, "quantize_checkpoint", interrupted)
         export_quantized(directory, section, out, options, "nf4")
@@ -144,24 +149,3 @@ def test_a_merge_into_a_base_that_was_replaced_is_not_gone_on_with(
     save_file({name: tensor * 2 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="holds the merge of another export"):
         export_quantized(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "nf4")
-
-
-def test_a_directory_with_other_files_is_refused_before_anything_is_merged(
-    adapter: tuple[ModelSection, Path], tmp_path: Path
-) -> None:
-    section, directory = adapter
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").touch()
-    with pytest.raises(InputError, match="is not empty"):
-        export_quantized(directory, section, tmp_path / "out", ExportSection(), "nf4")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_quantized_copy_of_an_export_has_no_certificate_of_other_files(
-    adapter: tuple[ModelSection, Path], tmp_path: Path
-) -> None:
-    section, directory = adapter
-    export_merged(directory, section, tmp_path / "merged", ExportSection())
-    assert main(["quantize", str(tmp_path / "merged"), str(tmp_path / "out")]) == 0
-    assert (tmp_path / "merged" / "qvera_export.json").is_file()
-    assert not (tmp_path / "out" / "qvera_export.json").exists()

@@ -4,137 +4,147 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, safetensors_stream
-from qvera.models.quantize_checkpoint import NotPlain, cached_base, find_base
+from qvera.models.quantize_checkpoint import cached_base, find_base
 from qvera.models.quantized_record import BASES, problem_of, read_record
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 from tests.disk import fill, small_disk
-from tests.helpers import sampled, start_process, wait_until
+from tests.helpers import wait_until
+from tests.models.helpers import stock_load
 
 pytestmark = pytest.mark.process
 
 IDS = torch.arange(3, 43).view(2, 20)
+FORK: Any = multiprocessing.get_context("fork")  # a process of its own would import torch for longer than it quantizes
 
 
-def quantized(source: Path, out: Path, shard_bytes: int | None = None, **settings: Any) -> dict[str, Any]:
+def quantized(source: Path, out: Path, shard_bytes: int | None = None, progress: Any = None, **settings: Any) -> Any:
     section = ModelSection(path=str(source), **settings)
-    return quantize_checkpoint.quantize_checkpoint(
-        section, quantize_checkpoint.read_source(section, source), out, shard_bytes=shard_bytes
-    )
+    read = quantize_checkpoint.read_source(section, source)
+    return quantize_checkpoint.quantize_checkpoint(section, read, out, progress=progress, shard_bytes=shard_bytes)
 
 
-def stock_load(source: Path, dtype: torch.dtype, **settings: Any) -> Any:
-    section = ModelSection(path=str(source), **settings)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=section.quantization,
-        bnb_4bit_use_double_quant=section.double_quant,
-        bnb_4bit_quant_storage=getattr(torch, section.quant_storage),
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config)
-
-
-def same_bytes(a: Any, b: Any) -> None:
-    mine, theirs = a.state_dict(), b.state_dict()
-    assert mine.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape, name
-        assert torch.equal(mine[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
-
-
-def save(directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    shard = changes.pop("max_shard_size", "50GB")
-    small_llama(**changes).to(dtype).save_pretrained(directory, max_shard_size=shard)
+def save(directory: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "50GB", **changes: Any) -> Path:
+    small_llama(**changes).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     small_tokenizer().save_pretrained(directory)
     return directory
 
 
+def same_model(out: Path, source: Path, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> None:
+    """Stock transformers loads from ``out`` the bytes that it would make of ``source``."""
+    settings = {"bnb_4bit_quant_storage": torch.bfloat16, **settings}
+    loaded, expected = AutoModelForCausalLM.from_pretrained(out, dtype="auto"), stock_load(source, dtype, **settings)
+    mine, theirs = loaded.state_dict(), expected.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape, name
+        assert torch.equal(mine[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+    if loaded.config.hidden_size % 64 == 0:  # bitsandbytes' kernel takes no other
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def inodes(files: list[Path]) -> dict[str, int]:
+    """A file that is written again is another one."""
+    return {file.name: file.stat().st_ino for file in files}
+
+
+def change_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def shard_with(source: Path, name: str) -> Path:
+    return next(file for file in shards(source) if name in load_file(file))
+
+
+def flip_last_bit(file: Path) -> None:
+    """In place: the inode stays."""
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+ODD = {"hidden_size": 44, "intermediate_size": 52, "attention_bias": True, "mlp_bias": True, "head_dim": 6}
+
+
 @pytest.mark.parametrize(
-    ("quantization", "double_quant", "storage"),
-    sampled(["nf4", "fp4"], [True, False], ["bfloat16", "uint8", "float32"]),
+    ("dtype", "changes", "sharded", "quantization", "double_quant", "storage"),
+    [
+        (torch.bfloat16, {}, False, "nf4", True, "bfloat16"),
+        (torch.float16, {"tie_word_embeddings": True}, True, "fp4", False, "uint8"),
+        (torch.float32, {}, True, "nf4", False, "float32"),
+        (torch.bfloat16, ODD, False, "fp4", True, "bfloat16"),
+    ],
+    ids=["plain", "tied, in shards", "from fp32", "biases and odd widths"],
 )
-def test_stock_transformers_loads_the_same_bytes_as_it_would_make(
-    tiny_model_dir: Path, tmp_path: Path, quantization: str, double_quant: bool, storage: str
+def test_stock_transformers_loads_the_bytes_that_it_would_make(
+    tmp_path: Path,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    sharded: bool,
+    quantization: str,
+    double_quant: bool,
+    storage: str,
 ) -> None:
+    source = save(tmp_path / "source", dtype, "60KB" if sharded else "50GB", **changes)
     settings = {"quantization": quantization, "double_quant": double_quant, "quant_storage": storage}
-    quantized(tiny_model_dir, tmp_path / "out", **settings)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    expected = stock_load(tiny_model_dir, torch.bfloat16, **settings)
-    same_bytes(loaded, expected)
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tied", "sharded"), sampled([torch.float16, torch.float32], [True, False], [True, False])
-)
-def test_other_dtypes_tied_heads_and_shards(tmp_path: Path, dtype: torch.dtype, tied: bool, sharded: bool) -> None:
-    shard = "60KB" if sharded else "50GB"
-    source = save(tmp_path / "source", dtype, tie_word_embeddings=tied, max_shard_size=shard)
-    quantized(source, tmp_path / "out", shard_bytes=30_000 if sharded else None)
+    quantized(source, tmp_path / "out", 30_000 if sharded else None, **settings)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == sharded
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    same_bytes(loaded, stock_load(source, dtype))
-    kept = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
-    assert ("lm_head.weight" in kept) == (not tied)
-    assert "lm_head.weight.absmax" not in kept
-    assert "model.embed_tokens.weight.absmax" not in kept
-    assert "model.layers.0.self_attn.q_proj.weight.absmax" in kept
-
-
-def test_biases_and_odd_widths_go_along(tmp_path: Path) -> None:
-    source = save(
-        tmp_path / "source", hidden_size=44, intermediate_size=52, attention_bias=True, mlp_bias=True, head_dim=6
-    )
-    quantized(source, tmp_path / "out")
-    same_bytes(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), stock_load(source, torch.bfloat16))
+    same_model(
+        tmp_path / "out", source, dtype, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_storage=getattr(torch, storage),
+    )  # fmt: skip
+    kept = {name for file in shards(tmp_path / "out") for name in load_file(file)}
+    assert ("lm_head.weight" in kept) == ("tie_word_embeddings" not in changes)
+    assert not kept & {"lm_head.weight.absmax", "model.embed_tokens.weight.absmax"}
 
 
 def test_tokenizer_template_and_generation_config_come_along(tiny_model_dir: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(tiny_model_dir, source)
+    source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
     (source / "pytorch_model.bin").write_bytes(b"not wanted")
-    record = quantized(source, tmp_path / "out")
+    out = tmp_path / "out"
+    record = quantized(source, out)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
-    sha = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
-    assert record["source"]["files"]["model.safetensors"]["sha256"] == sha
-    sha = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
-    assert record["files"]["model.safetensors"]["sha256"] == sha
-    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
-
-
-def test_packed_weights_start_at_a_multiple_of_64_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
-    quantized(tiny_model_dir, tmp_path / "out")
-    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert not (out / "pytorch_model.bin").exists()
+    for facts, file in ((record["source"], source / "model.safetensors"), (record, out / "model.safetensors")):
+        assert facts["files"][file.name]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert not list(out.glob(".*"))
+    raw = (out / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    for name, entry in header.items():
-        if name.endswith("_proj.weight"):
-            assert (8 + length + entry["data_offsets"][0]) % 64 == 0, name
+    packed = [entry for name, entry in json.loads(raw[8 : 8 + length]).items() if name.endswith("_proj.weight")]
+    assert len(packed) == 14  # each starts at a multiple of 64 bytes
+    assert all((8 + length + entry["data_offsets"][0]) % 64 == 0 for entry in packed)
 
 
-def test_threads_and_chunk_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_threads_chunk_sizes_and_whole_weights_on_a_device_change_no_byte(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a GPU, with the CPU as the device that gets whole weights."""
     quantized(tiny_model_dir, tmp_path / "one")
     monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 64 * 3)
     torch.set_num_threads(2)
@@ -142,74 +152,47 @@ def test_threads_and_chunk_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: 
         quantized(tiny_model_dir, tmp_path / "two")
     finally:
         torch.set_num_threads(1)
-    one, two = (p / "model.safetensors" for p in (tmp_path / "one", tmp_path / "two"))
-    assert one.read_bytes() == two.read_bytes()
+    monkeypatch.setattr(quantize_checkpoint, "_pack", lambda _1, _2, _3, block: (block, block.rows, None))
+    quantized(tiny_model_dir, tmp_path / "three")
+    one, two, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
+    assert one == two == three
 
 
-def test_whole_weights_quantized_on_a_device_give_the_same_file(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The path of a GPU, with the CPU as the device that gets whole weights."""
-    quantized(tiny_model_dir, tmp_path / "one")
-    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 64 * 3)
-    monkeypatch.setattr(
-        quantize_checkpoint, "_pack", lambda _section, _source, _device, block: (block, block.rows, None)
-    )
-    quantized(tiny_model_dir, tmp_path / "two")
-    one, two = (p / "model.safetensors" for p in (tmp_path / "one", tmp_path / "two"))
-    assert one.read_bytes() == two.read_bytes()
-
-
-def quantize_and_die(source: Path, out: Path, shards: int) -> None:
-    section = ModelSection(path=str(source))
-
-    def progress(stage: str, done: int, total: int, name: str) -> None:
-        if len(list(out.glob("*.safetensors"))) >= shards:
+def quantize_and_die(source: Path, out: Path, count: int) -> None:
+    def progress(*_: Any) -> None:
+        if len(shards(out)) >= count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    read = quantize_checkpoint.read_source(section, source)
-    quantize_checkpoint.quantize_checkpoint(section, read, out, progress=progress, shard_bytes=30_000)
+    quantized(source, out, 30_000, progress)
 
 
 def test_killed_at_any_shard_it_goes_on_to_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
-    record = quantized(tiny_model_dir, tmp_path / "whole", shard_bytes=30_000)
+    record = quantized(tiny_model_dir, tmp_path / "whole", 30_000)
     assert len(record["files"]) > 4
     out = tmp_path / "out"
-    for shards in (1, 3):
-        process = start_process(quantize_and_die, tiny_model_dir, out, shards)
+    for count in (1, 3):
+        process = FORK.Process(target=quantize_and_die, args=(tiny_model_dir, out, count))
+        process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        assert len(list(out.glob("*.safetensors"))) == shards
+        assert len(shards(out)) == count
         assert not (out / "config.json").exists()
         assert read_record(out) is None
-    kept = {p.name: p.stat().st_ino for p in out.glob("*.safetensors")}
-    damaged = sorted(kept)[0]
-    flipped = bytearray((out / damaged).read_bytes())
-    flipped[-1] ^= 1
-    (out / damaged).write_bytes(flipped)
-    again = quantized(tiny_model_dir, out, shard_bytes=30_000)
-    assert again["files"] == record["files"]
-    assert again["source"]["files"] == record["source"]["files"]
+    with pytest.raises(InputError, match="unfinished quantize of something else"):
+        quantized(tiny_model_dir, out, 30_000, quantization="fp4")
+    damaged, *kept = shards(out)
+    before = inodes(kept)
+    flip_last_bit(damaged)
+    again = quantized(tiny_model_dir, out, 30_000)
+    assert (again["files"], again["source"]["files"]) == (record["files"], record["source"]["files"])
     for name in record["files"]:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert {name: (out / name).stat().st_ino for name in kept if name != damaged} == {
-        name: inode for name, inode in kept.items() if name != damaged
-    }  # not written again
-
-
-def test_another_source_or_other_settings_do_not_go_on_with_it(tiny_model_dir: Path, tmp_path: Path) -> None:
-    start_process(quantize_and_die, tiny_model_dir, tmp_path / "out", 1).join()
-    with pytest.raises(InputError, match="unfinished quantize of something else"):
-        quantized(tiny_model_dir, tmp_path / "out", shard_bytes=30_000, quantization="fp4")
+    assert inodes(kept) == before  # not written again
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return save(tmp_path / "source", max_shard_size="60KB")
-
-
-def shards(source: Path) -> list[Path]:
-    return sorted(source.glob("*.safetensors"))
 
 
 def missing(source: Path) -> str:
@@ -220,11 +203,10 @@ def missing(source: Path) -> str:
 
 def renamed(source: Path) -> str:
     index = json.loads((source / "model.safetensors.index.json").read_text())
-    file = source / index["weight_map"]["model.norm.weight"]
-    tensors = load_file(file)
-    tensors["model.final.weight"] = tensors.pop("model.norm.weight")
-    save_file(tensors, file, metadata={"format": "pt"})
-    index["weight_map"]["model.final.weight"] = index["weight_map"].pop("model.norm.weight")
+    name = index["weight_map"]["model.final.weight"] = index["weight_map"].pop("model.norm.weight")
+    change_tensors(
+        source / name, lambda tensors: tensors.update({"model.final.weight": tensors.pop("model.norm.weight")})
+    )
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     return "has no tensor model.norm.weight"
 
@@ -237,106 +219,68 @@ def quantized_already(source: Path) -> str:
 
 
 def integers(source: Path) -> str:
-    file = next(f for f in shards(source) if any("q_proj" in k for k in load_file(f)))
-    save_file(
-        {k: v.to(torch.int32) if "q_proj" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"}
-    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_tensors(shard_with(source, name), lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
     return "q_proj.weight is torch.int32"
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [missing, renamed, quantized_already, integers],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("spoil", [missing, renamed, quantized_already, integers], ids=lambda f: f.__name__)
 def test_a_bad_source_is_named_and_nothing_is_written(
     source: Path, tmp_path: Path, capsys: Any, spoil: Callable[[Path], str]
 ) -> None:
     said = spoil(source)
     assert main(["quantize", str(source), str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert said in message
-    assert str(source) in message
-    assert "Traceback" not in message
+    assert said in message and str(source) in message and "Traceback" not in message
     assert not (tmp_path / "out").exists()
 
 
-def test_transposed_linears_are_left_to_transformers(tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, bos_token_id=1, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(NotPlain, match="transposed"):
-        quantized(tmp_path / "gpt2", tmp_path / "out")
-
-
 def test_what_the_model_does_not_have_is_left_out(source: Path, tmp_path: Path) -> None:
-    file = shards(source)[0]
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
-    expected = stock_load(source, torch.bfloat16)
-    (source / "model.safetensors.index.json").unlink()  # shards without an index are read too
+    change_tensors(shards(source)[0], lambda tensors: tensors.update(extra))
+    (source / "model.safetensors.index.json").rename(tmp_path / "index")  # shards without an index are read too
     quantized(source, tmp_path / "out")
-    same_bytes(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
+    (tmp_path / "index").rename(source / "model.safetensors.index.json")
+    same_model(tmp_path / "out", source)
 
 
-def test_nan_is_refused_by_tensor_name_and_finished_shards_stay(source: Path, tmp_path: Path) -> None:
+def test_nan_is_refused_by_tensor_name(source: Path, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
-    file = next(f for f in shards(source) if name in load_file(f))
-    tensors = load_file(file)
-    tensors[name][3, 5] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
+    file = shard_with(source, name)
+    change_tensors(file, lambda tensors: tensors[name][3].fill_(float("nan")))
     with pytest.raises(RunFailed, match=rf"{file.name}: {name} has NaN or Inf"):
-        quantized(source, tmp_path / "out", shard_bytes=20_000)
+        quantized(source, tmp_path / "out", 20_000)
     assert not (tmp_path / "out" / "config.json").exists()
     assert not list((tmp_path / "out").glob(".*.partial"))
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path) -> None:
-    section = ModelSection(path=str(source))
-
-    def touch(stage: str, done: int, total: int, name: str) -> None:
-        os.utime(shards(source)[-1])
-
     with pytest.raises(RunFailed, match="changed while it was read"):
-        quantize_checkpoint.quantize_checkpoint(
-            section, quantize_checkpoint.read_source(section, source), tmp_path / "out", progress=touch
-        )
+        quantized(source, tmp_path / "out", progress=lambda *_: os.utime(shards(source)[-1]))
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", 600 * 1024) as place:
-        yield place
+def test_a_disk_that_is_too_small_and_one_that_fills_up(tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole = quantized(tiny_model_dir, tmp_path / "whole", 20_000)
+    with small_disk(tmp_path / "disk", 600 * 1024) as disk:
+        filler, out = fill(disk, leave_bytes=50_000), disk / "out"
+        with pytest.raises(InputError, match=r"needs 1\d\d kB, and .* kB are free"):
+            quantized(tiny_model_dir, disk / "too small")
+        filler.unlink()
 
+        def fill_up(*_: Any) -> None:
+            if len(shards(out)) == 2 and not filler.exists():
+                fill(disk, leave_bytes=8192)
 
-def test_a_disk_that_fills_up_is_named_and_finished_shards_are_used(
-    tiny_model_dir: Path, disk: Path, tmp_path: Path
-) -> None:
-    whole = quantized(tiny_model_dir, tmp_path / "whole", shard_bytes=20_000)
-    section, filler = ModelSection(path=str(tiny_model_dir)), disk / "filler"
-    out = disk / "out"
-
-    def fill_up(stage: str, done: int, total: int, name: str) -> None:
-        if len(list(out.glob("*.safetensors"))) == 2 and not filler.exists():
-            fill(disk, leave_bytes=8192)
-
-    source = quantize_checkpoint.read_source(section, tiny_model_dir)
-    with pytest.raises(RunFailed, match="the disk is full.*Finished shards are kept"):
-        quantize_checkpoint.quantize_checkpoint(section, source, out, progress=fill_up, shard_bytes=20_000)
-    assert not (out / "config.json").exists()
-    assert not list(out.glob(".model*.partial"))
-    assert len(list(out.glob("*.safetensors"))) >= 2
-    filler.unlink()
-    inode = sorted(out.glob("*.safetensors"))[0].stat().st_ino
-    record = quantize_checkpoint.quantize_checkpoint(section, source, out, shard_bytes=20_000)
-    assert record["files"] == whole["files"]
-    assert sorted(out.glob("*.safetensors"))[0].stat().st_ino == inode
-
-
-def test_too_small_a_disk_is_refused_before_anything_is_done(tiny_model_dir: Path, disk: Path) -> None:
-    fill(disk, leave_bytes=50_000)
-    with pytest.raises(InputError, match=r"needs 1\d\d kB, and .* kB are free"):
-        quantized(tiny_model_dir, disk / "out")
+        with pytest.raises(RunFailed, match="the disk is full.*Finished shards are kept"):
+            quantized(tiny_model_dir, out, 20_000, fill_up)
+        assert not (out / "config.json").exists() and not list(out.glob(".model*.partial"))
+        kept = shards(out)
+        before = inodes(kept)
+        assert len(kept) >= 2
+        filler.unlink()
+        assert quantized(tiny_model_dir, out, 20_000)["files"] == whole["files"]
+        assert inodes(kept) == before
 
 
 # The cache: one copy for each content, made once.
@@ -384,28 +328,21 @@ def test_made_on_first_use_and_found_afterwards(section: ModelSection, root: Pat
 
 def test_settings_and_content_make_the_identity_and_the_path_does_not(section: ModelSection, tmp_path: Path) -> None:
     first = cached_base(section)
-    others = [
-        cached_base(ModelSection(path=section.path, **changes))
-        for changes in ({"quantization": "fp4"}, {"double_quant": False}, {"quant_storage": "uint8"})
-    ]
+    settings: list[dict[str, Any]] = [{"quantization": "fp4"}, {"double_quant": False}, {"quant_storage": "uint8"}]
+    others = [cached_base(section.replace(**changes)) for changes in settings]
     assert len({first, *others}) == 4
     shutil.copytree(section.path, tmp_path / "elsewhere")
     stages = Stages()
-    assert cached_base(ModelSection(path=str(tmp_path / "elsewhere")), progress=stages) == first
+    assert cached_base(section.replace(path=str(tmp_path / "elsewhere")), progress=stages) == first
     assert stages.seen == ["hashing"]  # not quantized again
-    tensors = load_file(weights(section))
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, weights(section), metadata={"format": "pt"})
+    change_tensors(weights(section), lambda tensors: tensors["model.norm.weight"].add_(1))
     assert cached_base(section) not in (first, *others)
 
 
 def test_what_was_hashed_is_trusted_by_size_time_and_inode_and_verify_is_not_fooled(section: ModelSection) -> None:
     first, file = cached_base(section), weights(section)
     before = file.stat()
-    raw = bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    with open(file, "r+b") as handle:  # in place: same inode
-        handle.write(raw)
+    flip_last_bit(file)
     assert find_base(section) is None  # another mtime
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert cached_base(section) == first  # believed
@@ -421,11 +358,9 @@ def test_a_damaged_copy_is_made_again(section: ModelSection) -> None:
     shard.write_bytes(good[:-1])
     assert cached_base(section) == copy
     assert shard.read_bytes() == good
-    flipped = bytearray(good)
-    flipped[-1] ^= 1
-    shard.write_bytes(flipped)
+    flip_last_bit(shard)
     assert cached_base(section) == copy
-    assert shard.read_bytes() == flipped
+    assert shard.read_bytes() != good
     assert cached_base(section, verify=True) == copy
     assert shard.read_bytes() == good
 
@@ -451,42 +386,32 @@ def unfinished_shards(root: Path) -> list[Path]:
     return sorted(root.glob(".unfinished-*/*.safetensors"))
 
 
-def test_of_two_processes_one_makes_it_and_the_other_waits(section: ModelSection, root: Path, tmp_path: Path) -> None:
-    one = start_process(make, section, tmp_path, "one")
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_two_processes_one_makes_it_and_the_other_waits(
+    killed: bool, section: ModelSection, root: Path, tmp_path: Path
+) -> None:
+    """If the first is killed, the other goes on from its shards."""
+    one, two = (FORK.Process(target=make, args=(section, tmp_path, name)) for name in ("one", "two"))
+    one.start()
     wait_until(lambda: len(unfinished_shards(root)) >= 3)
-    two = start_process(make, section, tmp_path, "two")
+    two.start()
     wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
-    assert one.is_alive()
-    assert two.is_alive()
+    kept = inodes(unfinished_shards(root))
+    assert one.is_alive() and two.is_alive()
+    assert "is being made" in str(pytest.raises(InputError, BASES.remove, unfinished_shards(root)[0].parent.name).value)
+    if killed:
+        one.kill()
+        one.join()
     (tmp_path / "go").touch()
-    for process in (one, two):
+    for process in (two,) if killed else (one, two):
         process.join(60)
         assert process.exitcode == 0
-    found, other = (Path((tmp_path / f"{name}.path").read_text()) for name in ("one", "two"))
-    assert found == other
-    assert problem_of(found, verify=True) is None
-    assert stages_of(tmp_path / "two") == {"waiting"}
-    assert [p for p in root.iterdir() if p.is_dir()] == [found]
-
-
-def test_a_killed_makers_lock_is_recovered_and_its_shards_are_used(
-    section: ModelSection, root: Path, tmp_path: Path
-) -> None:
-    one = start_process(make, section, tmp_path, "one")
-    wait_until(lambda: len(unfinished_shards(root)) >= 3)
-    two = start_process(make, section, tmp_path, "two")
-    wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
-    kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
-    assert "is being made" in str(pytest.raises(InputError, BASES.remove, unfinished_shards(root)[0].parent.name).value)
-    one.kill()
-    one.join()
-    (tmp_path / "go").touch()
-    two.join(60)
-    assert two.exitcode == 0
     made = Path((tmp_path / "two.path").read_text())
+    assert killed or Path((tmp_path / "one.path").read_text()) == made
     assert problem_of(made, verify=True) is None
-    assert stages_of(tmp_path / "two") == {"waiting", "quantizing"}
-    assert {name: (made / name).stat().st_ino for name in kept} == kept
+    assert stages_of(tmp_path / "two") == ({"waiting", "quantizing"} if killed else {"waiting"})
+    assert inodes([made / name for name in kept]) == kept
+    assert [p for p in root.iterdir() if p.is_dir()] == [made]
 
 
 def test_killed_between_the_last_byte_and_the_name(section: ModelSection, monkeypatch: Any) -> None:
@@ -507,22 +432,19 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert main(["quantize", section.path]) == 0
     (copy,) = [p for p in root.iterdir() if p.is_dir()]
     assert str(copy) in capsys.readouterr().out
-    assert main(["quantize", section.path, str(tmp_path / "out"), "--quantization", "fp4", "--no-double-quant"]) == 0
-    assert main(["quantize", section.path, str(tmp_path / "out"), "--quantization", "fp4", "--no-double-quant"]) == 0
+    for _ in range(2):
+        fp4 = ["--quantization", "fp4", "--no-double-quant"]
+        assert main(["quantize", section.path, str(tmp_path / "out"), *fp4]) == 0
     assert read_record(tmp_path / "out")["settings"]["quantization"] == "fp4"  # type: ignore[index]
     assert main(["quantize", section.path, str(tmp_path / "out")]) == 2  # nf4 is another thing
     assert main(["cache", "ls"]) == 0
     said = capsys.readouterr().out
-    assert copy.name in said
-    assert section.path in said
+    assert copy.name in said and section.path in said
     assert main(["cache", "ls", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["size_bytes"] == sum(f.stat().st_size for f in copy.iterdir())
-    assert row["finished"]
+    assert row["finished"] and row["size_bytes"] == sum(f.stat().st_size for f in copy.iterdir())
     assert main(["cache", "verify"]) == 0
-    flipped = bytearray((copy / "model.safetensors").read_bytes())
-    flipped[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(flipped)
+    flip_last_bit(copy / "model.safetensors")
     assert main(["cache", "verify"]) == 1
     assert "another SHA-256" in capsys.readouterr().err
     assert main(["cache", "rm", "nothing"]) == main(["cache", "rm", "../.."]) == main(["cache", "rm"]) == 2
@@ -532,9 +454,7 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert BASES.listed() == []
 
 
-def test_ctrl_c_keeps_finished_shards_and_says_so(
-    section: ModelSection, root: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_ctrl_c_keeps_finished_shards_and_says_so(section: ModelSection, root: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(quantize_checkpoint, "SHARD_BYTES", 30_000)
     finished = quantize_checkpoint.OutputDirectory.finished
 
@@ -543,16 +463,15 @@ def test_ctrl_c_keeps_finished_shards_and_says_so(
         if len(self.shards) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(quantize_checkpoint.OutputDirectory, "finished", interrupting)
-    assert main(["quantize", section.path]) == 75
-    assert len(unfinished_shards(root)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_checkpoint.OutputDirectory, "finished", interrupting)
+        assert main(["quantize", section.path]) == 75
+    kept = inodes(unfinished_shards(root))
     (entry,) = BASES.listed()
-    assert not entry.finished
-    monkeypatch.setattr(quantize_checkpoint.OutputDirectory, "finished", finished)
-    kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
+    assert len(kept) == 2 and not entry.finished
     assert main(["quantize", section.path]) == 0
     (entry,) = BASES.listed()
-    assert {n: (entry.directory / n).stat().st_ino for n in kept} == kept
+    assert inodes([entry.directory / name for name in kept]) == kept
     assert main(["cache", "rm", "--all"]) == 0
     assert BASES.listed() == []
 
@@ -562,14 +481,3 @@ def test_a_cache_that_cannot_be_written_is_said(section: ModelSection, tmp_path:
     monkeypatch.setenv("QVERA_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="QVERA_CACHE"):
         cached_base(section)
-
-
-def test_fp32_sources_quantize_from_fp32(section: ModelSection) -> None:
-    tensors = {k: v.float() * 1.0001 for k, v in load_file(weights(section)).items()}
-    save_file(tensors, weights(section), metadata={"format": "pt"})
-    kept = load_file(cached_base(section) / "model.safetensors")
-    assert kept["model.embed_tokens.weight"].dtype is torch.float32
-    assert (
-        json.loads(bytes(kept["model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"].tolist()))["dtype"]
-        == "float32"
-    )

@@ -11,43 +11,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.data import IGNORED
 from qvera.evaluation.generate import generate, generating
-from qvera.models import linear, quantization, stored_weights
-from qvera.models import loss as loss_module
-from qvera.models.linear import WeightBlocks
+from qvera.models import linear, stored_weights
 from qvera.models.loader import load_base
-from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry
-from tests.conftest import small_llama, small_tokenizer
-from tests.helpers import sampled
+from tests.conftest import small_llama
+from tests.models.helpers import stock_four_bit, stock_load
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "norm.weight")
 
 
-def four_bit(source: Path, out: Path, **settings: Any) -> Path:
-    """A 16-bit checkpoint in bitsandbytes' serialized NF4 format, written by stock transformers."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-        **{"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.bfloat16, **settings},
-    )  # fmt: skip
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config).save_pretrained(out)
-    small_tokenizer().save_pretrained(out)
-    return out
-
-
 @pytest.fixture(scope="module")
 def packed_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return four_bit(tiny_model_dir, tmp_path_factory.mktemp("models") / "nf4")
+    out = tmp_path_factory.mktemp("models") / "nf4"
+    return stock_four_bit(tiny_model_dir, out, bnb_4bit_quant_storage=torch.bfloat16)
 
 
 def section(path: Path, dtype: str = "float32", **changes: Any) -> ModelSection:
@@ -71,36 +56,27 @@ def test_what_is_big_stays_in_the_file_and_in_its_dtype(packed_dir: Path) -> Non
         assert parameter.dtype == (torch.float32 if small else torch.bfloat16), name
         assert lies_in(parameter, packed_dir) != small, name
         assert not parameter.requires_grad
-    layers = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
-    assert len(layers) == 14
-    assert {type(m) for m in layers} == {linear.FrozenLinear4bit}
-    assert all(lies_in(m.weight.quant_state.absmax, packed_dir) for m in layers)
-    assert all(lies_in(m.weight.quant_state.state2.absmax, packed_dir) for m in layers)
+    states = [m.weight.quant_state for m in model.modules() if isinstance(m, linear.FrozenLinear4bit)]
+    assert len(states) == 14
+    assert all(lies_in(x, packed_dir) for state in states for x in (state.absmax, state.state2.absmax))
     assert model.generation_config.eos_token_id == 2
 
 
 @pytest.mark.parametrize(
     ("dtype", "storage", "double_quant"),
-    sampled(["float32", "bfloat16"], [torch.uint8, torch.bfloat16], [True, False]),
+    [(torch.float32, torch.bfloat16, True), (torch.bfloat16, torch.uint8, False), (torch.float32, torch.uint8, True)],
 )
 def test_the_same_logits_as_quantizing_while_loading(
-    tiny_model_dir: Path, tmp_path: Path, dtype: str, storage: torch.dtype, double_quant: bool
+    tiny_model_dir: Path, tmp_path: Path, dtype: torch.dtype, storage: torch.dtype, double_quant: bool
 ) -> None:
-    packed = four_bit(
-        tiny_model_dir, tmp_path / "nf4", bnb_4bit_quant_storage=storage, bnb_4bit_use_double_quant=double_quant
-    )
-    mapped = load_base(section(packed, dtype, double_quant=double_quant), CPU)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )  # fmt: skip
-    stock = AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir, dtype=getattr(torch, dtype), quantization_config=config
-    )
+    settings: dict[str, Any] = {"bnb_4bit_use_double_quant": double_quant}
+    packed = stock_four_bit(tiny_model_dir, tmp_path / "nf4", bnb_4bit_quant_storage=storage, **settings)
+    mapped = load_base(section(packed, str(dtype).removeprefix("torch."), double_quant=double_quant), CPU)
+    stock = stock_load(tiny_model_dir, dtype, **settings)
     linear.freeze_linears(stock)
     with torch.no_grad():
         ours, theirs = mapped.model(IDS).logits, stock.eval()(IDS).logits
-    assert ours.dtype == getattr(torch, dtype)
+    assert ours.dtype == dtype
     assert torch.equal(ours, theirs)
     assert mapped.facts["quant_storage"] == str(storage).removeprefix("torch.")
 
@@ -108,7 +84,7 @@ def test_the_same_logits_as_quantizing_while_loading(
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     source = tmp_path / "tied"
     small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(source)
-    packed = four_bit(source, tmp_path / "nf4")
+    packed = stock_four_bit(source, tmp_path / "nf4")
     model = load_base(section(packed), CPU).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert lies_in(model.lm_head.weight, packed)
@@ -150,27 +126,6 @@ def test_answers_hold_the_head_in_the_compute_dtype_and_let_go_of_it(packed_dir:
     assert generate(base.model, base.tokenizer, [[5, 9, 20]], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_the_loss_casts_a_16_bit_head_block_by_block(monkeypatch: pytest.MonkeyPatch, bias: bool, chunk: int) -> None:
-    torch.manual_seed(0)
-    stored = nn.Linear(24, 301, bias=bias).requires_grad_(False)
-    stored.weight.data = stored.weight.data.to(torch.bfloat16)
-    whole = nn.Linear(24, 301, bias=bias).requires_grad_(False)
-    whole.load_state_dict({k: v.float() for k, v in stored.state_dict().items()})
-    hidden, labels = torch.randn(2, 17, 24), torch.randint(0, 301, (2, 17))
-    labels[0, :5] = IGNORED
-    results = []
-    for module, elements in ((stored, 24 * 40), (whole, 24 * 40)):
-        monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
-        x = hidden.clone().requires_grad_()
-        loss, _ = fused_linear_cross_entropy(x, labels, Head(module, None, 1.0), chunk)
-        loss.backward()
-        results.append((loss.detach(), x.grad))
-    assert len(WeightBlocks(stored, torch.float32, 24 * 40, reused=True)) == 8
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
-
-
 def test_names_that_are_not_the_models_go_the_old_way(packed_dir: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(packed_dir, tmp_path / "renamed"))
     file = directory / "model.safetensors"
@@ -180,9 +135,8 @@ def test_names_that_are_not_the_models_go_the_old_way(packed_dir: Path, tmp_path
     config = load_base(section(packed_dir), CPU).model.config
     with pytest.raises(NotMappable, match="no model.surplus.weight"):
         load_mapped(directory, config, torch.float32, CPU)
-    assert (
-        load_base(section(directory), CPU).facts["four_bit_modules"] == 14
-    )  # transformers ignores what it has no use for
+    loaded = load_base(section(directory), CPU)  # transformers ignores what it has no use for
+    assert loaded.facts["four_bit_modules"] == 14
 
 
 def test_a_config_of_another_shape_is_refused(packed_dir: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qvera.data import build_datasets
 from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run
 from qvera.evaluation.run_info import directory_facts
-from qvera.models.loader import load_base
+from qvera.models.loader import Base, load_base
 from qvera.models.tokenizer import ADDED_ROWS, load_tokenizer
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
@@ -52,7 +52,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return write_model(request.param, tmp_path_factory.mktemp("models") / "model")
 
 
-@pytest.fixture(params=[pytest.param("spare rows", marks=pytest.mark.slow), "tied, more rows"], scope="module")
+@pytest.fixture(params=[pytest.param("spare rows", marks=pytest.mark.matrix), "tied, more rows"], scope="module")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a task that can't be done without the new tokens: call the tool by its token, end with another."""
     directory = tmp_path_factory.mktemp("trained")
@@ -89,33 +89,27 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     opened = open_run(trained)
     said = ask(opened)
     assert said.startswith(f"{TOOL}red{DONE}"), said
-    ids = opened.base.tokenizer("say red", add_special_tokens=False)["input_ids"]
-    (shown,) = generate(opened.model, opened.base.tokenizer, [ids], max_new_tokens=8)
+    prompt = opened.base.tokenizer("say red", add_special_tokens=False)["input_ids"]
+    (shown,) = generate(opened.model, opened.base.tokenizer, [prompt], max_new_tokens=8)
     assert shown == f"{TOOL}red{DONE}"  # the tokens are part of the answer, the end of it is not
     assert ask(open_run(trained, adapter=False)) != said, "the base alone has learnt nothing"
-    # an adapter directory that stands alone knows its tokens
-    alone = open_run(trained / "adapter")
-    assert ask(alone) == said
+    assert ask(open_run(trained / "adapter")) == said  # an adapter directory that stands alone knows its tokens
     ids = directory_facts(trained)["added_tokens"]
     assert list(ids) == [TOOL, DONE]
     assert directory_facts(trained / "adapter")["added_tokens"] == ids
-    assert AutoTokenizer.from_pretrained(trained / "adapter").convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
 
     out = tmp_path / "merged"
     options = ["--to", "merged", "--dtype", "float32", "--base", "dequantized"]
     assert main(["export", str(trained), str(out), *options]) == 0
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert tokenizer.convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
+    exported, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    for one in (tokenizer, AutoTokenizer.from_pretrained(trained / "adapter")):
+        assert one.convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
     assert exported.config.vocab_size == exported.get_input_embeddings().weight.shape[0] > max(ids.values())
     batch = torch.tensor([tokenizer(f"say red{TOOL}", add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
-        ours, theirs = opened.model(batch).logits, exported(batch).logits
-    assert ours.shape == theirs.shape
-    assert torch.allclose(ours, theirs, atol=1e-4)
-    certificate = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())
-    assert certificate["added_tokens"] == ids
-    assert "difference" in certificate
+        torch.testing.assert_close(opened.model(batch).logits, exported(batch).logits, atol=1e-4, rtol=1e-5)
+    certificate = json.loads((out / "qvera_export.json").read_text())
+    assert certificate["added_tokens"] == ids and "difference" in certificate
 
 
 def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(trained: Path, tmp_path: Path, capsys: Any) -> None:
@@ -134,25 +128,14 @@ def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(trained: Pat
     assert TOOL in capsys.readouterr().err
 
 
-def test_peft_alone_does_not_take_the_adapter_without_its_rows(trained: Path) -> None:
-    with pytest.raises(InputError, match=re.escape(TOOL)):
-        PeftModel.from_pretrained(
-            load_base(ModelSection(path=str(trained.parent / "model"))).model, str(trained / "adapter")
-        )
-
-
-def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(
-    tmp_path: Path, tiny_rows: Path, make_recipe: Any
-) -> None:
-    directory = Path(shutil.copytree(make_recipe().model.path, tmp_path / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(tiny_model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     tokenizer.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
-    tokenizer.save_pretrained(directory)
-    given = load_tokenizer(ModelSection(path=str(directory), eos_token="<|end|>"))
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = load_tokenizer(ModelSection(path=str(tmp_path / "model"), eos_token="<|end|>"))
     assert len(given) == len(tokenizer)
-    assert given.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
     ids = given("red<|end|>", add_special_tokens=False)["input_ids"]
-    assert ids[-1] == given.eos_token_id
+    assert ids[-1] == given.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
     assert given.decode(ids, skip_special_tokens=True) == "red"
 
 
@@ -171,43 +154,52 @@ def test_what_has_no_place_for_the_rows_is_refused(
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"was trained with the added tokens .*the loaded base has none"):
         load_adapters(small_llama(), {"one": trained / "adapter"})
+    with pytest.raises(InputError, match=re.escape(TOOL)):  # by PEFT alone
+        base = load_base(ModelSection(path=str(trained.parent / "model"))).model
+        PeftModel.from_pretrained(base, str(trained / "adapter"))
 
 
 def test_resume_is_to_the_bit(own_run: Path) -> None:
-    names = ("adapter_model.safetensors", ADDED_ROWS)
-    whole = [load_file(own_run / "adapter" / name) for name in names]
+    files = [own_run / "adapter" / name for name in ("adapter_model.safetensors", ADDED_ROWS)]
+    whole = [load_file(file) for file in files]
     shutil.rmtree(own_run / "checkpoints" / "step-00000050")
     shutil.rmtree(own_run / "adapter")
     train(load_recipe(own_run / "recipe.yaml"), own_run, resume=True)
-    for name, before in zip(names, whole, strict=True):
-        after = load_file(own_run / "adapter" / name)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[k], after[k]) for k in before)
+    torch.testing.assert_close([load_file(file) for file in files], whole, rtol=0, atol=0)
 
 
 def test_another_recipe_starts_from_its_vectors(own_run: Path, tmp_path: Path) -> None:
     changes = ["training.max_steps=1", f"adapter.init_from={own_run / 'adapter'}"]
     train(load_recipe(own_run / "recipe.yaml", changes), tmp_path / "again")
     first = load_recipe(own_run / "recipe.yaml", [*changes, f'model.added_tokens=["{DONE}"]'])
-    with pytest.raises(
-        InputError, match=r"was trained with the added tokens .*Set model\.added_tokens: \['<\|tool\|>', '<\|done\|>'\]"
-    ):
+    said = r"was trained with the added tokens .*Set model\.added_tokens: \['<\|tool\|>', '<\|done\|>'\]"
+    with pytest.raises(InputError, match=said):
         train(first, tmp_path / "other")
 
 
-def test_rows_are_typical_and_belong_to_the_text(model_dir: Path) -> None:
+def loaded(directory: Path, *tokens: str, **model: Any) -> Base:
+    return load_base(
+        ModelSection(path=str(directory), added_tokens=list(tokens), **{"compute_dtype": "float32", **model})
+    )
+
+
+def test_rows_are_typical_belong_to_the_text_and_are_in_no_file_of_the_base(model_dir: Path) -> None:
     def rows_of(*tokens: str) -> dict[str, torch.Tensor]:
-        base = load_base(ModelSection(path=str(model_dir), compute_dtype="float32", added_tokens=list(tokens)))
+        base = loaded(model_dir, *tokens)
         weight = base.model.get_output_embeddings().weight
         assert weight.shape[0] == base.model.config.vocab_size
         return {token: weight[i].clone() for token, i in base.facts["added_tokens"].items()}
 
+    files = {f.name: f.read_bytes() for f in model_dir.iterdir()}
     first, second = rows_of(TOOL, DONE), rows_of(DONE, TOOL)
-    assert torch.equal(first[TOOL], second[TOOL])
-    assert torch.equal(first[DONE], second[DONE])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert not torch.equal(first[TOOL], first[DONE])
-    plain = load_base(ModelSection(path=str(model_dir), compute_dtype="float32")).model.get_output_embeddings().weight
-    known = plain[: len(load_tokenizer(ModelSection(path=str(model_dir))))].float()
+    assert {f.name: f.read_bytes() for f in model_dir.iterdir()} == files
+    plain = loaded(model_dir).model
+    stored = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(plain.get_input_embeddings().weight, stored)
+    tokens = len(load_tokenizer(ModelSection(path=str(model_dir))))
+    known = plain.get_output_embeddings().weight[:tokens].float()
     for row in first.values():
         z = (row.float() - known.mean(0)) / known.std(0)
         assert z.abs().max() < 1.8
@@ -217,31 +209,16 @@ def test_rows_are_typical_and_belong_to_the_text(model_dir: Path) -> None:
     assert (row @ row) > (known @ row).max()
 
 
-def test_the_base_s_files_are_not_written_to(model_dir: Path) -> None:
-    before = {f.name: f.read_bytes() for f in model_dir.iterdir()}
-    load_base(ModelSection(path=str(model_dir), compute_dtype="float32", added_tokens=[TOOL]))
-    assert {f.name: f.read_bytes() for f in model_dir.iterdir()} == before
-    clean = load_base(ModelSection(path=str(model_dir), compute_dtype="float32")).model.get_input_embeddings().weight
-    stored = next(load_file(f) for f in model_dir.glob("*.safetensors"))["model.embed_tokens.weight"]
-    assert torch.equal(clean, stored)
+def test_bases_that_transformers_loads_grow_too(model_dir: Path) -> None:
+    for quantization in ("none", "int8"):
+        base = loaded(model_dir, TOOL, DONE, quantization=quantization, compute_dtype="bfloat16")
+        with torch.no_grad():
+            logits = base.model(torch.tensor([[5, *base.facts["added_tokens"].values()]])).logits
+        assert logits.isfinite().all()
+        assert logits.shape[-1] > max(base.facts["added_tokens"].values())
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_bases_that_transformers_loads_grow_too(model_dir: Path, quantization: str) -> None:
-    section = ModelSection(
-        path=str(model_dir),
-        quantization=quantization,
-        compute_dtype="bfloat16",
-        added_tokens=[TOOL, DONE],  # type: ignore[arg-type]
-    )
-    base = load_base(section)
-    with torch.no_grad():
-        logits = base.model(torch.tensor([[5, *base.facts["added_tokens"].values()]])).logits
-    assert logits.isfinite().all()
-    assert logits.shape[-1] > max(base.facts["added_tokens"].values())
-
-
-def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, tiny_rows: Path, make_recipe: Any) -> None:
+def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, make_recipe: Any) -> None:
     directory = tmp_path / "model"
     tokenizer = small_tokenizer()
     tokenizer.pad_token = None
@@ -253,18 +230,17 @@ def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, tiny_row
     assert base.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     padded = make_recipe(model={"path": str(directory), "pad_token": "<|endoftext|>"})
     datasets = build_datasets(padded.data, load_tokenizer(padded.model))
-    assert not datasets.stats.pads_with_eos
-    assert datasets.pad_id == 0
+    assert (datasets.stats.pads_with_eos, datasets.pad_id) == (False, 0)
 
 
-def test_eos_token_ends_an_answer(tiny_model_dir: Path, tiny_rows: Path, make_recipe: Any) -> None:
+def test_eos_token_ends_an_answer(make_recipe: Any) -> None:
     recipe = make_recipe(model={"added_tokens": [DONE], "eos_token": DONE}, data={"template": "plain"})
     tokenizer = load_tokenizer(recipe.model)
     rows = build_datasets(recipe.data, tokenizer).train
     assert all(row.input_ids[-1] == tokenizer.convert_tokens_to_ids(DONE) and row.trained[-1] for row in rows)
 
 
-def test_chatml_s_markers_can_be_added(tmp_path: Path, tiny_rows: Path, make_recipe: Any) -> None:
+def test_chatml_s_markers_can_be_added(tmp_path: Path, make_recipe: Any) -> None:
     directory = tmp_path / "model"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_bpe_tokenizer([], False), eos_token="</s>", bos_token="<s>")
     small_llama(vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(directory)
@@ -298,22 +274,15 @@ def test_a_damaged_or_foreign_file_of_rows_is_refused(own_run: Path) -> None:
 
 
 def test_the_plan_counts_tables_that_are_no_longer_mapped(model_dir: Path, make_recipe: Any) -> None:
-    def standing(**model: Any) -> dict[str, Any]:
+    def table(**model: Any) -> Any:
         recipe = make_recipe(model={"path": str(model_dir), **model})
-        memory = make_plan(recipe, torch.device("cpu")).memory
-        return {c.name: c for c in memory.standing}
+        standing = make_plan(recipe, torch.device("cpu")).memory.standing
+        return next((one for one in standing if one.name == "embedding and head with more rows"), None)
 
-    before, after = standing(), standing(added_tokens=[TOOL, DONE])
-    base = load_base(ModelSection(path=str(model_dir), compute_dtype="float32", added_tokens=[TOOL, DONE])).model
-    name = "embedding and head with more rows"
+    assert table() is None
+    grown, base = table(added_tokens=[TOOL, DONE]), loaded(model_dir, TOOL, DONE).model
     tables = {p.data_ptr(): p for p in (base.get_input_embeddings().weight, base.get_output_embeddings().weight)}
-    if shape_rows(model_dir) < base.config.vocab_size:
-        assert after[name].bytes == sum(p.nbytes for p in tables.values())
-        assert not after[name].mapped
+    if json.loads((model_dir / "config.json").read_text())["vocab_size"] < base.config.vocab_size:
+        assert grown.bytes == sum(p.nbytes for p in tables.values()) and not grown.mapped
     else:
-        assert name not in after
-    assert name not in before
-
-
-def shape_rows(model_dir: Path) -> int:
-    return int(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+        assert grown is None
