@@ -17,14 +17,15 @@ import torch.nn.functional as F
 import yaml
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from qvera.adapters.files.save_load import named_vectors
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection, Recipe, parse_recipe
+from qvera.config.schema import ModelSection
 from qvera.data import Datasets, build_datasets
+from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
+from qvera.evaluation.metrics import class_scores
 from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_image_processor
 from qvera.tasks.classification import ImageClassification
@@ -32,49 +33,12 @@ from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from tests.distributed.ranks import Ranks
-from tests.tasks.images import COLOURS, save_vit, write_folders
+from tests.tasks.images import COLOURS
 from tests.tasks.sessions import gradients, loop_of
+from tests.training.runs import cut_off, same, vectors
 
 TASK = ImageClassification()
-METHODS = {"vera": {"rank": 8}, "lora": {"method": "lora", "rank": 4}, "lora-xs": {"method": "lora-xs", "rank": 4}}
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_vit(tmp_path_factory.mktemp("models") / "vit")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pictures of three colours."""
-    return write_folders(tmp_path_factory.mktemp("pictures") / "rows")
-
-
-@pytest.fixture(scope="module")
-def see(vit: Path, pictures: Path) -> Any:
-    """A small recipe; keyword sections override."""
-
-    def make(**sections: Any) -> Recipe:
-        tree: dict[str, Any] = {
-            "task": "image-classification",
-            "model": {"path": str(vit), "compute_dtype": "float32"},
-            "adapter": {"rank": 8},
-            "data": {"path": str(pictures), "eval_fraction": 0.2, "augment": "crop-flip"},
-            "training": {
-                "max_steps": 6,
-                "global_batch_size": 8,
-                "per_device_train_batch_size": 4,
-                "learning_rate": 2e-2,
-                "save_steps": 3,
-                "report_to": [],
-            },
-        }
-        for section, values in sections.items():
-            tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
-        return parse_recipe(tree, "test recipe")
-
-    return make
+FP32 = ["--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +66,6 @@ def plain_logits(model: Any, processor: Any, datasets: Datasets) -> torch.Tensor
         return model(**processor(images=files, return_tensors="pt")).logits
 
 
-def dense(run: Path, vit: Path) -> OpenRun:
-    """The run's adapter on the base as it is stored."""
-    section = ModelSection(path=str(vit), quantization="none", compute_dtype="float32")
-    return open_target(dataclasses.replace(find_target(run), section=section))
-
-
-def adapter_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
 def test_a_run_learns_its_classes_and_says_what_it_trained(finished: Path) -> None:
     run = json.loads((finished / "run.json").read_text())
     before, after = run["result"]["eval_before"], run["result"]["eval_after"]
@@ -121,26 +75,23 @@ def test_a_run_learns_its_classes_and_says_what_it_trained(finished: Path) -> No
     assert run["model"]["four_bit_modules"] == 12
     config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
     assert config["labels"] == sorted(COLOURS)
-    tensors = adapter_of(finished)
+    tensors = vectors(finished)
     assert tensors["base_model.model.classifier.weight"].shape == (3, 32)
     assert run["adapter"]["head_parameters"] == 3 * 32 + 3
     assert not any("projection" in name for name in tensors)  # the patches' convolution is not adapted
     assert "accuracy" in (finished / "report.html").read_text().lower()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_gradient_is_that_of_a_dense_model_in_fp64(see: Any, tmp_path: Path, method: str) -> None:
-    recipe = see(adapter=METHODS[method], model={"quantization": "none"})
-    loop = loop_of(recipe, tmp_path)
+@pytest.mark.parametrize("adapter", [{"rank": 8}, {"method": "lora-xs", "rank": 4}], ids=["vera", "lora-xs"])
+def test_every_gradient_is_that_of_a_dense_model_in_fp64(see: Any, tmp_path: Path, adapter: dict[str, Any]) -> None:
+    loop = loop_of(see(adapter=adapter, model={"quantization": "none"}), tmp_path)
     found = gradients(loop, list(range(7)))
     inner = causal_model(loop.model.double())
     loop.model.zero_grad()
     examples = [loop.datasets.train[i] for i in range(7)]
-    losses = []
-    for example, target in zip(examples, torch.from_numpy(loop.datasets.labels.targets(examples)), strict=True):
-        pixels = torch.from_numpy(example.image.pixels())[None].double()
-        losses.append(F.cross_entropy(inner(pixel_values=pixels).logits, target[None]))
-    torch.stack(losses).mean().backward()
+    pixels = [torch.from_numpy(example.image.pixels())[None].double() for example in examples]
+    logits = torch.cat([inner(pixel_values=one).logits for one in pixels])
+    F.cross_entropy(logits, torch.from_numpy(loop.datasets.labels.targets(examples))).backward()
     expected = {name: vector.grad for name, vector in named_vectors(loop.model).items()}
     assert "base_model.model.classifier.weight" in found
     for name, gradient in found.items():
@@ -165,55 +116,29 @@ def test_a_step_depends_neither_on_passes_nor_on_what_came_before(see: Any, tmp_
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(see: Any, tmp_path: Path) -> None:
-    recipe = see(adapter={"dropout": 0.1}, training={"head_learning_rate": 1e-2})
+    recipe = see(adapter={"dropout": 0.1}, training={"head_learning_rate": 1e-2, "max_steps": 4, "save_steps": 2})
     train(recipe, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for left in ("adapter", "checkpoints/step-00000006"):
-        shutil.rmtree(tmp_path / "cut" / left)
-    (tmp_path / "cut" / "run.json").unlink()
-    train(recipe, tmp_path / "cut", resume=True)
-    one, other = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    train(recipe, cut_off(tmp_path / "whole", tmp_path / "cut", after=2), resume=True)
+    assert same(vectors(tmp_path / "whole"), vectors(tmp_path / "cut"))
 
 
-@pytest.mark.process
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(see: Any, tmp_path: Path) -> None:
-    train(see(), tmp_path / "one")
-    recipe = see(training={"output_dir": str(tmp_path / "two")})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    command = ["-m", "qvera", "train", str(tmp_path / "recipe.yaml")]
-    ranks = Ranks(command, 2, tmp_path / "logs")
-    assert ranks.wait(300) == [0, 0], ranks.text()
-    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
-    scores = [json.loads((tmp_path / run / "run.json").read_text())["result"]["eval_after"] for run in ("one", "two")]
-    assert scores[0]["accuracy"] == scores[1]["accuracy"]
-
-
-def test_an_adapter_opens_in_plain_peft(finished: Path, vit: Path) -> None:
-    assert torch.equal(logits(open_run(finished)), logits(open_run(finished)))
-    expected = dense(finished, vit)
-    base = AutoModelForImageClassification.from_pretrained(vit, num_labels=3)
-    model = PeftModel.from_pretrained(base, finished / "adapter").eval()
-    found = plain_logits(model, AutoImageProcessor.from_pretrained(vit), rows_of(expected))
-    torch.testing.assert_close(found, logits(expected), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["merged", "lora", "peft"])
-def test_an_export_gives_the_trained_logits(finished: Path, vit: Path, tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
-    fp32 = ["--dtype", "float32"]
-    options = {"merged": [*fp32, "--base", "dequantized"], "lora": fp32, "peft": []}[kind]
-    assert main(["export", str(finished), str(out), "--to", kind, *options]) == 0
+@pytest.mark.parametrize("kind", ["merged", "lora", "peft", "as it is"])
+def test_an_adapter_gives_the_trained_logits_as_it_is_and_exported(
+    finished: Path, vit: Path, tmp_path: Path, kind: str
+) -> None:
+    options = {"merged": [*FP32, "--base", "dequantized"], "lora": FP32, "peft": []}
+    out = finished / "adapter" if kind == "as it is" else tmp_path / "out"
+    if kind in options:
+        assert main(["export", str(finished), str(out), "--to", kind, *options[kind]]) == 0
     if kind == "merged":
-        opened = open_run(finished)
-        model, processor = AutoModelForImageClassification.from_pretrained(out), AutoImageProcessor.from_pretrained(out)
+        opened, processor = open_run(finished), AutoImageProcessor.from_pretrained(out)
+        model = AutoModelForImageClassification.from_pretrained(out)
         assert model.config.id2label == dict(enumerate(sorted(COLOURS)))
         torch.testing.assert_close(logits(open_run(out)), logits(opened), rtol=1e-4, atol=1e-5)
     else:
-        opened, processor = dense(finished, vit), AutoImageProcessor.from_pretrained(vit)
+        dense = ModelSection(path=str(vit), quantization="none", compute_dtype="float32")
+        opened = open_target(dataclasses.replace(find_target(finished), section=dense))
+        processor = AutoImageProcessor.from_pretrained(vit)
         base = AutoModelForImageClassification.from_pretrained(vit, num_labels=3)
         model = PeftModel.from_pretrained(base, out).eval()
     torch.testing.assert_close(plain_logits(model, processor, rows_of(opened)), logits(opened), rtol=1e-4, atol=1e-5)
@@ -232,8 +157,6 @@ def test_eval_writes_a_class_for_each_image(
 
 
 def test_five_guesses_count_where_there_are_ten_classes() -> None:
-    from qvera.evaluation.metrics import class_scores
-
     values = torch.stack([torch.randperm(10) for _ in range(40)]).float()
     targets = torch.arange(40) % 10
     expected = (values.topk(5).indices == targets[:, None]).any(1).double().mean()
@@ -251,12 +174,11 @@ def test_a_plan_counts_images_with_and_without_the_rows(see: Any, tmp_path: Path
 
 
 def test_preview_shows_small_images(see: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(see().to_dict()))
-    assert main(["preview", str(tmp_path / "recipe.yaml"), "--rows", "2", "--html", str(tmp_path / "page.html")]) == 0
+    recipe, page = tmp_path / "recipe.yaml", tmp_path / "page.html"
+    recipe.write_text(yaml.safe_dump(see().to_dict()))
+    assert main(["preview", str(recipe), "--rows", "2", "--html", str(page)]) == 0
     assert "label: blue" in capsys.readouterr().out
-    found = re.findall(
-        r'<img src="data:image/jpeg;base64,([^"]+)" alt="label: blue"', (tmp_path / "page.html").read_text()
-    )
+    found = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="label: blue"', page.read_text())
     assert len(found) == 2
     assert Image.open(io.BytesIO(base64.b64decode(found[0]))).size == (12, 12)
 
@@ -264,15 +186,9 @@ def test_preview_shows_small_images(see: Any, tmp_path: Path, capsys: pytest.Cap
 def test_a_base_without_an_image_processor_is_refused(see: Any, vit: Path, tmp_path: Path) -> None:
     shutil.copytree(vit, tmp_path / "bare")
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
-    session = TrainingSession(see(model={"path": str(tmp_path / "bare")}), tmp_path / "run", session_group())
+    session = TrainingSession(see(model={"path": str(tmp_path / "bare")}), tmp_path / "run", Group())
     with pytest.raises(InputError, match=r"bare'.*Expected preprocessor_config\.json beside the weights"):
         session.load_data()
-
-
-def session_group() -> Any:
-    from qvera.distributed.group import Group
-
-    return Group()
 
 
 @pytest.mark.parametrize(

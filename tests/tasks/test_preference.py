@@ -20,10 +20,14 @@ from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection, ModelSection, TrainingSection
 from qvera.data import Example
 from qvera.models.loader import load_base
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 
 pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
 
+from qvera.tasks import preference
 from qvera.tasks.preference import Preferences
 
 BETA = 0.3
@@ -47,19 +51,14 @@ PAIRS = [example(5, 3, 7, 0), example(2, 9, 1, 1), example(11, 1, 4, 2)]
 JUDGED = [example(5, 3, None, 3, True), example(2, 9, None, 4, False), example(11, 1, None, 5, True)]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """A 4-bit base with tied embeddings and an adapter whose vectors are not zero."""
     directory = tmp_path_factory.mktemp("model")
     small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(directory)
     small_tokenizer().save_pretrained(directory)
-    base = load_base(ModelSection(path=str(directory), compute_dtype=request.param), torch.device("cpu"))
-    peft_model = attach(base.model, AdapterSection(rank=8), str(directory))
-    numbers = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for vector in named_vectors(peft_model).values():
-            vector.add_(torch.randn(vector.shape, generator=numbers) * 0.3)
-    return peft_model.eval()
+    base = load_base(ModelSection(path=str(directory), compute_dtype="float32"), torch.device("cpu"))
+    return perturb(attach(base.model, AdapterSection(rank=8), str(directory))).eval()
 
 
 def log_probabilities(model: nn.Module, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
@@ -75,9 +74,11 @@ def parts(row: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return row.input_ids[:start], row.input_ids[start:], rejected
 
 
-def of_reference(model: Any, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+def log_ratio(model: Any, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+    """log of the answer's probability over that of the base."""
     with torch.no_grad(), model.disable_adapter():
-        return log_probabilities(model, prompt, answer)
+        reference = log_probabilities(model, prompt, answer)
+    return (log_probabilities(model, prompt, answer) - reference).sum()
 
 
 def dpo(loss: Callable[..., torch.Tensor]) -> Callable[[Any], torch.Tensor]:
@@ -86,9 +87,7 @@ def dpo(loss: Callable[..., torch.Tensor]) -> Callable[[Any], torch.Tensor]:
     def total(model: Any) -> torch.Tensor:
         losses = []
         for prompt, chosen, rejected in map(parts, PAIRS):
-            ratios = [
-                (log_probabilities(model, prompt, a) - of_reference(model, prompt, a)).sum() for a in (chosen, rejected)
-            ]
+            ratios = [log_ratio(model, prompt, answer) for answer in (chosen, rejected)]
             losses.append(loss(*ratios, len(chosen), len(rejected)))
         return torch.stack(losses).sum()
 
@@ -108,44 +107,27 @@ def orpo(model: Any) -> torch.Tensor:
 
 def kto(model: Any) -> torch.Tensor:
     """Equation 8 of arXiv 2402.01306, with z₀ from each prompt and the answer of the row before it."""
-    answers = [parts(row)[1] for row in JUDGED]
+    rows = [parts(row)[:2] for row in JUDGED]
     with torch.no_grad():
-        shifts = [
-            (
-                log_probabilities(model, parts(row)[0], answers[i - 1])
-                - of_reference(model, parts(row)[0], answers[i - 1])
-            ).sum()
-            for i, row in enumerate(JUDGED)
-        ]
+        shifts = [log_ratio(model, prompt, rows[i - 1][1]) for i, (prompt, _) in enumerate(rows)]
         z = torch.stack(shifts).mean().clamp(min=0)
-    losses = []
-    for row in JUDGED:
-        prompt, answer, _ = parts(row)
-        ratio = (log_probabilities(model, prompt, answer) - of_reference(model, prompt, answer)).sum()
-        value = 2.0 * torch.sigmoid(BETA * (ratio - z)) if row.desirable else 0.5 * torch.sigmoid(BETA * (z - ratio))
-        losses.append((2.0 if row.desirable else 0.5) - value)
-    return torch.stack(losses).sum()
+    total = torch.zeros(())
+    for (prompt, answer), row in zip(rows, JUDGED, strict=True):
+        sign, weight = (1, 2.0) if row.desirable else (-1, 0.5)
+        total = total + weight * (1 - torch.sigmoid(sign * BETA * (log_ratio(model, prompt, answer) - z)))
+    return total
 
 
 SIGMOID = torch.sigmoid
+DPO: dict[str, Callable[..., torch.Tensor]] = {
+    "sigmoid": lambda w, r, *_: -F.logsigmoid(BETA * (w - r)),
+    "hinge": lambda w, r, *_: F.relu(1 - BETA * (w - r)),
+    "ipo": lambda w, r, n, m: (w / n - r / m - 1 / (2 * BETA)) ** 2,
+    "apo_zero": lambda w, r, *_: 1 - SIGMOID(BETA * w) + SIGMOID(BETA * r),
+    "apo_down": lambda w, r, *_: SIGMOID(BETA * w) + 1 - SIGMOID(BETA * (w - r)),
+}
 FORMULAS: dict[str, tuple[dict[str, Any], list[Example], Callable[[Any], torch.Tensor]]] = {
-    "dpo": ({"objective": "dpo"}, PAIRS, dpo(lambda w, r, *_: -F.logsigmoid(BETA * (w - r)))),
-    "hinge": ({"objective": "dpo", "loss_type": "hinge"}, PAIRS, dpo(lambda w, r, *_: F.relu(1 - BETA * (w - r)))),
-    "ipo": (
-        {"objective": "dpo", "loss_type": "ipo"},
-        PAIRS,
-        dpo(lambda w, r, n, m: (w / n - r / m - 1 / (2 * BETA)) ** 2),
-    ),
-    "apo_zero": (
-        {"objective": "dpo", "loss_type": "apo_zero"},
-        PAIRS,
-        dpo(lambda w, r, *_: 1 - SIGMOID(BETA * w) + SIGMOID(BETA * r)),
-    ),
-    "apo_down": (
-        {"objective": "dpo", "loss_type": "apo_down"},
-        PAIRS,
-        dpo(lambda w, r, *_: SIGMOID(BETA * w) + 1 - SIGMOID(BETA * (w - r))),
-    ),
+    **{name: ({"objective": "dpo", "loss_type": name}, PAIRS, dpo(loss)) for name, loss in DPO.items()},
     "orpo": ({"objective": "orpo"}, PAIRS, orpo),
     "kto": ({"objective": "kto", "desirable_weight": 2.0, "undesirable_weight": 0.5}, JUDGED, kto),
 }
@@ -175,33 +157,24 @@ def test_loss_and_gradients_are_those_of_the_formula(model: Any, name: str) -> N
     found, count = loss_of(task, model, rows)
     assert count == len(rows)
     expected = formula(model)
-    is_exact = model.get_base_model().model.embed_tokens(torch.tensor([0])).dtype == torch.float32
-    tolerance = 2e-4 if is_exact else 5e-2
-    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert found.item() == pytest.approx(expected.item(), rel=2e-4)
     ours, theirs = torch.autograd.grad(found, vectors), torch.autograd.grad(expected, vectors)
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() <= 5 * tolerance * b.norm() + 1e-6
+        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
 
 
 def test_metrics_are_means_over_the_passes_that_count(model: Any) -> None:
     task = prepared(model, objective="dpo", beta=BETA)
-    rewards = []
-    for prompt, *answers in map(parts, PAIRS):
-        ratios = [log_probabilities(model, prompt, a) - of_reference(model, prompt, a) for a in answers]
-        rewards.append([BETA * ratio.sum().item() for ratio in ratios])
+    rewards = [[BETA * log_ratio(model, prompt, a).item() for a in answers] for prompt, *answers in map(parts, PAIRS)]
     with torch.no_grad():
-        loss_of(task, model, PAIRS[:2])
-        task.count_pass()
-        loss_of(task, model, PAIRS[2:])
-        task.count_pass()
+        for rows in (PAIRS[:2], PAIRS[2:]):  # of other sizes, so that a mean of the passes' means is another one
+            loss_of(task, model, rows)
+            task.count_pass()
         loss_of(task, model, PAIRS[:1])  # of a step that is not taken, say
     found = task.take_metrics()
     chosen, rejected = (sum(reward) / len(PAIRS) for reward in zip(*rewards, strict=True))
-    is_exact = model.get_base_model().model.embed_tokens(torch.tensor([0])).dtype == torch.float32
-    tolerance = 1e-4 if is_exact else 1e-2
-    assert len({len(PAIRS[:2]), len(PAIRS[2:])}) == 2  # so that a mean of the passes' means is another one
-    assert found["rewards/chosen"] == pytest.approx(chosen, abs=tolerance)
-    assert found["rewards/margins"] == pytest.approx(chosen - rejected, abs=tolerance)
+    assert found["rewards/chosen"] == pytest.approx(chosen, abs=1e-4)
+    assert found["rewards/margins"] == pytest.approx(chosen - rejected, abs=1e-4)
     assert found["rewards/accuracies"] == pytest.approx(sum(w > r for w, r in rewards) / len(PAIRS))
     assert task.take_metrics() == {}
 
@@ -220,10 +193,6 @@ def test_judged_answers_of_one_kind_have_no_margin(model: Any) -> None:
 def test_a_missing_trl_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, make_recipe: Any, tmp_path: Path
 ) -> None:
-    from qvera.tasks import preference
-    from qvera.training.trainer import train
-    from qvera.utils.errors import InputError
-
     recipe = make_recipe(training={"objective": "dpo"})
     monkeypatch.setattr(preference, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"TRL is not installed: pip install 'qvera\[trl\]'"):
