@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
@@ -42,6 +43,23 @@ class LiveBytes:
             return self.now - out.untyped_storage().nbytes()
         workspace = WORKSPACES.get(str(func.overloadpacket))
         return self.now if workspace is None else self.now + workspace(args)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes alive at once of CPU tensors that operators returned, and the elements of the ``largest`` of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.largest = LiveBytes(), 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.live.add(tensor)
+                self.largest = max(self.largest, tensor.numel())
+        self.peak = max(self.peak, self.live.now)
+        return out
 
 
 def _accumulates_gradients(func: Any) -> bool:

@@ -11,80 +11,78 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch.utils._python_dispatch import TorchDispatchMode
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.exporting.deltas import Delta
 from qvera.exporting.lora import export_lora
 from qvera.lab import analysis
-from qvera.lab import analysis as intruders
 from qvera.lab.analysis import (
     analyze_adapter,
     delta_singular_values,
     effective_rank,
     find_intruders,
-    largest_cosines,
     largest_share_bounds,
     mitigation_factors,
 )
 from qvera.lab.svd import leading_singular_vectors, singular_vectors
 from qvera.models.loader import load_base
-from qvera.models.quantization import dequantized_weight
 from qvera.utils.errors import InputError, RunFailed
+from tests.adapters.helpers import dense_weight, perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.exporting.helpers import stock_base
-from tests.live_bytes import LiveBytes
+from tests.live_bytes import PeakBytes
 
 pytestmark = pytest.mark.process
 PREFIX = "base_model.model."
+SPIEL = {"method": "spiel"}
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def saved_adapter(section: ModelSection, directory: Path, **settings: Any) -> Any:
-    """A perturbed adapter on the base of ``section``, and the same in ``directory``."""
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose linears are Conv1D, two of them with names that end alike."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("models") / "gpt2"
+    config = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=304, n_positions=64, bos_token_id=0, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    small_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def saved_adapter(section: ModelSection, directory: Path, **settings: Any) -> Pairs:
+    """Save a perturbed adapter on the base of ``section``: name → W and ΔW of each adapted linear, fp64."""
     model = attach(load_base(section).model, AdapterSection(**{"rank": 8, **settings}), section.path)
-    draw = torch.Generator().manual_seed(1)
-    for part in named_vectors(model).values():
-        if part.is_floating_point():  # not SpIEL's places
-            part.data.add_(torch.randn(part.shape, generator=draw), alpha=0.3)
-    save_adapter(model, directory)
-    return model
-
-
-def dense_pairs(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name → W and ΔW of each adapted linear, fp64."""
-    return {
-        name.removeprefix(PREFIX): (
-            dequantized_weight(module.base_layer, torch.float32).double(),
-            module.get_delta_weight("default").detach().double(),
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, QveraLinear)
-    }
+    save_adapter(perturb(model), directory)
+    found: Pairs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QveraLinear):
+            delta = module.delta_weight_fp32("default").detach().double()
+            delta = delta.t() if isinstance(module.base_layer, Conv1D) else delta
+            found[name.removeprefix(PREFIX)] = dense_weight(module.base_layer), delta
+    return found
 
 
 @pytest.mark.parametrize(
-    ("quantization", "settings"),
+    ("base", "quantization", "settings"),
     [
-        ("nf4", {}),
-        ("none", {}),
-        ("nf4", {"b_groups": 2, "input_scale": True}),
-        ("nf4", {"method": "lora", "alpha": 10}),
-        ("none", {"method": "spiel"}),
+        ("llama", "nf4", {"b_groups": 2, "input_scale": True}),
+        ("llama", "none", SPIEL),
+        ("gpt2", "none", {"method": "lora", "alpha": 10}),
     ],
-    ids=["nf4", "none", "more vectors", "lora", "spiel"],
+    ids=["vera", "spiel", "lora on Conv1D"],
 )
 def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
-    quantization: str, settings: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+    base: str, quantization: str, settings: dict[str, Any], tiny_model_dir: Path, gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=quantization)
-    pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter", **settings))
-    sparse = settings.get("method") == "spiel"
-    keep = None if sparse else 0.25
+    directory = tiny_model_dir if base == "llama" else gpt2_dir
+    section = ModelSection(path=str(directory), compute_dtype="float32", quantization=quantization)
+    pairs = saved_adapter(section, tmp_path / "adapter", **settings)
+    keep = None if settings is SPIEL else 0.25
     found = analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=keep)
     assert [linear.name for linear in found.linears] == list(pairs)
     total = 0
@@ -100,20 +98,19 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
         cosines = (torch.linalg.svd(W, full_matrices=False).U.t() @ U[:, :6]).abs().amax(dim=0)
         torch.testing.assert_close(torch.tensor(linear.singular_values).double(), S[:6], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.tensor(linear.cosines).double(), cosines, rtol=0, atol=1e-3)
-        assert linear.intruders == [i for i in range(6) if cosines[i] < 0.5]
-        total += len(linear.intruders)
-        if sparse:
+        mine = [i for i in range(6) if cosines[i] < 0.5]
+        assert linear.intruders == mine
+        total += len(mine)
+        if keep is None:
             assert linear.rank == 0
             continue
-        mine = linear.intruders
         expected = delta - 0.75 * (U[:, mine] * S[mine]) @ Vh[mine]
         A, B = found[linear.name]
         assert len(A) == found.reduced_rank > linear.rank == 8
         torch.testing.assert_close(B.double() @ A.double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
-    assert total > 4 or sparse, "the perturbed adapter has intruders, else this compares nothing"
-    assert [linear.layer for linear in found.linears] == [0] * 7 + [1] * 7
-    assert found.linears[6].role == "down_proj"
-    if sparse:
+    assert total > 4 or keep is None, "the perturbed adapter has intruders, else this compares nothing"
+    assert [linear.layer for linear in found.linears] == sorted([0, 1] * (len(pairs) // 2))
+    if keep is None:
         with pytest.raises(InputError, match="--reduce: .* spiel"):
             analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=0.25)
 
@@ -121,42 +118,20 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
 def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Exact to fp32 rounding against the vectors that were found; PEFT's own helper cuts the rank back and is not."""
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
-    pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter"))
+    pairs = saved_adapter(section, tmp_path / "adapter")
     found = analyze_adapter(tmp_path / "adapter", section, top_k=4, epsilon=0.5, keep=0.6)
     export_lora(found.adapter, tmp_path / "reduced", torch.float32, found)
     stock = PeftModel.from_pretrained(stock_base(tiny_model_dir, "nf4"), tmp_path / "reduced")
     assert stock.peft_config["default"].r == found.reduced_rank > 8
-    seen = 0
-    for name, module in stock.named_modules():
-        if isinstance(module, LoraLayer):
-            seen += 1
-            W, delta = pairs[name.removeprefix(PREFIX)]
-            (more_A, more_B) = found.mitigations[name.removeprefix(PREFIX)]
-            expected = delta + more_B.double() @ more_A.double()
-            got = module.get_delta_weight("default").double()
-            assert ((got - expected).norm() / expected.norm()).item() < 1e-6
-            if len(more_A):  # along each intruder, λ of W + ΔW is left
-                along = more_A.double() @ (W + got).t()
-                torch.testing.assert_close(
-                    along.norm(dim=1), more_B.norm(dim=0).double() * 0.6 / 0.4, rtol=1e-3, atol=1e-6
-                )
-    assert seen == 14
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors alive at once, of those that operators returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = LiveBytes(), 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                self.live.add(tensor)
-        self.peak = max(self.peak, self.live.now)
-        return out
+    layers = {n.removeprefix(PREFIX): m for n, m in stock.named_modules() if isinstance(m, LoraLayer)}
+    assert layers.keys() == pairs.keys()
+    for name, (W, delta) in pairs.items():
+        more_A, more_B = (factor.double() for factor in found.mitigations[name])
+        got: Any = layers[name].get_delta_weight("default").double()
+        assert ((got - delta - more_B @ more_A).norm() / got.norm()).item() < 1e-6
+        if len(more_A):  # along each intruder, λ of W + ΔW is left
+            left = (more_A @ (W + got).t()).norm(dim=1)
+            torch.testing.assert_close(left, more_B.norm(dim=0) * 0.6 / 0.4, rtol=1e-3, atol=1e-6)
 
 
 def test_one_linear_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,42 +152,17 @@ def test_one_linear_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert peaks[2] < 10 * largest_bytes
 
 
-def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
-    draw = torch.Generator().manual_seed(0)
-    W, A, B = (torch.randn(*shape, generator=draw) for shape in ((20, 12), (3, 12), (20, 3)))
-    d, b = torch.randn(3, generator=draw), torch.randn(20, generator=draw)
-    plain, turned = (
-        analysis._analyze("h.3.mlp.c_fc", "c_fc", weight, delta, delta.lora(), 5, 0.5, 0.5)
-        for weight, delta in (
-            (W, Delta(Factors(A, B, d, b, 0.5), False)),
-            (W.t().contiguous(), Delta(Factors(A, B, d, b, 0.5), True)),
-        )
-    )
-    assert plain[0].layer == 3
-    assert plain[0].intruders == turned[0].intruders
-    assert plain[0].cosines == pytest.approx(turned[0].cosines, abs=1e-5)
-    for one, other in zip(plain[1], turned[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-
-
-def test_linears_whose_names_end_alike_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=304, n_positions=64, bos_token_id=0, eos_token_id=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    small_tokenizer().save_pretrained(tmp_path / "gpt2")
-    section = ModelSection(path=str(tmp_path / "gpt2"), compute_dtype="float32", quantization="none")
+def test_linears_whose_names_end_alike_are_shown_apart(
+    gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = ModelSection(path=str(gpt2_dir), compute_dtype="float32", quantization="none")
     saved_adapter(section, tmp_path / "adapter", targets=["c_proj", "c_fc"])
     page = tmp_path / "page.html"
     assert main(["analyze", str(tmp_path / "adapter"), "--top-k", "2", "--html", str(page)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {row[0]: row[1] for row in rows if row and row[0].endswith(("c_proj", "c_fc"))} == {
-        "attn.c_proj": "2",
-        "c_fc": "2",
-        "mlp.c_proj": "2",
-    }
-    for layer in (0, 1):
-        for role in ("attn.c_proj", "mlp.c_proj"):
-            assert f"layer {layer}: {role} " in page.read_text()
+    counts = {row[0]: row[1] for row in rows if row and row[0].endswith(("c_proj", "c_fc"))}
+    assert counts == {"attn.c_proj": "2", "c_fc": "2", "mlp.c_proj": "2"}
+    assert all(f"layer {n}: {role} " in page.read_text() for n in (0, 1) for role in ("attn.c_proj", "mlp.c_proj"))
 
 
 def test_a_role_is_the_same_in_all_layers() -> None:
@@ -226,10 +176,15 @@ def test_a_role_is_the_same_in_all_layers() -> None:
     }
 
 
-def test_a_weight_that_is_not_finite_is_named() -> None:
-    delta = Delta(Factors(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3)), False)
-    with pytest.raises(RunFailed, match=r"q_proj: W \+ ΔW has NaN or Inf"):
-        analysis._analyze("q_proj", "q_proj", torch.ones(3, 4), delta, None, 2, 0.5, None)
+def test_a_weight_that_is_not_finite_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    saved_adapter(section, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name in (n for n in tensors if "1.self_attn.k_proj" in n):
+        tensors[name].fill_(3e38)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(RunFailed, match=r"1\.self_attn\.k_proj: W \+ ΔW has NaN or Inf"):
+        analyze_adapter(tmp_path, section, top_k=2, epsilon=0.5)
 
 
 def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adapter(
@@ -285,7 +240,6 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
     assert "is neither a run" in capsys.readouterr().err
 
 
-SHAPES = ("tall", "wide", "square")
 REFERENCE = Path(__file__).parent / "reference"
 
 
@@ -298,12 +252,12 @@ def load(name: str) -> dict[str, torch.Tensor]:
 def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small weights are decomposed fully; here also as large ones are treated."""
     if request.param == "bounded":
-        monkeypatch.setattr(intruders, "DENSE_SIDE", 0)
+        monkeypatch.setattr(analysis, "DENSE_SIDE", 0)
     return request.param
 
 
 @pytest.mark.parametrize("change", ["lora", "dense"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["tall", "wide", "square"])
 def test_intruders_are_those_of_the_papers_script(change: str, shape: str, way: str) -> None:
     """github.com/reeceshuttle/intruder-dimensions d4445a22, find_number_of_intruder_dimensions."""
     arrays = load("intruders.npz")
@@ -343,8 +297,9 @@ def low_rank_plus_noise(m: int, n: int, dtype: torch.dtype = torch.float32) -> t
     return (large @ torch.randn(6, n, generator=draw, dtype=torch.float64) + rest).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(310, 170), (170, 310), (201, 201), (33, 7)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((310, 170), torch.float32), ((170, 310), torch.float64), ((33, 7), torch.float32)]
+)
 def test_leading_vectors_are_those_of_a_full_decomposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = low_rank_plus_noise(*shape, dtype)
     U, S, V = leading_singular_vectors(weight, 5)
@@ -371,32 +326,6 @@ def test_no_singular_vector_has_more_of_a_vector_than_the_bound() -> None:
     assert bounds[2][3] < 0.4 < bounds[0][3]
     torch.testing.assert_close(bounds[0][1:3], largest[1:3] * torch.tensor([1.0, 2.0]), rtol=1e-9, atol=0)
     assert bounds[4][4] == 0
-
-
-@pytest.mark.parametrize("shape", [(310, 170), (170, 310)])
-def test_large_weights_are_decided_without_a_full_decomposition(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A leading vector, a mixture of three leading ones, and random ones; a single trailing vector needs the whole."""
-    weight = low_rank_plus_noise(*shape)
-    whole = singular_vectors(weight).U
-    draw = torch.Generator().manual_seed(3)
-    spread = torch.randn(shape[0], 2, generator=draw)
-    vectors = torch.cat([whole[:, 2:3], whole[:, :3].sum(dim=1, keepdim=True), spread], dim=1)
-    vectors /= vectors.norm(dim=0)
-    exact = (whole.t() @ vectors).abs().amax(dim=0).double()
-    monkeypatch.setattr(intruders, "DENSE_SIDE", 0)
-    counted: list[int] = []
-    monkeypatch.setattr(intruders, "singular_vectors", lambda w: counted.append(1) or singular_vectors(w))
-    for epsilon in (0.6, 0.5):
-        found, is_exact = largest_cosines(weight, vectors, epsilon)
-        assert ((found < epsilon) == (exact < epsilon)).all()
-        torch.testing.assert_close(found[is_exact], exact[is_exact], rtol=0, atol=1e-5)
-        assert (torch.where(exact < epsilon, found - exact, exact - found) > -1e-5).all()
-    assert counted == []
-    assert is_exact.tolist() == [True, True, False, False]
-    largest_cosines(weight, whole[:, 100:101], 0.5)
-    assert counted == [1]
 
 
 def test_effective_rank_and_singular_values_of_factors() -> None:

@@ -48,8 +48,13 @@ def test_they_are_autograd_s_summed_over_the_passes(checkpointed: bool) -> None:
     assert all(p.grad is None for p in frozen.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4+dq-bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("linear", torch.float32), ("conv1d", torch.float16), ("nf4+dq-bfloat16", torch.bfloat16),
+        ("int8", torch.bfloat16), ("nf4+dq-bfloat16", torch.float32),
+    ],
+)  # fmt: skip
 def test_quantized_weights_have_them_too(kind: str, dtype: torch.dtype) -> None:
     layer = base_layer(kind, dtype)
     x = torch.randn(3, 5, 64).to(dtype).requires_grad_()

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.lab import sparse
 from qvera.lab.sparse import SparseChange, add_sparse, largest_places, largest_products, sampled_product
 from tests.adapters.helpers import relative
+from tests.live_bytes import PeakBytes
 
 REFERENCE = Path(__file__).parent / "reference"
-SHAPES = [(3, 5, 4), (33, 17, 100), (1, 1, 1), (64, 129, 700)]  # n, m, k
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -43,27 +41,29 @@ def dense_results(p: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("n", "m", "k"), SHAPES)
 @pytest.mark.parametrize(
-    ("T", "dtype", "base_dtype"),
+    ("elements", "shape", "T", "dtype", "base_dtype"),
     [
-        (1, torch.float64, torch.float64), (257, torch.float64, torch.float32), (257, torch.float32, torch.float32),
-        (3, torch.bfloat16, torch.float32), (257, torch.bfloat16, torch.bfloat16), (257, torch.float16, torch.float16),
+        (2**21, (64, 129, 700), 1, torch.float64, torch.float64),
+        (256, (33, 17, 100), 257, torch.float64, torch.float32),
+        (2**21, (1, 1, 1), 257, torch.float32, torch.float32),
+        (256, (64, 129, 700), 257, torch.float32, torch.float32),
+        (256, (3, 5, 4), 3, torch.bfloat16, torch.float32),
+        (2**21, (64, 129, 700), 257, torch.bfloat16, torch.bfloat16),
+        (256, (33, 17, 100), 257, torch.float16, torch.float16),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("elements", [2**21, 256])
+)
 def test_forward_and_every_gradient(
     monkeypatch: pytest.MonkeyPatch,
     elements: int,
+    shape: tuple[int, int, int],
     T: int,
     dtype: torch.dtype,
     base_dtype: torch.dtype,
-    n: int,
-    m: int,
-    k: int,
 ) -> None:
-    monkeypatch.setattr(sparse, "_block_elements", lambda on_accelerator: elements)  # blocks of few tokens, or one
-    p = parts(T, n, m, k)
+    """With blocks of few tokens, or one; ``shape`` is n, m and how many values."""
+    monkeypatch.setattr(sparse, "_block_elements", lambda on_accelerator: elements)
+    p = parts(T, *shape)
     p["base"], p["g"], p["x"] = p["base"].to(base_dtype), p["g"].to(base_dtype), p["x"].to(dtype)
     p["values"] = p["values"].to(torch.promote_types(dtype, torch.float32))
     expected = dense_results(p)
@@ -94,14 +94,9 @@ def test_like_the_authors_layer() -> None:
     y = add_sparse(x @ numbers["W"].t() + bias, x, values[order], indices)
     y.backward(numbers["g"])
     dense = SparseChange(values[order], indices, *numbers["W"].shape).delta()
-    found = {
-        "y": y,
-        "grad_values": values.grad,
-        "grad_x": x.grad,
-        "grad_bias": bias.grad,
-        "W_merged": numbers["W"] + dense,
-    }
     # x took its share through the base product too
+    found = {"y": y, "grad_values": values.grad, "grad_x": x.grad, "grad_bias": bias.grad}
+    found["W_merged"] = numbers["W"] + dense
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, numbers[name], rtol=1e-12, atol=1e-12, msg=name)
 
@@ -136,24 +131,11 @@ def test_rows_and_columns_of_the_dense_weight() -> None:
         assert torch.equal(change.inputs(part).delta(), dense[:, part])
 
 
-class _Sizes(TorchDispatchMode):
-    """Remembers the elements of the largest tensor that an operator returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-
 def test_nothing_of_the_weights_size_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_block_elements", lambda on_accelerator: 2**13)
     p = parts(8, 512, 768, 500)
     x, values = p["x"].float().requires_grad_(), p["values"].float().requires_grad_()
-    with _Sizes() as seen:
+    with PeakBytes() as seen:
         add_sparse(p["base"].float(), x, values, p["indices"]).backward(p["g"].float())
         largest_products(p["g"].float(), p["x"].float(), 500)
     assert 768 * 8 <= seen.largest <= 2**13

@@ -38,15 +38,14 @@ def assert_is_svd_of(weight: torch.Tensor, found: TruncatedSvd, tolerance: float
     torch.testing.assert_close(weight.double() @ found.V, found.U * found.S, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (33, 33), (300, 65)], ids=str)
-@pytest.mark.parametrize("rank", [1, 7, 24])
+@pytest.mark.parametrize(("shape", "rank"), [((40, 24), 24), ((24, 40), 7), ((33, 33), 1), ((300, 65), 24)], ids=str)
 def test_it_is_the_svd(shape: tuple[int, int], rank: int) -> None:
     weight = decaying(*shape)
     assert_is_svd_of(weight, truncated_svd(rows_of_tensor(weight), rank), 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_kind_of_layer_is_read_as_stored(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 4-bit weight too: it is not rounded to what the layer computes in."""
     monkeypatch.setattr(svd, "_CHUNK_ELEMENTS", 5 * IN)  # several blocks, and a last one that is smaller
