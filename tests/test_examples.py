@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from qvera.adapters.files.save_load import named_vectors
+from qvera.evaluation.load import open_run
+
 pytestmark = pytest.mark.process
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -22,48 +25,39 @@ def run_script(name: str, arguments: list[str], monkeypatch: Any, directory: Pat
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def losses_of(output: str) -> list[float]:
-    """The losses that a transformers Trainer prints."""
-    return [float(loss) for loss in re.findall(r"'loss': '?([0-9.]+)", output)]
-
-
 def test_finetune(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    run_script("finetune.py", [str(tiny_model_dir), str(tiny_rows), "out", "--steps", "8"], monkeypatch, tmp_path)
+    assert len((EXAMPLES / "finetune.py").read_text(encoding="utf-8").splitlines()) <= 40
+    run_script("finetune.py", [str(tiny_model_dir), str(tiny_rows), "out", "--steps", "4"], monkeypatch, tmp_path)
     before, after = map(float, re.search(r"held-out loss (\S+) → (\S+)", capsys.readouterr().out).groups())
     assert after < before
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_finetune_is_short() -> None:
-    assert len((EXAMPLES / "finetune.py").read_text(encoding="utf-8").splitlines()) <= 40
-
-
-def test_sft_with_trl(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
-    arguments = [str(tiny_model_dir), str(tiny_rows), "out", "--steps", "8", "--learning-rate", "0.1"]
-    run_script("trl_sft.py", arguments, monkeypatch, tmp_path)
-    losses = losses_of(capsys.readouterr().out)
-    assert len(losses) == 8
-    assert losses[-1] < losses[0]
-    assert_qvera_opens(tmp_path / "out")
-
-
-def test_grpo_with_trl(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
-    arguments = [str(tiny_model_dir), str(tiny_rows), "out", "--steps", "3", "--answer-tokens", "6"]
-    run_script("trl_grpo.py", [*arguments, "--learning-rate", "0.1"], monkeypatch, tmp_path)
-    assert capsys.readouterr().out.count("'rewards/likeness/mean'") == 3
-    assert_qvera_opens(tmp_path / "out")
-
-
-def assert_qvera_opens(adapter: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "options", "said"),
+    [
+        ("trl_sft.py", ["--steps", "3"], "'loss':"),
+        ("trl_grpo.py", ["--steps", "3", "--answer-tokens", "6"], "'rewards/likeness/mean':"),
+    ],
+)
+def test_with_trl(
+    script: str,
+    options: list[str],
+    said: str,
+    tiny_model_dir: Path,
+    tiny_rows: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+) -> None:
     """The trained adapter is one that qvera's own commands take, and its vectors have moved."""
-    from qvera.adapters.files.save_load import named_vectors
-    from qvera.evaluation.load import open_run
-
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
+    arguments = [str(tiny_model_dir), str(tiny_rows), "out", *options, "--learning-rate", "0.1"]
+    run_script(script, arguments, monkeypatch, tmp_path)
+    assert capsys.readouterr().out.count(said) == 3
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "QVERA"
-    vectors = named_vectors(open_run(adapter).model)
+    vectors = named_vectors(open_run(tmp_path / "out").model)
     assert any(vector.abs().max() > 0 for name, vector in vectors.items() if name.endswith("qvera_b"))
 
 

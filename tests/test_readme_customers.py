@@ -30,11 +30,10 @@ def test_the_shipped_rows_are_those_of_the_script(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.csv")
     assert ROWS.read_bytes() == (tmp_path / "rows.csv").read_bytes()
     found = list(csv.DictReader(ROWS.open(encoding="utf-8")))
-    assert len(Counter(one["customer"] for one in found)) == len(STYLES) == 20
+    assert len({one["customer"] for one in found}) == len(STYLES) == 20
     assert len({(one["customer"], one["prompt"]) for one in found}) == len(found)
-    # one order is written in twenty ways
     answers = {row(name, style, 3, "red", "mug", "Friday")["completion"] for name, style in STYLES.items()}
-    assert len(answers) == 20
+    assert len(answers) == 20, "one order is written in twenty ways"
 
 
 def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
@@ -48,7 +47,6 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
     assert main([*train, *(part for key, value in smaller.items() for part in ("--set", f"{key}={value}"))]) == 0
     run = Path("runs/customers")
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert facts["adapter"]["trainable_parameters"] == 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64 + 7 * 8)
     entries = facts["adapters"]
     shipped = Counter(one["customer"] for one in csv.DictReader(ROWS.open(encoding="utf-8")))
     assert {one["name"]: one["rows"] + one["eval_rows"] for one in entries} == shipped
@@ -74,15 +72,13 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
     try:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         assert {model.id for model in client.models.list()} == {*shipped, "tiny-llama"}
-        said = {}
-        for name in ("chloe", "gina", "tara"):
-            line = curl.replace("http://127.0.0.1:8000", server.url).replace("chloe", name)
-            line = line.replace("40}", '40, "temperature": 0}')
-            found = subprocess.run(shlex.split(line), check=True, capture_output=True, text=True, timeout=120)
-            said[name] = json.loads(found.stdout)["choices"][0]["text"]
-            prompt = json.loads(shlex.split(line)[-1])["prompt"]
-            same = client.completions.create(model=name, prompt=prompt, max_tokens=40, temperature=0)
-            assert same.choices[0].text == said[name]
-        assert len(set(said.values())) > 1
+        line = shlex.split(curl.replace("http://127.0.0.1:8000", server.url).replace("40}", '40, "temperature": 0}'))
+        found = subprocess.run(line, check=True, capture_output=True, text=True, timeout=120)
+        prompt, said = json.loads(line[-1])["prompt"], json.loads(found.stdout)["choices"][0]["text"]
+        same, other = (
+            client.completions.create(model=name, prompt=prompt, max_tokens=40, temperature=0).choices[0].text
+            for name in ("chloe", "gina")
+        )
+        assert said == same != other
     finally:
         assert server.stop() == 0
