@@ -15,21 +15,17 @@ from unittest import mock
 from bench.common import header, write_result
 from qvera.kernels.choice import SWITCH
 from tests.gpu.fake_accelerator import FakeAccelerator
-from tests.gpu.kernel_counts import ADAPTERS, CASES, layer_kept_bytes, layer_kernels
+from tests.gpu.kernel_counts import ADAPTERS, CASES, layer_costs
 
 SHAPES = {"7b": "7B", "8b": "8B (grouped queries)"}
 
 
 def measure(fake: FakeAccelerator, name: str, shape: str, kernels: str) -> dict[str, Any]:
     """One row of the table: launches without a checkpoint and with one, both by name, and bytes kept for backward."""
-    found: dict[str, Any] = {}
     with mock.patch.dict(os.environ, {SWITCH: kernels}):
-        for key, checkpointing in (("plain", False), ("checkpointed", True)):
-            counts = layer_kernels(
-                fake, CASES[name], shape=shape, checkpointing=checkpointing, adapters=ADAPTERS.get(name, 1)
-            )
-            found[key] = {"launches": counts.total(), "by_name": dict(counts.most_common())}
-        found["kept_bytes"] = layer_kept_bytes(fake, CASES[name], shape=shape, adapters=ADAPTERS.get(name, 1))
+        found = layer_costs(fake, CASES[name], shape=shape, adapters=ADAPTERS.get(name, 1))
+    for key in ("plain", "checkpointed"):
+        found[key] = {"launches": found[key].total(), "by_name": dict(found[key].most_common())}
     return {"case": name, "shape": shape, "QVERA_KERNELS": kernels, "tokens": 2048, **found}
 
 

@@ -4,8 +4,8 @@ Tensors say that they are on ``fakegpu:0``, `torch.accelerator` finds it, and au
 takes seconds and no memory, and it takes the path that a card would take. A tensor that was left on the CPU raises; what
 makes the host wait for the device is recorded by the name of the function that asked for it.
 
-The backend can't be unregistered, so it has to be used in a process of its own. A test calls `measured`
-(tests/gpu/own_process.py), which starts one; a script needs no more than the context::
+The backend can't be unregistered, so it has to be used in a process of its own. A test calls `measured`, which starts
+one; a script needs no more than the context::
 
     with FakeAccelerator() as fake:
         session = fake.session("8b", rows=[2048, 2048], rank=256, layers=2, gradient_checkpointing=True)
@@ -358,6 +358,8 @@ class FakeAccelerator:
         # else transformers takes another path, as when it exports a model
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", _is_not_fake))
         self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        gc.freeze()  # what is imported by now: each `record` collects, and a collection of all takes a second
+        self._stack.callback(gc.unfreeze)
         return self
 
     def __exit__(self, *error: object) -> None:

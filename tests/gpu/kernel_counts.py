@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,7 +14,6 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import attach
@@ -24,7 +21,7 @@ from qvera.config.schema import AdapterSection
 from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit
-from tests.gpu.fake_accelerator import FakeAccelerator, Seen, per_layer
+from tests.gpu.fake_accelerator import FakeAccelerator, per_layer
 
 GEMM_4BIT_LAUNCHES = 4
 """What stands behind ``bitsandbytes.gemm_4bit`` on CUDA above 1,536 tokens: two dequantizations, a sum, a product
@@ -79,20 +76,21 @@ ADAPTERS = {"qvera, r=256, 32 adapters": 32}
 """How many adapters share the pass; 1 in the other cases."""
 
 
-def layer_kernels(
-    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048,
-    checkpointing: bool, adapters: int = 1,
-) -> Counter[str]:  # fmt: skip
-    """Name → launches of one decoder layer, forward and backward, on a batch of one row of ``tokens`` (above 1,536).
+def layer_costs(
+    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048, adapters: int = 1
+) -> dict[str, Any]:
+    """What one decoder layer takes, forward and backward, on a batch of one row of ``tokens`` (above 1,536).
 
-    With ``checkpointing`` the layer's recomputation is counted too. With several ``adapters`` the tokens are those of
-    as many rows in one sequence, each of an adapter of its own (`AdapterBank`).
+    ``plain`` and ``checkpointed`` are launches by name, the latter with the recomputation; ``kept_bytes`` is what
+    autograd keeps from forward to backward, but for parameters, shared memory once. With several ``adapters`` the
+    tokens are those of as many rows in one sequence, each of an adapter of its own (`AdapterBank`).
     """
-    passes = [_one_pass(fake, prepare(fake.model(shape, layers)), tokens, checkpointing, adapters) for layers in (1, 2)]
-    counts = per_layer(passes[1], passes[0])
-    if "bitsandbytes.gemm_4bit" in counts:
-        counts["bitsandbytes.gemm_4bit"] *= GEMM_4BIT_LAUNCHES
-    return counts
+    one, two = (_passes(fake, prepare(fake.model(shape, layers)), tokens, adapters) for layers in (1, 2))
+    costs: dict[str, Any] = {name: per_layer(two[name], one[name]) for name in ("plain", "checkpointed")}
+    for counts in costs.values():
+        if "bitsandbytes.gemm_4bit" in counts:
+            counts["bitsandbytes.gemm_4bit"] *= GEMM_4BIT_LAUNCHES
+    return costs | {"kept_bytes": two["kept_bytes"] - one["kept_bytes"]}
 
 
 @contextlib.contextmanager
@@ -114,29 +112,9 @@ def _inputs(model: Any, tokens: int, adapters: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: bool, adapters: int = 1) -> Seen:
-    decoder = model.get_decoder()
-    # else nothing needs a gradient in the frozen base
-    decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    if checkpointing:
-        enable_checkpointing(model, by_tiles=adapters == 1)
-    model.train()
-    with _inputs(model, tokens, adapters) as inputs, fake.record() as seen:
-        hidden = decoder(**inputs, use_cache=False).last_hidden_state
-        hidden.backward(torch.empty_like(hidden))
-    return seen
-
-
-def layer_kept_bytes(
-    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048, adapters: int = 1
-) -> int:
-    """What autograd keeps of one decoder layer from forward to backward, but for parameters; shared memory once."""
-    one, two = (_kept(prepare(fake.model(shape, layers)), tokens, adapters) for layers in (1, 2))
-    return two - one
-
-
-def _kept(model: Any, tokens: int, adapters: int) -> int:
+def _passes(fake: FakeAccelerator, model: Any, tokens: int, adapters: int) -> dict[str, Any]:
     decoder, kept = model.get_decoder(), {}
+    # else nothing needs a gradient in the frozen base
     decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
     fixed = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
@@ -146,33 +124,18 @@ def _kept(model: Any, tokens: int, adapters: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
+    found: dict[str, Any] = {}
+    model.train()
     with _inputs(model, tokens, adapters) as inputs:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = decoder(**inputs, use_cache=False).last_hidden_state
-    del hidden
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-class _DequantizedWeights(TorchDispatchMode):
-    """How many dequantized weights are in memory at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: list[weakref.ref[torch.UntypedStorage]] = []
-        self.most = self.launched = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.qvera.dequantize_4bit.default:
-            alive = [storage for storage in self.storages if storage() is not None]
-            self.storages = [*alive, weakref.ref(out.untyped_storage())]
-            self.most, self.launched = max(self.most, len(self.storages)), self.launched + 1
-        return out
-
-
-def dequantized_weights(fake: FakeAccelerator) -> tuple[int, int]:
-    """The most dequantized weights in memory at one time in forward and backward of a 7B layer, and how many in all."""
-    model = CASES["qvera, r=256"](fake.model("7b", 1))
-    with _DequantizedWeights() as weights:
-        _one_pass(fake, model, 2048, checkpointing=True)
-    return weights.most, weights.launched
+        for name in ("plain", "checkpointed"):
+            model.zero_grad()
+            if name == "checkpointed":
+                enable_checkpointing(model, by_tiles=adapters == 1)
+            keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with fake.record() as found[name]:
+                with keeping if name == "plain" else contextlib.nullcontext():
+                    hidden = decoder(**inputs, use_cache=False).last_hidden_state
+                hidden.backward(torch.empty_like(hidden))
+            found.setdefault("kept_bytes", sum(storage.nbytes() for storage in kept.values()))
+            kept.clear()
+    return found

@@ -41,7 +41,7 @@ SAMPLE = [
     Case("7b", [512, 300], 256, True, False),
     Case("8b", [512], 1024, False, False),
     Case("34b", [400, 600], 1024, True, True),
-    Case("70b", [4500], 256, "offload", False),  # its MLPs go by tiles
+    *(Case("70b", [4500], 256, way, False, 3) for way in (True, "offload")),  # its MLPs go by tiles
 ]
 PRODUCT = [
     Case(shape, [1500, 548], rank, checkpointing, packed, 3)
@@ -49,14 +49,17 @@ PRODUCT = [
         SHAPES, (True, False, "offload"), (True, False), (256, 1024)
     )
 ]
-WHOLE = [Case("8b", [2048], 256, True, False, None), Case("70b", [2048], 1024, "offload", False, None)]
+WHOLE = Case("8b", [2048], 256, True, False, None)
+LARGEST = Case("70b", [2048], 1024, "offload", False, None)
 
 
-def peaks(fake: FakeAccelerator, cases: list[Any]) -> list[dict[str, int]]:
-    """Bytes before the first step of each case, and the most in each part of it."""
+def peaks(fake: FakeAccelerator, cases: list[Any]) -> list[dict[str, Any]]:
+    """Bytes before the first step of each case, the most in each part of it, and what the host waited for."""
     found = []
     for case in itertools.starmap(Case, cases):
         data = {"packing": True, "max_length": sum(case.rows)} if case.packed else {}
+        gc.collect()
+        before = fake.alive_bytes
         session = fake.session(
             case.shape, case.rows, rank=case.rank, layers=case.layers, data=data,
             gradient_checkpointing=case.checkpointing, try_longest_batch=False,
@@ -64,10 +67,9 @@ def peaks(fake: FakeAccelerator, cases: list[Any]) -> list[dict[str, int]]:
         session.model.train()
         with fake.record() as seen:
             session.train_step()
-        parts = {part: moment.alive_bytes for part, moment in seen.peaks.items()}
-        found.append({"start": seen.start_bytes, "end": seen.end_bytes, **parts})
+        parts = {part: moment.alive_bytes - before for part, moment in seen.peaks.items()}
+        found.append({"start": seen.start_bytes - before, **parts, "syncs": seen.syncs, "copies": seen.copies})
         del session
-        gc.collect()
     return found
 
 
@@ -85,9 +87,9 @@ def planned(case: Case) -> Any:
     return plan_memory(PlannedRun(shape, parse_recipe(tree, "a test"), batch, machine))
 
 
-def check(cases: list[Case]) -> None:
+def check(cases: list[Case], found: list[dict[str, Any]]) -> None:
     wrong = []
-    for case, counted in zip(cases, measured(peaks, cases), strict=True):
+    for case, counted in zip(cases, found, strict=True):
         memory = planned(case)
         # the first step begins before there are gradients and AdamW's state
         later = sum(c.bytes for c in memory.standing if c.name in ("their gradients", "optimizer state"))
@@ -101,15 +103,28 @@ def check(cases: list[Case]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_peak_of_each_part_of_a_step_is_the_plan_s() -> None:
-    check(SAMPLE)
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return measured(peaks, SAMPLE)
+
+
+def test_the_peak_of_each_part_of_a_step_is_the_plan_s(found: list[dict[str, Any]]) -> None:
+    check(SAMPLE, found)
+
+
+def test_offloaded_inputs_leave_the_device_and_no_way_of_checkpointing_waits_more(found: list[dict[str, Any]]) -> None:
+    on, offload = found[-2:]
+    assert on["forward"] - offload["forward"] == pytest.approx((3 - 2) * 4500 * 8192 * 2, rel=0.02)
+    assert offload["copies"]["to host"] and "to host" not in on["copies"]
+    assert all(one["syncs"] == on["syncs"] for one in found)
 
 
 @pytest.mark.matrix
 def test_the_peak_is_the_plan_s_for_every_shape_rank_and_way_of_keeping_activations() -> None:
-    check(PRODUCT)
+    cases = [*PRODUCT, LARGEST]
+    check(cases, measured(peaks, cases))
 
 
 @pytest.mark.slow
-def test_the_peak_of_whole_models_is_the_plan_s() -> None:
-    check(WHOLE)
+def test_the_peak_of_a_whole_model_is_the_plan_s() -> None:
+    check([WHOLE], measured(peaks, [WHOLE]))

@@ -122,7 +122,8 @@ def one_step(fake: FakeAccelerator, shape: str, on_stream: bool) -> dict[str, An
         return base
 
     with mock.patch.object(fake, "model", model):
-        session = fake.session(shape, rows=[256, 250], rank=64, layers=LAYERS, gradient_checkpointing=True)
+        training = {"gradient_checkpointing": True, "try_longest_batch": False}
+        session = fake.session(shape, rows=[256, 250], rank=64, layers=LAYERS, **training)
     session.train_step()
     log = logs[0].log if logs else []
     reads: Any = ReadsOf(session.base.model, logs[0]) if logs else contextlib.nullcontext()
