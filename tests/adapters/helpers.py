@@ -129,22 +129,23 @@ def parts(
     return {**found, "a": normal(n)} if scaled else found
 
 
-def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A Λ_a x over the groups."""
-    x, d, b = (p[k].clone().requires_grad_() for k in ("x", "d", "b"))
-    a = p["a"].clone().requires_grad_() if "a" in p else torch.ones(p["A"].shape[1], dtype=p["A"].dtype)
-    weight, each = p["W"], b.view(-1, len(p["W"]))
-    width = len(d) // len(each)
+def summed_weight(p: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """W + Σ Λ_b B Λ_d A Λ_a over the groups (VeRA, equation 2)."""
+    weight, each = p["W"], p["b"].view(-1, len(p["W"]))
+    width = len(p["d"]) // len(each)
     for g, own in enumerate(each):
         k = slice(g * width, (g + 1) * width)
-        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k] @ torch.diag(a)
-    y = x @ weight.t()
+        delta = torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * p["d"][k]) @ p["A"][k]
+        weight = weight + (delta @ torch.diag(p["a"]) if "a" in p else delta)
+    return weight
+
+
+def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y = x (W + ΔW)ᵀ and the gradients of x, d, b and a, by autograd through the plain product."""
+    leaves = {k: p[k].clone().requires_grad_() for k in "xdba" if k in p}
+    y = leaves["x"] @ summed_weight({**p, **leaves}, scale).t()
     y.backward(upstream)
-    found = {"y": y.detach()}
-    for name, leaf in (("x", x), ("d", d), ("b", b), ("a", a)):
-        if leaf.grad is not None:  # an a of ones that nobody trains has none
-            found[name] = leaf.grad
-    return found
+    return {"y": y.detach(), **{k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}}
 
 
 def rounded(p: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -177,33 +178,25 @@ def adapted(
     return layer
 
 
-def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """diag(b) B, column by column: column k with the b of its group."""
-    each = b.view(-1, OUT)
-    width = B.shape[1] // len(each)
-    return torch.stack([each[k // width] * B[:, k] for k in range(B.shape[1])], dim=1)
+def exact_parts(layer: QveraLinear, dtype: torch.dtype, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """W, A, B and an adapter's vectors in fp64, the pair drawn anew and with its Kaiming bounds in A."""
+    rank = layer.parts(adapter).rank
+    A, B = (torch.from_numpy(matrix).to(dtype).double() for matrix in uniform_pair(rank, IN, OUT, 3))
+    vectors = {name.removeprefix("qvera_"): v.detach().double() for name, v in layer.vectors(adapter).items()}
+    return {"W": dense_weight(layer.base_layer), "A": (6 / IN) ** 0.5 * (6 / rank) ** 0.5 * A, "B": B, **vectors}
 
 
 def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """As `run`, by the formula in fp64."""
     base: Any = layer.base_layer
-    x = x.detach().double().requires_grad_()
-    rank = layer.parts("default").rank
-    a, b_matrix = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
-    b = layer.vectors("default")["qvera_b"].detach().double().requires_grad_()
-    d = layer.vectors("default")["qvera_d"].detach().double().requires_grad_()
-    vectors = [b, d]
-    if "qvera_a" in layer.vectors("default"):
-        vectors.append(layer.vectors("default")["qvera_a"].detach().double().requires_grad_())
-        a = a @ torch.diag(vectors[2])
-    scale = (6 / IN) ** 0.5 * (6 / rank) ** 0.5
-    y = x @ (dense_weight(base) + scale * times_b(b_matrix, b) @ torch.diag(d) @ a).t()
+    found = textbook({**exact_parts(layer, dtype), "x": x.detach().double()}, 1.0, upstream.double())
     if base.bias is not None:
-        y = y + base.bias.double()
-    y.backward(upstream.double())
-    return [y.detach(), *(leaf.grad for leaf in (x, *vectors) if leaf.grad is not None)]
+        found["y"] += base.bias.double()
+    return [found[name] for name in ("y", "x", "b", "d", "a") if name in found]
 
 
 def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of x and of each vector."""
     layer.zero_grad()
     x = x.detach().requires_grad_()
     y = layer(x)
@@ -216,19 +209,17 @@ def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[tor
 # Real shapes, on the meta device
 
 
-def _shape(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    return {**sizes, "num_attention_heads": heads, **more}
+    return {**sizes, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
 
 
 SHAPES = {
-    "LLaMA-7B": _shape(4096, 11008, 32, 32),
-    "LLaMA-13B": _shape(5120, 13824, 40, 40),
-    "Llama-3-8B": _shape(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
-    "Llama-3.2-1B": _shape(
-        2048, 8192, 16, 32, num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True
-    ),
-    "SmolLM2-135M": _shape(576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "LLaMA-7B": _shape(4096, 11008, 32, 32, 32),
+    "LLaMA-13B": _shape(5120, 13824, 40, 40, 40),
+    "Llama-3-8B": _shape(4096, 14336, 32, 32, 8, vocab_size=128256),
+    "Llama-3.2-1B": _shape(2048, 8192, 16, 32, 8, head_dim=64, vocab_size=128256, tie_word_embeddings=True),
+    "SmolLM2-135M": _shape(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True),
 }
 
 

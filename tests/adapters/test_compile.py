@@ -28,34 +28,24 @@ COMPILED: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+IN_ONE_GRAPH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+"""torch 2.9 and 2.10 compile the same layer in four or five parts."""
+
+
 @pytest.mark.parametrize(("kind", "more"), COMPILED)
-def test_compiled_output_and_gradients(kind: str, more: dict[str, Any]) -> None:
+def test_compiled_output_and_gradients_without_a_graph_break(kind: str, more: dict[str, Any]) -> None:
     torch._dynamo.reset()
     layer = adapted(kind, **more)
     torch.manual_seed(5)
     x, upstream = torch.randn(2, 9, IN), torch.randn(2, 9, OUT)
     expected = run(layer, x, upstream)
-    compiled = torch.compile(layer, backend="aot_eager")
     layer.zero_grad()
     inner = x.clone().requires_grad_()
-    y = compiled(inner)
+    y = torch.compile(layer, backend="aot_eager", fullgraph=IN_ONE_GRAPH)(inner)
     y.backward(upstream)
-    vectors = [v.grad for v in layer.vectors("default").values()]
-    actual = [y.detach(), inner.grad, *vectors]
+    actual = [y.detach(), inner.grad, *(v.grad for v in layer.vectors("default").values())]
     for one, other in zip(actual, expected, strict=True):
-        assert one is not None
-        assert relative(one, other) < 3e-6
-
-
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
-    reason="torch 2.9 and 2.10 compile the same layer in four or five parts",
-)
-@pytest.mark.parametrize(("kind", "more"), COMPILED)
-def test_no_graph_break(kind: str, more: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    found = torch._dynamo.explain(adapted(kind, **more))(torch.randn(2, 9, IN, requires_grad=True))
-    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+        assert one is not None and relative(one, other) < 3e-6
 
 
 @pytest.mark.slow
@@ -69,9 +59,11 @@ def test_a_training_step_through_compiled_layers(
     monkeypatch.setattr(session, "compile_layers", eager)
     found = {}
     for compiled in (False, True):
-        training = {"max_steps": 2, "torch_compile": compiled, "gradient_checkpointing": True, "sample_count": 0}
+        training = {"max_steps": 2, "torch_compile": compiled, "gradient_checkpointing": True, "sample_count": 0,
+                    "global_batch_size": 4, "try_longest_batch": False}  # fmt: skip
         run = tmp_path / str(compiled)
-        train(make_recipe(training={**training, "output_dir": str(run)}), run)
+        adapter = {"targets": ["q_proj", "down_proj"]}
+        train(make_recipe(training={**training, "output_dir": str(run)}, adapter=adapter), run)
         found[compiled] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert not counters["graph_break"]
@@ -110,7 +102,7 @@ def test_the_number_of_tokens_needs_no_version_of_its_own() -> None:
     model: Any = attach(small_llama(num_hidden_layers=1), AdapterSection(rank=64))
     enable_checkpointing(model, False)
     expected: list[torch.Tensor] = []
-    lengths = ([40, 30, 20], [5, 4], [64], [300, 200], [7] * 9, [12])  # many rows in a pass, or one
+    lengths = ([40, 30, 20], [5, 4], [64], [300, 200], [12])  # many rows in a pass, or one
     for compiled in (False, True):
         if compiled:
             compile_layers(model, backend="eager")
@@ -130,15 +122,6 @@ def test_the_number_of_tokens_needs_no_version_of_its_own() -> None:
 def packable(tokens: int) -> Example:
     ids = np.arange(tokens, dtype=np.int32) % 50 + 3
     return Example(ids, np.arange(tokens) > 0, "a row", ids[:0], "", None)
-
-
-def test_a_layer_after_answers_is_the_one_that_was_compiled() -> None:
-    layer = adapted("linear")
-    before = set(vars(layer))
-    layer.cache_merged_weight(True)
-    layer.cache_merged_weight(False)
-    assert not layer.holds_inference_weight
-    assert "_inference_weight" not in set(vars(layer)) - before
 
 
 def test_compiling_is_refused_where_layers_are_streamed(make_recipe: Any) -> None:

@@ -46,11 +46,16 @@ def _drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tenso
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", [0, 1, 3])
+DTYPES = [*((t, t) for t in TOLERANCE), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "base_dtype"),
-    [*((t, t) for t in TOLERANCE), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ("layout", "groups", "dtype", "base_dtype"),
+    [
+        (layout, groups, *DTYPES[(i + 2 * groups) % 6])
+        for groups in (0, 1, 3)
+        for i, layout in enumerate((*LAYOUTS, *LAYOUTS))
+    ],
 )
 def test_every_token_gets_the_product_and_every_vector_the_gradient_of_its_row(
     layout: str, groups: int, dtype: torch.dtype, base_dtype: torch.dtype
@@ -75,8 +80,7 @@ def test_every_token_gets_the_product_and_every_vector_the_gradient_of_its_row(
         assert one.dtype == of.dtype and relative(one, other) < tolerance
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("layout", "dtype"), list(zip(LAYOUTS, TOLERANCE, strict=True)))
 def test_every_token_is_scaled_with_the_vector_of_its_row(layout: str, dtype: torch.dtype) -> None:
     tokens, index, front, rows = _layout(layout)
     x, a = _drawn((*front, IN), dtype, 0), _drawn((rows, IN), torch.promote_types(dtype, torch.float32), 1)
@@ -90,8 +94,7 @@ def test_every_token_is_scaled_with_the_vector_of_its_row(layout: str, dtype: to
     assert found.dtype == dtype and all(relative(one, other) < TOLERANCE[dtype] for one, other in pairs)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("layout", "groups"), [("padded", 2), ("joined", 1), ("one row", 2), ("scattered", 1)])
 def test_gradients_of_the_row_product_in_float64(layout: str, groups: int) -> None:
     tokens, _, front, rows = _layout(layout)
     shapes = ((*front, 5), (*front, 4), (rows, 4), (rows, groups, 5))
@@ -101,8 +104,7 @@ def test_gradients_of_the_row_product_in_float64(layout: str, groups: int) -> No
     assert torch.autograd.gradcheck(lambda x, a: scale_slots(x, a, tokens), (inputs[1], inputs[2]))
 
 
-@pytest.mark.parametrize("layout", ["padded", "joined", "scattered"])
-@pytest.mark.parametrize("broken", ["tokens", "vectors"])
+@pytest.mark.parametrize(("layout", "broken"), [("padded", "tokens"), ("joined", "vectors"), ("scattered", "tokens")])
 def test_a_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(layout: str, broken: str) -> None:
     tokens, index, front, _ = _layout(layout)
     B = torch.randn(OUT, RANK, generator=torch.Generator().manual_seed(9))
