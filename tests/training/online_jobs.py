@@ -17,6 +17,7 @@ from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
+from tests.training.runs import row
 
 PASS_ROWS = 8
 
@@ -28,15 +29,8 @@ def server_recipe(make_recipe: Any, **sections: Any) -> Recipe:
 
 
 def write_job_rows(path: Path, count: int, seed: int, noise: bool = False) -> Path:
-    """Rows of several lengths; with ``noise`` there is nothing to learn for rows that are held out."""
     chooser = random.Random(seed)
-    with open(path, "w", encoding="utf-8") as handle:
-        for _ in range(count):
-            word = chooser.choice(["red", "blue", "green", "grey", "gold"]) * chooser.randint(1, 4)
-            if noise:
-                word = "".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=12))
-            row = {"prompt": f"say {word} {chooser.randint(0, 99)}", "completion": f"{word} {chooser.randint(0, 9)}"}
-            handle.write(json.dumps(row) + "\n")
+    path.write_text("".join(json.dumps(row(chooser, noise)) + "\n" for _ in range(count)), encoding="utf-8")
     return path
 
 

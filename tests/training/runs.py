@@ -34,23 +34,24 @@ MESSAGE = (  # of torch, for a card that is full
 TIMES = ("seconds", "step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes")
 
 
-def write_rows(path: Path, counts: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """A file with that many rows of each adapter, in mixed order; returns the rows of each.
+def row(chooser: random.Random, noise: bool) -> dict[str, str]:
+    """A row of one of several lengths; with ``noise`` there is nothing to learn for rows that are held out."""
+    word = chooser.choice(["red", "blue", "green", "grey", "gold"]) * chooser.randint(1, 4)
+    if noise:
+        word = "".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=12))
+    return {"prompt": f"say {word} {chooser.randint(0, 99)}", "completion": f"{word} {chooser.randint(0, 9)}"}
 
-    Those whose name begins with ``noise`` have nothing to learn for rows that are held out.
-    """
+
+def write_rows(path: Path, counts: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """A file with that many rows of each adapter, in mixed order, of those named ``noise`` noise; the rows of each."""
     chooser = random.Random(seed)
     names = [name for name, count in counts.items() for _ in range(count)]
     chooser.shuffle(names)
     rows: dict[str, list[dict[str, str]]] = {name: [] for name in dict.fromkeys(names)}
     with open(path, "w", encoding="utf-8") as handle:
         for name in names:
-            word = chooser.choice(["red", "blue", "green", "grey", "gold"]) * chooser.randint(1, 4)
-            if name.startswith("noise"):
-                word = "".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=12))
-            row = {"prompt": f"say {word} {chooser.randint(0, 99)}", "completion": f"{word} {chooser.randint(0, 9)}"}
-            rows[name].append(row)
-            handle.write(json.dumps({COLUMN: name, **row}) + "\n")
+            rows[name].append(row(chooser, name.startswith("noise")))
+            handle.write(json.dumps({COLUMN: name, **rows[name][-1]}) + "\n")
     return rows
 
 

@@ -15,7 +15,7 @@ from qvera.config.schema import parse_recipe
 from qvera.training.plan import Batch, Machine, PlannedRun, make_plan, shape_of
 from qvera.training.trainer import train
 from tests.conftest import small_llama
-from tests.training.runs import cut_off, losses, same, vectors
+from tests.training.runs import assert_same_run, cut_off, losses
 
 Shape = tuple[int, int]
 
@@ -58,8 +58,7 @@ def test_a_run_that_goes_on_without_the_memory_gives_the_same_bits(
     assert losses(tmp_path / "tight") == pytest.approx(losses(tmp_path / "roomy"), rel=1e-5)
     train(recipe, cut_off(tmp_path / "roomy", tmp_path / "again", after=1), resume=True)
     assert summed
-    assert losses(tmp_path / "again") == losses(tmp_path / "roomy")
-    assert same(vectors(tmp_path / "again"), vectors(tmp_path / "roomy"))
+    assert_same_run(tmp_path / "again", tmp_path / "roomy")
 
 
 @pytest.mark.parametrize("holds", [True, False])

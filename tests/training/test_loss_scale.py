@@ -22,7 +22,7 @@ from qvera.training.lr_finder import find_lr
 from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed
 from tests.adapters.helpers import perturb, relative
-from tests.training.runs import cut_off, losses, records, same, vectors
+from tests.training.runs import assert_same_run, cut_off, losses, records, run_json, untimed
 
 pytestmark = pytest.mark.process
 
@@ -55,13 +55,8 @@ def test_the_gradients_of_a_large_batch_vanish_in_float16_without_a_scale(tiny_m
 @pytest.fixture(scope="module")
 def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A recipe and its run in float16, whose scale begins too high and is doubled, too early, every second step."""
-    training = {
-        "max_steps": 8,
-        "save_steps": 3,
-        "save_total_limit": 9,
-        "loss_scale_window": 2,
-        "initial_scale_power": 19,
-    }
+    training = {"max_steps": 6, "save_steps": 3, "save_total_limit": 9}
+    training |= {"loss_scale_window": 2, "initial_scale_power": 19}
     recipe = make_recipe(model=FLOAT16, adapter={"dropout": 0.1}, training=training)
     run_dir = tmp_path_factory.mktemp("float16") / "whole"
     train(recipe, run_dir)
@@ -71,7 +66,7 @@ def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
 def test_an_overflow_halves_the_scale_and_repeats_the_step(whole: tuple[Any, Path]) -> None:
     _, run_dir = whole
     steps, skipped = records(run_dir), records(run_dir, "skipped")
-    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert [r["step"] for r in steps] == list(range(1, 7))
     assert len([r for r in skipped if r["step"] == 1]) >= 2
     assert [r for r in skipped if r["step"] > 2]  # a scale that has grown too far
     scale = 2.0**19
@@ -82,35 +77,32 @@ def test_an_overflow_halves_the_scale_and_repeats_the_step(whole: tuple[Any, Pat
         assert record["loss_scale"] == scale
         good = 0 if record["kind"] == "skipped" else good + 1
         scale *= 0.5 if record["kind"] == "skipped" else 2.0 if good and good % 2 == 0 else 1.0
-    run = json.loads((run_dir / "run.json").read_text())
-    assert run["result"]["skipped_steps"] == len(skipped)
-    assert run["result"]["steps"] == 8
+    result = run_json(run_dir)["result"]
+    assert (result["skipped_steps"], result["steps"]) == (len(skipped), 6)
 
 
 def test_a_resumed_float16_run_is_the_uninterrupted_one_to_the_bit(whole: tuple[Any, Path], tmp_path: Path) -> None:
     recipe, run_dir = whole
     train(recipe, cut_off(run_dir, tmp_path / "cut", after=3), resume=True)
     for kind in ("train", "skipped"):
-        found, wanted = ([(r["step"], r["loss"], r["loss_scale"]) for r in records(d, kind)] for d in (tmp_path / "cut", run_dir))  # fmt: skip
-        assert found == wanted
-    assert same(vectors(tmp_path / "cut"), vectors(run_dir))
+        assert untimed(records(tmp_path / "cut", kind)) == untimed(records(run_dir, kind))
+    assert_same_run(tmp_path / "cut", run_dir)
 
 
 def test_a_float16_run_learns_as_in_float32_whatever_its_scale(make_recipe: Any, tmp_path: Path) -> None:
     """Scales are powers of two, so another one changes no bit; a repeated step has the same rows and learning rate."""
-    training = {"max_steps": 12, "learning_rate": 5e-2}
+    training = {"max_steps": 8, "learning_rate": 0.1}
     train(make_recipe(training=training), tmp_path / "float32")
     for power in (15, 18):
         recipe = make_recipe(model=FLOAT16, training={**training, "initial_scale_power": power})
         train(recipe, tmp_path / str(power))
     assert not records(tmp_path / "15", "skipped")
     assert records(tmp_path / "18", "skipped")
-    assert losses(tmp_path / "18") == losses(tmp_path / "15")
-    assert same(vectors(tmp_path / "18"), vectors(tmp_path / "15"))
+    assert_same_run(tmp_path / "18", tmp_path / "15")
     rates = [[r["learning_rate"] for r in records(tmp_path / name)] for name in ("15", "18", "float32")]
     assert rates[0] == rates[1] == rates[2]
     assert losses(tmp_path / "15") == pytest.approx(losses(tmp_path / "float32"), rel=1e-3)
-    assert losses(tmp_path / "15")[-1] < losses(tmp_path / "15")[0] - 1.0
+    assert losses(tmp_path / "15")[-1] < losses(tmp_path / "15")[0] - 0.8
     assert "loss_scale" not in records(tmp_path / "float32")[0]
 
 

@@ -70,8 +70,6 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
         assert trained.keys() == alone.keys()
         flat = [torch.cat([tensors[key].flatten() for key in sorted(alone)]) for tensors in (trained, alone)]
         assert difference(*flat) <= 1e-5
-        configs = [json.loads((directory / "adapter_config.json").read_text()) for directory in directories]
-        assert configs[0] == configs[1]
 
 
 @pytest.fixture(scope="module")

@@ -31,70 +31,60 @@ pytestmark = pytest.mark.process
 STEP = 2
 
 
-class Failure:
-    """Raises once, in the second pass of step `STEP`: as a layer begins, as it is recomputed, or in a copy."""
-
-    def __init__(self, moment: str) -> None:
-        self.moment, self.calls = moment, itertools.count(1)
-        self.loop: AloneLoop | None = None
-        self.raised = False
-
-    def watch(self, loop: AloneLoop) -> None:
-        """Count the uses of the third layer: one in forward and one in backward of each pass."""
-        self.loop = loop
-        layer = decoder_layers(causal_model(loop.model).get_decoder())[2]  # type: ignore[operator]
-        wanted = {"forward": 3, "backward": 4}.get(self.moment)
-        layer.input_layernorm.register_forward_pre_hook(lambda *_: self.raise_at(wanted))
-
-    def raise_at(self, wanted: int | None) -> None:
-        """Raise at that call of step `STEP`."""
-        here = self.loop is not None and self.loop.state.step + 1 == STEP
-        if here and wanted is not None and not self.raised and next(self.calls) == wanted:
-            self.raised = True
-            raise torch.OutOfMemoryError(MESSAGE)
-
-    def copying(self, copy: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that copies, failing at its fourth call in the step."""
-
-        def copy_or_fail(*args: Any, **kwargs: Any) -> Any:
-            self.raise_at(4 if self.moment == "copy" else None)
-            return copy(*args, **kwargs)
-
-        return copy_or_fail
-
-
 @pytest.fixture
-def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Failure]]:
-    """Let layers be streamed or their inputs offloaded, by a thread, and a step fail."""
-    made: list[LateStream] = []
+def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], list[str]]]:
+    """Let layers be streamed or their inputs offloaded, by a thread, and the second pass of step `STEP` fail once.
 
-    def arranged(way: str, moment: str) -> Failure:
-        failure = Failure(moment)
-        start = AloneLoop.start
+    As a layer begins, as it is recomputed, or in a copy. What has failed is in the list that is returned.
+    """
+    made: list[LateStream] = []
+    start = AloneLoop.start
+    plain: Any = stream.LayerStream
+
+    def arranged(way: str, moment: str) -> list[str]:
+        loops: list[AloneLoop] = []
+        failed: list[str] = []
+        calls = itertools.count(1)
+
+        def fail_at(wanted: int) -> None:
+            here = bool(loops) and loops[-1].state.step + 1 == STEP
+            if here and not failed and next(calls) == wanted:
+                failed.append(moment)
+                raise torch.OutOfMemoryError(MESSAGE)
 
         def watched(loop: AloneLoop) -> None:
+            """Count the uses of the third layer: one in forward and one in backward of each pass."""
             start(loop)
-            failure.watch(loop)
+            loops.append(loop)
+            layer = decoder_layers(causal_model(loop.model).get_decoder())[2]  # type: ignore[operator]
+            if moment != "copy":
+                layer.input_layernorm.register_forward_pre_hook(lambda *_: fail_at(3 if moment == "forward" else 4))
 
-        monkeypatch.setattr(AloneLoop, "start", watched)
-        plain: Any = stream.LayerStream
-        pinned = way == "streamed"
-        monkeypatch.setattr(
-            stream, "LayerStream", lambda *args: plain(*args, pinned=pinned, copies=TwoThreads(HostStream()))
-        )
-        monkeypatch.setattr(TwoThreads, "copy", failure.copying(TwoThreads.copy))
-        monkeypatch.setattr(LateStream, "copy", failure.copying(LateStream.copy))
+        def copying(copy: Callable[..., Any]) -> Callable[..., Any]:
+            def copy_or_fail(*args: Any, **kwargs: Any) -> Any:
+                if moment == "copy":
+                    fail_at(4)
+                return copy(*args, **kwargs)
+
+            return copy_or_fail
 
         def offload(model: Any, *_: Any, **__: Any) -> None:
             enable_checkpointing(model)
             made.append(LateStream(longest_seconds=0.002))
-            chunks = PinnedChunks(CHUNK_BYTES, pin_memory=False)
             copies: Any = made[-1]
+            chunks = PinnedChunks(CHUNK_BYTES, pin_memory=False)
             offload_inputs(model.get_base_model(), copies, chunks, use_reentrant=False)
 
+        def streamed(*args: Any) -> Any:
+            return plain(*args, pinned=way == "streamed", copies=TwoThreads(HostStream()))
+
+        monkeypatch.setattr(AloneLoop, "start", watched)
+        monkeypatch.setattr(stream, "LayerStream", streamed)
+        for threads in (TwoThreads, LateStream):
+            monkeypatch.setattr(threads, "copy", copying(threads.copy))
         if way == "offloaded":
             monkeypatch.setattr(session, "enable_checkpointing", offload)
-        return failure
+        return failed
 
     yield arranged
     for one in made:
@@ -130,9 +120,9 @@ REST = [("streamed", "backward"), ("streamed", "copy"), ("offloaded", "forward")
 def test_the_step_is_taken_again_with_half_the_rows(
     recipe: Any, tmp_path: Path, arrange: Any, whole: Path, way: str, moment: str
 ) -> None:
-    failure = arrange(way, moment)
+    failed = arrange(way, moment)
     train(recipe(way, on_oom="halve"), tmp_path / "halved")
-    assert failure.raised
+    assert failed
     assert [(r["step"], r["pass_rows"]) for r in records(tmp_path / "halved", "out_of_memory")] == [(STEP, 2)]
     assert_close_run(tmp_path / "halved", whole)
 

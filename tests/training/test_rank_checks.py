@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from qvera.distributed.group import Group
+from qvera.models.loader import fingerprint_of
 from qvera.training import rank_checks
 from qvera.training.plan import Machine, Sharing, make_plan
 from qvera.utils.errors import InputError
 
 HOSTS = ["node0", "node0", "node1", "node1"]
+BASE = "the base's fingerprint (model.path)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,32 +49,17 @@ def differing(key: str, value: str) -> Any:
     return others
 
 
-def text_of(console: Console) -> str:
-    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-
-
 def test_nodes_that_are_alike_are_named_with_what_the_network_does(make_recipe: Any) -> None:
-    console = Console(file=io.StringIO(), width=300)
+    console = Console(record=True, width=300)
     rank_checks.check_same_setup(make_recipe(), Four(), console)
-    assert "4 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in text_of(console)
-    assert "an all-reduce takes 1.00 ms, and 4 MB of it pass at 100 MB/s" in text_of(console)
+    text = " ".join(console.export_text().split())
+    assert "4 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in text
+    assert "an all-reduce takes 1.00 ms, and 4 MB of it pass at 100 MB/s" in text
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "the version of python",
-        "the version of torch",
-        "the version of qvera",
-        "the version of bitsandbytes",
-        "the version of deepspeed",
-        "the recipe's SHA-256",
-        "the base's fingerprint (model.path)",
-    ],
-)
+@pytest.mark.parametrize("key", ["the version of python", "the version of deepspeed", "the recipe's SHA-256", BASE])
 def test_a_difference_is_refused_with_the_node_and_what(make_recipe: Any, key: str) -> None:
-    recipe = make_recipe()
-    recipe = recipe.replace(deepspeed="zero1")
+    recipe = make_recipe().replace(deepspeed="zero1")
     with pytest.raises(InputError) as caught:
         rank_checks.check_same_setup(recipe, Four(others=differing(key, "another")), Console(quiet=True))
     text = str(caught.value)
@@ -84,24 +72,14 @@ def test_a_difference_is_refused_with_the_node_and_what(make_recipe: Any, key: s
 
 def test_the_base_s_fingerprint_is_of_its_content(make_recipe: Any, tiny_model_dir: Any, tmp_path: Any) -> None:
     """Another base under the same path on node1."""
-    from safetensors.torch import load_file, save_file
-
-    from qvera.models.loader import fingerprint_of
-
     recipe, other = make_recipe(), tmp_path / "model"
-    other.mkdir()
-    for file in tiny_model_dir.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_model_dir, other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    recipe = recipe.replace(model=recipe.model.replace(path=str(other)))
-    there = str(fingerprint_of(recipe.model))
-    recipe = recipe.replace(model=recipe.model.replace(path=str(tiny_model_dir)))
+    there = str(fingerprint_of(recipe.model.replace(path=str(other))))
     with pytest.raises(InputError, match=r"the base's fingerprint \(model.path\) is .* on rank 2 \(node1\)"):
-        rank_checks.check_same_setup(
-            recipe, Four(others=differing("the base's fingerprint (model.path)", there)), Console(quiet=True)
-        )
+        rank_checks.check_same_setup(recipe, Four(others=differing(BASE, there)), Console(quiet=True))
 
 
 def short_on(rank_: int, free: int) -> Any:
@@ -112,7 +90,9 @@ def planned(make_recipe: Any, machine: Machine) -> Any:
     return make_plan(make_recipe(), machine, sharing=Sharing(0, None, 2, 2))
 
 
-def test_a_gpu_without_room_is_refused_by_rank_and_node(make_recipe: Any) -> None:
+def test_a_gpu_without_room_is_refused_by_rank_and_node_and_one_that_is_a_little_too_small_is_not(
+    make_recipe: Any,
+) -> None:
     plan = planned(make_recipe, Machine("a GPU", "cuda", torch.bfloat16, False, 10**10, 0, 0))
     rank_checks.check_memory(plan, Four(), Console(quiet=True))
     with pytest.raises(InputError) as caught:
@@ -123,13 +103,9 @@ def test_a_gpu_without_room_is_refused_by_rank_and_node(make_recipe: Any) -> Non
     assert "rank 2" not in text
     assert "qvera plan RECIPE --nodes 2 --gpus 2" in text
     assert caught.value.shared
-
-
-def test_a_gpu_that_is_a_little_too_small_is_a_warning(make_recipe: Any) -> None:
-    plan = planned(make_recipe, Machine("a GPU", "cuda", torch.bfloat16, False, 10**10, 0, 0))
-    console = Console(file=io.StringIO(), width=300)
+    console = Console(record=True, width=300)
     rank_checks.check_memory(plan, Four(others=short_on(3, int(plan.needed_bytes / 1.1))), console)
-    assert "rank 3 on node1 needs " in text_of(console)
+    assert "rank 3 on node1 needs " in console.export_text()
 
 
 def test_ranks_of_a_node_share_its_ram_and_too_little_is_a_warning(make_recipe: Any) -> None:
@@ -137,10 +113,11 @@ def test_ranks_of_a_node_share_its_ram_and_too_little_is_a_warning(make_recipe: 
     plan = planned(make_recipe, machine)
     one_needs = plan.memory.needed_bytes(machine) - machine.runtime_bytes
     for free, fits in ((2 * one_needs, True), (2 * one_needs - 1, False)):
-        console = Console(file=io.StringIO(), width=300)
+        console = Console(record=True, width=300)
         rank_checks.check_memory(plan, Four(others=short_on(2, free)), console)
-        assert ("ranks 2, 3 on node1 will need" in text_of(console)) is not fits
-        assert "node0" not in text_of(console)
+        text = console.export_text()
+        assert ("ranks 2, 3 on node1 will need" in text) is not fits
+        assert "node0" not in text
 
 
 def test_ranks_are_counted_by_node() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from qvera.data import AdapterRows
-from qvera.training.bank_loop import AdapterRow, cut_round
 from qvera.training.plan.decisions import slots_to_fill
 from qvera.training.roster import AdapterRun, Roster, deal, longest_pass
 
@@ -56,17 +55,7 @@ def test_adapters_join_as_long_as_their_rows_go_into_the_pass(sizes: list[int], 
     found = runs(*((10 - number, rows) for number, rows in enumerate(sizes)))
     roster = Roster(found, slots_to_fill([run.step_rows for run in found], pass_rows), pass_rows)
     assert len(roster.admit()) == at_once
-
-
-def test_a_number_of_adapters_at_once_is_kept_whatever_the_pass_has() -> None:
-    assert len(Roster(runs(*[(5, 4)] * 9), slots=6, pass_rows=None).admit()) == 6
-
-
-def test_a_round_is_cut_by_length_and_each_adapter_keeps_its_order() -> None:
-    one, other = runs((1, 3), (1, 3))
-    rows = [AdapterRow(one, row) for row in (0, 1, 2)] + [AdapterRow(other, row) for row in (3, 4, 5)]
-    passes = cut_round(rows, [5, 9, 5, 7, 5, 5], 4)
-    assert [[row for _, row in part] for part in passes] == [[0, 2, 4, 5], [3, 1]]
+    assert len(Roster(runs(*[(5, 4)] * 9), slots=6, pass_rows=None).admit()) == 6  # a number that was asked for
 
 
 def test_the_trial_takes_the_longest_rows_that_a_pass_can_have() -> None:
@@ -88,17 +77,3 @@ def test_processes_share_out_the_steps_evenly_and_all_know_how() -> None:
     assert max(work) - min(work) <= max(steps)
     assert all(share == sorted(share) for share in shares)
     assert deal([5], 3) == [[0], [], []]
-
-
-def test_a_roster_that_goes_on_keeps_slots_and_queue() -> None:
-    roster = Roster(runs((3, 1), (9, 1), (3, 1), (12, 1)), slots=2, pass_rows=None)
-    roster.admit()
-    roster.leave(roster.in_flight[0], "done")
-    roster.admit()
-    again = Roster(roster.runs, slots=2, pass_rows=None)
-    assert again.in_flight == roster.in_flight
-    assert list(again.queue) == list(roster.queue)
-    again.leave(again.in_flight[0], "done")
-    (last,) = again.admit()
-    assert cast(int, last.slot) in (0, 1)
-    assert len({run.slot for run in again.in_flight}) == 2

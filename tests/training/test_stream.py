@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,11 @@ import torch
 
 from qvera.evaluation.load import open_run
 from qvera.models import stream
+from qvera.models.loader import load_base
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
+from tests.training.runs import metrics
 from tests.two_threads import HostStream, TwoThreads
-
-
-def steps_of(run_dir: Path) -> list[tuple[Any, ...]]:
-    """What a run's steps and evaluations gave."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(one["kind"], one["step"], one["loss"], one.get("grad_norm")) for one in records]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -35,17 +30,17 @@ def test_a_run_on_a_streamed_base_equals_one_on_a_resident_base(
         recipe = make_recipe(
             model={"path": str(five_layers), "stream": streamed},
             data={"limit": 16},
-            training={"max_steps": 4, "eval_steps": 2, "save_steps": 2, "gradient_checkpointing": checkpointing},
+            training={"max_steps": 2, "eval_steps": 1, "save_steps": 1, "gradient_checkpointing": checkpointing},
         )
         result = train(recipe, tmp_path / str(streamed and not resume), resume=resume)
         assert result is not None and ("streamed" in result.run["model"]) == streamed
         adapter = (result.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
-        return steps_of(result.run_dir), result.run["samples"], adapter
+        return metrics(result.run_dir), result.run["samples"], adapter
 
     resident = run(streamed=False)
     assert run(streamed=True) == resident
     if checkpointing:  # a run goes on with a streamed base
-        shutil.rmtree(tmp_path / "False" / "checkpoints" / "step-00000004")
+        shutil.rmtree(tmp_path / "False" / "checkpoints" / "step-00000002")
         assert run(streamed=True, resume=True) == resident
 
 
@@ -53,7 +48,7 @@ def test_a_streamed_base_is_merged_and_saved_as_a_resident_one(
     make_recipe: Any, five_layers: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    train(make_recipe(model={"path": str(five_layers), "stream": True}, training={"max_steps": 2}), run_dir)
+    train(make_recipe(model={"path": str(five_layers), "stream": True}, training={"max_steps": 1}), run_dir)
     states = []
     for streamed in (True, False):
         if not streamed:
@@ -70,15 +65,10 @@ def test_a_streamed_base_is_merged_and_saved_as_a_resident_one(
             assert torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
 
 
-def test_a_streamed_base_can_not_be_moved(make_recipe: Any, five_layers: Path) -> None:
-    from qvera.models.loader import load_base
-
+def test_a_streamed_base_can_not_be_moved_and_is_of_4_bit_layers(make_recipe: Any, five_layers: Path) -> None:
     base = load_base(make_recipe(model={"path": str(five_layers), "stream": True}).model)
     with pytest.raises(RuntimeError, match="streamed"):
         base.model.to("meta")
-
-
-def test_what_can_not_be_streamed_is_refused(make_recipe: Any, five_layers: Path) -> None:
     for quantization in ("int8", "none"):
         with pytest.raises(InputError, match=r"model\.stream: only 4-bit layers"):
             make_recipe(model={"stream": True, "quantization": quantization, "compute_dtype": "auto"})

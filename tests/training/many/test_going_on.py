@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -13,13 +14,26 @@ import torch
 
 from qvera.adapters.files.save_load import save_adapter
 from qvera.config.schema import Recipe
+from qvera.distributed.group import Group, for_all
 from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.many import ManyTrainer
+from qvera.training.optim import BankAdamW
+from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from tests.disk import fill, small_disk
-from tests.training.runs import all_files, assert_same, cut_off, entries, many_recipe, records, train_many, write_rows
+from tests.training.runs import (
+    all_files,
+    assert_same,
+    cut_off,
+    entries,
+    many_recipe,
+    records,
+    run_json,
+    train_many,
+    write_rows,
+)
 
 pytestmark = pytest.mark.process
 
@@ -52,7 +66,7 @@ def test_the_run_has_adapters_that_join_and_leave_at_its_checkpoints(whole: tupl
         assert rounds == list(range(rounds[0], rounds[0] + len(rounds)))
 
 
-@pytest.mark.parametrize("after", [0, 3, 6])
+@pytest.mark.parametrize("after", [0, 6])
 def test_a_killed_run_goes_on_to_the_same_bits(whole: tuple[Recipe, Path], tmp_path: Path, after: int) -> None:
     recipe, run_dir = whole
     cut = cut_off(run_dir, tmp_path / "cut", after=after)
@@ -89,26 +103,57 @@ def test_a_stopped_run_is_saved_and_goes_on(
     assert_same(tmp_path / "run", run_dir)
 
 
+@pytest.mark.parametrize("held_out", [False, True], ids=["while it trains", "while it is evaluated"])
 def test_a_round_that_runs_out_of_memory_is_undone_and_the_one_before_is_saved(
-    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: bool
 ) -> None:
     recipe, run_dir = whole
     real = BankLoop.pass_nll
 
     def pass_nll(self: BankLoop, slots: Any, examples: Any, weights: Any = None) -> Any:
         found = real(self, slots, examples, weights)
-        if self.round == 4 and weights is not None:  # after the gradients of the fifth round's first pass
+        if self.round == 4 and (weights is None) is held_out:  # after the gradients of the fifth round's first pass
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
         return found
 
+    message = r"Round 5: memory ran out .*2\.15 GB were asked for(.|\n)*Round 4 is saved.*--resume"
     with monkeypatch.context() as patch:
         patch.setattr(BankLoop, "pass_nll", pass_nll)
-        message = r"Round 5: memory ran out .*2\.15 GB were asked for(.|\n)*Round 4 is saved.*--resume"
-        with pytest.raises(OutOfMemory, match=message):
+        warned = pytest.warns(UserWarning, match="Memory ran out") if held_out else contextlib.nullcontext()
+        with warned, pytest.raises(OutOfMemory, match="Round 3 is saved" if held_out else message):
             train(recipe, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert run_json(tmp_path / "run")["status"] == "failed"
     train(recipe, tmp_path / "run", resume=True)
     assert_same(tmp_path / "run", run_dir)
+
+
+def test_memory_that_runs_out_in_the_optimizer_ends_the_run(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some vectors may have been stepped and some not, so the round is not saved."""
+    real = BankAdamW.step
+
+    def too_much(self: BankAdamW, slots: list[int], rates: list[float]) -> list[float]:
+        if self.steps[slots[0]] == 3:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return real(self, slots, rates)
+
+    monkeypatch.setattr(BankAdamW, "step", too_much)
+    with pytest.raises(RunFailed, match="Memory ran out in the optimizer's step: 2.15 GB were asked for"):
+        train(whole[0], tmp_path / "run")
+    assert run_json(tmp_path / "run")["status"] == "failed"
+    assert [path.name for path in checkpoint.directories(tmp_path / "run" / "checkpoints")] == ["round-00000003"]
+
+
+def test_a_process_whose_round_does_not_fit_tells_the_others(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in rounds of their own, and must not wait for it as for one that has ended with all."""
+    trainer = ManyTrainer(TrainingSession(whole[0], tmp_path / "run", Group()))
+    monkeypatch.setattr(trainer, "group", Group(world_size=2))
+    trainer.loop = BankLoop  # type: ignore[assignment]  # whose steps are each process's own
+    error = trainer.end(for_all(OutOfMemory("Round 3: memory ran out")))
+    assert isinstance(error, OutOfMemory) and not error.shared
 
 
 def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any) -> None:

@@ -96,21 +96,17 @@ GROUPS, LARGE = {"b_groups": 4, "input_scale": True}, {"padded": True, "shape": 
 ROUTER = {"experts": 3, "singular_share": 1.0}
 CASES = {
     "vera small": Case(2, 40, F32, {"rank": 8}, peak=None),
-    "vera small 16 bits": Case(2, 40, BF16, {"rank": 8}, peak=None),
     "grouped keys without a mask are not repeated": Case(2, 40, F32, {"rank": 8}, padded=False, peak=None),
     "eager": Case(2, 40, F32, {"rank": 8, **GROUPS}, "eager", peak=None),
     "eager 16 bits": Case(1, 40, BF16, {"rank": 8, "magnitude": True}, "eager", False, peak=None),
     "through W + ΔW, x kept": Case(2, 200, F32, {"rank": 96}, peak=None),
     "through W + ΔW, with an a": Case(4, 100, F32, {"rank": 64, **GROUPS}, "eager", peak=None),
-    "vera large": Case(4, 128, F32, {"rank": 256}, **LARGE),
     "vera large 16 bits": Case(4, 128, BF16, {"rank": 256}, **LARGE),
-    "groups and a": Case(4, 128, BF16, {"rank": 256, **GROUPS}, **LARGE),
-    "groups and a in fp32": Case(1, 256, F32, {"rank": 64, **GROUPS}, "sdpa", False, BIG),
+    "groups and a in fp32": Case(1, 256, F32, {"rank": 64, **GROUPS}, "sdpa", False, BIG, peak=0.11),
     "magnitude": Case(4, 128, F32, {"rank": 256, "magnitude": True}, **LARGE),
     "few kv heads": Case(2, 128, F32, {"rank": 16}, shape={**BIG, "num_key_value_heads": 2}),
     # the first layer's input needs no gradient, so the A of its q, k and v are not kept in 16 bits
     "lora": Case(4, 128, BF16, key("lora", 32), **LARGE, excess=0.005, peak=0.11),
-    "lora eager": Case(2, 40, F32, key("lora", 4), "eager"),
     # products of lorta's small factors with one another are not in the plan
     "lorta": Case(4, 128, F32, key("lorta", 32), **LARGE, excess=0.005),
     "shared-core": Case(4, 128, BF16, key("shared-core", 128), **LARGE),
@@ -189,9 +185,10 @@ def test_the_peak_over_a_4_bit_base_counts_the_weights_that_are_read(tmp_path: P
     check_peak(planned(made, of, F32, wide)[1], counted, -0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("joined", "dtype", "checkpointing"),
+    [(False, F32, False), (False, BF16, True), (True, BF16, False), (True, F32, True)],
+)
 def test_a_pass_with_many_adapters(joined: bool, dtype: torch.dtype, checkpointing: bool) -> None:
     """Joined, some rows are attended to in fp32 and some not; what fills the sequence up is a row too."""
     adapter = {"rank": 64, **(GROUPS if dtype == F32 else {})}
