@@ -1,4 +1,4 @@
-"""Ten adapters of the tiny model, what each of them answers alone, and a real browser."""
+"""Six adapters of the tiny model, what each of them answers alone, and a real browser."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from qvera.serve.store import AdapterStore
 from tests.serve.helpers import Alone, engine_of, expected_of, store_of, write_adapters
 
-NAMES = [f"a{i}" for i in range(10)]
+NAMES = [f"a{i}" for i in range(6)]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="session")
 def adapters_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of ten adapters. Read it, never change it."""
+    """A directory of six adapters. Read it, never change it."""
     root = tmp_path_factory.mktemp("adapters")
     write_adapters(root, tiny_model_dir, {name: i for i, name in enumerate(NAMES)})
     return root

@@ -159,6 +159,14 @@ def assert_same(found: Answer, expected: Sequence[TokenEvent]) -> None:
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one.top, other.top, strict=True))
 
 
+def assert_answers(
+    engine: Engine, asked: Sequence[GenerationRequest], expected: Sequence[Sequence[TokenEvent]]
+) -> None:
+    """Asked at once, each gets what it gets alone."""
+    for answer, events in zip([submit(engine, one) for one in asked], expected, strict=True):
+        assert_same(answer, events)
+
+
 def store_of(root: Path) -> AdapterStore:
     """The adapters of a directory, and the base."""
     return AdapterStore(root, base_names=[BASE])

@@ -1,9 +1,8 @@
-"""A trainer without a model, and the thread that an engine would be."""
+"""A trainer without a model, and jobs for it."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,14 @@ from qvera.serve.store import AdapterStore
 from qvera.training.checkpoint import TrainState
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.conftest import small_tokenizer
+
+
+def write_files(directory: Path, content: bytes = b"vectors") -> None:
+    """An adapter as far as its files tell."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "QVERA", "rank": 7, "base_model_name_or_path": "/models/tiny"}
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config))
+    (directory / ADAPTER_WEIGHTS).write_bytes(content)
 
 
 @dataclass(eq=False)
@@ -45,6 +52,7 @@ class ScriptedTrainer:
         fails: what `run_slice` raises, once.
         not_finite: ids of jobs that diverge at their next step.
         before: called with the name of each method but `prepare` before it does anything.
+        begun: ids of all jobs that began, the first one first.
     """
 
     def __init__(self, slots: int = 2) -> None:
@@ -53,6 +61,7 @@ class ScriptedTrainer:
         self.fails: Exception | None = None
         self.not_finite: set[str] = set()
         self.before: Callable[[str], None] = lambda name: None
+        self.begun: list[str] = []
 
     @property
     def free_slots(self) -> int:
@@ -68,6 +77,7 @@ class ScriptedTrainer:
         assert run.id not in [one.id for one in self.in_flight]
         run.state = TrainState() if saved is None else TrainState(**json.loads(saved.read_text()))
         self.in_flight.append(run)
+        self.begun.append(run.id)
 
     def run_slice(self) -> list[dict[str, Any]]:
         self.before("run_slice")
@@ -80,16 +90,8 @@ class ScriptedTrainer:
                 run.reason = f"step {run.state.step + 1}: its loss is not finite."
             elif not run.has_ended:
                 run.state.add_step(1 / (run.state.step + 1), 0.1, 10)
-                records.append(
-                    {
-                        "kind": "train",
-                        "adapter": run.id,
-                        "step": run.state.step,
-                        "loss": run.state.train_loss_last,
-                        "learning_rate": run.recipe.training.learning_rate,
-                        "input_tokens": 10,
-                    }
-                )
+                record = {"kind": "train", "adapter": run.id, "step": run.state.step, "loss": run.state.train_loss_last}
+                records.append({**record, "learning_rate": run.recipe.training.learning_rate, "input_tokens": 10})
                 if run.has_ended and len(run.rows.eval):
                     run.state.before, run.after = {"loss": 2.0}, {"loss": 0.5}
                     records.append({"kind": "eval", "adapter": run.id, "step": run.state.step, "loss": 0.5})
@@ -105,48 +107,7 @@ class ScriptedTrainer:
 
     def save_adapter(self, run: ScriptedRun, directory: Path) -> None:
         self.before("save_adapter")
-        directory.mkdir(exist_ok=True)
-        (directory / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "QVERA", "rank": run.recipe.adapter.rank}))
-        (directory / ADAPTER_WEIGHTS).write_bytes(f"{run.id} after step {run.state.step}".encode())
-
-
-class Driver:
-    """Does the parts of jobs in a thread.
-
-    Attributes:
-        hold: while it is set, no part is done; `parts` more may be allowed.
-    """
-
-    def __init__(self) -> None:
-        self.jobs: Jobs | None = None
-        self.hold = threading.Event()
-        self._woken = threading.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    def go_on(self) -> None:
-        self.hold.clear()
-        self.wake()
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        self._closing = True
-        self.wake()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while not self._closing:
-            self._woken.wait()
-            self._woken.clear()
-            assert self.jobs is not None
-            while not self._closing and not self.hold.is_set() and self.jobs.worker.has_work():
-                self.jobs.worker.run_slice()
+        write_files(directory, f"{run.id} after step {run.state.step}".encode())
 
 
 def target(**data: Any) -> Artifact:
@@ -156,22 +117,16 @@ def target(**data: Any) -> Artifact:
     return Artifact(Path("tiny"), "a base", section, recipe=recipe)
 
 
-def jobs_of(
-    directory: TrainingDirectory,
-    root: Path,
-    trainer: ScriptedTrainer,
-    wake: Callable[[], None] = lambda: None,
-    served: Artifact | None = None,
-) -> Jobs:
+def jobs_of(directory: TrainingDirectory, root: Path, trainer: ScriptedTrainer, served: Artifact | None = None) -> Jobs:
     """Jobs whose adapters go into ``root``."""
     store = AdapterStore(root, base_names=["tiny", "hub/tiny"])
-    return Jobs(directory, Recipes(served or target()), trainer, store, small_tokenizer(), wake)
+    return Jobs(directory, Recipes(served or target()), trainer, store, small_tokenizer(), lambda: None)
 
 
-def chat_rows(count: int = 4, first: int = 0) -> bytes:
+def chat_rows(count: int = 4, first: int = 0, answer: str = "the word is red") -> bytes:
     """Rows as OpenAI's clients send them."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"say {k}"}, {"role": "assistant", "content": "the word is red"}]}
+    says = [
+        [{"role": "user", "content": f"say {k}"}, {"role": "assistant", "content": answer}]
         for k in range(first, first + count)
     ]
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    return b"".join(json.dumps({"messages": messages}).encode() + b"\n" for messages in says)

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from qvera.config.schema import Recipe
 from qvera.evaluation.load import Artifact
 from qvera.serve.fine_tuning import jobs as jobs_module
 from qvera.serve.fine_tuning import worker as worker_module
 from qvera.serve.fine_tuning.database import OPEN, Job
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Jobs
-from qvera.serve.fine_tuning.preparing import Recipes, require_short_rows
+from qvera.serve.fine_tuning.preparing import require_short_rows
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
@@ -29,12 +28,6 @@ STEPS = 5
 
 class Killed(BaseException):
     """Where the process would end."""
-
-
-def send(jobs: Jobs, rows: bytes) -> str:
-    upload = Upload(jobs.directory, "me", "rows.jsonl")
-    upload.write(rows)
-    return upload.finish("fine-tune").id
 
 
 @contextlib.contextmanager
@@ -48,62 +41,93 @@ def server(root: Path, trainer: ScriptedTrainer | None = None, served: Artifact 
         yield jobs
 
 
-def create(jobs: Jobs, suffix: str | None = "anna", held_out: str | None = None, **changes: Any) -> Job:
+@pytest.fixture
+def trainer() -> ScriptedTrainer:
+    return ScriptedTrainer()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, trainer: ScriptedTrainer) -> Iterator[Jobs]:
+    """Of a running server with this trainer."""
+    with server(tmp_path, trainer) as jobs:
+        yield jobs
+
+
+@pytest.fixture
+def clock(jobs: Jobs) -> list[float]:
+    """The seconds of the worker's clock."""
+    now = [0.0]
+    jobs.worker._clock = lambda: now[0]
+    return now
+
+
+def send(jobs: Jobs, rows: bytes) -> str:
+    upload = Upload(jobs.directory, "me", "rows.jsonl")
+    upload.write(rows)
+    return upload.finish("fine-tune").id
+
+
+def create(jobs: Jobs, name: str = "anna", held_out: str | None = None) -> Job:
     """A job of `STEPS` steps."""
-    file_id = send(jobs, chat_rows(4))
-    hyperparameters = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
-    wanted: dict[str, Any] = {"seed": None, "asked": hyperparameters, "metadata": {}, "replaces": False, **changes}
-    job = Job("me", suffix or "", "tiny", file_id, held_out, **wanted)
+    asked = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
+    job = Job("me", name, "tiny", send(jobs, chat_rows(4)), held_out, None, asked, False, {})
     return jobs.create(job, lambda name: True, None)
 
 
+def queued(jobs: Jobs, *names: str) -> list[Job]:
+    """A job for each name, whose rows are read."""
+    made = [create(jobs, name) for name in names]
+    wait_until(lambda: jobs.worker.has_work() and all(jobs.database.job(job.id).status == "queued" for job in made))
+    return made
+
+
+def do_parts(jobs: Jobs) -> None:
+    """As an engine would, while there is something to do."""
+    while jobs.worker.has_work():
+        jobs.worker.run_slice()
+
+
 def run_all(jobs: Jobs) -> None:
-    """As an engine would, until nothing is left to do."""
+    """Until nothing is left to do."""
 
     def nothing_left() -> bool:
-        while jobs.worker.has_work():
-            jobs.worker.run_slice()
+        do_parts(jobs)
         return not [job for job in jobs.database.open_jobs() if job.status != "paused"]
 
     wait_until(nothing_left, 20)
 
 
-def wait_for_rows(jobs: Jobs, job: Job) -> None:
-    wait_until(lambda: jobs.worker.has_work() and jobs.database.job(job.id).status == "queued")
+def statuses(jobs: Jobs, *made: Job) -> list[str]:
+    return [jobs.database.job(job.id).status for job in made]
+
+
+def steps_of(jobs: Jobs, job: Job) -> list[int | None]:
+    return [event.step for event in jobs.database.metrics(job.id)]
 
 
 def kill_at(number: int, trainer: ScriptedTrainer, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the process at the ``number``-th of all calls that write something, before it or after it."""
+    """End the process before the ``number``-th of all calls that write something: after the one before it."""
     calls = 0
-
-    def count(when: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise Killed(when)
 
     def killing(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **settings: Any) -> Any:
-            what = f"move to {arguments[2]}" if name == "move" else name
-            count(f"before {what}")
-            result = call(*arguments, **settings)
-            count(f"after {what}")
-            return result
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise Killed(f"move to {arguments[2]}" if name == "move" else name)
+            return call(*arguments, **settings)
 
         return wrapped
 
-    for owner, name in (
-        (trainer, "begin"),
-        (trainer, "run_slice"),
-        (trainer, "save"),
-        (trainer, "save_adapter"),
-        (trainer, "end"),
-        (jobs.database, "move"),
-        (jobs.database, "add"),
-        (jobs.directory, "write_results"),
-        (worker_module, "write_facts"),
-    ):
-        monkeypatch.setattr(owner, name, killing(getattr(owner, name), name))
+    writing: dict[Any, tuple[str, ...]] = {
+        trainer: ("begin", "run_slice", "save", "save_adapter", "end"),
+        jobs.database: ("move", "add"),
+        jobs.directory: ("write_results",),
+        worker_module: ("write_facts",),
+    }
+    for owner, names in writing.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, killing(getattr(owner, name), name))
 
 
 def test_a_job_killed_at_any_call_goes_on_and_comes_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,12 +136,10 @@ def test_a_job_killed_at_any_call_goes_on_and_comes_out_once(tmp_path: Path, mon
     while True:
         number += 1
         here, killed = tmp_path / str(number), None
-        root = here / "adapters"
         with monkeypatch.context() as patched:
             trainer = ScriptedTrainer()
             with server(here, trainer) as jobs:
-                job = create(jobs)
-                wait_for_rows(jobs, job)
+                [job] = queued(jobs, "anna")
                 kill_at(number, trainer, jobs, patched)
                 try:
                     run_all(jobs)
@@ -130,173 +152,196 @@ def test_a_job_killed_at_any_call_goes_on_and_comes_out_once(tmp_path: Path, mon
         with server(here) as jobs:
             run_all(jobs)
             done = jobs.database.job(job.id)
-            assert done.status == "succeeded", (killed, done.error)
-            assert done.trained_tokens == 10 * STEPS
-            assert (root / "anna" / ADAPTER_WEIGHTS).read_text() == f"{job.id} after step {STEPS}"
-            assert [path.name for path in root.iterdir()] == ["anna"]
-            steps = [event.step for event in jobs.database.metrics(job.id)]
-            assert steps == list(range(1, STEPS + 1)), killed
-            files = {path.stem for path in jobs.directory.files.iterdir()}
-            assert files == {job.training_file, done.result_file}
+            assert (done.status, done.trained_tokens) == ("succeeded", 10 * STEPS), (killed, done.error)
+            assert (here / "adapters" / "anna" / ADAPTER_WEIGHTS).read_text() == f"{job.id} after step {STEPS}"
+            assert [path.name for path in (here / "adapters").iterdir()] == ["anna"]
+            assert steps_of(jobs, job) == list(range(1, STEPS + 1)), killed
+            assert {path.stem for path in jobs.directory.files.iterdir()} == {job.training_file, done.result_file}
             assert list(jobs.directory.states.iterdir()) == []
-    assert {"after save_adapter", "after save", "after write_facts"} <= places
-    assert {"before move to succeeded", "after move to succeeded"} <= places
-    assert number > 30
+    assert {"save", "save_adapter", "write_facts", "write_results", "move to succeeded", "end"} <= places
+    assert number > 15
 
 
-def test_steps_after_the_last_saved_state_are_taken_again(tmp_path: Path) -> None:
+def test_a_job_goes_on_by_the_recipe_by_which_it_began_and_by_no_other(tmp_path: Path) -> None:
     with server(tmp_path) as jobs:
-        job = create(jobs)
-        wait_until(lambda: jobs.worker.has_work())
-        for _ in range(3):
-            jobs.worker.run_slice()
-    assert jobs.directory.state(job.id).exists()  # leaving it saved it, as SIGTERM does
-    with server(tmp_path) as jobs:
-        run_all(jobs)
-        assert [event.step for event in jobs.database.metrics(job.id)] == [1, 2, 3, 4, 5]
-        said = [event.message for event in jobs.database.events(job.id, None, 100)]
-        assert any("goes on after step 3" in text for text in said)
-
-
-def test_a_job_does_not_go_on_by_another_recipe(tmp_path: Path) -> None:
-    with server(tmp_path) as jobs:
-        begun, fresh = create(jobs), create(jobs, "ben")
-        wait_until(lambda: jobs.database.job(fresh.id).status == "queued")
+        begun, fresh = queued(jobs, "anna", "ben")
         jobs.change(fresh.id, "me", "pause")
         jobs.worker.run_slice()
         jobs.change(fresh.id, "me", "resume")
-    with server(tmp_path, served=target(max_length=99)) as jobs:
-        run_all(jobs)
-        assert "data.max_length" in str(jobs.database.job(begun.id).error)
-        assert jobs.database.job(fresh.id).status == "succeeded"  # it had not begun
-        assert jobs.database.job(fresh.id).recipe["data"]["max_length"] == 99
-
-
-def test_a_job_that_begins_by_the_recipe_of_a_later_server_goes_on_by_it(tmp_path: Path) -> None:
-    with server(tmp_path) as jobs:
-        job = create(jobs)
-        wait_for_rows(jobs, job)
-    for parts in (3, STEPS):
+    for parts, status in ((3, "running"), (STEPS, "succeeded")):
         with server(tmp_path, served=target(max_length=99)) as jobs:
             wait_until(jobs.worker.has_work)
             for _ in range(parts):
                 jobs.worker.run_slice()
-            ended = jobs.database.job(job.id)
-            assert ended.recipe["data"]["max_length"] == 99
-    assert ended.status == "succeeded", ended.error
+            assert statuses(jobs, begun, fresh) == ["failed", status]
+            assert "data.max_length" in str(jobs.database.job(begun.id).error)
+            assert jobs.database.job(fresh.id).recipe["data"]["max_length"] == 99
+            said = str(jobs.database.events(fresh.id, None, 100))
+    assert "goes on after step 3" in said  # leaving a server saved it, as SIGTERM does
 
 
-def test_a_job_that_is_resumed_before_it_was_saved_goes_on(tmp_path: Path) -> None:
+# Pauses that cross what the worker does
+
+
+def test_a_job_that_is_resumed_before_it_was_saved_goes_on(jobs: Jobs, trainer: ScriptedTrainer) -> None:
     """The worker hears of the pause while it begins another job."""
-    trainer = ScriptedTrainer(slots=3)
-    with server(tmp_path, trainer) as jobs:
-        first = create(jobs)
-        wait_for_rows(jobs, first)
-        jobs.worker.run_slice()
-        second = create(jobs, "ben")
-        wait_until(lambda: second.id in jobs.worker._ready)
+    [first] = queued(jobs, "anna")
+    jobs.worker.run_slice()
+    second, resumed = create(jobs, "ben"), list[Job]()
+    wait_until(lambda: second.id in jobs.worker._ready)
 
-        def pause_and_resume(name: str) -> None:
-            if name == "begin" and not resumed:
-                resumed.append(jobs.change(first.id, "me", "pause"))
-                jobs.change(first.id, "me", "resume")
-                wait_until(lambda: first.id in jobs.worker._ready)
+    def pause_and_resume(name: str) -> None:
+        if name == "begin" and not resumed:
+            resumed.append(jobs.change(first.id, "me", "pause"))
+            jobs.change(first.id, "me", "resume")
+            wait_until(lambda: first.id in jobs.worker._ready)
 
-        resumed: list[Job] = []
-        trainer.before = pause_and_resume
-        run_all(jobs)
-        assert resumed
-        assert [jobs.database.job(one.id).status for one in (first, second)] == ["succeeded"] * 2
-        assert [event.step for event in jobs.database.metrics(first.id)] == list(range(1, STEPS + 1))
+    trainer.before = pause_and_resume
+    run_all(jobs)
+    assert resumed
+    assert statuses(jobs, first, second) == ["succeeded"] * 2
+    assert steps_of(jobs, first) == list(range(1, STEPS + 1))
 
 
 def test_a_pause_that_comes_late_to_the_worker_does_not_stop_the_resumed_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with server(tmp_path) as jobs:
-        job = create(jobs)
-        wait_for_rows(jobs, job)
-        jobs.worker.run_slice()
-        resuming = threading.Thread(target=lambda: jobs.change(job.id, "me", "resume"))
-        stop = jobs.worker.stop
+    [job] = queued(jobs, "anna")
+    jobs.worker.run_slice()
+    resuming = threading.Thread(target=lambda: jobs.change(job.id, "me", "resume"))
+    stop = jobs.worker.stop
 
-        def late(job_id: str, how: Any) -> None:
-            resuming.start()
-            resuming.join(1)
-            if not resuming.is_alive():  # it did not wait
-                wait_until(lambda: job_id in jobs.worker._ready)
-            stop(job_id, how)
+    def late(job_id: str, how: Any) -> None:
+        resuming.start()
+        resuming.join(0.3)
+        if not resuming.is_alive():  # it did not wait
+            wait_until(lambda: job_id in jobs.worker._ready)
+        stop(job_id, how)
 
-        monkeypatch.setattr(jobs.worker, "stop", late)
-        jobs.change(job.id, "me", "pause")
-        resuming.join(20)
-        run_all(jobs)
-        assert jobs.database.job(job.id).status == "succeeded"
+    monkeypatch.setattr(jobs.worker, "stop", late)
+    jobs.change(job.id, "me", "pause")
+    resuming.join(20)
+    run_all(jobs)
+    assert statuses(jobs, job) == ["succeeded"]
 
 
-def test_an_error_with_the_rows_of_one_job_holds_up_no_other_and_tells_no_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Errors and full disks
+
+
+def fail_where(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, fails: Callable[..., Exception | None]) -> None:
+    """Let a method raise what ``fails`` says of its arguments, if that is anything."""
+    call = getattr(owner, name)
+
+    def failing(*arguments: Any, **settings: Any) -> Any:
+        if (error := fails(*arguments)) is not None:
+            raise error
+        return call(*arguments, **settings)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def test_rows_that_can_t_be_read_and_those_without_room_hold_up_no_other_job_and_tell_no_place(
+    jobs: Jobs, trainer: ScriptedTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full just then, too."""
+    """The disk is full just when the error is to be noted, too."""
     monkeypatch.setattr(jobs_module, "_RETRY_SECONDS", 0.01)
-    trainer, failures = ScriptedTrainer(), [RunFailed("the disk is full")]
-    with server(tmp_path, trainer) as jobs:
-        prepare, fail = trainer.prepare, jobs.directory.fail
+    seen, full = list[str](), [RunFailed("the disk is full")]
+    gone = FileNotFoundError(2, "No such file or directory", str(tmp_path / "secret"))
+    errors = [gone, RunFailed("the disk for temporary files is full"), None]
 
-        def no_such_file(id: str, *others: Any) -> Any:
-            bad[:] = bad or [id]  # the first
-            if id == bad[0]:
-                raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "secret"))
-            return prepare(id, *others)
+    def cannot_be_read(id: str, *_: Any) -> Exception | None:
+        if id not in seen:
+            seen.append(id)
+        return errors[seen.index(id)]
 
-        def or_full(*arguments: Any) -> None:
-            if failures:
-                raise failures.pop()
-            fail(*arguments)
+    fail_where(monkeypatch, trainer, "prepare", cannot_be_read)
+    fail_where(monkeypatch, jobs.directory, "fail", lambda *_: full.pop() if full else None)
+    made = [create(jobs, name) for name in ("anna", "ben", "chloe")]
 
-        monkeypatch.setattr(trainer, "prepare", no_such_file)
-        monkeypatch.setattr(jobs.directory, "fail", or_full)
-        bad: list[str] = []
-        create(jobs)
-        good = create(jobs, "ben")
-        run_all(jobs)
-        error = jobs.database.job(bad[0]).error
-        assert error == {"code": "server_error", "message": "The server failed; its log says why.", "param": None}
-        assert not failures
-        assert jobs.database.job(good.id).status == "succeeded"
+    def done() -> bool:
+        do_parts(jobs)
+        return statuses(jobs, *made) == ["failed", "validating_files", "succeeded"]
+
+    wait_until(done, 20)
+    error = {"code": "server_error", "message": "The server failed; its log says why.", "param": None}
+    assert jobs.database.job(made[0].id).error == error
+    assert not full
 
 
-def test_rows_for_which_there_is_no_room_hold_up_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = ScriptedTrainer()
-    with server(tmp_path, trainer) as jobs:
-        prepare, large = trainer.prepare, list[str]()
+@pytest.mark.parametrize("full", ["save", "move", "succeeded", "add", "write_results"])
+def test_a_full_disk_is_waited_for_and_loses_nothing(
+    full: str, jobs: Jobs, trainer: ScriptedTrainer, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [RunFailed("the disk is full")] * 2
+    [job] = queued(jobs, "anna")
+    name = "move" if full == "succeeded" else full
+    owner = next(one for one in (trainer, jobs.directory, jobs.database) if hasattr(one, name))
 
-        def or_full(id: str, *others: Any) -> Any:
-            if not large or id == large[0]:
-                large[:] = [id]
-                raise RunFailed("the disk for temporary files is full")
-            return prepare(id, *others)
+    def is_full(*arguments: Any) -> Exception | None:
+        return failures.pop() if failures and (full != "succeeded" or full in arguments) else None
 
-        monkeypatch.setattr(trainer, "prepare", or_full)
-        first, second = create(jobs), create(jobs, "ben")
+    fail_where(monkeypatch, owner, name, is_full)
+    waits = 0
+    while statuses(jobs, job)[0] in OPEN:
+        if not jobs.worker.has_work():
+            clock[0] += 31
+            waits += 1
+            assert waits < 10
+        jobs.worker.run_slice()
+    assert waits == 2
+    assert statuses(jobs, job) == ["succeeded"]
+    assert steps_of(jobs, job) == list(range(1, STEPS + 1))
+    kept = {job.training_file, jobs.database.job(job.id).result_file}
+    assert {path.stem for path in jobs.directory.files.iterdir()} == kept
 
-        def done() -> bool:
-            while jobs.worker.has_work():
-                jobs.worker.run_slice()
-            return jobs.database.job(second.id).status == "succeeded"
 
-        wait_until(done, 20)
-        assert jobs.database.job(first.id).status == "validating_files"
+def test_an_adapter_that_can_not_be_written_holds_up_no_other_job(
+    jobs: Jobs, trainer: ScriptedTrainer, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = queued(jobs, "anna", "ben")
+
+    def read_only(run: Any, _: Path) -> Exception | None:
+        return RunFailed("the directory is read-only") if run.id == first.id and clock[0] < 100 else None
+
+    fail_where(monkeypatch, trainer, "save_adapter", read_only)
+    do_parts(jobs)
+    assert statuses(jobs, first, second) == ["finishing", "succeeded"]
+    clock[0] = 200.0
+    do_parts(jobs)
+    assert statuses(jobs, first) == ["succeeded"]
 
 
-def test_files_of_something_else_are_not_removed(tmp_path: Path) -> None:
-    for part in ("files", "states"):
-        here = tmp_path / part
-        (here / part).mkdir(parents=True)
-        (here / part / "precious").write_text("yes")
-        with pytest.raises(InputError, match=f"{part}: is of something else"), TrainingDirectory.open(here):
-            pass
-        assert [file.name for file in here.rglob("*")] == [part, "precious"]
+def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(
+    jobs: Jobs, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    [job] = queued(jobs, "anna")
+    jobs.worker.run_slice()
+    jobs.change(job.id, "me", "cancel")
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "unlink", broken)
+        jobs.worker.run_slice()
+    assert not jobs.worker.has_work()
+    clock[0] += 31
+    other = create(jobs, "ben")
+    run_all(jobs)
+    assert statuses(jobs, job, other) == ["cancelled", "succeeded"]
+
+
+def test_an_error_of_the_trainer_ends_the_jobs_it_was_training_and_no_others(
+    jobs: Jobs, trainer: ScriptedTrainer
+) -> None:
+    trainer.slots, trainer.fails = 1, RuntimeError("a kernel failed")
+    first, second = queued(jobs, "anna", "ben")
+    run_all(jobs)
+    failed = {"code": "server_error", "message": "Training failed: a kernel failed.", "param": None}
+    assert jobs.database.job(first.id).error == failed
+    assert statuses(jobs, second) == ["succeeded"]
+
+
+# Files
 
 
 def test_messages_have_no_place_of_the_server_and_all_of_their_words(
@@ -310,68 +355,6 @@ def test_messages_have_no_place_of_the_server_and_all_of_their_words(
         assert any(text.startswith("Held-out rows that are also training rows: 2.") for text in said), said
 
 
-@pytest.mark.parametrize("full", ["save", "save_adapter", "move", "succeeded", "add", "write_results"])
-def test_a_full_disk_is_waited_for_and_loses_nothing(
-    tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, failures = [0.0], [RunFailed("the disk is full")] * 2
-    trainer = ScriptedTrainer()
-    with server(tmp_path, trainer) as jobs:
-        jobs.worker._clock = lambda: now[0]
-        job = create(jobs)
-        wait_for_rows(jobs, job)
-        name = "move" if full == "succeeded" else full
-        owner: Any = next(one for one in (trainer, jobs.directory, jobs.database) if hasattr(one, name))
-        call = getattr(owner, name)
-
-        def or_full(*arguments: Any, **changes: Any) -> Any:
-            if failures and (full != "succeeded" or full in arguments):
-                raise failures.pop()
-            return call(*arguments, **changes)
-
-        monkeypatch.setattr(owner, name, or_full)
-        waits = 0
-        while jobs.database.job(job.id).status in OPEN:
-            if not jobs.worker.has_work():
-                now[0] += 31
-                waits += 1
-                assert waits < 10
-            jobs.worker.run_slice()
-        assert waits == 2
-        done = jobs.database.job(job.id)
-        assert done.status == "succeeded"
-        assert [event.step for event in jobs.database.metrics(job.id)] == [1, 2, 3, 4, 5]
-        assert {path.stem for path in jobs.directory.files.iterdir()} == {job.training_file, done.result_file}
-
-
-def test_an_adapter_that_can_not_be_written_holds_up_no_other_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    trainer = ScriptedTrainer()
-    with server(tmp_path, trainer) as jobs:
-        jobs.worker._clock = lambda: now[0]
-        first, second = create(jobs), create(jobs, suffix="ben")
-        for job in (first, second):
-            wait_for_rows(jobs, job)
-        real = trainer.save_adapter
-
-        def not_the_first(run: Any, place: Path) -> None:
-            if run.id == first.id and now[0] < 100:
-                raise RunFailed("the directory is read-only")
-            real(run, place)
-
-        monkeypatch.setattr(trainer, "save_adapter", not_the_first)
-        while jobs.worker.has_work():
-            jobs.worker.run_slice()
-        status = {job.id: jobs.database.job(job.id).status for job in (first, second)}
-        assert status == {first.id: "finishing", second.id: "succeeded"}
-        now[0] = 200.0
-        while jobs.worker.has_work():
-            jobs.worker.run_slice()
-        assert jobs.database.job(first.id).status == "succeeded"
-
-
 def test_a_field_in_quotes_does_not_pass_the_limit_of_a_row(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text('prompt,completion\n5" pipe,one\n"' + ("x" * 99 + "\n") * 42_000 + '",two\n')
@@ -381,76 +364,17 @@ def test_a_field_in_quotes_does_not_pass_the_limit_of_a_row(tmp_path: Path) -> N
     require_short_rows(file)
 
 
-def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-
-    def broken(path: Path, missing_ok: bool = False) -> None:
-        raise OSError(5, "Input/output error", str(path))
-
-    with server(tmp_path) as jobs:
-        jobs.worker._clock = lambda: now[0]
-        job = create(jobs)
-        wait_for_rows(jobs, job)
-        jobs.worker.run_slice()
-        jobs.change(job.id, "me", "cancel")
-        with monkeypatch.context() as failing:
-            failing.setattr(Path, "unlink", broken)
-            jobs.worker.run_slice()
-        assert not jobs.worker.has_work()
-        now[0] += 31
-        other = create(jobs, "ben")
-        run_all(jobs)
-        assert jobs.database.job(job.id).status == "cancelled"
-        assert jobs.database.job(other.id).status == "succeeded"
-
-
-def test_an_error_of_the_trainer_ends_the_jobs_it_was_training_and_no_others(tmp_path: Path) -> None:
-    trainer = ScriptedTrainer(slots=1)
-    with server(tmp_path, trainer) as jobs:
-        first, second = create(jobs), create(jobs, "ben")
-        wait_until(lambda: jobs.database.job(second.id).status == "queued")
-        trainer.fails = RuntimeError("a kernel failed")
-        run_all(jobs)
-        failed, done = jobs.database.job(first.id), jobs.database.job(second.id)
-        assert failed.error == {"code": "server_error", "message": "Training failed: a kernel failed.", "param": None}
-        assert done.status == "succeeded"
-
-
-def test_a_directory_is_for_one_server(tmp_path: Path) -> None:
-    with (
-        TrainingDirectory.open(tmp_path / "training"),
-        pytest.raises(InputError, match="trains in this directory.*--training-dir"),
-        TrainingDirectory.open(tmp_path / "training"),
-    ):
-        pass
-    with TrainingDirectory.open(tmp_path / "training"):
-        pass
-
-
-def test_a_database_that_can_t_be_read_is_named(tmp_path: Path) -> None:
-    here = tmp_path / "training"
-    with TrainingDirectory.open(here) as directory:
-        create(jobs_of(directory, tmp_path, ScriptedTrainer()))
-    whole = (here / DATABASE).read_bytes()
-    for damaged in (whole[:5000], b"no database at all" * 99, whole[:4096] + b"\xff" * (len(whole) - 4096)):
-        (here / DATABASE).write_bytes(damaged)
-        with pytest.raises(InputError, match=f"{DATABASE}: is damaged"), TrainingDirectory.open(here):
+def test_files_of_something_else_are_not_removed_and_those_that_were_cut_off_are(tmp_path: Path) -> None:
+    for part in ("files", "states"):
+        here = tmp_path / part
+        (here / part).mkdir(parents=True)
+        (here / part / "precious").write_text("yes")
+        with pytest.raises(InputError, match=f"{part}: is of something else"), TrainingDirectory.open(here):
             pass
-    (here / DATABASE).write_bytes(whole)
-    with sqlite3.connect(here / DATABASE) as newer:
-        newer.execute("PRAGMA user_version = 99")
-    newer.close()
-    with pytest.raises(InputError, match="newer version of qvera .its version is 99"), TrainingDirectory.open(here):
-        pass
-
-
-def test_what_was_cut_off_is_removed(tmp_path: Path) -> None:
+        assert [file.name for file in here.rglob("*")] == [part, "precious"]
     with TrainingDirectory.open(tmp_path / "training") as directory:
         kept = create(jobs_of(directory, tmp_path, ScriptedTrainer()))
-        half = Upload(directory, "me", "rows.jsonl")
-        half.write(b"{}")
+        Upload(directory, "me", "rows.jsonl").write(b"{}")
         (directory.files / "file-000.jsonl").write_text("written, and never noted")
         directory.state("ftjob-gone").write_text("{}")
     with TrainingDirectory.open(tmp_path / "training") as directory:
@@ -458,7 +382,21 @@ def test_what_was_cut_off_is_removed(tmp_path: Path) -> None:
         assert list(directory.states.iterdir()) == []
 
 
-def test_a_recipe_that_can_t_train_beside_others_is_refused(tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({"model": "tiny", "data": {"path": "x"}, "adapter": {"dropout": 0.1}})
-    with pytest.raises(InputError, match="(?s)--training-dir: the recipe of .*adapter.dropout"):
-        Recipes(Artifact(tmp_path, "a run", recipe.model, recipe=recipe, run=tmp_path))
+def test_a_directory_is_for_one_server_and_a_database_that_can_t_be_read_is_named(tmp_path: Path) -> None:
+    here = tmp_path / "training"
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message), TrainingDirectory.open(here):
+            pass
+
+    with TrainingDirectory.open(here) as directory:
+        create(jobs_of(directory, tmp_path, ScriptedTrainer()))
+        refused("trains in this directory.*--training-dir")
+    whole = (here / DATABASE).read_bytes()
+    for damaged in (whole[:5000], b"no database at all" * 99, whole[:4096] + b"\xff" * (len(whole) - 4096)):
+        (here / DATABASE).write_bytes(damaged)
+        refused(f"{DATABASE}: is damaged")
+    (here / DATABASE).write_bytes(whole)
+    with contextlib.closing(sqlite3.connect(here / DATABASE)) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    refused("newer version of qvera .its version is 99")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -18,53 +17,38 @@ from qvera.serve.requests import EndEvent, GenerationRequest
 from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
 from tests.helpers import wait_until
-from tests.serve.helpers import (
-    BASE,
-    ENGINES,
-    SECONDS,
-    Answer,
-    engine_of,
-    request,
-    store_of,
-    submit,
-    tiny_base,
-)
+from tests.serve.helpers import BASE, ENGINES, SECONDS, engine_of, request, store_of, submit, tiny_base
 from tests.training.online_jobs import Jobs, datasets_of, job_recipe, server_recipe, write_job_rows
 
+LENGTH = EndEvent("length")
 
-class Training:
-    """Background work: a trainer's jobs, which begin in the engine's thread and are not ended."""
 
-    def __init__(self, trainer: OnlineTrainer) -> None:
-        self.trainer = trainer
-        self.queue: deque[AdapterRun] = deque()
-        self.parts = 0
+class Parts:
+    """Background work, for as long as it has any."""
+
+    def __init__(self, do: Callable[[], object] = lambda: None, has: Callable[[], object] = lambda: True) -> None:
+        self.do, self.has, self.asked, self.parts = do, has, 0, 0
 
     def has_work(self) -> bool:
-        return bool(self.queue) or self.trainer.has_work
+        self.asked += 1
+        return bool(self.has())
 
     def run_slice(self) -> None:
-        while self.queue:
-            self.trainer.begin(self.queue.popleft())
-        self.trainer.run_slice()
+        self.do()
         self.parts += 1
 
-
-def _asked(root: Path) -> list[GenerationRequest]:
-    store = store_of(root)
-    return [
-        request([3 + i] * (5 + 7 * i), store.resolve(name), 12, top_logprobs=3)
-        for i, name in enumerate((BASE, "a1", BASE, "a2", "a1"))
-    ]
+    def wait_for_more(self, count: int = 10) -> None:
+        parts = self.parts
+        wait_until(lambda: self.parts > parts + count)
 
 
-def _answers(engine: Engine, asked: list[GenerationRequest], before: Callable[[], object]) -> list[Any]:
+def _answers(engine: Engine, asked: list[GenerationRequest], before: Callable[[], object] = lambda: None) -> list[Any]:
     """One after the other, so that no answer depends on when another one came."""
     found = []
     for one in asked:
         before()
         answer = submit(engine, one)
-        assert answer.end() == EndEvent("length")
+        assert answer.end() == LENGTH
         found.append(answer.events)
     return found
 
@@ -77,42 +61,48 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
 
     These have rank 8; another one in training makes the pair that they share a larger one.
     """
-    model = {"compute_dtype": dtype}
-    sections: dict[str, Any] = {"adapter": {"rank": rank}, "model": model}
-    recipe = server_recipe(make_recipe, **sections, training={"per_device_train_batch_size": 2})
-    data = {"eval_fraction": 0.3}
-    own = {
-        name: job_recipe(
-            make_recipe, write_job_rows(tmp_path / f"{name}.jsonl", 20, seed), data, eval_steps=3, max_steps=8
-        )
-        for seed, name in enumerate(("anna", "ben"))
-    }
-    own = {name: one.replace(adapter=recipe.adapter) for name, one in own.items()}
+    model, training = {"compute_dtype": dtype}, {"per_device_train_batch_size": 2}
+    recipe = server_recipe(make_recipe, adapter={"rank": rank}, model=model, training=training)
+    own = {}
+    for seed, name in enumerate(("anna", "ben")):
+        rows = write_job_rows(tmp_path / f"{name}.jsonl", 10, seed)
+        job = job_recipe(make_recipe, rows, {"eval_fraction": 0.3}, eval_steps=3, max_steps=5)
+        own[name] = job.replace(adapter=recipe.adapter)
     alone = Jobs(recipe)
     expected = alone.finish([alone.begin(name, one) for name, one in own.items()])
-    asked, again = _asked(adapters_dir), _asked(adapters_dir)
+    store = store_of(adapters_dir)
+
+    def questions() -> list[GenerationRequest]:
+        return [
+            request([3 + i] * (5 + 7 * i), store.resolve(name), 6, top_logprobs=3)
+            for i, name in enumerate((BASE, "a1", "a2"))
+        ]
+
+    asked, again = questions(), questions()
     with engine_of(tiny_model_dir, kind, model) as engine:
-        without = _answers(engine, asked + again, lambda: None)
+        without = _answers(engine, asked + again)
 
     base = tiny_base(tiny_model_dir, **model)
     trainer = OnlineTrainer(base, recipe, slots=2)
     runs = [trainer.prepare(name, one, datasets_of(one)) for name, one in own.items()]
-    work = Training(trainer)
+    queue: deque[AdapterRun] = deque()
+
+    def part() -> None:
+        while queue:  # jobs begin in the engine's thread
+            trainer.begin(queue.popleft())
+        trainer.run_slice()
+
+    work = Parts(part, lambda: queue or trainer.has_work)
     with engine_of(tiny_model_dir, kind, base=base, training_share=0.5) as engine:
-        first = _answers(engine, asked[:1], lambda: None)
-        work.queue.extend(runs)
+        first = _answers(engine, asked[:1])
+        queue.extend(runs)
         engine.set_background(work)
-
-        def another_part() -> None:
-            parts = work.parts
-            wait_until(lambda: work.parts > parts)
-
-        rest = _answers(engine, asked[1:], another_part)
+        rest = _answers(engine, asked[1:], lambda: work.wait_for_more(0))
         assert trainer.has_work
         wait_until(lambda: not work.has_work())
         assert engine.stats().background_parts == work.parts > 0
         assert engine.stats().background_seconds > 0
-        last = _answers(engine, again, lambda: None)
+        last = _answers(engine, again)
     assert [*first, *rest, *last] == without
     for run in runs:
         assert run.reason is None
@@ -120,34 +110,20 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
 
 
 class Clock:
-    """Seconds that pass only where a test says so."""
+    """Seconds that pass only where a test says so, and ``tick`` with each look at it."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now, self.tick = 0.0, tick
 
     def __call__(self) -> float:
+        self.now += self.tick
         return self.now
 
-
-class Parts:
-    """Background work that does nothing, for as long as it may."""
-
-    def __init__(self, do: Callable[[], object] = lambda: None) -> None:
-        self.do, self.asked, self.parts, self.has = do, 0, 0, True
-
-    def has_work(self) -> bool:
-        self.asked += 1
-        return self.has
-
-    def run_slice(self) -> None:
-        self.parts += 1
-        self.do()
+    def take(self, seconds: float) -> None:
+        self.now += seconds
 
 
-@pytest.mark.parametrize(
-    ("kind", "share"),
-    [("continuous", 0.0), ("continuous", 0.1), ("continuous", 0.5), ("static", 0.5), ("continuous", 1.0)],
-)
+@pytest.mark.parametrize(("kind", "share"), [("continuous", 0.25), ("static", 1.0)])
 def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_them(
     kind: str, share: float, tiny_model_dir: Path
 ) -> None:
@@ -159,49 +135,39 @@ def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_t
 
         def counted() -> Any:
             nonlocal steps
-            clock.now += 1
+            clock.take(1)
             steps += 1
             return step()
 
         def part() -> None:
             nonlocal beside
-            clock.now += 1
+            clock.take(1)
             beside += bool(engine.running)
 
         engine.step = counted  # type: ignore[method-assign]
         work = Parts(part)
         engine.set_background(work)
-        wait_until(lambda: work.parts > 20)
-        answers = [submit(engine, request([3], max_tokens=60)) for _ in range(2)]
-        assert [answer.end() for answer in answers] == [EndEvent("length")] * 2
-        clock.now += 1
+        work.wait_for_more()
+        answers = [submit(engine, request([3], max_tokens=40)) for _ in range(2)]
+        assert [answer.end() for answer in answers] == [LENGTH] * 2
+        clock.take(1)
         engine.wake()
-        parts = work.parts
-        wait_until(lambda: work.parts > parts + 20)
+        work.wait_for_more()
     # what began while nobody asked may be under way when the first request comes, and when the second one begins
-    if share < 1:
-        assert abs(beside - share * (steps + beside)) <= 3
-    else:
-        assert abs(beside - steps) <= 3
+    assert abs(beside - (share * (steps + beside) if share < 1 else steps)) <= 3
 
 
 def test_a_pause_follows_the_length_of_the_part_before_it() -> None:
     clock = Clock()
-    background = Background(0.25, clock)
-
-    def take(seconds: float) -> None:
-        clock.now += seconds
-
-    lengths = iter([2.0, 5.0])
-    background.set(Parts(lambda: take(next(lengths))))
-    for length, pause in ((2.0, 6.0), (5.0, 15.0)):
+    background, lengths = Background(0.25, clock), iter([2.0, 5.0])
+    background.set(Parts(lambda: clock.take(next(lengths))))
+    for pause in (6.0, 15.0):
         assert background.has_part(answering=True)
         assert background.run_slice()
         assert background.has_part(answering=False)
-        clock.now += pause - 0.01
+        clock.take(pause - 0.01)
         assert not background.has_part(answering=True)
-        clock.now += 0.02
-        assert length
+        clock.take(0.02)
     assert background.has_part(answering=True)
     assert (background.seconds, background.parts) == (7.0, 2)
 
@@ -210,72 +176,54 @@ def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
     """The moments between its requests are no time without answers; a second without any is."""
     clock = Clock()
     background = Background(0.1, clock)
-    background.set(Parts(lambda: setattr(clock, "now", clock.now + 5)))
+    background.set(Parts(lambda: clock.take(5)))
     assert background.run_slice()
-    waited = 0
     for _ in range(440):  # steps of a tenth of a second, and as long between two requests
-        clock.now += 0.1
+        clock.take(0.1)
         background.answered()
-        clock.now += 0.1
+        clock.take(0.1)
         if background.has_part(answering=False):
             background.run_slice()
-            waited += 1
-    assert waited == 1  # 45 s after the first one, and the next one would be after 95 s
+    assert background.parts == 2  # the second 45 s after the first one, and the next one would be after 95 s
     assert background.seconds_to_wait(answering=False) == pytest.approx(0.9)
-    clock.now += 1
+    clock.take(1)
     assert background.has_part(answering=False)
 
 
 @pytest.mark.parametrize("tick", [0.4, 0.21])
 def test_a_part_whose_time_comes_while_the_engine_looks_is_done(tick: float, tiny_model_dir: Path) -> None:
-    """Each look at the clock takes a while: with these ticks the second without answers ends between two of them."""
-    clock = Clock()
-
-    def read() -> float:
-        clock.now += tick
-        return clock.now
-
+    """With these ticks the second without answers ends between two looks at the clock."""
     with engine_of(tiny_model_dir, training_share=0.0) as engine:
-        engine.background.clock = read
+        engine.background.clock = Clock(tick)
         work = Parts()
         engine.set_background(work)
-        wait_until(lambda: work.parts)
-        assert submit(engine, request([3], max_tokens=3)).end() == EndEvent("length")
-        parts = work.parts
-        wait_until(lambda: work.parts > parts + 3, 20)
+        work.wait_for_more(0)
+        assert submit(engine, request([3], max_tokens=3)).end() == LENGTH
+        work.wait_for_more(3)
 
 
-def test_an_idle_engine_sleeps_until_it_is_woken(tiny_model_dir: Path) -> None:
-    with engine_of(tiny_model_dir) as engine:
-        work = Parts()
-        work.has = False
-        engine.set_background(work)
-        wait_until(lambda: work.asked)
-        time.sleep(0.2)
-        asked = work.asked
-        time.sleep(0.3)
-        assert work.asked == asked
-        work.has = True
-        engine.wake()
-        wait_until(lambda: work.parts > 10)
-        work.has = False
-        engine.set_background(None)
-        assert submit(engine, request([3], max_tokens=3)).end() == EndEvent("length")
-
-
-def test_an_error_parks_the_work_until_it_is_woken_and_answers_go_on(tiny_model_dir: Path) -> None:
+def test_an_engine_sleeps_until_it_is_woken_and_an_error_parks_the_work_until_then(tiny_model_dir: Path) -> None:
     with engine_of(tiny_model_dir) as engine:
         work = Parts(lambda: 1 / 0)
         engine.set_background(work)
         wait_until(lambda: engine.stats().background_failure)
         assert engine.stats().background_failure == "ZeroDivisionError: division by zero."
-        assert submit(engine, request([3], max_tokens=20)).end() == EndEvent("length")
-        assert work.parts == 1
-        assert engine.stats().dead is None
+        assert submit(engine, request([3], max_tokens=20)).end() == LENGTH
+        assert (engine.stats().background_parts, engine.stats().dead) == (1, None)
         work.do = lambda: None
         engine.wake()
-        wait_until(lambda: work.parts > 10)
+        work.wait_for_more()
         assert engine.stats().background_failure is None
+        work.has = lambda: False
+        asked = -1
+        while asked != work.asked:  # it comes to rest
+            asked = work.asked
+            threading.Event().wait(0.2)
+        work.has = lambda: True
+        engine.wake()
+        work.wait_for_more()
+        engine.set_background(None)
+        assert submit(engine, request([3], max_tokens=3)).end() == LENGTH
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -283,7 +231,7 @@ def test_requests_tasks_and_the_end_wait_for_one_part_at_most(
     kind: str, tiny_model_dir: Path, adapters_dir: Path
 ) -> None:
     """Parts begin and end when the test says so."""
-    store, may_end, began = store_of(adapters_dir), threading.Semaphore(0), threading.Semaphore(0)
+    may_end, began = threading.Semaphore(0), threading.Semaphore(0)
 
     def part() -> None:
         began.release()
@@ -292,12 +240,12 @@ def test_requests_tasks_and_the_end_wait_for_one_part_at_most(
     with engine_of(tiny_model_dir, kind, training_share=0.0) as engine:
         engine.set_background(Parts(part))
         assert began.acquire(timeout=SECONDS)
-        answer = submit(engine, request([3], store.resolve("a1"), 5))
+        answer = submit(engine, request([3], store_of(adapters_dir).resolve("a1"), 5))
         assert not answer.events
         may_end.release()  # with no share of its own, no other part begins before the answer has ended
-        assert answer.end() == EndEvent("length")
+        assert answer.end() == LENGTH
         assert began.acquire(timeout=SECONDS)
-        waits: Answer = submit(engine, request([3], max_tokens=5))
+        waits = submit(engine, request([3], max_tokens=5))
         closing = threading.Thread(target=engine.close)
         closing.start()
         wait_until(lambda: engine._closing)

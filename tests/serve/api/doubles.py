@@ -1,25 +1,13 @@
-"""A small engine and store that follow the interfaces: deterministic, with a thread, and without a model."""
+"""A small engine that follows the interface: deterministic, with a thread, and without a model."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-from qvera.serve.requests import (
-    AdapterPart,
-    Busy,
-    EndEvent,
-    EngineStats,
-    Event,
-    GenerationRequest,
-    ResolvedAdapter,
-    TokenEvent,
-    UnknownAdapter,
-)
+from qvera.serve.background import BackgroundWork
+from qvera.serve.requests import Busy, EndEvent, EngineStats, Event, GenerationRequest, ResolvedAdapter, TokenEvent
 from qvera.utils.errors import InputError
 
 
@@ -27,7 +15,8 @@ class ScriptedEngine:
     """Gives every request the tokens that ``script`` says, one to each running request in a step.
 
     Attributes:
-        hold: while it is set, no step is made.
+        hold: while it is set, no step is made. ``trains``: while it is set, parts of ``background`` are done.
+        fails: what ends each request, if anything; ``refuses``: why it takes none.
         places: requests that run at a time; ``queue`` more may wait.
     """
 
@@ -35,9 +24,12 @@ class ScriptedEngine:
 
     def __init__(self, script: Callable[[GenerationRequest], Iterator[int]], places: int = 8, queue: int = 4) -> None:
         self.script, self.places, self.queue = script, places, queue
-        self.hold = threading.Event()
+        self.hold, self.trains = threading.Event(), threading.Event()
+        self.trains.set()
+        self.background: BackgroundWork | None = None
         self.step_seconds = 0.0
         self.fails: str | None = None
+        self.refuses: str | None = None
         self.requests: list[GenerationRequest] = []
         self.cancelled, self.loaded, self.unloaded = list[str](), list[str](), list[str]()
         self._lock = threading.Lock()
@@ -48,6 +40,8 @@ class ScriptedEngine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> None:
+        if self.refuses is not None:
+            raise InputError(self.refuses)
         with self._lock:
             if len(self._open) >= self.places + self.queue:
                 raise Busy
@@ -91,6 +85,8 @@ class ScriptedEngine:
                     with self._lock:
                         del self._open[request_id]
                     on_event(end)
+            if self.background is not None and self.trains.is_set() and self.background.has_work():
+                self.background.run_slice()
             time.sleep(self.step_seconds if running and not self.hold.is_set() else 0.002)
 
     def _step(
@@ -107,45 +103,3 @@ class ScriptedEngine:
         top = tuple((token + k, -0.5 - k) for k in range(wanted or 0))
         on_event(TokenEvent(token, None if wanted is None else -0.5, top))
         return EndEvent("length") if given == request.sampling.max_tokens else None
-
-
-class NamedStore:
-    """Adapters that are names and contents; a directory under ``root`` with a file ``content`` can be added."""
-
-    def __init__(self, contents: dict[str, bytes], root: Path | None = None) -> None:
-        self.base_names, self.root, self.contents = frozenset({"tiny", "hub/tiny"}), root, dict(contents)
-
-    def names(self) -> list[str]:
-        return sorted(self.contents)
-
-    def parts_of(self, model: str) -> list[str]:
-        parts = [part.partition("*")[0] for part in model.split("+")]
-        for part in parts:
-            if part not in self.contents:
-                raise UnknownAdapter(f"{part}: no adapter has this name.")
-        return parts
-
-    def resolve(self, model: str) -> ResolvedAdapter | None:
-        if model in self.base_names:
-            return None
-        parts = [AdapterPart(1.0, Path(name), self._sha256(name)) for name in self.parts_of(model)]
-        if len(parts) > 1 and "bad" in model:
-            raise InputError(f"{model}: the adapters have different d, so their sum is none of them.")
-        return ResolvedAdapter(model, hashlib.sha256(repr(parts).encode()).hexdigest(), tuple(parts))
-
-    def _sha256(self, name: str) -> str:
-        return hashlib.sha256(self.contents[name]).hexdigest()
-
-    def add(self, name: str, directory: Path, replace: bool = False) -> None:
-        if not (directory / "content").is_file():
-            raise InputError(f"{directory.name}: is no adapter.")
-        self.contents[name] = (directory / "content").read_bytes()
-
-    def remove(self, name: str) -> None:
-        if name not in self.contents:
-            raise UnknownAdapter(name)
-        del self.contents[name]
-
-    def facts(self, name: str) -> dict[str, Any]:
-        size, place = len(self.contents[name]), Path("/secret")
-        return {"rows": 7, "size_bytes": size, "changed": 5.5, "base": "/models/tiny", "directory": place}

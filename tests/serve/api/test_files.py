@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from qvera.serve.api.access import KeyFile, new_key
 from tests.disk import fill, small_disk
 from tests.helpers import wait_until
-from tests.serve.api.conftest import Served, Start, send
+from tests.serve.api.conftest import Served, Start, send, slow_reader
 
 
 def stored(served: Served) -> list[str]:
-    return sorted(file.name for file in served.trained.directory.files.iterdir())
+    return sorted(file.name for file in served.jobs.directory.files.iterdir())
 
 
 @pytest.fixture
@@ -27,58 +26,58 @@ def training(start: Start, tmp_path: Path) -> Served:
     return start(training_dir=tmp_path / "training", file_bytes=1 << 20)
 
 
+def send_at_once(served: Served, count: int, headers: dict[str, str]) -> tuple[list[threading.Thread], list[int]]:
+    """Uploads that have begun, and the statuses of those that have ended."""
+    got: list[int] = []
+    uploads = [
+        threading.Thread(target=lambda: got.append(send(served, headers=headers).status_code)) for _ in range(count)
+    ]
+    for upload in uploads:
+        upload.start()
+    return uploads, got
+
+
+NAMES = ("rows.jsonl", '../../étc/"pass\\wd".csv', "a/b\n.JSONL", "<script>", "rows.parquet")
+
+
 def test_a_file_comes_back_as_it_was_sent(training: Served, tmp_path: Path) -> None:
-    for name in ("rows.jsonl", '../../étc/"pass\\wd".csv', "a/b\n.JSONL", "<script>", "rows.parquet"):
-        comes_back(training, name, tmp_path)
-
-
-def comes_back(training: Served, name: str, tmp_path: Path) -> None:
     content = bytes(range(256)) * 3000  # also what looks like a boundary's beginning
     before = sorted(tmp_path.rglob("*"))
-    card = send(training, content, name).json()
-    assert card == {
-        "id": card["id"],
-        "object": "file",
-        "bytes": len(content),
-        "created_at": card["created_at"],
-        "filename": card["filename"],
-        "purpose": "fine-tune",
-        "status": "processed",
-        "status_details": None,
-        "expires_at": None,
-    }
-    assert card["filename"].replace("%0A", "\n").replace("%22", '"') == name  # as httpx writes it
     with training.client() as client:
-        assert client.get(f"/v1/files/{card['id']}").json() == card
-        got = client.get(f"/v1/files/{card['id']}/content")
-        assert got.content == content
-        assert got.headers["content-type"] == "application/octet-stream"  # no page, whatever is in it
-        assert got.headers["content-disposition"].startswith("attachment")
-        assert client.get("/v1/files", params={"purpose": "fine-tune"}).json()["data"] == [card]
-        assert client.get("/v1/files", params={"purpose": "vision"}).json()["data"] == []
-        assert client.delete(f"/v1/files/{card['id']}").json() == {"id": card["id"], "object": "file", "deleted": True}
-        assert client.get(f"/v1/files/{card['id']}").status_code == 404
-        assert client.delete(f"/v1/files/{card['id']}").status_code == 404
-    assert sorted(tmp_path.rglob("*")) == before
+        for name in NAMES:
+            card = send(training, content, name).json()
+            facts = {"object": "file", "bytes": len(content), "purpose": "fine-tune", "status": "processed"}
+            unset = {"status_details": None, "expires_at": None}
+            assert card == {**{key: card[key] for key in ("id", "created_at", "filename")}, **facts, **unset}
+            assert card["filename"].replace("%0A", "\n").replace("%22", '"') == name  # as httpx writes it
+            path = f"/v1/files/{card['id']}"
+            assert client.get(path).json() == card
+            got = client.get(f"{path}/content")
+            assert got.content == content
+            assert got.headers["content-type"] == "application/octet-stream"  # no page, whatever is in it
+            assert got.headers["content-disposition"].startswith("attachment")
+            for purpose, found in (("fine-tune", [card]), ("vision", [])):
+                assert client.get("/v1/files", params={"purpose": purpose}).json()["data"] == found
+            assert client.delete(path).json() == {"id": card["id"], "object": "file", "deleted": True}
+            assert client.get(path).status_code == client.delete(path).status_code == 404
+            assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_lists_come_in_pages(training: Served) -> None:
     ids = [send(training).json()["id"] for _ in range(5)]
     with training.client() as client:
 
-        def page(**parameters: Any) -> dict[str, Any]:
-            return client.get("/v1/files", params={"limit": 2, **parameters}).json()
+        def page(**parameters: Any) -> tuple[list[str], bool]:
+            found = client.get("/v1/files", params={"limit": 2, **parameters}).json()
+            assert found["last_id"] == found["data"][-1]["id"]
+            return [file["id"] for file in found["data"]], found["has_more"]
 
-        first = page()
-        assert [file["id"] for file in first["data"]] == [ids[4], ids[3]]
-        assert first["has_more"]
-        rest = page(after=first["last_id"], limit=3)
-        assert [file["id"] for file in rest["data"]] == [ids[2], ids[1], ids[0]]
-        assert not rest["has_more"]
-        assert [file["id"] for file in page(order="asc", after=ids[3])["data"]] == [ids[4]]
+        assert page() == ([ids[4], ids[3]], True)
+        assert page(after=ids[3], limit=3) == ([ids[2], ids[1], ids[0]], False)
+        assert page(order="asc", after=ids[3]) == ([ids[4]], False)
         assert client.get("/v1/files", params={"after": "file-x"}).status_code == 404
         assert client.get("/v1/files", params={"limit": 0}).status_code == 400
-        jobs = training.trained.jobs
+        jobs = training.jobs
         jobs.directory.place(jobs.database.file(ids[0], "local")).unlink()  # its bytes are gone
         assert client.get(f"/v1/files/{ids[0]}/content").status_code == 404
 
@@ -91,8 +90,6 @@ def form(*parts: tuple[str, bytes], boundary: str = "x", end: str = "--x--\r\n")
 
 
 PURPOSE, FILE = ('name="purpose"', b"fine-tune"), ('name="file"; filename="a.jsonl"', b"{}")
-
-
 WRONG_FORMS: list[tuple[dict[str, Any], str]] = [
     ({"content": b"{}", "headers": {"Content-Type": "application/json"}}, "Expected a multipart/form-data body"),
     ({"content": b"{}", "headers": {"Content-Type": "multipart/form-data"}}, "Expected a multipart/form-data body"),
@@ -115,8 +112,7 @@ WRONG_FORMS: list[tuple[dict[str, Any], str]] = [
 
 def test_a_wrong_form_is_refused_and_nothing_is_kept(training: Served) -> None:
     for settings, message in WRONG_FORMS:
-        with training.client() as client:
-            answer = client.post("/v1/files", **settings)
+        answer = httpx.post(f"{training.url}/v1/files", **settings)
         assert answer.status_code == 400, message
         assert re.search(message, answer.json()["error"]["message"])
         assert stored(training) == [], message
@@ -126,28 +122,26 @@ def test_a_file_beyond_the_limit_is_refused_and_nothing_is_kept(training: Served
     assert send(training, b"x" * (1 << 20)).status_code == 200
     before = stored(training)
     assert send(training, b"x" * ((1 << 20) + 1)).status_code == 413
-    assert send(training, b"x" * (5 << 20)).status_code == 413
 
     def endless() -> Iterator[bytes]:
         yield form(PURPOSE, ('name="file"; filename="a.jsonl"', b""), end="")["content"][:-2]
         for _ in range(100):
             yield b"y" * (64 << 10)
 
-    kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    with training.client() as client:
-        answer = client.post("/v1/files", content=endless(), headers=kind)
+    answer = httpx.post(f"{training.url}/v1/files", content=endless(), headers=form()["headers"])
     assert answer.status_code == 413
     assert "1,048,576 bytes" in answer.json()["error"]["message"]
     assert stored(training) == before
 
 
 def test_a_file_that_does_not_arrive_leaves_nothing_and_holds_up_nobody(start: Start, tmp_path: Path) -> None:
-    served = start(training_dir=tmp_path / "training", body_seconds=0.5)
-    body = form(PURPOSE, ('name="file"; filename="a.jsonl"', b"z" * 300_000))["content"]
-    head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(body)}\r\n\r\n"
+    served = start(training_dir=tmp_path / "training", body_seconds=0.3)
+    sent = form(PURPOSE, ('name="file"; filename="a.jsonl"', b"z" * 300_000))
+    headers = {"Host": "localhost", "Content-Length": len(sent["content"]), **sent["headers"]}
+    head = "POST /v1/files HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
     slow, gone = served.connect(), served.connect()
     for client in (slow, gone):
-        client.sendall(head.encode() + body[:-5])
+        client.sendall(head.encode() + sent["content"][:-5])
     wait_until(lambda: stored(served))
     gone.close()
     assert served.chat().status_code == 200
@@ -172,9 +166,8 @@ def test_a_full_disk_is_told_and_nothing_is_kept(start: Start, tmp_path: Path) -
 
 
 def test_a_slow_disk_holds_up_no_other_call(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "keys.json"
-    headers = {"Authorization": f"Bearer {new_key(path, 'anna', ['*'], ['use', 'train'])}"}
-    served = start(training_dir=tmp_path / "training", keys=KeyFile(path))
+    served = start(training_dir=tmp_path / "training", keys={"anna": ("*", "use train")})
+    headers = served.headers["anna"]
     waiting, go_on, fsync = threading.Semaphore(0), threading.Event(), os.fsync
 
     def slow(descriptor: int) -> None:
@@ -183,15 +176,11 @@ def test_a_slow_disk_holds_up_no_other_call(start: Start, tmp_path: Path, monkey
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow)
-    got: list[int] = []
-    uploads = [threading.Thread(target=lambda: got.append(send(served, headers=headers).status_code)) for _ in range(6)]
-    for upload in uploads:
-        upload.start()
+    uploads, got = send_at_once(served, 6, headers)
     try:
         for _ in range(2):
             assert waiting.acquire(timeout=20)
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
-        assert served.post("/v1/chat/completions", body, headers=headers).status_code == 200
+        assert served.chat(headers=headers).status_code == 200
     finally:
         go_on.set()
         for upload in uploads:
@@ -202,38 +191,26 @@ def test_a_slow_disk_holds_up_no_other_call(start: Start, tmp_path: Path, monkey
 def test_a_client_that_reads_nothing_is_let_go(start: Start, tmp_path: Path) -> None:
     served = start(training_dir=tmp_path / "training", send_seconds=0.5, send_buffer_bytes=4096)
     file_id = send(served, b"x" * 4_000_000).json()["id"]
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        client.connect(("127.0.0.1", served.port))
-        client.sendall(f"GET /v1/files/{file_id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    with slow_reader(served, f"GET /v1/files/{file_id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()):
         wait_until(lambda: served.app.state.service.running == 1)
         wait_until(lambda: served.app.state.service.running == 0, 20)
 
 
 def test_files_are_their_keys_own(start: Start, tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
-    headers = {
-        name: {"Authorization": f"Bearer {new_key(path, name, ['*'], may)}"}
-        for name, may in {"anna": ["use", "train"], "ben": ["train"], "reader": ["use", "load"]}.items()
-    }
-    served = start(training_dir=tmp_path / "training", keys=KeyFile(path), files=2)
+    keys = {"anna": ("*", "use train"), "ben": ("*", "train"), "reader": ("*", "use load")}
+    served = start(training_dir=tmp_path / "training", keys=keys, files=2)
+    headers = served.headers
     mine = send(served, headers=headers["anna"]).json()["id"]
     assert send(served, headers=headers["reader"]).status_code == 403
     assert send(served).status_code == 401
     with served.client() as client:
-        for path_of in (f"/v1/files/{mine}", f"/v1/files/{mine}/content"):
-            assert client.get(path_of, headers=headers["ben"]).status_code == 404
-            assert client.get(path_of, headers=headers["reader"]).status_code == 403
-            assert client.get(path_of, headers=headers["anna"]).status_code == 200
+        for name, status in (("ben", 404), ("reader", 403), ("anna", 200)):
+            for part in ("", "/content"):
+                assert client.get(f"/v1/files/{mine}{part}", headers=headers[name]).status_code == status
         assert client.delete(f"/v1/files/{mine}", headers=headers["ben"]).status_code == 404
         assert client.get("/v1/files", headers=headers["ben"]).json()["data"] == []
         assert client.get("/v1/files", params={"after": mine}, headers=headers["ben"]).status_code == 404
-    got: list[int] = []
-    uploads = [
-        threading.Thread(target=lambda: got.append(send(served, headers=headers["anna"]).status_code)) for _ in range(4)
-    ]
-    for upload in uploads:
-        upload.start()
+    uploads, got = send_at_once(served, 4, headers["anna"])
     for upload in uploads:
         upload.join()
     assert got.count(200) <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -10,61 +9,47 @@ import pytest
 
 from tests.serve.api.conftest import Served, Start
 
-
-@pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none is asked for", max_retries=0, timeout=30) as client:
-        yield client
+SAY: Any = {"messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": "say blue"}]}
 
 
-def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny", "anna", "ben"]
-    assert client.models.retrieve("anna").owned_by == "qvera"
+def client_of(served: Served, retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none is asked for", max_retries=retries, timeout=30)
 
 
-def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
-    messages: Any = [{"role": "system", "content": "be short"}, {"role": "user", "content": "say blue"}]
-    answer = client.chat.completions.create(
-        model="anna", messages=messages, max_completion_tokens=50, seed=1, user="me"
-    )
-    assert answer.choices[0].message.content == "anna says blue"
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    options: Any = {"include_usage": True}
-    chunks = list(client.chat.completions.create(model="anna", messages=messages, stream=True, stream_options=options))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "anna says blue"
-    assert chunks[-1].usage == answer.usage
-    with client.chat.completions.stream(model="anna", messages=messages) as stream:
-        assert stream.get_final_completion().choices[0].message.content == "anna says blue"
-
-
-def test_completions_with_logprobs(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model="ben", prompt="say", logprobs=2, max_tokens=4, temperature=0)
-    logprobs = answer.choices[0].logprobs
-    assert answer.choices[0].finish_reason == "length"
-    assert "".join(logprobs.tokens) == answer.choices[0].text
-    assert len(logprobs.top_logprobs) == 4
-    assert all(len(top) == 2 for top in logprobs.top_logprobs)
+def test_models_and_answers_whole_and_streamed(served: Served) -> None:
+    with client_of(served) as client:
+        assert [model.id for model in client.models.list()] == ["tiny", "anna", "ben"]
+        assert client.models.retrieve("anna").owned_by == "qvera"
+        asked: Any = {"model": "anna", **SAY}
+        answer = client.chat.completions.create(**asked, max_completion_tokens=50, seed=1, user="me")
+        assert answer.choices[0].message.content == "anna says blue"
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "anna says blue"
+        assert chunks[-1].usage == answer.usage
+        with client.chat.completions.stream(**asked) as stream:
+            assert stream.get_final_completion().choices[0].message.content == "anna says blue"
+        completion = client.completions.create(model="ben", prompt="say", logprobs=2, max_tokens=4).choices[0]
+        assert (completion.finish_reason, "".join(completion.logprobs.tokens)) == ("length", completion.text)
 
 
 def test_errors_are_the_clients_own(start: Start) -> None:
     served = start(places=1, queue=0)
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0, timeout=30) as client:
-        say: Any = {"messages": [{"role": "user", "content": "hi"}]}
+    with client_of(served) as client:
+        create = client.chat.completions.create
         with pytest.raises(openai.NotFoundError, match="did you mean 'anna'") as unknown:
-            client.chat.completions.create(model="ana", **say)
+            create(model="ana", **SAY)
         assert unknown.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError, match="not supported") as refused:
-            client.chat.completions.create(model="anna", presence_penalty=1, **say)
+            create(model="anna", presence_penalty=1, **SAY)
         assert (refused.value.param, refused.value.type) == ("presence_penalty", "invalid_request_error")
         with pytest.raises(openai.RateLimitError):
-            client.chat.completions.create(model="anna", n=2, **say)
+            create(model="anna", n=2, **SAY)
         served.engine.fails = "out of memory"
         with pytest.raises(openai.APIError, match="out of memory"):
-            list(client.chat.completions.create(model="anna", stream=True, **say))
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", timeout=30, max_retries=8) as patient:
+            list(create(model="anna", stream=True, **SAY))
         served.engine.fails = None
+    with client_of(served, retries=8) as patient:
         served.engine.step_seconds = 0.01
-        for _ in patient.chat.completions.create(model="anna", stream=True, **say):
-            assert patient.chat.completions.create(model="ben", **say).choices[0].finish_reason == "stop"  # retried
-            break
+        with patient.chat.completions.create(model="anna", stream=True, **SAY):
+            assert patient.chat.completions.create(model="ben", **SAY).choices[0].finish_reason == "stop"  # retried

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qvera.serve.api.access import KeyFile, new_key
 from qvera.serve.page import PAGE_PATHS
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Start
 
 
-def test_the_page_needs_no_key_and_asks_no_other_host(start: Start, tmp_path: Path) -> None:
-    new_key(tmp_path / "keys.json", "all", ["*"], ["use"])
-    with start(keys=KeyFile(tmp_path / "keys.json")).client() as client:
+def test_the_page_needs_no_key_and_asks_no_other_host(start: Start) -> None:
+    with start(keys={"all": ("*", "use")}).client() as client:
         for path in PAGE_PATHS:
             answer = client.get(path)
             assert answer.status_code == 200, path
@@ -26,8 +23,7 @@ def test_the_page_needs_no_key_and_asks_no_other_host(start: Start, tmp_path: Pa
         assert client.get("/page/../keys.py").status_code in (401, 404)
 
 
-@pytest.mark.parametrize("width", [1280, 820, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (820, "dark"), (390, "dark")])
 def test_base_and_adapter_answer_side_by_side(start: Start, browser: Any, width: int, scheme: str) -> None:
     served = start()
     served.said["anna"] = "anna <b>says</b> blue"
@@ -78,9 +74,9 @@ def test_the_keyboard_chooses_filters_and_stops(start: Start, browser: Any) -> N
     page.close()
 
 
-def test_a_key_is_asked_for_and_a_wrong_one_is_said_to_be_wrong(start: Start, browser: Any, tmp_path: Path) -> None:
-    key = new_key(tmp_path / "keys.json", "all", ["*"], ["use"])
-    served = start(keys=KeyFile(tmp_path / "keys.json"))
+def test_a_key_is_asked_for_and_a_wrong_one_is_said_to_be_wrong(start: Start, browser: Any) -> None:
+    served = start(keys={"all": ("*", "use")})
+    key = served.headers["all"]["Authorization"].removeprefix("Bearer ")
     page = browser.new_page()
     page.goto(served.url)
     for said, refused in (("wrong", False), (key, True)):

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from qvera.serve.api.server import Server, bound
+from qvera.serve.api.server import Server
 from qvera.serve.ui.app import Service, create_app
 from qvera.utils.paths import RUN_OWNER
 from tests.evaluation.report.conftest import build_run  # noqa: F401
-from tests.helpers import wait_until
+from tests.serve.command import running
 
 
 @dataclasses.dataclass
@@ -34,38 +33,29 @@ class Served:
     def get(self, path: str, **headers: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", headers=headers, timeout=30)
 
-    def raw(self, target: bytes, host: bytes = b"localhost", method: bytes = b"GET") -> bytes:
+    def raw(self, target: bytes, method: bytes = b"GET") -> bytes:
         """The whole answer to a request whose target is sent as it is."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
-            connection.sendall(
-                method + b" " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
-            )
+            connection.sendall(method + b" " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+    def look_again(self) -> None:
+        """For new and deleted runs, at the next call."""
+        self.service.directories._scanned_at = None
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
     """Start servers over directories."""
-    ending = contextlib.ExitStack()
+    with contextlib.ExitStack() as ending:
 
-    def start(*places: Path) -> Served:
-        app = create_app(places)
-        server = Server(app)
-        listener, url = ending.enter_context(bound("127.0.0.1", 0))
-        thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
-        thread.start()
-        wait_until(lambda: server.started)
+        def start(*places: Path) -> Served:
+            app = create_app(places)
+            server, url, port = ending.enter_context(running(app))
+            ending.callback(setattr, app.state.service, "draining", True)
+            return Served(url, port, app.state.service, server)
 
-        def stop() -> None:
-            app.state.service.draining = server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
-
-        ending.callback(stop)
-        return Served(url, listener.getsockname()[1], app.state.service, server)
-
-    yield start
-    ending.close()
+        yield start
 
 
 def begin(run: Path, **info: Any) -> Path:

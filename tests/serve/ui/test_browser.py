@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +32,39 @@ def train_slowly(recipe: Any, run_dir: Path, step_seconds: float) -> None:
     train(recipe, run_dir)
 
 
-_WIDE = """width => [...document.querySelectorAll("body *")]
-    .filter(one => one.getBoundingClientRect().right > width + 1 && !one.closest(".scroll"))
-    .map(one => one.outerHTML.slice(0, 80))"""
-"""What stands beyond the window's edge, for the message of a test that fails."""
+@pytest.fixture
+def page_of(browser: Any) -> Iterator[Callable[..., Any]]:
+    """New pages, on which no error may be."""
+    problems, pages = list[str](), list[Any]()
 
+    def new_page(url: str, **settings: Any) -> Any:
+        page = browser.new_page(**settings)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(url)
+        pages.append(page)
+        return page
 
-def watched(browser: Any, problems: list[str], **settings: Any) -> Any:
-    """A new page, whose errors are kept."""
-    page = browser.new_page(**settings)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    return page
+    yield new_page
+    assert problems == []
+    for page in pages:
+        page.close()
 
 
 def points(page: Any) -> int:
     """How many points the first curve has."""
-    path = page.locator(".axes path").first.get_attribute("d")
-    return len(re.findall("[ML]", path))
+    return len(re.findall("[ML]", page.locator(".axes path").first.get_attribute("d")))
 
 
 @pytest.mark.process
 def test_a_run_that_trains_shows_up_and_its_curve_grows(
-    serve: Serve, browser: Any, make_recipe: Any, tmp_path: Path
+    serve: Serve, page_of: Any, make_recipe: Any, tmp_path: Path
 ) -> None:
-    problems: list[str] = []
     runs = tmp_path / "runs"
     runs.mkdir()
-    served = serve(runs)
-    page = watched(browser, problems)
-    page.goto(served.url)
+    page = page_of(serve(runs).url)
     assert "No run is here yet" in page.text_content("main")
-    training = {"max_steps": 40, "eval_steps": 10, "save_steps": 40, "sample_count": 1}
+    training = {"max_steps": 24, "eval_steps": 8, "save_steps": 24, "sample_count": 1}
     process = start_process(train_slowly, make_recipe(training=training), runs / "live", 0.25)
     try:
         page.wait_for_selector("td.running", timeout=60_000)  # without a reload
@@ -74,54 +75,49 @@ def test_a_run_that_trains_shows_up_and_its_curve_grows(
         page.focus(".plot >> nth=0")
         page.keyboard.press("ArrowLeft")
         first, begun = points(page), page.text_content("#now-step")
-        wait_until(lambda: points(page) >= first + 8, 60)
+        wait_until(lambda: points(page) >= first + 6, 60)
         assert int(page.text_content("#now-step")) > int(begun)
         assert page.evaluate("document.activeElement.className") == "plot"  # what a reader does, stays
         assert page.is_visible(".plot .tip >> nth=0")
         assert page.locator("details[open]").count() == 1
-        assert "of 40" in page.text_content(".now")
+        assert "of 24" in page.text_content(".now")
         page.wait_for_selector("text=finished", timeout=60_000)
         page.wait_for_selector(".now", state="detached")
-        wait_until(lambda: points(page) == 40, 30)
+        wait_until(lambda: points(page) == 24, 30)
         assert "Held-out prompts" in page.text_content("main")
         assert page.evaluate("window.sameDocument") is True
-        assert problems == []
     finally:
         process.join(60)
     assert process.exitcode == 0
-    page.close()
-    wait_until(lambda: served.service.streams == 0, 10)
+
+
+_WIDE = """width => [...document.querySelectorAll("body *")]
+    .filter(one => one.getBoundingClientRect().right > width + 1 && !one.closest(".scroll"))
+    .map(one => one.outerHTML.slice(0, 80))"""
+"""What stands beyond the window's edge, for the message of a test that fails."""
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (768, "dark"), (1280, "light")])
 def test_pages_fit_their_widths_and_load_nothing_else(
-    build_run: Build, serve: Serve, browser: Any, tmp_path: Path, width: int, scheme: str
+    build_run: Build, serve: Serve, page_of: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    build_run(name="a-run-with-a-rather-long-name-of-its-own-as-people-give-them")
+    long = "a-run-with-a-rather-long-name-of-its-own-as-people-give-them"
+    build_run(name=long)
     begin(build_run(name="going", evals=eval_rows({40: 0.173})), **{**run_info(), "planned_steps": 200, "result": {}})
     build_run(name="many", info=many_info(), train=many_rows(), evals=None)
-    problems: list[str] = []
-    served = serve(tmp_path)
-    page = watched(browser, problems, viewport={"width": width, "height": 800}, color_scheme=scheme)
-    asked: list[str] = []
+    url, asked = serve(tmp_path).url, list[str]()
+    page = page_of("about:blank", viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.on("request", lambda request: asked.append(request.url))
-    long = "a-run-with-a-rather-long-name-of-its-own-as-people-give-them"
     for path in ("/", "/run/going", "/run/many", "/adapter/many?name=chloe", f"/compare?run=going&run={long}"):
-        page.goto(f"{served.url}{path}")
-        wide = page.evaluate(_WIDE, width)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, wide)
-    assert problems == []
-    assert all(url.startswith((served.url, "data:")) for url in asked)
-    page.close()
+        page.goto(f"{url}{path}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, page.evaluate(_WIDE, width))
+    assert all(one.startswith((url, "data:")) for one in asked)
 
 
-def test_runs_are_chosen_and_compared_by_keyboard(build_run: Build, serve: Serve, browser: Any, tmp_path: Path) -> None:
+def test_runs_are_chosen_and_compared_by_keyboard(build_run: Build, serve: Serve, page_of: Any, tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         build_run(name=name)
-    problems: list[str] = []
-    served = serve(tmp_path)
-    page = watched(browser, problems)
-    page.goto(served.url)
+    page = page_of(serve(tmp_path).url)
     page.focus("[value=one]")
     page.keyboard.press("Space")
     append(tmp_path / "three", {**train_rows(1)[0], "step": 97})  # the list is drawn again, in another order
@@ -132,14 +128,11 @@ def test_runs_are_chosen_and_compared_by_keyboard(build_run: Build, serve: Serve
     page.wait_for_url("**/compare?*")
     assert sorted(re.findall(r"run=(\w+)", page.url)) == ["one", "two"]
     assert page.locator(".axes").count() >= 2
-    assert problems == []
-    page.close()
 
 
 def test_a_server_that_ends_is_said(build_run: Build, serve: Serve, browser: Any, tmp_path: Path) -> None:
     build_run(name="one")
-    served = serve(tmp_path)
-    page = browser.new_page()
+    served, page = serve(tmp_path), browser.new_page()
     page.goto(f"{served.url}/run/one")
     page.wait_for_selector("#link.live")
     served.service.draining = served.server.should_exit = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,152 +18,144 @@ from tests.evaluation.report.conftest import eval_rows, many_info, many_rows, tr
 from tests.serve.ui.conftest import append
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
 def lines(*rows: dict[str, Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def in_pieces(path: Path, content: bytes, seed: int) -> MetricsFile:
-    """Written in pieces that end anywhere, and followed from one to the next."""
+def add(path: Path, content: bytes) -> None:
+    with open(path, "ab") as handle:
+        handle.write(content)
+
+
+def steps_of(found: Any) -> list[int]:
+    return [row["step"] for row in found.train.rows()]
+
+
+def in_pieces(path: Path, content: bytes, seed: int) -> Any:
+    """What is read of a file that is written in pieces that end anywhere, and followed from one to the next."""
     chooser, file = random.Random(seed), MetricsFile(path)
+    path.unlink(missing_ok=True)
     cuts = sorted(chooser.randrange(len(content)) for _ in range(12))
-    with open(path, "wb") as handle:
-        for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True):
-            handle.write(content[start:end])
-            handle.flush()
-            file.update()
-    return file
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_file_that_grows_in_any_pieces_is_read_as_a_whole_one(tmp_path: Path, seed: int) -> None:
-    rows = [*train_rows(60), *eval_rows({20: 0.6, 40: 0.2}), *train_rows(20)[10:]]  # steps 11 to 20 come again
-    content = lines(*rows[:30]) + b'{"half": \n\n[[[' + lines(*rows[30:])
-    found = in_pieces(tmp_path / "metrics.jsonl", content, seed).read
-    whole = read_run(tmp_path)
-    assert found.train.rows() == whole.train
-    assert found.evals.rows() == whole.evals
-    assert found.unreadable == 2
-    assert found.position.offset == len(content)
+    for start, end in itertools.pairwise([0, *cuts, len(content)]):
+        add(path, content[start:end])
+        file.update()
+    return file.read
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_rounds_and_adapters_are_those_of_the_report(tmp_path: Path, seed: int) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({**many_info(), "adapters": []}))
-    found = in_pieces(tmp_path / "metrics.jsonl", lines(*many_rows()), seed).read
-    whole = read_many(tmp_path)
-    assert found.train.rows() == whole.run.train
-    assert found.adapter_steps == 24
-    assert [entry.name for entry in found.entries()] == [entry.name for entry in whole.entries]
+def test_a_file_that_grows_in_any_pieces_is_read_as_a_whole_one(path: Path, seed: int) -> None:
+    rows = [*train_rows(60), *eval_rows({20: 0.6, 40: 0.2}), *train_rows(20)[10:]]  # steps 11 to 20 come again
+    content = lines(*rows[:30]) + b'{"half": \n\n[[[' + lines(*rows[30:])
+    found, whole = in_pieces(path, content, seed), read_run(path.parent)
+    assert (found.train.rows(), found.evals.rows()) == (whole.train, whole.evals)
+    assert (found.unreadable, found.position.offset) == (2, len(content))
+    # rounds and adapters are those of the report
+    (path.parent / "run.json").write_text(json.dumps({**many_info(), "adapters": []}))
+    found, many = in_pieces(path, lines(*many_rows()), seed), read_many(path.parent)
+    assert (found.train.rows(), found.adapter_steps) == (many.run.train, 24)
+    assert [entry.name for entry in found.entries()] == [entry.name for entry in many.entries]
     for entry in found.entries():
-        steps = whole.curves[entry.name].rows("train")
+        steps = many.curves[entry.name].rows("train")
         assert (entry.steps, entry.train_loss_first) == (steps[-1]["step"], steps[0]["loss"])
 
 
-def test_totals_count_steps_that_a_long_curve_no_longer_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_totals_count_steps_that_a_long_curve_no_longer_has(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "MOST_ROWS", 50)
-    rows = train_rows(700)
-    (tmp_path / "metrics.jsonl").write_bytes(lines(*rows))
-    found, whole = MetricsFile(tmp_path / "metrics.jsonl").update(), read_run(tmp_path)
-    kept = [row["step"] for row in found.train.rows()]
+    append(path.parent, *train_rows(700))
+    found = MetricsFile(path).update()
+    kept = steps_of(found)
     assert 25 <= len(kept) <= 51
-    assert {later - earlier for earlier, later in zip(kept, kept[1:-1], strict=False)} == {16}  # evenly spread
+    assert {later - earlier for earlier, later in itertools.pairwise(kept[:-1])} == {16}  # evenly spread
     assert kept[-1] == 700
     assert "every 16th" in found.notes()[0]
-    assert found.recorded() == pytest.approx(whole.totals)
+    assert found.recorded() == pytest.approx(read_run(path.parent).totals)
 
 
 def test_of_a_long_file_pieces_and_the_end_are_read_and_no_totals_are_made_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "WHOLE_BYTES", 1 << 20)
-    monkeypatch.setattr(metrics, "_SAMPLES", 40)
-    monkeypatch.setattr(metrics, "_CHUNK_BYTES", 64 << 10)
-    rows = [{**row, "pad": "x" * 300} for row in train_rows(4000)]
-    (tmp_path / "metrics.jsonl").write_bytes(lines(*rows))
-    read_bytes, pread = 0, os.pread
+    for name, value in {"WHOLE_BYTES": 1 << 20, "_SAMPLES": 40, "_CHUNK_BYTES": 64 << 10}.items():
+        monkeypatch.setattr(metrics, name, value)
+    append(path.parent, *({**row, "pad": "x" * 300} for row in train_rows(4000)))
+    read, pread = list[int](), os.pread
 
     def counted(descriptor: int, size: int, offset: int) -> bytes:
-        nonlocal read_bytes
         piece = pread(descriptor, size, offset)
-        read_bytes += len(piece)
+        read.append(len(piece))
         return piece
 
     monkeypatch.setattr(os, "pread", counted)
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file = MetricsFile(path)
     found = file.update()
-    steps = [row["step"] for row in found.train.rows()]
-    assert read_bytes < 0.3 * (tmp_path / "metrics.jsonl").stat().st_size
+    steps = steps_of(found)
+    assert sum(read) < 0.3 * path.stat().st_size
     assert steps[-1] == 4000
-    assert max(later - earlier for earlier, later in zip(steps, steps[1:], strict=False)) < 200  # no part is missing
+    assert max(later - earlier for earlier, later in itertools.pairwise(steps)) < 200  # no part is missing
     assert (found.recorded()["steps"], found.recorded()["seconds"]) == (4000, None)
     assert "pieces" in found.notes()[0]
-    read_bytes = 0
-    append(tmp_path, {**train_rows(1)[0], "step": 4001})
-    assert file.update().train.rows()[-1]["step"] == 4001
-    assert read_bytes < 1000  # the new line alone
+    read.clear()
+    append(path.parent, {**train_rows(1)[0], "step": 4001})
+    assert steps_of(file.update())[-1] == 4001
+    assert sum(read) < 1000  # the new line alone
 
 
-def test_a_file_that_is_replaced_shortened_or_deleted_is_begun_again(tmp_path: Path) -> None:
-    path, rows = tmp_path / "metrics.jsonl", train_rows(20)
-    file = MetricsFile(path)
+def test_a_file_that_is_replaced_shortened_or_deleted_is_begun_again(path: Path) -> None:
+    file, rows = MetricsFile(path), train_rows(20)
     assert file.update().position == NOTHING
     path.write_bytes(lines(*rows))
     assert len(file.update().train.rows()) == 20
-    (tmp_path / "new").write_bytes(lines(*rows[:10], {**rows[10], "loss": 9.0}))  # as a resumed run does
-    os.replace(tmp_path / "new", path)
-    assert [row["loss"] for row in file.update().train.rows()][-1] == 9.0
+    new = path.with_name("new")
+    new.write_bytes(lines(*rows[:10], {**rows[10], "loss": 9.0}))  # as a resumed run does
+    os.replace(new, path)
+    assert file.update().train.rows()[-1]["loss"] == 9.0
     path.write_bytes(lines(*rows[:3]))
     assert len(file.update().train.rows()) == 3
     path.unlink()
     assert file.update().train.rows() == []
 
 
-def test_a_line_without_end_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_LINE_BYTES", 1000)
-    monkeypatch.setattr(metrics, "_CHUNK_BYTES", 500)
-    path, rows = tmp_path / "metrics.jsonl", train_rows(2)
-    path.write_bytes(lines(rows[0]) + b"[" * 20_000)
-    file = MetricsFile(path)
-    assert len(file.update().train.rows()) == 1
-    with open(path, "ab") as handle:
-        handle.write(b"\n" + lines(rows[1]))
-    assert [row["step"] for row in file.update().train.rows()] == [1, 2]
-
-
-def test_a_record_that_is_none_of_ours_takes_little_memory(tmp_path: Path) -> None:
+def test_a_line_without_end_and_a_record_that_is_none_of_ours_take_little_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     odd = {f"key {n}": n for n in range(1000)} | {"long": "x" * 10_000, "list": [1], "x" * 10_000: 1}
-    append(tmp_path, {**train_rows(1)[0], **odd}, {"kind": "train", "adapter": "x" * 10_000, "step": 1})
-    found = MetricsFile(tmp_path / "metrics.jsonl").update()
+    append(path.parent, {**train_rows(1)[0], **odd}, {"kind": "train", "adapter": "x" * 10_000, "step": 1})
+    found = MetricsFile(path).update()
     (row,) = found.train.rows()
     assert len(row) <= 64
     assert row["loss"] == train_rows(1)[0]["loss"]
     assert all(len(str(value)) < 600 for value in row.values())
     assert not found.adapters
+    monkeypatch.setattr(metrics, "_LINE_BYTES", 1000)
+    monkeypatch.setattr(metrics, "_CHUNK_BYTES", 500)
+    path.write_bytes(lines(train_rows(1)[0]) + b"[" * 20_000)
+    file = MetricsFile(path)
+    assert steps_of(file.update()) == [1]
+    add(path, b"\n" + lines(train_rows(2)[1]))
+    assert steps_of(file.update()) == [1, 2]
 
 
-def test_news_are_the_new_records_alone(tmp_path: Path) -> None:
-    path, rows = tmp_path / "metrics.jsonl", train_rows(5)
+def test_news_are_the_new_records_alone(path: Path) -> None:
+    rows = train_rows(5)
     assert news_since(path, NOTHING).records == []
-    append(tmp_path, *rows[:2])
+    append(path.parent, *rows[:2])
     news = news_since(path, NOTHING)
     assert [record["step"] for record in news.records] == [1, 2]
-    with open(path, "ab") as handle:
-        handle.write(lines(rows[2]) + lines(rows[3])[:40])
+    add(path, lines(rows[2]) + lines(rows[3])[:40])
     news = news_since(path, Position.parse(str(news.position)) or NOTHING)
     assert [record["step"] for record in news.records] == [3]  # the half line is not there yet
-    with open(path, "ab") as handle:
-        handle.write(lines(rows[3])[40:] + lines({"kind": "train", "step": 1, "adapter": "anna", "loss": 1.0}))
+    add(path, lines(rows[3])[40:] + lines({"kind": "train", "step": 1, "adapter": "anna", "loss": 1.0}))
     news = news_since(path, news.position)
     assert [record["step"] for record in news.records] == [4]  # an adapter's own steps are not sent
     assert not news.is_other
-    with open(path, "ab") as handle:
-        handle.write(b" " * MOST_NEW_BYTES + b"\n")
+    add(path, b" " * MOST_NEW_BYTES + b"\n")
     behind = news_since(path, news.position)
     assert (behind.is_other, behind.records) == (True, [])
     path.write_bytes(lines(rows[0]))
     assert news_since(path, behind.position).is_other
-
-
-@pytest.mark.parametrize("text", ["", "-", "1-", "-1", "1-2-3", "a-b", "1_0-2", "²-1", "1" * 70 + "-1", "1-2\n"])
-def test_a_position_that_is_none_is_not_taken(text: str) -> None:
-    assert Position.parse(text) is None
+    for text in ("", "-", "1-", "-1", "1-2-3", "a-b", "1_0-2", "²-1", "1" * 70 + "-1", "1-2\n"):
+        assert Position.parse(text) is None

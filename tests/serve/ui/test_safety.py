@@ -24,15 +24,13 @@ SECRET = "hunter2-secret"
 @pytest.fixture
 def outside(build_run: Build, tmp_path: Path) -> Path:
     """A run beside the served directory, all of whose files hold a secret."""
-    run = build_run(name="outside")
-    recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(f"# {SECRET}\n{recipe}")
-    info = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**info, "device": SECRET}))
-    scores = evaluation()
+    run, scores = build_run(name="outside"), evaluation()
     scores["metrics"][0]["label"] = SECRET
-    (run / "eval.json").write_text(json.dumps(scores))
-    (run / "secret.txt").write_text(SECRET)
+    info = {**json.loads((run / "run.json").read_text()), "device": SECRET}
+    recipe = f"# {SECRET}\n{(run / 'recipe.yaml').read_text()}"
+    texts = {"recipe.yaml": recipe, "run.json": json.dumps(info), "eval.json": json.dumps(scores), "secret.txt": SECRET}
+    for name, text in texts.items():
+        (run / name).write_text(text)
     (tmp_path / "runs").mkdir()
     return run
 
@@ -42,23 +40,23 @@ def put(build_run: Build, tmp_path: Path, name: str, **parts: object) -> Path:
 
 
 def test_links_are_not_followed(build_run: Build, serve: Serve, outside: Path, tmp_path: Path) -> None:
-    good = put(build_run, tmp_path, "good")
+    put(build_run, tmp_path, "good")
     (tmp_path / "runs" / "linked").symlink_to(outside)
     (tmp_path / "runs" / "up").symlink_to("..")
-    for name in ("recipe.yaml", "run.json", "eval.json", "metrics.jsonl"):
+    names = ("recipe.yaml", "run.json", "eval.json", "metrics.jsonl")
+    for name in names:
         run = put(build_run, tmp_path, f"with-{name}")
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(outside / name)
     served = serve(tmp_path / "runs")
-    listed = served.get("/")
-    assert SECRET not in listed.text
-    assert "linked" not in listed.text
-    for id in ("linked", "up/outside", "with-recipe.yaml", "with-run.json", "with-eval.json", "with-metrics.jsonl"):
+    listed = served.get("/").text
+    assert SECRET not in listed
+    assert "linked" not in listed
+    for id in ("linked", "up/outside", *(f"with-{name}" for name in names)):
         for path in (f"/run/{id}", f"/compare?run={id}&run=good", f"/adapter/{id}?name=x"):
             assert SECRET not in served.get(path).text, path
     assert "recipe.yaml is a link" in served.get("/run/with-recipe.yaml").text
     assert served.get("/run/good").status_code == 200
-    assert good.is_dir()
 
 
 def test_a_summary_leads_nowhere_else(build_run: Build, serve: Serve, outside: Path, tmp_path: Path) -> None:
@@ -72,41 +70,31 @@ def test_a_summary_leads_nowhere_else(build_run: Build, serve: Serve, outside: P
         (run / "adapters").mkdir()
         (run / "adapters" / "linked").symlink_to(outside)
     served = serve(tmp_path / "runs")
-    names = [entry["name"] for entry in many_info()["adapters"][:2]]
-    query = "&".join(f"adapter={name.replace(' ', '+').replace('<', '%3C')}" for name in names)
-    one = names[1].replace("<", "%3C")
+    one, other = (entry["name"].replace(" ", "+").replace("<", "%3C") for entry in many_info()["adapters"][:2])
     for id in (f"many-{number}" for number in range(len(places))):
-        for path in (f"/run/{id}", f"/compare?run={id}&{query}", f"/adapter/{id}?name={one}"):
+        for path in (f"/run/{id}", f"/compare?run={id}&adapter={one}&adapter={other}", f"/adapter/{id}?name={other}"):
             answer = served.get(path)
             assert answer.status_code in (200, 400), path
             assert SECRET not in answer.text, path
 
 
-def attempts() -> list[bytes]:
+UPS = (b"..", b"%2e%2e", b"%252e%252e", b"..%00", b"..;", b"%c0%ae%c0%ae", b"..%5c", b"..\\", b".%2e", b"%uff0e%uff0e")
+SLASHES = (b"/", b"%2f", b"%5c", b"//", b"%252f")
+ENDS = (b"outside", b"outside/secret.txt", b"etc/passwd", b"outside/run.json")
+FRONTS = (b"/run/", b"/look/", b"/adapter/", b"/events/run/", b"/", b"/run/good/", b"//", b"file:///")
+OTHERS = (b"run", b"good", b"?", b"&", b"=", b"%", b"%0a", b"%ff", b"~", b"*", b"name=", b"from=1-2")
+
+
+def attempts(count: int) -> list[bytes]:
     """Ways to ask for a file beside the runs."""
-    ups = [
-        b"..",
-        b"%2e%2e",
-        b"%252e%252e",
-        b"..%00",
-        b"..;",
-        b"%c0%ae%c0%ae",
-        b"..%5c",
-        b"..\\",
-        b".%2e",
-        b"%uff0e%uff0e",
-    ]
-    slashes = [b"/", b"%2f", b"%5c", b"//", b"%252f"]
-    ends = [b"outside", b"outside/secret.txt", b"etc/passwd", b"outside/run.json"]
-    fronts = [b"/run/", b"/look/", b"/adapter/", b"/events/run/", b"/", b"/run/good/", b"//", b"file:///"]
-    fronts.append(b"/compare?run=good&run=")
-    made = [front + up + slash + end for front in fronts for up in ups for slash in slashes for end in ends]
-    made += [front + (up + slash) * 8 + end for front in fronts[:4] for up in ups for slash in slashes for end in ends]
-    chooser = random.Random(0)
-    others = [b"run", b"good", b"?", b"&", b"=", b"%", b"%0a", b"%ff", b"~", b"*", b"name=", b"from=1-2"]
-    alphabet = [*ups, *slashes, *ends, *others]
-    made += [b"/" + b"".join(chooser.choices(alphabet, k=chooser.randint(1, 12))) for _ in range(150)]
-    return chooser.sample(made, 200)
+    fronts = (*FRONTS, b"/compare?run=good&run=")
+    made = [
+        front + (up + slash) * deep + end
+        for front in fronts for deep in (1, 8) for up in UPS for slash in SLASHES for end in ENDS
+    ]  # fmt: skip
+    chooser, alphabet = random.Random(0), [*UPS, *SLASHES, *ENDS, *OTHERS]
+    made += [b"/" + b"".join(chooser.choices(alphabet, k=chooser.randint(1, 12))) for _ in range(200)]
+    return chooser.sample(made, count)
 
 
 def test_no_address_leads_out_of_the_runs(
@@ -120,7 +108,7 @@ def test_no_address_leads_out_of_the_runs(
     put(build_run, tmp_path, "good")
     monkeypatch.setattr(app, "LOOK_SECONDS", 0.0)  # a stream of news of a run that is not there ends at its second look
     served = serve(tmp_path / "runs")
-    for target in attempts():
+    for target in attempts(150):
         if target.startswith((b"/events/run/good", b"/events/runs")):
             continue  # streams do not end
         answer = served.raw(target)
@@ -131,33 +119,28 @@ def test_no_address_leads_out_of_the_runs(
 
 
 def test_names_of_other_alphabets_and_of_markup_are_texts(build_run: Build, serve: Serve, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
     names = ["Ünï 漢字", "a<script>alert(1)<", "q\"uo'te", "50% ? & #1 +", "a..b", "%2e%2e"]
     for name in names:
-        put(build_run, tmp_path, name)
-    served = serve(tmp_path / "runs")
+        build_run(name=name)
+    served = serve(tmp_path)
     page = served.get("/").text
     assert "<script>alert" not in page
     hrefs = [part.split('"')[0].replace("&amp;", "&") for part in page.split('<a href="/run')[1:]]
-    assert len(hrefs) == len(names)
-    for href in hrefs:
-        assert served.get(f"/run{href}").status_code == 200, href
+    assert [served.get(f"/run{href}").status_code for href in hrefs] == [200] * len(names)
 
 
 def test_other_sites_are_refused(build_run: Build, serve: Serve, tmp_path: Path) -> None:
     build_run(name="one")
     served = serve(tmp_path)
     good = [("localhost", ""), ("127.0.0.1:8001", ""), ("[::1]:8001", ""), ("localhost:1", "http://localhost:1")]
-    hosts = ["evil.example", "localhost.evil.example", "10.0.0.1", ""]
-    bad = [*((host, "") for host in hosts), ("localhost", "https://evil.example"), ("localhost", "null")]
+    bad = [(host, "") for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "")]
+    bad += [("localhost", origin) for origin in ("https://evil.example", "null")]
     for host, origin in good + bad:
         answer = served.get("/run/one", Host=host, **({"Origin": origin} if origin else {}))
-        assert answer.status_code == (200 if (host, origin) in good else 403), host
-        assert ("SmolLM2" in answer.text) == ((host, origin) in good)
+        is_own = (host, origin) in good
+        assert (answer.status_code, "SmolLM2" in answer.text) == (200 if is_own else 403, is_own), host
         assert "access-control-allow-origin" not in answer.headers
-
-
-def test_a_server_that_others_reach_takes_addresses_and_its_own_names() -> None:
+    # one that others reach takes addresses and its own names
     assert all(is_own_name(host, "0.0.0.0") for host in ("192.168.0.7:8001", "[fe80::1]:80", socket.gethostname()))
     assert not any(is_own_name(host, "0.0.0.0") for host in ("evil.example", "192.168.0.7.evil.example", "", "a:b:c"))
     assert is_own_name("box.lan:8001", "box.lan")
