@@ -12,7 +12,7 @@ from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import attach
 from qvera.adapters.products import fused
 from qvera.config.schema import parse_recipe
-from qvera.training.plan import Batch, Machine, PlannedRun, make_plan, shape_of
+from qvera.training.plan import Batch, Machine, PlannedRun, shape_of
 from qvera.training.trainer import train
 from tests.conftest import small_llama
 from tests.training.runs import assert_same_run, cut_off, losses
@@ -36,23 +36,15 @@ def summed(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
 
 
 def test_a_run_that_goes_on_without_the_memory_gives_the_same_bits(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summed: list[Shape]
+    make_recipe: Any, tmp_path: Path, plan_on: Any, summed: list[Shape]
 ) -> None:
     training = {"per_device_train_batch_size": 1, "gradient_checkpointing": False, "max_steps": 2, "save_steps": 1}
     recipe = make_recipe(training={**training, "sample_count": 0}, data={"eval_fraction": 0.0})
-
-    def with_memory(available_bytes: int) -> None:
-        machine = Machine("a CPU", "cpu", torch.float32, True, available_bytes)
-        monkeypatch.setattr(
-            "qvera.training.session.make_plan",
-            lambda recipe, _, *rest, **more: make_plan(recipe, machine, *rest, **more),
-        )
-
-    with_memory(10**12)
+    plan_on(Machine("a CPU", "cpu", torch.float32, True, 10**12))
     train(recipe, tmp_path / "roomy")
     assert summed
     summed.clear()
-    with_memory(1)
+    plan_on(Machine("a CPU", "cpu", torch.float32, True, 1))
     train(recipe, tmp_path / "tight")
     assert not summed  # so short passes take the low-rank path
     assert losses(tmp_path / "tight") == pytest.approx(losses(tmp_path / "roomy"), rel=1e-5)

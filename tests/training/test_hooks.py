@@ -11,9 +11,8 @@ import torch
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.config import plugins
-from qvera.training.loop import AloneLoop
 from qvera.training.trainer import train
-from tests.training.runs import MESSAGE, assert_same_run, cut_off
+from tests.training.runs import assert_same_run, cut_off
 
 pytestmark = pytest.mark.process
 
@@ -73,16 +72,9 @@ def test_a_run_with_a_hook_is_resumed_to_the_bit(make_recipe: Any, tmp_path: Pat
 
 
 def test_an_attempt_that_memory_did_not_suffice_for_is_begun_again(
-    make_recipe: Any, tmp_path: Path, hooks: list[Pull], monkeypatch: pytest.MonkeyPatch
+    make_recipe: Any, tmp_path: Path, hooks: list[Pull], fail: Any
 ) -> None:
-    real = AloneLoop.nll
-
-    def nll(self: AloneLoop, rows: Any, *rest: Any) -> Any:
-        if rest and self.state.step == 1 and len(rows) > 2:
-            raise torch.OutOfMemoryError(MESSAGE)
-        return real(self, rows, *rest)
-
-    monkeypatch.setattr(AloneLoop, "nll", nll)
+    fail(step=2, rows=2)
     train(make_recipe(training={"max_steps": 3, "on_oom": "halve"}), tmp_path / "run")
     assert hooks[0].begun == [1, 2, 2, 3]
     assert hooks[0].steps == 3

@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 
 from qvera.cli.main import main
+from qvera.data import build_datasets
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
@@ -49,23 +51,18 @@ def test_a_run_ends_with_predicted_and_measured_memory(make_recipe: Any, tmp_pat
     assert "Predicted peak" in page
 
 
-def test_only_a_plan_that_is_far_too_large_for_a_gpu_is_refused(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_plan_that_is_far_too_large_for_a_gpu_is_refused(make_recipe: Any, tmp_path: Path, plan_on: Any) -> None:
     recipe = make_recipe(training={"max_steps": 1, "gradient_checkpointing": True})
     card = Machine("a GPU", "cuda", torch.float32, False, 10**10)
-    needed = make_plan(recipe, card).needed_bytes
+    rows = build_datasets(recipe.data, load_tokenizer(recipe.model)).train
+    needed = make_plan(recipe, card, rows).needed_bytes
     for share, said in ((1.05, "Fits, barely"), (0.9, "Does not fit by the plan")):
-        machine = dataclasses.replace(card, available_bytes=int(needed * share))
-        monkeypatch.setattr(
-            "qvera.training.session.make_plan",
-            lambda recipe, device, *_, **__: make_plan(recipe, machine),  # noqa: B023
-        )
+        plan_on(dataclasses.replace(card, available_bytes=int(needed * share)))
         console = Console(record=True, width=300)
         train(recipe, tmp_path / str(share), console=console)
         text = console.export_text()
         assert said in text and "tries the longest batch" in text
-    machine = dataclasses.replace(card, available_bytes=int(needed * 0.8))
+    plan_on(dataclasses.replace(card, available_bytes=int(needed * 0.8)))
     with pytest.raises(InputError, match="Does not fit: needs"):
         train(recipe, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

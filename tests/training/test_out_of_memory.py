@@ -50,36 +50,6 @@ FOUR_STEPS = {"max_steps": 4, "save_steps": 2, "save_total_limit": 9}
 
 
 @pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let passes of step ``step`` and later with more than ``rows`` rows run out of memory, in forward or in backward."""
-    real = AloneLoop.nll
-
-    def arrange(step: int, rows: int, where: str = "forward", first_pass: int = 1) -> None:
-        passes: dict[int, int] = {}
-        hooks: list[Any] = []
-
-        def out_of_memory(_: torch.Tensor) -> None:
-            hooks.pop().remove()
-            raise torch.OutOfMemoryError(MESSAGE)
-
-        def nll(loop: AloneLoop, examples: Any, *rest: Any) -> Any:
-            if not rest or loop.state.step + 1 < step:  # not the trial of the longest batch
-                return real(loop, examples, *rest)
-            number = passes[loop.state.step] = passes.get(loop.state.step, 0) + 1
-            fails = len(examples) > rows and number >= first_pass
-            if fails and where == "forward":
-                raise torch.OutOfMemoryError(MESSAGE)
-            found, count = real(loop, examples, *rest)
-            if fails:
-                hooks.append(next(iter(loop.engine.vectors.values())).register_hook(out_of_memory))
-            return found, count
-
-        monkeypatch.setattr(AloneLoop, "nll", nll)
-
-    return arrange
-
-
-@pytest.fixture
 def fail_held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let every pass over held-out rows run out of memory, from that step on."""
     real, held_out_loss = forward.batch_nll, AloneLoop.held_out_loss
@@ -192,16 +162,9 @@ def test_packed_rows_are_halved_by_tokens(make_recipe: Any, tmp_path: Path, fail
 
 
 def test_with_halve_a_longest_batch_that_does_not_fit_is_a_warning(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+    make_recipe: Any, tmp_path: Path, fail: Any, whole: Path
 ) -> None:
-    real = AloneLoop.nll
-
-    def nll(loop: AloneLoop, examples: Any, *rest: Any) -> Any:
-        if len(examples) > 2:
-            raise torch.OutOfMemoryError(MESSAGE)
-        return real(loop, examples, *rest)
-
-    monkeypatch.setattr(AloneLoop, "nll", nll)
+    fail(step=0, rows=2)
     console = Console(record=True, width=1000)
     train(make_recipe(training={**FOUR_STEPS, "on_oom": "halve"}), tmp_path / "halved", console=console)
     assert "The longest batch does not fit into memory" in console.export_text()

@@ -123,17 +123,13 @@ def test_plan_and_run_say_what_was_decided(write_recipe: Any, tmp_path: Path, ca
 
 
 def test_a_resumed_run_keeps_what_was_decided_where_that_still_fits(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Any, tmp_path: Path, plan_on: Any
 ) -> None:
     recipe = make_recipe(training={"max_steps": 2, "save_steps": 1})
     whole = tmp_path / "whole"
     train(recipe, whole)
     for share, kept, said in ((1.5, False, "Gradient checkpointing stays off"), (0.9, True, "was off when the run")):
-        machine = Machine("a CPU", "cpu", torch.float32, True, int(share * 1e9), runtime_bytes=10**9)
-        monkeypatch.setattr(
-            "qvera.training.session.make_plan",
-            lambda recipe, _, *a, **k: make_plan(recipe, machine, *a, **k),  # noqa: B023
-        )
+        plan_on(Machine("a CPU", "cpu", torch.float32, True, int(share * 1e9), runtime_bytes=10**9))
         console = Console(record=True, width=1000)
         again = train(recipe, cut_off(whole, tmp_path / str(share), after=1), resume=True, console=console)
         assert again is not None and again.run["gradient_checkpointing"] is kept
@@ -168,22 +164,16 @@ def plan_of(tmp_path: Path) -> Any:
     return make
 
 
-def streamed_rows() -> list[str]:
-    """The table of docs/memory.md."""
-    rows = []
+def test_the_table_of_the_document_is_the_plan() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
+    keys = {"model": {"path": "-", "stream": True}, "training": {"gradient_checkpointing": True}}
+    recipe, rows = parse_recipe({**TREE, **keys}, "t"), []
     for name, shape in shapes().items():
-        keys = {"model": {"path": "-", "stream": True}, "training": {"gradient_checkpointing": True}}
-        recipe = parse_recipe({**TREE, **keys}, "t")
         run = PlannedRun(shape, recipe, Batch(1, 2048, 2048, False, False, "", 2048), gpu_machine(recipe.model, 0))
         copied = stream_bytes(run)
         cells = size(sum(layer_bytes(run))), size(plan_memory(run).total_bytes), size(copied)
         rows.append(f"| {name} | {' | '.join(cells)} | {copied / PCIE_BYTES_PER_SECOND:.1f} s |")
-    return rows
-
-
-def test_the_table_of_the_document_is_the_plan() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
-    assert "\n".join(streamed_rows()) in text
+    assert "\n".join(rows) in text
 
 
 NOT_STREAMED = "auto: this run's layers can't be streamed"
