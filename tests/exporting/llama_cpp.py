@@ -22,11 +22,11 @@ class Answer(NamedTuple):
 class LlamaCpp:
     """A model that llama.cpp has loaded."""
 
-    def __init__(self, model: Path, adapter: Path | None, context: int) -> None:
+    def __init__(self, model: Path, adapter: Path | None) -> None:
         xllamacpp = pytest.importorskip("xllamacpp")
         settings = xllamacpp.CommonParams()
         settings.model.path = str(model)
-        settings.n_ctx, settings.n_parallel, settings.warmup = context, 1, False
+        settings.n_ctx, settings.n_parallel, settings.warmup = 512, 1, False
         settings.cpuparams.n_threads = 1
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -36,22 +36,12 @@ class LlamaCpp:
 
     def answer(self, prompt: str | list[int], banned: Sequence[int] = (), count: int = 8) -> Answer:
         """What follows the prompt, which is read as it is, special tokens included; ``banned`` tokens are not taken."""
-        found = self.server.handle_completions(
-            {
-                "prompt": prompt,
-                "max_tokens": count,
-                "temperature": 0,
-                "logprobs": 1,
-                "cache_prompt": False,
-                "logit_bias": [[token, False] for token in banned],
-            }
-        )
+        bias = [[token, False] for token in banned]
+        asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": 1, "cache_prompt": False}
+        found = self.server.handle_completions({**asked, "logit_bias": bias})
         tokens = found["choices"][0]["logprobs"]["content"]
-        return Answer(
-            [token["id"] for token in tokens],
-            [token["logprob"] for token in tokens],
-            found["usage"]["prompt_tokens"],
-        )
+        ids, values = ([token[key] for token in tokens] for key in ("id", "logprob"))
+        return Answer(ids, values, found["usage"]["prompt_tokens"])
 
 
 def half_characters(tokenizer: Any, count: int) -> list[int]:
@@ -61,9 +51,9 @@ def half_characters(tokenizer: Any, count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def llama_cpp(model: Path, adapter: Path | None = None, context: int = 256) -> Iterator[LlamaCpp]:
-    """Load a GGUF file, with a LoRA where there is one; ``context`` in tokens."""
-    loaded = LlamaCpp(model, adapter, context)
+def llama_cpp(model: Path, adapter: Path | None = None) -> Iterator[LlamaCpp]:
+    """Load a GGUF file, with a LoRA where there is one, for texts of up to 512 tokens."""
+    loaded = LlamaCpp(model, adapter)
     try:
         yield loaded
     finally:

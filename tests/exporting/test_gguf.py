@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import pytest
@@ -31,7 +31,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
-from tests.exporting.llama_cpp import LlamaCpp, half_characters, llama_cpp, transformers_answer
+from tests.exporting.llama_cpp import half_characters, llama_cpp, transformers_answer
 
 pytestmark = pytest.mark.process
 
@@ -158,26 +158,40 @@ def small_config(name: str) -> Any:
     return transformers.Gemma3Config(text_config=config, vision_config=vision, mm_tokens_per_image=4, eos_token_id=2)
 
 
-def small_model(name: str, directory: Path, tokenizer: Any = None) -> ModelSection:
-    config = small_config(name)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
+class Made:
+    """A small model, an adapter on it, and what is made of the two."""
+
+    def __init__(self, name: str, root: Path, tokenizer: Any = None, **adapter: Any) -> None:
+        self.root, self.name, self.adapter = root, name, root / "adapter"
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small_config(name))
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases that are told apart
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            assert torch.isfinite(parameter).all(), key
-    model.save_pretrained(directory)
-    (tokenizer or byte_level("gpt-2")).save_pretrained(directory)
-    return ModelSection(path=str(directory), compute_dtype="float32", quantization="none")
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(root / "base")
+        (tokenizer or byte_level("gpt-2")).save_pretrained(root / "base")
+        self.section = ModelSection(path=str(root / "base"), compute_dtype="float32", quantization="none")
+        self.adapt(self.adapter, **adapter)
 
+    def adapt(self, directory: Path, size: float = 0.3, **settings: Any) -> Path:
+        model = attach(load_base(self.section).model, AdapterSection(**{"rank": 8, **settings}), self.section.path)
+        save_adapter(perturb(model, size=size), directory)
+        return directory
 
-def small_adapter(section: ModelSection, directory: Path, *, zero: bool = False, **settings: Any) -> Path:
-    model = attach(load_base(section).model, AdapterSection(**{"rank": 8, **settings}), section.path)
-    if not zero:
-        perturb(model)
-    save_adapter(model, directory)
-    return directory
+    @functools.cached_property
+    def merged(self) -> tuple[Any, Any]:
+        """Model and tokenizer in transformers."""
+        return merged_model(self.adapter, self.section, self.root / "merged")
+
+    @functools.cached_property
+    def base_file(self) -> Path:
+        """The GGUF file of the base alone: an adapter that changes nothing, merged."""
+        return self.written(self.root / "bare", self.adapt(self.root / "nothing", size=0.0))
+
+    def written(self, out: Path, adapter: Path | None = None) -> Path:
+        """The GGUF file of the merge in float32."""
+        export_gguf(adapter or self.adapter, self.section, out, ExportSection(), "float32")
+        return out / "model-f32.gguf"
 
 
 def merged_model(adapter: Path, section: ModelSection, directory: Path) -> tuple[Any, Any]:
@@ -186,41 +200,10 @@ def merged_model(adapter: Path, section: ModelSection, directory: Path) -> tuple
     return model, AutoTokenizer.from_pretrained(directory)
 
 
-class Made(NamedTuple):
-    """A small model, an adapter on it, and the two merged, in transformers."""
-
-    section: ModelSection
-    adapter: Path
-    model: Any
-    tokenizer: Any
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """Each kind of model is made once."""
-
-    @functools.cache
-    def make(name: str) -> Made:
-        root = tmp_path_factory.mktemp("made")
-        section = small_model(name, root / "base")
-        adapter = small_adapter(section, root / "adapter")
-        return Made(section, adapter, *merged_model(adapter, section, root / "merged"))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def base_file(made: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The GGUF file of a base alone: an adapter that changes nothing, merged."""
-
-    @functools.cache
-    def make(name: str) -> Path:
-        root, section = tmp_path_factory.mktemp("base"), made(name).section
-        nothing = small_adapter(section, root / "nothing", zero=True)
-        export_gguf(nothing, section, root / "gguf", ExportSection(), "float32")
-        return root / "gguf" / "model-f32.gguf"
-
-    return make
+    return functools.cache(lambda name: Made(name, tmp_path_factory.mktemp("made")))
 
 
 def tolerance_of(name: str) -> float:
@@ -229,15 +212,17 @@ def tolerance_of(name: str) -> float:
 
 
 def assert_answers(
-    loaded: LlamaCpp, model: Any, tokenizer: Any, prompts: list[Any], tolerance: float, count: int = 8
+    files: list[Path], merged: tuple[Any, Any], prompts: list[Any], tolerance: float, count: int = 8
 ) -> None:
-    """To texts, or to ids, as transformers answers."""
-    banned = half_characters(tokenizer, 320)
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        found, expected = loaded.answer(prompt, banned, count), transformers_answer(model, ids, banned, count)
-        assert (found.tokens, found.prompt_tokens) == (expected.tokens, expected.prompt_tokens)
-        assert found.log_probabilities == pytest.approx(expected.log_probabilities, abs=tolerance)
+    """llama.cpp, with a model's file and a LoRA's or not, answers texts and ids as transformers does."""
+    model, tokenizer = merged
+    banned = half_characters(tokenizer, model.config.get_text_config().vocab_size)
+    with llama_cpp(*files) as loaded:
+        for prompt in prompts:
+            ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            found, expected = loaded.answer(prompt, banned, count), transformers_answer(model, ids, banned, count)
+            assert (found.tokens, found.prompt_tokens) == (expected.tokens, expected.prompt_tokens)
+            assert found.log_probabilities == pytest.approx(expected.log_probabilities, abs=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -246,30 +231,23 @@ def assert_answers(
 def test_llama_cpp_answers_as_transformers_does_on_the_merged_model(
     name: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
-    section, adapter, model, tokenizer = made(name)
-    certificate = export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
-    assert list(certificate["files"]) == ["model-f32.gguf"]
-    assert certificate == json.loads((tmp_path / "gguf" / "qvera_export.json").read_text())
-    assert len(certificate["delta"]) == len(read_deltas(adapter, empty_model(section), section).layers)
-    prompts: list[Any] = PROMPTS[2:]
+    one, prompts = made(name), list[Any](PROMPTS[2:])
     if name == "phi3-long":  # longer texts have other factors
-        prompts = [*prompts, tokenizer(" ".join(PROMPTS * 8))["input_ids"]]
+        prompts.append(one.merged[1](" ".join(PROMPTS * 8))["input_ids"])
         assert 256 < len(prompts[-1]) < 500
-    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf", context=512) as loaded:
-        assert_answers(loaded, model, tokenizer, prompts, tolerance_of(name))
+    assert_answers([one.written(tmp_path / "gguf")], one.merged, prompts, tolerance_of(name))
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "llama", "gemma"])
-def test_llama_cpp_reads_the_same_tokens(kind: str, made: Callable[[str], Made], tmp_path: Path) -> None:
+def test_llama_cpp_reads_the_same_tokens(kind: str, tmp_path: Path) -> None:
     tokenizer = sentence_pieces(kind) if kind in ("llama", "gemma") else byte_level(kind)
     # one that looks special, and one that does not
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<|call|>", "[WORD]")])
-    section = small_model("llama", tmp_path / "base", tokenizer)
-    export_gguf(made("llama").adapter, section, tmp_path / "gguf", ExportSection(), "float32")
+    file = Made("llama", tmp_path, tokenizer).written(tmp_path / "gguf")
     texts = [*PROMPTS, "the words say the   word", "say the<|call|>word [WORD] the", "1234567 say 12.5", "\n\n\n   the"]
     if kind not in ("llama", "gemma"):
         texts += ["<|im_start|>user\nthe word<|im_end|>\n", "I'll say'd X'LL"]
-    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
+    with llama_cpp(file) as loaded:
         banned = half_characters(tokenizer, 320)
         for text in texts:
             ids = tokenizer(text)["input_ids"]
@@ -282,9 +260,7 @@ def test_spaces_after_special_tokens_are_read_as_phi_3_reads_them(tmp_path: Path
     tokenizer = sentence_pieces()
     stripping = [AddedToken(text, normalized=False, rstrip=True) for text in ("</s>", "<|user|>", "<|end|>")]
     tokenizer.add_tokens([*stripping, AddedToken("<|endoftext|>", normalized=False)])
-    section = small_model("phi3", tmp_path / "base", tokenizer)
-    export_gguf(small_adapter(section, tmp_path / "adapter"), section, tmp_path / "gguf", ExportSection(), "float32")
-    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
+    with llama_cpp(Made("phi3", tmp_path, tokenizer).written(tmp_path / "gguf")) as loaded:
         for text in ("<|user|>\n  say the word<|end|>\nthe", "<s> the</s> word"):
             ids = tokenizer(text)["input_ids"]
             assert loaded.answer(text, (), 1) == loaded.answer(ids, (), 1), tokenizer.convert_ids_to_tokens(ids)
@@ -306,11 +282,11 @@ def test_smaller_types_are_as_near_as_they_can_be(
 ) -> None:
     section, adapter = made("llama").section.replace(quantization="nf4"), made("llama").adapter
     certificate = export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), dtype)
-    assert certificate["dtype"] == dtype
-    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
+    assert certificate["dtype"] == dtype and len(certificate["delta"]) == 14
+    assert certificate == json.loads((tmp_path / "gguf" / "qvera_export.json").read_text())
     (name,) = certificate["files"]
-    with llama_cpp(tmp_path / "gguf" / name) as loaded:
-        assert_answers(loaded, model, tokenizer, PROMPTS[1:2], tolerance, count=4)
+    merged = merged_model(adapter, section, tmp_path / "merged")
+    assert_answers([tmp_path / "gguf" / name], merged, PROMPTS[1:2], tolerance, count=4)
 
 
 @pytest.mark.parametrize(
@@ -323,38 +299,28 @@ def test_smaller_types_are_as_near_as_they_can_be(
     ],
 )
 def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
-    name: str,
-    settings: dict[str, Any],
-    made: Callable[[str], Made],
-    base_file: Callable[[str], Path],
-    tmp_path: Path,
+    name: str, settings: dict[str, Any], made: Callable[[str], Made], tmp_path: Path
 ) -> None:
-    section, adapter, model, tokenizer = made(name)
-    if settings:
-        adapter = small_adapter(section, tmp_path / "adapter", **settings)
-        model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
-    deltas = read_deltas(adapter, empty_model(section), section)
-    size = export_gguf_lora(deltas, adapter, section, tmp_path / "lora", "float32")
+    one = Made(name, tmp_path, **settings) if settings else made(name)
+    deltas = read_deltas(one.adapter, empty_model(one.section), one.section)
+    size = export_gguf_lora(deltas, one.adapter, one.section, tmp_path / "lora", "float32")
     file = tmp_path / "lora" / "adapter-f32.gguf"
     assert size == file.stat().st_size
-    with llama_cpp(base_file(name), file) as loaded, llama_cpp(base_file(name)) as bare:
-        assert_answers(loaded, model, tokenizer, PROMPTS[2:], tolerance_of(name))
-        assert bare.answer(PROMPTS[2]) != loaded.answer(PROMPTS[2])
+    assert_answers([one.base_file, file], one.merged, PROMPTS[2:], tolerance_of(name))
+    with pytest.raises(AssertionError):  # without it it answers otherwise
+        assert_answers([one.base_file], one.merged, PROMPTS[2:], tolerance_of(name))
 
 
-def test_layers_of_other_ranks_are_scaled_to_one_alpha(
-    made: Callable[[str], Made], base_file: Callable[[str], Path], tmp_path: Path
-) -> None:
-    section, adapter, model, tokenizer = made("llama")
-    deltas = read_deltas(adapter, empty_model(section), section)
-    factors = {}
+def test_layers_of_other_ranks_are_scaled_to_one_alpha(made: Callable[[str], Made], tmp_path: Path) -> None:
+    one, factors = made("llama"), {}
+    deltas = read_deltas(one.adapter, empty_model(one.section), one.section)
     for number, (layer, delta) in enumerate(deltas.layers.items()):
         A, B = delta.lora()
         more = number % 3  # zeros that change the rank and nothing else
         factors[layer] = (torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), more)], 1))
-    export_gguf_lora(deltas, adapter, section, tmp_path / "lora", "float32", factors)
-    with llama_cpp(base_file("llama"), tmp_path / "lora" / "adapter-f32.gguf") as loaded:
-        assert_answers(loaded, model, tokenizer, PROMPTS[1:2], 2e-4)
+    export_gguf_lora(deltas, one.adapter, one.section, tmp_path / "lora", "float32", factors)
+    file = tmp_path / "lora" / "adapter-f32.gguf"
+    assert_answers([one.base_file, file], one.merged, PROMPTS[1:2], 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -381,14 +347,14 @@ def test_what_llama_cpp_decides_in_its_own_way_is_refused(name: str, changes: di
 def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusal(section: ModelSection, adapter: Path) -> str:
+    one = Made("llama", tmp_path)
+
+    def refusal() -> str:
         with pytest.raises(InputError) as caught:
-            export_gguf(adapter, section, tmp_path / "out", ExportSection(), "float16")
+            one.written(tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
-    section = small_model("llama", tmp_path / "base")
-    adapter = small_adapter(section, tmp_path / "adapter")
     config = tmp_path / "base" / "config.json"
     tree, tokenizer_file = json.loads(config.read_text()), tmp_path / "base" / "tokenizer.json"
     for changes, words in (
@@ -397,7 +363,7 @@ def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
         ({"architectures": ["ArceeForCausalLM"]}, "What is written: LlamaForCausalLM,"),
     ):
         config.write_text(json.dumps({**tree, **changes}))
-        message = refusal(section, adapter)
+        message = refusal()
         assert words in message and "convert_hf_to_gguf.py" in message
     config.write_text(json.dumps(tree))
 
@@ -417,18 +383,17 @@ def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
         (pieces, "does not merge '▁' and 'the' to its token '▁the'"),
     ):
         tokenizer_file.write_text(json.dumps(changed))
-        assert words in refusal(section, adapter)
+        assert words in refusal()
     tokenizer_file.write_text(json.dumps(tokens))
 
     monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
-    assert "pip install 'qvera[gguf]'" in refusal(section, adapter)
+    assert "pip install 'qvera[gguf]'" in refusal()
 
 
 def test_a_context_is_no_longer_than_the_attention_window(tmp_path: Path) -> None:
-    section = small_model("mistral", tmp_path / "base")
-    config = tmp_path / "base" / "config.json"
+    one, config = Made("mistral", tmp_path), tmp_path / "base" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "sliding_window": 100}))
-    export_gguf(small_adapter(section, tmp_path / "adapter"), section, tmp_path / "out", ExportSection(), "q8_0")
+    export_gguf(one.adapter, one.section, tmp_path / "out", ExportSection(), "q8_0")
     settings = gguf.GGUFReader(tmp_path / "out" / "model-q8_0.gguf").fields
     assert settings["llama.context_length"].contents() == 100
     assert settings["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
@@ -464,23 +429,15 @@ def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_pat
 
 @pytest.mark.slow
 def test_smollm2_answers_prompts_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
-    """docs/export.md has the numbers of 20 prompts, and of all types."""
-    section = ModelSection(path=smollm2(), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(rank=64), section.path)
-    save_adapter(perturb(model, size=0.01), tmp_path / "adapter")
-    del model
-    merged, tokenizer = merged_model(tmp_path / "adapter", section, tmp_path / "merged")
+    """Its first four layers; docs/export.md has the numbers of all of it, of 20 prompts and of every type."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    AutoModelForCausalLM.from_pretrained(smollm2(), num_hidden_layers=4).save_pretrained(base)
+    AutoTokenizer.from_pretrained(smollm2()).save_pretrained(base)
+    section = ModelSection(path=str(base), compute_dtype="float32")
+    save_adapter(perturb(attach(load_base(section).model, AdapterSection(rank=64), section.path), size=0.01), adapter)
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
     rows = (Path(__file__).parents[2] / "recipes" / "quickstart" / "heldout.jsonl").read_text().splitlines()[:4]
     turns = [[{"role": "user", "content": json.loads(row)["prompt"]}] for row in rows]
     texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-    expected = [transformers_answer(merged, tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
-    # type → how many answers have the same 8 tokens, and how far a log probability of those is off
-    for dtype, same, tolerance in (("float32", 4, 1e-3), ("q8_0", 2, 0.5)):
-        (name,) = export_gguf(tmp_path / "adapter", section, tmp_path / dtype, ExportSection(), dtype)["files"]
-        with llama_cpp(tmp_path / dtype / name) as loaded:
-            found = [loaded.answer(text) for text in texts]
-        assert [one.prompt_tokens for one in found] == [other.prompt_tokens for other in expected]
-        equal = [(one, other) for one, other in zip(found, expected, strict=True) if one.tokens == other.tokens]
-        assert len(equal) >= same
-        for one, other in equal:
-            assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=tolerance)
+    export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
+    assert_answers([tmp_path / "gguf" / "model-f32.gguf"], (model, tokenizer), texts, 1e-3)

@@ -14,11 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
-from qvera.evaluation.load import open_run
 from qvera.exporting.merged import export_merged
 from qvera.models import quantization
 from qvera.models.loader import load_base
@@ -135,16 +133,9 @@ def test_the_command_measures_the_difference(trained_run: Path, tmp_path: Path, 
     assert "throughout 8 of 8 answers" in capsys.readouterr().out
 
 
-def test_the_adapter_in_a_run_is_exported_as_the_run_is(write_recipe: Any, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    recipe = write_recipe(
-        model={"quantization": "none"},
-        data={"template": "alpaca", "max_length": 192},
-        training={"output_dir": str(run), "max_steps": 1},
-    )
-    assert main(["train", str(recipe)]) == 0
+def test_the_adapter_in_a_run_is_exported_as_the_run_is(alpaca_run: Path, tmp_path: Path) -> None:
     files, differences = [], []
-    for number, named in enumerate((run, run / "adapter")):
+    for number, named in enumerate((alpaca_run, alpaca_run / "adapter")):
         out = tmp_path / str(number)
         assert main(["export", str(named), str(out), "--dtype", "float32"]) == 0
         certificate = json.loads((out / "qvera_export.json").read_text())
@@ -153,20 +144,6 @@ def test_the_adapter_in_a_run_is_exported_as_the_run_is(write_recipe: Any, tmp_p
         files.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != "qvera_export.json"})
     assert files[0] == files[1] and "Alpaca" in files[0]["chat_template.jinja"].decode()
     assert differences[0] == differences[1] and differences[0]["kl_max"] < 1e-6
-
-
-def test_the_exported_weights_are_those_the_run_answers_with(trained_run: Path, tmp_path: Path) -> None:
-    """`chat` and `generate` hold W + ΔW while they answer: the same tensors as an export on the dequantized base."""
-    opened = open_run(trained_run)
-    assert opened.target.recipe is not None
-    options = ExportSection(dtype="float32", base="dequantized")
-    export_merged(trained_run / "adapter", opened.target.recipe.model, tmp_path / "out", options)
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    for name, module in opened.model.named_modules():
-        if isinstance(module, QveraLinear):
-            module.cache_merged_weight(True)
-            exported = tensors[f"{name.removeprefix('base_model.model.')}.weight"]
-            torch.testing.assert_close(module._inference_weight, exported, rtol=0, atol=1e-6)
 
 
 def test_the_dequantized_base_is_the_one_trained_on_where_the_stored_dtype_is_wider(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qvera.data.chat_template import NAMED_TEMPLATES
-from qvera.exporting.gguf.modelfile import STOP_TEXTS, known_template, modelfile
+from qvera.exporting.gguf.modelfile import known_template, modelfile
 from tests.conftest import small_tokenizer
 from tests.exporting.go_template import render
 
@@ -30,10 +30,6 @@ def tokenizer(template: str | None) -> Any:
 
 def template_in(text: str) -> str:
     return text.partition('TEMPLATE """')[2].partition('"""')[0]
-
-
-def test_every_named_template_has_its_form_for_ollama() -> None:
-    assert STOP_TEXTS.keys() == NAMED_TEMPLATES.keys()
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qvera.cli.main import main
+from qvera.config.schema import ExportSection
+from qvera.exporting.merged import export_merged
+from tests.exporting.helpers import trained_adapter
 
 _CODE = """
 import importlib.util, json, sys, torch
@@ -27,9 +29,10 @@ print(json.dumps({"dtype": str(model.config.dtype), "new": out[0, ids.shape[1]:]
 
 
 @pytest.mark.slow
-def test_plain_transformers_opens_it_where_qvera_is_not_installed(trained_run: Path, tmp_path: Path) -> None:
+def test_plain_transformers_opens_it_where_qvera_is_not_installed(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A directory of links to the installed packages stands in for another environment, and lacks these three."""
-    assert main(["export", str(trained_run), str(tmp_path / "merged"), "--to", "merged", "--no-compare"]) == 0
+    _, section, adapter = trained_adapter(tiny_model_dir, tmp_path / "adapter")
+    export_merged(adapter, section, tmp_path / "merged", ExportSection())
     packages = tmp_path / "packages"
     packages.mkdir()
     transformers = find_spec("transformers")

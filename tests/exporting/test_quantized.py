@@ -15,9 +15,8 @@ from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.schema import ExportSection, ModelSection
 from qvera.evaluation.load import open_run
 from qvera.exporting import quantized
 from qvera.exporting.merged import export_merged
@@ -87,24 +86,34 @@ def test_the_command_measures_what_is_lost(
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_an_interrupted_one_goes_on_from_the_finished_merge(
-    adapter: tuple[ModelSection, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_one_goes_on_from_the_finished_merge_of_the_same_base(
+    tiny_model_dir: Path, adapter: tuple[ModelSection, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section, directory = adapter
-    out, options = tmp_path / "out", ExportSection()
+    base, out = Path(shutil.copytree(tiny_model_dir, tmp_path / "base")), tmp_path / "out"
+
+    def export(**options: Any) -> dict[str, Any]:
+        section = adapter[0].replace(path=str(base))
+        return export_quantized(adapter[1], section, out, ExportSection(**options), "nf4")
+
     out.mkdir()
     (out / "notes.txt").touch()
-    with pytest.raises(InputError, match="is not empty"):  # before anything is merged
-        export_quantized(directory, section, out, options, "nf4")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="is not empty"):
+        export()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]  # nothing is merged
     (out / "notes.txt").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(quantized, "quantize_checkpoint", interrupted)
-        export_quantized(directory, section, out, options, "nf4")
+        export()
     with pytest.raises(InputError, match="holds the merge of another export"):
-        export_quantized(directory, section, out, ExportSection(dtype="bfloat16"), "nf4")
+        export(dtype="bfloat16")
+    file = base / "model.safetensors"
+    before = file.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="holds the merge of another export"):
+        export()
+    file.write_bytes(before)
     monkeypatch.setattr(quantized, "export_merged", interrupted)  # it is not made again
-    assert len(export_quantized(directory, section, out, options, "nf4")["quantized"]["relative_errors"]) == 14
+    assert len(export()["quantized"]["relative_errors"]) == 14
 
 
 def test_one_that_was_stopped_while_it_was_measured_goes_on_with_that(
@@ -123,29 +132,10 @@ def test_one_that_was_stopped_while_it_was_measured_goes_on_with_that(
         export_quantized(directory, section, out, options, "nf4", progress=stopping)
     assert len(measured) == 1
     assert (out / "config.json").is_file() and not (out / "qvera_export.json").exists()
-    with pytest.raises(InputError, match="is not empty"):
-        export_quantized(directory, section, out, options, "fp4")
     monkeypatch.setattr(quantized, "quantize_checkpoint", lambda *_, **__: pytest.fail("it was quantized again"))
     certificate = export_quantized(directory, section, out, options, "nf4")
     assert len(certificate["quantized"]["relative_errors"]) == 14
     assert json.loads((out / "qvera_export.json").read_text()) == certificate
-    assert set(certificate["files"]) == {path.name for path in out.glob("*.safetensors")}
     assert not (tmp_path / ".out.merged").exists()
     with pytest.raises(InputError, match="is not empty"):  # it is finished
         export_quantized(directory, section, out, options, "nf4")
-
-
-def test_a_merge_into_a_base_that_was_replaced_is_not_gone_on_with(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
-    section = ModelSection(path=str(base), compute_dtype="float32")
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)  # it does not know its base
-    save_adapter(model, tmp_path / "adapter")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(quantized, "quantize_checkpoint", interrupted)
-        export_quantized(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "nf4")
-    weights = load_file(base / "model.safetensors")
-    save_file({name: tensor * 2 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="holds the merge of another export"):
-        export_quantized(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "nf4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +23,6 @@ from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.exporting.sums import same_directions, stacked_factors, union
 from qvera.models.loader import load_base
-from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
@@ -57,98 +56,93 @@ def directories(section: ModelSection, tmp_path_factory: pytest.TempPathFactory)
     return {name: root / name for name in SHAPES}
 
 
-@pytest.fixture(scope="module")
-def alone(section: ModelSection, directories: dict[str, Path]) -> dict[str, torch.Tensor]:
-    """The logits of each adapter alone, and of the base."""
-    with torch.no_grad():
-        found = {name: load_adapter(load_base(section).model, d).eval()(IDS).logits for name, d in directories.items()}
-        return found | {"__base__": load_base(section).model(IDS).logits}
-
-
-def assert_rows(model: Any, names: list[str], alone: dict[str, torch.Tensor]) -> None:
-    """Row by row what the adapter of that name gives alone."""
-    with torch.no_grad():
-        found = model(input_ids=IDS, adapter_names=names).logits
-    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 NAMES = ["a", "smaller", "seed", "few", "__base__", "pairs"]
 
 
-def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
-    section: ModelSection, directories: dict[str, Path], alone: dict[str, torch.Tensor]
-) -> None:
-    model = load_adapters(load_base(section).model, directories)
-    others = ["halves", "pairs", "b", "scaled", "scaled", "a"]
-    for names in (NAMES, ["a"] * 6, ["a", "b"] * 3, ["seed"] * 6, others, ["__base__"] * 6):
-        assert_rows(model, names, alone)
-    assert (alone["a"] - alone["b"]).abs().max() > 0.05
+class Mixed(NamedTuple):
+    """A base with all adapters, its tokenizer, and the logits of each adapter alone and of the base."""
+
+    model: Any
+    tokenizer: Any
+    alone: dict[str, torch.Tensor]
+
+    def assert_rows(self, names: list[str], model: Any = None) -> None:
+        """Row by row what the adapter of that name gives alone."""
+        with torch.no_grad():
+            found = (model or self.model)(input_ids=IDS, adapter_names=names).logits
+        expected = torch.stack([self.alone[name][row] for row, name in enumerate(names)])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixed(section: ModelSection, directories: dict[str, Path]) -> Mixed:
+    base = load_base(section)
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, alone["__base__"], rtol=1e-4, atol=1e-4)  # nothing is on
+        alone = {"__base__": base.model(IDS).logits}
+        for name, directory in directories.items():
+            alone[name] = load_adapter(load_base(section).model, directory).eval()(IDS).logits
+    return Mixed(load_adapters(base.model, directories), base.tokenizer, alone)
+
+
+def test_rows_of_one_batch_are_what_each_adapter_gives_alone(mixed: Mixed, directories: dict[str, Path]) -> None:
+    others = ["halves", "pairs", "b", "scaled", "scaled", "a"]
+    for names in (NAMES, ["a"] * 6, ["a", "b"] * 3, others, ["__base__"] * 6):
+        mixed.assert_rows(names)
+    assert (mixed.alone["a"] - mixed.alone["b"]).abs().max() > 0.05
+    with torch.no_grad():  # nothing is named, nothing is on
+        torch.testing.assert_close(mixed.model(IDS).logits, mixed.alone["__base__"], rtol=1e-4, atol=1e-4)
     # adapters of one shape share a bank, and those of one seed a pair
-    users = model.base_model.banked
-    assert sorted(users) == sorted(directories)
-    assert users["a"][0] is users["b"][0]
+    users = mixed.model.base_model.banked
+    assert users.keys() == directories.keys() and users["a"][0] is users["b"][0]
     assert len({id(bank) for bank, _ in users.values()}) == len(directories) - 1
     for name, (bank, slot) in users.items():
         torch.testing.assert_close(bank.take(slot), load_file(directories[name] / ADAPTER_WEIGHTS), rtol=0, atol=0)
-    pairs = {id(p) for m in model.modules() if isinstance(m, QveraLinear) for p in m.qvera_projection.values()}
-    assert len(pairs) == 2
+    layers = [m for m in mixed.model.modules() if isinstance(m, QveraLinear)]
+    assert len({id(pair) for layer in layers for pair in layer.qvera_projection.values()}) == 2
 
 
-def test_ordinary_adapters_mix_too(
-    section: ModelSection, directories: dict[str, Path], alone: dict[str, torch.Tensor]
-) -> None:
+def test_ordinary_adapters_mix_too(section: ModelSection, directories: dict[str, Path], mixed: Mixed) -> None:
     model = PeftModel.from_pretrained(load_base(section).model, directories["a"], adapter_name="a")
-    model.load_adapter(directories["seed"], "seed")
-    model.load_adapter(directories["halves"], "halves")
-    names = ["a", "seed", "__base__", "halves"] + ["a", "halves"]
-    assert_rows(model.eval(), names, alone)
+    for name in ("seed", "halves"):
+        model.load_adapter(directories[name], name)
+    mixed.assert_rows(["a", "seed", "__base__", "halves", "a", "halves"], model.eval())
 
 
-def test_wrong_names_are_refused_and_leave_the_model_usable(
-    section: ModelSection, directories: dict[str, Path], alone: dict[str, torch.Tensor]
-) -> None:
-    model = load_adapters(load_base(section).model, {"a": directories["a"]})
-    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
-        model(input_ids=IDS, adapter_names=["nobody"] * 6)
-    with pytest.raises(ValueError, match="2 names for a batch of 6"):
-        model(input_ids=IDS, adapter_names=["a", "a"])
-    with pytest.raises(ValueError, match="training mode"):
-        model.train()(input_ids=IDS, adapter_names=["a"] * 6)
-    assert_rows(model.eval(), ["a"] * 6, alone)
+def test_wrong_names_are_refused_and_leave_the_model_usable(mixed: Mixed) -> None:
+    for names, train, said in (
+        (["nobody"] * 6, False, "non-existing adapter.*nobody"),
+        (["a", "a"], False, "2 names for a batch of 6"),
+        (["a"] * 6, True, "training mode"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            mixed.model.train(train)(input_ids=IDS, adapter_names=names)
+    mixed.model.eval()
+    mixed.assert_rows(["a"] * 6)
 
 
-def test_answers_of_a_mixed_batch(
-    section: ModelSection, directories: dict[str, Path], alone: dict[str, torch.Tensor]
-) -> None:
-    base = load_base(section)
-    model = load_adapters(base.model, directories)
+def test_answers_of_a_mixed_batch(section: ModelSection, directories: dict[str, Path], mixed: Mixed) -> None:
     prompts = [IDS[row, : 4 + row % 3].tolist() for row in range(6)]
-    answers = generate(model, base.tokenizer, prompts, max_new_tokens=5, batch_size=4, adapters=NAMES)
+    answers = generate(mixed.model, mixed.tokenizer, prompts, max_new_tokens=3, batch_size=4, adapters=NAMES)
     for prompt, name, answer in zip(prompts, NAMES, answers, strict=True):
-        other = load_base(section)
-        single = other.model if name == "__base__" else load_adapter(other.model, directories[name])
-        assert generate(single, other.tokenizer, [prompt], max_new_tokens=5) == [answer], name
+        base = load_base(section).model
+        single = base if name == "__base__" else load_adapter(base, directories[name])
+        assert generate(single, mixed.tokenizer, [prompt], max_new_tokens=3) == [answer], name
     with pytest.raises(ValueError, match="one for each"):
-        generate(model, base.tokenizer, prompts, max_new_tokens=1, adapters=["a"])
-    with generating(model, base_only=True):
-        assert all(m.holds_inference_weight for m in model.modules() if isinstance(m, QveraLinear))
-        assert_rows(model, NAMES, alone)
+        generate(mixed.model, mixed.tokenizer, prompts, max_new_tokens=1, adapters=["a"])
+    with generating(mixed.model, base_only=True):
+        assert all(m.holds_inference_weight for m in mixed.model.modules() if isinstance(m, QveraLinear))
+        mixed.assert_rows(NAMES)
 
 
-def test_what_is_no_qvera_adapter_is_refused(
-    section: ModelSection, directories: dict[str, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="at least one"):
-        load_adapters(load_base(section).model, {})
-    with pytest.raises(InputError, match="no such adapter directory"):
-        load_adapters(load_base(section).model, {"x": tmp_path / "x"})
-    other = small_llama(intermediate_size=128).to(torch.float32)
-    save_adapter(attach(other, AdapterSection(rank=8), "other"), tmp_path / "other")
-    with pytest.raises(InputError, match="this base and the adapter's config need"):
-        load_adapters(load_base(section).model, {"a": directories["a"], "other": tmp_path / "other"})
+def test_what_is_no_qvera_adapter_is_refused(directories: dict[str, Path], tmp_path: Path) -> None:
+    save_adapter(attach(small_llama(intermediate_size=128), AdapterSection(rank=8), "other"), tmp_path / "other")
+    for adapters, said in (
+        ({}, "at least one"),
+        ({"x": tmp_path / "x"}, "no such adapter directory"),
+        ({"a": directories["a"], "other": tmp_path / "other"}, "this base and the adapter's config need"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_adapters(small_llama(), adapters)
 
 
 # arithmetic
@@ -169,42 +163,35 @@ def without_d(section: ModelSection, tmp_path_factory: pytest.TempPathFactory) -
     return [root / "0", root / "1"]
 
 
-def changes(directory: Path, model_dir: Path) -> dict[str, torch.Tensor]:
-    return {n: d.rows() for n, d in deltas(directory, model_dir).layers.items()}
+def deltas(directory: Path) -> AdapterDeltas:
+    return read_deltas(directory, small_llama())
 
 
-def deltas(directory: Path, model_dir: Path) -> AdapterDeltas:
-    return read_deltas(directory, empty_model(ModelSection(path=str(model_dir))))
+def changes(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: delta.rows() for name, delta in deltas(directory).layers.items()}
 
 
 @pytest.mark.parametrize("weights", [[-2.0], [0.3, 0.7], None])
 def test_sums_of_adapters_that_share_d_are_exact_adapters(
-    weights: list[float] | None, without_d: list[Path], tiny_model_dir: Path, tmp_path: Path
+    weights: list[float] | None, without_d: list[Path], section: ModelSection, tmp_path: Path
 ) -> None:
     used = without_d[: len(weights)] if weights else without_d
     flags = ["--weights", *map(str, weights)] if weights else []
     assert main(["merge-adapters", *map(str, used), str(tmp_path / "sum"), *flags]) == 0
-    found = changes(tmp_path / "sum", tiny_model_dir)
-    parts = [changes(directory, tiny_model_dir) for directory in used]
+    found = changes(tmp_path / "sum")
+    parts = [changes(directory) for directory in used]
     for name, change in found.items():
         expected = sum(w * p[name] for w, p in zip(weights or [0.5, 0.5], parts, strict=True))
         torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-8)
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
     load_adapter(load_base(section).model, tmp_path / "sum")  # a whole adapter, hash of the projections and all
 
 
 @pytest.mark.parametrize(
     ("one", "other", "differ"),
-    [
-        ("a", "b", "d (first at"),
-        ("a", "smaller", "rank"),
-        ("a", "seed", "seed"),
-        ("a", "few", "set of layers"),
-        ("pairs", "a", "b_groups"),
-    ],
+    [("a", "b", "d (first at"), ("a", "seed", "seed"), ("a", "few", "set of layers"), ("pairs", "a", "b_groups")],
 )
 def test_any_two_add_up_exactly_to_a_lora(
-    one: str, other: str, differ: str, directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, capsys: Any
+    one: str, other: str, differ: str, directories: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
     used, out = [directories[one], directories[other]], tmp_path / "sum"
     command = ["merge-adapters", *map(str, used), str(out), "--weights", "0.25", "-2"]
@@ -216,7 +203,7 @@ def test_any_two_add_up_exactly_to_a_lora(
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == rank
     tensors = load_file(out / "adapter_model.safetensors")
-    first, second = (changes(directory, tiny_model_dir) for directory in used)
+    first, second = (changes(directory) for directory in used)
     names = first.keys() | second.keys()
     assert len(tensors) == 2 * len(names)
     for name in names:
@@ -235,26 +222,17 @@ def test_a_sum_can_be_cut(directories: dict[str, Path], tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_refusals_say_what_is_wrong(
-    directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, capsys: Any
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("x")
-    for out, options, said in (
-        ("x", ["--weights", "1", "2"], "give one for each"),
-        ("x", ["--weights", "nan"], "--weights: expected numbers, got nan"),
-        ("x", ["--rank", "4", "--to", "qvera"], "--rank: goes with --to lora only"),
-        (
-            "x",
-            ["--dtype", "float16"],
-            "--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora.",
-        ),
-        ("full", [], "is not an empty directory"),
+def test_refusals_say_what_is_wrong(directories: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    for options, said in (
+        (["--weights", "1", "2"], "give one for each"),
+        (["--weights", "nan"], "--weights: expected numbers, got nan"),
+        (["--rank", "4", "--to", "qvera"], "--rank: goes with --to lora only"),
+        (["--dtype", "float16"], "--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora."),
     ):
-        assert main(["merge-adapters", str(directories["a"]), str(tmp_path / out), *options]) == 2
+        assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), *options]) == 2
         assert said in capsys.readouterr().err
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
-    scaled = deltas(directories["scaled"], tiny_model_dir)
+    assert not list(tmp_path.iterdir())
+    scaled = deltas(directories["scaled"])
     assert same_directions([scaled, scaled]) is None
     own_pairs = dataclasses.replace(scaled, pair=None)  # as sara's of the weights
     assert same_directions([own_pairs, own_pairs]) == "their linears have a pair of A and B each"
@@ -264,14 +242,11 @@ def test_adapters_of_pefts_own_vera_add_up_to_a_lora(section: ModelSection, tmp_
     stock = get_peft_model(small_llama(), VeraConfig(r=4, target_modules=["q_proj"], init_weights=False))
     stock.peft_config["default"].base_model_name_or_path = section.path
     stock.save_pretrained(str(tmp_path / "stock"))
-    out = tmp_path / "sum"
-    command = ["merge-adapters", str(tmp_path / "stock"), str(tmp_path / "stock"), str(out), "--weights", "1", "1"]
+    command = ["merge-adapters", *[str(tmp_path / "stock")] * 2, str(tmp_path / "sum"), "--weights", "1", "1"]
     assert main([*command, "--to", "qvera"]) == 2
     assert main(command) == 0
-    base = empty_model(section)
-    one, total = read_deltas(tmp_path / "stock", base), read_deltas(out, base)
-    for name, delta in total.layers.items():
-        torch.testing.assert_close(delta.rows(), 2 * one.layers[name].rows(), rtol=1e-5, atol=1e-6)
+    doubled = {name: 2 * change for name, change in changes(tmp_path / "stock").items()}
+    torch.testing.assert_close(changes(tmp_path / "sum"), doubled, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

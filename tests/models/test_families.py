@@ -38,11 +38,12 @@ from tests.serve.helpers import BASE, ENGINES, Alone, assert_same, engine_of, re
 from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
-_FAST = ("llama4", "gpt2", "mixtral")
-"""One of each kind: a decoder and router of its own, Conv1D, and tensors that are fused while loading."""
-_SLOW = ("llama", "gemma2", "gemma3_images", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
-"""What else differs: scaled rotations, windows and caps, a vision tower, biases, scaled logits, no paged attention, a
-table of positions, no 4 bits, and experts that are not fused. The others are like one of these."""
+_FAST = ("llama4", "gpt2")
+"""A decoder and router of its own, and Conv1D."""
+_SLOW = ("mixtral", "llama", "gemma2", "gemma3_images", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
+"""What else differs: tensors that are fused while loading, scaled rotations, windows and caps, a vision tower, biases,
+scaled logits, no paged attention, a table of positions, no 4 bits, and experts of another form. The others are like
+one of these."""
 
 
 def _marks(name: str) -> Any:
@@ -69,7 +70,9 @@ def recipe_of(make_recipe: Any, family: Family, directory: Path, **data: Any) ->
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in _FAST + _SLOW else pytest.mark.slow) for name in FAMILIES]
+)
 def test_all_linear_is_every_linear_of_the_layers_but_the_routers(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     family.config().save_pretrained(tmp_path)

@@ -24,6 +24,10 @@ CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 9], [8, 4, 0, 0]])
 
 
+def section(directory: Path, quantization: Any = "nf4") -> ModelSection:
+    return ModelSection(path=str(directory), quantization=quantization, compute_dtype="float32")
+
+
 def classifier(directory: Path, *labels: str, seed: int = 0, **settings: str) -> Base:
     section = ModelSection(path=str(directory), **{"compute_dtype": "float32", **settings})
     return load_base(section, CPU, model_class=classification_class(labels, seed=seed))
@@ -33,9 +37,7 @@ def classifier(directory: Path, *labels: str, seed: int = 0, **settings: str) ->
 def test_the_head_is_drawn_from_the_seed_and_the_rest_is_the_language_models(
     tiny_model_dir: Path, quantization: str
 ) -> None:
-    language_model = load_base(
-        ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=quantization), CPU
-    ).model
+    language_model = load_base(section(tiny_model_dir, quantization), CPU).model
     torch.manual_seed(5)  # of no effect
     one, same, other = (classifier(tiny_model_dir, "a", "b", "c", seed=s, quantization=quantization) for s in (1, 1, 2))
     assert one.model.score.weight.dtype == torch.float32
@@ -81,15 +83,12 @@ def edited(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the tiny model with changed config values and tensors."""
 
     def edit(change: Change | None = None, tied: bool = False, **config: Any) -> Path:
-        directory = tmp_path / "model"
+        directory = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
         if tied:
             small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(directory)
-            small_tokenizer().save_pretrained(directory)
-        else:
-            shutil.copytree(tiny_model_dir, directory)
-        file = directory / "config.json"
-        document = json.loads(file.read_text()) | config
-        file.write_text(json.dumps({key: value for key, value in document.items() if value != "absent"}))
+        document = json.loads((directory / "config.json").read_text()) | config
+        document = {key: value for key, value in document.items() if value != "absent"}
+        (directory / "config.json").write_text(json.dumps(document))
         if change is not None:
             weights = directory / "model.safetensors"
             save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
@@ -98,18 +97,11 @@ def edited(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     return edit
 
 
-def section(directory: Path, quantization: str = "nf4") -> ModelSection:
-    return ModelSection(path=str(directory), quantization=quantization, compute_dtype="float32")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"num_attention_heads": 7, "num_key_value_heads": 7}, r"hidden size \(64\) is not a multiple"),
-        (
-            {"num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": "absent"},
-            "hidden_size 64, not a multiple of num_attention_heads 7",
-        ),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": "absent"}, "64, not a multiple of .*heads 7"),
         ({"num_attention_heads": -4}, "num_attention_heads -4, expected a whole number from 1"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4, not a multiple of num_key_value_heads 3"),
         ({"hidden_size": 10**12}, "hidden_size 1000000000000, expected a whole number from 1 to 1,048,576"),
@@ -149,31 +141,23 @@ def test_weights_that_are_not_the_configs_are_refused(
     directory = edited(change, **config)
     with pytest.raises(InputError, match=message):
         load_base(section(directory, quantization))
-    if config:
-        with pytest.raises(InputError, match=message):
-            quantized_copy(section(directory), directory.parent / "out")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_tied_config_with_another_head_is_refused_and_with_the_same_one_taken(
-    edited: Any, tmp_path: Path, quantization: str
-) -> None:
+def test_a_tied_config_with_another_head_is_refused_and_with_the_same_one_taken(edited: Any, quantization: str) -> None:
     directory = edited(lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()}, tied=True)
     assert load_base(section(directory, quantization)).facts["parameters"] > 0
     weights = load_file(directory / "model.safetensors")
     weights["lm_head.weight"][-1, -1] += 1
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight.*tie_word_embeddings: false"
-    ):
+    said = r"lm_head\.weight differs from model\.embed_tokens\.weight.*tie_word_embeddings: false"
+    with pytest.raises(InputError, match=said):
         load_base(section(directory, quantization))
 
 
-def test_integers_in_a_quantized_checkpoint_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    quantized_copy(section(tiny_model_dir), out)
-    weights = load_file(out / "model.safetensors")
-    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int32)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+def test_integers_in_a_quantized_checkpoint_are_refused(edited: Any, tmp_path: Path) -> None:
+    quantized_copy(section(edited()), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    save_file(as_integers("model.norm.weight")(weights), tmp_path / "out" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"model\.norm\.weight is torch\.int32"):
-        load_base(section(out))
+        load_base(section(tmp_path / "out"))

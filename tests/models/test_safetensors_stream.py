@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from qvera.models import safetensors_stream
 from qvera.models.safetensors_stream import CheckpointReader, in_order, write_shard
-from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec, file_stamps, read_header
 
 
@@ -60,16 +59,6 @@ def test_a_file_is_read_once_and_hashed_whole(tmp_path: Path, elements: int, mon
         assert torch.equal(torch.cat(rows), tensors[name])
     assert reader.sha256 == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
     assert not list(reader.blocks(tensors))  # all is known
-
-
-def test_headers_that_do_not_fit_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
-    save_file(mixed(), file)
-    whole = file.read_bytes()
-    for spoilt in (whole[:-1], whole + b"x", whole[:4], b"", whole[:8] + b"[" + whole[9:], whole.replace(b"U8", b"U9")):
-        file.write_bytes(spoilt)
-        with pytest.raises(InputError, match="x.safetensors: .*Copy or download it again"):
-            read_header(file)
 
 
 def test_wrong_tensors_leave_nothing_behind(tmp_path: Path) -> None:

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
-from qvera.models import linear, stored_weights
+from qvera.models import linear
 from qvera.models.loader import load_base
 from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import TensorEntry
 from tests.conftest import small_llama
 from tests.models.helpers import stock_four_bit, stock_load
 
@@ -90,20 +89,6 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     assert lies_in(model.lm_head.weight, packed)
     with torch.no_grad():
         assert model(IDS).logits.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("device", "computes_in", "held_in"),
-    [("cpu", "float16", "bfloat16"), ("meta", "float16", "float16"), ("meta", "float32", "bfloat16")],  # meta: a GPU's
-)
-def test_on_an_accelerator_the_head_is_cast_once_where_that_takes_no_more_room(
-    device: str, computes_in: str, held_in: str
-) -> None:
-    model, file = small_llama(num_hidden_layers=1, tie_word_embeddings=False), Path("model.safetensors")
-    weight = model.lm_head.weight.detach().to(torch.bfloat16)
-    entry = TensorEntry("lm_head.weight", weight.dtype, tuple(weight.shape), file, 0, weight.nbytes)
-    stored_weights._put_plain(model, entry, weight, getattr(torch, computes_in), torch.device(device))
-    assert model.lm_head.weight.dtype == getattr(torch, held_in)
 
 
 def test_a_16_bit_checkpoint_can_be_mapped_too(tiny_model_dir: Path) -> None:

@@ -72,6 +72,14 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return directory / "run"
 
 
+@pytest.fixture(scope="module")
+def merged(trained: Path) -> Path:
+    out = trained.parent / "merged"
+    options = ["--to", "merged", "--dtype", "float32", "--base", "dequantized"]
+    assert main(["export", str(trained), str(out), *options]) == 0
+    return out
+
+
 @pytest.fixture
 def own_run(trained: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may damage."""
@@ -85,7 +93,7 @@ def ask(opened: Any) -> str:
     return tokenizer.decode(out[0, len(ids) :])
 
 
-def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_path: Path) -> None:
+def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, merged: Path) -> None:
     opened = open_run(trained)
     said = ask(opened)
     assert said.startswith(f"{TOOL}red{DONE}"), said
@@ -97,35 +105,30 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     ids = directory_facts(trained)["added_tokens"]
     assert list(ids) == [TOOL, DONE]
     assert directory_facts(trained / "adapter")["added_tokens"] == ids
-
-    out = tmp_path / "merged"
-    options = ["--to", "merged", "--dtype", "float32", "--base", "dequantized"]
-    assert main(["export", str(trained), str(out), *options]) == 0
-    exported, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    exported, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
     for one in (tokenizer, AutoTokenizer.from_pretrained(trained / "adapter")):
         assert one.convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
     assert exported.config.vocab_size == exported.get_input_embeddings().weight.shape[0] > max(ids.values())
     batch = torch.tensor([tokenizer(f"say red{TOOL}", add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(opened.model(batch).logits, exported(batch).logits, atol=1e-4, rtol=1e-5)
-    certificate = json.loads((out / "qvera_export.json").read_text())
+    certificate = json.loads((merged / "qvera_export.json").read_text())
     assert certificate["added_tokens"] == ids and "difference" in certificate
 
 
-def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(
+    trained: Path, merged: Path, tmp_path: Path, capsys: Any
+) -> None:
     rows = trained.parent / "rows.jsonl"
     alone = Path(shutil.copytree(trained / "adapter", tmp_path / "alone"))
     assert main(["eval", str(alone), "--data", str(rows), "--json", str(tmp_path / "alone.json")]) == 0
     scores = json.loads((tmp_path / "alone.json").read_text())["scores"]
     tokens = len(open_run(trained).base.tokenizer(f"{TOOL}red{DONE}", add_special_tokens=False)["input_ids"])
     assert scores["rows"] == 16 and scores["trained_tokens"] == 16 * (tokens + 1), "a new token is one token"
-    out = tmp_path / "merged"
-    assert main(["export", str(trained), str(out), "--to", "merged", "--no-compare"]) == 0
     capsys.readouterr()
-    assert main(["eval", str(out), "--with-base"]) == 2
-    assert TOOL in capsys.readouterr().err
-    assert main(["eval", str(out), "--html", str(tmp_path / "page.html"), "--max-new-tokens", "8"]) == 0
-    assert TOOL in capsys.readouterr().err
+    for options, code in ((["--with-base"], 2), (["--html", str(tmp_path / "page.html"), "--max-new-tokens", "8"], 0)):
+        assert main(["eval", str(merged), *options]) == code
+        assert TOOL in capsys.readouterr().err
 
 
 def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -218,17 +221,20 @@ def test_bases_that_transformers_loads_grow_too(model_dir: Path) -> None:
         assert logits.shape[-1] > max(base.facts["added_tokens"].values())
 
 
-def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, make_recipe: Any) -> None:
-    directory = tmp_path / "model"
-    tokenizer = small_tokenizer()
-    tokenizer.pad_token = None
+def written(tokenizer: Any, directory: Path) -> str:
+    """A model of as many rows as the tokenizer has tokens."""
     small_llama(vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    recipe = make_recipe(model={"path": str(directory)})
+    return str(directory)
+
+
+def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, make_recipe: Any) -> None:
+    tokenizer = small_tokenizer()
+    tokenizer.pad_token = None
+    path = written(tokenizer, tmp_path / "model")
+    recipe, padded = (make_recipe(model={"path": path, **more}) for more in ({}, {"pad_token": "<|endoftext|>"}))
     assert build_datasets(recipe.data, load_tokenizer(recipe.model)).stats.pads_with_eos
-    base = load_base(recipe.model)
-    assert base.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    padded = make_recipe(model={"path": str(directory), "pad_token": "<|endoftext|>"})
+    assert load_base(recipe.model).model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     datasets = build_datasets(padded.data, load_tokenizer(padded.model))
     assert (datasets.stats.pads_with_eos, datasets.pad_id) == (False, 0)
 
@@ -241,36 +247,29 @@ def test_eos_token_ends_an_answer(make_recipe: Any) -> None:
 
 
 def test_chatml_s_markers_can_be_added(tmp_path: Path, make_recipe: Any) -> None:
-    directory = tmp_path / "model"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_bpe_tokenizer([], False), eos_token="</s>", bos_token="<s>")
-    small_llama(vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    without = make_recipe(model={"path": str(directory)}, data={"template": "chatml"})
+    model: dict[str, Any] = {"path": written(tokenizer, tmp_path / "model")}
+    without = make_recipe(model=model, data={"template": "chatml"})
     with pytest.raises(InputError, match=r"Or add them with model\.added_tokens"):
         build_datasets(without.data, load_tokenizer(without.model))
-    markers = ["<|im_start|>", "<|im_end|>"]
-    recipe = make_recipe(
-        model={"path": str(directory), "added_tokens": markers, "eos_token": "<|im_end|>"},
-        data={"template": "chatml"},
-        training={"max_steps": 1},
-    )
-    train(recipe, tmp_path / "run")
-    opened = open_run(tmp_path / "run")
-    assert opened.base.tokenizer.eos_token == "<|im_end|>"
+    model |= {"added_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
+    train(make_recipe(model=model, data={"template": "chatml"}, training={"max_steps": 1}), tmp_path / "run")
+    assert open_run(tmp_path / "run").base.tokenizer.eos_token == "<|im_end|>"
 
 
 def test_a_damaged_or_foreign_file_of_rows_is_refused(own_run: Path) -> None:
     file = own_run / "adapter" / ADDED_ROWS
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=rf"{ADDED_ROWS}: can't be read"):
-        open_run(own_run)
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            open_run(own_run)
+
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(rf"{ADDED_ROWS}: can't be read")
     save_file({"embedding": torch.zeros(2, 8), "head": torch.zeros(2, 8)}, file)
-    with pytest.raises(InputError, match=r"holds \[2, 8\] as embedding, expected rows of shape \[2, 64\]"):
-        open_run(own_run)
+    refused(r"holds \[2, 8\] as embedding, expected rows of shape \[2, 64\]")
     file.unlink()
-    with pytest.raises(InputError, match="copy the whole adapter directory"):
-        open_run(own_run)
+    refused("copy the whole adapter directory")
 
 
 def test_the_plan_counts_tables_that_are_no_longer_mapped(model_dir: Path, make_recipe: Any) -> None:
