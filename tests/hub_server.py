@@ -102,34 +102,28 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         elif "/preupload/" in path:
-            files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
-            ]
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith((".safetensors", ".gguf")) else "regular" for name in names}
+            files = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
             self._answer(200, {"files": files})
         elif path.endswith("/info/lfs/objects/batch"):
-            asked = json.loads(body)
+            address = f"{self.hub.address}/lfs"
             objects = [
-                {**one, "actions": {"upload": {"href": f"{self.hub.address}/lfs/{one['oid']}"}}}
-                for one in asked["objects"]
+                {**one, "actions": {"upload": {"href": f"{address}/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
             ]
             self._answer(200, {"transfer": "basic", "objects": objects})
         elif "/commit/" in path:
             repo = path.split("/api/models/")[1].split("/commit/")[0]
-            for line in body.splitlines():
-                entry = json.loads(line)
-                value = entry["value"]
+            for entry in map(json.loads, body.splitlines()):
+                value, held = entry["value"], self.hub.repositories[repo]
                 if entry["key"] == "header":
                     self.hub.messages.append(value["summary"])
                 elif entry["key"] == "file":
                     assert value["encoding"] == "base64"
-                    self.hub.repositories[repo][value["path"]] = base64.b64decode(value["content"])
+                    held[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
-                    self.hub.repositories[repo][value["path"]] = self.hub.objects[value["oid"]]
+                    held[value["path"]] = self.hub.objects[value["oid"]]
             commit = self.hub.commit(repo)
             address = f"{self.hub.address}/{repo}/commit/{commit}"
             self._answer(200, {"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""})
@@ -154,7 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         commit = self.hub.commit(repo)
         if is_api and "/tree/" in path:
-            self._answer(200, [self._entry(name, data) for name, data in files.items()])
+            digests = {name: hashlib.sha256(data).hexdigest()[:40] for name, data in files.items()}
+            tree = [{"type": "file", "path": n, "size": len(files[n]), "oid": d} for n, d in digests.items()]
+            self._answer(200, tree)
         elif is_api:
             siblings = [{"rfilename": name} for name in files]
             self._answer(200, {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "private": False})
@@ -168,7 +164,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
-
-    def _entry(self, name: str, data: bytes) -> dict[str, Any]:
-        digest = hashlib.sha256(data).hexdigest()
-        return {"type": "file", "path": name, "size": len(data), "oid": digest[:40]}

@@ -205,7 +205,8 @@ def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: P
     names: dict[str, Any] = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows)}
     names |= {"CUSTOMERS": str(workspace / "customers.csv"), "WHERE": str(tmp_path)}
     for block in blocks:
-        exec(compile(block, "docs/api.md", "exec"), names)
+        shorter = block.replace('"max_steps": 4,', '"max_steps": 4, "sample_max_new_tokens": 4,')
+        exec(compile(shorter, "docs/api.md", "exec"), names)
     assert len(names["answers"]) == 2
     assert names["steps"] == [1, 2]
     assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench import quickstart_rows
-from bench.quickstart_rows import INSTRUCTION, Split, generate, message_of, render, write_rows
+from bench.quickstart_rows import Split, generate, message_of, write_rows
 from bench.quickstart_score import FIELDS, regex_baseline, score
 from bench.quickstart_words import HELDOUT, TRAIN
 from qvera.cli.quickstart import recipe_path
@@ -83,23 +83,6 @@ def test_every_copied_value_stands_in_the_text(split: Split) -> None:
     for optional in ("colour", "day", "to.floor"):
         assert 60 < sum(answer[optional] is None for answer in answers) < 540
     assert min(Counter(answer["count"] for answer in answers).values()) > 20
-
-
-def test_the_instruction_carries_the_whole_schema() -> None:
-    schema = re.search(r"\{.*\}", INSTRUCTION)
-    assert schema is not None
-    as_json = re.sub(r"\b(string|integer|boolean)(\|null)?", '"leaf"', schema[0])
-    row = generate("train", 1)[0]
-    paths = [path for path, _ in leaves(json.loads(row["completion"]))]
-    assert [path for path, _ in leaves(json.loads(as_json))] == paths
-    assert row["prompt"].startswith(f"{INSTRUCTION}\n\n")
-
-
-def test_render_drops_nested_parts_with_their_absent_facts() -> None:
-    template = "Come[ on {date}[ at {time}]]. {aside} Bye."
-    assert render(template, {"date": "3 May", "time": "noon", "aside": None}) == "Come on 3 May at noon. Bye."
-    assert render(template, {"date": "3 May", "time": None, "aside": "Hi."}) == "Come on 3 May. Hi. Bye."
-    assert render(template, {"date": None, "time": None, "aside": None}) == "Come. Bye."
 
 
 def test_the_shipped_rows_are_those_of_the_script(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -32,9 +31,9 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import IDS, IN, OUT, base_layer, dense_weight, logits, perturb, relative
 from tests.conftest import small_llama
+from tests.lab.authors import numbers_of
 from tests.training.runs import cut_off, same, vectors
 
-REFERENCE = Path(__file__).parent / "reference"
 SARA: dict[str, Any] = {"method": "sara", "rank": 16, "singular_share": 0.3}
 MIXTURES: dict[str, dict[str, Any]] = {
     "seeded": {**SARA, "experts": 3},
@@ -55,11 +54,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
     ],
 )
 def test_the_authors_numbers_with_their_factors(file: str, parts: str, suffix: str | None) -> None:
-    theirs = np.load(REFERENCE / f"{file}.npz")
+    theirs = numbers_of(file)
 
     def read(name: str) -> torch.Tensor:
         key = parts.format(name)
-        return torch.from_numpy(theirs[key if key in theirs else f"{name}{suffix}"])
+        return theirs[key if key in theirs else f"{name}{suffix}"].clone()
 
     R, x, g = read("R").requires_grad_(), read("x").requires_grad_(), read("g")
     factors = Factors(read("A"), read("B"), R=R, scale=float(theirs["scaling"]))
@@ -207,15 +206,6 @@ def test_a_base_stored_otherwise_has_other_factors_and_is_refused(xs: tuple[Any,
         load_adapter(base.model, directory / "adapter", base)
 
 
-def test_fp32_weights_opened_in_bfloat16_are_refused_with_what_to_set(tmp_path: Path) -> None:
-    """Their decomposition is another one."""
-    section = AdapterSection.model_validate({"method": "sara", "rank": 8, "singular_share": 0.5, "frozen_pair": "svd"})
-    save_adapter(attach(small_llama(), section), tmp_path / "adapter")
-    assert load_adapter(small_llama(), tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"model.double_quant and model.compute_dtype"):
-        load_adapter(small_llama().to(torch.bfloat16), tmp_path / "adapter")
-
-
 @pytest.fixture(scope="module")
 def sb(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The recipe and the directory of a run of LoRA-SB whose only step moves next to nothing."""
@@ -247,16 +237,7 @@ def test_lora_sb_starts_from_the_sign_of_the_gradient(sb: tuple[Any, Path]) -> N
         assert error < best + 1.05 * step, name
 
 
-def test_lora_sb_takes_the_gradients_of_as_many_weights_as_memory_holds(
-    sb: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, together = sb
-    monkeypatch.setattr(lora_sb, "_SHARE_OF_FREE_MEMORY", 2**50)
-    train(recipe, tmp_path / "one by one")
-    assert same(vectors(together), vectors(tmp_path / "one by one"))
-
-
-def test_lora_sb_halves_the_passes_that_memory_does_not_suffice_for(
+def test_lora_sb_takes_as_many_weights_and_rows_at_a_time_as_memory_holds(
     sb: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, whole = sb
@@ -270,6 +251,7 @@ def test_lora_sb_halves_the_passes_that_memory_does_not_suffice_for(
     monkeypatch.setattr(AloneLoop, "nll", nll)
     with pytest.raises(InputError, match="does not fit into memory"):
         train(recipe.replace(training=recipe.training.replace(on_oom="save")), tmp_path / "save")
+    monkeypatch.setattr(lora_sb, "_SHARE_OF_FREE_MEMORY", 2**50)  # one weight at a time
     train(recipe.replace(training=recipe.training.replace(on_oom="halve")), tmp_path / "halved")
     one, other = vectors(whole), vectors(tmp_path / "halved")
     for name in (n for n in one if "frozen" in n):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,8 +14,7 @@ from qvera.models import linear
 from qvera.models.checkpointing import enable_checkpointing
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
-
-REFERENCE = Path(__file__).parent / "reference"
+from tests.lab.authors import numbers_of
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,9 +70,9 @@ class Net(nn.Module):
     def __init__(self, theirs: Any) -> None:
         super().__init__()
         for name in ("q_proj", "o_proj"):
-            weight = torch.from_numpy(theirs[f"{name}_W"])
+            weight = theirs[f"{name}_W"]
             layer = nn.Linear(weight.shape[1], weight.shape[0]).double()
-            layer.weight.data, layer.bias.data = weight, torch.from_numpy(theirs[f"{name}_bias"])
+            layer.weight.data, layer.bias.data = weight, theirs[f"{name}_bias"]
             setattr(self, name, layer)
         self.requires_grad_(False)
         linear.freeze_linears(self)
@@ -89,17 +86,15 @@ def test_the_start_of_lora_sb() -> None:
 
     They divide the mean loss of each batch by its number of rows once more, so the last, smaller batch counts twice.
     """
-    theirs = np.load(REFERENCE / "lora_sb.npz")
+    theirs = numbers_of("lora_sb")
     net = Net(theirs)
-    x, t = (torch.from_numpy(theirs[f"data_{name}"]) for name in "xt")
+    x, t = (theirs[f"data_{name}"] for name in "xt")
     with collected(net, dict(net.named_children())) as gradients:
         for first, last in ((0, 4), (4, 8), (8, 10)):
             y = net(x[first:last].requires_grad_())
             (nn.functional.mse_loss(y, t[first:last]) / (last - first)).backward()
     for name, gradient in gradients.items():
-        accumulated, G, A, R, B = (
-            torch.from_numpy(theirs[f"{name}_{part}"]) for part in ("grad_accumulated", "G", "A", "R", "B")
-        )
+        accumulated, G, A, R, B = (theirs[f"{name}_{part}"] for part in ("grad_accumulated", "G", "A", "R", "B"))
         scale = (gradient * accumulated).sum() / accumulated.norm() ** 2  # how often they divide is not stored
         torch.testing.assert_close(gradient, accumulated * scale, rtol=1e-9, atol=1e-14)
         ours = sign_step(gradient, float(theirs["eff_lr"]))

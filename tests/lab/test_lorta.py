@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -27,9 +26,9 @@ from qvera.utils.errors import InputError
 from tests.adapters.helpers import IDS, dense_weight, logits, perturb, relative
 from tests.adapters.methods.cases import lorta_delta
 from tests.conftest import small_llama
+from tests.lab.authors import numbers_of
 from tests.training.runs import same
 
-REFERENCE = Path(__file__).parent / "reference"
 LORTA = {"method": "lorta", "rank": 5}
 OUTPUT_FIRST = {**LORTA, "lorta_convention": "output-first"}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -39,8 +38,7 @@ class Authors:
     """Stored numbers of one of the authors' codes: the factors as our tensors, and ΔW of each linear."""
 
     def __init__(self, file: str, convention: str) -> None:
-        stored = np.load(REFERENCE / file)
-        self.data = {key: torch.from_numpy(value) for key, value in stored.items() if value.dtype == np.float64}
+        self.data = numbers_of(file)
         self.adapter = AdapterSection.model_validate(
             {"method": "lorta", "rank": 5, "alpha": 8, "lorta_convention": convention}
         )
@@ -73,7 +71,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_input_first_gives_the_numbers_of_the_authors_language_model_code() -> None:
-    authors = Authors("lorta_litgpt.npz", "input-first")
+    authors = Authors("lorta_litgpt", "input-first")
     x_qkv, x_o = (authors[key].clone().requires_grad_() for key in ("x_qkv", "x_o"))
     for layer in range(2):
         weights = authors["W_qkv"].chunk(3)
@@ -89,7 +87,7 @@ def test_input_first_gives_the_numbers_of_the_authors_language_model_code() -> N
 
 
 def test_output_first_gives_the_numbers_of_the_authors_fork_of_peft() -> None:
-    authors = Authors("lorta_peft_fork.npz", "output-first")
+    authors = Authors("lorta_peft_fork", "output-first")
     x = authors["x"].clone().requires_grad_()
     for layer in range(2):
         for i, name in enumerate("qkvo"):
@@ -114,7 +112,7 @@ def test_it_starts_where_the_authors_do(convention: str, wide: int) -> None:
     assert largest["A"] == pytest.approx(1 / 8, rel=0.01)
     assert [largest[kind] for kind in ("heads", "layers", "module")] == pytest.approx([bound] * 3, rel=0.05)
     if wide == 6:
-        stored = np.load(REFERENCE / "lorta_peft_fork.npz")  # of rank 5
+        stored = numbers_of("lorta_peft_fork")  # of rank 5
         assert stored["init_max_abs_A"] < (1 / 5) ** 0.5 < stored["init_max_abs_C_h"] < (6 / 5) ** 0.5
 
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -29,6 +28,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import logits, perturb, relative
 from tests.conftest import small_llama
+from tests.lab.authors import numbers_of
 from tests.training.runs import cut_off, losses, same, vectors
 
 pytestmark = pytest.mark.process
@@ -178,9 +178,6 @@ def test_a_seed_chain_that_does_not_fit_is_refused() -> None:
             QveraConfig(rank=8, b_groups=2, seed_chain=chain)
 
 
-AUTHORS = Path(__file__).parent / "reference"
-
-
 def moved_momentum(momentum: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Flora's: the momentum M [m, r] of a gradient G, kept as G P_oldᵀ, in another subspace: M' = (M P_old) P_newᵀ."""
     return momentum @ (old @ new.t())
@@ -189,7 +186,7 @@ def moved_momentum(momentum: torch.Tensor, old: torch.Tensor, new: torch.Tensor)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_momentum_after_a_resample_is_the_authors(side: str) -> None:
     """In their second step M' = β moved(M) + (1 - β) P_new(update), with Adafactor's update."""
-    stored = {name: torch.from_numpy(value) for name, value in np.load(AUTHORS / f"flora_{side}.npz").items()}
+    stored = numbers_of(f"flora_{side}")
     root, beta, step = float(stored["rank"]) ** 0.5, stored["beta1"], 1
     row, column = stored["exp_avg_sq_row"][step], stored["exp_avg_sq_col"][step]
     update = stored["grad_decompressed"][step] / (row / row.mean()).sqrt().unsqueeze(1) / column.sqrt()

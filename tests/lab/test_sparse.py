@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -12,9 +9,9 @@ from torch._subclasses import FakeTensorMode
 from qvera.lab import sparse
 from qvera.lab.sparse import SparseChange, add_sparse, largest_places, largest_products, sampled_product
 from tests.adapters.helpers import relative
+from tests.lab.authors import numbers_of
 from tests.live_bytes import PeakBytes
 
-REFERENCE = Path(__file__).parent / "reference"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -79,15 +76,8 @@ def test_forward_and_every_gradient(
         assert torch.equal(add_sparse(base.clone(), x, values, p["indices"], overwrite=True), y)
 
 
-def test_finite_differences() -> None:
-    p = parts(4, 5, 6, 7)
-    leaves = [p[name].requires_grad_() for name in ("base", "x", "values")]
-    assert torch.autograd.gradcheck(lambda base, x, values: add_sparse(base, x, values, p["indices"]), leaves)
-
-
 def test_like_the_authors_layer() -> None:
-    with np.load(REFERENCE / "spiel_linear.npz") as file:
-        numbers = {name: torch.from_numpy(file[name]) for name in file}
+    numbers = numbers_of("spiel_linear")
     x, values, bias = (numbers[name].requires_grad_() for name in ("x", "values", "bias"))
     order = numbers["indices"].argsort()
     indices = numbers["indices"][order]

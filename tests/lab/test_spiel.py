@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +38,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import relative
 from tests.conftest import small_llama
+from tests.lab.authors import numbers_of
 from tests.training.runs import cut_off, same, vectors
 
 GROWTHS = {"accumulated-gradient": 2e-2, "momentum": 5e-2}
@@ -217,15 +217,11 @@ def test_a_rank_with_more_values_than_half_of_a_weight_is_refused(make_recipe: A
         make_plan(make_recipe(adapter={"method": "spiel", "rank": 30}), torch.device("cpu"))
 
 
-REFERENCE = Path(__file__).parent / "reference"
-
-
 class Authors:
     """Their numbers in double precision, with what belongs to the values sorted by place, as ours are."""
 
     def __init__(self, name: str) -> None:
-        with np.load(REFERENCE / f"{name}.npz") as file:
-            self.raw = {key: torch.from_numpy(file[key]) for key in file}
+        self.raw = numbers_of(name)
 
     def number(self, key: str) -> float:
         return self.raw[key].item()

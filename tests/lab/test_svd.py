@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,8 +9,7 @@ from torch import nn
 from qvera.lab import svd
 from qvera.lab.svd import TruncatedSvd, rank_of_share, rows_of, rows_of_tensor, singular_values, truncated_svd
 from tests.adapters.helpers import FOUR_BIT, IN, KINDS, OUT, base_layer, dense_weight
-
-REFERENCE = Path(__file__).parent / "reference"
+from tests.lab.authors import numbers_of
 
 
 def decaying(m: int, n: int, fall: float = 0.97, seed: int = 0) -> torch.Tensor:
@@ -107,9 +103,9 @@ def test_a_rank_beyond_the_weight_is_refused(rank: int) -> None:
 @pytest.mark.parametrize("case", ["tall", "wide"])
 def test_the_pair_of_lora_xs(case: str, version: str) -> None:
     """A and B of the authors' code, which their two scikit-learns give with different signs."""
-    theirs = np.load(REFERENCE / f"lora_xs_{case}.npz")
-    A, B = (torch.from_numpy(theirs[f"{version}_{name}_{case}"]) for name in "AB")
-    ours = truncated_svd(rows_of_tensor(torch.from_numpy(theirs[f"W_{case}"])), int(theirs["r"]))
+    theirs = numbers_of(f"lora_xs_{case}")
+    A, B = (theirs[f"{version}_{name}_{case}"] for name in "AB")
+    ours = truncated_svd(rows_of_tensor(theirs[f"W_{case}"]), int(theirs["r"]))
     mine_A, mine_B = ours.pair()
     signs = torch.sign((mine_B * B).sum(dim=0))
     torch.testing.assert_close(mine_A * signs.unsqueeze(1), A, rtol=0, atol=1e-10)
@@ -118,10 +114,10 @@ def test_the_pair_of_lora_xs(case: str, version: str) -> None:
 
 @pytest.mark.parametrize("case", ["fast", "slow"])
 def test_the_ranks_of_sara(case: str) -> None:
-    known = np.load(REFERENCE / "sara_ranks_numpy.npz")
-    values = singular_values(rows_of_tensor(torch.from_numpy(known[f"{case}_W"])))
-    torch.testing.assert_close(values, torch.from_numpy(known[f"{case}_singular_values"]), rtol=0, atol=1e-12)
-    assert [rank_of_share(values, share) for share in known["thresholds"]] == known[f"{case}_ranks"].tolist()
+    known = numbers_of("sara_ranks_numpy")
+    values = singular_values(rows_of_tensor(known[f"{case}_W"]))
+    torch.testing.assert_close(values, known[f"{case}_singular_values"], rtol=0, atol=1e-12)
+    assert [rank_of_share(values, share) for share in known["thresholds"].tolist()] == known[f"{case}_ranks"].tolist()
 
 
 def test_all_of_the_sum_takes_all_values_that_are_not_zero() -> None:

@@ -59,7 +59,7 @@ def task_batches(sizes: list[int], size: int, **options: Any) -> TaskBatches:
     sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4),
     size=st.integers(1, 5),
     seed=st.integers(0, 2**65),
-    each=st.integers(1, 2),
+    each=st.integers(1, 3),
     shuffle=st.booleans(),
 )
 def test_every_task_has_equally_many_steps_and_each_of_its_rows_once_an_epoch(
@@ -72,6 +72,7 @@ def test_every_task_has_equally_many_steps_and_each_of_its_rows_once_an_epoch(
     for step in range(steps):
         task, before = found.turn(step)
         assert before == len(rows_of.setdefault(task, []))
+        assert task == found.turn(step - step % each)[0], "a task keeps its turn"
         rows_of[task].append(found.rows(step))
     for task, batches in rows_of.items():
         assert len(batches) == visits
@@ -79,13 +80,6 @@ def test_every_task_has_equally_many_steps_and_each_of_its_rows_once_an_epoch(
         assert sorted(row for batch in batches[:per_epoch] for row in batch) == found.tasks[task].tolist()
     stretches = [list(rows) for stretch in found.stretches(steps) for rows in stretch]
     assert stretches == [found.rows(step) for step in reversed(range(steps))][::-1]
-
-
-def test_a_task_keeps_its_turn() -> None:
-    found = task_batches([4, 4, 4], 2, steps_each=3)
-    turns = [found.turn(step)[0] for step in range(9)]
-    assert turns == [task for task in turns[::3] for _ in range(3)]
-    assert sorted(turns[::3]) == [0, 1, 2]
 
 
 @settings(deadline=None, max_examples=40)
@@ -129,11 +123,15 @@ def test_sources_of_one_path_are_told_apart_by_what_else_they_are() -> None:
     assert source_names([file, file]) == ["a.jsonl train 1", "a.jsonl train 2"]
 
 
-def test_each_source_is_a_task(three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_each_source_is_a_task_and_stays_one_in_a_selection(
+    three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
     data = build_datasets(three_sources, base_tokenizer)
     batches = batches_of(recipe_of(three_sources), data.train)
     files = [{data.train[row].source.rpartition(":")[0] for row in batches.rows(step)} for step in range(9)]
     assert Counter(name for names in files for name in names) == dict.fromkeys(data.part_names, 3)
+    assert data.train.cut(8).part_of.tolist() == data.train.part_of.tolist()
+    assert data.train.take(np.array([19, 0])).part_of.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("held_out", [1, ["say"]])
@@ -173,12 +171,6 @@ def test_a_task_may_be_several_labels(write: Write, base_tokenizer: PreTrainedTo
     assert isinstance(batches, TaskBatches)
     found = [sorted({data.train[row].owner for row in task}) for task in batches.tasks]
     assert found == [[data.part_names[label] for label in task] for task in label_tasks(len(data.part_names), 5, 2, 9)]
-
-
-def test_the_tasks_of_a_cut_selection_stay(three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = build_datasets(three_sources, base_tokenizer).train
-    assert rows.cut(8).part_of.tolist() == rows.part_of.tolist()
-    assert rows.take(np.array([19, 0])).part_of.tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(

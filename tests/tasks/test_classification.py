@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from qvera.adapters.files.save_load import named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection, Recipe
-from qvera.data import Datasets, Labels, build_datasets, data_warnings
+from qvera.data import Datasets, Example, Labels, build_datasets, data_warnings
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import class_scores
 from qvera.models.structure import causal_model
@@ -31,7 +31,6 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.evaluation.judges import serving as judge_server
 from tests.tasks.encoders import save_family
-from tests.tasks.rows import labelled
 from tests.tasks.sessions import gradients, loop_of
 
 CPU = torch.device("cpu")
@@ -217,6 +216,11 @@ def test_a_regression_learns_numbers_and_they_are_not_smoothed(classify: Any, tm
         recipe = classify(data={**data, "regression": regression}, training={"label_smoothing": 0.1})
         with pytest.raises(InputError, match=r"training\.label_smoothing: .* the labels are numbers"):
             train(recipe, tmp_path / "smoothed")
+
+
+def labelled(label: str) -> Example:
+    nothing = np.zeros(0, np.int32)
+    return Example(np.arange(5, 8, dtype=np.int32), np.arange(3) == 2, "rows:1", nothing, "text", label)
 
 
 def test_the_scores_of_labels_are_those_of_their_definitions() -> None:

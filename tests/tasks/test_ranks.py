@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from qvera.training.trainer import train
-from tests.distributed.ranks import run_worker
+from tests.distributed.ranks import Ranks, run_worker
 from tests.distributed.runs import close, losses, vectors
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -22,18 +23,24 @@ def runs(classify: Any, see: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     root = tmp_path_factory.mktemp("ranks")
     training = {"max_steps": 2, "head_learning_rate": 1e-2, "per_device_train_batch_size": 2, "eval_steps": 1}
     training |= {"save_steps": 1, "gradient_checkpointing": True}
-    texts, pictures = (make(training=training) for make in (classify, see))
+    texts, pictures = (
+        make(training={**training, "output_dir": str(root / name)})
+        for make, name in ((classify, "texts"), (see, "pictures"))
+    )
     train(texts, root / "one, texts")
     train(pictures, root / "one, pictures")
     zero3 = {**texts.to_dict(), "deepspeed": "zero3"}
+    cut = {"recipe": zero3, "run_dir": str(root / "on")}
     tasks: list[dict[str, Any]] = [
-        {"name": "texts", "recipe": texts.to_dict()},
-        {"name": "pictures", "recipe": pictures.to_dict()},
-        {"name": "zero3", "recipe": zero3},
-        {"name": "cut", "recipe": zero3, "stop_after": 1, "run_dir": str(root / "on")},
-        {"name": "on", "recipe": zero3, "resume": True},
+        {"name": "texts", "recipe": texts.to_dict(), "run_dir": str(root / "texts")},
+        {"name": "zero3", "recipe": zero3, "run_dir": str(root / "zero3")},
+        {"name": "cut", "stop_after": 1, **cut},
+        {"name": "on", "resume": True, **cut},
     ]
-    run_worker([{"run_dir": str(root / one["name"]), **one} for one in tasks], 2, root / "spawn", limit_seconds=300)
+    run_worker(tasks, 2, root / "spawn", limit_seconds=300)
+    (root / "pictures.yaml").write_text(yaml.safe_dump(pictures.to_dict()))
+    ranks = Ranks(["-m", "qvera", "train", str(root / "pictures.yaml")], 2, root / "logs")
+    assert ranks.wait(300) == [0, 0], ranks.text()
     return root
 
 
