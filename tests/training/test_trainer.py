@@ -302,36 +302,32 @@ def test_nan_stops_the_run_and_names_step_and_rows(
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
 
 
-def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("also_of_the_base", [False, True])
+def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved_unless_the_base_s_is_not_either(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, also_of_the_base: bool
 ) -> None:
-    real, calls = AloneLoop.held_out_loss, itertools.count()
+    """And metrics are JSON that every parser reads, whatever the loss."""
+    real, calls = AloneLoop.held_out_loss, itertools.count(int(also_of_the_base))
 
-    def spoilt_after_training(run: AloneLoop) -> dict[str, Any]:
+    def spoilt(run: AloneLoop) -> dict[str, Any]:
         return {**real(run), "loss": math.nan} if next(calls) else real(run)
 
-    monkeypatch.setattr(AloneLoop, "held_out_loss", spoilt_after_training)
+    monkeypatch.setattr(AloneLoop, "held_out_loss", spoilt)
     run_dir = tmp_path / "run"
-    with pytest.raises(NotFinite, match=r"Step 2: its held-out loss is not finite\. Lower training\.learning_rate\."):
-        train(make_recipe(training={"max_steps": 2}), run_dir)
-    assert not (run_dir / "adapter").exists()
-    assert run_json(run_dir)["status"] == "failed"
+    refused = pytest.raises(
+        NotFinite, match=r"Step 2: its held-out loss is not finite\. Lower training\.learning_rate\."
+    )
+    with contextlib.nullcontext() if also_of_the_base else refused:
+        train(make_recipe(training={"max_steps": 2, "eval_steps": 1}), run_dir)
+    assert (run_dir / "adapter").exists() is also_of_the_base
+    assert run_json(run_dir)["status"] == ("done" if also_of_the_base else "failed")
     found = checkpoint.newest(run_dir / "checkpoints")
-    assert found is not None
-    assert found.number == 2
-
-
-def test_metrics_are_json_that_every_parser_reads_whatever_the_loss(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = AloneLoop.held_out_loss
-    monkeypatch.setattr(AloneLoop, "held_out_loss", lambda run: {**real(run), "loss": math.nan})  # the base's too
-    train(make_recipe(training={"max_steps": 2, "eval_steps": 1}), tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    evals = [line for line in lines if json.loads(line)["kind"] == "eval"]
+    assert found is not None and found.number == 2
+    evals = [
+        line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if json.loads(line)["kind"] == "eval"
+    ]
     assert len(evals) == 2
     assert all('"loss": null' in line for line in evals)
-    assert (tmp_path / "run" / "adapter").exists()
 
 
 def test_early_stopping_keeps_the_best_vectors(
