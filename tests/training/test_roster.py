@@ -35,18 +35,6 @@ def test_those_with_most_steps_come_first_and_ties_in_the_order_of_the_data() ->
     assert not roster.queue and not roster.in_flight
 
 
-def test_whoever_is_in_flight_is_trained_until_it_leaves_and_its_slot_goes_to_the_next() -> None:
-    roster = Roster(runs((4, 2), (4, 2), (2, 2), (1, 2)), slots=3, pass_rows=4)
-    first, second = roster.admit()
-    assert (first.slot, second.slot) == (0, 1)
-    assert roster.admit() == []  # the pass is full
-    roster.leave(first, "stopped_early")
-    assert roster.in_flight == [second]
-    (third,) = roster.admit()
-    assert (third.number, third.slot) == (2, 0)
-    assert [run.status for run in roster.runs] == ["stopped_early", "in_flight", "in_flight", "waiting"]
-
-
 @pytest.mark.parametrize(
     ("sizes", "pass_rows", "at_once"),
     [([4] * 9, 16, 4), ([4] * 9, 15, 3), ([16, 16], 8, 1), ([1] * 30, 16, 16), ([4, 1, 1, 1, 1], 16, 5)],
