@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from qvera.config.lr_range import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
 from qvera.utils.status_line import status_line
 
@@ -57,12 +58,13 @@ HtmlFile = Annotated[Path | None, option("FILE", "Write a page for a browser.")]
 Dtype = Literal["float16", "bfloat16", "float32"]
 GgufDtype = Literal["float16", "bfloat16", "float32", "q8_0"]
 
-# What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.lr_range.LrRange.
+# What `qvera launch` passes on to `qvera train`.
 Resume = Annotated[bool, flag("--resume", "Continue from the newest intact checkpoint.")]
 FindLr = Annotated[bool, flag("--find-lr", "Test a range of learning rates; suggest one.")]
-LrFrom = Annotated[float | None, option("R", "With --find-lr: the first rate (default: 1e-05).")]
-LrTo = Annotated[float | None, option("R", "With --find-lr: the last rate (default: 1).")]
-LrSteps = Annotated[int | None, option("N", "With --find-lr: steps (default: 100).")]
+_RAMP = LrRange()
+LrFrom = Annotated[float | None, option("R", f"With --find-lr: the first rate (default: {_RAMP.start:g}).")]
+LrTo = Annotated[float | None, option("R", f"With --find-lr: the last rate (default: {_RAMP.end:g}).")]
+LrSteps = Annotated[int | None, option("N", f"With --find-lr: steps (default: {_RAMP.steps}).")]
 
 
 def _top_p(value: float) -> float:

@@ -23,12 +23,12 @@ from qvera.cli.common import (
     quiet_libraries,
 )
 from qvera.cli.streams import for_who_still_reads
+from qvera.config.lr_range import LrRange
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.config.lr_range import LrRange
     from qvera.training.lr_finder import RangeTestResult
 
 
@@ -126,8 +126,6 @@ def _range_test(
     find_lr: bool, lr_from: float | None, lr_to: float | None, lr_steps: int | None, **of_a_run: bool
 ) -> LrRange | None:
     """The range test that --find-lr asks for; None: a run. InputError if options contradict each other."""
-    from qvera.config.lr_range import LrRange
-
     values = {"start": lr_from, "end": lr_to, "steps": lr_steps}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if not find_lr:

@@ -15,11 +15,8 @@ import torch
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qvera.cli.main import main
-from qvera.config.schema import parse_recipe
-from qvera.training.trainer import train
 
 pytestmark = pytest.mark.process
 
@@ -66,11 +63,6 @@ def cut(file: str, count: int) -> Edit:
     return lambda: Path(file).write_bytes(Path(file).read_bytes()[:-count])
 
 
-def another_model() -> None:
-    config = json.loads(Path("model/config.json").read_text())
-    LlamaForCausalLM(LlamaConfig(**{**config, "intermediate_size": 128})).save_pretrained("model")
-
-
 def lora_without_base() -> None:
     write("lora/adapter_config.json", '{"peft_type": "LORA"}')()
     save_file({"nothing": torch.zeros(1)}, "lora/adapter_model.safetensors")
@@ -80,95 +72,64 @@ def holds_a_run() -> None:
     shutil.copytree("run", "out")
 
 
-SHARDS = write(
-    "model/model.safetensors.index.json", '{"metadata": {}, "weight_map": {"model.norm.weight": "no-2.safetensors"}}'
+INDEX = '{"metadata": {}, "weight_map": {"model.norm.weight": "no-2.safetensors"}}'
+SHARDS = write("model/model.safetensors.index.json", INDEX)
+MOVED = (recipe("model", "run/recipe.yaml", path="models/base"), change(ADAPTER, base_model_name_or_path="/no/base"))
+BATCH = {"global_batch_size": 6, "per_device_train_batch_size": 4}
+HALF = r'{"prompt": "x \ud83d y", "completion": "z"}'
+CALL = (
+    r'{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ude42"}}}]}'
 )
-OTHER_RECIPE = recipe("training", learning_rate=1e-5)
+IN_A_CALL = f'{{"messages": [{{"role": "user", "content": "x"}}, {CALL}]}}'
 OWN_BASE = recipe("model", "run/recipe.yaml", path="model")
-MOVED = [
-    recipe("model", "run/recipe.yaml", path="models/base"),
-    change(ADAPTER, base_model_name_or_path="/no/models/base"),
-]
-TOOL_CALL = (
-    '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": '
-    '[{"function": {"name": "f", "arguments": {"a": "\\ude42"}}}]}]}'
-)
-WIZARD = '{"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}'
-LORA_XS = "--set adapter.method=lora-xs --set adapter.rank=512 --set training.learning_rate=4e-3"
+BROKEN = write("model/qvera_export.json", '{"adapter": {}}')
+OTHER_HASH = {"projection_sha256": "0" * 64}
 
 # name: (the command, what the message must say, how it is spoilt)
 TABLE: dict[str, tuple[Any, ...]] = {
     "unknown key": (TRAIN, "Did you mean `learning_rate`?", recipe("training", learning_rte=1.0)),
     "wrong type": (TRAIN, "adapter.rank: should be a whole number, got 'big'", recipe("adapter", rank="big")),
     "out of range": (TRAIN, "adapter.dropout: should be less than 1, got 1.5", recipe("adapter", dropout=1.5)),
-    "batch does not divide": (
-        *(TRAIN, "not a multiple"),
-        recipe("training", global_batch_size=6, per_device_train_batch_size=4),
-    ),
+    "batch does not divide": (TRAIN, "not a multiple", recipe("training", **BATCH)),
     "unknown reporter": (TRAIN, "no reporter 'wandbb'", recipe("training", report_to=["wandbb"])),
     "paged optimizer on a CPU": (TRAIN, "no GPU here", recipe("training", optim="paged_adamw")),
     "model without config": (TRAIN, "config.json", drop("model/config.json")),
     "weights cut short": (TRAIN, "cut short", cut("model/model.safetensors", 100)),
     "model of no known kind": (TRAIN, "lama", change("model/config.json", model_type="lama")),
     "tokenizer missing": (TRAIN, "tokenizer", drop("model/tokenizer.json", "model/tokenizer_config.json")),
-    "added token that is there": (
-        *(TRAIN, "is a token of this model already"),
-        recipe("model", added_tokens=["<|im_end|>"]),
-    ),
+    "known added token": (TRAIN, "is a token of this model already", recipe("model", added_tokens=["<|im_end|>"])),
     "pad token that is not there": (TRAIN, "'<pad>' is no token of this model", recipe("model", pad_token="<pad>")),
-    "unknown target": (
-        *(TRAIN, "no linear of this model's layers is named query"),
-        recipe("adapter", targets=["q_proj", "query"]),
-    ),
     "a plan of no adapter": ("plan recipe.yaml --set adapter.init_from=./nowhere", "no such adapter directory"),
-    "a rank above a linear's": (f"plan recipe.yaml {LORA_XS}", "singular values, and the rank is 512"),
     "no such data file": (TRAIN, "rowz.jsonl", recipe("data", path="./rowz.jsonl")),
     "unknown data extension": (TRAIN, ".xlsx", write("rows.xlsx", GOOD_ROW), recipe("data", path="rows.xlsx")),
     "data file is empty": (TRAIN, "rows.jsonl", rows()),
     "malformed line": (TRAIN, "rows.jsonl:2", rows(GOOD_ROW, '{"prompt": "x", ')),
     "unknown columns": (TRAIN, "frage", rows('{"frage": "x", "antwort": "y"}')),
-    "half a character": (
-        *(TRAIN, r"rows.jsonl:2: prompt holds half a character, '\ud83d', behind 'x '"),
-        rows(GOOD_ROW, '{"prompt": "x \\ud83d y", "completion": "z"}'),
-    ),
-    "half a character in a call": (TRAIN, "rows.jsonl:1: messages[1] holds half a character", rows(TOOL_CALL)),
+    "half a character": (TRAIN, r"jsonl:2: prompt holds half a character, '\ud83d', behind 'x '", rows(GOOD_ROW, HALF)),
+    "half a character in a call": (TRAIN, "rows.jsonl:1: messages[1] holds half a character", rows(IN_A_CALL)),
     "empty answer": (TRAIN, "rows.jsonl:2", rows(GOOD_ROW, '{"prompt": "x", "completion": ""}')),
-    "unknown role": (TRAIN, "wizard", rows(WIZARD)),
     "not UTF-8": (TRAIN, "UTF-8", write("rows.jsonl", b'{"prompt": "caf\xe9", "completion": "x"}\n')),
     "unknown template": (TRAIN, "chatml", recipe("data", template="chatmll")),
     "every row too long": (TRAIN, "max_length", recipe("data", max_length=8)),
     # /proc takes no directories, not even root's
     "output not writable": (TRAIN, "/proc", recipe("training", output_dir="/proc/qvera-run")),
-    "output holds a run": (TRAIN, "already holds a run", holds_a_run),
-    "output holds files of a run": (TRAIN, "and 4 more) and no recipe.yaml", holds_a_run, drop("out/recipe.yaml")),
+    "output holds files of a run": (TRAIN, " more) and no recipe.yaml", holds_a_run, drop("out/recipe.yaml")),
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
-    "resume with another recipe": (f"{TRAIN} --resume", "started with another recipe", holds_a_run, OTHER_RECIPE),
     "no such run": ("info nothing", "no such directory"),
     "neither run nor adapter": ("info model", "is neither a run"),
     "run without adapter": ("chat run", "has no adapter/ yet", drop("run/adapter")),
     "base is not there": (ANSWER, "from 'models/base', which is no directory here (", *MOVED),
     "adapter cut short": ("eval run", "cut short", cut("run/adapter/adapter_model.safetensors", 9)),
-    "adapter of another kind": (
-        *("chat run", "PEFT can't put this adapter on its base"),
-        change(ADAPTER, peft_type="LORA"),
-    ),
+    "another kind": ("chat run", "PEFT can't put this adapter on its base", change(ADAPTER, peft_type="LORA")),
     "adapter of a newer format": ("chat run", "format version 99", change(ADAPTER, format_version=99)),
-    "adapter of other projections": ("eval run", "SHA-256", change(ADAPTER, projection_sha256="0" * 64)),
+    "adapter of other projections": ("eval run", "SHA-256", change(ADAPTER, **OTHER_HASH)),
     "export of other projections": ("export run x", "SHA-256", change(ADAPTER, projection_seed=5)),
-    "serve of other projections": (
-        "serve run",
-        "made by another generator",
-        change(ADAPTER, projection_sha256="0" * 64),
-    ),
-    "adapter for another model": (ANSWER, "another base model", another_model, OWN_BASE),
+    "serve of other projections": ("serve run", "made by another generator", change(ADAPTER, **OTHER_HASH)),
     "export over something": ("export run merged", "not empty", write("merged/thesis.tex")),
     "export with a missing shard": ("export run merged", "missing", SHARDS, OWN_BASE),
     "base of a LoRA": ("export run x --to lora --base original", "--base: goes with --to merged and --to gguf only"),
     "dtype of PEFT's VeRA": ("export run x --to peft --dtype float16", "--dtype: --to peft writes float32"),
-    "comparison that changes it": (
-        "export run x --compare-only --base original",
-        "--compare-only: measures the export as it is; drop --base",
-    ),
+    "changing comparison": ("export run x --compare-only --base original", "measures the export as it is; drop --base"),
     "card of a base": ("card model", "a checkpoint that no adapter was merged into"),
     "answers file exists": (ANSWER, "exists; nothing is overwritten", write("answers.jsonl")),
     "quantize a missing shard": ("quantize model q", "missing", SHARDS),
@@ -181,33 +142,25 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "base beside itself": ("eval run --base --with-base", "drop one of them"),
     "one file for two things": ("eval run --json x --html x", "need a file each"),
     "eval of no rows": ("eval run --rows 0", "Invalid value for '--rows'"),
-    "certificate is broken": (
-        *("eval model --data rows.jsonl", "expected the certificate of a merged export"),
-        write("model/qvera_export.json", '{"adapter": {}}'),
-    ),
+    "certificate is broken": ("eval model --data rows.jsonl", "expected the certificate of a merged export", BROKEN),
     "adapter without a base": ("eval lora --data rows.jsonl", "names no base model", lora_without_base),
     "compare a run with a model": ("compare run model", "not a run directory"),
     "a ramp that falls": (f"{TRAIN} --find-lr --lr-from 0.1 --lr-to 0.01", "expected two rates, 0 < from < to"),
     "a ramp of few steps": (f"{TRAIN} --find-lr --lr-steps 3", "takes a whole number >= 10"),
     "a range test into a file": (f"{TRAIN} --find-lr", "is a file", write("out")),
-    "no prompts": (ANSWER.replace("rows.jsonl", "prompts.txt"), "holds no rows", write("prompts.txt", "\n \n")),
+    "no prompts": ("generate run prompts.txt --out answers.jsonl", "holds no rows", write("prompts.txt", "\n \n")),
 }
 
 
 @pytest.fixture(scope="module")
-def scratch(tiny_model_dir: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scratch(tiny_model_dir: Path, tiny_rows: Path, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good model, good rows, a good recipe and a finished run."""
     root = tmp_path_factory.mktemp("scratch")
     shutil.copytree(tiny_model_dir, root / "model")
+    shutil.copytree(trained_run, root / "run")
     shutil.copy(tiny_rows, root / "rows.jsonl")
-    tree: dict[str, Any] = {
-        "model": {"path": str(root / "model"), "compute_dtype": "float32"},
-        "adapter": {"rank": 4},
-        "data": {"path": str(root / "rows.jsonl"), "max_length": 64, "eval_fraction": 0.2},
-        "training": {"max_steps": 1, "output_dir": "out", "report_to": [], "sample_count": 0},
-    }
-    train(parse_recipe(tree, "recipe"), root / "run")
-    tree["model"]["path"], tree["data"] = "model", {"path": "rows.jsonl", "max_length": 64}
+    training = {"max_steps": 1, "output_dir": "out", "report_to": [], "sample_count": 0}
+    tree = {"model": {"path": "model"}, "data": {"path": "rows.jsonl", "max_length": 64}, "training": training}
     (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return root
 
@@ -233,14 +186,3 @@ def test_bad_input(name: str, scratch: Path, tmp_path: Path, capsys: Any, monkey
     assert "Traceback" not in said
     assert "\n\n" not in said.strip(), "one paragraph"
     assert snapshot(tmp_path) == before
-
-
-def test_all_problems_of_a_recipe_are_named_at_once(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "r.yaml").write_text(
-        "model: {path: x, quantisation: nf4}\ndata: {path: y, max_length: 2}\nadapter: {rank: 0}\n"
-    )
-    assert main(["train", str(tmp_path / "r.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert "3 problems" in said
-    for part in ("model.quantisation", "data.max_length", "adapter.rank"):
-        assert part in said

@@ -1,19 +1,113 @@
-"""What is imported when: `import qvera` and the light commands without torch, and PEFT knows QVERA in every order of imports."""
+"""What is imported when: `import qvera` and the light commands without torch, and PEFT knows QVERA in every order of imports.
+
+One fresh process forks for each order, so that what they share is imported once.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
+
 pytestmark = pytest.mark.process
 
 
-def run_python(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def light_commands_import_no_torch(run: str, other: str, page: str) -> None:
+    import qvera
+
+    assert qvera.__version__ and "QveraConfig" in dir(qvera)
+    heavy = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "triton"}
+    assert not (heavy | {"numpy"}) & set(sys.modules)
+    from qvera.cli.main import main
+
+    assert main(["compare", run, other]) == 0
+    assert not {"jinja2", "numpy"} & set(sys.modules), "a table needs no page"
+    from qvera.evaluation.report.run_page import write_report
+
+    write_report(other)
+    light = ["--help", "train --help", "schema", "cache ls", "ui --help", f"info {run}"]
+    for line in (*light, f"compare {run} {other} --html {page}"):
+        assert main(line.split()) == 0, line
+
+    def allocator(**given: str) -> dict[str, str]:
+        for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
+            del os.environ[name]
+        os.environ.update(given)
+        assert main(["--version"]) == 0
+        return {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+
+    for own in ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}):
+        assert allocator(**own) == own
+    assert allocator() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert not heavy & set(sys.modules)
+    import torch
+
+    _ = torch.zeros(3) + 1  # a CPU takes no notice
+
+
+def peft_knows_qvera() -> None:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    import qvera
+
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["QVERA"] is qvera.QveraConfig  # type: ignore[index]
+    assert PEFT_TYPE_TO_TUNER_MAPPING["QVERA"] is qvera.QveraModel  # type: ignore[index]
+
+
+def peft_is_imported_first() -> None:
+    import peft  # noqa: F401
+
+    assert "qvera" not in sys.modules
+    peft_knows_qvera()
+
+
+def qvera_is_imported_first() -> None:
+    """PEFT is imported in the middle of transformers' trainer then, and keeps its own loader, which tools ask.
+
+    All of it goes without setuptools (no dependency; where distutils is imported its import fails), and without torch's
+    compiler, of which bitsandbytes makes use when it is imported.
+    """
+    import importlib.util
+    import inspect
+
+    sys.modules["setuptools"] = None  # type: ignore[assignment]
+    import qvera
+
+    found = importlib.util.find_spec("peft")
+    assert found is not None and str(found.origin).endswith("__init__.py") and "peft" not in sys.modules
+    import peft
+    import torch
+    from transformers import Trainer  # noqa: F401
+
+    import qvera.training.plan.timing
+    import qvera.training.trainer  # noqa: F401
+
+    assert "PeftModel" in inspect.getsource(peft)
+    assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
+    assert "torch._inductor.compile_fx" not in sys.modules
+    assert torch.compile.__module__ == "torch"
+    peft_knows_qvera()
+
+
+def forked(check: Callable[..., None], *arguments: str) -> None:
+    process = multiprocessing.get_context("fork").Process(target=check, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, check.__name__
+
+
+def test_commands_and_peft_in_every_order_of_imports(trained_run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(trained_run, tmp_path / "other")
+    command = [sys.executable, "-m", __name__, str(trained_run), str(other), str(tmp_path / "page.html")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -24,64 +118,10 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
         qvera.QveraConfigg  # noqa: B018
 
 
-KNOWS_QVERA = """
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-assert PEFT_TYPE_TO_CONFIG_MAPPING["QVERA"] is qvera.QveraConfig
-assert PEFT_TYPE_TO_TUNER_MAPPING["QVERA"] is qvera.QveraModel
-"""
+if __name__ == "__main__":
+    forked(light_commands_import_no_torch, *sys.argv[1:])
+    import transformers.modeling_utils  # noqa: F401
 
-
-def test_peft_knows_qvera_where_peft_is_imported_first() -> None:
-    run_python(f"import peft; import qvera{KNOWS_QVERA}")
-
-
-def test_peft_knows_qvera_where_qvera_is_imported_first() -> None:
-    """Here in the middle of the import of transformers' trainer. PEFT's module keeps its own loader, which tools ask.
-
-    All of it goes without setuptools: it is no dependency, and where distutils is imported its import fails.
-    """
-    code = """
-import importlib.util, inspect, sys
-sys.modules["setuptools"] = None
-import qvera
-assert importlib.util.find_spec("peft").origin.endswith("__init__.py") and "peft" not in sys.modules
-from transformers import Trainer
-import peft
-assert "PeftModel" in inspect.getsource(peft)
-assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
-import qvera.training.trainer, qvera.training.plan.timing
-"""
-    run_python(f"{code}{KNOWS_QVERA}")
-
-
-def test_light_commands_import_no_torch_and_set_its_allocator_unless_the_user_has(
-    trained_run: Path, tmp_path: Path
-) -> None:
-    """One process runs them all; compare reads two finished runs."""
-    other = shutil.copytree(trained_run, tmp_path / "other")
-    page = tmp_path / "page.html"
-    lines = ["--help", "--version", "train --help", "schema", "cache ls", "ui --help", f"info {trained_run}"]
-    lines.append(f"compare {trained_run} {other} --html {page}")
-    code = f"""
-import os, sys
-import qvera
-qvera.__version__
-assert "QveraConfig" in dir(qvera)
-heavy = {{"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "triton"}}
-assert not (heavy | {{"numpy"}}) & set(sys.modules)
-from qvera.cli.main import main
-assert [main(line.split()) for line in {lines}] == [0] * {len(lines)}
-assert not heavy & set(sys.modules)
-def after(**given):
-    for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
-        del os.environ[name]
-    os.environ.update(given)
-    assert main(["--version"]) == 0 and "torch" not in sys.modules
-    return {{name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}}
-for own in ({{"PYTORCH_ALLOC_CONF": ""}}, {{"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}}):
-    assert after(**own) == own
-assert after() == {{"PYTORCH_ALLOC_CONF": "expandable_segments:True"}}
-import torch
-torch.zeros(3) + 1  # a CPU takes no notice
-"""
-    run_python(code)
+    assert not {"qvera", "peft", "bitsandbytes"} & set(sys.modules)
+    forked(peft_is_imported_first)
+    forked(qvera_is_imported_first)

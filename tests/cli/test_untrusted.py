@@ -6,27 +6,24 @@ import contextlib
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from qvera.adapters.files.adapter_file import read_adapter
-from qvera.adapters.files.save_load import load_adapter
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
-from qvera.training.trainer import train
+from qvera.training import checkpoint
 from qvera.utils.errors import InputError
+from tests.helpers import start_process
 from tests.training.runs import stop_after
 
 pytestmark = pytest.mark.process
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Trap:
@@ -71,14 +68,6 @@ def trapped_base(tiny_model_dir: Path, where: Path, sprung: Path) -> Path:
     return where
 
 
-def trap_a_run(run: Path, sprung: Path) -> None:
-    lay(run, sprung, *IN_A_CHECKPOINT)
-    for checkpoint in [run / "checkpoints", *(run / "checkpoints").iterdir()]:
-        lay(checkpoint, sprung, *IN_A_CHECKPOINT)
-        (checkpoint / "latest").write_text("global_step3")
-        (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
-
-
 def test_the_trap_works(tmp_path: Path, sprung: Path) -> None:
     lay(tmp_path, sprung, "by-torch.pt", "bare.pt")
     for name in ("by-torch.pt", "bare.pt"):
@@ -88,81 +77,72 @@ def test_the_trap_works(tmp_path: Path, sprung: Path) -> None:
         sprung.unlink()
 
 
-def test_no_pickle_is_opened_from_base_to_export(
+@pytest.fixture
+def interrupted(
     make_recipe: Any, write_recipe: Any, tiny_model_dir: Path, tmp_path: Path, sprung: Path
-) -> None:
+) -> tuple[Path, Path, list[str]]:
+    """A base and an interrupted run full of traps, and the command that goes on."""
     base, run = trapped_base(tiny_model_dir, tmp_path / "base", sprung), tmp_path / "run"
-    settings = {"model": {"path": str(base)}, "training": {"max_steps": 4, "save_steps": 2, "output_dir": str(run)}}
-    stop_after(make_recipe(**settings), run, step=3)
-    trap_a_run(run, sprung)
-    assert main(["train", str(write_recipe(**settings)), "--resume"]) == 0
+    settings = {"model": {"path": str(base)}, "training": {"max_steps": 2, "save_steps": 1, "output_dir": str(run)}}
+    stop_after(make_recipe(**settings), run, step=1)
+    lay(run, sprung, *IN_A_CHECKPOINT)
+    for place in [run / "checkpoints", *(run / "checkpoints").iterdir()]:
+        lay(place, sprung, *IN_A_CHECKPOINT)
+        (place / "latest").write_text("global_step3")
+        (place / "trainer_state.json").write_text('{"global_step": 3}')
+    return base, run, ["train", str(write_recipe(**settings)), "--resume"]
+
+
+def test_no_pickle_is_opened_from_base_to_export(
+    interrupted: tuple[Path, Path, list[str]], tmp_path: Path, sprung: Path
+) -> None:
+    base, run, resume = interrupted
+    assert main(resume) == 0
     lay(run / "adapter", sprung, *BESIDE_AN_ADAPTER)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("say red 1\n")
-    for command in (
-        ["eval", str(run), "--max-new-tokens", "2"],
-        ["generate", str(run), str(prompts), "--out", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "2"],
-        ["export", str(run), str(tmp_path / "merged"), "--to", "merged"],
-        ["export", str(run), str(tmp_path / "lora"), "--to", "lora"],
-        ["info", str(run)],
-        ["quantize", str(base), str(tmp_path / "quantized")],
-        ["plan", str(tmp_path / "recipe.yaml")],
+    for line in (
+        f"eval {run} --max-new-tokens 2",
+        f"export {run} {tmp_path}/merged --to merged",
+        f"export {run} {tmp_path}/lora --to lora",
+        f"info {run}",
+        f"quantize {base} {tmp_path}/quantized",
+        f"plan {resume[1]}",
     ):
-        assert main(command) == 0, command
-        assert not sprung.exists(), command
+        assert main(line.split()) == 0, line
+        assert not sprung.exists(), line
     for written in ("merged", "lora", "quantized"):
         assert not [p for p in (tmp_path / written).rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def go_on_under(stage: str, resume: list[str]) -> None:
+    sys.exit(main([*resume, "--set", f"deepspeed={stage}"]))
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param("zero3", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.matrix)]
+)
 def test_no_pickle_is_opened_under_deepspeed(
-    make_recipe: Any, write_recipe: Any, tiny_model_dir: Path, tmp_path: Path, sprung: Path, stage: str
+    interrupted: tuple[Path, Path, list[str]], sprung: Path, stage: str
 ) -> None:
-    base, run = trapped_base(tiny_model_dir, tmp_path / "base", sprung), tmp_path / "run"
-    settings = {"model": {"path": str(base)}, "training": {"max_steps": 4, "save_steps": 2, "output_dir": str(run)}}
-    stop_after(make_recipe(**settings), run, step=3)
-    trap_a_run(run, sprung)
-    command = ["train", str(write_recipe(**settings)), "--resume", "--set", f"deepspeed={stage}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qvera", *command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0 and "Going on from step 3" in " ".join(done.stderr.split()), done.stderr[-3000:]
+    _, run, resume = interrupted
+    before = (run / "metrics.jsonl").read_text()
+    process = start_process(go_on_under, stage, resume)
+    process.join(120)
+    assert process.exitcode == 0
+    assert (run / "metrics.jsonl").read_text().startswith(before), "it went on"
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
-def test_a_pickle_by_a_safe_name_is_refused(tiny_model_dir: Path, tmp_path: Path, sprung: Path, name: str) -> None:
-    base = trapped_base(tiny_model_dir, tmp_path / "base", sprung)
-    if name == "model.safetensors":
-        lay(base, sprung, name)
+def test_a_pickle_by_a_safe_name_is_refused(tiny_model_dir: Path, tmp_path: Path, sprung: Path) -> None:
+    base, adapter = trapped_base(tiny_model_dir, tmp_path / "base", sprung), tmp_path / "adapter"
+    lay(base, sprung, "model.safetensors")
+    for section in (ModelSection(path=str(base)), ModelSection(path=str(base), quantization="none")):
         with pytest.raises(InputError, match="safetensors"):
-            load_base(ModelSection(path=str(base)))
-        with pytest.raises(InputError, match="safetensors"):
-            load_base(ModelSection(path=str(base), quantization="none"))
-    else:
-        adapter = tmp_path / "adapter"
-        lay(adapter, sprung, name)
-        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "QVERA", "r": 8}))
-        with pytest.raises(InputError, match="not a readable safetensors file"):
-            read_adapter(adapter)
-    assert not sprung.exists()
-
-
-def test_stock_peft_adapters_are_read_without_their_pickles(tiny_model_dir: Path, tmp_path: Path, sprung: Path) -> None:
-    from peft import VeraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    stock = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model_dir), VeraConfig(r=4, target_modules=["down_proj"])
-    )
-    stock.save_pretrained(tmp_path / "adapter")
-    lay(tmp_path / "adapter", sprung, *BESIDE_AN_ADAPTER)
-    base = load_base(ModelSection(path=str(tiny_model_dir)))
-    load_adapter(base.model, tmp_path / "adapter", base)
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()  # PEFT alone would take adapter_model.bin now
-    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
-        load_adapter(base.model, tmp_path / "adapter", base)
+            load_base(section)
+    lay(adapter, sprung, "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "QVERA", "r": 8}))
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        read_adapter(adapter)
     assert not sprung.exists()
 
 
@@ -176,54 +156,42 @@ class EvilModel(LlamaForCausalLM):
 class EvilTokenizer(PreTrainedTokenizerFast):
     pass
 """
+Quantization = Literal["nf4", "none"]
+
+
+def change(file: Path, **values: Any) -> None:
+    """Set keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_code_that_comes_with_a_model_is_run_only_where_the_recipe_says_so(
-    tiny_model_dir: Path,
-    tmp_path: Path,
-    sprung: Path,
-    quantization: str,
-    make_recipe: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model_dir: Path, tmp_path: Path, sprung: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds that directory
-    base = tmp_path / "evil"
-    shutil.copytree(tiny_model_dir, base)
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "evil"))
     (base / "evil.py").write_text(CODE.format(sprung=str(sprung)))
-    config = json.loads((base / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    (base / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
-    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}
-    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    change(base / "config.json", auto_map=classes)
+    change(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]})
     section = ModelSection(path=str(base), quantization=quantization)
     load_base(section)  # a Llama by its model_type: transformers' own classes read it
     assert not sprung.exists()
-    config["model_type"] = "evil"
-    (base / "config.json").write_text(json.dumps(config))
+    change(base / "config.json", model_type="evil")
     with pytest.raises(InputError, match="can't be loaded as a causal language model"):
         load_base(section)
-    recipe = make_recipe(model={"path": str(base), "quantization": quantization})
-    with pytest.raises(InputError):
-        train(recipe, tmp_path / "run")
     assert not sprung.exists()
-    assert not (tmp_path / "run").exists()
     with contextlib.suppress(InputError):  # that it was there to be run
         load_base(section.replace(trust_remote_code=True))
     assert sprung.exists()
 
 
-# Names that would lead elsewhere.
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_an_index_that_names_a_file_elsewhere_is_refused(
-    tiny_model_dir: Path, tmp_path: Path, quantization: str
+    tiny_model_dir: Path, tmp_path: Path, quantization: Quantization
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model_dir, base)
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
     shutil.move(base / "model.safetensors", tmp_path / "secret.safetensors")
     (base / "sub").mkdir()
     with safe_open(tmp_path / "secret.safetensors", framework="pt") as reader:
@@ -238,17 +206,12 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(
 
 def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(make_recipe: Any, tmp_path: Path) -> None:
     """Which files a checkpoint has is not up to its manifest."""
-    from qvera.training import checkpoint
-
-    run = tmp_path / "run"
-    stop_after(make_recipe(training={"max_steps": 4}), run, step=1)
-    path = run / "checkpoints" / "step-00000001"
-    manifest = json.loads((path / "manifest.json").read_text())
-    outside = tmp_path / "vectors.safetensors"
-    shutil.move(path / "vectors.safetensors", outside)
-    facts = manifest["files"].pop("vectors.safetensors")
+    stop_after(make_recipe(training={"max_steps": 4}), tmp_path / "run", step=1)
+    path = tmp_path / "run" / "checkpoints" / "step-00000001"
+    outside = shutil.move(path / "vectors.safetensors", tmp_path / "vectors.safetensors")
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    facts = files.pop("vectors.safetensors")
     for name in ("../../../vectors.safetensors", str(outside)):
-        files = {**manifest["files"], name: facts}
-        (path / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        change(path / "manifest.json", files={**files, name: facts})
         with pytest.raises(InputError, match="has no complete manifest"):
             checkpoint.load(path)

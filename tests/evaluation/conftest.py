@@ -10,17 +10,14 @@ import pytest
 
 from qvera.adapters.files.save_load import load_adapter, save_adapter
 from qvera.models.loader import load_base
-from qvera.training.trainer import train
 from tests.adapters.helpers import perturb
 
 
 @pytest.fixture(scope="session")
-def moved_run(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def moved_run(trained_run: Path, make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose vectors are moved far from their start, so that base and adapter answer differently."""
-    directory = tmp_path_factory.mktemp("runs") / "run"
-    recipe = make_recipe(training={"max_steps": 2, "output_dir": str(directory), "sample_count": 0})
-    train(recipe, directory)
-    model = load_adapter(load_base(recipe.model).model, directory / "adapter")
+    directory = Path(shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "run"))
+    model = load_adapter(load_base(make_recipe().model).model, directory / "adapter")
     perturb(model)
     save_adapter(model, directory / "adapter")
     return directory

@@ -13,26 +13,27 @@ import pytest
 from qvera.cli.main import main
 from qvera.data import Example
 from qvera.evaluation import held_out
-from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, read_verdict, summary_of
+from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, other_answers, read_verdict, summary_of
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.judges import serving
 
 PROMPT = JudgePrompt("Q {question} R {reference} A <a>{answer_a}</a> B <b>{answer_b}</b>")
 
 
-def read_pair(prompt: str) -> tuple[str, str]:
+def longest_wins(prompt: str) -> str:
     found = re.search(r"<a>(.*)</a> B <b>(.*)</b>", prompt, re.DOTALL)
     assert found is not None
-    return found[1], found[2]
-
-
-def longest_wins(prompt: str) -> str:
-    a, b = read_pair(prompt)
-    return f"[[A]] would be too quick. [[{len(a)}, {len(b)}]]"
+    return f"[[A]] would be too quick. [[{len(found[1])}, {len(found[2])}]]"
 
 
 def first_wins(_: str) -> str:
     return "The first one. [[A]]"
+
+
+def judged_by(replies: list[str], pairs: int = 1) -> list[dict[str, Any]]:
+    """Pairs judged by a judge that gives these replies."""
+    left = iter(replies)
+    return judge_pairs([Pair("q", "one", "two")] * pairs, PROMPT, lambda _: next(left), at_once=1)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +53,13 @@ def test_the_last_verdict_of_a_reply_counts(reply: str, preference: int, scores:
     assert (verdict.preference, verdict.scores) == (preference, scores)
 
 
-@pytest.mark.parametrize("reply", ["", "A is better", "[7, 4]", "[[7]]", "[[D]]", "[[-1, 4]]"])
-def test_a_reply_without_a_verdict_is_none(reply: str) -> None:
-    assert read_verdict(reply) is None
-    replies = iter([reply, "[[A]]"])
-    (judged,) = judge_pairs([Pair("q", "one", "two")], PROMPT, lambda _: next(replies), at_once=1)
-    assert judged["outcome"] == "unreadable"
+def test_a_reply_without_a_verdict_is_none_and_its_pair_has_no_part_in_the_mean_scores() -> None:
+    for reply in ("", "A is better", "[7, 4]", "[[7]]", "[[D]]", "[[-1, 4]]"):
+        assert read_verdict(reply) is None
+    judged = judged_by(["[[9, 1]]", "who knows", "[[3, 4]]", "[[4, 3]]"], pairs=2)
+    assert judged[0]["outcome"] == "unreadable"
+    found = summary_of(judged)
+    assert (found["unreadable"], found["score"], found["other_score"]) == (1, 3.0, 4.0)
 
 
 def test_an_answer_wins_where_it_is_preferred_in_both_orders() -> None:
@@ -68,30 +70,16 @@ def test_an_answer_wins_where_it_is_preferred_in_both_orders() -> None:
     found = summary_of(judged)
     assert (found["win_rate"], found["consistent"], found["first_preferred"]) == (0.5, 1.0, 0.5)
     assert (found["score"], found["other_score"]) == pytest.approx(((11 + 2 + 4) / 3, (5 + 6 + 4) / 3))
-
-
-def test_a_pair_with_one_unreadable_reply_has_no_part_in_the_mean_scores() -> None:
-    replies = iter(["[[9, 1]]", "who knows", "[[3, 4]]", "[[4, 3]]"])
-    found = summary_of(judge_pairs([Pair("q", "one", "two")] * 2, PROMPT, lambda _: next(replies), at_once=1))
-    assert (found["unreadable"], found["score"], found["other_score"]) == (1, 3.0, 4.0)
-
-
-def test_a_judge_that_always_prefers_the_first_answer_makes_ties_and_is_found_out() -> None:
-    found = summary_of(judge_pairs([Pair("q", "one", "two")] * 3, PROMPT, first_wins))
+    # a judge that always prefers the first answer makes ties and is found out
+    found = summary_of(judge_pairs(pairs, PROMPT, first_wins))
     assert (found["ties"], found["win_rate"], found["consistent"], found["first_preferred"]) == (3, 0.5, 0.0, 1.0)
     assert found["score"] is None
 
 
 def test_nobody_is_asked_about_equal_answers() -> None:
-    asked: list[str] = []
-    judged = judge_pairs([Pair("q", "same ", " same")], PROMPT, lambda text: asked.append(text) or "")  # type: ignore[func-returns-value]
-    assert (judged[0]["outcome"], asked) == ("tie", [])
+    judged = judge_pairs([Pair("q", "same ", " same")], PROMPT, lambda _: pytest.fail("was asked"))
+    assert judged[0]["outcome"] == "tie"
     assert summary_of(judged)["consistent"] is None
-
-
-def test_what_an_answer_contains_is_no_place_of_the_prompt() -> None:
-    filled = PROMPT.filled(Pair("{answer_b}", "{question}", "{x} {reference}", ["right", "also"]), swapped=True)
-    assert filled == "Q {answer_b} R right\n\nalso A <a>{x} {reference}</a> B <b>{question}</b>"
 
 
 def test_an_error_ends_the_judging() -> None:
@@ -106,28 +94,25 @@ def test_an_error_ends_the_judging() -> None:
     assert len(asked) < 100
 
 
-def test_a_prompt_without_its_places_is_refused(tmp_path: Path) -> None:
+def test_a_prompt_has_its_places_and_none_in_what_an_answer_contains(tmp_path: Path) -> None:
+    filled = PROMPT.filled(Pair("{answer_b}", "{question}", "{x} {reference}", ["right", "also"]), swapped=True)
+    assert filled == "Q {answer_b} R right\n\nalso A <a>{x} {reference}</a> B <b>{question}</b>"
     (tmp_path / "p.txt").write_text("{question} {answer_a}")
     with pytest.raises(InputError, match=r"has no place for \{answer_b\}"):
         JudgePrompt.read(tmp_path / "p.txt")
-    assert {"{question}", "{answer_a}", "{answer_b}", "{reference}"} <= set(
-        re.findall(r"\{\w+\}", JudgePrompt.read().text)
-    )
-
-
-@pytest.fixture
-def prompt_file(tmp_path: Path) -> Path:
-    (tmp_path / "judge.txt").write_text(PROMPT.text)
-    return tmp_path / "judge.txt"
+    places = set(re.findall(r"\{\w+\}", JudgePrompt.read().text))
+    assert {"{question}", "{answer_a}", "{answer_b}", "{reference}"} <= places
 
 
 @pytest.mark.process
 def test_eval_has_a_server_judge_the_answers(
-    trained_run: Path, tmp_path: Path, prompt_file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    prompt_file = tmp_path / "judge.txt"
+    prompt_file.write_text(PROMPT.text)
     files = [tmp_path / name for name in ("scores.json", "page.html", "answers.jsonl")]
     with serving(longest_wins) as server:
-        ask = ["eval", str(trained_run), "--max-new-tokens", "6", "--judge", server.url]
+        ask = ["eval", str(trained_run), "--max-new-tokens", "4", "--judge", server.url]
         written = ["--json", str(files[0]), "--html", str(files[1]), "--predictions", str(files[2])]
         assert main([*ask, "--judge-against", "reference", "--judge-prompt", str(prompt_file), *written]) == 0
         bodies = list(server.bodies)
@@ -187,31 +172,19 @@ def test_wrong_options_are_said_before_anything_is_loaded(tmp_path: Path, capsys
             assert said in " ".join(capsys.readouterr().err.split()), options
 
 
-def asked(prompt: str) -> Example:
+def test_answers_of_another_run_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     nothing = np.zeros(0, np.int32)
-    return Example(nothing, nothing.astype(bool), "rows.jsonl:1", nothing, prompt, None)
-
-
-def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
-    from qvera.evaluation.judge import other_answers
-
-    rows = [asked("a")]
-    for text, said in (
-        ('{"prompt": "b", "answer": "y"}\n', "line 1 answers another prompt than rows.jsonl:1"),
-        ("[]\n", "line 1 is none of"),
-        ("", "has 0 answers, and there are 1 here"),
+    rows = [Example(nothing, nothing.astype(bool), "rows.jsonl:1", nothing, "a\u2028b", None)]
+    file = tmp_path / "answers.jsonl"
+    row = {"prompt": "a\u2028b", "answer": "x\x85y"}  # with line separators in them
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert other_answers(file, rows) == ["x\x85y"]
+    for content, said in (
+        (b'{"prompt": "b", "answer": "y"}\n', "line 1 answers another prompt than rows.jsonl:1"),
+        (b"[]\n", "line 1 is none of"),
+        (b"", "has 0 answers, and there are 1 here"),
+        (b"\xff\n", "can't be read as UTF-8"),
     ):
-        (tmp_path / "answers.jsonl").write_text(text)
+        file.write_bytes(content)
         with pytest.raises(InputError, match=said):
-            other_answers(tmp_path / "answers.jsonl", rows)
-    (tmp_path / "answers.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(InputError, match="can't be read as UTF-8"):
-        other_answers(tmp_path / "answers.jsonl", rows)
-
-
-def test_answers_with_line_separators_in_them_are_compared(tmp_path: Path) -> None:
-    from qvera.evaluation.judge import other_answers
-
-    row = {"prompt": "a\u2028b", "answer": "x\x85y"}
-    (tmp_path / "answers.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert other_answers(tmp_path / "answers.jsonl", [asked("a\u2028b")]) == ["x\x85y"]
+            other_answers(file, rows)

@@ -24,26 +24,15 @@ def train_rows(steps: int = 96) -> list[dict[str, Any]]:
     noise = random.Random(0)
     rows = []
     for step in range(1, steps + 1):
-        warm = min(1.0, step / 10)
-        rate = 8e-3 * warm * (0.5 + 0.5 * math.cos(math.pi * max(0, step - 10) / max(1, steps - 10)))
+        rate = 8e-3 * min(1.0, step / 10) * (0.5 + 0.5 * math.cos(math.pi * max(0, step - 10) / max(1, steps - 10)))
         loss = 0.05 + 2.25 * math.exp(-step / 14)
         seconds = 1.9 * noise.lognormvariate(0, 0.07)
-        rows.append(
-            {
-                "kind": "train",
-                "step": step,
-                "epoch": step / 48,
-                "loss": loss * noise.lognormvariate(0, 0.18),
-                "learning_rate": rate,
-                "grad_norm": (0.15 + 0.9 * math.exp(-step / 20)) * noise.lognormvariate(0, 0.3),
-                "trained_tokens": 812,
-                "input_tokens": 3200,
-                "step_seconds": seconds,
-                "tokens_per_second": 3200 / seconds,
-                "memory_bytes": int(930e6 + 40e6 * noise.random()),
-                "peak_bytes": int(1.12e9 + min(step, 30) * 2e6),
-            }
-        )
+        row = {"kind": "train", "step": step, "epoch": step / 48, "loss": loss * noise.lognormvariate(0, 0.18)}
+        norm = (0.15 + 0.9 * math.exp(-step / 20)) * noise.lognormvariate(0, 0.3)
+        row |= {"learning_rate": rate, "grad_norm": norm, "trained_tokens": 812, "input_tokens": 3200}
+        row |= {"step_seconds": seconds, "tokens_per_second": 3200 / seconds}
+        row |= {"memory_bytes": int(930e6 + 40e6 * noise.random()), "peak_bytes": int(1.12e9 + min(step, 30) * 2e6)}
+        rows.append(row)
     return rows
 
 
@@ -65,20 +54,9 @@ def run_info() -> dict[str, Any]:
 def adapter_entry(name: str, directory: str | None, **changes: Any) -> dict[str, Any]:
     """What run.json says of an adapter that was trained."""
     score = {"perplexity": 3.0, "rows": 3, "trained_tokens": 12}
-    facts: dict[str, Any] = {
-        "name": name,
-        "directory": directory,
-        "status": "done",
-        "rows": 7,
-        "eval_rows": 3,
-        "steps": 6,
-        "best_step": 4,
-        "train_loss_first": 2.5,
-        "train_loss_last": 1.25,
-        "eval_before": {"loss": 2.4, **score},
-        "eval_after": {"loss": 1.5, **score},
-        "flags": [],
-    }
+    facts: dict[str, Any] = {"name": name, "directory": directory, "status": "done", "rows": 7, "eval_rows": 3}
+    facts |= {"steps": 6, "best_step": 4, "train_loss_first": 2.5, "train_loss_last": 1.25, "flags": []}
+    facts |= {"eval_before": {"loss": 2.4, **score}, "eval_after": {"loss": 1.5, **score}}
     return facts | changes
 
 
@@ -176,37 +154,20 @@ def build_run(tmp_path: Path) -> Build:
 
 def analysis(layers: int = 30) -> dict[str, Any]:
     """What `qvera analyze --json` prints, of a model with as many layers; the later ones have more intruders."""
-    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     linears = []
     for layer in range(layers):
-        for number, role in enumerate(roles):
+        for number, role in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
             intruders = list(range(max(0, (layer + number) // 5 - 3)))[:10]
-            linears.append(
-                {
-                    "name": f"model.layers.{layer}.{'mlp' if number > 3 else 'self_attn'}.{role}",
-                    "role": role,
-                    "layer": layer,
-                    "shape": [576, 576],
-                    "rank": 16,
-                    "weight_norm": 25.0,
-                    "delta_norm": 0.5 + 0.03 * layer * (number + 1),
-                    "relative_norm": (0.5 + 0.03 * layer * (number + 1)) / 25,
-                    "effective_rank": 14.0 - number,
-                    "singular_values": [12.0 - 0.4 * i for i in range(10)],
-                    "cosines": [0.2 + 0.01 * i if i in intruders else 0.98 for i in range(10)],
-                    "exact": [i % 2 == 0 for i in range(10)],
-                    "intruders": intruders,
-                }
-            )
+            norm = 0.5 + 0.03 * layer * (number + 1)
+            name = f"model.layers.{layer}.{'mlp' if number > 3 else 'self_attn'}.{role}"
+            facts = {"name": name, "role": role, "layer": layer, "shape": [576, 576], "rank": 16, "weight_norm": 25.0}
+            facts |= {"delta_norm": norm, "relative_norm": norm / 25, "effective_rank": 14.0 - number}
+            facts |= {"singular_values": [12.0 - 0.4 * i for i in range(10)], "intruders": intruders}
+            facts |= {"cosines": [0.2 + 0.01 * i if i in intruders else 0.98 for i in range(10)]}
+            linears.append(facts | {"exact": [i % 2 == 0 for i in range(10)]})
+    subject = {"path": "runs/orders", "method": "lora", "rank": 16, "adapter_sha256": "0" * 64}
     return {
-        "subject": {
-            "path": "runs/orders",
-            "method": "lora",
-            "rank": 16,
-            "adapter_sha256": "0" * 64,
-            "base": "SmolLM2-135M-Instruct",
-            "quantization": "nf4",
-        },
+        "subject": subject | {"base": "SmolLM2-135M-Instruct", "quantization": "nf4"},
         "top_k": 10,
         "epsilon": 0.5,
         "linears": linears,

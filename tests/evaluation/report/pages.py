@@ -81,9 +81,8 @@ def finished(build_run: Build, root: Path) -> Path:
     info = run_info() | {"plan": plan(1.0e9)}
     info["adapter"] |= {"b_groups": 2, "input_scale": True}
     info["data"] |= {"split_rows": 3, "split_parts": 1200}
-    info["samples"].append(
-        {"prompt": "first words " + "x y " * 400 + "last words", "reference": None, "before": "a", "after": "b"}
-    )
+    long = "first words " + "x y " * 400 + "last words"
+    info["samples"].append({"prompt": long, "reference": None, "before": "a", "after": "b"})
     evals = eval_rows({4: 0.61, 8: 0.0712, 12: 0.0735})
     recipe = RECIPE | {"adapter": {"rank": 256, "b_groups": 2, "input_scale": True}}
     return write_report(build_run(info, train_rows(12), evals, recipe))
@@ -128,11 +127,8 @@ def runs(build_run: Build, root: Path) -> Path:
     """Eight runs, one of them broken off, with names and values as long as they get."""
     places = []
     for number in range(8):
-        recipe = {
-            **RECIPE,
-            "training": {"learning_rate": 10.0**-number},
-            "data": {"path": f"data/{'x' * 40}{number}.jsonl"},
-        }
+        data = {"path": f"data/{'x' * 40}{number}.jsonl"}
+        recipe = {**RECIPE, "training": {"learning_rate": 10.0**-number}, "data": data}
         steps = train_rows(40 + 9 * number)
         info = run_info() if number else None
         places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
@@ -142,15 +138,11 @@ def runs(build_run: Build, root: Path) -> Path:
 
 def ramp(build_run: Build, root: Path) -> Path:
     """A range test that diverged at its 45th step of 60."""
-    rows = [
-        {
-            "learning_rate": 10 ** (n / 12 - 5),
-            "loss": 2.3 - n / 40 + (n > 40) * 2.0 ** (n - 40),
-            "grad_norm": 0.3 + n / 50,
-        }
-        for n in range(45)
-    ]
-    points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
+    points: list[dict[str, float]] = []
+    for n in range(45):
+        loss = 2.3 - n / 40 + (n > 40) * 2.0 ** (n - 40)
+        points.append({"learning_rate": 10 ** (n / 12 - 5), "loss": loss, "grad_norm": 0.3 + n / 50})
+        points[-1] |= {"step": n + 1, "smoothed_loss": loss, "step_seconds": 1.2}
     found = RangeTestResult(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
     tree = {"model": "SmolLM2-135M-Instruct", "data": {"path": "data/repairs.jsonl"}}
     page = range_page("repairs", parse_recipe(tree, "a test"), LrRange(steps=60), found)

@@ -48,23 +48,17 @@ def test_a_page_is_the_one_that_was_looked_at_and_loads_nothing(kind: str, build
     assert source.splitlines() == stored.read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "verdict"),
-    [
+def test_the_verdict_is_that_of_the_exact_match_score() -> None:
+    for answer, reference, verdict in (
         ("yes", " yes\n", "equals the reference"),
-        ("  red \n blue", "red blue", "equals the reference"),
         ('{"a": 1, "b": [2]}', '{"b":[2],"a":1}', "same JSON as the reference"),
-        ('{"a": 1}', '{"a": "1"}', "differs"),
         ('{"a": [1, 2]}', '{"a": [2, 1]}', "differs"),
-        ("yes", "no", "differs"),
         ("[" * 100_000, "x", "differs"),
         (" ", "no", "empty"),
-    ],
-)
-def test_the_verdict_is_that_of_the_exact_match_score(answer: str, reference: str, verdict: str) -> None:
-    (shown,) = make_sample("Prompt", "?", [("Adapter", answer, "")], [reference])["answers"]
-    assert shown["verdict"] == verdict
-    assert shown["equal"] is exact_match(answer, reference)
+    ):
+        (shown,) = make_sample("Prompt", "?", [("Adapter", answer, "")], [reference])["answers"]
+        assert shown["verdict"] == verdict
+        assert shown["equal"] is exact_match(answer, reference)
 
 
 def test_mark_names_what_is_wrong_and_what_is_missing() -> None:
@@ -74,9 +68,7 @@ def test_mark_names_what_is_wrong_and_what_is_missing() -> None:
         DiffSpan(" please"),
     ]
     assert word_diff("a b c d", "a b x c d") == [DiffSpan("a b "), DiffSpan("", missing="x "), DiffSpan("c d")]
-
-
-def test_little_in_common_is_not_marked() -> None:
+    # little in common is not marked
     assert word_diff("I am sorry to hear that", '{"device": "dishwasher"}') == [DiffSpan("I am sorry to hear that")]
 
 
