@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ from qvera.config.schema import DataSection
 from qvera.data import Datasets, Example, build_datasets, data_sha256
 
 
-def build(tmp_path: Path, rows: list[Any], tokenizer: PreTrainedTokenizerFast, **section: Any) -> Datasets:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return build_datasets(DataSection(path=str(path), **section), tokenizer)
+def build(rows: list[Any], tokenizer: PreTrainedTokenizerFast, **section: Any) -> Datasets:
+    """What rows in a file become with these keys of ``data``."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "rows.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return build_datasets(DataSection(path=str(path), **section), tokenizer)
 
 
-def one(tmp_path: Path, turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, **section: Any) -> Example:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return build(tmp_path, [{"messages": messages}], tokenizer, **section).train[0]
+def messages_of(*turns: str) -> list[dict[str, Any]]:
+    """A user's and an assistant's turns, by turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def one(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **section: Any) -> Example:
+    return build([{"messages": messages}], tokenizer, **section).train[0]
 
 
 def decoded(tokenizer: PreTrainedTokenizerFast, ids: Any) -> str:

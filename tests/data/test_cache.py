@@ -5,22 +5,22 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
 from filelock import FileLock
 from rich.console import Console
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
 from qvera.cli.main import main
 from qvera.config.schema import DataSection, DataSource
@@ -28,6 +28,7 @@ from qvera.data import Datasets, Rows, build_datasets, cache, print_preflight
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.data.rows import byte_tokenizer, same, write_rows
+from tests.helpers import start_process, wait_until
 from tests.tasks.encoders import word_tokenizer
 
 pytestmark = pytest.mark.process
@@ -63,34 +64,32 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
+def said_of(section: DataSection) -> tuple[Datasets, str]:
+    out = io.StringIO()
+    return build_datasets(section, byte_tokenizer(), Console(file=out, width=500)), out.getvalue()
+
+
 def test_a_second_run_finds_the_rows_and_says_so(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
     made = counting(monkeypatch)
-    first = build_datasets(section, byte_tokenizer())
-    assert first.stats.cache_entries == []
-    second = build_datasets(section, byte_tokenizer())
+    first, second = (build_datasets(section, byte_tokenizer()) for _ in range(2))
     assert made == [section.path]
-    assert second.stats.cache_entries == entries()
-    assert len(entries()) == 1
-    assert same(first, second)
+    assert first.stats.cache_entries == [] and second.stats.cache_entries == entries()
+    assert len(entries()) == 1 and same(first, second)
     out = io.StringIO()
     print_preflight(second, byte_tokenizer(), Console(file=out, width=200))
     assert f"found in the cache ({entries()[0]})" in out.getvalue()
 
 
 def test_without_a_place_for_the_cache_the_rows_are_the_same(
-    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+    section: DataSection, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped = build_datasets(section, byte_tokenizer())
-    assert entries()
-    blocked = root.parent.parent / "file"
-    blocked.write_text("")
-    monkeypatch.setenv("QVERA_CACHE", str(blocked))
-    out = io.StringIO()
-    temporary = root.parent.parent / "temporary"
-    temporary.mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QVERA_CACHE", str(tmp_path / "file"))
+    (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    unkept = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
-    assert "can't be cached there" in out.getvalue()
+    unkept, said = said_of(section)
+    assert "can't be cached there" in said
     assert same(mapped, unkept)
     assert not list(temporary.iterdir()), "the file has no name any more"
     if sys.platform == "linux":
@@ -110,18 +109,6 @@ def test_rows_that_are_somebody_else_s_leave_no_copy(
     assert same(unkept, build_datasets(section, byte_tokenizer()))
 
 
-def _other_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["question"])
-    return tokenizer
-
-
-def _other_template() -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
-    return tokenizer
-
-
 CHANGES: dict[str, Any] = {
     "template": "zephyr", "max_length": 200, "too_long": "cut-end", "train_on": "last", "eval_fraction": 0.2,
     "eval_limit": 3, "seed": 1, "limit": 30, "system": "Answer in rhyme.", "max_source_length": 50,
@@ -133,22 +120,23 @@ def test_whatever_the_rows_depend_on_makes_another_entry(section: DataSection, m
     before, auto = build_datasets(section, byte_tokenizer()), section.replace(template="auto")
 
     def made_anew(what: str, changed: DataSection = section, tokenizer: Any = None) -> Datasets:
-        tokenizer, count = tokenizer or byte_tokenizer(), len(entries())
-        after = build_datasets(changed, tokenizer)
+        count = len(entries())
+        after = build_datasets(changed, tokenizer or byte_tokenizer())
         assert not after.stats.cache_entries and len(entries()) == count + 1, what
-        assert same(after, build_datasets(changed, tokenizer, cached=False)), what
         return after
 
     for key, value in CHANGES.items():
         assert not same(before, made_anew(key, section.replace(**{key: value}))), key
-    assert not same(before, made_anew("tokenizer", section, _other_tokenizer()))
-    assert not same(made_anew("auto", auto), made_anew("chat template", auto, _other_template()))
-    with monkeypatch.context() as patched:
-        patched.setattr(cache, "code_sha256", lambda: "another")
-        made_anew("code")
-    with monkeypatch.context() as patched:
-        patched.setattr(cache.metadata, "version", lambda name: "99.0")
-        made_anew("a library")
+    other = byte_tokenizer()
+    other.add_tokens(["question"])
+    assert not same(before, made_anew("tokenizer", section, other))
+    templated = byte_tokenizer()
+    templated.chat_template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    assert not same(made_anew("auto", auto), made_anew("chat template", auto, templated))
+    for owner, name, value in ((cache, "code_sha256", "another"), (cache.metadata, "version", "99.0")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, Mock(return_value=value))
+            made_anew(name)
     path = Path(section.path)
     size, text = path.stat().st_size, path.read_text(encoding="utf-8")
     path.write_text(text.replace("answer", "ANSWER", 1), encoding="utf-8")
@@ -156,29 +144,19 @@ def test_whatever_the_rows_depend_on_makes_another_entry(section: DataSection, m
     assert not same(before, made_anew("content"))
 
 
-def _short(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.model_max_length = 6
-
-
-def _without_types(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-
-
-@pytest.mark.parametrize("change", [_short, _without_types])
-def test_settings_of_a_tokenizer_that_labelled_rows_depend_on_make_another_entry(
-    change: Callable[[PreTrainedTokenizerFast], None], tmp_path: Path
-) -> None:
+def test_settings_of_a_tokenizer_that_labelled_rows_depend_on_make_another_entry(tmp_path: Path) -> None:
     rows = [{"text": "say red again", "text_pair": f"say {n}", "label": "ab"[n % 2]} for n in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = DataSection(path=str(tmp_path / "pairs.jsonl"), format="classification")
+    changes = {"model_max_length": (6, 6, False), "model_input_names": (["input_ids", "attention_mask"], 8, True)}
     build_datasets(section, word_tokenizer())
-    assert len(entries()) == 1
-    tokenizer = word_tokenizer()
-    change(tokenizer)
-    found = build_datasets(section, tokenizer)
-    assert found.stats.cache_entries == []
-    assert len(found.train[0].input_ids) == (6 if change is _short else 8)
-    assert (found.train[0].pair_start is None) == (change is _without_types)
+    for name, (value, length, one_type) in changes.items():
+        tokenizer = word_tokenizer()
+        setattr(tokenizer, name, value)
+        found = build_datasets(section, tokenizer)
+        assert found.stats.cache_entries == []
+        assert len(found.train[0].input_ids) == length
+        assert (found.train[0].pair_start is None) == one_type
 
 
 def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: Path) -> None:
@@ -194,20 +172,15 @@ def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: 
     assert len(build_datasets(section, byte_tokenizer()).stats.cache_entries) == 1
 
 
-def _dated() -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
-    )
-    return tokenizer
-
-
 def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(section: DataSection) -> None:
-    section = section.replace(template="auto")
-    build_datasets(section, _dated())
-    found = build_datasets(section, _dated())
+    tokenizer, section = byte_tokenizer(), section.replace(template="auto")
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    build_datasets(section, tokenizer)
+    found = build_datasets(section, tokenizer)
     assert found.stats.cache_entries
-    assert "26 Jul 2024" in _dated().decode(found.train[0].input_ids.tolist())
+    assert "26 Jul 2024" in tokenizer.decode(found.train[0].input_ids.tolist())
 
 
 def test_an_entry_is_on_disk_before_it_has_its_name(
@@ -222,63 +195,50 @@ def test_an_entry_is_on_disk_before_it_has_its_name(
     assert order == ["eval.arrow", "train.arrow", "record.json", *entries(), root.name]
 
 
-@pytest.mark.parametrize("damage", ["a byte", "cut short", "missing", "record", "an empty record", "no record"])
-def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: Path) -> None:
+# what becomes of a file's bytes; None: it is gone; and whether `cache verify` sees it
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes | None], int]] = {
+    "a byte": ("train.arrow", lambda data: data[: len(data) // 2] + b"?" + data[len(data) // 2 + 1 :], 1),
+    "cut short": ("train.arrow", lambda data: data[: len(data) // 2], 1),
+    "missing": ("train.arrow", lambda data: None, 1),
+    "record": ("record.json", lambda data: data[:-40], 0),
+    "an empty record": ("record.json", lambda data: b"{}", 1),
+    "no record": ("record.json", lambda data: None, 0),
+}
+
+
+@pytest.mark.parametrize(("name", "becomes", "code"), DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_entry_is_made_again(
+    name: str, becomes: Callable[[bytes], bytes | None], code: int, section: DataSection, root: Path
+) -> None:
     first = build_datasets(section, byte_tokenizer())
-    whole = [row.input_ids.tolist() for row in first.train]
-    (name,) = entries()
-    table, record = root / name / "train.arrow", root / name / "record.json"
-    data = bytearray(table.read_bytes())
-    replaced = root / name / "new"
-    if damage == "a byte":
-        data[len(data) // 2] ^= 1
-        replaced.write_bytes(data)
-        replaced.rename(table)
-    elif damage == "cut short":
-        replaced.write_bytes(data[: len(data) // 2])
-        replaced.rename(table)
-    elif damage == "missing":
-        table.unlink()
-    elif damage == "record":
-        record.write_text(record.read_text()[:-40])
-    elif damage == "an empty record":
-        record.write_text("{}")
-    else:
-        record.unlink()
-    assert main(["cache", "verify"]) == (0 if damage in ("record", "no record") else 1)
-    out = io.StringIO()
-    again = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
-    assert "The rows are tokenized again." in out.getvalue()
-    assert again.stats.cache_entries == []
-    assert [row.input_ids.tolist() for row in again.train] == whole
-    assert build_datasets(section, byte_tokenizer()).stats.cache_entries == [name]
-
-
-def test_rows_that_are_mapped_outlive_their_entry(section: DataSection, root: Path) -> None:
-    build_datasets(section, byte_tokenizer())
-    data = build_datasets(section, byte_tokenizer())
-    ids = [row.input_ids.tolist() for row in data.train]
-    assert main(["cache", "rm", "--all"]) == 0
-    assert entries() == []
-    assert [row.input_ids.tolist() for row in data.train] == ids
+    (entry,) = entries()
+    file = root / entry / name
+    data = becomes(file.read_bytes())
+    file.unlink()  # the rows of `first` are mapped from it
+    if data is not None:
+        file.write_bytes(data)
+    assert main(["cache", "verify"]) == code
+    again, said = said_of(section)
+    assert "The rows are tokenized again." in said
+    assert again.stats.cache_entries == [] and same(first, again)
+    assert build_datasets(section, byte_tokenizer()).stats.cache_entries == [entry]
 
 
 def test_ls_verify_and_rm(section: DataSection, capsys: pytest.CaptureFixture[str]) -> None:
-    build_datasets(section, byte_tokenizer())
+    data = build_datasets(section, byte_tokenizer())
     (name,) = entries()
     assert main(["cache", "ls"]) == 0
     assert name in (shown := capsys.readouterr().out)
     assert section.path in shown
     assert main(["cache", "ls", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["finished"]
-    assert row["rows"]["train"] >= 36
-    assert row["size_bytes"] > 20_000
+    assert row["finished"] and row["rows"]["train"] >= 36 and row["size_bytes"] > 20_000
     assert main(["cache", "verify", name[:10]]) == 0
     assert main(["cache", "verify", name[:10], "other"]) == 2
     assert "as written" in capsys.readouterr().out
+    mapped, unkept = build_datasets(section, byte_tokenizer()), build_datasets(section, byte_tokenizer(), cached=False)
     assert main(["cache", "rm", name[:10]]) == 0
-    assert entries() == []
+    assert entries() == [] and same(mapped, unkept) and same(data, unkept)  # what is mapped outlives its entry
     assert main(["cache", "rm", name]) == 2
 
 
@@ -308,51 +268,40 @@ def test_small_files_and_tokenizers_in_python_are_not_kept(tmp_path: Path, secti
     assert entries() == []
 
 
-def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Path) -> None:
-    script = (
-        "import os, sys\n"
-        "from tests.data.rows import byte_tokenizer\n"
-        "from qvera.data import build_datasets\nfrom qvera.data import cache\n"
-        "from qvera.config.schema import DataSection\n"
-        "def hang(*a): print('made', flush=True); import time; time.sleep(600)\n"
-        "cache.replace_text = hang\n"
-        "cache.WORTH_BYTES = 10_000\n"
-        f"section = DataSection(path={section.path!r}, template='chatml', eval_fraction=0.1, max_length=256, "
-        f"too_long='split')\n"
-        "build_datasets(section, byte_tokenizer())\n"
-    )
-    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert maker.stdout is not None
-    assert maker.stdout.readline().strip() == "made"
+def make_and_hang(section: DataSection, mark: Path) -> None:
+    def hang(*_: object) -> None:
+        mark.touch()
+        time.sleep(600)
+
+    cache.replace_text, cache.WORTH_BYTES = hang, 10_000  # type: ignore[assignment]
+    build_datasets(section, byte_tokenizer())
+
+
+def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, tmp_path: Path) -> None:
+    maker = start_process(make_and_hang, section, tmp_path / "mark")
+    wait_until((tmp_path / "mark").exists)
     (unfinished,) = entries()
     assert unfinished.startswith(".unfinished-")
     assert main(["cache", "rm", unfinished]) == 2
-    maker.send_signal(signal.SIGKILL)
-    maker.wait()
+    maker.kill()
+    maker.join()
     assert build_datasets(section, byte_tokenizer()).stats.cache_entries == []
     assert entries() == [unfinished.replace(".unfinished-", "rows-")]
 
 
-def test_a_source_that_changes_meanwhile_is_not_kept(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cache.tokenize_source
+def test_what_goes_wrong_while_an_entry_is_made(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, path = cache.tokenize_source, Path(section.path)
 
-    def make(*arguments: Any) -> Any:
+    def changing(*arguments: Any) -> Any:
         made = real(*arguments)
-        with open(section.path, "a", encoding="utf-8") as handle:
-            handle.write(Path(section.path).read_text(encoding="utf-8").splitlines()[0] + "\n")
+        path.write_text(path.read_text(encoding="utf-8") * 2, encoding="utf-8")
         return made
 
-    monkeypatch.setattr(cache, "tokenize_source", make)
-    with pytest.raises(InputError, match="was changed while it was read"):
-        build_datasets(section, byte_tokenizer())
-    assert entries() == []
-
-
-def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache, "replace_text", full)
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "tokenize_source", changing)
+        with pytest.raises(InputError, match="was changed while it was read"):
+            build_datasets(section, byte_tokenizer())
+    monkeypatch.setattr(cache, "replace_text", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(RunFailed, match="set QVERA_CACHE to a directory on another disk"):
         build_datasets(section, byte_tokenizer())
     assert entries() == []
@@ -361,138 +310,105 @@ def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPat
 # --- several runs at once
 
 
-class Said(io.StringIO):
-    """What a console shows, and when it first says that it waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits = threading.Event()
-
-    def write(self, text: str) -> int:
-        if "another process tokenizes these rows" in text:
-            self.waits.set()
-        return super().write(text)
-
-
 def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> tuple[Any, Any]:
     """The data or the error of two processes' worth of work, the second of which comes while the first tokenizes.
 
     Args:
         fails: what the first meets in place of its rows.
     """
-    said, begun, real = Said(), threading.Event(), cache.tokenize_source
+    waits, begun, real = threading.Event(), threading.Event(), cache.tokenize_source
+    console = Console(file=io.StringIO(), width=500)
+    console.print = lambda text, **_: waits.set() if "another process tokenizes these rows" in text else None  # type: ignore[method-assign]
 
     def make(*arguments: Any) -> Any:
-        if begun.is_set():
-            return real(*arguments)
-        begun.set()
-        assert said.waits.wait(60)
-        if fails is not None:
-            raise fails
+        if not begun.is_set():
+            begun.set()
+            assert waits.wait(60)
+            if fails is not None:
+                raise fails
         return real(*arguments)
 
     monkeypatch.setattr(cache, "tokenize_source", make)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(build_datasets, section, byte_tokenizer())
         assert begun.wait(60)
-        second = threads.submit(build_datasets, section, byte_tokenizer(), Console(file=said, width=500))
+        second = threads.submit(build_datasets, section, byte_tokenizer(), console)
     return first.exception() or first.result(), second.exception() or second.result()
 
 
-def spoil(section: DataSection) -> None:
-    with open(section.path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps({"messages": [{"role": "wizard", "content": "x"}]}) + "\n")
-
-
-def test_who_waits_for_the_same_rows_says_so_and_finds_them(
+def test_who_waits_finds_the_rows_or_makes_them_where_the_first_had_no_disk(
     section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = both_ends(section, monkeypatch)
-    assert not first.stats.cache_entries
-    assert second.stats.cache_entries == entries()
-    assert same(first, second)
+    with monkeypatch.context() as patched:
+        first, second = both_ends(section, patched, OSError(28, "No space left on device"))
+    assert isinstance(first, RunFailed)
+    assert isinstance(second, Datasets) and not second.stats.cache_entries
+    assert main(["cache", "rm", "--all"]) == 0
+    first, third = both_ends(section, monkeypatch)
+    assert not first.stats.cache_entries and third.stats.cache_entries == entries()
+    assert same(first, second) and same(first, third)
 
 
 def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
     section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = section.replace(eval_fraction=0.0)
-    good = Path(section.path).read_text(encoding="utf-8")
-    spoil(section)
+    section, path = section.replace(eval_fraction=0.0), Path(section.path)
+    good = path.read_text(encoding="utf-8")
+    path.write_text(good + json.dumps({"messages": [{"role": "wizard", "content": "x"}]}), encoding="utf-8")
     made = counting(monkeypatch)
     first, second = both_ends(section, monkeypatch)
-    assert isinstance(first, InputError)
-    assert isinstance(second, InputError)
-    assert str(first) == str(second)
-    assert f"{section.path}:41" in str(first)
+    assert isinstance(first, InputError) and isinstance(second, InputError)
+    assert str(first) == str(second) and f"{path}:41" in str(first)
     assert made == [section.path]
     with pytest.raises(InputError, match="wizard"):
         build_datasets(section, byte_tokenizer())
     assert made == [section.path] * 2
-    Path(section.path).write_text(good, encoding="utf-8")
+    path.write_text(good, encoding="utf-8")
     assert len(build_datasets(section, byte_tokenizer()).train) >= 36
-
-
-def test_a_full_disk_of_the_first_is_not_an_error_of_the_second(
-    section: DataSection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = both_ends(section, monkeypatch, OSError(28, "No space left on device"))
-    assert isinstance(first, RunFailed)
-    assert isinstance(second, Datasets)
-    assert len(second.train) >= 36
 
 
 # --- rows as a sequence
 
 
 def test_rows_are_a_sequence(section: DataSection) -> None:
-    data = build_datasets(section, byte_tokenizer())
-    rows = data.train
+    rows = build_datasets(section, byte_tokenizer()).train
+    sources = [row.source for row in rows]
     assert isinstance(rows, Rows)
-    assert rows[-1].source == rows[len(rows) - 1].source
+    assert rows[-1].source == sources[-1]
     with pytest.raises(IndexError):
         rows[len(rows)]
-    assert [row.source for row in rows[5:20:3]] == [rows[i].source for i in range(5, 20, 3)]
-    assert not rows[:0]
-    assert len(rows[:0].lengths) == 0
+    assert [row.source for row in rows[5:20:3]] == sources[5:20:3]
+    assert not rows[:0] and len(rows[:0].lengths) == 0
     picked = rows.take(np.array([9, 9, 2]))
-    assert [row.source for row in picked] == [rows[9].source, rows[9].source, rows[2].source]
+    assert [row.source for row in picked] == [sources[9], sources[9], sources[2]]
     assert picked.lengths.tolist() == [len(row.input_ids) for row in picked]
     assert picked.trained_tokens.tolist() == [row.trained_tokens for row in picked]
 
 
-def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_set_is_known_by_its_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
     one, other = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:-1])
-    here = one
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: here)
-    section = DataSection(path="someone/questions", template="plain")
-    first = build_datasets(section, byte_tokenizer())
-    second = build_datasets(section, byte_tokenizer())
-    assert not first.stats.cache_entries
-    assert second.stats.cache_entries == entries()
-    assert same(first, second)
-    assert first.train[3].source == "someone/questions[train] row 4"
-    here = other
-    third = build_datasets(section, byte_tokenizer())
-    assert not third.stats.cache_entries
-    assert len(third.train) == 39
+    found = []
+    for here in (one, one, other):
+        monkeypatch.setattr(datasets, "load_dataset", Mock(return_value=here))
+        found.append(build_datasets(DataSection(path="someone/questions", template="plain"), byte_tokenizer()))
+    assert [len(data.stats.cache_entries) for data in found] == [0, 1, 0]
+    assert same(*found[:2]) and len(found[2].train) == 39
+    assert found[0].train[3].source == "someone/questions[train] row 4"
 
 
 def test_a_run_on_found_rows_is_the_run_and_resumes(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "WORTH_BYTES", 0)
-    recipe = make_recipe(data={"packing": True}, training={"max_steps": 4, "save_steps": 2})
+    recipe = make_recipe(data={"packing": True}, training={"max_steps": 2, "save_steps": 1})
     first, second = (train(recipe, tmp_path / name) for name in ("first", "second"))
-    assert first is not None
-    assert second is not None
-    assert first.run["data"] == second.run["data"]
-    vectors = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
-    assert vectors[0] == vectors[1]
-    assert len(entries()) == 1
-    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
-    shutil.rmtree(tmp_path / "second" / "adapter")
+    assert first is not None and second is not None
+    assert first.run["data"] == second.run["data"] and len(entries()) == 1
+    made, found = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("first", "second"))
+    assert found.read_bytes() == made.read_bytes()
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000002")
+    shutil.rmtree(found.parent)
     recipe = recipe.replace(data=recipe.data.replace(tokenize_processes=2))  # another machine may have other cores
     train(recipe, tmp_path / "second", resume=True)
-    assert (tmp_path / "second" / "adapter" / "adapter_model.safetensors").read_bytes() == vectors[0]
+    assert found.read_bytes() == made.read_bytes()

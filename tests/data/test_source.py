@@ -29,22 +29,17 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture
 def section(tmp_path: Path) -> DataSection:
-    """Three chunks of rows, for as many threads; two for real processes."""
-    chats, _ = write_rows(tmp_path, 300)
+    """Three chunks of rows, for as many threads."""
+    chats, _ = write_rows(tmp_path, 60)
     return DataSection(path=chats, template="chatml", eval_fraction=0.1, max_length=256, too_long="split")
 
 
 @given(n=st.integers(2, 200), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**64))
-def test_hold_out_leaves_rows_of_both_kinds(n: int, fraction: float, seed: int) -> None:
+def test_hold_out_leaves_rows_of_both_kinds_and_follows_the_seed(n: int, fraction: float, seed: int) -> None:
     held = hold_out(n, fraction, seed)
-    assert len(held) == n
-    assert held.any()
-    assert not held.all()
+    assert len(held) == n and held.any() and not held.all()
     assert np.array_equal(held, hold_out(n, fraction, seed))
     assert abs(int(held.sum()) - n * fraction) <= 1
-
-
-def test_hold_out_follows_the_seed() -> None:
     assert not np.array_equal(hold_out(100, 0.1, 0), hold_out(100, 0.1, 1))
     assert not hold_out(100, 0.0, 0).any()
 
@@ -77,7 +72,7 @@ class ThreadInPlaceOfAProcess:
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(source, "CHUNK_ROWS", 20)
     monkeypatch.setattr(source.subprocess, "Popen", ThreadInPlaceOfAProcess)
 
 
@@ -98,16 +93,13 @@ def own_special_tokens() -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
         **tokenizer.special_tokens_map,
     )
-    own.chat_template = (
-        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + "
-        "end_of_call }}"
-        "{% endfor %}"
-    )
+    turn = "sep_token + m.role + image_token + m.content + end_of_call"
+    own.chat_template = "{{ cls_token + mask_token }}{% for m in messages %}{{ " + turn + " }}{% endfor %}"
     return own
 
 
-def test_several_processes_make_the_same_rows_and_end(section: DataSection) -> None:
-    section = section.replace(template="auto")
+def test_several_processes_make_the_same_rows_and_end(tmp_path: Path) -> None:
+    section = DataSection(path=write_rows(tmp_path, source.CHUNK_ROWS + 10)[0], eval_fraction=0.1)
     one = made(section, own_special_tokens())
     assert own_special_tokens().decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
     assert same(one, made(section.replace(tokenize_processes=2), own_special_tokens()))
@@ -115,7 +107,7 @@ def test_several_processes_make_the_same_rows_and_end(section: DataSection) -> N
     assert "qvera.data.source" not in children
 
 
-@pytest.mark.parametrize(("tokenizer", "limit"), [(byte_tokenizer, 300), (ByT5Tokenizer, 210)])
+@pytest.mark.parametrize(("tokenizer", "limit"), [(byte_tokenizer, 60), (ByT5Tokenizer, 42)])
 def test_three_processes_make_the_same_rows(section: DataSection, tokenizer: Any, limit: int, threads: None) -> None:
     section = section.replace(template="zephyr", limit=limit)
     assert same(made(section, tokenizer()), made(section.replace(tokenize_processes=3), tokenizer()))
@@ -159,11 +151,11 @@ REFUSED = {"messages": [{"role": role, "content": "x"} for role in ("user", "use
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({250: WIZARD, 130: WIZARD, 131: WIZARD}, ":131: messages.* unknown role 'wizard'"),
-        ({250: NO_ANSWER, 130: NO_ANSWER, 131: NO_ANSWER}, ":131, .*:132, .*:251: 3 rows with no token to train on"),
-        ({250: REFUSED, 130: REFUSED, 131: REFUSED}, ":131: the chat template .* refuses the row"),
-        ({50: NO_ANSWER, 130: REFUSED, 250: NO_ANSWER}, ":131: the chat template .* refuses the row"),
-        ({50: NO_ANSWER, 250: WIZARD}, ":251: messages.* unknown role 'wizard'"),
+        ({50: WIZARD, 26: WIZARD, 27: WIZARD}, ":27: messages.* unknown role 'wizard'"),
+        ({50: NO_ANSWER, 26: NO_ANSWER, 27: NO_ANSWER}, ":27, .*:28, .*:51: 3 rows with no token to train on"),
+        ({50: REFUSED, 26: REFUSED, 27: REFUSED}, ":27: the chat template .* refuses the row"),
+        ({10: NO_ANSWER, 26: REFUSED, 50: NO_ANSWER}, ":27: the chat template .* refuses the row"),
+        ({10: NO_ANSWER, 50: WIZARD}, ":51: messages.* unknown role 'wizard'"),
     ],
     ids=["malformed", "hollow", "refused", "refused after hollow", "malformed after hollow"],
 )
@@ -185,13 +177,11 @@ def test_several_processes_give_the_error_that_one_would(
 
 
 def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path, threads: None) -> None:
-    files = {
-        "train.jsonl": {"instruction": "do it", "output": "done"},
-        "eval.jsonl": {"prompt": "do it", "completion": "done"},
-    }
-    for name, row in files.items():
-        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 150, encoding="utf-8")
-    section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
+    paths = [str(tmp_path / name) for name in ("train.jsonl", "eval.jsonl")]
+    rows = {"instruction": "do", "output": "ok"}, {"prompt": "do", "completion": "ok"}
+    for path, row in zip(paths, rows, strict=True):
+        Path(path).write_text(f"{json.dumps(row)}\n" * 30, encoding="utf-8")
+    section = DataSection(path=paths[0], eval_path=paths[1])
     one = made(section, byte_tokenizer())
     assert same(one, made(section.replace(tokenize_processes=2), byte_tokenizer()))
     assert one.template.name == "alpaca"
