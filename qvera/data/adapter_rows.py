@@ -10,7 +10,7 @@ import numpy as np
 
 from qvera.data.rows import Rows
 from qvera.data.source import members_of
-from qvera.utils.adapter_names import alike_names, directory_names, shown_name
+from qvera.utils.adapter_names import directory_names, shown_name, similar_names
 
 _ALL_NAMED = 12
 """Up to this many adapters are listed by name."""
@@ -36,7 +36,7 @@ class Adapters:
     without_rows: list[str] = field(default_factory=list)  # not trained, because no training rows are left
     only_held_out: list[str] = field(default_factory=list)  # only in data.eval_path; not read
     without_held_out: list[str] = field(default_factory=list)  # trained, but not scored
-    alike: list[list[str]] = field(default_factory=list)  # groups of names that look nearly the same
+    similar: list[list[str]] = field(default_factory=list)  # groups of names that look nearly the same
 
     @property
     def counts(self) -> str:
@@ -53,7 +53,7 @@ class Adapters:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts and names for ``data`` in run.json."""
-        names = {name: getattr(self, name) for name in ("without_rows", "only_held_out", "alike")}
+        names = {name: getattr(self, name) for name in ("without_rows", "only_held_out", "similar")}
         return {"trained": len(self.trained), **names}
 
     def warnings(self) -> list[str]:
@@ -75,9 +75,9 @@ class Adapters:
         for names, text in texts:
             more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
             lines += [text.format(", ".join(map(repr, names[:_SHOWN])) + more)] if names else []
-        if self.alike:
-            groups = "; ".join(" and ".join(map(repr, group)) for group in self.alike[:_SHOWN])
-            more = f", and {len(self.alike) - _SHOWN:,} more groups" if len(self.alike) > _SHOWN else ""
+        if self.similar:
+            groups = "; ".join(" and ".join(map(repr, group)) for group in self.similar[:_SHOWN])
+            more = f", and {len(self.similar) - _SHOWN:,} more groups" if len(self.similar) > _SHOWN else ""
             lines.append(f"Names that are nearly the same, of different adapters: {groups}{more}.")
         return lines
 
@@ -108,5 +108,5 @@ def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: 
         without_rows=[each.name for each in found if not len(each.train)],
         only_held_out=list(number_of)[len(names) :],
         without_held_out=[each.name for each in trained if holds_out and not len(each.eval)],
-        alike=alike_names(names),
+        similar=similar_names(names),
     )

@@ -394,8 +394,8 @@ class RowTokenizer:
             return []
         prompt_ids = whole.prompt_ids[asked[: len(whole.prompt_ids)]]
         row = replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)
-        if len(whole.prompt_ids) and not len(prompt_ids):  # nothing to ask with: as text without a prompt
-            row = replace(row, prompt_text="", reference=None)
+        if len(prompt_ids) <= bos < len(whole.prompt_ids):  # nothing to ask with: as text without a prompt
+            row = replace(row, prompt_ids=prompt_ids[:0], prompt_text="", reference=None)
         return [row]
 
     def _drop(self, row: Example, reason: str) -> None:

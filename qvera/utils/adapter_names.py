@@ -40,11 +40,11 @@ def unescape_name(directory: str) -> str:
 def directory_names(names: Iterable[str]) -> dict[str, str]:
     """The directory of each name; InputError as in `escape_name`. They differ on every file system.
 
-    So in names that `alike_names` finds alike, capitals and other alphabets are escaped too.
+    So in names that `similar_names` finds, capitals and other alphabets are escaped too.
     """
     listed = list(names)
-    alike = {name for group in alike_names(listed) for name in group}
-    return {name: _directory(name, *[name in alike] * 2) for name in listed}
+    similar = {name for group in similar_names(listed) for name in group}
+    return {name: _directory(name, *[name in similar] * 2) for name in listed}
 
 
 def shown_name(name: str) -> str:
@@ -52,7 +52,7 @@ def shown_name(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def alike_names(names: Iterable[str]) -> list[list[str]]:
+def similar_names(names: Iterable[str]) -> list[list[str]]:
     """Groups of names that differ only by case, by spaces, or by how their characters are composed."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):

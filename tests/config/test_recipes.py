@@ -13,19 +13,10 @@ from qvera.config.load import load_recipe, read_yaml
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
 OVER_LLAMA = [
-    "customers",
-    "e2e/smollm2-135m",
-    "e2e/smollm2-135m-lora",
-    "instruct/llama-13b",
-    "instruct/llama-7b",
-    "instruct/llama2-13b",
-    "instruct/llama2-7b",
-    "instruct/llama3.1-8b",
-    "instruct/smollm2-135m",
-    "preference/llama3-8b-dpo",
-    "preference/llama3-8b-kto",
-    "quickstart",
-]
+    "customers", "e2e/smollm2-135m", "e2e/smollm2-135m-lora", "instruct/llama-13b", "instruct/llama-7b", "instruct/llama2-13b",
+    "instruct/llama2-7b", "instruct/llama3.1-8b", "instruct/smollm2-135m", "preference/llama3-8b-dpo",
+    "preference/llama3-8b-kto", "quickstart",
+]  # fmt: skip
 OF_THE_PAPER = [row.recipe for rows in TABLES.values() for row in rows.values()]
 NAMES = sorted(OVER_LLAMA + OF_THE_PAPER)
 
@@ -36,10 +27,10 @@ def test_no_recipe_is_unknown_to_this_test() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_parses_and_names_the_schema(name: str) -> None:
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    path = RECIPES / f"{name}.yaml"
+    recipe = load_recipe(path)
     assert (recipe.adapter.targets == "all-linear") == (name in OVER_LLAMA)
     assert recipe.model.quantization == ("nf4" if name in OVER_LLAMA else "none")
-    path = RECIPES / f"{name}.yaml"
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).samefile(SCHEMA)
 
@@ -54,47 +45,32 @@ def test_the_json_schema_accepts_the_recipes_and_marks_mistakes() -> None:
     assert {error.json_path for error in check.iter_errors(wrong)} == {"$.data", "$.adapter.rank", "$.adapter.targets"}
 
 
-@pytest.mark.parametrize("task", ["e2e", "instruct"])
-def test_presets_are_the_best_of_the_sweep_that_they_name(task: str) -> None:
+@pytest.mark.parametrize(("task", "results"), [("e2e", "e2e-sweep"), ("instruct", "alpaca")])
+def test_presets_are_the_best_of_the_sweep_that_they_name(task: str, results: str) -> None:
     """By held-out loss, at the steps of the first trials; of two within 0.001 either will do."""
     recipe = load_recipe(RECIPES / task / "smollm2-135m.yaml")
-    results = {"e2e": "e2e-sweep", "instruct": "alpaca"}[task]
     lines = (RECIPES.parent / "bench" / "results" / f"{results}.jsonl").read_text().splitlines()
     trials = [(line["trial"], line["held_out_loss"]) for line in map(json.loads, lines) if line["trial"]["steps"] == 50]
     ours = [(trial, loss) for trial, loss in trials if trial["method"] == "qvera"]
-    assert len(ours) >= 2
-    assert len([1 for trial, _ in trials if trial["method"] == "lora"]) >= len(ours)
-    best = min(loss for _, loss in ours)
+    assert len([1 for trial, _ in trials if trial["method"] == "lora"]) >= len(ours) >= 2
     training = recipe.training
-    mine = {
-        "rank": recipe.adapter.rank,
-        "targets": recipe.adapter.targets,
-        "b_groups": recipe.adapter.b_groups,
-        "input_scale": recipe.adapter.input_scale,
-        "learning_rate": training.learning_rate,
-        "schedule": training.lr_scheduler_type,
-        "warmup_ratio": training.warmup_ratio,
-    }
+    mine = {name: getattr(recipe.adapter, name) for name in ("rank", "targets", "b_groups", "input_scale")}
+    mine |= {"learning_rate": training.learning_rate, "warmup_ratio": training.warmup_ratio}
+    mine |= {"schedule": training.lr_scheduler_type}
     plain = {"b_groups": 1, "input_scale": False}  # lines from before these keys
-    found = [loss for trial, loss in ours if mine.items() <= (plain | trial).items() and not trial["d_initial"]]
-    assert len(found) == 1
-    assert found[0] < best + 1e-3
+    (found,) = [loss for trial, loss in ours if mine.items() <= (plain | trial).items() and not trial["d_initial"]]
+    assert found < min(loss for _, loss in ours) + 1e-3
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
 @pytest.mark.parametrize("model", ["llama", "llama2"])
 def test_llama_recipes_have_the_papers_settings(model: str, size: str) -> None:
     recipe = load_recipe(RECIPES / f"instruct/{model}-{size}.yaml")
+    data, training = recipe.data, recipe.training
     assert recipe.model.path == {"llama": f"huggyllama/llama-{size}", "llama2": f"meta-llama/Llama-2-{size}-hf"}[model]
-    assert recipe.model.double_quant
-    assert (recipe.adapter.rank, recipe.adapter.d_initial) == (1024, 0.1)
-    assert (recipe.data.path, recipe.data.template, recipe.data.train_on) == (
-        "yahma/alpaca-cleaned",
-        "alpaca",
-        "assistant",
-    )
-    assert (recipe.data.max_source_length, recipe.data.max_target_length) == (768, 256)
-    training = recipe.training
+    assert (recipe.model.double_quant, recipe.adapter.rank, recipe.adapter.d_initial) == (True, 1024, 0.1)
+    assert (data.path, data.template, data.train_on) == ("yahma/alpaca-cleaned", "alpaca", "assistant")
+    assert (data.max_source_length, data.max_target_length) == (768, 256)
     assert (training.global_batch_size, training.per_device_train_batch_size) == (16, 4)
     assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (4e-3, "cosine", 0.1)
     assert (training.num_train_epochs, training.max_steps, training.weight_decay) == (1.0, -1, 0.0)

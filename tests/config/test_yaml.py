@@ -20,15 +20,12 @@ def load(tmp_path: Path, text: str | bytes, *overrides: str) -> Recipe:
     return load_recipe(path, list(overrides))
 
 
-@pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + BODY.encode(), BODY.replace("\n", "\r\n").encode()])
-def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path, content: bytes) -> None:
-    assert load(tmp_path, content) == load(tmp_path, BODY)
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+    for content in (b"\xef\xbb\xbf" + BODY.encode(), BODY.replace("\n", "\r\n").encode()):
+        assert load(tmp_path, content) == load(tmp_path, BODY)
 
 
-def test_anchors_aliases_and_merge_keys_work(tmp_path: Path) -> None:
-    recipe = load(
-        tmp_path,
-        """\
+ALIASES = """\
 model: some/model
 data: &first
   path: a.jsonl
@@ -38,8 +35,11 @@ data: &first
     - {<<: *second, path: c.jsonl}
     - {<<: [*second, {limit: 3}], weight: 4}
   system: *prompt
-""",
-    )
+"""
+
+
+def test_anchors_aliases_and_merge_keys_work(tmp_path: Path) -> None:
+    recipe = load(tmp_path, ALIASES)
     sources = [(one.path, one.weight, one.limit) for one in recipe.data.mixture]
     assert sources == [("b.jsonl", 2, None), ("c.jsonl", 2, None), ("b.jsonl", 4, 3)]
     assert recipe.data.system == "Be brief."
@@ -49,12 +49,9 @@ def test_a_merged_key_that_is_wrong_gets_the_line_where_it_is_written(tmp_path: 
     text = "model: m\ndata:\n  path: a\n  mixture:\n    - &b\n      path: b\n      weight: 0\n    - <<: *b\n      limit: 0\n"
     with pytest.raises(InputError) as caught:
         load(tmp_path, text)
-    lines = str(caught.value).splitlines()[1:]
-    assert [line.strip().split(":")[0] for line in lines] == [
-        "line 7, data.mixture.0.weight",
-        "line 7, data.mixture.1.weight",
-        "line 9, data.mixture.1.limit",
-    ]
+    places = [line.strip().split(":")[0] for line in str(caught.value).splitlines()[1:]]
+    expected = (7, "0.weight"), (7, "1.weight"), (9, "1.limit")
+    assert places == [f"line {line}, data.mixture.{key}" for line, key in expected]
 
 
 def test_an_alias_bomb_is_refused_at_once_and_shortly(tmp_path: Path) -> None:
@@ -83,20 +80,16 @@ def test_other_bad_yaml_gets_a_short_message(tmp_path: Path, text: str, words: s
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("written", ["010", "-017", "0_10", "1:30", "1:30.5"])
-def test_octal_and_base_60_numbers_are_refused(tmp_path: Path, written: str) -> None:
-    with pytest.raises(InputError, match=f"line 4, data.limit: should be a whole number, got '{written}'"):
-        load(tmp_path, f"{BODY}  limit: {written}\n")
-    with pytest.raises(InputError, match=f"data.limit: should be a whole number, got '{written}'"):
-        load(tmp_path, BODY, f"data.limit={written}")
-    assert load(tmp_path, f"{BODY}  system: {written}\n").data.system == written
+def test_octal_and_base_60_numbers_are_refused(tmp_path: Path) -> None:
+    for written in ("010", "-017", "0_10", "1:30", "1:30.5"):
+        for text, overrides in ((f"  limit: {written}\n", []), ("", [f"data.limit={written}"])):
+            with pytest.raises(InputError, match=f"data.limit: should be a whole number, got '{written}'"):
+                load(tmp_path, BODY + text, *overrides)
+        assert load(tmp_path, f"{BODY}  system: {written}\n").data.system == written
 
 
-def test_other_numbers_are_read_as_written(tmp_path: Path) -> None:
+def test_other_numbers_are_read_as_written_and_are_no_keys(tmp_path: Path) -> None:
     data = load(tmp_path, f"{BODY}  limit: 1_000\n  max_source_length: 0x10\n  seed: 0\n  system: '010'\n").data
     assert (data.limit, data.max_source_length, data.seed, data.system) == (1000, 16, 0, "010")
-
-
-def test_keys_that_are_no_text_are_unknown_keys(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 4, 7: unknown key"):
         load(tmp_path, f"{BODY}7: 8\n")

@@ -16,15 +16,7 @@ Messages = list[dict[str, Any]]
 Pieces = list[tuple[str, bool]]
 
 _TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("templates/*.jinja")}
-LLAMA_2 = _TEMPLATES["llama-2"]  # meta-llama/Llama-2-7b-chat-hf
-LLAMA_3 = _TEMPLATES["llama-3"]  # meta-llama/Meta-Llama-3-8B-Instruct
-LLAMA_31 = _TEMPLATES["llama-3.1"]  # meta-llama/Llama-3.1-8B-Instruct
-# HuggingFaceTB/SmolLM2-135M-Instruct: ChatML, with a system prompt of its own where the conversation brings none
-SMOLLM2 = _TEMPLATES["smollm2"]
-QWEN_25 = _TEMPLATES["qwen-2.5"]  # Qwen/Qwen2.5-7B-Instruct: ChatML with tools
-MISTRAL = _TEMPLATES["mistral"]  # mistralai/Mistral-7B-Instruct-v0.1
-ZEPHYR = _TEMPLATES["zephyr"]  # HuggingFaceH4/zephyr-7b-beta, TinyLlama/TinyLlama-1.1B-Chat-v1.0
-
+SMOLLM2, QWEN_25 = _TEMPLATES["smollm2"], _TEMPLATES["qwen-2.5"]
 _QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 _SMOL_DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -38,15 +30,6 @@ def _llama_2(messages: Messages) -> Pieces:
             out.append((f"<s>[INST] {content} [/INST]", False))
         else:
             out.append((f" {message['content'].strip()} </s>", True))
-    return out
-
-
-def _llama_3(messages: Messages) -> Pieces:
-    out: Pieces = [("<s>", False)]
-    for message in messages:
-        answer = message["role"] == "assistant"
-        out.append((f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n", False))
-        out.append((message["content"].strip() + "<|eot_id|>", answer))
     return out
 
 
@@ -68,21 +51,28 @@ def _llama_31(messages: Messages) -> Pieces:
     return out
 
 
-def _smollm2(messages: Messages) -> Pieces:
+def _headed(messages: Messages, heading: str, end: str) -> Pieces:
     out: Pieces = []
-    if messages[0]["role"] != "system":
-        out.append((f"<|im_start|>system\n{_SMOL_DEFAULT}<|im_end|>\n", False))
     for message in messages:
-        out.append((f"<|im_start|>{message['role']}\n", False))
-        out.append((message["content"] + "<|im_end|>", message["role"] == "assistant"))
-        out.append(("\n", False))
+        role = message["role"]
+        out += [(heading.format(role), False), (message["content"] + end, role == "assistant"), ("\n", False)]
     return out
 
 
+def _zephyr(messages: Messages) -> Pieces:
+    return _headed(messages, "<|{}|>\n", "</s>")
+
+
+def _smollm2(messages: Messages) -> Pieces:
+    own = messages[0]["role"] == "system"
+    system = f"<|im_start|>system\n{_SMOL_DEFAULT}<|im_end|>\n"
+    return [*([] if own else [(system, False)]), *_headed(messages, "<|im_start|>{}\n", "<|im_end|>")]
+
+
 def _qwen_25(messages: Messages) -> Pieces:
-    system = messages[0]["content"] if messages[0]["role"] == "system" else _QWEN_DEFAULT
+    own = messages[0]["role"] == "system"
+    system, rest = messages[0]["content"] if own else _QWEN_DEFAULT, messages[own:]
     out: Pieces = [(f"<|im_start|>system\n{system}<|im_end|>\n", False)]
-    rest = messages[1:] if messages[0]["role"] == "system" else messages
     for number, message in enumerate(rest):
         if message["role"] == "tool":
             opens = number == 0 or rest[number - 1]["role"] != "tool"
@@ -92,16 +82,13 @@ def _qwen_25(messages: Messages) -> Pieces:
             continue
         written = message["content"]
         if message.get("tool_calls"):
-            calls = [
-                f'\n<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
-                f"{json.dumps(call['function']['arguments'], ensure_ascii=False)}}}\n</tool_call>"
-                for call in message["tool_calls"]
-            ]
-            # the line break behind the role is the generation prompt's
-            written = "".join([f"\n{written}" if written else "", *calls])[1:]
+            written = f"\n{written}" if written else ""
+            for call in (call["function"] for call in message["tool_calls"]):
+                arguments = json.dumps(call["arguments"], ensure_ascii=False)
+                written += f'\n<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
+            written = written[1:]  # the line break behind the role is the generation prompt's
         out.append((f"<|im_start|>{message['role']}\n", False))
-        out.append((written + "<|im_end|>", message["role"] == "assistant"))
-        out.append(("\n", False))
+        out += [(written + "<|im_end|>", message["role"] == "assistant"), ("\n", False)]
     return out
 
 
@@ -115,21 +102,11 @@ def _mistral(messages: Messages) -> Pieces:
     return out
 
 
-def _zephyr(messages: Messages) -> Pieces:
-    out: Pieces = []
-    for message in messages:
-        out.append((f"<|{message['role']}|>\n", False))
-        out += [(message["content"] + "</s>", message["role"] == "assistant"), ("\n", False)]
-    return out
-
-
 def _alpaca(messages: Messages) -> Pieces:
     """Stanford's PROMPT_DICT; later turns repeat the headings."""
-    intro = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    )
+    intro = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     own = messages[0]["role"] == "system"
-    out: Pieces = [(messages[0]["content"] + "\n\n" if own else intro, False)]
+    out: Pieces = [((messages[0]["content"] if own else intro) + "\n\n", False)]
     rest = messages[1:] if own else messages
     for number, message in enumerate(rest):
         if message["role"] == "user":
@@ -161,13 +138,15 @@ class Real:
     single: bool = False
 
 
+# The models: meta-llama/Llama-2-7b-chat-hf, meta-llama/Llama-3.1-8B-Instruct, HuggingFaceTB/SmolLM2-135M-Instruct (ChatML, with
+# a system prompt of its own where the conversation brings none), Qwen/Qwen2.5-7B-Instruct (ChatML with tools),
+# mistralai/Mistral-7B-Instruct-v0.1, and HuggingFaceH4/zephyr-7b-beta, as TinyLlama/TinyLlama-1.1B-Chat-v1.0 has it.
 REAL = {
-    "llama-2": Real(LLAMA_2, _llama_2, alternates=True),
-    "llama-3": Real(LLAMA_3, _llama_3, "<|eot_id|>", tools=True),
-    "llama-3.1": Real(LLAMA_31, _llama_31, "<|eot_id|>", tools=True, calls=True, single=True),
+    "llama-2": Real(_TEMPLATES["llama-2"], _llama_2, alternates=True),
+    "llama-3.1": Real(_TEMPLATES["llama-3.1"], _llama_31, "<|eot_id|>", tools=True, calls=True, single=True),
     "chatml": Real(SMOLLM2, _smollm2, "<|im_end|>", tools=True),
     "qwen-2.5": Real(QWEN_25, _qwen_25, "<|im_end|>", tools=True, calls=True),
-    "mistral": Real(MISTRAL, _mistral, alternates=True, system=False),
-    "zephyr": Real(ZEPHYR, _zephyr),
+    "mistral": Real(_TEMPLATES["mistral"], _mistral, alternates=True, system=False),
+    "zephyr": Real(_TEMPLATES["zephyr"], _zephyr),
     "alpaca": Real(None, _alpaca),
 }

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection, Recipe, parse_recipe
 from qvera.data import (
@@ -26,24 +23,16 @@ from qvera.data import (
     data_warnings,
     print_preflight,
 )
-from qvera.data.adapter_rows import take_adapters
-from qvera.data.rows import SCHEMA
 from qvera.utils.errors import InputError
 from tests.data.conftest import Read, Write
 
-SIZES = {"anna": 9, "Anna": 4, "ben/2": 1, "7": 6, "": 0}
+SIZES = {"anna": 9, "Anna": 4, "ben/2": 1, "7": 6}
 
 
 def row(name: str, number: int) -> dict[str, Any]:
     """A row of an adapter; some are long, some repeat, and a few have a system prompt, which is optional."""
     answer = f"{name} says {number % 4} " + "more " * (number * 7 % 30)
     return {"prompt": f"q{number % 4}", "completion": answer, **({"system": "Be brief."} if number % 3 == 1 else {})}
-
-
-@pytest.fixture
-def rows_of() -> dict[str, list[dict[str, Any]]]:
-    """The rows of each adapter, by its name."""
-    return {name: [row(name, i) for i in range(count)] for name, count in SIZES.items() if count}
 
 
 def mixed(rows_of: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -64,57 +53,47 @@ def recipe_of(data: DataSection, **training: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("by_files", "keys"),
     [
-        {},
-        {"eval_fraction": 0.3, "seed": 5},
-        {"eval_fraction": 0.4, "eval_limit": 1, "group_by_length": True},
-        {"limit": 3, "shuffle": False},
-        {"max_length": 24, "too_long": "split"},
-        {"max_length": 97, "too_long": "drop", "eval_fraction": 0.4, "seed": 2},
-        {"eval_path": True, "eval_limit": 2},
+        (True, {}),
+        (False, {"eval_fraction": 0.3, "seed": 5}),
+        (True, {"eval_fraction": 0.4, "eval_limit": 1, "group_by_length": True}),
+        (False, {"limit": 3, "shuffle": False}),
+        (True, {"max_length": 24, "too_long": "split"}),
+        (False, {"max_length": 97, "too_long": "drop", "eval_fraction": 0.4, "seed": 2}),
+        (False, {"eval_path": "held", "eval_limit": 2}),
+        (True, {"eval_path": "held", "eval_limit": 2}),
     ],
 )
-@pytest.mark.parametrize("by_files", [False, True])
 def test_each_adapter_has_the_rows_and_order_that_it_has_alone(
-    write: Write,
-    base_tokenizer: PreTrainedTokenizerFast,
-    rows_of: dict[str, list[dict[str, Any]]],
-    tmp_path: Path,
-    keys: dict[str, Any],
-    by_files: bool,
+    by_files: bool, keys: dict[str, Any], write: Write, base_tokenizer: Any, tmp_path: Path
 ) -> None:
-    keys = dict(keys)
-    rows_of = {name.replace("/", "-"): rows for name, rows in rows_of.items()}
-    held_out_of = {name: [row(name, i + 20) for i in range(3)] for name in ("Anna", "7")}
-    if has_eval_path := keys.pop("eval_path", False):
-        keys["eval_path"] = write(mixed(held_out_of), "held.jsonl")
-    if by_files:
-        for name, files in {"together": rows_of, "held": held_out_of}.items():
-            (tmp_path / name).mkdir()
-            for each, rows in files.items():
-                write(rows, f"{name}/{each}.jsonl")
-        if has_eval_path:
-            keys["eval_path"] = str(tmp_path / "held")
-        section = DataSection(path=str(tmp_path / "together"), adapter_files=True, **keys)
-    else:
-        section = DataSection(path=write(mixed(rows_of), "together.jsonl"), adapter_column="customer", **keys)
+    rows_of = {name.replace("/", "-"): [row(name, i) for i in range(count)] for name, count in SIZES.items()}
+    held_of = {name: [row(name, i + 20) for i in range(3)] for name in ("Anna", "7")} if "eval_path" in keys else {}
+    paths = {}
+    for key, owned in {"path": rows_of, "eval_path": held_of}.items():
+        if owned and by_files:
+            (tmp_path / key).mkdir()
+            paths[key] = str(tmp_path / key)
+            for name, rows in owned.items():
+                write(rows, f"{key}/{name}.jsonl")
+        elif owned:
+            paths[key] = write(mixed(owned), f"{key}.jsonl")
+    owner = {"adapter_files": True} if by_files else {"adapter_column": "customer"}
+    section = DataSection(**{**keys, **paths, **owner})
     together = build_datasets(section, base_tokenizer)
     recipe = recipe_of(section, global_batch_size=3, per_device_train_batch_size=5)
     assert sorted([*(a.name for a in together.adapters), *together.adapters_without_rows]) == sorted(rows_of)
     assert len(together.adapters) >= 3
     for adapter in together.adapters:
-        keys_alone = dict(keys)
-        if len(rows_of[adapter.name]) == 1:
-            for key in ("eval_fraction", "eval_limit"):  # alone that is an error; among others the row is trained
-                keys_alone.pop(key, None)
-        if has_eval_path:
-            keys_alone.pop("eval_path")
-            if adapter.name in held_out_of:
-                keys_alone["eval_path"] = write(held_out_of[adapter.name], "alone_held.jsonl")
-            else:
-                keys_alone.pop("eval_limit", None)
-        alone_section = DataSection(path=write(rows_of[adapter.name], "alone.jsonl"), **keys_alone)
+        keys_alone = {**keys, "path": write(rows_of[adapter.name], "alone.jsonl")}
+        if len(rows_of[adapter.name]) == 1:  # alone that is an error; among others the row is trained
+            keys_alone = {k: v for k, v in keys_alone.items() if k not in ("eval_fraction", "eval_limit")}
+        if adapter.name in held_of:
+            keys_alone["eval_path"] = write(held_of[adapter.name], "alone_held.jsonl")
+        elif held_of:
+            keys_alone = {k: v for k, v in keys_alone.items() if k not in ("eval_path", "eval_limit")}
+        alone_section = DataSection(**keys_alone)
         alone = build_datasets(alone_section, base_tokenizer)
         assert contents(together.train.take(adapter.train)) == contents(alone.train)
         assert contents(together.eval.take(adapter.eval)) == contents(alone.eval)
@@ -135,17 +114,13 @@ def build(read: Read, names: list[Any], **keys: Any) -> Datasets:
 
 def test_adapters_come_in_order_of_first_appearance_and_a_number_is_its_digits(read: Read) -> None:
     data = build(read, ["b", 1, "a", "1", "b", "01"])
-    assert [(a.name, a.train.tolist()) for a in data.adapters] == [
-        ("b", [0, 4]),
-        ("1", [1, 3]),
-        ("a", [2]),
-        ("01", [5]),
-    ]
+    found = {a.name: a.train.tolist() for a in data.adapters}
+    assert list(found.items()) == [("b", [0, 4]), ("1", [1, 3]), ("a", [2]), ("01", [5])]
+    others = build(read, ["b", 1, "a", "1", "1", "01"])
+    assert data_sha256(data) != data_sha256(others), "the hash of the data knows whose rows they are"
 
 
-def test_names_are_the_same_in_every_file_format(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_names_are_the_same_in_every_file_format(write: Write, base_tokenizer: Any, tmp_path: Path) -> None:
     columns = {"customer": [1, 2, 1], "prompt": ["p", "q", "r"], "completion": ["a", "b", "c"]}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -157,73 +132,63 @@ def test_names_are_the_same_in_every_file_format(
     assert [adapter.name for adapter in found[0].adapters] == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (["anna", ""], r"rows.jsonl:2: the column 'customer' \(data.adapter_column\) .* got nothing. Fill it in"),
-        (["anna", None], "rows.jsonl:2: .* got nothing"),
-        (["anna", float("nan")], "rows.jsonl:2: .* got nothing"),
-        (["anna", "  "], "rows.jsonl:2: .* got a string"),
-        (["anna", True], "rows.jsonl:2: .* got a boolean"),
-        (["anna", 1.0], r"rows.jsonl:2: .* got a number \(1.0\)"),
-        (["anna", ["x"]], "rows.jsonl:2: .* got a list"),
-        (["anna", "x" * 300], "rows.jsonl:2: the adapter's name 'x+…' is too long"),
-    ],
-)
-def test_bad_names_are_refused_with_file_and_line(read: Read, names: list[Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        build(read, names)
+PAIR = '{"prompt": "p", "completion": "c"'
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"prompt": "p", "completion": "c", "custmer": "a"}', "rows.jsonl:1: no column 'customer' .*did you mean"),
+        (f'{PAIR}, "customer": ""}}', r"1: the column 'customer' \(data.adapter_column\) .* got nothing. Fill it in"),
+        (f'{PAIR}, "customer": null}}', "1: .* got nothing"),
+        (f'{PAIR}, "customer": NaN}}', "1: .* got nothing"),
+        (f'{PAIR}, "customer": "  "}}', "1: .* got a string"),
+        (f'{PAIR}, "customer": true}}', "1: .* got a boolean"),
+        (f'{PAIR}, "customer": 1.0}}', r"1: .* got a number \(1.0\)"),
+        (f'{PAIR}, "customer": ["x"]}}', "1: .* got a list"),
+        (f'{PAIR}, "customer": "{"x" * 300}"}}', "1: the adapter's name 'x+…' is too long"),
+        (rf'{PAIR}, "customer": "\ud83d"}}', "1: .* holds half a character"),
+        (f'{PAIR}, "custmer": "a"}}', "1: no column 'customer' .*did you mean"),
+        (f'{PAIR}, "customer": "a"}}\n{PAIR}}}', "2: no column 'customer'"),
         (
-            '{"prompt": "p", "completion": "c", "customer": "a"}\n{"prompt": "p", "completion": "c"}',
-            "rows.jsonl:2: no column 'customer'",
-        ),
-        (r'{"prompt": "p", "completion": "c", "customer": "\ud83d"}', "rows.jsonl:1: .* holds half a character"),
-        (
-            '{"prompt": "p", "completion": "c", "customer": "a"}\n{"text": "t", "customer": "b"}',
-            "rows.jsonl:2: the row looks like text, and .*rows.jsonl:1 like prompt-completion",
+            f'{PAIR}, "customer": "a"}}\n{{"text": "t", "customer": "b"}}',
+            "2: the row looks like text, and .*rows.jsonl:1 like prompt-completion",
         ),
     ],
 )
-def test_rows_that_do_not_name_their_adapter_or_look_different_are_refused(read: Read, text: str, words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_rows_without_a_good_name_or_that_look_different_are_refused(read: Read, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=f"rows.jsonl:{words}"):
         read(text, adapter_column="customer")
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "path", "words"),
     [
-        ([], "is empty. Expected .jsonl"),
-        (["anna.jsonl", "ben.xlsx"], "ben.xlsx: is no data file, and data.adapter_files reads every entry"),
-        (["anna.jsonl", "team/ben.jsonl"], "team: is a directory"),
-        (["anna.csv", "anna.jsonl"], "anna.jsonl: anna.csv already has the rows of the adapter 'anna'"),
+        ([], "customers", "is empty. Expected .jsonl"),
+        (
+            ["anna.jsonl", "ben.xlsx"],
+            "customers",
+            "ben.xlsx: is no data file, and data.adapter_files reads every entry",
+        ),
+        (["anna.jsonl", "team/ben.jsonl"], "customers", "team: is a directory"),
+        (["anna.csv", "anna.jsonl"], "customers", "anna.jsonl: anna.csv already has the rows of the adapter 'anna'"),
+        (["anna.jsonl"], "customers/anna.jsonl", "is a file"),
+        ([], "some/dataset", "is no directory here"),
     ],
 )
 def test_a_directory_that_is_not_a_file_for_each_adapter_is_refused(
-    base_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, files: list[str], words: str
+    files: list[str], path: str, words: str, base_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = tmp_path / "customers"
-    directory.mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("customers").mkdir()
     for name in files:
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text('{"prompt": "p", "completion": "c"}\n')
+        Path("customers", name).parent.mkdir(exist_ok=True)
+        Path("customers", name).write_text(PAIR + "}\n")
     with pytest.raises(InputError, match=words):
-        build_datasets(DataSection(path=str(directory), adapter_files=True), base_tokenizer)
-
-
-def test_adapter_files_needs_a_directory(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    for path, found in ((write([row("a", 0)]), "is a file"), ("some/dataset", "is no directory here")):
-        with pytest.raises(InputError, match=found):
-            build_datasets(DataSection(path=path, adapter_files=True), base_tokenizer)
+        build_datasets(DataSection(path=path, adapter_files=True), base_tokenizer)
 
 
 def test_files_may_have_names_of_splits_several_suffixes_and_hidden_neighbours(
-    base_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    base_tokenizer: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "test.b.csv").write_text("prompt,completion\np,c\n")
     (tmp_path / "train.JSONL").write_text('{"prompt": "p", "completion": "c"}\n')
@@ -232,22 +197,15 @@ def test_files_may_have_names_of_splits_several_suffixes_and_hidden_neighbours(
     assert [adapter.name for adapter in data.adapters] == ["test.b", "train"]
 
 
-def test_what_is_odd_about_the_adapters_is_said_before_the_first_step(
-    write: Write, base_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    long = {"customer": "gone", "prompt": "p", "completion": "word " * 200}
-    train = [*({"customer": n, "prompt": "p", "completion": f"c{n}"} for n in ("anna", "Anna", "ben")), long]
-    held = [
-        {"customer": n, "prompt": "p", "completion": c} for n, c in [("anna", "canna"), ("Anna", "canna"), ("x", "y")]
+def test_what_is_odd_about_the_adapters_is_said_before_the_first_step(write: Write, base_tokenizer: Any) -> None:
+    train = [("anna", "canna"), ("Anna", "cAnna"), ("ben", "cben"), ("gone", "word " * 200)]
+    held = [("anna", "canna"), ("Anna", "canna"), ("x", "y")]
+    paths = [
+        write([{"customer": name, "prompt": "p", "completion": text} for name, text in rows], f"{len(rows)}.jsonl")
+        for rows in (train, held)
     ]
-    section = DataSection(
-        path=write(train, "t.jsonl"),
-        eval_path=write(held, "e.jsonl"),
-        adapter_column="customer",
-        max_length=40,
-        too_long="drop",
-    )
-    data = build_datasets(section, base_tokenizer)
+    keys: dict[str, Any] = {"adapter_column": "customer", "max_length": 40, "too_long": "drop"}
+    data = build_datasets(DataSection(path=paths[0], eval_path=paths[1], **keys), base_tokenizer)
     assert data.adapters_without_rows == ["gone"]
     assert [(a.name, a.repeated_rows) for a in data.adapters] == [("anna", 1), ("Anna", 0), ("ben", 0)]
     said = "\n".join(data_warnings(data.stats))
@@ -259,73 +217,26 @@ def test_what_is_odd_about_the_adapters_is_said_before_the_first_step(
         "Held-out rows that are also training rows of the same adapter: 1.",
     ):
         assert words in said
-    assert data.stats.to_dict()["adapters"] == {
-        "trained": 3,
-        "without_rows": ["gone"],
-        "only_held_out": ["x"],
-        "alike": [["anna", "Anna"]],
-    }
-
-
-def test_an_adapter_of_one_row_is_trained_and_not_scored(read: Read) -> None:
-    data = build(read, ["a", "b", "b"], eval_fraction=0.1)
-    assert [(a.name, len(a.train), len(a.eval)) for a in data.adapters] == [("a", 1, 0), ("b", 1, 1)]
-    assert "trained but not scored: 'a'" in "\n".join(data_warnings(data.stats))
+    names = {"without_rows": ["gone"], "only_held_out": ["x"], "similar": [["anna", "Anna"]]}
+    assert data.stats.to_dict()["adapters"] == {"trained": 3, **names}
 
 
 def test_the_preview_names_the_adapters_with_the_fewest_and_the_most_rows(read: Read, base_tokenizer: Any) -> None:
-    names = [f"c{i:02}" for i in range(20) for _ in range(i + 1)]
-    data = build(read, names)
+    data = build(read, [f"c{i:02}" for i in range(20) for _ in range(i + 1)])
     console = Console(record=True, width=200)
     print_preflight(data, base_tokenizer, console, 3)
-    text = console.export_text()
-    assert (
-        "20. Rows to train on: fewest c00 (1), c01 (2), c02 (3); median 11; most c19 (20), c18 (19), c17 (18)" in text
-    )
+    found = "20. Rows to train on: fewest c00 (1), c01 (2), c02 (3); median 11; most c19 (20), c18 (19), c17 (18)"
+    assert found in console.export_text()
     assert [data.train[i].owner for i in (0, 1, 3)] == [each.owner for each in data.first_rows(3)]
-
-
-def test_a_name_with_control_characters_is_shown_in_quotes(read: Read) -> None:
-    adapters = build(read, ["a\nb", "c d", "c d"]).stats.adapters
-    assert adapters is not None and adapters.counts == "2: 'a\\nb' (1), c d (2)"
-
-
-def test_what_is_kept_of_a_name_is_small_and_does_not_grow_with_their_number(tmp_path: Path) -> None:
-    def kept_bytes(count: int) -> int:
-        names = [f"customer {number}" for number in range(count)]
-        numbers = np.arange(2 * count, dtype=np.uint64)
-        columns = {
-            "owner": pa.array(names * 2),
-            "input_ids": pa.array([[1]] * 2 * count, pa.list_(pa.int32())),
-            "trained_tokens": pa.array(np.ones(2 * count, np.int32)),
-            "ids_hash": pa.array(numbers),
-            "mask_hash": pa.array(numbers),
-        }
-        filled = [columns.get(field.name, pa.nulls(2 * count, field.type)) for field in SCHEMA]
-        rows = Rows(pa.Table.from_arrays(filled, schema=SCHEMA))
-        tracemalloc.start()
-        adapters = take_adapters(names, rows, rows)
-        kept, _ = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert [a.train.tolist() for a in adapters.trained] == [[i, count + i] for i in range(count)]
-        return kept
-
-    small, large = kept_bytes(1000), kept_bytes(4000)
-    assert large < 4.2 * small
-    assert large < 4000 * 600
-
-
-def test_the_hash_of_the_data_knows_whose_rows_they_are(read: Read) -> None:
-    one, other = (data_sha256(build(read, names)) for names in (["a", "b", "a"], ["a", "b", "b"]))
-    assert one != other
+    few = build(read, ["a\nb", "c d", "c d"], eval_fraction=0.1)
+    assert few.stats.adapters is not None and few.stats.adapters.counts == "2: 'a\\nb' (1), c d (1)"
+    assert "trained but not scored: 'a\\nb'" in "\n".join(data_warnings(few.stats))  # one row is not held out
 
 
 def test_a_cached_set_of_rows_knows_its_adapters(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvera.data.cache.WORTH_BYTES", 0)
     keys: dict[str, Any] = {"eval_fraction": 0.5, "max_length": 16, "too_long": "drop"}
-    names = ["b", "a", "b", "a"]
-    made = build(read, names, **keys)
-    found = build(read, names, **keys)
+    made, found = (build(read, ["b", "a", "b", "a"], **keys) for _ in range(2))
     assert not made.stats.cache_entries and found.stats.cache_entries
     assert data_sha256(found) == data_sha256(made)
     assert found.stats.adapters is not None and found.stats.to_dict() == made.stats.to_dict()
@@ -339,10 +250,7 @@ KEYS = {"path": "rows.jsonl", "adapter_column": "customer"}
     [
         ({"data": {"adapter_files": True}}, "data.adapter_files: and data.adapter_column both name"),
         ({"data": {"packing": True}}, "data.packing: would put rows of several adapters"),
-        (
-            {"data": {"mixture": [{"path": "x.jsonl"}]}},
-            "data.mixture: data.adapter_column takes all rows from data.path",
-        ),
+        ({"data": {"mixture": [{"path": "x"}]}}, "data.mixture: data.adapter_column takes all rows from data.path"),
         ({"data": {"weight": 2.0}}, "data.weight: each adapter"),
         ({"data": {"sampling": "task", "task_column": "t"}}, "data.sampling: task draws steps over tasks"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout: each adapter"),
@@ -367,8 +275,9 @@ def test_a_pass_of_many_adapters_is_no_part_of_one_adapters_batch() -> None:
     recipe = parse_recipe({"model": "m", "data": KEYS, "training": {"global_batch_size": 3}}, "r.yaml")
     assert recipe.training.per_device_train_batch_size == 16
     assert parse_recipe(json.loads(json.dumps(recipe.to_dict())), "again").to_dict() == recipe.to_dict()
-    with pytest.raises(InputError, match="training.adapters_at_once: has no effect without data.adapter_column"):
-        parse_recipe({"model": "m", "data": {"path": "r.jsonl"}, "training": {"adapters_at_once": 4}}, "r.yaml")
-    with pytest.raises(InputError, match="training.global_batch_size: 3 is not a multiple"):
-        training = {"global_batch_size": 3, "per_device_train_batch_size": 2}
-        parse_recipe({"model": "m", "data": {"path": "r.jsonl"}, "training": training}, "r.yaml")
+    for training, words in (
+        ({"adapters_at_once": 4}, "training.adapters_at_once: has no effect without data.adapter_column"),
+        ({"global_batch_size": 3, "per_device_train_batch_size": 2}, "training.global_batch_size: 3 is not a multiple"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_recipe({"model": "m", "data": {"path": "r.jsonl"}, "training": training}, "r.yaml")

@@ -86,14 +86,6 @@ def test_one_bos_where_the_model_wants_one(template: str, make_tokenizer: MakeTo
             assert np.flatnonzero(ids == tokenizer.bos_token_id).tolist() == expected
 
 
-def test_bos_that_opens_every_turn_is_not_added_to(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
-    example = one(ASKED, smollm2_tokenizer)
-    own = smollm2_tokenizer.apply_chat_template(ASKED, return_dict=False)
-    assert example.input_ids.tolist() == own
-    assert "named SmolLM" in example.prompt_text
-    assert example.prompt_text.endswith("<|im_start|>assistant\n")
-
-
 def test_text_rows_train_everything_and_end(make_tokenizer: MakeTokenizer) -> None:
     for bos in ("<s>", ""):
         tokenizer = make_tokenizer(adds_bos=bool(bos))
@@ -103,28 +95,23 @@ def test_text_rows_train_everything_and_end(make_tokenizer: MakeTokenizer) -> No
         assert (len(example.prompt_ids), example.reference) == (0, None)
 
 
-def test_auto_without_a_chat_template(base_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_auto_without_a_chat_template_and_where_an_input_goes(base_tokenizer: Any, smollm2_tokenizer: Any) -> None:
     plain = build([{"prompt": "name: x ->", "completion": " y"}], base_tokenizer)
     assert plain.stats.template == "plain"
     assert decoded(base_tokenizer, plain.train[0].input_ids) == "<s>name: x -> y</s>"
     assert trained_text(base_tokenizer, plain.train[0]) == " y</s>"
-    alpaca = build([{"instruction": "Add.", "input": "1, 2", "output": "3"}], base_tokenizer)
+    rows = [{"instruction": "Add.", "input": text, "output": "3"} for text in ("1, 2", "")]
+    alpaca = build(rows, base_tokenizer)
     assert alpaca.stats.template == "alpaca"
-    assert decoded(base_tokenizer, alpaca.train[0].input_ids) == (
+    assert [decoded(base_tokenizer, row.input_ids) for row in alpaca.train] == [
         "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n"
-        "### Response:\n3</s>"
-    )
-    no_input = build([{"instruction": "Add.", "input": "", "output": "3"}], base_tokenizer).train[0]
-    assert no_input.prompt_text == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Response:\n"
-    )
-
-
-def test_alpaca_input_follows_the_instruction_elsewhere(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
-    example = build([{"instruction": "Add.", "input": "1, 2", "output": "3"}], smollm2_tokenizer).train[0]
-    assert "<|im_start|>user\nAdd.\n\n1, 2<|im_end|>" in example.prompt_text
+        "### Response:\n3</s>",
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n3</s>",
+    ]
+    elsewhere = build(rows, smollm2_tokenizer).train[0]
+    assert "<|im_start|>user\nAdd.\n\n1, 2<|im_end|>" in elsewhere.prompt_text
 
 
 TWO = messages_of("one", "first", "two", "second")
@@ -136,7 +123,7 @@ def weighed(messages: Messages, number: int) -> Messages:
     return [{**message, "weight": 0} if i == number else message for i, message in enumerate(messages)]
 
 
-def test_train_on_and_the_rows_own_word_on_turns(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_train_on_and_the_rows_own_word_on_turns(smollm2_tokenizer: Any) -> None:
     tokenizer = smollm2_tokenizer
     both = one(OPEN, tokenizer)
     assert trained_text(tokenizer, both) == "first<|im_end|>second<|im_end|>"
@@ -149,38 +136,12 @@ def test_train_on_and_the_rows_own_word_on_turns(smollm2_tokenizer: PreTrainedTo
     assert "first" not in text and "one" in text and "second" in text
 
 
-def test_tool_calls_are_trained(make_tokenizer: MakeTokenizer) -> None:
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% if m.tool_calls %}"
-        "{{ '<|eot_id|>' + m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    tokenizer = make_tokenizer(chat_template=template)
-    messages = messages_of("q", "", "42", "It is 42.")
-    messages[1] = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    messages[2]["role"] = "tool"
-    assert trained_text(tokenizer, one(messages, tokenizer)) == (
-        '<|eot_id|>[{"name": "f"}]<|im_end|>It is 42.<|im_end|>'
-    )
-
-
-def test_a_prompt_and_an_answer_never_share_a_token(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer = smollm2_tokenizer
-    merged = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    assert len(merged) == 1, "the tokenizer has to merge two line breaks for this test to mean something"
-    example = one(messages_of("q", "\n\nyes"), tokenizer)
-    assert trained_text(tokenizer, example) == "\n\nyes<|im_end|>"
-    prompt = tokenizer(example.prompt_text, add_special_tokens=False)["input_ids"]
-    assert example.prompt_ids.tolist() == prompt
-
-
-def test_trimmed_offsets(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer(trim_offsets=True)
+def test_tokenizers_with_other_offsets_give_the_same(
+    make_tokenizer: MakeTokenizer, smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed = make_tokenizer(trim_offsets=True)
     for answer in ("yes", " yes", "\n\nyes\n\n", "  a\n\n  b "):
-        assert trained_text(tokenizer, one(messages_of("say ", answer), tokenizer, template="plain")) == answer + "</s>"
-
-
-def test_a_tokenizer_without_offsets_gives_the_same(smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert trained_text(trimmed, one(messages_of("say ", answer), trimmed, template="plain")) == answer + "</s>"
     fast = one(OPEN, smollm2_tokenizer)
     call = PreTrainedTokenizerFast.__call__
     # what a tokenizer written in Python returns holds no encodings
@@ -258,15 +219,11 @@ def test_answers_are_placed_whatever_the_template_does(
     example = one(messages, tokenizer)
     assert trained_text(tokenizer, example) == trained
     assert example.prompt_text.endswith(prompt)
-    if trained.endswith("</s>") and jinja is not BLOCKS:
+    if jinja.startswith(NO_PROMPT):
         assert decoded(tokenizer, example.input_ids).count("</s>") == 1
-
-
-def test_no_eos_is_added_behind_an_answer_that_is_not_trained(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer(chat_template=NO_PROMPT)
-    example = one(weighed(TWO, 3), tokenizer)
-    assert trained_text(tokenizer, example) == "first\n"
-    assert tokenizer.eos_token_id not in example.input_ids.tolist()
+        untrained = one(weighed(messages, 3), tokenizer)
+        assert trained_text(tokenizer, untrained) == "first\n"
+        assert tokenizer.eos_token_id not in untrained.input_ids.tolist()
 
 
 def test_names_and_needs(make_tokenizer: MakeTokenizer) -> None:
@@ -302,7 +259,7 @@ def test_chat_prompts_are_those_of_training(template: str, make_tokenizer: MakeT
         assert Encoder(tokenizer).encode_prompt(text, starts) == example.prompt_ids.tolist()
 
 
-def test_a_token_across_the_end_of_an_answer_belongs_to_it(base_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_token_across_the_end_of_an_answer_belongs_to_it(base_tokenizer: Any) -> None:
     whole = base_tokenizer("yes\n\n", add_special_tokens=False)["input_ids"]
     assert base_tokenizer.decode(whole[-1:]) == "\n\n"
     found = Encoder(base_tokenizer).encode(["yes\n\n"], [[(0, 0, len("yes\n"))]])
@@ -321,7 +278,7 @@ def test_the_prompt_of_a_row_is_not_trained_though_an_assistant_speaks_in_it(smo
     assert '[{"a": 1}]' in decoded(smollm2_tokenizer, build(data, smollm2_tokenizer).train[0].input_ids)
 
 
-def test_a_short_target_leaves_the_prompt_of_the_last_turn_whole(smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_short_target_leaves_the_prompt_of_the_last_turn_whole(smollm2_tokenizer: Any) -> None:
     messages = messages_of("one", "first answer", "two", "final")
     whole = one(messages, smollm2_tokenizer)
     cut = one(messages, smollm2_tokenizer, max_target_length=3)
@@ -372,7 +329,7 @@ def conversations(draw: Any, name: str) -> Messages:
     return messages
 
 
-def answerable(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> bool:
+def answerable(tokenizer: Any, messages: Messages) -> bool:
     """Not a row that is refused: some answer has a token (some characters leave none, a byte order mark for one)."""
     answers = [message for message in messages if message["role"] == "assistant"]
     texts = [message["content"].strip() for message in answers]
@@ -381,7 +338,7 @@ def answerable(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> bool:
     )
 
 
-def expected(tokenizer: PreTrainedTokenizerFast, pieces: Pieces, whole: bool) -> tuple[list[int], list[bool]]:
+def expected(tokenizer: Any, pieces: Pieces, whole: bool) -> tuple[list[int], list[bool]]:
     """Ids and mask of the pieces' text, cut where answers begin (or in one piece), by the tokenizer's offsets."""
     cuts: list[Pieces] = [[]]
     for piece in pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
@@ -27,89 +28,68 @@ def turns(fields: dict[str, Any], **kwargs: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "name"),
+    ("fields", "name", "unused"),
     [
-        ({"instruction": "i", "output": "o"}, "alpaca"),
-        ({"instruction": "i", "input": "x", "output": "o", "text": "joined"}, "alpaca"),
-        ({"messages": [USER, ASSISTANT], "prompt": "hi"}, "messages"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "sharegpt"),
-        ({"prompt": "p", "completion": "c"}, "prompt-completion"),
-        ({"text": "t", "id": 3}, "text"),
+        ({"instruction": "i", "output": "o"}, "alpaca", []),
+        ({"instruction": "i", "input": "x", "output": "o", "text": "joined"}, "alpaca", ["text"]),
+        ({"messages": [USER, ASSISTANT], "prompt": "hi"}, "messages", ["prompt"]),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "sharegpt", []),
+        ({"prompt": "p", "completion": "c"}, "prompt-completion", []),
+        ({"text": "t", "id": 3}, "text", ["id"]),
     ],
 )
-def test_detection(fields: dict[str, Any], name: str) -> None:
-    assert detect_format(RawRow(fields, "f:1")).name == name
-
-
-def test_unused_columns_are_listed() -> None:
-    found = detect_format(RawRow({"prompt": "p", "completion": "c", "id": 1}, "f:1"))
-    assert found.unused == ["id"]
+def test_detection(fields: dict[str, Any], name: str, unused: list[str]) -> None:
+    found = detect_format(RawRow(fields, "f:1"))
+    assert (found.name, found.unused) == (name, unused)
+    assert {*get_args(DataSection.model_fields["format"].annotation)} == {"auto", *FORMATS}, "a recipe takes every one"
 
 
 def test_every_format_becomes_the_same_conversation() -> None:
-    expected = [("user", "hi"), ("assistant", "yes")]
-    assert turns({"messages": [USER, ASSISTANT]}) == expected
-    assert turns({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}) == expected
-    assert turns({"conversations": [USER, ASSISTANT]}) == expected
-    assert turns({"prompt": "hi", "completion": "yes"}) == expected
-    assert turns({"prompt": [USER], "completion": [ASSISTANT]}) == expected
-    assert turns({"instruction": "hi", "output": "yes", "input": None}) == expected
-    assert (
-        turns({"question": "hi", "answer": "yes"}, columns={"prompt": "question", "completion": "answer"}) == expected
-    )
-    assert (
-        turns({"messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]'}) == expected
-    )
+    for fields in (
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+        {"conversations": [USER, ASSISTANT]},
+        {"prompt": "hi", "completion": "yes"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"instruction": "hi", "output": "yes", "input": None},
+        {"messages": json.dumps([USER, ASSISTANT])},
+    ):
+        assert turns(fields) == [("user", "hi"), ("assistant", "yes")]
+    renamed = turns({"question": "hi", "answer": "yes"}, columns={"prompt": "question", "completion": "answer"})
+    assert renamed == [("user", "hi"), ("assistant", "yes")]
     assert parse({"text": "hi"}) == Text("hi", "f.jsonl:7")
-
-
-def test_alpaca_input_stays_apart() -> None:
-    conversation = parse({"instruction": "Add.", "input": "1, 2", "output": "3"})
-    assert isinstance(conversation, Conversation)
-    assert conversation.turns == [Turn("user", "Add.", context="1, 2"), Turn("assistant", "3")]
+    alpaca = parse({"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert isinstance(alpaca, Conversation)
+    assert alpaca.turns == [Turn("user", "Add.", context="1, 2"), Turn("assistant", "3")], "the input stays apart"
 
 
 def test_named_columns_decide_the_format() -> None:
     fields = {"instruction": "i", "output": "o", "body": "t"}
     assert parse(fields, columns={"text": "body"}) == Text("t", "f.jsonl:7")
-    assert turns({"text": "ignored", "prompt": "p", "completion": "c"}, format="prompt-completion")[1] == (
-        "assistant",
-        "c",
-    )
+    named = turns({"text": "ignored", "prompt": "p", "completion": "c"}, format="prompt-completion")
+    assert named == [("user", "p"), ("assistant", "c")]
 
 
 def test_system_prompt_only_where_the_row_has_none() -> None:
+    own = {"role": "system", "content": "own"}
     assert turns({"prompt": "p", "completion": "c"}, system="S")[0] == ("system", "S")
     assert turns({"prompt": "p", "completion": "c", "system": "own"}, system="S")[0] == ("system", "own")
-    brought = turns({"messages": [{"role": "system", "content": "own"}, USER, ASSISTANT]}, system="S")
-    assert brought[0] == ("system", "own")
-    assert len(brought) == 3
+    brought = turns({"messages": [own, USER, ASSISTANT]}, system="S")
+    assert brought[0] == ("system", "own") and len(brought) == 3
 
 
 def test_roles_parts_tools_and_weights() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    conversation = parse(
-        {
-            "messages": [
-                {"role": "developer", "content": "S"},
-                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-                call,
-                {"role": "tool", "content": "42", "tool_call_id": "1"},
-                {"role": "assistant", "content": "yes", "weight": 0},
-                {"role": "assistant", "content": "no", "train": True},
-            ],
-            "tools": [{"type": "function"}],
-        }
-    )
-    assert isinstance(conversation, Conversation)
-    assert [turn.role for turn in conversation.turns] == [
-        "system",
-        "user",
-        "assistant",
-        "tool",
-        "assistant",
-        "assistant",
+    messages = [
+        {"role": "developer", "content": "S"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "42", "tool_call_id": "1"},
+        {"role": "assistant", "content": "yes", "weight": 0},
+        {"role": "assistant", "content": "no", "train": True},
     ]
+    conversation = parse({"messages": messages, "tools": [{"type": "function"}]})
+    assert isinstance(conversation, Conversation)
+    assert [turn.role for turn in conversation.turns] == ["system", "user", "assistant", "tool", *["assistant"] * 2]
     assert [turn.trained for turn in conversation.turns] == [None, None, None, None, False, True]
     assert conversation.turns[1].content == "ab"
     assert conversation.turns[2].extra["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
@@ -129,6 +109,7 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"text": 5}, {}, r"f\.jsonl:7: text must be text, got a number .5"),
         ({"text": None}, {}, "text must be text, got null"),
         ({"prompt": "p", "completion": float("nan")}, {}, "7: completion must be text or a number, got nan"),
+        ({"prompt": "p", "completion": True}, {}, "completion must be text, got a boolean"),
         ({"instruction": "i", "output": ["o"]}, {}, "output must be text, got a list"),
         ({"q": 1, "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, "7: q must be text, got a number"),
         ({"messages": "hi"}, {}, "messages must be a list of turns .*got a string .'hi'"),
@@ -154,30 +135,18 @@ def test_bad_row(fields: dict[str, Any], kwargs: dict[str, Any], message: str) -
     assert "\n" not in str(failure.value)
 
 
-def test_later_row_without_the_column() -> None:
-    format = detect_format(RawRow({"prompt": "p", "completion": "c"}, "f.jsonl:1"))
-    with pytest.raises(InputError, match=r"f\.jsonl:2: the column 'completion' is missing here"):
-        parse_row(RawRow({"prompt": "p"}, "f.jsonl:2"), format)
-
-
-def test_an_answer_that_is_a_number_becomes_text() -> None:
+def test_an_answer_that_is_a_number_becomes_text_and_a_label_its_name() -> None:
     assert turns({"prompt": "2 + 2", "completion": 4})[1] == ("assistant", "4")
     assert turns({"instruction": "half", "output": 0.5})[1] == ("assistant", "0.5")
-    with pytest.raises(InputError, match="completion must be text, got a boolean"):
-        parse({"prompt": "p", "completion": True})
-
-
-@pytest.mark.parametrize("label", [1, "1"])
-def test_an_integer_label_becomes_its_name(label: int | str) -> None:
-    row = RawRow({"text": "good", "label": label}, "f.jsonl:7")
-    format = detect_format(row, columns={"prompt": "text", "completion": "label"})
-    conversation = parse_row(row, format, label_names=["negative", "positive"])
-    assert isinstance(conversation, Conversation)
-    assert conversation.turns[1] == Turn("assistant", "positive")
+    names = ["negative", "positive"]
+    row_format = detect_format(
+        RawRow({"text": "good", "label": 1}, ""), columns={"prompt": "text", "completion": "label"}
+    )
+    for label in (1, "1"):
+        found = parse_row(RawRow({"text": "good", "label": label}, ""), row_format, label_names=names)
+        assert isinstance(found, Conversation) and found.turns[1] == Turn("assistant", "positive")
     for wrong in (2, -1, 1.0, True, "positive", None):
         with pytest.raises(InputError, match=r"f\.jsonl:7: label must be a label, 0 to 1 .data\.label_names has 2."):
-            parse_row(RawRow({"text": "x", "label": wrong}, row.source), format, label_names=["negative", "positive"])
-
-
-def test_the_recipe_takes_every_format() -> None:
-    assert {*get_args(DataSection.model_fields["format"].annotation)} == {"auto", *FORMATS}
+            parse_row(RawRow({"text": "x", "label": wrong}, "f.jsonl:7"), row_format, label_names=names)
+    with pytest.raises(InputError, match=r"f\.jsonl:2: the column 'label' is missing here"):
+        parse_row(RawRow({"text": "x"}, "f.jsonl:2"), row_format)

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ def bytes_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def plain(mode: str, colour: Any, palette: Sequence[int] = (), **options: Any) -> bytes:
+    image = Image.new(mode, (5, 4), colour)
+    if palette:
+        image.putpalette(palette)
+    return bytes_of(image, "TIFF" if mode == "CMYK" else "PNG", **options)
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def section_of(path: Path, **keys: Any) -> Any:
     return parse_recipe({"task": "image-classification", "model": "m", "data": {"path": str(path), **keys}}, "t").data
 
@@ -39,23 +52,13 @@ def images() -> ImageProcessor:
     return ImageProcessor(image_processor(), (SIZE, SIZE), 17)
 
 
-def solid(mode: str, colour: Any) -> Image.Image:
-    return Image.new(mode, (5, 4), colour)
-
-
-def palette_with_a_transparent_colour() -> bytes:
-    image = solid("P", 0)
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    return bytes_of(image, transparency=0)
-
-
 KINDS = {
-    "grey": (bytes_of(solid("L", 40)), (40, 40, 40)),
+    "grey": (plain("L", 40), (40, 40, 40)),
     "grey of 16 bits": (bytes_of(Image.fromarray(np.full((4, 5), 257 * 90, np.uint16))), (90, 90, 90)),
-    "black and white": (bytes_of(solid("1", 1)), (255, 255, 255)),
-    "CMYK": (bytes_of(solid("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
-    "half transparent": (bytes_of(solid("RGBA", (255, 0, 0, 0))), (255, 255, 255)),
-    "a transparent palette": (palette_with_a_transparent_colour(), (255, 255, 255)),
+    "black and white": (plain("1", 1), (255, 255, 255)),
+    "CMYK": (plain("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
+    "half transparent": (plain("RGBA", (255, 0, 0, 0)), (255, 255, 255)),
+    "a transparent palette": (plain("P", 0, [255, 0, 0, 0, 0, 255], transparency=0), (255, 255, 255)),
     "one pixel": (bytes_of(Image.new("RGB", (1, 1), (1, 2, 3))), (1, 2, 3)),
 }
 
@@ -77,14 +80,12 @@ def test_a_photo_is_turned_as_the_camera_was(tmp_path: Path) -> None:
     assert blue[:3].min() > 200 > 60 > blue[5:].max()
 
 
+PNG = bytes_of(picture("red", 1))
 NO_IMAGES = {
     "text": (b"hello", "is no image that Pillow can read"),
     "a file of no bytes": (b"", "is no image that Pillow can read"),
     "a JPEG that was cut": (bytes_of(picture("red", 1).resize((64, 64)), "JPEG")[:-200], "damaged"),
-    "a PNG with changed bytes": (
-        bytes_of(picture("red", 1))[:60] + b"\0" * 40 + bytes_of(picture("red", 1))[100:],
-        "dam",
-    ),
+    "a PNG with changed bytes": (PNG[:60] + b"\0" * 40 + PNG[100:], "dam"),
     "fractions": (bytes_of(Image.fromarray(np.full((4, 5), 0.5, np.float32)), "TIFF"), "whose range is not known"),
 }
 
@@ -106,11 +107,13 @@ def test_an_image_of_too_many_pixels_is_not_unpacked(monkeypatch: pytest.MonkeyP
 
 
 def test_folders_are_classes_and_images_stay_on_disk(tmp_path: Path, images: ImageProcessor) -> None:
-    write_folders(tmp_path / "rows", 4)
-    (tmp_path / "rows" / "red" / "notes.txt").write_text("no image")
-    (tmp_path / "rows" / ".hidden").mkdir()
-    found = build_datasets(section_of(tmp_path / "rows", eval_fraction=0.25), images)
+    path = write_folders(tmp_path / "rows", 4)
+    (path / "red" / "notes.txt").write_text("no image")
+    (path / ".hidden").mkdir()
+    found = build_datasets(section_of(path, eval_fraction=0.25), images)
     assert (len(found.train), len(found.eval), found.labels.names) == (9, 3, ("blue", "green", "red"))
+    held_out = build_datasets(section_of(path, eval_path=str(write_folders(tmp_path / "eval", 5))), images)
+    assert held_out.stats.repeated_rows == 12
     row = found.train[0]
     assert (row.reference, len(row.input_ids)) == (Path(row.source).parent.name, 17)
     assert row.image.pixels().dtype == np.float32
@@ -120,28 +123,24 @@ def test_folders_are_classes_and_images_stay_on_disk(tmp_path: Path, images: Ima
 
 
 def test_data_files_hold_bytes_or_paths(tmp_path: Path, images: ImageProcessor) -> None:
-    write_folders(tmp_path / "rows", 2)
-    files = sorted((tmp_path / "rows").rglob("*.png"))
+    files = sorted(write_folders(tmp_path / "rows", 2).rglob("*.png"))
     lines = [{"img": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
-    (tmp_path / "paths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "paths.jsonl", lines)
+    names = ["blue", "green", "red"]
     stored = [{"bytes": f.read_bytes(), "path": f.name} for f in files]
-    table = pa.table({"image": stored, "label": [sorted({"blue", "green", "red"}).index(f.parent.name) for f in files]})
+    table = pa.table({"image": stored, "label": [names.index(f.parent.name) for f in files]})
     pq.write_table(table, tmp_path / "bytes.parquet")
-    names = {"label_names": ["blue", "green", "red"]}
-    kinds = [
-        build_datasets(section_of(tmp_path / "rows"), images),
-        build_datasets(section_of(tmp_path / "paths.jsonl"), images),
-        build_datasets(section_of(tmp_path / "bytes.parquet", **names), images),
-    ]
+    keys: dict[str, Any] = {"rows": {}, "paths.jsonl": {}, "bytes.parquet": {"label_names": names}}
+    kinds = [build_datasets(section_of(tmp_path / name, **more), images) for name, more in keys.items()]
     assert len({data_sha256(kind) for kind in kinds}) == 1
     for kind in kinds:
         np.testing.assert_array_equal(kind.train[3].image.pixels(), kinds[0].train[3].image.pixels())
         assert kind.stats.label_rows == [2, 2, 2]
+    column = SCHEMA.field("image").type
+    assert pa.types.is_large_binary(column), "plain binary counts in 32 bits: a chunk of 256 images of 9 MiB is more"
 
 
-def test_a_hub_dataset_gives_its_images_undecoded(
-    monkeypatch: pytest.MonkeyPatch, images: ImageProcessor, tmp_path: Path
-) -> None:
+def test_a_hub_dataset_gives_its_images_undecoded(monkeypatch: pytest.MonkeyPatch, images: ImageProcessor) -> None:
     rows = {"img": [picture("red", 1), picture("blue", 1)], "fine_label": [1, 0]}
     features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["blue", "red"])})
     hub = datasets.Dataset.from_dict(rows, features=features)
@@ -150,13 +149,6 @@ def test_a_hub_dataset_gives_its_images_undecoded(
     found = build_datasets(section, images, cached=False)
     assert [row.reference for row in found.train] == ["red", "blue"]
     assert found.train[0].image.open().size == picture("red", 1).size
-
-
-def test_an_image_that_is_held_out_and_trained_is_counted(tmp_path: Path, images: ImageProcessor) -> None:
-    write_folders(tmp_path / "rows", 3)
-    write_folders(tmp_path / "eval", 5)
-    found = build_datasets(section_of(tmp_path / "rows", eval_path=str(tmp_path / "eval")), images)
-    assert found.stats.repeated_rows == 9
 
 
 def test_a_copy_of_the_images_in_another_place_is_read_from_there(
@@ -177,11 +169,9 @@ def test_an_image_that_changed_or_went_is_seen_though_its_data_file_is_the_same(
     tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "WORTH_BYTES", 0)
-    write_folders(tmp_path / "rows", 2)
-    files = sorted((tmp_path / "rows").rglob("*.png"))
+    files = sorted(write_folders(tmp_path / "rows", 2).rglob("*.png"))
     lines = [{"image": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
-    (tmp_path / "paths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    section = section_of(tmp_path / "paths.jsonl")
+    section = section_of(write_lines(tmp_path / "paths.jsonl", lines))
     before = data_sha256(build_datasets(section, images))
     shutil.copy(files[-1], files[0])
     assert data_sha256(build_datasets(section, images)) != before
@@ -190,29 +180,16 @@ def test_an_image_that_changed_or_went_is_seen_though_its_data_file_is_the_same(
         build_datasets(section, images)
 
 
-def test_a_chunk_may_be_more_than_2_gib() -> None:
-    """256 images of 9 MiB: Arrow's plain binary counts its bytes in 32 bits."""
-    assert pa.types.is_large_binary(SCHEMA.field("image").type)
-
-
-def _beside(root: Path) -> None:
-    picture("red", 1).save(root / "beside.png")
-
-
-def _empty(root: Path) -> None:
-    (root / "yellow").mkdir()
-
-
-def _splits(root: Path) -> None:
-    for split in ("train", "val"):
-        write_folders(root / split, 1)
-
-
-BAD_FOLDERS = {
-    "an image beside the folders": (_beside, r"beside\.png: stands beside the folders"),
-    "a class without images": (_empty, "yellow: holds no images"),
-    "splits": (_splits, "Set data.path to .*/train and data.eval_path to .*/val"),
-}
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an image beside the folders": (
+        lambda root: picture("red", 1).save(root / "beside.png"), r"beside\.png: stands beside the folders",
+    ),
+    "a class without images": (lambda root: (root / "yellow").mkdir(), "yellow: holds no images"),
+    "splits": (
+        lambda root: [write_folders(root / split, 1) for split in ("train", "val")],
+        "Set data.path to .*/train and data.eval_path to .*/val",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "message"), BAD_FOLDERS.values(), ids=list(BAD_FOLDERS))
@@ -236,10 +213,9 @@ BAD_VALUES = {
 @pytest.mark.parametrize(("row", "message"), BAD_VALUES.values(), ids=list(BAD_VALUES))
 def test_a_bad_row_is_named(row: Any, message: str, tmp_path: Path, images: ImageProcessor) -> None:
     picture("red", 0).save(tmp_path / "0.png")
-    rows = [{"image": "0.png", "label": "b"}, row]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    path = write_lines(tmp_path / "rows.jsonl", [{"image": "0.png", "label": "b"}, row])
     with pytest.raises(InputError, match=message):
-        build_datasets(section_of(tmp_path / "rows.jsonl"), images)
+        build_datasets(section_of(path), images)
 
 
 def test_crops_lie_in_the_image_and_depend_on_seed_step_and_row_alone() -> None:
@@ -249,9 +225,7 @@ def test_crops_lie_in_the_image_and_depend_on_seed_step_and_row_alone() -> None:
     assert len(set(found)) > 390
     assert crop_box(50, 40, Draw(8, 0, 0)) != found[0]
     boxes = np.array([box for box, _ in found])
-    assert (boxes[:, :2] >= 0).all()
-    assert (boxes[:, 2] <= 50).all()
-    assert (boxes[:, 3] <= 40).all()
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= [50, 40]).all()
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = sides.prod(axis=1) / 2000
     assert 0.07 < areas.min() < 0.15
@@ -274,13 +248,10 @@ def test_a_processor_that_makes_another_size_is_refused() -> None:
 
 
 def test_tasks_are_values_of_a_column(images: ImageProcessor, tmp_path: Path) -> None:
-    write_folders(tmp_path / "pictures", 4)
-    rows = [
-        {"image": str(file), "label": file.parent.name, "site": f"site {file.stem[-1]}"}
-        for file in sorted((tmp_path / "pictures").rglob("*.png"))
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = build_datasets(section_of(tmp_path / "rows.jsonl", sampling="task", task_column="site"), images)
+    files = sorted(write_folders(tmp_path / "pictures", 4).rglob("*.png"))
+    rows = [{"image": str(f), "label": f.parent.name, "site": f"site {f.stem[-1]}"} for f in files]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    found = build_datasets(section_of(path, sampling="task", task_column="site"), images)
     assert found.part_names == ["site 0", "site 1", "site 2", "site 3"]
     assert found.train.part_of is not None
     assert [found.part_names[number] for number in found.train.part_of] == [row["site"] for row in rows]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qvera.data.readers import RawRow, read_rows
 from qvera.utils.errors import InputError
+from tests.data.conftest import Write
 
-Write = Callable[..., str]
 ROW = {"prompt": "a", "completion": "b"}
 
 
@@ -22,51 +23,36 @@ def rows(path: str, **kwargs: str) -> list[RawRow]:
     return list(read_rows(path, **kwargs))
 
 
-def test_jsonl_counts_lines_and_skips_blank_ones(write: Write) -> None:
-    path = write('\ufeff{"prompt": "é"}\n\n{"prompt": "\\n"}\n')
+def test_rows_of_every_kind_of_file_say_where_they_stand(write: Write, tmp_path: Path) -> None:
+    path = write('\ufeff{"prompt": "é"}\n\n{"prompt": "\\n"}\n')  # blank lines are counted and skipped
     assert rows(path) == [RawRow({"prompt": "é"}, f"{path}:1"), RawRow({"prompt": "\n"}, f"{path}:3")]
-
-
-def test_json_list_and_wrapped_list(write: Write) -> None:
     plain, wrapped = write([ROW, ROW], "plain.json"), write({"version": 1, "data": [ROW]}, "wrapped.json")
     assert rows(plain)[1] == RawRow(ROW, f"{plain} row 2")
     assert [row.fields for row in rows(wrapped)] == [ROW]
-
-
-def test_csv_names_the_line_where_a_record_starts(write: Write) -> None:
     path = write('prompt,completion\n"two\nlines","a, b"\nlast,"say ""x"""\n', "rows.csv")
-    assert rows(path) == [
+    assert rows(path) == [  # the line where a record starts
         RawRow({"prompt": "two\nlines", "completion": "a, b"}, f"{path}:2"),
         RawRow({"prompt": "last", "completion": 'say "x"'}, f"{path}:4"),
     ]
     assert rows(write("prompt\tcompletion\na,b\tc\n", "rows.tsv"))[0].fields == {"prompt": "a,b", "completion": "c"}
-
-
-def test_parquet_with_nested_messages(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    path = tmp_path / "rows.parquet"
-    pq.write_table(pa.table({"messages": [turns, turns]}), path)
-    assert rows(str(path)) == [RawRow({"messages": turns}, f"{path} row {n}") for n in (1, 2)]
+    pq.write_table(pa.table({"messages": [turns, turns]}), tmp_path / "rows.parquet")
+    found = rows(str(tmp_path / "rows.parquet"))
+    assert found == [RawRow({"messages": turns}, f"{tmp_path / 'rows.parquet'} row {n}") for n in (1, 2)]
 
 
-def test_directory_reads_its_data_files_in_name_order(write: Write, tmp_path: Path) -> None:
-    write([{"text": "b"}], "b.jsonl")
-    write([{"text": "a"}], "a.json")
+def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp_path: Path) -> None:
     write("not data", "README.md")
-    assert [row.fields["text"] for row in rows(str(tmp_path))] == ["a", "b"]
-
-
-def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> None:
-    write([ROW], "train.jsonl")
-    write([ROW], "test.jsonl")
-    with pytest.raises(InputError, match="different splits .*train.jsonl and test.jsonl"):
+    write([{"text": "b"}], "train.jsonl")
+    write([{"text": "a"}], "test.json")
+    with pytest.raises(InputError, match="different splits .*train.jsonl and test.json"):
         rows(str(tmp_path))
     (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
-    with pytest.raises(InputError, match="different splits .*rows.jsonl and test.jsonl"):
+    with pytest.raises(InputError, match="different splits .*rows.jsonl and test.json"):
         rows(str(tmp_path))
-    (tmp_path / "test.jsonl").rename(tmp_path / "train-contest.jsonl")
+    (tmp_path / "test.json").rename(tmp_path / "contest.json")
     (tmp_path / "rows.jsonl").rename(tmp_path / "train.jsonl")
-    assert len(rows(str(tmp_path))) == 2
+    assert [row.fields["text"] for row in rows(str(tmp_path))] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -80,11 +66,7 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
         ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f Latin-1"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 .*UTF-16"),
         ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
-        (
-            "a.jsonl",
-            '{"n": ' + "7" * 5000 + "}\n",
-            r"a\.jsonl:1: not valid JSON: a whole number of more than 4,300 digits",
-        ),
+        ("a.jsonl", '{"n": ' + "7" * 5000 + "}\n", r"a\.jsonl:1: not valid JSON: a whole number of more than 4,300"),
         ("a.json", '[{"n": ' + "7" * 5000 + "}]", r"a\.json: not valid JSON: a whole number of more than 4,300 digits"),
         ("a.json", "", r"a\.json: the file is empty"),
         ("a.json", "[]", r"a\.json: holds no rows"),
@@ -103,11 +85,7 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
         ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:2: not UTF-8"),
         ("a.parquet", "PAR1 but not really", r"a\.parquet: can't be read as Parquet"),
-        (
-            "a.jsonl",
-            '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n',
-            r"a\.jsonl:2: the key 'c' occurs twice in one object",
-        ),
+        ("a.jsonl", '{"a": 1}\n{"b": {"c": 1, "c": 2}}\n', r"a\.jsonl:2: the key 'c' occurs twice in one object"),
         ("a.json", '[{"a": 1}, {"a": 1, "a": 2}]', r"a\.json row 2: the key 'a' occurs twice in one object"),
         ("a.json", '[{"a": {"b": 1, "b": 2}}]', r"a\.json: the key 'b' occurs twice in one object"),
         ("a.xlsx", "x", r"a\.xlsx: can't read a file that ends in '\.xlsx'. Expected \.jsonl"),
@@ -132,45 +110,26 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
         rows(str(tmp_path / "empty"))
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_and_a_link_that_leads_nowhere_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(InputError, match=r"rows\.jsonl: is a pipe or a device, .* Save them to a file"):
         rows(str(tmp_path / "rows.jsonl"))
-
-
-def test_a_link_that_leads_nowhere_is_called_that(tmp_path: Path) -> None:
-    for name, target in (("loop.jsonl", "loop.jsonl"), ("rows.jsonl", "gone.jsonl")):
+    for name, target in (("loop.jsonl", "loop.jsonl"), ("link.jsonl", "gone.jsonl")):
         (tmp_path / name).symlink_to(target)
         with pytest.raises(InputError, match=rf"{name}: is a link to {target}, and no file can be reached"):
             rows(str(tmp_path / name))
 
 
-def test_hub_keys_with_a_local_file(write: Write) -> None:
-    with pytest.raises(InputError, match=r"data\.revision: 'main' has a meaning for hub datasets only"):
-        rows(write([ROW]), revision="main")
-
-
-def test_hub_dataset_gets_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    calls = []
-
-    def load_dataset(path: str, **kwargs: str) -> datasets.Dataset:
-        calls.append((path, kwargs))
-        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_a_hub_dataset_gets_every_key_and_its_failure_is_one_paragraph(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Mock(return_value=datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]))
+    monkeypatch.setattr(datasets, "load_dataset", load)
     found = rows("owner/name", split="validation", config_name="en", revision="v1")
-    assert calls == [("owner/name", {"name": "en", "split": "validation", "revision": "v1"})]
+    load.assert_called_once_with("owner/name", name="en", split="validation", revision="v1")
     assert found == [RawRow({"text": t}, f"owner/name[validation] row {n}") for n, t in ((1, "one"), (2, "two"))]
-
-
-def test_hub_failure_is_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def load_dataset(path: str, **kwargs: str) -> None:
-        raise ConnectionError("Couldn't reach\nthe hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load.side_effect = ConnectionError("Couldn't reach\nthe hub")
     with pytest.raises(InputError, match="owner/name: no file or .*Couldn't reach the hub. .*can't be reached"):
         rows("owner/name")
+    with pytest.raises(InputError, match=r"data\.revision: 'main' has a meaning for hub datasets only"):
+        rows(write([ROW]), revision="main")

@@ -42,6 +42,8 @@ def test_hold_out_leaves_rows_of_both_kinds_and_follows_the_seed(n: int, fractio
     assert abs(int(held.sum()) - n * fraction) <= 1
     assert not np.array_equal(hold_out(100, 0.1, 0), hold_out(100, 0.1, 1))
     assert not hold_out(100, 0.0, 0).any()
+    # A changed choice would silently change what `--resume` goes on with.
+    assert np.flatnonzero(hold_out(20, 0.3, 5)).tolist() == [2, 4, 6, 11, 13, 14]
 
 
 class ThreadInPlaceOfAProcess:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +17,14 @@ from qvera.data.readers import RawRow
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError
 from tests.conftest import small_tokenizer
-from tests.data.conftest import MakeTokenizer
-
-Write = Callable[..., str]
+from tests.data.conftest import MakeTokenizer, Write
+from tests.data.rows import build, messages_of
 
 WORDS = st.lists(
     st.sampled_from(["say", "colour", "yes,", "calling\n\n", "é", "🙂", "#", "12"]), min_size=1, max_size=30
 ).map(" ".join)
-CHATS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3)
+CHATS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3).map(lambda pairs: sum(pairs, ()))
+ROWS = CHATS.map(lambda texts: {"messages": messages_of(*texts)}) | WORDS.map(lambda text: {"text": text})
 LENGTHS = st.none() | st.integers(1, 40)
 
 
@@ -36,12 +33,7 @@ def tokenizer(request: pytest.FixtureRequest, make_tokenizer: MakeTokenizer) -> 
     return make_tokenizer() if request.param == "BOS" else make_tokenizer(bos=None)
 
 
-def messages(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
-
-
-def examples(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **keys: Any) -> tuple[list[Example], RowCounts]:
+def examples(row: dict[str, Any], tokenizer: Any, **keys: Any) -> tuple[list[Example], RowCounts]:
     """What one row becomes under these keys of ``data``."""
     raw, section = RawRow(row, "rows.jsonl:1"), DataSection(path="rows.jsonl", **keys)
     row_format = detect_format(raw)
@@ -61,21 +53,16 @@ def steps(rows: list[Example]) -> list[tuple[int, int]]:
     ]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    row=CHATS.map(messages) | WORDS.map(lambda text: {"text": text}),
+    row=ROWS,
     size=st.integers(8, 40),
     source=LENGTHS,
     target=LENGTHS,
     train_on=st.sampled_from(["assistant", "last", "all"]),
 )
 def test_the_parts_of_a_split_row_train_each_of_its_tokens_once(
-    row: dict[str, Any],
-    size: int,
-    source: int | None,
-    target: int | None,
-    train_on: str,
-    tokenizer: PreTrainedTokenizerFast,
+    row: Any, size: int, source: int | None, target: int | None, train_on: str, tokenizer: Any
 ) -> None:
     keys = {"max_source_length": source, "max_target_length": target, "train_on": train_on}
     (whole,), unsplit = examples(row, tokenizer, max_length=100_000, **keys)
@@ -93,89 +80,74 @@ def test_the_parts_of_a_split_row_train_each_of_its_tokens_once(
     assert (counts.truncated_rows, counts.truncated_tokens) == (unsplit.truncated_rows, unsplit.truncated_tokens)
 
 
-@pytest.mark.parametrize("source", [None, 2])
-def test_a_cut_at_the_start_keeps_the_bos_of_a_row_that_has_one_left(
-    source: int | None, tokenizer: PreTrainedTokenizerFast
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=ROWS, size=st.integers(8, 40), source=LENGTHS, target=LENGTHS)
+def test_a_row_that_is_cut_is_the_beginning_or_the_end_of_the_whole_one(
+    row: Any, size: int, source: int | None, target: int | None, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    row, keys = messages([("question " * 20, "yes " * 30)]), {"max_source_length": source}
-    (whole,), _ = examples(row, tokenizer, max_length=100_000, **keys)
-    (cut,), counts = examples(row, tokenizer, max_length=12, too_long="cut-start", **keys)
-    ids = whole.input_ids.tolist()
-    with_bos = ids[0] == tokenizer.bos_token_id
-    assert with_bos == (
-        tokenizer.bos_token_id is not None and source is None
-    )  # two tokens are the answer's heading alone
-    assert cut.input_ids.tolist() == ids[:with_bos] + ids[-12 + with_bos :]
-    assert counts.truncated_rows == 1
-
-
-def test_a_row_whose_prompt_is_cut_off_is_text_without_one(make_tokenizer: MakeTokenizer) -> None:
-    row = messages([("question", "yes " * 30)])
-    (cut,), _ = examples(row, make_tokenizer(bos=None), max_length=8, too_long="cut-start")
-    assert (len(cut.prompt_ids), cut.prompt_text, cut.reference) == (0, "", None)
-    assert not cut.is_labelled
+    keys = {"max_source_length": source, "max_target_length": target}
+    (whole,), uncut = examples(row, tokenizer, max_length=100_000, **keys)
+    ids, lost = whole.input_ids.tolist(), max(0, len(whole.input_ids) - size)
+    bos = int(ids[0] == tokenizer.bos_token_id)  # a cut at the start leaves it, if the source length has
+    ways = {"cut-end": [*range(len(ids) - lost)], "cut-start": [*range(bos), *range(bos + lost, len(ids))]}
+    for too_long, kept in ways.items():
+        found, counts = examples(row, tokenizer, max_length=size, too_long=too_long, **keys)
+        assert counts.truncated_tokens == uncut.truncated_tokens + lost
+        trained = [i > 0 and bool(whole.trained[place]) for i, place in enumerate(kept)]
+        if not any(trained):
+            assert found == [] and counts.dropped == {"cut to length, without a trained token": [whole.source]}
+            continue
+        (cut,) = found
+        assert cut.input_ids.tolist() == [ids[place] for place in kept]
+        assert cut.trained.tolist() == trained
+        gone = range(
+            bos, bos + lost if too_long == "cut-start" else bos
+        )  # a cut at the end leaves the last turn's prompt
+        prompt = [token for place, token in enumerate(whole.prompt_ids.tolist()) if place not in gone]
+        if len(prompt) <= bos:  # nothing to ask with: as text without a prompt
+            assert (len(cut.prompt_ids), cut.prompt_text, cut.reference) == (0, "", None)
+        else:
+            assert (cut.prompt_ids.tolist(), cut.reference) == (prompt, whole.reference)
 
 
 @pytest.mark.parametrize("too_long", ["split", "drop"])
 def test_what_a_long_row_lost_to_its_source_and_target_length_is_counted(
-    too_long: str, write: Write, tokenizer: PreTrainedTokenizerFast
+    too_long: str, write: Write, tokenizer: Any
 ) -> None:
     long = {"prompt": "question " * 60, "completion": " yes" * 60}
     path = write([long, {"prompt": "q", "completion": " yes"}])
     whole, _short = build_datasets(DataSection(path=path, max_length=100_000), tokenizer).train
     first = int(np.argmax(whole.trained))
     after = len(whole.input_ids) - first
-    for keys, lost in (
-        ({"max_target_length": 12}, after - 12),
-        ({"max_source_length": 30}, first - 30),
-        ({"max_source_length": 30, "max_target_length": 12}, first - 30 + after - 12),
-        ({}, 0),
-    ):
+    for source, target in ((None, 12), (30, None), (30, 12), (25, 15), (None, None)):
+        keys = {"max_source_length": source, "max_target_length": target}
         data = build_datasets(DataSection(path=path, max_length=40, too_long=too_long, **keys), tokenizer)
-        assert lost >= 0
-        assert data.stats.truncated_tokens == lost
-        assert data.stats.truncated_rows == bool(lost)
         left = [row for row in data.train if row.source == whole.source]
-        if too_long == "drop":
+        lost = (first - source if source else 0) + (after - target if target else 0)
+        assert (data.stats.truncated_tokens, data.stats.truncated_rows) == (lost, bool(lost))
+        if (source, target) == (25, 15):  # which makes it short enough
+            assert len(left[0].input_ids) == 40 and data.stats.split_rows == data.stats.dropped_rows == 0
+        elif too_long == "drop":
             assert left == []
             assert data.stats.dropped == {"longer than data.max_length (40)": [whole.source]}
         else:
-            expected = min(keys.get("max_target_length", after), after)
-            assert sum(row.trained_tokens for row in left) == expected
+            assert sum(row.trained_tokens for row in left) == min(target or after, after)
             assert data.stats.split_rows == 1
 
 
-def test_rows_that_their_own_lengths_make_short_enough_are_neither_split_nor_dropped(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    path = write([{"prompt": "question " * 60, "completion": " yes" * 60}])
-    for too_long in ("split", "drop"):
-        section = DataSection(path=path, max_length=40, too_long=too_long, max_source_length=25, max_target_length=15)
-        data = build_datasets(section, tokenizer)
-        assert len(data.train[0].input_ids) == 40
-        assert data.stats.truncated_rows == 1
-        assert data.stats.split_rows == data.stats.dropped_rows == 0
-
-
-def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write([{"text": "word " * 99}, {"text": "more " * 99}])
-    section = DataSection(path=path, max_length=8, too_long="drop")
+def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokenizer: Any) -> None:
+    section = DataSection(path=write([{"text": "word " * 99}, {"text": "more " * 99}]), max_length=8, too_long="drop")
     with pytest.raises(InputError) as failure:
         build_datasets(section, tokenizer)
     said = str(failure.value)
-    assert said.startswith(f"{path}: no training row is left: all 2 are longer than data.max_length (8)")
-    assert "data.too_long is drop" in said
-    assert "Raise data.max_length" in said
-    assert "trained token" not in said
-    assert "data.max_source_length below" not in said
-    section = section.replace(too_long="split")  # one of the ways out that it names
-    assert build_datasets(section, tokenizer).train
+    assert said.startswith(f"{section.path}: no training row is left: all 2 are longer than data.max_length (8)")
+    assert "data.too_long is drop" in said and "Raise data.max_length" in said
+    assert "trained token" not in said and "data.max_source_length below" not in said
+    assert build_datasets(section.replace(too_long="split"), tokenizer).train  # one of the ways out that it names
 
 
-def read(directory: Path, rows: list[dict[str, Any]], format: str = "preference", **keys: Any) -> Datasets:
-    path = directory / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build_datasets(DataSection(path=str(path), format=format, **keys), small_tokenizer())
+def read(rows: list[dict[str, Any]], format: str = "preference", **keys: Any) -> Datasets:
+    return build(rows, small_tokenizer(), format=format, **keys)
 
 
 def pair_texts(example: Example) -> list[str]:
@@ -186,11 +158,7 @@ def pair_texts(example: Example) -> list[str]:
     return [decode(tokenizer, ids.tolist()) for ids in parts]
 
 
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-PROMPT = "<|im_start|>user\nsay red<|im_end|>\n<|im_start|>assistant\n"
+RED, BLUE = messages_of("say red", "red"), messages_of("say red", "blue")
 
 
 @pytest.mark.parametrize(
@@ -198,44 +166,31 @@ PROMPT = "<|im_start|>user\nsay red<|im_end|>\n<|im_start|>assistant\n"
     [
         ({"prompt": "say red", "chosen": "red", "rejected": "blue"}, {}),
         ({"q": "say red", "good": "red", "rejected": "blue"}, {"columns": {"prompt": "q", "chosen": "good"}}),
-        (
-            {
-                "prompt": [turn("user", "say red")],
-                "chosen": [turn("assistant", "red")],
-                "rejected": [turn("assistant", "blue")],
-            },
-            {},
-        ),
-        (
-            {
-                "chosen": [turn("user", "say red"), turn("assistant", "red")],
-                "rejected": [turn("user", "say red"), turn("assistant", "blue")],
-            },
-            {},
-        ),
+        ({"prompt": RED[:1], "chosen": RED[1:], "rejected": BLUE[1:]}, {}),
+        ({"chosen": RED, "rejected": BLUE}, {}),
     ],
-    ids=["pair_texts", "renamed columns", "messages", "prompt within the messages"],
+    ids=["texts", "renamed columns", "messages", "prompt within the messages"],
 )
-def test_a_pair_has_the_prompt_that_chat_has(row: dict[str, Any], keys: dict[str, Any], tmp_path: Path) -> None:
-    datasets = read(tmp_path, [row], **keys)
+def test_a_pair_has_the_prompt_that_chat_has(row: dict[str, Any], keys: dict[str, Any]) -> None:
+    datasets = read([row], **keys)
     (pair,) = datasets.train
-    assert pair_texts(pair) == [PROMPT, "red<|im_end|>", "blue<|im_end|>"]
-    text, starts = datasets.template.prompt([Turn("user", "say red")])
-    asked = Encoder(small_tokenizer()).encode_prompt(text, starts)
+    prompt = "<|im_start|>user\nsay red<|im_end|>\n<|im_start|>assistant\n"
+    assert pair_texts(pair) == [prompt, "red<|im_end|>", "blue<|im_end|>"]
+    asked = Encoder(small_tokenizer()).encode_prompt(*datasets.template.prompt([Turn("user", "say red")]))
     assert pair.input_ids[: pair.answer_start].tolist() == pair.prompt_ids.tolist() == asked
 
 
-def test_earlier_answers_of_a_prompt_are_not_compared(tmp_path: Path) -> None:
-    prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
-    (pair,) = read(tmp_path, [{"prompt": prompt, "chosen": "d", "rejected": "e"}], system="be kind").train
+def test_earlier_answers_of_a_prompt_are_not_compared() -> None:
+    row = {"prompt": messages_of("a", "b", "c"), "chosen": "d", "rejected": "e"}
+    (pair,) = read([row], system="be kind").train
     shown, chosen, rejected = pair_texts(pair)
     assert shown.startswith("<|im_start|>system\nbe kind<|im_end|>") and "assistant\nb<|im_end|>" in shown
     assert (chosen, rejected) == ("d<|im_end|>", "e<|im_end|>")
 
 
-def test_lengths_and_counts_are_those_of_both_rows(tmp_path: Path) -> None:
+def test_lengths_and_counts_are_those_of_both_rows() -> None:
     rows = [{"prompt": "x", "chosen": "a", "rejected": "b" * n} for n in (3, 40)]
-    datasets = read(tmp_path, rows)
+    datasets = read(rows)
     for pair, length, both in zip(datasets.train, datasets.train.lengths, datasets.train.all_tokens, strict=True):
         ids = [example.input_ids for _, example in pair.shown()]
         assert length == max(map(len, ids)) and both == sum(map(len, ids)) == sum(pair.row_tokens)
@@ -244,30 +199,30 @@ def test_lengths_and_counts_are_those_of_both_rows(tmp_path: Path) -> None:
     assert len(np.unique(datasets.train.ids_hash)) == 2  # they differ in the rejected answer only
 
 
-def test_max_length_cuts_each_answer_and_leaves_out_a_pair_without_one(tmp_path: Path) -> None:
+def test_max_length_cuts_each_answer_and_leaves_out_a_pair_without_one() -> None:
     rows = [
         {"prompt": "x", "chosen": "a", "rejected": "b" * 70},  # the rejected answer alone is too long
         {"prompt": "x" * 90, "chosen": "a", "rejected": "b"},  # no answer is left
         {"prompt": "x", "chosen": "same", "rejected": "same"},
         {"prompt": "x", "chosen": "a", "rejected": "b"},
     ]
-    cut = read(tmp_path, rows, max_length=60)
+    cut = read(rows, max_length=60)
     assert [max(pair.row_tokens) for pair in cut.train] == [60, 12]
     dropped = {reason: [source.rsplit(":")[-1] for source in lost] for reason, lost in cut.stats.dropped.items()}
     assert dropped == {"cut to length, without a trained token": ["2"], "chosen and rejected are the same": ["3"]}
-    whole = read(tmp_path, rows, max_length=60, too_long="drop")
+    whole = read(rows, max_length=60, too_long="drop")
     assert [pair.source[-1] for pair in whole.train] == ["4"]
 
 
-def test_where_no_pair_is_left_the_error_says_why(tmp_path: Path) -> None:
+def test_where_no_pair_is_left_the_error_says_why() -> None:
     rows = [{"prompt": "x", "chosen": "same", "rejected": "same"}] * 2
     with pytest.raises(InputError, match=r"all 2 are left out: chosen and rejected are the same \(2\)\. Fix the rows"):
-        read(tmp_path, rows)
+        read(rows)
 
 
-def test_judged_answers_keep_their_labels(tmp_path: Path) -> None:
+def test_judged_answers_keep_their_labels() -> None:
     rows = [{"prompt": "x", "completion": "a", "label": label} for label in (True, False, 1, "False")]
-    examples = list(read(tmp_path, rows, "unpaired-preference").train)
+    examples = list(read(rows, "unpaired-preference").train)
     assert [example.desirable for example in examples] == [True, False, True, False]
     assert [word for example in examples for word, _ in example.shown()] == ["good answer", "bad answer"] * 2
     assert [example.reference for example in examples] == ["a", None, "a", None]
@@ -278,28 +233,23 @@ JUDGED = {"prompt": "x", "completion": "a", "label": True}
 
 
 @pytest.mark.parametrize(
-    ("row", "format", "said"),
+    ("row", "said"),
     [
-        (PAIR | {"chosen": None}, "preference", "rows.jsonl:2: chosen must be text"),
-        (PAIR | {"rejected": " "}, "preference", "rows.jsonl:2: rejected is empty"),
-        (PAIR | {"chosen": [turn("user", "a")]}, "preference", "chosen must be one assistant turn"),
-        (PAIR | {"prompt": [turn("assistant", "a")]}, "preference", "the prompt must end with a turn that asks"),
-        ({"chosen": "a", "rejected": "b"}, "preference", "rows.jsonl:2: chosen must be a list of turns"),
-        (
-            JUDGED | {"label": "maybe"},
-            "unpaired-preference",
-            "rows.jsonl:2: label must be true (a good answer) or false",
-        ),
-        ({"prompt": "x", "completion": "a"}, "unpaired-preference", "the column 'label' is missing here"),
+        (PAIR | {"chosen": None}, "rows.jsonl:2: chosen must be text"),
+        (PAIR | {"rejected": " "}, "rows.jsonl:2: rejected is empty"),
+        (PAIR | {"chosen": messages_of("a")}, "chosen must be one assistant turn"),
+        (PAIR | {"prompt": messages_of("a", "b")}, "the prompt must end with a turn that asks"),
+        ({"chosen": "a", "rejected": "b"}, "rows.jsonl:2: chosen must be a list of turns"),
+        (JUDGED | {"label": "maybe"}, "rows.jsonl:2: label must be true (a good answer) or false"),
+        ({"prompt": "x", "completion": "a"}, "the column 'label' is missing here"),
     ],
 )
-def test_a_row_that_can_not_be_used_is_named(row: dict[str, Any], format: str, said: str, tmp_path: Path) -> None:
-    good = PAIR if format == "preference" else JUDGED
+def test_a_row_that_can_not_be_used_is_named(row: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match="rows.jsonl:2") as error:
-        read(tmp_path, [good, row], format)
+        read(*([JUDGED, row], "unpaired-preference") if "completion" in row else ([PAIR, row],))
     assert said in str(error.value)
 
 
-def test_pairs_are_not_taken_for_rows_to_imitate(tmp_path: Path) -> None:
+def test_pairs_are_not_taken_for_rows_to_imitate() -> None:
     with pytest.raises(InputError, match=r"Set training.objective: dpo \(or orpo\)"):
-        read(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b"}], "auto")
+        read([PAIR], "auto")

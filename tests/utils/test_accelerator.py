@@ -34,6 +34,8 @@ def test_no_other_file_asks_whether_it_is_cuda() -> None:
 
 
 def test_the_device_is_the_accelerator_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("cpu", "meta", "cuda", "xpu", "mps")
+    assert [accelerator.is_accelerator(kind) for kind in kinds] == [False, False, True, True, True]
     assert accelerator.current_device() == torch.device("cpu")
     assert accelerator.device_count() == 0 and accelerator.collective_backend() == "gloo"
     with_device(monkeypatch, torch.device("xpu"))
@@ -42,12 +44,6 @@ def test_the_device_is_the_accelerator_of_the_local_rank(monkeypatch: pytest.Mon
     assert accelerator.device_count() == 2 and accelerator.collective_backend() == "cpu:gloo,xpu:xccl"
     with_device(monkeypatch, torch.device("cuda"))
     assert accelerator.collective_backend() == "cpu:gloo,cuda:nccl"
-
-
-def test_which_devices_are_accelerators() -> None:
-    assert [accelerator.is_accelerator(kind) for kind in ("cpu", "meta", "cuda", "xpu", "mps")] == [False] * 2 + [
-        True
-    ] * 3
 
 
 def test_memory_as_cuda_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +71,8 @@ def test_memory_where_no_peak_and_no_free_bytes_are_counted(monkeypatch: pytest.
     """As MPS, which shares the machine's RAM."""
     held = [5]
     with_device(monkeypatch, MPS, current_allocated_memory=lambda: held[0], driver_allocated_memory=lambda: 8)
-    assert (
-        accelerator.free_and_total_bytes(MPS) is None and accelerator.counted_bytes(MPS, "allocated", peak=True) is None
-    )
+    assert accelerator.free_and_total_bytes(MPS) is None
+    assert accelerator.counted_bytes(MPS, "allocated", peak=True) is None
     assert memory.available_bytes(MPS) > 10**6  # of the RAM
     assert accelerator.counted_bytes(MPS, "reserved") == 8 and accelerator.device_name(MPS) == "mps"
     with memory.PeakWatch(MPS) as watch:
@@ -102,10 +97,12 @@ def test_workspaces_of_products_are_those_that_torch_allocates(monkeypatch: pyte
     assert accelerator.product_workspace_bytes(MPS) == 0
 
 
-@pytest.mark.parametrize("hardware", [True, False])
-def test_bfloat16_must_be_in_hardware(monkeypatch: pytest.MonkeyPatch, hardware: bool) -> None:
-    with_device(monkeypatch, CUDA, is_bf16_supported=lambda including_emulation=True: including_emulation or hardware)
-    assert accelerator.multiplies_bfloat16(CUDA) is hardware
+def test_bfloat16_must_be_in_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hardware in (True, False):
+        with_device(
+            monkeypatch, CUDA, is_bf16_supported=lambda including_emulation=True, h=hardware: including_emulation or h
+        )
+        assert accelerator.multiplies_bfloat16(CUDA) is hardware
     with_device(monkeypatch, MPS)
     assert accelerator.multiplies_bfloat16(MPS) is False
 

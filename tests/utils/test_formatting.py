@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from qvera.utils.formatting import axis_labels, count, duration, first_of, moment, percent, significant, size
 
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (7, "7"), (9_871, "9,871"), (9_999.4, "9,999"), (9_999.6, "10.0 k"), (209_280, "209 k")]
-    + [(999_400, "999 k"), (999_600, "1.00 M"), (1_417_216, "1.42 M"), (6_738_415_616, "6.74 B")],
-)
-def test_count(value: float, text: str) -> None:
-    assert count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0 B"),
-        (512, "512 B"),
-        (838_112, "838 kB"),
-        (999_700, "1.00 MB"),
-        (1_182_000_000, "1.18 GB"),
-        (2e12, "2.00 TB"),
-    ],
-)
-def test_size(value: float, text: str) -> None:
-    assert size(value) == text
+TEXTS: dict[Callable[[float], str], dict[float, str]] = {
+    count: {
+        0: "0", 7: "7", 9_871: "9,871", 9_999.4: "9,999", 9_999.6: "10.0 k", 209_280: "209 k", 999_400: "999 k",
+        999_600: "1.00 M", 1_417_216: "1.42 M", 6_738_415_616: "6.74 B",
+    },
+    size: {
+        0: "0 B", 512: "512 B", 838_112: "838 kB", 999_700: "1.00 MB", 1_182_000_000: "1.18 GB", 2e12: "2.00 TB",
+    },
+    duration: {
+        0: "0 s", 0.85: "0.85 s", 8.53: "8.5 s", 9.97: "10 s", 59.4: "59 s", 59.6: "1 min 00 s", 192.4: "3 min 12 s",
+        3_599.6: "1 h 00 min", 7_500: "2 h 05 min", 273_600: "3 d 4 h",
+    },
+    significant: {
+        2.31: "2.31", 0.0412: "0.0412", 0.04116: "0.0412", 1234.5: "1,234", 0: "0", 0.00004: "4e-5", 1.23e9: "1.2e9",
+        -2.5: "-2.50", float("inf"): "inf",
+    },
+    percent: {0.875: "87.5 %", 1.0: "100 %"},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (0.85, "0.85 s"), (8.53, "8.5 s"), (9.97, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s")]
-    + [(192.4, "3 min 12 s"), (3_599.6, "1 h 00 min"), (7_500, "2 h 05 min"), (273_600, "3 d 4 h")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+@pytest.mark.parametrize("text_of", list(TEXTS))
+def test_a_number_as_text(text_of: Callable[[float], str]) -> None:
+    assert {value: text_of(value) for value in TEXTS[text_of]} == TEXTS[text_of]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (2.31, "2.31"),
-        (0.0412, "0.0412"),
-        (0.04116, "0.0412"),
-        (1234.5, "1,234"),
-        (0, "0"),
-        (0.00004, "4e-5"),
-        (1.23e9, "1.2e9"),
-    ]
-    + [(-2.5, "-2.50"), (float("inf"), "inf")],
-)
-def test_significant(value: float, text: str) -> None:
-    assert significant(value) == text
-
-
-def test_percent_and_moment() -> None:
-    assert percent(0.875) == "87.5 %"
-    assert percent(1.0) == "100 %"
+def test_a_moment_as_text() -> None:
     assert moment("2026-11-24T15:16:58+00:00") == "24 November 2026, 15:16 UTC"
     assert moment("2026-11-24T15:16:58") == "24 November 2026, 15:16"
     assert moment("yesterday") == "yesterday"

@@ -23,28 +23,7 @@ def too_much() -> torch.Tensor:
     return torch.empty(2**58, dtype=torch.uint8)
 
 
-def test_what_a_real_allocation_of_too_much_raises_is_known() -> None:
-    found = or_shortage(too_much, CPU)
-    assert isinstance(found, Shortage)
-    assert found.asked_bytes == 2**58
-    assert 0 < found.free_bytes < 2**58
-    assert isinstance(or_shortage(lambda: np.empty(2**58, dtype=np.uint8), CPU), Shortage)
-
-
-def test_messages_of_accelerators_are_known() -> None:
-    for error, asked_bytes in ((torch.OutOfMemoryError(CUDA), 1.5 * 2**30), (MemoryError(), None)):
-        found = or_shortage(Mock(side_effect=error), CPU)
-        assert isinstance(found, Shortage) and found.asked_bytes == asked_bytes
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
-
-
-def test_other_errors_are_not_taken_for_it() -> None:
-    assert not is_out_of_memory(ValueError("out of memory"))
-    with pytest.raises(RuntimeError, match="shapes"):
-        or_shortage(lambda: torch.ones(2) @ torch.ones(3, 4), CPU)
-
-
-def test_the_tensors_of_the_failed_call_are_free_again() -> None:
+def test_out_of_memory_is_known_and_leaves_nothing_behind() -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def do() -> None:
@@ -52,8 +31,18 @@ def test_the_tensors_of_the_failed_call_are_free_again() -> None:
         seen.append(weakref.ref(held))
         too_much()
 
-    assert isinstance(or_shortage(do, CPU), Shortage)
-    assert seen[0]() is None
+    found = or_shortage(do, CPU)
+    assert isinstance(found, Shortage)
+    assert found.asked_bytes == 2**58 and 0 < found.free_bytes < 2**58
+    assert seen[0]() is None, "the tensors of the failed call are free again"
+    assert isinstance(or_shortage(lambda: np.empty(2**58, dtype=np.uint8), CPU), Shortage)
+    for error, asked_bytes in ((torch.OutOfMemoryError(CUDA), 1.5 * 2**30), (MemoryError(), None)):
+        found = or_shortage(Mock(side_effect=error), CPU)
+        assert isinstance(found, Shortage) and found.asked_bytes == asked_bytes
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        or_shortage(lambda: torch.ones(2) @ torch.ones(3, 4), CPU)
 
 
 def fits(most: int) -> Any:
@@ -67,24 +56,11 @@ def fits(most: int) -> Any:
 
 def test_batches_are_halved_until_they_fit_and_stay_so() -> None:
     batches = [list(range(9)), list(range(9, 18)), [18]]
-    with pytest.warns(
-        UserWarning, match=r"with 9 prompts at a time \(1\.61 GB were asked for, .* were free\); going on with 4"
-    ):
+    said = r"with 9 prompts at a time \(1\.61 GB were asked for, .* were free\); going on with 4"
+    with pytest.warns(UserWarning, match=said):
         found = list(each_in_halves(batches, fits(2), CPU, "prompts", ""))
-    assert [part for part, _ in found] == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-        [6, 7],
-        [8],
-        [9, 10],
-        [11, 12],
-        [13, 14],
-        [15, 16],
-        [17],
-        [18],
-    ]
-    assert [total for _, total in found] == [sum(part) for part, _ in found]
+    halves = [[0, 1], [2, 3], [4, 5], [6, 7], [8], [9, 10], [11, 12], [13, 14], [15, 16], [17], [18]]
+    assert found == [(part, sum(part)) for part in halves]
     assert [part for part, _ in each_in_halves(batches, fits(9), CPU, "prompts", "")] == batches
     with pytest.raises(RunFailed, match=r"one of the prompts at a time: 1\.61 GB .* Shorten it\."):
         list(each_in_halves([[1]], fits(0), CPU, "prompts", "Shorten it."))
