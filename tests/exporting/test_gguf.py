@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.common import smollm2
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.run_info import directory_facts
@@ -62,7 +62,15 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256, "eos_token_id": 2,
     "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.15,
 }  # fmt: skip
-_SLOW = ("llama-tied", "llama-linear", "llama-yarn", "mistral", "gemma", "gemma3")  # like another one but for a setting
+_SLOW = (
+    "llama-tied",
+    "llama-linear",
+    "llama-yarn",
+    "mistral",
+    "phi3",
+    "gemma",
+    "gemma3",
+)  # like another one but for a setting
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -103,13 +111,10 @@ def byte_level(kind: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([*before, words])
     backend.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=310,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=310, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     backend.train_from_iterator(["say the word 12345 twice\n\n  we'll  £££ 12.50 assistant"] * 4, trainer)
     bos = "<|endoftext|>" if kind == "llama-bpe" else None
     if bos is not None:
@@ -267,8 +272,7 @@ def test_spaces_after_special_tokens_are_read_as_phi_3_reads_them(tmp_path: Path
 
 
 def test_a_model_is_not_called_phi_3_where_it_keeps_spaces() -> None:
-    pieces = sentence_pieces()
-    assert model_name("my-Phi3-run", pieces) == "my-phi_3-run"
+    assert model_name("my-Phi3-run", sentence_pieces()) == "my-phi_3-run"
     for options in ({"rstrip": True}, {"lstrip": True}, {"single_word": True}):
         changed = sentence_pieces()
         changed.add_tokens([AddedToken("<|user|>", normalized=False, **options)])
@@ -400,23 +404,20 @@ def test_a_context_is_no_longer_than_the_attention_window(tmp_path: Path) -> Non
 
 
 def test_a_weight_beyond_float16_leaves_nothing_behind(made: Callable[[str], Made], tmp_path: Path) -> None:
-    section = made("llama").section
-    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
-    next(v for name, v in named_vectors(perturb(model)).items() if name.endswith("_b")).data.fill_(1e9)
-    save_adapter(model, tmp_path / "adapter")
+    one = made("llama")
+    adapter = one.adapt(tmp_path / "adapter", size=1e6)
     with pytest.raises(RunFailed, match="--dtype bfloat16"):
-        export_gguf(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "float16")
+        export_gguf(adapter, one.section, tmp_path / "out", ExportSection(), "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    export_gguf(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "bfloat16")
+    export_gguf(adapter, one.section, tmp_path / "out", ExportSection(), "bfloat16")
 
 
 def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["export", str(trained_run), str(tmp_path / "model"), "--to", "gguf", "--dtype", "q8_0"]) == 0
     said = capsys.readouterr().out
     assert "model-q8_0.gguf, 14 weights changed" in said and f"ollama create NAME -f {tmp_path / 'model'}" in said
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        "Modelfile", "model-q8_0.gguf", "qvera_export.json",
-    ]  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert files == ["Modelfile", "model-q8_0.gguf", "qvera_export.json"]
     assert main(["export", str(trained_run), str(tmp_path / "lora"), "--to", "gguf-lora", "--rank", "2"]) == 0
     assert "rank 2 of 8: relative error" in capsys.readouterr().out
     text = (tmp_path / "lora" / "Modelfile").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +19,7 @@ from qvera.exporting.merged import export_merged
 from qvera.models import quantization
 from qvera.models.loader import load_base
 from qvera.utils.errors import RunFailed
+from qvera.utils.files import file_sha256
 from tests.conftest import small_llama, small_tokenizer
 from tests.exporting.helpers import deltas, trained_adapter
 
@@ -69,14 +68,13 @@ def test_files_config_and_certificate(trained: Any, tiny_model_dir: Path, tmp_pa
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["dtype"] == "float16"
-    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["dtype"], config["architectures"]) == ("float16", ["LlamaForCausalLM"])
     assert "quantization_config" not in config
     certificate = json.loads((tmp_path / "out" / "qvera_export.json").read_text())
-    sha = lambda p: hashlib.sha256(p.read_bytes()).hexdigest()  # noqa: E731
-    assert certificate["files"] == {"model.safetensors": sha(tmp_path / "out" / "model.safetensors")}
-    assert certificate["base"]["sha256"] == {"model.safetensors": sha(tiny_model_dir / "model.safetensors")}
-    assert certificate["adapter"]["sha256"] == sha(adapter / "adapter_model.safetensors")
+    weights, of_base = (file_sha256(path / "model.safetensors") for path in (tmp_path / "out", tiny_model_dir))
+    assert certificate["files"] == {"model.safetensors": weights}
+    assert certificate["base"]["sha256"] == {"model.safetensors": of_base}
+    assert certificate["adapter"]["sha256"] == file_sha256(adapter / "adapter_model.safetensors")
     for name, change in deltas(model).items():
         assert certificate["delta"][name]["max_abs"] == pytest.approx(change.abs().max().item(), rel=1e-5)
         assert certificate["delta"][name]["mean_abs"] == pytest.approx(change.abs().mean().item(), rel=1e-5)
@@ -100,8 +98,7 @@ def test_sharded_base_and_tied_head(tmp_path: Path) -> None:
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     model, section, adapter = trained_adapter(tmp_path / "base", tmp_path / "adapter", {"quantization": "none"})
     export_merged(adapter, section, tmp_path / "out", ExportSection(dtype="float32"))
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as reader:
-        assert "lm_head.weight" not in reader.keys()  # noqa: SIM118  # not a dict
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(3, 23).view(1, 20)
     with torch.no_grad():

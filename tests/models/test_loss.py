@@ -13,8 +13,6 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from qvera.data import IGNORED, Example, collate, collate_prefix_once
@@ -24,7 +22,7 @@ from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logi
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
-from tests.live_bytes import LiveBytes
+from tests.live_bytes import PeakBytes
 
 HIDDEN, VOCABULARY = 24, 301
 ALL: dict[str, Any] = {"bias": True, "softcap": 3.0, "scale": 1.7}
@@ -233,22 +231,6 @@ def test_a_model_that_scales_or_caps_its_logits_has_its_own_loss_or_is_refused(f
     assert (loss / count).item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
-class Census(TorchDispatchMode):
-    """The most bytes of storages alive at one time, of those that operations make while this is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak_bytes = LiveBytes(), 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.alive.add(tensor)
-        self.peak_bytes = max(self.peak_bytes, self.alive.now)
-        return out
-
-
 def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
     """Of the loss and its backward, less hidden states, which are there anyway and grow with tokens."""
 
@@ -262,9 +244,9 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
     for loss in (chunked, whole):
         for tokens in (64, 1024):
             hidden, labels = torch.randn(1, tokens + 1, 8, requires_grad=True), torch.randint(0, 4096, (1, tokens + 1))
-            with Census() as census:
+            with PeakBytes() as census:
                 loss(hidden, labels, module).backward()
-            peaks.append(census.peak_bytes)
+            peaks.append(census.peak)
     few, many, plain_few, plain_many = peaks
     assert few >= 32 * 4096 * 4  # the census sees the logits of a chunk
     # 960 more tokens cost a few copies of their hidden states [tokens, 8] and labels, and no logits [tokens, 4096]
