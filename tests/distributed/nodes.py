@@ -73,10 +73,10 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
                     node.kill()
 
 
-def until(ready: Callable[[], object], limit_seconds: float, what: str) -> float:
-    """Wait for ``ready()`` to be true; the seconds that it took, or an AssertionError."""
+def until(ready: Callable[[], object], limit_seconds: float, said: Callable[[], str]) -> float:
+    """Wait for ``ready()`` to be true; the seconds that it took, or an AssertionError with what was ``said``."""
     began = time.monotonic()
     while not ready():
-        assert time.monotonic() - began < limit_seconds, f"not within {limit_seconds:.0f} s: {what}"
+        assert time.monotonic() - began < limit_seconds, f"not within {limit_seconds:.0f} s:\n{said()}"
         time.sleep(0.05)
     return time.monotonic() - began

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.helpers import ROOT, start_process
+
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 
 
@@ -27,37 +28,40 @@ def clean_environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def _run_module(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    """What `python -m MODULE ...` does with these arguments."""
+    with open(log, "w") as handle:
+        for stream in (1, 2):
+            os.dup2(handle.fileno(), stream)
+    os.chdir(log.parent)
+    os.environ.update(clean_environment() | environment)
+    sys.argv = arguments[1:]
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+
+
 class Ranks:
-    """``count`` processes of one command, each with the environment of its rank."""
+    """``count`` processes of `python -m MODULE ...`, each with the environment of its rank, forked by `start_process`."""
 
-    def __init__(self, arguments: list[str], count: int, log_dir: Path, **environment: str) -> None:
+    def __init__(self, arguments: list[str], count: int, log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
-        port = free_port()
+        place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.logs = [log_dir / f"rank{rank}.log" for rank in range(count)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            env = clean_environment() | {name: str(value) for name, value in places.items()}
-            env |= {"MASTER_ADDR": "127.0.0.1", **environment}
-            with open(log, "w") as handle:
-                command = [sys.executable, *arguments]
-                self.processes.append(subprocess.Popen(command, env=env, cwd=log_dir, stdout=handle, stderr=handle))
+        self.processes = [
+            start_process(_run_module, arguments, log, {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, log in enumerate(self.logs)
+        ]
 
-    def wait(self, limit_seconds: float) -> list[int]:
+    def wait(self, limit_seconds: float) -> list[int | None]:
         """The exit code of each; every process still there at the limit is killed, and that is an error."""
         until = time.monotonic() + limit_seconds
         try:
-            return [process.wait(max(until - time.monotonic(), 0.1)) for process in self.processes]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {limit_seconds:.0f} s:\n{self.text()}") from None
+            for process in self.processes:
+                process.join(max(until - time.monotonic(), 0.1))
+                assert process.exitcode is not None, f"still running after {limit_seconds:.0f} s:\n{self.text()}"
+            return [process.exitcode for process in self.processes]
         finally:
-            self.kill()
-
-    def kill(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
+            for process in self.processes:
                 process.kill()
-                process.wait()
 
     def text(self) -> str:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs)
@@ -68,6 +72,5 @@ def run_worker(plan: list[dict[str, Any]], count: int, directory: Path, limit_se
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_text(json.dumps(plan))
     ranks = Ranks(["-m", "tests.distributed.worker", str(directory)], count, directory)
-    codes = ranks.wait(limit_seconds)
-    assert codes == [0] * count, ranks.text()
+    assert ranks.wait(limit_seconds) == [0] * count, ranks.text()
     return [json.loads((directory / f"found{rank}.json").read_text()) for rank in range(count)]

@@ -14,8 +14,13 @@ from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from tests.conftest import small_llama, small_tokenizer
 
-STEPS, CUT = 6, 4
+STEPS, CUT = 4, 2
 LAYERS = 2
+BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
+UNEVEN = {"global_batch_size": 31, "per_device_train_batch_size": 31, **BARE}
+"""Of 32 rows: 31, then the one that is left, which the second rank has no share of."""
+FLOAT16 = {"max_steps": 1, "initial_scale_power": 18, **BARE}
+"""With a loss scale that overflows at first."""
 
 
 def name_of(stage: str | None) -> str:
@@ -23,18 +28,18 @@ def name_of(stage: str | None) -> str:
 
 
 class TinyRuns:
-    """A model of four layers, rows, and what the runs left behind."""
+    """A model of two layers, rows, and what the runs left behind."""
 
     def __init__(self, root: Path, rows: Path, **model: Any) -> None:
-        self.root, self.rows = root, rows
-        self.model = root / "model"
+        self.root, self.rows, self.model = root, rows, root / "model"
         small_llama(num_hidden_layers=LAYERS, **model).to(torch.bfloat16).save_pretrained(self.model)
         small_tokenizer().save_pretrained(self.model)
+        self.tasks: list[dict[str, Any]] = []
         self.found: list[dict[str, Any]] = []
 
-    def recipe(self, stage: str | None = None, **training: Any) -> dict[str, Any]:
+    def recipe(self, stage: str | None = None, dtype: str = "float32", **training: Any) -> dict[str, Any]:
         return {
-            "model": {"path": str(self.model), "compute_dtype": "float32"},
+            "model": {"path": str(self.model), "compute_dtype": dtype},
             "adapter": {"rank": 8, "b_groups": 2, "input_scale": True},  # every kind of vector there is
             "data": {"path": str(self.rows), "eval_fraction": 0.2, "max_length": 64},
             "training": {
@@ -43,10 +48,10 @@ class TinyRuns:
                 "per_device_train_batch_size": 2,  # two passes on each of two ranks
                 "per_device_eval_batch_size": 5,
                 "learning_rate": 2e-2,
-                "save_steps": 3,
-                "eval_steps": 4,
-                "sample_count": 2,
-                "sample_max_new_tokens": 3,
+                "save_steps": CUT,
+                "eval_steps": CUT,
+                "sample_count": 1,
+                "sample_max_new_tokens": 2,
                 "exact_match_rows": 2,
                 "report_to": [],
                 "gradient_checkpointing": True,  # by itself it would be off where there is room
@@ -55,27 +60,24 @@ class TinyRuns:
             "deepspeed": stage,
         }
 
-    def float16(self, stage: str | None = None) -> dict[str, Any]:
-        """In float16, with a loss scale that overflows at first."""
-        recipe = self.recipe(stage, **FLOAT16)
-        recipe["model"]["compute_dtype"] = "float16"
-        return recipe
+    def task(self, name: str, recipe: dict[str, Any], **more: Any) -> None:
+        """Add a task of `tests.distributed.worker`: a run of this recipe in the directory of its name."""
+        self.tasks.append({"name": name, "recipe": recipe, "run_dir": str(self.root / name), **more})
 
-    def task(self, name: str, stage: str | None, more: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
-        """A task of `tests.distributed.worker`: a run of this recipe in the directory of its name, or of another one's."""
-        run_dir = self.root / (more or {}).get("of", name)
-        return {"name": name, "recipe": self.recipe(stage, **training), "run_dir": str(run_dir), **(more or {})}
+    def cut_and_resumed(self, name: str, recipe: dict[str, Any]) -> None:
+        """Add two tasks: a run that a signal stops after `CUT`, and one that goes on from a copy of it."""
+        self.task(f"{name}-cut", recipe, stop_after=CUT)
+        self.task(f"{name}-resumed", recipe, copy_of=f"{name}-cut", resume=True)
 
-    def alone(self, name: str, resume: bool = False, **training: Any) -> Path:
+    def alone(self, name: str, recipe: dict[str, Any], resume: bool = False) -> None:
         """A run of this process on its own, without DeepSpeed."""
-        train(parse_recipe(self.recipe(**training), name), self.root / name, resume=resume)
-        return self.root / name
+        train(parse_recipe(recipe, name), self.root / name, resume=resume)
 
-
-BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
-UNEVEN = {"global_batch_size": 7, "per_device_train_batch_size": 7, **BARE}
-FLOAT16 = {"max_steps": 3, "initial_scale_power": 19, **BARE}
-ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
+    def same_to_the_bit(self, name: str, other: str) -> None:
+        assert losses(self.root / name) == losses(self.root / other)
+        mine, theirs = vectors(self.root / name), vectors(self.root / other)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
 
 
 def losses(run_dir: Path, kind: str = "train") -> list[float]:
@@ -85,6 +87,10 @@ def losses(run_dir: Path, kind: str = "train") -> list[float]:
 
 def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def facts(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "run.json").read_text())
 
 
 def close(one: Path, other: Path, rtol: float = 1e-5) -> None:

@@ -1,71 +1,87 @@
-"""The wider matrix, slow: three ranks (which divide nothing evenly), no checkpointing, dropout, b alone, 16 bits."""
+"""The wider matrix: all stages on three ranks (which divide nothing evenly), packing, dropout, b alone, 16 bits."""
 
 from __future__ import annotations
 
+import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
-from tests.distributed.ranks import clean_environment, run_worker
-from tests.distributed.runs import BARE, CUT, STEPS, UNEVEN, TinyRuns, close, losses, vectors
+from qvera.config.schema import parse_recipe
+from qvera.training.trainer import train
+from tests.distributed.ranks import run_worker
+from tests.distributed.runs import BARE, CUT, STEPS, TinyRuns, close, losses, name_of, vectors
+from tests.helpers import start_process
 
 pytestmark = pytest.mark.matrix
-STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
-FOUR_TIMES_TWO = [*((stage, False) for stage in STAGED), (None, True), ("zero3", True)]
+STAGES = (None, "zero1", "zero2", "zero3", "zero3-offload-cpu")
 KINDS: dict[str, dict[str, Any]] = {
     "scored": {},
-    "no-checkpointing": {"gradient_checkpointing": False, **BARE},
-    "no-clipping": {"max_grad_norm": 0.0, **BARE},
+    "bare": {"gradient_checkpointing": False, "max_grad_norm": 0.0, **BARE},
+    "packed": BARE,
 }
+THIRTEEN = {"global_batch_size": 13, "per_device_train_batch_size": 13, **BARE}
+every_stage = pytest.mark.parametrize("stage", STAGES, ids=name_of)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
     # neither 64, 32 nor 8 divides by 3: partitions of these vectors are padded
     place = TinyRuns(tmp_path_factory.mktemp("matrix"), tiny_rows)
-    tasks: list[dict[str, Any]] = []
 
-    for kind, training in KINDS.items():
-        place.alone(f"alone-{kind}", **training)
-        for stage in STAGED:
-            tasks.append(place.task(f"{stage}-{kind}", stage, **training))
-    for stage in STAGED:
-        recipe = place.recipe(stage, **BARE)
-        recipe["adapter"] |= {"dropout": 0.2, "train_d": False, "input_scale": False}
-        name = f"{stage}-dropout"
-        tasks.append(place.task(name, stage, {"recipe": recipe}))
-        tasks.append(place.task(f"{name}-cut", stage, {"recipe": recipe, "stop_after": CUT}))
-        tasks.append(place.task(f"{name}-on", stage, {"recipe": recipe, "of": f"{name}-cut", "resume": True}))
-        narrow = place.recipe(stage, **BARE)
-        narrow["model"] |= {"compute_dtype": "bfloat16"}
-        tasks.append(place.task(f"{stage}-bf16", stage, {"recipe": narrow}))
-    place.found = run_worker(tasks, 3, place.root / "spawn", limit_seconds=900)
+    def recipe(stage: str | None, kind: str) -> dict[str, Any]:
+        made = place.recipe(stage, **KINDS[kind])
+        made["data"]["packing"] = kind == "packed"
+        return made
+
+    for kind in KINDS:
+        place.alone(f"alone-{kind}", recipe(None, kind))
+    for stage in STAGES:
+        for kind in KINDS:
+            place.task(f"{stage}-{kind}", recipe(stage, kind))
+        dropout = place.recipe(stage, **BARE)
+        dropout["adapter"] |= {"dropout": 0.2, "train_d": False, "input_scale": False}
+        place.task(f"{stage}-dropout", dropout)
+        place.cut_and_resumed(f"{stage}-dropout", dropout)
+        place.task(f"{stage}-bf16", place.recipe(stage, "bfloat16", **BARE))
+    ahead = place.root / "ahead.json"  # as on a GPU
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": 10**6, "stage3_max_live_parameters": 10**6}
+    ahead.write_text(json.dumps({"zero_optimization": zero}))
+    place.task("ahead", place.recipe(str(ahead), **BARE))
+    place.found = run_worker(place.tasks, 3, place.root / "spawn", limit_seconds=900)
     return place
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", STAGED)
+@every_stage
 def test_three_ranks_give_the_numbers_of_one(place: TinyRuns, stage: str | None, kind: str) -> None:
     close(place.root / f"{stage}-{kind}", place.root / f"alone-{kind}")
 
 
-@pytest.mark.parametrize("stage", STAGED)
+@every_stage
+def test_three_ranks_share_what_the_stage_says(place: TinyRuns, stage: str | None) -> None:
+    moments = 2 * 4 * sum(t.numel() for t in vectors(place.root / "alone-scored").values())
+    for found in (rank[f"{stage}-scored"] for rank in place.found):
+        assert found["optimizer_bytes"] == pytest.approx(moments / (1 if stage is None else 3), rel=0.05)
+        share = 3 if name_of(stage).startswith("zero3") else 1
+        assert found["packed_held_bytes"] == pytest.approx(found["packed_whole_bytes"] / share, rel=0.01)
+
+
+def test_layers_gathered_ahead_change_nothing(place: TinyRuns) -> None:
+    close(place.root / "ahead", place.root / "alone-scored")
+
+
+@every_stage
 def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: TinyRuns, stage: str | None) -> None:
-    whole, cut = place.root / f"{stage}-dropout", place.root / f"{stage}-dropout-cut"
-    assert len(losses(cut)) == STEPS
-    assert losses(cut) == losses(whole)
-    mine, theirs = vectors(cut), vectors(whole)
-    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-    assert all(bool((t == 0.1).all()) for name, t in mine.items() if name.endswith("_d")), "d was not to be trained"
+    assert len(losses(place.root / f"{stage}-dropout")) == STEPS
+    place.same_to_the_bit(f"{stage}-dropout-resumed", f"{stage}-dropout")
+    fixed = [t for name, t in vectors(place.root / f"{stage}-dropout").items() if name.endswith("_d")]
+    assert all(bool((t == 0.1).all()) for t in fixed), "d was not to be trained"
 
 
-@pytest.mark.parametrize("stage", STAGED[1:])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_in_16_bits_the_stages_agree(place: TinyRuns, stage: str) -> None:
     """Only the order of additions differs; stated for the loss, of which bf16 keeps two to three digits."""
     assert losses(place.root / f"{stage}-bf16") == pytest.approx(losses(place.root / "None-bf16"), rel=2e-3)
@@ -73,58 +89,42 @@ def test_in_16_bits_the_stages_agree(place: TinyRuns, stage: str) -> None:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
-    """Runs of two processes, cut after step 4 and gone on with by four. Seven rows a step; the fifth step has four."""
+    """Runs of two processes, cut after step 2 and gone on with by four. Of 32 rows the steps have 13, 13, 6."""
     place = TinyRuns(tmp_path_factory.mktemp("moved"), tiny_rows)
-    root, found = place.root, {}
-    place.alone("alone", **UNEVEN)
-    place.alone("alone-8", **BARE)
-    cut = [place.task(f"{stage}-from-2", stage, {"stop_after": CUT}, **UNEVEN) for stage in STAGED]
-    two = run_worker(cut, 2, root / "two", limit_seconds=400)
-    tasks = []
-    for stage in STAGED:
-        shutil.copytree(root / f"{stage}-from-2", root / f"{stage}-2-to-4")
-        tasks.append(place.task(f"{stage}-2-to-4", stage, {"resume": True}, **UNEVEN))
-    for stage, packing in FOUR_TIMES_TWO:
-        recipe = place.recipe(stage, **BARE)
-        recipe["data"]["packing"] = packing
-        tasks.append(place.task(f"{stage}-packed" if packing else f"{stage}-padded", stage, {"recipe": recipe}))
-    for ranks in (two, run_worker(tasks, 4, root / "four", limit_seconds=900)):
-        for name, first in ranks[0].items():
-            steps = range(len(first["rows"]))
-            found[name] = [sorted(row for rank in ranks for row in rank[name]["rows"][i]) for i in steps]
-    place.found = [found]
+    place.alone("alone", place.recipe(**THIRTEEN))
+    for stage in STAGES:
+        place.task(f"{stage}-from-2", place.recipe(stage, **THIRTEEN), stop_after=CUT)
+    two = run_worker(place.tasks, 2, place.root / "two", limit_seconds=400)
+    place.tasks.clear()
+    for stage in STAGES:
+        shutil.copytree(place.root / f"{stage}-from-2", place.root / f"{stage}-2-to-4")
+        place.task(f"{stage}-2-to-4", place.recipe(stage, **THIRTEEN), resume=True)
+    four = run_worker(place.tasks, 4, place.root / "four", limit_seconds=900)
+    rows: dict[str, Any] = {}
+    for stage in STAGES:
+        found = ([rank[f"{stage}-from-2"] for rank in two], [rank[f"{stage}-2-to-4"] for rank in four])
+        by_step = [step for ranks in found for step in zip(*(rank["rows"] for rank in ranks), strict=True)]
+        rows[name_of(stage)] = [[row for of_rank in step for row in of_rank] for step in by_step]
+    place.found = [rows]
     return place
 
 
-@pytest.mark.parametrize("stage", STAGED)
+@every_stage
 def test_a_run_goes_on_with_more_processes_and_trains_each_row_once(moved: TinyRuns, stage: str | None) -> None:
-    assert len(losses(moved.root / f"{stage}-2-to-4")) == STEPS
     close(moved.root / f"{stage}-2-to-4", moved.root / "alone")
-    before, after = moved.found[0][f"{stage}-from-2"], moved.found[0][f"{stage}-2-to-4"]
-    assert [len(rows) for rows in (*before, *after)] == [7, 7, 7, 7, 4, 7]
-    assert sorted(row for rows in (*before, *after[:1]) for row in rows) == list(range(32))
+    steps = moved.found[0][name_of(stage)]
+    assert [len(rows) for rows in steps] == [13, 13, 6, 13]
+    assert sorted(row for rows in steps[:3] for row in rows) == list(range(32))
 
 
-@pytest.mark.parametrize(("stage", "packing"), FOUR_TIMES_TWO)
-def test_four_times_two_rows_are_eight(moved: TinyRuns, stage: str | None, packing: bool) -> None:
-    close(moved.root / (f"{stage}-packed" if packing else f"{stage}-padded"), moved.root / "alone-8")
-
-
-_TWICE = """
-import sys
-from pathlib import Path
-from qvera.config.load import load_recipe
-from qvera.training.trainer import train
-for name in ("first", "second"):
-    train(load_recipe(sys.argv[1]), Path(name))
-"""
+def train_twice(recipe: dict[str, Any], root: Path) -> None:
+    for name in ("first", "second"):
+        train(parse_recipe(recipe, name), root / name)
 
 
 def test_one_process_can_run_under_zero3_and_again(place: TinyRuns, tmp_path: Path) -> None:
-    (tmp_path / "twice.py").write_text(_TWICE)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(place.recipe("zero3")))
-    command = [sys.executable, "twice.py", "recipe.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    process = start_process(train_twice, place.recipe("zero3"), tmp_path)
+    process.join(120)
+    assert process.exitcode == 0
     for name in ("first", "second"):
         close(tmp_path / name, place.root / "alone-scored")

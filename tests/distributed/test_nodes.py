@@ -1,8 +1,9 @@
-"""`qvera launch` over two nodes: an agent on each, and from one of them by a host file, with the real pdsh, ssh and sshd."""
+"""`qvera launch` over two nodes from one of them, by a host file, with the real pdsh, ssh and sshd. (An agent on each:
+`test_faults.py`.)
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,10 +16,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.nodes import Node, two_nodes, until
-from tests.distributed.ranks import free_port
+from tests.distributed.runs import facts
 
 pytestmark = pytest.mark.matrix
-LIMIT_SECONDS = 240
 
 _SERVER = """Port 22
 HostKey {keys}/host
@@ -35,47 +35,6 @@ _CLIENT = """Host node0 node1
   UserKnownHostsFile {keys}/known
   LogLevel ERROR
 """
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[tuple[Node, Node]]:
-    with two_nodes() as made:
-        yield made
-
-
-def wait(processes: list[Any], directory: Path) -> list[int]:
-    try:
-        return [process.wait(LIMIT_SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        for log in sorted(directory.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text()[-4000:]}")
-
-
-def on_both_nodes(out: Path, log: Path, stage: str | None) -> None:
-    run = json.loads((out / "run.json").read_text())
-    assert run["status"] == "done"
-    assert run["processes"]["deepspeed"] == stage
-    assert [rank["host"] for rank in run["processes"]["ranks"]] == ["node0", "node1"]
-    said = " ".join(log.read_text().split())
-    assert "2 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in said
-    assert run["plan"]["processes"]["nodes"] == 2
-    assert "Plan: peak of each of 2 ranks" in said
-
-
-@pytest.mark.parametrize("stage", [None, "zero3"])
-def test_an_agent_on_each_node(nodes: tuple[Node, Node], write_recipe: Any, tmp_path: Path, stage: str | None) -> None:
-    recipe, out, port = write_recipe(training={"max_steps": 2}), tmp_path / "out", free_port()
-    more = ["--set", f"training.output_dir={out}", *(["--set", f"deepspeed={stage}"] if stage else [])]
-    processes = []
-    for node in nodes:
-        place = ["--gpus", "1", "--nnodes", "2", "--node-rank", str(node.number), "--rdzv", f"node0:{port}"]
-        command = [sys.executable, "-m", "qvera", "launch", str(recipe), *place, *more]
-        processes.append(node.start(command, tmp_path / f"{node.name}.log"))
-    assert wait(processes, tmp_path) == [0, 0]
-    on_both_nodes(out, tmp_path / "node0.log", stage)
 
 
 @pytest.fixture
@@ -104,29 +63,41 @@ def by_ssh(tmp_path: Path) -> Iterator[Node]:
                 done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
                 return done.stdout.strip() == name
 
-            until(answers, 30, f"sshd on {node.name} answers (its log: {log})")
+            until(answers, 30, log.read_text)
         yield nodes[0]
+
+
+def launch(node: Node, directory: Path, recipe: Path, hosts: str, *more: str) -> tuple[int, str]:
+    """The exit code of `qvera launch` there, and what it said."""
+    hostfile, log = directory / "hosts", directory / "launch.log"
+    hostfile.write_text(hosts)
+    command = [sys.executable, "-m", "qvera", "launch", str(recipe), "--hostfile", str(hostfile), *more]
+    process = node.start(command, log, QVERA_CACHE=os.environ["QVERA_CACHE"])
+    return process.wait(240), " ".join(log.read_text().split())
 
 
 def test_from_one_node_by_a_host_file(by_ssh: Node, write_recipe: Any, tmp_path: Path) -> None:
     recipe, out = write_recipe(training={"max_steps": 2}), tmp_path / "out"
-    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
-    command = [sys.executable, "-m", "qvera", "launch", str(recipe), "--hostfile", str(tmp_path / "hosts")]
-    command += ["--set", f"training.output_dir={out}", "--set", "deepspeed=zero2"]
-    process = by_ssh.start(command, tmp_path / "launch.log", QVERA_CACHE=os.environ["QVERA_CACHE"])
-    assert wait([process], tmp_path) == [0]
-    on_both_nodes(out, tmp_path / "launch.log", "zero2")
-    assert "deepspeed.launcher.runner --hostfile" in (tmp_path / "launch.log").read_text()
+    more = ["--set", f"training.output_dir={out}", "--set", "deepspeed=zero3"]
+    code, said = launch(by_ssh, tmp_path, recipe, "node0 slots=1\nnode1 slots=1\n", *more)
+    assert code == 0, said[-4000:]
+    run = facts(out)
+    assert run["status"] == "done"
+    assert run["processes"]["deepspeed"] == "zero3"
+    assert [rank["host"] for rank in run["processes"]["ranks"]] == ["node0", "node1"]
+    assert run["plan"]["processes"]["nodes"] == 2
+    assert "2 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in said
+    assert "Plan: peak of each of 2 ranks" in said
+    assert "deepspeed.launcher.runner --hostfile" in said
 
 
 def test_a_host_that_does_not_answer_is_named_and_nothing_starts(
     by_ssh: Node, write_recipe: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "hosts").write_text("# the first is this one\nnode0 slots=1\nnode7 slots=1\n")
-    command = [sys.executable, "-m", "qvera", "launch", str(write_recipe()), "--hostfile", str(tmp_path / "hosts")]
     began = time.monotonic()
-    assert wait([by_ssh.start(command, tmp_path / "launch.log")], tmp_path) == [2]
-    said = (tmp_path / "launch.log").read_text()
+    hosts = "# the first is this one\nnode0 slots=1\nnode7 slots=1\n"
+    code, said = launch(by_ssh, tmp_path, write_recipe(), hosts)
+    assert code == 2, said[-4000:]
     assert "hosts, line 3: node7 does not answer to ssh: ssh: Could not resolve hostname node7" in said
     assert "deepspeed.launcher" not in said
     assert time.monotonic() - began < 60

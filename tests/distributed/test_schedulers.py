@@ -14,7 +14,7 @@ import yaml
 from qvera.distributed.launch import launch_command
 from qvera.utils.errors import EXIT_INPUT, EXIT_INTERRUPTED
 from tests.cli.helpers import parse
-from tests.distributed.ranks import ROOT
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.process
 
@@ -22,7 +22,6 @@ SKYPILOT = yaml.safe_load((ROOT / "examples" / "skypilot.yaml").read_text(encodi
 KUBEFLOW = list(yaml.safe_load_all((ROOT / "examples" / "kubeflow-trainjob.yaml").read_text(encoding="utf-8")))
 RUNTIME, JOB = (next(part for part in KUBEFLOW if part["kind"] == kind) for kind in ("TrainingRuntime", "TrainJob"))
 POD_JOB = RUNTIME["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
-_CONTAINER = POD_JOB["template"]["spec"]["containers"][0]
 
 # `qvera` writes down what it was called with, and ends with CODE.
 _QVERA = """#!/bin/bash
@@ -74,6 +73,14 @@ def torchrun_options(line: str, **environment: str) -> Any:
         return importlib.import_module("torch.distributed.run").parse_args(command[3:])
 
 
+def started(line: str, before: bool, first: str, port: int, **environment: str) -> None:
+    """That `launch` is machine 1 of two with four GPUs, and goes on with a run that was there before."""
+    assert line.startswith("launch my.yaml ") and line.endswith(" --resume") == before
+    options = torchrun_options(line, **environment)
+    assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "4")
+    assert (options.master_addr, options.master_port) == (first, port)
+
+
 @pytest.mark.parametrize(("code", "before"), [(0, False), (75, False), (1, True)])
 def test_slurm_starts_an_agent_on_each_node_and_requeues_after_75(tmp_path: Path, code: int, before: bool) -> None:
     machine, run = Machine(tmp_path, _SLURM), tmp_path / "a run"
@@ -81,14 +88,13 @@ def test_slurm_starts_an_agent_on_each_node_and_requeues_after_75(tmp_path: Path
     if before:
         begin(run)
     slurm = {"SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5", "SLURM_GPUS_ON_NODE": "4"}
-    assert machine.bash([script, "r.yaml", str(run)], code, **slurm) == code
-    called = machine.called()
-    resume = " --resume" * before
+    assert machine.bash([script, "my.yaml", str(run)], code, **slurm) == code
+    called, resume = machine.called(), " --resume" * before
     for number in range(2):
         rest = f"--nnodes 2 --rdzv node7:29500 --gpus 4 --set training.output_dir={run}{resume} --node-rank {number}"
-        assert called[number] == f"launch r.yaml {rest}"
+        assert called[number] == f"launch my.yaml {rest}"
     assert called[2:] == (["requeue 5"] if code == 75 else [])
-    assert torchrun_options(called[1].replace(str(run), "run")).node_rank == 1
+    started(called[1].replace(str(run), "run"), False, "node7", 29500)
     assert machine.bash([script], 0, **slurm) != 0, "it needs a recipe and a run's directory"
 
 
@@ -107,12 +113,9 @@ def test_skypilot_starts_an_agent_on_each_machine(tmp_path: Path, code: int, bef
     }
     assert machine.bash(["-c", script], code, **SKYPILOT["envs"], **given) == code
     line, after = machine.called()
-    assert line.startswith("launch my.yaml ") and line.endswith(" --resume") == before
     assert f"--set training.output_dir={run}" in line
     assert after == "flushed"
-    options = torchrun_options(line)
-    assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "4")
-    assert (options.master_addr, options.master_port) == ("10.0.0.7", 29500)
+    started(line, before, "10.0.0.7", 29500)
 
 
 def test_skypilot_goes_on_after_an_interruption_and_keeps_runs_in_the_bucket() -> None:
@@ -132,12 +135,9 @@ def test_kubeflow_starts_an_agent_in_each_pod(tmp_path: Path, code: int, before:
     given |= {"PET_MASTER_ADDR": "my-node-0-0.my", "PET_MASTER_PORT": "29400"}
     assert trainer["command"] == ["bash", "-c"]
     assert machine.bash(["-c", *trainer["args"]], code, **environment, **given) == code
-    (line,) = machine.called()
-    assert line.startswith("launch my.yaml ") and line.endswith(" --resume") == before
     monkeypatch.setattr("qvera.utils.accelerator.device_count", lambda: 4)
-    options = torchrun_options(line, **given)
-    assert (options.nnodes, options.node_rank, options.nproc_per_node) == ("2", 1, "4")
-    assert (options.master_addr, options.master_port) == ("my-node-0-0.my", 29400)
+    (line,) = machine.called()
+    started(line, before, "my-node-0-0.my", 29400, **given)
 
 
 def test_kubernetes_starts_an_interrupted_pod_again_and_none_with_wrong_input() -> None:
@@ -149,25 +149,16 @@ def test_kubernetes_starts_an_interrupted_pod_again_and_none_with_wrong_input() 
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
 
 
-_MODELS = {
-    "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
-    "TrainingRuntime": "TrainerV1alpha1TrainingRuntime",
-    "TrainJob": "TrainerV1alpha1TrainJob",
-}
-
-
-@pytest.mark.parametrize("part", KUBEFLOW, ids=lambda part: f"{part['kind']} {part['metadata']['name']}")
-def test_the_kubeflow_example_fits_kubeflows_own_models(part: dict[str, Any]) -> None:
+def test_the_kubeflow_example_fits_kubeflows_own_models_and_its_parts_name_each_other() -> None:
     """The models check types and enumerations, and drop keys that they do not know: what comes back has to be the same."""
     models = importlib.import_module("kubeflow_trainer_api.models")
-    assert getattr(models, _MODELS[part["kind"]]).from_dict(part).to_dict() == part
-
-
-def test_the_parts_of_the_kubeflow_example_name_each_other() -> None:
+    names = {"PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim"}
+    for part in KUBEFLOW:
+        model = getattr(models, names.get(part["kind"], f"TrainerV1alpha1{part['kind']}"))
+        assert model.from_dict(part).to_dict() == part
     claims = {part["metadata"]["name"] for part in KUBEFLOW if part["kind"] == "PersistentVolumeClaim"}
-    volumes = POD_JOB["template"]["spec"]["volumes"]
-    used = {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v}
-    assert claims == used
-    assert {mount["name"] for mount in _CONTAINER["volumeMounts"]} == {volume["name"] for volume in volumes}
+    volumes, (container,) = POD_JOB["template"]["spec"]["volumes"], POD_JOB["template"]["spec"]["containers"]
+    assert claims == {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in volumes}
     reference = JOB["spec"]["runtimeRef"]
     assert (reference["kind"], reference["name"]) == (RUNTIME["kind"], RUNTIME["metadata"]["name"])

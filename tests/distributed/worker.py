@@ -6,10 +6,11 @@ python -m tests.distributed.worker DIRECTORY        plan.json in, found<rank>.js
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 from rich.console import Console
 
+from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.hooks import TrainingHook
 from qvera.config import plugins
 from qvera.config.schema import parse_recipe
@@ -59,17 +61,15 @@ class Recorder(TrainingHook):
 
 
 class Watch:
-    """Wrapped around the loop's own functions for one run: which rows this rank trained on, and its engine and model."""
+    """Around the loop's own functions for one run: which rows this rank trained on, and its engine and model."""
 
-    def __init__(self, stop_after: int | None, out_of_memory: dict[str, int] | None = None) -> None:
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task, self.recorder, self.patches = task, Recorder(), contextlib.ExitStack()
         self.engine: Any = None
         self.model: Any = None
         self.rows: list[list[int]] = []
-        self.live_bytes = self.longest_batch_tries = 0
         self.big: list[Any] = []
-        self.recorder, self.patches = Recorder(), contextlib.ExitStack()
-        self.stop_after = stop_after
-        self.out_of_memory = out_of_memory  # a rank, a step, and the rows that fit in a pass there
+        self.live_bytes = self.longest_batch_tries = 0
 
     def __enter__(self) -> Watch:
         recorder = self.recorder
@@ -81,26 +81,23 @@ class Watch:
                 return recorder
 
         self.patches.enter_context(mock.patch.dict(plugins.registered["qvera.schedules"], recorder=Recording))
-        for owner, name, watched in (
-            (AloneLoop, "make_engine", self.make_engine), (AloneLoop, "train_step", self.train_step),
-            (AloneLoop, "nll", self.nll), (Batches, "passes", self.passes),
-            (TrainingSession, "try_longest_batch", self.try_longest_batch),
-        ):  # fmt: skip
-            real = getattr(owner, name)
-
-            def method(*arguments: Any, watched: Any = watched, real: Any = real) -> Any:
-                return watched(real, *arguments)
-
-            self.patches.enter_context(mock.patch.object(owner, name, method))
+        watched = {AloneLoop: ("make_engine", "train_step", "nll"), Batches: ("passes",)}
+        for owner, names in {**watched, TrainingSession: ("try_longest_batch",)}.items():
+            for name in names:
+                self.patches.enter_context(mock.patch.object(owner, name, self.around(owner, name)))
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.patches.close()
 
+    def around(self, owner: Any, name: str) -> Any:
+        real, watching = getattr(owner, name), getattr(self, name)
+        return lambda *arguments: watching(real, *arguments)
+
     def nll(self, real: Any, loop: AloneLoop, rows: Any, *rest: Any) -> Any:
-        short = self.out_of_memory
-        here = short is not None and (short["rank"], short["step"]) == (loop.group.rank, loop.state.step + 1)
-        if short is not None and here and rest and len(rows) > short["rows"]:
+        short = self.task.get("out_of_memory", {})  # a rank, a step, and the rows that fit in a pass there
+        here = (short.get("rank"), short.get("step")) == (loop.group.rank, loop.state.step + 1)
+        if here and rest and len(rows) > short["rows"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(loop, rows, *rest)
 
@@ -119,7 +116,7 @@ class Watch:
 
     def train_step(self, real: Any, loop: AloneLoop) -> Any:
         record = real(loop)
-        if record["step"] == self.stop_after and loop.group.rank == loop.group.world_size - 1:
+        if record["step"] == self.task.get("stop_after") and loop.group.rank == loop.group.world_size - 1:
             os.kill(os.getpid(), 15)
         return record
 
@@ -130,22 +127,18 @@ class Watch:
 
     def look(self, *_: Any) -> None:
         """Bytes of the base's big weights that are whole in this process right now."""
-        live = sum(p.numel() * p.element_size() for p in self.big)
-        self.live_bytes = max(self.live_bytes, live)
+        self.live_bytes = max(self.live_bytes, sum(p.nbytes for p in self.big))
 
     def found(self) -> dict[str, Any]:
-        engine = self.engine
-        deepspeed = getattr(engine, "deepspeed", None)
+        deepspeed = getattr(self.engine, "deepspeed", None)
+        vectors = [tensor.detach().float().numpy().tobytes() for tensor in named_vectors(self.model).values()]
         return {
-            "engine": type(engine).__name__,
+            "digest": hashlib.sha256(b"".join(vectors)).hexdigest(),
             "stage": None if deepspeed is None else int(deepspeed.zero_optimization_stage()),
-            "zero_optimizer": None if deepspeed is None else type(deepspeed.optimizer).__name__,
-            "optimizer_bytes": optimizer_bytes(engine.optimizer),
+            "optimizer_bytes": optimizer_bytes(self.engine.optimizer),
             "packed_held_bytes": sum(getattr(p, "ds_tensor", p).nbytes for p in self.big),
             "packed_whole_bytes": sum(zero.whole_numel(p) * p.element_size() for p in self.big),
             "packed_live_bytes": self.live_bytes,
-            "packed_modules": len(self.big),
-            "states_kept": sum(p.quant_state is not None for p in self.big),
             "longest_batch_tries": self.longest_batch_tries,
             "rows": self.rows,
             "hook_calls": self.recorder.calls,
@@ -154,45 +147,44 @@ class Watch:
 
 
 def _embedding(model: Any) -> dict[str, bool]:
-    weight = model.get_input_embeddings().weight
-    output = model.get_output_embeddings()  # a classifier has none
+    weight, output = model.get_input_embeddings().weight, model.get_output_embeddings()  # a classifier has none
     head = weight if output is None else output.weight
+    whole, maps = weight.numel() > 0, Path("/proc/self/maps").read_text().splitlines()
+    files = [line for line in maps if line.endswith(".safetensors")]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in files]
     return {
         "sharded": zero.is_sharded(weight),
-        "is_the_head": weight.numel() > 0 and weight.data_ptr() == head.data_ptr(),
-        "mapped": weight.numel() > 0 and _in_a_safetensors_file(weight.data_ptr()),
+        "is_the_head": whole and weight.data_ptr() == head.data_ptr(),
+        "mapped": whole and any(start <= weight.data_ptr() < end for start, end in spans),
     }
 
 
-def _in_a_safetensors_file(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(part, 16) for part in line.split()[0].split("-"))
-        if start <= address < end:
-            return line.endswith(".safetensors")
-    return False
+def prepare(task: dict[str, Any], run_dir: Path) -> None:
+    """Copy the run that this one goes on from; where it is to be damaged, a bit of its newest checkpoint is another."""
+    if "copy_of" in task:
+        shutil.copytree(run_dir.with_name(task["copy_of"]), run_dir)
+    if task.get("damaged"):
+        file = max((run_dir / "checkpoints").iterdir()) / "optimizer.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def run(task: dict[str, Any], group: Group) -> dict[str, Any]:
-    began, busy = time.perf_counter(), time.process_time()
+    run_dir = Path(task["run_dir"])
     outcome: dict[str, Any] = {"error": None}
-    with Watch(task.get("stop_after"), task.get("out_of_memory")) as watch:
+    if group.first:
+        prepare(task, run_dir)
+    group.broadcast(None)  # the others wait for that
+    with Watch(task) as watch:
         try:
-            recipe = parse_recipe(task["recipe"], task["name"])
-            if group.rank and "other_recipe" in task:
-                recipe = parse_recipe(task["other_recipe"], task["name"])
-            trainer.train(recipe, Path(task["run_dir"]), resume=task.get("resume", False), console=Console(stderr=True))
+            recipe = task["other_recipe"] if group.rank and "other_recipe" in task else task["recipe"]
+            resume, console = task.get("resume", False), Console(stderr=True)
+            trainer.train(parse_recipe(recipe, task["name"]), run_dir, resume=resume, console=console)
         except QveraError as error:
-            outcome = {"error": type(error).__name__, "exit_code": error.exit_code, "text": str(error)}
-            if not task.get("fails", False) and not error.exit_code == 75:
+            if not task.get("fails", False) and error.exit_code != 75:
                 raise
-        if watch.engine is not None:
-            outcome |= watch.found()
-    print(
-        f"{task['name']}: {time.perf_counter() - began:.1f} s, {time.process_time() - busy:.1f} of them busy",
-        file=sys.stderr,
-        flush=True,
-    )
-    return outcome
+            outcome = {"error": type(error).__name__, "exit_code": error.exit_code, "text": str(error)}
+        return outcome | watch.found() if watch.engine is not None else outcome
 
 
 def main(directory: Path) -> None:
