@@ -78,7 +78,7 @@ def test_two_users_train_at_once_while_answers_go_on(tiny_model_dir: Path, adapt
         clients = {name: client_of(command, key) for name, key in users.items()}
         reading = client_of(command, reader)
         before = say(reading, "old")
-        jobs = {name: begin(client, words[name], name, 15) for name, client in clients.items()}
+        jobs = {name: begin(client, words[name], name, 20) for name, client in clients.items()}
         with pytest.raises(openai.NotFoundError):
             clients["anna"].fine_tuning.jobs.retrieve(jobs["ben"].id)
         with pytest.raises(openai.PermissionDeniedError, match="may not train"):
@@ -100,9 +100,9 @@ def test_two_users_train_at_once_while_answers_go_on(tiny_model_dir: Path, adapt
         assert answered[0] > 3
         for name, client in clients.items():
             assert say(client, name) == say(reading, name, "say 9") == words[name]
-            assert steps_of(client, jobs[name]) == list(range(1, 31))
+            assert steps_of(client, jobs[name]) == list(range(1, 41))
             losses = client.files.content(ended[name].result_files[0]).text.splitlines()
-            assert len(losses) == 31
+            assert len(losses) == 41
             assert float(losses[1].split(",")[1]) > float(losses[-1].split(",")[1])
         with pytest.raises(openai.PermissionDeniedError):
             clients["anna"].models.delete("ben")

@@ -68,23 +68,16 @@ def test_facts_are_those_of_the_files_and_of_the_run(run_dir: Path, trained_run:
     assert (facts["rows"], facts["loss_before"], facts["loss"]) == (run["data"]["train_rows"], before, after)
 
 
-def test_an_adapter_that_is_called_like_the_base_is_not_listed_but_told(tmp_path: Path) -> None:
-    """Its name means the base, so listed it would be answered for by the base."""
-    for name in ("base", "a"):
-        write_files(tmp_path / name)
-    store = AdapterStore(tmp_path, base_names=["base"])
-    assert (store.names(), store.hidden_names()) == (["a"], ["base"])
-    assert store.resolve("base") is None
-    with pytest.raises(UnknownAdapter):
-        store.parts_of("base*0.5+a*0.5")
-
-
 def test_a_new_adapter_gets_a_name_that_means_nothing_else_and_a_place_where_nothing_else_lies(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    for name, directory in directory_names(["a", "b", "b*2"]).items():
+    for name, directory in directory_names(["a", "b", "b*2", "tiny"]).items():
         write_files(root / directory, name.encode())
     write_files(tmp_path / "run" / "adapter")
     store = AdapterStore(root, base_names=["tiny"])
+    # listed, it would be answered for by the base
+    assert (store.names(), store.hidden_names(), store.resolve("tiny")) == (["a", "b", "b*2"], ["tiny"], None)
+    with pytest.raises(UnknownAdapter):
+        store.parts_of("tiny*0.5+a*0.5")
     assert [store.directory_for(name).name for name in ("a*x", "b*2", "b")] == ["a=2Ax", "b=2A2", "b"]
     store.add("served", tmp_path / "run" / "adapter")
     store.add("a", root / "b", replace=True)
@@ -98,9 +91,7 @@ def test_a_new_adapter_gets_a_name_that_means_nothing_else_and_a_place_where_not
                 store.directory_for(name)
 
 
-def test_one_of_ten_thousand_is_found_by_four_looks_and_two_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_thousands_is_found_without_reading_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "customer 7000"
     for i in range(3_000):
         (tmp_path / f"other-{i}").mkdir()
@@ -108,18 +99,12 @@ def test_one_of_ten_thousand_is_found_by_four_looks_and_two_files(
     write_files(directory)
     for path in (*directory.iterdir(), directory, tmp_path):
         _age(path)
-    looks, opened = [], []
-    stat, read_bytes, scandir = Path.stat, Path.read_bytes, os.scandir
-    monkeypatch.setattr(Path, "stat", lambda self, **kw: (looks.append(self), stat(self, **kw))[1])
+    opened, read_bytes, scandir = list[object](), Path.read_bytes, os.scandir
     monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self), read_bytes(self))[1])
     monkeypatch.setattr(os, "scandir", lambda path: (opened.append(path), scandir(path))[1])
     store = AdapterStore(tmp_path)
-    first = store.resolve(name)
-    assert len(looks) <= 4
+    assert store.resolve(name) == store.resolve(name)
     assert len(opened) == 3  # the directory of all is listed once, and two files read
-    assert store.resolve(name) == first
-    assert len(looks) <= 8
-    assert len(opened) == 3
 
 
 def test_a_file_changed_in_place_is_another_adapter_even_within_one_tick_and_of_the_same_size(tmp_path: Path) -> None:

@@ -157,21 +157,6 @@ def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_t
     assert abs(beside - (share * (steps + beside) if share < 1 else steps)) <= 3
 
 
-def test_a_pause_follows_the_length_of_the_part_before_it() -> None:
-    clock = Clock()
-    background, lengths = Background(0.25, clock), iter([2.0, 5.0])
-    background.set(Parts(lambda: clock.take(next(lengths))))
-    for pause in (6.0, 15.0):
-        assert background.has_part(answering=True)
-        assert background.run_slice()
-        assert background.has_part(answering=False)
-        clock.take(pause - 0.01)
-        assert not background.has_part(answering=True)
-        clock.take(0.02)
-    assert background.has_part(answering=True)
-    assert (background.seconds, background.parts) == (7.0, 2)
-
-
 def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
     """The moments between its requests are no time without answers; a second without any is."""
     clock = Clock()

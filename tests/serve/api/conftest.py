@@ -74,15 +74,6 @@ def send(served: Served, content: bytes | None = None, name: str = "rows.jsonl",
     return httpx.post(f"{served.url}/v1/files", data={"purpose": "fine-tune"}, files=files, headers=headers, timeout=30)
 
 
-def slow_reader(served: Served, call: bytes) -> socket.socket:
-    """A client that has sent this and takes little of an answer."""
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-    client.connect(("127.0.0.1", served.port))
-    client.sendall(call)
-    return client
-
-
 @pytest.fixture
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start servers; keyword arguments are limits.

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from qvera.cli.main import main
-from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs
-from qvera.serve.client import KEY_VARIABLE, ServerClient, server_url
-from qvera.utils.errors import InputError
+from qvera.serve.client import KEY_VARIABLE, server_url
 from tests.serve.api.conftest import Served, Start
 
 
@@ -36,7 +34,7 @@ def test_generate_asks_each_adapter_that_rows_name_or_options_and_a_busy_server_
     start: Start, tmp_path: Path
 ) -> None:
     served, rows = start(places=1, queue=0, retry_seconds=1), tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"say {n}", "adapter": n}) + "\n" for n in ("anna", "ben", "anna")))
+    rows.write_text("".join(json.dumps({"prompt": f"say {n}", "adapter": n}) + "\n" for n in ("anna", "ben")))
 
     def answers(*line: str) -> list[dict[str, Any]]:
         out = tmp_path / f"{len(line)}.out"
@@ -44,27 +42,13 @@ def test_generate_asks_each_adapter_that_rows_name_or_options_and_a_busy_server_
         return [json.loads(answer) for answer in out.read_text().splitlines()]
 
     for line, order in (
-        ([str(rows)], ["anna", "ben", "anna"]),
+        ([str(rows)], ["anna", "ben"]),
         (["--adapter", "ben", "--adapter", "anna", "--prompt", "say it"], ["ben", "anna"]),
     ):
         found = [(answer["adapter"], answer["answer"]) for answer in answers(*line)]
         assert found == [(name, served.said[name]) for name in order]
     base = {"source": "--prompt 1", "prompt": "say it", "answer": served.said["tiny"]}
     assert answers("--base", "--prompt", "say it") == [base]
-
-
-def test_a_server_of_ours_judges_pairs(served: Served) -> None:
-    client = ServerClient.at(served.url)
-    model = client.pick_judge("tiny")
-
-    def ask(text: str) -> str:
-        return client.chat(model, [{"role": "user", "content": text}], temperature=0.0, max_tokens=20)
-
-    judged = judge_pairs([Pair("q", "one", "two")], JudgePrompt.read(), ask)
-    assert [row["replies"] for row in judged] == [[served.said["tiny"]] * 2]
-    assert judged[0]["outcome"] == "unreadable"
-    with pytest.raises(InputError, match="has 3 models. Name one with --judge-model: "):
-        client.pick_judge(None)
 
 
 def test_what_a_server_refuses_is_said(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

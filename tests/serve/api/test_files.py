@@ -14,7 +14,7 @@ import pytest
 
 from tests.disk import fill, small_disk
 from tests.helpers import wait_until
-from tests.serve.api.conftest import Served, Start, send, slow_reader
+from tests.serve.api.conftest import Served, Start, send
 
 
 def stored(served: Served) -> list[str]:
@@ -186,14 +186,6 @@ def test_a_slow_disk_holds_up_no_other_call(start: Start, tmp_path: Path, monkey
         for upload in uploads:
             upload.join()
     assert got == [200] * 6
-
-
-def test_a_client_that_reads_nothing_is_let_go(start: Start, tmp_path: Path) -> None:
-    served = start(training_dir=tmp_path / "training", send_seconds=0.5, send_buffer_bytes=4096)
-    file_id = send(served, b"x" * 4_000_000).json()["id"]
-    with slow_reader(served, f"GET /v1/files/{file_id}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()):
-        wait_until(lambda: served.app.state.service.running == 1)
-        wait_until(lambda: served.app.state.service.running == 0, 20)
 
 
 def test_files_are_their_keys_own(start: Start, tmp_path: Path) -> None:

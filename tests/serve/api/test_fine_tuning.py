@@ -233,49 +233,40 @@ def hold_at(served: Served, step: int) -> Callable[[], None]:
     return go_on.set
 
 
-def test_jobs_are_cancelled_and_paused_before_they_begin_and_while_they_run(start: Start, tmp_path: Path) -> None:
+def test_jobs_are_paused_and_cancelled_before_they_begin_and_while_they_run(start: Start, tmp_path: Path) -> None:
     served = start(training_dir=tmp_path / "training", training_slots=1)
-    go_on = hold_at(served, 3)
-    running = create(served, hyperparameters={"n_epochs": 50}).json()
+    go_on = hold_at(served, 4)
+    running = create(served, hyperparameters={"n_epochs": 6, "batch_size": 4}).json()
     wait_for(served, running, "running")
-    queued, paused, last = (create(served).json() for _ in range(3))
-    for made in (queued, paused, last):
+    queued, waiting, last = (create(served).json() for _ in range(3))
+    for made in (queued, waiting, last):
         wait_for(served, made, "queued")
-    for made, how, status in (
-        (running, "cancel", "cancelled"),
-        (queued, "cancel", "cancelled"),
-        (paused, "pause", "paused"),
-    ):
-        assert change(served, made, how).json()["status"] == status
+    assert [change(served, made, "pause").json()["status"] for made in (running, waiting)] == ["paused"] * 2
+    assert change(served, queued, "cancel").json()["status"] == "cancelled"
     go_on()
-    wait_for(served, last, "succeeded")
-    wait_for(served, paused, "paused")
-    assert [path.name for path in served.root.iterdir()] == [wait_for(served, last, "succeeded")["fine_tuned_model"]]
-    change(served, paused, "resume")
-    wait_for(served, paused, "succeeded")
+    wait_for(served, last, "succeeded")  # the slot is free for others
+    for made in (running, waiting):
+        wait_for(served, made, "paused")
+        assert change(served, made, "resume").status_code == 200
+    wait_for(served, waiting, "succeeded")
+    assert wait_for(served, running, "succeeded", "failed")["trained_tokens"] == 60
+    losses = [f"Step {k}/6: training loss={1 / k:.4f}" for k in range(1, 7)]
+    assert events(served, running, "Step") == losses  # none twice
+    assert events(served, running, "Fine-tuning job goes on after step 4")
+    go_on = hold_at(served, 2)
+    stopped = create(served, hyperparameters={"n_epochs": 50}, suffix="stopped").json()
+    wait_for(served, stopped, "running")
+    assert change(served, stopped, "cancel").json()["status"] == "cancelled"
+    go_on()
+    wait_until(lambda: not served.trainer.in_flight)
+    assert not (served.root / "stopped").exists()
     assert list(served.jobs.directory.states.iterdir()) == []
-    for made in (running, queued):
+    for made in (queued, stopped):
         assert wait_for(served, made, "cancelled")["finished_at"] is not None
         for how in ("cancel", "pause", "resume"):
             late = change(served, made, how)
             assert late.status_code == 400
             assert "is cancelled" in late.json()["error"]["message"]
-
-
-def test_a_paused_job_goes_on_where_it_was(training: Served) -> None:
-    go_on = hold_at(training, 4)
-    made = create(training, hyperparameters={"n_epochs": 6, "batch_size": 4}).json()
-    wait_for(training, made, "running")
-    assert change(training, made, "pause").json()["status"] == "paused"
-    go_on()
-    wait_until(lambda: not training.trainer.in_flight)
-    wait_for(training, create(training).json(), "succeeded")  # its slot is free for others
-    wait_for(training, made, "paused")
-    assert change(training, made, "resume").status_code == 200
-    assert wait_for(training, made, "succeeded", "failed")["trained_tokens"] == 60
-    losses = [f"Step {k}/6: training loss={1 / k:.4f}" for k in range(1, 7)]
-    assert events(training, made, "Step") == losses  # none twice
-    assert events(training, made, "Fine-tuning job goes on after step 4")
 
 
 def test_a_job_that_diverges_ends_alone_and_auto_is_what_the_server_s_recipe_says(training: Served) -> None:

@@ -17,7 +17,7 @@ import pytest
 from qvera.serve.api.access import Access, KeyFile, new_key
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
-from tests.serve.api.conftest import Served, Start, slow_reader
+from tests.serve.api.conftest import Served, Start
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -32,6 +32,15 @@ def calling(served: Served, call: bytes) -> socket.socket:
     """A client that has sent this."""
     client = served.connect()
     client.settimeout(20)
+    client.sendall(call)
+    return client
+
+
+def slow_reader(served: Served, call: bytes) -> socket.socket:
+    """A client that has sent this and takes little of an answer."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    client.connect(("127.0.0.1", served.port))
     client.sendall(call)
     return client
 
