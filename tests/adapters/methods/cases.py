@@ -109,73 +109,48 @@ def _lorta_output_first(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name:
 CASES: dict[str, Case] = {
     "vera": Case({"rank": 8}, _vera, {"rank": 256}, 1_417_216),
     "vera, two b and an a": Case(
-        {"rank": 8, "b_groups": 2, "input_scale": True},
-        _vera,
-        {"rank": 256, "b_groups": 2, "input_scale": True},
+        {"rank": 8, "b_groups": 2, "input_scale": True}, _vera, {"rank": 256, "b_groups": 2, "input_scale": True},
         32 * (7 * 256 + 2 * (5 * 4096 + 2 * 11008) + 6 * 4096 + 11008),
     ),
     "vera, with a magnitude": Case(
-        {"rank": 8, "b_groups": 2, "magnitude": True},
-        _dvora,
-        {"rank": 256, "magnitude": True},
+        {"rank": 8, "b_groups": 2, "magnitude": True}, _dvora, {"rank": 256, "magnitude": True},
         1_417_216 + 32 * (5 * 4096 + 2 * 11008),
     ),
     "lora": Case(
-        {"method": "lora", "rank": 4, "alpha": 10, "use_rslora": True, "loraplus_lr_ratio": 4},
-        _lora,
-        {"method": "lora", "rank": 16},
-        16 * 2_498_560,
-        learning_rate=1e-2,
+        {"method": "lora", "rank": 4, "alpha": 10, "use_rslora": True, "loraplus_lr_ratio": 4}, _lora,
+        {"method": "lora", "rank": 16}, 16 * 2_498_560, learning_rate=1e-2,
     ),
     "bilora": Case(
-        {"method": "bilora", "rank": 4, "alpha": 10},
-        _bilora,
-        {"method": "bilora", "rank": 8},
-        8 * 2_498_560 + 224 * 8,
-        learning_rate=3e-2,
+        {"method": "bilora", "rank": 4, "alpha": 10}, _bilora,
+        {"method": "bilora", "rank": 8}, 8 * 2_498_560 + 224 * 8, learning_rate=3e-2,
     ),
     "shared-core": Case(
-        {"method": "shared-core", "rank": 6}, _shared_core, {"method": "shared-core", "rank": 80}, 224 * 80**2
+        {"method": "shared-core", "rank": 6}, _shared_core, {"method": "shared-core", "rank": 80}, 224 * 80**2,
     ),
     "spiel": Case(
-        {"method": "spiel", "rank": 2, "accumulate_steps": 2, "reselect_every": 4},
-        _spiel,
-        {"method": "spiel", "rank": 8},
-        2_498_560 * 8,  # a LoRA's of rank 8
-        as_lora=False,
+        {"method": "spiel", "rank": 2, "accumulate_steps": 2, "reselect_every": 4}, _spiel,
+        {"method": "spiel", "rank": 8}, 2_498_560 * 8, as_lora=False,  # as many as a LoRA of rank 8
     ),
     "lora-xs": Case({"method": "lora-xs", "rank": 6}, _lora_xs, {"method": "lora-xs", "rank": 64}, 917_504),
     "lora-sb": Case(
-        {"method": "lora-sb", "rank": 6, "gradient_rows": 10},
-        _lora_sb,
-        {"method": "lora-sb", "rank": 96},
-        2_064_384,
-        learning_rate=1e-2,
+        {"method": "lora-sb", "rank": 6, "gradient_rows": 10}, _lora_sb,
+        {"method": "lora-sb", "rank": 96}, 2_064_384, learning_rate=1e-2,
     ),
     "sara": Case(
-        {"method": "sara", "rank": 16, "singular_share": 0.3},
-        _sara,
-        {"method": "sara", "rank": 256},
-        1_417_216,
-        planned_exactly=False,
+        {"method": "sara", "rank": 16, "singular_share": 0.3}, _sara,
+        {"method": "sara", "rank": 256}, 1_417_216, planned_exactly=False,
     ),
     "sara of the weights": Case(
-        {"method": "sara", "rank": 16, "singular_share": 0.3, "frozen_pair": "svd"},
-        _sara_svd,
-        {"method": "sara", "rank": 256, "frozen_pair": "svd"},
-        1_417_216,
-        planned_exactly=False,
+        {"method": "sara", "rank": 16, "singular_share": 0.3, "frozen_pair": "svd"}, _sara_svd,
+        {"method": "sara", "rank": 256, "frozen_pair": "svd"}, 1_417_216, planned_exactly=False,
     ),
     "lorta": Case(
-        {"method": "lorta", "rank": 5, "alpha": 10},
-        _lorta,
-        {"method": "lorta", "rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-        34_336,
+        {"method": "lorta", "rank": 5, "alpha": 10}, _lorta,
+        {"method": "lorta", "rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}, 34_336,
     ),
     "lorta, output-first": Case(
-        {"method": "lorta", "rank": 5, "alpha": 10, "lorta_convention": "output-first"},
-        _lorta_output_first,
+        {"method": "lorta", "rank": 5, "alpha": 10, "lorta_convention": "output-first"}, _lorta_output_first,
         {"method": "lorta", "rank": 64, "lorta_convention": "output-first"},
         64 * ((4096 + 128 + 32) + (11008 + 128 + 32) + (4096 + 128 + 86) + 32 + 7),
     ),
-}
+}  # fmt: skip
