@@ -22,7 +22,7 @@ from qvera.models import linear
 from tests.adapters.helpers import IDS, relative
 from tests.conftest import small_llama
 
-CONTEXTS = (accelerated_peft, contextlib.nullcontext)
+CONTEXTS: tuple[Callable[[], Any], ...] = (accelerated_peft, contextlib.nullcontext)
 """Ours, then stock PEFT's."""
 
 
