@@ -56,9 +56,12 @@ def _vectors(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
     return {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in named_vectors(model).items()}
 
 
-@pytest.mark.parametrize("settings", [{}, {"b_groups": 2, "input_scale": True}, {"train_d": False}], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "checkpointing", "joined"),
+    [({}, False, True), ({}, True, False), ({"train_d": False}, False, False), ({"train_d": False}, True, True),
+     ({"b_groups": 2, "input_scale": True}, False, False), ({"b_groups": 2, "input_scale": True}, True, True)],
+    ids=str,
+)  # fmt: skip
 def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpointing: bool, joined: bool) -> None:
     """As if the rows of the other adapters were not there."""
     model = _model(**settings)

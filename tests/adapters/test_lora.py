@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.utils.errors import InputError
-from tests.adapters.helpers import IN, OUT, base_layer, logits, perturb, relative
+from tests.adapters.helpers import IN, OUT, base_layer, edit_config, logits, perturb, relative
 from tests.conftest import small_llama
 
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 SETTINGS: list[dict[str, Any]] = [
     {"rank": 4},
     {"rank": 6, "alpha": 16.0, "use_rslora": True, "init_lora_weights": "gaussian", "targets": ["q_proj", "down_proj"]},
@@ -44,8 +44,7 @@ def stock(directory: Path) -> Any:
 
 def stock_lora(directory: Path, **settings: Any) -> Any:
     """An adapter that stock PEFT made and saved, its tensors away from their start."""
-    names = ["q_proj", "v_proj", "down_proj"]
-    config = LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": names, "task_type": "CAUSAL_LM", **settings})
+    config = LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings})
     model = get_peft_model(small_llama(), config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -78,15 +77,11 @@ def test_starts_have_the_sizes_of_peft_s_and_depend_on_seed_and_place() -> None:
     assert (B @ A).abs().max() < 1e-6 * (B.norm() * A.norm())
     assert A.std() == pytest.approx(B.std().item(), rel=0.1)
     assert torch.equal(default, start("default"))
-    for other in (
-        start("default", seed=1),
-        start("default", at=LinearSpec("model.layers.1.self_attn.q_proj", 400, 300)),
-    ):
-        assert relative(other, default) > 1
+    elsewhere = LinearSpec("model.layers.1.self_attn.q_proj", 400, 300)
+    assert all(relative(other, default) > 1 for other in (start("default", seed=1), start("default", at=elsewhere)))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4+dq-uint8"])
+@pytest.mark.parametrize(("kind", "dropout"), [("linear", 0.0), ("conv1d", 0.5), ("nf4+dq-uint8", 0.5)])
 def test_a_layer_is_the_formula_with_every_gradient(kind: str, dropout: float) -> None:
     config = QveraConfig(method="lora", rank=4, alpha=10, dropout=dropout)
     base = base_layer(kind)
@@ -163,8 +158,7 @@ def test_adapters_of_stock_peft_are_read_exported_and_merged(settings: dict[str,
 )  # fmt: skip
 def test_a_lora_with_other_parts_is_refused_by_the_key(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     stock_lora(tmp_path / "theirs")
-    file = tmp_path / "theirs" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    edit_config(tmp_path / "theirs", **change)
     with pytest.raises(InputError, match=named):
         read_adapter(tmp_path / "theirs")
 
@@ -180,7 +174,7 @@ def test_damaged_facts_in_the_header_are_named(tmp_path: Path) -> None:
 
 def test_training_goes_on_from_an_adapter_of_stock_peft(tmp_path: Path) -> None:
     expected = logits(stock_lora(tmp_path / "theirs"))
-    same = {"alpha": 10, "targets": ["q_proj", "v_proj", "down_proj"], "init_from": str(tmp_path / "theirs")}
+    same = {"alpha": 10, "targets": TARGETS, "init_from": str(tmp_path / "theirs")}
     model = attach(small_llama(), lora(**same))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert sum(p.requires_grad for p in model.parameters()) == 12
@@ -197,8 +191,7 @@ def test_training_goes_on_from_an_adapter_of_stock_peft(tmp_path: Path) -> None:
 
 def test_training_goes_on_from_a_lora_of_several_ranks(tmp_path: Path) -> None:
     expected = logits(stock_lora(tmp_path / "theirs", **PATTERNS[2]))
-    targets = ["q_proj", "v_proj", "down_proj"]
-    model = attach(small_llama(), lora(alpha=10, targets=targets, init_from=str(tmp_path / "theirs")))
+    model = attach(small_llama(), lora(alpha=10, targets=TARGETS, init_from=str(tmp_path / "theirs")))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     save_adapter(model, tmp_path / "ours")
     torch.testing.assert_close(logits(stock(tmp_path / "ours")), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Compile kernels for cards that are not here, and print what they take: `python -m tests.kernels.compiled < kernels.json`.
+"""Compile kernels for cards that are not here, and print what they take: `python -m tests.kernels.compiled 90 < kernels.json`.
 
 A process of its own: kernels that Triton's interpreter runs can't be compiled.
 """
@@ -18,22 +18,20 @@ from typing import Any
 import pytest
 
 
-def resources(kernels: list[dict[str, Any]], capability: int) -> dict[str, dict[str, int]]:
-    """Kernel → registers of a thread, and bytes of local memory (spills), as the cubin for sm_``capability`` says.
+def resources(kernels: list[dict[str, Any]], capabilities: list[int]) -> dict[str, dict[str, int]]:
+    """Kernel and capability → registers of a thread, and bytes of local memory (spills), as the cubin says.
 
     Args:
         kernels: each with ``module``, ``kernel``, ``signature`` (parameter → Triton's type, such as ``*bf16`` or
             ``i32``) and ``constexprs``. Pointers and i32 are taken for multiples of 16, as a model's shapes are.
-        capability: 80, 89, 90.
+        capabilities: 80, 89, 90.
     """
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled", str(capability)],
-        input=json.dumps(kernels),
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "tests.kernels.compiled", *map(str, capabilities)],
+        input=json.dumps(kernels), capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -46,12 +44,8 @@ def _compile(kernel: dict[str, Any], capability: int) -> dict[str, int]:
     function = getattr(importlib.import_module(kernel["module"]), kernel["kernel"])
     signature = kernel["signature"] | dict.fromkeys(kernel["constexprs"], "constexpr")
     aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"]
-    source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs=kernel["constexprs"],
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=kernel["constexprs"], attrs=attributes)
     options = {"num_warps": kernel.get("num_warps", 4)}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -64,5 +58,5 @@ def _compile(kernel: dict[str, Any], capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
-    print(json.dumps({kernel["name"]: _compile(kernel, int(sys.argv[1])) for kernel in given}))
+    given, on = json.load(sys.stdin), map(int, sys.argv[1:])
+    print(json.dumps({f"{k['name']} sm_{card}": _compile(k, card) for card in on for k in given}))

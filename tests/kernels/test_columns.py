@@ -20,8 +20,10 @@ SETTINGS = [  # shape, shape of the vectors, dtype, the base's dtype: odd widths
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "vector_shape", "dtype", "base_dtype"), SETTINGS)
-@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "vector_shape", "dtype", "base_dtype", "strided"),
+    [(*setting, (i + j) % 2 == 0) for i, setting in enumerate(SETTINGS) for j in range(1 if i else 2)],
+)
 def test_against_plain_code(
     shape: tuple[int, ...], vector_shape: tuple[int, ...], dtype: torch.dtype, base_dtype: torch.dtype | None,
     strided: bool, as_on_an_accelerator: Callable[[], Any],
@@ -56,7 +58,7 @@ def test_every_row_takes_the_vector_of_its_index(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((3, 45), torch.float32), ((2, 65, 130), torch.bfloat16), ((150, 257), torch.float16)]
+    ("shape", "dtype"), [((3, 45), torch.float32), ((2, 65, 130), torch.bfloat16), ((66, 257), torch.float16)]
 )
 def test_gradients_of_a_scaled_input(
     shape: tuple[int, ...], dtype: torch.dtype, as_on_an_accelerator: Callable[[], Any]

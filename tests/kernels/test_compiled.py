@@ -63,11 +63,10 @@ def described(kernel: str, parameters: str, constants: dict[str, Any], dtype: st
     }
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-def test_registers_and_spills(capability: int) -> None:
+def test_registers_and_spills() -> None:
     kernels = [described(*kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp16")]
-    found = resources(kernels, capability)
-    assert len(found) == len(kernels) == 36
+    found = resources(kernels[::2], [80, 89, 90]) | resources(kernels[1::2], [80])
+    assert len(found) == 4 * len(KERNELS) == 72
     for name, used in found.items():
         assert used["spilled_bytes"] == 0, (name, used)
         assert 8 <= used["registers"] <= 128, (name, used)  # 128: four programs of 128 threads on a multiprocessor
