@@ -42,7 +42,7 @@ NOT_RUN = {
     "qvera serve": "runs until it is stopped; tests/serve/api/test_command.py does",
     "qvera ui": "runs until it is stopped; tests/serve/ui/test_command.py does",
     "ssh": "needs another machine",
-    "curl": "asks a server; tests/serve/api does",
+    "curl": "asks a server; tests/serve/api/test_command.py does",
     "qvera chat http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera generate http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera eval runs/my --judge": "asks a server; tests/evaluation/test_judge.py does",

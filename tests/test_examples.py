@@ -19,42 +19,34 @@ pytestmark = pytest.mark.process
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run_script(name: str, arguments: list[str], monkeypatch: Any, directory: Path) -> None:
-    monkeypatch.chdir(directory)
-    monkeypatch.setattr("sys.argv", [name, *arguments])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+@pytest.fixture
+def run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    """``run(script, *options)`` is what the script prints; what it makes is in ``out``."""
+
+    def run(script: str, *options: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [script, str(tiny_model_dir), str(tiny_rows), "out", *options])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_finetune(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_finetune(run: Any, tmp_path: Path) -> None:
     assert len((EXAMPLES / "finetune.py").read_text(encoding="utf-8").splitlines()) <= 40
-    run_script("finetune.py", [str(tiny_model_dir), str(tiny_rows), "out", "--steps", "4"], monkeypatch, tmp_path)
-    before, after = map(float, re.search(r"held-out loss (\S+) → (\S+)", capsys.readouterr().out).groups())
-    assert after < before
+    (losses,) = re.findall(r"held-out loss (\S+) → (\S+)", run("finetune.py", "--steps", "4"))
+    assert float(losses[1]) < float(losses[0])
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
     ("script", "options", "said"),
-    [
-        ("trl_sft.py", ["--steps", "3"], "'loss':"),
-        ("trl_grpo.py", ["--steps", "3", "--answer-tokens", "6"], "'rewards/likeness/mean':"),
-    ],
+    [("trl_sft.py", [], "'loss':"), ("trl_grpo.py", ["--answer-tokens", "6"], "'rewards/likeness/mean':")],
 )
-def test_with_trl(
-    script: str,
-    options: list[str],
-    said: str,
-    tiny_model_dir: Path,
-    tiny_rows: Path,
-    tmp_path: Path,
-    monkeypatch: Any,
-    capsys: Any,
-) -> None:
+def test_with_trl(script: str, options: list[str], said: str, run: Any, tmp_path: Path) -> None:
     """The trained adapter is one that qvera's own commands take, and its vectors have moved."""
     pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
-    arguments = [str(tiny_model_dir), str(tiny_rows), "out", *options, "--learning-rate", "0.1"]
-    run_script(script, arguments, monkeypatch, tmp_path)
-    assert capsys.readouterr().out.count(said) == 3
+    assert run(script, "--steps", "3", *options, "--learning-rate", "0.1").count(said) == 3
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "QVERA"
     vectors = named_vectors(open_run(tmp_path / "out").model)

@@ -225,6 +225,7 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
         (["--reduce", "0.5"], "--reduce: needs --out DIR"),
         (["--out", str(tmp_path / "x")], "--out: goes with --reduce only"),
         (["--reduce", "0.5", "--out", run], "not an empty directory"),
+        (["--reduce", "1.5", "--out", str(tmp_path / "x")], "Invalid value for '--reduce'"),
         (["--text", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
         (["--text", str(bad), "--reduce", "0.5", "--out", str(tmp_path / "x")], "bad.jsonl:1"),
         (["--text", str(latin), "--reduce", "0.5", "--out", str(tmp_path / "x")], "latin.txt: is not UTF-8"),
@@ -232,10 +233,6 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
         assert main(["analyze", run, *options]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-    assert main(["analyze", run, "--reduce", "1.5", "--out", str(tmp_path / "x")]) == 2
-    said = capsys.readouterr().err
-    assert "Invalid value for '--reduce'" in said
-    assert "less than or equal to 1" in said or "1.5 is not in the range 0.0<=x<=1.0" in said  # older releases of typer
     assert main(["analyze", str(tmp_path)]) == 2
     assert "is neither a run" in capsys.readouterr().err
 

@@ -44,31 +44,24 @@ def test_what_was_computed_once_is_read_again(cache: FactorCache, computed: list
     assert len(computed) == 2
 
 
-def test_what_differs_is_told_apart(cache: FactorCache, computed: list[str]) -> None:
+def test_what_differs_is_told_apart_and_found_by_its_number(cache: FactorCache, computed: list[str]) -> None:
     layer = base_layer("linear")
     cache.pair("q", layer, 6)
     for name, other, rank, fingerprint in (
         ("k", layer, 6, "abc"),  # another linear
         ("q", layer, 7, "abc"),
         ("q", layer, 6, "def"),  # another base
-        ("q", base_layer("nf4-uint8"), 6, "abc"),  # the same base, stored otherwise
-        ("q", base_layer("nf4+dq-uint8"), 6, "abc"),
-        ("q", base_layer("fp4-uint8"), 6, "abc"),
-        ("q", base_layer("int8"), 6, "abc"),
+        *(
+            ("q", base_layer(kind), 6, "abc") for kind in ("nf4-uint8", "nf4+dq-uint8", "fp4-uint8", "int8")
+        ),  # stored so
     ):
-        before = len(files())
-        FactorCache(fingerprint, None, computed.append).pair(name, other, rank)
+        before, one = len(files()), FactorCache(fingerprint, None, computed.append)
+        A, B = one.pair(name, other, rank)
         assert len(files()) == before + 1
-    assert computed == ["q", "k", *["q"] * 6]
-
-
-def test_a_pair_is_found_by_its_number_among_those_of_other_number_formats(cache: FactorCache) -> None:
-    for layer in (base_layer("nf4-uint8"), base_layer("nf4+dq-uint8"), base_layer("linear")):
-        A, B = cache.pair("q", layer, 6)
-        found = cache.find("q", 6, pair_number(B))
+        found = one.find(name, rank, pair_number(B))
         assert found is not None
-        assert torch.equal(found[0], A)
-        assert torch.equal(found[1], B)
+        assert torch.equal(found[0], A) and torch.equal(found[1], B)
+    assert computed == ["q", "k", *["q"] * 6]
     assert cache.find("q", 6, 99.0) is None
 
 

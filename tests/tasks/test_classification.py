@@ -241,6 +241,11 @@ def test_the_scores_of_labels_are_those_of_their_definitions() -> None:
     assert scores.keys() == {"loss", "rows", "trained_tokens"}
     assert "pearson" not in label_scores(torch.tensor([[1.0], [torch.nan]]), numbers[:2], value)
     assert class_scores(np.zeros(0, int), np.zeros((0, 10))) == {}
+    # five guesses count where there are ten classes
+    guesses, targets = torch.stack([torch.randperm(10) for _ in range(40)]).float(), torch.arange(40) % 10
+    expected = (guesses.topk(5).indices == targets[:, None]).any(1).double().mean()
+    assert class_scores(targets.numpy(), guesses.numpy())["top5"] == pytest.approx(float(expected))
+    assert "top5" not in class_scores((targets % 9).numpy(), guesses[:, :9].numpy())
 
 
 def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:

@@ -7,8 +7,10 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.serve.api.server import bound
-from tests.helpers import ROOT, wait_until
+from tests.helpers import ROOT, commands, wait_until
 from tests.many_adapters import write_customers, write_run
 from tests.serve.command import Command
 
@@ -86,6 +88,10 @@ def test_the_example_of_the_documentation_runs(command: Command, capsys: Any) ->
     block = block.replace("http://127.0.0.1:8000", command.url).replace("gina", "anna")
     exec(compile(block, "docs/serve.md", "exec"), {})
     assert capsys.readouterr().out
+    (curl,) = (line for line in commands("docs/serve.md") if line.startswith("curl ") and "completions" in line)
+    line = shlex.split(curl.replace("http://127.0.0.1:8000", command.url).replace("chloe", "anna"))
+    found = subprocess.run(line, check=True, capture_output=True, text=True, timeout=120)
+    assert json.loads(found.stdout)["choices"][0]["text"]
 
 
 def test_a_taken_port_is_named_before_anything_is_loaded(command: Command, capsys: Any) -> None:
