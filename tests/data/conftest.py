@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ Write = Callable[..., str]
 Read = Callable[..., Datasets]
 
 
-def _bpe_tokenizer(markers: list[str], trim_offsets: bool) -> Tokenizer:
+def _bpe_tokenizer(markers: Sequence[str], trim_offsets: bool) -> Tokenizer:
     """Byte-level BPE, as GPT-2, SmolLM2 and Llama 3 have it."""
+    return Tokenizer.from_str(_trained_bpe(tuple(markers), trim_offsets))
+
+
+@functools.cache
+def _trained_bpe(markers: tuple[str, ...], trim_offsets: bool) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +47,7 @@ def _bpe_tokenizer(markers: list[str], trim_offsets: bool) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+    return tokenizer.to_str()
 
 
 @pytest.fixture(scope="session")

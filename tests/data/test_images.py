@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from qvera.data import build_datasets, cache, data_sha256
 from qvera.data.images import Draw, ImageProcessor, crop_box, open_image, require_pillow
 from qvera.data.rows import SCHEMA
 from qvera.utils.errors import InputError
+from tests.data.conftest import Write
 from tests.tasks.images import SIZE, image_processor, picture, write_folders
 
 
@@ -38,12 +38,7 @@ def plain(mode: str, colour: Any, palette: Sequence[int] = (), **options: Any) -
     return bytes_of(image, "TIFF" if mode == "CMYK" else "PNG", **options)
 
 
-def write_lines(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def section_of(path: Path, **keys: Any) -> Any:
+def section_of(path: Path | str, **keys: Any) -> Any:
     return parse_recipe({"task": "image-classification", "model": "m", "data": {"path": str(path), **keys}}, "t").data
 
 
@@ -122,10 +117,10 @@ def test_folders_are_classes_and_images_stay_on_disk(tmp_path: Path, images: Ima
         row.image.pixels()
 
 
-def test_data_files_hold_bytes_or_paths(tmp_path: Path, images: ImageProcessor) -> None:
+def test_data_files_hold_bytes_or_paths(tmp_path: Path, write: Write, images: ImageProcessor) -> None:
     files = sorted(write_folders(tmp_path / "rows", 2).rglob("*.png"))
     lines = [{"img": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
-    write_lines(tmp_path / "paths.jsonl", lines)
+    write(lines, "paths.jsonl")
     names = ["blue", "green", "red"]
     stored = [{"bytes": f.read_bytes(), "path": f.name} for f in files]
     table = pa.table({"image": stored, "label": [names.index(f.parent.name) for f in files]})
@@ -166,12 +161,12 @@ def test_a_copy_of_the_images_in_another_place_is_read_from_there(
 
 
 def test_an_image_that_changed_or_went_is_seen_though_its_data_file_is_the_same(
-    tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write: Write, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "WORTH_BYTES", 0)
     files = sorted(write_folders(tmp_path / "rows", 2).rglob("*.png"))
     lines = [{"image": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
-    section = section_of(write_lines(tmp_path / "paths.jsonl", lines))
+    section = section_of(write(lines, "paths.jsonl"))
     before = data_sha256(build_datasets(section, images))
     shutil.copy(files[-1], files[0])
     assert data_sha256(build_datasets(section, images)) != before
@@ -211,9 +206,9 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_VALUES.values(), ids=list(BAD_VALUES))
-def test_a_bad_row_is_named(row: Any, message: str, tmp_path: Path, images: ImageProcessor) -> None:
+def test_a_bad_row_is_named(row: Any, message: str, tmp_path: Path, write: Write, images: ImageProcessor) -> None:
     picture("red", 0).save(tmp_path / "0.png")
-    path = write_lines(tmp_path / "rows.jsonl", [{"image": "0.png", "label": "b"}, row])
+    path = write([{"image": "0.png", "label": "b"}, row], "rows.jsonl")
     with pytest.raises(InputError, match=message):
         build_datasets(section_of(path), images)
 
@@ -247,10 +242,10 @@ def test_a_processor_that_makes_another_size_is_refused() -> None:
         ImageProcessor(image_processor(), (32, 32), 65).pixels(picture("red", 1), "it")
 
 
-def test_tasks_are_values_of_a_column(images: ImageProcessor, tmp_path: Path) -> None:
+def test_tasks_are_values_of_a_column(images: ImageProcessor, tmp_path: Path, write: Write) -> None:
     files = sorted(write_folders(tmp_path / "pictures", 4).rglob("*.png"))
     rows = [{"image": str(f), "label": f.parent.name, "site": f"site {f.stem[-1]}"} for f in files]
-    path = write_lines(tmp_path / "rows.jsonl", rows)
+    path = write(rows, "rows.jsonl")
     found = build_datasets(section_of(path, sampling="task", task_column="site"), images)
     assert found.part_names == ["site 0", "site 1", "site 2", "site 3"]
     assert found.train.part_of is not None
