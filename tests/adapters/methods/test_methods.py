@@ -158,9 +158,8 @@ def test_it_learns_and_says_its_name(case: Case, run_dir: Path, capsys: pytest.C
     assert f"{title} of rank {case.adapter['rank']} " in (run_dir / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_file_holds_the_tensors_and_nothing_else(case: Case, run_dir: Path) -> None:
-    run = json.loads((run_dir / "run.json").read_text())
-    tensors = named_vectors(attach(base_of(run_dir).model, AdapterSection(**case.adapter)))
+def test_the_file_holds_the_tensors_and_nothing_else(case: Case, run_dir: Path, loaded: Any) -> None:
+    run, tensors = json.loads((run_dir / "run.json").read_text()), named_vectors(loaded)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     names = sum(len(name) + 80 for name in tensors)  # in the header: name, dtype, shape, places
     assert size < run["adapter"]["file_bytes"] < size + names + 4500

@@ -71,15 +71,12 @@ def test_info_says_what_it_consists_of(saved: Path, capsys: pytest.CaptureFixtur
     assert (said["rank"], said["b_groups"], said["input_scale"]) == ("8", "2", "yes")
 
 
-def test_stock_peft_reads_it_by_its_own_way_in(saved: Path, section: ModelSection) -> None:
+def test_stock_peft_reads_it_and_another_adapter_comes_and_goes(saved: Path, section: ModelSection) -> None:
     register()
     wanted = logits(load_adapter(load_base(section).model, saved))
-    assert torch.equal(logits(PeftModel.from_pretrained(load_base(section).model, saved)), wanted)
-
-
-def test_another_adapter_comes_and_goes(saved: Path, section: ModelSection) -> None:
-    model = load_adapter(load_base(section).model, saved)
-    wanted, layers = logits(model), [m for m in model.modules() if isinstance(m, QveraLinear)]
+    model: Any = PeftModel.from_pretrained(load_base(section).model, saved)
+    assert torch.equal(logits(model), wanted)
+    layers = [m for m in model.modules() if isinstance(m, QveraLinear)]
     model.add_adapter("other", QveraConfig(rank=4, input_scale=True))
     assert all(m.carries(name) for m in layers for name in ("default", "other"))
     model.delete_adapter("other")
