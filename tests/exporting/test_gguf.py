@@ -280,7 +280,10 @@ def test_a_model_is_not_called_phi_3_where_it_keeps_spaces() -> None:
             model_name("any", changed)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 0.1), ("q8_0", 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float16", 2e-2), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow), ("q8_0", 0.1)],
+)
 def test_smaller_types_are_as_near_as_they_can_be(
     dtype: str, tolerance: float, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
@@ -298,7 +301,7 @@ def test_smaller_types_are_as_near_as_they_can_be(
     [
         ("llama", {}),
         ("qwen2", {"b_groups": 2, "input_scale": True}),
-        ("llama", {"method": "lora", "alpha": 4}),
+        pytest.param("llama", {"method": "lora", "alpha": 4}, marks=pytest.mark.slow),
         ("phi3-long", {}),
     ],
 )

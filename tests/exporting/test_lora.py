@@ -219,7 +219,6 @@ def test_a_cut_is_measured_on_held_out_rows(
     assert f"loss {difference['trained']['loss']:.4f} vs {difference['exported']['loss']:.4f}, right answers" in said
     assert "vLLM takes it with --max-lora-rank 1;" in said
     assert len(found["relative_errors"]) == 14 and max(found["relative_errors"].values()) > 0.1
-    assert export("quick", "--rank", "1", "--no-compare")["difference"] is None
     assert export("whole")["difference"] is None  # nothing is lost
     with safe_open(tmp_path / "whole" / "adapter_model.safetensors", "pt") as stored:
         header = stored.metadata()

@@ -253,8 +253,10 @@ def test_chatml_s_markers_can_be_added(tmp_path: Path, make_recipe: Any) -> None
     with pytest.raises(InputError, match=r"Or add them with model\.added_tokens"):
         build_datasets(without.data, load_tokenizer(without.model))
     model |= {"added_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
-    train(make_recipe(model=model, data={"template": "chatml"}, training={"max_steps": 1}), tmp_path / "run")
-    assert open_run(tmp_path / "run").base.tokenizer.eos_token == "<|im_end|>"
+    recipe = make_recipe(model=model, data={"template": "chatml"})
+    given = load_tokenizer(recipe.model)
+    row = build_datasets(recipe.data, given).train[0]
+    assert given.eos_token == "<|im_end|>" and given.eos_token_id in row.input_ids[row.trained]
 
 
 def test_a_damaged_or_foreign_file_of_rows_is_refused(own_run: Path) -> None:
