@@ -24,7 +24,8 @@ async def change_files(
         pairs: names, each with the one whose vectors it gets and gives back.
     """
 
-    async def last() -> None:
+    async def stands_for(name: str, *adapters: str) -> None:
+        truth.becomes(name, *adapters)
         await for_seconds(tally, 0.3, 2 * CLIENTS)
 
     done: collections.Counter[str] = collections.Counter()
@@ -42,8 +43,7 @@ async def change_files(
                     _replace(weights, content)
                 else:
                     await _copy_slowly(weights, content)
-                becomes(name, after)
-                await last()
+                await stands_for(name, after)
         else:
             becomes(name, name, REFUSED)
             if kind == "cut short":
@@ -55,8 +55,7 @@ async def change_files(
             else:
                 kept = config.read_bytes()
                 config.write_bytes(kept[: len(kept) // 2])
-            becomes(name, REFUSED)
-            await last()
+            await stands_for(name, REFUSED)
             becomes(name, name, REFUSED)
             if kind == "moved away":
                 (root / ".away").rename(directory)
@@ -64,8 +63,7 @@ async def change_files(
                 _replace(config, kept)
             else:
                 _replace(weights, old)
-            becomes(name, name)
-            await last()
+            await stands_for(name, name)
         done[kind] += 1
     truth.focus = []
     return dict(done)

@@ -44,9 +44,8 @@ class Truth:
         for name in names:
             self.becomes(name, name)
             for number, prompt in enumerate(prompts):
-                choice = (
-                    completion(url, {**body_of(name, prompt), "logprobs": 2}).raise_for_status().json()["choices"][0]
-                )
+                response = completion(url, {**body_of(name, prompt), "logprobs": 2}).raise_for_status()
+                choice = response.json()["choices"][0]
                 top = [sorted(each.values(), reverse=True) for each in choice["logprobs"]["top_logprobs"]]
                 if all(len(values) > 1 and values[0] - values[1] > NEAR for values in top):
                     self.texts[name, number] = choice["text"]
@@ -58,18 +57,13 @@ class Truth:
     def allowed(self, name: str, began: float, ended: float) -> frozenset[str]:
         """All that the name stood for between two times."""
         states = self._states[name]
-        later = [at for at, _ in states[1:]] + [float("inf")]
-        return frozenset().union(
-            *(found for (at, found), until in zip(states, later, strict=True) if at <= ended and until >= began)
-        )
+        spans = zip(states, [at for at, _ in states[1:]] + [float("inf")], strict=True)
+        return frozenset().union(*(found for (at, found), until in spans if at <= ended and until >= began))
 
     def questions(self, name: str, *others: str) -> list[tuple[str, int]]:
         """What the name can be asked: prompts to which it and the others have a certain answer."""
-        return [
-            (name, number)
-            for number in range(len(self.prompts))
-            if all((adapter, number) in self.texts for adapter in (name, *others))
-        ]
+        numbers = range(len(self.prompts))
+        return [(name, n) for n in numbers if all((adapter, n) in self.texts for adapter in (name, *others))]
 
     def distinct(self, names: Sequence[str]) -> int:
         """How many of the adapters differ from all others in some answer."""
