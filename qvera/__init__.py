@@ -7,12 +7,11 @@ Importing it is light: torch, transformers and PEFT are imported when they are n
 ``QVERA`` at once where PEFT has been imported, else as soon as it is.
 """
 
-import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qvera.utils.post_import import around_import
 
@@ -63,40 +62,16 @@ def __dir__() -> list[str]:
 
 
 @contextmanager
-def _quiet_and_lazy_bitsandbytes() -> Iterator[None]:
-    """While bitsandbytes is imported, it logs no advice about an optional kernel package, and what it compiles waits.
-
-    It asks for four functions to be compiled at once, which imports torch's compiler: two seconds that most commands
-    never need. They are compiled when they are first called.
-    """
-    import torch
-
-    logger = logging.getLogger("bitsandbytes")
-    level, compile = logger.level, torch.compile
-
-    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-        if function is None:
-            return functools.partial(compile_later, **options)
-        compiled = functools.cache(lambda: compile(function, **options))
-        return functools.wraps(function)(lambda *arguments, **named: compiled()(*arguments, **named))
-
-    logger.setLevel(logging.ERROR)
-    torch.compile = compile_later  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile
-        logger.setLevel(level)
-
-
-@contextmanager
 def _teach_peft() -> Iterator[None]:
-    """Once PEFT is imported, it learns QVERA."""
+    """While PEFT is imported, bitsandbytes logs no advice about an optional kernel package; then PEFT learns QVERA."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        importlib.import_module("qvera.adapters")
+        logger.setLevel(level)
+    importlib.import_module("qvera.adapters")
 
 
-around_import("bitsandbytes", _quiet_and_lazy_bitsandbytes)
 around_import("peft", _teach_peft)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -22,6 +22,13 @@ from qvera.config.schema import ModelSection
 from qvera.distributed.zero import whole_numel
 from qvera.kernels import dequantize
 from qvera.utils.safetensors_io import TensorSpec
+
+_logger = logging.getLogger("bitsandbytes")
+_level = _logger.level
+_logger.setLevel(logging.ERROR)  # on some CPUs it logs advice on an optional package
+import bitsandbytes as bnb  # noqa: E402
+
+_logger.setLevel(_level)
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
