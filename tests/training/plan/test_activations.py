@@ -32,7 +32,7 @@ from tests.training.plan import live
 pytestmark = pytest.mark.process
 
 BIG = {
-    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 8, "vocab_size": 1000,
 }  # fmt: skip
 F32, BF16 = torch.float32, torch.bfloat16
@@ -117,7 +117,7 @@ CASES = {
     "spiel": Case(4, 128, BF16, key("spiel", 8), **LARGE, peak=0.12),
     "bilora": Case(2, 200, F32, key("bilora", 8), excess=0.01),
     # z, Σ g d and 1 / rms of the first layer's q, k and v are not kept either
-    "router": Case(4, 128, BF16, key("sara", 128, **ROUTER, frozen_pair="seeded"), **LARGE, excess=0.06),
+    "router": Case(4, 128, BF16, key("sara", 128, **ROUTER, frozen_pair="seeded"), **LARGE, excess=0.07),
     "router in fp32": Case(2, 200, F32, key("sara", 48, **ROUTER, frozen_pair="svd"), excess=0.03),
 }
 
