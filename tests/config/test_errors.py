@@ -317,23 +317,21 @@ def test_a_key_whose_switch_is_off_is_refused(changes: dict[str, Any], switch: s
     assert recipe(changes, drop_idle_keys=True) == recipe({k: v for k, v in changes.items() if k != key})
 
 
+def test_sizes_and_paths_that_follow_from_what_is_written() -> None:
+    for rows, size in ((1, 1), (2, 2), (3, 3), (7, 1), (8, 4), (16, 4), (10, 2)):
+        training = parse_recipe(with_value("training.global_batch_size", rows), "my.yaml").training
+        assert (training.global_batch_size, training.per_device_train_batch_size) == (rows, size)
+    # resolved without a folder on the way
+    paths = {"runs/../x": "x", "a//b/./c/": "a/b/c", "../x": "../x", "/a/../b": "/b", "~/x/../y": "~/y"}
+    for written, path in paths.items():
+        assert parse_recipe(with_value("training.output_dir", written), "my.yaml").training.output_dir == path
+
+
 def test_a_source_of_a_mixture_has_no_key_whose_switch_is_off() -> None:
     tree = {**MINIMAL, "task": "sequence-classification"}
     tree["data"] = {"path": "a", "mixture": [{"path": "b"}, {"path": "c", "system": "Be brief."}]}
     assert list(problems(tree)) == ["data.mixture.1.system"]
     assert parse_recipe(tree, "x", drop_idle_keys=True).data.mixture[1].system is None
-
-
-def test_a_batch_size_alone_derives_the_size_per_device() -> None:
-    for rows, size in ((1, 1), (2, 2), (3, 3), (7, 1), (8, 4), (16, 4), (10, 2)):
-        training = parse_recipe(with_value("training.global_batch_size", rows), "my.yaml").training
-        assert (training.global_batch_size, training.per_device_train_batch_size) == (rows, size)
-
-
-def test_the_output_directory_is_resolved_and_makes_no_folder_on_the_way() -> None:
-    paths = {"runs/../x": "x", "a//b/./c/": "a/b/c", "../x": "../x", "/a/../b": "/b", "~/x/../y": "~/y"}
-    for written, path in paths.items():
-        assert parse_recipe(with_value("training.output_dir", written), "my.yaml").training.output_dir == path
 
 
 def test_a_changed_copy_and_a_section_made_in_python_are_checked_like_a_file() -> None:

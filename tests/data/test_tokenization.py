@@ -53,7 +53,7 @@ def steps(rows: list[Example]) -> list[tuple[int, int]]:
     ]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     row=ROWS,
     size=st.integers(8, 40),
@@ -80,7 +80,7 @@ def test_the_parts_of_a_split_row_train_each_of_its_tokens_once(
     assert (counts.truncated_rows, counts.truncated_tokens) == (unsplit.truncated_rows, unsplit.truncated_tokens)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=ROWS, size=st.integers(8, 40), source=LENGTHS, target=LENGTHS)
 def test_a_row_that_is_cut_is_the_beginning_or_the_end_of_the_whole_one(
     row: Any, size: int, source: int | None, target: int | None, tokenizer: PreTrainedTokenizerFast

@@ -31,7 +31,7 @@ def test_a_name_has_this_directory_and_the_directory_gives_the_name_back() -> No
     assert [unescape_name(name) for name in by_hand] == by_hand
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(NAMES | TRICKY, min_size=1, max_size=6, unique=True))
 def test_directories_are_good_names_distinct_everywhere_and_give_the_names_back(names: list[str]) -> None:
     directories = directory_names(names)
