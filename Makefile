@@ -32,8 +32,8 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/qvera quickstart $(ARGS)
 
-# One worker a core; each computes on one thread (tests/conftest.py).
-PARALLEL = -n auto --dist loadfile
+# One worker a core; each computes on one thread. Modules go to the workers in the order of tests/conftest.py.
+PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test $(VENV)/.installed-trl
 	$(BIN)/python -m pytest -q $(PARALLEL)
