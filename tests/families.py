@@ -61,6 +61,7 @@ class Family:
         four_bit: ``mapped`` from the quantized cache, made at ``each load`` by transformers, or ``no``.
         joins: whether rows can stand in one sequence: ``data.prefix_once`` and ``data.packing``.
         continuous: whether `qvera serve` takes it in continuous batches; else in static ones.
+        experts: ``4 bits``, each quantized and adapted where ``adapter.experts`` asks for it; ``dense``; or it has none.
         limits: for the page: what it can't do beside that.
     """
 
@@ -71,7 +72,7 @@ class Family:
     four_bit: str = "mapped"
     joins: bool = False
     continuous: bool = True
-    has_experts: bool = False
+    experts: str = ""
     limits: str = "–"
 
     def config(self) -> Any:
@@ -87,15 +88,15 @@ class Family:
         """Of the page's table."""
         has_gguf = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type] in gguf_families.FAMILIES
         targets = ", ".join(self.targets.split()) if self.targets != _SEVEN else "the seven of Llama"
+        targets += ", and experts with `adapter.experts`" if self.experts == "4 bits" else ""
         answers = ["yes" if x else "no" for x in (self.joins, self.continuous, has_gguf)]
         return [self.title, f"`{self.model_type}`", targets, _FOUR_BIT[self.four_bit], *answers, self.limits]
 
 
-_EXPERTS = "experts are neither adapted nor quantized"
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
     "llama4": Family(
-        "Llama 4, text", "llama4_text", has_experts=True, limits=_EXPERTS,
+        "Llama 4, text", "llama4_text", experts="dense", limits="experts are neither adapted nor quantized",
         changes={
             "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
             "attention_chunk_size": 64,
@@ -143,18 +144,18 @@ FAMILIES: dict[str, Family] = {
         limits="not in 4 bits: its linears are of a class of their own. Set `model.quantization: none`",
     ),
     "mixtral": Family(
-        "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, "each load",
-        has_experts=True, limits=_EXPERTS, joins=True,
+        "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, experts="4 bits",
+        joins=True,
     ),
     "qwen3_moe": Family(
         "Qwen3 with experts", "qwen3_moe", _ATTENTION,
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, "each load",
-        has_experts=True, limits=_EXPERTS, joins=True,
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, experts="4 bits",
+        joins=True,
     ),
     "gpt_oss": Family(
         "gpt-oss", "gpt_oss", _ATTENTION,
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
-        has_experts=True, limits=f"{_EXPERTS}; the published MXFP4 files have to be converted to 16 bits first",
+        experts="4 bits", limits="the published MXFP4 files have to be converted to 16 bits first",
     ),
 }  # fmt: skip
 

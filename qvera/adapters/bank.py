@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -30,15 +30,29 @@ from qvera.models import linear
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
+if TYPE_CHECKING:
+    from qvera.adapters.experts import QveraExperts
+    from qvera.models.experts import Routing
+
 
 def _vera_path(
-    layer: QveraLinear, adapter: str, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], tokens: TokenSlots | None
+    layer: QveraLinear,
+    adapter: str,
+    x: Tensor,
+    y: Tensor,
+    tensors: Mapping[str, Tensor],
+    tokens: TokenSlots | None,
+    gather: Tensor | None = None,
 ) -> Tensor:
-    """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of ``adapter``."""
+    """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of ``adapter``.
+
+    ``gather``: the row of x that each row of y is of; None: they are the same.
+    """
     pair, dtype = layer.qvera_projection[adapter], linear.compute_dtype(layer.base_layer, x)
     rank = tensors["qvera_d"].shape[-1]
     inner = scale_slots(x.to(dtype), tensors["qvera_a"], tokens) if "qvera_a" in tensors else x
     z = pair.project(inner, rank, dtype)  # shared by q, k and v, which read the same x, where there is no a
+    z = z if gather is None else z[gather]
     scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
     return expand_slots(y, z, tensors["qvera_d"], tensors["qvera_b"], B, scale, tokens)
 
@@ -87,6 +101,7 @@ class AdapterShape(NamedTuple):
     rank: int
     b_groups: int
     input_scale: bool
+    experts: str
     linears: tuple[str, ...]
     """The names of the adapted linears in the base model."""
 
@@ -98,6 +113,7 @@ class AdapterShape(NamedTuple):
             rank=self.rank,
             b_groups=self.b_groups,
             input_scale=self.input_scale,
+            experts=self.experts,
             projection_seed=self.seed,
             target_modules=set(self.linears),
             task_type="CAUSAL_LM",
@@ -123,7 +139,7 @@ def shape_of(
     for name in linears:
         if name not in specs:
             raise InputError(f"{directory}: has vectors of {name}, which this base does not have.")
-    settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale
+    settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale, config.experts
     shape = AdapterShape(*settings, tuple(linears))
     expected = {key: columns.shape for key, columns in shape.layout(specs).columns.items()}
     given = {key: tuple(vector.shape) for key, vector in vectors.items()}
@@ -264,21 +280,46 @@ class _Part:
 
     def add(self, layer: QveraLinear, x: Tensor, y: Tensor) -> Tensor:
         """Add each token's adapter to y, the output so far. A layer without the bank's adapters returns y."""
-        tensors = self.bank.tensors.get(layer.spec.name)
+        tensors = self._tensors(layer)
         if tensors is None:
             return y
+        return self.bank.path(layer, self.bank.adapter, x, y, tensors, self._slots_of(x.shape[:-1].numel()))
+
+    def add_experts(self, layer: QveraExperts, x: Tensor, y: Tensor, routing: Routing, of_tokens: bool) -> Tensor:
+        """As `add`, for rows that experts share out: each expert of each slot has its own vectors, or each slot has."""
+        tensors, each = self._tensors(layer), self._slots_of(routing.token_count)
+        if tensors is None:
+            return y
+        slots = None if each is None else TokenSlots(each.index[routing.tokens], each.slots)
+        if tensors["qvera_d"].dim() == 3:  # [slots, experts, rank]
+            experts = layer.spec.experts
+            index = routing.experts if slots is None else slots.index * experts + routing.experts
+            slots = TokenSlots(index, self.count * experts)
+            tensors = {kind: tensor.flatten(0, 1) for kind, tensor in tensors.items()}
+        # A x is computed once for each token, where no vector stands before it
+        gather = routing.tokens if of_tokens else None
+        if gather is not None and "qvera_a" in tensors:
+            x, gather = x[gather], None
+        return self.bank.path(layer, self.bank.adapter, x, y, tensors, slots, gather)
+
+    def _tensors(self, layer: QveraLinear) -> dict[str, Tensor] | None:
+        """Those of the slots that the batch uses; None: the bank's adapters have none in this layer."""
+        tensors = self.bank.tensors.get(layer.spec.name)
+        if tensors is None or self.slots is None:
+            return tensors
         if isinstance(self.slots, slice):
-            tensors = {kind: view[self.slots] for kind, view in tensors.items()}
-        elif self.slots is not None:
-            tensors = {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
-        each = None
-        if self.index is not None:
-            total, known = x.shape[:-1].numel(), len(self.index)
-            if total not in self.tokens:
-                index = self.index if total == known else self.index.repeat_interleave(total // known)
-                self.tokens[total] = TokenSlots(index, self.count)
-            each = self.tokens[total]
-        return self.bank.path(layer, self.bank.adapter, x, y, tensors, each)
+            return {kind: view[self.slots] for kind, view in tensors.items()}
+        return {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
+
+    def _slots_of(self, total: int) -> TokenSlots | None:
+        """The slots of a pass of so many tokens; None: there is one."""
+        if self.index is None:
+            return None
+        if total not in self.tokens:
+            known = len(self.index)
+            index = self.index if total == known else self.index.repeat_interleave(total // known)
+            self.tokens[total] = TokenSlots(index, self.count)
+        return self.tokens[total]
 
 
 class MixedForward:
@@ -327,6 +368,26 @@ class MixedForward:
         finally:
             for layer in layers:
                 layer.mixed = None
+
+    def forward_experts(self, layer: QveraExperts, x: Tensor, routing: Routing, of_tokens: bool) -> Tensor:
+        """As `forward`, for rows that are sorted by expert; ValueError: the batch has another number of tokens."""
+        total, known = routing.token_count, self._tokens if self._rows is None else self._rows
+        if known and total % known:
+            raise ValueError(f"a pass of {known} rows or tokens got {total} tokens")
+        y = layer.base_layer(x, routing, of_tokens)
+        if layer.disable_adapters:
+            return y
+        for part in self._parts:
+            y = part.add_experts(layer, x, y, routing, of_tokens)
+        for name, mine in self._ordinary:
+            if not layer.carries(name):
+                continue
+            changed = layer.add_routed(name, x, y, routing, of_tokens)
+            if mine is not None:  # a mask waits for no device
+                rows = routing.tokens // (total // (known or 1))
+                changed = torch.where(torch.isin(rows, mine).unsqueeze(-1), changed, y)
+            y = changed
+        return y
 
     def forward(self, layer: QveraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """base(x) plus what each token's own adapter adds; x is [..., n].

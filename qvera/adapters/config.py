@@ -28,9 +28,10 @@ PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model.shared."
 """The prefix for tensors that all linears share."""
 
-FORMAT_VERSION = LABELS_VERSION = 4
+LABELS_VERSION = 4
+FORMAT_VERSION = 5
 """The newest format that is read. An adapter names the oldest one that has all it needs."""
-# 1: one b and one d for each linear; 2: b_groups, input_scale; 3: method, magnitude; 4: labels
+# 1: one b and one d for each linear; 2: b_groups, input_scale; 3: method, magnitude; 4: labels; 5: experts
 
 _BIASES = ("none", "all", "qvera_only")
 _DEFAULTS = AdapterSection()
@@ -74,6 +75,7 @@ class QveraConfig(PeftConfig):
     init_weights: bool = True
     b_groups: int = _DEFAULTS.b_groups
     input_scale: bool = _DEFAULTS.input_scale
+    experts: str = _DEFAULTS.experts
     magnitude: bool | None = _DEFAULTS.magnitude
     d_initial: float = _DEFAULTS.d_initial
     train_d: bool = _DEFAULTS.train_d
@@ -120,7 +122,8 @@ class QveraConfig(PeftConfig):
         self._check_values()
         needed = 2 if self.b_groups > 1 or self.input_scale else 1
         needed = 3 if self.method != _DEFAULTS.method or self.magnitude else needed
-        self.format_version = max(self.format_version, LABELS_VERSION if self.labels else needed)
+        needed = LABELS_VERSION if self.labels else needed
+        self.format_version = max(self.format_version, FORMAT_VERSION if self.experts != "none" else needed)
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 

@@ -91,6 +91,13 @@ class Factors(NamedTuple):
         """Columns of ΔW."""
         return self._replace(A=self.A[:, part], a=None if self.a is None else self.a[part])
 
+    def expert(self, number: int) -> Factors:
+        """ΔW of one expert, where vectors have a first dimension for the experts of a layer."""
+        if self.d is None or self.d.dim() == 1:
+            return self
+        d, b, a = (None if v is None else v[number] for v in (self.d, self.b, self.a))
+        return self._replace(d=d, b=b, a=a)
+
     def detached(self) -> Factors:
         """All factors in fp32, without a graph."""
         parts = (p.detach().float() if isinstance(p, Tensor) else p for p in self)

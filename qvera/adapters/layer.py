@@ -26,6 +26,7 @@ from qvera.adapters.products.low_rank import Sampler, trained_linear
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.distributed.zero import is_sharded
 from qvera.models import linear, quantization
+from qvera.models.experts import ExpertStack, expert_specs
 from qvera.models.structure import returns_more
 
 
@@ -35,7 +36,22 @@ def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
         return base_layer.weight.shape[0], base_layer.weight.shape[1]
     if isinstance(base_layer, nn.Linear) and not returns_more(base_layer):  # bitsandbytes' are nn.Linear too
         return base_layer.in_features, base_layer.out_features
-    return None
+    return (base_layer.in_features, base_layer.out_features) if isinstance(base_layer, ExpertStack) else None
+
+
+def spec_of(name: str, base_layer: nn.Module) -> LinearSpec:
+    """A layer that can be adapted as methods see it; TypeError for another one."""
+    if (shape := layer_shape(base_layer)) is None:
+        raise TypeError(f"QVERA adapts linear layers, not {type(base_layer).__name__}")
+    return LinearSpec(name, *shape, base_layer.spec.experts if isinstance(base_layer, ExpertStack) else 0)
+
+
+def linear_specs(model: nn.Module) -> dict[str, LinearSpec]:
+    """A model's linears and experts that can be adapted, by name."""
+    found = {name: spec_of(name, m) for name, m in model.named_modules() if layer_shape(m) is not None}
+    for name, (experts, m, n, is_transposed) in expert_specs(model).items():  # that are parameters still
+        found[name] = LinearSpec(name, *((m, n) if is_transposed else (n, m)), experts)
+    return found
 
 
 class AdaptedForward:
@@ -265,11 +281,9 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         shared: VectorDict | None = None,
     ) -> None:
         super().__init__()
-        shape = layer_shape(base_layer)
-        if shape is None:
-            raise TypeError(f"QVERA adapts linear layers, not {type(base_layer).__name__}")
+        self.spec = spec_of(full_name, base_layer)
         self.base_layer = base_layer
-        self.in_features, self.out_features = shape
+        self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
         self.qvera_dropout: Any = nn.ModuleDict()
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection: Any = nn.ModuleDict()
@@ -278,7 +292,6 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         self.qvera_shared: dict[str, VectorDict] = {}
         """Adapter → tensors that belong to the whole model (`SharedTensors`), so not to this module."""
         self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
-        self.spec = LinearSpec(full_name, self.in_features, self.out_features)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None

@@ -17,8 +17,8 @@ from qvera.adapters.bank import AdapterBank, AdapterShape, User, shape_of
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.files.save_load import load_vectors, put_on
-from qvera.adapters.layer import QveraLinear, adapted_layers, layer_shape
-from qvera.adapters.methods import LinearSpec, method_of
+from qvera.adapters.layer import QveraLinear, adapted_layers, linear_specs
+from qvera.adapters.methods import method_of
 from qvera.models.loader import Base
 from qvera.utils.errors import InputError
 
@@ -63,12 +63,6 @@ def load_adapters(
         load_vectors(adapted, read_adapter(Path(directories[name]))[1], str(directories[name]), name)
     adapted.base_model.__dict__["banked"] = users
     return adapted
-
-
-def linear_specs(model: nn.Module) -> dict[str, LinearSpec]:
-    """The base model's linears that can be adapted, by name."""
-    shapes = {name: layer_shape(module) for name, module in model.named_modules()}
-    return {name: LinearSpec(name, *shape) for name, shape in shapes.items() if shape is not None}
 
 
 def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:

@@ -11,10 +11,12 @@ from torch import nn
 
 from qvera.adapters.bank import MixedForward, User
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
-from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers, layer_shape
+from qvera.adapters.experts import QveraExperts
+from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers, layer_shape, spec_of
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.models import lean_layers, linear
+from qvera.models.experts import ExpertStack, stack_experts
 from qvera.models.structure import beside_the_layers, head_size
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
@@ -76,8 +78,10 @@ class QveraModel(BaseTuner):
                 "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.files.save_load.load_adapter."
             )
         linear.freeze_linears(model)
+        if config.experts != "none":
+            stack_experts(model)
         matched, method = self._match_targets(model, config), method_of(config)
-        found = [(LinearSpec(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
+        found = [(spec_of(name, base), base) for name, base in matched]
         method.prepare(config, found)
         self._share_tensors(model, config, adapter_name, found)
         if method.source is Source.SEEDED:
@@ -142,7 +146,8 @@ class QveraModel(BaseTuner):
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
         if config.target_modules is not before:  # all linears by full names, which would overrule layers_to_transform
-            config.target_modules = set(config.target_modules or ()) - beside_the_layers(model)
+            experts = {n for n, m in model.named_modules() if isinstance(m, (ExpertStack, QveraExperts))}
+            config.target_modules = set(config.target_modules or ()) - beside_the_layers(model) | experts
             config.target_modules = _short_names(config.target_modules, list(config.target_modules), model)
         targets = config.target_modules
         names = {targets} if isinstance(targets, str) else set(targets)
@@ -152,18 +157,21 @@ class QveraModel(BaseTuner):
             unmatched -= {name for name in names if key == name or key.endswith(f".{name}")}
             if self._check_target_module_exists(config, key):
                 matched.append((key, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module))
+        linears = [(key, base) for key, base in matched if not isinstance(base, ExpertStack)]
+        if config.experts == "none" and len(linears) < len(matched):  # `down_proj` means the dense one then
+            matched, targets = linears, [key for key, _ in linears]
         wrong_kind = [f"{key} ({type(base).__name__})" for key, base in matched if layer_shape(base) is None]
         if wrong_kind:
             raise InputError(
                 f"adapter.targets: QVERA adapts linear layers only, but these are none: {', '.join(wrong_kind[:5])}."
             )
         if not matched or (unmatched and not isinstance(targets, str)):
-            linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
+            known = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
             keys = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
             limits = [f"{k} {v}" for k in keys if (v := getattr(config, k)) is not None]
             raise InputError(
                 f"adapter.targets: no module of this model is named {', '.join(sorted(unmatched or names))}"
-                f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(linears)}."
+                f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(known)}."
             )
         config.target_modules = _short_names(targets, [key for key, _ in matched], model)
         return matched
@@ -179,11 +187,11 @@ class QveraModel(BaseTuner):
         **_: object,
     ) -> None:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        method, home, shape = method_of(peft_config), _home(base, self.model), layer_shape(base)
+        method, home = method_of(peft_config), _home(base, self.model)
         projection: SharedProjection | OwnProjection | None = None
         if method.source is Source.SEEDED:
             projection = self._projection(peft_config, *home)
-        elif shape and (pair := method.own_pair(peft_config, LinearSpec(current_key, *shape), base)) is not None:
+        elif (pair := method.own_pair(peft_config, spec_of(current_key, base), base)) is not None:
             peft_config.check_pair(current_key, pair)
             A, B = (factor.to(*home) for factor in pair)
             projection = OwnProjection(A, B)
@@ -191,7 +199,8 @@ class QveraModel(BaseTuner):
         if isinstance(target, QveraLinear):
             target.update_layer(adapter_name, projection, peft_config, shared)
             return
-        layer = QveraLinear(target, adapter_name, projection, peft_config, current_key, shared)
+        kind = QveraExperts if isinstance(base, ExpertStack) else QveraLinear
+        layer = kind(target, adapter_name, projection, peft_config, current_key, shared)
         layer.made_in = home[1]
         if adapter_name not in self.active_adapters:
             # a further adapter is not trained until it is made active

@@ -119,6 +119,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "rank": config.get("rank", config.get("r")),
         "b_groups": config.get("b_groups", 1),
         "input_scale": config.get("input_scale", False),
+        "experts": config.get("experts", "none"),
         "magnitude": bool(config.get("magnitude")),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
         "adapted_modules": config.get("shared_by")

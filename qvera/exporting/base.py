@@ -8,6 +8,7 @@ whole weight are found before its rows are read.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ from qvera.adapters.layer import layer_shape
 from qvera.config.schema import ModelSection
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization
+from qvera.models.conversion import FusedTensor, as_named, fused_tensors
+from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
 from qvera.models.nf4 import BLOCK
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
-from qvera.models.stored_weights import PackedWeight, as_named, packed_weights, without_statistics
+from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.structure import beside_the_layers
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed
@@ -56,6 +59,7 @@ class TrainedBaseReader(CheckpointReader):
         section: ModelSection,
         compute: torch.dtype,
         model: PreTrainedModel,
+        stacks: Collection[str] = (),
     ) -> None:
         super().__init__(entries, stamps, known)
         self.section, self.compute = section, compute
@@ -67,6 +71,8 @@ class TrainedBaseReader(CheckpointReader):
             if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
         }
         """Quantized weight → whether it is a Conv1D's, which is stored [in, out] and quantized as [out, in]."""
+        self.stacks = set(stacks) if self.four_bit else set()
+        """Weights [E, m, n] of experts, each of which is quantized by itself."""
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
         """With the absolute maxima of the whole tensor where it was quantized to 4 bits. A Conv1D is one block."""
@@ -84,6 +90,8 @@ class TrainedBaseReader(CheckpointReader):
 
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` of a block as training had them, in ``compute``."""
+        if block.entry.name in self.stacks:
+            return torch.stack([quantization.as_trained(expert, self.section, self.compute) for expert in rows])
         transposed = self.transposed.get(block.entry.name)
         if transposed is None:
             return rows.to(self.compute)
@@ -126,12 +134,13 @@ class PackedBaseReader(CheckpointReader):
         if weight is None:
             yield from self.read(descriptor, entry)
             return
-        absmax, (m, n) = weight.absmax(), weight.dense.shape
-        step = rows_per_block(n, weight.blocksize)
-        for first in range(0, m, step):
-            start, stop = first * n // 2, min(first + step, m) * n // 2
+        absmax, (count, *sizes) = weight.absmax(), weight.dense.shape
+        each = math.prod(sizes)  # of a row, or of an expert
+        step = rows_per_block(each, weight.blocksize)
+        for first in range(0, count, step):
+            start, stop = first * each // 2, min(first + step, count) * each // 2
             data = read_bytes(descriptor, entry, start, stop - start)
-            yield Block(weight.dense, first, data, first + step >= m, absmax)
+            yield Block(weight.dense, first, data, first + step >= count, absmax)
 
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` of a block as training used them, in ``compute``."""
@@ -168,12 +177,15 @@ class AdapterOnBase(NamedTuple):
     compute: torch.dtype  # of the base's computations
     adapter: AdapterDeltas
     model_class: ModelClass
+    fused: dict[str, FusedTensor]  # stacks of experts that lie in the files as several tensors
+    stacks: dict[str, str]  # the model's name of a stack that is one tensor → its name in the files
 
     def reader(self, section: ModelSection, known: dict[str, str]) -> TrainedBaseReader | PackedBaseReader:
         """Reads weights as training had them; ``known`` has the SHA-256 of files that are already hashed."""
         if self.packed:
             return PackedBaseReader(self.stored, self.stamps, known, self.packed, self.compute)
-        return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model)
+        quantized = {name for own, name in self.stacks.items() if expert_specs(self.model)[own].is_quantizable}
+        return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model, quantized)
 
 
 def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnBase:
@@ -208,11 +220,16 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     for entry in entries:  # whole numbers would be rounded
         if not entry.dtype.is_floating_point:
             raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
-    absent = sorted({f"{name}.weight" for name in adapter.layers} - {entry.name for entry in entries})
+    there = {entry.name for entry in entries}
+    fused = {} if packed else {name: t for name, t in fused_tensors(stored, model).items() if t.is_merged}
+    specs = expert_specs(model)
+    stacks = {own.name: entry.name for own, entry in zip(named, stored, strict=True) if own.name in specs}
+    needed = {name if delta.experts else f"{name}.weight" for name, delta in adapter.layers.items()}
+    absent = sorted(needed - there - fused.keys() - stacks.keys())
     if absent:
         raise InputError(f"{directory}: has no {first_of(absent)}, which the adapter changes.")
     opened = directory, model_class.configured(config), model, stored, packed, entries, file_stamps(stored)
-    return AdapterOnBase(*opened, fingerprint, compute, adapter, model_class)
+    return AdapterOnBase(*opened, fingerprint, compute, adapter, model_class, fused, stacks)
 
 
 def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: TensorEntry) -> torch.Tensor:

@@ -18,11 +18,12 @@ from qvera import __version__
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files.adapter_file import read_adapter, require_places
-from qvera.adapters.layer import layer_shape
+from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
 from qvera.config.schema import ModelSection
+from qvera.models.experts import expert_specs
 from qvera.models.loader import load_base
 from qvera.models.structure import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
@@ -37,7 +38,8 @@ class Delta:
     """Factors of the ΔW of one weight; A and B may be views of a shared pair."""
 
     factors: Factors
-    transposed: bool  # a Conv1D's
+    transposed: bool  # a Conv1D's, or that of experts whose matrices are [in, out]
+    experts: int = 0  # of a layer, for a weight [E, m, n]; 0: it is one matrix
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,14 +52,28 @@ class Delta:
         return getattr(self.factors, "magnitude", None)
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' [r, n] and B' [m, r] in fp32, with ΔW = B' A'."""
+        """A' [r, n] and B' [m, r] in fp32, with ΔW = B' A'. InputError: each expert of a layer has a ΔW of its own."""
+        if self.experts:
+            m, n = self.shape
+            numbers = self.experts * self.factors.rank * (m + n)
+            raise InputError(
+                f"this adapter changes experts (adapter.experts). A LoRA for each of the {self.experts} experts of one "
+                f"projection would hold {numbers:,} numbers, and tools that serve LoRAs do not read it. Export with "
+                "--to merged."
+            )
         return self.factors.lora()
 
     def rows(self, first: int = 0, count: int | None = None, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Rows [first, first + count) of ΔW in fp32: [out, in], or [in, out] for a Conv1D. Default: all.
 
+        Of experts: the matrices [k, m, n] of experts [first, first + count).
+
         A magnitude needs ``weight``, the same rows of W. InputError: a magnitude on a Conv1D.
         """
+        if self.experts:
+            last = self.experts if count is None else first + count
+            each = (dataclasses.replace(self, factors=self.factors.expert(i), experts=0) for i in range(first, last))
+            return torch.stack([delta.rows() for delta in each])
         part = slice(first, None if count is None else first + count)
         if self.magnitude is not None:
             if self.transposed or weight is None:
@@ -168,9 +184,9 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
             f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
             f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model."
         )
-    modules = dict(base.named_modules())
-    shapes = {name: shape for name, module in modules.items() if (shape := layer_shape(module)) is not None}
-    linears = {name: LinearSpec(name, *shape) for name, shape in shapes.items()}
+    modules, stacks = dict(base.named_modules()), expert_specs(base)
+    linears = linear_specs(base)
+    shapes = {name: (spec.in_features, spec.out_features) for name, spec in linears.items()}
     head: dict[str, torch.Tensor] = {}
     if has_head:
         starts = tuple(f"{name}." for name in config.modules_to_save or ())
@@ -231,7 +247,9 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
             except InputError as error:
                 raise InputError(f"{adapter_dir}: {error}") from None
             factors = method_of(own).factors(own, spec, {**shared, **vectors}, views)
-        layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
+        stack = stacks.get(name)
+        turned = isinstance(modules.get(name), Conv1D) if stack is None else stack.is_transposed
+        layers[name] = Delta(factors, turned, 0 if stack is None else stack.experts)
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
     return AdapterDeltas(config, pair, layers, file_sha256(adapter_dir / ADAPTER_WEIGHTS), head)

@@ -7,6 +7,7 @@ a directory for a model. An interrupted export continues from whole shards.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -22,14 +23,22 @@ from qvera.config.schema import ExportSection, ModelSection
 from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import PackedBaseReader, TrainedBaseReader, one_thread_each, open_adapter_on_base
 from qvera.exporting.deltas import TokenTable, token_tables
-from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
+from qvera.models import quantization
+from qvera.models.safetensors_stream import (
+    Block,
+    CheckpointReader,
+    in_order,
+    read_bytes,
+    write_index,
+    write_shard,
+)
 from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_processor
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
-from qvera.utils.safetensors_io import TensorSpec, grouped_by_bytes
+from qvera.utils.safetensors_io import TensorEntry, TensorSpec, grouped_by_bytes
 from qvera.utils.signals import StopRequests
 
 _MERGING_BYTES = 2 * 10**9
@@ -72,7 +81,18 @@ class Merging:
         self.device = accelerator.current_device()
         if memory.available_bytes(self.device) < _MERGING_BYTES:  # something else has filled it
             self.device = torch.device("cpu")
-        self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.on(self.device).layers.items()}
+        self.deltas = {
+            base.stacks.get(name, name) if delta.experts else f"{name}.weight": delta
+            for name, delta in self.adapter.on(self.device).layers.items()
+        }
+        changed = base.fused.keys() if options.base == "dequantized" else base.fused.keys() & self.deltas.keys()
+        self.expert_sources = {
+            source: (base.fused[name], *place)
+            for name in changed
+            for source, place in base.fused[name].expert_of().items()
+        }
+        """Tensor of a single expert in the files → its stack, the expert's number, and its place in the expert."""
+        self.merged_expert = functools.lru_cache(maxsize=4)(self._merged_expert)  # its tensors come one after the other
         self.head = dict(sorted(self.adapter.head.items()))  # tensors of a classification head, fp32
         # in the order of the base's files; then those of the head
         self.specs = [TensorSpec(name, self.dtype, shape) for name, shape in shapes.items()]
@@ -136,6 +156,8 @@ class Merging:
 
         The host waits for an accelerator twice a block: for the numbers and for the rows. RunFailed: NaN or Inf.
         """
+        if block.entry.name in self.expert_sources:
+            return self._merge_expert(block)
         name, weight, found = block.entry.name, block.rows, None
         numbers: list[torch.Tensor] = []
         delta = self.deltas.get(name)
@@ -165,6 +187,42 @@ class Merging:
                 f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
             )
         return block, result.cpu(), found
+
+    def _merged_expert(self, target: str, number: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """W + ΔW and ΔW of one expert in fp32, each in the tensors that the base's files have of it."""
+        fused, section = self.base.fused[target], self.section
+        with contextlib.ExitStack() as stack:
+
+            def read(entry: TensorEntry, _: int | None) -> torch.Tensor:
+                handle = stack.enter_context(open(entry.file, "rb", buffering=0))
+                data = read_bytes(handle.fileno(), entry, 0, entry.size_bytes)
+                return data.view(entry.dtype).view(entry.shape)
+
+            weight = fused.part(number, read)
+        is_quantized = section.quantization in ("nf4", "fp4") and weight.numel() % 64 == 0
+        if self.options.base == "dequantized":
+            compute = self.base.compute
+            weight = quantization.as_trained(weight, section, compute) if is_quantized else weight.to(compute)
+        if (delta := self.deltas.get(target)) is None:
+            return fused.split(weight), None
+        change = delta.rows(number, 1)[0].cpu()
+        return fused.split(change + weight), fused.split(change)
+
+    def _merge_expert(self, block: Block) -> Merged:
+        """As `_merge`, for rows of a tensor of one expert."""
+        name, rows = block.entry.name, slice(block.first, block.first + len(block.rows))
+        fused, number, place = self.expert_sources[name]
+        merged, changes = self.merged_expert(fused.spec.name, number)
+        result, found = merged[place][rows].to(self.dtype), None
+        if not torch.isfinite(result).all():
+            raise RunFailed(
+                f"{name}: has NaN or Inf, or values beyond {self.dtype}, after merging. Export with --dtype bfloat16, "
+                "or look at this adapter and this weight; this shard was not finished."
+            )
+        if changes is not None:
+            change = changes[place][rows].abs()
+            found = change.max().item(), change.sum().item()
+        return block, result.contiguous(), found
 
     def config(self) -> PretrainedConfig:
         """The config of the merged model: its dtype, its tokens, no quantization."""

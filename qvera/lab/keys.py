@@ -56,7 +56,7 @@ class AdapterKeys(Section):
     the sum of all, and at most ``rank``."""
     frozen_pair: Literal["seeded", "svd"] = "seeded"
     """Read by ``sara``: A and B are VeRA's shared random pair, or each layer's own from the SVD of its weight."""
-    experts: Positive = 1
+    mixed_vectors: Positive = 1
     """Read by ``sara``: vectors d that a trained router mixes for each token (Mo-SARA). Above 1 the adapter can't be
     merged or exported as a LoRA."""
     lorta_convention: Literal["input-first", "output-first"] = "input-first"
@@ -271,7 +271,7 @@ class ConfigFields:
     Args:
         singular_share: SARA's share of the sum of a weight's singular values, by which its rank is chosen.
         frozen_pair: where SARA's A and B come from.
-        experts: SARA's sets of values that a router mixes.
+        mixed_vectors: SARA's sets of values that a router mixes.
         ranks: linear → the rank that SARA's rule gave.
         lorta_convention: on which side of a weight LoRTA's A is.
         seed_chain: the seeds of the phases of a run that resampled its projections, ``projection_seed`` first. The rank
@@ -280,14 +280,16 @@ class ConfigFields:
 
     singular_share: float = 0.1
     frozen_pair: str = "seeded"
-    experts: int = 1
+    mixed_vectors: int = 1
     ranks: dict[str, int] | None = None
     lorta_convention: str = "input-first"
     seed_chain: list[int] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
         config: Any = self
+        if isinstance(config.experts, int):  # the name that adapters had for it before the core read it
+            self.mixed_vectors, config.experts = config.experts, "none"
+        super().__post_init__()  # type: ignore[misc]
         self.current_phase: int | None = None
         """The phase of ``seed_chain`` that is trained now; None outside of training. Not part of the file."""
         if not (chain := self.seed_chain):
@@ -307,5 +309,5 @@ class ConfigFields:
         return tuple(self.seed_chain) if self.seed_chain else config.seeds
 
 
-FACTS = {"experts": 1, "seed_chain": None}
+FACTS = {"mixed_vectors": 1, "seed_chain": None}
 """Fields of `ConfigFields` that `qvera info` and the report show → their defaults."""

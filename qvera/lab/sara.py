@@ -4,7 +4,7 @@ The rank is the smallest number of leading singular values whose sum is ``singul
 ``rank``. A and B are prefixes of VeRA's shared random pair, or with ``frozen_pair: svd`` the linear's own Σ Vᵀ and U.
 The authors published no code; the vector b [out_features], 0 at first, is from a third party's.
 
-With ``experts`` above 1 it is Mo-SARA: several vectors d are mixed for each token, z = A x, with the gates
+With ``mixed_vectors`` above 1 it is Mo-SARA: several vectors d are mixed for each token, z = A x, with the gates
 softmax(w_out (w_in · z / rms(z))). So there is no one ΔW to merge.
 """
 
@@ -37,11 +37,11 @@ class Sara(Method):
 
     name = "sara"
     title = "SARA"
-    keys = {"singular_share": True, "frozen_pair": True, "experts": True, "d_initial": False, "train_d": False}
+    keys = {"singular_share": True, "frozen_pair": True, "mixed_vectors": True, "d_initial": False, "train_d": False}
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
 
     def variant(self, adapter: Settings) -> Method:
-        return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
+        return _VARIANTS[adapter.frozen_pair == "svd", adapter.mixed_vectors > 1]
 
     def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[LinearSpec, nn.Module]]) -> None:
         if adapter.ranks is not None:
@@ -100,7 +100,7 @@ class _Mixture(Sara):
     change = Change.PER_TOKEN
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
-        k, experts = self.rank_at(adapter, spec), adapter.experts
+        k, experts = self.rank_at(adapter, spec), adapter.mixed_vectors
         shapes = super().tensors(adapter, spec) | {"qvera_d": (experts, k)}
         return {**shapes, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
 
@@ -118,13 +118,13 @@ class _Mixture(Sara):
     ) -> LinearBytes:
         # of each token: z / rms(z) in fp32 (in 16 bits also z in fp32), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, score and gates
         k, size = self.rank_at(adapter, spec), dtype.itemsize
-        kept = tokens * (k * ((4 if size == 4 else 8) + 2 * size) + 4 * (2 + adapter.experts)) + 4 * k
+        kept = tokens * (k * ((4 if size == 4 else 8) + 2 * size) + 4 * (2 + adapter.mixed_vectors)) + 4 * k
         return LinearBytes(kept, 4 * k * (2 * spec.out_features + 3 * tokens), 0)
 
     def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         raise InputError(
-            f"adapter.experts: the router mixes {adapter.experts} sets of values for each token, so there is no one ΔW "
-            "to merge or to write as a LoRA. Answer with the run itself, or train with experts: 1."
+            f"adapter.mixed_vectors: the router mixes {adapter.mixed_vectors} sets of values for each token, so there "
+            "is no one ΔW to merge or to write as a LoRA. Answer with the run itself, or train with mixed_vectors: 1."
         )
 
     def add(self, layer: Any, adapter_name: str, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:

@@ -150,13 +150,10 @@ def compute_dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-class _FrozenForward:
-    """Mixed into a linear class: the forward of `frozen_linear`, and a guard against casts of packed bytes."""
+class FrozenPacked:
+    """Mixed into a module whose weight may be packed: a guard against casts of its bytes."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return frozen_linear(cast(nn.Linear, self), x)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Packed bytes may be stored as bfloat16 or float16. `model.to(torch.float16)` would convert them as if they
         # were weights and destroy them silently. A cast changes how the layer computes; packed bytes only move.
         weight = cast(nn.Linear, self).weight
@@ -172,6 +169,13 @@ class _FrozenForward:
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
         return super()._apply(guarded, recurse)  # type: ignore[misc]
+
+
+class _FrozenForward(FrozenPacked):
+    """Mixed into a linear class: the forward of `frozen_linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return frozen_linear(cast(nn.Linear, self), x)
 
 
 class FrozenLinear4bit(_FrozenForward, Linear4bit):

@@ -17,10 +17,12 @@ from qvera.config.schema import ModelSection
 from qvera.data.tokenization import pad_id_of, require_eos
 from qvera.distributed.zero import whole_numel
 from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
+from qvera.models.conversion import as_named
+from qvera.models.experts import stacks
 from qvera.models.hub import base_directory
 from qvera.models.loss import require_own_logits
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
-from qvera.models.stored_weights import NotMappable, as_named, load_mapped
+from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.models.structure import expert_weights
 from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
@@ -247,14 +249,16 @@ def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype
         raise InputError(
             f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
         )
-    quantized = [*four_bit, *eight_bit]
-    packed = {id(m.weight) for m in quantized}
+    quantized, held = [*four_bit, *eight_bit], stacks(model)
+    packed = {id(m.weight) for m in (*quantized, *held)}
     sizes = [(whole_numel(p), p.element_size()) for p in model.parameters() if id(p) not in packed]
     experts = expert_weights(model).values()
     return {
         "path": section.path,
         "architecture": type(model).__name__,
-        "parameters": sum(n for n, _ in sizes) + sum(m.in_features * m.out_features for m in quantized),
+        "parameters": sum(n for n, _ in sizes)
+        + sum(m.in_features * m.out_features for m in quantized)
+        + sum(math.prod(m.spec.shape) for m in held),
         "quantization": found["quantization"],
         "double_quant": section.double_quant if four_bit else None,
         "compute_dtype": compute,
@@ -263,7 +267,10 @@ def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype
         "int8_modules": len(eight_bit),
         "expert_tensors": len(experts),
         "expert_bytes": sum(whole_numel(p) * p.element_size() for p in experts),
-        "base_bytes": sum(n * width for n, width in sizes) + sum(map(quantization.storage_bytes, quantized)),
+        "quantized_expert_bytes": sum(m.storage_bytes for m in held),
+        "base_bytes": sum(n * width for n, width in sizes)
+        + sum(map(quantization.storage_bytes, quantized))
+        + sum(m.storage_bytes for m in held),
     }
 
 
@@ -274,7 +281,7 @@ def experts_note(facts: dict[str, Any]) -> str | None:
     size_bytes, share = facts["expert_bytes"], facts["expert_bytes"] / facts["base_bytes"]
     return (
         f"{facts['expert_tensors']} tensors of experts ({size(size_bytes)}, {share:.0%} of the base) are neither "
-        "adapted nor quantized: they are no linears. Attention and dense MLPs are."
+        "adapted nor quantized. Attention and dense MLPs are."
     )
 
 

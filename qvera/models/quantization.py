@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
     from bitsandbytes.nn import Linear8bitLt as Linear8bit
+
+    from qvera.models.experts import ExpertStack
 else:
     Linear4bit = bnb.nn.Linear4bit
     Linear8bit = bnb.nn.Linear8bitLt
@@ -68,50 +70,77 @@ def four_bit_linears(model: nn.Module, section: ModelSection, heads: Sequence[st
 
 
 STATE_KEY = "quant_state.bitsandbytes__"
-_NESTED_BLOCK = 256
+NESTED_BLOCK = 256
+"""Scales that share one scale, with double quantization."""
 _FLOAT_CHARACTERS = 24
 """The longest that JSON writes a float: -1.2345678901234567e-123."""
 
 
 def serialized_layout(weight: TensorSpec, section: ModelSection) -> list[TensorSpec]:
-    """The tensors that bitsandbytes stores for a 4-bit weight: the packed one first, then its statistics.
+    """The tensors that bitsandbytes stores for a 4-bit weight [m, n]: the packed one first, then its statistics.
 
     Wide dtypes come first. The JSON at the end is padded with blanks, so its length does not depend on its numbers, and
-    the next weight starts at a multiple of 64 bytes if this one did.
+    the next weight starts at a multiple of 64 bytes if this one did. A stack of experts [E, m, n] has each expert's
+    bytes and scales one after the other, and in its JSON a ``nested_offset`` for each of them.
     """
     name, storage = weight.name, getattr(torch, section.quant_storage)
-    blocks = -(-weight.numel // 64)
-    scales = TensorSpec(f"{name}.absmax", torch.uint8 if section.double_quant else torch.float32, (blocks,))
+    experts = expert_count(weight.shape)
+    blocks = -(-weight.numel // experts // 64)
+    scales = TensorSpec(f"{name}.absmax", torch.uint8 if section.double_quant else torch.float32, (experts * blocks,))
     layout = [TensorSpec(name, storage, (-(-weight.numel // 2) // storage.itemsize, 1))]
     code = TensorSpec(f"{name}.quant_map", torch.float32, (16,))
     dtype = str(weight.dtype).removeprefix("torch.")
     state: dict[str, object] = {"quant_type": "nf4", "blocksize": 64, "dtype": dtype, "shape": weight.shape}
     if section.double_quant:
-        nested = TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),))
+        nested = TensorSpec(f"{name}.nested_absmax", torch.float32, (experts * -(-blocks // NESTED_BLOCK),))
         layout += [nested, TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)), code, scales]
-        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+        offset = [0.0] * experts if len(weight.shape) == 3 else 0.0
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     else:
         layout += [scales, code]
-    length = len(json.dumps(state)) + _FLOAT_CHARACTERS
+    length = len(json.dumps(state)) + _FLOAT_CHARACTERS * experts
     length += -(sum(spec.size_bytes for spec in layout) + length) % 64
     return [*layout, TensorSpec(f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
 
 
+def expert_count(shape: Sequence[int]) -> int:
+    """How many matrices a weight of this shape holds, each of which is quantized by itself."""
+    return shape[0] if len(shape) == 3 else 1
+
+
 def serialized_statistics(weight: TensorSpec, absmax: torch.Tensor, section: ModelSection) -> dict[str, torch.Tensor]:
     """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a whole weight."""
-    code = bnb_functional.get_4bit_type(section.quantization, device=absmax.device)
-    state = bnb_functional.QuantState(absmax, weight.shape, code, 64, section.quantization, weight.dtype)
-    if section.double_quant:
-        state.nested, state.offset = True, absmax.mean()
-        state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK)
-    return serialized_state(weight.name, state, section)
+    code, states = bnb_functional.get_4bit_type(section.quantization, device=absmax.device), []
+    for scales in absmax.view(expert_count(weight.shape), -1):
+        state = bnb_functional.QuantState(scales, weight.shape[-2:], code, 64, section.quantization, weight.dtype)
+        if section.double_quant:
+            state.nested, state.offset = True, scales.mean()
+            state.absmax, state.state2 = bnb_functional.quantize_blockwise(
+                scales - state.offset, blocksize=NESTED_BLOCK
+            )
+        states.append(state)
+    return _serialized(weight, states, section)
 
 
 def serialized_state(name: str, state: QuantState, section: ModelSection) -> dict[str, torch.Tensor]:
     """The tensors of `serialized_layout` but the first, on the CPU."""
-    tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
-    packed = serialized_layout(TensorSpec(name, state.dtype, tuple(state.shape)), section)[-1]
-    text = tensors[packed.name].numpy().tobytes().ljust(packed.numel)
+    return _serialized(TensorSpec(name, state.dtype, tuple(state.shape)), [state], section)
+
+
+def _serialized(weight: TensorSpec, states: Sequence[QuantState], section: ModelSection) -> dict[str, torch.Tensor]:
+    each, name = [state.as_dict(packed=True) for state in states], weight.name
+    tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in each[0].items()}
+    packed = serialized_layout(weight, section)[-1]
+    text = tensors[packed.name].numpy().tobytes()
+    if len(weight.shape) == 3:
+        for key in ("absmax", "nested_absmax"):
+            if key in each[0]:
+                tensors[f"{name}.{key}"] = torch.cat([one[key].cpu() for one in each])
+        state = json.loads(text) | {"shape": weight.shape}
+        if section.double_quant:
+            state["nested_offset"] = [one.offset.item() for one in states]
+        text = json.dumps(state).encode()
+    text = text.ljust(packed.numel)
     tensors[packed.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return tensors
 
@@ -158,7 +187,7 @@ def is_streamed(module: nn.Linear) -> bool:
     return getattr(module.weight, "streamed", None) is not None
 
 
-def bring(module: nn.Linear) -> None:
+def bring(module: nn.Linear | ExpertStack) -> None:
     """Bring a streamed linear's bytes to its device (`qvera.models.stream`). Call it before each read of a weight."""
     if (streamed := getattr(module.weight, "streamed", None)) is not None:
         streamed.stream.use(streamed.layer)
@@ -369,6 +398,15 @@ def quantized_reader(weight: torch.Tensor, section: ModelSection) -> Callable[[]
         weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
     )
     return lambda: dequantized_packed(packed, state)
+
+
+def as_trained(matrix: torch.Tensor, section: ModelSection, dtype: torch.dtype) -> torch.Tensor:
+    """A whole matrix in 16 bits or more as a 4-bit layer has it, in ``dtype``."""
+    packed, state = bnb_functional.quantize_4bit(
+        matrix.contiguous(), blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
+    )
+    state.dtype = dtype
+    return dequantized_packed(packed, state)
 
 
 def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -22,16 +24,25 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
+from qvera.models.conversion import FusedTensor, as_named, fused_tensors
+from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
 from qvera.models.quantized_record import BASES, RECORD, content_identity, problem_of, read_record, settings_of
-from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
-from qvera.models.stored_weights import as_named
+from qvera.models.safetensors_stream import (
+    Block,
+    CheckpointReader,
+    in_order,
+    read_bytes,
+    rows_per_block,
+    write_index,
+    write_shard,
+)
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_sha256, read_json, try_read_json
+from qvera.utils.files import file_sha256, file_stamp, read_json, try_read_json
 from qvera.utils.paths import CERTIFICATE, resolve_path
 from qvera.utils.safetensors_io import (
     TensorEntry,
@@ -69,8 +80,9 @@ class SourceCheckpoint:
     Attributes:
         entries: all tensors, in the order they lie on disk.
         stamps: file name → bytes, mtime_ns, inode, by which hashed content is known again.
-        tensors: those that the model has.
+        tensors: those that the model has, each stack of experts as one, in the order in which they are written.
         quantized: names of the weights that become 4-bit.
+        fused: the stacks of experts that lie in the files as several tensors.
         head_names: modules that are trained, and so never quantized.
         settings: what the copy depends on besides the source (`settings_of`).
     """
@@ -82,6 +94,7 @@ class SourceCheckpoint:
     stamps: dict[str, list[int]]
     tensors: list[TensorEntry]
     quantized: set[str]
+    fused: dict[str, FusedTensor]
     model_class: ModelClass
     head_names: list[str]
     settings: dict[str, Any]
@@ -122,6 +135,9 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     names = {name for name in model.state_dict() if name in stored or name.partition(".")[0] not in heads}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     require_own_weights(directory, entries, model, model_class)
+    specs = {name: spec for name, spec in expert_specs(model).items() if spec.is_quantizable}
+    fused = {name: tensor for name, tensor in fused_tensors(entries, model).items() if name in specs}
+    stored |= fused.keys()
     absent = [n for n in names if n not in stored and tied.get(n) not in stored and n not in tied.values()]
     if absent:
         raise NotPlain(
@@ -135,8 +151,9 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
             f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
             f"loading. {_NOT_AHEAD}"
         )
-    quantized = {f"{name}.weight" for name in linears} & stored
-    for entry in (entry for entry in entries if entry.name in quantized):
+    quantized = ({f"{name}.weight" for name in linears} | specs.keys()) & stored
+    tensors = _as_written(entries, fused, names)
+    for entry in (entry for entry in tensors if entry.name in quantized):
         if entry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise InputError(
                 f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."
@@ -146,11 +163,24 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
                 f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
                 f"{section.quant_storage}. Set model.quant_storage: uint8."
             )
-    tensors, digest = [entry for entry in entries if entry.name in names], file_sha256(directory / "config.json")
-    stamps, settings = file_stamps(entries), settings_of(section, model_class.settings)
+    digest = file_sha256(directory / "config.json")
+    stamps, settings = file_stamps(entries), settings_of(section, config, model_class.settings)
     return SourceCheckpoint(
-        directory, config, digest, entries, stamps, tensors, quantized, model_class, heads, settings
+        directory, config, digest, entries, stamps, tensors, quantized, fused, model_class, heads, settings
     )
+
+
+def _as_written(entries: list[TensorEntry], fused: dict[str, FusedTensor], names: set[str]) -> list[TensorEntry]:
+    """The model's tensors in the order of the files; a fused one stands in the place of its first source."""
+    target_of = {entry.name: t for t in fused.values() for sources in t.sources.values() for entry in sources}
+    written: dict[str, TensorEntry] = {}
+    for entry in entries:
+        if (tensor := target_of.get(entry.name)) is not None:
+            spec = tensor.spec
+            written.setdefault(spec.name, TensorEntry(spec.name, spec.dtype, spec.shape, entry.file, 0, 0))
+        elif entry.name in names:
+            written[entry.name] = entry
+    return list(written.values())
 
 
 def quantize_checkpoint(
@@ -191,11 +221,16 @@ def quantize_checkpoint(
         missing = [(name, specs) for name, specs in shards if not work.has(name)]
         require_space(out, sum(s.size_bytes for _, specs in missing for s in specs), "the quantized copy")
         hashes = work.facts.get("source", {}) | {f.name: h for f, h in (known or {}).items() if f in source.files}
-        reader = CheckpointReader(source.entries, source.stamps, hashes)
+        # stored stacks are read as [E m, n], so that a block is less than an expert
+        flat = [
+            dataclasses.replace(e, shape=(math.prod(e.shape[:-1]), e.shape[-1])) if e.name in source.quantized else e
+            for e in source.entries
+        ]
+        reader = CheckpointReader(flat, source.stamps, hashes)
         planned = {spec.name for _, specs in missing for spec in specs}
-        blocks = reader.blocks({entry.name for entry in source.entries} - planned)
+        blocks = _blocks(source, reader, planned)
         workers, pack = torch.get_num_threads(), functools.partial(_pack, section, source, device)
-        done = source.size_bytes - sum(entry.size_bytes for entry in source.entries if entry.name in planned)
+        done = source.size_bytes - sum(entry.size_bytes for entry in source.tensors if entry.name in planned)
 
         def report(block: Block) -> None:
             nonlocal done
@@ -244,13 +279,56 @@ def _shards(source: SourceCheckpoint, section: ModelSection, shard_bytes: int) -
     return grouped_by_bytes(units, lambda spec: spec.size_bytes, shard_bytes)
 
 
+def _blocks(source: SourceCheckpoint, reader: CheckpointReader, planned: set[str]) -> Iterator[Block]:
+    """The planned tensors in blocks of rows, in the order of ``source.tensors``; a stack of experts as [E m, n]."""
+    order = (entry for entry in source.tensors if entry.name in planned)
+    for block in reader.blocks({entry.name for entry in source.entries} - planned):
+        if block.first == 0:
+            while (entry := next(order)).name != block.entry.name:
+                yield from _expert_blocks(source, entry)
+        yield block._replace(entry=entry)
+    for entry in order:
+        yield from _expert_blocks(source, entry)
+
+
+def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Block]:
+    """A stack whose experts are read from where they lie, one expert in 16 bits at a time."""
+    tensor, (experts, rows, columns) = source.fused[entry.name], entry.shape
+    step = rows_per_block(columns)
+    with contextlib.ExitStack() as stack:
+        handles: dict[Path, int] = {}
+
+        def read(stored: TensorEntry, number: int | None) -> torch.Tensor:
+            if stored.file not in handles:
+                handles[stored.file] = stack.enter_context(open(stored.file, "rb", buffering=0)).fileno()
+            if file_stamp(os.fstat(handles[stored.file])) != source.stamps[stored.file.name]:
+                raise RunFailed(f"{stored.file}: changed while it was read. Run again when it is at rest.")
+            shape = stored.shape if number is None else stored.shape[1:]
+            count = math.prod(shape) * stored.dtype.itemsize
+            return read_bytes(handles[stored.file], stored, (number or 0) * count, count).view(stored.dtype).view(shape)
+
+        for expert in range(experts):
+            matrix = tensor.part(expert, read)
+            for first in range(0, rows, step):
+                part = matrix[first : first + step]
+                is_last = expert == experts - 1 and first + len(part) == rows
+                yield Block(entry, expert * rows + first, part, is_last)
+
+
 def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:
-    """Quantize a block on the CPU, or bring it to the device, which quantizes whole weights."""
-    if block.entry.name not in source.quantized:
+    """Quantize a block, or bring it to the device, which quantizes whole matrices."""
+    name = block.entry.name
+    if name not in source.quantized:
         return block, block.rows, None
-    if device.type != "cpu":
-        return block, block.rows.to(device), None
-    return block, *nf4.pack(block.rows, section.quantization)
+    if device.type == "cpu":
+        return block, *nf4.pack(block.rows, section.quantization)
+    rows = block.rows.to(device)
+    if len(block.entry.shape) == 2:
+        return block, rows, None
+    packed, state = quantization.bnb_functional.quantize_4bit(
+        rows, blocksize=64, compress_statistics=False, quant_type=section.quantization
+    )
+    return block, packed.cpu(), state.absmax.cpu()
 
 
 def _tensors(
@@ -376,8 +454,8 @@ def find_base(section: ModelSection, directory: Path | None = None, model_class:
     known = BASES.hashes.known(files)
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
-    architectures = (try_read_json(directory / "config.json") or {}).get("architectures")
-    settings = settings_of(section, model_class.copied_as(architectures).settings)
+    config = try_read_json(directory / "config.json") or {}
+    settings = settings_of(section, config, model_class.copied_as(config.get("architectures")).settings)
     target = _place(section, content_identity(file_sha256(directory / "config.json"), known, settings))
     return target if problem_of(target) is None else None
 

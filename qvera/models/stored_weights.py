@@ -14,17 +14,16 @@ import contextlib
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from qvera.models import linear, quantization
+from qvera.models.experts import ExpertStack, StackScales, expert_specs, place_stack
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantization import STATE_KEY, bnb_functional
 from qvera.models.structure import decoder_layers, decoder_of
@@ -51,34 +50,6 @@ class NotMappable(Exception):
     """This checkpoint's tensors are not this model's parameters one to one; transformers has to load it."""
 
 
-def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
-    """The tensors of a checkpoint under the model's names, in the same order.
-
-    transformers renames parts of old models (GPT-NeoX's head, ViT's attention), old checkpoints call the vectors of
-    norms gamma and beta, and one of the base model alone lacks a prefix such as ``bert.``. A tensor that transformers
-    fuses, splits or turns keeps its name, and so do all tensors of a 4-bit checkpoint.
-    """
-    known = model.state_dict().keys()
-    unknown = [entry for entry in entries if entry.name not in known]
-    if not unknown or any(_STATE in entry.name for entry in entries):
-        return entries
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    others = [one for one in transforms if not isinstance(one, WeightRenaming)]
-    prefix, names = f"{model.base_model_prefix}.", {}
-    for entry in unknown:
-        name = entry.name
-        for one in renamings:
-            name, _ = one.rename_source_key(name)
-        if any(one.rename_source_key(name)[1] is not None for one in others):
-            continue
-        for own in (name, prefix + name):
-            if own in known:
-                names[entry.name] = own
-    found = [dataclasses.replace(entry, name=names.get(entry.name, entry.name)) for entry in entries]
-    return found if len({entry.name for entry in found}) == len(found) else entries
-
-
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
     """A 4-bit weight as it lies in the files."""
@@ -86,12 +57,14 @@ class PackedWeight:
     packed: TensorEntry
     """The nibbles, in any dtype."""
     dense: TensorEntry
-    """What a reader gets in its place: [out_features, in_features], with the bytes of ``packed``."""
+    """What a reader gets in its place: [m, n], or [E, m, n] for a stack of experts, with the bytes of ``packed``."""
     statistics: dict[str, TensorEntry]
     """By the end of their names, such as ``absmax``."""
     quant_type: str
     blocksize: int
     double_quant: bool
+    offset: torch.Tensor | None = None
+    """What double quantization took from the scales of each expert of a stack, fp32 [E]."""
 
     def absmax(self) -> torch.Tensor:
         """The scale of each block of the whole weight, fp32 [blocks]."""
@@ -99,29 +72,42 @@ class PackedWeight:
         for key, entry in self.statistics.items():
             with safe_open(entry.file, framework="pt") as file:
                 tensors[key] = file.get_tensor(entry.name)
+        if self.offset is not None:
+            experts = self.dense.shape[0]
+            return self.scales({key.rpartition(".")[2]: t for key, t in tensors.items()}).of(0, experts).view(-1)
         state = bnb_functional.QuantState.from_dict(tensors, torch.device("cpu"))
         if not state.nested:
             return state.absmax
         return bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
+    def scales(self, tensors: dict[str, torch.Tensor]) -> StackScales:
+        """The scales of a stack of experts, from its statistics by the ends of their names."""
+        experts = self.dense.shape[0]
+        nested = tensors.get("nested_absmax")
+        return StackScales(
+            tensors["absmax"].view(experts, -1), tensors["quant_map"], self.quant_type, self.blocksize,
+            None if nested is None else nested.view(experts, -1), tensors.get("nested_quant_map"), self.offset,
+        )  # fmt: skip
+
     def dequantized(self, packed: torch.Tensor, absmax: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows [k, in_features] of the weight in ``dtype``, its compute dtype in training.
+        """Some rows [k, in_features] of the weight, or experts [k, m, n], in ``dtype``, its compute dtype in training.
 
         ``packed`` has their bytes (uint8), ``absmax`` is that of the whole weight. ``first`` is the number of the first
-        row; a block of scales begins with it.
+        row or expert; a block of scales begins with it.
         """
-        columns = self.dense.shape[1]
-        at, count = first * columns // self.blocksize, 2 * packed.numel()
+        sizes = self.dense.shape[1:]
+        at, count = first * math.prod(sizes) // self.blocksize, 2 * packed.numel()
         scales = absmax[at : at + -(-count // self.blocksize)].contiguous()
         code = bnb_functional.get_4bit_type(self.quant_type, device="cpu")
-        shape = torch.Size((count // columns, columns))
+        shape = torch.Size((count // sizes[-1], sizes[-1]))
         state = bnb_functional.QuantState(scales, shape, code, self.blocksize, self.quant_type, dtype)
-        return quantization.dequantized_packed(packed.view(-1, 1), state)
+        return quantization.dequantized_packed(packed.view(-1, 1), state).view(-1, *sizes)
 
 
 def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, PackedWeight]:
     """The 4-bit weights of a checkpoint by name. Raises InputError if they are not whole, or not those of the model."""
     stored, modules, found = {entry.name: entry for entry in entries}, dict(model.named_modules()), {}
+    specs = expert_specs(model)
     parts: dict[str, dict[str, TensorEntry]] = {name.partition(_STATE)[0]: {} for name in stored if _STATE in name}
     for name, entry in stored.items():
         weight = name.partition(_STATE)[0] if _STATE in name else name.rpartition(".")[0]
@@ -130,7 +116,8 @@ def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, Pa
     for name, statistics in parts.items():
         entry = next(one for key, one in statistics.items() if key.startswith(STATE_KEY))
         packed, module = stored.get(name), modules.get(name.removesuffix(".weight"))
-        if packed is None or not isinstance(module, nn.Linear):
+        stack = specs.get(name)
+        if packed is None or (stack is None and not isinstance(module, nn.Linear)):
             raise InputError(f"{entry.file}: has 4-bit statistics of {name}, which is no packed linear of this model.")
         try:
             with open(entry.file, "rb") as file:
@@ -142,7 +129,10 @@ def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, Pa
             ) from None
         if not isinstance(state, dict):
             raise InputError(f"{entry.file}: {entry.name} is no JSON object. Copy or quantize it again.")
-        shape, double_quant = (module.out_features, module.in_features), "nested_offset" in state
+        shape: tuple[int, ...] = () if stack is None else stack.shape
+        if isinstance(module, nn.Linear):
+            shape = module.out_features, module.in_features
+        double_quant = "nested_offset" in state
         needed = {"absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if double_quant else ())}
         blocksize, quant_type = state.get("blocksize"), state.get("quant_type")
         if needed - statistics.keys() or quant_type not in ("nf4", "fp4") or not isinstance(blocksize, int):
@@ -152,10 +142,13 @@ def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, Pa
                 f"{packed.file}: {name} is stored as {state.get('shape')} in {packed.size_bytes:,} packed bytes; the "
                 f"model's config.json says {list(shape)}. One of the two belongs to another model."
             )
-        if statistics["absmax"].numel != -(-math.prod(shape) // blocksize):
+        offsets = torch.tensor(state["nested_offset"]) if stack is not None and double_quant else None
+        if statistics["absmax"].numel != -(-math.prod(shape) // blocksize) or (
+            offsets is not None and len(offsets) != shape[0]
+        ):
             raise InputError(f"{entry.file}: {name} has another number of scales (absmax) than blocks of {blocksize}.")
         dense = dataclasses.replace(packed, dtype=torch.float32, shape=shape)
-        found[name] = PackedWeight(packed, dense, statistics, quant_type, blocksize, double_quant)
+        found[name] = PackedWeight(packed, dense, statistics, quant_type, blocksize, double_quant, offsets)
     return found
 
 
@@ -199,6 +192,7 @@ def load_mapped(
     wanted = model_class.stored_names(entries, model)
     stored = [entry for name, entry in entries.items() if name in wanted and not name.startswith(new_head)]
     packed, plain = _sorted_by_kind(model, stored)
+    specs = expert_specs(model)
     layers = set(decoder_layers(decoder_of(model))) if layers_in_ram or sharder is not None else set()
     prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -221,10 +215,16 @@ def load_mapped(
             if sharder is not None:  # never into the pages of a mapping, which outlive the weight
                 data = data.clone()
             home = torch.device("cpu") if layers_in_ram and name.startswith(tuple(prefixes)) else device
-            path = name.removesuffix(".weight")
-            dense = cast(nn.Linear, model.get_submodule(path))  # `_sorted_by_kind` has looked
-            layer = quantization.prequantized_linear(dense, data, statistics, dtype, home)
-            model.set_submodule(path, layer)
+            layer: Any
+            if name in specs:
+                ends = {key[len(name) + 1 :]: tensor for key, tensor in statistics.items()}
+                layer = ExpertStack(specs[name], data.to(home), weight.scales(ends).to(home), dtype)
+                place_stack(model, name, layer)
+            else:
+                path = name.removesuffix(".weight")
+                dense = cast(nn.Linear, model.get_submodule(path))  # `_sorted_by_kind` has looked
+                layer = quantization.prequantized_linear(dense, data, statistics, dtype, home)
+                model.set_submodule(path, layer)
             del data
             if sharder is not None:
                 sharder(layer.weight, table=False)
@@ -249,14 +249,15 @@ def load_mapped(
 
 def _sorted_by_kind(model: PreTrainedModel, entries: list[TensorEntry]) -> tuple[dict[str, PackedWeight], list[str]]:
     """4-bit weights by name, and the names of all dense tensors."""
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    modules, known = dict(model.named_modules()), model.state_dict().keys()
     four_bit = {entry.name.partition(_STATE)[0] for entry in entries if _STATE in entry.name}
-    unknown = [name for name in four_bit if type(modules.get(name.removesuffix(".weight"))) is not nn.Linear]
+    stacks = expert_specs(model)
+    unknown = [n for n in four_bit if n not in stacks and type(modules.get(n.removesuffix(".weight"))) is not nn.Linear]
     if not unknown:
         packed = packed_weights(entries, model)
         dense = (entry.name for entry in without_statistics(entries, packed))
         plain = [name for name in dense if name not in packed and not name.endswith(_IGNORED)]
-        unknown = [name for name in plain if name not in parameters]
+        unknown = [name for name in plain if name not in known]
     if unknown:
         raise NotMappable(f"{type(model).__name__} has no {first_of(unknown)}")
     return packed, plain
@@ -281,6 +282,9 @@ def _put_plain(
         )
     # On a CPU it stays in the file as it is, and is cast for each product. An accelerator has it in the compute dtype,
     # unless that would take more room than the file's.
+    if key in module._buffers:  # such as what corrects a router's scores: the choice of experts depends on its bits
+        module._buffers[key] = tensor.to(device)
+        return module
     narrower, as_wide = tensor.dtype.itemsize < dtype.itemsize, tensor.dtype.itemsize == dtype.itemsize
     is_table = tensor.numel() >= _TABLE_NUMEL or module is model.get_input_embeddings()
     is_big = type(module) in _BIG and key == "weight" and (isinstance(module, nn.Linear) or is_table)

@@ -1,10 +1,10 @@
 """A 4-bit base larger than the accelerator's memory: its decoder layers stay in RAM, and two are on the device.
 
-Layer i uses buffer i mod 2 of the device: the packed weights and statistics of its linears always point into it. Each
-reader calls `LayerStream.use` first (`quantization.bring` does). It waits for the layer's bytes and starts the copy of
-the likely next layer into the other buffer. A checkpoint recomputes a layer right before its backward, so one copy
-serves both: a training pass over L layers copies 2 L - 4 of them. A copy waits for everything that the computing stream
-was given before, which includes the readers of the layer that it overwrites.
+Layer i uses buffer i mod 2 of the device: the packed weights and statistics of its linears and experts always point
+into it. Each reader calls `LayerStream.use` first (`quantization.bring` does). It waits for the layer's bytes and
+starts the copy of the likely next layer into the other buffer. A checkpoint recomputes a layer right before its
+backward, so one copy serves both: a training pass over L layers copies 2 L - 4 of them. A copy waits for everything
+that the computing stream was given before, which includes the readers of the layer that it overwrites.
 
 The bytes lie in page-locked RAM. If there is too little, they stay in the mapped file, and a thread reads each layer
 into page-locked RAM shortly before its copy.
@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from qvera.models import quantization
+from qvera.models.experts import ExpertStack
 from qvera.models.quantization import Linear4bit
 from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils import accelerator, memory
@@ -117,7 +118,8 @@ def streams_by_itself(base_bytes: int, device: torch.device) -> bool:
 
 def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
     """Stream the 4-bit linears of decoder layers from RAM to ``device``, which has all else of the model."""
-    layers = [[m for m in layer.modules() if isinstance(m, Linear4bit)] for layer in decoder_layers(decoder_of(model))]
+    packed = (Linear4bit, ExpertStack)
+    layers = [[m for m in layer.modules() if isinstance(m, packed)] for layer in decoder_layers(decoder_of(model))]
     LayerStream([layer for layer in layers if layer], device)
 
 
@@ -133,8 +135,8 @@ class StreamedLinear(NamedTuple):
     stream: LayerStream
     layer: int
     packed: torch.Tensor
-    """In the file, on the CPU; so is ``state``."""
-    state: QuantState
+    """In the file, on the CPU; so is ``state``, which a stack of experts has not."""
+    state: QuantState | None
 
 
 class LayerStream:
@@ -142,7 +144,7 @@ class LayerStream:
 
     def __init__(
         self,
-        layers: Sequence[Sequence[Linear4bit]],
+        layers: Sequence[Sequence[Linear4bit | ExpertStack]],
         device: torch.device,
         pinned: bool | None = None,
         copies: CopyStream | None = None,
@@ -161,7 +163,7 @@ class LayerStream:
         self._sizes: list[int] = []
         for linears in layers:
             source, at = [], 0
-            for tensor in (tensor for linear in linears for tensor in quantization.stored_tensors(linear)):
+            for tensor in (tensor for linear in linears for tensor in _stored_tensors(linear)):
                 part = tensor.reshape(-1).view(torch.uint8)
                 source.append((at, part))
                 end = at + len(part)
@@ -189,12 +191,16 @@ class LayerStream:
         for number, linears in enumerate(layers):
             buffer, places = self._buffers[number % 2], iter(self._sources[number])
             for linear in linears:
-                stored, state, on_device = quantization.stored_tensors(linear), linear.weight.quant_state, []
+                stored, state, on_device = _stored_tensors(linear), getattr(linear.weight, "quant_state", None), []
                 for tensor in stored:
                     at, part = next(places)
                     on_device.append(buffer[at : at + len(part)].view(tensor.dtype).view(tensor.shape))
-                quantization.replace_tensors(linear, on_device, device)
-                linear.weight.streamed = StreamedLinear(self, number, stored[0], state)
+                if isinstance(linear, ExpertStack):
+                    linear.replace_tensors(on_device, device)
+                else:
+                    quantization.replace_tensors(linear, on_device, device)
+                weight: Any = linear.weight
+                weight.streamed = StreamedLinear(self, number, stored[0], state)
 
     def use(self, layer: int) -> None:
         """Let the computing stream wait for a layer's bytes, and start the copy of the likely next layer."""
@@ -261,6 +267,10 @@ class LayerStream:
             accelerator.empty_host_cache()  # the page cache needs that RAM now
             return None
         return found
+
+
+def _stored_tensors(module: Linear4bit | ExpertStack) -> list[torch.Tensor]:
+    return module.stored_tensors if isinstance(module, ExpertStack) else quantization.stored_tensors(module)
 
 
 def _fill(chunks: Sequence[torch.Tensor], source: list[tuple[int, torch.Tensor]]) -> None:

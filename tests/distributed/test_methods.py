@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shared-core": {"method": "shared-core", "rank": 4},
     "lorta": {"method": "lorta", "rank": 4},
     "sara": SARA,
-    "mo-sara of the svd": {**SARA, "frozen_pair": "svd", "experts": 3},
+    "mo-sara of the svd": {**SARA, "frozen_pair": "svd", "mixed_vectors": 3},
     "lora-sb": {"method": "lora-sb", "rank": 4, "gradient_rows": 9},
 }
 SPIEL: dict[str, Any] = {"method": "spiel", "rank": 2, "accumulate_steps": 2, "reselect_every": 2}

@@ -114,7 +114,7 @@ def test_the_card_gives_vllm_a_rank_that_it_takes(run: Path, kind: str, rank: in
 
 def test_the_card_of_an_adapter_whose_change_differs_by_token_names_no_export(run: Path) -> None:
     subject = find_subject(run)
-    text = model_card(subject._replace(adapter={**subject.adapter, "method": "sara", "experts": 3}), "anna/x")
+    text = model_card(subject._replace(adapter={**subject.adapter, "method": "sara", "mixed_vectors": 3}), "anna/x")
     assert "qvera generate anna/x" in text
     assert not any(word in text for word in ("qvera export", "vllm", "ollama"))
 

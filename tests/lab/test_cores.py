@@ -36,8 +36,8 @@ from tests.training.runs import cut_off, same, vectors
 
 SARA: dict[str, Any] = {"method": "sara", "rank": 16, "singular_share": 0.3}
 MIXTURES: dict[str, dict[str, Any]] = {
-    "seeded": {**SARA, "experts": 3},
-    "of the weights": {**SARA, "experts": 3, "frozen_pair": "svd"},
+    "seeded": {**SARA, "mixed_vectors": 3},
+    "of the weights": {**SARA, "mixed_vectors": 3, "frozen_pair": "svd"},
 }
 
 
@@ -178,7 +178,7 @@ def test_a_mixture_resumes_to_the_bit_and_its_router_refuses_to_be_merged(
     assert same(vectors(cut), vectors(directory))
     for to in ("lora", "merged"):
         assert main(["export", str(directory), str(tmp_path / "out"), "--to", to]) == 2
-        assert "adapter.experts: the router mixes 3 sets of values for each token" in capsys.readouterr().err
+        assert "adapter.mixed_vectors: the router mixes 3 sets of values for each token" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     layer = next(m for m in open_run(directory).model.modules() if isinstance(m, QveraLinear))
     with pytest.raises(InputError, match="the router mixes 3 sets"):

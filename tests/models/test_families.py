@@ -82,7 +82,8 @@ def test_all_linear_is_every_linear_of_the_layers_but_the_routers(name: str, tmp
     layers = {n for n, m in adapted.get_base_model().named_modules() if isinstance(m, QveraLinear)}
     assert {n.rpartition(".")[2] for n in layers} == set(family.targets.split())
     assert {x.name for x in shape.adapted("all-linear")} == layers
-    assert bool(shape.expert_numbers) == family.has_experts
+    assert bool(shape.expert_numbers) == (family.experts == "dense")
+    assert bool(shape.experts) == (family.experts == "4 bits")
 
 
 def test_the_page_of_models_is_made_from_what_is_tested() -> None:
@@ -103,7 +104,8 @@ def test_a_run_learns_and_resumes_to_the_same_bytes(
     assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
     assert run["model"]["quantization"] == quantization(family)
     assert (find_base(recipe.model) is not None) == (family.four_bit == "mapped")
-    assert bool(run["model"]["expert_bytes"]) == family.has_experts
+    assert bool(run["model"]["expert_bytes"]) == (family.experts == "dense")
+    assert bool(run["model"]["quantized_expert_bytes"]) == (family.experts == "4 bits")
     planned = run["plan"]["memory"]
     standing = [part["bytes"] for part in planned["moments"]["answers"] if part["kind"] == "base"]
     assert sum(standing) == pytest.approx(run["model"]["base_bytes"], rel=0.02)

@@ -57,6 +57,7 @@ def test_facts_of_a_base(tiny_model_dir: Path, quantization: str, double_quant: 
         "int8_modules": 14 if quantization == "int8" else 0,
         "expert_tensors": 0,
         "expert_bytes": 0,
+        "quantized_expert_bytes": 0,
         "base_bytes": packed_bytes.get(quantization, LINEAR_PARAMETERS // 2 + scales) + 2 * DENSE_PARAMETERS,
         "fingerprint": base_fingerprint(tiny_model_dir),
     }

@@ -222,6 +222,7 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
         "rank": config.rank,
         "b_groups": config.b_groups,
         "input_scale": config.input_scale,
+        "experts": config.experts,
         "magnitude": config.magnitude,
         "targets": sorted({name.rpartition(".")[2] for name in layers}),
         "adapted_modules": len(layers),

@@ -91,6 +91,8 @@ class LinearSpec:
     """In the base model, such as ``model.layers.3.self_attn.q_proj``; empty if unknown."""
     in_features: int
     out_features: int
+    experts: int = 0
+    """Experts of a mixture, each of which has a weight of this shape; 0: it is one linear."""
 
 
 class Method(ABC):

@@ -36,7 +36,10 @@ class Vera(Method):
 
     name = "vera"
     title = "VeRA"
-    keys = {"b_groups": True, "input_scale": True, "magnitude": True, "d_initial": False, "train_d": False}
+    keys = {
+        "b_groups": True, "input_scale": True, "magnitude": True, "d_initial": False, "train_d": False,
+        "experts": True,
+    }  # fmt: skip
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
     peft_type: ClassVar[str | None] = "VERA"
 
@@ -46,7 +49,10 @@ class Vera(Method):
     def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
         m, groups = spec.out_features, adapter.b_groups
         shapes: Shapes = {"qvera_b": (m,) if groups == 1 else (groups, m), "qvera_d": (adapter.rank,)}
-        return shapes | {"qvera_a": (spec.in_features,)} if adapter.input_scale else shapes
+        shapes |= {"qvera_a": (spec.in_features,)} if adapter.input_scale else {}
+        if spec.experts and adapter.experts == "each":
+            return {kind: (spec.experts, *shape) for kind, shape in shapes.items()}
+        return shapes
 
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> Tensor:
         init = getattr(adapter, "init_weights", True)

@@ -29,6 +29,10 @@ class AdapterSection(Section):
     input_scale: Bool = False
     """Train a third vector [in_features] that scales the input of A (RandLoRA's Γ). It starts at 1. Layers that read
     the same input then can't share the product with A."""
+    experts: Literal["none", "shared", "each"] = "none"
+    """Adapt the experts of a mixture, with ``targets: all-linear`` or a name such as ``gate_up_proj``: ``each`` expert
+    with its own d and b, or all experts of a layer with one ``shared`` d and b. ``none`` leaves them frozen. Routers
+    are never adapted."""
     magnitude: Bool = False
     """Train the norm of each row of the weight too, as DoRA does (arXiv 2402.09353, DVoRA there): out_features more
     numbers for each linear, which start at the norms of W. Backward then keeps the output of every adapted linear."""
@@ -65,5 +69,7 @@ class AdapterSection(Section):
             yield "init_lora_weights", f"orthogonal takes an even adapter.rank, got {self.rank}."
         if self.magnitude and self.input_scale:
             yield "magnitude", "can't be combined with adapter.input_scale; remove one of the two."
+        if self.magnitude and self.experts != "none":
+            yield "experts", "can't be adapted with adapter.magnitude; remove one of the two."
         if self.input_scale and not self.train_d:
             yield "input_scale", "is a vector to train, and adapter.train_d is false; remove one of the two."

@@ -19,6 +19,7 @@ from qvera.config import plugins
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
+from qvera.models.experts import DENSE_WEIGHTS
 from qvera.models.lean_layers import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.stream import CHUNK_BYTES
@@ -36,9 +37,36 @@ _INPUTS = {
 def kept_bytes(run: PlannedRun) -> int:
     """What one decoder layer keeps for backward, its input included (the first norm keeps that)."""
     tiled = goes_by_tiles(run)  # then the MLP keeps its input
-    inside = run.batch.all_tokens * (run.shape.hidden if tiled else 2 * run.shape.ff) * run.itemsize
+    inside = run.batch.all_tokens * (run.shape.hidden if tiled else 2 * _dense_width(run)) * run.itemsize
     linears = [x for x in run.layer if not (tiled and x.role in _MLP)]
-    return norm_bytes(run) * 2 + _attention_bytes(run) + inside + _adapter_bytes(run, linears)
+    kept = norm_bytes(run) * 2 + _attention_bytes(run) + inside + _adapter_bytes(run, linears)
+    return kept + _expert_bytes(run)[0]
+
+
+def _dense_width(run: PlannedRun) -> int:
+    """The width of the MLP that all tokens go through; beside experts that of the shared ones."""
+    if not run.layer_experts:
+        return run.shape.ff
+    return max((x.m for x in run.layer if x.role == "up_proj"), default=0)
+
+
+def _expert_bytes(run: PlannedRun) -> tuple[int, int]:
+    """What a layer's experts keep for backward, and the most that exists beside it (`qvera.models.experts`)."""
+    if not run.layer_experts:
+        return 0, 0
+    size, rows = run.itemsize, run.batch.all_tokens * run.shape.experts_per_token
+    first, second = (x.adapted_spec for x in run.layer_experts)
+    adapted = {x.name for x in run.adapted_experts}
+    rank, hidden, inner = run.recipe.adapter.rank, second.out_features, second.in_features
+    # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
+    numbers = first.out_features + inner + hidden + rank * sum(x.name in adapted for x in (first, second))
+    # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
+    width = max(first.out_features, hidden)
+    weights = max(math.prod(x.spec.shape) for x in run.layer_experts)
+    largest = max(x.spec.rows * x.spec.columns for x in run.layer_experts)
+    dense = min(weights, max(DENSE_WEIGHTS, largest)) if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
+    flowing = rows * (first.out_features + inner + hidden + width) * size + (rows * width * 4 if adapted else 0)
+    return rows * (numbers * size + 4 * 8), flowing + dense * size
 
 
 def goes_by_tiles(run: PlannedRun) -> bool:
@@ -202,11 +230,11 @@ def _input_gradients(run: PlannedRun, role: str) -> int:
 def _mlp_peak(run: PlannedRun) -> int:
     """The most at a kernel while backward goes through the MLP."""
     T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
-    g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
+    g, wide = T * run.shape.hidden * size, T * _dense_width(run) * size
     # the gradients of gate and up have taken the place of what the MLP kept
     flowing = {"down_proj": g + _input_gradients(run, "down_proj") * wide, "gate_proj": 2 * g, "up_proj": 2 * g}
     products = [_product_bytes(run, x) + flowing[x.role] for x in run.layer if x.role in _MLP]
-    return max([g + 3 * wide, *products]) - down
+    return max([g + 3 * wide, *products, 2 * g + _expert_bytes(run)[1]]) - down
 
 
 def transient_bytes(run: PlannedRun) -> int:
@@ -220,7 +248,12 @@ def transient_bytes(run: PlannedRun) -> int:
         in_mlp, of_mlp = 2 * g + own + _mlp_peak(tile), g
     else:
         in_mlp = _mlp_peak(run)
-        of_mlp = 2 * T * s.ff * size + z.get("down_proj", 0) + max(z.get("gate_proj", 0), z.get("up_proj", 0))
+        of_mlp = (
+            _expert_bytes(run)[0]
+            + 2 * T * _dense_width(run) * size
+            + z.get("down_proj", 0)
+            + max(z.get("gate_proj", 0), z.get("up_proj", 0))
+        )
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
     flowing = dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone)
     flowing["o_proj"] = g + _input_gradients(run, "o_proj") * heads

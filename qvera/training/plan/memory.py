@@ -28,7 +28,7 @@ from qvera.training.plan.activations import (
     product_shapes,
     transient_bytes,
 )
-from qvera.training.plan.run import Linear, Machine, PlannedRun, Shape, Sharing
+from qvera.training.plan.run import ExpertWeights, Linear, Machine, PlannedRun, Shape, Sharing
 from qvera.utils import accelerator
 from qvera.utils.formatting import duration, size
 
@@ -121,12 +121,21 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
     return numbers + 4 * x.m if how == "int8" else four_bit_bytes(numbers, recipe.model.double_quant)
 
 
+def expert_storage_bytes(x: ExpertWeights, recipe: Recipe) -> int:
+    """The weights of a layer's experts in 4 bits; 0 where the recipe leaves them dense."""
+    if recipe.model.quantization not in ("nf4", "fp4"):
+        return 0
+    return x.spec.experts * four_bit_bytes(x.spec.rows * x.spec.columns, recipe.model.double_quant)
+
+
 def layer_bytes(run: PlannedRun) -> list[int]:
-    """Bytes of each decoder layer's linears as they are stored."""
+    """Bytes of each decoder layer's linears and experts as they are stored."""
     layers: dict[int, int] = defaultdict(int)
     for x in run.shape.linears:
         if x.quantizable and x.layer is not None:
             layers[x.layer] += weight_storage_bytes(x, run.recipe, run.itemsize)
+    for stack in run.shape.experts:
+        layers[stack.layer or 0] += expert_storage_bytes(stack, run.recipe)
     return list(layers.values())
 
 
@@ -201,15 +210,18 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     linears = sum(weight_storage_bytes(x, recipe, item) for x in shape.linears if x.quantizable)
     stored = {"none": "dense linears", "int8": "int8 linears"}.get(recipe.model.quantization, "4-bit linears")
     streams = recipe.model.stream is True
+    experts = sum(expert_storage_bytes(x, recipe) for x in shape.experts)
+    dense_experts = shape.expert_numbers + (0 if experts else sum(x.numbers for x in shape.experts))
     if streams and machine.on_gpu:
-        linears -= sum(layer_bytes(run))
+        linears, experts = linears + experts - sum(layer_bytes(run)), 0
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
     (dense_size, dense_mapped), (expert_size, experts_mapped) = machine.dense_itemsize(), machine.dense_itemsize(False)
     dense = (shape.dense_numbers - shape.expert_numbers - tables) * dense_size
     norms = held_bytes(recipe.adapter.rank, [(x.n, x.m) for x in run.adapted], item)
     pairs = 0  # frozen A and B: one pair for all linears, or one for each
     if method.source is Source.SEEDED:
-        pairs = recipe.adapter.rank * (max(x.n for x in run.adapted) + max(x.m for x in run.adapted))
+        sizes = [(x.n, x.m) for x in run.adapted] + [(x.in_features, x.out_features) for x in run.adapted_experts]
+        pairs = recipe.adapter.rank * sum(max(side) for side in zip(*sizes, strict=True))
     elif method.source is Source.OWN:
         pairs = sum(run.rank_at(x) * (x.n + x.m) for x in run.adapted)
     vectors = sum(t.size_bytes for t in run.tensors())
@@ -231,8 +243,9 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("CUDA context", "runtime", machine.context_bytes),
         Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
         Component(stored, "base", linears, machine.mapped_base, 3),
+        Component("4-bit experts", "base", experts, machine.mapped_base, 3),
         Component("two streamed layers", "base", 2 * max(layer_bytes(run), default=0) if streams else 0),
-        Component("experts, not quantized", "base", shape.expert_numbers * expert_size, experts_mapped, 3),
+        Component("experts, not quantized", "base", dense_experts * expert_size, experts_mapped, 3),
         Component("embeddings, head, norms", "base", dense, dense_mapped, 3),
         Component("embedding and head with more rows", "base", tables * dense_size),
         Component("the head as it began", "base", 4 * shape.head_numbers),
@@ -319,13 +332,16 @@ def spread_of(shape: Shape) -> Spread:
     packed = {x: -(-x.n * x.m // 2) for x in shape.linears if x.quantizable}
     weights: dict[int | None, list[int]] = defaultdict(list)
     layers: dict[int | None, int] = defaultdict(int)
+    for stack in shape.experts:
+        layers[stack.layer] += stack.numbers // 2
+        weights[stack.layer].append(stack.numbers // 2)
     for x in shape.linears:
         layers[x.layer] += packed.get(x, 0)
         weights[x.layer].append(packed.get(x, 2 * x.n * x.m))
     last = {x.layer: packed.get(x, 0) for x in shape.linears if x.layer is not None}
     table = 0 if shape.tied else 2 * shape.vocabulary * shape.hidden
     dense = sum(2 * x.n * x.m for x in shape.linears if not x.quantizable)
-    sizes = list(packed.values()) or [0]
+    sizes = [*packed.values(), *(x.numbers // 2 for x in shape.experts)] or [0]
     return Spread(sum(sizes), max(sizes), max(layers.values()), sum(last.values()), table, dense, [*weights.values()])
 
 

@@ -270,8 +270,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     if shape.expert_numbers:
         console.print(
-            f"{count(shape.expert_numbers)} of the parameters are experts. They are neither adapted nor "
-            "quantized: they are no linears."
+            f"{count(shape.expert_numbers)} of the parameters are experts of a kind that is neither adapted nor "
+            "quantized."
         )
     peak = memory.peak_moment
     others = {name: sum(c.bytes for c in memory.at(name)) for name in memory.moments if name != peak}

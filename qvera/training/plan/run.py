@@ -21,6 +21,7 @@ from qvera.adapters.products import fused
 from qvera.config.schema import ModelSection, Recipe
 from qvera.distributed.zero import ZeroConfig
 from qvera.models.checkpointing import Mode
+from qvera.models.experts import StackSpec, expert_specs
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
@@ -30,6 +31,7 @@ from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
 
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "top_k")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -56,6 +58,26 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class ExpertWeights:
+    """A projection of the experts of a layer, which is quantized expert by expert."""
+
+    name: str
+    spec: StackSpec
+    layer: int | None
+
+    @property
+    def numbers(self) -> int:
+        """Weights of all experts."""
+        return math.prod(self.spec.shape)
+
+    @property
+    def adapted_spec(self) -> LinearSpec:
+        """The projection as an adapter's method sees it."""
+        experts, m, n, is_transposed = self.spec
+        return LinearSpec(self.name, *((m, n) if is_transposed else (n, m)), experts)
+
+
+@dataclass(frozen=True)
 class Shape:
     """What memory and time depend on in a model. Counts are numbers, not bytes."""
 
@@ -72,11 +94,13 @@ class Shape:
     head_norms: bool  # q and k are normalized per head (Qwen3)
     linears: tuple[Linear, ...]
     dense_numbers: int  # embeddings, frozen head, norms, biases: all but quantizable weights; a tied head counts once
-    expert_numbers: int  # of those, weights that hold all experts of a layer in one tensor (`expert_weights`)
+    expert_numbers: int  # of those, experts that stay dense (`expert_weights`)
     attention: str  # the implementation that the model picks by itself
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
     image_tokens: int = 0  # of an image, for a model that takes them
     image_numbers: int = 0  # pixel values of an image
+    experts: tuple[ExpertWeights, ...] = ()  # not among the dense numbers
+    experts_per_token: int = 0
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
     @property
@@ -87,15 +111,20 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Parameters of the base model."""
-        return self.dense_numbers + sum(x.n * x.m for x in self.linears if x.quantizable)
+        linears = sum(x.n * x.m for x in self.linears if x.quantizable)
+        return self.dense_numbers + linears + sum(x.numbers for x in self.experts)
 
-    def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
-        """The linears that ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers."""
+    def adapted(self, targets: str | list[str], with_experts: bool = False) -> tuple[Linear, ...]:
+        """The linears that ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers.
+
+        ``with_experts``: a target may name experts only.
+        """
         if isinstance(targets, str):
             return tuple(x for x in self.linears if x.is_target)
-        chosen = {t: {x.name for x in self.linears if f".{x.name}".endswith(f".{t}")} for t in targets}
+        everything = [x.name for x in self.linears] + [x.name for x in self.experts if with_experts]
+        chosen = {t: {name for name in everything if f".{name}".endswith(f".{t}")} for t in targets}
         if missing := sorted(t for t, names in chosen.items() if not names):
-            known = ", ".join(sorted({x.role for x in self.linears}))
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in everything}))
             raise InputError(
                 f"adapter.targets: no linear of this model's layers is named {', '.join(missing)}. They are named "
                 f"{known}."
@@ -141,7 +170,12 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     weight = getattr(output, "weight", None)  # patches of images are in none
     tied = bool(getattr(config, "tie_word_embeddings", False)) or weight is table
     dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
-    dense -= sum(x.n * x.m for x in linears if x.quantizable)
+    experts = tuple(
+        ExpertWeights(name, spec, int(layer[1]) if (layer := _LAYER.search(f".{name}.")) else None)
+        for name, spec in expert_specs(model).items()
+        if spec.is_quantizable
+    )
+    dense -= sum(x.n * x.m for x in linears if x.quantizable) + sum(x.numbers for x in experts)
     if tied and weight is not table:  # a model on the meta device: not tied yet
         dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -160,7 +194,11 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         head_norms={"q_norm", "k_norm"} <= names,
         linears=tuple(linears),
         dense_numbers=dense,
-        expert_numbers=sum(p.numel() for p in expert_weights(model).values()),
+        expert_numbers=sum(p.numel() for p in expert_weights(model).values()) - sum(x.numbers for x in experts),
+        experts=experts,
+        experts_per_token=next((int(n) for key in _PER_TOKEN if (n := getattr(config, key, None))), 2)
+        if experts
+        else 0,
         head=own_head,
         image_tokens=image_tokens(config, height, width) if height else 0,
         image_numbers=3 * height * width,
@@ -340,7 +378,17 @@ class PlannedRun:
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
         """The linears with an adapter; InputError where a target matches none."""
-        return self.shape.adapted(self.recipe.adapter.targets)
+        section = self.recipe.adapter
+        return self.shape.adapted(section.targets, section.experts != "none")
+
+    @cached_property
+    def adapted_experts(self) -> list[LinearSpec]:
+        """The experts' projections with an adapter."""
+        section = self.recipe.adapter
+        each = [x.adapted_spec for x in self.shape.experts] if section.experts != "none" else []
+        if isinstance(section.targets, str):
+            return each
+        return [x for x in each if any(f".{x.name}".endswith(f".{target}") for target in section.targets)]
 
     @cached_property
     def adapted_names(self) -> frozenset[str]:
@@ -353,9 +401,16 @@ class PlannedRun:
         present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
         return [x for x in self.shape.linears if x.layer == present[min(1, len(present) - 1)]]
 
+    @cached_property
+    def layer_experts(self) -> list[ExpertWeights]:
+        """The experts of the decoder layer that stands for all."""
+        present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
+        return [x for x in self.shape.experts if x.layer == present[min(1, len(present) - 1)]]
+
     def tensors(self, trained_only: bool = False) -> list[TensorSpec]:
         """The tensors of the adapter's file, a head's included; ``trained_only``: those of them that are trained."""
         section, method, specs = self.recipe.adapter, self.method, [x.spec for x in self.adapted]
+        specs += self.adapted_experts
         shapes = {PREFIX + f"{s.name}.{name}": size for s in specs for name, size in method.tensors(section, s).items()}
         shared = method.shared_tensors(section, specs, self.shape.head_dim)
         shapes |= {SHARED_PREFIX + name: size for name, size in shared.items()}

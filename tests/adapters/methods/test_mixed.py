@@ -21,7 +21,7 @@ from qvera.utils.errors import InputError
 from tests.adapters.helpers import logits, perturb
 from tests.conftest import small_llama
 
-ROUTED = {"method": "sara", "rank": 8, "singular_share": 0.3, "experts": 2}
+ROUTED = {"method": "sara", "rank": 8, "singular_share": 0.3, "mixed_vectors": 2}
 
 
 def over(model_dir: Path, **model: Any) -> Any:

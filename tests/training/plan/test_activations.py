@@ -93,7 +93,7 @@ def key(method: str, rank: int, **more: Any) -> dict[str, Any]:
 
 
 GROUPS, LARGE = {"b_groups": 4, "input_scale": True}, {"padded": True, "shape": BIG}
-ROUTER = {"experts": 3, "singular_share": 1.0}
+ROUTER = {"mixed_vectors": 3, "singular_share": 1.0}
 CASES = {
     "vera small": Case(2, 40, F32, {"rank": 8}, peak=None),
     "grouped keys without a mask are not repeated": Case(2, 40, F32, {"rank": 8}, padded=False, peak=None),

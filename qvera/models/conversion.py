@@ -1,0 +1,146 @@
+"""The tensors of a checkpoint as the model has them: renamed, and made of several, by transformers' own rules.
+
+transformers keeps a table of how published checkpoints differ from its classes (``conversion_mapping``). Most rules
+rename. Others make one tensor of several: the experts of a layer, a tensor each in the file, are stacked into one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, dot_natural_key
+
+from qvera.models.quantization import STATE_KEY
+from qvera.utils.safetensors_io import TensorEntry, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+
+def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
+    """The tensors of a checkpoint under the model's names, in the same order.
+
+    transformers renames parts of old models (GPT-NeoX's head, ViT's attention), old checkpoints call the vectors of
+    norms gamma and beta, and one of the base model alone lacks a prefix such as ``bert.``. A tensor that transformers
+    fuses, splits or turns keeps its name, and so do all tensors of a 4-bit checkpoint.
+    """
+    known = model.state_dict().keys()
+    unknown = [entry for entry in entries if entry.name not in known]
+    if not unknown or any(f".{STATE_KEY}" in entry.name for entry in entries):
+        return entries
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    others = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    prefix, names = f"{model.base_model_prefix}.", {}
+    for entry in unknown:
+        name = entry.name
+        for one in renamings:
+            name, _ = one.rename_source_key(name)
+        if any(one.rename_source_key(name)[1] is not None for one in others):
+            continue
+        for own in (name, prefix + name):
+            if own in known:
+                names[entry.name] = own
+    found = [dataclasses.replace(entry, name=names.get(entry.name, entry.name)) for entry in entries]
+    return found if len({entry.name for entry in found}) == len(found) else entries
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedTensor:
+    """A tensor of the model that transformers makes of several tensors of the checkpoint."""
+
+    spec: TensorSpec
+    """As the model has it, in the dtype of the sources."""
+    sources: dict[str, list[TensorEntry]]
+    """By the pattern of the rule, in the order in which it takes them."""
+    converter: WeightConverter
+    model: PreTrainedModel
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the experts are tensors of their own in the checkpoint."""
+        return any(isinstance(operation, MergeModulelist) for operation in self.converter.operations)
+
+    def part(self, number: int, read: Callable[[TensorEntry, int | None], torch.Tensor]) -> torch.Tensor:
+        """Element ``number`` of the first dimension, an expert's matrix: the rule of transformers, applied to it alone.
+
+        ``read`` gives a tensor of the checkpoint, or an element of its first dimension.
+        """
+        converter, collected = copy.copy(self.converter), {}
+        for pattern, entries in self.sources.items():
+            if self.is_merged:
+                collected[pattern] = [read(entries[number], None)]
+            else:
+                collected[pattern] = [read(entries[0], number).unsqueeze(0)]
+        converter.collected_tensors = collected
+        made = converter.convert(self.spec.name, model=self.model, config=self.model.config)
+        ((_, tensor),) = made.items()
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        if tuple(tensor.shape) != (1, *self.spec.shape[1:]):
+            raise RuntimeError(f"{self.spec.name}: transformers' rule gives {list(tensor.shape)} for one expert")
+        return tensor[0].contiguous()
+
+    def split(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """The checkpoint's tensors that make up an expert's matrix, in the order of ``sources``: the reverse of `part`.
+
+        Only where the experts are tensors of their own (`is_merged`).
+        """
+        made: dict[str, Any] = {self.converter.target_patterns[0]: matrix.unsqueeze(0)}
+        for operation in reversed(self.converter.operations):
+            made = operation.reverse_op.convert(
+                made,
+                source_patterns=self.converter.target_patterns,
+                target_patterns=self.converter.source_patterns,
+                model=self.model,
+                config=self.model.config,
+                full_layer_name=self.spec.name,
+            )
+        return [made[pattern.replace("*", "0")].contiguous() for pattern in self.sources]
+
+    def expert_of(self) -> dict[str, tuple[int, int]]:
+        """Name of a source → the number of its expert, and its place in `split`."""
+        return {
+            entry.name: (number, place)
+            for place, entries in enumerate(self.sources.values())
+            for number, entry in enumerate(entries)
+        }
+
+
+def fused_tensors(entries: Sequence[TensorEntry], model: PreTrainedModel) -> dict[str, FusedTensor]:
+    """The stacks of experts [E, .., ..] that transformers makes of a checkpoint's tensors, by the model's names."""
+    parameters = dict(model.named_parameters())
+    stored = {entry.name for entry in entries}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    found: dict[str, tuple[WeightConverter, dict[str, list[TensorEntry]]]] = {}
+    for entry in sorted(entries, key=lambda entry: dot_natural_key(entry.name)):
+        name = entry.name
+        for one in renamings:
+            name, _ = one.rename_source_key(name)
+        for converter in converters:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is None:
+                continue
+            target = target if target in parameters else f"{model.base_model_prefix}.{target}"
+            if target in parameters and target not in stored and parameters[target].dim() == 3:
+                found.setdefault(target, (converter, defaultdict(list)))[1][pattern].append(entry)
+            break
+    fused = {}
+    for target, (converter, sources) in found.items():
+        dtype = next(iter(sources.values()))[0].dtype
+        tensor = FusedTensor(
+            TensorSpec(target, dtype, tuple(parameters[target].shape)), dict(sources), converter, model
+        )
+        count = tensor.spec.shape[0] if tensor.is_merged else 1
+        is_whole = sources.keys() == set(converter.source_patterns)
+        if is_whole and all(len(each) == count for each in sources.values()) and len(converter.target_patterns) == 1:
+            fused[target] = tensor
+    return fused

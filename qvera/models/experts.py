@@ -1,0 +1,336 @@
+"""The experts of a mixture, one tensor [E, m, n] for each projection of a layer: in 4 bits, and how they run.
+
+transformers has the weights of a layer's E experts in one parameter, and lets a registered function run them
+(``transformers.integrations.moe``). Here an `ExpertStack` takes the parameter's place. Each expert is quantized by
+itself, as bitsandbytes does a matrix [m, n] (QLoRA, arXiv 2305.14314, sections 3.1 and 3.2), double quantization
+included. Blocks of 64 weights end with experts, so one expert is a slice of the bytes and a slice of the scales.
+
+`run_experts` sorts the tokens by expert. Only experts that a token was routed to are dequantized, a few at a time, in
+the forward pass and again in backward. No weight is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qvera.distributed.zero import whole_numel
+from qvera.models import quantization
+from qvera.models.linear import BLOCK_WEIGHTS, FrozenPacked
+from qvera.models.quantization import bnb_functional
+
+IMPLEMENTATION = "qvera"
+"""The name of `run_experts` among transformers' experts functions."""
+DENSE_WEIGHTS = 2**25
+"""Weights of experts that an accelerator holds dense at a time: 64 MB in 16 bits."""
+
+
+class StackSpec(NamedTuple):
+    """An expert projection of a model: the weights of E experts [m, n], as their file has them."""
+
+    experts: int
+    rows: int
+    columns: int
+    is_transposed: bool
+    """Whether a matrix is [in_features, out_features]."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[E, m, n]."""
+        return self[:3]
+
+    @property
+    def is_quantizable(self) -> bool:
+        """Whether blocks of 64 weights end with experts."""
+        return self.rows * self.columns % 64 == 0
+
+
+def expert_specs(model: nn.Module) -> dict[str, StackSpec]:
+    """The expert projections of a model that `run_experts` can run, by the names of their parameters."""
+    found = {}
+    for path, module in model.named_modules():
+        if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+            continue
+        for name in projections(module):
+            weight = getattr(module, name, None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 3:
+                experts, rows, columns = weight.shape
+                found[f"{path}.{name}"] = StackSpec(experts, rows, columns, bool(module.is_transposed))
+    return found
+
+
+def projections(module: Any) -> tuple[str, str]:
+    """The names of the two projections of a layer's experts, in the order in which they are used."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+@dataclasses.dataclass
+class StackScales:
+    """The scales of a stack in 4 bits: fp32 [E, blocks], or double quantized."""
+
+    absmax: Tensor
+    """fp32, or uint8 with double quantization."""
+    code: Tensor
+    quant_type: str
+    blocksize: int
+    nested_absmax: Tensor | None = None
+    """fp32 [E, ⌈blocks / 256⌉]."""
+    nested_code: Tensor | None = None
+    offset: Tensor | None = None
+    """fp32 [E]."""
+
+    def of(self, first: int, last: int) -> Tensor:
+        """The scales of experts [first, last), fp32 [k, blocks]."""
+        absmax = self.absmax[first:last]
+        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
+            return absmax
+        outer = self.nested_absmax[first:last].repeat_interleave(quantization.NESTED_BLOCK, 1)[:, : absmax.shape[1]]
+        return (self.nested_code[absmax.int()] * outer).add_(self.offset[first:last, None])
+
+    def to(self, device: torch.device) -> StackScales:
+        """The same on another device."""
+        moved: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+
+@dataclasses.dataclass
+class Routing:
+    """Which expert each of S rows goes to; the rows are sorted by expert."""
+
+    experts: Tensor
+    """int64 [S]."""
+    tokens: Tensor
+    """int64 [S]: the token that each row is of."""
+    ends: list[int]
+    """Where each expert's rows end, after a 0: E + 1 numbers."""
+    ends_on_device: Tensor
+    """int32 [E]."""
+    token_count: int
+
+
+class ExpertStack(FrozenPacked, nn.Module):
+    """The frozen weights of a layer's E experts for one projection: [E, m, n] in 4 bits, or dense.
+
+    Attributes:
+        weight: packed nibbles, two weights a byte, or dense [E, m, n].
+        scales: None if dense.
+        compute_dtype: what products are taken in; None: that of the input.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        spec: StackSpec,
+        weight: Tensor,
+        scales: StackScales | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.scales, self.compute_dtype = spec, scales, compute_dtype
+        m, n = spec.rows, spec.columns
+        self.in_features, self.out_features = (m, n) if spec.is_transposed else (n, m)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor, routing: Routing, of_tokens: bool = False) -> Tensor:
+        """Rows [S, in_features], sorted by expert, give [S, out_features] in x's dtype; differentiable in x.
+
+        ``of_tokens``: x has the tokens [T, in_features] that the rows are of.
+        """
+        x = x[routing.tokens] if of_tokens else x
+        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+        return _StackProduct.apply(x.to(dtype), self, routing).to(x.dtype)
+
+    @property
+    def stored_tensors(self) -> list[Tensor]:
+        """Everything that grows with the weights: as `quantization.stored_tensors` of a linear."""
+        scales = [] if self.scales is None else [self.scales.absmax, self.scales.nested_absmax]
+        return [self.weight.data, *(tensor for tensor in scales if tensor is not None)]
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the weights as stored, scales included."""
+        _, *scales = self.stored_tensors
+        return whole_numel(self.weight) * self.weight.element_size() + sum(tensor.nbytes for tensor in scales)
+
+    def replace_tensors(self, tensors: list[Tensor], device: torch.device) -> None:
+        """Replace the `stored_tensors`. The few constants go to ``device``."""
+        weight, *scales = tensors
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if self.scales is not None:
+            named: Any = dict(zip(("absmax", "nested_absmax"), scales, strict=False))
+            self.scales = dataclasses.replace(self.scales, **named).to(device)
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The weights of experts [first, last): [k, m, n] in ``dtype``."""
+        quantization.bring(self)
+        if self.scales is None:
+            return self.weight[first:last].to(dtype)
+        rows = self.spec.rows
+        return self._rows(first * rows, last * rows, self.scales.of(first, last), dtype).view(-1, *self.spec.shape[1:])
+
+    def blocks(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight [m, n] of an expert as blocks of rows, dequantized one after the other."""
+        quantization.bring(self)
+        rows, columns = self.spec.rows, self.spec.columns
+        whole = self.scales is not None and columns % self.scales.blocksize
+        step = rows if whole else max(1, BLOCK_WEIGHTS // columns)
+        scales = None if self.scales is None else self.scales.of(expert, expert + 1)
+        for start in range(0, rows, step):
+            end = min(start + step, rows)
+            if self.scales is None or scales is None:
+                yield slice(start, end), self.weight[expert, start:end].to(dtype)
+                continue
+            per_row = columns / self.scales.blocksize
+            part = scales if whole else scales[:, int(start * per_row) : int(end * per_row)]
+            yield slice(start, end), self._rows(expert * rows + start, expert * rows + end, part, dtype)
+
+    def _rows(self, first: int, last: int, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [first, last) of all experts' rows, from their scales."""
+        assert self.scales is not None
+        columns, held = self.spec.columns, self.scales
+        packed = self.weight.data.view(-1).view(torch.uint8)[first * columns // 2 : last * columns // 2]
+        shape = torch.Size((last - first, columns))
+        absmax = scales.reshape(-1)
+        state = bnb_functional.QuantState(absmax, shape, held.code, held.blocksize, held.quant_type, dtype)
+        return quantization.dequantized_packed(packed.view(-1, 1), state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
+        super()._apply(fn, recurse)
+        if self.scales is not None:
+            self.scales = self.scales.to(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return f"experts={self.spec.experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def stack_product(stack: ExpertStack, x: Tensor, routing: Routing, by_columns: bool) -> Tensor:
+    """W_e x for each row x of expert e, or with ``by_columns`` W_eᵀ x: [S, n] gives [S, m], or [S, m] gives [S, n]."""
+    ends, (_, rows, columns, _) = routing.ends, stack.spec
+    out = x.new_empty(x.shape[0], columns if by_columns else rows)
+    if x.device.type != "cpu":
+        for first, last in _runs(ends, max(1, DENSE_WEIGHTS // (rows * columns))):
+            weights = stack.dense(first, last, x.dtype)
+            _grouped(x, weights if by_columns else weights.transpose(1, 2), routing, first, out)
+        return out
+    for expert, (start, end) in enumerate(itertools.pairwise(ends)):
+        if start == end:
+            continue
+        part, here = x[start:end], out[start:end]
+        if not by_columns:
+            for block, weight in stack.blocks(expert, x.dtype):
+                torch.mm(part, weight.t(), out=here[:, block])
+            continue
+        total: Tensor | None = None  # over several blocks in fp32 at least
+        for block, weight in stack.blocks(expert, x.dtype):
+            product = part[:, block] @ weight
+            wide = torch.promote_types(x.dtype, torch.float32) if len(weight) < rows else x.dtype
+            total = product.to(wide) if total is None else total.add_(product)
+        assert total is not None
+        here.copy_(total)
+    return out
+
+
+def _runs(ends: list[int], at_most: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of at most so many neighbouring experts, each of which has rows."""
+    expert, count = 0, len(ends) - 1
+    while expert < count:
+        first = expert
+        while expert < count and expert - first < at_most and ends[expert] < ends[expert + 1]:
+            expert += 1
+        if first < expert:
+            yield first, expert
+        else:
+            expert += 1
+
+
+def _grouped(x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor) -> None:
+    """The products of the rows of experts from ``first`` on with weights [k, in, out]: in one launch, or one by one."""
+    ends = routing.ends[first : first + len(weights) + 1]
+    rows = slice(ends[0], ends[-1])
+    if len(weights) > 1 and _has_grouped_product(x):
+        offsets = routing.ends_on_device[first : first + len(weights)] - ends[0]
+        out[rows] = torch.nn.functional.grouped_mm(x[rows], weights, offs=offsets)
+        return
+    for weight, (start, end) in zip(weights, itertools.pairwise(ends), strict=True):
+        torch.mm(x[start:end], weight, out=out[start:end])
+
+
+def _has_grouped_product(x: Tensor) -> bool:
+    """Whether torch multiplies groups of rows in one launch here: bfloat16 on CUDA cards of capability 8.0."""
+    fits = x.dtype == torch.bfloat16 and x.device.type == "cuda" and hasattr(torch.nn.functional, "grouped_mm")
+    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+class _StackProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: ExpertStack, routing: Routing) -> Tensor:
+        ctx.stack, ctx.routing = stack, routing
+        return stack_product(stack, x, routing, by_columns=stack.spec.is_transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        stack: ExpertStack = ctx.stack
+        return stack_product(stack, g, ctx.routing, by_columns=not stack.spec.is_transposed), None, None
+
+
+def route(top_experts: Tensor, experts: int) -> tuple[Routing, Tensor]:
+    """Sort [T, k] chosen experts, as rows, by expert; with the order. The host waits for the device once."""
+    order = torch.argsort(top_experts.reshape(-1), stable=True)
+    chosen = top_experts.reshape(-1)[order]
+    ends = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True)
+    tokens, each = top_experts.shape
+    return Routing(chosen, order // each, [0, *ends.tolist()], ends.int(), tokens), order
+
+
+def run_experts(self: Any, hidden: Tensor, top_experts: Tensor, top_weights: Tensor) -> Tensor:
+    """What a layer's experts add: hidden [T, n], their experts [T, k] and the experts' shares [T, k] give [T, n].
+
+    transformers calls it with the module of the experts, whose projections are `ExpertStack` or adapted ones.
+    """
+    first, second = projections(self)
+    routing, order = route(top_experts, self.num_experts)
+    inner = getattr(self, first)(hidden, routing, of_tokens=True)
+    if self.has_bias:
+        inner = inner + getattr(self, f"{first}_bias")[routing.experts].to(inner.dtype)
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    outer = getattr(self, second)(inner, routing)
+    if self.has_bias:
+        outer = outer + getattr(self, f"{second}_bias")[routing.experts].to(outer.dtype)
+    if self.has_post_expert_norm:
+        outer = self.post_expert_norm(outer)
+    outer = outer * top_weights.reshape(-1)[order].unsqueeze(-1)
+    # a sum in a fixed order: adding up by index is not deterministic on an accelerator
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return outer[back].view(*top_experts.shape, -1).sum(1).to(hidden.dtype)
+
+
+def place_stack(model: nn.Module, name: str, stack: ExpertStack) -> None:
+    """Put a stack in the place of the parameter of that name, and let `run_experts` run its module."""
+    path, _, key = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    del module._parameters[key]
+    setattr(module, key, stack)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
+    module.config._experts_implementation = IMPLEMENTATION
+
+
+def stack_experts(model: nn.Module) -> None:
+    """Make an `ExpertStack` of every expert projection that is dense."""
+    for name, spec in expert_specs(model).items():
+        place_stack(model, name, ExpertStack(spec, model.get_parameter(name).data))
+
+
+def stacks(model: nn.Module) -> list[ExpertStack]:
+    """All expert projections of a model that are an `ExpertStack`."""
+    return [module for module in model.modules() if isinstance(module, ExpertStack)]

@@ -1,0 +1,263 @@
+"""Experts in 4 bits and with adapters, on ten classes of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qvera.adapters.bank import AdapterBank
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.shared_model import load_adapters
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.lora import export_lora
+from qvera.exporting.merged import export_merged
+from qvera.models import quantization
+from qvera.models.experts import (
+    ExpertStack,
+    Routing,
+    StackSpec,
+    expert_specs,
+    route,
+    run_experts,
+    stack_product,
+    stacks,
+)
+from qvera.models.loader import load_base
+from qvera.models.model_class import empty_model
+from qvera.models.quantize_checkpoint import cached_base
+from qvera.models.stream import stream_layers
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb, relative
+from tests.models.experts import CLASSES, dense_twin, write
+from tests.training.runs import cut_off
+
+IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
+_FAST = ("mixtral", "gpt_oss", "nemotron_h")
+"""Experts that are single in the file, experts with biases and transposed weights, and experts without a gate."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The directory of a class's tiny checkpoint, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("experts")
+    return lambda name: root / name if (root / name).is_dir() else write(name, root / name)
+
+
+@pytest.fixture(params=[pytest.param(n, marks=() if n in _FAST else pytest.mark.slow) for n in CLASSES])
+def base(request: Any, bases: Any) -> Path:
+    return bases(request.param)
+
+
+def section(base: Path, **more: Any) -> ModelSection:
+    return ModelSection(path=str(base), **{"compute_dtype": "float32", **more})
+
+
+def adapted(base: Path, seed: int = 1, experts: str = "each", model: Any = None, **keys: Any) -> Any:
+    model = model or load_base(section(base)).model
+    return perturb(attach(model, AdapterSection(rank=8, experts=experts, **keys), str(base)), seed)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_each_expert_has_the_bytes_that_bitsandbytes_gives_its_matrix(base: Path, double_quant: bool) -> None:
+    model = load_base(section(base, double_quant=double_quant)).model
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    names = expert_specs(plain)
+    assert names
+    for name, spec in names.items():
+        stack, weight = model.get_submodule(name), plain.get_parameter(name)
+        assert isinstance(stack, ExpertStack)
+        for expert in range(spec.experts):
+            packed, state = bnb_functional.quantize_4bit(
+                weight[expert].contiguous(), blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+            )
+            own = stack.weight.data.view(torch.uint8).view(spec.experts, -1)[expert]
+            assert torch.equal(own, packed.view(-1))
+            dense = stack.dense(expert, expert + 1, torch.float32)[0]
+            assert torch.equal(dense, quantization.dequantized_packed(packed, state))
+            assert torch.equal(torch.cat([rows for _, rows in stack.blocks(expert, torch.float32)]), dense)
+    facts = load_base(section(base, double_quant=double_quant)).facts
+    assert facts["expert_tensors"] == 0
+    assert facts["quantized_expert_bytes"] == sum(stack.storage_bytes for stack in stacks(model))
+
+
+_GRADIENTS = [
+    ("each", {}), ("shared", {}), ("each", {"b_groups": 2}), ("each", {"input_scale": True}), ("none", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("experts", "keys"), _GRADIENTS, ids=lambda value: "-".join(value) if value else "plain")
+def test_logits_and_gradients_are_those_of_dense_experts_in_fp64(
+    base: Path, experts: str, keys: dict[str, Any]
+) -> None:
+    model = adapted(base, experts=experts, **keys)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    twin, leaves = dense_twin(model, base)
+    found, expected = model(input_ids=IDS, use_cache=False).logits, twin(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    vectors = named_vectors(model)
+    assert len(vectors) == sum(map(len, leaves.values()))
+    for name, own in leaves.items():
+        for kind, leaf in own.items():
+            assert relative(vectors[f"base_model.model.{name}.{kind}"].grad, leaf.grad) < 1e-4
+
+
+def loop(stack: ExpertStack, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Row by row, in fp64."""
+    weights = stack.dense(0, stack.spec.experts, torch.float32).double()
+    each = [weights[e] for e in routing.experts.tolist()]
+    return torch.stack(
+        [w.t() @ v if stack.spec.is_transposed else w @ v for w, v in zip(each, x.double(), strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("chosen", [[[0], [0], [0]], [[2, 0], [2, 3], [0, 3]]], ids=["one gets all", "one gets none"])
+def test_the_product_is_that_of_each_row_with_its_expert(
+    chosen: list[list[int]], transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an expert is dequantized in blocks."""
+    monkeypatch.setattr("qvera.models.experts.BLOCK_WEIGHTS", 64 * 24)
+    spec = StackSpec(4, 96, 64, transposed)
+    generator = torch.Generator().manual_seed(0)
+    stack = ExpertStack(spec, torch.randn(spec.shape, generator=generator).to(dtype))
+    routing, _ = route(torch.tensor(chosen), 4)
+    x = torch.randn(len(routing.experts), stack.in_features, generator=generator, dtype=dtype, requires_grad=True)
+    y = stack(x, routing)
+    assert relative(y, loop(stack, x.detach(), routing)) < (1e-6 if dtype == torch.float32 else 1e-2)
+    upstream = torch.randn(y.shape, generator=generator, dtype=dtype)
+    y.backward(upstream)
+    back = ExpertStack(spec._replace(is_transposed=not transposed), stack.weight.data)
+    assert relative(x.grad, loop(back, upstream, routing)) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_only_experts_that_a_token_was_sent_to_are_dequantized(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stacks(load_base(section(bases("mixtral"))).model)[0]
+    read: list[int] = []
+    blocks = ExpertStack.blocks
+
+    def noted(self: ExpertStack, expert: int, dtype: torch.dtype) -> Any:
+        read.append(expert)
+        return blocks(self, expert, dtype)
+
+    monkeypatch.setattr(ExpertStack, "blocks", noted)
+    routing, _ = route(torch.tensor([[3], [1], [3]]), 4)
+    stack_product(stack, torch.randn(3, stack.in_features), routing, by_columns=False)
+    assert read == [1, 3]
+
+
+def test_saved_loaded_and_merged_it_gives_the_same_logits(base: Path, tmp_path: Path) -> None:
+    """Merged into the 16-bit files, where experts are single or stacked, and into the 4-bit copy."""
+    model = adapted(base)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_base(section(base)).model, tmp_path / "adapter")
+    options = ExportSection(dtype="float32", base="dequantized")
+    sections = {"files": section(base), "copy": section(base).replace(path=str(cached_base(section(base))))}
+    with torch.no_grad():
+        trained = model(input_ids=IDS).logits
+        assert torch.equal(again(input_ids=IDS).logits, trained)
+        for name, each in sections.items():
+            export_merged(tmp_path / "adapter", each, tmp_path / name, options)
+            merged = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+            torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"A LoRA for each of the \d+ experts .* would hold [\d,]+ numbers"):
+        export_lora(read_deltas(tmp_path / "adapter", empty_model(section(base))), tmp_path / "lora", torch.float32)
+
+
+def test_rows_of_a_batch_use_the_experts_of_their_own_adapters(bases: Any, tmp_path: Path) -> None:
+    base, names = bases("gpt_oss"), ["a", "b", "shared"]
+    alone = []
+    for seed, name in enumerate(names):
+        model = adapted(base, seed, "shared" if name == "shared" else "each")
+        save_adapter(model, tmp_path / name)
+        with torch.no_grad():
+            alone.append(model(input_ids=IDS[:1]).logits[0])
+    model = load_adapters(load_base(section(base)).model, {name: tmp_path / name for name in names})
+    with torch.no_grad():
+        mixed = model.eval()(input_ids=IDS[:1].repeat(4, 1), adapter_names=["b", "shared", "a", "b"]).logits
+    for row, expected in zip(mixed, [alone[1], alone[2], alone[0], alone[1]], strict=True):
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+def test_adapters_that_train_together_get_the_gradients_that_they_get_alone(bases: Any, experts: str) -> None:
+    base = bases("mixtral")
+    model = adapted(base, experts=experts)
+    bank = AdapterBank(model, 3)
+    generator = torch.Generator().manual_seed(2)
+    for slot in range(3):
+        bank.vectors[slot].copy_(torch.randn(bank.numbers, generator=generator) * 0.3)
+    rows = torch.randint(3, 300, (3, 6), generator=generator)
+
+    def gradients(slots: list[int]) -> torch.Tensor:
+        bank.gradients.zero_()
+        with bank.rows(slots, [6] * len(slots)):
+            model(input_ids=rows[slots], use_cache=False).logits.square().sum().backward()
+        return bank.gradients.clone()
+
+    together = gradients([0, 1, 2])
+    for slot in range(3):
+        assert relative(together[slot], gradients([slot])[slot]) < 1e-5
+
+
+def test_a_run_adapts_experts_resumes_to_the_bit_and_is_planned(bases: Any, make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        model={"path": str(bases("mixtral")), "quantization": "nf4", "compute_dtype": "float32"},
+        adapter={"rank": 8, "experts": "each"},
+        training={"max_steps": 2, "save_steps": 1},
+    )
+    train(recipe, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
+    assert run["adapter"]["experts"] == "each"
+    assert run["plan"]["trained_numbers"] == run["adapter"]["trainable_parameters"]
+    standing = [part["bytes"] for part in run["plan"]["memory"]["moments"]["backward"] if part["kind"] == "base"]
+    assert sum(standing) == pytest.approx(run["model"]["base_bytes"], rel=0.5)
+    train(recipe, cut_off(tmp_path / "run", tmp_path / "cut", after=1), resume=True)
+    written = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "cut")]
+    assert written[0] == written[1]
+
+
+def test_streamed_experts_give_the_same_logits(bases: Any) -> None:
+    base = bases("mixtral")
+    resident, streamed = (load_base(section(base)).model for _ in range(2))
+    stream_layers(streamed, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(streamed(input_ids=IDS).logits, resident(input_ids=IDS).logits)
+
+
+def test_dense_experts_are_adapted_too(bases: Any) -> None:
+    base = bases("qwen3_moe")
+    model = adapted(base, model=load_base(section(base, quantization="none")).model)
+    twin, _ = dense_twin(model, base)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=IDS).logits.double(), twin(input_ids=IDS).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_target_names_experts_only_where_they_are_adapted(bases: Any) -> None:
+    base = bases("qwen3_5_moe_text")
+    for experts, expected in (("none", False), ("each", True)):
+        keys = {"targets": ["down_proj", "q_proj"], "experts": experts}
+        model = attach(load_base(section(base)).model, AdapterSection(rank=8, **keys), str(base))
+        assert any(".experts." in name for name in named_vectors(model)) == expected
+        assert any(".shared_expert." in name for name in named_vectors(model))
+
+
+def test_run_experts_is_what_transformers_calls(bases: Any) -> None:
+    model = load_base(section(bases("mixtral"))).model
+    (module, *_) = [m for m in model.modules() if hasattr(m, "_apply_gate")]
+    hidden, chosen, shares = torch.randn(5, 64), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    assert torch.equal(module(hidden, chosen, shares), run_experts(module, hidden, chosen, shares))
