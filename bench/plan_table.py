@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.training.plan.activations import offloaded_bytes
@@ -48,6 +48,25 @@ _MORE_MODELS = {
     "Qwen2.5 32B": (5120, 27648, 64, 40, 8, 152064, 32768),
 }
 
+# type and config.json of gpt-oss-20b, Qwen3-30B-A3B and Mixtral 8x7B; their experts are frozen here
+_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-oss-20b": ("gpt_oss", {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088, "max_position_embeddings": 131072,
+        "num_local_experts": 32, "num_experts_per_tok": 4,
+    }),
+    "Qwen3-30B-A3B": ("qwen3_moe", {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "num_experts": 128, "num_experts_per_tok": 8,
+    }),
+    "Mixtral 8x7B": ("mixtral", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }),
+}  # fmt: skip
+
 _COLOURS: dict[Kind, tuple[str, str, str]] = {
     "base": ("4-bit base", "#8a949b", "#6a737b"),
     "vectors": ("projections, vectors, optimizer", "#00696f", "#5cc7c0"),
@@ -61,16 +80,20 @@ _COLOURS: dict[Kind, tuple[str, str, str]] = {
 @cache
 def shapes() -> dict[str, Shape]:
     """The shapes of the models of the table, by name."""
-    return {name: _shape(name) for name in _MODELS}
+    return {name: _shape(name) for name in (*_MODELS, *_MIXTURES)}
 
 
 @cache
 def _shape(name: str) -> Shape:
-    hidden, ff, layers, heads, kv, vocabulary, longest = {**_MODELS, **_MORE_MODELS}[name]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=longest, tie_word_embeddings=False,
-    )  # fmt: skip
+    if name in _MIXTURES:
+        model_type, tree = _MIXTURES[name]
+        config = AutoConfig.for_model(model_type, **tree, tie_word_embeddings=False)
+    else:
+        hidden, ff, layers, heads, kv, vocabulary, longest = {**_MODELS, **_MORE_MODELS}[name]
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=longest, tie_word_embeddings=False,
+        )  # fmt: skip
     with torch.device("meta"):
         return shape_of(AutoModelForCausalLM.from_config(config))
 
@@ -168,13 +191,13 @@ def markdown() -> str:
         f"linears,",
         "bf16 and gradient checkpointing, up to the model's own context length. Decimal GB, with 0.5 GB for the CUDA "
         "context.",
-        "\\*: with the base streamed from RAM, layer by layer (`model.stream`, slower). **Computed from shapes, not measured: no GPU "
-        "has run these.**",
+        "\\*: with the base streamed from RAM, layer by layer (`model.stream`, slower). The experts of the last three are in 4 bits "
+        "and frozen. **Computed from shapes, not measured: no GPU has run these.**",
         "",
         "| | memory at 512 tokens | " + " | ".join(head) + " |",
         "|---|---|" + "---|" * len(head),
     ]
-    for name in _MODELS:
+    for name in shapes():
         shown = [_cell(name, gb * 10**9) for gb in CARDS_GB]
         lines.append(f"| {name} | {size(total_bytes(name, 512))} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"

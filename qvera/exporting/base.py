@@ -29,12 +29,14 @@ from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
 from qvera.models.nf4 import BLOCK
+from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
+from qvera.models.stored_formats import is_decoded
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.structure import beside_the_layers
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_stamp
+from qvera.utils.files import file_stamp, try_read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry, base_fingerprint, checkpoint_tensors, file_stamps
 
@@ -193,6 +195,8 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     own, _ = read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
     model_class = getattr(own, "model_class", CAUSAL_LM)
     directory = base_directory(section)
+    if is_decoded((try_read_json(directory / "config.json") or {}).get("quantization_config")):
+        directory = cached_base(section, model_class=model_class)
     compute = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
     stored = checkpoint_tensors(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
+from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, PretrainedConfig
 
 from qvera.config.schema import ModelSection
@@ -23,7 +26,7 @@ from qvera.models.hub import base_directory
 from qvera.models.loss import require_own_logits
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
 from qvera.models.stored_weights import NotMappable, load_mapped
-from qvera.models.structure import expert_weights
+from qvera.models.structure import beside_the_layers
 from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
@@ -37,6 +40,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qvera.distributed.zero import BaseSharder
+
+
+_NOTED_SHARE = 0.01
+"""Dense matrices below this share of the base are in run.json and not on the console."""
 
 
 @dataclasses.dataclass
@@ -174,9 +181,11 @@ def _load_by_transformers(
     section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, model_class: ModelClass
 ) -> PreTrainedModel:
     """Raises InputError if the checkpoint lacks weights, which transformers would draw at random."""
-    heads = list(model_class.head_modules(empty_model(section, None, model_class))) if model_class.has_own_head else []
+    empty = empty_model(section, None, model_class)
+    heads = list(model_class.head_modules(empty))
     prequantized = getattr(config, "quantization_config", None) is not None
-    wanted = None if prequantized else quantization.quantization_config(section, dtype, heads)
+    dense = quantization.kept_dense(empty, heads)
+    wanted = None if prequantized else quantization.quantization_config(section, dtype, dense)
     name, keeps_head = resolve_path(section.path), model_class.finds_head(config)
     model, loading = model_class.from_pretrained(
         name,
@@ -252,7 +261,6 @@ def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype
     quantized, held = [*four_bit, *eight_bit], stacks(model)
     packed = {id(m.weight) for m in (*quantized, *held)}
     sizes = [(whole_numel(p), p.element_size()) for p in model.parameters() if id(p) not in packed]
-    experts = expert_weights(model).values()
     return {
         "path": section.path,
         "architecture": type(model).__name__,
@@ -265,24 +273,37 @@ def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype
         "quant_storage": storage,
         "four_bit_modules": len(four_bit),
         "int8_modules": len(eight_bit),
-        "expert_tensors": len(experts),
-        "expert_bytes": sum(whole_numel(p) * p.element_size() for p in experts),
-        "quantized_expert_bytes": sum(m.storage_bytes for m in held),
+        "expert_bytes": sum(m.storage_bytes for m in held),
+        "dense_matrices": _dense_matrices(model, packed) if quantized else {},
         "base_bytes": sum(n * width for n, width in sizes)
         + sum(map(quantization.storage_bytes, quantized))
         + sum(m.storage_bytes for m in held),
     }
 
 
-def experts_note(facts: dict[str, Any]) -> str | None:
-    """One sentence on experts that are neither adapted nor quantized, by a base's ``facts``; None without experts."""
-    if not facts.get("expert_tensors"):
+def _dense_matrices(model: PreTrainedModel, packed: Collection[int]) -> dict[str, int]:
+    """Bytes of the matrices that are not quantized, by their names without numbers, the largest first.
+
+    Embeddings, convolutions, heads and routers are not counted. ``packed``: ids of the quantized weights.
+    """
+    found, beside = Counter[str](), beside_the_layers(model)
+    for name, module in model.named_modules():
+        if name in beside or "embed" in name or isinstance(module, (torch.nn.Embedding, _ConvNd)):
+            continue
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 1 and weight.is_floating_point() and id(weight) not in packed:
+                kind = ".".join(part for part in f"{name}.{key}".split(".")[2:] if not part.isdigit())
+                found[kind.removesuffix(".weight")] += whole_numel(weight) * weight.element_size()
+    return dict(found.most_common())
+
+
+def dense_note(facts: dict[str, Any]) -> str | None:
+    """One sentence on matrices of a quantized base that are not quantized, by its ``facts``; None where it has none."""
+    kinds = facts["dense_matrices"]
+    share = sum(kinds.values()) / facts["base_bytes"]
+    if share < _NOTED_SHARE:
         return None
-    size_bytes, share = facts["expert_bytes"], facts["expert_bytes"] / facts["base_bytes"]
-    return (
-        f"{facts['expert_tensors']} tensors of experts ({size(size_bytes)}, {share:.0%} of the base) are neither "
-        "adapted nor quantized. Attention and dense MLPs are."
-    )
+    return f"Not quantized: {first_of(list(kinds))} ({size(sum(kinds.values()))}, {share:.0%} of the base)."
 
 
 def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:

@@ -61,7 +61,9 @@ class Head(NamedTuple):
 @torch.no_grad()
 def require_own_logits(model: PreTrainedModel) -> None:
     """Raise InputError if a model's logits for two tokens differ from `Head`'s of its last hidden states."""
-    head, asked = Head.of(model), torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # its row may be zeros, which hide a scale
+    ids = [number for number in range(3) if number != padding][-2:]
+    head, asked = Head.of(model), torch.tensor([ids], device=model.device)
     seen = torch.empty(0)
 
     def replace_product(module: nn.Module, inputs: tuple[torch.Tensor, ...], product: torch.Tensor) -> torch.Tensor:

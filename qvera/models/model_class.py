@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from qvera.config.schema import ModelSection
+from qvera.models.stored_formats import is_decoded
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import resolve_path
@@ -189,10 +190,13 @@ def load_config(section: ModelSection, source: Path | str | None = None) -> Pret
         if isinstance(part, Mapping):
             _require_possible(part, f"{name}: config.json")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except StrictDataclassError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{name}: config.json describes no model that can be built: {reason}") from None
+    if section.quantization in ("nf4", "fp4") and is_decoded(getattr(config, "quantization_config", None)):
+        del config.quantization_config  # the quantized copy is made from it as from a checkpoint in 16 bits
+    return config
 
 
 def _require_possible(part: Mapping[str, Any], where: str) -> None:

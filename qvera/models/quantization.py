@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero import whole_numel
 from qvera.kernels import dequantize
+from qvera.models.structure import routers
 from qvera.utils.safetensors_io import TensorSpec
 
 _logger = logging.getLogger("bitsandbytes")
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
     from bitsandbytes.nn import Linear8bitLt as Linear8bit
+    from transformers import PreTrainedModel
 
     from qvera.models.experts import ExpertStack
 else:
@@ -43,13 +46,22 @@ else:
 bnb_functional = bnb.functional
 
 
+def kept_dense(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
+    """Patterns of the linears that are not quantized: heads, and routers if the model has any."""
+    if not (found := routers(model)):
+        return list(heads)
+    output = model.get_output_embeddings()
+    heads = heads or [name for name, module in model.named_modules() if module is output]
+    return [*heads, *(f"{re.escape(name)}$" for name in sorted(found))]
+
+
 def quantization_config(
-    section: ModelSection, compute_dtype: torch.dtype, heads: Sequence[str] = ()
+    section: ModelSection, compute_dtype: torch.dtype, dense: Sequence[str] = ()
 ) -> BitsAndBytesConfig | None:
-    """transformers' settings for a quantized load, or None. ``heads`` stay dense; if empty, the output head."""
+    """transformers' settings for a quantized load, or None. ``dense``: `kept_dense`; if empty, the output head."""
     if section.quantization == "none":
         return None
-    skipped = list(heads) or None
+    skipped = list(dense) or None
     if section.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -62,9 +74,10 @@ def quantization_config(
     )
 
 
-def four_bit_linears(model: nn.Module, section: ModelSection, heads: Sequence[str] = ()) -> set[str]:
+def four_bit_linears(model: PreTrainedModel, section: ModelSection, heads: Sequence[str] = ()) -> set[str]:
     """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place)."""
-    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16, heads), pre_quantized=False)
+    dense = kept_dense(model, heads)
+    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16, dense), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
     return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 

@@ -38,6 +38,7 @@ from qvera.models.safetensors_stream import (
     write_index,
     write_shard,
 )
+from qvera.models.stored_formats import Mxfp4Stack, fp8_factors, from_fp8, is_decoded, mxfp4_stacks
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
@@ -83,7 +84,8 @@ class SourceCheckpoint:
         tensors: those that the model has, each stack of experts as one, in the order in which they are written.
         quantized: names of the weights that become 4-bit.
         fused: the stacks of experts that lie in the files as several tensors.
-        head_names: modules that are trained, and so never quantized.
+        factors: a tensor in FP8 → the tensor of its factors.
+        kept_dense: patterns of the linears that are never quantized (`quantization.kept_dense`).
         settings: what the copy depends on besides the source (`settings_of`).
     """
 
@@ -94,9 +96,10 @@ class SourceCheckpoint:
     stamps: dict[str, list[int]]
     tensors: list[TensorEntry]
     quantized: set[str]
-    fused: dict[str, FusedTensor]
+    fused: dict[str, FusedTensor | Mxfp4Stack]
+    factors: dict[str, TensorEntry]
     model_class: ModelClass
-    head_names: list[str]
+    kept_dense: list[str]
     settings: dict[str, Any]
 
     @property
@@ -109,20 +112,34 @@ class SourceCheckpoint:
         """Bytes of all shards."""
         return sum(stamp[0] for stamp in self.stamps.values())
 
+    def decoded(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows of a tensor, from ``first`` on, in 16 bits or more."""
+        if (entry := self.factors.get(name)) is None:
+            return rows
+        if name not in self._read_factors:
+            with open(entry.file, "rb", buffering=0) as handle:
+                data = read_bytes(handle.fileno(), entry, 0, entry.size_bytes)
+            self._read_factors[name] = data.view(entry.dtype).view(entry.shape)
+        return from_fp8(rows, self._read_factors[name], first, self._sizes[name])
+
+    def __post_init__(self) -> None:
+        self._read_factors: dict[str, torch.Tensor] = {}
+        self._sizes = {entry.name: entry.shape[0] for entry in self.entries if entry.name in self.factors}
+
     def identity(self, hashes: Mapping[Path, str]) -> str:
         """The copy's name by content, from the SHA-256 of each shard."""
         return content_identity(self.config_sha256, hashes, self.settings)
 
 
 def read_source(section: ModelSection, directory: Path, model_class: ModelClass = CAUSAL_LM) -> SourceCheckpoint:
-    """Check config and headers of a 16-bit checkpoint; no weights are read.
+    """Check config and headers of a checkpoint in 16 bits, or of one that is decoded to them; no weights are read.
 
     Raises:
         InputError: a shard is missing or damaged, a shape is not the config's, or the checkpoint is quantized already.
         NotPlain: the tensors are not the model's parameters by name.
     """
     config = read_json(directory / "config.json", "the config of a model")
-    if config.get("quantization_config") is not None:
+    if (stored_as := config.pop("quantization_config", None)) is not None and not is_decoded(stored_as):
         raise InputError(
             f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it "
             "is, or name the 16-bit checkpoint that it was made from."
@@ -136,8 +153,11 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     require_own_weights(directory, entries, model, model_class)
     specs = {name: spec for name, spec in expert_specs(model).items() if spec.is_quantizable}
-    fused = {name: tensor for name, tensor in fused_tensors(entries, model).items() if name in specs}
-    stored |= fused.keys()
+    fused: dict[str, FusedTensor | Mxfp4Stack] = {
+        name: tensor for name, tensor in fused_tensors(entries, model).items() if name in specs
+    }
+    fused |= mxfp4_stacks(entries, {name: spec.shape for name, spec in specs.items()})
+    factors, stored = fp8_factors(entries), stored | fused.keys()
     absent = [n for n in names if n not in stored and tied.get(n) not in stored and n not in tied.values()]
     if absent:
         raise NotPlain(
@@ -145,7 +165,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
             f"or fuses tensors while loading. {_NOT_AHEAD}"
         )
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    linears = quantization.four_bit_linears(model, section, heads)
+    dense, linears = quantization.kept_dense(model, heads), quantization.four_bit_linears(model, section, heads)
     if transposed & linears:
         raise NotPlain(
             f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
@@ -153,6 +173,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
         )
     quantized = ({f"{name}.weight" for name in linears} | specs.keys()) & stored
     tensors = _as_written(entries, fused, names)
+    tensors = [dataclasses.replace(e, dtype=torch.bfloat16) if e.name in factors else e for e in tensors]
     for entry in (entry for entry in tensors if entry.name in quantized):
         if entry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise InputError(
@@ -166,11 +187,13 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     digest = file_sha256(directory / "config.json")
     stamps, settings = file_stamps(entries), settings_of(section, config, model_class.settings)
     return SourceCheckpoint(
-        directory, config, digest, entries, stamps, tensors, quantized, fused, model_class, heads, settings
+        directory, config, digest, entries, stamps, tensors, quantized, fused, factors, model_class, dense, settings
     )
 
 
-def _as_written(entries: list[TensorEntry], fused: dict[str, FusedTensor], names: set[str]) -> list[TensorEntry]:
+def _as_written(
+    entries: list[TensorEntry], fused: Mapping[str, FusedTensor | Mxfp4Stack], names: set[str]
+) -> list[TensorEntry]:
     """The model's tensors in the order of the files; a fused one stands in the place of its first source."""
     target_of = {entry.name: t for t in fused.values() for sources in t.sources.values() for entry in sources}
     written: dict[str, TensorEntry] = {}
@@ -288,7 +311,8 @@ def _blocks(source: SourceCheckpoint, reader: CheckpointReader, planned: set[str
                 yield from _expert_blocks(source, entry)
         yield block._replace(entry=entry)
     for entry in order:
-        yield from _expert_blocks(source, entry)
+        if entry.name in source.fused:  # not one without elements
+            yield from _expert_blocks(source, entry)
 
 
 def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Block]:
@@ -305,7 +329,8 @@ def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Blo
                 raise RunFailed(f"{stored.file}: changed while it was read. Run again when it is at rest.")
             shape = stored.shape if number is None else stored.shape[1:]
             count = math.prod(shape) * stored.dtype.itemsize
-            return read_bytes(handles[stored.file], stored, (number or 0) * count, count).view(stored.dtype).view(shape)
+            data = read_bytes(handles[stored.file], stored, (number or 0) * count, count)
+            return source.decoded(stored.name, data.view(stored.dtype).view(shape), 0)
 
         for expert in range(experts):
             matrix = tensor.part(expert, read)
@@ -318,6 +343,7 @@ def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Blo
 def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:
     """Quantize a block, or bring it to the device, which quantizes whole matrices."""
     name = block.entry.name
+    block = block._replace(rows=source.decoded(name, block.rows, block.first))
     if name not in source.quantized:
         return block, block.rows, None
     if device.type == "cpu":
@@ -379,7 +405,7 @@ def _write_small_files(
     write_source_fingerprint(out, base_fingerprint(source.directory))
     dtypes = [entry.dtype for entry in source.tensors if entry.name in source.quantized]
     dtype = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
-    wanted = quantization.quantization_config(section, dtype, source.head_names)
+    wanted = quantization.quantization_config(section, dtype, source.kept_dense)
     assert wanted is not None  # read_source was asked for 4 bits
     config = dict(source.config)
     config["quantization_config"] = json.loads(wanted.to_json_string(use_diff=False))
@@ -471,8 +497,8 @@ def how_stored(section: ModelSection) -> tuple[bool, int]:
             if entry.dtype.is_floating_point and len(entry.shape) > 1:
                 sizes[entry.dtype.itemsize] += entry.size_bytes
         itemsize = max(sizes, key=sizes.__getitem__, default=2)
-        is_quantized = (try_read_json(directory / "config.json") or {}).get("quantization_config")
-        if not is_quantized and find_base(section, directory) is None:
+        stored = (try_read_json(directory / "config.json") or {}).get("quantization_config")
+        if (stored is None or is_decoded(stored)) and find_base(section, directory) is None:
             read_source(section, directory)
     except NotPlain:
         return False, itemsize

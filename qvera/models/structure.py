@@ -70,13 +70,26 @@ def beside_the_layers(model: nn.Module) -> set[str]:
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     backbone: Any = getattr(model, "base_model", model) if head is None else decoder_of(model)
-    inside, modules, found = set(map(id, backbone.modules())), dict(model.named_modules()), set()
+    inside, found = set(map(id, backbone.modules())), routers(model)
+    for name, module in model.named_modules():
+        if id(module) not in inside or module is head or "pooler" in name.split("."):
+            found.add(name)
+    return found
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the linears that choose a token's experts, or weigh them: never adapted, and never quantized.
+
+    Either would change which weights a token meets.
+    """
+    modules, found = dict(model.named_modules()), set()
     for name, module in modules.items():
-        parent, _, last = name.rpartition(".")
-        is_gate = last in _GATES and hasattr(modules[parent], "experts")
-        # an adapter on a router would change which weights a token meets
-        routes = isinstance(module, nn.Linear) and (is_gate or _ROUTER.search(name) or returns_more(module))
-        if routes or id(module) not in inside or module is head or "pooler" in name.split("."):
+        if not isinstance(module, nn.Linear):
+            continue
+        parts = name.split(".")
+        above = ((".".join(parts[:i]), part) for i, part in enumerate(parts))
+        is_gate = any(part in _GATES and hasattr(modules[owner], "experts") for owner, part in above)
+        if is_gate or _ROUTER.search(name) or returns_more(module):
             found.add(name)
     return found
 

@@ -20,7 +20,7 @@ from qvera.data import Example, microbatches
 from qvera.distributed.group import ALONE
 from qvera.evaluation import held_out
 from qvera.models import forward
-from qvera.training.failures import not_finite_text, step_error
+from qvera.training.failures import not_finite_text, require_gradients, step_error
 from qvera.training.loop import Loop, Records, Step
 from qvera.training.optim import BankAdamW
 from qvera.training.plan import Plan
@@ -196,6 +196,10 @@ class BankLoop(Loop[BankStep]):
 
     def clip_and_step(self, step: BankStep) -> dict[AdapterRun, tuple[float, float]]:
         """Norm and rate of each adapter; one whose loss is not finite has none."""
+        if self.round == 0 and not self.beside_answers:
+            columns = self.bank.layout.columns.items()
+            trained = {key: each for key, each in columns if each.start < self.bank.trained_numbers}
+            require_gradients({key: each.of(self.bank.gradients) for key, each in trained.items()})
         runs = [run for run, share in step.shares.items() if math.isfinite(share.loss)]
         rates = [run.rate for run in runs]
         norms = self.adamw.step([run.held_slot for run in runs], rates)

@@ -26,6 +26,7 @@ from qvera.config.schema import TrainingSection
 from qvera.distributed.group import Group
 from qvera.distributed.zero import Sizes, ZeroConfig, deepspeed_module, gather_at_call, is_sharded, whole_numel
 from qvera.models.structure import causal_model, core_of, decoder_layers
+from qvera.training.failures import require_gradients
 from qvera.training.optim import current_rate
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class LocalEngine:
         self.vectors, self.optimizer, self.schedule = vectors, optimizer, schedule
         self.max_grad_norm, self.group, self.scaler = max_grad_norm, group, scaler
         self.loss_scale = 1.0  # of the latest `step`
+        self._is_first_step = True
 
     def loss_gradient(self) -> torch.Tensor:
         """The loss scale (scalar, fp32): the gradient that `backward` puts into its loss."""
@@ -89,6 +91,9 @@ class LocalEngine:
         A gradient that is not finite takes no step. With loss scaling, it lowers the scale.
         """
         self._sum_gradients()
+        if self._is_first_step:
+            require_gradients({name: vector.grad for name, vector in self.vectors.items()})
+            self._is_first_step = False
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         scale = self.loss_gradient()
         if self.scaler is not None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from qvera.adapters.config import PREFIX
 from qvera.distributed.group import Group, for_all
 from qvera.training.plan import Plan, make_plan
 from qvera.training.plan.plan import change_lines
 from qvera.training.plan.run import changed
-from qvera.utils.errors import InputError, NotFinite, OutOfMemory
+from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
-from qvera.utils.formatting import size
+from qvera.utils.formatting import first_of, size
 from qvera.utils.memory import Shortage
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 _CHANGES = 3
 _LEAST_SHARE = 0.05  # a change has to take at least this share less than was planned, since the plan was too low
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _ANY_RUN = "Lower data.max_length, or training.per_device_train_batch_size where rows are not packed."
 
 
@@ -77,6 +82,36 @@ def held_out_not_finite(step: str, before: dict[str, Any] | None) -> str:
     more = "It was not finite before training either: look at the held-out rows."
     advice = more if before_too else "Lower training.learning_rate."
     return f"{step}: its held-out loss is not finite. {advice}"
+
+
+def require_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise RunFailed where the first backward pass gave some adapted layers no gradient, as these would never train.
+
+    ``gradients``: of all trained tensors, by their keys in an adapter file, summed over ranks. Experts that are modules
+    of their own may have got no token, and are not asked.
+    """
+    layers: dict[str, list[torch.Tensor]] = {}
+    for key, gradient in gradients.items():
+        found = layers.setdefault(key.rpartition(".")[0], [])
+        if gradient is not None:
+            found.append(gradient.detach().abs().amax().float())
+    device = next((each[0].device for each in layers.values() if each), None)
+    if device is None:
+        return
+    nothing = torch.zeros((), device=device)
+    most = torch.stack([torch.stack([nothing, *each]).amax() for each in layers.values()]).tolist()  # one wait
+    without = [n for n, largest in zip(layers, most, strict=True) if largest == 0 and not _EXPERT.search(n)]
+    if not without or not any(most):  # a batch that is learnt already has no gradient at all
+        return
+    kinds = sorted({name.rpartition(".")[2] for name in layers.keys() - set(without)})
+    named = first_of([name.removeprefix(PREFIX) for name in without])
+    raise for_all(
+        RunFailed(
+            f"adapter.targets: the first backward pass gave {len(without)} of {len(layers)} adapted layers no "
+            f"gradient: {named}. The model reads their weights without calling the layer, or does not use them. Name "
+            f"the others: adapter.targets: [{', '.join(kinds)}]."
+        )
+    )
 
 
 def step_error(

@@ -24,7 +24,7 @@ from qvera.distributed.group import Group
 from qvera.distributed.zero import BaseSharder, ZeroConfig, require_deepspeed, zero_config_of
 from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
-from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype
+from qvera.models.loader import Base, dense_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
 from qvera.models.tokenizer import load_processor
 from qvera.tasks import task_of
@@ -141,7 +141,7 @@ class TrainingSession:
         if recipe.data.has_adapters:
             choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
         facts = self.base.facts
-        if (note := experts_note(facts)) is not None:
+        if (note := dense_note(facts)) is not None:
             self.warn(note)
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         count = len(self.datasets.train)

@@ -49,15 +49,17 @@ CLASSES: dict[str, dict[str, Any]] = {
 """Model type → the config beside what is common. gpt-oss has biases and transposed weights, nemotron_h no gate."""
 
 
-def write(name: str, directory: Path) -> Path:
+def write(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random checkpoint, as transformers saves it: of single experts, or of stacked ones."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**_COMMON, **CLASSES[name]}))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **{**_COMMON, **CLASSES.get(name, {}), **changes})
+    )
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(("bias", "gate.weight")) or "expert" in key or "router" in key:
                 parameter.normal_(std=0.1)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     small_tokenizer().save_pretrained(directory)
     return directory
 

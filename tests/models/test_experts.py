@@ -18,7 +18,7 @@ from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.exporting.merged import export_merged
-from qvera.models import quantization
+from qvera.models import linear, quantization
 from qvera.models.experts import (
     ExpertStack,
     Routing,
@@ -84,8 +84,8 @@ def test_each_expert_has_the_bytes_that_bitsandbytes_gives_its_matrix(base: Path
             assert torch.equal(dense, quantization.dequantized_packed(packed, state))
             assert torch.equal(torch.cat([rows for _, rows in stack.blocks(expert, torch.float32)]), dense)
     facts = load_base(section(base, double_quant=double_quant)).facts
-    assert facts["expert_tensors"] == 0
-    assert facts["quantized_expert_bytes"] == sum(stack.storage_bytes for stack in stacks(model))
+    assert not [kind for kind in facts["dense_matrices"] if "experts" in kind]
+    assert facts["expert_bytes"] == sum(stack.storage_bytes for stack in stacks(model))
 
 
 _GRADIENTS = [
@@ -254,6 +254,16 @@ def test_a_target_names_experts_only_where_they_are_adapted(bases: Any) -> None:
         model = attach(load_base(section(base)).model, AdapterSection(rank=8, **keys), str(base))
         assert any(".experts." in name for name in named_vectors(model)) == expected
         assert any(".shared_expert." in name for name in named_vectors(model))
+
+
+def test_routers_are_neither_adapted_nor_quantized(tmp_path: Path) -> None:
+    """Also those that are linears of a module called gate."""
+    sizes = {"num_experts": 4, "moe_topk": 2, "head_dim": 16, "moe_intermediate_size": 128}
+    base = write("hunyuan_v1_moe", tmp_path, **sizes)
+    model = adapted(base, experts="none").get_base_model()
+    gates = {name: module for name, module in model.named_modules() if name.endswith("gate.wg")}
+    assert gates
+    assert all(type(module) in (torch.nn.Linear, linear.FrozenLinear) for module in gates.values())
 
 
 def test_run_experts_is_what_transformers_calls(bases: Any) -> None:

@@ -201,6 +201,15 @@ def test_scaling_and_softcap_are_read_from_the_config() -> None:
         Head.of(adapted.get_base_model())
 
 
+def test_a_scale_before_the_head_is_seen_where_the_first_token_is_the_padding() -> None:
+    model = small_llama(pad_token_id=0)
+    model.get_input_embeddings().weight.data[0] = 0
+    require_own_logits(model)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    with pytest.raises(InputError, match="scales or caps its logits"):
+        require_own_logits(model)
+
+
 _SCALED: dict[str, dict[str, Any]] = {
     "HyperCLOVAX": {"logits_scaling": 4.0},
     "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from qvera.adapters import QveraLinear
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets, data_sha256
@@ -300,6 +301,27 @@ def test_nan_stops_the_run_and_names_step_and_rows(
         train(make_recipe(training={"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2]
+
+
+def test_a_layer_that_the_model_does_not_call_is_named_before_the_first_step(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a fused kernel does, which gets the weight alone."""
+    forward_of = QveraLinear.forward
+
+    def not_called(self: QveraLinear, x: Any, *rest: object) -> Any:
+        return self.base_layer(x) if self.spec.name.endswith("up_proj") else forward_of(self, x, *rest)
+
+    monkeypatch.setattr(QveraLinear, "forward", not_called)
+    steps = {"max_steps": 1}
+    with pytest.raises(
+        RunFailed, match=r"gave 2 of 14 adapted layers no gradient: model\.layers\.0\.mlp\.up_proj"
+    ) as found:
+        train(make_recipe(training=steps), tmp_path / "run")
+    assert not records(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    (others,) = re.findall(r"adapter\.targets: \[(.+)\]", str(found.value))
+    assert train(make_recipe(training=steps, adapter={"targets": others.split(", ")}), tmp_path / "others")
 
 
 @pytest.mark.parametrize("also_of_the_base", [False, True])

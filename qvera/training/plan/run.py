@@ -25,7 +25,7 @@ from qvera.models.experts import StackSpec, expert_specs
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
-from qvera.models.structure import beside_the_layers, expert_weights, head_size
+from qvera.models.structure import beside_the_layers, expert_weights, head_size, routers
 from qvera.models.tokenizer import image_sides, image_tokens
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -147,7 +147,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     ]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    beside = beside_the_layers(model)
+    beside, of_routers = beside_the_layers(model), routers(model)
     own_heads = tuple(f"{name}." for name in model_class.head_modules(model))  # type: ignore[arg-type]
     linears: list[Linear] = []
     for name, module in model.named_modules():
@@ -156,7 +156,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
             continue
         layer = _LAYER.search(f".{name}.")
         skipped = any(f".{name}".endswith(kept) or f"{kept}." in f".{name}." for kept in kept_dense)
-        converted = type(module) in (nn.Linear, Conv1D) and not skipped
+        converted = type(module) in (nn.Linear, Conv1D) and not skipped and name not in of_routers
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
     kind, layers = type(model).__name__, {x.layer for x in linears} - {None}
     own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
