@@ -187,12 +187,9 @@ def markdown() -> str:
     """The table of the README."""
     head = [f"{gb} GB" for gb in CARDS_GB]
     lines = [
-        f"Made by `{COMMAND}`. The longest row, in tokens, that trains at batch 1 with 4-bit NF4, VeRA r=256 on all "
-        f"linears,",
-        "bf16 and gradient checkpointing, up to the model's own context length. Decimal GB, with 0.5 GB for the CUDA "
-        "context.",
-        "\\*: with the base streamed from RAM, layer by layer (`model.stream`, slower). The experts of the last three are in 4 bits "
-        "and frozen. **Computed from shapes, not measured: no GPU has run these.**",
+        f"Made by `{COMMAND}`. The longest row, in tokens, at batch 1: NF4, VeRA r=256 on all linears, bf16,",
+        "gradient checkpointing, at most the model's own context. Decimal GB, 0.5 of them for the CUDA context. \\*: with the base",
+        "streamed from RAM (`model.stream`, slower). The last three's experts are in 4 bits, frozen. **Computed, not measured.**",
         "",
         "| | memory at 512 tokens | " + " | ".join(head) + " |",
         "|---|---|" + "---|" * len(head),

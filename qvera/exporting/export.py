@@ -105,11 +105,14 @@ def export(
     require_base(config, adapter_dir, section.path, fingerprint_of(section))
     require_no_added_tokens(config, adapter_dir, f"--to {to}")
     model_class = getattr(config, "model_class", CAUSAL_LM)
-    adapter = read_deltas(adapter_dir, empty_model(section, None, model_class), section)
+    empty = empty_model(section, None, model_class)
+    adapter = read_deltas(adapter_dir, empty, section)
     if to == "gguf-lora":
         _write_gguf_lora(adapter, adapter_dir, target, out, written, rank, chat, say)
         return None
     errors = None
+    if to == "lora" and not any(delta.experts for delta in adapter.layers.values()):
+        lora.require_kept_by_peft(adapter, empty)
     if to == "peft":
         size = formatting.size(lora.export_stock_vera(adapter, out, chat.beside))
         say(f"{size} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")

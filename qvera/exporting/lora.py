@@ -12,7 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from peft import LoraConfig, VeraConfig
+from peft import LoraConfig, VeraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from qvera.adapters.config import PREFIX
 from qvera.adapters.files.adapter_file import lora_config
@@ -23,6 +25,7 @@ from qvera.models.safetensors_stream import write_shard
 from qvera.utils import formatting
 from qvera.utils.atomic import new_directory
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import first_of
 from qvera.utils.paths import CHAT_TEMPLATE
 from qvera.utils.safetensors_io import FACTS, TensorSpec
 
@@ -221,6 +224,33 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
     return _write_for_peft(adapter, out, config, specs, floats, {}, chat_template)
 
 
+def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> None:
+    """Put a LoRA of the adapter's targets on its base (without weights), as PEFT does when it opens the export.
+
+    In models with experts PEFT takes names such as ``down_proj`` for those of experts, and drops the tensors of dense
+    MLPs with these names. InputError: it would adapt other layers than the adapter has.
+    """
+    config = LoraConfig(r=1, target_modules=_targets(adapter), task_type=adapter.config.task_type)
+    try:
+        adapted = get_peft_model(model, config).get_base_model()
+        kept = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    except ValueError:  # PEFT's own refusal of such names
+        kept = set()
+    if lost := sorted(adapter.layers.keys() - kept) or sorted(kept - adapter.layers.keys()):
+        raise InputError(
+            f"PEFT would not adapt {first_of(lost)} of this model as the adapter does: it takes the name for that of "
+            "experts, and the export would lose it. Export with --to merged, or train with adapter.targets that name "
+            "attention only."
+        )
+
+
+def _targets(adapter: AdapterDeltas) -> str | list[str]:
+    targets = adapter.config.target_modules
+    if any(getattr(adapter.config, limit, None) is not None for limit in LIMITS):
+        targets = list(adapter.layers)
+    return targets if isinstance(targets, str) else sorted(targets)
+
+
 def _write_for_peft(
     adapter: AdapterDeltas,
     out: Path,
@@ -231,12 +261,10 @@ def _write_for_peft(
     chat_template: str | None,
 ) -> int:
     """Add what all kinds have: targets, base, head and header."""
-    own, targets = adapter.config, adapter.config.target_modules
-    if any(getattr(own, limit, None) is not None for limit in LIMITS):
-        targets = list(adapter.layers)
+    own = adapter.config
     common = {
         "fan_in_fan_out": all(delta.transposed for delta in adapter.layers.values()),
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": _targets(adapter),
         "task_type": own.task_type,
         "modules_to_save": sorted(own.modules_to_save) if adapter.head else None,
         "base_model_name_or_path": own.base_model_name_or_path and portable_name(own.base_model_name_or_path),

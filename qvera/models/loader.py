@@ -291,7 +291,8 @@ def _dense_matrices(model: PreTrainedModel, packed: Collection[int]) -> dict[str
         if name in beside or "embed" in name or isinstance(module, (torch.nn.Embedding, _ConvNd)):
             continue
         for key, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 1 and weight.is_floating_point() and id(weight) not in packed:
+            is_matrix = weight.dim() > 1 and weight.is_floating_point() and not key.endswith("bias")
+            if is_matrix and id(weight) not in packed:
                 kind = ".".join(part for part in f"{name}.{key}".split(".")[2:] if not part.isdigit())
                 found[kind.removesuffix(".weight")] += whole_numel(weight) * weight.element_size()
     return dict(found.most_common())
@@ -299,11 +300,11 @@ def _dense_matrices(model: PreTrainedModel, packed: Collection[int]) -> dict[str
 
 def dense_note(facts: dict[str, Any]) -> str | None:
     """One sentence on matrices of a quantized base that are not quantized, by its ``facts``; None where it has none."""
-    kinds = facts["dense_matrices"]
-    share = sum(kinds.values()) / facts["base_bytes"]
-    if share < _NOTED_SHARE:
+    kinds, dense_bytes = facts["dense_matrices"], sum(facts["dense_matrices"].values())
+    if not kinds or dense_bytes < _NOTED_SHARE * facts["base_bytes"]:
         return None
-    return f"Not quantized: {first_of(list(kinds))} ({size(sum(kinds.values()))}, {share:.0%} of the base)."
+    share = dense_bytes / facts["base_bytes"]
+    return f"Not quantized: {first_of(list(kinds))} ({size(dense_bytes)}, {share:.0%} of the base)."
 
 
 def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:

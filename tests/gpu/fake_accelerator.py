@@ -519,7 +519,7 @@ class FakeSession(TrainingSession):
 
     def _load_base(self, *_: object) -> Base:
         tokenizer: Any = FakeTokenizer()
-        return Base(self._fake.model(*self._wanted), tokenizer, {})
+        return Base(self._fake.model(*self._wanted), tokenizer, {"dense_matrices": {}})
 
     def _plan_memory(self) -> None:
         """No plan: memory has no end here, and ``gradient_checkpointing: auto`` is true."""

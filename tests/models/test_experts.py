@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters.bank import AdapterBank
@@ -16,7 +17,7 @@ from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, 
 from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.lora import export_lora
+from qvera.exporting.lora import export_lora, require_kept_by_peft
 from qvera.exporting.merged import export_merged
 from qvera.models import linear, quantization
 from qvera.models.experts import (
@@ -254,6 +255,25 @@ def test_a_target_names_experts_only_where_they_are_adapted(bases: Any) -> None:
         model = attach(load_base(section(base)).model, AdapterSection(rank=8, **keys), str(base))
         assert any(".experts." in name for name in named_vectors(model)) == expected
         assert any(".shared_expert." in name for name in named_vectors(model))
+
+
+def test_a_lora_whose_dense_mlps_peft_takes_for_experts_is_refused(bases: Any, tmp_path: Path) -> None:
+    base = bases("glm4_moe")
+    for name, targets in (("all", "all-linear"), ("attention", ["q_proj", "o_proj"])):
+        save_adapter(adapted(base, experts="none", targets=targets), tmp_path / name)
+    empty = empty_model(section(base))
+    with pytest.raises(
+        InputError, match=r"PEFT would not adapt model\.layers\.0\.mlp\.down_proj .* takes the name for that of"
+    ):
+        require_kept_by_peft(read_deltas(tmp_path / "all", empty), empty)
+    empty = empty_model(section(base))
+    kept = read_deltas(tmp_path / "attention", empty)
+    require_kept_by_peft(kept, empty)
+    export_lora(kept, tmp_path / "lora", torch.float32)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").eval()
+    model = load_adapter(load_base(section(base, quantization="none")).model, tmp_path / "attention")
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_routers_are_neither_adapted_nor_quantized(tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     plain = write("gpt_oss", root / "plain", dtype=torch.bfloat16)
     tensors = load_file(plain / "model.safetensors")
     packed = dict(tensors)
-    for name in [
-        name for name in tensors if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj")
-    ]:
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, rows, columns = packed.pop(name).transpose(1, 2).shape
         blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
         scales = torch.randint(120, 126, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
