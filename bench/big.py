@@ -6,6 +6,7 @@ model, tokens and loss, with gradient checkpointing and gradients flowing to the
 
     python bench/big.py 7b --ranks 256 1024 --limits 2.5GB 6GB
     python bench/big.py 70b --tokens 128 --steps 3 --no-frozen
+    python bench/big.py qwen3-30b --experts each --tokens 128 --steps 3 --no-frozen
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ def write_rows(path: Path, tokens: int, count: int) -> None:
             handle.write(json.dumps({"text": text}) + "\n")
 
 
-def recipe(model: Path, rows: Path, out: Path, rank: int, tokens: int, steps: int) -> dict[str, Any]:
+def recipe(
+    model: Path, rows: Path, out: Path, rank: int, tokens: int, steps: int, experts: str = "none"
+) -> dict[str, Any]:
     return {
         "model": str(model),
         "data": {"path": str(rows), "format": "text", "train_on": "all", "max_length": tokens},
-        "adapter": {"rank": rank},
+        "adapter": {"rank": rank, "experts": experts},
         "training": {
             "output_dir": str(out), "max_steps": steps, "global_batch_size": 1, "per_device_train_batch_size": 1,
             "report_to": [], "try_longest_batch": False,  # all rows are of one length
@@ -56,12 +59,12 @@ def recipe(model: Path, rows: Path, out: Path, rank: int, tokens: int, steps: in
 
 
 def train_under_limit(
-    model: Path, scratch: Path, rank: int, tokens: int, steps: int, limit: int | None
+    model: Path, scratch: Path, rank: int, tokens: int, steps: int, limit: int | None, experts: str = "none"
 ) -> dict[str, Any]:
     rows, out = scratch / "rows.jsonl", scratch / f"run-{time.monotonic_ns()}"
     write_rows(rows, tokens, steps + 1)
     file = scratch / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(model, rows, out, rank, tokens, steps)))
+    file.write_text(yaml.safe_dump(recipe(model, rows, out, rank, tokens, steps, experts)))
     planned = subprocess.run(
         [sys.executable, "-m", "qvera", "plan", str(file), "--json"], stdout=subprocess.PIPE, check=True
     )
@@ -117,12 +120,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--no-frozen", action="store_true")
+    parser.add_argument("--experts", choices=["none", "shared", "each"], default="none", help="adapter.experts")
     parser.add_argument("--frozen-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.frozen_only:
         print(json.dumps(frozen_steps(args.model, args.tokens, args.steps)))
         return
-    document: dict[str, Any] = {**header(), "shape": args.shape, "tokens": args.tokens, "cases": []}
+    document: dict[str, Any] = {
+        **header(),
+        "shape": args.shape,
+        "tokens": args.tokens,
+        "experts": args.experts,
+        "cases": [],
+    }
     scratch = Path(tempfile.mkdtemp(prefix="qvera-big-", dir=args.scratch))
     try:
         model = args.model or synthesise(args.shape, scratch / "nf4", nf4=True)
@@ -130,8 +140,9 @@ def main() -> None:
         for rank in args.ranks:
             for limit in args.limits or [None]:
                 case = train_under_limit(
-                    model, scratch, rank, args.tokens, args.steps, None if limit is None else parse_bytes(limit)
-                )
+                    model, scratch, rank, args.tokens, args.steps, None if limit is None else parse_bytes(limit),
+                    args.experts,
+                )  # fmt: skip
                 document["cases"].append(case)
             if not args.no_frozen and rank == args.ranks[0]:
                 command = [sys.executable, __file__, args.shape, "--frozen-only", "--model", str(model)]

@@ -1,4 +1,4 @@
-"""Write a checkpoint of a real shape with random weights: what 7B, 13B and 70B are measured on where no hub is reachable.
+"""Write a checkpoint of a real shape with random weights: what 7B to 70B are measured on where no hub is reachable.
 
 16-bit: normal weights of deviation 0.02, seeded by tensor, written shard by shard. `--nf4` writes bitsandbytes'
 serialized 4-bit form directly, layer by layer (random nibbles, statistics as of such weights): 37 GB for 70B. With a
@@ -6,12 +6,14 @@ byte-level tokenizer.
 
     python bench/synthesise.py 7b /tmp/7b            13.5 GB
     python bench/synthesise.py 70b /tmp/70b --nf4    37 GB
+    python bench/synthesise.py qwen3-30b /tmp/moe    61 GB, with single experts as the hub has them (--nf4: 17 GB, stacked)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import struct
 import sys
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 _LLAMA = {
     "vocab_size": 32000,
@@ -48,7 +50,11 @@ SHAPES = {
     "8b": _shape(4096, 14336, 32, 32, 8, vocab_size=128256),
     "13b": _shape(5120, 13824, 40, 40, 40),
     "70b": _shape(8192, 28672, 80, 64, 8),
-}
+    "qwen3-30b": _shape(
+        2048, 6144, 48, 32, 4, model_type="qwen3_moe", vocab_size=151936, head_dim=128, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, max_position_embeddings=40960,
+    ),
+}  # fmt: skip
 DEVIATION = 0.02
 SHARD_BYTES = 5_000_000_000
 BLOCK, NESTED_BLOCK = 64, 256
@@ -56,9 +62,12 @@ _ST_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
 
-def config_of(shape: str) -> LlamaConfig:
-    """Llama's config for one of `SHAPES`."""
-    return LlamaConfig(dtype="bfloat16", architectures=["LlamaForCausalLM"], **SHAPES[shape])
+def config_of(shape: str) -> Any:
+    """The config of one of `SHAPES`: Llama's, or that of its model type."""
+    tree = dict(SHAPES[shape])
+    kind = tree.pop("model_type", "llama")
+    name = {"llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[kind]
+    return AutoConfig.for_model(kind, dtype="bfloat16", architectures=[name], **tree)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -73,42 +82,55 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def weights(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama checkpoint in the order of its layers."""
+def weights(config: Any, stacked: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a checkpoint in the order of its layers; ``stacked``: a layer's experts are one tensor."""
     h, ff, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    q, experts = config.num_attention_heads * config.head_dim, getattr(config, "num_experts", 0)
     yield "model.embed_tokens.weight", (config.vocab_size, h)
     for i in range(config.num_hidden_layers):
         p = f"model.layers.{i}"
         yield f"{p}.input_layernorm.weight", (h,)
-        for name, shape in (("q", (h, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, h))):
+        for name, shape in (("q", (q, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, q))):
             yield f"{p}.self_attn.{name}_proj.weight", shape
         yield f"{p}.post_attention_layernorm.weight", (h,)
-        for name, shape in (("gate", (ff, h)), ("up", (ff, h)), ("down", (h, ff))):
-            yield f"{p}.mlp.{name}_proj.weight", shape
+        mlp = (("gate", (ff, h)), ("up", (ff, h)), ("down", (h, ff)))
+        if not experts:
+            yield from ((f"{p}.mlp.{name}_proj.weight", shape) for name, shape in mlp)
+            continue
+        yield from ((f"{p}.self_attn.{name}_norm.weight", (config.head_dim,)) for name in "qk")
+        yield f"{p}.mlp.gate.weight", (experts, h)
+        ff = config.moe_intermediate_size
+        if stacked:
+            yield f"{p}.mlp.experts.gate_up_proj", (experts, 2 * ff, h)
+            yield f"{p}.mlp.experts.down_proj", (experts, h, ff)
+            continue
+        for e in range(experts):
+            for name, shape in (("gate", (ff, h)), ("up", (ff, h)), ("down", (h, ff))):
+                yield f"{p}.mlp.experts.{e}.{name}_proj.weight", shape
     yield "model.norm.weight", (h,)
     yield "lm_head.weight", (config.vocab_size, h)
 
 
 def is_quantized(name: str) -> bool:
-    return "_proj." in name
+    return "_proj" in name
 
 
-def specs_16bit(config: LlamaConfig, dtype: torch.dtype) -> list[Spec]:
+def specs_16bit(config: Any, dtype: torch.dtype) -> list[Spec]:
     return [(name, dtype, shape) for name, shape in weights(config)]
 
 
-def specs_nf4(config: LlamaConfig) -> list[Spec]:
+def specs_nf4(config: Any) -> list[Spec]:
     """bitsandbytes' serialized tensors for each weight (double quantization, bf16 quant storage)."""
     found: list[Spec] = []
-    for name, shape in weights(config):
+    for name, shape in weights(config, stacked=True):
         if not is_quantized(name):
             found.append((name, torch.bfloat16, shape))
             continue
-        n = shape[0] * shape[1]
+        n, experts = math.prod(shape), shape[0] if len(shape) == 3 else 1
         found += [
             (name, torch.bfloat16, (n // 4, 1)),
             (f"{name}.absmax", torch.uint8, (n // BLOCK,)),
-            (f"{name}.nested_absmax", torch.float32, (-(-n // BLOCK // NESTED_BLOCK),)),
+            (f"{name}.nested_absmax", torch.float32, (experts * -(-n // experts // BLOCK // NESTED_BLOCK),)),
             (f"{name}.nested_quant_map", torch.float32, (256,)),
             (f"{name}.quant_map", torch.float32, (16,)),
             (f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (len(_state_json(shape)),)),
@@ -117,9 +139,11 @@ def specs_nf4(config: LlamaConfig) -> list[Spec]:
 
 
 def _state_json(shape: tuple[int, ...]) -> bytes:
+    offset = 2.4 * DEVIATION
     state = {
         "quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(shape),
-        "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 2.4 * DEVIATION,
+        "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
+        "nested_offset": [offset] * shape[0] if len(shape) == 3 else offset,
     }  # fmt: skip
     return json.dumps(state).encode()
 
@@ -205,7 +229,7 @@ def synthesise(
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "bfloat16",
         }  # fmt: skip
-    write(out, specs, dict(weights(config)))
+    write(out, specs, dict(weights(config, stacked=nf4)))
     tokenizer().save_pretrained(out)
     config.save_pretrained(out)
     return out

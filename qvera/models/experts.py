@@ -25,6 +25,7 @@ from qvera.distributed.zero import whole_numel
 from qvera.models import quantization
 from qvera.models.linear import BLOCK_WEIGHTS, FrozenPacked
 from qvera.models.quantization import bnb_functional
+from qvera.utils import accelerator
 
 IMPLEMENTATION = "qvera"
 """The name of `run_experts` among transformers' experts functions."""
@@ -257,18 +258,12 @@ def _grouped(x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tens
     """The products of the rows of experts from ``first`` on with weights [k, in, out]: in one launch, or one by one."""
     ends = routing.ends[first : first + len(weights) + 1]
     rows = slice(ends[0], ends[-1])
-    if len(weights) > 1 and _has_grouped_product(x):
+    if len(weights) > 1 and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device):
         offsets = routing.ends_on_device[first : first + len(weights)] - ends[0]
         out[rows] = torch.nn.functional.grouped_mm(x[rows], weights, offs=offsets)
         return
     for weight, (start, end) in zip(weights, itertools.pairwise(ends), strict=True):
         torch.mm(x[start:end], weight, out=out[start:end])
-
-
-def _has_grouped_product(x: Tensor) -> bool:
-    """Whether torch multiplies groups of rows in one launch here: bfloat16 on CUDA cards of capability 8.0."""
-    fits = x.dtype == torch.bfloat16 and x.device.type == "cuda" and hasattr(torch.nn.functional, "grouped_mm")
-    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 class _StackProduct(torch.autograd.Function):

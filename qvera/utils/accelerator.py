@@ -144,6 +144,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return ask(including_emulation=False) if device.type == "cuda" else ask()
 
 
+def multiplies_groups(device: torch.device) -> bool:
+    """Whether torch multiplies groups of rows, each with a matrix of its own, in one launch: CUDA 8.0 and newer."""
+    import torch
+
+    ask = _function(device, "get_device_capability")
+    if device.type != "cuda" or ask is None or not hasattr(torch.nn.functional, "grouped_mm"):
+        return False
+    return tuple(ask()) >= (8, 0)
+
+
 def pages_optimizer_state() -> bool:
     """Whether bitsandbytes' paged optimizers work: they need CUDA's `cudaMallocManaged`."""
     import torch
