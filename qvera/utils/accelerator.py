@@ -151,7 +151,7 @@ def multiplies_groups(device: torch.device) -> bool:
     ask = _function(device, "get_device_capability")
     if device.type != "cuda" or ask is None or not hasattr(torch.nn.functional, "grouped_mm"):
         return False
-    return tuple(ask()) >= (8, 0)
+    return tuple(ask(device)) >= (8, 0)
 
 
 def pages_optimizer_state() -> bool:
