@@ -155,7 +155,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         "gpt-oss", "gpt_oss", _ATTENTION,
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
-        experts="4 bits", limits="the published MXFP4 files have to be converted to 16 bits first",
+        experts="4 bits",
     ),
 }  # fmt: skip
 

@@ -28,6 +28,8 @@ _ALIASES = {
     "tool": ("function", "observation", "ipython"),
 }
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns whose contents the text of a row speaks of."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Message keys for what an assistant thought before its answer."""
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
@@ -154,7 +156,13 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     for ours in columns:
         if ours not in read:
             raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.")
-    return RowFormat(format, read, [str(name) for name in row.fields if name not in read.values()])
+    unused = [str(name) for name in row.fields if name not in read.values()]
+    if shown := next((name for name in unused if name in _MEDIA and row.fields[name]), None):
+        raise InputError(
+            f"{row.source}: the column {shown!r} is not read: rows of format {format} are text, and a model would "
+            "learn to answer without what is in it. Remove the column if the text says it all."
+        )
+    return RowFormat(format, read, unused)
 
 
 def _usual_columns(row: RawRow, format: str, named: dict[str, str]) -> dict[str, str]:

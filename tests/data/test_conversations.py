@@ -44,6 +44,13 @@ def test_detection(fields: dict[str, Any], name: str, unused: list[str]) -> None
     assert {*get_args(DataSection.model_fields["format"].annotation)} == {"auto", *FORMATS}, "a recipe takes every one"
 
 
+def test_rows_of_text_with_pictures_beside_them_are_refused() -> None:
+    row = {"messages": [{"role": "user", "content": "<image>What is it?"}], "images": ["cat.png"]}
+    with pytest.raises(InputError, match="f:1: the column 'images' is not read: rows of format messages are text"):
+        detect_format(RawRow(row, "f:1"))
+    assert detect_format(RawRow({**row, "images": []}, "f:1")).unused == ["images"]
+
+
 def test_every_format_becomes_the_same_conversation() -> None:
     for fields in (
         {"messages": [USER, ASSISTANT]},
