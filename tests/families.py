@@ -96,7 +96,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
     "llama4": Family(
-        "Llama 4, text", "llama4_text", experts="dense", limits="experts are neither adapted nor quantized",
+        "Llama 4, text", "llama4_text", experts="4 bits",
         changes={
             "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
             "attention_chunk_size": 64,

@@ -29,6 +29,7 @@ from qvera.utils import accelerator
 
 IMPLEMENTATION = "qvera"
 """The name of `run_experts` among transformers' experts functions."""
+_LLAMA4 = "Llama4TextExperts"
 DENSE_WEIGHTS = 2**25
 """Weights of experts that an accelerator holds dense at a time: 64 MB in 16 bits."""
 
@@ -54,22 +55,23 @@ class StackSpec(NamedTuple):
 
 
 def expert_specs(model: nn.Module) -> dict[str, StackSpec]:
-    """The expert projections of a model that `run_experts` can run, by the names of their parameters."""
+    """The expert projections of a model that are run here, by the names of their parameters."""
     found = {}
     for path, module in model.named_modules():
-        if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+        is_llama4 = type(module).__name__ == _LLAMA4
+        if not is_llama4 and not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")):
             continue
         for name in projections(module):
             weight = getattr(module, name, None)
             if isinstance(weight, nn.Parameter) and weight.dim() == 3:
                 experts, rows, columns = weight.shape
-                found[f"{path}.{name}"] = StackSpec(experts, rows, columns, bool(module.is_transposed))
+                found[f"{path}.{name}"] = StackSpec(experts, rows, columns, is_llama4 or bool(module.is_transposed))
     return found
 
 
 def projections(module: Any) -> tuple[str, str]:
     """The names of the two projections of a layer's experts, in the order in which they are used."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
 @dataclasses.dataclass
@@ -305,17 +307,27 @@ def run_experts(self: Any, hidden: Tensor, top_experts: Tensor, top_weights: Ten
     if self.has_post_expert_norm:
         outer = self.post_expert_norm(outer)
     outer = outer * top_weights.reshape(-1)[order].unsqueeze(-1)
-    # a sum in a fixed order: adding up by index is not deterministic on an accelerator
+    return sum_of_tokens(outer, order, top_experts).to(hidden.dtype)
+
+
+def sum_of_tokens(rows: Tensor, order: Tensor, top_experts: Tensor) -> Tensor:
+    """The sum of each token's rows, which are sorted by expert: [T k, n] gives [T, n]."""
+    # in a fixed order: adding up by index is not deterministic on an accelerator
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return outer[back].view(*top_experts.shape, -1).sum(1).to(hidden.dtype)
+    return rows[back].view(*top_experts.shape, -1).sum(1)
 
 
 def place_stack(model: nn.Module, name: str, stack: ExpertStack) -> None:
-    """Put a stack in the place of the parameter of that name, and let `run_experts` run its module."""
+    """Put a stack in the place of the parameter of that name, and let its module be run from here."""
     path, _, key = name.rpartition(".")
     module: Any = model.get_submodule(path)
     del module._parameters[key]
     setattr(module, key, stack)
+    if type(module).__name__ == _LLAMA4:
+        from qvera.models.llama4 import RoutedLlama4  # an import that other models need not wait for
+
+        model.get_submodule(path.rpartition(".")[0]).__class__ = RoutedLlama4
+        return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
     module.config._experts_implementation = IMPLEMENTATION
 

@@ -41,12 +41,16 @@ CLASSES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "linear_num_key_heads": 2,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     },
+    "llama4_text": {
+        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 128, "layer_types": ["full_attention", "full_attention"], "no_rope_layers": [1, 1],
+    },
     "nemotron_h": {
         **_ROUTED, "moe_shared_expert_intermediate_size": 64, "layers_block_type": ["attention", "moe"],
         "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
     },
 }  # fmt: skip
-"""Model type → the config beside what is common. gpt-oss has biases and transposed weights, nemotron_h no gate."""
+"""Model type → the config beside what is common. gpt-oss has biases, it and Llama 4 transposed weights, nemotron_h no gate."""
 
 
 def write(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -87,7 +91,8 @@ def delta(layer: QveraLinear, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
 def dense_twin(model: Any, directory: Path) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
     """Plain transformers in fp64 on W + ΔW with the quantized W; and the leaves of its vectors, by layer."""
     twin = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).double().requires_grad_(False)
-    twin.set_experts_implementation("eager")
+    if hasattr(twin.config, "_experts_implementation"):
+        twin.set_experts_implementation("eager")
     for name, module in model.get_base_model().named_modules():
         name = name.replace(".base_layer", "")
         if isinstance(module, quantization.Linear4bit):

@@ -1,4 +1,4 @@
-"""Experts in 4 bits and with adapters, on ten classes of transformers."""
+"""Experts in 4 bits and with adapters, on eleven classes of transformers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from tests.models.experts import CLASSES, dense_twin, write
 from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
-_FAST = ("mixtral", "gpt_oss", "nemotron_h")
-"""Experts that are single in the file, experts with biases and transposed weights, and experts without a gate."""
+_FAST = ("mixtral", "gpt_oss", "nemotron_h", "llama4_text")
+"""Experts that are single in the file, with biases and transposed weights, without a gate, and run by code of their own."""
 
 
 @pytest.fixture(scope="module")

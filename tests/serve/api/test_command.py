@@ -86,12 +86,13 @@ def test_logprobs_seeds_and_facts_come_from_the_engine(command: Command) -> None
 def test_the_example_of_the_documentation_runs(command: Command, capsys: Any) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), re.DOTALL)
     block = block.replace("http://127.0.0.1:8000", command.url).replace("gina", "anna")
+    block = block.replace("stream=True", "stream=True, seed=1")  # a drawn answer may be empty
     exec(compile(block, "docs/serve.md", "exec"), {})
     assert capsys.readouterr().out
     (curl,) = (line for line in commands("docs/serve.md") if line.startswith("curl ") and "completions" in line)
     line = shlex.split(curl.replace("http://127.0.0.1:8000", command.url).replace("chloe", "anna"))
     found = subprocess.run(line, check=True, capture_output=True, text=True, timeout=120)
-    assert json.loads(found.stdout)["choices"][0]["text"]
+    assert json.loads(found.stdout)["choices"][0]["finish_reason"] in ("stop", "length")
 
 
 def test_a_taken_port_is_named_before_anything_is_loaded(command: Command, capsys: Any) -> None:
