@@ -33,7 +33,7 @@ from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
 from qvera.models.stored_formats import is_decoded
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
-from qvera.models.structure import beside_the_layers
+from qvera.models.structure import beside_the_layers, routers
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_stamp, try_read_json
@@ -66,11 +66,13 @@ class TrainedBaseReader(CheckpointReader):
         super().__init__(entries, stamps, known)
         self.section, self.compute = section, compute
         self.four_bit = section.quantization in ("nf4", "fp4")
-        head = model.get_output_embeddings()
+        head, dense = model.get_output_embeddings(), routers(model)
         self.transposed = {
             f"{name}.weight": isinstance(module, Conv1D)
             for name, module in model.named_modules()
-            if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
+            if (type(module) is torch.nn.Linear or isinstance(module, Conv1D))
+            and module is not head
+            and name not in dense
         }
         """Quantized weight → whether it is a Conv1D's, which is stored [in, out] and quantized as [out, in]."""
         self.stacks = set(stacks) if self.four_bit else set()
