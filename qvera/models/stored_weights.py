@@ -193,6 +193,11 @@ def load_mapped(
     stored = [entry for name, entry in entries.items() if name in wanted and not name.startswith(new_head)]
     packed, plain = _sorted_by_kind(model, stored)
     specs = expert_specs(model)
+    if sharder is not None and specs.keys() & packed.keys():
+        raise InputError(
+            "deepspeed: ZeRO-3 can't spread the experts of a mixture over the ranks yet. Use zero2, which keeps the "
+            "base whole on each of them."
+        )
     layers = set(decoder_layers(decoder_of(model))) if layers_in_ram or sharder is not None else set()
     prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
