@@ -58,6 +58,8 @@ class QveraExperts(QveraLinear):
         each = [factors.expert(number).delta() for number in experts]
         return torch.stack([delta.t() if self.base_layer.spec.is_transposed else delta for delta in each])
 
+    get_delta_weight = delta_weight_fp32  # PEFT's name for it
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """ValueError: quantized experts would be quantized again. `qvera export --to merged` writes exact weights."""
         raise ValueError("adapted experts can't be merged in place; export a merged checkpoint (qvera export).")

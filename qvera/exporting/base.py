@@ -95,7 +95,7 @@ class TrainedBaseReader(CheckpointReader):
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` of a block as training had them, in ``compute``."""
         if block.entry.name in self.stacks:
-            return torch.stack([quantization.as_trained(expert, self.section, self.compute) for expert in rows])
+            return torch.stack([quantization.quantized_reader(expert, self.section, self.compute)() for expert in rows])
         transposed = self.transposed.get(block.entry.name)
         if transposed is None:
             return rows.to(self.compute)
@@ -188,7 +188,8 @@ class AdapterOnBase(NamedTuple):
         """Reads weights as training had them; ``known`` has the SHA-256 of files that are already hashed."""
         if self.packed:
             return PackedBaseReader(self.stored, self.stamps, known, self.packed, self.compute)
-        quantized = {name for own, name in self.stacks.items() if expert_specs(self.model)[own].is_quantizable}
+        specs = expert_specs(self.model)
+        quantized = {name for own, name in self.stacks.items() if specs[own].is_quantizable}
         return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model, quantized)
 
 

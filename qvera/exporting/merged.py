@@ -202,7 +202,7 @@ class Merging:
         is_quantized = section.quantization in ("nf4", "fp4") and weight.numel() % 64 == 0
         if self.options.base == "dequantized":
             compute = self.base.compute
-            weight = quantization.as_trained(weight, section, compute) if is_quantized else weight.to(compute)
+            weight = quantization.quantized_reader(weight, section, compute)() if is_quantized else weight.to(compute)
         if (delta := self.deltas.get(target)) is None:
             return fused.split(weight), None
         change = delta.rows(number, 1)[0].cpu()

@@ -399,27 +399,21 @@ def fused_matmul(
     return None
 
 
-def quantized_reader(weight: torch.Tensor, section: ModelSection) -> Callable[[], torch.Tensor]:
-    """Quantize a weight [m, n] as the recipe says. Each call of the result dequantizes it to its dtype."""
-    dtype = weight.dtype
+def quantized_reader(
+    weight: torch.Tensor, section: ModelSection, dtype: torch.dtype | None = None
+) -> Callable[[], torch.Tensor]:
+    """Quantize a weight [m, n] as the recipe says. Each call of the result dequantizes it to ``dtype`` (its own)."""
+    dtype = dtype or weight.dtype
     if section.quantization == "none":
-        return lambda: weight
+        return lambda: weight.to(dtype)
     if section.quantization == "int8":
         rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(torch.float16))
         return lambda: dequantized_int8(rows, scales, dtype)
     packed, state = bnb_functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
-    )
-    return lambda: dequantized_packed(packed, state)
-
-
-def as_trained(matrix: torch.Tensor, section: ModelSection, dtype: torch.dtype) -> torch.Tensor:
-    """A whole matrix in 16 bits or more as a 4-bit layer has it, in ``dtype``."""
-    packed, state = bnb_functional.quantize_4bit(
-        matrix.contiguous(), blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
+        weight.contiguous(), blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
     )
     state.dtype = dtype
-    return dequantized_packed(packed, state)
+    return lambda: dequantized_packed(packed, state)
 
 
 def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from qvera.models import experts
 from qvera.models.experts import ExpertStack, StackScales, expert_specs, place_stack, run_experts
 from tests.gpu.fake_accelerator import FakeAccelerator
 from tests.gpu.own_process import measured
@@ -53,4 +52,3 @@ def test_the_host_waits_once_for_a_layer_s_experts() -> None:
         assert list(one["forward"]["syncs"].values()) == [1]
         assert not one["backward"]["syncs"]
     assert found[0]["forward"]["kernels"] == found[1]["forward"]["kernels"]
-    assert experts.IMPLEMENTATION

@@ -13,7 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters.bank import AdapterBank
+from qvera.adapters.experts import QveraExperts
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.layer import adapted_layers
 from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
@@ -37,7 +39,7 @@ from qvera.models.stream import stream_layers
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative
-from tests.models.experts import CLASSES, dense_twin, write
+from tests.models.experts import CLASSES, delta, dense_twin, write
 from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -252,6 +254,14 @@ def test_dense_experts_are_adapted_too(bases: Any) -> None:
         torch.testing.assert_close(
             model(input_ids=IDS).logits.double(), twin(input_ids=IDS).logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_peft_s_delta_weight_of_experts_is_that_of_each_expert(bases: Any) -> None:
+    layers = [layer for layer in adapted_layers(adapted(bases("mixtral"))) if isinstance(layer, QveraExperts)]
+    assert layers
+    for layer in layers:
+        expected = delta(layer, {k: v.detach().double() for k, v in layer.vectors("default").items()})
+        torch.testing.assert_close(layer.get_delta_weight("default"), expected.float())
 
 
 def test_a_target_names_experts_only_where_they_are_adapted(bases: Any) -> None:
