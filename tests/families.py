@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -83,6 +83,16 @@ class Family:
         """Its checkpoint, with a tokenizer."""
         _write(AutoModelForCausalLM, self.config(), directory)
         small_tokenizer().save_pretrained(directory)
+
+    @property
+    def quantization(self) -> str:
+        """Of the recipe."""
+        return "none" if self.four_bit == "no" else "nf4"
+
+    @property
+    def merged_base(self) -> Literal["original", "dequantized"]:
+        """Into which weights a merged export has the logits of the run."""
+        return "original" if self.four_bit == "no" else "dequantized"
 
     def row(self) -> list[str]:
         """Of the page's table."""
