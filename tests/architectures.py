@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ from qvera.utils.memory import versions
 from tests.adapters.helpers import perturb, relative
 from tests.families import FAMILIES, Family
 from tests.models.experts import add_delta, dense_base
-from tests.serve.helpers import engine_of, request, store_of, submit
+from tests.serve.helpers import ENGINES, engine_of, request, store_of, submit
 from tests.training.runs import cut_off
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "architectures.json"
@@ -148,27 +151,25 @@ class Trial:
         logits = model(input_ids=ids[None]).logits[0, :-1]
         return cross_entropy(logits[trained], ids[1:][trained], reduction="sum")
 
-    def opened(self) -> Any:
-        """The adapter with vectors that are not zero, and the run's rows."""
-        return self.found().opened
-
+    @cached_property
     def found(self) -> api.Model:
+        """The adapter of `gradients`, with the rows of the run."""
         return api.load(self.root / "adapter", recipe=self.root / "run")
 
+    @cached_property
     def twin(self) -> Any:
-        """Plain transformers in fp64 with the weights that the opened adapter's model has."""
-        model = self.opened().model
-        twin = dense_base(model, self.directory)
-        add_delta(model, twin)
+        """Plain transformers in fp64 with the weights of that model."""
+        twin = dense_base(self.found.opened.model, self.directory)
+        add_delta(self.found.opened.model, twin)
         return twin
 
     @torch.no_grad()
     def eval(self) -> None:
         """The held-out loss is that of each row alone."""
-        scores = self.found().evaluate(answers=False)["scores"]
-        opened, twin = self.opened(), self.twin()
+        scores = self.found.evaluate(answers=False)["scores"]
+        opened = self.found.opened
         rows = list(build_datasets(opened.target.recipe.data, opened.base.tokenizer).eval)
-        expected = sum(self.row_loss(twin, row) for row in rows) / sum(row.trained_tokens for row in rows)
+        expected = sum(self.row_loss(self.twin, row) for row in rows) / sum(row.trained_tokens for row in rows)
         assert_close("the loss", torch.tensor(scores["loss"]), torch.as_tensor(expected))
 
     @torch.no_grad()
@@ -187,9 +188,9 @@ class Trial:
 
     def generate(self) -> None:
         """Answers alone and in a batch are the greedy ones of fp64 without a cache."""
-        opened = self.opened()
+        opened = self.found.opened
         tokenizer = opened.base.tokenizer
-        self.expected, self.expected_logits = self.alone(self.twin(), end_tokens(opened.model, tokenizer))
+        self.expected, self.expected_logits = self.alone(self.twin, end_tokens(opened.model, tokenizer))
         expected = tokenizer.batch_decode(self.expected, skip_special_tokens=True)
         options = {"max_new_tokens": _ANSWER_TOKENS}
         alone = [generate(opened.model, tokenizer, [prompt], **options)[0] for prompt in _PROMPTS]
@@ -197,7 +198,7 @@ class Trial:
 
     def padding(self) -> None:
         """A batch of prompts of several lengths has the logits of each alone."""
-        opened, seen = self.opened(), list[torch.Tensor]()
+        opened, seen = self.found.opened, list[torch.Tensor]()
 
         def keep(_module: object, _inputs: object, _options: object, output: Any) -> None:
             seen.extend(output.logits[:, -1])
@@ -210,30 +211,31 @@ class Trial:
             assert nearest < 10 * _CLOSE, f"logits of a batch with padding are {nearest:.1e} off"
 
     def serve(self) -> None:
-        """Requests of the adapter in one continuous batch."""
+        """Requests of the adapter in one batch, static and then continuous."""
         adapter = store_of(self.root).resolve("adapter")
-        with engine_of(self.directory, base=load_base(self.recipe().model)) as engine:
-            asked = [submit(engine, request(prompt, adapter, _ANSWER_TOKENS)) for prompt in _PROMPTS]
-            found = [one.tokens for one in asked]
-        assert found == self.expected, f"the engine answers {found}, expected {self.expected}"
+        for kind in reversed(ENGINES):
+            with engine_of(self.directory, kind, base=load_base(self.recipe().model)) as engine:
+                asked = [submit(engine, request(prompt, adapter, _ANSWER_TOKENS)) for prompt in _PROMPTS]
+                found = [one.tokens for one in asked]
+            assert found == self.expected, f"the {kind} engine answers {found}, expected {self.expected}"
 
     @torch.no_grad()
     def merged(self) -> None:
         """A merged export, opened by plain transformers."""
-        self.found().export(self.root / "merged", dtype="float32", base=self.family.merged_base, compare=False)
+        self.found.export(self.root / "merged", dtype="float32", base=self.family.merged_base, compare=False)
         merged, info = AutoModelForCausalLM.from_pretrained(
             self.root / "merged", dtype=torch.float32, output_loading_info=True
         )
         assert not info["missing_keys"], f"missing: {sorted(info['missing_keys'])[:3]}"
-        assert_close("logits", merged.eval()(input_ids=_IDS).logits, self.twin()(input_ids=_IDS).logits)
+        assert_close("logits", merged.eval()(input_ids=_IDS).logits, self.twin(input_ids=_IDS).logits)
 
     @torch.no_grad()
     def lora(self) -> None:
         """A LoRA, opened by plain PEFT on the dequantized base."""
-        self.found().export(self.root / "lora", to="lora", dtype="float32", compare=False)
-        plain = dense_base(self.opened().model, self.directory)
+        self.found.export(self.root / "lora", to="lora", dtype="float32", compare=False)
+        plain = dense_base(self.found.opened.model, self.directory)
         stock = PeftModel.from_pretrained(plain, str(self.root / "lora")).eval()
-        assert_close("logits", stock(input_ids=_IDS).logits, self.twin()(input_ids=_IDS).logits)
+        assert_close("logits", stock(input_ids=_IDS).logits, self.twin(input_ids=_IDS).logits)
 
 
 def assert_close(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -262,6 +264,7 @@ def trial(name: str, steps: Sequence[str] = STEPS) -> dict[str, str]:
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as root:
         tried = Trial(FAMILIES[name], Path(root))
+        os.environ["QVERA_CACHE"] = str(tried.root / "cache")
         for step in steps:
             found[step] = outcome(getattr(tried, step))
             if step == "train" and found[step] != RIGHT:
@@ -279,30 +282,36 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def read_results() -> dict[str, dict[str, str]]:
+    """By model type, what each step did."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if RESULTS.exists() else {}
+
+
 def main() -> None:
-    """Run the trials and print a line for each."""
+    """Run the trials and print a line for each, with what was not right below it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--write", action="store_true", help="keep the results in bench/results/architectures.json")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if RESULTS.exists() else {}
     torch.set_num_threads(1)
-    width = max(map(len, FAMILIES)) + 2
+    width, counts = max(map(len, FAMILIES)) + 2, Counter[str]()
     print(f"{'':{width}}{'  '.join(STEPS)}")
     for name in options.names or FAMILIES:
         with quiet():
-            results[name] = trial(name)
-        words = [results[name].get(step, "–").partition(":")[0].ljust(len(step)) for step in STEPS]
-        print(f"{name:{width}}{'  '.join(words)}")
-        for step, text in results[name].items():
+            found = trial(name)
+        words = {step: text.partition(":")[0] for step, text in found.items()}
+        counts.update(words.values())
+        print(f"{name:{width}}{'  '.join(words.get(step, '–').ljust(len(step)) for step in STEPS)}")
+        for step, text in found.items():
             if text != RIGHT:
                 print(f"{'':{width}}{step}: {text[:400]}")
         sys.stdout.flush()
         if options.write:
-            ordered = {name: results[name] for name in FAMILIES if name in results}
-            RESULTS.write_text(json.dumps({"versions": versions(), "results": ordered}, indent=1) + "\n", encoding="utf-8")
-    counts = {word: sum(t.startswith(word) for r in results.values() for t in r.values()) for word in (RIGHT, "refused", "wrong")}
-    print(f"{len(results)} architectures: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+            results = read_results() | {name: found}
+            ordered = {each: results[each] for each in FAMILIES if each in results}
+            text = json.dumps({"versions": versions(), "results": ordered}, indent=1) + "\n"
+            RESULTS.write_text(text, encoding="utf-8")
+    print(", ".join(f"{count} steps {word}" for word, count in counts.items()))
 
 
 if __name__ == "__main__":
