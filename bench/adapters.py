@@ -31,9 +31,14 @@ from qvera.evaluation.generate import generate
 from qvera.models.loader import load_base
 
 
-def write_adapters(root: Path, section: ModelSection, count: int, size: float = 0.02) -> dict[str, Path]:
-    """Adapters of different vectors, by name; ``size``: the deviation of the noise in each of them."""
-    save_adapter(attach(load_base(section).model, AdapterSection(rank=256), section.path), root / "first")
+def write_adapters(
+    root: Path, section: ModelSection, count: int, size: float = 0.02, adapter: AdapterSection | None = None
+) -> dict[str, Path]:
+    """Adapters of different vectors, by name: VeRA r=256 without ``adapter``.
+
+    ``size``: the deviation of the noise in each of them.
+    """
+    save_adapter(attach(load_base(section).model, adapter or AdapterSection(rank=256), section.path), root / "first")
     vectors = load_file(root / "first" / "adapter_model.safetensors")
     directories = {}
     for number in range(count):

@@ -1,6 +1,8 @@
-"""Many adapters trained together against one after the other: SmolLM2-135M in NF4, rank 256, one process, base kept loaded.
+"""Many adapters trained together against one after the other: SmolLM2-135M in NF4, one process, base kept loaded.
 
-    python bench/many.py [--adapters 64] [--rows 100] [--rounds 6] [--result many]
+They are VeRA of rank 256, or with ``--lora`` LoRA of that rank.
+
+    python bench/many.py [--adapters 64] [--rows 100] [--rounds 6] [--lora 8] [--result many]
 
 Three pairs, interleaved, each in the state that `qvera train` brings a run into:
 
@@ -57,15 +59,15 @@ def write_rows(path: Path, adapters: int, rows: int) -> None:
                 writer.writerow([f"customer {number}", " ".join(sentences)])
 
 
-def recipe_of(path: Path, to: Path, step_rows: int, pass_rows: int, many: bool) -> Recipe:
+def recipe_of(path: Path, to: Path, step_rows: int, pass_rows: int, many: bool, lora: int | None) -> Recipe:
     return parse_recipe(
         {
             "model": smollm2(),
             "data": {"path": str(path), **({"adapter_column": "customer"} if many else {})},
-            "adapter": {"rank": 256},
+            "adapter": {"rank": 256} if lora is None else {"method": "lora", "rank": lora},
             "training": {
                 "output_dir": str(to), "global_batch_size": step_rows, "per_device_train_batch_size": pass_rows,
-                "num_train_epochs": 100, "save_steps": 10**6, "report_to": [], "try_longest_batch": False,
+                "num_train_epochs": 100, "learning_rate": 4e-3 if lora is None else 2e-4, "save_steps": 10**6, "report_to": [], "try_longest_batch": False,
                 "sample_count": 0, "gradient_checkpointing": False,
             },
         },
@@ -99,12 +101,12 @@ def opened(kind: type[Trainer] | type[ManyTrainer], recipe: Recipe, to: Path) ->
     return trainer
 
 
-def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -> dict[str, Any]:
+def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int, lora: int | None) -> dict[str, Any]:
     one_adapter = to / "one.csv"
     lines = rows.read_text(encoding="utf-8").splitlines()
     one_adapter.write_text("\n".join(lines[: rows_each + 1]) + "\n", encoding="utf-8")
-    many = opened(ManyTrainer, recipe_of(rows, to / "together", step_rows, 32, True), to / "together")
-    alone = opened(Trainer, recipe_of(one_adapter, to / "alone", step_rows, step_rows, False), to / "alone")
+    many = opened(ManyTrainer, recipe_of(rows, to / "together", step_rows, 32, True, lora), to / "together")
+    alone = opened(Trainer, recipe_of(one_adapter, to / "alone", step_rows, step_rows, False, lora), to / "alone")
     bank = many.loop.bank
     in_flight = bank.slots
 
@@ -152,16 +154,17 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--lora", type=int, help="LoRA of this rank")
     parser.add_argument("--result", default="many")
     args = parser.parse_args()
-    document: dict[str, Any] = {**header(), "adapters": args.adapters, "rows": args.rows}
+    document: dict[str, Any] = {**header(), "adapters": args.adapters, "rows": args.rows, "lora": args.lora}
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "rows.csv"
         write_rows(rows, args.adapters, args.rows)
         for name, step_rows in (("short steps", 4), ("full batches", 32)):
             to = Path(directory) / name.replace(" ", "-")
             to.mkdir()
-            document[name] = measure(rows, to, step_rows, args.rounds, args.rows)
+            document[name] = measure(rows, to, step_rows, args.rounds, args.rows, args.lora)
             print(name, {k: round(v, 3) for k, v in document[name].items() if k.endswith("ratio")}, flush=True)
     print(write_result(args.result, document))
 

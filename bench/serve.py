@@ -1,9 +1,10 @@
 """A server under load: tokens a second and latencies for the base, and for 1 to 1,000 distinct adapters.
 
-    python bench/serve.py [--distinct 1 16 256 1000] [--seconds 60] [--load 0.7] [--result serve]
+    python bench/serve.py [--distinct 1 16 256 1000] [--seconds 60] [--load 0.7] [--lora 8] [--result serve]
 
 `qvera serve` answers SmolLM2-135M in NF4 over the loopback address. Each case has the same requests: prompts of 16 to 48
-tokens, 32 new tokens, greedy; only the models that they name differ. They are drawn evenly from the distinct adapters.
+tokens, 32 new tokens, greedy; only the models that they name differ. They are drawn evenly from the distinct adapters, VeRA r=256 or with ``--lora`` LoRA
+of that rank.
 
 - ``saturated``: 32 clients, each of which sends its next request when it has an answer. ``tokens_per_second`` of the new
   tokens; ``ratio`` is that over the case with one adapter.
@@ -31,7 +32,7 @@ import httpx
 from bench.adapters import write_adapters
 from bench.common import header, smollm2, write_result
 from bench.serving import Answer, ServerProcess, ask, model_name, percentiles, requests_of
-from qvera.config.schema import ModelSection
+from qvera.config.schema import AdapterSection, ModelSection
 
 CLIENTS = 32
 BASE = "base"
@@ -108,12 +109,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--lora", type=int, help="LoRA of this rank")
     parser.add_argument("--result", default="serve")
     args = parser.parse_args()
-    document: dict[str, Any] = {**header(), **{key: getattr(args, key) for key in ("seconds", "load", "rounds")}}
+    document: dict[str, Any] = {
+        **header(),
+        **{key: getattr(args, key) for key in ("seconds", "load", "rounds", "lora")},
+    }
     with tempfile.TemporaryDirectory() as directory:
         section, spare = ModelSection(path=smollm2()), 8
-        names = list(write_adapters(Path(directory), section, max(args.distinct) + spare))
+        lora = None if args.lora is None else AdapterSection(method="lora", rank=args.lora)
+        names = list(write_adapters(Path(directory), section, max(args.distinct) + spare, adapter=lora))
         base_name = model_name(section.path)
         cases = {BASE: [base_name], **{f"{count} adapters": names[:count] for count in args.distinct}}
         with server(section.path, Path(directory)) as running:

@@ -2,14 +2,15 @@
 
 The adapters of one shape are one fp32 tensor [slots, numbers], and layers use views of its columns. So clipping and the
 optimizer's step are a few operations, where a thousand PEFT adapters on 210 linears would be 420,000 parameters.
-A batch costs one low-rank product for each bank, whatever the number of adapters (`MixedForward`).
+A batch costs one low-rank product for each bank, whatever the number of adapters (`MixedForward`); adapters that have
+A and B of their own cost one for each adapter of the batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -24,7 +25,7 @@ from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import LinearSpec, method_of
-from qvera.adapters.products.slots import TokenSlots, expand_slots, scale_slots
+from qvera.adapters.products.slots import TokenSlots, expand_slots, pair_slots, scale_slots
 from qvera.adapters.projection import vera_scale
 from qvera.models import linear
 from qvera.utils import accelerator
@@ -57,8 +58,19 @@ def _vera_path(
     return expand_slots(y, z, tensors["qvera_d"], tensors["qvera_b"], B, scale, tokens)
 
 
-_PATHS = {"vera": _vera_path}
-"""Method → a function that adds each token's own adapter to y = W x; ``tensors`` has slots [R, ...] by kind."""
+def _pair_path(
+    layer: QveraLinear, adapter: str, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], tokens: TokenSlots | None
+) -> Tensor:
+    """y + s B_i A_i x_i for each token's slot i."""
+    dtype, scale = linear.compute_dtype(layer.base_layer, x), layer.parts(adapter).scale
+    return pair_slots(y, x.to(dtype), tensors["qvera_A"], tensors["qvera_B"], scale, tokens)
+
+
+PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": _vera_path, "LORA": _pair_path}
+"""`Method.peft_type` → adds each token's own adapter to y = W x; ``tensors`` has slots [R, ...] by kind.
+
+Adapters of other methods are in no bank.
+"""
 
 
 class Columns(NamedTuple):
@@ -121,17 +133,16 @@ class AdapterShape(NamedTuple):
 
     def layout(self, specs: Mapping[str, LinearSpec]) -> VectorLayout:
         """The columns of an adapter of this shape. ``specs``: the base's linears by name."""
-        config = self.config
-        tensors = {name: method_of(config).tensors(config, specs[name]) for name in self.linears}
-        return VectorLayout(
-            {f"{PREFIX}{name}.{kind}": shape for name, kinds in tensors.items() for kind, shape in kinds.items()}
-        )
+        return _layout(self.config, self.linears, specs)
 
 
-def shape_of(
+def fit_to_bank(
     config: QveraConfig, vectors: Mapping[str, Tensor], specs: Mapping[str, LinearSpec], directory: Path
-) -> AdapterShape:
-    """The shape of the adapter that was read from ``directory``; ``specs`` are the base's linears by name.
+) -> tuple[AdapterShape, Mapping[str, Tensor]]:
+    """The shape of the adapter that was read from ``directory``, and its vectors as a bank of that shape holds them.
+
+    ``specs`` are the base's linears by name. A LoRA's rank is filled up with zeros to the next power of two, so that
+    there are few shapes, and B takes its scale.
 
     InputError: its linears, shapes or projections do not fit the base.
     """
@@ -139,9 +150,8 @@ def shape_of(
     for name in linears:
         if name not in specs:
             raise InputError(f"{directory}: has vectors of {name}, which this base does not have.")
-    settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale, config.experts
-    shape = AdapterShape(*settings, tuple(linears))
-    expected = {key: columns.shape for key, columns in shape.layout(specs).columns.items()}
+    method = method_of(config)
+    expected = {key: columns.shape for key, columns in _layout(config, linears, specs).columns.items()}
     given = {key: tuple(vector.shape) for key, vector in vectors.items()}
     for key in sorted(expected.keys() | given.keys()):
         if given.get(key) != expected.get(key):
@@ -149,13 +159,44 @@ def shape_of(
                 f"{directory}: {key} has the shape {given.get(key)}; this base and the adapter's config need "
                 f"{expected.get(key)}."
             )
+    if method.peft_type == "LORA":
+        scaled = dict(vectors)
+        for name in linears:
+            pair = {kind: vectors[f"{PREFIX}{name}.{kind}"] for kind in ("qvera_A", "qvera_B")}
+            factors = method.factors(config, specs[name], pair, None)
+            scaled[f"{PREFIX}{name}.qvera_B"] = factors.B * factors.scale
+        return sum_of_loras(linears, [scaled], [1.0])
+    settings = config.method, config.projection_seed, config.rank, config.b_groups, config.input_scale, config.experts
     if linears and config.projection_sha256 is not None:
         sizes = [(specs[name].in_features, specs[name].out_features) for name in linears]
         try:
             config.check_projection(*(max(side) for side in zip(*sizes, strict=True)))
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
-    return shape
+    return AdapterShape(*settings, tuple(linears)), vectors
+
+
+def sum_of_loras(
+    linears: Sequence[str], parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> tuple[AdapterShape, Mapping[str, Tensor]]:
+    """Shape and vectors of Σ w_i B_i A_i, whose rank is the sum of the ranks, filled up with zeros; scales are in B."""
+    keys = {name: (f"{PREFIX}{name}.qvera_A", f"{PREFIX}{name}.qvera_B") for name in linears}
+    needed = {name: sum(part[A].shape[0] for part in parts) for name, (A, _) in keys.items()}
+    rank, vectors = 1 << (max(needed.values(), default=1) - 1).bit_length(), dict[str, Tensor]()
+    for name, (A, B) in keys.items():
+        more = rank - needed[name]
+        vectors[A] = nn.functional.pad(torch.cat([part[A] for part in parts]), (0, 0, 0, more))
+        outward = torch.cat([weight * part[B] for part, weight in zip(parts, weights, strict=True)], 1)
+        vectors[B] = nn.functional.pad(outward, (0, more))
+    return AdapterShape("lora", 0, rank, 1, False, "none", tuple(linears)), vectors
+
+
+def _layout(config: QveraConfig, linears: Sequence[str], specs: Mapping[str, LinearSpec]) -> VectorLayout:
+    """The columns of an adapter of that config on these linears. ``specs``: the base's linears by name."""
+    tensors = {name: method_of(config).tensors(config, specs[name]) for name in linears}
+    return VectorLayout(
+        {f"{PREFIX}{name}.{kind}": shape for name, kinds in tensors.items() for kind, shape in kinds.items()}
+    )
 
 
 class _TakeSlots(torch.autograd.Function):
@@ -183,6 +224,7 @@ class AdapterBank:
         vectors: fp32 [slots, numbers].
         gradients: fp32 [slots, trained_numbers]; backward adds to them.
         tensors: linear → kind → that tensor of all adapters [slots, ...], a view with a gradient that is a view too.
+        takes_slots: a batch works on the tensors of the slots that it uses, not of all.
     """
 
     def __init__(
@@ -216,7 +258,8 @@ class AdapterBank:
                     if columns.start < self.trained_numbers:
                         views[kind] = nn.Parameter(views[kind])
                         views[kind].grad = columns.of(self.gradients)
-        self.path = _PATHS[model.peft_config[adapter].method]
+        self.path = PATHS[method_of(model.peft_config[adapter]).peft_type]
+        self.takes_slots = bool(trained) or self.path is _pair_path
 
     def start(self, slot: int) -> None:
         """Start a new adapter in a slot: initial vectors, gradient zero."""
@@ -342,12 +385,12 @@ class MixedForward:
         for bank in dict.fromkeys(user[0] for user in users if isinstance(user, tuple)):
             index = np.array([u[1] if isinstance(u, tuple) and u[0] is bank else 0 for u in users], dtype=np.int64)
             arrays, count = {"index": index}, bank.slots
-            if bank.trained_numbers:  # backward then sums up for those slots alone that have tokens
-                arrays["slots"], arrays["index"] = np.unique(index, return_inverse=True)
-                count = len(arrays["slots"])
-            elif (index == index[0]).all():
+            if not bank.trained_numbers and (index == index[0]).all():
                 self._parts.append(_Part(bank, slice(int(index[0]), int(index[0]) + 1), 1, None))
                 continue
+            if bank.takes_slots:
+                arrays["slots"], arrays["index"] = np.unique(index, return_inverse=True)
+                count = len(arrays["slots"])
             if tokens is not None:
                 arrays["index"] = np.repeat(arrays["index"], tokens)
             sent = accelerator.tensors_on(self._device, arrays)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import PeftModel, VeraConfig
 from torch import Tensor, nn
 
-from qvera.adapters.bank import AdapterBank, AdapterShape, User, shape_of
+from qvera.adapters.bank import PATHS, AdapterBank, AdapterShape, User, fit_to_bank
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.files.save_load import load_vectors, put_on
@@ -41,12 +41,12 @@ def load_adapters(
     if not directories:
         raise InputError("load_adapters: takes at least one adapter directory.")
     specs, alone = linear_specs(model), dict[str, QveraConfig]()
-    banked: dict[AdapterShape, dict[str, dict[str, Tensor]]] = {}
+    banked: dict[AdapterShape, dict[str, Mapping[str, Tensor]]] = {}
     for number, (name, given) in enumerate(directories.items(), 1):
         config = require_shareable(read_config(Path(given)), Path(given))
-        if method_of(config).peft_type == "VERA":
-            vectors = read_adapter(Path(given))[1]
-            banked.setdefault(shape_of(config, vectors, specs, Path(given)), {})[name] = vectors
+        if method_of(config).peft_type in PATHS:
+            shape, vectors = fit_to_bank(config, read_adapter(Path(given))[1], specs, Path(given))
+            banked.setdefault(shape, {})[name] = vectors
         else:
             alone[name] = config
         if progress is not None:

@@ -1,6 +1,7 @@
 """The adapters that answer now: read from files, put into slots on the device, and used by the tokens of a batch.
 
-Adapters may differ in seed, rank, ``b_groups``, ``input_scale`` and targets; there is a bank for each shape.
+Adapters may be VeRA or LoRA and differ in seed, rank, ``b_groups``, ``input_scale`` and targets; there is a bank for
+each shape.
 
 Files are read, not mapped: if another process cuts a mapped file short, SIGBUS kills this one. The system's page cache
 keeps files of evicted adapters in memory.
@@ -12,13 +13,13 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from qvera.adapters.bank import AdapterBank, AdapterShape, MixedForward, shape_of
+from qvera.adapters.bank import PATHS, AdapterBank, AdapterShape, MixedForward, fit_to_bank, sum_of_loras
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.layer import linear_specs
@@ -49,7 +50,7 @@ class HostVectors:
 def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
     """The config of an adapter that can be served beside others.
 
-    Raises InputError unless it is VeRA without magnitude and phases, and has vectors only.
+    Raises InputError unless it is VeRA without magnitude and phases, or LoRA, and trained nothing else.
     """
     way = "`qvera export --to merged` makes a checkpoint of its own, which `qvera serve` takes."
     if tokens := getattr(found, "added_tokens", None):
@@ -58,10 +59,10 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
         config = require_shareable(found, directory)
     except InputError as error:
         raise InputError(f"{error} Or serve it merged: {way}") from None
-    if method_of(config).peft_type != "VERA":
+    if method_of(config).peft_type not in PATHS:
         raise InputError(
             f"{directory}: the method {method_of(config).name} with these options is not served beside other adapters; "
-            f"expected vera without magnitude and without phases. {way}"
+            f"expected vera without magnitude and without phases, or lora. {way}"
         )
     return config
 
@@ -148,17 +149,19 @@ class ServingBank:
         with self._lock:
             return self._read.setdefault(adapter.identity, HostVectors(adapter.identity, shape, packed))
 
-    def _blend(self, adapter: ResolvedAdapter) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
-        """Shape and vectors of a weighted sum: b ⊙ (B (d ⊙ A x)) is linear in b alone."""
+    def _blend(self, adapter: ResolvedAdapter) -> tuple[AdapterShape, Mapping[str, torch.Tensor]]:
+        """Shape and vectors of a weighted sum: VeRA's b ⊙ (B (d ⊙ A x)) is linear in b alone, LoRA's have a sum."""
         shapes, parts = zip(*(self._read_part(part) for part in adapter.parts), strict=True)
         if len(parts) == 1 and adapter.parts[0].weight == 1:
             return shapes[0], parts[0]
+        if all((shape.method, shape.linears) == ("lora", shapes[0].linears) for shape in shapes):
+            return sum_of_loras(shapes[0].linears, parts, [part.weight for part in adapter.parts])
         first, summed = adapter.parts[0].directory.name, dict(parts[0])
         for part, shape, vectors in zip(adapter.parts, shapes, parts, strict=True):
             if shape != shapes[0]:
                 raise InputError(
-                    f"{adapter.name}: {first} and {part.directory.name} differ in seed, rank, b_groups, input_scale or "
-                    "targets, so no single adapter is their weighted sum."
+                    f"{adapter.name}: {first} and {part.directory.name} differ in method, seed, rank, b_groups, "
+                    "input_scale or targets, so no single adapter is their weighted sum."
                 )
             for key, vector in vectors.items():
                 if not key.endswith(".qvera_b") and not torch.equal(vector, parts[0][key]):
@@ -175,7 +178,7 @@ class ServingBank:
                 summed[key] = sum(terms, torch.zeros(())).float()
         return shapes[0], summed
 
-    def _read_part(self, part: AdapterPart) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
+    def _read_part(self, part: AdapterPart) -> tuple[AdapterShape, Mapping[str, torch.Tensor]]:
         content = read_content(part.directory)
         found, vectors = read_adapter(part.directory, content.vectors)
         # the config was read by its path: it has to be the one of the content
@@ -183,7 +186,7 @@ class ServingBank:
             raise AdapterChanged(f"{part.directory}: was replaced while it was read; ask again.")
         config = require_served(found, part.directory)
         require_base(config, part.directory, str(self._base.facts.get("path")), self._base.facts.get("fingerprint"))
-        return shape_of(config, vectors, self._specs, part.directory), vectors
+        return fit_to_bank(config, vectors, self._specs, part.directory)
 
     # Slots, in the model's thread
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from qvera.adapters.files.save_load import rate_factors
 from qvera.adapters.projection import forget_inputs
 from qvera.data import Example, microbatches
 from qvera.distributed.group import ALONE
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qvera.adapters.bank import AdapterBank
-    from qvera.config.schema import TrainingSection
+    from qvera.config.schema import Recipe
 
 
 _logger = logging.getLogger(__name__)
@@ -84,15 +85,16 @@ class BankLoop(Loop[BankStep]):
         model: PeftModel,
         bank: AdapterBank,
         roster: Roster,
-        training: TrainingSection,
+        recipe: Recipe,
         pad_id: int,
         plan: Plan | None = None,
         beside_answers: bool = False,
     ) -> None:
-        self.model, self.bank, self.roster, self.training, self.pad_id = model, bank, roster, training, pad_id
+        self.model, self.bank, self.roster, self.pad_id = model, bank, roster, pad_id
         self.plan, self.beside_answers, self.device = plan, beside_answers, bank.device
-        self.adamw = BankAdamW(bank, training)
-        self.round, self.pass_rows = 0, training.per_device_train_batch_size
+        self.training = recipe.training
+        self.adamw = BankAdamW(bank, recipe.training, rate_factors(model, recipe, bank.adapter))
+        self.round, self.pass_rows = 0, recipe.training.per_device_train_batch_size
 
     @property
     def in_flight(self) -> list[AdapterRun]:

@@ -120,7 +120,7 @@ class ManyTrainer(Run):
             if saved is not None:
                 self._restore_runs(saved)
             roster = Roster(self.runs, slots, pass_rows)
-            loop = BankLoop(session.model, bank, roster, training, session.datasets.pad_id, session.plan)
+            loop = BankLoop(session.model, bank, roster, self.recipe, session.datasets.pad_id, session.plan)
             if saved is not None:
                 self._restore(saved, loop)
             elif self.resume:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qvera.adapters.bank import AdapterBank
+from qvera.adapters.bank import PATHS, AdapterBank
 from qvera.adapters.files.save_load import new_config, save_adapter, start_from
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import check_recipe, method_of
@@ -199,7 +199,7 @@ class OnlineTrainer:
                 if layer.carries(ADAPTER):
                     layer.set_adapter([ADAPTER])  # what its method trains gets gradients
             bank = AdapterBank(model, self.slots, ADAPTER)
-        self.loop = BankLoop(model, bank, self._roster, training, pad_id, beside_answers=True)
+        self.loop = BankLoop(model, bank, self._roster, self.recipe, pad_id, beside_answers=True)
         mode = training.gradient_checkpointing
         enable_checkpointing(model, True if mode == "auto" else mode, by_tiles=False)
         self._attached = True
@@ -240,10 +240,10 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
     if problems:
         raise InputError("\n".join(f"{key}: {text}" for key, text in problems))
     check_recipe(recipe)
-    if method_of(recipe.adapter).peft_type != "VERA":
+    if method_of(recipe.adapter).peft_type not in PATHS:
         raise InputError(
             f"adapter.method: {recipe.adapter.method} with these options can't be trained beside answers. Use vera "
-            "without magnitude."
+            "without magnitude, or lora."
         )
     if linear.embedding_dtype(base.model.get_input_embeddings()) == torch.float16:
         raise InputError(

@@ -136,9 +136,12 @@ class BankAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the slots of an `AdapterBank`.
 
     ``first`` and ``second``: the moments, fp32 [slots, trained_numbers]. ``steps``: taken by each slot's adapter.
+    ``rate_factors`` are those of `build_optimizer`, by the keys of the bank's layout.
     """
 
-    def __init__(self, bank: AdapterBank, section: TrainingSection) -> None:
+    def __init__(
+        self, bank: AdapterBank, section: TrainingSection, rate_factors: Mapping[str, float] | None = None
+    ) -> None:
         self.bank = bank
         self.betas = section.adam_beta1, section.adam_beta2
         self.epsilon, self.weight_decay = section.adam_epsilon, section.weight_decay
@@ -146,6 +149,9 @@ class BankAdamW:
         self.first = torch.zeros_like(bank.gradients)
         self.second = torch.zeros_like(bank.gradients)
         self.steps = [0] * bank.slots
+        self.factors = torch.ones(bank.numbers, device=bank.device)
+        for key, factor in (rate_factors or {}).items():
+            bank.layout.columns[key].of(self.factors).fill_(factor)
 
     def reset(self, slot: int) -> None:
         """Clear the state that the slot's last adapter left."""
@@ -183,7 +189,7 @@ class BankAdamW:
         clip = column([min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0 for norm in norms])
         size = column([rate / (1 - beta1**step) for rate, step in zip(rates, taken, strict=True)])
         correction = column([math.sqrt(1 - beta2**step) for step in taken])
-        kept = column([1 - rate * self.weight_decay for rate in rates])
+        decay = column([rate * self.weight_decay for rate in rates])
         rows = torch.tensor(slots, device=device)
         width = max(_BLOCK_NUMBERS // len(slots), 1)
         for begin in range(0, self.bank.trained_numbers, width):
@@ -192,8 +198,9 @@ class BankAdamW:
             first = self.first[:, block].index_select(0, rows).lerp_(gradient, 1 - beta1)
             second = self.second[:, block].index_select(0, rows).mul_(beta2)
             second.addcmul_(gradient, gradient, value=1 - beta2)
-            vectors = self.bank.vectors[:, block].index_select(0, rows).mul_(kept)
-            vectors.sub_(second.sqrt().div_(correction).add_(self.epsilon).reciprocal_().mul_(first).mul_(size))
+            own = self.factors[block]
+            vectors = self.bank.vectors[:, block].index_select(0, rows).mul_(1 - decay * own)
+            vectors.sub_(second.sqrt().div_(correction).add_(self.epsilon).reciprocal_().mul_(first).mul_(size * own))
             self.first[:, block].index_copy_(0, rows, first)
             self.second[:, block].index_copy_(0, rows, second)
             self.bank.vectors[:, block].index_copy_(0, rows, vectors)

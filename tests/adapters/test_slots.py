@@ -1,4 +1,4 @@
-"""The product of rows that each have vectors of their own, against plain code: padded, joined, and in any order."""
+"""The products of rows that each have vectors or a pair of their own, against plain code: padded, joined, in any order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qvera.adapters.products.slots import TokenSlots, expand_slots, scale_slots
+from qvera.adapters.products.slots import TokenSlots, expand_slots, pair_slots, scale_slots
 from tests.adapters.helpers import relative
 
 ROWS, IN, OUT, RANK = 4, 7, 11, 6
@@ -94,6 +94,48 @@ def test_every_token_is_scaled_with_the_vector_of_its_row(layout: str, dtype: to
     assert found.dtype == dtype and all(relative(one, other) < TOLERANCE[dtype] for one, other in pairs)
 
 
+def _present(name: str) -> tuple[TokenSlots | None, torch.Tensor, tuple[int, ...], int]:
+    """As `_layout`, with slots that all have tokens, as pairs are taken."""
+    tokens, index, front, _ = _layout(name)
+    present, index = index.unique(return_inverse=True)
+    return None if tokens is None else TokenSlots(index, len(present)), index, front, len(present)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "dtype", "base_dtype"),
+    [(layout, rank, *DTYPES[(i + rank) % 6]) for rank in (1, 4) for i, layout in enumerate((*LAYOUTS, *LAYOUTS))],
+)
+def test_every_token_gets_the_pair_of_its_row_and_the_pair_its_gradient(
+    layout: str, rank: int, dtype: torch.dtype, base_dtype: torch.dtype
+) -> None:
+    tokens, index, front, rows = _present(layout)
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = ((*front, OUT), base_dtype), ((*front, IN), dtype), ((rows, rank, IN), wide), ((rows, OUT, rank), wide)
+    inputs = [_drawn(shape, of, seed) for seed, (shape, of) in enumerate(shapes)]
+    base, x, A, B = inputs
+    found = pair_slots(base, x, A, B, 0.7, tokens)
+    each = x.double().reshape(-1, IN, 1)
+    added = B.double()[index] @ (A.double()[index] @ each)
+    expected = base.double() + 0.7 * added.view(base.shape)
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(4)).to(base_dtype)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, inputs, g)),
+        (expected, *torch.autograd.grad(expected, inputs, g.double())),
+        (base, *inputs),
+        strict=True,
+    )
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
+    assert all(one.dtype == of.dtype and relative(one, other) < tolerance for one, other, of in pairs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_the_product_of_pairs_in_float64(layout: str) -> None:
+    tokens, _, front, rows = _present(layout)
+    shapes = ((*front, 5), (*front, 4), (rows, 3, 4), (rows, 5, 3))
+    inputs = [_drawn(shape, torch.float64, seed) for seed, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(lambda base, x, A, B: pair_slots(base, x, A, B, 1.3, tokens), inputs)
+
+
 @pytest.mark.parametrize(("layout", "groups"), [("padded", 2), ("joined", 1), ("one row", 2), ("scattered", 1)])
 def test_gradients_of_the_row_product_in_float64(layout: str, groups: int) -> None:
     tokens, _, front, rows = _layout(layout)
@@ -126,6 +168,21 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(layou
         assert value is None or not y[~others_tokens].isfinite().any()
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
+
+
+def test_a_pair_that_is_not_finite_leaves_the_other_rows_as_they_are_to_the_bit() -> None:
+    tokens, index, front, rows = _present("scattered")
+    results = []
+    for value in (None, math.nan):
+        shapes = ((*front, 5), (*front, 4), (rows, 3, 4), (rows, 5, 3))
+        base, x, A, B = (_drawn(shape, torch.float32, seed) for seed, shape in enumerate(shapes))
+        if value is not None:
+            with torch.no_grad():
+                A[3] = value
+        y = pair_slots(base, x, A, B, 0.7, tokens)
+        x, A, B = torch.autograd.grad(y.square().sum(), (x, A, B))
+        results.append([y[0, index != 3], x[0, index != 3], A[:3], B[:3]])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("alone", [False, True])

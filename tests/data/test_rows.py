@@ -57,7 +57,8 @@ def small(kind: str) -> Any:
     if kind == "llama":
         return small_llama()
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[kind].config())
+    family = next(family for family in FAMILIES.values() if family.model_type == kind)
+    return AutoModelForCausalLM.from_config(family.config())
 
 
 def test_collate_is_exact() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from qvera.models.attention import CAUSAL, VARLEN
 from qvera.serve.batches import BLOCK_TOKENS, Blocks, CachedTokens
@@ -143,10 +151,19 @@ def test_adapters_of_other_seeds_ranks_and_shapes_share_a_batch(
         "groups": {"b_groups": 2},
         "scaled": {"input_scale": True, "rank": 12},
         "some": {"targets": ["q_proj", "down_proj"]},
+        "lora 3": {"method": "lora", "rank": 3, "alpha": 7},
+        "lora 4": {"method": "lora", "rank": 4, "alpha": 4, "use_rslora": True},
+        "lora 64": {"method": "lora", "rank": 64, "targets": ["v_proj", "up_proj"]},
     }
     for i, (name, settings) in enumerate(kinds.items()):
         names = {name: i} if i else {name: i, f"{name}2": 20}
         write_adapters(tmp_path, tiny_model_dir, names, **settings)
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    stock = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 5}))
+    for name, parameter in stock.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    stock.save_pretrained(tmp_path / "of PEFT")
     store = store_of(tmp_path)
     asked = [
         request([4, 5, 6 + i], store.resolve(name), 3, top_logprobs=0) for i, name in enumerate([BASE, *store.names()])

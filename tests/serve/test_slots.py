@@ -143,9 +143,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "dvora": ({"magnitude": True}, "not served beside other adapters"),
-    "lora": ({"method": "lora", "alpha": 8.0}, "not served beside other adapters"),
 }
-"""Adapters whose method is more than vectors of one pair."""
+"""Adapters whose method is more than vectors of one pair, and no LoRA."""
 
 
 def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
@@ -230,6 +229,32 @@ def test_a_blend_of_adapters_answers_by_the_weighted_sum_of_their_b_where_all_el
     expected = Alone(tiny_model_dir, tmp_path / "sum").answer(asked)
     with engine_with() as engine:
         assert_same(submit(engine, asked), expected)
-        for other, reason in {"two": "one and two have different vectors d", "seeded": "differ in seed"}.items():
+        for other, reason in {
+            "two": "one and two have different vectors d",
+            "seeded": "differ in method, seed",
+        }.items():
             with pytest.raises(InputError, match=reason):
                 submit(engine, request([3], store.resolve(f"one*0.5+{other}*0.5")))
+
+
+def test_a_blend_of_loras_answers_by_the_weighted_sum_of_their_changes_whatever_their_ranks(
+    tiny_model_dir: Path, engine_with: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    for name, seed, rank in (("legal", 1, 2), ("support", 2, 5)):
+        write_adapters(tmp_path / "root", tiny_model_dir, {name: seed}, method="lora", rank=rank, alpha=4)
+    legal, support = (load_file(tmp_path / "root" / name / ADAPTER_WEIGHTS) for name in ("legal", "support"))
+    shutil.copytree(tmp_path / "root" / "legal", tmp_path / "sum")
+    _change_config(r=7, lora_alpha=7)(tmp_path / "sum")
+    summed = {
+        key: torch.cat([legal[key] * (0.7 * 4 / 2), support[key] * (-0.25 * 4 / 5)], 1)
+        if "lora_B" in key
+        else torch.cat([legal[key], support[key]])
+        for key in legal
+    }
+    save_file(summed, tmp_path / "sum" / ADAPTER_WEIGHTS)
+    blend = _resolve(AdapterStore(tmp_path / "root"), "legal*0.7+support*-0.25")
+    asked = request([7, 8, 9], blend, 12, top_logprobs=2)
+    expected = Alone(tiny_model_dir, tmp_path / "sum").answer(asked)
+    with engine_with() as engine:
+        assert_same(submit(engine, asked), expected)

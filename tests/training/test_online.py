@@ -20,6 +20,7 @@ from qvera.training.bank_loop import BankLoop
 from qvera.training.online import OnlineTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
+from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.training.online_jobs import Jobs, datasets_of, difference, job_recipe, server_recipe, write_job_rows
 from tests.training.runs import records, run_json
 
@@ -70,6 +71,25 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
         assert trained.keys() == alone.keys()
         flat = [torch.cat([tensors[key].flatten() for key in sorted(alone)]) for tensors in (trained, alone)]
         assert difference(*flat) <= 1e-5
+
+
+def test_jobs_train_loras_where_the_served_recipe_does(make_recipe: Any, tmp_path: Path) -> None:
+    adapter = {"method": "lora", "rank": 3, "alpha": 6.0}
+    jobs, runs = Jobs(server_recipe(make_recipe, adapter=adapter, training={"learning_rate": 1e-3})), []
+    for seed, name in enumerate(("anna", "ben")):
+        rows = write_job_rows(tmp_path / f"{name}.jsonl", 10, seed)
+        recipe = job_recipe(make_recipe, rows, learning_rate=2e-3 + seed * 1e-3, max_steps=6)
+        recipe = recipe.replace(adapter=jobs.trainer.recipe.adapter)
+        train(recipe, tmp_path / name)
+        runs.append(jobs.begin(name, recipe))
+    jobs.do_parts(lambda: False)
+    for run in runs:
+        jobs.trainer.save_adapter(run, tmp_path / "out")
+        found, alone = (
+            load_file(path / ADAPTER_WEIGHTS) for path in (tmp_path / "out", tmp_path / run.name / "adapter")
+        )
+        assert any("lora_B" in key for key in found) and found.keys() == alone.keys()
+        assert all(difference(found[key], alone[key]) <= 1e-4 for key in alone)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +287,7 @@ def test_an_error_in_a_part_spoils_nothing(
 def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recipe: Any, own: dict[str, Recipe]) -> None:
     base = load_base(make_recipe().model)
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"adapter": {"method": "lora", "rank": 4}}, "adapter.method: lora with these options can't be trained beside"),
+        ({"adapter": {"method": "lora-xs", "rank": 4}}, "adapter.method: lora-xs with these options can't be trained"),
         ({"adapter": {"magnitude": True}}, "adapter.magnitude"),
         ({"training": {"optim": "adamw_8bit"}}, "training.optim"),
     ]

@@ -199,15 +199,15 @@ def head_tensors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Par
     }
 
 
-def rate_factors(model: PeftModel, recipe: Recipe) -> dict[str, float]:
+def rate_factors(model: PeftModel, recipe: Recipe, adapter: str = "default") -> dict[str, float]:
     """Keys of `named_vectors` → learning rate as a multiple of ``training.learning_rate``."""
-    section, training, head = recipe.adapter, recipe.training, head_tensors(model)
+    section, training, head = recipe.adapter, recipe.training, head_tensors(model, adapter)
     method, head_factor = method_of(section), (training.head_learning_rate or training.learning_rate)
     return {
         name: head_factor / training.learning_rate
         if name in head
         else method.traits(name.rpartition(".")[2], section).rate
-        for name in named_vectors(model)
+        for name in named_vectors(model, adapter)
     }
 
 

@@ -72,10 +72,10 @@ def check_recipe(recipe: Recipe) -> None:
                 f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
                 f"{value:g} is a usual value."
             )
-    if recipe.data.has_adapters and method.peft_type != "VERA":
+    if recipe.data.has_adapters and method.peft_type is None:
         raise InputError(
-            "adapter.method: only vera without magnitude trains many adapters in one run, and this is "
-            f"{section.method}. Train one (remove data.adapter_column or data.adapter_files), or choose vera."
+            "adapter.method: only vera without magnitude and lora train many adapters in one run, and this is "
+            f"{section.method}. Train one (remove data.adapter_column or data.adapter_files), or choose one of these."
         )
     for schedule in plugins.schedules_of(data=recipe.data, adapter=section, training=recipe.training):
         schedule.check(recipe, method)

@@ -109,7 +109,8 @@ class Method(ABC):
     source: ClassVar[Source] = Source.SEEDED
     change: ClassVar[Change] = Change.LOW_RANK
     peft_type: ClassVar[str | None] = None
-    """``VERA``: it has d and b over a shared pair, for `qvera.adapters.bank`. ``LORA``: it writes PEFT's LoRA files."""
+    """``VERA``: it has d and b over a shared pair. ``LORA``: A and B for each linear, in PEFT's LoRA files. Both can be
+    one of many in a batch (`qvera.adapters.bank`)."""
 
     def variant(self, adapter: AdapterSettings) -> Method:
         """The method for these settings: self, or another one that an option selects."""

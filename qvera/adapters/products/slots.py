@@ -1,6 +1,6 @@
-"""The product of a batch whose tokens use different adapters of one pair A, B, forward and backward.
+"""The products of a batch whose tokens use different adapters, forward and backward.
 
-As in `functional`, with own vectors for each of R slots i:
+`expand_slots` is for adapters over one pair A, B. As in `functional`, with own vectors for each of R slots i:
 
     z = x Aᵀ            y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ)        d [R, r], b [R, m] or [R, G, m]
 
@@ -10,11 +10,15 @@ and for the upstream gradient g, summed over the tokens of a slot:
 
 These are the same three dense products for any number of adapters. C or M would take [m, r] for each of them. Only z is
 kept; u is computed again. No token is multiplied with another slot's vectors, not even with a zero in between.
+
+`pair_slots` is for adapters with an A_i [r, n] and B_i [m, r] each, as LoRA has them (`low_rank`). Tokens are sorted by
+slot, and each slot's tokens are multiplied with its own matrices: in one launch where the device can, else one by one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qvera.kernels.columns import scaled_columns
+from qvera.kernels.low_rank import wide_product
+from qvera.utils import accelerator
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,14 @@ class TokenSlots:
 
     @functools.cached_property
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Tokens in the order of their slots, int64 [T], and where each slot begins there, int64 [R]. For backward."""
+        """Tokens in the order of their slots, int64 [T], and where each slot begins there, int64 [R]."""
         slots, order = torch.sort(self.index, stable=True)
         return order, torch.searchsorted(slots, torch.arange(self.slots, device=slots.device))
+
+    @functools.cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each slot's tokens begin and end in the sorted order. The host waits for the device once."""
+        return list(itertools.pairwise([*self.sorted[1].tolist(), len(self.index)]))
 
 
 def _scaled(
@@ -134,3 +145,84 @@ class _ScaleSlots(torch.autograd.Function):
 def scale_slots(x: Tensor, a: Tensor, tokens: TokenSlots | None) -> Tensor:
     """diag(a_i) x_i for each slot: [..., n] of T tokens and [R, n] give [..., n] in x's dtype; differentiable once."""
     return _ScaleSlots.apply(x, a, tokens)
+
+
+_ALIGNED = 8
+"""torch's grouped product takes matrices whose sides are multiples of this, in 16 bits."""
+
+
+def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
+    """Each slot's rows of x [T, k], sorted by slot, times its own matrix of ``weights`` [R, k, m]: [T, m]."""
+    if tokens is None:
+        return x @ weights[0].to(x.dtype)
+    if _in_one_launch(x, weights.shape[1:]):
+        ends = torch.cat([tokens.sorted[1][1:], tokens.sorted[1].new_tensor([len(x)])])
+        return F.grouped_mm(x, weights.to(x.dtype), offs=ends.int())
+    out = x.new_empty(len(x), weights.shape[-1])
+    for weight, (start, end) in zip(weights, tokens.bounds, strict=True):
+        torch.mm(x[start:end], weight.to(x.dtype), out=out[start:end])
+    return out
+
+
+def _sums_by_slot(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> Tensor:
+    """Σ left_t right_tᵀ over each slot's rows: [T, a] and [T, b], sorted by slot, give [R, a, b] in ``dtype``."""
+    bounds = [(0, len(left))] if tokens is None else tokens.bounds
+    return torch.stack([wide_product(left[a:b].t(), right[a:b]).to(dtype) for a, b in bounds])
+
+
+def _in_one_launch(x: Tensor, sides: torch.Size) -> bool:
+    aligned = all(side % _ALIGNED == 0 for side in sides)
+    return aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device)
+
+
+class _PairSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
+    ) -> Tensor:
+        ctx.scale, ctx.tokens = scale, tokens
+        z = _by_slot(_sorted_rows(x, tokens), A.transpose(1, 2), tokens)
+        ctx.save_for_backward(x, z, A, B)
+        added = _by_slot(z, B.transpose(1, 2), tokens).to(base.dtype)
+        rows = base.reshape(-1, base.shape[-1])
+        if tokens is None:
+            return rows.add(added, alpha=scale).view(base.shape)
+        return rows.index_add(0, tokens.sorted[0], added, alpha=scale).view(base.shape)  # each row once
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, A, B = ctx.saved_tensors
+        tokens: TokenSlots | None = ctx.tokens
+        need_base, need_x, need_A, need_B = ctx.needs_input_grad[:4]
+        upstream = _sorted_rows(g.to(z.dtype), tokens)
+        grad_x = grad_A = grad_B = None
+        if need_B:
+            grad_B = _sums_by_slot(upstream, z, B.dtype, tokens).mul_(ctx.scale)
+        if need_x or need_A:
+            h = _by_slot(upstream, B, tokens).mul_(ctx.scale)
+            if need_A:
+                grad_A = _sums_by_slot(h, _sorted_rows(x, tokens), A.dtype, tokens)
+            if need_x:
+                grad_x = _by_slot(h, A, tokens)
+                if tokens is not None:
+                    grad_x = torch.empty_like(grad_x).index_copy_(0, tokens.sorted[0], grad_x)
+                grad_x = grad_x.view(x.shape)
+        return (g if need_base else None), grad_x, grad_A, grad_B, None, None
+
+
+def _sorted_rows(x: Tensor, tokens: TokenSlots | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if tokens is None else rows[tokens.sorted[0]]
+
+
+def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None) -> Tensor:
+    """y_i = base_i + s B_i A_i x_i for each slot i of the batch, in base's shape and dtype.
+
+    Differentiable once in base, x, A and B. NaN or Inf in a slot does not reach other slots, forward or backward.
+
+    ``base`` [..., m] is the frozen layer's output of T tokens, x [..., n] its input in the compute dtype. A [R, r, n]
+    and B [R, m, r] are fp32 or wider, like their gradients. ``tokens`` has each token's slot, and every slot has a
+    token; None: there is one slot.
+    """
+    return _PairSlots.apply(base, x, A, B, scale, tokens)

@@ -104,8 +104,8 @@ class DataSection(DataSource):
     eval_limit: Annotated[Positive | None, _EVALUATED] = None
     """Use only the first held-out rows of each source; of many adapters, of each. Default: all."""
     adapter_column: Annotated[NonEmpty | None, _CAUSAL] = None
-    """The column that names the adapter each row trains: many VeRA adapters in one run, each with rows, order, steps,
-    schedule and held-out rows of its own. A name is a text or a whole number; 1 and "1" are the same."""
+    """The column that names the adapter each row trains: many adapters (VeRA or LoRA) in one run, each with rows,
+    order, steps, schedule and held-out rows of its own. A name is a text or a whole number; 1 and "1" are the same."""
     adapter_files: Annotated[Bool, _CAUSAL] = False
     """As ``adapter_column``, where ``path`` is a directory: each of its files has the rows of one adapter, which is
     called as the file is without its suffix."""

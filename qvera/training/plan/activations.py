@@ -158,9 +158,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         if x.name not in run.adapted_names:
             continue
         source, rank, own = _INPUTS.get(x.role, x.name), run.rank_at(x), method_bytes(run, x)
-        if run.slots > 1:  # vectors of each adapter of the pass, in fp32 (`qvera.adapters.products`)
-            numbers = section.rank + section.b_groups * x.m + (x.n if section.input_scale else 0)
-            held[x.name, "vectors"] = 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * numbers
+        if run.slots > 1:  # tensors of each adapter of the pass, in fp32 (`qvera.adapters.products.slots`)
+            held[x.name, "vectors"] = _slots_bytes(run, x)
         trains_A = method.source is Source.TRAINED
         reads_x = run.keeps_input(x) or trains_A or (section.input_scale and not section.dropout)
         if shares:  # a schedule keeps some tokens of each input: rows of its own, with a number and a weight each
@@ -178,8 +177,14 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         else:  # readers of other ranks have another z
             shared = method.source is Source.SEEDED and not section.input_scale
             held[source if shared else x.name, f"z of rank {rank}, {run.is_summed(x)}"] = T * rank * size
-        held[x.name, "A, B"] = own.cast
+        held[x.name, "A, B"] = 0 if run.slots > 1 else own.cast
     return sum(held.values())
+
+
+def _slots_bytes(run: PlannedRun, x: Linear) -> int:
+    """The tensors of one linear of all adapters of a pass, in fp32."""
+    shapes = run.method.tensors(run.recipe.adapter, x.spec).values()
+    return 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * sum(map(math.prod, shapes))
 
 
 def _product_bytes(run: PlannedRun, x: Linear) -> int:
@@ -194,6 +199,8 @@ def _product_bytes(run: PlannedRun, x: Linear) -> int:
             read = BLOCK_WEIGHTS * size + (T * x.n * (4 + size) if size < 4 else 0) + numbers // 16
     if x.name not in run.adapted_names:
         return read
+    if run.slots > 1 and run.method.source is Source.TRAINED:  # sorted rows of both sides, in a node of its own
+        return max(read, T * (x.m + x.n + section.rank) * size + _slots_bytes(run, x))
     if run.slots > 1:  # z scaled, u, and in fp32 what is added up
         return read + T * (x.m * (size + 4) + 2 * section.rank * size)
     if not run.has_vectors(x):

@@ -109,3 +109,14 @@ def test_among_others_as_alone(
     ]
     # at this learning rate AdamW makes some roundings large: of the same adapter alone in passes of 2 rows and of 4 too
     assert sum(one <= 1e-5 for one in differences) >= 0.9 * len(differences)
+
+
+def test_loras_among_others_as_alone(make_recipe: Any, tmp_path: Path) -> None:
+    """B with a rate of its own (LoRA+)."""
+    rows = write_rows(tmp_path / "rows.jsonl", {"one": 1, "eleven": 11, "noise of 6": 6})
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", {**TRAINING, "learning_rate": 2e-3}, eval_fraction=0.2)
+    lora = recipe.adapter.replace(method="lora", rank=3, alpha=6.0, loraplus_lr_ratio=4.0)
+    recipe = recipe.replace(adapter=lora, training=recipe.training.replace(weight_decay=0.1))
+    train_many(recipe, tmp_path / "run")
+    for name, own in rows.items():
+        assert assert_as_alone(tmp_path / "run", name, recipe, own, tmp_path / f"{name} alone", rel=2e-4) < 1e-4

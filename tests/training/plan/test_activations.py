@@ -189,9 +189,10 @@ def test_the_peak_over_a_4_bit_base_counts_the_weights_that_are_read(tmp_path: P
     ("joined", "dtype", "checkpointing"),
     [(False, F32, False), (False, BF16, True), (True, BF16, False), (True, F32, True)],
 )
-def test_a_pass_with_many_adapters(joined: bool, dtype: torch.dtype, checkpointing: bool) -> None:
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_a_pass_with_many_adapters(joined: bool, dtype: torch.dtype, checkpointing: bool, method: str) -> None:
     """Joined, some rows are attended to in fp32 and some not; what fills the sequence up is a row too."""
-    adapter = {"rank": 64, **(GROUPS if dtype == F32 else {})}
+    adapter = {"rank": 64, **(GROUPS if dtype == F32 else {})} if method == "vera" else {"method": "lora", "rank": 8}
     shared = 0  # that all layers share
     others: dict[str, Any] = {}
     if joined:
