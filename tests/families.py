@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -32,7 +33,40 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 _SEVEN = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 _ATTENTION = "q_proj k_proj v_proj o_proj"
+_LATENT_ATTENTION = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj"
+_MLP = "gate_proj up_proj down_proj"
+_INDEXER = "wq_b wk weights_proj"
+_IN_PROJ = "in_proj_qkv in_proj_z in_proj_b in_proj_a"
+_PER_LAYER = "per_layer_input_gate per_layer_projection per_layer_model_projection"
 _NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
+_HEADS: dict[str, Any] = {"head_dim": 16}
+_WINDOW: dict[str, Any] = {"sliding_window": 64}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+_LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_NARROW: dict[str, Any] = {"moe_intermediate_size": 64}
+_ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_INDEXED: dict[str, Any] = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+_DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 8}
+_LINEAR: dict[str, Any] = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_WINDOWED: dict[str, Any] = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+_NO_GROUPS: dict[str, Any] = {"num_key_value_heads": ...}
+_CONV: dict[str, Any] = {"layer_types": ["conv", "full_attention"]}
+_INKLING: dict[str, Any] = {
+    "head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
+    "sliding_window_size": 64, "d_rel": 8, "rel_extent": 64,
+}  # fmt: skip
+_NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _FOUR_BIT = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}
 
 
@@ -84,6 +118,16 @@ class Family:
         _write(AutoModelForCausalLM, self.config(), directory)
         small_tokenizer().save_pretrained(directory)
 
+    @property
+    def quantization(self) -> str:
+        """Of the recipe."""
+        return "none" if self.four_bit == "no" else "nf4"
+
+    @property
+    def merged_base(self) -> Literal["original", "dequantized"]:
+        """Into which weights a merged export has the logits of the run."""
+        return "original" if self.four_bit == "no" else "dequantized"
+
     def row(self) -> list[str]:
         """Of the page's table."""
         has_gguf = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type] in gguf_families.FAMILIES
@@ -93,22 +137,22 @@ class Family:
         return [self.title, f"`{self.model_type}`", targets, _FOUR_BIT[self.four_bit], *answers, self.limits]
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
-    "llama4": Family(
+_FAMILIES = [
+    Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
+    Family(
         "Llama 4, text", "llama4_text", experts="4 bits",
         changes={
             "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
             "attention_chunk_size": 64,
         },
     ),
-    "mistral": Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}, joins=True),
-    "qwen2": Family("Qwen2, Qwen2.5", "qwen2", joins=True),
-    "qwen3": Family("Qwen3", "qwen3", changes={"head_dim": 16}, joins=True),
-    "gemma": Family("Gemma", "gemma", changes={"head_dim": 16}, joins=True),
-    "gemma2": Family("Gemma 2", "gemma2", changes={"head_dim": 16, "sliding_window": 64}),
-    "gemma3": Family("Gemma 3, text", "gemma3_text", changes={"head_dim": 16, "sliding_window": 64}),
-    "gemma3_images": Family(
+    Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}, joins=True),
+    Family("Qwen2, Qwen2.5", "qwen2", joins=True),
+    Family("Qwen3", "qwen3", changes={"head_dim": 16}, joins=True),
+    Family("Gemma", "gemma", changes={"head_dim": 16}, joins=True),
+    Family("Gemma 2", "gemma2", changes={"head_dim": 16, "sliding_window": 64}),
+    Family("Gemma 3, text", "gemma3_text", changes={"head_dim": 16, "sliding_window": 64}),
+    Family(
         "Gemma 3 with images, trained on text", "gemma3", limits="its vision tower is neither adapted nor trained",
         changes={
             **dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -119,45 +163,382 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
-    "phi": Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2", joins=True),
-    "phi3": Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj", joins=True),
-    "olmo2": Family("OLMo 2", "olmo2", joins=True),
-    "granite": Family("Granite 3", "granite", joins=True),
-    "smollm3": Family("SmolLM3", "smollm3", joins=True),
-    "cohere": Family("Command R", "cohere", joins=True),
-    "cohere2": Family("Command R7B, Command A", "cohere2", changes={"sliding_window": 64}),
-    "stablelm": Family("StableLM", "stablelm", continuous=False),
-    "starcoder2": Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}, joins=True),
-    "gpt_neox": Family(
+    Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2", joins=True),
+    Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj", joins=True),
+    Family("OLMo 2", "olmo2", joins=True),
+    Family("Granite 3", "granite", joins=True),
+    Family("SmolLM3", "smollm3", joins=True),
+    Family("Command R", "cohere", joins=True),
+    Family("Command R7B, Command A", "cohere2", changes={"sliding_window": 64}),
+    Family("StableLM", "stablelm", continuous=False),
+    Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}, joins=True),
+    Family(
         "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, joins=True
     ),
-    "opt": Family(
+    Family(
         "OPT", "opt", "q_proj k_proj v_proj out_proj fc1 fc2",
         {"num_key_value_heads": ..., "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
     ),
-    "gpt2": Family(
+    Family(
         "GPT-2", "gpt2", "c_attn c_proj c_fc",
         {"num_key_value_heads": ..., "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "each load",
     ),
-    "falcon": Family(
+    Family(
         "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, "no", continuous=False,
         limits="not in 4 bits: its linears are of a class of their own. Set `model.quantization: none`",
     ),
-    "mixtral": Family(
+    Family(
         "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, experts="4 bits",
         joins=True,
     ),
-    "qwen3_moe": Family(
+    Family(
         "Qwen3 with experts", "qwen3_moe", _ATTENTION,
         {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, experts="4 bits",
         joins=True,
     ),
-    "gpt_oss": Family(
+    Family(
         "gpt-oss", "gpt_oss", _ATTENTION,
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
         experts="4 bits",
     ),
-}  # fmt: skip
+    Family(
+        "Trinity", "afmoe", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "num_dense_layers": 1,
+        "num_shared_experts": 1, "global_attn_every_n_layers": 2}, experts="4 bits",
+    ),
+    Family("Apertus", "apertus", f"{_ATTENTION} up_proj down_proj"),
+    Family("Apertus 1.5, text", "apertus1p5_text", f"{_ATTENTION} up_proj down_proj"),
+    Family("Arcee AFM", "arcee", f"{_ATTENTION} up_proj down_proj"),
+    Family(
+        "Aria, text", "aria_text", changes={"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        experts="4 bits",
+    ),
+    Family("A.X K1", "axk1", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST}, experts="4 bits"),
+    Family(
+        "A.X K2", "axk2",
+        f"{_MLP} q_a_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj o_proj {_INDEXER} fc1 fc2", {**_LATENT,
+        **_ROUTED, **_INDEXED, **_DENSE_FIRST, "head_dim": 8, "gated_norm_rank": 16}, experts="4 bits",
+    ),
+    Family(
+        "Ling 2.5 hybrid", "bailing_hybrid", f"{_ATTENTION} {_MLP} f_proj b_proj g_proj kv_a_proj_with_mqa kv_b_proj",
+        {**_LOCAL_EXPERTS, **_HEADS, **_NARROW, "q_lora_rank": ..., "kv_lora_rank": 32, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "layer_group_size": 2}, experts="4 bits",
+    ),
+    Family("Bamba", "bamba", f"{_ATTENTION} {_MLP} in_proj out_proj", {**_MAMBA, "attn_layer_indices": [1]}),
+    Family(
+        "BioGPT", "biogpt", "k_proj v_proj q_proj out_proj fc1 fc2", {**_NO_GROUPS, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0},
+    ),
+    Family("BitNet", "bitnet"),
+    Family("BLOOM", "bloom", _NEOX, {**_NO_GROUPS, "n_layer": 2, "n_head": 4}),
+    Family("CodeGen", "codegen", "out_proj qkv_proj fc_in fc_out", {**_NO_GROUPS, "rotary_dim": 8}),
+    Family(
+        "Command with experts", "cohere2_moe", _ATTENTION, {**_EXPERTS, **_HEADS, **_WINDOW,
+        "sliding_window_pattern": 2}, experts="4 bits",
+    ),
+    Family(
+        "Cohere Compass, text", "cohere_compass_text", changes={**_WINDOWED,
+        "rope_parameters": {"full_attention": None, "sliding_attention": {"rope_type": "default",
+        "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}},
+    ),
+    Family(
+        "CPM-Ant", "cpmant", "project_q project_k project_v attention_out w_0 w_1 w_out", {**_NO_GROUPS,
+        "dim_head": 16, "dim_ff": 128},
+    ),
+    Family(
+        "CTRL", "ctrl", "Wq Wk Wv dense 0 2", {**_NO_GROUPS, "n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 128,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    ),
+    Family("CWM", "cwm", changes={**_WINDOWED, **_HEADS}),
+    Family(
+        "DBRX", "dbrx", "Wqkv out_proj", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}, experts="dense",
+    ),
+    Family(
+        "DeepSeek V2", "deepseek_v2", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
+        "first_k_dense_replace": 1}, experts="4 bits",
+    ),
+    Family(
+        "DeepSeek V3, R1", "deepseek_v3", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
+        "first_k_dense_replace": 1}, experts="4 bits",
+    ),
+    Family(
+        "DeepSeek V3.2", "deepseek_v32", f"{_LATENT_ATTENTION} {_MLP} {_INDEXER}", {**_LATENT, **_ROUTED,
+        **_INDEXED, **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
+    ),
+    Family(
+        "DeepSeek V4", "deepseek_v4", f"{_MLP} q_a_proj q_b_proj kv_proj o_a_proj o_b_proj", {**_INDEXED, **_HEADS,
+        **_WINDOW, **_NARROW, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": ..., "topk_group": ...,
+        "q_lora_rank": 32, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16, "qk_rope_head_dim": 8},
+        experts="4 bits",
+    ),
+    Family("DiffLlama", "diffllama"),
+    Family("Doge", "doge", f"{_ATTENTION} {_MLP} dt_proj"),
+    Family(
+        "Dory", "dory", changes={**_HEADS, **_WINDOW, "n_input_layers": 1, "n_output_layers": 1,
+        "n_recurrent_layers": 1, "num_hidden_layers": 3},
+    ),
+    Family(
+        "dots.llm1", "dots1", changes={**_ROUTED, **_WINDOW, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        experts="4 bits",
+    ),
+    Family(
+        "dots 3 Note, text", "dots3_note_text", f"{_LATENT_ATTENTION} {_MLP} g_proj {_INDEXER}", {**_LATENT,
+        **_ROUTED, **_INDEXED, **_HEADS, **_DENSE_FIRST, "shared_experts_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family("ERNIE 4.5", "ernie4_5", changes=_HEADS),
+    Family(
+        "ERNIE 4.5 with experts", "ernie4_5_moe", changes={**_NARROW, "moe_k": 2, "moe_num_experts": 4,
+        "moe_num_shared_experts": 1}, experts="4 bits",
+    ),
+    Family("EXAONE 4", "exaone4", changes=_WINDOWED),
+    Family("K-EXAONE", "exaone_moe", changes={**_EXPERTS, **_WINDOWED, **_NARROW}, experts="4 bits"),
+    Family("Falcon-H1", "falcon_h1", f"{_ATTENTION} {_MLP} in_proj out_proj", {**_MAMBA, "mamba_d_ssm": 128}),
+    Family("Falcon Mamba", "falcon_mamba", "in_proj x_proj dt_proj out_proj", _NO_GROUPS),
+    Family("FlexOlmo", "flex_olmo", _ATTENTION, _EXPERTS, experts="4 bits"),
+    Family(
+        "Flint", "flint", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
+    ),
+    Family(
+        "Gemma 3n, text", "gemma3n_text",
+        f"{_ATTENTION} {_MLP} modality_router linear_left linear_right {_PER_LAYER}",
+        {**_HEADS, **_WINDOW, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention",
+        "sliding_attention", "full_attention"], "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 304, "laurel_rank": 8},
+    ),
+    Family(
+        "Gemma 4, text", "gemma4_text",
+        f"{_ATTENTION} {_MLP} {_PER_LAYER}", {**_WINDOWED,
+        **_HEADS, "global_head_dim": 32, "vocab_size_per_layer_input": 304, "hidden_size_per_layer_input": 16},
+    ),
+    Family("Gemma 4 unified, text", "gemma4_unified_text", changes={**_WINDOWED, **_HEADS}),
+    Family("GLM 4 (2024)", "glm", f"{_ATTENTION} gate_up_proj down_proj", _HEADS),
+    Family("GLM 4 (2025)", "glm4", f"{_ATTENTION} gate_up_proj down_proj", _HEADS),
+    Family("GLM 4.5 to 4.7", "glm4_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, experts="4 bits"),
+    Family(
+        "GLM 4.7 Flash", "glm4_moe_lite", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST},
+        experts="4 bits",
+    ),
+    Family(
+        "GLM 5", "glm_moe_dsa", f"{_LATENT_ATTENTION} {_MLP} {_INDEXER}", {**_LATENT, **_ROUTED, **_INDEXED,
+        **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
+    ),
+    Family("StarCoder, SantaCoder", "gpt_bigcode", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}),
+    Family(
+        "GPT-Neo", "gpt_neo", "k_proj v_proj q_proj out_proj c_fc c_proj", {"num_layers": 2, "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]], "resid_dropout": 0.0, "embed_dropout": 0.0,
+        "attention_dropout": 0.0},
+    ),
+    Family(
+        "GPT-NeoX Japanese", "gpt_neox_japanese", _NEOX, {**_NO_GROUPS, "hidden_dropout": 0.0,
+        "attention_dropout": 0.0},
+    ),
+    Family("GPT-J", "gptj", "k_proj v_proj q_proj out_proj fc_in fc_out", {**_NO_GROUPS, "rotary_dim": 8}),
+    Family("Granite with windows", "granite_swa", changes=_WINDOWED),
+    Family("Granite 3 with experts", "granitemoe", _ATTENTION, _LOCAL_EXPERTS, experts="4 bits"),
+    Family(
+        "Granite with experts and windows", "granitemoe_swa", _ATTENTION, {**_LOCAL_EXPERTS, **_WINDOWED},
+        experts="4 bits",
+    ),
+    Family(
+        "Granite 4", "granitemoehybrid", f"{_ATTENTION} input_linear output_linear in_proj out_proj", {**_MAMBA,
+        **_LOCAL_EXPERTS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family(
+        "Granite with shared experts", "granitemoeshared", f"{_ATTENTION} input_linear output_linear",
+        {**_LOCAL_EXPERTS, "shared_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family("Helium", "helium", changes=_HEADS),
+    Family("HRM, text", "hrm_text", changes=_HEADS),
+    Family("Hunyuan V1", "hunyuan_v1_dense", changes={**_HEADS, **_ROPE}),
+    Family(
+        "Hunyuan V1 with experts", "hunyuan_v1_moe", changes={**_HEADS, **_ROPE, "num_experts": 4, "moe_topk": 2},
+        experts="4 bits",
+    ),
+    Family(
+        "Hunyuan 3", "hy_v3", changes={**_EXPERTS, **_HEADS, **_NARROW, **_DENSE_FIRST, "num_shared_experts": 1},
+        experts="4 bits",
+    ),
+    Family(
+        "Hunyuan 4", "hy_v4", f"{_LATENT_ATTENTION} {_MLP} {_INDEXER}", {**_LATENT, **_ROUTED, **_INDEXED,
+        **_HEADS, **_DENSE_FIRST}, experts="4 bits",
+    ),
+    Family("HyperCLOVA X", "hyperclovax"),
+    Family(
+        "Inkling 2 loop, text", "inkling2_loop_text",
+        "linear gate_proj sink_proj down_proj forget_gate_proj message_gate_proj", {**_INKLING, **_NARROW,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304, "n_layers_per_attn_res_block": 1,
+        "num_hidden_layers": 3, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_gate_rank": 8},
+        experts="4 bits",
+    ),
+    Family(
+        "Inkling 2, text", "inkling2_text", "linear gate_proj sink_proj", {**_INKLING, **_NARROW,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304,
+        "n_layers_per_attn_res_block": 1}, experts="4 bits",
+    ),
+    Family(
+        "Inkling, text", "inkling_text", f"{_ATTENTION} r_proj", {**_INKLING, **_NARROW, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "intermediate_size": 64}, experts="4 bits",
+    ),
+    Family("InternLM 3", "internlm3", changes=_HEADS),
+    Family("IQuest-Coder", "iquestcoder", changes=_HEADS),
+    Family("Jais 2", "jais2", f"{_ATTENTION} up_proj down_proj"),
+    Family(
+        "Jamba", "jamba", f"{_ATTENTION} {_MLP} in_proj x_proj dt_proj out_proj", {**_EXPERTS, "attn_layer_period": 2,
+        "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16,
+        "mamba_dt_rank": 8, "use_mamba_kernels": False}, experts="4 bits",
+    ),
+    Family(
+        "JetMoE", "jetmoe", "kv_proj", {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": 4,
+        "num_key_value_heads": 2}, experts="dense",
+    ),
+    Family(
+        "Kimi Linear", "kimi_linear",
+        f"{_ATTENTION} {_MLP} f_a_proj f_b_proj b_proj g_a_proj g_b_proj kv_a_proj_with_mqa kv_b_proj",
+        {**_LOCAL_EXPERTS, **_NARROW, **_DENSE_FIRST, "q_lora_rank": ..., "kv_lora_rank": 32, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+        "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 16, "linear_num_heads": 4},
+        experts="4 bits",
+    ),
+    Family(
+        "Kolibri", "kolibri1", changes={**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW,
+        "shared_expert_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family(
+        "Laguna", "laguna", f"{_ATTENTION} {_MLP} g_proj", {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW,
+        **_DENSE_FIRST, "shared_expert_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family(
+        "Lara mini", "lara_mini", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}",
+        {**_LINEAR, **_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
+        experts="4 bits",
+    ),
+    Family("LFM2", "lfm2", "in_proj out_proj w1 w3 w2 q_proj k_proj v_proj", _CONV),
+    Family(
+        "LFM2 with experts", "lfm2_moe", "in_proj out_proj w1 w3 w2 q_proj k_proj v_proj", {**_EXPERTS, **_NARROW,
+        **_CONV, "num_dense_layers": 1}, experts="4 bits",
+    ),
+    Family("LFM3", "lfm3", f"{_ATTENTION} in_proj out_proj w1 w3 w2 g_proj", {**_HEADS, **_WINDOW, **_CONV}),
+    Family(
+        "LongCat-Flash", "longcat_flash", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, "num_layers": 2,
+        "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
+        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, experts="dense",
+    ),
+    Family("Mamba", "mamba", "in_proj x_proj dt_proj out_proj", _NO_GROUPS),
+    Family(
+        "Mamba 2", "mamba2", "in_proj out_proj", {**_HEADS, **_NO_GROUPS, "num_heads": 8, "state_size": 16,
+        "n_groups": 2, "chunk_size": 8, "num_attention_heads": ...},
+    ),
+    Family("Mellum", "mellum", _ATTENTION, {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW}, experts="4 bits"),
+    Family(
+        "MiMo V2 Flash", "mimo_v2_flash", changes={**_ROUTED, **_WINDOWED, **_HEADS, **_DENSE_FIRST,
+        "v_head_dim": 16}, experts="4 bits",
+    ),
+    Family("MiniCPM 3", "minicpm3", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, "dim_model_base": 32, "scale_emb": 12}),
+    Family(
+        "MiniMax-01, M1", "minimax", f"{_ATTENTION} qkv_proj out_proj output_gate", {**_LOCAL_EXPERTS, **_HEADS,
+        "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, experts="4 bits",
+    ),
+    Family("MiniMax M2", "minimax_m2", _ATTENTION, {**_LOCAL_EXPERTS, **_HEADS}, experts="4 bits"),
+    Family(
+        "MiniMax M3, text", "minimax_m3_vl_text", f"{_ATTENTION} gate_up_proj down_proj", {**_LOCAL_EXPERTS, **_HEADS,
+        **_DENSE_FIRST, "dense_intermediate_size": 128, "shared_intermediate_size": 64, "rotary_dim": 8,
+        "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2}, experts="4 bits",
+    ),
+    Family("Ministral", "ministral", changes={**_WINDOWED, **_HEADS, **_ROPE}),
+    Family("Ministral 3, text", "ministral3", changes=_HEADS),
+    Family(
+        "ModernBERT decoder", "modernbert-decoder", "", {**_NO_GROUPS, "cls_token_id": 1, "sep_token_id": 2,
+        "local_attention": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    Family(
+        "MPT", "mpt", "Wqkv out_proj up_proj down_proj", {**_NO_GROUPS, "d_model": 64, "n_heads": 4, "n_layers": 2,
+        "max_seq_len": 128},
+    ),
+    Family("nanochat", "nanochat", f"{_ATTENTION} fc1 fc2"),
+    Family("Nemotron 3, 4", "nemotron", f"{_ATTENTION} up_proj down_proj"),
+    Family(
+        "Nemotron-H, Nemotron 3 Nano", "nemotron_h", f"{_ATTENTION} in_proj out_proj up_proj down_proj", {**_ROUTED,
+        **_HEADS, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 8,
+        "layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3,
+        "moe_shared_expert_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family("OLMo", "olmo"),
+    Family("OLMo 3", "olmo3", changes=_WINDOWED),
+    Family("OLMo hybrid", "olmo_hybrid", f"{_ATTENTION} {_MLP} a_proj b_proj g_proj", _LINEAR),
+    Family("OLMoE", "olmoe", _ATTENTION, _EXPERTS, experts="4 bits"),
+    Family("GPT", "openai-gpt", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}),
+    Family("Persimmon", "persimmon", _NEOX, _NO_GROUPS),
+    Family("Phi-3.5 MoE", "phimoe", _ATTENTION, {**_LOCAL_EXPERTS, "router_jitter_noise": 0.0}, experts="4 bits"),
+    Family(
+        "Qwen1.5, Qwen2 with experts", "qwen2_moe", changes={**_EXPERTS, **_NARROW,
+        "shared_expert_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family(
+        "Qwen3.5 with experts, text", "qwen3_5_moe_text",
+        f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}", {**_LINEAR, **_EXPERTS, **_HEADS,
+        **_NARROW, "shared_expert_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family(
+        "Qwen3.5, text", "qwen3_5_text", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}",
+        {**_LINEAR, **_HEADS},
+    ),
+    Family(
+        "Qwen3-Next", "qwen3_next", f"{_ATTENTION} {_MLP} in_proj_qkvz in_proj_ba out_proj", {**_LINEAR, **_EXPERTS,
+        **_HEADS, **_NARROW, "shared_expert_intermediate_size": 64}, experts="4 bits",
+    ),
+    Family(
+        "Qwen4 experimental, text", "qwen4_exp_text",
+        f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ} input_mix_weight_down input_mix_weight_up block_inject_weight index_qk_proj",
+        {**_LINEAR, **_EXPERTS, **_HEADS, **_NARROW, "shared_expert_intermediate_size": 64, "hc_count": 2,
+        "hc_lowrank": 16, "ngram_vocab_size_base": 512, "heads_per_ngram": 2, "split_ngram_parts": 2,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 2}, experts="4 bits",
+    ),
+    Family(
+        "RecurrentGemma", "recurrent_gemma", f"{_ATTENTION} {_MLP} linear_y linear_x linear_out",
+        {"num_key_value_heads": 1, "attention_window_size": 64, "block_types": ["recurrent", "attention"]},
+    ),
+    Family(
+        "RWKV 4", "rwkv", "key value receptance output", {**_NO_GROUPS, "context_length": 128,
+        "num_attention_heads": ...},
+    ),
+    Family(
+        "Sarvam 105B", "sarvam_mla", f"{_MLP} q_proj kv_a_proj_with_mqa kv_b_proj o_proj", {**_ROUTED,
+        "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "first_k_dense_replace": 1}, experts="4 bits",
+    ),
+    Family("Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, experts="4 bits"),
+    Family("Seed-OSS", "seed_oss", changes={**_HEADS, "residual_dropout": 0.0}),
+    Family("Solar Open", "solar_open", changes={**_ROUTED, **_HEADS}, experts="4 bits"),
+    Family("VaultGemma", "vaultgemma", changes={**_WINDOWED, **_HEADS}),
+    Family(
+        "XGLM", "xglm", "k_proj v_proj q_proj out_proj fc1 fc2", {**_NO_GROUPS, "d_model": 64, "ffn_dim": 128,
+        "num_layers": 2, "attention_heads": 4, "dropout": 0.0},
+    ),
+    Family(
+        "xLSTM", "xlstm", "q k v ogate_preact igate_preact fgate_preact out_proj proj_up_gate proj_up proj_down",
+        {"num_heads": 4, "chunk_size": 16, "num_blocks": 2, "qk_dim_factor": 1.0},
+    ),
+    Family("Youtu-LLM", "youtu", f"{_LATENT_ATTENTION} {_MLP}", _LATENT),
+    Family(
+        "Zamba", "zamba", f"{_ATTENTION} {_MLP} in_proj out_proj linear", {"layers_block_type": ["mamba", "hybrid",
+        "hybrid"], "mamba_d_state": 16, "n_mamba_heads": 2, "use_mamba_kernels": False, "num_key_value_heads": 4,
+        "num_hidden_layers": 3},
+    ),
+    Family(
+        "Zamba 2", "zamba2", f"{_ATTENTION} in_proj out_proj linear gate_up_proj down_proj 0 1",
+        {"layers_block_type": ["mamba", "hybrid", "hybrid"], "mamba_d_state": 16, "n_mamba_heads": 4, "chunk_size": 8,
+        "num_key_value_heads": 4, "adapter_rank": 8, "num_hidden_layers": 3, "num_mem_blocks": 1},
+    ),
+    Family(
+        "ZAYA1", "zaya", "o_proj q_proj k_proj v_proj_current v_proj_delayed", {**_HEADS, **_NARROW, "num_experts": 4,
+        "router_hidden_size": 32}, experts="4 bits",
+    ),
+]  # fmt: skip
+FAMILIES = {family.model_type: family for family in _FAMILIES}
+_ON_THE_PAGE = dict(itertools.islice(FAMILIES.items(), 25))
 
 _ENCODER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 304,
@@ -224,7 +605,7 @@ def page() -> str:
     text = PAGE.read_text(encoding="utf-8")
     columns = "| family | `model_type` | `all-linear` adapts | 4-bit weights |"
     more = " packing, `prefix_once` | continuous batches | GGUF | limits |"
-    for name, title, members in (("families", columns + more, FAMILIES), ("encoders", columns, ENCODERS)):
+    for name, title, members in (("families", columns + more, _ON_THE_PAGE), ("encoders", columns, ENCODERS)):
         rows = [f"| {' | '.join(one.row())} |" for one in members.values()]
         text = with_table(text, name, "\n".join([title, "|" + "---|" * (title.count("|") - 1), *rows]))
     return text

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.experts import QveraExperts
 from qvera.adapters.layer import QveraLinear, adapted_layers
@@ -88,24 +89,36 @@ def delta(layer: QveraLinear, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
     return stacked.transpose(1, 2) if layer.base_layer.spec.is_transposed else stacked
 
 
-def dense_twin(model: Any, directory: Path) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
-    """Plain transformers in fp64 on W + ΔW with the quantized W; and the leaves of its vectors, by layer."""
-    twin = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).double().requires_grad_(False)
-    if hasattr(twin.config, "_experts_implementation"):
-        twin.set_experts_implementation("eager")
+def dense_base(model: Any, directory: Path) -> Any:
+    """Plain transformers in fp64 on the quantized W of a model."""
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).double().requires_grad_(False).eval()
+    if hasattr(plain.config, "_experts_implementation"):
+        plain.set_experts_implementation("eager")
     for name, module in model.get_base_model().named_modules():
         name = name.replace(".base_layer", "")
         if isinstance(module, quantization.Linear4bit):
-            twin.get_submodule(name).weight.data.copy_(quantization.dequantized_weight(module, torch.float32))
+            own, weight = plain.get_submodule(name), quantization.dequantized_weight(module, torch.float32)
+            own.weight.data.copy_(weight.t() if isinstance(own, Conv1D) else weight)
         elif isinstance(module, ExpertStack):
-            twin.get_parameter(name).data.copy_(module.dense(0, module.spec.experts, torch.float32))
+            plain.get_parameter(name).data.copy_(module.dense(0, module.spec.experts, torch.float32))
+    return plain
+
+
+def add_delta(model: Any, plain: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Put W + ΔW of a model's adapter into its `dense_base`; the leaves of the vectors, by layer."""
     leaves = {}
     for layer in adapted_layers(model):
         vectors = {kind: v.detach().double().requires_grad_() for kind, v in layer.vectors("default").items()}
         leaves[layer.spec.name] = vectors
         is_stack = isinstance(layer, QveraExperts)
         path, _, key = (layer.spec.name if is_stack else f"{layer.spec.name}.weight").rpartition(".")
-        owner = twin.get_submodule(path)
-        weight = owner._parameters.pop(key)
-        setattr(owner, key, weight.data + delta(layer, vectors))
-    return twin, leaves
+        owner = plain.get_submodule(path)
+        weight, change = owner._parameters.pop(key), delta(layer, vectors)
+        setattr(owner, key, weight.data + (change.t() if isinstance(owner, Conv1D) else change))
+    return leaves
+
+
+def dense_twin(model: Any, directory: Path) -> tuple[Any, dict[str, dict[str, torch.Tensor]]]:
+    """`dense_base` with the model's adapter, and the leaves of its vectors."""
+    plain = dense_base(model, directory)
+    return plain, add_delta(model, plain)

@@ -38,9 +38,9 @@ from tests.serve.helpers import BASE, ENGINES, Alone, assert_same, engine_of, re
 from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
-_FAST = ("llama4", "gpt2")
+_FAST = ("llama4_text", "gpt2")
 """A decoder and router of its own, and Conv1D."""
-_SLOW = ("mixtral", "llama", "gemma2", "gemma3_images", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
+_SLOW = ("mixtral", "llama", "gemma2", "gemma3", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
 """What else differs: tensors that are fused while loading, scaled rotations, windows and caps, a vision tower, biases,
 scaled logits, no paged attention, a table of positions, no 4 bits, and experts of another form. The others are like
 one of these."""
@@ -58,21 +58,15 @@ def checkpoint(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return family, directory
 
 
-def quantization(family: Family) -> str:
-    return "none" if family.four_bit == "no" else "nf4"
-
-
 def recipe_of(make_recipe: Any, family: Family, directory: Path, **data: Any) -> Recipe:
     return make_recipe(
-        model={"path": str(directory), "quantization": quantization(family), "compute_dtype": "float32"},
+        model={"path": str(directory), "quantization": family.quantization, "compute_dtype": "float32"},
         data=data,
         training={"max_steps": 2, "save_steps": 1},
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in _FAST + _SLOW else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in FAMILIES])
 def test_all_linear_is_every_linear_of_the_layers_but_the_routers(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     family.config().save_pretrained(tmp_path)
@@ -102,7 +96,7 @@ def test_a_run_learns_and_resumes_to_the_same_bytes(
     train(recipe, tmp_path / "run")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
-    assert run["model"]["quantization"] == quantization(family)
+    assert run["model"]["quantization"] == family.quantization
     assert (find_base(recipe.model) is not None) == (family.four_bit == "mapped")
     assert bool(run["model"]["expert_bytes"]) == (family.experts == "4 bits")
     assert any("experts" in kind for kind in run["model"]["dense_matrices"]) == (family.experts == "dense")
@@ -154,7 +148,7 @@ def test_saved_and_exported_it_gives_the_same_logits(checkpoint: tuple[Family, P
 def test_each_request_of_a_batch_gets_its_own_adapters_answer(checkpoint: tuple[Family, Path], tmp_path: Path) -> None:
     """The MLPs of OPT and Llama 4 get the tokens of all rows behind each other."""
     family, directory = checkpoint
-    model: Any = {"quantization": quantization(family)}
+    model: Any = {"quantization": family.quantization}
     write_adapters(tmp_path, directory, {"a": 1, "b": 2}, base=model)
     store, names = store_of(tmp_path), (BASE, "a", "b")
     prompts = [[5, 6, 7, 8][: 2 + i] for i in range(len(names))]
