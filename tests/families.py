@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig
 
 from bench.common import with_table
 from qvera.exporting.gguf import architecture as gguf_families
@@ -67,6 +66,30 @@ _INKLING: dict[str, Any] = {
 }  # fmt: skip
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_IMAGES = "AutoModelForImageTextToText"
+_PARTS: dict[str, Any] = {**dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+"""What a config of text and images has beside that of each."""
+_TEXT: dict[str, Any] = {**_COMMON, **_HEADS}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_QWEN_IMAGES: dict[str, Any] = {
+    **_PARTS, "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0], "window_size": 16, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+_THREE_ROPES: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+}  # fmt: skip
+_SHARED_EXPERT: dict[str, Any] = {**_EXPERTS, **_NARROW, "shared_expert_intermediate_size": 64}
+_LLAMA4: dict[str, Any] = {
+    "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 64,
+}  # fmt: skip
 _FOUR_BIT = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}
 
 
@@ -95,6 +118,7 @@ class Family:
         four_bit: ``mapped`` from the quantized cache, made at ``each load`` by transformers, or ``no``.
         joins: whether rows can stand in one sequence: ``data.prefix_once`` and ``data.packing``.
         continuous: whether `qvera serve` takes it in continuous batches; else in static ones.
+        published: the auto class that the published checkpoints are of; their tensors are named by it.
         experts: ``4 bits``, each quantized and adapted where ``adapter.experts`` asks for it; ``dense``; or it has none.
         limits: for the page: what it can't do beside that.
     """
@@ -108,14 +132,17 @@ class Family:
     continuous: bool = True
     experts: str = ""
     limits: str = "–"
+    published: str = "AutoModelForCausalLM"
 
     def config(self) -> Any:
         """Of two layers, of width 64."""
-        return _config(self.model_type, {**_COMMON, **self.changes})
+        config = _config(self.model_type, {**_COMMON, **self.changes})
+        config.architectures = [getattr(transformers, self.published)._model_mapping[type(config)].__name__]
+        return config
 
     def write(self, directory: Path) -> None:
         """Its checkpoint, with a tokenizer."""
-        _write(AutoModelForCausalLM, self.config(), directory)
+        _write(getattr(transformers, self.published), self.config(), directory)
         small_tokenizer().save_pretrained(directory)
 
     @property
@@ -130,7 +157,7 @@ class Family:
 
     def row(self) -> list[str]:
         """Of the page's table."""
-        has_gguf = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type] in gguf_families.FAMILIES
+        has_gguf = self.config().architectures[0] in gguf_families.FAMILIES
         targets = ", ".join(self.targets.split()) if self.targets != _SEVEN else "the seven of Llama"
         targets += ", and experts with `adapter.experts`" if self.experts == "4 bits" else ""
         answers = ["yes" if x else "no" for x in (self.joins, self.continuous, has_gguf)]
@@ -141,10 +168,7 @@ _FAMILIES = [
     Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
     Family(
         "Llama 4, text", "llama4_text", experts="4 bits",
-        changes={
-            "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 64,
-        },
+        changes=_LLAMA4,
     ),
     Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}, joins=True),
     Family("Qwen2, Qwen2.5", "qwen2", joins=True),
@@ -152,17 +176,6 @@ _FAMILIES = [
     Family("Gemma", "gemma", changes={"head_dim": 16}, joins=True),
     Family("Gemma 2", "gemma2", changes={"head_dim": 16, "sliding_window": 64}),
     Family("Gemma 3, text", "gemma3_text", changes={"head_dim": 16, "sliding_window": 64}),
-    Family(
-        "Gemma 3 with images, trained on text", "gemma3", limits="its vision tower is neither adapted nor trained",
-        changes={
-            **dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-            "text_config": {**_COMMON, "head_dim": 16, "sliding_window": 64}, "mm_tokens_per_image": 4,
-            "vision_config": {
-                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "image_size": 28, "patch_size": 14,
-            },
-        },
-    ),
     Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2", joins=True),
     Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj", joins=True),
     Family("OLMo 2", "olmo2", joins=True),
@@ -200,6 +213,80 @@ _FAMILIES = [
         "gpt-oss", "gpt_oss", _ATTENTION,
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
         experts="4 bits",
+    ),
+    Family(
+        "Gemma 3 with images", "gemma3", published=_IMAGES,
+        changes={
+            **_PARTS, "text_config": {**_TEXT, **_WINDOW}, "vision_config": _TOWER, "mm_tokens_per_image": 4,
+            "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302,
+        },
+    ),
+    Family(
+        "Gemma 4 with images", "gemma4", published=_IMAGES,
+        changes={
+            **_PARTS, "image_token_id": 300, "audio_config": None,
+            "text_config": {
+                **_TEXT, **_WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+            },
+            "vision_config": {**_TOWER, "head_dim": 16, "num_key_value_heads": 2},
+        },
+    ),
+    Family(
+        "Mistral Small 3 with images", "mistral3", published=_IMAGES,
+        changes={
+            **_PARTS, "image_token_index": 300, "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 16},
+        },
+    ),
+    Family(
+        "Mistral 4", "mistral4", f"{_LATENT_ATTENTION} {_MLP}",
+        {**_LATENT, **_ROUTED, "first_k_dense_replace": 0, "n_shared_experts": 1}, experts="4 bits", published=_IMAGES,
+    ),
+    Family("Qwen2.5-VL", "qwen2_5_vl", published=_IMAGES, changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_THREE_ROPES}}),
+    Family("Qwen3-VL", "qwen3_vl", published=_IMAGES, changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_THREE_ROPES}}),
+    Family(
+        "Qwen3-VL with experts", "qwen3_vl_moe", _ATTENTION, experts="4 bits", published=_IMAGES,
+        changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_THREE_ROPES, **_EXPERTS, **_NARROW}},
+    ),
+    Family(
+        "Qwen3.5", "qwen3_5", f"{_SEVEN} {_IN_PROJ} out_proj", continuous=False, published=_IMAGES,
+        changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_LINEAR}},
+    ),
+    Family(
+        "Qwen3.5 with experts", "qwen3_5_moe", f"{_SEVEN} {_IN_PROJ} out_proj", continuous=False, experts="4 bits",
+        published=_IMAGES, changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_LINEAR, **_SHARED_EXPERT}},
+    ),
+    Family(
+        "SmolVLM", "smolvlm", published=_IMAGES,
+        changes={
+            **_PARTS, "image_token_id": 300, "scale_factor": 2, "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": _TOWER,
+        },
+    ),
+    Family(
+        "Idefics 3", "idefics3", published=_IMAGES,
+        changes={
+            **_PARTS, "image_token_id": 300, "scale_factor": 2, "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": _TOWER,
+        },
+    ),
+    Family(
+        "LFM2-VL", "lfm2_vl", "q_proj k_proj v_proj out_proj in_proj w1 w2 w3", continuous=False, published=_IMAGES,
+        changes={
+            **_PARTS, "image_token_id": 300, "projector_hidden_size": 64,
+            "text_config": {**_TEXT, **_CONV, "model_type": "lfm2", "block_auto_adjust_ff_dim": False},
+            "vision_config": {**_TOWER, "model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 4},
+        },
+    ),
+    Family(
+        "Llama 4 with images", "llama4", experts="4 bits", published=_IMAGES,
+        changes={
+            **_PARTS, "image_token_index": 300, "text_config": {**_COMMON, **_LLAMA4},
+            "vision_config": {
+                **_TOWER, "intermediate_size": 128, "vision_output_dim": 64, "projector_input_dim": 64,
+                "projector_output_dim": 64,
+            },
+        },
     ),
     Family(
         "Trinity", "afmoe", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "num_dense_layers": 1,
@@ -538,7 +625,7 @@ _FAMILIES = [
     ),
 ]  # fmt: skip
 FAMILIES = {family.model_type: family for family in _FAMILIES}
-_ON_THE_PAGE = dict(itertools.islice(FAMILIES.items(), 25))
+_ON_THE_PAGE = dict(itertools.islice(FAMILIES.items(), 37))
 
 _ENCODER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 304,

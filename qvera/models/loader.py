@@ -26,8 +26,8 @@ from qvera.models.hub import base_directory
 from qvera.models.loss import require_own_logits
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
 from qvera.models.stored_weights import NotMappable, load_mapped
-from qvera.models.structure import beside_the_layers
-from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
+from qvera.models.structure import beside_the_layers, routers
+from qvera.models.tokenizer import ids_of, load_processor, load_text_image_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
@@ -56,6 +56,8 @@ class Base:
     """Read back from the loaded modules (`_read_back`)."""
     adapted: PeftModel | None = None
     """The model with the adapters of `qvera.adapters.shared_model.add_adapter`."""
+    processor: Any | None = None
+    """That of a language model that takes images (`load_text_image_processor`)."""
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -137,7 +139,8 @@ def load_base(
     if (streamed := stream.facts_of(model)) is not None:
         facts["streamed"] = streamed
     facts["fingerprint"] = fingerprint_of(section)
-    return Base(model, tokenizer, facts)
+    takes_images = model_class.of_published(config.architectures).takes_images
+    return Base(model, tokenizer, facts, processor=load_text_image_processor(section) if takes_images else None)
 
 
 def _load_mapped(
@@ -286,9 +289,12 @@ def _dense_matrices(model: PreTrainedModel, packed: Collection[int]) -> dict[str
 
     Embeddings, convolutions, heads and routers are not counted. ``packed``: ids of the quantized weights.
     """
-    found, beside = Counter[str](), beside_the_layers(model)
+    head = model.get_output_embeddings()
+    # a language model's tower for images counts too
+    found, skipped = Counter[str](), beside_the_layers(model) if head is None else routers(model)
     for name, module in model.named_modules():
-        if name in beside or "embed" in name or isinstance(module, (torch.nn.Embedding, _ConvNd)):
+        is_table = module is head or "embed" in name or isinstance(module, (torch.nn.Embedding, _ConvNd))
+        if name in skipped or is_table:
             continue
         for key, weight in module.named_parameters(recurse=False):
             is_matrix = weight.dim() > 1 and weight.is_floating_point() and not key.endswith("bias")

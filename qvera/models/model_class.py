@@ -19,6 +19,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from qvera.config.schema import ModelSection
 from qvera.models.stored_formats import is_decoded
@@ -30,12 +31,14 @@ from qvera.utils.safetensors_io import TensorEntry
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_TAKES_IMAGES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 _BUFFERS = r"(?:^|\.)(?:position_ids|inv_freq)$"
 """Old checkpoints carry these; the model makes them."""
 _OF_TOKENS, _OF_TEXTS = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-_OF_IMAGES = "AutoModelForImageClassification"
+_OF_IMAGES, _OF_IMAGES_AND_TEXT = "AutoModelForImageClassification", "AutoModelForImageTextToText"
 _KINDS = {
     _OF_TOKENS: "a causal language model",
+    _OF_IMAGES_AND_TEXT: "a language model that takes images",
     _OF_TEXTS: "a sequence classification model",
     _OF_IMAGES: "an image classification model",
 }
@@ -74,22 +77,41 @@ class ModelClass:
     @property
     def has_own_head(self) -> bool:
         """Whether the head is trained whole."""
-        return self.auto != _OF_TOKENS
+        return self.auto in (_OF_TEXTS, _OF_IMAGES)
 
     @property
     def reads_images(self) -> bool:
         """Whether an image processor makes its input, and no tokenizer."""
         return self.auto == _OF_IMAGES
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether it is a language model that takes images beside text."""
+        return self.auto == _OF_IMAGES_AND_TEXT
+
+    def of_published(self, architectures: Iterable[str] | None) -> ModelClass:
+        """For a language model, the class that a checkpoint names: its tensors are called as in that class.
+
+        A model that takes images too holds its text model as a part, which transformers can also open alone.
+        """
+        takes_images = not _TAKES_IMAGES.isdisjoint(architectures or ())
+        return ModelClass(_OF_IMAGES_AND_TEXT) if self.auto == _OF_TOKENS and takes_images else self
+
     def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """The model of a config, as transformers initializes it."""
-        return getattr(transformers, self.auto).from_config(self.configured(config), **options)
+        auto = self.of_published(config.architectures).auto
+        model = getattr(transformers, auto).from_config(self.configured(config), **options)
+        _complete_outputs(model)
+        return model
 
     def from_pretrained(self, name: str, config: PretrainedConfig, **options: Any) -> Any:
         """The model of a checkpoint, as transformers loads it. A head of other labels is left out."""
         if self.has_own_head:
             options |= {"config": self.configured(config), "ignore_mismatched_sizes": True}
-        return getattr(transformers, self.auto).from_pretrained(name, **options)
+        auto = self.of_published(config.architectures).auto
+        found = getattr(transformers, auto).from_pretrained(name, **options)
+        _complete_outputs(found[0] if isinstance(found, tuple) else found)
+        return found
 
     def configured(self, config: PretrainedConfig) -> PretrainedConfig:
         """Put this head's labels into the config, and return it."""
@@ -125,12 +147,12 @@ class ModelClass:
     def copied_as(self, architectures: Iterable[str] | None) -> ModelClass:
         """The class of a checkpoint's quantized copy: all tasks share that of a language model."""
         is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures or ())
-        return CAUSAL_LM if is_language_model else ModelClass(self.auto, seed=self.seed)
+        return CAUSAL_LM if is_language_model else ModelClass(self.of_published(architectures).auto, seed=self.seed)
 
     @property
     def settings(self) -> Mapping[str, str]:
         """What a quantized copy depends on; empty for a causal language model."""
-        return {"auto": self.auto} if self.has_own_head else {}
+        return {"auto": self.auto} if self.auto != _OF_TOKENS else {}
 
     def start_head(self, model: PreTrainedModel, is_stored: bool, device: torch.device) -> None:
         """Make the head fp32 on its device, drawn anew unless ``is_stored``. It takes its input in any dtype."""
@@ -152,6 +174,13 @@ class ModelClass:
 
 
 CAUSAL_LM = ModelClass()
+
+
+def _complete_outputs(model: PreTrainedModel) -> None:
+    """Give Llama 4 with images what it reads of its text model's output, and transformers 5.24 does not put there."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        text: Any = model.get_submodule("language_model")
+        text.register_forward_hook(lambda module, inputs, output: setattr(output, "image_outputs", None))
 
 
 def classification_class(labels: Iterable[str] = (), is_regression: bool = False, seed: int = 0) -> ModelClass:

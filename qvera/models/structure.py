@@ -34,6 +34,8 @@ def decoder_of(model: Any) -> Any:
         for child in model.children():
             if child is not embedding and any(module is embedding for module in child.modules()):
                 return child
+    if found is not model and getattr(found, "lm_head", None) is not None:  # of Llama 4 with images: a model by itself
+        return decoder_of(found)
     return found
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from qvera.config.schema import ModelSection
 from qvera.data.images import ImageProcessor, require_pillow
@@ -213,6 +213,17 @@ def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) 
             if hasattr(owner, "vocab_size"):
                 owner.vocab_size = needed
     setattr(model, PLACED, dict(ids))
+
+
+def load_text_image_processor(section: ModelSection) -> Any | None:
+    """transformers' processor of a language model that takes images: of text and images to ids and pixel values.
+
+    None where the model has no files of one, or a package that it needs is missing: the model still takes text.
+    """
+    name, options = resolve_path(section.path), {"revision": section.revision, "backend": "pil"}
+    with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError, HFValidationError):
+        return AutoProcessor.from_pretrained(name, trust_remote_code=section.trust_remote_code, **options)
+    return None
 
 
 def load_image_processor(section: ModelSection) -> ImageProcessor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -89,9 +90,19 @@ def delta(layer: QveraLinear, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
     return stacked.transpose(1, 2) if layer.base_layer.spec.is_transposed else stacked
 
 
+def published(directory: Path) -> Any:
+    """A checkpoint as plain transformers opens it, in fp32, by the class that its config names: no tensor is left over."""
+    (name,) = AutoConfig.from_pretrained(directory).architectures
+    plain, info = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    if name == "Llama4ForConditionalGeneration":  # transformers 5.24 reads this of its text model, which has none
+        plain.language_model.register_forward_hook(lambda module, given, out: setattr(out, "image_outputs", None))
+    return plain.eval()
+
+
 def dense_base(model: Any, directory: Path) -> Any:
     """Plain transformers in fp64 on the quantized W of a model."""
-    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).double().requires_grad_(False).eval()
+    plain = published(directory).double().requires_grad_(False)
     if hasattr(plain.config, "_experts_implementation"):
         plain.set_experts_implementation("eager")
     for name, module in model.get_base_model().named_modules():

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
@@ -34,16 +33,17 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
 from tests.families import FAMILIES, PAGE, Family, page
+from tests.models.experts import published
 from tests.serve.helpers import BASE, ENGINES, Alone, assert_same, engine_of, request, store_of, submit, write_adapters
 from tests.training.runs import cut_off
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
 _FAST = ("llama4_text", "gpt2")
 """A decoder and router of its own, and Conv1D."""
-_SLOW = ("mixtral", "llama", "gemma2", "gemma3", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
-"""What else differs: tensors that are fused while loading, scaled rotations, windows and caps, a vision tower, biases,
-scaled logits, no paged attention, a table of positions, no 4 bits, and experts of another form. The others are like
-one of these."""
+_SLOW = ("mixtral", "llama", "gemma2", "gemma3", "qwen3_5", "phi", "cohere", "stablelm", "opt", "falcon", "gpt_oss")
+"""What else differs: tensors that are fused while loading, scaled rotations, windows and caps, a vision tower, one with
+recurrent layers beside it, biases, scaled logits, no paged attention, a table of positions, no 4 bits, and experts of
+another form. The others are like one of these."""
 
 
 def _marks(name: str) -> Any:
@@ -137,11 +137,11 @@ def test_saved_and_exported_it_gives_the_same_logits(checkpoint: tuple[Family, P
             assert torch.equal(again(input_ids=IDS).logits, trained)
             onto: Any = "original" if section is whole else "dequantized"
             export_merged(root / "adapter", section, root / "merged", ExportSection(dtype="float32", base=onto))
-            merged = AutoModelForCausalLM.from_pretrained(root / "merged").eval()
+            merged = published(root / "merged")
             torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
             if section is whole:
                 export_lora(read_deltas(root / "adapter", empty_model(section)), root / "lora", torch.float32)
-                stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), root / "lora").eval()
+                stock = PeftModel.from_pretrained(published(directory), root / "lora").eval()
                 torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
 
 
