@@ -2,7 +2,7 @@
 
 python bench/quantize.py                                    the packing alone
 python bench/quantize.py --shape 7b --scratch /big/disk     and a 13.5 GB checkpoint, made there and removed again
-python bench/quantize.py --checkpoint DIR --scratch DIR     and a checkpoint that is there already
+python bench/quantize.py --checkpoint DIR --scratch DIR     and a checkpoint that is there already (--keep: the copy stays)
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint", type=Path, metavar="DIR")
     parser.add_argument("--scratch", type=Path, metavar="DIR")
     parser.add_argument("--limit", type=parse_bytes, default=1_500_000_000, metavar="BYTES", help="default: 1.5GB")
+    parser.add_argument("--keep", action="store_true", help="leave the quantized copy in the scratch directory")
     parser.add_argument("--result", default="quantize", help="the name of the file in bench/results")
     args = parser.parse_args()
     if (args.shape or args.checkpoint) and not args.scratch:
@@ -92,7 +93,7 @@ if __name__ == "__main__":
                 synthesise(args.shape, checkpoint)
             document["checkpoint"] = whole(checkpoint, out, args.limit)
         finally:
-            for directory in (out, out.with_name("cache")):
+            for directory in (*(() if args.keep else (out,)), out.with_name("cache")):
                 shutil.rmtree(directory, ignore_errors=True)
             if args.checkpoint is None:
                 shutil.rmtree(checkpoint, ignore_errors=True)

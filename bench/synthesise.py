@@ -1,17 +1,19 @@
 """Write a checkpoint of a real shape with random weights: what 7B to 70B are measured on where no hub is reachable.
 
 16-bit: normal weights of deviation 0.02, seeded by tensor, written shard by shard. `--nf4` writes bitsandbytes'
-serialized 4-bit form directly, layer by layer (random nibbles, statistics as of such weights): 37 GB for 70B. With a
-byte-level tokenizer.
+serialized 4-bit form directly, layer by layer (random nibbles, statistics as of such weights): 37 GB for 70B. `--fp8` writes
+linears in FP8 with a factor for each block of 128 x 128, as Qwen publishes them. With a byte-level tokenizer.
 
     python bench/synthesise.py 7b /tmp/7b            13.5 GB
     python bench/synthesise.py 70b /tmp/70b --nf4    37 GB
-    python bench/synthesise.py qwen3-30b /tmp/moe    61 GB, with single experts as the hub has them (--nf4: 17 GB, stacked)
+    python bench/synthesise.py qwen3-30b /tmp/moe    61 GB, with single experts as the hub has them (--fp8: 31 GB; --nf4: 17 GB,
+                                                     stacked)
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -58,7 +60,10 @@ SHAPES = {
 DEVIATION = 0.02
 SHARD_BYTES = 5_000_000_000
 BLOCK, NESTED_BLOCK = 64, 256
-_ST_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
+FP8_BLOCK = 128
+_ST_NAMES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
 
@@ -119,6 +124,19 @@ def specs_16bit(config: Any, dtype: torch.dtype) -> list[Spec]:
     return [(name, dtype, shape) for name, shape in weights(config)]
 
 
+def specs_fp8(config: Any) -> list[Spec]:
+    """Linears in FP8, each with its factors behind it; the others in bf16."""
+    found: list[Spec] = []
+    for name, shape in weights(config):
+        if is_quantized(name):
+            found.append((name, torch.float8_e4m3fn, shape))
+            blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
+            found.append((f"{name}_scale_inv", torch.bfloat16, blocks))
+        else:
+            found.append((name, torch.bfloat16, shape))
+    return found
+
+
 def specs_nf4(config: Any) -> list[Spec]:
     """bitsandbytes' serialized tensors for each weight (double quantization, bf16 quant storage)."""
     found: list[Spec] = []
@@ -148,8 +166,25 @@ def _state_json(shape: tuple[int, ...]) -> bytes:
     return json.dumps(state).encode()
 
 
+@functools.cache
+def _normal_fp8() -> np.ndarray:
+    """256 values of a normal distribution that fills FP8's range, uint8: random bytes choose among them."""
+    values = torch.special.ndtri((torch.arange(256) + 0.5) / 256)
+    return (values * (448 / values.max())).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _random_bytes(number: int, count: int) -> np.ndarray:
+    drawn = np.random.Generator(np.random.SFC64([7, number])).integers(0, 2**64, size=-(-count // 8), dtype=np.uint64)
+    return drawn.view(np.uint8)[:count]
+
+
 def _values(spec: Spec, number: int, shapes: dict[str, tuple[int, ...]]) -> torch.Tensor:
     name, dtype, shape = spec
+    if dtype is torch.float8_e4m3fn:
+        drawn = _normal_fp8()[_random_bytes(number, int(np.prod(shape)))]
+        return torch.from_numpy(drawn).view(dtype).view(shape)
+    if name.endswith("_scale_inv"):
+        return torch.full(shape, DEVIATION * 2.89 / 448, dtype=dtype)
     if "norm." in name:
         return torch.ones(shape, dtype=dtype)
     if name.endswith((".nested_quant_map", ".quant_map")):
@@ -163,11 +198,8 @@ def _values(spec: Spec, number: int, shapes: dict[str, tuple[int, ...]]) -> torc
     if name.endswith(".absmax") or (
         dtype is torch.bfloat16 and len(shape) == 2 and shape[1] == 1 and is_quantized(name)
     ):
-        count = int(np.prod(shape)) * dtype.itemsize
-        drawn = np.random.Generator(np.random.SFC64([7, number])).integers(
-            0, 2**64, size=-(-count // 8), dtype=np.uint64
-        )
-        return torch.from_numpy(drawn.view(np.uint8)[:count]).view(dtype).view(shape)
+        drawn = _random_bytes(number, int(np.prod(shape)) * dtype.itemsize)
+        return torch.from_numpy(drawn).view(dtype).view(shape)
     generator = torch.Generator().manual_seed(number)
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, DEVIATION, generator=generator).to(dtype)
 
@@ -207,7 +239,13 @@ def write(out: Path, specs: list[Spec], shapes: dict[str, tuple[int, ...]]) -> N
 
 
 def synthesise(
-    shape: str, out: Path, *, nf4: bool = False, dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+    shape: str,
+    out: Path,
+    *,
+    nf4: bool = False,
+    fp8: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    layers: int | None = None,
 ) -> Path:
     """Write the checkpoint into ``out``, which must not exist; refuses where the disk has no room.
 
@@ -218,7 +256,7 @@ def synthesise(
     """
     config = config_of(shape)
     config.num_hidden_layers = layers or config.num_hidden_layers
-    specs = specs_nf4(config) if nf4 else specs_16bit(config, dtype)
+    specs = specs_nf4(config) if nf4 else specs_fp8(config) if fp8 else specs_16bit(config, dtype)
     size = sum(int(np.prod(s)) * d.itemsize for _, d, s in specs)
     free = shutil.disk_usage(out.parent).free
     if free < size + 2_000_000_000:
@@ -228,6 +266,10 @@ def synthesise(
         config.quantization_config = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "bfloat16",
+        }  # fmt: skip
+    if fp8:
+        config.quantization_config = {
+            "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }  # fmt: skip
     write(out, specs, dict(weights(config, stacked=nf4)))
     tokenizer().save_pretrained(out)
@@ -240,7 +282,8 @@ if __name__ == "__main__":
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--nf4", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     args = parser.parse_args()
     began = time.perf_counter()
-    synthesise(args.shape, args.out, nf4=args.nf4)
+    synthesise(args.shape, args.out, nf4=args.nf4, fp8=args.fp8)
     print(f"{args.out}: written in {time.perf_counter() - began:.0f} s", file=sys.stderr)

@@ -173,7 +173,10 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
         )
     quantized = ({f"{name}.weight" for name in linears} | specs.keys()) & stored
     tensors = _as_written(entries, fused, names)
-    tensors = [dataclasses.replace(e, dtype=torch.bfloat16) if e.name in factors else e for e in tensors]
+    decoded = factors.keys() | {
+        name for name, t in fused.items() if all(e.name in factors for each in t.sources.values() for e in each)
+    }
+    tensors = [dataclasses.replace(e, dtype=torch.bfloat16) if e.name in decoded else e for e in tensors]
     for entry in (entry for entry in tensors if entry.name in quantized):
         if entry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise InputError(

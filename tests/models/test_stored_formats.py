@@ -53,29 +53,42 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return store(root / "packed", packed, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}), plain
 
 
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Llama with linears in FP8, with a factor for each block of 128 x 128, and the same decoded."""
-    root = tmp_path_factory.mktemp("fp8")
-    for name in ("packed", "plain"):
-        small_llama(hidden_size=256, intermediate_size=320).to(torch.bfloat16).save_pretrained(root / name)
-        small_tokenizer().save_pretrained(root / name)
-    tensors = load_file(root / "plain" / "model.safetensors")
-    packed = dict(tensors)
+def stored_as_fp8(packed: Path, plain: Path) -> tuple[Path, Path]:
+    """Two copies of a checkpoint: one gets linears in FP8 with a factor for each block of 128 x 128, one the same decoded."""
+    tensors = load_file(plain / "model.safetensors")
+    coded = dict(tensors)
     for name, weight in tensors.items():
         if not name.endswith("_proj.weight"):
             continue
         rows, columns = (-(-size // 128) for size in weight.shape)
         factors = torch.rand(rows, columns, generator=torch.Generator().manual_seed(2)) * 1e-3 + 1e-3
         spread = factors.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
-        packed[name] = (weight.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
-        packed[f"{name}_scale_inv"] = factors
-        tensors[name] = (packed[name].float() * spread).to(torch.bfloat16)
-    save_file(tensors, root / "plain" / "model.safetensors", {"format": "pt"})
-    return store(root / "packed", packed, {"quant_method": "fp8", "weight_block_size": [128, 128]}), root / "plain"
+        coded[name] = (weight.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        coded[f"{name}_scale_inv"] = factors
+        tensors[name] = (coded[name].float() * spread).to(torch.bfloat16)
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    return store(packed, coded, {"quant_method": "fp8", "weight_block_size": [128, 128]}), plain
 
 
-@pytest.fixture(params=["mxfp4", "fp8"])
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Llama."""
+    root = tmp_path_factory.mktemp("fp8")
+    for name in ("packed", "plain"):
+        small_llama(hidden_size=256, intermediate_size=320).to(torch.bfloat16).save_pretrained(root / name)
+        small_tokenizer().save_pretrained(root / name)
+    return stored_as_fp8(root / "packed", root / "plain")
+
+
+@pytest.fixture(scope="module")
+def fp8_experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Single experts, as Qwen3-30B-A3B-FP8 has them."""
+    root, sizes = tmp_path_factory.mktemp("fp8_experts"), {"hidden_size": 256, "moe_intermediate_size": 192}
+    made = (write("qwen3_moe", root / name, torch.bfloat16, **sizes) for name in ("packed", "plain"))
+    return stored_as_fp8(*made)
+
+
+@pytest.fixture(params=["mxfp4", "fp8", "fp8_experts"])
 def pair(request: Any) -> tuple[Path, Path]:
     return request.getfixturevalue(request.param)
 
