@@ -25,8 +25,7 @@ from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import LinearSpec, method_of
-from qvera.adapters.products.slots import TokenSlots, expand_slots, pair_slots, scale_slots
-from qvera.adapters.projection import vera_scale
+from qvera.adapters.products.slots import TokenSlots, pair_slots, vera_slots
 from qvera.models import linear
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
@@ -34,28 +33,6 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from qvera.adapters.experts import QveraExperts
     from qvera.models.experts import Routing
-
-
-def _vera_path(
-    layer: QveraLinear,
-    adapter: str,
-    x: Tensor,
-    y: Tensor,
-    tensors: Mapping[str, Tensor],
-    tokens: TokenSlots | None,
-    gather: Tensor | None = None,
-) -> Tensor:
-    """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of ``adapter``.
-
-    ``gather``: the row of x that each row of y is of; None: they are the same.
-    """
-    pair, dtype = layer.qvera_projection[adapter], linear.compute_dtype(layer.base_layer, x)
-    rank = tensors["qvera_d"].shape[-1]
-    inner = scale_slots(x.to(dtype), tensors["qvera_a"], tokens) if "qvera_a" in tensors else x
-    z = pair.project(inner, rank, dtype)  # shared by q, k and v, which read the same x, where there is no a
-    z = z if gather is None else z[gather]
-    scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
-    return expand_slots(y, z, tensors["qvera_d"], tensors["qvera_b"], B, scale, tokens)
 
 
 def _pair_path(
@@ -66,7 +43,7 @@ def _pair_path(
     return pair_slots(y, x.to(dtype), tensors["qvera_A"], tensors["qvera_B"], scale, tokens)
 
 
-PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": _vera_path, "LORA": _pair_path}
+PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": vera_slots, "LORA": _pair_path}
 """`Method.peft_type` → adds each token's own adapter to y = W x; ``tensors`` has slots [R, ...] by kind.
 
 Adapters of other methods are in no bank.
@@ -339,11 +316,7 @@ class _Part:
             index = routing.experts if slots is None else slots.index * experts + routing.experts
             slots = TokenSlots(index, self.count * experts)
             tensors = {kind: tensor.flatten(0, 1) for kind, tensor in tensors.items()}
-        # A x is computed once for each token, where no vector stands before it
-        gather = routing.tokens if of_tokens else None
-        if gather is not None and "qvera_a" in tensors:
-            x, gather = x[gather], None
-        return self.bank.path(layer, self.bank.adapter, x, y, tensors, slots, gather)
+        return self.bank.path(layer, self.bank.adapter, x, y, tensors, slots, routing.tokens if of_tokens else None)
 
     def _tensors(self, layer: QveraLinear) -> dict[str, Tensor] | None:
         """Those of the slots that the batch uses; None: the bank's adapters have none in this layer."""

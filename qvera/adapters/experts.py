@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.products import functional
-from qvera.adapters.products.slots import TokenSlots, expand_slots, scale_slots
-from qvera.models import linear
+from qvera.adapters.products.slots import TokenSlots, vera_slots
 from qvera.models.experts import Routing
 
 
@@ -33,21 +31,13 @@ class QveraExperts(QveraLinear):
 
     def add_routed(self, adapter: str, x: Tensor, y: Tensor, routing: Routing, of_tokens: bool) -> Tensor:
         """y + ΔW_e x for the rows of each expert e."""
+        tensors = self.vectors(adapter)
+        if tensors["qvera_d"].dim() == 2:
+            experts = TokenSlots(routing.experts, self.spec.experts)
+            return vera_slots(self, adapter, x, y, tensors, experts, routing.tokens if of_tokens else None)
         factors = self.parts(adapter)
-        assert factors.vectors is not None
-        d, b = factors.vectors
-        if d.dim() == 1:
-            z = self.project(x, adapter, factors.A, factors.a)
-            return factors.expand(y, z[routing.tokens] if of_tokens else z)
-        tokens = TokenSlots(routing.experts, self.spec.experts)
-        if factors.a is None:
-            z = self.project(x, adapter, factors.A)
-            z = z[routing.tokens] if of_tokens else z
-        else:
-            inner = self.dropout_of(adapter)(x[routing.tokens] if of_tokens else x)
-            inner = scale_slots(inner.to(linear.compute_dtype(self.base_layer, x)), factors.a, tokens)
-            z = functional.project(inner, factors.A.to(inner.dtype))
-        return expand_slots(y, z, d, b, factors.B, factors.scale, tokens)
+        z = self.project(x, adapter, factors.A, factors.a)
+        return factors.expand(y, z[routing.tokens] if of_tokens else z)
 
     def cache_merged_weight(self, hold: bool, base_only: bool = False) -> None:
         """Nothing is held: only some of the experts are read for a batch."""

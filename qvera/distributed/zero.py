@@ -173,6 +173,8 @@ class ZeroConfig(_DeepSpeedKeys):
             # each stage makes its bucket of that size, whatever there is to reduce: DeepSpeed's 5e8 are 2 GB on a GPU
             zero.setdefault("reduce_bucket_size", sizes.trained)
         if self.shards_base:
+            # DeepSpeed's own are the blocks of some mixtures, which it would gather whole, with all of their experts
+            zero.setdefault("leaf_module", {"classes": []})
             # An accelerator gathers the next layer while one computes. On a CPU that hides nothing, and takes two
             # layers, a buffer of another and gloo's copy of that: as much as a small model.
             ahead = accelerator.is_available() and self.offload_device != "nvme"
@@ -351,7 +353,8 @@ def whole_numel(parameter: torch.Tensor) -> int:
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Make these parameters whole on every rank inside the block. All ranks have to come here."""
-    sharded = [p for p in parameters if is_sharded(p)]
+    # DeepSpeed gathers by itself what a module reads of another one, such as the device of Llama 4's embedding
+    sharded = [p for p in parameters if is_sharded(p) and p.ds_status.name == "NOT_AVAILABLE"]  # type: ignore[attr-defined]
     if not sharded:
         yield
         return

@@ -30,13 +30,13 @@ from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
 from qvera.models.nf4 import BLOCK
 from qvera.models.quantize_checkpoint import cached_base
-from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
+from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, require_unchanged, rows_per_block
 from qvera.models.stored_formats import is_decoded
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.structure import beside_the_layers, routers
 from qvera.utils import accelerator
-from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_stamp, try_read_json
+from qvera.utils.errors import InputError
+from qvera.utils.files import try_read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry, base_fingerprint, checkpoint_tensors, file_stamps
 
@@ -246,6 +246,5 @@ def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: Ten
         for block in reader.blocks_of(handle.fileno(), entry):
             rows = reader.as_trained(block, block.rows)
             whole[block.first : block.first + len(rows)] = rows
-        if file_stamp(os.fstat(handle.fileno())) != reader.stamps[entry.file.name]:
-            raise RunFailed(f"{entry.file}: changed while it was read. Run again when it is at rest.")
+        require_unchanged(handle, reader.stamps)
     return whole

@@ -28,7 +28,7 @@ from qvera.models.safetensors_stream import (
     Block,
     CheckpointReader,
     in_order,
-    read_bytes,
+    read_tensor,
     write_index,
     write_shard,
 )
@@ -38,7 +38,7 @@ from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replac
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
-from qvera.utils.safetensors_io import TensorEntry, TensorSpec, grouped_by_bytes
+from qvera.utils.safetensors_io import TensorSpec, grouped_by_bytes
 from qvera.utils.signals import StopRequests
 
 _MERGING_BYTES = 2 * 10**9
@@ -191,14 +191,7 @@ class Merging:
     def _merged_expert(self, target: str, number: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """W + ΔW and ΔW of one expert in fp32, each in the tensors that the base's files have of it."""
         fused, section = self.base.fused[target], self.section
-        with contextlib.ExitStack() as stack:
-
-            def read(entry: TensorEntry, _: int | None) -> torch.Tensor:
-                handle = stack.enter_context(open(entry.file, "rb", buffering=0))
-                data = read_bytes(handle.fileno(), entry, 0, entry.size_bytes)
-                return data.view(entry.dtype).view(entry.shape)
-
-            weight = fused.part(number, read)
+        weight = fused.part(number, lambda entry, _: read_tensor(entry, self.base.stamps))
         is_quantized = section.quantization in ("nf4", "fp4") and weight.numel() % 64 == 0
         if self.options.base == "dequantized":
             compute = self.base.compute

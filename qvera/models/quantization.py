@@ -206,14 +206,19 @@ def bring(module: nn.Linear | ExpertStack) -> None:
         streamed.stream.use(streamed.layer)
 
 
-def stored_tensors(module: Linear4bit) -> list[torch.Tensor]:
-    """Everything of a 4-bit linear that grows with it: the packed weight, its scales, and the scales of those."""
+def stored_tensors(module: Linear4bit | ExpertStack) -> list[torch.Tensor]:
+    """Everything of 4-bit weights that grows with them: the packed weight, its scales, and the scales of those."""
+    if not isinstance(module, Linear4bit):
+        return module.stored_tensors
     state = _require_state(module)
     return [module.weight.data, state.absmax, *([state.state2.absmax] if state.nested else [])]
 
 
-def replace_tensors(module: Linear4bit, tensors: list[torch.Tensor], device: torch.device) -> None:
-    """Replace the `stored_tensors` of a 4-bit linear. Its few constants go to ``device``."""
+def replace_tensors(module: Linear4bit | ExpertStack, tensors: list[torch.Tensor], device: torch.device) -> None:
+    """Replace the `stored_tensors`. The few constants go to ``device``."""
+    if not isinstance(module, Linear4bit):
+        module.replace_tensors(tensors, device)
+        return
     before, state = module.weight, copy.copy(_require_state(module))
     packed, state.absmax = tensors[:2]
     state.code = state.code.to(device)

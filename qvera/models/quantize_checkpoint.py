@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ from qvera.models.safetensors_stream import (
     Block,
     CheckpointReader,
     in_order,
-    read_bytes,
+    read_tensor,
     rows_per_block,
     write_index,
     write_shard,
@@ -43,7 +42,7 @@ from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_sha256, file_stamp, read_json, try_read_json
+from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import CERTIFICATE, resolve_path
 from qvera.utils.safetensors_io import (
     TensorEntry,
@@ -107,19 +106,12 @@ class SourceCheckpoint:
         """The shards, in the order of ``entries``."""
         return [self.directory / name for name in self.stamps]
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(stamp[0] for stamp in self.stamps.values())
-
     def decoded(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Rows of a tensor, from ``first`` on, in 16 bits or more."""
         if (entry := self.factors.get(name)) is None:
             return rows
         if name not in self._read_factors:
-            with open(entry.file, "rb", buffering=0) as handle:
-                data = read_bytes(handle.fileno(), entry, 0, entry.size_bytes)
-            self._read_factors[name] = data.view(entry.dtype).view(entry.shape)
+            self._read_factors[name] = read_tensor(entry, self.stamps)
         return from_fp8(rows, self._read_factors[name], first, self._sizes[name])
 
     def __post_init__(self) -> None:
@@ -256,12 +248,14 @@ def quantize_checkpoint(
         planned = {spec.name for _, specs in missing for spec in specs}
         blocks = _blocks(source, reader, planned)
         workers, pack = torch.get_num_threads(), functools.partial(_pack, section, source, device)
-        done = source.size_bytes - sum(entry.size_bytes for entry in source.tensors if entry.name in planned)
+        # of the weights in 16 bits, which may be more than the files have
+        total = sum(entry.size_bytes for entry in source.tensors)
+        done = total - sum(entry.size_bytes for entry in source.tensors if entry.name in planned)
 
         def report(block: Block) -> None:
             nonlocal done
             if progress is not None:
-                progress("quantizing", done, source.size_bytes, block.entry.name)
+                progress("quantizing", done, total, block.entry.name)
             done += block.rows.nbytes
 
         with contextlib.closing(in_order(blocks, pack, workers, 2 * workers + 2)) as packed:
@@ -273,7 +267,7 @@ def quantize_checkpoint(
             for _ in tensors:  # the rest of the source is hashed
                 raise RuntimeError("more tensors were made than planned")
         if progress is not None:
-            progress("quantizing", source.size_bytes, source.size_bytes, "")
+            progress("quantizing", total, total, "")
         record = {
             "format": 1,
             "source": {
@@ -322,25 +316,16 @@ def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Blo
     """A stack whose experts are read from where they lie, one expert in 16 bits at a time."""
     tensor, (experts, rows, columns) = source.fused[entry.name], entry.shape
     step = rows_per_block(columns)
-    with contextlib.ExitStack() as stack:
-        handles: dict[Path, int] = {}
 
-        def read(stored: TensorEntry, number: int | None) -> torch.Tensor:
-            if stored.file not in handles:
-                handles[stored.file] = stack.enter_context(open(stored.file, "rb", buffering=0)).fileno()
-            if file_stamp(os.fstat(handles[stored.file])) != source.stamps[stored.file.name]:
-                raise RunFailed(f"{stored.file}: changed while it was read. Run again when it is at rest.")
-            shape = stored.shape if number is None else stored.shape[1:]
-            count = math.prod(shape) * stored.dtype.itemsize
-            data = read_bytes(handles[stored.file], stored, (number or 0) * count, count)
-            return source.decoded(stored.name, data.view(stored.dtype).view(shape), 0)
+    def read(stored: TensorEntry, number: int | None) -> torch.Tensor:
+        return source.decoded(stored.name, read_tensor(stored, source.stamps, number), 0)
 
-        for expert in range(experts):
-            matrix = tensor.part(expert, read)
-            for first in range(0, rows, step):
-                part = matrix[first : first + step]
-                is_last = expert == experts - 1 and first + len(part) == rows
-                yield Block(entry, expert * rows + first, part, is_last)
+    for expert in range(experts):
+        matrix = tensor.part(expert, read)
+        for first in range(0, rows, step):
+            part = matrix[first : first + step]
+            is_last = expert == experts - 1 and first + len(part) == rows
+            yield Block(entry, expert * rows + first, part, is_last)
 
 
 def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
@@ -80,8 +81,7 @@ class CheckpointReader:
                             digest.update(_bytes_of(block.rows))
                         if entry.name not in skip:
                             yield block
-                if file_stamp(os.fstat(handle.fileno())) != self.stamps[file.name]:
-                    raise RunFailed(f"{file}: changed while it was read. Run again when it is at rest.")
+                require_unchanged(handle, self.stamps)
             if digest is not None:
                 self.sha256[file.name] = digest.hexdigest()
 
@@ -109,6 +109,22 @@ def read_bytes(descriptor: int, entry: TensorEntry, first: int, count: int) -> t
     if not read_at(descriptor, data.numpy().data, entry.start + first):
         raise RunFailed(f"{entry.file}: {entry.name} ended while it was read. Run again when it is whole.")
     return data
+
+
+def read_tensor(entry: TensorEntry, stamps: Mapping[str, list[int]], number: int | None = None) -> torch.Tensor:
+    """A tensor, or element ``number`` of its first dimension. RunFailed: its file has changed or ended."""
+    shape = entry.shape if number is None else entry.shape[1:]
+    count = math.prod(shape) * entry.dtype.itemsize
+    with open(entry.file, "rb", buffering=0) as handle:
+        require_unchanged(handle, stamps)
+        data = read_bytes(handle.fileno(), entry, (number or 0) * count, count)
+    return data.view(entry.dtype).view(shape)
+
+
+def require_unchanged(handle: FileIO, stamps: Mapping[str, list[int]]) -> None:
+    """Raise RunFailed if a file is not as it was when ``stamps`` were taken: file name → `file_stamp`."""
+    if file_stamp(os.fstat(handle.fileno())) != stamps[os.path.basename(handle.name)]:
+        raise RunFailed(f"{handle.name}: changed while it was read. Run again when it is at rest.")
 
 
 def in_order(

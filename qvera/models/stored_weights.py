@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from qvera.models import linear, quantization
-from qvera.models.experts import ExpertStack, StackScales, expert_specs, place_stack
+from qvera.models.experts import ExpertStack, StackScales, StackSpec, expert_specs, place_stack
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantization import STATE_KEY, bnb_functional
 from qvera.models.structure import decoder_layers, decoder_of
@@ -63,6 +63,8 @@ class PackedWeight:
     quant_type: str
     blocksize: int
     double_quant: bool
+    stack: StackSpec | None = None
+    """Of experts."""
     offset: torch.Tensor | None = None
     """What double quantization took from the scales of each expert of a stack, fp32 [E]."""
 
@@ -148,7 +150,7 @@ def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, Pa
         ):
             raise InputError(f"{entry.file}: {name} has another number of scales (absmax) than blocks of {blocksize}.")
         dense = dataclasses.replace(packed, dtype=torch.float32, shape=shape)
-        found[name] = PackedWeight(packed, dense, statistics, quant_type, blocksize, double_quant, offsets)
+        found[name] = PackedWeight(packed, dense, statistics, quant_type, blocksize, double_quant, stack, offsets)
     return found
 
 
@@ -192,12 +194,6 @@ def load_mapped(
     wanted = model_class.stored_names(entries, model)
     stored = [entry for name, entry in entries.items() if name in wanted and not name.startswith(new_head)]
     packed, plain = _sorted_by_kind(model, stored)
-    specs = expert_specs(model)
-    if sharder is not None and specs.keys() & packed.keys():
-        raise InputError(
-            "deepspeed: ZeRO-3 can't spread the experts of a mixture over the ranks yet. Use zero2, which keeps the "
-            "base whole on each of them."
-        )
     layers = set(decoder_layers(decoder_of(model))) if layers_in_ram or sharder is not None else set()
     prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -221,9 +217,9 @@ def load_mapped(
                 data = data.clone()
             home = torch.device("cpu") if layers_in_ram and name.startswith(tuple(prefixes)) else device
             layer: Any
-            if name in specs:
+            if weight.stack is not None:
                 ends = {key[len(name) + 1 :]: tensor for key, tensor in statistics.items()}
-                layer = ExpertStack(specs[name], data.to(home), weight.scales(ends).to(home), dtype)
+                layer = ExpertStack(weight.stack, data.to(home), weight.scales(ends).to(home), dtype)
                 place_stack(model, name, layer)
             else:
                 path = name.removesuffix(".weight")

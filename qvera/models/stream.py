@@ -163,7 +163,7 @@ class LayerStream:
         self._sizes: list[int] = []
         for linears in layers:
             source, at = [], 0
-            for tensor in (tensor for linear in linears for tensor in _stored_tensors(linear)):
+            for tensor in (tensor for linear in linears for tensor in quantization.stored_tensors(linear)):
                 part = tensor.reshape(-1).view(torch.uint8)
                 source.append((at, part))
                 end = at + len(part)
@@ -191,14 +191,15 @@ class LayerStream:
         for number, linears in enumerate(layers):
             buffer, places = self._buffers[number % 2], iter(self._sources[number])
             for linear in linears:
-                stored, state, on_device = _stored_tensors(linear), getattr(linear.weight, "quant_state", None), []
+                stored, state, on_device = (
+                    quantization.stored_tensors(linear),
+                    getattr(linear.weight, "quant_state", None),
+                    [],
+                )
                 for tensor in stored:
                     at, part = next(places)
                     on_device.append(buffer[at : at + len(part)].view(tensor.dtype).view(tensor.shape))
-                if isinstance(linear, ExpertStack):
-                    linear.replace_tensors(on_device, device)
-                else:
-                    quantization.replace_tensors(linear, on_device, device)
+                quantization.replace_tensors(linear, on_device, device)
                 weight: Any = linear.weight
                 weight.streamed = StreamedLinear(self, number, stored[0], state)
 
@@ -267,10 +268,6 @@ class LayerStream:
             accelerator.empty_host_cache()  # the page cache needs that RAM now
             return None
         return found
-
-
-def _stored_tensors(module: Linear4bit | ExpertStack) -> list[torch.Tensor]:
-    return module.stored_tensors if isinstance(module, ExpertStack) else quantization.stored_tensors(module)
 
 
 def _fill(chunks: Sequence[torch.Tensor], source: list[tuple[int, torch.Tensor]]) -> None:

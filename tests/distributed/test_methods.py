@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.ranks import run_worker
 from tests.distributed.runs import BARE, CUT, LAYERS, STEPS, TinyRuns, close, losses
+from tests.models.experts import write
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -25,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sara": SARA,
     "mo-sara of the svd": {**SARA, "frozen_pair": "svd", "mixed_vectors": 3},
     "lora-sb": {"method": "lora-sb", "rank": 4, "gradient_rows": 9},
+    "each expert": {"rank": 8, "experts": "each", "b_groups": 2},
+    "shared vectors of experts": {"rank": 8, "experts": "shared"},
 }
 SPIEL: dict[str, Any] = {"method": "spiel", "rank": 2, "accumulate_steps": 2, "reselect_every": 2}
 # ZeRO-3 first: its ranks decompose gathered weights, and nothing is cached for them
@@ -34,15 +37,20 @@ CASES = [
     *((name, "zero1") for name in ("lora+", "lora-sb")),
 ]
 RESUMED = [("magnitude", "zero3"), ("lora+", "zero2"), ("lora+", "zero1")]
-RTOL = {"lora": 1e-4, "lora+": 1e-4, "lora-sb": 1e-4}  # where a gradient nearly cancels, AdamW magnifies its rounding
+RTOL = {"lora": 1e-4, "lora+": 1e-4, "lora-sb": 1e-4, "each expert": 1e-4}
+"""Where a gradient nearly cancels, AdamW magnifies its rounding."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> TinyRuns:
     place = TinyRuns(tmp_path_factory.mktemp("methods"), tiny_rows)
+    mixture = write("mixtral", place.root / "mixtral")
 
     def recipe(name: str, stage: str | None = None, **training: Any) -> dict[str, Any]:
-        return {**place.recipe(stage, **BARE, **training), "adapter": METHODS[name]}
+        found = {**place.recipe(stage, **BARE, **training), "adapter": METHODS[name]}
+        if "experts" in METHODS[name]:
+            found["model"]["path"] = str(mixture)
+        return found
 
     for name in METHODS:
         with pytest.MonkeyPatch.context() as patch:

@@ -240,12 +240,6 @@ def test_streamed_experts_give_the_same_logits(bases: Any) -> None:
         assert torch.equal(streamed(input_ids=IDS).logits, resident(input_ids=IDS).logits)
 
 
-def test_zero_3_is_refused_for_experts_before_anything_is_loaded(bases: Any) -> None:
-    sharder: Any = object()
-    with pytest.raises(InputError, match=r"deepspeed: ZeRO-3 can't spread the experts .* Use zero2"):
-        load_base(section(bases("mixtral")), sharder=sharder)
-
-
 def test_dense_experts_are_adapted_too(bases: Any) -> None:
     base = bases("qwen3_moe")
     model = adapted(base, model=load_base(section(base, quantization="none")).model)

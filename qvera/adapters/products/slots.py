@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qvera.adapters.projection import vera_scale
 from qvera.kernels.columns import scaled_columns
 from qvera.kernels.low_rank import wide_product
+from qvera.models import linear
 from qvera.utils import accelerator
 
 
@@ -226,3 +229,28 @@ def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, toke
     token; None: there is one slot.
     """
     return _PairSlots.apply(base, x, A, B, scale, tokens)
+
+
+def vera_slots(
+    layer: Any,
+    adapter: str,
+    x: Tensor,
+    y: Tensor,
+    tensors: Mapping[str, Tensor],
+    tokens: TokenSlots | None,
+    gather: Tensor | None = None,
+) -> Tensor:
+    """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of a layer's ``adapter``.
+
+    ``tensors`` has d, b and a of the slots [R, ...] by kind. ``gather``: the row of x that each row of y is of; None:
+    they are the same.
+    """
+    pair, dtype = layer.qvera_projection[adapter], linear.compute_dtype(layer.base_layer, x)
+    rank, inner = tensors["qvera_d"].shape[-1], layer.dropout_of(adapter)(x)
+    if "qvera_a" in tensors:
+        inner, gather = inner if gather is None else inner[gather], None
+        inner = scale_slots(inner.to(dtype), tensors["qvera_a"], tokens)
+    z = pair.project(inner, rank, dtype)  # once a token, and shared by layers that read the same x, where there is no a
+    z = z if gather is None else z[gather]
+    scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
+    return expand_slots(y, z, tensors["qvera_d"], tensors["qvera_b"], B, scale, tokens)
