@@ -44,11 +44,11 @@ TRIALS = [
 """The first six with the cosine; a linear decay is better for both kinds of LoRA."""
 
 
-def recipe_of(data: Path, to: Path) -> Recipe:
+def recipe_of(data: Path, to: Path, scored: int = 100) -> Recipe:
     """The recipe, with the rows dealt out: those to choose with are the held-out ones; those that score lie in ``to``."""
     rows = json.loads(data.read_text())
     random.Random("qvera alpaca").shuffle(rows)
-    parts = {"develop": rows[:100], "score": rows[100:200], "train": rows[200:]}
+    parts = {"develop": rows[:100], "score": rows[100 : 100 + scored], "train": rows[100 + scored :]}
     for name, part in parts.items():
         (to / f"{name}.json").write_text(json.dumps(part))
     return parse_recipe(

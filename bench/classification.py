@@ -18,23 +18,19 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 
-from bench import common
+from bench import common, trials
 from bench.common import RESULTS, do_missing, markdown, read_lines, smollm2
-from qvera.adapters.files.save_load import attach
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.data import Datasets, batches_of, build_datasets
+from qvera.data import Datasets, build_datasets
 from qvera.models.loader import Base, load_base
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
-from qvera.training.optim import build_schedule
 
 LINES = RESULTS / "classification.jsonl"
 PAGE = RESULTS.parent.parent / "docs" / "classification.md"
@@ -92,48 +88,25 @@ def recipe_of(trial: Trial, data: Path, bases: dict[str, str]) -> Recipe:
     return recipe.replace(data=recipe.data.replace(seed=trial.seed if trial.final else 0))
 
 
-def adapted(trial: Trial, base: Base, recipe: Recipe, datasets: Datasets) -> Any:
+def adapted(taken: trials.Trial, base: Base, recipe: Recipe, datasets: Datasets) -> Any:
     """The base with what the method trains on it, the head included."""
     model_class = task_of(recipe).model_class(datasets)
-    torch.manual_seed(trial.seed)
-    if trial.method == "PEFT LoRA r=16":
-        config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
-        return get_peft_model(base.model, config)
-    if trial.method == "linear probe":
+    if taken.method == "linear probe":
+        torch.manual_seed(taken.seed)
         for module in model_class.head_modules(base.model).values():
             module.requires_grad_(True)
-        return base.model
-    return attach(base.model, recipe.adapter, model_class=model_class)
+    return trials.adapted(base, taken, recipe, model_class)
 
 
-def train(trial: Trial, model: Any, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
-    """Train what needs a gradient, by AdamW, the recipe's schedule and clipping."""
-    training, task = recipe.training, task_of(recipe)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adapter = {name: p for name, p in trained.items() if "lora_" in name or "qvera_" in name}
-    groups: list[dict[str, Any]] = [
-        {"params": list(adapter.values()), "lr": training.learning_rate},
-        {"params": [p for name, p in trained.items() if name not in adapter], "lr": training.head_learning_rate},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-    schedule = build_schedule(training, optimizer, trial.steps)
-    batches = batches_of(recipe, datasets.train)
-    model.train()
-    began, used = time.perf_counter(), time.process_time()
-    for step in range(trial.steps):
-        rows = [datasets.train[i] for i in batches.rows(step)]
-        loss, count = task.loss(model, rows, datasets)
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), training.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return {
-        "trained": sum(p.numel() for p in adapter.values()),
-        "head": sum(p.numel() for p in trained.values()) - sum(p.numel() for p in adapter.values()),
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - used,
-    }
+def taken_as(trial: Trial, recipe: Recipe) -> trials.Trial:
+    """The trial as bench/trials.py has it."""
+    training = recipe.training
+    kind = {"PEFT LoRA r=16": "lora", "linear probe": "linear probe"}.get(trial.method, "qvera")
+    return trials.Trial(
+        method=kind, steps=trial.steps, rank=16 if kind == "lora" else recipe.adapter.rank, seed=trial.seed,
+        learning_rate=training.learning_rate, head_rate=training.head_learning_rate,
+        schedule=training.lr_scheduler_type, warmup_ratio=training.warmup_ratio,
+    )  # fmt: skip
 
 
 def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
@@ -142,8 +115,11 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
     # the rows first: they say which labels the head has
     datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
     base = load_base(recipe.model, model_class=task.model_class(datasets))
-    model = adapted(trial, base, recipe, datasets)
-    facts = train(trial, model, recipe, datasets)
+    taken = taken_as(trial, recipe)
+    model = adapted(taken, base, recipe, datasets)
+    found = trials.train(model, taken, recipe, datasets)
+    facts = {key: found[key] for key in ("head", "seconds", "cpu_seconds")}
+    facts["trained"] = found["trainable"] - facts["head"]
     found = task.held_out_loss(model, datasets.eval, datasets)
     loss = found["loss"]
     scores = None

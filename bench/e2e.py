@@ -21,11 +21,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nltk.translate.nist_score import corpus_nist
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
 from bench.common import RESULTS, header, smollm2
 from bench.trials import MORE, Trial, Written, add_half, run
 from qvera.config.load import load_recipe
@@ -123,6 +118,8 @@ def recipe_of(data: Path, to: Path) -> Recipe:
 
 def answered(model: Any, tokenizer: Any, recipe: Recipe, inputs: dict[str, list[str]]) -> dict[str, Any]:
     """Greedy answers to every input, scored against all of its references."""
+    from nltk.translate.nist_score import corpus_nist  # here: other benches take the rows without these scores
+
     firsts = write_rows(Path(recipe.data.path).parent / "asked.csv", {mr: refs[:1] for mr, refs in inputs.items()})
     asked = build_datasets(recipe.data.replace(eval_path=str(firsts)), tokenizer).eval
     tokens = recipe.training.sample_max_new_tokens
@@ -138,6 +135,10 @@ def answered(model: Any, tokenizer: Any, recipe: Recipe, inputs: dict[str, list[
 
 def caption_scores(answers: list[str], wanted: list[list[str]]) -> dict[str, float]:
     """METEOR (0 to 100) and CIDEr (0 to 10)."""
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
     tokenize = PTBTokenizer().tokenize
     said = tokenize({i: [{"caption": answer}] for i, answer in enumerate(answers)})
     references = tokenize({i: [{"caption": ref} for ref in refs] for i, refs in enumerate(wanted)})

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from qvera.adapters.files.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets
 from qvera.evaluation import held_out
-from qvera.models import forward
 from qvera.models.loader import Base, load_base
+from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.tasks import task_of
 from qvera.training.optim import build_schedule
 
 MORE: dict[str, Any] = {"rank": 96, "b_groups": 2, "input_scale": True}
@@ -43,6 +45,7 @@ class Trial:
         alpha: LoRA's alpha; None: the rank.
         d_initial, b_groups, input_scale: keys of the recipe's adapter section, for ``qvera`` alone.
         beta2: AdamW's; None: the recipe's.
+        head_rate: that of a classifier's head.
         seed: of the rows' order, LoRA's A and VeRA's projections.
     """
 
@@ -59,6 +62,7 @@ class Trial:
     schedule: str = "cosine"
     warmup_ratio: float = 0.1
     beta2: float | None = None
+    head_rate: float | None = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -75,6 +79,8 @@ class Trial:
 
     def rate(self, name: str) -> float:
         """The learning rate of the parameter of that name."""
+        if self.head_rate is not None and not is_adapter(name):
+            return self.head_rate
         from_zero = any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b"))
         return self.b_rate if from_zero and self.b_rate else self.learning_rate
 
@@ -82,12 +88,19 @@ class Trial:
         """What is to be done between two steps."""
 
 
-def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
-    """A fresh adapter of the trial's kind on the base."""
+def is_adapter(name: str) -> bool:
+    """Whether the trained parameter of that name is no head's."""
+    return any(part in name for part in ("lora_", "vera_", "qvera_"))
+
+
+def adapted(base: Base, trial: Trial, recipe: Recipe, model_class: ModelClass = CAUSAL_LM) -> Any:
+    """A fresh adapter of the trial's kind on the base; a head of the class is trained too."""
     torch.manual_seed(trial.seed)
     targets: Any = trial.targets if trial.targets == "all-linear" else trial.targets.split(",")
     if trial.method == "lora":
-        config: Any = LoraConfig(r=trial.rank, lora_alpha=trial.alpha or trial.rank, target_modules=targets)
+        kind: Any = "SEQ_CLS" if model_class.has_own_head else None
+        alpha = trial.alpha or trial.rank
+        config: Any = LoraConfig(r=trial.rank, lora_alpha=alpha, target_modules=targets, task_type=kind)
     elif trial.method == "vera":
         config = VeraConfig(r=trial.rank, target_modules=targets, d_initial=trial.d_initial or 0.1,
                             projection_prng_key=trial.seed, save_projection=False)  # fmt: skip
@@ -96,16 +109,17 @@ def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
             rank=trial.rank, targets=targets, seed=trial.seed, d_initial=trial.d_initial or recipe.adapter.d_initial,
             b_groups=trial.b_groups, input_scale=trial.input_scale,
         )  # fmt: skip
-        return attach(base.model, section)
+        return attach(base.model, section, model_class=model_class)
     else:
         return base.model
     return get_peft_model(base.model, config)
 
 
 def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
-    """Train what needs a gradient; returns each step's loss, and counts."""
+    """Train what needs a gradient; returns each step's loss, counts and seconds."""
     section = recipe.training.replace(lr_scheduler_type=trial.schedule, warmup_ratio=trial.warmup_ratio)
     recipe = recipe.replace(data=recipe.data.replace(seed=trial.seed), training=section)
+    task = task_of(recipe)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {"betas": (section.adam_beta1, trial.beta2 or section.adam_beta2), "eps": section.adam_epsilon,
                 "weight_decay": section.weight_decay}  # fmt: skip
@@ -115,13 +129,13 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     batches = batches_of(recipe, datasets.train)
     model.train()
     losses, tokens = [], 0
+    began, used = time.perf_counter(), time.process_time()
     for step in range(trial.steps):
         rows = batches.rows(step)
-        count = sum(datasets.train[i].trained_tokens for i in rows)
+        count = task.targets([datasets.train[i] for i in rows])
         total = 0.0
         for micro in batches.passes(rows):
-            batch = forward.make_batch(model, [datasets.train[i] for i in micro], datasets.pad_id)
-            nll, _ = forward.batch_nll(model, batch, section.loss_chunk_tokens)
+            nll, _ = task.loss(model, [datasets.train[i] for i in micro], datasets)
             (nll / count).backward()
             total += float(nll.detach())
         torch.nn.utils.clip_grad_norm_(trained.values(), section.max_grad_norm or float("inf"))
@@ -135,6 +149,8 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     print(file=sys.stderr)
     last = losses[-20:]
     return {"losses": losses, "trainable": sum(p.numel() for p in trained.values()), "input_tokens": tokens,
+            "head": sum(p.numel() for name, p in trained.items() if not is_adapter(name)),
+            "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used,
             "train_loss_last_20": sum(last) / max(len(last), 1)}  # fmt: skip
 
 
