@@ -241,9 +241,11 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
             model, task, build_datasets(test_rows, base.tokenizer, labels=datasets.labels).train, datasets
         )
         held_out = mean_loss(row_scores(model, task, datasets.eval, datasets))
-    packed = {"loss": test["loss"].astype(np.float16), "targets": test["targets"].astype(np.uint16)}
+    packed: dict[str, np.ndarray] = {"loss": test["loss"].astype(np.float16)}
     if "right" in test:
-        packed = {"loss": packed["loss"], "right": np.packbits(test["right"])}
+        packed["right"] = np.packbits(test["right"])
+    else:
+        packed["targets"] = test["targets"].astype(np.uint16)
     return {
         "rates": {"b": taken.b_rate, "others": taken.learning_rate, "head": taken.head_rate},
         "trained": facts["trainable"] - facts["head"], "head_numbers": facts["head"], "cpu_seconds": facts["cpu_seconds"],

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench import classification, family, family_picture, gguf_answers, lora_cut
-from bench.common import RESULTS, do_missing, read_lines, with_table
+from bench import alpaca, classification, family, family_picture, gguf_answers, lora_cut, quality
+from bench.common import RESULTS, do_missing, read_lines, with_table, write_rows
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
 from qvera.training.lr_finder import read_curve
@@ -106,6 +107,62 @@ def test_a_classifier_is_trained_and_scored_by_each_method(
     tried = [{**vars(trial), "factor": f, "held_out_loss": x} for f, x in ((1.0, 2.0), (2.0, None), (3.0, 1.0))]
     assert classification.best_factor(trial, tried) == 3.0
     assert classification.best_factor(trial, tried[:2]) is None
+
+
+def test_a_search_ends_where_both_neighbours_are_worse_and_goes_on_in_any_session(tmp_path: Path) -> None:
+    def do(trial: quality.Trial) -> dict[str, Any]:
+        loss = (trial.rate - 5) ** 2 + (trial.head - 3) ** 2 + (trial.ratio - 1) ** 2 + 0.1 * trial.seed
+        return {"held_out_loss": loss, "scores": None}
+
+    path = tmp_path / "quality.jsonl"
+    first = quality.Trial("smollm2", "sst2", 150, "VeRA r=256", 7, 2)
+    for _ in range(40):  # a session of one trial each
+        do_missing(
+            path, quality.Trial, lambda: quality.search(first, ("rate", "head", "ratio"), read_lines(path)), do, 1
+        )
+    tried = [first.from_line(line) for line in read_lines(path)]
+    best = quality.Trial("smollm2", "sst2", 150, "VeRA r=256", 5, 3, 1)
+    assert {*best.next_to("rate"), *best.next_to("head"), *best.next_to("ratio")} < set(tried)
+    assert [trial.seed for trial in tried if trial.rate == 5 and trial.head == 3 and trial.ratio == 1] == [0, 1, 2]
+    assert len(set(tried)) == len(tried) < 20
+    rates = quality.taken_as(best)
+    assert rates.b_rate == pytest.approx(3 * rates.rate("qvera_d"), rel=0.01) and rates.rate("score") == 0.0052
+
+
+def test_a_paired_difference_has_the_mean_over_targets_and_an_interval_that_grows_with_rows_that_differ() -> None:
+    random = np.random.default_rng(1)
+    targets = random.integers(1, 50, 300).astype(float)
+    theirs = {seed: {"loss": random.normal(2, 1, 300), "targets": targets} for seed in (0, 1, 2)}
+    even = {seed: {**found, "loss": found["loss"] + 0.1} for seed, found in theirs.items()}
+    assert quality.paired_difference(even, theirs, "loss") == pytest.approx((0.1, 0.1, 0.1))
+    noisy = {seed: {**found, "loss": found["loss"] + random.normal(0, 1, 300)} for seed, found in theirs.items()}
+    mean, low, high = quality.paired_difference(noisy, theirs, "loss")
+    # one standard error of a seed's mean is 0.07, of the mean of three 0.04
+    assert low < mean < high and low < 0 < high and 0.1 < high - low < 0.4
+
+
+def test_trials_of_quality_see_the_same_rows_and_are_the_same_when_repeated(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alpaca, "smollm2", lambda: str(tiny_model_dir))
+    asked = [{"instruction": f"say {n}", "input": "", "output": f"the number is {n * n}"} for n in range(320)]
+    (tmp_path / "alpaca_en_demo.json").write_text(json.dumps(asked))
+    (tmp_path / "text_classification").mkdir()
+    for file in quality.HEADS["rte"][:2]:
+        rows = [{"premise": f"say {n}", "hypothesis": f"{n}", "label": "ab"[n % 2]} for n in range(450)]
+        write_rows(tmp_path / "text_classification" / file, rows)
+    lines = []
+    for task in ("alpaca", "rte"):
+        for method in ("VeRA r=256", quality.REFERENCE, quality.REFERENCE):
+            trial = quality.Trial("smollm2", task, 2, method, 5, 2)
+            found = quality.do(trial, tmp_path, {"smollm2": str(tiny_model_dir)})
+            lines.append({**vars(trial), **json.loads(json.dumps(found))})
+            unpacked = quality.unpacked(lines[-1])
+            assert quality.mean_loss(unpacked) == pytest.approx(found["scores"]["loss"], rel=1e-3)
+        ours, theirs, again = lines[-3:]
+        assert ours["first_loss"] == theirs["first_loss"] and ours["scores"]["loss"] != theirs["scores"]["loss"]
+        assert {**theirs, "cpu_seconds": 0} == {**again, "cpu_seconds": 0}
+    assert quality.table(lines).count("smollm2 rte, 2") == 2
 
 
 def test_each_method_of_the_table_is_a_whole_recipe(
