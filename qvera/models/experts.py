@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from qvera.models import quantization
 from qvera.models.linear import BLOCK_WEIGHTS, FrozenPacked
 from qvera.models.quantization import bnb_functional
 from qvera.utils import accelerator
+from qvera.utils.errors import InputError
 
 IMPLEMENTATION = "qvera"
 """The name of `run_experts` among transformers' experts functions."""
@@ -336,6 +337,15 @@ def stack_experts(model: nn.Module) -> None:
     """Make an `ExpertStack` of every expert projection that is dense."""
     for name, spec in expert_specs(model).items():
         place_stack(model, name, ExpertStack(spec, model.get_parameter(name).data))
+
+
+def require_experts(found: Sized) -> None:
+    """Raise InputError where no expert projections were found for a recipe that adapts experts."""
+    if not len(found):
+        raise InputError(
+            "adapter.experts: this model has no experts that can be adapted (docs/models.md names the classes that run "
+            "them by code of their own). Set it to none."
+        )
 
 
 def stacks(model: nn.Module) -> list[ExpertStack]:

@@ -22,6 +22,7 @@ from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, require_kept_by_peft
 from qvera.exporting.merged import export_merged
 from qvera.models import linear, quantization
+from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.experts import (
     ExpertStack,
     Routing,
@@ -36,6 +37,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.stream import stream_layers
+from qvera.training.plan.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative
@@ -294,6 +296,24 @@ def test_routers_are_neither_adapted_nor_quantized(tmp_path: Path) -> None:
     gates = {name: module for name, module in model.named_modules() if name.endswith("gate.wg")}
     assert gates
     assert all(type(module) in (torch.nn.Linear, linear.FrozenLinear) for module in gates.values())
+
+
+def test_a_class_that_runs_experts_itself_is_refused_where_they_would_be_adapted(
+    tmp_path: Path, make_recipe: Any
+) -> None:
+    """Also by the plan. JetMoE has no layers that transformers can recompute either, which is said by name."""
+    base = write("jetmoe", tmp_path / "jetmoe", num_local_experts=4, kv_channels=16)
+    model = load_base(section(base)).model
+    with pytest.raises(InputError, match=r"training\.gradient_checkpointing: JetMoe.* Set it to false"):
+        enable_checkpointing(model)
+    for refused in (
+        lambda: adapted(base, model=model),
+        lambda: make_plan(
+            make_recipe(model=section(base).to_dict(), adapter={"experts": "shared"}), torch.device("cpu")
+        ),
+    ):
+        with pytest.raises(InputError, match=r"adapter\.experts: this model has no experts that can be adapted"):
+            refused()
 
 
 def test_run_experts_is_what_transformers_calls(bases: Any) -> None:

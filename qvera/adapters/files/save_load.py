@@ -230,7 +230,9 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
         **({"head_parameters": head} if head else {}),
         "seed": config.projection_seed,
         **{key: value for key, default in plugins.facts().items() if (value := getattr(config, key)) != default},
-        "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers.values()),
+        "lora_r64_parameters": sum(
+            64 * (m.in_features + m.out_features) * max(m.spec.experts, 1) for m in layers.values()
+        ),
     }
 
 

@@ -21,7 +21,7 @@ from qvera.adapters.products import fused
 from qvera.config.schema import ModelSection, Recipe
 from qvera.distributed.zero import ZeroConfig
 from qvera.models.checkpointing import Mode
-from qvera.models.experts import StackSpec, expert_specs
+from qvera.models.experts import StackSpec, expert_specs, require_experts
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
@@ -119,6 +119,8 @@ class Shape:
 
         ``with_experts``: a target may name experts only.
         """
+        if with_experts:
+            require_experts(self.experts)
         if isinstance(targets, str):
             return tuple(x for x in self.linears if x.is_target)
         everything = [x.name for x in self.linears] + [x.name for x in self.experts if with_experts]

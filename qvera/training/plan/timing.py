@@ -1,5 +1,6 @@
 """Seconds of a step: a few matrix products are timed on this machine, then all products of the step are counted."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from qvera.adapters.products.fused import gradient_cost
 from qvera.models.quantization import quantized_reader
 from qvera.models.stream import CHUNK_BYTES
 from qvera.tasks import task_of
-from qvera.training.plan.memory import stream_bytes
+from qvera.training.plan.memory import expert_storage_bytes, stream_bytes
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
 from qvera.utils import accelerator
@@ -125,6 +126,16 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
             shared = x.role in ("k_proj", "v_proj", "up_proj") and not section.input_scale
             low_rank += 2 * T * section.rank * ((0 if shared else passes * x.n) + (passes + 1) * x.m)
             passed += (passes + 1) * pair * 2
+    for stack in run.layer_experts:
+        experts, *sizes, _ = stack.spec
+        routed, numbers = T * s.experts_per_token, math.prod(sizes)
+        flops += passes * 2 * routed * numbers
+        # the experts that rows spread evenly would meet
+        met = experts * (1 - (1 - s.experts_per_token / experts) ** T)
+        weights += passes * met * numbers if expert_storage_bytes(stack, run.recipe) else 0
+        if stack.name in {x.name for x in run.adapted_experts}:
+            n, m = stack.adapted_spec.in_features, stack.adapted_spec.out_features
+            low_rank += 2 * section.rank * (passes * T * n + (passes + 1) * routed * m)
     seen = b.longest_row if b.offsets else b.tokens  # by a token at most: offsets keep it within its row
     attention = (passes - 1 + 2.5) * 4 * b.rows * b.tokens * seen * s.heads * s.head_dim
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
