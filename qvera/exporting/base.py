@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.files.adapter_file import read_adapter, require_base
-from qvera.adapters.layer import layer_shape
 from qvera.config.schema import ModelSection
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization
@@ -33,7 +32,7 @@ from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, require_unchanged, rows_per_block
 from qvera.models.stored_formats import is_decoded
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
-from qvera.models.structure import beside_the_layers, routers
+from qvera.models.structure import routers
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
@@ -51,7 +50,10 @@ def _absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
 
 
 class TrainedBaseReader(CheckpointReader):
-    """Reads a checkpoint (``model`` without weights), quantizes as in ``section``, and dequantizes to ``compute``."""
+    """Reads a checkpoint (``model`` without weights), quantizes as in ``section``, and dequantizes to ``compute``.
+
+    ``names``: the model's name of a tensor → its name in the files.
+    """
 
     def __init__(
         self,
@@ -61,21 +63,22 @@ class TrainedBaseReader(CheckpointReader):
         section: ModelSection,
         compute: torch.dtype,
         model: PreTrainedModel,
-        stacks: Collection[str] = (),
+        names: Mapping[str, str],
     ) -> None:
         super().__init__(entries, stamps, known)
         self.section, self.compute = section, compute
         self.four_bit = section.quantization in ("nf4", "fp4")
         head, dense = model.get_output_embeddings(), routers(model)
         self.transposed = {
-            f"{name}.weight": isinstance(module, Conv1D)
+            names.get(f"{name}.weight", ""): isinstance(module, Conv1D)
             for name, module in model.named_modules()
             if (type(module) is torch.nn.Linear or isinstance(module, Conv1D))
             and module is not head
             and name not in dense
         }
         """Quantized weight → whether it is a Conv1D's, which is stored [in, out] and quantized as [out, in]."""
-        self.stacks = set(stacks) if self.four_bit else set()
+        specs = expert_specs(model) if self.four_bit else {}
+        self.stacks = {names[name] for name, spec in specs.items() if spec.is_quantizable and name in names}
         """Weights [E, m, n] of experts, each of which is quantized by itself."""
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
@@ -182,15 +185,13 @@ class AdapterOnBase(NamedTuple):
     adapter: AdapterDeltas
     model_class: ModelClass
     fused: dict[str, FusedTensor]  # stacks of experts that lie in the files as several tensors
-    stacks: dict[str, str]  # the model's name of a stack that is one tensor → its name in the files
+    names: dict[str, str]  # the model's name of a tensor → its name in the files
 
     def reader(self, section: ModelSection, known: dict[str, str]) -> TrainedBaseReader | PackedBaseReader:
         """Reads weights as training had them; ``known`` has the SHA-256 of files that are already hashed."""
         if self.packed:
             return PackedBaseReader(self.stored, self.stamps, known, self.packed, self.compute)
-        specs = expert_specs(self.model)
-        quantized = {name for own, name in self.stacks.items() if specs[own].is_quantizable}
-        return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model, quantized)
+        return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model, self.names)
 
 
 def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnBase:
@@ -206,10 +207,7 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     model = empty_model(section, directory, model_class)
     named = as_named(stored, model)
     require_own_weights(directory, named, model, model_class)
-    skipped = beside_the_layers(model)
-    linears = {n for n, module in model.named_modules() if layer_shape(module) is not None and n not in skipped}
-    # the merged files keep the names that other tools know, if the linears have their own there
-    if model_class.has_own_head or not {f"{name}.weight" for name in linears} <= {entry.name for entry in stored}:
+    if model_class.has_own_head:  # whose names other tools do not know; all others keep those of the files
         stored = named
     heads = tuple(f"{name}." for name in model_class.head_modules(model))
     kept = model_class.stored_names((entry.name for entry in stored), model)
@@ -227,16 +225,14 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     for entry in entries:  # whole numbers would be rounded
         if not entry.dtype.is_floating_point:
             raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
-    there = {entry.name for entry in entries}
     fused = {} if packed else {name: t for name, t in fused_tensors(stored, model).items() if t.is_merged}
-    specs = expert_specs(model)
-    stacks = {own.name: entry.name for own, entry in zip(named, stored, strict=True) if own.name in specs}
+    names = {own.name: entry.name for own, entry in zip(named, stored, strict=True)}
     needed = {name if delta.experts else f"{name}.weight" for name, delta in adapter.layers.items()}
-    absent = sorted(needed - there - fused.keys() - stacks.keys())
+    absent = sorted(needed - fused.keys() - names.keys())
     if absent:
         raise InputError(f"{directory}: has no {first_of(absent)}, which the adapter changes.")
     opened = directory, model_class.configured(config), model, stored, packed, entries, file_stamps(stored)
-    return AdapterOnBase(*opened, fingerprint, compute, adapter, model_class, fused, stacks)
+    return AdapterOnBase(*opened, fingerprint, compute, adapter, model_class, fused, names)
 
 
 def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: TensorEntry) -> torch.Tensor:

@@ -326,17 +326,22 @@ class TokenTable:
 
 
 def token_tables(
-    model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, shapes: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    ids: dict[str, int],
+    adapter_dir: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    files: Mapping[str, str],
 ) -> dict[str, TokenTable]:
     """Name of embedding and head in the checkpoint → table; ``shapes`` are those of the base's tensors.
 
-    InputError: the adapter's rows have another shape.
+    ``files``: the model's name of a tensor → its name in the checkpoint. InputError: the adapter's rows have another
+    shape.
     """
     rows = read_token_rows(adapter_dir)
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     tables = {}
     for end, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
-        name = names[module]
+        name = files.get(names[module], "")
         if name not in shapes:  # a tied head is in few files
             continue
         new, shape = rows.get(end, rows["embedding"]), shapes[name]

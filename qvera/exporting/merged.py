@@ -76,13 +76,13 @@ class Merging:
         shapes = {entry.name: entry.shape for entry in base.entries}
         self.tables: dict[str, TokenTable] = {}
         if self.added_tokens:
-            self.tables = token_tables(base.model, self.added_tokens, adapter_dir, shapes)
+            self.tables = token_tables(base.model, self.added_tokens, adapter_dir, shapes, base.names)
             shapes |= {name: table.shape for name, table in self.tables.items()}
         self.device = accelerator.current_device()
         if memory.available_bytes(self.device) < _MERGING_BYTES:  # something else has filled it
             self.device = torch.device("cpu")
         self.deltas = {
-            base.stacks.get(name, name) if delta.experts else f"{name}.weight": delta
+            base.names.get(own := name if delta.experts else f"{name}.weight", own): delta
             for name, delta in self.adapter.on(self.device).layers.items()
         }
         changed = base.fused.keys() if options.base == "dequantized" else base.fused.keys() & self.deltas.keys()

@@ -134,7 +134,7 @@ def analyze_adapter(
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names), name)
-        weight = read_trained_weight(reader, entries[f"{name}.weight"])
+        weight = read_trained_weight(reader, entries[base.names[f"{name}.weight"]])
         factors = layers[name].lora() if base.adapter.is_low_rank else None
         linear, mitigation = _analyze(name, roles[name], weight, layers[name], factors, top_k, epsilon, keep)
         found.linears.append(linear)

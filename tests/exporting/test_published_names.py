@@ -1,0 +1,55 @@
+"""What is written from a model that takes images has the names of the published files, and all of its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qvera.adapters.files.save_load import attach, save_adapter
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.lora import export_stock_vera
+from qvera.exporting.merged import export_merged
+from qvera.models.loader import load_base
+from qvera.models.model_class import empty_model
+from qvera.models.quantize_checkpoint import quantized_copy
+from qvera.utils.safetensors_io import checkpoint_tensors
+from tests.adapters.helpers import perturb, relative
+from tests.families import FAMILIES
+from tests.models.experts import add_delta, dense_base, published
+
+IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.matrix)])
+@torch.no_grad()
+def test_all_that_is_written_has_the_names_of_the_published_files(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / name
+    FAMILIES[name].write(directory)
+    section = ModelSection(path=str(directory), compute_dtype="float32")
+    model = perturb(attach(load_base(section).model, AdapterSection(rank=8), section.path))
+    save_adapter(model, tmp_path / "adapter")
+    twin = dense_base(model, directory)
+
+    quantized_copy(section, tmp_path / "quantized")
+    stock = published(tmp_path / "quantized")  # on a CPU bitsandbytes multiplies in 16 bits
+    assert relative(stock(input_ids=IDS).logits, twin(input_ids=IDS).logits) < 0.02
+
+    export_stock_vera(read_deltas(tmp_path / "adapter", empty_model(section)), tmp_path / "vera")
+    add_delta(model, twin)
+    expected = twin(input_ids=IDS).logits
+    stock = PeftModel.from_pretrained(dense_base(model, directory).float(), tmp_path / "vera").eval()
+    torch.testing.assert_close(stock(input_ids=IDS).logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+    export_merged(
+        tmp_path / "adapter", section, tmp_path / "merged", ExportSection(dtype="float32", base="dequantized")
+    )
+    names = [[entry.name for entry in checkpoint_tensors(place)] for place in (directory, tmp_path / "merged")]
+    assert names[0] == names[1]
+    merged: Any = published(tmp_path / "merged").state_dict()
+    for key, tensor in twin.state_dict().items():  # the tower's too
+        torch.testing.assert_close(merged[key].double(), tensor, rtol=1e-5, atol=1e-6)
