@@ -17,7 +17,8 @@ from qvera.data import IGNORED
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.structure import decoder_of
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, first_line
+from qvera.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,10 +61,14 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def require_own_logits(model: PreTrainedModel) -> None:
-    """Raise InputError if a model's logits for two tokens differ from `Head`'s of its last hidden states."""
+    """Raise InputError if a model's logits for two tokens differ from `Head`'s of its last hidden states.
+
+    Also where it can't be run on tokens alone, or where an earlier token sees a later one.
+    """
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # its row may be zeros, which hide a scale
-    ids = [number for number in range(3) if number != padding][-2:]
-    head, asked = Head.of(model), torch.tensor([ids], device=model.device)
+    first, *others = [number for number in range(4) if number != padding][-3:]
+    asked = torch.tensor([[first, other] for other in others], device=model.device)
+    kind = f"{type(model).__name__} (model_type {model.config.model_type})"
     seen = torch.empty(0)
 
     def replace_product(module: nn.Module, inputs: tuple[torch.Tensor, ...], product: torch.Tensor) -> torch.Tensor:
@@ -72,18 +77,32 @@ def require_own_logits(model: PreTrainedModel) -> None:
         # so that a factor or a cap shows, whatever the weights are
         return torch.linspace(-1e3, 1e3, product.shape[-1], device=product.device).to(product).expand_as(product)
 
-    hook = head.module.register_forward_hook(replace_product)
     try:
-        logits = model(input_ids=asked, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    hidden = decoder_of(model)(input_ids=asked, use_cache=False).last_hidden_state
+        head = Head.of(model)
+        hook = head.module.register_forward_hook(replace_product)
+        try:
+            logits = model(input_ids=asked, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+        hidden = decoder_of(model)(input_ids=asked, use_cache=False).last_hidden_state
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"model.path: {kind} can't be run on tokens alone, as a language model is ({first_line(error)}). Take "
+            "another model."
+        ) from None
+    if not torch.allclose(hidden[0, 0].float(), hidden[1, 0].float(), rtol=1e-2, atol=1e-3):
+        raise InputError(
+            f"model.path: {kind} is no causal language model: its first token's output depends on the second. Take "
+            "another model."
+        )
     wide = torch.linspace(-1e3, 1e3, logits.shape[-1], device=logits.device)
     is_same = seen.shape == hidden.shape and torch.allclose(seen.float(), hidden.float(), rtol=1e-2, atol=1e-3)
     if not is_same or not torch.allclose(logits, head.logits(wide).expand_as(logits), rtol=2e-2, atol=1e-2):
         raise InputError(
-            f"model.path: {type(model).__name__} (model_type {model.config.model_type}) scales or caps its logits in a "
-            "way that qvera's loss does not know, so its losses would be wrong. Take another model, or report this one."
+            f"model.path: {kind} scales or caps its logits in a way that qvera's loss does not know, so its losses "
+            "would be wrong. Take another model, or report this one."
         )
 
 

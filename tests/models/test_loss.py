@@ -210,6 +210,36 @@ def test_a_scale_before_the_head_is_seen_where_the_first_token_is_the_padding() 
         require_own_logits(model)
 
 
+_SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SMALL_TEXT = {**_SMALL, "head_dim": 16, "num_key_value_heads": 1, "vocab_size": 120, "initializer_range": 0.3}
+_SMALL_TOWER = {**_SMALL, "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "reason"),
+    [
+        (
+            "paligemma",
+            {"text_config": {**_SMALL_TEXT, "model_type": "gemma"}, "vision_config": _SMALL_TOWER},
+            "is no causal language model: its first token's output depends on the second",
+        ),
+        (
+            "t5gemma2",
+            {"encoder": {"text_config": _SMALL_TEXT, "vision_config": _SMALL_TOWER}, "decoder": _SMALL_TEXT},
+            "can't be run on tokens alone",
+        ),
+    ],
+)
+def test_a_model_of_images_and_text_that_is_no_causal_language_model_is_refused(
+    name: str, tree: dict[str, Any], reason: str
+) -> None:
+    """PaliGemma's prompt is seen both ways, and T5Gemma 2 has an encoder."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(name, **tree)).eval()
+    with pytest.raises(InputError, match=reason):
+        require_own_logits(model)
+
+
 _SCALED: dict[str, dict[str, Any]] = {
     "HyperCLOVAX": {"logits_scaling": 4.0},
     "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
