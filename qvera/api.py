@@ -19,7 +19,7 @@ from qvera.config.load import load_recipe
 from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Turn
-from qvera.data.conversations import Conversation
+from qvera.data.conversations import Conversation, read_messages
 from qvera.evaluation import generate as answering
 from qvera.evaluation.generate import PromptWriter
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_adapters, open_target, require_answers
@@ -219,6 +219,7 @@ class Model:
                 adapters=["__base__" if n is None else opened.keys[n] for n in names] if self.names else None,
                 static_cache=static_cache,
                 progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
+                images=[writer.images(row.turns) for row in rows],
             )
 
     def evaluate(
@@ -323,11 +324,7 @@ def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversati
     if isinstance(prompt, str):
         turns = [Turn("system", system)] if system else []
         return Conversation([*turns, Turn("user", prompt)], f"prompt {number}")
-    try:
-        turns = [Turn(message["role"], message["content"]) for message in prompt]
-    except (KeyError, TypeError):
-        raise InputError(f"prompt {number}: expected a text, or messages with `role` and `content`.") from None
-    return Conversation(turns, f"prompt {number}")
+    return Conversation(read_messages(prompt, f"prompt {number}"), f"prompt {number}")
 
 
 def generate(

@@ -51,6 +51,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     static_cache: Annotated[bool, flag("--static-cache", "Compile a step (CUDA graph), for long answers.")] = False,
+    image: Annotated[list[Path] | None, option("FILE", "An image in front of each --prompt (repeatable).")] = None,
 ) -> None:
     """Answer the prompts of a file in batches.
 
@@ -70,13 +71,16 @@ def generate(
     require_new_file(out)
     if (prompts is None) == (not prompt):
         raise InputError("generate: takes a file PROMPTS, or --prompt TEXT; give one of them.")
+    if image and prompts is not None:
+        raise InputError("--image: goes with --prompt; a file of prompts has images in its rows.")
+    asked = [_with_images(text, image or []) for text in prompt or ()]
 
     from qvera.serve.client import server_url
 
     if (url := server_url(run)) is not None:
         if static_cache:
             raise InputError("--static-cache: is for a run; a server decides that itself.")
-        questions = _questions(None, prompts, prompt or [], adapters, many=not base)
+        questions = _questions(None, prompts, asked, adapters, many=not base)
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         questions, answers = _ask_server(url, questions, base, batch_size, settings)
     else:
@@ -89,7 +93,7 @@ def generate(
         many = not base and adapters_root(run) is not None
         target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
         require_answers(target, "qvera generate")
-        questions = _questions(target, prompts, prompt or [], adapters, many)
+        questions = _questions(target, prompts, asked, adapters, many)
         names = list(dict.fromkeys(name for _, name in questions if name is not None))
         if many:
             in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
@@ -121,6 +125,15 @@ def generate(
         print(f"{shown_name(line['adapter'])}: {line['answer']}" if "adapter" in line else line["answer"])
 
 
+def _with_images(text: str, files: Sequence[Path]) -> Turn:
+    """A user's turn: images, then a text."""
+    from qvera.data.conversations import read_messages
+
+    parts = [{"type": "image", "image": str(file)} for file in files]
+    (turn,) = read_messages([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], "--prompt")
+    return turn
+
+
 def _ask_server(
     url: str, asked: Sequence[tuple[Conversation, str | None]], base: bool, at_a_time: int, settings: dict[str, Any]
 ) -> tuple[list[tuple[Conversation, str | None]], list[str]]:
@@ -150,7 +163,7 @@ def _ask_server(
 
 
 def _questions(
-    target: Artifact | None, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
+    target: Artifact | None, file: Path | None, asked: Sequence[Turn], names: Sequence[str], many: bool
 ) -> list[tuple[Conversation, str | None]]:
     """The prompts, each with the adapter that answers it; None where there is only one.
 
@@ -171,7 +184,7 @@ def _questions(
         rows = read_prompts(file, section, columns if many and not names else ())
     else:
         system = [Turn("system", section.system)] if section.system else []
-        rows = [Conversation([*system, Turn("user", text)], f"--prompt {n}") for n, text in enumerate(texts, start=1)]
+        rows = [Conversation([*system, turn], f"--prompt {number}") for number, turn in enumerate(asked, start=1)]
     if not many:
         return [(row, None) for row in rows]
     if names:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.config import plugins
 from qvera.config.schema import DataSection
+from qvera.data.images import images_of
 from qvera.data.labelled import ImageEncoder
 from qvera.data.readers import EXTENSIONS, load_hub
 from qvera.data.rows import Rows
@@ -139,7 +140,8 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     if None not in by_path and sum(file.stat().st_size for file in files) < WORTH_BYTES:
         return None
     suffixes = {file.suffix.lower() for file in files}
-    if section.format == "image" and suffixes.intersection(EXTENSIONS) - {".parquet"}:
+    names_images = section.format == "image" or images_of(encoder.tokenizer) is not None
+    if names_images and suffixes.intersection(EXTENSIONS) - {".parquet"}:
         return None  # a text file names images: its content is not theirs
     content, tokenizer_hash = source_content(section, hashes), encoder.sha256()
     if content is None or tokenizer_hash is None:

@@ -11,8 +11,10 @@ changes. ``{% generation %}`` blocks go first: only they place an answer that a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +77,7 @@ class _Slot(NamedTuple):
     literal: str  # the template's text before it
     turn: int
     name: str
+    part: int | None  # of a content with images; None: the content is text
     strip_left: bool  # whether the template strips white space there
     strip_right: bool
     answer: tuple[int, int, bool] | None  # characters before and after the content, and whether a marker ends it
@@ -144,7 +147,7 @@ class ChatTemplate:
         """Turns as ``apply_chat_template`` takes them."""
         out = []
         for turn in turns:
-            message = {"role": turn.role, "content": turn.content, **turn.extra}
+            message = {"role": turn.role, "content": list(turn.parts) or turn.content, **turn.extra}
             if turn.context is not None and self.name == "alpaca":
                 message["context"] = turn.context
             elif turn.context is not None:
@@ -159,14 +162,35 @@ class ChatTemplate:
         """
         import jinja2
 
-        # Named templates are given eos and bos as text even where a tokenizer has none, so that they render at all.
-        blanks = {k: "" for k in ("bos_token", "eos_token") if getattr(self.tokenizer, k, None) is None}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **blanks
-            )
+            return self._rendered(self.in_parts(messages), tools, prompt)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateError(one_line(error)) from None
+
+    def in_parts(self, messages: list[Message]) -> list[Message]:
+        """The messages, all in parts where the template writes only such (SmolVLM's, of images and texts)."""
+        if not self._only_parts:
+            return messages
+        return [
+            {**m, "content": [{"type": "text", "text": text}] if isinstance(text := m["content"], str) else text}
+            for m in messages
+        ]
+
+    @functools.cached_property
+    def _only_parts(self) -> bool:
+        mark = "QveraSlot"
+        with contextlib.suppress(Exception):  # of any kind: the template is not made for this message
+            if mark in self._rendered([{"role": "user", "content": mark}], None, False):
+                return False
+            return mark in self._rendered([{"role": "user", "content": [{"type": "text", "text": mark}]}], None, False)
+        return False
+
+    def _rendered(self, messages: list[Message], tools: Tools, prompt: bool) -> str:
+        # Named templates are given eos and bos as text even where a tokenizer has none, so that they render at all.
+        blanks = {k: "" for k in ("bos_token", "eos_token") if getattr(self.tokenizer, k, None) is None}
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **blanks
+        )
 
     def marker_end(self, text: str, start: int, stop: int, last: bool = False) -> int | None:
         """Where the end-of-turn marker in the template text [start, stop) ends: the first special token there."""
@@ -229,10 +253,11 @@ class ChatTemplate:
             if any(key in message for message in messages):
                 changes.append((key, [{k: m[k] for k in m if k != key} for m in messages], tools))
         for at, message in enumerate(messages):
-            if message["role"] in ("tool", "system") and message["content"].strip():
+            pieces = list(_pieces(message))
+            if message["role"] in ("tool", "system") and any(text.strip() for *_, text in pieces):
                 later = "system turns behind the first turn"
                 part = later if message["role"] == "system" and at else f"turns of the role {message['role']}"
-                other = {**message, "content": message["content"] + "x"}
+                other = _with_texts(message, [f"{text}x" for *_, text in pieces])
                 changes.append((part, [*messages[:at], other, *messages[at + 1 :]], tools))
         unseen = [change for change in changes if (change[0], prompt) not in self._written]
         if not unseen:
@@ -258,6 +283,33 @@ class ChatTemplate:
         way = "a base whose own chat template writes them"
         way = way if self.name == OWN else f"{way}, with data.template: {OWN}"
         return f"{text}Take them out of the rows, or train {way}."
+
+
+def _pieces(message: Message) -> Iterator[tuple[str, int | None, str]]:
+    """The texts of a message: key, place among the parts of a content with images (else None), and text."""
+    for name in ("content", "context"):
+        value = message.get(name)
+        if isinstance(value, list):
+            yield from ((name, place, part["text"]) for place, part in enumerate(value) if part.get("text"))
+        elif value or (name == "context" and name in message):
+            yield name, None, str(value)
+
+
+def _form(content: str | list[dict[str, str]]) -> object:
+    if isinstance(content, str):
+        return bool(content)
+    return tuple((part["type"], bool(part.get("text"))) for part in content)
+
+
+def _with_texts(message: Message, texts: list[str]) -> Message:
+    """The message with other texts in place of its `_pieces`."""
+    found = dict(message)
+    for (name, place, _), text in zip(_pieces(message), texts, strict=True):
+        if place is None:
+            found[name] = text
+        else:
+            found[name] = [{**part, "text": text} if at == place else part for at, part in enumerate(found[name])]
+    return found
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:
@@ -290,7 +342,7 @@ def _generation_blocks(
 
     try:
         rendered, blocks = render_jinja_template(
-            [messages],
+            [template.in_parts(messages)],
             tools=conversation.tools,
             chat_template=template.source,
             return_assistant_tokens_mask=True,
@@ -371,7 +423,7 @@ def _layout_spans(
     """The answers by the layout; None if its literals and the row's contents do not make up the text."""
     if any(turn.extra or (turn.role == "assistant" and not turn.content) for turn in conversation.turns):
         return None
-    shape = tuple((m["role"], "context" in m, not m["content"]) for m in messages)
+    shape = tuple((m["role"], "context" in m, _form(m["content"])) for m in messages)
     key = (shape, repr(conversation.tools) if conversation.tools else None)
     layouts = template.layouts
     if key not in layouts:
@@ -385,6 +437,7 @@ def _layout_spans(
     for slot in layout[0]:
         header, written = len(written), written + slot.literal
         content = messages[slot.turn][slot.name]
+        content = content if slot.part is None else content[slot.part]["text"]
         content = content.lstrip() if slot.strip_left else content
         start, written = len(written), written + (content.rstrip() if slot.strip_right else content)
         if slot.answer is not None:
@@ -395,16 +448,13 @@ def _layout_spans(
 
 def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools) -> _Layout | None:
     """Render slots in place of the contents; None if the template does more than put each in its place."""
-    marks: dict[str, tuple[int, str]] = {}
+    marks: dict[str, tuple[int, str, int | None]] = {}
     slotted = []
     for turn, message in enumerate(messages):
-        copy = dict(message)
-        for name in ("content", "context"):
-            if copy.get(name) or name == "context" in copy:
-                mark = f"QveraSlot{len(marks):04d}Zq7"
-                marks[mark] = (turn, name)
-                copy[name] = f"\t{mark}\t"  # a tab that is gone afterwards: the template strips
-        slotted.append(copy)
+        slots_of = {f"QveraSlot{len(marks) + n:04d}Zq7": piece for n, piece in enumerate(_pieces(message))}
+        marks |= {mark: (turn, name, part) for mark, (name, part, _) in slots_of.items()}
+        # tabs, which are gone afterwards where the template strips
+        slotted.append(_with_texts(message, [f"\t{mark}\t" for mark in slots_of]))
     try:
         text = template.render(slotted, tools)
     except TemplateError:
@@ -416,14 +466,14 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
     end = 0
     following = [*parts[4::4], closing]
     for literal, left, mark, right, behind in zip(*(parts[i::4] for i in range(4)), following, strict=True):
-        turn, name = marks[mark]
+        turn, name, part = marks[mark]
         earliest, start = end, end + len(literal)
         end = start + len(left + mark + right)
         answer = None
         if messages[turn]["role"] == "assistant" and name == "content":
             span = _place(template, text, slotted, turn, tools, (start, end), end + len(behind), earliest)
             answer = (start - span.start, span.end - end, span.marked)
-        slots.append(_Slot(literal, turn, name, not left, not right, answer))
+        slots.append(_Slot(literal, turn, name, part, not left, not right, answer))
     return slots, closing
 
 

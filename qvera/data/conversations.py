@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +33,10 @@ _ALIASES = {
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns whose contents the text of a row speaks of."""
+_PLACE = "<image>"
+"""Where a text has this, the next image of the column ``images`` stands."""
+_IMAGE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
+"""Keys of a content part that may hold its image."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Message keys for what an assistant thought before its answer."""
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
@@ -71,6 +78,8 @@ class Turn:
     context: str | None = None  # Alpaca's ``input``; only the alpaca template has a heading for it
     extra: dict[str, Any] = field(default_factory=dict)  # keys that only some templates read, such as ``tool_calls``
     in_prompt: bool = False  # in a prompt-completion row's prompt, so not trained
+    images: tuple[str | bytes, ...] = ()  # paths of files, or bytes, in the order of ``parts``
+    parts: tuple[dict[str, str], ...] = ()  # texts and places of images as templates take them; empty without images
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +162,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         )
     # optional columns are read wherever a row has them, though the first row may not
     read = {name: columns.get(name, name) for name in FORMATS[format].fields}
+    if "images" in read and read["images"] not in row.fields and "image" in row.fields:
+        read["images"] = "image"
     for ours in columns:
         if ours not in read:
             raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.")
@@ -186,7 +197,14 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_n
     Raises:
         InputError: a missing column, a wrong type, an unknown role or half a character; names the row's source.
     """
-    return FORMATS[format.name].parse(_Cells(row, format, system, label_names))
+    cells = _Cells(row, format, system, label_names)
+    parsed = FORMATS[format.name].parse(cells)
+    if cells.images:
+        raise InputError(
+            f"{cells.where('images')} has more images than places. Mark the place of each in the messages, by a part "
+            f'{{"type": "image"}} or by {_PLACE} in the text; or remove the column, if the text says it all.'
+        )
+    return parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +215,12 @@ class _Cells:
     format: RowFormat
     system: str | None
     label_names: Sequence[str]
+    images: deque[Any] = field(init=False)  # of the column ``images``, those that have no place yet
+
+    def __post_init__(self) -> None:
+        found = _from_json(self.row.fields.get(self.format.columns.get("images", "")))
+        found = found if isinstance(found, list) else [found]
+        object.__setattr__(self, "images", deque(image for image in found if image not in (None, "", {})))
 
     def where(self, name: str) -> str:
         return f"{self.row.source}: {self.format.column(name)}"
@@ -229,7 +253,104 @@ class _Cells:
             )
         if not value:
             raise InputError(f"{self.where(name)} is an empty list. Expected at least one user and one assistant turn.")
-        return [_turn(item, f"{self.where(name)}[{index}]") for index, item in enumerate(value)]
+        return [self._turn(item, f"{self.where(name)}[{index}]") for index, item in enumerate(value)]
+
+    def _turn(self, item: object, where: str) -> Turn:
+        if not isinstance(item, dict):
+            raise InputError(
+                f'{where} must be an object such as {{"role": "user", "content": "..."}}, got {describe(item)}.'
+            )
+        role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+        for key in (role_key, content_key):
+            if key not in item and not (key == content_key and item.get("tool_calls")):
+                raise InputError(f"{where} has no {key!r}; its keys are {', '.join(map(str, item)) or 'none'}.")
+        role = _ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
+        if role is None:
+            hint = did_you_mean(item[role_key], _ROLES)
+            raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
+        extra = {k: item[k] for k in _PASSED_ON if item.get(k)}  # Arrow fills up with []
+        if "tool_calls" in extra:
+            calls = extra["tool_calls"] = _without_nulls(extra["tool_calls"])
+            for call in calls if isinstance(calls, list) else ():
+                # OpenAI's API has arguments as JSON text, templates take objects
+                function = call.get("function", call) if isinstance(call, dict) else None
+                if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
+                    function["arguments"] = arguments
+        content, where_content = item.get(content_key), f"{where}.{content_key}"
+        if content is None and role == "assistant" and item.get("tool_calls") is not None:
+            content = ""
+        text, parts, images = self.content(content, where_content)
+        if images and role == "assistant":
+            raise InputError(
+                f"{where_content} holds an image; a model answers with text only. Move it to another turn."
+            )
+        _require_whole_characters(extra, where)
+        # OpenAI's fine-tuning format has ``weight``, Axolotl's ``train``
+        key, trained = next(((key, item[key]) for key in ("weight", "train") if item.get(key) is not None), ("", None))
+        if trained not in (None, 0, 1):
+            raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {describe(trained)}.")
+        if trained and role != "assistant":
+            raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
+        trained = None if trained is None else bool(trained)
+        return Turn(role, text, trained, None, extra, images=images, parts=parts)
+
+    def content(self, value: object, where: str) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
+        """The text of a message, and if images stand in it, its parts and the images.
+
+        ``value``: text, or OpenAI's content parts. Images that a part does not hold are taken from the column.
+        """
+        if isinstance(value, str):
+            pieces = re.split(f"({_PLACE})", value) if self.images else [value]
+            value = [
+                {"type": "image"} if piece == _PLACE else {"type": "text", "text": piece} for piece in pieces if piece
+            ]
+        elif not isinstance(value, list):
+            raise InputError(f"{where} must be text, got {describe(value)}. Fix the row.")
+        parts: list[dict[str, str]] = []
+        images: list[str | bytes] = []
+        for part in value:
+            kind = part.get("type", "text") if isinstance(part, dict) else describe(part)
+            if kind in ("image", "image_url"):
+                held = next((key for key in _IMAGE_KEYS if part.get(key)), None)
+                if held is None and not self.images:
+                    raise InputError(
+                        f"{where}: the image of a part is missing. Expected a path, bytes or a data: URL in its key "
+                        "image, or an image for each such part, in order, in a column images."
+                    )
+                shown = self.images.popleft() if held is None else part[held]
+                images.append(self.image(shown, where, is_encoded=held in ("bytes", "base64")))
+                parts.append({"type": "image"})
+            elif kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            else:
+                raise InputError(f"{where}: a part of it is {kind!r}; only texts and images are read. Remove it.")
+        text = "".join(part.get("text", "") for part in parts)
+        _require_whole_characters(text, where)
+        return text, tuple(parts) if images else (), tuple(images)
+
+    def image(self, value: Any, where: str, is_encoded: bool = False) -> str | bytes:
+        """An image's bytes, or its file's path; a relative path starts at the data file. ``is_encoded``: by base64."""
+        if isinstance(value, dict):  # as `datasets.Image` stores it, or OpenAI's {"url": ...}
+            is_encoded = bool(value.get("bytes"))
+            value = value.get("bytes") or value.get("path") or value.get("url")
+        if isinstance(value, (bytes, bytearray)) and value:
+            return bytes(value)
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(
+                f"{where} must be an image: its bytes, the path of a file, or an object with bytes or path; "
+                f"got {describe(value)}. Fix the row, or remove it."
+            )
+        if re.match(r"https?://", value):
+            raise InputError(
+                f"{where}: {value[:80]} is an address of the web, from which no image is fetched. Save it."
+            )
+        if is_encoded or value.startswith("data:"):
+            try:
+                return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
+            except binascii.Error as error:
+                raise InputError(f"{where}: the image is no base64 ({error}). Fix the row, or remove it.") from None
+        path = (Path() if self.row.file is None else self.row.file.parent) / Path(value).expanduser()
+        return str(path.absolute())
 
     def is_messages(self, name: str) -> bool:
         """Whether a value is a list of messages, maybe as JSON text (as in CSV)."""
@@ -301,7 +422,8 @@ def _parse_conversation(cells: _Cells) -> Conversation:
     first, *others = FORMATS[cells.format.name].required
     if others and (cells.format.name == "alpaca" or not cells.is_messages(first)):
         context = cells.text("input", optional=True) if cells.format.name == "alpaca" else ""
-        question = Turn("user", cells.text(first), context=context if context.strip() else None)
+        text, parts, images = cells.content(cells.text(first), cells.where(first))
+        question = Turn("user", text, context=context if context.strip() else None, images=images, parts=parts)
         turns = [question, Turn("assistant", _answer(cells, others[0]))]
     else:
         turns = cells.turns(first)
@@ -327,53 +449,6 @@ def _answer(cells: _Cells, name: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{cells.where(name)} must be text or a number, got {value}. Fix the row, or leave it out.")
     return str(value) if _is_number(value) else cells.text(name)
-
-
-def _turn(item: object, where: str) -> Turn:
-    if not isinstance(item, dict):
-        raise InputError(
-            f'{where} must be an object such as {{"role": "user", "content": "..."}}, got {describe(item)}.'
-        )
-    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in item and not (key == content_key and item.get("tool_calls")):
-            raise InputError(f"{where} has no {key!r}; its keys are {', '.join(map(str, item)) or 'none'}.")
-    role = _ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
-    if role is None:
-        hint = did_you_mean(item[role_key], _ROLES)
-        raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
-    extra = {k: item[k] for k in _PASSED_ON if item.get(k)}  # Arrow fills up with []
-    if "tool_calls" in extra:
-        calls = extra["tool_calls"] = _without_nulls(extra["tool_calls"])
-        for call in calls if isinstance(calls, list) else ():
-            # OpenAI's API has arguments as JSON text, templates take objects
-            function = call.get("function", call) if isinstance(call, dict) else None
-            if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
-                function["arguments"] = arguments
-    content, where_content = item.get(content_key), f"{where}.{content_key}"
-    if content is None and role == "assistant" and item.get("tool_calls") is not None:
-        content = ""
-    elif isinstance(content, list):  # OpenAI's content parts
-        content = "".join(_part_text(part, where_content) for part in content)
-    elif not isinstance(content, str):
-        raise InputError(f"{where_content} must be text, got {describe(content)}. Fix the row.")
-    _require_whole_characters(content, where_content)
-    _require_whole_characters(extra, where)
-    # OpenAI's fine-tuning format has ``weight``, Axolotl's ``train``
-    key, trained = next(((key, item[key]) for key in ("weight", "train") if item.get(key) is not None), ("", None))
-    if trained not in (None, 0, 1):
-        raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {describe(trained)}.")
-    if trained and role != "assistant":
-        raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
-    return Turn(role, content, None if trained is None else bool(trained), None, extra)
-
-
-def _part_text(part: object, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-    if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, dict) else describe(part)
-        raise InputError(f"{where}: a part of it is {kind!r}; only text parts can be trained on. Remove it.")
-    return text
 
 
 # --- preferences
@@ -432,18 +507,8 @@ def _parse_classification(cells: _Cells) -> LabelledRow:
 def _parse_image(cells: _Cells) -> LabelledRow:
     """The content is the image's bytes or its file's path. A relative path starts at the data file."""
     label, row = _label(cells), cells.row
-    value = cells.value("image")
-    if isinstance(value, dict):  # as `datasets.Image` stores it
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray)) and value:
-        return LabelledRow(bytes(value), label, row.source, row.owner)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(
-            f"{cells.where('image')} must be an image: its bytes, the path of a file, or an object with bytes or path; "
-            f"got {describe(value)}. Fix the row, or remove it."
-        )
-    path = (Path() if row.file is None else row.file.parent) / Path(value).expanduser()
-    return LabelledRow(str(path.absolute()), label, row.source, row.owner)
+    content = cells.image(cells.value("image"), cells.where("image"))
+    return LabelledRow(content, label, row.source, row.owner)
 
 
 def _label(cells: _Cells) -> str:
@@ -473,6 +538,7 @@ def _label(cells: _Cells) -> str:
 
 Parsed = Conversation | Text | LabelledRow
 _CHAT = ("system", "tools")
+_SHOWN = (*_CHAT, "images")
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,10 +558,10 @@ class Format:
 
 
 FORMATS = {
-    "messages": Format("answers", ("messages",), _CHAT, _parse_conversation),
-    "sharegpt": Format("answers", ("conversations",), _CHAT, _parse_conversation),
+    "messages": Format("answers", ("messages",), _SHOWN, _parse_conversation),
+    "sharegpt": Format("answers", ("conversations",), _SHOWN, _parse_conversation),
     "alpaca": Format("answers", ("instruction", "output"), ("input", "system"), _parse_conversation),
-    "prompt-completion": Format("answers", ("prompt", "completion"), _CHAT, _parse_conversation),
+    "prompt-completion": Format("answers", ("prompt", "completion"), _SHOWN, _parse_conversation),
     "text": Format("texts", ("text",), (), _parse_text),
     "classification": Format("labels", ("text", "label"), ("text_pair",), _parse_classification),
     "image": Format("labels", ("image", "label"), (), _parse_image),
@@ -507,6 +573,12 @@ PREFERENCES = tuple(name for name, kind in FORMATS.items() if kind.trains == "pr
 LABELLED = tuple(name for name, kind in FORMATS.items() if kind.trains == "labels")
 UNRENDERED = tuple(name for name, kind in FORMATS.items() if kind.trains in ("texts", "labels"))
 """Formats whose texts are taken as they are, without a template."""
+
+
+def read_messages(messages: Sequence[Any], source: str) -> list[Turn]:
+    """Messages as rows hold them → turns. Raises InputError that names ``source``."""
+    row = RawRow({"messages": list(messages)}, source)
+    return _Cells(row, RowFormat("messages", {}, []), None, ()).turns("messages")
 
 
 def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:

@@ -16,7 +16,7 @@ from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized
 from qvera.data.chat_template import OWN, ChatTemplate
 from qvera.data.conversations import LABELLED, UNRENDERED
-from qvera.data.images import ImageProcessor
+from qvera.data.images import ImageProcessor, images_of
 from qvera.data.labelled import Labels, few_of_each_label, labels_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import Batches, random_order
@@ -252,9 +252,8 @@ def build_datasets(
     else:
         # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
         stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
-    if isinstance(processor, ImageProcessor):
-        for part in (train, held_out, *set_aside.values()):
-            part.processor = processor
+    for part in (train, held_out, *set_aside.values()):
+        part.processor = processor if isinstance(processor, ImageProcessor) else images_of(processor)
     if section.format in LABELLED:
         known, others = sections[0].label_names, set_aside.values()
         stats.labels = labels or labels_of(section, train, held_out, *others, known=known)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import io
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +23,11 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
     from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+T = TypeVar("T")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 """Files with these endings are read from a directory. Pillow then goes by their content."""
 _THUMBNAIL_PIXELS = 96
@@ -38,10 +43,7 @@ _AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
 def require_pillow() -> None:
     """Raises InputError if Pillow is missing."""
     if importlib.util.find_spec("PIL") is None:
-        raise InputError(
-            "task: image-classification reads images by Pillow, which is not installed. Run "
-            "pip install 'qvera[vision]'."
-        )
+        raise InputError("Images are read by Pillow, which is not installed. Run pip install 'qvera[vision]'.")
 
 
 def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
@@ -173,19 +175,107 @@ class ImageProcessor:
         return found.astype(np.float32)
 
 
+class ImageTextProcessor:
+    """Places for images among text, by the model's own processor, which is loaded for the first image.
+
+    Args:
+        load: loads the processor. Raises InputError where the model has none, or it can't run here.
+    """
+
+    def __init__(self, load: Callable[[], ProcessorMixin]) -> None:
+        self._load = load
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The model's processor."""
+        return self._load()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"processor": self.processor}  # without what loads it, which is not among the data modules
+
+    def sha256(self) -> str:
+        """A hash of all that decides how many tokens an image becomes."""
+        try:
+            processor = self.processor
+        except InputError as error:  # only rows without images can be read
+            return str(error)
+        settings = {name: value for name, value in vars(processor).items() if isinstance(value, (str, int, float))}
+        # images may be named by paths that start at the working directory
+        about = f"{Path.cwd()} {type(processor).__name__} {settings} {processor.image_processor!r}"
+        return hashlib.sha256(about.encode()).hexdigest()
+
+    def expand(self, text: str, images: Sequence[StoredImage], source: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text with the tokens of each image in its place, and for each place its old end and its new one.
+
+        Raises InputError: the text has more or fewer places than there are images, or an image can't be read.
+        """
+        if not images and self._is_without_places(text):
+            return text, []
+        pictures = [image.open() for image in images]
+        token = self.processor.image_token
+        if text.count(token) != len(images):
+            raise InputError(
+                f"{source}: its text has {text.count(token)} places for images ({token}), and the row has "
+                f"{len(images)} images. Take {token} out of the texts, or name a data.template that writes images."
+            )
+        try:
+            found = self.processor(text=[text], images=[pictures], return_text_replacement_offsets=True)
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            raise InputError(f"{source}: the model's processor refuses its images: {error}") from None
+        places = found["text_replacement_offsets"][0]
+        whole, ends, last = "", [], 0
+        for place in places:
+            start, end = place["span"]
+            whole += text[last:start] + place["replacement"]
+            ends.append((end, len(whole)))
+            last = end
+        return whole + text[last:], ends
+
+    def _is_without_places(self, text: str) -> bool:
+        try:
+            return self.processor.image_token not in text
+        except InputError:  # without a processor no image is put among texts
+            return True
+
+    def inputs(self, images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
+        """What the model takes of the images of a batch, in the order in which they stand in it."""
+        text = self.processor.image_token * len(images)
+        found = self.processor(text=[text], images=[in_threads(StoredImage.open, images)], return_tensors="pt")
+        return {name: value for name, value in found.items() if name not in ("input_ids", *_OF_TOKENS)}
+
+    def token_types(self, ids: np.ndarray) -> np.ndarray:
+        """1 where a token is an image's, else 0; int64 like ``ids``."""
+        return np.isin(ids, self.processor.image_token_ids).astype(np.int64)
+
+
+_OF_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What a processor returns for each token."""
+_ATTRIBUTE = "qvera_images"
+
+
+def give_images(tokenizer: PreTrainedTokenizerBase, images: ImageTextProcessor) -> None:
+    """Let rows of this tokenizer hold images."""
+    setattr(tokenizer, _ATTRIBUTE, images)
+
+
+def images_of(tokenizer: Any) -> ImageTextProcessor | None:
+    """What makes images into tokens beside this tokenizer; None for a model of text."""
+    return getattr(tokenizer, _ATTRIBUTE, None)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredImage:
     """The image of a row, decoded when it is asked for."""
 
     content: str | bytes | pa.Buffer  # a file's path, or its bytes
     source: str  # for messages
-    processor: ImageProcessor | None = None
+    processor: ImageProcessor | ImageTextProcessor | None = None
     draw: Draw | None = None  # of a training row that is cropped and flipped
 
     @property
-    def stored_bytes(self) -> bytes | None:
-        """The image's bytes; None if it is a file's path or an Arrow buffer."""
-        return self.content if isinstance(self.content, bytes) else None
+    def stored(self) -> dict[str, Any]:
+        """As a table of rows has it."""
+        return {"path" if isinstance(self.content, str) else "bytes": self.content}
 
     def read_bytes(self) -> bytes:
         """The encoded bytes."""
@@ -197,7 +287,7 @@ class StoredImage:
 
     def pixels(self) -> np.ndarray:
         """The model's input, fp32 [3, height, width]."""
-        assert self.processor is not None  # `build_datasets` gives it to all rows
+        assert isinstance(self.processor, ImageProcessor)  # `build_datasets` gives it to all rows
         return self.processor.pixels(self.open(), self.source, self.draw)
 
     def drawn(self, draw: Draw) -> StoredImage:
@@ -206,9 +296,14 @@ class StoredImage:
 
 
 def pixel_batch(images: Sequence[StoredImage]) -> np.ndarray:
-    """Pixel values, fp32 [B, 3, height, width]. Several threads decode the images."""
+    """Pixel values, fp32 [B, 3, height, width]."""
+    return np.stack(in_threads(StoredImage.pixels, images))
+
+
+def in_threads(function: Callable[[StoredImage], T], images: Sequence[StoredImage]) -> list[T]:
+    """The function of each image. Several threads decode the images."""
     threads = min(len(images), len(os.sched_getaffinity(0)))
     if threads < 2:
-        return np.stack([image.pixels() for image in images])
+        return [function(image) for image in images]
     with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list(pool.map(StoredImage.pixels, images)))
+        return list(pool.map(function, images))

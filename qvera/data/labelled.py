@@ -112,7 +112,7 @@ class ImageReader(RowTokenizer):
             image = StoredImage(row.content, row.source)
             image.open()
             where = row.content if isinstance(row.content, str) else ""
-            examples.append(Example(ids, trained, row.source, _NOTHING, where, row.label, row.owner, image=image))
+            examples.append(Example(ids, trained, row.source, _NOTHING, where, row.label, row.owner, images=(image,)))
         return examples, RowCounts()
 
 

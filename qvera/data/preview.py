@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qvera.data.chat_template import NAMED_TEMPLATES
 from qvera.data.dataset import Datasets, DataStats
+from qvera.data.images import ImageProcessor
 from qvera.data.rows import Example
 from qvera.data.tokenization import decode
 
@@ -32,7 +33,7 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
     console.print(_summary(stats))
     for line in data_warnings(stats):
         console.print(Text(line, style="yellow"))
-    if datasets.train.processor is None:  # images are all equally long
+    if not isinstance(datasets.train.processor, ImageProcessor):  # whose images are all equally long
         console.print()
         console.print(Text("Training rows by length (tokens)", style="bold"))
         edges, highest = stats.histogram_edges, max(stats.histogram_counts, default=0)
@@ -50,6 +51,8 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
             else:
                 console.print("{} x {} pixels".format(*example.image.open().size))
             continue
+        for image in example.images:
+            console.print("image of {} x {} pixels".format(*image.open().size))
         for word, row in example.shown():
             console.print(Text.assemble((example.source, "bold"), f"  ⟦{word}⟧"))
             console.print(_mark_trained(row, processor))

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvera.data.images import ImageProcessor, StoredImage
+from qvera.data.images import ImageProcessor, ImageTextProcessor, StoredImage
 from qvera.utils import accelerator
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ SCHEMA = pa.schema(
         ("mask_hash", pa.uint64()),
         ("owner", pa.string()),
         ("pair_start", pa.int32()),
-        ("image", pa.large_binary()),  # a chunk of large images is more than 2 GiB
+        # a chunk of large images is more than 2 GiB
+        ("images", pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))),
         ("rejected_ids", pa.list_(pa.int32())),
         ("desirable", pa.bool_()),
     ]
@@ -78,7 +79,12 @@ class Example:
     pair_start: int | None = None  # first token of a labelled pair's second text, if the tokenizer marks it
     rejected_ids: np.ndarray | None = None  # int32 [R]: a pair's worse answer; the trained tokens are the better one
     desirable: bool | None = None  # whether a single judged answer is a good one
-    image: StoredImage | None = None
+    images: tuple[StoredImage, ...] = ()  # of a labelled image the one, else those that stand among the text
+
+    @property
+    def image(self) -> StoredImage | None:
+        """The image of a labelled row."""
+        return self.images[0] if self.images else None
 
     @property
     def is_labelled(self) -> bool:
@@ -121,15 +127,13 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     for example in examples:
         label = str(example.desirable) if example.desirable is not None else example.reference
         label = label if example.desirable is not None or example.is_labelled else None
-        content = (
-            np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
-            if example.image is None
-            else example.image.read_bytes()
-        )
+        content = np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
+        for image in example.images:
+            content += image.read_bytes()
         about = {
             "trained": example.trained.view(np.uint8),
             "trained_tokens": example.trained_tokens,
-            "image": None if example.image is None else example.image.stored_bytes,
+            "images": [image.stored for image in example.images],
             "ids_hash": _hash(content),
             "mask_hash": _hash(example.trained.tobytes() + (label or "").encode()),
         }
@@ -170,14 +174,14 @@ class Rows(Sequence[Example]):
         lengths, trained_tokens, all_tokens: int32 [n]; of a pair the longer row, its targets, and both rows.
         ids_hash, mask_hash: uint64 [n].
         part_of: int64 [n], the number of each row's part (`plugins.Schedule.divide`), or None.
-        processor: makes the pixel values of images.
+        processor: makes the pixel values of images; None if there are none.
     """
 
     def __init__(self, table: pa.Table | None = None) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
         self.chosen: np.ndarray | None = None
         self.part_of: np.ndarray | None = None
-        self.processor: ImageProcessor | None = None
+        self.processor: ImageProcessor | ImageTextProcessor | None = None
         self._max_tokens: int | None = None
         self.trained_tokens, self.ids_hash, self.mask_hash = (
             self.table[name].to_numpy() for name in ("trained_tokens", "ids_hash", "mask_hash")
@@ -214,10 +218,11 @@ class Rows(Sequence[Example]):
             self.table[name][number].as_py()
             for name in ("source", "prompt_text", "reference", "owner", "pair_start", "desirable")
         )
-        if self.processor is not None:
-            stored = self.table["image"][number]
-            image = StoredImage(stored.as_buffer() if stored.is_valid else prompt_text, source, self.processor)
-            return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, owner, image=image)
+        stored = self.table["images"][number].values or ()
+        contents = [
+            image["bytes"].as_buffer() if image["bytes"].is_valid else image["path"].as_py() for image in stored
+        ]
+        images = tuple(StoredImage(content, source, self.processor) for content in contents)
         rejected = self.table["rejected_ids"][number].values
         rejected_ids = None if rejected is None else rejected.to_numpy()
         if self._max_tokens is not None:
@@ -226,7 +231,12 @@ class Rows(Sequence[Example]):
                 start = int(np.argmax(trained)) if trained.any() else len(trained)
                 rejected_ids = rejected_ids[: max(1, self._max_tokens - start)]
         about = prompt_text, reference, owner, pair_start
-        return Example(ids, trained.view(bool), source, prompt_ids, *about, rejected_ids, desirable)
+        return Example(ids, trained.view(bool), source, prompt_ids, *about, rejected_ids, desirable, images)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row of the table holds an image."""
+        return bool(pc.any(pc.greater(pc.list_value_length(self.table["images"]), 0)).as_py())
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""
@@ -238,9 +248,9 @@ class Rows(Sequence[Example]):
         return taken
 
     def cut(self, max_tokens: int) -> Rows:
-        """All rows cut to ``max_tokens`` tokens, without prompts, for a plan. Images are never cut."""
+        """All rows cut to ``max_tokens`` tokens, without prompts, for a plan. Labelled images are never cut."""
         cut = copy.copy(self)
-        if self.processor is None:
+        if not isinstance(self.processor, ImageProcessor):
             cut._max_tokens, cut.lengths = max_tokens, np.minimum(self.lengths, max_tokens)
         return cut
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import AnswerSpan, ChatTemplate
-from qvera.data.conversations import PREFERENCES, Conversation, RowFormat, Text, parse_row
+from qvera.data.conversations import PREFERENCES, Conversation, RowFormat, Text, Turn, parse_row
+from qvera.data.images import StoredImage, images_of
 from qvera.data.readers import RawRow
 from qvera.data.rows import Example, record_batch
 from qvera.utils.errors import InputError
@@ -37,7 +38,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, has_answers: bool = True) -> None:
         if has_answers:
             require_eos(tokenizer)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.images = tokenizer, images_of(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id  # ends a row without an end-of-turn token of its own
         self.pads_with_eos = tokenizer.pad_token_id is None  # padding is masked, so any token will do
         self.pad_id = pad_id_of(tokenizer)
@@ -74,6 +75,7 @@ class Encoder:
             "model_input_names": tokenizer.model_input_names,
             "chat_template": tokenizer.chat_template,
             "probe": tokenizer("a")["input_ids"],
+            "images": None if self.images is None else self.images.sha256(),
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -81,10 +83,37 @@ class Encoder:
         """``ids`` with exactly one BOS in front if the model wants one. A template may have written it already."""
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
-    def encode_prompt(self, text: str, starts: Sequence[int] = ()) -> list[int]:
+    def encode_prompt(self, text: str, starts: Sequence[int] = (), images: Sequence[StoredImage] = ()) -> list[int]:
         """The ids of a prompt as in training; ``text`` and ``starts`` are from `ChatTemplate.prompt`."""
-        ((ids, _),) = self.encode([text], [[(at, at, at) for at in starts]])
+        whole, places = self.expand(text, [(at, at, at) for at in starts], images, "the prompt")
+        ((ids, _),) = self.encode([whole], [places])
         return self.with_bos(ids)
+
+    def images_in(self, turns: Sequence[Turn], source: str) -> tuple[StoredImage, ...]:
+        """The images of a conversation, in order. Raises InputError where the model reads none."""
+        found = tuple(StoredImage(image, source, self.images) for turn in turns for image in turn.images)
+        if found and self.images is None:
+            raise InputError(
+                f"{source}: holds an image, and the base is a model of text, which would learn to answer without it. "
+                "Take a base that reads images, such as Qwen3-VL or Gemma 3 as they are published, or remove the row."
+            )
+        return found
+
+    def expand(
+        self, text: str, answers: Sequence[Bounds], images: Sequence[StoredImage], source: str
+    ) -> tuple[str, list[Bounds]]:
+        """Put the tokens of each image into its place: the longer text, and where its answers are there now.
+
+        Raises InputError as `ImageTextProcessor.expand`.
+        """
+        if self.images is None:
+            return text, list(answers)
+        whole, ends = self.images.expand(text, images, source)
+
+        def moved(at: int) -> int:
+            return next((at - old + new for old, new in reversed(ends) if old <= at), at)
+
+        return whole, [(moved(header), moved(start), moved(end)) for header, start, end in answers]
 
     def encode(self, texts: Sequence[str], answers: Sequence[Sequence[Bounds]]) -> list[tuple[list[int], list[Bounds]]]:
         """Encode texts without adding special tokens. Markers written in a text become their tokens.
@@ -230,13 +259,17 @@ class RowTokenizer:
         """
         self._counts = RowCounts()
         if self.row_format.name in PREFERENCES:
+            if shown := next((row for row in rows if any(turn.images for turn in row.turns)), None):
+                raise InputError(f"{shown.source}: holds an image; preferences are read as text only. Remove the row.")
             return self._preferences([row for row in rows if isinstance(row, Conversation)]), self._counts
         return list(itertools.chain(*self._encode(rows))), self._counts
 
     def _encode(self, rows: Sequence[Conversation | Text]) -> Iterator[list[Example]]:
         """Yields the examples of one row at a time: none, one or several."""
         rendered: list[tuple[str, list[AnswerSpan]]] = []
+        shown: list[tuple[StoredImage, ...]] = []
         for row in rows:
+            shown.append(() if isinstance(row, Text) else self.encoder.images_in(row.turns, row.source))
             if isinstance(row, Text):
                 texts = [row.text]
                 rendered.append((row.text, []))
@@ -245,10 +278,13 @@ class RowTokenizer:
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
                 rendered.append(self.template.lay_out(row, needed))
             self._counts.special_token_rows += any(map(self.template.special.search, texts))
-        places = [[(span.header, span.start, span.end) for span in answers] for _, answers in rendered]
-        encoded = self.encoder.encode([text for text, _ in rendered], places)
-        for row, (text, answers), (ids, bounds) in zip(rows, rendered, encoded, strict=True):
-            yield self._example(row, text, answers, ids, bounds)
+        expanded = [
+            self.encoder.expand(text, [(span.header, span.start, span.end) for span in answers], images, row.source)
+            for row, (text, answers), images in zip(rows, rendered, shown, strict=True)
+        ]
+        encoded = self.encoder.encode([text for text, _ in expanded], [places for _, places in expanded])
+        for row, (text, answers), images, (ids, bounds) in zip(rows, rendered, shown, encoded, strict=True):
+            yield self._example(row, text, answers, images, ids, bounds)
 
     def _preferences(self, rows: Sequence[Conversation]) -> list[Example]:
         """A pair is encoded as two rows. It is left out if either of them is."""
@@ -308,7 +344,13 @@ class RowTokenizer:
         return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
 
     def _example(
-        self, row: Conversation | Text, text: str, answers: list[AnswerSpan], ids: list[int], bounds: list[Bounds]
+        self,
+        row: Conversation | Text,
+        text: str,
+        answers: list[AnswerSpan],
+        images: tuple[StoredImage, ...],
+        ids: list[int],
+        bounds: list[Bounds],
     ) -> list[Example]:
         input_ids = self.encoder.with_bos(ids)
         shift = len(input_ids) - len(ids)
@@ -341,7 +383,10 @@ class RowTokenizer:
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
         whole, prompt = np.asarray(input_ids, np.int32), np.asarray(prompt_ids, np.int32)
-        return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference, row.owner), header)
+        if images and self.encoder.images is not None:
+            trained &= self.encoder.images.token_types(whole) == 0
+        about = prompt_text, reference, row.owner
+        return self._fitted(Example(whole, trained, row.source, prompt, *about, images=images), header)
 
     def _fitted(self, whole: Example, header: int) -> list[Example]:
         """The row at the lengths that the recipe allows: itself, shorter, in parts, or nothing.
@@ -366,6 +411,9 @@ class RowTokenizer:
             keep[cut] = asked[cut] = False
         elif is_long and too_long == "cut-end":
             keep[kept[limit:]] = False
+        if whole.images and (is_long or not keep.all()):
+            self._drop(whole, f"longer than data.max_length ({limit}), and images are not cut")
+            return []
         if not keep.all():  # a row that is split or dropped below has lost these too
             counts.truncated_rows += 1
             counts.truncated_tokens += int((~keep).sum())

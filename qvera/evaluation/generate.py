@@ -17,10 +17,12 @@ from transformers import DynamicCache, GenerationMixin
 
 from qvera.adapters import AdaptedForward
 from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
+from qvera.data.images import StoredImage
 from qvera.distributed.zero import any_sharded, is_sharded
 from qvera.evaluation.load import template_of
 from qvera.models import linear, quantization
 from qvera.models.attention import rows_joined
+from qvera.models.forward import image_inputs
 from qvera.models.structure import causal_model, decoder_of, position_limit
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -98,6 +100,7 @@ def generate(
     static_cache: bool = False,
     streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
+    images: Sequence[Sequence[StoredImage]] | None = None,
 ) -> list[str]:
     """Complete each prompt, in batches of similar length, and return the answers alone, in the order of the prompts.
 
@@ -112,6 +115,7 @@ def generate(
             takes a minute for each new batch size, and pays off for many long answers.
         streamer: for one prompt only.
         progress: called after each batch with the number of finished prompts.
+        images: those of each prompt, whose ids have their places (`PromptWriter`).
 
     InputError: a setting is out of its range, or a prompt and its answer need more positions than the model has.
     RunFailed: memory ran out with a single prompt.
@@ -169,6 +173,9 @@ def generate(
                 settings["cache_implementation"] = "static"
             if adapters is not None:
                 settings["adapter_names"] = [adapters[i] for i in rows]
+            if images is not None:
+                shown = [image for i in rows for image in images[i]]
+                settings |= image_inputs(model, [prompts[i] for i in rows], shown, ids.shape[1], left=True)
             most = max_new_tokens if limit is None else min(max_new_tokens, limit - max(len(prompts[i]) for i in rows))
             out = model.generate(
                 input_ids=ids.to(device),
@@ -240,6 +247,13 @@ class PromptWriter:
         return cls(template, Encoder(opened.base.tokenizer), recipe.data.system if recipe is not None else None)
 
     def ids(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids up to where the assistant's answer begins. InputError: the template refuses the turns."""
+        """Token ids up to where the assistant's answer begins, with those of images.
+
+        InputError: the template refuses the turns, or an image can't be read.
+        """
         text, starts = self.template.prompt(turns, tools)
-        return self.encoder.encode_prompt(text, starts)
+        return self.encoder.encode_prompt(text, starts, self.images(turns))
+
+    def images(self, turns: list[Turn]) -> tuple[StoredImage, ...]:
+        """The images of the turns. InputError: the base takes none."""
+        return self.encoder.images_in(turns, "the prompt")

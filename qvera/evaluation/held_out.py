@@ -143,6 +143,7 @@ def answer_rows(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
+        images=[e.images for e in rows],
     )
     return [
         {
@@ -168,7 +169,8 @@ def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list
     prompts: dict[object, EvalPrompt] = {}
     for row, example in enumerate(examples):
         if len(example.prompt_ids):
-            key = example.prompt_ids.tobytes() if group_prompts else row
+            same = example.prompt_ids.tobytes(), *(image.read_bytes() for image in example.images)
+            key = same if group_prompts else row
             references = prompts.setdefault(key, EvalPrompt(example, [])).references
             if example.reference is not None and example.reference not in references:
                 references.append(example.reference)
@@ -206,6 +208,7 @@ def score_model(
             max_new_tokens=max_new_tokens,
             batch_size=settings.answer_batch_size,
             progress=lambda done: say(f"answering, {done} of {len(prompts)} prompts"),
+            images=[example.images for example, _ in prompts],
         )
     rows: list[dict[str, Any]] = [
         {

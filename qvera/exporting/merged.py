@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from qvera.adapters.files.adapter_file import require_tokens
 from qvera.config.schema import ExportSection, ModelSection
+from qvera.data.images import images_of
 from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import PackedBaseReader, TrainedBaseReader, one_thread_each, open_adapter_on_base
 from qvera.exporting.deltas import TokenTable, token_tables
@@ -32,7 +33,7 @@ from qvera.models.safetensors_stream import (
     write_index,
     write_shard,
 )
-from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_processor
+from qvera.models.tokenizer import ADDED_ROWS, copy_processor, ids_of, load_processor
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
@@ -305,6 +306,8 @@ def export_merged(
             with disk_errors(f"{out}", told(_KEPT)):
                 write_index(out, shards)
                 place_files(out, merging.tokenizer.save_pretrained)
+                if images_of(merging.tokenizer) is not None:
+                    place_files(out, functools.partial(copy_processor, section))
                 if (merging.base.directory / "generation_config.json").is_file():
                     generation = GenerationConfig.from_pretrained(merging.base.directory)
                     if section.eos_token is not None:

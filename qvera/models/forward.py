@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from qvera.data import Example, collate, collate_prefix_once
+from qvera.data.images import ImageTextProcessor, StoredImage
 from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.zero import gathered
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
-from qvera.models.structure import causal_model, decoder_of
+from qvera.models.structure import causal_model, decoder_of, image_model
+from qvera.utils import accelerator
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +58,34 @@ def make_batch(
         batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
     elif sees is None and (mask := open_mask(implementation, batch["input_ids"])) is not None:
         batch["attention_mask"] = mask
-    return batch
+    images = [image for example in examples for image in example.images]
+    ids = [example.input_ids for example in examples]
+    return batch | image_inputs(model, ids, images, batch["input_ids"].shape[1])
+
+
+def image_inputs(
+    model: nn.Module, ids: Sequence[Any], images: Sequence[StoredImage], tokens: int, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """What a model takes of the images of a batch beside the ids, on its device; {} if there are none.
+
+    These are pixel values and sizes as its processor makes them, and where the model asks for it, which tokens are an
+    image's, int64 [B, tokens].
+
+    Args:
+        ids: of each row, without padding. ``left``: that is on the left.
+        images: of all rows, in order.
+    """
+    if not images or not isinstance(processor := images[0].processor, ImageTextProcessor):
+        return {}
+    arrays = {name: value.numpy() for name, value in processor.inputs(images).items()}
+    taken = inspect.signature(image_model(model).forward).parameters
+    for name in {"token_type_ids", "mm_token_type_ids"} & taken.keys():
+        arrays[name] = np.zeros((len(ids), tokens), np.int64)
+        for row, own in zip(arrays[name], ids, strict=True):
+            row[tokens - len(own) if left else 0 :][: len(own)] = processor.token_types(np.asarray(own))
+    dtype = linear.embedding_dtype(causal_model(model).get_input_embeddings())
+    found = accelerator.tensors_on(next(model.parameters()).device, arrays)
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in found.items()}
 
 
 def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
@@ -69,6 +100,8 @@ def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
 def hidden_states(model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None) -> torch.Tensor:
     """The decoder's last hidden states [B, T, hidden], after its norm. ``decoder`` may be a DeepSpeed engine."""
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "trained")}
+    if "pixel_values" in batch:
+        decoder = image_model(model)
     return (decoder or decoder_of(causal_model(model)))(**inputs, use_cache=False).last_hidden_state
 
 

@@ -27,7 +27,7 @@ from qvera.models.loss import require_own_logits
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
 from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.models.structure import beside_the_layers, routers
-from qvera.models.tokenizer import ids_of, load_processor, load_text_image_processor, place_token_rows
+from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
@@ -56,8 +56,6 @@ class Base:
     """Read back from the loaded modules (`_read_back`)."""
     adapted: PeftModel | None = None
     """The model with the adapters of `qvera.adapters.shared_model.add_adapter`."""
-    processor: Any | None = None
-    """That of a language model that takes images (`load_text_image_processor`)."""
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -139,8 +137,7 @@ def load_base(
     if (streamed := stream.facts_of(model)) is not None:
         facts["streamed"] = streamed
     facts["fingerprint"] = fingerprint_of(section)
-    takes_images = model_class.of_published(config.architectures).takes_images
-    return Base(model, tokenizer, facts, processor=load_text_image_processor(section) if takes_images else None)
+    return Base(model, tokenizer, facts)
 
 
 def _load_mapped(

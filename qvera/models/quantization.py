@@ -47,8 +47,13 @@ bnb_functional = bnb.functional
 
 
 def kept_dense(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
-    """Patterns of the linears that are not quantized: heads, and routers if the model has any."""
-    if not (found := routers(model)):
+    """Patterns of the linears that are not quantized: heads, routers, and those that read an image's patches.
+
+    The last cast pixels to the dtype of their weight, which is not that of a packed one.
+    """
+    found = routers(model)
+    found |= {n for n, module in model.named_modules() if isinstance(module, nn.Linear) and "patch_embed" in n}
+    if not found:
         return list(heads)
     output = model.get_output_embeddings()
     heads = heads or [name for name, module in model.named_modules() if module is output]

@@ -39,6 +39,11 @@ def decoder_of(model: Any) -> Any:
     return found
 
 
+def image_model(model: PreTrainedModel | PeftModel) -> Any:
+    """The part of a model that takes images among text, and calls its decoder with their features in their places."""
+    return causal_model(model).base_model
+
+
 def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
     """What a pass calls: the decoder, whose head the loss applies by chunks, or a model with a head of its own."""
     inner = causal_model(model)

@@ -8,7 +8,9 @@ mean itself, usual for trained rows, won't do: a head row within the others' con
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from qvera.config.schema import ModelSection
-from qvera.data.images import ImageProcessor, require_pillow
-from qvera.models.hub import require_model_files
-from qvera.models.model_class import ModelClass, load_config
+from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
+from qvera.models.hub import base_directory, require_model_files
+from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import save_tensors
@@ -40,6 +43,10 @@ ADDED_ROWS = "added_tokens.safetensors"
 PLACED = "qvera_added_tokens"
 """The attribute of a model with the tokens that have rows: token → id."""
 PROCESSOR_FILE = "preprocessor_config.json"
+_PROCESSOR_FILES = (PROCESSOR_FILE, "processor_config.json", "video_preprocessor_config.json")
+IMAGE_TYPES = ("gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "lfm2_vl")
+"""Model types whose rows may hold images among text; each is tested. Others are trained on text."""
+_PROCESSORS: Any = PROCESSOR_MAPPING_NAMES
 _BLOCK_ROWS = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
@@ -52,9 +59,9 @@ def load_processor(section: ModelSection, model_class: ModelClass) -> Processor:
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises InputError if there is none, or if it has a token that the section adds."""
     require_model_files(resolve_path(section.path))
-    if Path(resolve_path(section.path)).is_dir():
-        with contextlib.suppress(OSError, ValueError, KeyError, ImportError):  # of a model, not of its tokenizer
-            load_config(section)  # AutoTokenizer reads it too, and answers impossible sizes with errors of its own kind
+    config = None
+    with contextlib.suppress(OSError, ValueError, KeyError, ImportError):  # of a model, not of its tokenizer
+        config = load_config(section)  # AutoTokenizer answers impossible sizes with errors of its own kind
     name = resolve_path(section.tokenizer or section.path)
     revision = None if section.tokenizer else section.revision
     try:
@@ -68,7 +75,48 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             "tokenizer.json or tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
+    published = CAUSAL_LM.of_published(getattr(config, "architectures", None))
+    if config is not None and published.takes_images and config.model_type in IMAGE_TYPES:
+        give_images(tokenizer, ImageTextProcessor(functools.partial(load_image_text_processor, section, tokenizer)))
+        if tokenizer.chat_template is None:  # older repositories have it in a file of the processor
+            with contextlib.suppress(OSError, ValueError):
+                tree, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
+                tokenizer.chat_template = tree.get("chat_template")
     return tokenizer
+
+
+def load_image_text_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    """What a published model makes images among text with, on Pillow where transformers can.
+
+    Raises InputError: there is none, or a package that it needs is missing.
+    """
+    require_pillow()
+    name = resolve_path(section.path)
+    options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        tree, _ = ProcessorMixin.get_processor_dict(name, revision=section.revision)
+        name_of_class = tree.get("processor_class") or _PROCESSORS[load_config(section).model_type]
+        kind: Any = processor_class_from_name(name_of_class)
+        # without its parts for videos and sounds, so that it needs no torchvision
+        unchecked: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+        images = AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+        parts = {"image_processor": images, "tokenizer": tokenizer}
+        processor = unchecked.from_args_and_dict([parts.get(part) for part in kind.get_attributes()], tree)
+        processor.__class__ = kind  # which can be pickled
+        return processor
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, HFValidationError) as error:
+        raise InputError(
+            f"model.path: the processor of {name!r} can't be loaded, so rows can't hold images ({first_line(error)}). "
+            f"Expected {PROCESSOR_FILE} or processor_config.json beside the weights, and the packages it needs "
+            "(torchvision for LFM2-VL, num2words for SmolVLM)."
+        ) from None
+
+
+def copy_processor(section: ModelSection, directory: Path) -> None:
+    """Copy the files of a base's processor of images into a checkpoint that is made from it."""
+    for name in _PROCESSOR_FILES:
+        if (file := base_directory(section) / name).is_file():
+            shutil.copyfile(file, directory / name)
 
 
 def add_tokens(
@@ -213,17 +261,6 @@ def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) 
             if hasattr(owner, "vocab_size"):
                 owner.vocab_size = needed
     setattr(model, PLACED, dict(ids))
-
-
-def load_text_image_processor(section: ModelSection) -> Any | None:
-    """transformers' processor of a language model that takes images: of text and images to ids and pixel values.
-
-    None where the model has no files of one, or a package that it needs is missing: the model still takes text.
-    """
-    name, options = resolve_path(section.path), {"revision": section.revision, "backend": "pil"}
-    with contextlib.suppress(OSError, ValueError, KeyError, ImportError, AttributeError, HFValidationError):
-        return AutoProcessor.from_pretrained(name, trust_remote_code=section.trust_remote_code, **options)
-    return None
 
 
 def load_image_processor(section: ModelSection) -> ImageProcessor:

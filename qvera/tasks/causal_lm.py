@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvera.data import IGNORED, collate
+from qvera.data import IGNORED
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero import any_sharded
 from qvera.evaluation import held_out
@@ -70,7 +70,7 @@ class CausalLM(Task):
     def logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(rows, pad_id, next(model.parameters()).device)
+        batch = forward.make_batch(model, rows, pad_id, prefix_once=False)
         hidden, targets = forward.hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:]
         trained, head = targets != IGNORED, Head.of(causal_model(model))
         return head.logits(head.module(hidden[trained]).float()).cpu(), targets[trained].cpu()

@@ -187,7 +187,7 @@ class ImageClassification(Classification):
         if data.augment == "none":
             return row
         assert row.image is not None
-        return dataclasses.replace(row, image=row.image.drawn(Draw(data.seed, step, number)))
+        return dataclasses.replace(row, images=(row.image.drawn(Draw(data.seed, step, number)),))
 
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None

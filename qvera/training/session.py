@@ -102,6 +102,8 @@ class TrainingSession:
             datasets = build_datasets(recipe.data, tokenizer, console)
             if not datasets.train:
                 raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
+            if self.zero is not None and self.zero.shards_base and datasets.train.has_images:
+                raise InputError("deepspeed: ZeRO-3 takes no rows with images. Use zero1, zero2 or none.")
             if preview:
                 print_preflight(datasets, tokenizer, console)
                 return datasets

@@ -44,11 +44,13 @@ def test_detection(fields: dict[str, Any], name: str, unused: list[str]) -> None
     assert {*get_args(DataSection.model_fields["format"].annotation)} == {"auto", *FORMATS}, "a recipe takes every one"
 
 
-def test_rows_of_text_with_pictures_beside_them_are_refused() -> None:
-    row = {"messages": [{"role": "user", "content": "<image>What is it?"}], "images": ["cat.png"]}
-    with pytest.raises(InputError, match="f:1: the column 'images' is not read: rows of format messages are text"):
+def test_rows_of_text_with_videos_or_pictures_beside_them_are_refused() -> None:
+    row = {"messages": [{"role": "user", "content": "What is it?"}], "videos": ["cat.mp4"]}
+    with pytest.raises(InputError, match="f:1: the column 'videos' is not read: rows of format messages are text"):
         detect_format(RawRow(row, "f:1"))
-    assert detect_format(RawRow({**row, "images": []}, "f:1")).unused == ["images"]
+    assert detect_format(RawRow({**row, "videos": []}, "f:1")).unused == ["videos"]
+    with pytest.raises(InputError, match="f:1: the column 'images' is not read: rows of format text are text"):
+        detect_format(RawRow({"text": "a cat", "images": ["cat.png"]}, "f:1"))
 
 
 def test_every_format_becomes_the_same_conversation() -> None:
@@ -129,7 +131,11 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"messages": [{"role": None, "content": "x"}]}, {}, "unknown role None"),
         ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\]\.content must be text, got null"),
         ({"messages": [{"role": "user", "content": 3.5}]}, {}, r"content must be text, got a number .3\.5"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}, "'image_url'; only text parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            {},
+            "'input_audio'; only texts and images",
+        ),
         ({"conversations": [{"from": "human"}]}, {}, r"conversations\[0\] has no 'value'"),
         ({"messages": [{**USER, "weight": 1}]}, {}, "only assistant turns can be trained; this is a user turn"),
         ({"messages": [{**ASSISTANT, "weight": 0.5}]}, {}, "weight must be 0 or 1"),

@@ -179,12 +179,12 @@ def preview_page(
         edges = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.input_ids)]
         return [(decode(row.input_ids[start:end].tolist()), bool(row.trained[start])) for start, end in pairwise(edges)]
 
-    def shown(word: str, row: Example) -> tuple[str, int, str, list[tuple[str, bool]], str]:
+    def shown(word: str, row: Example) -> tuple[str, int, str, list[tuple[str, bool]], list[str]]:
         source = row.source if word == "trained" else f"{row.source}, {word}"
         targets = f"label: {row.reference}" if row.is_labelled else f"{count(int(row.trained.sum()))} trained"
-        if row.image is not None:
-            return source, len(row.input_ids), targets, [], thumbnail_uri(row.image.open())
-        return source, len(row.input_ids), targets, stretches(row), ""
+        thumbnails = [thumbnail_uri(image.open()) for image in row.images]
+        is_text = not (row.images and row.is_labelled)
+        return source, len(row.input_ids), targets, stretches(row) if is_text else [], thumbnails
 
     mixture = [
         (each.path, f"{count(each.taken)} ({count(each.rows)} rows, weight {each.weight:g}). {each.layout}")

@@ -1,0 +1,119 @@
+"""Models that take images among text: loss and gradients against their published classes in fp64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import qvera
+from qvera.adapters.files.save_load import attach
+from qvera.adapters.layer import adapted_layers
+from qvera.config.schema import AdapterSection, DataSection, ModelSection
+from qvera.data import build_datasets
+from qvera.data.conversations import read_prompts
+from qvera.data.images import images_of
+from qvera.evaluation.load import open_run
+from qvera.models import forward
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import load_base
+from qvera.models.tokenizer import load_tokenizer
+from qvera.training.trainer import train
+from tests.adapters.helpers import perturb
+from tests.image_text import IMAGE_FAMILIES, given_by_processor, image_rows
+from tests.models.experts import dense_twin, published
+from tests.training.runs import cut_off
+
+_FAST = ("gemma3", "qwen2_5_vl", "qwen3_5")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in _FAST else pytest.mark.matrix) for n in IMAGE_FAMILIES]
+)
+def test_loss_and_gradients_are_those_of_the_published_class(name: str, tmp_path: Path) -> None:
+    """Rows of one image, of two, of none and of another size, in one batch and each alone, in 4 bits."""
+    for package in IMAGE_FAMILIES[name].needs:
+        pytest.importorskip(package)
+    directory = IMAGE_FAMILIES[name].write(tmp_path)
+    section = ModelSection(path=str(directory), compute_dtype="float32")
+    base = load_base(section)
+    file = image_rows(tmp_path)
+    datasets = build_datasets(DataSection(path=str(file), max_length=512), base.tokenizer)
+    model = perturb(attach(base.model, AdapterSection(rank=4), section.path))
+    twin, leaves = dense_twin(model, directory)
+    images = images_of(base.tokenizer)
+    assert images is not None
+    expected = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    for given, example in zip(given_by_processor(images.processor, file), datasets.train, strict=True):
+        labels = torch.where(torch.from_numpy(example.trained.copy()), given["input_ids"], -100)
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+        count = int(example.trained.sum())
+        expected = expected + twin(**wide, labels=labels).loss * count
+        tokens += count
+    expected.backward()
+    wanted = {(layer, kind): v.grad for layer, vectors in leaves.items() for kind, v in vectors.items()}
+    for checkpointing in (False, True):
+        enable_checkpointing(model, checkpointing)
+        model.train()
+        for rows in ([*datasets.train], *([row] for row in datasets.train)):
+            batch = forward.make_batch(model, rows, datasets.pad_id)
+            assert ("pixel_values" in batch) == any(row.images for row in rows)
+            loss, counted = forward.batch_nll(model, batch, 16)
+            if len(rows) > 1:
+                torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+                assert counted == tokens
+            loss.backward()
+        for layer in adapted_layers(model):
+            for kind, vector in layer.vectors("default").items():
+                found = vector.grad.double() / 2  # all together, and each alone
+                torch.testing.assert_close(found, wanted[layer.spec.name, kind], rtol=2e-4, atol=2e-5)
+                vector.grad = None
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "qwen3_vl" else pytest.mark.matrix) for n in IMAGE_FAMILIES]
+)
+def test_a_run_on_images_resumes_to_the_same_bytes_and_its_exports_answer_alike(
+    name: str, make_recipe: Any, tmp_path: Path
+) -> None:
+    for package in IMAGE_FAMILIES[name].needs:
+        pytest.importorskip(package)
+    base, rows = IMAGE_FAMILIES[name].write(tmp_path / "base"), tmp_path / "rows"
+    rows.mkdir()
+    file = image_rows(rows, 12)
+    recipe = make_recipe(
+        model={"path": str(base), "quantization": "none"},
+        data={"path": str(file), "max_length": 256},
+        training={"max_steps": 2, "save_steps": 1, "exact_match_rows": 2, "sample_count": 2},
+    )
+    train(recipe, tmp_path / "run")
+    train(recipe, cut_off(tmp_path / "run", tmp_path / "cut", after=1), resume=True)
+    written = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "cut")]
+    assert written[0] == written[1]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
+    scored = qvera.evaluate(tmp_path / "run")
+    assert scored["scores"]["loss"] == pytest.approx(run["result"]["eval_after"]["loss"], rel=1e-5)
+    prompts = read_prompts(file, DataSection(path=str(file)))
+    answers = qvera.generate(tmp_path / "run", prompts, max_new_tokens=6)
+    alone = [qvera.generate(tmp_path / "run", [prompt], max_new_tokens=6)[0] for prompt in prompts[:3]]
+    assert answers[:3] == alone, "padding and the images of other rows change no answer"
+
+    qvera.export(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    assert qvera.generate(tmp_path / "merged", prompts, max_new_tokens=6) == answers
+    qvera.export(tmp_path / "run", tmp_path / "lora", to="lora", dtype="float32")
+    images = images_of(load_tokenizer(ModelSection(path=str(tmp_path / "merged"))))
+    assert images is not None, "the export has the base's processor"
+    merged, plain = published(tmp_path / "merged"), published(base)
+    stock = PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
+    opened = open_run(tmp_path / "run")
+    for given in given_by_processor(images.processor, file)[:3]:
+        with torch.no_grad():
+            wanted = opened.model(**given).logits
+            torch.testing.assert_close(merged(**given).logits, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(stock(**given).logits, wanted, rtol=1e-4, atol=1e-4)
