@@ -92,6 +92,7 @@ class Conversation:
     owner: str | None = None
     rejected: Turn | None = None  # the worse answer of a pair; the last turn is the better one
     desirable: bool | None = None  # whether a single judged answer is a good one
+    about: str | None = None  # of a prompt [its last text, the raw row] as JSON; the last turn then is a mere place
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     columns = columns or {}
     if format in LABELLED:
         columns = {**_usual_columns(row, format, columns), **columns}
+    elif format == "prompt" and "prompt" not in row.fields and "messages" in row.fields:
+        columns = {"prompt": "messages", **columns}
     known = sorted({name for kind in FORMATS.values() for name in kind.fields})
     found = ", ".join(map(str, row.fields)) or "none"
     for ours, theirs in columns.items():
@@ -167,7 +170,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     for ours in columns:
         if ours not in read:
             raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.")
-    unused = [str(name) for name in row.fields if name not in read.values()]
+    # of a prompt, all of it is handed to the reward
+    unused = [str(name) for name in row.fields if name not in read.values() and format != "prompt"]
     if shown := next((name for name in unused if name in _MEDIA and row.fields[name]), None):
         raise InputError(
             f"{row.source}: the column {shown!r} is not read: rows of format {format} are text, and a model would "
@@ -496,6 +500,20 @@ def _parse_preference(cells: _Cells) -> Conversation:
     return replace(found, desirable=word in (True, "true", "1"))
 
 
+def _parse_prompt(cells: _Cells) -> Conversation:
+    """A prompt that training answers by itself. Answers at its end are left out."""
+    turns = cells.turns("prompt") if cells.is_messages("prompt") else [Turn("user", cells.text("prompt"))]
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns or turns[-1].role == "system":
+        raise InputError(f"{cells.where('prompt')} must end with a turn that asks for an answer, such as a user's.")
+    if any(turn.images for turn in turns):
+        raise InputError(f"{cells.where('prompt')} holds an image; rewards are of answers to text only. Remove it.")
+    about = json.dumps([turns[-1].content, cells.row.fields], ensure_ascii=False, default=str)
+    turns = [*cells.with_system(turns), Turn("assistant", "-")]
+    return Conversation(turns, cells.row.source, cells.tools(), cells.row.owner, about=about)
+
+
 # --- rows with a label
 
 
@@ -545,8 +563,8 @@ _SHOWN = (*_CHAT, "images")
 class Format:
     """What a row of one format looks like, and how it is read."""
 
-    trains: Literal["answers", "texts", "labels", "preferences"]
-    """The last two are read only if the recipe's task or objective asks for them."""
+    trains: Literal["answers", "texts", "labels", "preferences", "prompts"]
+    """The last three are read only if the recipe's task or objective asks for them."""
     required: tuple[str, ...]  # fields that every row must have
     optional: tuple[str, ...]  # fields that it may have
     parse: Callable[[_Cells], Parsed]
@@ -566,6 +584,7 @@ FORMATS = {
     "classification": Format("labels", ("text", "label"), ("text_pair",), _parse_classification),
     "image": Format("labels", ("image", "label"), (), _parse_image),
     "preference": Format("preferences", ("chosen", "rejected"), ("prompt", *_CHAT), _parse_preference),
+    "prompt": Format("prompts", ("prompt",), _CHAT, _parse_prompt),
     "unpaired-preference": Format("preferences", ("prompt", "completion", "label"), _CHAT, _parse_preference),
 }
 """All data formats, in the order in which they are looked for. The recipe's ``data.format`` takes these names."""

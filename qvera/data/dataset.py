@@ -78,6 +78,8 @@ class DataStats(RowCounts):
     @property
     def targets_text(self) -> str:
         """What the loss covers, for messages."""
+        if "prompt" in self.format.split(", "):
+            return "the model answers them while it is trained"
         if self.labels is None:
             return f"the loss covers {self.trained_tokens:,} of {self.tokens:,} tokens"
         if self.labels.is_regression:

@@ -59,6 +59,7 @@ SCHEMA = pa.schema(
         ("images", pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))),
         ("rejected_ids", pa.list_(pa.int32())),
         ("desirable", pa.bool_()),
+        ("about", pa.string()),
     ]
 )
 _BATCH_ROWS = 4096
@@ -80,6 +81,7 @@ class Example:
     rejected_ids: np.ndarray | None = None  # int32 [R]: a pair's worse answer; the trained tokens are the better one
     desirable: bool | None = None  # whether a single judged answer is a good one
     images: tuple[StoredImage, ...] = ()  # of a labelled image the one, else those that stand among the text
+    about: str | None = None  # of a row that is a prompt: [its last text, the raw row] as JSON
 
     @property
     def image(self) -> StoredImage | None:
@@ -175,6 +177,7 @@ class Rows(Sequence[Example]):
         ids_hash, mask_hash: uint64 [n].
         part_of: int64 [n], the number of each row's part (`plugins.Schedule.divide`), or None.
         processor: makes the pixel values of images; None if there are none.
+        answer_tokens: of prompts, how many tokens an answer may have, which rows count as their own; see `ask`.
     """
 
     def __init__(self, table: pa.Table | None = None) -> None:
@@ -183,6 +186,7 @@ class Rows(Sequence[Example]):
         self.part_of: np.ndarray | None = None
         self.processor: ImageProcessor | ImageTextProcessor | None = None
         self._max_tokens: int | None = None
+        self.answer_tokens = 0
         self.trained_tokens, self.ids_hash, self.mask_hash = (
             self.table[name].to_numpy() for name in ("trained_tokens", "ids_hash", "mask_hash")
         )
@@ -211,9 +215,12 @@ class Rows(Sequence[Example]):
         if self.chosen is not None:
             number = int(self.chosen[number])
         ids, trained, prompt_ids = (
-            self.table[name][number].values.to_numpy()[: self._max_tokens]
-            for name in ("input_ids", "trained", "prompt_ids")
+            self.table[name][number].values.to_numpy() for name in ("input_ids", "trained", "prompt_ids")
         )
+        if self.answer_tokens:
+            ids = np.append(prompt_ids, np.zeros(self.answer_tokens, np.int32))
+            trained = (np.arange(len(ids)) >= len(prompt_ids)).view(np.uint8)
+        ids, trained, prompt_ids = (values[: self._max_tokens] for values in (ids, trained, prompt_ids))
         source, prompt_text, reference, owner, pair_start, desirable = (
             self.table[name][number].as_py()
             for name in ("source", "prompt_text", "reference", "owner", "pair_start", "desirable")
@@ -230,13 +237,20 @@ class Rows(Sequence[Example]):
             if rejected_ids is not None:
                 start = int(np.argmax(trained)) if trained.any() else len(trained)
                 rejected_ids = rejected_ids[: max(1, self._max_tokens - start)]
-        about = prompt_text, reference, owner, pair_start
-        return Example(ids, trained.view(bool), source, prompt_ids, *about, rejected_ids, desirable, images)
+        of_row = prompt_text, reference, owner, pair_start
+        about = self.table["about"][number].as_py()
+        return Example(ids, trained.view(bool), source, prompt_ids, *of_row, rejected_ids, desirable, images, about)
 
     @property
     def has_images(self) -> bool:
         """Whether any row of the table holds an image."""
         return bool(pc.any(pc.greater(pc.list_value_length(self.table["images"]), 0)).as_py())
+
+    def ask(self, answer_tokens: int) -> None:
+        """Let each row, a prompt, stand for its longest answer too, whose tokens are 0 until it is given."""
+        self.answer_tokens, prompts = answer_tokens, pc.list_value_length(self.table["prompt_ids"]).to_numpy()
+        self.lengths = self.all_tokens = (prompts if self.chosen is None else prompts[self.chosen]) + answer_tokens
+        self.trained_tokens = np.full_like(self.lengths, answer_tokens)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""

@@ -72,12 +72,13 @@ class Batches:
     seed: int = 0
     shuffle: bool = True  # see `order`
     by_length: bool = False  # see `grouped`
+    repeats: int = 1  # so many steps in a row have the same rows
     _last: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     @property
     def per_epoch(self) -> int:
         """Optimizer steps of one pass over the rows."""
-        return steps_per_epoch(len(self.lengths), self.global_batch_size)
+        return steps_per_epoch(len(self.lengths), self.global_batch_size) * self.repeats
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """The rows of one epoch in training order, int64 [n]."""
@@ -94,7 +95,7 @@ class Batches:
         Each epoch has every row once. A batch never mixes two epochs, so the last one of an epoch may be short.
         """
         epoch, position = divmod(step, self.per_epoch)
-        start = position * self.global_batch_size
+        start = position // self.repeats * self.global_batch_size
         return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
 
     def stretches(self, steps: int) -> Iterator[Sequence[Sequence[int]]]:
@@ -104,7 +105,8 @@ class Batches:
         """
         size = self.global_batch_size
         for epoch in range(-(-steps // self.per_epoch)):
-            chosen = self.epoch_order(epoch)[: (steps - epoch * self.per_epoch) * size].tolist()
+            left = -(-(steps - epoch * self.per_epoch) // self.repeats)
+            chosen = self.epoch_order(epoch)[: left * size].tolist()
             # without packing a global batch is a multiple of a forward pass, so an epoch can be cut as a whole
             yield [chosen] if self.pack_tokens is None else list(microbatches(chosen, size))
             if not self.shuffle:
@@ -158,6 +160,7 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
     pack_tokens = data.max_length if data.packing else None
     common: dict[str, Any] = {"pack_tokens": pack_tokens, "seed": data.seed, "shuffle": data.shuffle}
+    common["repeats"] = training.updates_per_answers
     for schedule in plugins.schedules_of(data=data, training=training):
         if (batches := schedule.batches(recipe, rows, sizes, common)) is not None:
             return batches
@@ -167,5 +170,5 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
 def planned_steps(recipe: Recipe, rows: int) -> int:
     """Optimizer steps of a run over that many training rows."""
     training = recipe.training
-    per_epoch = steps_per_epoch(rows, training.global_batch_size)
+    per_epoch = steps_per_epoch(rows, training.global_batch_size) * training.updates_per_answers
     return training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)

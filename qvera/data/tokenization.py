@@ -374,7 +374,7 @@ class RowTokenizer:
                     trained[start:end] = False
                 if answer.turn == last:
                     prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
-                    reference = row.turns[last].content
+                    reference = row.turns[last].content if row.about is None else None
         if append_eos:
             assert self.encoder.eos_id is not None  # rows with answers ask for one
             input_ids = [*input_ids, self.encoder.eos_id]
@@ -385,8 +385,10 @@ class RowTokenizer:
         whole, prompt = np.asarray(input_ids, np.int32), np.asarray(prompt_ids, np.int32)
         if images and self.encoder.images is not None:
             trained &= self.encoder.images.token_types(whole) == 0
-        about = prompt_text, reference, row.owner
-        return self._fitted(Example(whole, trained, row.source, prompt, *about, images=images), header)
+        of_row = prompt_text, reference, row.owner
+        about = None if isinstance(row, Text) else row.about
+        example = Example(whole, trained, row.source, prompt, *of_row, images=images, about=about)
+        return self._fitted(example, header)
 
     def _fitted(self, whole: Example, header: int) -> list[Example]:
         """The row at the lengths that the recipe allows: itself, shorter, in parts, or nothing.

@@ -90,6 +90,16 @@ def generate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    **settings: Any,
+) -> list[str]:
+    """The answers of `generate_tokens`, which takes the same, as texts without special tokens."""
+    return tokenizer.batch_decode(generate_tokens(model, tokenizer, prompts, **settings), skip_special_tokens=True)
+
+
+def generate_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
@@ -101,8 +111,10 @@ def generate(
     streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
     images: Sequence[Sequence[StoredImage]] | None = None,
-) -> list[str]:
+) -> list[list[int]]:
     """Complete each prompt, in batches of similar length, and return the answers alone, in the order of the prompts.
+
+    An answer has the token that ends it, if any does.
 
     Where memory runs out, batches are halved. This changes sampled answers, and greedy ones only by rounding.
 
@@ -145,7 +157,7 @@ def generate(
     ends = end_tokens(model, tokenizer)
     # Under ZeRO-3 a rank whose answers have ended goes on, because the others still need its shards.
     together = any_sharded(model)
-    answers: dict[int, str] = {}
+    answers: dict[int, list[int]] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     # sampling must not move the training run's random state
     forked = accelerator.forked_random_state()
@@ -159,7 +171,7 @@ def generate(
             shared_ids = torch.tensor([prompts[0][:prefix]], device=device)
             decoder_of(causal_model(model))(input_ids=shared_ids, use_cache=True, **{CACHE_ARGUMENT: cache})
 
-        def answer(rows: list[int]) -> list[str]:
+        def answer(rows: list[int]) -> list[list[int]]:
             # padded on the left, so that every answer starts in the same column, and behind what all prompts share
             ids = padded([prompts[i][prefix:] for i in rows], pad)
             mask = padded([[1] * (len(prompts[i]) - prefix) for i in rows], 0)
@@ -187,12 +199,12 @@ def generate(
                 synced_gpus=together,
                 **settings,
             )
-            return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            return [_ended(row, ends) for row in out[:, ids.shape[1] :].tolist()]
 
         batches = microbatches(by_length, batch_size)
         advice = "Lower the number of new tokens, or shorten the prompt."
-        for rows, texts in each_in_halves(batches, answer, device, "prompts", advice, together):
-            answers.update(zip(rows, texts, strict=True))
+        for rows, found in each_in_halves(batches, answer, device, "prompts", advice, together):
+            answers.update(zip(rows, found, strict=True))
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
@@ -204,6 +216,13 @@ CACHE_ARGUMENT = (
     else "past_key_values"
 )
 """The name of the argument that takes a KV cache. transformers 5.x renames it, and warns of the old name."""
+
+
+def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """An answer without the padding behind its end."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
+
 
 _WORTH_TOKENS = 16  # a shorter common prefix is not computed separately, because that takes a forward pass of its own
 

@@ -162,7 +162,8 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
             recipe.training,
             max_new_tokens=recipe.training.sample_max_new_tokens,
         )
-    kept = ("loss", "rows", "trained_tokens", "exact_match", "scored_rows", "accuracy", "pearson", "rewards/margins")
+    kept = ["loss", "rows", "trained_tokens", "exact_match", "scored_rows", "accuracy", "pearson"]
+    kept += ["reward", "rewards/margins"]
     return {key: scores[key] for key in kept if key in scores}
 
 

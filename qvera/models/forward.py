@@ -15,7 +15,7 @@ from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.zero import gathered
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
-from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
+from qvera.models.loss import Head, Weigh, fused_linear_cross_entropy, row_cross_entropy, target_loss
 from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.utils import accelerator
 
@@ -119,6 +119,27 @@ def batch_nll(
         return fused_linear_cross_entropy(
             hidden, batch["labels"], head, chunk_tokens, expected_grad, trained, label_smoothing
         )
+
+
+def weighed_loss(
+    model: nn.Module,
+    batch: dict[str, Any],
+    chunk_tokens: int,
+    weigh: Weigh,
+    decoder: Callable[..., Any] | None = None,
+    expected_grad: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``weigh`` makes of the trained tokens' log-probabilities, summed (scalar), and these [n, 1], row after row.
+
+    They are those of softmax(logits / temperature).
+    """
+    hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch["trained"]
+    head = head._replace(scale=head.scale / temperature)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+    targets = batch["labels"].reshape(-1, 1).index_select(0, trained + 1)
+    with gathered(head.module.parameters(recurse=False)):
+        return target_loss(rows, targets, head, chunk_tokens, weigh, expected_grad)
 
 
 def row_nll(

@@ -5,7 +5,8 @@ The head is frozen, so forward computes the gradient in the hidden states chunk 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 BLOCK_ELEMENTS = 2**25
 """Weights cast at a time of a head in another dtype than the product's: 134 MB in fp32."""
+Weigh: TypeAlias = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+"""Log-probabilities [k, K] of the targets at some places → the loss of each [k, K], and w = -∂loss/∂logprob [k, K]."""
 
 
 class Head(NamedTuple):
@@ -115,46 +118,50 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         head: Head,
         chunk_tokens: int,
         expected_grad: torch.Tensor | None,
-        weights: torch.Tensor | None,
+        weigh: Weigh | None,
         smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, reused=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         tokens = len(labels)
-        nll = total.new_empty(tokens)
+        nll = total.new_empty(labels.shape)
         if rounds_lengths(hidden.dtype, hidden.device.type):
             # pad the last chunk with rows that neither count nor get a gradient
             last = tokens % chunk_tokens
             hidden = F.pad(hidden, (0, 0, 0, min(round_up_length(last), chunk_tokens) - last if last else 0))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         for start in range(0, tokens, chunk_tokens):
-            h, y = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens].unsqueeze(1)
+            part = slice(start, min(start + chunk_tokens, tokens))
+            h, y = hidden[start : start + chunk_tokens], labels[part]
             padded = head.logits(blocked_linear(h, blocks, bias).to(total.dtype))
             logits = padded[: len(y)]
             slope = None  # of the softcap's tanh, computed before the logits are overwritten
             if head.softcap is not None and grad is not None:
                 slope = 1.0 - (logits / head.softcap).square()
             normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-            own = torch.sub(normalizer, logits.gather(1, y), out=nll[start : start + chunk_tokens].unsqueeze(1))
+            own = torch.sub(normalizer, logits.gather(1, y), out=nll[part])
             if smoothing:  # the target has 1 - ε of the probability, and every token of the vocabulary ε / V
                 own.lerp_(normalizer - logits.mean(dim=1, keepdim=True), smoothing)
-            weight = None if weights is None else weights[start : start + chunk_tokens].unsqueeze(1)
-            total += (own if weight is None else own * weight).sum()
+            loss, weight = (own, None) if weigh is None else weigh(-own, part)
+            total += loss.sum()
             if grad is not None:
-                # ∂nll/∂logits = softmax(logits) - (1 - ε) onehot(label) - ε / V, written over the logits
+                # ∂loss/∂logits = w (softmax(logits) - (1 - ε) onehot(label) - ε / V), summed over the targets of a
+                # token, and written over the logits
                 logits.sub_(normalizer).exp_()
-                logits.scatter_add_(1, y, logits.new_full((1, 1), smoothing - 1.0).expand_as(y))
                 if smoothing:
                     logits -= smoothing / logits.shape[1]
+                if weight is None:
+                    weight = logits.new_ones((1, 1)).expand_as(y)
+                else:
+                    logits *= weight.sum(1, keepdim=True)
+                logits.scatter_add_(1, y, weight * (smoothing - 1.0))
                 if slope is not None:
                     logits *= slope
                 if head.scale != 1.0:
                     logits *= head.scale
                 if expected_grad is not None:
                     logits *= expected_grad
-                if weight is not None:
-                    logits *= weight
                 padded[len(y) :] = 0.0
                 blocked_input_grad(padded, blocks, out=grad[start : start + chunk_tokens])
             del padded, logits, slope  # or the next chunk would be made beside this one
@@ -200,7 +207,7 @@ def fused_linear_cross_entropy(
         row, place = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
         trained = row * labels.shape[1] + place
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = labels.reshape(-1).index_select(0, trained + 1)
+    targets = labels.reshape(-1).index_select(0, trained + 1).unsqueeze(1)
     total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None, label_smoothing)
     return total, int(trained.numel())
 
@@ -222,7 +229,35 @@ def row_cross_entropy(
     graph. A NaN in a row leaves the gradients of the others as they are.
     """
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = labels.reshape(-1).index_select(0, trained + 1)
-    weights = row_weights.index_select(0, of_trained)
-    total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights, label_smoothing)
-    return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll)
+    targets = labels.reshape(-1).index_select(0, trained + 1).unsqueeze(1)
+    weights = row_weights.index_select(0, of_trained).unsqueeze(1)
+
+    def weigh(logprobs: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return -logprobs * weights[part], weights[part]
+
+    total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weigh, label_smoothing)
+    return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll.squeeze(1))
+
+
+def target_loss(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Head,
+    chunk_tokens: int,
+    weigh: Weigh,
+    expected_grad: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of explicit targets that ``weigh`` makes of their log-probabilities, summed, and these without a graph.
+
+    Every target of a token has a weight of its own, of any sign and size (`qvera.models.token_losses`).
+
+    Args:
+        hidden: [n, hidden], last hidden states.
+        targets: int64 [n, K], token ids that each position is to predict.
+        expected_grad: see `fused_linear_cross_entropy`.
+
+    Returns:
+        A scalar, fp32 or wider, differentiable once in hidden, and log-probabilities [n, K].
+    """
+    total, nll = _FusedLinearCrossEntropy.apply(hidden, targets, head, chunk_tokens, expected_grad, weigh, 0.0)
+    return total, nll.neg_()

@@ -8,6 +8,7 @@ from qvera.tasks.base import Task
 from qvera.tasks.causal_lm import CausalLM
 from qvera.tasks.classification import Classification, ImageClassification, SequenceClassification
 from qvera.tasks.preference import Preferences
+from qvera.tasks.rewards import Rewards
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -17,10 +18,12 @@ __all__ = ["CausalLM", "Task", "classification_of", "task_of"]
 
 _TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, SequenceClassification, ImageClassification)}
 
+_OBJECTIVES: dict[str, type[Task]] = {**dict.fromkeys(("dpo", "orpo", "kto"), Preferences), "grpo": Rewards}
+
 
 def task_of(recipe: Recipe) -> Task:
     """The task of a recipe."""
-    return (_TASKS[recipe.task] if recipe.training.objective == "sft" else Preferences)(recipe)
+    return _OBJECTIVES.get(recipe.training.objective, _TASKS[recipe.task])(recipe)
 
 
 def classification_of(model_class: ModelClass) -> Classification:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from qvera.adapters.hooks import TrainingHook
     from qvera.data import Datasets, Example, Labels
 
 
@@ -55,12 +56,34 @@ class Task(ABC):
     def model_class(self, datasets: Datasets | None) -> ModelClass:
         """The class of model made of the base. ``datasets`` is None if the rows are not known, as in a plan."""
 
+    def prepare_rows(self, datasets: Datasets) -> None:  # noqa: B027
+        """Called when rows are read, before the plan."""
+
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:  # noqa: B027
         """Called with a base with a fresh adapter, before `loss` and `held_out_loss`."""
 
     def targets(self, rows: Sequence[Example]) -> int:
         """How many targets the rows have, without a pass over them."""
         return sum(row.trained_tokens for row in rows)
+
+    def step_rows(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        datasets: Datasets,
+        rows: Sequence[int],
+        step: int,
+        group: Group,
+    ) -> Sequence[Example] | None:
+        """What optimizer step ``step`` (from 1) trains on in place of these training rows; None: on them.
+
+        All ranks call this together and get the same.
+        """
+        return None
+
+    def step_hook(self) -> TrainingHook | None:
+        """A hook that keeps what later steps need (`qvera.adapters.hooks`); None: no hook."""
+        return None
 
     def training_row(self, row: Example, number: int, step: int) -> Example:
         """A training row as optimizer step ``step`` (from 1) sees it. ``number`` is its place among all rows."""

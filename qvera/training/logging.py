@@ -123,7 +123,8 @@ class ProgressBar(Progress):
 
     def show(self, record: dict[str, Any]) -> None:
         """Show the record of a step."""
-        facts = (
+        facts = f"reward {record['reward']:.4f}  " if "reward" in record else ""
+        facts += (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}"
         )
         self.move(record["step"], facts)

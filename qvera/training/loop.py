@@ -13,7 +13,7 @@ import functools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -164,13 +164,15 @@ class Loop(ABC, Generic[S]):
 
 @dataclasses.dataclass
 class AloneStep(Step[int]):
-    """A step of one adapter. Its rows are numbers of training rows.
+    """A step of one adapter. Its rows are numbers of rows of ``source``.
 
     Attributes:
+        source: the training rows, or what the task makes of some of them (`qvera.tasks.Task.step_rows`).
         targets: what the loss is divided by; 0 until the first pass.
         sums, total: the losses as numbers: of each pass here, and of all passes of all processes.
     """
 
+    source: Sequence[Example] = ()
     targets: int = 0
     trained_tokens: int = 0
     input_tokens: int = 0
@@ -203,6 +205,7 @@ class AloneLoop(Loop[AloneStep]):
         }
         for schedule in plugins.schedules_of(data=recipe.data, adapter=recipe.adapter, training=training):
             hooks[schedule.name] = schedule.hook(self)
+        hooks[training.objective] = self.task.step_hook()
         self.hooks = TrainingHooks({name: hook for name, hook in hooks.items() if hook is not None})
         if ramp is not None:
             self.steps = ramp.steps
@@ -258,13 +261,18 @@ class AloneLoop(Loop[AloneStep]):
         return record
 
     def next_step(self) -> AloneStep:
-        group, rows = self.group, self.batches.rows(self.state.step)
+        group, rows, number = self.group, self.batches.rows(self.state.step), self.state.step + 1
         self.task.forget_metrics()
-        return AloneStep(self.state.step + 1, rows, self.batches.passes(rows, group.rank, group.world_size))
+        tokenizer, source = self.session.base.tokenizer, self.datasets.train
+        made = self.task.step_rows(self.model, tokenizer, self.datasets, rows, number, group)
+        if made is not None:
+            rows = list(range(len(made)))
+        passes = self.batches.passes(rows, group.rank, group.world_size)
+        return AloneStep(number, rows, passes, source=source if made is None else made)
 
     def do_pass(self, step: AloneStep) -> None:
         """A process without rows runs a dummy pass, so that collectives stay in sync."""
-        train, engine = self.datasets.train, self.engine
+        train, engine = step.source, self.engine
         if not step.targets:
             rows = [train[i] for i in step.rows]
             step.targets, step.trained_tokens = self.task.targets(rows), sum(row.trained_tokens for row in rows)
@@ -291,9 +299,9 @@ class AloneLoop(Loop[AloneStep]):
 
     def add_up(self, step: AloneStep, shortage: Shortage | None) -> bool:
         """Under ZeRO a shortage raises: the other processes wait inside DeepSpeed's passes."""
-        group, train = self.group, self.datasets.train
+        group, train = self.group, step.source
         if shortage is not None and self.session.zero is not None and group.world_size > 1:
-            raise lone_error(step.number, shortage, step.examples, self.plan, train, group)
+            raise lone_error(step.number, shortage, step.examples, self.plan, self.datasets.train, group)
         step.sums = torch.stack(step.losses).tolist() if step.losses and shortage is None else []
         input_tokens = sum(sum(train[i].row_tokens) for rows in step.pass_rows for i in rows) if step.sums else 0
         step.total, inputs, failed = group.sum([sum(step.sums), input_tokens, float(shortage is not None)])
@@ -329,7 +337,7 @@ class AloneLoop(Loop[AloneStep]):
 
     def count_step(self, step: AloneStep, norms: tuple[float, float]) -> Records:
         """With loss scaling, a gradient that overflows takes no step and lowers the scale."""
-        (norm, rate), engine, train = norms, self.engine, self.datasets.train
+        (norm, rate), engine, train = norms, self.engine, step.source
         if math.isfinite(norm):
             self.hooks.after_step(step.number, engine.loss_scale)
         seconds, loss = step.seconds, step.total / step.targets

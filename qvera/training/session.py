@@ -119,6 +119,7 @@ class TrainingSession:
             return datasets
 
         self.datasets = self.group.agree(read)
+        self.task.prepare_rows(self.datasets)
         check_same_data(self.datasets, recipe.data.path, self.group)
 
     def check_model(self) -> None:

@@ -42,11 +42,13 @@ class DataSource(Section):
         "image",
         "preference",
         "unpaired-preference",
+        "prompt",
     ] = "auto"
     """The layout of a row. ``auto`` looks at the column names of the first row and reports what it found.
     ``classification`` (a text, maybe a ``text_pair``, and a ``label``) is that of ``task: sequence-classification``,
     ``image`` (an ``image`` and a ``label``) that of ``task: image-classification``, ``preference`` that of
-    ``training.objective: dpo`` and ``orpo``, and ``unpaired-preference`` that of ``kto``."""
+    ``training.objective: dpo`` and ``orpo``, ``unpaired-preference`` that of ``kto``, and ``prompt`` (a ``prompt`` or
+    ``messages``; the other columns are for the reward) that of ``grpo``."""
     columns: dict[str, str] = {}
     """The names of your columns where they differ from the format's: ``{prompt: question, completion: answer}``."""
     template: Annotated[NonEmpty, _CAUSAL] = "auto"

@@ -22,7 +22,9 @@ def _path_alone(value: object) -> object:
 
 _FORMAT_OF = {"sequence-classification": "classification", "image-classification": "image"}
 """Task → the format of its rows, where it has one of its own."""
-_FORMAT_OF_OBJECTIVE = {"dpo": "preference", "orpo": "preference", "kto": "unpaired-preference"}
+_FORMAT_OF_OBJECTIVE = {
+    "dpo": "preference", "orpo": "preference", "kto": "unpaired-preference", "grpo": "prompt",
+}  # fmt: skip
 """``training.objective`` → likewise."""
 
 
@@ -118,14 +120,16 @@ class Recipe(Section):
         yield from self._keys_without_effect()
         yield from self._format_contradictions()
         if training.objective != "sft":
-            yield from _preference_contradictions(self)
-        rows, pass_rows = training.global_batch_size, training.per_device_train_batch_size
+            of = _reward_contradictions if training.objective == "grpo" else _preference_contradictions
+            yield from of(self)
+        rows, pass_rows = training.step_rows, training.per_device_train_batch_size
         if data.has_adapters:
             key = "adapter_files" if data.adapter_files else "adapter_column"
             yield from self.many_adapters_contradictions(f"data.{key}")
         elif rows % pass_rows:
             size = f"training.per_device_train_batch_size ({pass_rows})"
-            yield "training.global_batch_size", f"{rows} is not a multiple of {size}."
+            answers = " (answers, group_size to each prompt)" if rows > training.global_batch_size else ""
+            yield "training.global_batch_size", f"{rows}{answers} is not a multiple of {size}."
         for name in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
             if getattr(training, name) and not data.has_held_out_rows:
                 yield f"training.{name}", f"needs held-out rows; {wanted}"
@@ -177,6 +181,25 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _reward_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield keys that have no meaning where the model trains on its own answers."""
+    data, training, name = recipe.data, recipe.training, "training.objective: grpo"
+    if training.reward is None:
+        yield "training.reward", f"{name} needs a function that scores answers, such as rewards.py:score."
+    if training.clip_low_threshold > 1 or training.clip_high_threshold < 1:
+        yield "training.clip_low_threshold", "the bounds of the ratio have to be on both sides of 1."
+    if recipe.adapter.dropout:
+        yield "adapter.dropout", f"with {name} an answer's probability would change by what is dropped; set it to 0."
+    for key in ("packing", "group_by_length"):
+        if getattr(data, key):
+            yield f"data.{key}", f"{name} trains on answers that are not known before; remove one of the two."
+    for key in ("label_smoothing", "torch_compile", "exact_match_rows"):
+        if getattr(training, key):
+            yield f"training.{key}", f"is not built for {name}; remove one of the two."
+    if training.on_oom == "halve":
+        yield "training.on_oom", f"halve is not built for {name}; use save."
 
 
 def _preference_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

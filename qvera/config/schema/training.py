@@ -23,6 +23,7 @@ from qvera.config.plugins import extensible
 _CAUSAL = OnlyWith("task: causal-lm")
 _HEADED = OnlyWith("task: sequence-classification", "task: image-classification")
 _PREFERENCES = OnlyWith("training.objective: dpo", "training.objective: orpo", "training.objective: kto")
+_REWARDED = OnlyWith("training.objective: grpo")
 _SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
 
 
@@ -33,10 +34,12 @@ class TrainingSection(Section):
     output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
     """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved:
     ``runs/../x`` is ``x``."""
-    objective: Annotated[Literal["sft", "dpo", "orpo", "kto"], _CAUSAL] = "sft"
+    objective: Annotated[Literal["sft", "dpo", "orpo", "kto", "grpo"], _CAUSAL] = "sft"
     """What is minimised. ``sft``: the negative log likelihood of the answers. ``dpo`` (arXiv 2305.18290) and ``orpo``
     (arXiv 2403.07691): losses on pairs of a chosen and a rejected answer. ``kto`` (arXiv 2402.01306): a loss on single
-    answers that were judged good or bad. The last three are computed by TRL (``pip install 'qvera[trl]'``)."""
+    answers that were judged good or bad. These three are computed by TRL (``pip install 'qvera[trl]'``). ``grpo``
+    (arXiv 2402.03300): the model answers prompts, and answers of a higher reward than others to the same prompt become
+    likelier (docs/rewards.md)."""
     beta: Annotated[PositiveFloat, _PREFERENCES] = 0.1
     """β of ``dpo`` and ``kto``: how strongly the answers are held to those of the base. λ of ``orpo``: the weight of
     the odds ratio beside the likelihood."""
@@ -50,6 +53,32 @@ class TrainingSection(Section):
     4/3 times undesirable_weight x bad answers."""
     undesirable_weight: Annotated[PositiveFloat, OnlyWith("training.objective: kto")] = 1.0
     """With ``objective: kto``, the weight of bad answers."""
+    reward: Annotated[NonEmpty | dict[NonEmpty, float] | None, _REWARDED] = None
+    """With ``objective: grpo``, the function that scores an answer: ``rewards.py:score``, a file and a name in it. It
+    takes the prompt and the answer (texts) and the row (a mapping of its columns), and returns a number. Or several,
+    each with its weight: ``{rewards.py:right: 1, rewards.py:short: 0.2}``."""
+    group_size: Annotated[int, Strict(), Field(ge=2), _REWARDED] = 8
+    """With ``objective: grpo``, the answers to each prompt, which are compared with each other. ``global_batch_size``
+    counts prompts, ``per_device_train_batch_size`` answers."""
+    scale_rewards: Annotated[Bool, _REWARDED] = True
+    """With ``objective: grpo``: divide an answer's advantage, its reward less its group's mean, by the deviation of the
+    group's rewards."""
+    policy_loss: Annotated[Literal["ppo", "importance_sampling", "cispo", "gspo"], _REWARDED] = "ppo"
+    """With ``objective: grpo``, the loss of a token: ``ppo`` (arXiv 1707.06347), ``importance_sampling`` (without
+    clipping), ``cispo`` (arXiv 2506.13585) or ``gspo`` (arXiv 2507.18071)."""
+    clip_low_threshold: Annotated[NonNegativeFloat, _REWARDED] = 0.8
+    """With ``objective: grpo``, the lower bound of the ratio between an answer's probability now and when it was given.
+    It matters with ``updates_per_answers`` above 1."""
+    clip_high_threshold: Annotated[PositiveFloat, _REWARDED] = 1.2
+    """The upper bound of that ratio."""
+    kl_coefficient: Annotated[NonNegativeFloat, _REWARDED] = 0.0
+    """With ``objective: grpo``, how strongly answers are held to those of the base: the weight of the divergence from
+    the model without its adapter. 0: not at all, which saves a forward pass."""
+    updates_per_answers: Annotated[Positive, _REWARDED] = 1
+    """With ``objective: grpo``, the optimizer steps that are taken over the same answers."""
+    answer_temperature: Annotated[PositiveFloat, _REWARDED] = 1.0
+    """With ``objective: grpo``, the temperature at which answers are drawn; the loss is of the same probabilities. An
+    answer has at most ``sample_max_new_tokens`` tokens, and ``answer_batch_size`` prompts are answered at a time."""
     num_train_epochs: Passes = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1
@@ -146,6 +175,11 @@ class TrainingSection(Section):
         NonNegative, OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction"), _CAUSAL
     ] = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step, over all processes: with ``objective: grpo`` the answers to its prompts."""
+        return self.global_batch_size * (self.group_size if self.objective == "grpo" else 1)
 
     @model_validator(mode="before")
     @classmethod

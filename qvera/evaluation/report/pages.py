@@ -93,7 +93,7 @@ def answers_page(evaluation: dict[str, Any]) -> str:
     names = {metric["name"]: metric["label"] for metric in metrics}
     unit = " (nats a token)" if "perplexity" in evaluation["scores"] else ""
     labels = {"loss": f"Loss{unit}", "perplexity": "Perplexity"}
-    labels |= {"rewards/margins": "Reward margin", "rewards/accuracies": "Reward accuracy"}
+    labels |= {"reward": "Reward", "rewards/margins": "Reward margin", "rewards/accuracies": "Reward accuracy"}
     labels |= {score_key(name): label for name, label in names.items()}
     columns = [scores for scores in (evaluation["base_scores"], evaluation["scores"]) if scores is not None]
 

@@ -51,6 +51,7 @@ _MARGIN, _ACCURACY = "rewards/margins", "rewards/accuracies"
 _HEADLINES = (
     ("exact_match", "Exact match", percent),
     (_MARGIN, "Reward margin", significant),
+    ("reward", "Reward", significant),
     ("accuracy", "Accuracy", percent),
     ("pearson", "Pearson correlation", significant),
     ("loss", "Loss", significant),
@@ -85,6 +86,21 @@ _ROUNDS = (
     *_SPEED_AND_MEMORY,
 )
 _REWARDS = (
+    _Spec(
+        "Reward",
+        "mean of the answers",
+        (("reward", "reward", significant, "main"), ("held out, greedy", "reward", significant, "held-out")),
+    ),
+    _Spec(
+        "Spread of rewards",
+        "within the answers to a prompt",
+        (
+            ("deviation", "reward_deviation", significant, "main"),
+            ("share of prompts without any", "equal_groups", percent, "faint"),
+        ),
+    ),
+    _Spec("Answer length", "tokens", (("mean", "answer_tokens", count, "main"),), "count"),
+    _Spec("Divergence from the base", "nats a token", (("estimate", "kl", significant, "main"),)),
     _Spec(
         "Reward margin",
         "chosen less rejected",
@@ -215,6 +231,7 @@ def _loss_chart(run: Run) -> Chart | None:
         legend.append(("best", f"lowest held-out, step {best:,}"))
     note = "of a row" if get(run.info, "data", "labels") else "nats a trained token"
     note = "of a pair or answer" if any(_MARGIN in row for row in run.train[:1]) else note
+    note = "of a policy; held out: the reward, negative" if any("reward" in row for row in run.train[:1]) else note
     return line_chart("Loss", lines, note=note, legend=legend, height=300, may_be_log=True, best=best)
 
 

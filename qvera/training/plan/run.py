@@ -436,7 +436,7 @@ class PlannedRun:
         """Forward passes of a rank in an optimizer step (`data.Batches.passes`), or of a round with many adapters."""
         training = self.recipe.training
         rows = self.batch.packed_rows or training.per_device_train_batch_size
-        step = training.global_batch_size
+        step = training.step_rows
         return -(-(self.slots * step if self.slots else self.sharing.share(step)) // rows)
 
     @property

@@ -1,0 +1,397 @@
+"""Reinforcement learning with a reward of one's own (``training.objective: grpo``), on the base that is trained.
+
+In a step the model answers prompts, `group_size` times each. An answer's advantage is its reward less the mean of its
+group's, divided by their deviation (GRPO, arXiv 2402.03300, section 4.1). The loss of its tokens is a policy loss
+(`qvera.models.token_losses`), and is divided by the number of tokens of all answers of the step (DAPO, arXiv
+2503.14476, equation 12). With ``kl_coefficient`` β there is, for each token, β (u - log u - 1) with u = base's
+probability / model's (GRPO, equation 4).
+
+Answers are drawn by `qvera.evaluation.generate` from the weights that the step begins with. With
+``updates_per_answers`` above 1, later steps train on the same answers again, against the probabilities at the time they
+were given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qvera.adapters.hooks import TrainingHook
+from qvera.data import Example, microbatches
+from qvera.distributed.group import ALONE, Group
+from qvera.evaluation.generate import end_tokens, generate_tokens
+from qvera.models import forward
+from qvera.models.loss import Head, Weigh
+from qvera.models.structure import causal_model
+from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ratios
+from qvera.tasks.causal_lm import CausalLM
+from qvera.utils.errors import InputError, RunFailed, first_line, one_line
+from qvera.utils.memory import each_in_halves
+from qvera.utils.paths import resolve_path
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.config.schema import Recipe
+    from qvera.data import Datasets
+
+_SMALLEST_DEVIATION = 1e-4
+"""Added to a group's deviation, as in TRL."""
+_ADVICE = "Lower training.sample_max_new_tokens, or shorten the prompt."
+
+
+class Reward(NamedTuple):
+    """A function of a prompt, an answer and a row that returns a number, and the number's weight."""
+
+    name: str
+    score: Callable[[str, str, dict[str, Any]], float]
+    weight: float
+
+
+def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
+    """The functions of ``training.reward``. InputError: a file is missing or fails, or has no such function."""
+    weights = {given: 1.0} if isinstance(given, str) else given
+    found, modules = [], dict[Path, Any]()
+    for text, weight in weights.items():
+        file, _, name = text.rpartition(":")
+        path = Path(resolve_path(file))
+        if not file or not path.is_file():
+            raise InputError(
+                f"training.reward: {text!r} names no file here; expected a file and a function in it, such as "
+                "rewards.py:score."
+            )
+        if path not in modules:
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            if spec is None or spec.loader is None:
+                raise InputError(f"training.reward: {path} is no Python file.")
+            modules[path] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(modules[path])
+            except Exception as error:
+                raise InputError(
+                    f"training.reward: {path} can't be imported: {type(error).__name__}: {first_line(error)}"
+                ) from error
+        score = getattr(modules[path], name, None)
+        if not callable(score):
+            raise InputError(f"training.reward: {path} has no function {name!r}.")
+        found.append(Reward(name, score, weight))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Answer(Example):
+    """A prompt with an answer that the model has given. What is trained is the answer."""
+
+    reward: float = 0.0
+    rewards: tuple[float, ...] = ()  # of each function
+    advantage: float = 0.0
+    is_ended: bool = False  # by its own end, and not by its length
+    logprobs: np.ndarray | None = None  # fp32 [answer tokens], at the time it was given; None: those of now
+    base_logprobs: np.ndarray | None = None  # likewise, of the model without its adapter
+
+
+class Rewards(CausalLM):
+    """The loss makes answers likelier that got a higher reward than others to the same prompt."""
+
+    _tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        training = recipe.training
+        self.passes_without_gradient = int(training.updates_per_answers > 1) + int(training.kl_coefficient > 0)
+        self.rewards: list[Reward] = []
+        self._hook = _KeptAnswers()
+        self._of_step: dict[str, float] = {}
+        self._sums: dict[str, float] = defaultdict(float)  # over the tokens of a step
+        self._pass: dict[str, torch.Tensor] = {}
+
+    def check(self) -> None:
+        assert self.training.reward is not None
+        self.rewards = load_rewards(self.training.reward)
+
+    def prepare_rows(self, datasets: Datasets) -> None:
+        for rows in (datasets.train, datasets.eval):
+            if len(rows):
+                rows.ask(self.training.sample_max_new_tokens)
+
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
+        """InputError: the model caps its logits, and the temperature is not 1."""
+        self._tokenizer = tokenizer
+        if not self.rewards:  # of a run that is evaluated
+            self.check()
+        if self.training.answer_temperature != 1 and Head.of(causal_model(model)).softcap is not None:
+            raise InputError(
+                "training.answer_temperature: this model caps its logits, and the loss then knows probabilities at the "
+                "temperature 1 only. Remove the key."
+            )
+
+    def step_rows(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        datasets: Datasets,
+        rows: Sequence[int],
+        step: int,
+        group: Group,
+    ) -> Sequence[Example]:
+        """The answers of this step; their rewards are its metrics."""
+        training, hook = self.training, self._hook
+        if (step - 1) % training.updates_per_answers == 0 or not hook.answers:
+            share, more = divmod(len(rows), group.world_size)
+            start = group.rank * share + min(group.rank, more)
+            own = rows[start : start + share + (group.rank < more)]
+            prompts = [example for row in own for example in [datasets.train[row]] * training.group_size]
+            numbers = [row for row in own for _ in range(training.group_size)]
+            seed = int(np.random.Philox(key=[training.seed % 2**64, step * 2**20 + group.rank]).random_raw() >> 1)
+            found = self._answers(model, tokenizer, prompts, training.answer_temperature, seed)
+            found = self._with_advantages(found)
+            if training.updates_per_answers > 1:
+                lps = self._logprobs(model, found, datasets.pad_id)
+                found = [dataclasses.replace(a, logprobs=lp) for a, lp in zip(found, lps, strict=True)]
+            if training.kl_coefficient:
+                with model.disable_adapter():  # type: ignore[operator]  # PEFT's
+                    lps = self._logprobs(model, found, datasets.pad_id)
+                found = [dataclasses.replace(a, base_logprobs=lp) for a, lp in zip(found, lps, strict=True)]
+            kept = [_as_json(number, answer) for number, answer in zip(numbers, found, strict=True)]
+            hook.answers = list(itertools.chain(*group.gather(kept)))
+        answers = [_from_json(kept, datasets.train) for kept in hook.answers]
+        self._of_step = self._measured(answers)
+        return answers
+
+    def step_hook(self) -> TrainingHook:
+        return self._hook
+
+    def _answers(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Example],
+        temperature: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """An answer to each prompt, with its reward. RunFailed where a reward is none."""
+        training, ends = self.training, set(end_tokens(model, tokenizer))
+        found = generate_tokens(
+            model,  # type: ignore[arg-type]
+            tokenizer,
+            [prompt.prompt_ids.tolist() for prompt in prompts],
+            max_new_tokens=training.sample_max_new_tokens,
+            batch_size=training.answer_batch_size,
+            temperature=temperature,
+            seed=seed,
+            progress=progress,
+        )
+        answers = []
+        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+        for prompt, tokens, text in zip(prompts, found, texts, strict=True):
+            scores = tuple(_scored(reward, prompt, text) for reward in self.rewards)
+            total = sum(score * reward.weight for score, reward in zip(scores, self.rewards, strict=True))
+            is_ended = bool(tokens and tokens[-1] in ends)
+            answers.append(_answer(prompt, tokens, text, reward=total, rewards=scores, is_ended=is_ended))
+        return answers
+
+    def _with_advantages(self, answers: Sequence[Answer]) -> list[Answer]:
+        found: list[Answer] = []
+        for group in microbatches(answers, self.training.group_size):
+            rewards = [answer.reward for answer in group]
+            mean = fmean(rewards)
+            deviation = pstdev(rewards) + _SMALLEST_DEVIATION if self.training.scale_rewards else 1.0
+            found += [dataclasses.replace(one, advantage=(one.reward - mean) / deviation) for one in group]
+        return found
+
+    @torch.no_grad()
+    def _logprobs(self, model: nn.Module, answers: Sequence[Answer], pad_id: int) -> list[np.ndarray]:
+        """Log-probabilities of each answer's tokens, fp32 [tokens]."""
+        found: list[np.ndarray] = []
+
+        def compute(rows: list[Answer]) -> list[np.ndarray]:
+            batch = forward.make_batch(model, rows, pad_id, self.recipe.data.prefix_once)
+            _, logprobs = self._weighed(model, batch, lambda lp, _: (lp, lp))
+            return np.split(logprobs.squeeze(1).float().cpu().numpy(), np.cumsum([r.trained_tokens for r in rows])[:-1])
+
+        batches = microbatches(answers, self.training.per_device_train_batch_size)
+        device = next(model.parameters()).device
+        for _, lps in each_in_halves(batches, compute, device, "answers", _ADVICE):
+            found += lps
+        return found
+
+    def _weighed(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        weigh: Weigh,
+        core: Callable[..., Any] | None = None,
+        expected_grad: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        training = self.training
+        chunk, temperature = training.loss_chunk_tokens, training.answer_temperature
+        return forward.weighed_loss(model, batch, chunk, weigh, core, expected_grad, temperature)
+
+    def targets(self, rows: Sequence[Example]) -> int:
+        return sum(row.trained_tokens for row in rows)
+
+    def loss(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        datasets: Datasets,
+        core: Callable[..., Any] | None = None,
+        expected_grad: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """Rows that are no answers, as of the longest batch, weigh nothing."""
+        batch = forward.make_batch(model, rows, datasets.pad_id, self.recipe.data.prefix_once)
+        counts = [row.trained_tokens for row in rows]
+        device = batch["trained"].device
+
+        def column(values: Sequence[Any]) -> torch.Tensor:
+            """A number, or one for each token, of each row: fp32 [n, 1]."""
+            each = [np.broadcast_to(np.asarray(v, np.float32), n) for v, n in zip(values, counts, strict=True)]
+            return torch.from_numpy(np.concatenate(each)).to(device).unsqueeze(1)
+
+        inputs = {"advantages": column([getattr(row, "advantage", 0.0) for row in rows])}
+        for name in ("logprobs", "base_logprobs"):
+            known = [getattr(row, name, None) for row in rows]
+            if all(each is not None for each in known):
+                inputs[name] = column(known)
+        settings = self.training
+        loss = TOKEN_LOSSES[settings.policy_loss]
+        if loss.by_row:
+            row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(device)
+            inputs["sequence_ratio_mask"] = torch.ones_like(inputs["advantages"])
+            with torch.no_grad():
+                _, now = self._weighed(model, batch, lambda lp, _: (lp, lp), core)
+            inputs["sequence_ratio"] = sequence_ratios(now, {"logprobs": now, **inputs}, row, len(rows))
+        chosen = {key: float(getattr(settings, key)) for key in loss.settings}
+        self._pass = defaultdict(lambda: torch.zeros((), device=device), tokens=torch.tensor(float(sum(counts))))
+
+        def weigh(logprobs: torch.Tensor, part: slice) -> Weighed:
+            here: Inputs = {"logprobs": logprobs, **{name: each[part] for name, each in inputs.items()}}
+            losses, weights = loss.compute(logprobs, here, chosen)
+            self._pass["clipped"] += ((weights == 0) & (here["advantages"] != 0)).sum()
+            if "base_logprobs" in here:
+                apart = here["base_logprobs"] - logprobs
+                divergence, beta = apart.exp() - apart - 1, settings.kl_coefficient
+                self._pass["kl"] += divergence.sum()
+                losses, weights = losses + beta * divergence, weights + beta * (apart.exp() - 1)
+            return losses, weights
+
+        total, _ = self._weighed(model, batch, weigh, core, expected_grad)
+        return total, sum(counts)
+
+    def count_pass(self) -> None:
+        for key, value in self._pass.items():
+            self._sums[key] += float(value)
+
+    def forget_metrics(self) -> None:
+        self._sums.clear()
+
+    def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
+        """The step's rewards, and per token the share that clipping held back, and the divergence from the base."""
+        names = ["tokens", "clipped", *(["kl"] if self.training.kl_coefficient else [])]
+        tokens, *sums = group.sum([self._sums[name] for name in names])
+        self._sums.clear()
+        return self._of_step | {name: total / max(tokens, 1) for name, total in zip(names[1:], sums, strict=True)}
+
+    def _measured(self, answers: Sequence[Answer]) -> dict[str, float]:
+        groups = [[a.reward for a in part] for part in microbatches(answers, self.training.group_size)]
+        found = {
+            "reward": fmean(answer.reward for answer in answers),
+            "reward_deviation": fmean(map(pstdev, groups)),
+            "equal_groups": fmean(float(min(group) == max(group)) for group in groups),
+            "answer_tokens": fmean(answer.trained_tokens for answer in answers),
+            "ended_answers": fmean(float(answer.is_ended) for answer in answers),
+        }
+        if len(self.rewards) > 1:
+            means = map(fmean, zip(*(answer.rewards for answer in answers), strict=True))
+            found |= {f"reward/{reward.name}": mean for reward, mean in zip(self.rewards, means, strict=True)}
+        return found
+
+    def held_out_loss(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        datasets: Datasets,
+        group: Group = ALONE,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """``reward`` is the mean over greedy answers, and ``loss`` is -reward. The ranks share the prompts."""
+        started = time.perf_counter()
+        own = [rows[i] for i in range(group.rank, len(rows), group.world_size)]
+        answers = self._answers(model, self._tokenizer, own, 0.0, 0, progress) if own else []
+        total, tokens = group.sum([sum(a.reward for a in answers), sum(a.trained_tokens for a in answers)])
+        reward = total / len(rows)
+        about = {"rows": len(rows), "trained_tokens": int(tokens), "seconds": time.perf_counter() - started}
+        return {"loss": -reward, "reward": reward, **about}
+
+    def line(self, scores: dict[str, Any]) -> str:
+        return f"held-out reward {scores['reward']:.4f}"
+
+
+class _KeptAnswers(TrainingHook):
+    """Keeps the answers that later steps train on too, in checkpoints."""
+
+    def __init__(self) -> None:
+        self.answers: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"answers": self.answers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.answers = state["answers"]
+
+
+def _as_json(number: int, answer: Answer) -> dict[str, Any]:
+    """An answer to the prompt of that training row, for other ranks and for checkpoints."""
+    lps = {name: getattr(answer, name) for name in ("logprobs", "base_logprobs")}
+    return {
+        "row": number,
+        "tokens": answer.input_ids[len(answer.prompt_ids) :].tolist(),
+        "text": answer.reference,
+        "rewards": list(answer.rewards),
+        **{name: getattr(answer, name) for name in ("reward", "advantage", "is_ended")},
+        **{name: None if values is None else values.tolist() for name, values in lps.items()},
+    }
+
+
+def _from_json(kept: dict[str, Any], rows: Sequence[Example]) -> Answer:
+    values = {name: kept[name] for name in ("reward", "advantage", "is_ended")} | {"rewards": tuple(kept["rewards"])}
+    for name in ("logprobs", "base_logprobs"):
+        values[name] = None if kept[name] is None else np.asarray(kept[name], np.float32)
+    return _answer(rows[kept["row"]], kept["tokens"], kept["text"], **values)
+
+
+def _answer(prompt: Example, tokens: Sequence[int], text: str, **values: Any) -> Answer:
+    ids = np.append(prompt.prompt_ids, np.asarray(tokens, np.int32))
+    of_row = {field.name: getattr(prompt, field.name) for field in dataclasses.fields(Example)}
+    of_row |= {"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt.prompt_ids), "reference": text}
+    return Answer(**of_row, **values)
+
+
+def _scored(reward: Reward, prompt: Example, answer: str) -> float:
+    """RunFailed: the function raises, or gives no finite number; the message names the row."""
+    asked, row = json.loads(prompt.about or '["", {}]')
+    try:
+        number = float(reward.score(asked, answer, row))
+        problem = None if math.isfinite(number) else f"gave {number} for"
+    except Exception as error:
+        problem = f"raised {type(error).__name__} ({one_line(error)}) on"
+    if problem is None:
+        return number
+    raise RunFailed(
+        f"training.reward: {reward.name} {problem} an answer to {prompt.source}; expected a finite number. The answer "
+        f"was {answer[:200]!r}. Earlier checkpoints are kept: mend the function and go on with --resume."
+    )

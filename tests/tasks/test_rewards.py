@@ -1,0 +1,188 @@
+"""Reinforcement learning with a reward (``training.objective: grpo``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvera.adapters.files.save_load import attach, named_vectors
+from qvera.config.schema import Recipe
+from qvera.data import Datasets, build_datasets
+from qvera.models.loader import load_base
+from qvera.tasks import task_of
+from qvera.tasks.rewards import Answer
+from qvera.training import checkpoint
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.paths import ADAPTER_WEIGHTS
+from tests.adapters.helpers import perturb, relative
+from tests.training.runs import records, run_json
+
+REWARDS = '''
+def letters(prompt, answer, row):
+    """The share of the answer that is letters."""
+    assert prompt.startswith("say") and row["prompt"] == prompt and row["wanted"] == "letters"
+    return sum(one.isascii() and one.isalpha() for one in answer) / max(1, len(answer))
+
+def short(prompt, answer, row):
+    return -len(answer) / 100
+
+def broken(prompt, answer, row):
+    return {"raises": 1 / 0 if row["wanted"] else 0, "nan": float("nan")}[row["kind"]]
+
+def nan(prompt, answer, row):
+    return float("nan")
+'''
+
+
+@pytest.fixture(scope="module")
+def make_rewarded(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A recipe whose prompts are answered with letters, with a file of rewards."""
+    directory = tmp_path_factory.mktemp("rewards")
+    (directory / "rewards.py").write_text(REWARDS)
+    rows = [{"prompt": f"say {number} red", "wanted": "letters"} for number in range(12)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(reward: Any = "letters", **training: Any) -> Recipe:
+        named = {reward: 1.0} if isinstance(reward, str) else reward or {}
+        keys = {
+            "objective": "grpo", "reward": {f"{directory}/rewards.py:{name}": weight for name, weight in named.items()} or None,
+            "group_size": 6, "global_batch_size": 4, "per_device_train_batch_size": 8, "learning_rate": 0.2,
+            "sample_max_new_tokens": 8, "seed": 3, **training,
+        }  # fmt: skip
+        data = {"path": str(directory / "rows.jsonl")}
+        return make_recipe(data=data, training=keys, adapter={"rank": 32})
+
+    return make
+
+
+def _alone() -> Any:
+    from qvera.distributed.group import ALONE
+
+    return ALONE
+
+
+def _as_it_is() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def _asked(recipe: Recipe) -> tuple[Any, Any, Datasets]:
+    """The task with a model whose vectors are not zero, and its rows."""
+    base, task = load_base(recipe.model), task_of(recipe)
+    datasets = build_datasets(recipe.data, base.tokenizer)
+    task.prepare_rows(datasets)
+    model = attach(base.model, recipe.adapter)
+    perturb(model)
+    task.prepare(model, base.tokenizer, datasets)
+    return task, model, datasets
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"updates_per_answers": 2, "answer_temperature": 0.7, "kl_coefficient": 0.3},
+     {"policy_loss": "gspo", "updates_per_answers": 2}, {"policy_loss": "cispo", "kl_coefficient": 0.3}],
+    ids=str,
+)  # fmt: skip
+def test_the_loss_and_its_gradient_are_those_of_the_formula(make_rewarded: Any, settings: dict[str, Any]) -> None:
+    recipe = make_rewarded(**settings)
+    task, model, datasets = _asked(recipe)
+    answers = task.step_rows(model, task._tokenizer, datasets, [0, 3], 1, _alone())
+    assert len(answers) == 12 and all(isinstance(answer, Answer) for answer in answers)
+    moved = [
+        answer
+        if answer.logprobs is None
+        else dataclasses.replace(answer, logprobs=answer.logprobs + 0.3 * (-1) ** place)
+        for place, answer in enumerate(answers)
+    ]
+    found, count = task.loss(model, moved, datasets)
+    vectors = named_vectors(model)
+    gradients = torch.autograd.grad(found, list(vectors.values()))
+    training, total = recipe.training, torch.zeros(())
+    for answer in moved:
+        start = len(answer.prompt_ids)
+        ids = torch.from_numpy(answer.input_ids).long()
+        lps = []
+        for context in (_as_it_is(), model.disable_adapter()):
+            with context:
+                logits = model(input_ids=ids.unsqueeze(0)).logits[0, start - 1 : -1] / training.answer_temperature
+            lps.append(logits.log_softmax(-1).gather(1, ids[start:].unsqueeze(1)).squeeze(1))
+        lp, base = lps[0], lps[1].detach()
+        old = lp.detach() if answer.logprobs is None else torch.from_numpy(answer.logprobs)
+        ratio = (lp - old).exp()
+        if training.policy_loss == "gspo":
+            ratio = (lp.detach() - old).mean().exp() * (lp - lp.detach()).exp()
+        clipped = ratio.clamp(training.clip_low_threshold, training.clip_high_threshold)
+        if training.policy_loss == "cispo":
+            total = total - (clipped.detach() * lp * answer.advantage).sum()
+        else:
+            total = total - torch.minimum(ratio * answer.advantage, clipped * answer.advantage).sum()
+        total = total + training.kl_coefficient * ((base - lp).exp() - (base - lp) - 1).sum()
+    assert count == sum(answer.trained_tokens for answer in answers)
+    assert found.item() == pytest.approx(total.item(), rel=1e-4, abs=1e-4)
+    for one, other in zip(gradients, torch.autograd.grad(total, list(vectors.values())), strict=True):
+        assert relative(one, other) < 2e-4
+
+
+def test_advantages_are_of_each_group_and_rewards_add_up(make_rewarded: Any) -> None:
+    recipe = make_rewarded({"letters": 2.0, "short": 0.5})
+    task, model, datasets = _asked(recipe)
+    answers = task.step_rows(model, task._tokenizer, datasets, [1, 2, 5], 1, _alone())
+    for group in (answers[:6], answers[6:12], answers[12:]):
+        assert len({answer.source for answer in group}) == 1
+        rewards = np.array([answer.reward for answer in group])
+        assert rewards == pytest.approx([2 * a.rewards[0] + 0.5 * a.rewards[1] for a in group])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert [answer.advantage for answer in group] == pytest.approx(expected)
+    found = task.take_metrics()
+    assert found["reward"] == pytest.approx(np.mean([answer.reward for answer in answers]))
+    assert found["reward/short"] == pytest.approx(np.mean([answer.rewards[1] for answer in answers]))
+
+
+@pytest.mark.process
+def test_the_reward_rises_and_a_run_that_was_cut_off_goes_on_to_the_bit(make_rewarded: Any, tmp_path: Path) -> None:
+    recipe = make_rewarded(max_steps=20, updates_per_answers=2, save_steps=5, save_total_limit=5, eval_steps=10)
+    train(recipe, tmp_path / "whole")
+    rewards = [record["reward"] for record in records(tmp_path / "whole", "train")]
+    assert sum(rewards[-4:]) > 1.2 * sum(rewards[:4])
+    assert rewards[0] == rewards[1] != rewards[2]  # two steps over the same answers
+    result = run_json(tmp_path / "whole")["result"]
+    assert result["eval_after"]["reward"] > result["eval_before"]["reward"]
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    train(recipe, tmp_path / "cut")
+    for step in (10, 15, 20):  # after step 5 the answers of step 5 are still to be trained on once
+        checkpoint.prune(checkpoints, step, 0, {5})
+    (tmp_path / "cut" / "run.json").unlink()
+    train(recipe, tmp_path / "cut", resume=True)
+    adapters = [load_file(tmp_path / run / "adapter" / ADAPTER_WEIGHTS) for run in ("whole", "cut")]
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+
+
+def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with_its_row(
+    make_rewarded: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"has no function 'letter'"):
+        train(make_rewarded("letter"), tmp_path / "a")
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
+    for reward, message in ((f"{tmp_path}/bad.py:x", "can't be imported: ModuleNotFoundError"), ("y", "names no file")):
+        keys = {**make_rewarded().training.to_dict(), "reward": reward}
+        recipe = make_rewarded().replace(training=type(make_rewarded().training).model_validate(keys))
+        with pytest.raises(InputError, match=message):
+            train(recipe, tmp_path / "a")
+    for reward, message in (
+        ("broken", r"raised ZeroDivisionError .*rows.jsonl:\d+"),
+        ("nan", r"gave nan .*rows.jsonl"),
+    ):
+        with pytest.raises(RunFailed, match=message):
+            train(make_rewarded(reward), tmp_path / reward)
+    for keys, message in (({"reward": None}, r"training.reward: .*needs a function"), ({"on_oom": "halve"}, "on_oom")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            make_rewarded(**keys)
