@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,18 @@ class Delta:
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A' [r, n] and B' [m, r] in fp32, with ΔW = B' A'. InputError: each expert of a layer has a ΔW of its own."""
         if self.experts:
-            m, n = self.shape
-            numbers = self.experts * self.factors.rank * (m + n)
             raise InputError(
-                f"this adapter changes experts (adapter.experts). A LoRA for each of the {self.experts} experts of one "
-                f"projection would hold {numbers:,} numbers, and tools that serve LoRAs do not read it. Export with "
-                "--to merged."
+                "this adapter changes experts (adapter.experts), each of which would be a LoRA of its own here. Export "
+                "with --to merged, or --to lora for PEFT."
             )
         return self.factors.lora()
+
+    def loras(self, name: str) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """(``name``, `lora`); of experts (``name.i``, A' and B') of each."""
+        if not self.experts:
+            yield name, self.lora()
+        for number in range(self.experts):
+            yield f"{name}.{number}", self.factors.expert(number).lora()
 
     def rows(self, first: int = 0, count: int | None = None, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Rows [first, first + count) of ΔW in fp32: [out, in], or [in, out] for a Conv1D. Default: all.

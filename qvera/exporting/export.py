@@ -111,14 +111,15 @@ def export(
         _write_gguf_lora(adapter, adapter_dir, target, out, written, rank, chat, say)
         return None
     errors = None
-    if to == "lora" and not any(delta.experts for delta in adapter.layers.values()):
-        lora.require_kept_by_peft(adapter, empty)
+    places = lora.require_kept_by_peft(adapter, empty) if to == "lora" else {}
     if to == "peft":
         size = formatting.size(lora.export_stock_vera(adapter, out, chat.beside))
         say(f"{size} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")
     else:
-        errors = lora.write_lora(adapter, out, getattr(torch, options.dtype), rank, None, chat.beside, say)
-        if not model_class.has_own_head:
+        errors = lora.write_lora(adapter, out, getattr(torch, options.dtype), rank, None, chat.beside, say, places)
+        if places:
+            say("PEFT opens it (target_parameters); few other tools read a LoRA of experts.")
+        elif not model_class.has_own_head:
             say(lora.serving_text(rank or adapter.rank, adapter.magnitude))
     difference = None
     if rank is not None and compare and recipe is not None and limit:

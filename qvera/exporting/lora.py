@@ -5,25 +5,27 @@ LoRA has r (m + n) values a layer instead of r + m. It is exact up to the roundi
 ``input_scale`` it is a LoRA too, but no VeRA of PEFT; with ``magnitude`` it is PEFT's DoRA.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
 
 from qvera.adapters.config import PREFIX
 from qvera.adapters.files.adapter_file import lora_config
 from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
 from qvera.adapters.methods import method_of
-from qvera.exporting.deltas import AdapterDeltas
+from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils import formatting
-from qvera.utils.atomic import new_directory
+from qvera.utils.atomic import new_directory, require_space
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import CHAT_TEMPLATE
@@ -33,7 +35,19 @@ LIMITS = ("exclude_modules", "layers_to_transform")
 """Settings that exclude linears which the targets name. Configs written here name the rest in full instead."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.14
 
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # layer → A' [r, n] and B' [m, r]
+Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # layer, or layer.number of an expert → A' [r, n] and B' [m, r]
+
+
+class PeftPlace(NamedTuple):
+    """Where PEFT has the LoRA of a layer's experts."""
+
+    module: str
+    """Each of a module's parameters has its LoRA in a wrapper around the wrapper of the one before."""
+    turned: bool
+    """Whether PEFT takes their matrices [in, out] for [out, in], so that A and B change places."""
+
+
+Places = Mapping[str, PeftPlace]
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:
@@ -114,20 +128,22 @@ def write_lora(
     factors: Pairs | None,
     chat_template: str | None,
     say: Callable[[str], None],
+    places: Places = MappingProxyType({}),
 ) -> dict[str, float] | None:
     """Write a LoRA, exact or cut to ``rank``, and say its errors, rank and size.
 
-    ``factors`` as for `export_lora`. Returns the error of each layer where it is cut.
+    ``factors`` and ``places`` as for `export_lora`. Returns the error of each layer where it is cut.
     """
     errors, kind = None, "DoRA" if adapter.magnitude else "LoRA"
     own = adapter.rank if factors is None else max(len(A) for A, _ in factors.values())
     if rank is not None:
-        whole = factors.items() if factors else ((name, delta.lora()) for name, delta in adapter.layers.items())
+        each = (delta.loras(name) for name, delta in adapter.layers.items())
+        whole = factors.items() if factors else itertools.chain.from_iterable(each)
         factors, errors = truncate_all(whole, own, rank, dtype)
         text = truncation_text(errors, own, rank)
     else:
         text = f"{kind} of rank {own}: {rounding_text(dtype)}"
-    size = formatting.size(export_lora(adapter, out, dtype, factors, chat_template))
+    size = formatting.size(export_lora(adapter, out, dtype, factors, chat_template, places))
     say(text)
     say(f"{size} in {out}: {kind} of rank {rank or own} on {len(adapter.layers)} linears, for stock PEFT")
     return errors
@@ -139,23 +155,28 @@ def export_lora(
     dtype: torch.dtype,
     factors: Pairs | None = None,
     chat_template: str | None = None,
+    places: Places = MappingProxyType({}),
 ) -> int:
     """Write a LoRA for stock PEFT (DoRA, with a magnitude) to ``out`` and return its bytes. Linears may differ in rank.
 
     Args:
         factors: default: the adapter's own; a LoRA's are copied, with its alpha.
         chat_template: that of its training, where it is not the base's own.
+        places: of the adapter's experts (`require_kept_by_peft`).
 
-    InputError: ``out`` is not empty, a factor does not fit into ``dtype``, or a magnitude is 0.
+    InputError: ``out`` is not empty or has no room, a factor does not fit into ``dtype``, or a magnitude is 0.
     """
     is_lora = factors is None and adapter.ours is not None and method_of(adapter.ours).peft_type == "LORA"
-    ranks = {n: d.factors.rank if factors is None else len(factors[n][0]) for n, d in adapter.layers.items()}
+    first = {name: f"{name}.0" if delta.experts else name for name, delta in adapter.layers.items()}
+    ranks = {n: d.factors.rank if factors is None else len(factors[first[n]][0]) for n, d in adapter.layers.items()}
     specs = []
     for name, delta in adapter.layers.items():
         m, n = delta.shape
+        place, width = places.get(name, PeftPlace(name, False)), ranks[name] * max(delta.experts, 1)
+        m, n = (n, m) if place.turned else (m, n)
         specs += [
-            TensorSpec(f"{PREFIX}{name}.lora_A.weight", dtype, (ranks[name], n)),
-            TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, ranks[name])),
+            TensorSpec(f"{PREFIX}{place.module}.lora_A.weight", dtype, (width, n)),
+            TensorSpec(f"{PREFIX}{place.module}.lora_B.weight", dtype, (m, width)),
         ]
         if delta.magnitude is not None:  # a rounded one would round whole rows of W
             if rows := int((delta.magnitude == 0).sum()):  # PEFT's DoRA would make these rows NaN
@@ -165,10 +186,20 @@ def export_lora(
                 )
             specs.append(TensorSpec(f"{PREFIX}{name}.lora_magnitude_vector", torch.float32, (m,)))
 
+    def pair(name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = [f"{name}.{i}" for i in range(delta.experts)] or [name]
+        each = [own for _, own in delta.loras(name)] if factors is None else [factors[key] for key in keys]
+        if not delta.experts:
+            return each[0]
+        if places[name].turned:
+            each = [(B.t(), A.t()) for A, B in each]
+        A, B = (torch.stack(parts) for parts in zip(*each, strict=True))
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # PEFT has the experts of B side by side, rank by rank
+
     def tensors() -> Iterator[torch.Tensor]:
         for name, delta in adapter.layers.items():
             own = (delta.factors.A, delta.factors.B) if is_lora else None
-            for factor in own or (delta.lora() if factors is None else factors[name]):
+            for factor in own or pair(name, delta):
                 rounded = factor.to(dtype)
                 if not torch.isfinite(rounded).all():
                     raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
@@ -224,31 +255,40 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
     return _write_for_peft(adapter, out, config, specs, floats, {}, chat_template)
 
 
-def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> None:
+def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Places:
     """Put a LoRA of the adapter's targets on its base (without weights), as PEFT does when it opens the export.
+
+    Returns where PEFT has that of experts.
 
     In models with experts PEFT takes names such as ``down_proj`` for those of experts, and drops the tensors of dense
     MLPs with these names. InputError: it would adapt other layers than the adapter has.
     """
-    config = LoraConfig(r=1, target_modules=_targets(adapter), task_type=adapter.config.task_type)
-    try:
-        adapted = get_peft_model(model, config).get_base_model()
-        kept = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    except ValueError:  # PEFT's own refusal of such names
-        kept = set()
+    config, kept, places = LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), set(), {}
+    with contextlib.suppress(ValueError):  # PEFT's own refusal of such names
+        for path, module in get_peft_model(model, config).get_base_model().named_modules():
+            name = path
+            if isinstance(module, ParamWrapper):
+                name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
+                takes_turned, delta = getattr(module.get_base_layer(), "is_transposed", False), adapter.layers.get(name)
+                places[name] = PeftPlace(path, delta is not None and delta.transposed != takes_turned)
+            if isinstance(module, LoraLayer):
+                kept.add(name)
     if lost := sorted(adapter.layers.keys() - kept) or sorted(kept - adapter.layers.keys()):
         raise InputError(
             f"PEFT would not adapt {first_of(lost)} of this model as the adapter does: it takes the name for that of "
             "experts, and the export would lose it. Export with --to merged, or train with adapter.targets that name "
             "attention only."
         )
+    return places
 
 
-def _targets(adapter: AdapterDeltas) -> str | list[str]:
-    targets = adapter.config.target_modules
-    if any(getattr(adapter.config, limit, None) is not None for limit in LIMITS):
-        targets = list(adapter.layers)
-    return targets if isinstance(targets, str) else sorted(targets)
+def _targets(adapter: AdapterDeltas) -> dict[str, Any]:
+    """PEFT's ``target_modules``, and its ``target_parameters`` where there are experts."""
+    targets, stacks = adapter.config.target_modules, sorted(name for name, d in adapter.layers.items() if d.experts)
+    if stacks or any(getattr(adapter.config, limit, None) is not None for limit in LIMITS):
+        targets = adapter.layers.keys() - set(stacks)
+    found = {"target_modules": targets if isinstance(targets, str) else sorted(targets)}
+    return found | ({"target_parameters": stacks} if stacks else {})
 
 
 def _write_for_peft(
@@ -263,8 +303,8 @@ def _write_for_peft(
     """Add what all kinds have: targets, base, head and header."""
     own = adapter.config
     common = {
-        "fan_in_fan_out": all(delta.transposed for delta in adapter.layers.values()),
-        "target_modules": _targets(adapter),
+        "fan_in_fan_out": all(delta.transposed and not delta.experts for delta in adapter.layers.values()),
+        **_targets(adapter),
         "task_type": own.task_type,
         "modules_to_save": sorted(own.modules_to_save) if adapter.head else None,
         "base_model_name_or_path": own.base_model_name_or_path and portable_name(own.base_model_name_or_path),
@@ -287,6 +327,7 @@ def write_adapter(
 
     ``header`` goes into the safetensors file. InputError: ``out`` holds something, or can't be written.
     """
+    require_space(out, sum(spec.size_bytes for spec in specs), "the adapter")
     with new_directory(out) as partial:
         write_shard(partial / ADAPTER_WEIGHTS, specs, tensors, header)
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # PEFT's configs have sets

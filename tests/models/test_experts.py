@@ -19,7 +19,7 @@ from qvera.adapters.layer import adapted_layers
 from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.lora import export_lora, require_kept_by_peft
+from qvera.exporting.lora import export_lora, require_kept_by_peft, write_lora
 from qvera.exporting.merged import export_merged
 from qvera.models import linear, quantization
 from qvera.models.checkpointing import enable_checkpointing
@@ -176,8 +176,35 @@ def test_saved_loaded_and_merged_it_gives_the_same_logits(base: Path, tmp_path: 
             export_merged(tmp_path / "adapter", each, tmp_path / name, options)
             merged = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
             torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match=r"A LoRA for each of the \d+ experts .* would hold [\d,]+ numbers"):
-        export_lora(read_deltas(tmp_path / "adapter", empty_model(section(base))), tmp_path / "lora", torch.float32)
+
+
+def on_experts(base: Path) -> list[str]:
+    """Targets: the routed experts, and attention's last linear. PEFT has no place for dense MLPs beside experts."""
+    empty = empty_model(section(base))
+    stacked = {".".join(name.split(".")[-2:]) for name in expert_specs(empty)}
+    return sorted(stacked | {"o_proj" for name, _ in empty.named_modules() if name.endswith(".o_proj")})
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+def test_peft_opens_the_exported_lora_of_experts_with_the_same_logits(base: Path, experts: str, tmp_path: Path) -> None:
+    """Whole, and cut to a rank."""
+    plain = section(base, quantization="none")
+    model = adapted(base, experts=experts, model=load_base(plain).model, targets=on_experts(base))
+    save_adapter(model, tmp_path / "adapter")
+    empty = empty_model(plain)
+    deltas = read_deltas(tmp_path / "adapter", empty)
+    places = require_kept_by_peft(deltas, empty)
+    assert places.keys() == expert_specs(empty_model(plain)).keys()
+    for rank in (None, 7):
+        errors = write_lora(deltas, tmp_path / str(rank), torch.float32, rank, None, None, print, places)
+    assert len(errors or {}) == sum(max(delta.experts, 1) for delta in deltas.layers.values())
+    with torch.no_grad():
+        trained = model(input_ids=IDS).logits
+        for rank, bound in ((None, 1e-5), (7, 0.5)):
+            stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / str(rank)).eval()
+            found = relative(stock(input_ids=IDS).logits, trained)
+            assert found < bound
+    assert found > 1e-4
 
 
 def test_rows_of_a_batch_use_the_experts_of_their_own_adapters(bases: Any, tmp_path: Path) -> None:
