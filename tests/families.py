@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,11 @@ from qvera.exporting.gguf import architecture as gguf_families
 from tests.conftest import small_tokenizer
 from tests.tasks.images import image_processor
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+_ROOT = Path(__file__).resolve().parent.parent
+PAGE = _ROOT / "docs" / "models.md"
+RESULTS = _ROOT / "bench" / "results" / "architectures.json"
+"""What `python -m tests.architectures --write` found."""
+RIGHT = "right"
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -66,6 +70,7 @@ _INKLING: dict[str, Any] = {
 }  # fmt: skip
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_KEPT = "its layers can't be recomputed: `training.gradient_checkpointing: true` is refused"
 _IMAGES = "AutoModelForImageTextToText"
 _PARTS: dict[str, Any] = {**dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """What a config of text and images has beside that of each."""
@@ -90,16 +95,16 @@ _LLAMA4: dict[str, Any] = {
     "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
     "attention_chunk_size": 64,
 }  # fmt: skip
-_FOUR_BIT = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}
+_FOUR_BIT = {"mapped": "yes", "each load": "made at each load", "no": "no"}
 
 
 def _write(made_by: Any, config: Any, directory: Path) -> None:
-    """A random checkpoint, with biases that are not zero: zeros would hide that one is forgotten."""
+    """A random checkpoint without zeros, which would hide that something is forgotten, or is given no gradient."""
     torch.manual_seed(0)
     model = made_by.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "gate.weight")) or "expert" in name or "router" in name:
+            if name.endswith(("bias", "gate.weight")) or "expert" in name or "router" in name or not parameter.any():
                 parameter.normal_(std=0.1)
     model.save_pretrained(directory)
 
@@ -116,8 +121,6 @@ class Family:
         targets: what ``all-linear`` adapts.
         changes: of the tiny config.
         four_bit: ``mapped`` from the quantized cache, made at ``each load`` by transformers, or ``no``.
-        joins: whether rows can stand in one sequence: ``data.prefix_once`` and ``data.packing``.
-        continuous: whether `qvera serve` takes it in continuous batches; else in static ones.
         published: the auto class that the published checkpoints are of; their tensors are named by it.
         experts: ``4 bits``, each quantized and adapted where ``adapter.experts`` asks for it; ``dense``; or it has none.
         limits: for the page: what it can't do beside that.
@@ -128,8 +131,6 @@ class Family:
     targets: str = _SEVEN
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     four_bit: str = "mapped"
-    joins: bool = False
-    continuous: bool = True
     experts: str = ""
     limits: str = "–"
     published: str = "AutoModelForCausalLM"
@@ -155,38 +156,39 @@ class Family:
         """Into which weights a merged export has the logits of the run."""
         return "original" if self.four_bit == "no" else "dequantized"
 
-    def row(self) -> list[str]:
-        """Of the page's table."""
+    def row(self, found: dict[str, str]) -> list[str]:
+        """Of the page's table, by what the steps of tests/architectures.py did."""
+        if "lora" not in found:
+            return [self.title, f"`{self.model_type}`", *["–"] * 5, self.limits]
         has_gguf = self.config().architectures[0] in gguf_families.FAMILIES
-        targets = ", ".join(self.targets.split()) if self.targets != _SEVEN else "the seven of Llama"
-        targets += ", and experts with `adapter.experts`" if self.experts == "4 bits" else ""
-        answers = ["yes" if x else "no" for x in (self.joins, self.continuous, has_gguf)]
-        return [self.title, f"`{self.model_type}`", targets, _FOUR_BIT[self.four_bit], *answers, self.limits]
+        four_bit = "experts too" if self.experts == "4 bits" else _FOUR_BIT[self.four_bit]
+        answers = [*(found[step] == RIGHT for step in ("packing", "serve", "lora")), has_gguf]
+        return [self.title, f"`{self.model_type}`", four_bit, *("yes" if x else "no" for x in answers), self.limits]
 
 
 _FAMILIES = [
-    Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
+    Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}),
     Family(
         "Llama 4, text", "llama4_text", experts="4 bits",
         changes=_LLAMA4,
     ),
-    Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}, joins=True),
-    Family("Qwen2, Qwen2.5", "qwen2", joins=True),
-    Family("Qwen3", "qwen3", changes={"head_dim": 16}, joins=True),
-    Family("Gemma", "gemma", changes={"head_dim": 16}, joins=True),
+    Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}),
+    Family("Qwen2, Qwen2.5", "qwen2"),
+    Family("Qwen3", "qwen3", changes={"head_dim": 16}),
+    Family("Gemma", "gemma", changes={"head_dim": 16}),
     Family("Gemma 2", "gemma2", changes={"head_dim": 16, "sliding_window": 64}),
     Family("Gemma 3, text", "gemma3_text", changes={"head_dim": 16, "sliding_window": 64}),
-    Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2", joins=True),
-    Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj", joins=True),
-    Family("OLMo 2", "olmo2", joins=True),
-    Family("Granite 3", "granite", joins=True),
-    Family("SmolLM3", "smollm3", joins=True),
-    Family("Command R", "cohere", joins=True),
+    Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2"),
+    Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj"),
+    Family("OLMo 2", "olmo2"),
+    Family("Granite 3", "granite"),
+    Family("SmolLM3", "smollm3"),
+    Family("Command R", "cohere"),
     Family("Command R7B, Command A", "cohere2", changes={"sliding_window": 64}),
-    Family("StableLM", "stablelm", continuous=False),
-    Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}, joins=True),
+    Family("StableLM", "stablelm"),
+    Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}),
     Family(
-        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, joins=True
+        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}
     ),
     Family(
         "OPT", "opt", "q_proj k_proj v_proj out_proj fc1 fc2",
@@ -197,17 +199,15 @@ _FAMILIES = [
         {"num_key_value_heads": ..., "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "each load",
     ),
     Family(
-        "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, "no", continuous=False,
+        "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, "no",
         limits="not in 4 bits: its linears are of a class of their own. Set `model.quantization: none`",
     ),
     Family(
         "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, experts="4 bits",
-        joins=True,
     ),
     Family(
         "Qwen3 with experts", "qwen3_moe", _ATTENTION,
         {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, experts="4 bits",
-        joins=True,
     ),
     Family(
         "gpt-oss", "gpt_oss", _ATTENTION,
@@ -249,11 +249,11 @@ _FAMILIES = [
         changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_THREE_ROPES, **_EXPERTS, **_NARROW}},
     ),
     Family(
-        "Qwen3.5", "qwen3_5", f"{_SEVEN} {_IN_PROJ} out_proj", continuous=False, published=_IMAGES,
+        "Qwen3.5", "qwen3_5", f"{_SEVEN} {_IN_PROJ} out_proj", published=_IMAGES,
         changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_LINEAR}},
     ),
     Family(
-        "Qwen3.5 with experts", "qwen3_5_moe", f"{_SEVEN} {_IN_PROJ} out_proj", continuous=False, experts="4 bits",
+        "Qwen3.5 with experts", "qwen3_5_moe", f"{_SEVEN} {_IN_PROJ} out_proj", experts="4 bits",
         published=_IMAGES, changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_LINEAR, **_SHARED_EXPERT}},
     ),
     Family(
@@ -271,7 +271,7 @@ _FAMILIES = [
         },
     ),
     Family(
-        "LFM2-VL", "lfm2_vl", "q_proj k_proj v_proj out_proj in_proj w1 w2 w3", continuous=False, published=_IMAGES,
+        "LFM2-VL", "lfm2_vl", "q_proj k_proj v_proj out_proj in_proj w1 w2 w3", published=_IMAGES,
         changes={
             **_PARTS, "image_token_id": 300, "projector_hidden_size": 64,
             "text_config": {**_TEXT, **_CONV, "model_type": "lfm2", "block_auto_adjust_ff_dim": False},
@@ -331,10 +331,12 @@ _FAMILIES = [
     Family(
         "CPM-Ant", "cpmant", "project_q project_k project_v attention_out w_0 w_1 w_out", {**_NO_GROUPS,
         "dim_head": 16, "dim_ff": 128},
+        limits="refused: it takes token 0 for padding, on the left",
     ),
     Family(
         "CTRL", "ctrl", "Wq Wk Wv dense 0 2", {**_NO_GROUPS, "n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 128,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        limits=_KEPT,
     ),
     Family("CWM", "cwm", changes={**_WINDOWED, **_HEADS}),
     Family(
@@ -420,6 +422,7 @@ _FAMILIES = [
     Family(
         "GPT-NeoX Japanese", "gpt_neox_japanese", _NEOX, {**_NO_GROUPS, "hidden_dropout": 0.0,
         "attention_dropout": 0.0},
+        limits=_KEPT,
     ),
     Family("GPT-J", "gptj", "k_proj v_proj q_proj out_proj fc_in fc_out", {**_NO_GROUPS, "rotary_dim": 8}),
     Family("Granite with windows", "granite_swa", changes=_WINDOWED),
@@ -458,15 +461,18 @@ _FAMILIES = [
         "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304, "n_layers_per_attn_res_block": 1,
         "num_hidden_layers": 3, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_gate_rank": 8},
         experts="4 bits",
+        limits="refused: its head has another name in the files",
     ),
     Family(
         "Inkling 2, text", "inkling2_text", "linear gate_proj sink_proj", {**_INKLING, **_NARROW,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304,
         "n_layers_per_attn_res_block": 1}, experts="4 bits",
+        limits="refused: its head has another name in the files",
     ),
     Family(
         "Inkling, text", "inkling_text", f"{_ATTENTION} r_proj", {**_INKLING, **_NARROW, "n_routed_experts": 4,
         "num_experts_per_tok": 2, "n_shared_experts": 1, "intermediate_size": 64}, experts="4 bits",
+        limits="refused: it computes its logits in a way that the loss does not know",
     ),
     Family("InternLM 3", "internlm3", changes=_HEADS),
     Family("IQuest-Coder", "iquestcoder", changes=_HEADS),
@@ -479,6 +485,7 @@ _FAMILIES = [
     Family(
         "JetMoE", "jetmoe", "kv_proj", {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": 4,
         "num_key_value_heads": 2}, experts="dense",
+        limits=_KEPT,
     ),
     Family(
         "Kimi Linear", "kimi_linear",
@@ -538,6 +545,7 @@ _FAMILIES = [
     Family(
         "ModernBERT decoder", "modernbert-decoder", "", {**_NO_GROUPS, "cls_token_id": 1, "sep_token_id": 2,
         "local_attention": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        limits="refused: it computes its logits in a way that the loss does not know",
     ),
     Family(
         "MPT", "mpt", "Wqkv out_proj up_proj down_proj", {**_NO_GROUPS, "d_model": 64, "n_heads": 4, "n_layers": 2,
@@ -555,7 +563,7 @@ _FAMILIES = [
     Family("OLMo 3", "olmo3", changes=_WINDOWED),
     Family("OLMo hybrid", "olmo_hybrid", f"{_ATTENTION} {_MLP} a_proj b_proj g_proj", _LINEAR),
     Family("OLMoE", "olmoe", _ATTENTION, _EXPERTS, experts="4 bits"),
-    Family("GPT", "openai-gpt", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}),
+    Family("GPT", "openai-gpt", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}, "each load", limits=_KEPT),
     Family("Persimmon", "persimmon", _NEOX, _NO_GROUPS),
     Family("Phi-3.5 MoE", "phimoe", _ATTENTION, {**_LOCAL_EXPERTS, "router_jitter_noise": 0.0}, experts="4 bits"),
     Family(
@@ -590,6 +598,7 @@ _FAMILIES = [
     Family(
         "RWKV 4", "rwkv", "key value receptance output", {**_NO_GROUPS, "context_length": 128,
         "num_attention_heads": ...},
+        limits="refused: it changes its weights between training and evaluation",
     ),
     Family(
         "Sarvam 105B", "sarvam_mla", f"{_MLP} q_proj kv_a_proj_with_mqa kv_b_proj o_proj", {**_ROUTED,
@@ -601,12 +610,9 @@ _FAMILIES = [
     Family("Solar Open", "solar_open", changes={**_ROUTED, **_HEADS}, experts="4 bits"),
     Family("VaultGemma", "vaultgemma", changes={**_WINDOWED, **_HEADS}),
     Family(
-        "XGLM", "xglm", "k_proj v_proj q_proj out_proj fc1 fc2", {**_NO_GROUPS, "d_model": 64, "ffn_dim": 128,
-        "num_layers": 2, "attention_heads": 4, "dropout": 0.0},
-    ),
-    Family(
         "xLSTM", "xlstm", "q k v ogate_preact igate_preact fgate_preact out_proj proj_up_gate proj_up proj_down",
         {"num_heads": 4, "chunk_size": 16, "num_blocks": 2, "qk_dim_factor": 1.0},
+        limits="refused: it computes its logits in a way that the loss does not know",
     ),
     Family("Youtu-LLM", "youtu", f"{_LATENT_ATTENTION} {_MLP}", _LATENT),
     Family(
@@ -625,7 +631,6 @@ _FAMILIES = [
     ),
 ]  # fmt: skip
 FAMILIES = {family.model_type: family for family in _FAMILIES}
-_ON_THE_PAGE = dict(itertools.islice(FAMILIES.items(), 37))
 
 _ENCODER: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 304,
@@ -687,14 +692,23 @@ ENCODERS: dict[str, Encoder] = {
 }  # fmt: skip
 
 
+def read_results() -> dict[str, dict[str, str]]:
+    """By model type, what each step of tests/architectures.py did: `RIGHT`, ``refused: …`` or ``wrong: …``."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if RESULTS.exists() else {}
+
+
 def page() -> str:
     """docs/models.md with the tables of today."""
-    text = PAGE.read_text(encoding="utf-8")
-    columns = "| family | `model_type` | `all-linear` adapts | 4-bit weights |"
-    more = " packing, `prefix_once` | continuous batches | GGUF | limits |"
-    for name, title, members in (("families", columns + more, _ON_THE_PAGE), ("encoders", columns, ENCODERS)):
-        rows = [f"| {' | '.join(one.row())} |" for one in members.values()]
-        text = with_table(text, name, "\n".join([title, "|" + "---|" * (title.count("|") - 1), *rows]))
+    text, results = PAGE.read_text(encoding="utf-8"), read_results()
+    columns = "| family | `model_type` | 4 bits | packing | continuous batches | LoRA | GGUF | limits |"
+    trained = [family.row(results[name]) for name, family in FAMILIES.items() if name in results]
+    encoders = [family.row() for family in ENCODERS.values()]
+    for name, title, rows in (
+        ("families", columns, sorted(trained, key=lambda row: row[0].lower())),
+        ("encoders", "| family | `model_type` | `all-linear` adapts | 4 bits |", encoders),
+    ):
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        text = with_table(text, name, "\n".join([title, "|" + "---|" * (title.count("|") - 1), *lines]))
     return text
 
 

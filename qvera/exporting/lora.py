@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
 
@@ -261,21 +261,25 @@ def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Plac
     Returns where PEFT has that of experts.
 
     In models with experts PEFT takes names such as ``down_proj`` for those of experts, and drops the tensors of dense
-    MLPs with these names. InputError: it would adapt other layers than the adapter has.
+    MLPs with these names, or of shared experts (Laguna). InputError: it would adapt other layers than the adapter has.
     """
     config, kept, places = LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), set(), {}
     with contextlib.suppress(ValueError):  # PEFT's own refusal of such names
-        for path, module in get_peft_model(model, config).get_base_model().named_modules():
+        adapted = get_peft_model(model, config)
+        own = {name.replace(".default", ""): p for name, p in adapted.state_dict().items() if ".lora_" in name}
+        missing = set_peft_model_state_dict(adapted, own).missing_keys  # PEFT renames tensors when it reads them
+        lost = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing if ".lora_" in name}
+        for path, module in adapted.get_base_model().named_modules():
             name = path
             if isinstance(module, ParamWrapper):
                 name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
                 takes_turned, delta = getattr(module.get_base_layer(), "is_transposed", False), adapter.layers.get(name)
                 places[name] = PeftPlace(path, delta is not None and delta.transposed != takes_turned)
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and path not in lost:
                 kept.add(name)
-    if lost := sorted(adapter.layers.keys() - kept) or sorted(kept - adapter.layers.keys()):
+    if other := sorted(adapter.layers.keys() - kept) or sorted(kept - adapter.layers.keys()):
         raise InputError(
-            f"PEFT would not adapt {first_of(lost)} of this model as the adapter does: it takes the name for that of "
+            f"PEFT would not adapt {first_of(other)} of this model as the adapter does: it takes the name for that of "
             "experts, and the export would lose it. Export with --to merged, or train with adapter.targets that name "
             "attention only."
         )

@@ -119,10 +119,17 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, 
             memory.
         by_tiles: compute MLPs by tiles of tokens if there are many (`lean_layers`). Not for rows of different adapters:
             a tile does not know the rows of its tokens.
+
+    InputError: transformers has no checkpoints for this class.
     """
     if mode is False:
         return
     base: Any = causal_model(model)
+    if not base.supports_gradient_checkpointing:
+        raise InputError(
+            f"training.gradient_checkpointing: transformers can't recompute the layers of {type(base).__name__}. "
+            "Set it to false."
+        )
     settings = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable

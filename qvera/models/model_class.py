@@ -49,6 +49,10 @@ _LARGEST = {
     "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
 }  # fmt: skip
 """Far above any model there is, and far below what would end in a traceback or fill the memory."""
+_REFUSED = {
+    "cpmant": "takes token 0 for padding, on the left",
+    "rwkv": "changes its weights between training and evaluation",
+}
 _COMPARED_BYTES = 2**24
 _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
 
@@ -250,6 +254,10 @@ def empty_model(
     """The base without weights, on the meta device. Raises InputError if no model of this class can be made."""
     try:
         config = load_config(section, source)
+        if reason := _REFUSED.get(config.model_type):
+            raise InputError(
+                f"model.path: {config.model_type} {reason}, which qvera is not made for. Take another model."
+            )
         with torch.device("meta"):
             return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -27,9 +27,9 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def decoder_of(model: Any) -> Any:
     """What a language model calls before its head: embeddings, layers and the last norm."""
-    found = model.get_decoder()
-    if found is model and model.get_output_embeddings() is not None:
-        # a class that misnames its decoder (Llama 4's text model): the decoder is what holds the input embedding
+    found, head = model.get_decoder(), model.get_output_embeddings()
+    if head is not None and (found is model or found is head):
+        # a class that misnames its decoder (Llama 4's text model, ModernBERT's head): it holds the input embedding
         embedding = model.get_input_embeddings()
         for child in model.children():
             if child is not embedding and any(module is embedding for module in child.modules()):

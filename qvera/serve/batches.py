@@ -245,6 +245,8 @@ class _Shapes(dict[int, tuple[torch.Size, torch.Size, torch.dtype]]):
     """Stands in for a step, to learn each layer's kv heads and size of keys and values, and their dtype."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+        if layer in self:  # the second time would write over the first one's keys
+            raise RuntimeError("it runs a layer more than once for a token")
         self[layer] = k.shape[1:], v.shape[1:], k.dtype
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
