@@ -124,6 +124,7 @@ IMAGE_FAMILIES = {
         {
             "text_config": {**_TEXT, "sliding_window": 8, "query_pre_attn_scalar": 8}, "vision_config": _SIGLIP,
             "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302,
+            "tie_word_embeddings": False,
         },
         lambda: Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
         ["<image_soft_token>", "<start_of_image>", "<end_of_image>"], _GEMMA3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -134,6 +135,19 @@ def _with_images(text: str, files: Sequence[Path]) -> Turn:
     return turn
 
 
+def _for_openai(turn: Turn) -> str | list[dict[str, Any]]:
+    """The content of a turn, with images as data: URLs."""
+    images = iter(turn.images)
+
+    def part(each: dict[str, str]) -> dict[str, Any]:
+        if each["type"] == "text":
+            return each
+        content = Path(image).read_bytes() if isinstance(image := next(images), str) else image
+        return {"type": "image_url", "image_url": {"url": f"data:image;base64,{base64.b64encode(content).decode()}"}}
+
+    return [part(each) for each in turn.parts] or turn.content
+
+
 def _ask_server(
     url: str, asked: Sequence[tuple[Conversation, str | None]], base: bool, at_a_time: int, settings: dict[str, Any]
 ) -> tuple[list[tuple[Conversation, str | None]], list[str]]:
@@ -147,7 +161,7 @@ def _ask_server(
         row, name = question
         if row.tools or any("tool_calls" in turn.extra or turn.role == "tool" for turn in row.turns):
             raise InputError(f"{row.source}: has tools or calls of tools, which a server does not take.")
-        messages = [{"role": turn.role, "content": turn.content} for turn in row.turns]
+        messages = [{"role": turn.role, "content": _for_openai(turn)} for turn in row.turns]
         return client.chat(models[name], messages, **settings)
 
     with progress("Answering") as show, ThreadPoolExecutor(at_a_time) as threads:

@@ -94,8 +94,8 @@ class Encoder:
         found = tuple(StoredImage(image, source, self.images) for turn in turns for image in turn.images)
         if found and self.images is None:
             raise InputError(
-                f"{source}: holds an image, and the base is a model of text, which would learn to answer without it. "
-                "Take a base that reads images, such as Qwen3-VL or Gemma 3 as they are published, or remove the row."
+                f"{source}: holds an image, and this base is taken for text: it would not see it. Take one that reads "
+                "images (Gemma 3 and 4, Qwen2.5-VL, Qwen3-VL, Qwen3.5, SmolVLM, LFM2-VL), or remove the image."
             )
         return found
 

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
+from qvera.models.forward import image_inputs
+from qvera.models.structure import image_model
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
@@ -33,6 +35,7 @@ from qvera.utils.memory import is_out_of_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qvera.data.images import StoredImage
     from qvera.serve.requests import EngineSettings
 
 BLOCK_TOKENS = 16
@@ -46,10 +49,13 @@ _TOLERANCES = {4: 1e-3, 2: 0.05}
 
 
 class CachedTokens:
-    """The tokens of a request, and where their keys and values are. ``identity``: of its adapter; "" for the base."""
+    """The tokens of a request, and where their keys and values are. ``identity``: of its adapter; "" for the base.
 
-    def __init__(self, tokens: Sequence[int], identity: str = "") -> None:
-        self.tokens, self.identity = list(tokens), identity
+    ``images`` have their places among the tokens.
+    """
+
+    def __init__(self, tokens: Sequence[int], identity: str = "", images: Sequence[StoredImage] = ()) -> None:
+        self.tokens, self.identity, self.images = list(tokens), identity, images
         self.blocks: list[int] = []  # in the order of the tokens; empty: it must begin, or begin again
         self.computed = 0  # leading tokens whose keys and values are there
         self.ended = False
@@ -451,7 +457,7 @@ class StaticBatches:
         self._model = model
         self.longest_tokens = int(model.config.get_text_config().max_position_embeddings)  # of one request in all
         self._rows: list[Any] = []
-        self._mask = torch.empty(0)
+        self._mask, self._has_images = torch.empty(0), False
         self._cache: DynamicCache | None = None
 
     def may_begin(self) -> bool:
@@ -468,17 +474,26 @@ class StaticBatches:
     def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
         """Run a step. Returns the rows that have not ended, and their logits [rows, vocabulary]."""
         rows, device = [row for row, _ in batch], self._model.device
+        images: dict[str, torch.Tensor] = {}
         if self._cache is None:
             self._cache = DynamicCache(config=self._model.config)
             ids = padded([row.tokens for row in rows], 0).to(device)
             self._mask = padded([[1] * len(row.tokens) for row in rows], 0).to(device)
+            shown = [image for row in rows for image in row.images]
+            images = image_inputs(self._model, [row.tokens for row in rows], shown, ids.shape[1], left=True)
+            self._has_images = bool(images)
         else:
             ids = torch.tensor([row.tokens[-1:] for row in rows], device=device)
             self._mask = torch.cat([self._mask, torch.ones_like(ids)], 1)
+        positions: torch.Tensor | None = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # Qwen's models give an image positions of three axes, and go on behind its largest one
+        if self._has_images and hasattr(inner := image_model(self._model), "rope_deltas"):
+            positions = None if images else positions + inner.rope_deltas
         logits = self._model(
             input_ids=ids,
             attention_mask=self._mask,
-            position_ids=(self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            position_ids=positions,
+            **images,
             use_cache=True,
             logits_to_keep=1,
             **{CACHE_ARGUMENT: self._cache},

@@ -88,7 +88,7 @@ class ServerClient:
     def chat(
         self,
         model: str,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.projection import forget_inputs
+from qvera.data.images import images_of
 from qvera.evaluation.generate import generating
 from qvera.serve.background import Background, BackgroundWork
 from qvera.serve.batches import CachedTokens, PagedBatches, StaticBatches
@@ -51,7 +52,7 @@ class ActiveRequest(CachedTokens):
     def __init__(
         self, request: GenerationRequest, on_event: Callable[[Event], None], vectors: HostVectors | None
     ) -> None:
-        super().__init__(request.prompt, "" if vectors is None else vectors.identity)
+        super().__init__(request.prompt, "" if vectors is None else vectors.identity, request.images)
         self.request, self.on_event, self.vectors = request, on_event, vectors
         self.slot = 0
         self.chooser: TokenChooser | None = None
@@ -68,7 +69,9 @@ class Engine:
         self.settings, self.model = settings, base.model
         self.why_static: str | None = None  # why "auto" batching became static
         batches: PagedBatches | StaticBatches | None = None
-        if settings.batching != "static":
+        if settings.batching == "auto" and images_of(base.tokenizer) is not None:
+            self.why_static = "The base takes images, for which there are no continuous batches."
+        elif settings.batching != "static":
             try:
                 batches = PagedBatches(self.model, settings)
             except RunFailed as error:
@@ -117,6 +120,8 @@ class Engine:
                 f"prompt and max_tokens: {len(prompt):,} and {request.sampling.max_tokens:,} tokens are more than the "
                 f"{longest:,} that fit; shorten the prompt or lower max_tokens."
             )
+        if request.images and not isinstance(self._batches, StaticBatches):
+            raise InputError("images are answered in static batches, and this server has continuous ones: send text.")
         if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
             raise InputError(f"prompt: token ids of this model are 0 to {self._vocabulary - 1:,}.")
         with self._wake:

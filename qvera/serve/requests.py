@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qvera.data.images import StoredImage
 from qvera.utils.errors import InputError
 
 
@@ -68,6 +69,7 @@ class GenerationRequest:
     prompt: tuple[int, ...]  # token ids, at least one
     adapter: ResolvedAdapter | None  # None: the base
     sampling: Sampling
+    images: tuple[StoredImage, ...] = ()  # their places are in the prompt
 
 
 @dataclass(frozen=True, slots=True)

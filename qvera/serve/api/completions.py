@@ -23,6 +23,7 @@ from qvera.serve.requests import AdapterChanged, Busy, EndEvent, Event, Generati
 from qvera.serve.text import TextStream, TokenTexts
 
 if TYPE_CHECKING:
+    from qvera.data.images import StoredImage
     from qvera.serve.api.access import Access
     from qvera.serve.api.schemas import GenerationBody
 
@@ -46,27 +47,21 @@ async def chat(request: Request, body: ChatBody) -> Response:
         raise bad_request("top_logprobs: is only for logprobs: true.", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_request("max_completion_tokens: is another name of max_tokens; give one.", "max_completion_tokens")
-    turns = [
-        Turn(
-            "system" if message.role == "developer" else message.role,
-            message.text(),
-            extra={} if message.name is None else {"name": message.name},
-        )
-        for message in body.messages
-    ]
-    if service.prompts.system and turns[0].role != "system":  # the recipe's
-        turns.insert(0, Turn("system", service.prompts.system))
 
-    def prompts() -> list[list[int]]:
+    def prompt() -> tuple[list[int], tuple[StoredImage, ...]]:
         service.require_model(body.model, access)
-        return [service.prompts.ids(turns)]
+        turns = [message.turn() for message in body.messages]
+        if service.prompts.system and turns[0].role != "system":  # the recipe's
+            turns.insert(0, Turn("system", service.prompts.system))
+        return service.prompts.ids(turns), service.prompts.images(turns)
 
-    ids = await while_connected(request.receive, service.read_prompts(access, prompts))
+    one, images = await while_connected(request.receive, service.read_prompts(access, prompt))
+    ids = [one]
     top = (body.top_logprobs or 0) if body.logprobs else None
     keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
     sampling = _sampling(body, service, ids, body.max_completion_tokens or body.max_tokens, top, keys)
     streams = [TextStream(service.texts, stop) for _ in ids for _ in range(body.n or 1)]
-    answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began)
+    answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began, images)
     return await _answer(request, body, answers, _ChatFormat(service.texts, top is not None))
 
 
@@ -183,8 +178,13 @@ class Generation:
         sampling: Sampling,
         streams: Sequence[TextStream],
         began: float,
+        images: tuple[StoredImage, ...] = (),
     ) -> None:
-        """``streams``: the text of each answer, in the order of the prompts; each prompt has equally many."""
+        """``streams``: the text of each answer, in the order of the prompts; each prompt has equally many.
+
+        ``images``: of each prompt.
+        """
+        self._images = images
         self._service, self._access, self._model, self._prompts = service, access, model, prompts
         self.sampling, self.streams, self._began = sampling, streams, began
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
@@ -225,7 +225,8 @@ class Generation:
                         seed = (sampling.seed + repetition + 2**63) % 2**64 - 2**63
                         sampling = dataclasses.replace(sampling, seed=seed)
                     prompt = tuple(self._prompts[index // per_prompt])
-                    self._submit_one(index, GenerationRequest(uuid.uuid4().hex, prompt, adapter, sampling), events)
+                    asked = GenerationRequest(uuid.uuid4().hex, prompt, adapter, sampling, self._images)
+                    self._submit_one(index, asked, events)
             except AdapterChanged:
                 if tries + 1 == _TRIES:
                     raise

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from qvera.data import Turn
+from qvera.data.conversations import read_messages
 from qvera.serve.api.errors import bad_request, shortened
 from qvera.utils.errors import did_you_mean
 
@@ -124,24 +126,45 @@ class GenerationBody(Body):
 
 
 class TextPart(BaseModel):
-    """A part of a message; texts only."""
+    """A text in a message."""
 
     type: Literal["text"]
     text: Text
+
+
+class ImageUrl(BaseModel):
+    """Where an image is."""
+
+    url: Text
+
+
+class ImagePart(BaseModel):
+    """An image in a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
 
 
 class MessageBody(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Text | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
     name: Text | None = None
     tool_calls: None = None
     """Tools are not supported; left out in silence they would change the prompt."""
 
-    def text(self) -> str:
-        """Its parts in one."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def turn(self) -> Turn:
+        """As rows have it. Raises ApiError 400 or InputError: an image is no data: URL of base64."""
+        for part in self.content:
+            if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:"):
+                raise bad_request(
+                    "image_url: must be a data: URL; the server reads no files and no addresses.", "messages"
+                )
+        role = "system" if self.role == "developer" else self.role
+        parts = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
+        (turn,) = read_messages([{"role": role, "content": parts, "name": self.name}], "messages")
+        return turn
 
 
 class ChatBody(GenerationBody):
