@@ -166,6 +166,8 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
         if before and after:
             losses = (formatting.text_or_dash(one["loss"], "{:.4f}".format) for one in (before, after))
             print(f"held-out loss     {' → '.join(losses)}")
+            if "reward" in after:
+                print(f"held-out reward   {before['reward']:.4f} → {after['reward']:.4f}")
             if "exact_match" in after:
                 share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
                 print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")

@@ -262,13 +262,14 @@ class AloneLoop(Loop[AloneStep]):
 
     def next_step(self) -> AloneStep:
         group, rows, number = self.group, self.batches.rows(self.state.step), self.state.step + 1
+        began = time.perf_counter()  # answers that a task takes its rows from are a part of the step
         self.task.forget_metrics()
         tokenizer, source = self.session.base.tokenizer, self.datasets.train
         made = self.task.step_rows(self.model, tokenizer, self.datasets, rows, number, group)
         if made is not None:
             rows = list(range(len(made)))
         passes = self.batches.passes(rows, group.rank, group.world_size)
-        return AloneStep(number, rows, passes, source=source if made is None else made)
+        return AloneStep(number, rows, passes, source=source if made is None else made, _since=began)
 
     def do_pass(self, step: AloneStep) -> None:
         """A process without rows runs a dummy pass, so that collectives stay in sync."""
