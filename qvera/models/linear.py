@@ -234,7 +234,10 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def embedding_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that an embedding returns, which is that of a model's activations."""
-    return module.output_dtype if isinstance(module, FrozenEmbedding) else next(module.parameters()).dtype
+    if isinstance(module, FrozenEmbedding):
+        return module.output_dtype
+    weight = getattr(module, "weight", None)  # a buffer under ZeRO-3, where the head is tied to it
+    return (next(module.parameters()) if weight is None else weight).dtype
 
 
 def freeze_linears(model: nn.Module) -> None:

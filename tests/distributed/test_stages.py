@@ -64,6 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path, tied: TinyR
     place.task("short", place.recipe(**BARE), out_of_memory=short, fails=True)
     place.task("grown", place.recipe("zero3"), copy_of="alone", damaged=True, resume=True)
     tied.task("tied", tied.recipe("zero3", max_steps=1))
+    tied.task("tied-as-stored", tied.recipe("zero3", "bfloat16", max_steps=1, **BARE))
     place.task("unlike", place.recipe(), other_recipe=place.recipe(learning_rate=1e-3), fails=True)
     place.found = run_worker([*place.tasks, *tied.tasks], 2, place.root / "spawn", limit_seconds=600)
     return place
@@ -192,6 +193,7 @@ def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothin
     """As in SmolLM2 and Llama-3.2. It is the mapped file's, so that on a CPU it takes no memory of a rank's own."""
     run, alone = tied.root / "tied", tied.root / "alone"
     close(run, alone)
+    assert len(losses(tied.root / "tied-as-stored")) == 1  # computed in the dtype of the file
     assert losses(run, "eval") == pytest.approx(losses(alone, "eval"), rel=1e-5)
     assert facts(run)["samples"] == facts(alone)["samples"]
     for rank in place.found:
