@@ -70,6 +70,7 @@ _INKLING: dict[str, Any] = {
 }  # fmt: skip
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_SPLIT = "no merged export: transformers splits tensors of its files"
 _KEPT = "its layers can't be recomputed: `training.gradient_checkpointing: true` is refused"
 _IMAGES = "AutoModelForImageTextToText"
 _PARTS: dict[str, Any] = {**dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -440,7 +441,7 @@ _FAMILIES = [
         {**_LOCAL_EXPERTS, "shared_intermediate_size": 64}, experts="4 bits",
     ),
     Family("Helium", "helium", changes=_HEADS),
-    Family("HRM, text", "hrm_text", changes=_HEADS),
+    Family("HRM, text", "hrm_text", changes=_HEADS, four_bit="each load", limits=_SPLIT),
     Family("Hunyuan V1", "hunyuan_v1_dense", changes={**_HEADS, **_ROPE}),
     Family(
         "Hunyuan V1 with experts", "hunyuan_v1_moe", changes={**_HEADS, **_ROPE, "num_experts": 4, "moe_topk": 2},
@@ -506,7 +507,7 @@ _FAMILIES = [
     Family(
         "Lara mini", "lara_mini", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}",
         {**_LINEAR, **_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
-        experts="4 bits",
+        four_bit="each load", experts="dense", limits=_SPLIT,
     ),
     Family("LFM2", "lfm2", "in_proj out_proj w1 w3 w2 q_proj k_proj v_proj", _CONV),
     Family(
@@ -605,8 +606,8 @@ _FAMILIES = [
         "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
         "num_key_value_heads": 4, "first_k_dense_replace": 1}, experts="4 bits",
     ),
-    Family("Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, experts="4 bits"),
-    Family("Seed-OSS", "seed_oss", changes={**_HEADS, "residual_dropout": 0.0}),
+    Family("Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, four_bit="each load", experts="dense", limits=_SPLIT),
+    Family("Seed-OSS", "seed_oss", changes={**_HEADS, "attention_dropout": 0.0, "residual_dropout": 0.0}),
     Family("Solar Open", "solar_open", changes={**_ROUTED, **_HEADS}, experts="4 bits"),
     Family("VaultGemma", "vaultgemma", changes={**_WINDOWED, **_HEADS}),
     Family(

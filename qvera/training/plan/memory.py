@@ -121,11 +121,12 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
     return numbers + 4 * x.m if how == "int8" else four_bit_bytes(numbers, recipe.model.double_quant)
 
 
-def expert_storage_bytes(x: ExpertWeights, recipe: Recipe) -> int:
-    """The weights of a layer's experts in 4 bits; 0 where the recipe leaves them dense."""
-    if recipe.model.quantization not in ("nf4", "fp4"):
+def expert_storage_bytes(x: ExpertWeights, run: PlannedRun) -> int:
+    """The weights of a layer's experts in 4 bits; 0 where they stay dense."""
+    section = run.recipe.model
+    if section.quantization not in ("nf4", "fp4") or not run.shape.quantizes_experts:
         return 0
-    return x.spec.experts * four_bit_bytes(x.spec.rows * x.spec.columns, recipe.model.double_quant)
+    return x.spec.experts * four_bit_bytes(x.spec.rows * x.spec.columns, section.double_quant)
 
 
 def layer_bytes(run: PlannedRun) -> list[int]:
@@ -135,7 +136,7 @@ def layer_bytes(run: PlannedRun) -> list[int]:
         if x.quantizable and x.layer is not None:
             layers[x.layer] += weight_storage_bytes(x, run.recipe, run.itemsize)
     for stack in run.shape.experts:
-        layers[stack.layer or 0] += expert_storage_bytes(stack, run.recipe)
+        layers[stack.layer or 0] += expert_storage_bytes(stack, run)
     return list(layers.values())
 
 
@@ -210,7 +211,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     linears = sum(weight_storage_bytes(x, recipe, item) for x in shape.linears if x.quantizable)
     stored = {"none": "dense linears", "int8": "int8 linears"}.get(recipe.model.quantization, "4-bit linears")
     streams = recipe.model.stream is True
-    experts = sum(expert_storage_bytes(x, recipe) for x in shape.experts)
+    experts = sum(expert_storage_bytes(x, run) for x in shape.experts)
     dense_experts = shape.expert_numbers + (0 if experts else sum(x.numbers for x in shape.experts))
     if streams and machine.on_gpu:
         linears, experts = linears + experts - sum(layer_bytes(run)), 0

@@ -18,6 +18,7 @@ from qvera.data import Datasets, Rows
 from qvera.data.rows import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
 from qvera.models.model_class import empty_model
+from qvera.models.quantize_checkpoint import how_stored
 from qvera.models.safetensors_stream import packed_header
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
@@ -208,6 +209,8 @@ def make_plan(
         model_class = task.model_class(datasets)
         model = empty_model(recipe.model, None, model_class)
     shape = _grown(shape_of(model, model_class), recipe)
+    if shape.experts and recipe.model.quantization in ("nf4", "fp4"):
+        shape = replace(shape, quantizes_experts=how_stored(recipe.model)[0])
     masked, config = needs_padding_mask(model) or task.loss_is_trl, model.config
     device = machine if isinstance(machine, torch.device) else None
     if isinstance(machine, torch.device):

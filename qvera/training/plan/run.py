@@ -101,6 +101,7 @@ class Shape:
     image_numbers: int = 0  # pixel values of an image
     experts: tuple[ExpertWeights, ...] = ()  # not among the dense numbers
     experts_per_token: int = 0
+    quantizes_experts: bool = True  # False: transformers loads the checkpoint, and leaves its experts dense
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
     @property

@@ -132,7 +132,7 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
         flops += passes * 2 * routed * numbers
         # the experts that rows spread evenly would meet
         met = experts * (1 - (1 - s.experts_per_token / experts) ** T)
-        weights += passes * met * numbers if expert_storage_bytes(stack, run.recipe) else 0
+        weights += passes * met * numbers if expert_storage_bytes(stack, run) else 0
         if stack.name in {x.name for x in run.adapted_experts}:
             n, m = stack.adapted_spec.in_features, stack.adapted_spec.out_features
             low_rank += 2 * section.rank * (passes * T * n + (passes + 1) * routed * m)
