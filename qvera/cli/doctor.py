@@ -64,7 +64,7 @@ def examine() -> Iterator[Finding]:
 
     yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
     device = accelerator.current_device()
-    yield Finding("device", device_name(device))
+    yield Finding("device", device_name(device), fix=accelerator.unusable_card() or "")
     yield Finding("free memory", formatting.size(available_bytes(device)))
     if accelerator.has_own_memory(device):
         ram = formatting.size(available_bytes(torch.device("cpu")))

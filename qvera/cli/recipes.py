@@ -278,6 +278,8 @@ def plan(
             tokenizer = None
         data = None if tokenizer is None else build_datasets(loaded.data, tokenizer, console)
     rows, adapter_rows = (None, []) if data is None else (data.train, [len(one.train) for one in data.adapters])
+    if machine is None and (problem := accelerator.unusable_card()) is not None:
+        Console().print(problem, style="yellow", highlight=False, soft_wrap=True)
     made = make_plan(loaded, machine or device, rows, sharing, several, adapter_rows, data)
     if machine is None and not no_timing:
         with progress("Timing this machine"):

@@ -407,7 +407,10 @@ def collate_prefix_once(
         arrays["attention_mask"] = (((row[:, None] == row) | (row == 0)) & np.tri(total, dtype=bool))[None, None]
         return _tensors(arrays, device)
     numbers, offsets = _offsets(prefix, np.array([length - prefix for length in lengths]))
-    return {**_tensors({**arrays, **offsets}, device), **numbers}
+    batch = {**_tensors({**arrays, **offsets}, device), **numbers}
+    # one tensor: Hopper's kernel asks whether both are the same
+    batch.setdefault("cu_seq_lens_k", batch["cu_seq_lens_q"])
+    return batch
 
 
 def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np.ndarray]]:
@@ -417,16 +420,18 @@ def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np
     ``own``, int [B], has each row's tokens beyond the prefix.
 
     Returns:
-        Numbers ``max_length_q``, ``max_length_k`` and arrays ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [N + 1]. With a
-        prefix also ``prefix_length``; ``key_index`` int64 [K], the token that each key comes from; and ``key_order``
-        int64 [K], the keys that are copies of the prefix (row by row), then those of the tokens P, P + 1, ...
+        Numbers ``max_length_q``, ``max_length_k`` and the array ``cu_seq_lens_q``, int32 [N + 1]. With a prefix also
+        ``cu_seq_lens_k``, which is the same without one; ``prefix_length``; ``key_index`` int64 [K], the token that
+        each key comes from; and ``key_order`` int64 [K], the keys that are copies of the prefix (row by row), then
+        those of the tokens P, P + 1, ...
     """
     queries = np.append(prefix, own) if prefix else own
     keys = np.append(prefix, prefix + own) if prefix else own
     ends_q, ends_k = (np.append(0, np.cumsum(lengths)).astype(np.int32) for lengths in (queries, keys))
     numbers = {"max_length_q": int(queries.max()), "max_length_k": int(keys.max())}
-    arrays = {"cu_seq_lens_q": ends_q, "cu_seq_lens_k": ends_k}
+    arrays = {"cu_seq_lens_q": ends_q}
     if prefix:
+        arrays["cu_seq_lens_k"] = ends_k
         at = np.arange(ends_k[-1]) - np.repeat(ends_k[:-1], keys)  # of each key within its row
         first_own = np.repeat(ends_q[:-1], keys) - prefix  # the key at P is the row's first own token
         copied = at < prefix
@@ -463,8 +468,10 @@ def pad_batch(batch: dict[str, Any], tokens: int, pad_id: int) -> dict[str, Any]
     for name, tensor in batch.items():
         if name.startswith("max_length"):
             padded[name] = max(tensor, more)
-        elif name.startswith("cu_seq_lens"):
-            padded[name] = F.pad(tensor, (0, 1), value=tokens)
+        elif name == "cu_seq_lens_q":
+            padded[name] = padded["cu_seq_lens_k"] = F.pad(tensor, (0, 1), value=tokens)
+        elif name == "cu_seq_lens_k":
+            continue  # of queries, since there is no prefix
         elif name == "trained":
             padded[name] = tensor + tensor // (tokens - more) * more
         elif tensor.dim() == 2:

@@ -68,6 +68,8 @@ class TrainingSession:
         if group.world_size > 1:
             check_same_setup(recipe, group, self.console)
         self.sharder: BaseSharder | None = None
+        if (problem := accelerator.unusable_card()) is not None:
+            self.warn(f"{problem} This run takes the CPU.")
         asked = recipe.training.gradient_checkpointing
         self.checkpointing: Mode = True if asked == "auto" else asked  # where no plan can be made
         self.device = accelerator.current_device()

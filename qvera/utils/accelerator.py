@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+NVIDIA_CARD = "/dev/nvidia0"
+"""Its device file, which the driver makes."""
 _ALIGNED_BYTES = 16
 """Tensors of `tensors_on` begin at multiples of this."""
 
@@ -26,6 +28,20 @@ def is_available() -> bool:
     import torch
 
     return torch.accelerator.is_available()
+
+
+def unusable_card() -> str | None:
+    """A sentence about an NVIDIA card that is here and that torch can't use; None where there is none such."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or not os.path.exists(NVIDIA_CARD) or is_available():
+        return None
+    built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+    return (
+        f"There is an NVIDIA card ({NVIDIA_CARD}), and torch can't use it: this torch was built {built}. Update the "
+        "driver, or install a torch for the one that is here: https://pytorch.org/get-started/locally/"
+    )
 
 
 def device_count() -> int:

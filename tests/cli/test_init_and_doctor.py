@@ -14,6 +14,7 @@ from qvera.cli import doctor
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import json_schema
+from qvera.utils import accelerator
 from tests.tasks.images import save_vit, write_folders
 
 Capture = pytest.CaptureFixture[str]
@@ -163,3 +164,18 @@ def test_doctor_finds_a_torch_that_cannot_be_imported_and_broken_kernels(
 def test_schema_prints_the_recipes_schema(capsys: Capture) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == json_schema()
+
+
+def test_a_card_that_torch_cannot_use_is_named_by_doctor_by_the_plan_and_by_a_run(
+    tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(accelerator, "NVIDIA_CARD", str(tmp_path / "nvidia0"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    recipe = {"model": str(tiny_model_dir), "data": str(tiny_rows), "training": {"learning_rate": 0.01}}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    for command in (["doctor"], ["plan", "--no-timing"], ["train", "--dry-run"]):
+        file = [] if command == ["doctor"] else [str(tmp_path / "r.yaml")]
+        assert main([*command, *file]) == 0
+        said = capsys.readouterr()
+        assert "torch can't use it: this torch was built" in " ".join((said.out + said.err).split())

@@ -107,7 +107,7 @@ def test_flash_attn_takes_whole_rows_and_where_each_ends() -> None:
     assert batch["input_ids"][0].tolist() == [token for r in rows for token in r.input_ids.tolist()]
     assert batch["position_ids"][0].tolist() == [i for r in rows for i in range(len(r.input_ids))]
     ends = np.cumsum([0, *(len(r.input_ids) for r in rows)]).tolist()
-    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == ends
+    assert batch["cu_seq_lens_q"].tolist() == ends and batch["cu_seq_lens_k"] is batch["cu_seq_lens_q"]
     assert batch["max_length_q"] == batch["max_length_k"] == max(len(r.input_ids) for r in rows)
     assert batch["cu_seq_lens_q"].dtype == torch.int32
 
@@ -245,6 +245,7 @@ def test_whole_rows_of_one_sequence_have_the_losses_of_each_alone_and_what_fills
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
     rounded = forward.make_batch(model.to(BF16), rows, 2, whole_rows=True)
     assert rounded["cu_seq_lens_q"].tolist() == [0, 21, 30, 47, 48]
+    assert rounded["cu_seq_lens_k"] is rounded["cu_seq_lens_q"]
     model.set_attn_implementation("sdpa")  # which has no offsets
     assert forward.make_batch(model.float(), rows, 2, whole_rows=True)["input_ids"].shape == (3, 21)
 

@@ -187,19 +187,78 @@ def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch
     assert implementation_on(torch.device("cpu"), config, half, whole_rows=True) == "sdpa"
 
 
-def test_a_kernel_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Flash(torch.autograd.Function):
+    """Attention of one row as a flash kernel rounds: products in fp32, and P and ∂S in 16 bits for the next product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sees: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        S = (q.float() @ k.float().transpose(1, 2) * scale).masked_fill(~sees, -math.inf)
+        P = S.softmax(-1)
+        ctx.save_for_backward(q, k, v, P)
+        ctx.scale = scale
+        return (P.to(q.dtype).float() @ v.float()).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, P = ctx.saved_tensors
+        out = (P.to(q.dtype).float() @ v.float()).to(q.dtype)
+        dP = g.float() @ v.float().transpose(1, 2)
+        dS = (P * (dP - (g.float() * out.float()).sum(-1, keepdim=True))).to(q.dtype).float()
+        dq, dk = dS @ k.float() * ctx.scale, dS.transpose(1, 2) @ q.float() * ctx.scale
+        dv = P.to(q.dtype).float().transpose(1, 2) @ g.float()
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None
+
+
+def _kernel(rounds: bool, wrong: str = "") -> Any:
+    """A variable-length kernel in 16 bits, exact but for its output, or rounding as a flash kernel; perhaps wrong."""
+
+    def kernel(
+        q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, longest_q: int, longest_k: int, scale: float
+    ) -> torch.Tensor:
+        if q.dtype == torch.float32:
+            return plain_kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, scale)
+        if wrong == "a row's end is off by one":
+            ends_k = ends_k - torch.tensor([0, 1, 0, 0], dtype=torch.int32)
+        parts = []
+        for i in range(3):
+            of_q, of_k = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+            own = [x.transpose(0, 1) for x in (q[of_q], k[of_k], v[of_k])]
+            own[1:] = [x.expand(own[0].shape[0], -1, -1) for x in own[1:]]
+            length, keys = own[0].shape[1], own[1].shape[1]
+            sees = torch.ones(length, keys, dtype=torch.bool)
+            sees = sees if wrong == "not causal" else sees.tril(keys - length)
+            if rounds:
+                part = _Flash.apply(*own, sees, scale)
+            else:
+                part = F.scaled_dot_product_attention(*(x.float() for x in own), attn_mask=sees, scale=scale).to(
+                    q.dtype
+                )
+            parts.append(part)
+        if wrong == "two rows are swapped":
+            parts[1:] = [parts[2][:, : parts[1].shape[1]], torch.cat([parts[1], parts[2][:, parts[1].shape[1] :]], 1)]
+        return torch.cat(parts, 1).transpose(0, 1)
+
+    plain_kernel = attention.varlen_attention
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounds", [False, True], ids=["exact", "as flash"])
+def test_a_right_kernel_is_taken_in_every_shape_and_a_wrong_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: torch.dtype, rounds: bool
+) -> None:
+    cpu, right = torch.device("cpu"), attention.varlen_attention
+    for wrong in ("", "a row's end is off by one", "two rows are swapped", "not causal"):
+        monkeypatch.setattr(attention, "varlen_attention", right)
+        monkeypatch.setattr(attention, "varlen_attention", _kernel(rounds, wrong))
+        for groups in (1, 3, 4, 7, 8):
+            attention.varlen_runs.cache_clear()
+            assert attention.varlen_runs(cpu, dtype, groups, 128) == (not wrong), (groups, wrong)
+        assert ("is off by" in caplog.text) == bool(wrong)
+    attention.varlen_runs.cache_clear()
     assert not attention.varlen_runs(torch.device("meta"), torch.bfloat16, 2, 16)
-    assert attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
-    plain = attention.varlen_attention
-
-    def errs(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *others: Any) -> torch.Tensor:
-        """In 16 bits the rows begin one key late."""
-        return plain(q, k, v, ends_q, ends_k if q.dtype == torch.float32 else ends_k.clamp(min=1), *others)
-
-    monkeypatch.setattr(attention, "varlen_attention", errs)
-    attention.varlen_runs.cache_clear()
-    assert not attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
-    attention.varlen_runs.cache_clear()
 
 
 def test_flash_attn_gets_offsets_for_packed_rows_and_for_a_single_row() -> None:
