@@ -232,9 +232,8 @@ def _kernel(rounds: bool, wrong: str = "") -> Any:
             if rounds:
                 part = _Flash.apply(*own, sees, scale)
             else:
-                part = F.scaled_dot_product_attention(*(x.float() for x in own), attn_mask=sees, scale=scale).to(
-                    q.dtype
-                )
+                a, b, c = (x.float() for x in own)
+                part = F.scaled_dot_product_attention(a, b, c, attn_mask=sees, scale=scale).to(q.dtype)
             parts.append(part)
         if wrong == "two rows are swapped":
             parts[1:] = [parts[2][:, : parts[1].shape[1]], torch.cat([parts[1], parts[2][:, parts[1].shape[1] :]], 1)]
