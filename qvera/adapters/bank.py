@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -25,29 +25,13 @@ from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import LinearSpec, method_of
-from qvera.adapters.products.slots import TokenSlots, pair_slots, vera_slots
-from qvera.models import linear
+from qvera.adapters.products.slots import PATHS, TokenSlots, lora_slots
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.experts import QveraExperts
     from qvera.models.experts import Routing
-
-
-def _pair_path(
-    layer: QveraLinear, adapter: str, x: Tensor, y: Tensor, tensors: Mapping[str, Tensor], tokens: TokenSlots | None
-) -> Tensor:
-    """y + s B_i A_i x_i for each token's slot i."""
-    dtype, scale = linear.compute_dtype(layer.base_layer, x), layer.parts(adapter).scale
-    return pair_slots(y, x.to(dtype), tensors["qvera_A"], tensors["qvera_B"], scale, tokens)
-
-
-PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": vera_slots, "LORA": _pair_path}
-"""`Method.peft_type` → adds each token's own adapter to y = W x; ``tensors`` has slots [R, ...] by kind.
-
-Adapters of other methods are in no bank.
-"""
 
 
 class Columns(NamedTuple):
@@ -158,14 +142,15 @@ def sum_of_loras(
 ) -> tuple[AdapterShape, Mapping[str, Tensor]]:
     """Shape and vectors of Σ w_i B_i A_i, whose rank is the sum of the ranks, filled up with zeros; scales are in B."""
     keys = {name: (f"{PREFIX}{name}.qvera_A", f"{PREFIX}{name}.qvera_B") for name in linears}
-    needed = {name: sum(part[A].shape[0] for part in parts) for name, (A, _) in keys.items()}
+    needed = {name: sum(part[A].shape[-2] for part in parts) for name, (A, _) in keys.items()}
     rank, vectors = 1 << (max(needed.values(), default=1) - 1).bit_length(), dict[str, Tensor]()
     for name, (A, B) in keys.items():
         more = rank - needed[name]
-        vectors[A] = nn.functional.pad(torch.cat([part[A] for part in parts]), (0, 0, 0, more))
-        outward = torch.cat([weight * part[B] for part, weight in zip(parts, weights, strict=True)], 1)
+        vectors[A] = nn.functional.pad(torch.cat([part[A] for part in parts], -2), (0, 0, 0, more))
+        outward = torch.cat([weight * part[B] for part, weight in zip(parts, weights, strict=True)], -1)
         vectors[B] = nn.functional.pad(outward, (0, more))
-    return AdapterShape("lora", 0, rank, 1, False, "none", tuple(linears)), vectors
+    experts = "each" if any(vector.dim() == 3 for vector in vectors.values()) else "none"
+    return AdapterShape("lora", 0, rank, 1, False, experts, tuple(linears)), vectors
 
 
 def _layout(config: QveraConfig, linears: Sequence[str], specs: Mapping[str, LinearSpec]) -> VectorLayout:
@@ -236,7 +221,7 @@ class AdapterBank:
                         views[kind] = nn.Parameter(views[kind])
                         views[kind].grad = columns.of(self.gradients)
         self.path = PATHS[method_of(model.peft_config[adapter]).peft_type]
-        self.takes_slots = bool(trained) or self.path is _pair_path
+        self.takes_slots = bool(trained) or self.path is lora_slots
 
     def start(self, slot: int) -> None:
         """Start a new adapter in a slot: initial vectors, gradient zero."""
@@ -311,7 +296,7 @@ class _Part:
         if tensors is None:
             return y
         slots = None if each is None else TokenSlots(each.index[routing.tokens], each.slots)
-        if tensors["qvera_d"].dim() == 3:  # [slots, experts, rank]
+        if layer.qvera_settings[self.bank.adapter][1].experts == "each":  # tensors are [slots, experts, ..]
             experts = layer.spec.experts
             index = routing.experts if slots is None else slots.index * experts + routing.experts
             slots = TokenSlots(index, self.count * experts)

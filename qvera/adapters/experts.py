@@ -2,6 +2,8 @@
 
     y_s = W_e x_s + b_e ⊙ B (s d_e ⊙ A x_s)        for a row s that was routed to expert e
 
+or LoRA, whose A_e and B_e each expert has itself.
+
 A x is computed once for each token, whatever number of experts it goes to. With ``adapter.experts: each`` every expert
 has its own d_e and b_e, which is the product of a batch whose tokens use different adapters (`products.slots`). With
 ``shared`` the experts of a layer have one d and one b.
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.products.slots import TokenSlots, vera_slots
+from qvera.adapters.products.slots import PATHS, TokenSlots
 from qvera.models.experts import Routing
 
 
@@ -31,10 +33,10 @@ class QveraExperts(QveraLinear):
 
     def add_routed(self, adapter: str, x: Tensor, y: Tensor, routing: Routing, of_tokens: bool) -> Tensor:
         """y + ΔW_e x for the rows of each expert e."""
-        tensors = self.vectors(adapter)
-        if tensors["qvera_d"].dim() == 2:
-            experts = TokenSlots(routing.experts, self.spec.experts)
-            return vera_slots(self, adapter, x, y, tensors, experts, routing.tokens if of_tokens else None)
+        method, config = self.qvera_settings[adapter]
+        if config.experts == "each":
+            experts, gather = TokenSlots(routing.experts, self.spec.experts), routing.tokens if of_tokens else None
+            return PATHS[method.peft_type](self, adapter, x, y, self.vectors(adapter), experts, gather)
         factors = self.parts(adapter)
         z = self.project(x, adapter, factors.A, factors.a)
         return factors.expand(y, z[routing.tokens] if of_tokens else z)

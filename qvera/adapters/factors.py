@@ -37,12 +37,12 @@ class Factors(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.B.shape[0], self.A.shape[1]
+        return self.B.shape[-2], self.A.shape[-1]
 
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def vectors(self) -> tuple[Tensor, Tensor] | None:
@@ -92,7 +92,9 @@ class Factors(NamedTuple):
         return self._replace(A=self.A[:, part], a=None if self.a is None else self.a[part])
 
     def expert(self, number: int) -> Factors:
-        """ΔW of one expert, where vectors have a first dimension for the experts of a layer."""
+        """ΔW of one expert, where vectors, or A and B, have a first dimension for the experts of a layer."""
+        if self.A.dim() == 3:
+            return self._replace(A=self.A[number], B=self.B[number])
         if self.d is None or self.d.dim() == 1:
             return self
         d, b, a = (None if v is None else v[number] for v in (self.d, self.b, self.a))

@@ -188,7 +188,8 @@ def export_lora(
 
     def pair(name: str, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
         keys = [f"{name}.{i}" for i in range(delta.experts)] or [name]
-        each = [own for _, own in delta.loras(name)] if factors is None else [factors[key] for key in keys]
+        own = [delta.factors.expert(i) for i in range(delta.experts)] or [delta.factors]
+        each = [factors[key] for key in keys] if factors else [(f.A, f.B) if is_lora else f.lora() for f in own]
         if not delta.experts:
             return each[0]
         if places[name].turned:
@@ -198,8 +199,7 @@ def export_lora(
 
     def tensors() -> Iterator[torch.Tensor]:
         for name, delta in adapter.layers.items():
-            own = (delta.factors.A, delta.factors.B) if is_lora else None
-            for factor in own or pair(name, delta):
+            for factor in pair(name, delta):
                 rounded = factor.to(dtype)
                 if not torch.isfinite(rounded).all():
                     raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")

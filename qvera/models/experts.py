@@ -348,6 +348,11 @@ def require_experts(found: Sized) -> None:
         )
 
 
+def runs_llama4(model: nn.Module) -> bool:
+    """Whether the experts are Llama 4's, which are run by code of their own."""
+    return any(type(module).__name__ == _LLAMA4 for module in model.modules())
+
+
 def stacks(model: nn.Module) -> list[ExpertStack]:
     """All expert projections of a model that are an `ExpertStack`."""
     return [module for module in model.modules() if isinstance(module, ExpertStack)]

@@ -73,6 +73,9 @@ def write(name: str, directory: Path, dtype: torch.dtype = torch.float32, **chan
 def delta(layer: QveraLinear, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
     """ΔW in fp64 with autograd in the vectors: [m, n], or of experts [E, m, n] as the file has their weights."""
     factors, d, b, a = layer.parts("default"), *(vectors.get(f"qvera_{kind}") for kind in "dba")
+    if "qvera_A" in vectors:  # a LoRA
+        change = factors.scale * vectors["qvera_B"] @ vectors["qvera_A"]
+        return change.transpose(-2, -1) if change.dim() == 3 and layer.base_layer.spec.is_transposed else change
     A, B = factors.A.double(), factors.B.double()
     assert d is not None
     assert b is not None

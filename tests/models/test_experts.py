@@ -17,7 +17,7 @@ from qvera.adapters.experts import QveraExperts
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection, parse_recipe
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, require_kept_by_peft, write_lora
 from qvera.exporting.merged import export_merged
@@ -70,6 +70,12 @@ def adapted(base: Path, seed: int = 1, experts: str = "each", model: Any = None,
     return perturb(attach(model, AdapterSection(rank=8, experts=experts, **keys), str(base)), seed)
 
 
+@pytest.fixture
+def peft_has_the_experts(request: Any, base: Path) -> None:
+    if request.getfixturevalue("keys") is LORA and base.name == "llama4_text":
+        pytest.skip("refused by name")
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_each_expert_has_the_bytes_that_bitsandbytes_gives_its_matrix(base: Path, double_quant: bool) -> None:
     model = load_base(section(base, double_quant=double_quant)).model
@@ -93,12 +99,15 @@ def test_each_expert_has_the_bytes_that_bitsandbytes_gives_its_matrix(base: Path
     assert facts["expert_bytes"] == sum(stack.storage_bytes for stack in stacks(model))
 
 
+LORA = {"method": "lora", "alpha": 12}
 _GRADIENTS = [
     ("each", {}), ("shared", {}), ("each", {"b_groups": 2}), ("each", {"input_scale": True}), ("none", {}),
+    ("each", LORA),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("experts", "keys"), _GRADIENTS, ids=lambda value: "-".join(value) if value else "plain")
+@pytest.mark.usefixtures("peft_has_the_experts")
 def test_logits_and_gradients_are_those_of_dense_experts_in_fp64(
     base: Path, experts: str, keys: dict[str, Any]
 ) -> None:
@@ -222,10 +231,47 @@ def test_rows_of_a_batch_use_the_experts_of_their_own_adapters(bases: Any, tmp_p
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("experts", ["each", "shared"])
-def test_adapters_that_train_together_get_the_gradients_that_they_get_alone(bases: Any, experts: str) -> None:
+def test_a_lora_of_experts_is_a_file_that_peft_opens(bases: Any, tmp_path: Path, capsys: Any) -> None:
+    """And qvera again, alone and beside others in a batch; exported and merged it gives the same logits."""
+    for name in _FAST[:3]:
+        base, alone = bases(name), []
+        plain, directory = section(base, quantization="none"), tmp_path / name
+        for seed in (1, 2):
+            model = adapted(base, seed, model=load_base(plain).model, targets=on_experts(base), **LORA)
+            save_adapter(model, directory / str(seed))
+            with torch.no_grad():
+                alone.append(model(input_ids=IDS).logits)
+        deltas = read_deltas(directory / "1", empty_model(plain))
+        export_lora(
+            deltas, directory / "export", torch.float32, places=require_kept_by_peft(deltas, empty_model(plain))
+        )
+        export_merged(directory / "1", plain, directory / "merged", ExportSection(dtype="float32"))
+        dense = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # noqa: E731
+        opened = [PeftModel.from_pretrained(dense(base), directory / file).eval() for file in ("1", "export")]
+        opened += [load_adapter(load_base(plain).model, directory / "1"), dense(directory / "merged")]
+        together = load_adapters(load_base(plain).model, {seed: directory / seed for seed in ("1", "2")}).eval()
+        with torch.no_grad():
+            for found in opened:
+                torch.testing.assert_close(found(input_ids=IDS).logits, alone[0], rtol=1e-4, atol=1e-4)
+            mixed = together(input_ids=IDS, adapter_names=["1", "2"]).logits
+        for row, expected in enumerate(alone):
+            torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_of_experts_is_refused_where_peft_has_no_place_for_it(bases: Any) -> None:
+    with pytest.raises(InputError, match=r"PEFT takes the matrices of Llama 4's experts turned"):
+        adapted(bases("llama4_text"), **LORA)
+    for keys, words in (({"experts": "shared"}, "shared is VeRA's"), ({"experts": "each", "dropout": 0.1}, "dropout")):
+        with pytest.raises(InputError, match=words):
+            parse_recipe({"model": "m", "data": "d.jsonl", "adapter": {"method": "lora", **keys}}, "recipe")
+
+
+@pytest.mark.parametrize(("experts", "keys"), [("each", {}), ("shared", {}), ("each", LORA)])
+def test_adapters_that_train_together_get_the_gradients_that_they_get_alone(
+    bases: Any, experts: str, keys: dict[str, Any]
+) -> None:
     base = bases("mixtral")
-    model = adapted(base, experts=experts)
+    model = adapted(base, experts=experts, **keys)
     bank = AdapterBank(model, 3)
     generator = torch.Generator().manual_seed(2)
     for slot in range(3):
@@ -243,10 +289,13 @@ def test_adapters_that_train_together_get_the_gradients_that_they_get_alone(base
         assert relative(together[slot], gradients([slot])[slot]) < 1e-5
 
 
-def test_a_run_adapts_experts_resumes_to_the_bit_and_is_planned(bases: Any, make_recipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{}, LORA], ids=["vera", "lora"])
+def test_a_run_adapts_experts_resumes_to_the_bit_and_is_planned(
+    bases: Any, make_recipe: Any, tmp_path: Path, keys: dict[str, Any]
+) -> None:
     recipe = make_recipe(
         model={"path": str(bases("mixtral")), "quantization": "nf4", "compute_dtype": "float32"},
-        adapter={"rank": 8, "experts": "each"},
+        adapter={"rank": 8, "experts": "each", **keys},
         training={"max_steps": 2, "save_steps": 1},
     )
     train(recipe, tmp_path / "run")

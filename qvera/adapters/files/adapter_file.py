@@ -46,6 +46,8 @@ def read_adapter(directory: Path, content: bytes | None = None) -> tuple[QveraCo
     method = method_of(config) if isinstance(config, QveraConfig) else None
     if method is not None and method.peft_type == "LORA":
         tensors = {_renamed(key, _TO_OURS): tensor for key, tensor in tensors.items()}
+        if config.experts != "none":  # type: ignore[union-attr]
+            tensors = dict(_of_experts(key, tensor, config, weights_file) for key, tensor in tensors.items())
     for key, tensor in sorted(tensors.items()):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         dtype = torch.float32 if method is None else method.traits(kind, config).dtype  # type: ignore[arg-type]
@@ -158,7 +160,7 @@ _LORA_SAME = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "use_rslora",
     "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode",
 )  # fmt: skip
-_LORA_READ = {*_LORA_SAME, "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"}
+_LORA_READ = {*_LORA_SAME, "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights", "target_parameters"}
 _LORA_WITHOUT_EFFECT = {
     "peft_type", "peft_version", "auto_mapping", "fan_in_fan_out", "megatron_core", "runtime_config", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
@@ -169,6 +171,8 @@ _LORA_STARTS = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogon
 """Starts that leave the base weights unchanged. PiSSA, OLoRA, LoftQ and others change them."""
 
 _TO_OURS = {"lora_A.weight": "qvera_A", "lora_B.weight": "qvera_B"}
+_LAST = "down_proj"
+"""The parameter of experts that their module has last."""
 _TO_PEFT = {ours: theirs for theirs, ours in _TO_OURS.items()}
 
 
@@ -183,6 +187,8 @@ def lora_refusal(raw: dict[str, Any]) -> str | None:
             f"init_lora_weights: is {raw['init_lora_weights']!r}, which may have changed the base weights; convert the "
             "adapter with PEFT (path_initial_model_for_weight_conversion)"
         )
+    if raw.get("target_parameters") and isinstance(raw.get("target_modules"), str):
+        return "target_modules: is a pattern beside target_parameters, and has to be a list of names there"
     return None
 
 
@@ -192,6 +198,8 @@ def _config_of_lora(raw: dict[str, Any], directory: Path) -> QveraConfig:
     known = {field.name for field in dataclasses.fields(QveraConfig)}
     values = {key: raw[key] for key in _LORA_SAME if raw.get(key) not in (None, {}) and key in known}
     values["target_modules"] = raw.get("target_modules")
+    if raw.get("target_parameters"):
+        values |= {"experts": "each", "target_modules": [*(values["target_modules"] or ()), *raw["target_parameters"]]}
     names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     values |= {ours: raw[theirs] for theirs, ours in names.items() if theirs in raw}
     bias = raw.get("bias", "none")
@@ -222,12 +230,44 @@ def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, Tensor])
     """Write both files of an adapter for stock PEFT; ``tensors`` have our keys."""
     stock = lora_config(config)
     stock.inference_mode = True
+    if config.experts != "none":
+        names = {key.removeprefix(PREFIX).rpartition(".")[0]: t.dim() for key, t in tensors.items() if ".qvera_" in key}
+        stock.target_parameters = sorted(name for name, dimensions in names.items() if dimensions == 3)
+        stock.target_modules = sorted(names.keys() - set(stock.target_parameters))
     stock.save_pretrained(str(directory))
     facts = {key: value for key in _LORA_FACTS if (value := getattr(config, key)) is not None}
-    found = {to_peft(key): tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+    found = {}
+    for key, tensor in sorted(tensors.items()):
+        if tensor.dim() == 3:
+            owner, child, kind = key.rsplit(".", 2)
+            # PEFT wraps a module once for each of its parameters, in the order in which it has them
+            key = f"{owner}{'.base_layer' if child != _LAST and f'{owner}.{_LAST}.{kind}' in tensors else ''}.{kind}"
+            tensor = tensor.flatten(0, 1) if kind == "qvera_A" else tensor.permute(1, 2, 0).flatten(1)
+        found[to_peft(key)] = tensor.detach().cpu().contiguous()
     specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()]
     # safetensors' own writer puts the entries of the header in any order
     write_shard(directory / ADAPTER_WEIGHTS, specs, iter(found.values()), {FACTS: json.dumps(facts)})
+
+
+def _of_experts(key: str, tensor: Tensor, config: QveraConfig, file: Path) -> tuple[str, Tensor]:
+    """PEFT's A [E r, n] or B [m, r E] of a layer's experts, with B's experts side by side, as ours with its name."""
+    path, _, kind = key.rpartition(".")
+    owner = path.replace(".base_layer", "")
+    parts = (target.rpartition(".") for target in config.target_modules or ())
+    inside = sorted({child for parent, _, child in parts if parent and owner.endswith(f".{parent}")}, key=_LAST.__eq__)
+    if not inside:
+        return key, tensor
+    depth = path.count(".base_layer")
+    name = f"{owner}.{inside[max(len(inside) - 1 - depth, 0)]}"
+    rank = method_of(config).rank_at(config, LinearSpec(name.removeprefix(PREFIX), 0, 0))
+    wide, side = (1, 0) if kind == "qvera_B" else (0, 1)
+    if depth >= len(inside) or tensor.dim() != 2 or tensor.shape[wide] % rank:
+        raise InputError(
+            f"{file}: {key} is {list(tensor.shape)}, which is no LoRA of rank {rank} of {', '.join(inside)}."
+        )
+    if kind == "qvera_B":
+        return f"{name}.{kind}", tensor.view(tensor.shape[side], rank, -1).permute(2, 0, 1).contiguous()
+    return f"{name}.{kind}", tensor.view(-1, rank, tensor.shape[side])
 
 
 def to_peft(key: str) -> str:

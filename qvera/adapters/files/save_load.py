@@ -285,7 +285,7 @@ def _write_files(
     config = model.peft_config[adapter]
     # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
     if isinstance(config, QveraConfig) and method_of(config).peft_type == "LORA":
-        directory.mkdir()
+        directory.mkdir(parents=True)
         ours = vectors or get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         write_lora(directory, config, ours)
     elif vectors is not None:

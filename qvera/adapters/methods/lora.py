@@ -28,23 +28,27 @@ class Lora(Method):
 
     name = "lora"
     title = "LoRA"
-    keys = {"alpha": True, "use_rslora": True, "init_lora_weights": False, "loraplus_lr_ratio": False}
+    keys = {"alpha": True, "use_rslora": True, "init_lora_weights": False, "loraplus_lr_ratio": False, "experts": True}
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
     source = Source.TRAINED
     peft_type = "LORA"
 
     def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
         rank = self.rank_at(adapter, spec)
-        return {"qvera_A": (rank, spec.in_features), "qvera_B": (spec.out_features, rank)}
+        stack = (spec.experts,) if spec.experts else ()
+        return {"qvera_A": (*stack, rank, spec.in_features), "qvera_B": (*stack, spec.out_features, rank)}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, spec: LinearSpec) -> Tensor:
-        rank, n = self.tensors(adapter, spec)["qvera_A"]
+        *_, rank, n = self.tensors(adapter, spec)["qvera_A"]
         generator = start_generator(adapter, spec.name)
         if adapter.init_lora_weights == "orthogonal":  # B A = 0 up to rounding, as in PEFT's `orthogonal_init`
-            Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
-            A = torch.randn(n, rank // 2, generator=generator) @ Q[0::2] / 10
-            B = torch.randn(spec.out_features, rank // 2, generator=generator) @ Q[1::2] / 10
-            return A.t().contiguous() if name == "qvera_A" else B
+            each = []
+            for _ in range(max(spec.experts, 1)):
+                Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+                A = torch.randn(n, rank // 2, generator=generator) @ Q[0::2] / 10
+                B = torch.randn(spec.out_features, rank // 2, generator=generator) @ Q[1::2] / 10
+                each.append(A.t() if name == "qvera_A" else B)
+            return torch.stack(each).view(shape)
         if name == "qvera_A" and adapter.init_lora_weights == "gaussian":
             return torch.randn(shape, generator=generator) / rank
         if name == "qvera_B" and getattr(adapter, "init_weights", True):
@@ -54,7 +58,7 @@ class Lora(Method):
 
     def factors(self, adapter: AdapterSettings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         A, B = at_least_fp32(tensors["qvera_A"]), at_least_fp32(tensors["qvera_B"])
-        rank, default = A.shape[0], adapter.rank if adapter.alpha is None else adapter.alpha
+        rank, default = A.shape[-2], adapter.rank if adapter.alpha is None else adapter.alpha
         alpha = _of_pattern(getattr(adapter, "alpha_pattern", None), spec, default)
         return Factors(A, B, scale=alpha / (math.sqrt(rank) if adapter.use_rslora else rank))
 

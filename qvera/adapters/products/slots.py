@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,3 +254,25 @@ def vera_slots(
     z = z if gather is None else z[gather]
     scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
     return expand_slots(y, z, tensors["qvera_d"], tensors["qvera_b"], B, scale, tokens)
+
+
+def lora_slots(
+    layer: Any,
+    adapter: str,
+    x: Tensor,
+    y: Tensor,
+    tensors: Mapping[str, Tensor],
+    tokens: TokenSlots | None,
+    gather: Tensor | None = None,
+) -> Tensor:
+    """y + s B_i A_i x_i for each token's slot i, as `vera_slots`."""
+    inner, scale = (
+        layer.dropout_of(adapter)(x).to(linear.compute_dtype(layer.base_layer, x)),
+        layer.parts(adapter).scale,
+    )
+    inner = inner if gather is None else inner[gather]
+    return pair_slots(y, inner, tensors["qvera_A"], tensors["qvera_B"], scale, tokens)
+
+
+PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": vera_slots, "LORA": lora_slots}
+"""`Method.peft_type` → adds each token's own adapter to y = W x. Others are neither in a bank nor on experts."""

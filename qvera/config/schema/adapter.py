@@ -31,8 +31,8 @@ class AdapterSection(Section):
     the same input then can't share the product with A."""
     experts: Literal["none", "shared", "each"] = "none"
     """Adapt the experts of a mixture, with ``targets: all-linear`` or a name such as ``gate_up_proj``: ``each`` expert
-    with its own d and b, or all experts of a layer with one ``shared`` d and b. ``none`` leaves them frozen. Routers
-    are never adapted."""
+    with its own d and b (or A and B of ``lora``), or all experts of a layer with one ``shared`` d and b. ``none``
+    leaves them frozen. Routers are never adapted."""
     magnitude: Bool = False
     """Train the norm of each row of the weight too, as DoRA does (arXiv 2402.09353, DVoRA there): out_features more
     numbers for each linear, which start at the norms of W. Backward then keeps the output of every adapted linear."""
@@ -71,5 +71,9 @@ class AdapterSection(Section):
             yield "magnitude", "can't be combined with adapter.input_scale; remove one of the two."
         if self.magnitude and self.experts != "none":
             yield "experts", "can't be adapted with adapter.magnitude; remove one of the two."
+        if self.method == "lora" and self.experts == "shared":
+            yield "experts", "shared is VeRA's: a LoRA of experts is saved for each of them. Set each."
+        if self.method == "lora" and self.experts == "each" and self.dropout:
+            yield "dropout", "can't be combined with a LoRA of experts, in which PEFT has none; remove one of the two."
         if self.input_scale and not self.train_d:
             yield "input_scale", "is a vector to train, and adapter.train_d is false; remove one of the two."
