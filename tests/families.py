@@ -136,6 +136,11 @@ class Family:
     limits: str = "–"
     published: str = "AutoModelForCausalLM"
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether the published class takes images beside text."""
+        return self.published == _IMAGES
+
     def config(self) -> Any:
         """Of two layers, of width 64."""
         config = _config(self.model_type, {**_COMMON, **self.changes})

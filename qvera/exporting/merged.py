@@ -20,7 +20,6 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from qvera.adapters.files.adapter_file import require_tokens
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.data.images import images_of
 from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import PackedBaseReader, TrainedBaseReader, one_thread_each, open_adapter_on_base
 from qvera.exporting.deltas import TokenTable, token_tables
@@ -306,7 +305,7 @@ def export_merged(
             with disk_errors(f"{out}", told(_KEPT)):
                 write_index(out, shards)
                 place_files(out, merging.tokenizer.save_pretrained)
-                if images_of(merging.tokenizer) is not None:
+                if merging.base.model_class.of_published(merging.base.config.architectures).takes_images:
                     place_files(out, functools.partial(copy_processor, section))
                 if (merging.base.directory / "generation_config.json").is_file():
                     generation = GenerationConfig.from_pretrained(merging.base.directory)

@@ -75,13 +75,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             "tokenizer.json or tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
-    published = CAUSAL_LM.of_published(getattr(config, "architectures", None))
-    if config is not None and published.takes_images and config.model_type in IMAGE_TYPES:
+    if config is None or not CAUSAL_LM.of_published(config.architectures).takes_images:
+        return tokenizer
+    if config.model_type in IMAGE_TYPES:
         give_images(tokenizer, ImageTextProcessor(functools.partial(load_image_text_processor, section, tokenizer)))
-        if tokenizer.chat_template is None:  # older repositories have it in a file of the processor
-            with contextlib.suppress(OSError, ValueError):
-                tree, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
-                tokenizer.chat_template = tree.get("chat_template")
+    if tokenizer.chat_template is None:  # older repositories have it in a file of the processor
+        with contextlib.suppress(OSError, ValueError):
+            tree, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
+            tokenizer.chat_template = tree.get("chat_template")
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from qvera.exporting.merged import export_merged
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import quantized_copy
+from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.safetensors_io import checkpoint_tensors
 from tests.adapters.helpers import perturb, relative
 from tests.families import FAMILIES
@@ -25,11 +26,14 @@ from tests.models.experts import add_delta, dense_base, published
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "name", ["mistral3", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gemma3", "qwen2_5_vl"))]
+)
 @torch.no_grad()
 def test_all_that_is_written_has_the_names_of_the_published_files(name: str, tmp_path: Path) -> None:
     directory = tmp_path / name
     FAMILIES[name].write(directory)
+    (directory / "processor_config.json").write_text('{"image_seq_length": 4}')
     section = ModelSection(path=str(directory), compute_dtype="float32")
     model = perturb(attach(load_base(section).model, AdapterSection(rank=8), section.path))
     save_adapter(model, tmp_path / "adapter")
@@ -48,8 +52,16 @@ def test_all_that_is_written_has_the_names_of_the_published_files(name: str, tmp
     export_merged(
         tmp_path / "adapter", section, tmp_path / "merged", ExportSection(dtype="float32", base="dequantized")
     )
+    assert (tmp_path / "merged" / "processor_config.json").read_text() == '{"image_seq_length": 4}'
     names = [[entry.name for entry in checkpoint_tensors(place)] for place in (directory, tmp_path / "merged")]
     assert names[0] == names[1]
     merged: Any = published(tmp_path / "merged").state_dict()
     for key, tensor in twin.state_dict().items():  # the tower's too
         torch.testing.assert_close(merged[key].double(), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chat_template_in_a_file_of_the_processor_is_the_models(tmp_path: Path) -> None:
+    FAMILIES["idefics3"].write(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content[0].text }}"}')
+    assert load_tokenizer(ModelSection(path=str(tmp_path))).chat_template == "{{ messages[0].content[0].text }}"
