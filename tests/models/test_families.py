@@ -31,7 +31,6 @@ from qvera.training.plan import shape_of
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import perturb
-from tests.architectures import Trial
 from tests.architectures import STEPS, trial
 from tests.families import FAMILIES, PAGE, RIGHT, Family, page, read_results
 from tests.models.experts import published
@@ -150,19 +149,6 @@ def test_each_request_of_a_batch_gets_its_own_adapters_answer(checkpoint: tuple[
         with engine_of(directory, kind, model) as engine:
             for answer, events in zip([submit(engine, one) for one in asked], expected, strict=True):
                 assert_same(answer, events)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("qwen2_5_vl", "llama4") else pytest.mark.matrix)
-        for name, family in FAMILIES.items()
-        if family.takes_images
-    ],
-)
-def test_text_alone_gives_a_model_that_takes_images_the_gradients_of_fp64(name: str, tmp_path: Path) -> None:
-    """Of padded rows, with and without checkpointing."""
-    Trial(FAMILIES[name], tmp_path).gradients()
 
 
 def test_many_adapters_are_trained_together(checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path) -> None:
