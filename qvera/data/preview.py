@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _SHOWN_ROWS = 2
 _SHOWN_TOKENS = 400
 _BAR_WIDTH = 40
+_REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")
+"""A special token several times, as of an image."""
 
 
 def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: int | None = None) -> None:
@@ -142,6 +145,7 @@ def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
             shown = decode(tokenizer, run[:half].tolist()) + left_out + decode(tokenizer, run[-half:].tolist())
         else:
             shown = decode(tokenizer, run.tolist())
+        shown = _REPEATED.sub(lambda found: f"{found[1]} (x {len(found[0]) // len(found[1])})", shown)
         out.append(f"⟦{shown}⟧" if trained else shown, style="green" if trained else "dim")
         trained = not trained
     return out

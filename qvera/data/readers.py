@@ -398,9 +398,12 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
 
     try:
         dataset = datasets.load_dataset(path, name=config_name, split=split, revision=revision)
-        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        for name in images:  # rows get them as they are stored
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        stored = datasets.Image(decode=False)  # rows get them as they are stored
+        for name, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(name, stored)
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of them
+                dataset = dataset.cast_column(name, type(feature)(stored))
         return dataset
     except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
         hint = "Check data.path, data.config_name, data.split and data.revision."

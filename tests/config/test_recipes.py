@@ -13,7 +13,7 @@ from qvera.config.load import load_recipe, read_yaml
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
 OVER_LLAMA = [
-    "customers", "e2e/smollm2-135m", "e2e/smollm2-135m-lora", "instruct/llama-13b", "instruct/llama-7b", "instruct/llama2-13b",
+    "customers", "e2e/smollm2-135m", "e2e/smollm2-135m-lora", "images/qwen3-vl-2b", "instruct/llama-13b", "instruct/llama-7b", "instruct/llama2-13b",
     "instruct/llama2-7b", "instruct/llama3.1-8b", "instruct/smollm2-135m", "preference/llama3-8b-dpo",
     "preference/llama3-8b-kto", "quickstart", "rewards/sums",
 ]  # fmt: skip

@@ -131,7 +131,7 @@ def test_data_files_hold_bytes_or_paths(tmp_path: Path, write: Write, images: Im
     for kind in kinds:
         np.testing.assert_array_equal(kind.train[3].image.pixels(), kinds[0].train[3].image.pixels())
         assert kind.stats.label_rows == [2, 2, 2]
-    column = SCHEMA.field("image").type
+    column = SCHEMA.field("images").type.value_type.field("bytes").type
     assert pa.types.is_large_binary(column), "plain binary counts in 32 bits: a chunk of 256 images of 9 MiB is more"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,6 +104,18 @@ def test_parquet_holds_an_images_bytes_as_hub_datasets_do(
     assert found.train.ids_hash[0] != found.train.ids_hash[1], "another picture is another row"
 
 
+def test_a_hub_dataset_gives_its_lists_of_images_undecoded(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    said = [{"role": "user", "content": "<image> and <image>"}, {"role": "assistant", "content": "yes"}]
+    held = [{"bytes": picture(number), "path": None} for number in (0, 1)]
+    hub = datasets.Dataset.from_list([{"messages": said, "images": held}])
+    hub = hub.cast_column("images", datasets.List(datasets.Image()))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: hub)
+    found = build_datasets(DataSection(path="some/pictures"), tokenizer, cached=False)
+    assert [image.read_bytes() for image in found.train[0].images] == [picture(0), picture(1)]
+
+
 BAD = {
     "an address": (asked({"type": "image", "url": "http://x.org/cat.png"}), {}, "http://x.org/cat.png is an address"),
     "no file": (asked({"type": "image", "image": "dog.png"}), {}, r"rows.jsonl:1: there is no image file .*dog\.png"),
@@ -152,6 +165,7 @@ def test_the_preview_says_how_large_the_images_are(
     with (console := Console(width=100)).capture() as shown:
         print_preflight(read(asked({"type": "image", "image": "cat.png"})), tokenizer, console)
     assert "image of 24 x 16 pixels" in shown.get()
+    assert "<|image_pad|> (x 6)" in shown.get()
     assert "⟦a word<|im_end|>⟧" in shown.get()
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -22,6 +23,7 @@ from qvera.models import forward
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
+from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from tests.adapters.helpers import perturb
 from tests.image_text import IMAGE_FAMILIES, given_by_processor, image_rows
@@ -117,3 +119,21 @@ def test_a_run_on_images_resumes_to_the_same_bytes_and_its_exports_answer_alike(
             wanted = opened.model(**given).logits
             torch.testing.assert_close(merged(**given).logits, wanted, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(stock(**given).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_counts_the_images_of_the_longest_batch_and_no_layer_of_the_tower(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    base = IMAGE_FAMILIES["qwen3_vl"].write(tmp_path)
+    recipe = make_recipe(
+        model={"path": str(base)},
+        data={"path": str(image_rows(tmp_path, 6)), "eval_fraction": 0.0},
+        training={"per_device_train_batch_size": 2},
+    )
+    datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
+    plan = make_plan(recipe, torch.device("cpu"), datasets.train)
+    assert plan.shape.layers == 2
+    assert not any("visual" in x.name for x in plan.shape.linears if x.layer is not None or x.is_target)
+    longest = datasets.train.take(np.argsort(-datasets.train.lengths)[:2])
+    pixels = forward.make_batch(load_base(recipe.model).model, [*longest], datasets.pad_id)["pixel_values"]
+    assert plan.memory.moments["images"][0].bytes > pixels.numel() * 4 > 0

@@ -57,7 +57,7 @@ _HEADLINES = (
     ("loss", "Loss", significant),
 )
 """Scores for the headline; the first that a run has is shown."""
-_MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
+_MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers", "images": "Images"}
 _PAGES = "report"  # the directory of the adapters' pages, beside report.html
 _OVERVIEW_ADAPTERS = 10  # with fewer adapters, the table shows at a glance what a curve would
 _SHOWN_NAMES = 5  # a notice names at most this many adapters; the table has all

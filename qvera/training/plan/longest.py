@@ -8,6 +8,7 @@ import numpy as np
 
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
+from qvera.data.images import ImageTextProcessor
 from qvera.data.rows import Joined, round_up_length
 from qvera.models.attention import groups_of
 from qvera.training.plan.run import Batch
@@ -34,11 +35,20 @@ def longest_batch(
                 chosen = np.argsort(-cut.lengths, kind="stable")[: pass_rows(recipe)].tolist()
             else:
                 chosen = longest_rows(recipe, cut, joined, max(1, planned_steps(recipe, len(cut))))
-            batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked, whole_rows=many)
-            known[key] = replace(batch, token_counts=_token_counts(cut.lengths, batch, rounded))
+            examples = [cut[i] for i in chosen]
+            batch = batch_of(examples, joined, recipe.data.packing, rounded, masked, whole_rows=many)
+            counts = _token_counts(cut.lengths, batch, rounded)
+            known[key] = replace(batch, token_counts=counts, pixels=_pixels(examples))
         return known[key]
 
     return longest
+
+
+def _pixels(examples: Sequence[Example]) -> int:
+    images = [image for example in examples for image in example.images]
+    if not images or not isinstance(processor := images[0].processor, ImageTextProcessor):
+        return 0
+    return processor.inputs(images)["pixel_values"].numel()
 
 
 def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: int = 0) -> Batch:

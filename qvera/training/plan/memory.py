@@ -177,7 +177,7 @@ def plan_memory(run: PlannedRun) -> Memory:
     shape, batch, machine = run.shape, run.batch, run.machine
     T, item, layer = batch.all_tokens, run.itemsize, kept_bytes(run)
     mask = batch.tokens**2 * item if batch.joined and not batch.offsets else 0
-    once = 2 * batch.tokens * shape.head_dim * item + mask + 3 * T * 8 + norm_bytes(run)
+    once = batch.pixels * item + 2 * batch.tokens * shape.head_dim * item + mask + 3 * T * 8 + norm_bytes(run)
     moments: dict[str, tuple[Component, ...]] = {}
     moving = Component("gradients and one layer's weights", "transient", transient_bytes(run))
     if run.checkpointing:
@@ -190,6 +190,9 @@ def plan_memory(run: PlannedRun) -> Memory:
         kept = Component("kept activations", "checkpoints", shape.layers * layer - norm_bytes(run) + once)
         moments["backward"] = kept, moving
     moments["loss"] = (kept, *_loss(run))
+    if batch.pixels and shape.patch_numbers:  # before the text's layers; the processor makes pixels in fp32
+        tower = batch.pixels // shape.patch_numbers * shape.patch_width * item
+        moments["images"] = (Component("pixels, and the tower that reads them", "transient", batch.pixels * 4 + tower),)
     if answers := _answers(run):
         moments["answers"] = answers
     standing = _standing(run)

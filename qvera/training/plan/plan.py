@@ -253,7 +253,7 @@ def _grown(shape: Shape, recipe: Recipe) -> Shape:
 
 
 _STYLE: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "bold"}
-_MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
+_MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers", "images": "images' tower"}
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -99,6 +99,8 @@ class Shape:
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
     image_tokens: int = 0  # of an image, for a model that takes them
     image_numbers: int = 0  # pixel values of an image
+    patch_numbers: int = 0  # pixel values of a patch, for a model that takes images among text
+    patch_width: int = 0  # numbers for each patch that exist at a time in its frozen tower
     experts: tuple[ExpertWeights, ...] = ()  # not among the dense numbers
     experts_per_token: int = 0
     quantizes_experts: bool = True  # False: transformers loads the checkpoint, and leaves its experts dense
@@ -157,7 +159,8 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         size = layer_shape(module)
         if size is None or module is head or f"{name}.".startswith(own_heads):
             continue
-        layer = _LAYER.search(f".{name}.")
+        # a tower's layers are none of the decoder's
+        layer = None if name in beside and name not in of_routers else _LAYER.search(f".{name}.")
         skipped = any(f".{name}".endswith(kept) or f"{kept}." in f".{name}." for kept in kept_dense)
         converted = type(module) in (nn.Linear, Conv1D) and not skipped and name not in of_routers
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
@@ -183,6 +186,9 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
+    tower: Any = getattr(model.config, "vision_config", None)
+    sizes: list[Any] = [getattr(tower, key, None) for key in ("patch_size", "hidden_size", "intermediate_size")]
+    patch, hidden_patch, inner = sizes if all(isinstance(each, int) for each in sizes) else (0, 0, 0)
     return Shape(
         model_type=str(config.model_type),
         hidden=hidden,
@@ -205,6 +211,9 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         head=own_head,
         image_tokens=image_tokens(config, height, width) if height else 0,
         image_numbers=3 * height * width,
+        patch_numbers=3 * patch**2 * getattr(tower, "temporal_patch_size", 1),
+        # of a layer that keeps nothing: its input, q, k, v and the output, and the MLP before and behind its activation
+        patch_width=6 * hidden_patch + 2 * inner,
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
     )
 
@@ -331,6 +340,7 @@ class Batch:
     offsets: bool = False  # offsets tell joined rows apart, and not a dense mask
     keys: int = 0  # of all rows together, where each has its own copy of the common prefix's; else 0
     groups: tuple[tuple[int, int], ...] = ()  # rows and length of each group that a CPU attends to (`models.attention`)
+    pixels: int = 0  # pixel values of the images among its text
 
     @property
     def all_tokens(self) -> int:
