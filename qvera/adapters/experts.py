@@ -35,7 +35,8 @@ class QveraExperts(QveraLinear):
         """y + ΔW_e x for the rows of each expert e."""
         method, config = self.qvera_settings[adapter]
         if config.experts == "each":
-            experts, gather = TokenSlots(routing.experts, self.spec.experts), routing.tokens if of_tokens else None
+            experts = TokenSlots(routing.experts, self.spec.experts, tuple(routing.ends))
+            gather = routing.tokens if of_tokens else None
             return PATHS[method.peft_type](self, adapter, x, y, self.vectors(adapter), experts, gather)
         factors = self.parts(adapter)
         z = self.project(x, adapter, factors.A, factors.a)

@@ -216,6 +216,7 @@ class _Recorder(TorchDispatchMode):
         self._last_list: tuple[int, int] | None = None
         self.in_loss = False
         self.answers: list[bool] = []
+        self.numbers: list[int] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -291,7 +292,7 @@ class _Recorder(TorchDispatchMode):
         return direction
 
     def _number(self, tensor: torch.Tensor) -> Any:
-        """The one number of a tensor: on the CPU as far as it is known, on the device a sync and any number."""
+        """The one number of a tensor: on the CPU as far as it is known, on the device a sync and any number, or a given one."""
         if tensor.device.type == TYPE:
             self._sync("number", tensor)
         constant = getattr(tensor, "constant", None)
@@ -300,7 +301,9 @@ class _Recorder(TorchDispatchMode):
                 return constant.item()
         if tensor.dtype == torch.bool:
             return self.answers.pop(0) if self.answers else True
-        return 1.0 if tensor.dtype.is_floating_point else 1
+        if tensor.dtype.is_floating_point:
+            return 1.0
+        return self.numbers.pop(0) if self.numbers else 1
 
     def _sync(self, what: str, tensor: torch.Tensor | None = None) -> None:
         if self.seen is None:
@@ -375,6 +378,10 @@ class FakeAccelerator:
     def answer(self, *answers: bool) -> None:
         """Let the device give these answers to the next questions of yes or no; to all others it says yes."""
         self._recorder.answers = list(answers)
+
+    def count(self, *numbers: int) -> None:
+        """Let these be the next whole numbers that the host reads of the device; all others are 1."""
+        self._recorder.numbers = list(numbers)
 
     @property
     def alive_bytes(self) -> int:

@@ -41,6 +41,8 @@ class TokenSlots:
 
     index: Tensor
     slots: int
+    ends: tuple[int, ...] = ()
+    """Where each slot's tokens end, after a 0, if the host knows it and they are in the order of their slots."""
 
     @functools.cached_property
     def sorted(self) -> tuple[Tensor, Tensor]:
@@ -50,8 +52,8 @@ class TokenSlots:
 
     @functools.cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """Where each slot's tokens begin and end in the sorted order. The host waits for the device once."""
-        return list(itertools.pairwise([*self.sorted[1].tolist(), len(self.index)]))
+        """Where each slot's tokens begin and end in the sorted order. The host waits once, where it has no `ends`."""
+        return list(itertools.pairwise(self.ends or [*self.sorted[1].tolist(), len(self.index)]))
 
 
 def _scaled(

@@ -60,6 +60,8 @@ def _expert_bytes(run: PlannedRun) -> tuple[int, int]:
     rank, hidden, inner = run.recipe.adapter.rank, second.out_features, second.in_features
     # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
     numbers = first.out_features + inner + hidden + rank * sum(x.name in adapted for x in (first, second))
+    if run.method.source is Source.TRAINED and first.name in adapted:  # the rows themselves, for the gradient of A
+        numbers += first.in_features
     # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
     width = max(first.out_features, hidden)
     weights = max(math.prod(x.spec.shape) for x in run.layer_experts)
