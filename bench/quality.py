@@ -62,6 +62,7 @@ HEADS = {
 }  # fmt: skip
 HEAD_STEPS = {"smollm2": 150, "minilm": 300}
 FIRST_HEAD = 2
+CURVE_STEPS = 5  # a point each
 MOST, HELD_OUT_ROWS, TEST_ROWS, TRAIN_ROWS = 9, 400, 500, 4000
 """Trials of a search along one axis, and rows: of Alpaca 100, 200 and the other 699."""
 
@@ -250,6 +251,8 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
         "rates": {"b": taken.b_rate, "others": taken.learning_rate, "head": taken.head_rate},
         "trained": facts["trainable"] - facts["head"], "head_numbers": facts["head"], "cpu_seconds": facts["cpu_seconds"],
         "first_loss": facts["losses"][0], "train_loss_last_20": facts["train_loss_last_20"], "held_out_loss": held_out,
+        "curves": {key: [float(f"{value:.3g}") for value in values[::CURVE_STEPS]]
+                   for key, values in {"loss": facts["losses"], **facts["gradient_norms"]}.items()},
         "scores": {"loss": mean_loss(test), "rows": len(test["loss"])} | (
             {"accuracy": float(test["right"].mean())} if "right" in test else {}
         ),

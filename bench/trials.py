@@ -79,18 +79,17 @@ class Trial:
 
     def rate(self, name: str) -> float:
         """The learning rate of the parameter of that name."""
-        if self.head_rate is not None and not is_adapter(name):
-            return self.head_rate
-        from_zero = any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b"))
-        return self.b_rate if from_zero and self.b_rate else self.learning_rate
+        return {"b": self.b_rate, "head": self.head_rate}.get(self.kind(name)) or self.learning_rate
+
+    def kind(self, name: str) -> str:
+        """Of a trained parameter: ``b`` starts at zero (LoRA's B, VeRA's b), ``others`` of an adapter, or ``head``."""
+        if any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b")):
+            return "b"
+        is_adapter = self.head_rate is None or any(part in name for part in ("lora_", "vera_", "qvera_"))
+        return "others" if is_adapter else "head"
 
     def after(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
         """What is to be done between two steps."""
-
-
-def is_adapter(name: str) -> bool:
-    """Whether the trained parameter of that name is no head's."""
-    return any(part in name for part in ("lora_", "vera_", "qvera_"))
 
 
 def adapted(base: Base, trial: Trial, recipe: Recipe, model_class: ModelClass = CAUSAL_LM) -> Any:
@@ -116,7 +115,7 @@ def adapted(base: Base, trial: Trial, recipe: Recipe, model_class: ModelClass = 
 
 
 def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
-    """Train what needs a gradient; returns each step's loss, counts and seconds."""
+    """Train what needs a gradient; returns each step's loss and gradient norms, counts and seconds."""
     section = recipe.training.replace(lr_scheduler_type=trial.schedule, warmup_ratio=trial.warmup_ratio)
     recipe = recipe.replace(data=recipe.data.replace(seed=trial.seed), training=section)
     task = task_of(recipe)
@@ -128,6 +127,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     schedule = build_schedule(section, optimizer, trial.steps)
     batches = batches_of(recipe, datasets.train)
     model.train()
+    norms: dict[str, list[float]] = {kind: [] for kind in ("b", "others", "head")}
     losses, tokens = [], 0
     began, used = time.perf_counter(), time.process_time()
     for step in range(trial.steps):
@@ -138,6 +138,9 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
             nll, _ = task.loss(model, [datasets.train[i] for i in micro], datasets)
             (nll / count).backward()
             total += float(nll.detach())
+        for kind, found in norms.items():
+            grads = [p.grad for name, p in trained.items() if p.grad is not None and trial.kind(name) == kind]
+            found.append(float(torch.nn.utils.get_total_norm(grads)))
         torch.nn.utils.clip_grad_norm_(trained.values(), section.max_grad_norm or float("inf"))
         optimizer.step()
         schedule.step()
@@ -149,7 +152,8 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     print(file=sys.stderr)
     last = losses[-20:]
     return {"losses": losses, "trainable": sum(p.numel() for p in trained.values()), "input_tokens": tokens,
-            "head": sum(p.numel() for name, p in trained.items() if not is_adapter(name)),
+            "head": sum(p.numel() for name, p in trained.items() if trial.kind(name) == "head"),
+            "gradient_norms": norms,
             "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used,
             "train_loss_last_20": sum(last) / max(len(last), 1)}  # fmt: skip
 
@@ -209,7 +213,7 @@ class Written:
                 yield trial
 
     def add(self, trial: Trial, facts: dict[str, Any]) -> None:
-        facts = {key: value for key, value in facts.items() if key != "losses"}
+        facts = {key: value for key, value in facts.items() if key not in ("losses", "gradient_norms")}
         line = {"trial": dataclasses.asdict(trial), **facts, **self.header}
         self.lines.append(line)
         with self.path.open("a") as file:
