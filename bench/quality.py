@@ -141,13 +141,18 @@ def best_of(trial: Trial, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def plan(lines: list[dict[str, Any]], bases: dict[str, str]) -> Iterator[Trial]:
+    """All trials in the order of `STAGES`; as `search`, asked anew after each."""
     for base, tasks, steps, methods, axes in STAGES:
         for task in tasks if base in bases else ():
+            firsts = []
             for method in methods:
                 start = METHODS[method][1][("alpaca", "e2e").index(task) if task not in HEADS else 2]
                 first = Trial(base, task, steps, method, start, FIRST_HEAD if task in HEADS else 0)
                 if task == "alpaca" and (known := best_of(dataclasses.replace(first, steps=50), lines)) is not None:
                     first = first.from_line(known)
+                firsts.append(first)
+            # the one with the fewest trials goes on, so that a table that is cut off has all of them
+            for first in sorted(firsts, key=lambda first: sum(map(first.is_of, lines))):
                 yield from search(first, axes, lines)
 
 
