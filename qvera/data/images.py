@@ -191,7 +191,11 @@ class ImageTextProcessor:
         return self._load()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"processor": self.processor}  # without what loads it, which is not among the data modules
+        """Without what loads the processor, which is not among the data modules."""
+        try:
+            return {"processor": self.processor}
+        except InputError as error:  # a copy still reads rows without images
+            return {"_load": functools.partial(_refuse, str(error))}
 
     def sha256(self) -> str:
         """A hash of all that decides how many tokens an image becomes."""
@@ -246,6 +250,10 @@ class ImageTextProcessor:
     def token_types(self, ids: np.ndarray) -> np.ndarray:
         """1 where a token is an image's, else 0; int64 like ``ids``."""
         return np.isin(ids, self.processor.image_token_ids).astype(np.int64)
+
+
+def _refuse(reason: str) -> ProcessorMixin:
+    raise InputError(reason)
 
 
 _OF_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids")

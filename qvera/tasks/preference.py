@@ -29,6 +29,7 @@ from qvera.data import Example
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
 from qvera.models.checkpointing import draws_random_numbers
+from qvera.models.structure import causal_model
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
@@ -86,8 +87,14 @@ class Preferences(CausalLM):
         require_trl()
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
-        """Makes TRL's trainer. InputError if TRL is missing or too old."""
+        """Makes TRL's trainer. InputError if TRL is missing or too old, or can't take the model apart."""
         require_trl()
+        inner = causal_model(model)
+        if self.objective != "orpo" and inner.base_model is inner:  # Llama 4 with images
+            raise InputError(
+                f"training.objective {self.objective}: TRL can't tell the decoder of {type(inner).__name__} from its "
+                "head. Take orpo or sft."
+            )
         self._sums.clear()
         own_tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token
         own_tokenizer.pad_token_id = datasets.pad_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qvera.data.images import images_of
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import InputError
 from tests.conftest import small_tokenizer
+from tests.families import FAMILIES
 from tests.image_text import IMAGE_FAMILIES, given_by_processor, image_rows, picture
 
 ANSWER = {"role": "assistant", "content": "a word"}
@@ -174,3 +176,12 @@ def test_several_processes_read_images_too(read: Callable[..., Datasets]) -> Non
     alone = read(*[row] * 300, tokenize_processes=1)
     both = read(*[row] * 300, tokenize_processes=2)
     np.testing.assert_array_equal(both.train.ids_hash, alone.train.ids_hash)
+
+
+def test_a_copy_of_a_tokenizer_without_a_processor_reads_text_and_refuses_images(tmp_path: Path) -> None:
+    """Such as what several processes read rows with, or TRL."""
+    FAMILIES["gemma3"].write(tmp_path)
+    images = images_of(pickle.loads(pickle.dumps(load_tokenizer(ModelSection(path=str(tmp_path))))))
+    assert images is not None and images.expand("a word", [], "row 1") == ("a word", [])
+    with pytest.raises(InputError, match="the processor of .* can't be loaded"):
+        images.inputs([])

@@ -24,6 +24,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
+from tests.families import FAMILIES
 
 pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
 
@@ -53,10 +54,15 @@ JUDGED = [example(5, 3, None, 3, True), example(2, 9, None, 4, False), example(1
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    """A 4-bit base with tied embeddings and an adapter whose vectors are not zero."""
+    """Of a base with tied embeddings."""
     directory = tmp_path_factory.mktemp("model")
     small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(directory)
     small_tokenizer().save_pretrained(directory)
+    return adapted(directory)
+
+
+def adapted(directory: Path) -> nn.Module:
+    """The base in 4 bits, with an adapter whose vectors are not zero."""
     base = load_base(ModelSection(path=str(directory), compute_dtype="float32"), torch.device("cpu"))
     return perturb(attach(base.model, AdapterSection(rank=8), str(directory))).eval()
 
@@ -161,6 +167,18 @@ def test_loss_and_gradients_are_those_of_the_formula(model: Any, name: str) -> N
     ours, theirs = torch.autograd.grad(found, vectors), torch.autograd.grad(expected, vectors)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen3_5", marks=pytest.mark.matrix)])
+def test_the_loss_of_text_by_a_model_that_takes_images_is_that_of_the_formula(name: str, tmp_path: Path) -> None:
+    FAMILIES[name].write(tmp_path)
+    test_loss_and_gradients_are_those_of_the_formula(adapted(tmp_path), "sigmoid")
+
+
+def test_a_model_whose_decoder_trl_does_not_find_is_refused(tmp_path: Path) -> None:
+    FAMILIES["llama4"].write(tmp_path)
+    with pytest.raises(InputError, match="can't tell the decoder of Llama4ForConditionalGeneration from its head"):
+        prepared(adapted(tmp_path), objective="dpo")
 
 
 def test_metrics_are_means_over_the_passes_that_count(model: Any) -> None:
