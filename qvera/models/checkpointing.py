@@ -133,10 +133,7 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, 
     settings = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    try:
-        enable(settings)
-    except ValueError as error:
-        raise InputError(f"training.gradient_checkpointing: {error} Set it to false.") from None
+    enable(settings)
     if by_tiles:
         tile_mlps(base)
     device = next(base.parameters()).device

@@ -116,7 +116,7 @@ class SourceCheckpoint:
 
     def __post_init__(self) -> None:
         self._read_factors: dict[str, torch.Tensor] = {}
-        self._sizes = {entry.name: entry.shape[0] for entry in self.entries if entry.name in self.factors}
+        self._sizes = {entry.name: entry.shape[-2] for entry in self.entries if entry.name in self.factors}
 
     def identity(self, hashes: Mapping[Path, str]) -> str:
         """The copy's name by content, from the SHA-256 of each shard."""
@@ -318,7 +318,8 @@ def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Blo
     step = rows_per_block(columns)
 
     def read(stored: TensorEntry, number: int | None) -> torch.Tensor:
-        return source.decoded(stored.name, read_tensor(stored, source.stamps, number), 0)
+        first = 0 if number is None else number * stored.shape[1]
+        return source.decoded(stored.name, read_tensor(stored, source.stamps, number), first)
 
     for expert in range(experts):
         matrix = tensor.part(expert, read)

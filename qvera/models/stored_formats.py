@@ -83,13 +83,19 @@ def is_fp8(dtype: torch.dtype) -> bool:
 
 
 def from_fp8(rows: torch.Tensor, factors: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """Rows [first, first + k) of a weight of ``count`` rows, FP8 [k, n], times their factors: bfloat16 [k, n]."""
+    """Rows [first, first + k) of a weight of ``count`` rows, FP8 [k, n], times their factors: bfloat16 [k, n].
+
+    Of a stack of experts the rows are those of all experts, one after the other, and ``count`` is that of one.
+    """
     factors = factors.float()
     if factors.dim() < 2:
         factors = factors.view(-1, 1)
     # a factor for each block of rows and columns; blocks at the end may be short
-    high, wide = -(-count // len(factors)), -(-rows.shape[1] // factors.shape[1])
+    blocks = factors.shape[-2]
+    high, wide = -(-count // blocks), -(-rows.shape[1] // factors.shape[-1])
     high, wide = (2 ** math.ceil(math.log2(size)) if size > 1 else 1 for size in (high, wide))
-    high = count if len(factors) == 1 else high
-    numbers = torch.arange(first, first + len(rows)) // high
-    return (rows.float() * factors[numbers].repeat_interleave(wide, 1)[:, : rows.shape[1]]).to(torch.bfloat16)
+    high = count if blocks == 1 else high
+    numbers = torch.arange(first, first + len(rows))
+    numbers = numbers // count * blocks + numbers % count // high
+    spread = factors.flatten(0, -2)[numbers].repeat_interleave(wide, 1)
+    return (rows.float() * spread[:, : rows.shape[1]]).to(torch.bfloat16)

@@ -107,12 +107,14 @@ def returns_more(module: nn.Module) -> bool:
 
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights that hold all experts of a layer in one tensor [experts, .., ..], by name: not quantized, not adapted."""
+    """Weights that hold all experts of a layer in one tensor [experts, .., ..], or [experts · .., ..], by name."""
     found = {}
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        is_named = "experts" in owner.split(".") or "Experts" in type(model.get_submodule(owner)).__name__
-        if parameter.dim() == 3 and is_named:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        is_named = "experts" in owner.split(".") or "Experts" in type(module).__name__
+        is_weight = parameter.dim() == 3 or (parameter.dim() == 2 and not isinstance(module, nn.Linear))
+        if is_weight and is_named and not key.endswith("bias"):
             found[name] = parameter
     return found
 

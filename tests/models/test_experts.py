@@ -10,7 +10,7 @@ import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.experts import QveraExperts
@@ -37,6 +37,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.stream import stream_layers
+from qvera.models.structure import expert_weights
 from qvera.training.plan.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -380,7 +381,7 @@ def test_a_class_that_runs_experts_itself_is_refused_where_they_would_be_adapted
     """Also by the plan. JetMoE has no layers that transformers can recompute either, which is said by name."""
     base = write("jetmoe", tmp_path / "jetmoe", num_local_experts=4, kv_channels=16)
     model = load_base(section(base)).model
-    with pytest.raises(InputError, match=r"training\.gradient_checkpointing: JetMoe.* Set it to false"):
+    with pytest.raises(InputError, match=r"training\.gradient_checkpointing: .* layers of JetMoe"):
         enable_checkpointing(model)
     for refused in (
         lambda: adapted(base, model=model),
@@ -390,6 +391,17 @@ def test_a_class_that_runs_experts_itself_is_refused_where_they_would_be_adapted
     ):
         with pytest.raises(InputError, match=r"adapter\.experts: this model has no experts that can be adapted"):
             refused()
+
+
+def test_experts_of_two_dimensions_are_counted_as_experts() -> None:
+    """DBRX has all experts of a projection one below the other."""
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
+    experts = {"hidden_size": 64, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}
+    config = AutoConfig.for_model("dbrx", **sizes, attn_config=attention, ffn_config=experts)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in expert_weights(model).values()) == 2 * 3 * 4 * 128 * 64
 
 
 def test_run_experts_is_what_transformers_calls(bases: Any) -> None:

@@ -58,11 +58,12 @@ def stored_as_fp8(packed: Path, plain: Path) -> tuple[Path, Path]:
     tensors = load_file(plain / "model.safetensors")
     coded = dict(tensors)
     for name, weight in tensors.items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
             continue
-        rows, columns = (-(-size // 128) for size in weight.shape)
-        factors = torch.rand(rows, columns, generator=torch.Generator().manual_seed(2)) * 1e-3 + 1e-3
-        spread = factors.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+        *stack, rows, columns = weight.shape
+        blocks = *stack, -(-rows // 128), -(-columns // 128)
+        factors = torch.rand(blocks, generator=torch.Generator().manual_seed(2)) * 1e-3 + 1e-3
+        spread = factors.repeat_interleave(128, -2).repeat_interleave(128, -1)[..., :rows, :columns]
         coded[name] = (weight.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
         coded[f"{name}_scale_inv"] = factors
         tensors[name] = (coded[name].float() * spread).to(torch.bfloat16)
@@ -88,7 +89,15 @@ def fp8_experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return stored_as_fp8(*made)
 
 
-@pytest.fixture(params=["mxfp4", "fp8", "fp8_experts"])
+@pytest.fixture(scope="module")
+def fp8_stacks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Stacked experts, the rows of which do not fill their blocks."""
+    root, sizes = tmp_path_factory.mktemp("fp8_stacks"), {"hidden_size": 192, "intermediate_size": 64}
+    made = (write("gpt_oss", root / name, torch.bfloat16, **sizes) for name in ("packed", "plain"))
+    return stored_as_fp8(*made)
+
+
+@pytest.fixture(params=["mxfp4", "fp8", "fp8_experts", "fp8_stacks"])
 def pair(request: Any) -> tuple[Path, Path]:
     return request.getfixturevalue(request.param)
 
