@@ -93,6 +93,8 @@ class Trial:
         run = json.loads((self.root / "run" / "run.json").read_text(encoding="utf-8"))
         before, after = (run["result"][f"eval_{name}"]["loss"] for name in ("before", "after"))
         assert after < before, f"the loss went from {before:.4f} to {after:.4f}"
+        if run["plan"] is None:  # not plannable, as the step before has found
+            return
         moments = run["plan"]["memory"]["moments"]
         planned = sum(part["bytes"] for part in moments["answers"] if part["kind"] == "base")
         loaded = run["model"]["base_bytes"]

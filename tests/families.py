@@ -38,7 +38,6 @@ _SEVEN = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 _ATTENTION = "q_proj k_proj v_proj o_proj"
 _LATENT_ATTENTION = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj"
 _MLP = "gate_proj up_proj down_proj"
-_INDEXER = "wq_b wk weights_proj"
 _IN_PROJ = "in_proj_qkv in_proj_z in_proj_b in_proj_a"
 _PER_LAYER = "per_layer_input_gate per_layer_projection per_layer_model_projection"
 _NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
@@ -54,7 +53,7 @@ _LATENT: dict[str, Any] = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
-_INDEXED: dict[str, Any] = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+_INDEXED: dict[str, Any] = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 _DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 8}
 _LINEAR: dict[str, Any] = {
@@ -200,8 +199,7 @@ _FAMILIES = [
         {"num_key_value_heads": ..., "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "each load",
     ),
     Family(
-        "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, "no",
-        limits="not in 4 bits: its linears are of a class of their own. Set `model.quantization: none`",
+        "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, continuous=False,
     ),
     Family(
         "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, experts="4 bits",
@@ -413,7 +411,7 @@ _FAMILIES = [
     Family("A.X K1", "axk1", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST}, experts="4 bits"),
     Family(
         "A.X K2", "axk2",
-        f"{_MLP} q_a_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj o_proj {_INDEXER} fc1 fc2", {**_LATENT,
+        f"{_MLP} q_a_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj o_proj fc1 fc2", {**_LATENT,
         **_ROUTED, **_INDEXED, **_DENSE_FIRST, "head_dim": 8, "gated_norm_rank": 16}, experts="4 bits",
     ),
     Family(
@@ -464,11 +462,11 @@ _FAMILIES = [
         "first_k_dense_replace": 1}, experts="4 bits",
     ),
     Family(
-        "DeepSeek V3.2", "deepseek_v32", f"{_LATENT_ATTENTION} {_MLP} {_INDEXER}", {**_LATENT, **_ROUTED,
+        "DeepSeek V3.2", "deepseek_v32", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
         **_INDEXED, **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
     ),
     Family(
-        "DeepSeek V4", "deepseek_v4", f"{_MLP} q_a_proj q_b_proj kv_proj o_a_proj o_b_proj", {**_INDEXED, **_HEADS,
+        "DeepSeek V4", "deepseek_v4", f"{_MLP} q_a_proj q_b_proj kv_proj o_b_proj", {**_INDEXED, **_HEADS,
         **_WINDOW, **_NARROW, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": ..., "topk_group": ...,
         "q_lora_rank": 32, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16, "qk_rope_head_dim": 8},
         experts="4 bits",
@@ -484,7 +482,7 @@ _FAMILIES = [
         experts="4 bits",
     ),
     Family(
-        "dots 3 Note, text", "dots3_note_text", f"{_LATENT_ATTENTION} {_MLP} g_proj {_INDEXER}", {**_LATENT,
+        "dots 3 Note, text", "dots3_note_text", f"{_LATENT_ATTENTION} {_MLP} g_proj", {**_LATENT,
         **_ROUTED, **_INDEXED, **_HEADS, **_DENSE_FIRST, "shared_experts_intermediate_size": 64}, experts="4 bits",
     ),
     Family("ERNIE 4.5", "ernie4_5", changes=_HEADS),
@@ -495,7 +493,7 @@ _FAMILIES = [
     Family("EXAONE 4", "exaone4", changes=_WINDOWED),
     Family("K-EXAONE", "exaone_moe", changes={**_EXPERTS, **_WINDOWED, **_NARROW}, experts="4 bits"),
     Family("Falcon-H1", "falcon_h1", f"{_ATTENTION} {_MLP} in_proj out_proj", {**_MAMBA, "mamba_d_ssm": 128}),
-    Family("Falcon Mamba", "falcon_mamba", "in_proj x_proj dt_proj out_proj", _NO_GROUPS),
+    Family("Falcon Mamba", "falcon_mamba", "in_proj x_proj out_proj", _NO_GROUPS),
     Family("FlexOlmo", "flex_olmo", _ATTENTION, _EXPERTS, experts="4 bits"),
     Family(
         "Flint", "flint", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
@@ -521,7 +519,7 @@ _FAMILIES = [
         experts="4 bits",
     ),
     Family(
-        "GLM 5", "glm_moe_dsa", f"{_LATENT_ATTENTION} {_MLP} {_INDEXER}", {**_LATENT, **_ROUTED, **_INDEXED,
+        "GLM 5", "glm_moe_dsa", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED,
         **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
     ),
     Family("StarCoder, SantaCoder", "gpt_bigcode", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}),
@@ -562,7 +560,7 @@ _FAMILIES = [
         experts="4 bits",
     ),
     Family(
-        "Hunyuan 4", "hy_v4", f"{_LATENT_ATTENTION} {_MLP} {_INDEXER}", {**_LATENT, **_ROUTED, **_INDEXED,
+        "Hunyuan 4", "hy_v4", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED,
         **_HEADS, **_DENSE_FIRST}, experts="4 bits",
     ),
     Family("HyperCLOVA X", "hyperclovax"),
@@ -589,7 +587,7 @@ _FAMILIES = [
     Family("IQuest-Coder", "iquestcoder", changes=_HEADS),
     Family("Jais 2", "jais2", f"{_ATTENTION} up_proj down_proj"),
     Family(
-        "Jamba", "jamba", f"{_ATTENTION} {_MLP} in_proj x_proj dt_proj out_proj", {**_EXPERTS, "attn_layer_period": 2,
+        "Jamba", "jamba", f"{_ATTENTION} {_MLP} in_proj x_proj out_proj", {**_EXPERTS, "attn_layer_period": 2,
         "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16,
         "mamba_dt_rank": 8, "use_mamba_kernels": False}, experts="4 bits",
     ),
@@ -630,7 +628,7 @@ _FAMILIES = [
         "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
         "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, experts="dense",
     ),
-    Family("Mamba", "mamba", "in_proj x_proj dt_proj out_proj", _NO_GROUPS),
+    Family("Mamba", "mamba", "in_proj x_proj out_proj", _NO_GROUPS),
     Family(
         "Mamba 2", "mamba2", "in_proj out_proj", {**_HEADS, **_NO_GROUPS, "num_heads": 8, "state_size": 16,
         "n_groups": 2, "chunk_size": 8, "num_attention_heads": ...},
@@ -724,6 +722,17 @@ _FAMILIES = [
         "xLSTM", "xlstm", "q k v ogate_preact igate_preact fgate_preact out_proj proj_up_gate proj_up proj_down",
         {"num_heads": 4, "chunk_size": 16, "num_blocks": 2, "qk_dim_factor": 1.0},
         limits="refused: it computes its logits in a way that the loss does not know",
+    ),
+    Family(
+        "Phi-4 multimodal, on text", "phi4_multimodal", "qkv_proj o_proj gate_up_proj down_proj", {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            "vision_config": {**_TOWER, "crop_size": 28},
+            "audio_config": {
+                "hidden_size": 32, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 2,
+                "nemo_conv_channels": 32, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32,
+                "input_size": 16,
+            },
+        }, limits="its towers of vision and audio are neither adapted nor trained",
     ),
     Family("Youtu-LLM", "youtu", f"{_LATENT_ATTENTION} {_MLP}", _LATENT),
     Family(

@@ -17,7 +17,7 @@ from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.models import lean_layers, linear
 from qvera.models.experts import ExpertStack, require_experts, runs_llama4, stack_experts, stacks
-from qvera.models.structure import beside_the_layers, head_size
+from qvera.models.structure import beside_the_layers, head_size, share_tied_modules
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
@@ -77,6 +77,7 @@ class QveraModel(BaseTuner):
                 "PEFT does not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
                 "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.files.save_load.load_adapter."
             )
+        share_tied_modules(model)
         linear.freeze_linears(model)
         if config.experts != "none":
             stack_experts(model)
@@ -98,6 +99,7 @@ class QveraModel(BaseTuner):
                 self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
         lean_layers.reduce_saved_activations(model)
         lean_layers.fuse_rotation(model)
+        lean_layers.call_projections(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -126,7 +126,7 @@ def merge_adapters(
     from qvera.evaluation.load import find_adapter
     from qvera.exporting.deltas import read_deltas
     from qvera.exporting.export import require_no_added_tokens
-    from qvera.exporting.lora import write_lora
+    from qvera.exporting.lora import in_every_place, write_lora
     from qvera.exporting.sums import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_class import CAUSAL_LM, empty_model
 
@@ -158,6 +158,7 @@ def merge_adapters(
         write_vectors(found[0][1], weighted_sum(deltas, factors), out, template)
         print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
+    deltas = [in_every_place(adapter, model) for adapter in deltas]
     stacked = stacked_factors(deltas, factors)
     if why is not None:
         lora = f"a LoRA of rank {rank or own_rank}"

@@ -21,7 +21,7 @@ from qvera.data.images import StoredImage
 from qvera.distributed.zero import any_sharded, is_sharded
 from qvera.evaluation.load import template_of
 from qvera.models import linear, quantization
-from qvera.models.attention import rows_joined
+from qvera.models.attention import needs_equal_lengths, rows_joined
 from qvera.models.forward import image_inputs
 from qvera.models.structure import causal_model, decoder_of, position_limit
 from qvera.utils import accelerator, memory
@@ -201,7 +201,9 @@ def generate_tokens(
             )
             return [_ended(row, ends) for row in out[:, ids.shape[1] :].tolist()]
 
-        batches = microbatches(by_length, batch_size)
+        is_unpadded = needs_equal_lengths(causal_model(model))
+        groups = itertools.groupby(by_length, lambda i: len(prompts[i]) if is_unpadded else 0)
+        batches = (batch for _, rows in groups for batch in microbatches(list(rows), batch_size))
         advice = "Lower the number of new tokens, or shorten the prompt."
         for rows, found in each_in_halves(batches, answer, device, "prompts", advice, together):
             answers.update(zip(rows, found, strict=True))

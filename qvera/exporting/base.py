@@ -32,7 +32,7 @@ from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, require_unchanged, rows_per_block
 from qvera.models.stored_formats import is_decoded
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
-from qvera.models.structure import routers
+from qvera.models.structure import left_whole
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
@@ -68,7 +68,7 @@ class TrainedBaseReader(CheckpointReader):
         super().__init__(entries, stamps, known)
         self.section, self.compute = section, compute
         self.four_bit = section.quantization in ("nf4", "fp4")
-        head, dense = model.get_output_embeddings(), routers(model)
+        head, dense = model.get_output_embeddings(), left_whole(model)
         self.transposed = {
             names.get(f"{name}.weight", ""): isinstance(module, Conv1D)
             for name, module in model.named_modules()
@@ -222,8 +222,9 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     adapter = read_deltas(adapter_dir, model, section)
     fingerprint = base_fingerprint(directory)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
-    for entry in entries:  # whole numbers would be rounded
-        if not entry.dtype.is_floating_point:
+    buffers = {name for name, _ in model.named_buffers()}  # whole numbers, such as a table of experts, are copied
+    for entry in entries:
+        if not entry.dtype.is_floating_point and entry.name not in buffers:
             raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
     fused = {} if packed else {name: t for name, t in fused_tensors(stored, model).items() if t.is_merged}
     names = {own.name: entry.name for own, entry in zip(named, stored, strict=True)}

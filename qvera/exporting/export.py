@@ -111,6 +111,7 @@ def export(
         _write_gguf_lora(adapter, adapter_dir, target, out, written, rank, chat, say)
         return None
     errors = None
+    adapter = lora.in_every_place(adapter, empty)
     places = lora.require_kept_by_peft(adapter, empty) if to == "lora" else {}
     if to == "peft":
         size = formatting.size(lora.export_stock_vera(adapter, out, chat.beside))

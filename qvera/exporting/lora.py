@@ -5,7 +5,8 @@ LoRA has r (m + n) values a layer instead of r + m. It is exact up to the roundi
 ``input_scale`` it is a LoRA too, but no VeRA of PEFT; with ``magnitude`` it is PEFT's DoRA.
 """
 
-import contextlib
+import copy
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,9 +25,10 @@ from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, port
 from qvera.adapters.methods import method_of
 from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.models.safetensors_stream import write_shard
+from qvera.models.structure import share_tied_modules
 from qvera.utils import formatting
 from qvera.utils.atomic import new_directory, require_space
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import CHAT_TEMPLATE
 from qvera.utils.safetensors_io import FACTS, TensorSpec
@@ -255,28 +257,46 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
     return _write_for_peft(adapter, out, config, specs, floats, {}, chat_template)
 
 
+def in_every_place(adapter: AdapterDeltas, model: PreTrainedModel) -> AdapterDeltas:
+    """The adapter with a copy for each place of a module that stands in several (`share_tied_modules`), as PEFT has."""
+    layers, config = dict(adapter.layers), copy.copy(adapter.config)
+    for place, source in share_tied_modules(model).items():
+        own = {name: delta for name, delta in adapter.layers.items() if name.startswith(f"{source}.")}
+        layers |= {place + name.removeprefix(source): delta for name, delta in own.items()}
+    if len(layers) > len(adapter.layers) and not isinstance(config.target_modules, str):
+        config.target_modules = sorted(layers)
+    return dataclasses.replace(adapter, config=config, layers=layers)
+
+
 def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Places:
-    """Put a LoRA of the adapter's targets on its base (without weights), as PEFT does when it opens the export.
+    """Put a LoRA of the adapter's targets on a model like its base, as PEFT does when it opens the export.
 
     Returns where PEFT has that of experts.
 
     In models with experts PEFT takes names such as ``down_proj`` for those of experts, and drops the tensors of dense
-    MLPs with these names, or of shared experts (Laguna). InputError: it would adapt other layers than the adapter has.
+    MLPs with these names, or of shared experts (Laguna). InputError: it refuses the targets, or would adapt other layers
+    than the adapter has.
     """
     config, kept, places = LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), set(), {}
-    with contextlib.suppress(ValueError):  # PEFT's own refusal of such names
-        adapted = get_peft_model(model, config)
-        own = {name.replace(".default", ""): p for name, p in adapted.state_dict().items() if ".lora_" in name}
-        missing = set_peft_model_state_dict(adapted, own).missing_keys  # PEFT renames tensors when it reads them
-        lost = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing if ".lora_" in name}
-        for path, module in adapted.get_base_model().named_modules():
-            name = path
-            if isinstance(module, ParamWrapper):
-                name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
-                takes_turned, delta = getattr(module.get_base_layer(), "is_transposed", False), adapter.layers.get(name)
-                places[name] = PeftPlace(path, delta is not None and delta.transposed != takes_turned)
-            if isinstance(module, LoraLayer) and path not in lost:
-                kept.add(name)
+    try:
+        with torch.device("meta"):  # not the base itself, where modules stand in several places
+            adapted = get_peft_model(type(model)(model.config), config)
+    except ValueError as error:
+        raise InputError(
+            f"PEFT refuses a LoRA of this adapter's targets: {first_line(error)} Export with --to merged, or train "
+            "with adapter.targets that leave these out."
+        ) from None
+    own = {name.replace(".default", ""): p for name, p in adapted.state_dict().items() if ".lora_" in name}
+    missing = set_peft_model_state_dict(adapted, own).missing_keys  # PEFT renames tensors when it reads them
+    lost = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing if ".lora_" in name}
+    for path, module in adapted.get_base_model().named_modules():
+        name = path
+        if isinstance(module, ParamWrapper):
+            name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
+            takes_turned, delta = getattr(module.get_base_layer(), "is_transposed", False), adapter.layers.get(name)
+            places[name] = PeftPlace(path, delta is not None and delta.transposed != takes_turned)
+        if isinstance(module, LoraLayer) and path not in lost:
+            kept.add(name)
     if other := sorted(adapter.layers.keys() - kept) or sorted(kept - adapter.layers.keys()):
         raise InputError(
             f"PEFT would not adapt {first_of(other)} of this model as the adapter does: it takes the name for that of "

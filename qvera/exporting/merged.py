@@ -95,7 +95,8 @@ class Merging:
         self.merged_expert = functools.lru_cache(maxsize=4)(self._merged_expert)  # its tensors come one after the other
         self.head = dict(sorted(self.adapter.head.items()))  # tensors of a classification head, fp32
         # in the order of the base's files; then those of the head
-        self.specs = [TensorSpec(name, self.dtype, shape) for name, shape in shapes.items()]
+        whole = {entry.name: entry.dtype for entry in base.entries if not entry.dtype.is_floating_point}
+        self.specs = [TensorSpec(name, whole.get(name, self.dtype), shape) for name, shape in shapes.items()]
         self.specs += [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in self.head.items()]
         self.layers: dict[str, dict[str, float]] = {}  # adapted weight → max and mean |ΔW|, of the merged ones
 
@@ -159,6 +160,8 @@ class Merging:
         if block.entry.name in self.expert_sources:
             return self._merge_expert(block)
         name, weight, found = block.entry.name, block.rows, None
+        if not weight.is_floating_point() and name not in self.base.packed:
+            return block, weight, None
         numbers: list[torch.Tensor] = []
         delta = self.deltas.get(name)
         if name in self.tables:

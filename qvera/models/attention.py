@@ -52,6 +52,15 @@ JOINABLE_TYPES = (
 )  # fmt: skip
 """The attention of these model types takes positions and a mask [1, 1, T, T] as given; each is tested."""
 
+_SEES_PADDING_TYPES = ("recurrent_gemma", "minimax", "deepseek_v4")
+"""Padding on the left reaches the convolution of the first, the answer's tokens of the second, and moves the windows
+that the third compresses."""
+
+
+def needs_equal_lengths(model: PreTrainedModel) -> bool:
+    """Whether plain transformers gives other answers in a batch that is padded on the left than one by one."""
+    return model.config.model_type in _SEES_PADDING_TYPES
+
 
 def needs_padding_mask(model: PreTrainedModel) -> bool:
     """Whether right padding has to be masked. It has, unless the model is known to look at earlier tokens only."""

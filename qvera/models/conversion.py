@@ -73,19 +73,28 @@ class FusedTensor:
 
         ``read`` gives a tensor of the checkpoint, or an element of its first dimension.
         """
-        converter, collected = copy.copy(self.converter), {}
+        collected = {}
         for pattern, entries in self.sources.items():
             if self.is_merged:
                 collected[pattern] = [read(entries[number], None)]
             else:
                 collected[pattern] = [read(entries[0], number).unsqueeze(0)]
+        return self._converted(collected, (1, *self.spec.shape[1:]))[0].contiguous()
+
+    def whole(self, read: Callable[[TensorEntry, int | None], torch.Tensor]) -> torch.Tensor:
+        """The tensor, of a source for each pattern; ``read`` as for `part`."""
+        collected = {pattern: [read(entries[0], None)] for pattern, entries in self.sources.items()}
+        return self._converted(collected, self.spec.shape).contiguous()
+
+    def _converted(self, collected: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+        converter = copy.copy(self.converter)
         converter.collected_tensors = collected
         made = converter.convert(self.spec.name, model=self.model, config=self.model.config)
         ((_, tensor),) = made.items()
         tensor = tensor[0] if isinstance(tensor, list) else tensor
-        if tuple(tensor.shape) != (1, *self.spec.shape[1:]):
-            raise RuntimeError(f"{self.spec.name}: transformers' rule gives {list(tensor.shape)} for one expert")
-        return tensor[0].contiguous()
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(f"{self.spec.name}: transformers' rule gives {list(tensor.shape)}, not {list(shape)}")
+        return tensor
 
     def split(self, matrix: torch.Tensor) -> list[torch.Tensor]:
         """The checkpoint's tensors that make up an expert's matrix, in the order of ``sources``: the reverse of `part`.
@@ -114,7 +123,10 @@ class FusedTensor:
 
 
 def fused_tensors(entries: Sequence[TensorEntry], model: PreTrainedModel) -> dict[str, FusedTensor]:
-    """The stacks of experts [E, .., ..] that transformers makes of a checkpoint's tensors, by the model's names."""
+    """The tensors of three dimensions that transformers makes of several of a checkpoint, by the model's names.
+
+    These are stacks of experts [E, .., ..], and convolutions over q, k and v.
+    """
     parameters = dict(model.named_parameters())
     stored = {entry.name for entry in entries}
     transforms = get_model_conversion_mapping(model)

@@ -122,6 +122,25 @@ class _GatedMLP(_Mixin):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
+class _Mixer(_Mixin):
+    """A Mamba mixer that never trains: it calls its projections, where a fused kernel would read dense weights."""
+
+    def train(self, mode: bool = True) -> _Mixer:
+        super().train(mode)
+        self.training = False
+        return self
+
+
+def call_projections(model: nn.Module) -> None:
+    """Let Mamba mixers call their projections in training too, so that these may be in 4 bits and adapted."""
+    for module in model.modules():
+        theirs: Any = type(module)
+        is_mixer = hasattr(module, "A_log") and not isinstance(module, _Mixer)
+        if is_mixer and "out_proj.weight" in inspect.getsource(theirs.forward):
+            module.__class__ = _mixed(_Mixer, theirs)
+            module.train(module.training)
+
+
 def tile_tokens(tokens: int) -> int:
     """Tokens of a tile: at most 4,096, at least four tiles."""
     tiles = max(_LEAST_TILES, -(-tokens // _TILE_TOKENS))

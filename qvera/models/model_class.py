@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from qvera.config.schema import ModelSection
 from qvera.models.stored_formats import is_decoded
+from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import resolve_path
@@ -106,6 +107,8 @@ class ModelClass:
         auto = self.of_published(config.architectures).auto
         model = getattr(transformers, auto).from_config(self.configured(config), **options)
         _complete_outputs(model)
+        _plain_linears(model)
+        share_tied_modules(model)
         return model
 
     def from_pretrained(self, name: str, config: PretrainedConfig, **options: Any) -> Any:
@@ -178,6 +181,13 @@ class ModelClass:
 
 
 CAUSAL_LM = ModelClass()
+
+
+def _plain_linears(model: PreTrainedModel) -> None:
+    """Make Falcon's linears, of a class of their own that computes the same, linears that can be in 4 bits."""
+    for module in model.modules():
+        if type(module).__name__ == "FalconLinear":
+            module.__class__ = nn.Linear
 
 
 def _complete_outputs(model: PreTrainedModel) -> None:

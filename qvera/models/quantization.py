@@ -22,7 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero import whole_numel
 from qvera.kernels import dequantize
-from qvera.models.structure import routers
+from qvera.models.structure import left_whole
 from qvera.utils.safetensors_io import TensorSpec
 
 _logger = logging.getLogger("bitsandbytes")
@@ -47,15 +47,8 @@ bnb_functional = bnb.functional
 
 
 def kept_dense(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
-    """Patterns of the linears that are not quantized: heads, routers, and those that read an image's patches.
-
-    The last cast pixels to the dtype of their weight, which is not that of a packed one.
-    """
-    found = routers(model)
-    found |= {n for n, module in model.named_modules() if isinstance(module, nn.Linear) and "patch_embed" in n}
-    if not found:
-        return list(heads)
-    output = model.get_output_embeddings()
+    """Patterns of the linears that are not quantized: heads, and `left_whole`."""
+    found, output = left_whole(model), model.get_output_embeddings()
     heads = heads or [name for name, module in model.named_modules() if module is output]
     return [*heads, *(f"{re.escape(name)}$" for name in sorted(found))]
 

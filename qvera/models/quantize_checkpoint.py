@@ -146,7 +146,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     require_own_weights(directory, entries, model, model_class)
     specs = {name: spec for name, spec in expert_specs(model).items() if spec.is_quantizable}
     fused: dict[str, FusedTensor | Mxfp4Stack] = {
-        name: tensor for name, tensor in fused_tensors(entries, model).items() if name in specs
+        name: tensor for name, tensor in fused_tensors(entries, model).items() if name in specs or not tensor.is_merged
     }
     fused |= mxfp4_stacks(entries, {name: spec.shape for name, spec in specs.items()})
     factors, stored = fp8_factors(entries), stored | fused.keys()
@@ -313,14 +313,17 @@ def _blocks(source: SourceCheckpoint, reader: CheckpointReader, planned: set[str
 
 
 def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Block]:
-    """A stack whose experts are read from where they lie, one expert in 16 bits at a time."""
-    tensor, (experts, rows, columns) = source.fused[entry.name], entry.shape
+    """A stack whose experts are read from where they lie, one expert in 16 bits at a time; a convolution, at once."""
+    tensor, (experts, rows, columns) = source.fused[entry.name], entry.shape  # or of a convolution
     step = rows_per_block(columns)
 
     def read(stored: TensorEntry, number: int | None) -> torch.Tensor:
         first = 0 if number is None else number * stored.shape[1]
         return source.decoded(stored.name, read_tensor(stored, source.stamps, number), first)
 
+    if isinstance(tensor, FusedTensor) and entry.name not in source.quantized:
+        yield Block(entry, 0, tensor.whole(read), True)
+        return
     for expert in range(experts):
         matrix = tensor.part(expert, read)
         for first in range(0, rows, step):

@@ -276,7 +276,7 @@ def _put_plain(
             f"{entry.file}: {entry.name} has shape {list(tensor.shape)}; the model's config.json says "
             f"{list(expected)}. One of the two belongs to another model."
         )
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() and key not in module._buffers:
         raise InputError(
             f"{entry.file}: {entry.name} is {tensor.dtype}, expected a floating-point weight. Save the checkpoint "
             "again."

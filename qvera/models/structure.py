@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
+_ROUTER = re.compile(r"(?:^|\.)(?:router|indexer)(?:\.|$)")
 _GATES = ("gate", "shared_expert_gate")
+_READ = {"dt_proj": "A_log", "prediction_coefs": "router_norm", "correction_coefs": "router_norm"}
+"""Linears of Mamba and of Gemma 3n whose weights their module reads without calling them → what it has beside them."""
+_OTHER_INPUTS = re.compile(r"(?:^|[._])(?:vision|visual|image|img|video|audio|speech)")
+"""Within a decoder, what text does not go through: Phi-4-multimodal has its towers there."""
 _LAYER_LISTS = ("layers", "h", "blocks", "layer")
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
@@ -59,10 +63,37 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return [decoder]
 
 
-def head_size(model: nn.Module) -> int | None:
-    """The size of the attention heads by the model's config; None where it names none."""
+def share_tied_modules(model: nn.Module) -> dict[str, str]:
+    """Put one module in the places whose weights transformers ties, such as Zamba's shared block: name → its source.
+
+    An adapter there is then that of every place, as the weights are, and in 4 bits they are stored once.
+    """
+    names, found = [name for name, _ in model.named_modules(remove_duplicate=False)], {}
+    for prefix, owner in list(model.named_modules()):
+        prefix = f"{prefix}." if prefix else ""
+        ties: Any = getattr(owner, "_tied_weights_keys", None)
+        for pattern, source in ties.items() if isinstance(ties, dict) else ():
+            if pattern.endswith(".weight"):
+                continue
+            for name in names:
+                if name != prefix + source and re.fullmatch(re.escape(prefix) + pattern, name):
+                    model.set_submodule(name, model.get_submodule(prefix + source))
+                    found[name] = prefix + source
+    return found
+
+
+def widest_layer(model: nn.Module) -> Any:
+    """The config of the text's layers; where their heads differ (Gemma 4), that of a layer whose heads are largest."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    return max(config.per_layer_config, key=lambda layer: getattr(layer, "head_dim", None) or 0)
+
+
+def head_size(model: nn.Module) -> int | None:
+    """The size of the attention heads by the model's config, the largest; None where it names none."""
+    config = widest_layer(model)
     size, hidden, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))
     if isinstance(size, int):
         return size
@@ -70,25 +101,23 @@ def head_size(model: nn.Module) -> int | None:
 
 
 def beside_the_layers(model: nn.Module) -> set[str]:
-    """Names of the linears that ``all-linear`` leaves out: heads, poolers, routers, and what images go through.
+    """Names of the linears that ``all-linear`` leaves out: heads, poolers, `left_whole`, and what images go through.
 
     Of a language model this is all outside of its decoder: also a vision tower, which text never reaches. Of another
     model it is all outside of transformers' base model, such as a classifier.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     backbone: Any = getattr(model, "base_model", model) if head is None else decoder_of(model)
-    inside, found = set(map(id, backbone.modules())), routers(model)
+    inside, found = set(map(id, backbone.modules())), left_whole(model)
     for name, module in model.named_modules():
-        if id(module) not in inside or module is head or "pooler" in name.split("."):
+        of_text = id(module) in inside and (head is None or not _OTHER_INPUTS.search(name))
+        if not of_text or module is head or "pooler" in name.split("."):
             found.add(name)
     return found
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Names of the linears that choose a token's experts, or weigh them: never adapted, and never quantized.
-
-    Either would change which weights a token meets.
-    """
+    """Names of the linears that choose a token's experts, or weigh them, or choose the keys that it sees."""
     modules, found = dict(model.named_modules()), set()
     for name, module in modules.items():
         if not isinstance(module, nn.Linear):
@@ -101,9 +130,23 @@ def routers(model: nn.Module) -> set[str]:
     return found
 
 
+def left_whole(model: nn.Module) -> set[str]:
+    """Names of the linears that are never adapted, and never quantized.
+
+    These are `routers`, linears that are not called, those that transformers wants in fp32, and those that read an
+    image's patches, which cast pixels to the dtype of their weight.
+    """
+    in_fp32, found = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()), routers(model)
+    for path, owner in model.named_modules():
+        found |= {f"{path}.{name}" for name, beside in _READ.items() if hasattr(owner, name) and hasattr(owner, beside)}
+        if isinstance(owner, nn.Linear) and (path.endswith(in_fp32) or "patch_embed" in path):
+            found.add(path)
+    return found
+
+
 def returns_more(module: nn.Module) -> bool:
-    """Whether this subclass of a linear returns more than a product, as Llama 4's router does."""
-    return isinstance(module, nn.Linear) and "Router" in type(module).__name__
+    """Whether this subclass of a linear returns more than a product (Llama 4's router), or many (DeepSeek V4)."""
+    return isinstance(module, nn.Linear) and ("Router" in (kind := type(module).__name__) or "Grouped" in kind)
 
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -122,7 +165,8 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def position_limit(model: Any) -> int | None:
     """The most tokens of a row, by the decoder's table. None: the model computes its positions (RoPE, ALiBi)."""
     for name, module in core_of(model).named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+        is_table = name.rpartition(".")[2] in _TABLES and not _OTHER_INPUTS.search(name)
+        if is_table and isinstance(module, nn.Embedding):
             # OPT begins at its offset, RoBERTa behind the padding's position
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - int(getattr(module, "offset", unused))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
+from qvera.models.attention import needs_equal_lengths
 from qvera.models.forward import image_inputs
 from qvera.models.structure import image_model
 from qvera.utils import accelerator, memory
@@ -33,7 +34,7 @@ from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from qvera.data.images import StoredImage
     from qvera.serve.requests import EngineSettings
@@ -286,6 +287,8 @@ AttentionMaskInterface.register(PAGED, lambda *_, mask_function, **__: mask_func
 class PagedBatches:
     """Batches that requests join and leave at any step. For one thread."""
 
+    by_rows = False
+
     def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
         """Make the cache, and switch the model's attention until `close`.
 
@@ -295,7 +298,7 @@ class PagedBatches:
         self._attention = model.config._attn_implementation
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         config = model.config.get_text_config()
-        self.longest_tokens = int(config.max_position_embeddings)  # of one request in all
+        self.longest_tokens = _longest_tokens(model)
         try:
             with torch.no_grad():
                 is_known = model.config.model_type in _KNOWN_TYPES
@@ -447,15 +450,31 @@ class PagedBatches:
                 raise RuntimeError(f"its logits differ by {error:.1g} of their norm")
 
 
+def _new_cache(config: PretrainedConfig) -> DynamicCache:
+    if config.model_type != "minimax":
+        return DynamicCache(config=config)
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache  # it takes no other
+
+    return MiniMaxCache()
+
+
+def _longest_tokens(model: PreTrainedModel) -> int:
+    """The most tokens of one request in all; Mamba names no limit."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
 class StaticBatches:
     """Batches that begin and end together, by the model's ordinary pass and transformers' own cache. For one thread.
 
     Rows are padded on the left as in `qvera.evaluation.generate`. New requests wait for the end of the running batch.
     """
 
+    by_rows = True
+    """Whether each request is a row of the batch. A layer may then get fewer or more of its tokens than a step has."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self.longest_tokens = int(model.config.get_text_config().max_position_embeddings)  # of one request in all
+        self.longest_tokens = _longest_tokens(model)
         self._rows: list[Any] = []
         self._mask, self._has_images = torch.empty(0), False
         self._cache: DynamicCache | None = None
@@ -467,16 +486,19 @@ class StaticBatches:
     def schedule(self, running: Collection[T]) -> list[tuple[T, int]]:
         """All rows of the batch, ended ones too, each with the columns of the next step."""
         if self.may_begin():
-            self._rows, self._cache = list(running), None
+            rows = list(running)
+            if needs_equal_lengths(self._model):  # the others wait
+                rows = [row for row in rows if len(row.tokens) == len(rows[0].tokens)]
+            self._rows, self._cache = rows, None
         width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
         return [(row, width) for row in self._rows]
 
     def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
         """Run a step. Returns the rows that have not ended, and their logits [rows, vocabulary]."""
         rows, device = [row for row, _ in batch], self._model.device
-        images: dict[str, torch.Tensor] = {}
-        if self._cache is None:
-            self._cache = DynamicCache(config=self._model.config)
+        config, begins, images = self._model.config.get_text_config(), self._cache is None, dict[str, torch.Tensor]()
+        if begins:
+            self._cache = _new_cache(config)
             ids = padded([row.tokens for row in rows], 0).to(device)
             self._mask = padded([[1] * len(row.tokens) for row in rows], 0).to(device)
             shown = [image for row in rows for image in row.images]
@@ -489,9 +511,11 @@ class StaticBatches:
         # Qwen's models give an image positions of three axes, and go on behind its largest one
         if self._has_images and hasattr(inner := image_model(self._model), "rope_deltas"):
             positions = None if images else positions + inner.rope_deltas
+        # these have no attention, and take a longer mask for that of the step's tokens
+        is_masked = begins or config.model_type not in ("mamba", "falcon_mamba")
         logits = self._model(
             input_ids=ids,
-            attention_mask=self._mask,
+            attention_mask=self._mask if is_masked else None,
             position_ids=positions,
             **images,
             use_cache=True,

@@ -322,7 +322,7 @@ class Engine:
     def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
         """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
         batch = self._batches.schedule(self.running.values())
-        self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch])
+        self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch], self._batches.by_rows)
         drawing, logits = self._batches.run(batch)
         choosers = [chooser for request in drawing if (chooser := request.chooser) is not None]
         return list(zip(drawing, choose_tokens(logits, choosers), strict=True))

@@ -224,10 +224,11 @@ class ServingBank:
         """Memory of all slots, used or not."""
         return sum(slots.bank.vectors.nbytes for slots in list(self._slots.values()))
 
-    def use(self, users: Sequence[tuple[HostVectors | None, int, int]]) -> None:
+    def use(self, users: Sequence[tuple[HostVectors | None, int, int]], by_rows: bool = False) -> None:
         """Set the adapters of the next forward pass.
 
-        ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch.
+        ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch;
+        with ``by_rows`` of each row, whatever its length.
         """
         slots = [None if vectors is None else (self._slots[vectors.shape].bank, slot) for vectors, slot, _ in users]
-        self._mixed.use(slots, [tokens for *_, tokens in users])
+        self._mixed.use(slots, None if by_rows else [tokens for *_, tokens in users])

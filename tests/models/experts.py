@@ -14,6 +14,7 @@ from qvera.adapters.experts import QveraExperts
 from qvera.adapters.layer import QveraLinear, adapted_layers
 from qvera.models import quantization
 from qvera.models.experts import ExpertStack
+from qvera.models.structure import share_tied_modules
 from tests.conftest import small_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -106,6 +107,7 @@ def published(directory: Path) -> Any:
 def dense_base(model: Any, directory: Path) -> Any:
     """Plain transformers in fp64 on the quantized W of a model."""
     plain = published(directory).double().requires_grad_(False)
+    share_tied_modules(plain)
     if hasattr(plain.config, "_experts_implementation"):
         plain.set_experts_implementation("eager")
     for name, module in model.get_base_model().named_modules():

@@ -25,7 +25,7 @@ from qvera.models.experts import StackSpec, expert_specs, require_experts
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
-from qvera.models.structure import beside_the_layers, expert_weights, head_size, routers
+from qvera.models.structure import beside_the_layers, expert_weights, head_size, left_whole, widest_layer
 from qvera.models.tokenizer import image_sides, image_tokens
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -143,8 +143,7 @@ class NotPlannable(InputError):
 
 def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     """Read the shapes off a model, which needs no weights. NotPlannable where it has no decoder layers that we know."""
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = widest_layer(model)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kept_dense = [
@@ -152,7 +151,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     ]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    beside, of_routers = beside_the_layers(model), routers(model)
+    beside, dense_names = beside_the_layers(model), left_whole(model)
     own_heads = tuple(f"{name}." for name in model_class.head_modules(model))  # type: ignore[arg-type]
     linears: list[Linear] = []
     for name, module in model.named_modules():
@@ -162,7 +161,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         # a tower's layers are none of the decoder's
         layer = None if name in beside and name not in of_routers else _LAYER.search(f".{name}.")
         skipped = any(f".{name}".endswith(kept) or f"{kept}." in f".{name}." for kept in kept_dense)
-        converted = type(module) in (nn.Linear, Conv1D) and not skipped and name not in of_routers
+        converted = type(module) in (nn.Linear, Conv1D) and not skipped and name not in dense_names
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
     kind, layers = type(model).__name__, {x.layer for x in linears} - {None}
     own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
@@ -192,7 +191,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     return Shape(
         model_type=str(config.model_type),
         hidden=hidden,
-        ff=int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        ff=max(sizes) if isinstance(sizes := getattr(config, "intermediate_size", None), list) else sizes or 4 * hidden,
         layers=len(layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
