@@ -94,9 +94,9 @@ def _count_tokens(engine: Any) -> list[int]:
     counts: list[int] = []
     use = engine.bank.use
 
-    def count(users: Any) -> None:
+    def count(users: Any, by_rows: bool) -> None:
         counts.append(sum(tokens for _, _, tokens in users))
-        use(users)
+        use(users, by_rows)
 
     engine.bank.use = count
     return counts
