@@ -198,9 +198,7 @@ _FAMILIES = [
         "GPT-2", "gpt2", "c_attn c_proj c_fc",
         {"num_key_value_heads": ..., "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "each load",
     ),
-    Family(
-        "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, continuous=False,
-    ),
+    Family("Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}),
     Family(
         "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, experts="4 bits",
     ),

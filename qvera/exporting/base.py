@@ -222,12 +222,12 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     adapter = read_deltas(adapter_dir, model, section)
     fingerprint = base_fingerprint(directory)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
-    buffers = {name for name, _ in model.named_buffers()}  # whole numbers, such as a table of experts, are copied
+    names = {own.name: entry.name for own, entry in zip(named, stored, strict=True)}
+    buffers = {names.get(name) for name, _ in model.named_buffers()}  # whole numbers, such as experts, are copied
     for entry in entries:
         if not entry.dtype.is_floating_point and entry.name not in buffers:
             raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
     fused = {} if packed else {name: t for name, t in fused_tensors(stored, model).items() if t.is_merged}
-    names = {own.name: entry.name for own, entry in zip(named, stored, strict=True)}
     needed = {name if delta.experts else f"{name}.weight" for name, delta in adapter.layers.items()}
     absent = sorted(needed - fused.keys() - names.keys())
     if absent:

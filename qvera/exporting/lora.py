@@ -274,8 +274,8 @@ def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Plac
     Returns where PEFT has that of experts.
 
     In models with experts PEFT takes names such as ``down_proj`` for those of experts, and drops the tensors of dense
-    MLPs with these names, or of shared experts (Laguna). InputError: it refuses the targets, or would adapt other layers
-    than the adapter has.
+    MLPs with these names, or of shared experts (Laguna). InputError: it refuses the targets, or would adapt other
+    layers than the adapter has.
     """
     config, kept, places = LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), set(), {}
     try:
