@@ -159,7 +159,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         if size is None or module is head or f"{name}.".startswith(own_heads):
             continue
         # a tower's layers are none of the decoder's
-        layer = None if name in beside and name not in of_routers else _LAYER.search(f".{name}.")
+        layer = None if name in beside and name not in dense_names else _LAYER.search(f".{name}.")
         skipped = any(f".{name}".endswith(kept) or f"{kept}." in f".{name}." for kept in kept_dense)
         converted = type(module) in (nn.Linear, Conv1D) and not skipped and name not in dense_names
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
