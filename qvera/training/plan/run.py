@@ -191,7 +191,9 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     return Shape(
         model_type=str(config.model_type),
         hidden=hidden,
-        ff=max(sizes) if isinstance(sizes := getattr(config, "intermediate_size", None), list) else sizes or 4 * hidden,
+        ff=max(widths)
+        if isinstance(widths := getattr(config, "intermediate_size", None), list)
+        else widths or 4 * hidden,
         layers=len(layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
