@@ -122,7 +122,11 @@ IMAGE_FAMILIES = {
     "gemma3": ImageFamily(
         "gemma3", "Gemma3Processor",
         {
-            "text_config": {**_TEXT, "sliding_window": 8, "query_pre_attn_scalar": 8}, "vision_config": _SIGLIP,
+            "text_config": {
+                **_TEXT, "sliding_window": 8, "query_pre_attn_scalar": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": _SIGLIP,
             "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302,
             "tie_word_embeddings": False,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -264,6 +265,13 @@ _ATTRIBUTE = "qvera_images"
 def give_images(tokenizer: PreTrainedTokenizerBase, images: ImageTextProcessor) -> None:
     """Let rows of this tokenizer hold images."""
     setattr(tokenizer, _ATTRIBUTE, images)
+
+
+def text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer for somebody else's rows, which may name no file of ours: a row with an image is refused."""
+    alone = copy.copy(tokenizer)
+    setattr(alone, _ATTRIBUTE, None)
+    return alone
 
 
 def images_of(tokenizer: Any) -> ImageTextProcessor | None:

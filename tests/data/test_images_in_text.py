@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qvera.config.schema import DataSection, ModelSection
 from qvera.data import Datasets, build_datasets, print_preflight
-from qvera.data.images import images_of
+from qvera.data.images import images_of, text_only
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import InputError
 from tests.conftest import small_tokenizer
@@ -150,6 +150,13 @@ def test_a_bad_row_is_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         read(row, **keys)
+
+
+def test_somebody_elses_rows_open_no_file(read: Callable[..., Datasets], tokenizer: PreTrainedTokenizerBase) -> None:
+    row = asked({"type": "image", "image": "/etc/passwd"})
+    with pytest.raises(InputError, match="this base is taken for text"):
+        read(row, by=text_only(tokenizer))
+    assert images_of(tokenizer) is not None
 
 
 def test_an_image_is_never_cut_and_a_row_that_is_too_long_is_counted(read: Callable[..., Datasets]) -> None:

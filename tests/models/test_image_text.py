@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import qvera
 from qvera.adapters.files.save_load import attach
@@ -137,3 +138,30 @@ def test_the_plan_counts_the_images_of_the_longest_batch_and_no_layer_of_the_tow
     longest = datasets.train.take(np.argsort(-datasets.train.lengths)[:2])
     pixels = forward.make_batch(load_base(recipe.model).model, [*longest], datasets.pad_id)["pixel_values"]
     assert plan.memory.moments["images"][0].bytes > pixels.numel() * 4 > 0
+
+
+@pytest.mark.slow
+def test_adapters_that_share_passes_over_images_are_those_trained_alone(make_recipe: Any, tmp_path: Path) -> None:
+    base = IMAGE_FAMILIES["qwen3_vl"].write(tmp_path)
+    lines = [json.loads(line) for line in image_rows(tmp_path, 8).read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["owner"] = "ab"[number % 2]
+    files = {"many": lines, "a": lines[::2], "b": lines[1::2]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def run(name: str, **data: Any) -> Path:
+        recipe = make_recipe(
+            model={"path": str(base)},
+            data={"path": str(tmp_path / f"{name}.jsonl"), "max_length": 256, "eval_fraction": 0.0, **data},
+            training={"max_steps": 2, "global_batch_size": 4, "sample_count": 0},
+        )
+        train(recipe, tmp_path / name)
+        return tmp_path / name
+
+    many = run("many", adapter_column="owner")
+    for name in "ab":
+        own = load_file(many / "adapters" / name / "adapter_model.safetensors")
+        alone = load_file(run(name) / "adapter" / "adapter_model.safetensors")
+        for key, vector in alone.items():
+            torch.testing.assert_close(own[key], vector, rtol=1e-4, atol=1e-6)

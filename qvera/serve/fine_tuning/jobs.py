@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from rich.console import Console
 
 from qvera.data import build_datasets, data_warnings
+from qvera.data.images import text_only
 from qvera.serve.fine_tuning.database import (
     BEFORE,
     OPEN,
@@ -263,6 +264,6 @@ def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_o
     require_writable(served.store.root / "adapter", "--adapters")
     recipes, base = Recipes(served.opened.target), served.opened.base
     trainer = OnlineTrainer(base, recipes.server, at_once)
-    jobs = Jobs(directory, recipes, trainer, served.store, base.tokenizer, engine.wake)
+    jobs = Jobs(directory, recipes, trainer, served.store, text_only(base.tokenizer), engine.wake)
     engine.set_background(jobs.worker)
     return jobs
