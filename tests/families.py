@@ -806,6 +806,10 @@ ENCODERS: dict[str, Encoder] = {
         "GPT-2", "gpt2", "AutoModel", "c_attn c_proj c_fc",
         {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}, "each load",
     ),
+    "gemma3": Encoder(
+        "Gemma 3 with images, on text", "gemma3", _IMAGES, _SEVEN,
+        {**dict.fromkeys(_ENCODER, ...), **FAMILIES["gemma3"].changes},
+    ),
     "vit": Encoder("ViT", "vit", "AutoModel", "q_proj k_proj v_proj o_proj fc1 fc2", _VISION, takes_images=True),
 }  # fmt: skip
 

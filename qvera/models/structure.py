@@ -108,6 +108,9 @@ def beside_the_layers(model: nn.Module) -> set[str]:
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     backbone: Any = getattr(model, "base_model", model) if head is None else decoder_of(model)
+    config: Any = getattr(backbone, "config", None)
+    if head is None and hasattr(config, "get_text_config") and config.get_text_config() is not config:
+        backbone = backbone.get_decoder()  # a classifier of texts, over a model that takes images too
     inside, found = set(map(id, backbone.modules())), left_whole(model)
     for name, module in model.named_modules():
         of_text = id(module) in inside and (head is None or not _OTHER_INPUTS.search(name))

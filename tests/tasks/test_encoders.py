@@ -38,7 +38,7 @@ LABELS = ("colour", "fruit", "pet")
 TEXTS, IMAGES = classification_class(LABELS), image_class(LABELS)
 HEADS = {
     "bert": {"classifier"}, "roberta": {"classifier"}, "deberta-v2": {"classifier", "pooler"}, "gpt2": {"score"},
-    "distilbert": {"classifier", "pre_classifier"}, "modernbert": {"classifier", "head"},
+    "distilbert": {"classifier", "pre_classifier"}, "modernbert": {"classifier", "head"}, "gemma3": {"score"},
 }  # fmt: skip
 ROW_LOGITS = SequenceClassification().row_logits
 
