@@ -624,12 +624,13 @@ _FAMILIES = [
     Family(
         "LongCat-Flash", "longcat_flash", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, "num_layers": 2,
         "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
-        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, experts="dense",
+        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, four_bit="each load", experts="dense",
     ),
     Family("Mamba", "mamba", "in_proj x_proj out_proj", _NO_GROUPS),
     Family(
         "Mamba 2", "mamba2", "in_proj out_proj", {**_HEADS, **_NO_GROUPS, "num_heads": 8, "state_size": 16,
         "n_groups": 2, "chunk_size": 8, "num_attention_heads": ...},
+        limits="`qvera plan` has no formulas for it",
     ),
     Family("Mellum", "mellum", _ATTENTION, {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW}, experts="4 bits"),
     Family(
@@ -670,7 +671,7 @@ _FAMILIES = [
     Family("OLMo 3", "olmo3", changes=_WINDOWED),
     Family("OLMo hybrid", "olmo_hybrid", f"{_ATTENTION} {_MLP} a_proj b_proj g_proj", _LINEAR),
     Family("OLMoE", "olmoe", _ATTENTION, _EXPERTS, experts="4 bits"),
-    Family("GPT", "openai-gpt", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}, "each load", limits=_KEPT),
+    Family("GPT", "openai-gpt", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}, "each load", limits=f"{_KEPT}; not served"),
     Family("Persimmon", "persimmon", _NEOX, _NO_GROUPS),
     Family("Phi-3.5 MoE", "phimoe", _ATTENTION, {**_LOCAL_EXPERTS, "router_jitter_noise": 0.0}, experts="4 bits"),
     Family(

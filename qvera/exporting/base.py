@@ -227,7 +227,8 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     for entry in entries:
         if not entry.dtype.is_floating_point and entry.name not in buffers:
             raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
-    fused = {} if packed else {name: t for name, t in fused_tensors(stored, model).items() if t.is_merged}
+    known = () if packed else expert_specs(model)  # others are not quantized, so that they are copied as they are
+    fused = {name: t for name, t in fused_tensors(stored, model).items() if t.is_merged and name in known}
     needed = {name if delta.experts else f"{name}.weight" for name, delta in adapter.layers.items()}
     absent = sorted(needed - fused.keys() - names.keys())
     if absent:

@@ -14,7 +14,9 @@ the same methods, are for those that can't run so.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
 from qvera.models.attention import needs_equal_lengths
 from qvera.models.forward import image_inputs
-from qvera.models.structure import image_model
+from qvera.models.structure import causal_model, image_model
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
@@ -474,6 +476,10 @@ class StaticBatches:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        if not re.search("cache|past", str(inspect.signature(causal_model(model).forward))):
+            raise RunFailed(
+                f"qvera serve can't run {type(model).__name__}: it keeps nothing of earlier tokens. Use qvera generate."
+            )
         self.longest_tokens = _longest_tokens(model)
         self._rows: list[Any] = []
         self._mask, self._has_images = torch.empty(0), False

@@ -181,6 +181,13 @@ def test_a_server_does_not_run_a_layer_twice_over_the_same_blocks(tmp_path: Path
         pass
 
 
+def test_a_server_refuses_a_model_that_keeps_no_keys_and_values(tmp_path: Path) -> None:
+    FAMILIES["openai-gpt"].write(tmp_path / "gpt")
+    with pytest.raises(RunFailed, match=r"it keeps nothing of earlier tokens. Use qvera generate"):
+        with engine_of(tmp_path / "gpt", "static"):
+            pass
+
+
 def test_a_lora_whose_tensors_peft_would_rename_away_is_refused(tmp_path: Path) -> None:
     """PEFT applies transformers' rule for Laguna's shared experts to names that it fits by chance."""
     FAMILIES["laguna"].write(tmp_path / "laguna")
