@@ -79,7 +79,8 @@ def test_loss_and_gradients_are_those_of_the_published_class(name: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "qwen3_vl" else pytest.mark.matrix) for n in IMAGE_FAMILIES]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "qwen3_vl" else pytest.mark.matrix) for n in IMAGE_FAMILIES],
 )
 def test_a_run_on_images_resumes_to_the_same_bytes_and_its_exports_answer_alike(
     name: str, make_recipe: Any, tmp_path: Path
