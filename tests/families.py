@@ -520,6 +520,23 @@ _FAMILIES = [
         "GLM 5", "glm_moe_dsa", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED,
         **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
     ),
+    Family(
+        "GLM 5.3 Flash", "glm5_next",
+        f"{_ATTENTION} {_MLP} f_a_proj f_b_proj b_proj g_a_proj g_b_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj",
+        {
+            **_PARTS, "image_token_id": 300, "video_token_id": 301,
+            "text_config": {
+                **_COMMON, **_INDEXED, **_DENSE_FIRST, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 0,
+                "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "moe_intermediate_size": 64,
+                "n_routed_experts": 4, "num_experts_per_tok": 2, "hc_mult": 2, "index_kpool": 2,
+                "layer_types": ["linear_attention", "indexed_attention"], "linear_head_dim": 16, "linear_num_heads": 4,
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "image_size": 28,
+                "patch_size": 14, "out_hidden_size": 64, "projection_intermediate_size": 64,
+            },
+        }, experts="4 bits", published=_IMAGES,
+    ),
     Family("StarCoder, SantaCoder", "gpt_bigcode", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}),
     Family(
         "GPT-Neo", "gpt_neo", "k_proj v_proj q_proj out_proj c_fc c_proj", {"num_layers": 2, "num_heads": 4,

@@ -247,8 +247,9 @@ def _require_possible(part: Mapping[str, Any], where: str) -> None:
         value = part.get(key)
         if value is None or isinstance(value, list):  # some models have a list, a value a layer
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-            raise InputError(f"{where} has {key} {value!r}, expected a whole number from 1 to {largest:,}.")
+        least = 0 if key == "head_dim" and "qk_nope_head_dim" in part else 1  # of positions alone; GLM 5.3 has none
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
+            raise InputError(f"{where} has {key} {value!r}, expected a whole number from {least} to {largest:,}.")
     pairs = [("num_attention_heads", "num_key_value_heads")]
     if not any("head_dim" in key for key in part):  # a head is hidden_size / num_attention_heads wide
         pairs.append(("hidden_size", "num_attention_heads"))
