@@ -180,7 +180,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
                 f"{section.quant_storage}. Set model.quant_storage: uint8."
             )
     digest = file_sha256(directory / "config.json")
-    stamps, settings = file_stamps(entries), settings_of(section, config, model_class.settings)
+    stamps, settings = file_stamps(entries), settings_of(section, model_class.settings)
     return SourceCheckpoint(
         directory, config, digest, entries, stamps, tensors, quantized, fused, factors, model_class, dense, settings
     )
@@ -473,7 +473,7 @@ def find_base(section: ModelSection, directory: Path | None = None, model_class:
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
     config = try_read_json(directory / "config.json") or {}
-    settings = settings_of(section, config, model_class.copied_as(config.get("architectures")).settings)
+    settings = settings_of(section, model_class.copied_as(config.get("architectures")).settings)
     target = _place(section, content_identity(file_sha256(directory / "config.json"), known, settings))
     return target if problem_of(target) is None else None
 

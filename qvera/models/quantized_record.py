@@ -16,19 +16,14 @@ from qvera.utils.cache_dir import DiskCache
 from qvera.utils.files import file_sha256, try_read_json
 
 RECORD = "qvera_quantized.json"
+_VERSION = 2
+"""Raised when other weights of some model are quantized than before, so that a copy from then is not taken."""
 
 
-def settings_of(
-    section: ModelSection, config: Mapping[str, Any], of_class: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """What a quantized copy depends on besides the source.
-
-    ``config``: the contents of config.json. ``of_class``: `ModelClass.settings`.
-    """
+def settings_of(section: ModelSection, of_class: Mapping[str, str]) -> dict[str, Any]:
+    """What a quantized copy depends on besides the source. ``of_class``: `ModelClass.settings`."""
     keys = ("quantization", "double_quant", "quant_storage")
-    # copies from before experts were quantized are not taken for those of today
-    experts = {"experts": "each"} if "expert" in json.dumps(config) else {}
-    return {key: getattr(section, key) for key in keys} | {"blocksize": 64, **experts, **(of_class or {})}
+    return {key: getattr(section, key) for key in keys} | {"blocksize": 64, "version": _VERSION, **of_class}
 
 
 def content_identity(config_sha256: str, files: Mapping[Path, str], settings: Mapping[str, Any]) -> str:
