@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import PreTrainedModel
 
@@ -286,7 +286,7 @@ def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Plac
             f"PEFT refuses a LoRA of this adapter's targets: {first_line(error)} Export with --to merged, or train "
             "with adapter.targets that leave these out."
         ) from None
-    own = {name.replace(".default", ""): p for name, p in adapted.state_dict().items() if ".lora_" in name}
+    own = get_peft_model_state_dict(adapted)
     missing = set_peft_model_state_dict(adapted, own).missing_keys  # PEFT renames tensors when it reads them
     lost = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing if ".lora_" in name}
     for path, module in adapted.get_base_model().named_modules():

@@ -1,11 +1,15 @@
 """An engine's requests, events and settings. Imports no torch."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from qvera.data.images import StoredImage
 from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.data.images import StoredImage
 
 
 class Busy(Exception):

@@ -498,12 +498,12 @@ def make_rows(lengths: Sequence[int], prompt_tokens: int = 0) -> list[Example]:
 
 
 class FakeTokenizer:
-    """What generation asks of a tokenizer. Reading the answers is one sync."""
+    """What generation asks of a tokenizer."""
 
     pad_token_id, eos_token_id = 0, 2
 
-    def batch_decode(self, ids: torch.Tensor, **_: object) -> list[str]:
-        return [""] * len(ids.tolist())
+    def batch_decode(self, ids: list[list[int]], **_: object) -> list[str]:
+        return [""] * len(ids)
 
 
 class FakeSession(TrainingSession):

@@ -16,8 +16,9 @@ from qvera.adapters.bank import AdapterBank
 from qvera.adapters.experts import QveraExperts
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.layer import adapted_layers
+from qvera.adapters.methods import method_of
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection, parse_recipe
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, require_kept_by_peft, write_lora
 from qvera.exporting.merged import export_merged
@@ -264,7 +265,7 @@ def test_a_lora_of_experts_is_refused_where_peft_has_no_place_for_it(bases: Any)
         adapted(bases("llama4_text"), **LORA)
     for keys, words in (({"experts": "shared"}, "shared is VeRA's"), ({"experts": "each", "dropout": 0.1}, "dropout")):
         with pytest.raises(InputError, match=words):
-            parse_recipe({"model": "m", "data": "d.jsonl", "adapter": {"method": "lora", **keys}}, "recipe")
+            method_of(AdapterSection.model_validate({"method": "lora", **keys}))
 
 
 @pytest.mark.parametrize(("experts", "keys"), [("each", {}), ("shared", {}), ("each", LORA)])

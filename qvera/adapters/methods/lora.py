@@ -17,6 +17,7 @@ from torch import Tensor
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Source, Tensors, Traits
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.methods.base import AdapterSettings
@@ -32,6 +33,15 @@ class Lora(Method):
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
     source = Source.TRAINED
     peft_type = "LORA"
+
+    def variant(self, adapter: AdapterSettings) -> Method:
+        if adapter.experts == "shared":
+            raise InputError("adapter.experts: shared is VeRA's; a LoRA of experts is one for each. Set each.")
+        if adapter.experts == "each" and adapter.dropout:
+            raise InputError(
+                "adapter.dropout: can't be combined with a LoRA of experts, in which PEFT has none; remove one of them."
+            )
+        return self
 
     def tensors(self, adapter: AdapterSettings, spec: LinearSpec) -> Shapes:
         rank = self.rank_at(adapter, spec)

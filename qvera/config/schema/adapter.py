@@ -71,9 +71,5 @@ class AdapterSection(Section):
             yield "magnitude", "can't be combined with adapter.input_scale; remove one of the two."
         if self.magnitude and self.experts != "none":
             yield "experts", "can't be adapted with adapter.magnitude; remove one of the two."
-        if self.method == "lora" and self.experts == "shared":
-            yield "experts", "shared is VeRA's: a LoRA of experts is saved for each of them. Set each."
-        if self.method == "lora" and self.experts == "each" and self.dropout:
-            yield "dropout", "can't be combined with a LoRA of experts, in which PEFT has none; remove one of the two."
         if self.input_scale and not self.train_d:
             yield "input_scale", "is a vector to train, and adapter.train_d is false; remove one of the two."

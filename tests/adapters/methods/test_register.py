@@ -78,12 +78,15 @@ def test_a_registered_method_trains_saves_and_loads(make_recipe: Any, tmp_path: 
         torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
 
 
-def test_only_methods_with_vectors_of_one_pair_train_many_adapters() -> None:
+def test_only_methods_that_a_bank_holds_train_many_adapters() -> None:
     data, training = {"path": "x", "adapter_column": "customer"}, {"learning_rate": 1e-3}
-    tree = {"model": "m", "data": data, "adapter": {"method": "lora", "rank": 4}, "training": training}
-    with pytest.raises(InputError, match="adapter.method: only vera without magnitude trains many .*this is lora"):
+    tree = {"model": "m", "data": data, "adapter": {"method": "lora-xs", "rank": 4}, "training": training}
+    with pytest.raises(
+        InputError, match="adapter.method: only vera without magnitude and lora train many .*is lora-xs"
+    ):
         check_recipe(parse_recipe(tree, "a test"))
-    check_recipe(parse_recipe({**tree, "adapter": {"rank": 4}}, "a test"))
+    for adapter in ({"rank": 4}, {"method": "lora", "rank": 4}):
+        check_recipe(parse_recipe({**tree, "adapter": adapter}, "a test"))
 
 
 def test_no_code_outside_of_the_methods_asks_for_one_by_its_name() -> None:
