@@ -220,11 +220,12 @@ _FAMILIES = [
         },
     ),
     Family(
-        "Gemma 4 with images", "gemma4", published=_IMAGES,
+        "Gemma 4 with images", "gemma4", f"{_ATTENTION} {_MLP} {_PER_LAYER}", published=_IMAGES,
         changes={
             **_PARTS, "image_token_id": 300, "audio_config": None,
             "text_config": {
-                **_TEXT, **_WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+                **_TEXT, **_WINDOWED, "global_head_dim": 32, "num_kv_shared_layers": 0,
+                "vocab_size_per_layer_input": 304, "hidden_size_per_layer_input": 16,
             },
             "vision_config": {**_TOWER, "head_dim": 16, "num_key_value_heads": 2},
         },
