@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qvera.adapters.bank import PATHS, AdapterBank, AdapterShape, MixedForward, fit_to_bank, sum_of_loras
+from qvera.adapters.bank import AdapterBank, AdapterShape, MixedForward, fit_to_bank, sum_of_loras
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import method_of
+from qvera.adapters.products.slots import PATHS
 from qvera.adapters.shared_model import add_adapter, give_to_answers, require_shareable
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
 from qvera.serve.store import read_content, read_file

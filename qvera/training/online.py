@@ -30,10 +30,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qvera.adapters.bank import PATHS, AdapterBank
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import new_config, save_adapter, start_from
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import check_recipe, method_of
+from qvera.adapters.products.slots import PATHS
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
 from qvera.data import AdapterRows, data_sha256, planned_steps

@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_published_class(name: str, tmp_path
     "name",
     [pytest.param(n, marks=pytest.mark.slow if n == "qwen3_vl" else pytest.mark.matrix) for n in IMAGE_FAMILIES],
 )
-def test_a_run_on_images_resumes_to_the_same_bytes_and_its_exports_answer_alike(
+def test_a_run_on_images_is_resumed_and_exported_without_a_change_of_its_answers(
     name: str, make_recipe: Any, tmp_path: Path
 ) -> None:
     for package in IMAGE_FAMILIES[name].needs:

@@ -160,7 +160,8 @@ def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
     """Each slot's rows of x [T, k], sorted by slot, times its own matrix of ``weights`` [R, k, m]: [T, m]."""
     if tokens is None:
         return x @ weights[0].to(x.dtype)
-    if _in_one_launch(x, weights.shape[1:]):
+    is_aligned = all(side % _ALIGNED == 0 for side in weights.shape[1:])
+    if is_aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device):
         ends = torch.cat([tokens.sorted[1][1:], tokens.sorted[1].new_tensor([len(x)])])
         return F.grouped_mm(x, weights.to(x.dtype), offs=ends.int())
     out = x.new_empty(len(x), weights.shape[-1])
@@ -173,11 +174,6 @@ def _sums_by_slot(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: Token
     """Σ left_t right_tᵀ over each slot's rows: [T, a] and [T, b], sorted by slot, give [R, a, b] in ``dtype``."""
     bounds = [(0, len(left))] if tokens is None else tokens.bounds
     return torch.stack([wide_product(left[a:b].t(), right[a:b]).to(dtype) for a, b in bounds])
-
-
-def _in_one_launch(x: Tensor, sides: torch.Size) -> bool:
-    aligned = all(side % _ALIGNED == 0 for side in sides)
-    return aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device)
 
 
 class _PairSlots(torch.autograd.Function):
@@ -268,12 +264,9 @@ def lora_slots(
     gather: Tensor | None = None,
 ) -> Tensor:
     """y + s B_i A_i x_i for each token's slot i, as `vera_slots`."""
-    inner, scale = (
-        layer.dropout_of(adapter)(x).to(linear.compute_dtype(layer.base_layer, x)),
-        layer.parts(adapter).scale,
-    )
+    inner = layer.dropout_of(adapter)(x).to(linear.compute_dtype(layer.base_layer, x))
     inner = inner if gather is None else inner[gather]
-    return pair_slots(y, inner, tensors["qvera_A"], tensors["qvera_B"], scale, tokens)
+    return pair_slots(y, inner, tensors["qvera_A"], tensors["qvera_B"], layer.parts(adapter).scale, tokens)
 
 
 PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": vera_slots, "LORA": lora_slots}
