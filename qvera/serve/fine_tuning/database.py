@@ -1,24 +1,22 @@
 """The database of a training directory: files, jobs and events in SQLite. Only this module writes SQL. No torch.
 
-There is one connection under a lock, so any thread may call the methods, but an event loop should not. Each method is
-one transaction: a killed process leaves it done or not done. ``PRAGMA user_version`` has the version of the schema.
+Each method is one transaction (see `SqliteFile`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from qvera.utils.errors import InputError, RunFailed
+from qvera.serve.sqlite import SqliteFile
+from qvera.utils.errors import InputError
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
 Status = Literal["validating_files", "queued", "running", "finishing", "paused", "succeeded", "failed", "cancelled"]
@@ -139,63 +137,17 @@ _AS_JSON = ("asked", "metadata", "recipe", "error", "data", "seed")  # a seed ma
 _AS_BOOL = ("replaces", "deleted")
 
 
-class Database:
-    """Ended by `close`. Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
+class Database(SqliteFile):
+    """Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
 
     def __init__(self, path: Path) -> None:
-        """Open the database, or make one.
-
-        Raises InputError if it is damaged, no database, from a newer qvera, or can't be written.
-        """
-        self.path, self._lock, problem = path, threading.RLock(), ""
-        self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False, timeout=10)
-        self._connection.row_factory = sqlite3.Row
-        try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(damage)
-            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-            if version > VERSION:
-                problem = (
-                    f"was written by a newer version of qvera (its version is {version}, and {VERSION} is the newest "
-                    "that this one knows). Update qvera, or choose another --training-dir."
-                )
-            elif version == 0:
-                self._connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        except sqlite3.OperationalError as error:
-            problem = f"can't be used ({error}). Is its disk full, or read-only?"
-        except sqlite3.DatabaseError as error:
-            problem = (
-                f"is damaged, or no database of fine-tuning jobs ({error}). Put a copy of it back, or choose another "
-                "--training-dir."
-            )
-        if problem:
-            self._connection.close()
-            raise InputError(f"{path}: {problem}")
-
-    def close(self) -> None:
-        """Close it; SQLite moves its log into the file."""
-        with self._lock:
-            self._connection.close()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            try:
-                with self._connection:  # which commits, or rolls back after an error
-                    yield self._connection
-            except sqlite3.Error as error:
-                raise RunFailed(f"{self.path}: {error}. Nothing was changed; is its disk full or read-only?") from None
-
-    def _rows(self, query: str, values: Iterable[object] = ()) -> list[sqlite3.Row]:
-        with self._transaction() as connection:
-            return connection.execute(query, tuple(values)).fetchall()
+        """Raises as `SqliteFile`."""
+        super().__init__(path, _SCHEMA, VERSION, "fine-tuning jobs")
 
     def _records(self, kind: type[R], rest: str, values: Iterable[object]) -> list[R]:
         """The records that ``SELECT * FROM`` their table and ``rest`` gives."""
         found = []
-        for row in self._rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values):
+        for row in self.rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values):
             fields = {name: json.loads(row[name]) if name in _AS_JSON else row[name] for name in row.keys()}  # noqa: SIM118
             fields |= {name: bool(fields[name]) for name in _AS_BOOL if name in fields}
             del fields["number"]
@@ -223,7 +175,7 @@ class Database:
         given: list[object] = [owner, *values]
         where = of_owner + more
         if after is not None:
-            found = self._rows(f"SELECT number FROM {_TABLES[kind]} {of_owner} AND id = ?", (owner, after))
+            found = self.rows(f"SELECT number FROM {_TABLES[kind]} {of_owner} AND id = ?", (owner, after))
             if not found:
                 raise UnknownRecord(after)
             where += f" AND number {'<' if newest_first else '>'} ?"
@@ -251,7 +203,7 @@ class Database:
     def remove_file(self, file_id: str, owner: str) -> str | None:
         """Remove a file. If an unfinished job needs it, it stays, and the job's id is returned."""
         self.file(file_id, owner)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             query = f"SELECT id FROM jobs WHERE ? IN (training_file, validation_file) AND status IN ({_marks(OPEN)})"
             user = connection.execute(query, (file_id, *OPEN)).fetchone()
             if user is None:
@@ -262,7 +214,7 @@ class Database:
 
     def add_job(self, job: Job, events: Iterable[Event], most_open: int | None) -> bool:
         """Add a job and return True, unless its owner has ``most_open`` unfinished ones."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             query = f"SELECT COUNT(*) FROM jobs WHERE owner = ? AND status IN ({_marks(OPEN)})"
             (count,) = connection.execute(query, (job.owner, *OPEN)).fetchone()
             if most_open is not None and count >= most_open:
@@ -291,7 +243,7 @@ class Database:
 
     def counts(self) -> dict[str, int]:
         """Status → number of jobs."""
-        return dict(map(tuple, self._rows("SELECT status, COUNT(*) FROM jobs GROUP BY status")))
+        return dict(map(tuple, self.rows("SELECT status, COUNT(*) FROM jobs GROUP BY status")))
 
     def move(
         self, job_id: str, expected: Sequence[Status], status: Status, *records: Event | StoredFile, **changes: object
@@ -303,7 +255,7 @@ class Database:
         written = _written({"status": status, **changes})
         assigned = ", ".join(f"{name} = ?" for name in written)
         query = f"UPDATE jobs SET {assigned} WHERE id = ? AND status IN ({_marks(expected)})"
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             if not connection.execute(query, (*written.values(), job_id, *expected)).rowcount:
                 return False
             _insert(connection, *records)
@@ -316,7 +268,7 @@ class Database:
 
         ``taken_again``: job → a step; its events of later steps are removed first.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.executemany("DELETE FROM events WHERE job = ? AND step > ?", (taken_again or {}).items())
             _insert(connection, *records)
 
