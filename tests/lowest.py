@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(\[[^\]]*\])?\s*(>=\s*(?P<lower>[0-9][^\s,;]*))?")
+_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(\[[^\]]*\])?\s*([>=]=\s*(?P<lower>[0-9][^\s,;]*))?")
 
 
 def lowest_constraints(pyproject: str) -> list[str]:

@@ -12,8 +12,8 @@ PROJECT = '[project]\nname = "x"\ndependencies = {}\n'
 
 
 def test_lower_bounds_become_pins_and_markers_stay() -> None:
-    lines = lowest_constraints(PROJECT.format('["b>=2.0.1", "a[extra]>=1.5,<3; sys_platform == \'linux\'"]'))
-    assert lines == ["a==1.5; sys_platform == 'linux'", "b==2.0.1"]
+    lines = lowest_constraints(PROJECT.format('["b>=2.0.1", "c==3.1", "a[extra]>=1.5,<3; sys_platform == \'linux\'"]'))
+    assert lines == ["a==1.5; sys_platform == 'linux'", "b==2.0.1", "c==3.1"]
 
 
 def test_a_dependency_without_a_bound_is_refused() -> None:

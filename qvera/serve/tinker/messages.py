@@ -1,0 +1,371 @@
+"""The protobuf messages of Tinker's API: a body of forward_backward is read, results and samples are written.
+
+The classes are made at import from the field numbers of the protocol, in a pool of their own. So there is no generated
+file, and Tinker's client may live in the same process. Numbers in ``bytes`` fields are little-endian.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import zstandard
+from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+
+from qvera.models.token_losses import TOKEN_LOSSES
+from qvera.training.tenants import RowResults, TokenRow
+from qvera.utils.errors import InputError
+
+# Fields in the order of their numbers, which begin with 1. `*` repeated, `%` map by text, `?` one of which is set.
+# Provenance spans are left out, as unknown fields: only losses that are refused read them. Enums travel as int32.
+_FIELDS = """
+ForwardBackwardRequest model_id string, seq_id int32, data Datum*, loss_fn string, loss_fn_config double%,\
+ forward_only bool, loss_fn_config_v2 LossConfigValue%
+LossConfigValue number double?, text string?
+Datum model_input Chunk*, loss_fn_inputs Tensor%
+Chunk encoded_text EncodedText?, image Unread?, dmel Unread?
+EncodedText tokens bytes
+Unread
+Tensor dense bytes?, sparse_csr SparseCsr?, dtype int32, shape int64*
+SparseCsr values bytes, crow_indices bytes, col_indices bytes
+ForwardBackwardOutput loss_fn_output_type string, loss_fn_outputs ArrayRecord*, metrics double%
+ArrayRecord type_tag string, fields BatchedTensor%, num_datums int64
+BatchedTensor data bytes, offsets bytes, dtype int32, trailing_shape int64*
+SampleResponse sequences SampledSequence*, prompt_logprobs bytes, topk_prompt_logprobs TopkLogprobs,\
+ prompt_cache_hit_tokens int32, target_prompt_logprobs Tensor, prompt_alt_tokens PromptAltTokens
+SampledSequence stop_reason int32, tokens bytes, logprobs bytes, topk_sampled_logprobs TopkLogprobs
+TopkLogprobs token_ids bytes, logprobs bytes, k uint32, length uint32
+PromptAltTokens tokens Tensor, logprobs Tensor
+"""
+_PACKAGE = "tinker_public"
+_SCALARS = {"double": 1, "int64": 3, "int32": 5, "bool": 8, "string": 9, "bytes": 12, "uint32": 13}
+_OPTIONAL, _REPEATED, _MESSAGE = 1, 3, 11
+
+
+def _add_field(message: DescriptorProto, number: int, name: str, kind: str) -> None:
+    mark = kind[-1] if kind[-1] in "*%?" else ""
+    kind = kind.rstrip("*%?")
+    field = message.field.add(name=name, number=number, label=_REPEATED if mark in ("*", "%") else _OPTIONAL)
+    if mark == "?":
+        field.oneof_index = 0
+        if not message.oneof_decl:
+            message.oneof_decl.add(name="value")
+    elif mark == "%":
+        entry = message.nested_type.add(name=f"{name.title().replace('_', '')}Entry")
+        entry.options.map_entry = True
+        _add_field(entry, 1, "key", "string")
+        _add_field(entry, 2, "value", kind)
+        kind = f"{message.name}.{entry.name}"
+    field.type = _SCALARS.get(kind, _MESSAGE)
+    if field.type == _MESSAGE:
+        field.type_name = f".{_PACKAGE}.{kind}"
+
+
+def _message_classes() -> dict[str, Any]:
+    file = FileDescriptorProto(name="tinker_public.proto", package=_PACKAGE, syntax="proto3")
+    for line in _FIELDS.strip().splitlines():
+        name, _, fields = line.partition(" ")
+        message = file.message_type.add(name=name)
+        for number, field in enumerate(filter(None, fields.split(", ")), start=1):
+            _add_field(message, number, *field.split())
+    pool = DescriptorPool()
+    pool.Add(file)
+    names = [message.name for message in file.message_type]
+    return {name: GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in names}
+
+
+MESSAGES = _message_classes()
+"""Name of a message → its class."""
+NO_LOGPROB = -99999.0
+"""In an empty cell of `TopLogprobs`."""
+_FLOAT32, _INT64, _INT32, _BFLOAT16 = 1, 2, 3, 4
+_DTYPES: dict[int, np.dtype[Any]] = {
+    _FLOAT32: np.dtype("<f4"),
+    _INT64: np.dtype("<i8"),
+    _INT32: np.dtype("<i4"),
+    _BFLOAT16: np.dtype("<u2"),  # numpy has none: the upper half of a float32
+}
+_MOST_COLUMNS = 1024  # targets of one position
+_MOST_CELLS = 1 << 24  # of all targets and inputs of a call, which may come sparse and are held dense
+_TARGETS = "target_tokens"
+_REFUSED_LOSSES = {
+    "stable_reinforce": "its formula is not published. Expected loss_fn=importance_sampling, or another of",
+    "custom": "the server runs no code of clients; forward_backward_custom with a function computes it in the client. "
+    "Expected one of",
+}
+
+
+class BadCall(InputError):
+    """A body of forward_backward that can't be used.
+
+    Attributes:
+        model_id, seq_id: as far as they could be read; a refused call has used its seq_id.
+    """
+
+    def __init__(self, message: str, model_id: str | None, seq_id: int | None) -> None:
+        super().__init__(message)
+        self.model_id, self.seq_id = model_id, seq_id
+
+
+class ForwardBackward(NamedTuple):
+    """A call of forward_backward. ``settings`` has all of its loss's settings."""
+
+    model_id: str
+    seq_id: int
+    rows: list[TokenRow]
+    loss: str
+    settings: dict[str, float]
+    forward_only: bool
+    shapes: list[tuple[int, ...]]
+    """Of each row's targets as they came: [N] or [N, K]."""
+
+
+class TopLogprobs(NamedTuple):
+    """The k most likely tokens of n places, the likeliest first."""
+
+    token_ids: np.ndarray  # int32 [n, k]; 0 in an empty cell
+    logprobs: np.ndarray  # fp32 [n, k]; NO_LOGPROB in an empty cell
+
+
+class Answer(NamedTuple):
+    """A sampled answer."""
+
+    tokens: Sequence[int]  # with the stop token
+    logprobs: Sequence[float]
+    is_stopped: bool  # False: it has the most tokens that were asked for
+    top: TopLogprobs | None = None  # at each sampled token
+
+
+def decompress(body: bytes, most_bytes: int) -> bytes:
+    """The content of a zstd frame. Raises InputError for a broken frame, or a content of more than ``most_bytes``."""
+    try:
+        if zstandard.frame_content_size(body) <= most_bytes:
+            return zstandard.ZstdDecompressor().decompress(body, max_output_size=most_bytes)
+    except zstandard.ZstdError as error:
+        raise InputError(f"the body is no zstd frame of at most {most_bytes:,} bytes ({error}).") from None
+    raise InputError(f"the body expands to more than {most_bytes:,} bytes, the most that is taken.")
+
+
+def decode_forward_backward(body: bytes, vocabulary: int, most_tokens: int) -> ForwardBackward:
+    """Read and check a body of forward_backward.
+
+    Args:
+        vocabulary: all token ids are below this.
+        most_tokens: of one row.
+
+    Raises:
+        BadCall: it names the row and the field, and has what could be read of the call's place.
+    """
+    request = MESSAGES["ForwardBackwardRequest"]()
+    try:
+        request.ParseFromString(body)
+        settings = _settings(request)
+        if not request.data:
+            raise InputError("data: has no rows.")
+        tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
+        if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
+            raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
+        rows, shapes = [], []
+        for number, datum in enumerate(request.data):
+            try:
+                row, shape = _row(datum, request.loss_fn, request.forward_only, vocabulary, most_tokens)
+            except InputError as error:
+                raise InputError(f"row {number}: {error}") from None
+            rows.append(row)
+            shapes.append(shape)
+    except DecodeError as error:
+        raise BadCall(f"the body is no ForwardBackwardRequest ({error}).", request.model_id, request.seq_id) from None
+    except InputError as error:
+        raise BadCall(str(error), request.model_id, request.seq_id) from None
+    return ForwardBackward(
+        request.model_id, request.seq_id, rows, request.loss_fn, settings, request.forward_only, shapes
+    )
+
+
+def _settings(request: Any) -> dict[str, float]:
+    """A call's settings with the usual values of those it leaves out. Raises InputError, also for an unknown loss."""
+    name, given = request.loss_fn, dict(request.loss_fn_config)
+    known = ", ".join(TOKEN_LOSSES)
+    if name in _REFUSED_LOSSES:
+        raise InputError(f"loss_fn: {name} is not supported: {_REFUSED_LOSSES[name]} {known}.")
+    if name not in TOKEN_LOSSES:
+        raise InputError(f"loss_fn: {name[:100]!r} is unknown; expected one of {known}.")
+    for key, value in request.loss_fn_config_v2.items():
+        if value.WhichOneof("value") != "number":
+            raise InputError(f"loss_fn_config: {key[:100]}: expected a number, found {value.text[:100]!r}.")
+        given[key] = value.number
+    settings = TOKEN_LOSSES[name].settings
+    if unknown := sorted(given.keys() - settings):
+        expected = ", ".join(settings) or "none"
+        raise InputError(f"loss_fn_config: {unknown[0][:100]!r} is unknown; {name} has {expected}.")
+    complete: dict[str, float] = {}
+    for key, usual in settings.items():
+        if (value := given.get(key, usual)) is None:
+            raise InputError(f"loss_fn_config: {key} is missing; {name} needs it and has no usual value.")
+        if not math.isfinite(value):
+            raise InputError(f"loss_fn_config: {key}: is {value}; expected a finite number.")
+        complete[key] = value
+    if complete.get("clip_low_threshold", 0.0) > complete.get("clip_high_threshold", math.inf):
+        raise InputError("loss_fn_config: clip_low_threshold is above clip_high_threshold.")
+    return complete
+
+
+def _row(
+    datum: Any, loss: str, forward_only: bool, vocabulary: int, most_tokens: int
+) -> tuple[TokenRow, tuple[int, ...]]:
+    """A row, and the shape of its targets as they came. Raises InputError."""
+    tokens = _tokens(datum.model_input)
+    if not 0 < len(tokens) <= most_tokens:
+        raise InputError(f"model_input: has {len(tokens):,} tokens; expected 1 to {most_tokens:,}.")
+    _require_ids("model_input", tokens, vocabulary)
+    given, needed = dict(datum.loss_fn_inputs), TOKEN_LOSSES[loss].inputs
+    expected = ", ".join((_TARGETS, *needed))
+    if unknown := sorted(given.keys() - {_TARGETS, *needed}):
+        raise InputError(f"loss_fn_inputs: {unknown[0][:100]!r} is no input of {loss}; expected {expected}.")
+    if loss == "cross_entropy" and forward_only and "weights" not in given and _TARGETS in given:
+        given["weights"] = None
+    if missing := [name for name in (_TARGETS, *needed) if name not in given]:
+        raise InputError(f"loss_fn_inputs: {missing[0]} is missing; {loss} needs {expected}.")
+    targets = _tensor(_TARGETS, given[_TARGETS], len(tokens))
+    if targets.dtype.kind != "i":
+        raise InputError(f"{_TARGETS}: has fractions; expected int64.")
+    _require_ids(_TARGETS, targets, vocabulary)
+    shape = targets.shape
+    if len(shape) == 2 and loss != "cross_entropy":
+        raise InputError(f"{_TARGETS}: has the shape {list(shape)}; {loss} takes one target a token, [{len(tokens)}].")
+    columns = shape[1] if len(shape) == 2 else 1
+    inputs = {}
+    for name in needed:
+        tensor = given[name]
+        values = np.zeros(shape, np.float32) if tensor is None else _tensor(name, tensor, len(tokens))
+        if values.shape != shape:
+            raise InputError(f"{name}: has the shape {list(values.shape)}; expected that of {_TARGETS}, {list(shape)}.")
+        if not np.isfinite(values).all():
+            raise InputError(f"{name}: has NaN or infinite numbers.")
+        inputs[name] = values.astype(np.float32).reshape(-1, columns)
+    return TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs), shape
+
+
+def _tokens(chunks: Iterable[Any]) -> np.ndarray:
+    found = [np.empty(0, np.int64)]
+    for chunk in chunks:
+        if (kind := chunk.WhichOneof("value")) != "encoded_text":
+            raise InputError(f"model_input: a chunk of {kind or 'no kind'} is not supported; expected encoded_text.")
+        found.append(_numbers("model_input", chunk.encoded_text.tokens, _INT32).astype(np.int64))
+    return np.concatenate(found)
+
+
+def _require_ids(name: str, ids: np.ndarray, vocabulary: int) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+        wrong = ids[(ids < 0) | (ids >= vocabulary)][0]
+        raise InputError(f"{name}: {wrong} is no token; expected 0 to {vocabulary - 1:,}.")
+
+
+def _numbers(name: str, data: bytes, code: int) -> np.ndarray:
+    if (kind := _DTYPES.get(code)) is None:
+        raise InputError(f"{name}: has the dtype {code}; expected 1 (float32), 2 (int64), 3 (int32) or 4 (bfloat16).")
+    if len(data) % kind.itemsize:
+        raise InputError(f"{name}: has {len(data):,} bytes, which are no whole numbers of {kind.itemsize} bytes.")
+    values = np.frombuffer(data, kind)
+    return (values.astype(np.uint32) << 16).view(np.float32) if code == _BFLOAT16 else values
+
+
+def _tensor(name: str, tensor: Any, tokens: int) -> np.ndarray:
+    """A tensor of shape [tokens] or [tokens, K], dense."""
+    is_sparse = tensor.WhichOneof("value") == "sparse_csr"
+    values = _numbers(name, tensor.sparse_csr.values if is_sparse else tensor.dense, tensor.dtype)
+    shape = tuple(tensor.shape) or (len(values),)
+    if shape != (tokens,) and not (len(shape) == 2 and shape[0] == tokens and 0 < shape[1] <= _MOST_COLUMNS):
+        raise InputError(
+            f"{name}: has the shape {list(shape)}; the row has {tokens} tokens, so expected [{tokens}] or "
+            f"[{tokens}, K] with K from 1 to {_MOST_COLUMNS:,}."
+        )
+    if not is_sparse:
+        if len(values) != math.prod(shape):
+            raise InputError(f"{name}: has {len(values):,} numbers, and the shape {list(shape)}.")
+        return values.reshape(shape)
+    starts = _numbers(f"{name}.crow_indices", tensor.sparse_csr.crow_indices, _INT64)
+    columns = _numbers(f"{name}.col_indices", tensor.sparse_csr.col_indices, _INT64)
+    counts = np.diff(starts)
+    if (
+        len(shape) != 2
+        or len(counts) != tokens
+        or (counts < 0).any()
+        or (starts[0], starts[-1]) != (0, len(values))
+        or len(columns) != len(values)
+        or ((columns < 0) | (columns >= shape[1])).any()
+    ):
+        raise InputError(f"{name}: is no CSR tensor of the shape {list(shape)}.")
+    dense = np.zeros(shape, values.dtype)
+    dense[np.repeat(np.arange(tokens), counts), columns] = values
+    return dense
+
+
+def encode_forward_backward(results: RowResults, shapes: Sequence[tuple[int, ...]]) -> bytes:
+    """A ForwardBackwardOutput. ``shapes``: of `ForwardBackward`. Rows of one trailing shape stand in one record."""
+    output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord", metrics=results.metrics)
+    rows = zip(results.logprobs, shapes, strict=True)
+    for trailing, group in itertools.groupby(rows, key=lambda row: row[1][1:]):
+        parts = [np.ascontiguousarray(logprobs, "<f4").tobytes() for logprobs, _ in group]
+        record = output.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(parts))
+        field = record.fields["logprobs"]
+        field.data, field.dtype = b"".join(parts), _FLOAT32
+        field.offsets = np.cumsum([0, *map(len, parts)], dtype="<i8").tobytes()
+        field.trailing_shape.extend(trailing)
+    return output.SerializeToString()
+
+
+def encode_samples(
+    answers: Iterable[Answer],
+    *,
+    prompt_logprobs: np.ndarray | None = None,
+    top_of_prompt: TopLogprobs | None = None,
+    cached_tokens: int = 0,
+    target_logprobs: np.ndarray | None = None,
+    alternatives: tuple[np.ndarray, np.ndarray] | None = None,
+) -> bytes:
+    """A SampleResponse.
+
+    Args:
+        prompt_logprobs: fp32 [P]; NaN: none, as at the first token.
+        top_of_prompt: at each token of the prompt.
+        cached_tokens: of the prompt, whose keys and values were there already.
+        target_logprobs: fp32 [P - 1, K], of ids that the call names; from the second token on.
+        alternatives: drawn for each token from the second on: ids int64 [P - 1, k] and log-probabilities fp32.
+    """
+    response = MESSAGES["SampleResponse"](prompt_cache_hit_tokens=cached_tokens)
+    for answer in answers:
+        sequence = response.sequences.add(
+            stop_reason=0 if answer.is_stopped else 1,
+            tokens=np.asarray(answer.tokens, "<i4").tobytes(),
+            logprobs=np.asarray(answer.logprobs, "<f4").tobytes(),
+        )
+        if answer.top is not None:
+            _write_top(sequence.topk_sampled_logprobs, answer.top)
+    if prompt_logprobs is not None:
+        response.prompt_logprobs = np.asarray(prompt_logprobs, "<f4").tobytes()
+    if top_of_prompt is not None:
+        _write_top(response.topk_prompt_logprobs, top_of_prompt)
+    if target_logprobs is not None:
+        _write_tensor(response.target_prompt_logprobs, target_logprobs, _FLOAT32)
+    if alternatives is not None:
+        _write_tensor(response.prompt_alt_tokens.tokens, alternatives[0], _INT64)
+        _write_tensor(response.prompt_alt_tokens.logprobs, alternatives[1], _FLOAT32)
+    return response.SerializeToString()
+
+
+def _write_top(message: Any, top: TopLogprobs) -> None:
+    message.length, message.k = top.token_ids.shape
+    message.token_ids = np.ascontiguousarray(top.token_ids, "<i4").tobytes()
+    message.logprobs = np.ascontiguousarray(top.logprobs, "<f4").tobytes()
+
+
+def _write_tensor(message: Any, values: np.ndarray, code: int) -> None:
+    message.dtype, message.dense = code, np.ascontiguousarray(values, _DTYPES[code]).tobytes()
+    message.shape.extend(values.shape)

@@ -1,0 +1,291 @@
+"""Bodies that Tinker's own client writes are read, and it reads what is written here."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+
+from qvera.models.token_losses import TOKEN_LOSSES
+from qvera.serve.tinker import messages
+from qvera.serve.tinker.messages import BadCall, ForwardBackward, decode_forward_backward
+from qvera.training.tenants import RowResults
+from qvera.utils.errors import InputError
+
+tinker = pytest.importorskip("tinker")
+types = tinker.types
+pb = pytest.importorskip("tinker.proto.tinker_public_pb2")
+VOCABULARY, MOST_TOKENS = 50, 16
+
+
+def datum(tokens: Any = (1, 2, 3), **inputs: Any) -> Any:
+    """A row as the client makes it; targets are 4, 5, 6 if none are given."""
+    inputs.setdefault("target_tokens", np.arange(4, 4 + len(tokens)))
+    chosen = {name: value for name, value in inputs.items() if value is not None}
+    return types.Datum(model_input=types.ModelInput.from_ints(list(tokens)), loss_fn_inputs=chosen)
+
+
+def body(
+    *rows: Any, loss: str = "cross_entropy", config: dict[str, Any] | None = None, forward_only: bool = False
+) -> Any:
+    """The client's message for a call."""
+    from tinker.proto.request_conv import forward_backward_request_to_proto
+    from tinker.types.forward_backward_input import ForwardBackwardInput
+    from tinker.types.forward_backward_request import ForwardBackwardRequest
+
+    given = ForwardBackwardInput(data=list(rows), loss_fn=loss, loss_fn_config=config)
+    message = forward_backward_request_to_proto(
+        ForwardBackwardRequest(forward_backward_input=given, model_id="s:train:0", seq_id=7)
+    )
+    message.forward_only = forward_only
+    return message
+
+
+def decode(message: Any) -> ForwardBackward:
+    return decode_forward_backward(message.SerializeToString(), VOCABULARY, MOST_TOKENS)
+
+
+def refusal(message: Any) -> str:
+    with pytest.raises(BadCall) as caught:
+        decode(message)
+    assert (caught.value.model_id, caught.value.seq_id) == ("s:train:0", 7)
+    return str(caught.value)
+
+
+POLICY = {"logprobs": np.float32([-1, -2, -3]), "advantages": np.float32([0, 1, -1])}
+
+
+def test_field_numbers_and_types_are_those_of_the_client() -> None:
+    for name, ours in messages.MESSAGES.items():
+        theirs = getattr(pb, {"EncodedText": "EncodedTextChunk", "Unread": "ImageChunk"}.get(name, name)).DESCRIPTOR
+        for field in ours.DESCRIPTOR.fields:
+            same = theirs.fields_by_name[field.name]
+            kinds = {field.type, same.type}
+            assert field.number == same.number
+            assert len(kinds) == 1 or kinds == {field.TYPE_INT32, field.TYPE_ENUM}
+
+
+def test_a_call_of_the_client_is_read_as_it_was_written() -> None:
+    rows = datum(weights=np.float32([0, 0.5, -2])), datum((1, 2), weights=[1.0, 2.0])
+    call = decode(body(*rows))
+    assert (call.model_id, call.seq_id, call.loss, call.forward_only) == ("s:train:0", 7, "cross_entropy", False)
+    assert call.shapes == [(3,), (2,)]
+    assert call.rows[0].tokens.dtype == np.int64 and call.rows[0].tokens.tolist() == [1, 2, 3]
+    assert call.rows[0].targets.dtype == np.int64 and call.rows[0].targets.tolist() == [[4], [5], [6]]
+    weights = call.rows[0].inputs["weights"]
+    assert weights.dtype == np.float32 and weights.tolist() == [[0], [0.5], [-2]]
+
+
+def test_chunks_of_a_row_are_joined_and_whole_numbers_are_inputs_too() -> None:
+    row = datum((1, 2, 3), weights=np.array([0, 1, 1]))
+    message = body(row)
+    first, second = message.data[0].model_input.add(), message.data[0].model_input.add()
+    first.encoded_text.tokens, second.encoded_text.tokens = np.int32([9]).tobytes(), b""
+    for name, values in (("target_tokens", np.int64([1, 2, 3, 4])), ("weights", np.int64([0, 1, 1, 1]))):
+        message.data[0].loss_fn_inputs[name].dense = values.tobytes()
+        del message.data[0].loss_fn_inputs[name].shape[:]
+    call = decode(message)
+    assert call.rows[0].tokens.tolist() == [1, 2, 3, 9]
+    assert call.rows[0].inputs["weights"].ravel().tolist() == [0, 1, 1, 1]
+
+
+def test_several_targets_a_token_come_dense_or_sparse() -> None:
+    targets = torch.tensor([[4, 5, 0, 0], [0, 7, 0, 0], [0, 0, 0, 0]])
+    weights = torch.tensor([[0.25, 0.75, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 0]])
+    sparse = datum(target_tokens=targets, weights=weights)
+    assert sparse.loss_fn_inputs["weights"].sparse_crow_indices is not None
+    dense = datum(target_tokens=targets.numpy(), weights=weights.numpy())
+    for row in (sparse, dense):
+        call = decode(body(row))
+        assert call.shapes == [(3, 4)]
+        np.testing.assert_array_equal(call.rows[0].targets, targets)
+        np.testing.assert_array_equal(call.rows[0].inputs["weights"], weights)
+
+
+def test_numbers_of_16_and_32_bits_are_read() -> None:
+    message = body(datum(weights=np.float32([0, 1, 1])))
+    inputs = message.data[0].loss_fn_inputs
+    inputs["target_tokens"].dtype, inputs["target_tokens"].dense = 3, np.int32([4, 5, 6]).tobytes()
+    inputs["weights"].dtype = 4
+    inputs["weights"].dense = torch.tensor([0.5, -3, 1]).bfloat16().view(torch.int16).numpy().tobytes()
+    row = decode(message).rows[0]
+    assert row.targets.ravel().tolist() == [4, 5, 6]
+    assert row.inputs["weights"].ravel().tolist() == [0.5, -3, 1]
+
+
+def test_missing_weights_are_zero_only_where_nothing_is_trained() -> None:
+    assert decode(body(datum(), forward_only=True)).rows[0].inputs["weights"].tolist() == [[0], [0], [0]]
+    assert "row 0: loss_fn_inputs: weights is missing" in refusal(body(datum()))
+
+
+@pytest.mark.parametrize("loss", TOKEN_LOSSES)
+def test_settings_are_complete(loss: str) -> None:
+    needed = {name: np.float32([1, 1, 1]) for name in TOKEN_LOSSES[loss].inputs}
+    config = {"beta": 0.05} if loss == "dro" else None
+    assert decode(body(datum(**needed), loss=loss, config=config)).settings == {
+        **TOKEN_LOSSES[loss].settings,
+        **(config or {}),
+    }
+
+
+def test_the_newer_field_of_settings_wins() -> None:
+    message = body(datum(**POLICY), loss="ppo", config={"clip_low_threshold": 0.5, "clip_high_threshold": 2.0})
+    message.loss_fn_config["clip_low_threshold"] = 0.1
+    assert decode(message).settings == {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "config", "expected"),
+    [
+        ("ppo", {"clip_low": 0.5}, "'clip_low' is unknown; ppo has clip_low_threshold, clip_high_threshold"),
+        ("ppo", {"clip_low_threshold": "low"}, "clip_low_threshold: expected a number, found 'low'"),
+        ("ppo", {"clip_low_threshold": float("nan")}, "clip_low_threshold: is nan"),
+        ("ppo", {"clip_low_threshold": 2.0}, "clip_low_threshold is above clip_high_threshold"),
+        ("dro", {}, "beta is missing"),
+        ("stable_reinforce", {"kl_coeff": 0.1}, "stable_reinforce is not supported"),
+        ("custom", {}, "custom is not supported"),
+        ("dpo", {}, "'dpo' is unknown; expected one of cross_entropy"),
+    ],
+)
+def test_bad_settings_and_losses_are_refused_by_name(loss: str, config: dict[str, Any], expected: str) -> None:
+    message = body(datum(**POLICY))
+    message.loss_fn = loss
+    for name, value in config.items():
+        setattr(message.loss_fn_config_v2[name], "text" if isinstance(value, str) else "number", value)
+    assert expected in refusal(message)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], "data: has no rows"),
+        ([datum(weights=[0.0, 1, 1]), datum(target_tokens=None, weights=[0.0, 1, 1])], "row 1: loss_fn_inputs: target_tokens is missing"),
+        ([datum((), weights=[])], "row 0: model_input: has 0 tokens; expected 1 to 16"),
+        ([datum([1] * 17, weights=[1.0] * 17)], "model_input: has 17 tokens"),
+        ([datum((1, 2, 50), weights=[1.0] * 3)], "model_input: 50 is no token; expected 0 to 49"),
+        ([datum((1, 2, -1), weights=[1.0] * 3)], "model_input: -1 is no token"),
+        ([datum(target_tokens=[1, 2, -100], weights=[1.0] * 3)], "target_tokens: -100 is no token"),
+        ([datum(target_tokens=np.float32([1, 2, 3]), weights=[1.0] * 3)], "target_tokens: has fractions"),
+        ([datum(target_tokens=[1, 2], weights=[1.0] * 2)], "target_tokens: has the shape [2]; the row has 3 tokens"),
+        ([datum(weights=[1.0] * 2)], "weights: has the shape [2]"),
+        ([datum(weights=np.ones((3, 1), np.float32))], "weights: has the shape [3, 1]; expected that of target_tokens, [3]"),
+        ([datum(target_tokens=np.ones((3, 1, 1), np.int64), weights=[1.0] * 3)], "target_tokens: has the shape [3, 1, 1]"),
+        ([datum(weights=[1.0, float("nan"), 1.0])], "weights: has NaN or infinite numbers"),
+        ([datum(weights=[1.0] * 3, mask=np.float32([1, 1, 1]))], "'mask' is no input of cross_entropy; expected target_tokens, weights"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_with_their_number_and_field(rows: list[Any], expected: str) -> None:
+    assert expected in refusal(body(*rows))
+
+
+def test_one_target_a_token_is_what_losses_of_rewards_take() -> None:
+    row = datum(target_tokens=np.ones((3, 2), np.int64), **{name: np.ones((3, 2), np.float32) for name in POLICY})
+    assert "importance_sampling takes one target a token" in refusal(body(row, loss="importance_sampling"))
+
+
+@pytest.mark.parametrize("kind", ["image", "dmel"])
+def test_images_and_sound_are_refused_by_name(kind: str) -> None:
+    message = body(datum(weights=[1.0] * 3))
+    chunk = message.data[0].model_input.add()
+    if kind == "image":
+        chunk.image.data, chunk.image.format = b"...", "png"
+    else:
+        chunk.dmel.dmel = b"..."
+    assert f"row 0: model_input: a chunk of {kind} is not supported" in refusal(message)
+
+
+def test_damaged_tensors_are_refused() -> None:
+    def damaged(name: str, change: Any) -> str:
+        row = datum(target_tokens=torch.tensor([[4, 5], [0, 7], [0, 0]]), weights=torch.tensor([[1.0, 1.0]] * 3))
+        message = body(row)
+        change(message.data[0].loss_fn_inputs[name])
+        return refusal(message)
+
+    def set_indices(which: str, values: list[int]) -> Any:
+        return lambda tensor: setattr(tensor.sparse_csr, which, np.int64(values).tobytes())
+
+    for values in ([0, 2, 3], [1, 2, 3, 3], [0, 2, 1, 3], [0, 2, 3, 4]):
+        assert "target_tokens: is no CSR tensor" in damaged("target_tokens", set_indices("crow_indices", values))
+    for values in ([0, 1], [0, 1, 2], [0, 1, -1]):
+        assert "target_tokens: is no CSR tensor" in damaged("target_tokens", set_indices("col_indices", values))
+    assert "has the dtype 9" in damaged("weights", lambda tensor: setattr(tensor, "dtype", 9))
+    assert "weights: has 5 bytes" in damaged("weights", lambda tensor: setattr(tensor, "dense", b"12345"))
+    assert "weights: has 1 numbers" in damaged("weights", lambda tensor: setattr(tensor, "dense", b"1234"))
+
+
+def test_a_small_sparse_body_can_not_claim_huge_memory() -> None:
+    message = body(datum(target_tokens=torch.tensor([[1, 2]] * 3), weights=torch.tensor([[1.0, 1.0]] * 3)))
+    message.data[0].loss_fn_inputs["target_tokens"].shape[1] = 10**9
+    assert "a call at most 16,777,216" in refusal(message)
+    message.data[0].loss_fn_inputs["target_tokens"].shape[1] = 10**6
+    assert "K from 1 to 1,024" in refusal(message)
+
+
+def test_a_broken_body_names_its_call_as_far_as_it_can_be_read() -> None:
+    whole = body(datum(weights=[1.0] * 3)).SerializeToString()
+    with pytest.raises(BadCall) as caught:
+        decode_forward_backward(whole[:-5], VOCABULARY, MOST_TOKENS)
+    assert (caught.value.model_id, caught.value.seq_id) == ("s:train:0", 7)
+    with pytest.raises(BadCall, match="no ForwardBackwardRequest"):
+        decode_forward_backward(b'{"model_id": "s:train:0"}', VOCABULARY, MOST_TOKENS)
+
+
+def test_a_compressed_body_is_read_within_its_limit() -> None:
+    content = bytes(10_000)
+    frame = zstandard.compress(content)
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(content)
+    for packed in (frame, unsized):
+        assert messages.decompress(packed, 10_000) == content
+        with pytest.raises(InputError, match="9,999 bytes"):
+            messages.decompress(packed, 9_999)
+    for broken in (frame[:-3], b"no frame", b""):
+        with pytest.raises(InputError, match="no zstd frame"):
+            messages.decompress(broken, 10_000)
+
+
+def test_results_come_back_in_order_with_their_shapes() -> None:
+    from tinker.proto.response_conv import deserialize_forward_backward_output
+
+    shapes: list[tuple[int, ...]] = [(3,), (2,), (2, 4), (1, 1), (5,)]
+    logprobs = [-np.random.default_rng(0).random((shape[0], (*shape, 1)[1]), np.float32) for shape in shapes]
+    encoded = messages.encode_forward_backward(RowResults(logprobs, 1.5, {"loss:sum": 1.5}), shapes)
+    output = deserialize_forward_backward_output(encoded)
+    assert output.metrics == {"loss:sum": 1.5} and output.loss_fn_output_type == "ArrayRecord"
+    assert len(pb.ForwardBackwardOutput.FromString(encoded).loss_fn_outputs) == 4
+    for found, expected, shape in zip(output.loss_fn_outputs, logprobs, shapes, strict=True):
+        assert tuple(found["logprobs"].shape) == shape
+        np.testing.assert_array_equal(found["logprobs"].to_numpy(), expected.reshape(shape))
+
+
+def test_samples_come_back_with_all_their_fields() -> None:
+    from tinker.proto.response_conv import deserialize_sample_response
+
+    top = messages.TopLogprobs(np.int32([[3, 4], [5, 0]]), np.float32([[-1, -2], [0, messages.NO_LOGPROB]]))
+    answers = [
+        messages.Answer([1, 2], [-0.5, -0.25], is_stopped=True, top=top),
+        messages.Answer([7], [-1.0], is_stopped=False),
+    ]
+    found = deserialize_sample_response(
+        messages.encode_samples(
+            answers,
+            prompt_logprobs=np.float32([np.nan, -1, -2]),
+            top_of_prompt=top,
+            cached_tokens=2,
+            target_logprobs=np.float32([[-1, -2, -3], [-4, -5, -6]]),
+            alternatives=(np.int64([[1, 2], [3, 4]]), np.float32([[-1, -2], [-3, -4]])),
+        )
+    )
+    assert [sequence.stop_reason for sequence in found.sequences] == ["stop", "length"]
+    assert [sequence.tokens for sequence in found.sequences] == [[1, 2], [7]]
+    assert list(itertools.chain(*(sequence.logprobs for sequence in found.sequences))) == [-0.5, -0.25, -1.0]
+    assert found.sequences[0].topk_logprobs_np.token_ids.tolist() == top.token_ids.tolist()
+    assert found.topk_prompt_logprobs_np.logprobs.tolist() == top.logprobs.tolist()
+    np.testing.assert_array_equal(found.prompt_logprobs_np, np.float32([np.nan, -1, -2]))
+    assert found.prompt_cache_hit_tokens == 2
+    assert found.target_prompt_logprobs.to_numpy().tolist() == [[-1, -2, -3], [-4, -5, -6]]
+    assert found.prompt_alt_tokens.tokens.to_numpy().tolist() == [[1, 2], [3, 4]]
+    assert found.prompt_alt_tokens.logprobs.to_numpy().tolist() == [[-1, -2], [-3, -4]]
