@@ -23,7 +23,7 @@ from qvera.evaluation import held_out
 from qvera.models import forward
 from qvera.training.failures import not_finite_text, require_gradients, step_error
 from qvera.training.loop import Loop, Records, Step
-from qvera.training.optim import BankAdamW
+from qvera.training.optim import AdamSettings, BankAdamW
 from qvera.training.plan import Plan
 from qvera.training.roster import AdapterRun, Roster
 from qvera.utils.errors import OutOfMemory
@@ -93,7 +93,7 @@ class BankLoop(Loop[BankStep]):
         self.model, self.bank, self.roster, self.pad_id = model, bank, roster, pad_id
         self.plan, self.beside_answers, self.device = plan, beside_answers, bank.device
         self.training = recipe.training
-        self.adamw = BankAdamW(bank, recipe.training, rate_factors(model, recipe, bank.adapter))
+        self.adamw = BankAdamW(bank, rate_factors(model, recipe, bank.adapter))
         self.round, self.pass_rows = 0, recipe.training.per_device_train_batch_size
 
     @property
@@ -204,7 +204,8 @@ class BankLoop(Loop[BankStep]):
             require_gradients({key: each.of(self.bank.gradients) for key, each in trained.items()})
         runs = [run for run, share in step.shares.items() if math.isfinite(share.loss)]
         rates = [run.rate for run in runs]
-        norms = self.adamw.step([run.held_slot for run in runs], rates)
+        settings = [AdamSettings.of(self.training, rate) for rate in rates]
+        norms = self.adamw.step([run.held_slot for run in runs], settings)
         return dict(zip(runs, zip(norms, rates, strict=True), strict=True))
 
     def count_step(self, step: BankStep, norms: dict[AdapterRun, tuple[float, float]]) -> Records:

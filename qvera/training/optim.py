@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.amp import GradScaler
@@ -18,6 +18,7 @@ from qvera.models.quantization import bnb as bitsandbytes
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import first_of
+from qvera.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qvera.adapters.bank import AdapterBank
 
 _BLOCK_NUMBERS = 2**22  # so many are stepped at a time, which bounds temporary tensors
+_LEAST_NUMBERS = 2**12  # at a time of each adapter, where memory is short
 
 
 def build_optimizer(
@@ -132,6 +134,26 @@ def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer,
     return LambdaLR(optimizer, lambda step: first * growth**step)
 
 
+class AdamSettings(NamedTuple):
+    """What an adapter's step is taken with; the names are those of torch's AdamW."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    max_norm: float
+    """The gradient's norm is clipped to this; 0 clips nothing."""
+
+    @classmethod
+    def of(cls, section: TrainingSection, rate: float) -> Self:
+        """Those of a recipe, at the rate that its schedule has now."""
+        return cls(
+            rate, section.adam_beta1, section.adam_beta2, section.adam_epsilon, section.weight_decay,
+            section.max_grad_norm,
+        )  # fmt: skip
+
+
 class BankAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as torch has it, over the slots of an `AdapterBank`.
 
@@ -139,13 +161,8 @@ class BankAdamW:
     ``rate_factors`` are those of `build_optimizer`, by the keys of the bank's layout.
     """
 
-    def __init__(
-        self, bank: AdapterBank, section: TrainingSection, rate_factors: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, bank: AdapterBank, rate_factors: Mapping[str, float] | None = None) -> None:
         self.bank = bank
-        self.betas = section.adam_beta1, section.adam_beta2
-        self.epsilon, self.weight_decay = section.adam_epsilon, section.weight_decay
-        self.max_norm = section.max_grad_norm
         self.first = torch.zeros_like(bank.gradients)
         self.second = torch.zeros_like(bank.gradients)
         self.steps = [0] * bank.slots
@@ -160,8 +177,8 @@ class BankAdamW:
         self.steps[slot] = 0
 
     @torch.no_grad()
-    def step(self, slots: Sequence[int], rates: Sequence[float]) -> list[float]:
-        """Clip each adapter's gradient, step with its rate and drop the gradients. Returns the norms before clipping.
+    def step(self, slots: Sequence[int], settings: Sequence[AdamSettings]) -> list[float]:
+        """Clip each adapter's gradient, step with its settings and drop the gradients. Returns the norms before it.
 
         An adapter whose gradient is not finite takes no step.
         """
@@ -173,37 +190,45 @@ class BankAdamW:
         for i in finite:
             self.steps[slots[i]] += 1
         if finite:
-            self._step([slots[i] for i in finite], [rates[i] for i in finite], [norms[i] for i in finite])
+            self._step([slots[i] for i in finite], [settings[i] for i in finite], [norms[i] for i in finite])
         self.bank.gradients.index_fill_(0, rows, 0.0)
         return norms
 
-    def _step(self, slots: Sequence[int], rates: Sequence[float], norms: Sequence[float]) -> None:
-        beta1, beta2 = self.betas
-        taken = [self.steps[slot] for slot in slots]
-        device = self.bank.device
-
-        def column(values: Sequence[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
-
-        # max_norm 0 clips nothing; torch.nn.utils.clip_grad_norm_ has the same 1e-6
-        clip = column([min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0 for norm in norms])
-        size = column([rate / (1 - beta1**step) for rate, step in zip(rates, taken, strict=True)])
-        correction = column([math.sqrt(1 - beta2**step) for step in taken])
-        decay = column([rate * self.weight_decay for rate in rates])
-        rows = torch.tensor(slots, device=device)
+    def _step(self, slots: Sequence[int], settings: Sequence[AdamSettings], norms: Sequence[float]) -> None:
+        columns = []
+        for own, norm, slot in zip(settings, norms, slots, strict=True):
+            rate, steps = own.learning_rate, self.steps[slot]
+            # torch.nn.utils.clip_grad_norm_ has the same 1e-6
+            clip = min(1.0, own.max_norm / (norm + 1e-6)) if own.max_norm else 1.0
+            size, correction = rate / (1 - own.beta1**steps), math.sqrt(1 - own.beta2**steps)
+            betas = 1 - own.beta1, own.beta2, 1 - own.beta2
+            columns.append([clip, size, correction, rate * own.weight_decay, own.epsilon, *betas])
+        each = torch.tensor(columns, dtype=torch.float32, device=self.bank.device).t().unsqueeze(2)
+        rows, begin = torch.tensor(slots, device=self.bank.device), 0
         width = max(_BLOCK_NUMBERS // len(slots), 1)
-        for begin in range(0, self.bank.trained_numbers, width):
+        while begin < self.bank.trained_numbers:
             block = slice(begin, min(begin + width, self.bank.trained_numbers))
-            gradient = self.bank.gradients[:, block].index_select(0, rows).mul_(clip)
-            first = self.first[:, block].index_select(0, rows).lerp_(gradient, 1 - beta1)
-            second = self.second[:, block].index_select(0, rows).mul_(beta2)
-            second.addcmul_(gradient, gradient, value=1 - beta2)
-            own = self.factors[block]
-            vectors = self.bank.vectors[:, block].index_select(0, rows).mul_(1 - decay * own)
-            vectors.sub_(second.sqrt().div_(correction).add_(self.epsilon).reciprocal_().mul_(first).mul_(size * own))
-            self.first[:, block].index_copy_(0, rows, first)
-            self.second[:, block].index_copy_(0, rows, second)
-            self.bank.vectors[:, block].index_copy_(0, rows, vectors)
+            try:
+                self._step_block(rows, block, each)
+            except (RuntimeError, MemoryError) as error:  # the block is as it was
+                if not is_out_of_memory(error) or width <= _LEAST_NUMBERS:
+                    raise
+                width //= 2
+            else:
+                begin = block.stop
+
+    def _step_block(self, rows: torch.Tensor, block: slice, each: torch.Tensor) -> None:
+        """Step some columns of these rows. Nothing is written before all that takes memory is computed."""
+        clip, size, correction, decay, epsilon, new1, beta2, new2 = each
+        gradient = self.bank.gradients[:, block].index_select(0, rows).mul_(clip)
+        first = self.first[:, block].index_select(0, rows).lerp_(gradient, new1)
+        second = self.second[:, block].index_select(0, rows).mul_(beta2).addcmul_(gradient * new2, gradient)
+        own = self.factors[block]
+        vectors = self.bank.vectors[:, block].index_select(0, rows).mul_(1 - decay * own)
+        vectors.sub_(second.sqrt().div_(correction).add_(epsilon).reciprocal_().mul_(first).mul_(size * own))
+        self.first[:, block].index_copy_(0, rows, first)
+        self.second[:, block].index_copy_(0, rows, second)
+        self.bank.vectors[:, block].index_copy_(0, rows, vectors)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The moments [slots, trained_numbers] and the counts of steps, int64 [slots]."""

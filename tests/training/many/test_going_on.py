@@ -18,7 +18,7 @@ from qvera.distributed.group import Group, for_all
 from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.many import ManyTrainer
-from qvera.training.optim import BankAdamW
+from qvera.training.optim import AdamSettings, BankAdamW
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
@@ -133,10 +133,10 @@ def test_memory_that_runs_out_in_the_optimizer_ends_the_run(
     """Some vectors may have been stepped and some not, so the round is not saved."""
     real = BankAdamW.step
 
-    def too_much(self: BankAdamW, slots: list[int], rates: list[float]) -> list[float]:
+    def too_much(self: BankAdamW, slots: list[int], settings: list[AdamSettings]) -> list[float]:
         if self.steps[slots[0]] == 3:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-        return real(self, slots, rates)
+        return real(self, slots, settings)
 
     monkeypatch.setattr(BankAdamW, "step", too_much)
     with pytest.raises(RunFailed, match="Memory ran out in the optimizer's step: 2.15 GB were asked for"):
