@@ -15,7 +15,15 @@ from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.zero import gathered
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
-from qvera.models.loss import Head, Weigh, fused_linear_cross_entropy, row_cross_entropy, target_loss
+from qvera.models.loss import (
+    Head,
+    Weigh,
+    fused_linear_cross_entropy,
+    next_labels,
+    row_cross_entropy,
+    states_at,
+    target_loss,
+)
 from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.utils import accelerator
 
@@ -136,8 +144,7 @@ def weighed_loss(
     """
     hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch["trained"]
     head = head._replace(scale=head.scale / temperature)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = batch["labels"].reshape(-1, 1).index_select(0, trained + 1)
+    rows, targets = states_at(hidden, trained), next_labels(batch["labels"], trained)
     with gathered(head.module.parameters(recurse=False)):
         return target_loss(rows, targets, head, chunk_tokens, weigh, expected_grad)
 

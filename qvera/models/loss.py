@@ -184,6 +184,16 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return grad * factor.to(grad.dtype), None, None, None, None, None, None, None
 
 
+def states_at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The hidden states [n, hidden] at these places, int64 [n], of the flattened [B, T, hidden]."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
+
+
+def next_labels(labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The labels that these places, int64 [n], of the flattened [B, T] predict: int64 [n, 1]."""
+    return labels.reshape(-1, 1).index_select(0, places + 1)
+
+
 def fused_linear_cross_entropy(
     hidden: torch.Tensor,
     labels: torch.Tensor,
@@ -210,8 +220,7 @@ def fused_linear_cross_entropy(
     if trained is None:
         row, place = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
         trained = row * labels.shape[1] + place
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = labels.reshape(-1).index_select(0, trained + 1).unsqueeze(1)
+    rows, targets = states_at(hidden, trained), next_labels(labels, trained)
     total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None, label_smoothing)
     return total, int(trained.numel())
 
@@ -232,13 +241,12 @@ def row_cross_entropy(
     weight · summed cross entropy (scalar, fp32 or wider, differentiable once in hidden), and the sums [R], without a
     graph. A NaN in a row leaves the gradients of the others as they are.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = labels.reshape(-1).index_select(0, trained + 1).unsqueeze(1)
     weights = row_weights.index_select(0, of_trained).unsqueeze(1)
 
     def weigh(logprobs: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return -logprobs * weights[part], weights[part]
 
+    rows, targets = states_at(hidden, trained), next_labels(labels, trained)
     total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weigh, label_smoothing)
     return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll.squeeze(1))
 

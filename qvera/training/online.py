@@ -2,13 +2,8 @@
 
 Unlike in `many.ManyTrainer`, each adapter has a recipe and rows of its own and may begin, end, be saved or go on at any
 time. The loop is the same (`bank_loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
-optimizer step, or a pass over held-out rows. Between two parts the model belongs to whoever answers.
-
-**The model in a part.** It stays in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
-weights a part neither reads nor drops (`qvera.adapters.shared_model.training_layout`). To make them anew would
-dequantize or pack every weight for each request. A part has training mode, attention that joins whole rows, and its own
-random generators. All of it is put back, and layers that only the trained adapter has compute as the bare base does
-(`leave_to_training`). So an answer is to the bit what it is without training.
+optimizer step, or a pass over held-out rows, for which the model is lent (`lent_bank.LentBank`). Between two parts it
+belongs to whoever answers.
 
 **Memory.** ``gradient_checkpointing: auto`` is true here. Where memory runs out, the round begins again with half as
 many rows in a pass. A job one row of which does not fit ends with the reason, and the others go on with as many rows as
@@ -17,48 +12,34 @@ at first.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from qvera.adapters.bank import AdapterBank
-from qvera.adapters.files.save_load import new_config, save_adapter, start_from
-from qvera.adapters.layer import adapted_layers
+from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.projection import forget_inputs
-from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
 from qvera.data import AdapterRows, data_sha256, planned_steps
-from qvera.models import linear
-from qvera.models.attention import implementation_on
-from qvera.models.checkpointing import enable_checkpointing
-from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.checkpoint import TrainState
+from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.loop import Records
 from qvera.training.roster import AdapterRun, Roster
 from qvera.training.run_dir import changed_keys
-from qvera.utils import accelerator
-from qvera.utils.atomic import disk_errors, replacing
-from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import plain_json
-from qvera.utils.safetensors_io import save_tensors
+from qvera.training.state_file import read_state, write_state
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.data import Datasets
     from qvera.models.loader import Base
 
-_JOB_FORMAT = "1"
 ADAPTER = "__training__"  # PEFT's name of the adapter that stands for all that are trained
 _HARMLESS = ("training.on_oom", "training.exact_match_rows")  # keys of a recipe that nothing here reads
 _SHARED = ("weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_chunk_tokens")
@@ -83,8 +64,7 @@ class OnlineTrainer:
         self.recipe, self.slots, self._base = recipe, slots, base
         self._roster = Roster((), slots, None)
         self._numbers = itertools.count()
-        self._attached = False
-        self._random: dict[str, torch.Tensor] | None = None
+        self._lent: LentBank | None = None
         self._work: Iterator[Records] | None = None
 
     @property
@@ -129,7 +109,7 @@ class OnlineTrainer:
         if run.slot is not None or not self.free_slots:
             raise ValueError(f"{run.name}: " + ("is in flight" if run.slot is not None else "there is no free slot"))
         saved_job = None if saved is None else SavedJob.read(saved, run, self._base)
-        if not self._attached:
+        if self._lent is None:
             self._attach(run.datasets.pad_id)
         run.state, run.best, run.after, run.reason = TrainState(), None, None, None
         self._roster.enter(run)
@@ -149,8 +129,9 @@ class OnlineTrainer:
         """
         if not self.has_work:
             return []
+        assert self._lent is not None
         try:
-            with self._training():
+            with self._lent.training():
                 if self._work is None:
                     self._work = self.loop.take_round()
                 records = next(self._work, None)
@@ -187,52 +168,12 @@ class OnlineTrainer:
 
     def _attach(self, pad_id: int) -> None:
         """Put the adapter on that stands for all, and make the bank."""
-        facts, section, training = self._base.facts, self.recipe.adapter, self.recipe.training
-        config = new_config(section, facts.get("path"), facts.get("fingerprint"), None, self.recipe.model)
-        adapted = self._base.adapted
-        is_on = adapted is not None and ADAPTER in adapted.peft_config  # an attempt before this one failed later
-        model: Any = adapted if is_on else add_adapter(self._base, ADAPTER, config)
-        leave_to_training(model, ADAPTER)
-        if section.init_from is not None:
-            start_from(model, config, section.init_from, ADAPTER)
-        with training_layout(model, ADAPTER):
-            for layer in adapted_layers(model):
-                if layer.carries(ADAPTER):
-                    layer.set_adapter([ADAPTER])  # what its method trains gets gradients
-            bank = AdapterBank(model, self.slots, ADAPTER)
-        self.loop = BankLoop(model, bank, self._roster, self.recipe, pad_id, beside_answers=True)
-        mode = training.gradient_checkpointing
-        enable_checkpointing(model, True if mode == "auto" else mode, by_tiles=False)
-        self._attached = True
-
-    @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
-        """The model as a part needs it; see the module's docstring."""
-        model = self._base.model
-        answering, was_training = model.config._attn_implementation, model.training
-        with accelerator.forked_random_state(), training_layout(self.loop.model, ADAPTER):
-            if self._random is None:
-                torch.manual_seed(self.recipe.training.seed)
-            else:
-                checkpoint.set_random_state(self._random)
-            try:
-                model.set_attn_implementation(_implementation(model))
-                self.loop.model.train()
-                yield
-                accelerator.synchronize()  # a part has ended when its kernels have
-            finally:
-                self.loop.model.train(was_training)
-                model.set_attn_implementation(answering)
-                self._random = checkpoint.random_state()
-
-
-def _implementation(model: Any) -> str:
-    """The attention of a part: it joins whole rows where the model's can, whatever answers take."""
-    name = (model.config._attn_implementation or "").removeprefix("paged|")
-    if name != "sdpa":
-        return name
-    device, dtype = next(model.parameters()).device, linear.embedding_dtype(model.get_input_embeddings())
-    return implementation_on(device, model.config, dtype, whole_rows=True)
+        recipe, mode = self.recipe, self.recipe.training.gradient_checkpointing
+        checkpointing = True if mode == "auto" else mode
+        lent = LentBank(self._base, ADAPTER, recipe.adapter, recipe.training.seed, recipe.model, checkpointing)
+        bank = lent.make_bank(self.slots)
+        self.loop = BankLoop(lent.model, bank, self._roster, recipe, pad_id, beside_answers=True)
+        self._lent = lent
 
 
 def require_trainable(base: Base, recipe: Recipe) -> None:
@@ -246,21 +187,14 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
             f"adapter.method: {recipe.adapter.method} with these options can't be trained beside answers. Use vera "
             "without magnitude, or lora."
         )
-    if linear.embedding_dtype(base.model.get_input_embeddings()) == torch.float16:
-        raise InputError(
-            "model.compute_dtype: this base computes in float16, which needs a loss scale that the jobs would share. "
-            "Serve it with bfloat16 or float32."
-        )
-    if base.facts.get("added_tokens"):
-        raise InputError("model.added_tokens: this base has tokens of its own, whose rows no job could train.")
+    require_trainable_base(base)
 
 
 def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
     """Write the state of an adapter in flight to a safetensors file. After a kill it is whole: the new or the old one.
 
     Tensors, fp32: ``vectors`` [numbers], the moments ``first`` and ``second`` [trained numbers], and ``best`` [numbers]
-    where the recipe keeps the vectors of the best step. Metadata: ``format``, ``state`` (a JSON object) and ``sha256``
-    over the state and all tensors.
+    where the recipe keeps the vectors of the best step.
     """
     slot, bank, adamw = run.held_slot, loop.bank, loop.adamw
     tensors = {"vectors": bank.vectors[slot], "first": adamw.first[slot], "second": adamw.second[slot]}
@@ -275,11 +209,7 @@ def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
         "after": run.after,
         "reason": run.reason,
     }
-    text = json.dumps(plain_json(state))
-    held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": _JOB_FORMAT, "state": text, "sha256": _sha256(text, held)}
-    with disk_errors(str(file), "What was saved before is kept."), replacing(file) as partial:
-        save_tensors(held, partial, metadata)
+    write_state(file, tensors, state)
 
 
 @dataclasses.dataclass
@@ -292,19 +222,7 @@ class SavedJob:
     @classmethod
     def read(cls, file: Path, run: AdapterRun, base: Base) -> Self:
         """Read and verify a job's file. InputError where it is damaged, or of another job, rows, recipe or base."""
-        try:
-            with safe_open(file, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no dict
-            if metadata["format"] != _JOB_FORMAT:
-                raise InputError(f"{file}: has the format {metadata['format']}; this qvera reads format {_JOB_FORMAT}.")
-            if metadata["sha256"] != _sha256(metadata["state"], tensors):
-                raise ValueError("its SHA-256 is another one")
-            saved = cls(tensors, json.loads(metadata["state"]))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(
-                f"{file}: is no saved state of a job, or is damaged ({first_line(error)}) Begin the job anew."
-            ) from None
+        saved = cls(*read_state(file, "Begin the job anew."))
         try:
             TrainState(**saved.state["state"])
         except TypeError as error:
@@ -333,10 +251,3 @@ class SavedJob:
 
 def _inputs_of(run: AdapterRun, base: Base) -> dict[str, Any]:
     return {"rows": data_sha256(run.datasets), "base": base.facts.get("fingerprint")}
-
-
-def _sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + b"\0" + tensors[name].numpy().tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""Banks that are trained on a base which answers requests meanwhile: they are lent the model for parts of the work.
+
+**The model in a part.** It stays in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
+weights a part neither reads nor drops (`qvera.adapters.shared_model.training_layout`). To make them anew would
+dequantize or pack every weight for each request. A part has attention that joins whole rows, and its own random
+generators. All of it is put back, and layers that only trained adapters have compute as the bare base does
+(`leave_to_training`). So an answer is to the bit what it is without training.
+
+A base may have several such banks, each with an adapter of PEFT's that stands for all of its slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvera.adapters.bank import AdapterBank
+from qvera.adapters.files.save_load import new_config, start_from
+from qvera.adapters.layer import adapted_layers
+from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
+from qvera.models import linear
+from qvera.models.attention import implementation_on
+from qvera.models.checkpointing import Mode, enable_checkpointing
+from qvera.training import checkpoint
+from qvera.utils import accelerator
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.config.schema import AdapterSection, ModelSection
+    from qvera.models.loader import Base
+
+
+class LentBank:
+    """What a trained bank needs of a served base. Methods are called in the thread that runs the model.
+
+    Attributes:
+        model: the base with its adapters.
+        adapter: PEFT's name of the one that stands for all of the bank.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: str,
+        section: AdapterSection,
+        seed: int = 0,
+        tokens: ModelSection | None = None,
+        checkpointing: Mode = True,
+    ) -> None:
+        """Put the adapter on, unless it is on already; this takes as long as the first request for an adapter.
+
+        ``seed`` is that of dropout. ``tokens`` has the recipe's padding and end-of-sequence tokens. InputError: a
+        target matches nothing.
+        """
+        self.adapter, self._base, self._seed = adapter, base, seed
+        config = new_config(section, base.facts.get("path"), base.facts.get("fingerprint"), None, tokens)
+        adapted = base.adapted
+        is_on = adapted is not None and adapter in adapted.peft_config  # an attempt before this one failed later
+        self.model: Any = adapted if is_on else add_adapter(base, adapter, config)
+        leave_to_training(self.model, adapter)
+        if section.init_from is not None:
+            start_from(self.model, config, section.init_from, adapter)
+        enable_checkpointing(self.model, checkpointing, by_tiles=False)
+        self._random: dict[str, torch.Tensor] | None = None
+
+    def make_bank(self, slots: int) -> AdapterBank:
+        """A bank of the adapter's shape, in place of an earlier one."""
+        with training_layout(self.model, self.adapter):
+            for layer in adapted_layers(self.model):
+                if layer.carries(self.adapter):
+                    layer.set_adapter([self.adapter])  # what its method trains gets gradients
+            return AdapterBank(self.model, slots, self.adapter)
+
+    @contextlib.contextmanager
+    def training(self, mode: bool = True) -> Iterator[None]:
+        """The model as a part needs it. ``mode`` False: without dropout and checkpoints."""
+        model = self._base.model
+        answering, was_training = model.config._attn_implementation, model.training
+        with accelerator.forked_random_state(), training_layout(self.model, self.adapter):
+            if self._random is None:
+                torch.manual_seed(self._seed)
+            else:
+                checkpoint.set_random_state(self._random)
+            try:
+                model.set_attn_implementation(_implementation(model))
+                self.model.train(mode)
+                yield
+                accelerator.synchronize()  # a part has ended when its kernels have
+            finally:
+                self.model.train(was_training)
+                model.set_attn_implementation(answering)
+                self._random = checkpoint.random_state()
+
+
+def _implementation(model: Any) -> str:
+    """The attention of a part: it joins whole rows where the model's can, whatever answers take."""
+    name = (model.config._attn_implementation or "").removeprefix("paged|")
+    if name != "sdpa":
+        return name
+    device, dtype = next(model.parameters()).device, linear.embedding_dtype(model.get_input_embeddings())
+    return implementation_on(device, model.config, dtype, whole_rows=True)
+
+
+def require_trainable_base(base: Base) -> None:
+    """Raise InputError for a base that can't be trained on while it answers."""
+    if linear.embedding_dtype(base.model.get_input_embeddings()) == torch.float16:
+        raise InputError(
+            "model.compute_dtype: this base computes in float16, which needs a loss scale that the jobs would share. "
+            "Serve it with bfloat16 or float32."
+        )
+    if base.facts.get("added_tokens"):
+        raise InputError("model.added_tokens: this base has tokens of its own, whose rows no job could train.")
