@@ -57,9 +57,10 @@ class LentBank:
         """
         self.adapter, self._base, self._seed = adapter, base, seed
         config = new_config(section, base.facts.get("path"), base.facts.get("fingerprint"), None, tokens)
-        adapted = base.adapted
-        is_on = adapted is not None and adapter in adapted.peft_config  # an attempt before this one failed later
-        self.model: Any = adapted if is_on else add_adapter(base, adapter, config)
+        model = base.adapted
+        if model is None or adapter not in model.peft_config:  # else an attempt before this one failed later
+            model = add_adapter(base, adapter, config)
+        self.model = model
         leave_to_training(self.model, adapter)
         if section.init_from is not None:
             start_from(self.model, config, section.init_from, adapter)
