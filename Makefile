@@ -19,6 +19,7 @@ BIN     = $(VENV)/bin
 help:
 	@echo "make quickstart    install into $(VENV), then fine-tune SmolLM2-135M and show what it learnt"
 	@echo "make test          the test suite, without the slow part"
+	@echo "                   QVERA_TEST_DEVICE=cuda runs kernels, adapters, models, training and serving on the card"
 	@echo "make test-fast     the part of the suite that starts no processes and trains no whole runs"
 	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
 	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"

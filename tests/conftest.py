@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Kernels run in Triton's interpreter. It has to know before anything imports triton, and bitsandbytes does.
-os.environ["TRITON_INTERPRET"] = "1"
+from tests import device  # first: it says where kernels run, before anything imports triton
 
+# isort: split
 import pytest
 import torch
 import yaml
@@ -29,13 +30,30 @@ _LONGEST = ("distributed/", "stress/", "training/", "serve/", "exporting/", "mod
 """Rooms whose modules take longest. They begin first, so that at the end no worker waits for a long one alone."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order in which `make test` hands modules to its workers."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The order in which `make test` hands modules to its workers; on a card, the rooms that run there."""
 
     def place(item: pytest.Item) -> int:
         return next((i for i, room in enumerate(_LONGEST) if f"/tests/{room}" in str(item.path)), len(_LONGEST))
 
     items.sort(key=place)
+    if device.NAME != "cpu":
+        config.hook.pytest_deselected(items=[item for item in items if _room(item.path) not in device.ROOMS])
+        items[:] = [item for item in items if _room(item.path) in device.ROOMS]
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(Path(__file__).parent).parts[0]
+
+
+@pytest.fixture(autouse=True)
+def _made_on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a card, tensors of a test are made there."""
+    if device.NAME == "cpu" or _room(request.path) not in device.DRAWN_THERE:
+        yield
+        return
+    with device.MadeOn(device.DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,6 +16,7 @@ from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.projection import uniform_pair
 from qvera.models import linear
+from tests.device import DEVICE
 
 IN, OUT = 64, 96
 
@@ -47,7 +48,7 @@ def base_layer(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, fre
         layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
         layer.bias.data = bias.to(dtype)
-        layer = layer.to("cpu")
+        layer = layer.to(DEVICE)
     else:
         quant, storage = kind.split("-")
         settings = {"compress_statistics": quant.endswith("+dq"), "quant_type": quant[:3]}
@@ -55,7 +56,7 @@ def base_layer(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, fre
         layer = bnb.nn.Linear4bit(IN, OUT, compute_dtype=dtype, **settings)
         layer.weight = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, module=layer, **settings)
         layer.bias.data = bias.to(dtype)
-        layer = layer.to("cpu")
+        layer = layer.to(DEVICE)
         assert layer.weight.quant_state is not None
         assert layer.weight.dtype == getattr(torch, storage)
     if freeze:
@@ -82,7 +83,7 @@ IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]
 
 def logits(model: Any, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, **kwargs).logits
+        return model.eval()(input_ids=IDS.to(DEVICE), **kwargs).logits
 
 
 def perturb(model: Any, seed: int = 1, size: float = 0.3, adapter: str = "default") -> Any:
@@ -103,7 +104,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 def weight_bytes(layer: Any) -> bytes:
     """The stored bytes of a layer's weight, whatever their dtype."""
-    return layer.weight.data.contiguous().view(torch.uint8).numpy().tobytes()
+    return layer.weight.data.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -170,7 +171,7 @@ def adapted(
 ) -> QveraLinear:
     base = base_layer(kind, dtype, freeze=freeze)
     linear.freeze_linears(base)
-    projection = SharedProjection(3, torch.device("cpu"), dtype)
+    projection = SharedProjection(3, DEVICE, dtype)
     projection.ensure(rank + 5, IN + 9, OUT + 2)  # larger than this layer, as in a model
     config = QveraConfig(rank=rank, b_groups=groups, input_scale=scaled, projection_seed=3, dropout=dropout)
     layer = QveraLinear(base, "default", projection, config)
@@ -181,7 +182,7 @@ def adapted(
 def exact_parts(layer: QveraLinear, dtype: torch.dtype, adapter: str = "default") -> dict[str, torch.Tensor]:
     """W, A, B and an adapter's vectors in fp64, the pair drawn anew and with its Kaiming bounds in A."""
     rank = layer.parts(adapter).rank
-    A, B = (torch.from_numpy(matrix).to(dtype).double() for matrix in uniform_pair(rank, IN, OUT, 3))
+    A, B = (torch.from_numpy(matrix).to(DEVICE, dtype).double() for matrix in uniform_pair(rank, IN, OUT, 3))
     vectors = {name.removeprefix("qvera_"): v.detach().double() for name, v in layer.vectors(adapter).items()}
     return {"W": dense_weight(layer.base_layer), "A": (6 / IN) ** 0.5 * (6 / rank) ** 0.5 * A, "B": B, **vectors}
 

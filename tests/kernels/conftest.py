@@ -1,4 +1,4 @@
-"""Kernels on CPU tensors, in Triton's interpreter, by the same way that an accelerator takes."""
+"""Kernels on CPU tensors, in Triton's interpreter, by the same way that an accelerator takes; on a card, there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.kernels import choice
+from tests import device
 
 pytest.importorskip("triton")
 
@@ -28,14 +29,22 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def _plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of `as_on_an_accelerator` a card runs the plain code too, which kernels are compared with."""
+    if device.NAME != "cpu":
+        monkeypatch.setenv(choice.SWITCH, "off")
+
+
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """A context in which CPU tensors take the kernels."""
+    """A context in which tensors of the test's device take the kernels."""
 
     @contextmanager
     def kernels() -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
+            if device.NAME == "cpu":
+                patch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
             patch.setenv(choice.SWITCH, "on")
             yield
 

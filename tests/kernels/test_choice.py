@@ -26,7 +26,7 @@ def test_kernels_are_for_accelerators_and_obey_the_switch(
     monkeypatch.setenv("QVERA_KERNELS", switch)
     if device == "accelerator":
         monkeypatch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
-    assert use_kernels(torch.empty(2), torch.empty(2, dtype=dtype)) is taken
+    assert use_kernels(*(torch.empty(2, dtype=t, device="cpu") for t in (torch.float32, dtype))) is taken
 
 
 def test_a_machine_without_a_compiler_runs_plain_code_and_is_told_what_to_install(

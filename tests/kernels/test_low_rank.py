@@ -13,6 +13,7 @@ from qvera.adapters.products.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.kernels import choice, columns, low_rank
 from tests.adapters.helpers import TOLERANCE, parts, relative, rounded, textbook
+from tests.device import DEVICE
 from tests.kernels.conftest import Calls
 
 SETTINGS = [  # tokens, n, m, r, groups, dtype, base's dtype
@@ -74,7 +75,7 @@ def test_the_output_may_take_the_memory_of_the_base(overwrite: bool) -> None:
 def test_fp16_keeps_what_small_vectors_change(as_on_an_accelerator: Callable[[], Any]) -> None:
     """ΔW x and every gradient at r=1024, n=4096, d=0.1 and |b| = 1e-4. With s in C, ΔW x was lost."""
     n, m, r = 4096, 64, 1024
-    A, B = (torch.from_numpy(t).half() for t in uniform_pair(r, n, m, 0))
+    A, B = (torch.from_numpy(t).half().to(DEVICE) for t in uniform_pair(r, n, m, 0))
     generator = torch.Generator().manual_seed(0)
     W, d, b = torch.randn(m, n, generator=generator).half(), torch.full((r,), 0.1), torch.full((m,), 1e-4)
 
