@@ -32,6 +32,8 @@ T = TypeVar("T")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 """Files with these endings are read from a directory. Pillow then goes by their content."""
 _THUMBNAIL_PIXELS = 96
+_MOST_THUMBNAILS = 8
+"""Of a row; each is a few kB."""
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 """What Pillow's decoders raise on damaged bytes."""
 _STREAM = 2**62
@@ -96,12 +98,15 @@ def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
     raise InputError(f"{source}: {problem}") from None
 
 
-def thumbnail_uri(image: Image) -> str:
-    """A small copy of an image as a data URI."""
-    small, stream = image.copy(), io.BytesIO()
-    small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-    small.save(stream, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+def thumbnail_uris(images: Sequence[StoredImage]) -> list[str]:
+    """Small copies of a row's first images as data URIs."""
+    found = []
+    for image in images[:_MOST_THUMBNAILS]:
+        small, stream = image.open(), io.BytesIO()
+        small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+        small.save(stream, "JPEG", quality=80)
+        found.append("data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii"))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

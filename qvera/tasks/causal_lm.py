@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qvera.data import IGNORED
+from qvera.data.images import thumbnail_uris
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero import any_sharded
 from qvera.evaluation import held_out
@@ -108,7 +109,7 @@ class CausalLM(Task):
         if match_rows:
             scores["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
             scores["exact_match_rows"] = len(match_rows)
-        return scores, [by_row[i] for i in sample_rows]
+        return scores, [by_row[i] | {"images": thumbnail_uris(rows[i].images)} for i in sample_rows]
 
     def line(self, scores: dict[str, Any]) -> str:
         text = f"held-out loss {scores['loss']:.4f}, "

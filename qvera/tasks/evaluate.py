@@ -13,10 +13,12 @@ from rich.console import Console
 from qvera.config import plugins
 from qvera.config.schema import DataSection
 from qvera.data import build_datasets, lengths_of
+from qvera.data.images import thumbnail_uris
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
 from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, open_target, require_base, template_of
 from qvera.evaluation.metrics import require_packages, text_metrics
 from qvera.evaluation.named_adapters import require_held_out_rows
+from qvera.evaluation.report.pages import MAX_ROWS
 from qvera.evaluation.report.read import inputs_sha256
 from qvera.models.structure import require_positions
 from qvera.tasks import CausalLM, classification_of, task_of
@@ -120,6 +122,9 @@ def evaluate(
             )
 
     scores, answered = score(model.model, "")
+    for row, (example, _) in zip(answered[:MAX_ROWS], prompts, strict=False):
+        if example.images:
+            row["images"] = thumbnail_uris(example.images)
     base_scores = None
     if with_base:
         if target.adapter is None:  # the base of an export is a model of its own; both need not be held

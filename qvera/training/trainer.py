@@ -130,8 +130,8 @@ class Trainer(Run):
             self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 
     def _samples_before(self) -> list[dict[str, Any]]:
-        answers = self.state.samples_before
-        return [{"prompt": a["prompt"], "reference": a["reference"], "before": a["answer"]} for a in answers]
+        shown = ("prompt", "reference", "images")
+        return [{key: a.get(key) for key in shown} | {"before": a["answer"]} for a in self.state.samples_before]
 
     def take_turn(self) -> bool:
         """A new best step is saved at once, so that its vectors are on disk whatever comes."""

@@ -101,7 +101,10 @@ def test_a_run_on_images_is_resumed_and_exported_without_a_change_of_its_answers
     assert written[0] == written[1]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
+    shown = [len(sample["images"]) for sample in run["samples"]]
+    assert (tmp_path / "run" / "report.html").read_text().count("<img ") == sum(shown) > 0
     scored = qvera.evaluate(tmp_path / "run")
+    assert [len(row.get("images", ())) for row in scored["answers"][:2]] == shown
     assert scored["scores"]["loss"] == pytest.approx(run["result"]["eval_after"]["loss"], rel=1e-5)
     prompts = read_prompts(file, DataSection(path=str(file)))
     answers = qvera.generate(tmp_path / "run", prompts, max_new_tokens=6)

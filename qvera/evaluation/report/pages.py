@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from qvera.data.images import thumbnail_uri
+from qvera.data.images import thumbnail_uris
 from qvera.evaluation.metrics import exact_match
 from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, loss_curves
 from qvera.evaluation.report.compare import (
@@ -110,7 +110,7 @@ def answers_page(evaluation: dict[str, Any]) -> str:
         answers = [(evaluation["subject"]["column"], row["answer"], " · ".join(filter(None, notes)))]
         if "base_answer" in row:
             answers.insert(0, ("Base", row["base_answer"], note(row["base_scores"])))
-        samples.append(make_sample(row["source"], row["prompt"], answers, row["references"]))
+        samples.append(make_sample(row["source"], row["prompt"], answers, row["references"], row.get("images", ())))
     changes = []  # for each metric, how many rows are better than the base's answer, the same, and worse
     pairs = [(row["base_scores"], row["scores"]) for row in rows if row.get("base_scores")]
     for metric in metrics if pairs else ():
@@ -182,9 +182,8 @@ def preview_page(
     def shown(word: str, row: Example) -> tuple[str, int, str, list[tuple[str, bool]], list[str]]:
         source = row.source if word == "trained" else f"{row.source}, {word}"
         targets = f"label: {row.reference}" if row.is_labelled else f"{count(int(row.trained.sum()))} trained"
-        thumbnails = [thumbnail_uri(image.open()) for image in row.images]
         is_text = not (row.images and row.is_labelled)
-        return source, len(row.input_ids), targets, stretches(row) if is_text else [], thumbnails
+        return source, len(row.input_ids), targets, stretches(row) if is_text else [], thumbnail_uris(row.images)
 
     mixture = [
         (each.path, f"{count(each.taken)} ({count(each.rows)} rows, weight {each.weight:g}). {each.layout}")
@@ -210,10 +209,17 @@ class DiffSpan(NamedTuple):
     missing: str = ""
 
 
-def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]], references: Sequence[str]) -> Sample:
+def make_sample(
+    title: str,
+    prompt: str,
+    answers: Sequence[tuple[str, str, str]],
+    references: Sequence[str],
+    images: Sequence[str] = (),
+) -> Sample:
     """Compare the answers (who, answer, note) to one prompt, for the macro `sample` of templates/parts.html.
 
     Each is compared with the reference that shares the most words with it, or without any with the first answer.
+    ``images`` are data URIs.
     """
     shown = []
     for name, answer, note in answers:
@@ -228,7 +234,7 @@ def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]]
             same = any(answer.split() == reference.split() for reference in equal)
             verdict = f"equals {which}" if same else f"same JSON as {which}"
         shown.append({"name": name, "spans": spans, "equal": bool(equal), "verdict": verdict, "note": note})
-    return {"title": title, "prompt": prompt, "answers": shown, "references": references}
+    return {"title": title, "prompt": prompt, "answers": shown, "references": references, "images": images}
 
 
 def _shared_words(answer: str, reference: str) -> float:

@@ -173,7 +173,10 @@ def _context(run: Run) -> dict[str, Any]:
         if isinstance(sample, dict):  # while a run goes, there are those from before
             sides = [(when.capitalize(), get_text(sample, when), "") for when in ("before", "after") if when in sample]
             reference = get_text(sample, "reference")
-            samples.append(make_sample("Prompt", get_text(sample, "prompt"), sides, [reference] if reference else []))
+            images = sample.get("images")
+            shown = list(map(str, images)) if isinstance(images, list) else []
+            prompt, references = get_text(sample, "prompt"), [reference] if reference else []
+            samples.append(make_sample("Prompt", prompt, sides, references, shown))
     targets, versions = get(run.info, "adapter", "targets"), get(run.info, "versions")
     path = run.setting("model", "path")
     name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name

@@ -264,6 +264,15 @@ def test_sample_text_survives_word_for_word(build_run: Build) -> None:
     assert info["samples"][0]["before"] in [html.unescape(re.sub(r"<[^>]+>", "", body)) for body in bodies]
 
 
+def test_a_sample_shows_the_images_that_run_json_has_and_nothing_else(build_run: Build) -> None:
+    info, uri = run_info(), "data:image/jpeg;base64,/9j/4AAQ"
+    info["samples"][0]["images"], info["samples"][1]["images"] = [uri, '"><script>alert(1)</script>'], 3
+    source = write_report(build_run(info)).read_text()
+    assert f'<img src="{uri}" alt="image 1">' in source
+    assert source.count("<img ") == 2
+    assert "<script>alert" not in source
+
+
 @pytest.fixture
 def many_run(build_run: Build) -> Path:
     return build_run(many_info(), many_rows(), None, MANY_RECIPE)
