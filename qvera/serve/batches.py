@@ -30,7 +30,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
 from qvera.models.attention import needs_equal_lengths
 from qvera.models.forward import image_inputs
-from qvera.models.structure import causal_model, image_model
+from qvera.models.loss import Head
+from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
@@ -61,6 +62,7 @@ class CachedTokens:
         self.tokens, self.identity, self.images = list(tokens), identity, images
         self.blocks: list[int] = []  # in the order of the tokens; empty: it must begin, or begin again
         self.computed = 0  # leading tokens whose keys and values are there
+        self.unscored = range(0)  # places whose last hidden states are still asked for
         self.ended = False
         self.parent: int | str = identity
         """The content number of the last full block that others may share, which the next one follows."""
@@ -69,6 +71,18 @@ class CachedTokens:
     def blocks_needed(self) -> int:
         """Blocks that hold all of its tokens."""
         return -(-len(self.tokens) // BLOCK_TOKENS)
+
+    @property
+    def unneeded(self) -> int:
+        """Leading tokens that need not be computed if their keys and values are there."""
+        last = len(self.tokens) - 1  # the next token is drawn from its logits
+        return min(last, self.unscored.start) if self.unscored else last
+
+    def take_unscored(self, count: int) -> range:
+        """The places to be scored among the next ``count`` tokens; they are not asked for again."""
+        begin, end = self.unscored.start, min(self.unscored.stop, self.computed + count)
+        self.unscored = range(max(begin, end), self.unscored.stop)
+        return range(begin, end)
 
     def key(self, number: int) -> tuple[int | str, tuple[int, ...]]:
         """What its next block to be shared, the ``number``-th, is found by."""
@@ -120,11 +134,21 @@ class Blocks:
                 self.release(begun.pop())
         begun.sort(key=lambda request: len(request.tokens) - request.computed > 1)
         batch: list[tuple[T, int]] = []
+        coming: set[tuple[int | str, tuple[int, ...]]] = set()  # keys of blocks that this batch computes
         for request in [*begun, *(request for request in running if not request.blocks)]:
-            if not step_tokens or not (request.blocks or self._begin(request)):
-                break  # none passes one that waits for memory
+            if not step_tokens:
+                break
+            if not request.blocks:
+                shared = self._find_shared(request)
+                number = len(shared)
+                if (number + 1) * BLOCK_TOKENS <= request.unneeded and request.key(number) in coming:
+                    continue  # its next block will be there after this step, or after one of the next
+                if not self._begin(request, shared):
+                    break  # none passes one that waits for memory
             count = min(step_tokens, len(request.tokens) - request.computed)
             batch.append((request, count))
+            if self._share:
+                coming.add(request.key(request.computed // BLOCK_TOKENS))
             step_tokens -= count
         return batch
 
@@ -148,19 +172,22 @@ class Blocks:
                 self._free.move_to_end(block, last=block in self._known)
         request.blocks, request.computed, request.parent = [], 0, request.identity
 
-    def _begin(self, request: CachedTokens) -> bool:
-        """Give a request blocks for all of its tokens; False if they are not free."""
+    def _find_shared(self, request: CachedTokens) -> list[int]:
+        """The blocks that a request need not compute; its parent becomes the last one."""
         shared: list[int] = []
-        # one token at least is computed, since the next one is drawn from its logits
-        while self._share and (len(shared) + 1) * BLOCK_TOKENS < len(request.tokens):
+        request.parent = request.identity
+        while self._share and (len(shared) + 1) * BLOCK_TOKENS <= request.unneeded:
             block = self._block_of.get(request.key(len(shared)))
             if block is None:
                 break
             shared.append(block)
             request.parent = self._known[block][1]
+        return shared
+
+    def _begin(self, request: CachedTokens, shared: list[int]) -> bool:
+        """Give a request these and more blocks, for all of its tokens; False if they are not free."""
         missing = request.blocks_needed - len(shared)
         if missing > len(self._free) - sum(not self._users[block] for block in shared):
-            request.parent = request.identity
             return False
         for block in shared:
             self._users[block] += 1
@@ -286,6 +313,16 @@ AttentionInterface.register(PAGED, _attention)
 AttentionMaskInterface.register(PAGED, lambda *_, mask_function, **__: mask_function)
 
 
+@dataclass
+class StepOutput:
+    """What a step has computed of its requests."""
+
+    drawing: list[Any]  # those that get a token now
+    logits: torch.Tensor  # [drawing, vocabulary], from which it is drawn
+    scored: list[Any]  # the request of each place that is to be scored
+    hidden: torch.Tensor | None  # [scored, hidden], last hidden states there
+
+
 class PagedBatches:
     """Batches that requests join and leave at any step. For one thread."""
 
@@ -351,19 +388,27 @@ class PagedBatches:
         batch = self._blocks.schedule(running, self._step_tokens)
         return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
 
-    def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
-        """Run a step. Returns the requests that get a token now, and their logits [requests, vocabulary]."""
+    def run(self, batch: Sequence[tuple[T, int]]) -> StepOutput:
+        """Run a step."""
         positions = [np.arange(request.computed, request.computed + count) for request, count in batch]
         blocks = [
             np.array(request.blocks)[of // BLOCK_TOKENS] for (request, _), of in zip(batch, positions, strict=True)
         ]
         drawing = [i for i, (request, count) in enumerate(batch) if request.computed + count == len(request.tokens)]
+        ends = np.cumsum([count for _, count in batch])
+        scored = [(request, request.take_unscored(count)) for request, count in batch]
+        places = [
+            end - count + np.array(asked) - request.computed
+            for (request, asked), (_, count), end in zip(scored, batch, ends, strict=True)
+            if asked
+        ]
         fresh = self._blocks.take_fresh()
         arrays = {
             "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in batch]),
             "positions": np.concatenate(positions),
             "write": np.concatenate(blocks) * BLOCK_TOKENS + np.concatenate(positions) % BLOCK_TOKENS,
-            "kept": np.cumsum([count for _, count in batch])[drawing or [-1]] - 1,
+            "kept": ends[drawing or [-1]] - 1,
+            "scored": np.concatenate([*places, np.array([], np.int64)]),
             "fresh": np.array(fresh, dtype=np.int64),
         }
         # neighbours attend together: equal numbers of tokens, and at most twice the first one's blocks
@@ -386,24 +431,35 @@ class PagedBatches:
         tables = [sent[f"table {number}"] for number in range(len(groups))]
         grouped = [(table, part.view(len(table), -1)) for table, part in zip(tables, parts, strict=True)]
         step = _Step(self._layers, sent["write"], grouped)
-        logits = self._forward(sent["ids"], sent["positions"], sent["kept"], step)
+        scored_places = sent["scored"] if places else None
+        logits, hidden = self._forward(sent["ids"], sent["positions"], sent["kept"], step, scored_places)
         for request, count in batch:
             self._blocks.note_computed(request, count)
-        return [batch[i][0] for i in drawing], logits[: len(drawing)]
+        of_places = [request for request, asked in scored for _ in asked]
+        return StepOutput([batch[i][0] for i in drawing], logits[: len(drawing)], of_places, hidden)
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, step: _Step | _Shapes
-    ) -> torch.Tensor:
-        logits: torch.Tensor = self._model(
-            input_ids=ids.unsqueeze(0),
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor,
+        step: _Step | _Shapes,
+        scored: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the kept places, and hidden states of the scored ones."""
+        inputs = {
+            "input_ids": ids.unsqueeze(0),
             # without a mask transformers would look for rows in the positions
-            attention_mask=torch.ones_like(ids).unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            logits_to_keep=kept,
-            use_cache=False,
-            paged_step=step,
-        ).logits
-        return logits[0]
+            "attention_mask": torch.ones_like(ids).unsqueeze(0),
+            "position_ids": positions.unsqueeze(0),
+            "use_cache": False,
+            "paged_step": step,
+        }
+        if scored is None:
+            return self._model(**inputs, logits_to_keep=kept).logits[0], None
+        hidden = decoder_of(self._model)(**inputs).last_hidden_state[0]
+        head = Head.of(self._model)
+        return head.logits(head.module(hidden[kept])), hidden[scored]
 
     def end(self, request: CachedTokens) -> None:
         """Free a request's blocks."""
@@ -437,12 +493,12 @@ class PagedBatches:
         requests = [CachedTokens(prompt) for prompt in prompts]
         running, found = requests[:1], [list[torch.Tensor]() for _ in requests]
         while running:
-            drawing, logits = self.run(self.schedule(running))
-            for request, row in zip(drawing, logits, strict=True):
+            output = self.run(self.schedule(running))
+            for request, row in zip(output.drawing, output.logits, strict=True):
                 found[requests.index(request)].append(row.float().clone())
                 request.tokens.append(answer)
             running = [request for i, request in enumerate(requests) if len(found[i]) < 2]
-            for request in drawing:
+            for request in output.drawing:
                 if request not in running:
                     self.end(request)
         self.reset()
@@ -499,8 +555,8 @@ class StaticBatches:
         width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
         return [(row, width) for row in self._rows]
 
-    def run(self, batch: Sequence[tuple[T, int]]) -> tuple[list[T], torch.Tensor]:
-        """Run a step. Returns the rows that have not ended, and their logits [rows, vocabulary]."""
+    def run(self, batch: Sequence[tuple[T, int]]) -> StepOutput:
+        """Run a step. All rows that have not ended get a token."""
         rows, device = [row for row, _ in batch], self._model.device
         config, begins, images = self._model.config.get_text_config(), self._cache is None, dict[str, torch.Tensor]()
         if begins:
@@ -519,17 +575,25 @@ class StaticBatches:
             positions = None if images else positions + inner.rope_deltas
         # these have no attention, and take a longer mask for that of the step's tokens
         is_masked = begins or config.model_type not in ("mamba", "falcon_mamba")
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=self._mask if is_masked else None,
-            position_ids=positions,
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": self._mask if is_masked else None,
+            "position_ids": positions,
             **images,
-            use_cache=True,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: self._cache},
-        ).logits[:, -1]
+            "use_cache": True,
+            CACHE_ARGUMENT: self._cache,
+        }
+        places, hidden = [row.take_unscored(len(row.tokens)) for row in rows], None
+        if any(places):
+            states, head = decoder_of(self._model)(**inputs).last_hidden_state, Head.of(self._model)
+            logits = head.logits(head.module(states[:, -1]))
+            own = [of_row[-len(row.tokens) :] for row, of_row in zip(rows, states, strict=True)]  # without the padding
+            hidden = torch.cat([of_row[asked.start : asked.stop] for of_row, asked in zip(own, places, strict=True)])
+        else:
+            logits = self._model(**inputs, logits_to_keep=1).logits[:, -1]
+        scored = [row for row, asked in zip(rows, places, strict=True) for _ in asked]
         going = [i for i, row in enumerate(rows) if not row.ended]
-        return [rows[i] for i in going], logits[going]
+        return StepOutput([rows[i] for i in going], logits[going], scored, hidden)
 
     def end(self, request: CachedTokens) -> None:
         """Do nothing: the row stays until the batch ends."""

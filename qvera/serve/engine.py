@@ -20,6 +20,7 @@ import torch
 from qvera.adapters.projection import forget_inputs
 from qvera.data.images import images_of
 from qvera.evaluation.generate import generating
+from qvera.models.loss import Head
 from qvera.serve.background import Background, BackgroundWork
 from qvera.serve.batches import CachedTokens, PagedBatches, StaticBatches
 from qvera.serve.requests import (
@@ -34,6 +35,7 @@ from qvera.serve.requests import (
     TokenEvent,
 )
 from qvera.serve.sampling import TokenChooser, choose_tokens
+from qvera.serve.scoring import ScoredPrompt, add_scores
 from qvera.serve.slots import HostVectors, ServingBank
 from qvera.utils.errors import InputError, RunFailed, first_line
 
@@ -56,6 +58,14 @@ class ActiveRequest(CachedTokens):
         self.request, self.on_event, self.vectors = request, on_event, vectors
         self.slot = 0
         self.chooser: TokenChooser | None = None
+        self.scored: ScoredPrompt | None = None
+
+    def begin(self, slot: int, device: torch.device) -> None:
+        """Take a place in the batch."""
+        self.slot, self.chooser = slot, TokenChooser(self.request.sampling, device)
+        if self.request.scoring is not None:
+            self.scored = ScoredPrompt(self.request.scoring, self.request.prompt, device)
+            self.unscored = self.scored.places
 
 
 class Engine:
@@ -122,8 +132,10 @@ class Engine:
             )
         if request.images and not isinstance(self._batches, StaticBatches):
             raise InputError("images are answered in static batches, and this server has continuous ones: send text.")
-        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
-            raise InputError(f"prompt: token ids of this model are 0 to {self._vocabulary - 1:,}.")
+        targets = None if request.scoring is None else request.scoring.targets
+        for name, ids in (("prompt", prompt), ("scoring.targets", () if targets is None else targets.reshape(-1))):
+            if len(ids) and not 0 <= min(ids) <= max(ids) < self._vocabulary:
+                raise InputError(f"{name}: token ids of this model are 0 to {self._vocabulary - 1:,}.")
         with self._wake:
             self._require_room()
         vectors = None if request.adapter is None else self.bank.read(request.adapter)
@@ -303,7 +315,7 @@ class Engine:
                 continue
             if slot is None:
                 return
-            active.slot, active.chooser = slot, TokenChooser(active.request.sampling, self.bank.device)
+            active.begin(slot, self.bank.device)
             with self._wake:
                 self._waiting.popleft()
                 self.running[active.request.id] = active
@@ -323,9 +335,13 @@ class Engine:
         """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
         batch = self._batches.schedule(self.running.values())
         self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch], self._batches.by_rows)
-        drawing, logits = self._batches.run(batch)
-        choosers = [chooser for request in drawing if (chooser := request.chooser) is not None]
-        return list(zip(drawing, choose_tokens(logits, choosers), strict=True))
+        found = self._batches.run(batch)
+        if found.hidden is not None:
+            prompts = [request.scored for request in found.scored]
+            # as many logits at a time as a step of answers may have
+            add_scores(Head.of(self.model), prompts, found.hidden, self.settings.max_running)
+        choosers = [chooser for request in found.drawing if (chooser := request.chooser) is not None]
+        return list(zip(found.drawing, choose_tokens(found.logits, choosers), strict=True))
 
     def _try_step(self) -> None:
         try:
@@ -346,16 +362,18 @@ class Engine:
             sampling = active.request.sampling
             if event is None:
                 self._end(active, EndEvent("error", NOT_FINITE))
-            elif event.token in sampling.stop_tokens:
-                self._end(active, EndEvent("stop"))
-            else:
+                continue
+            stops = event.token in sampling.stop_tokens
+            if not stops or sampling.keeps_stop:
                 active.tokens.append(event.token)
                 with self._wake:
                     self._generated += 1
                 if not _send(active, event):
                     self._end(active, EndEvent("cancelled"))
-                elif len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
-                    self._end(active, EndEvent("length"))
+                    continue
+            if stops or len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
+                scores = None if active.scored is None else active.scored.scores()
+                self._end(active, EndEvent("stop" if stops else "length", scores=scores))
 
     def _end(self, active: ActiveRequest, event: EndEvent) -> None:
         active.ended = True

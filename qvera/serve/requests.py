@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qvera.data.images import StoredImage
 
 
@@ -34,16 +36,44 @@ class Sampling:
 
     Nothing else changes the model's probabilities: a checkpoint's generation_config.json, with a repetition penalty for
     example, is not applied. Values are already checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0, 0 < ``top_p`` ≤ 1,
-    ``top_logprobs`` ≥ 0.
+    ``top_k`` and ``top_logprobs`` ≥ 0.
     """
 
     max_tokens: int
     temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    seed: int | None = None  # None: a new one is drawn
+    top_p: float = 1.0  # of what top_k leaves
+    top_k: int = 0  # the most tokens to draw from; 0: all
+    seed: int | None = None  # taken modulo 2^64; None: a new one is drawn
     top_logprobs: int | None = None
     """None: no log-probabilities; 0: of the chosen token; k: also of the k most likely ones."""
-    stop_tokens: frozenset[int] = frozenset()  # each ends the answer, without being part of it
+    tempered: bool = False
+    """Whether log-probabilities are those of softmax(logits / temperature), as reinforcement learning needs them."""
+    stop_tokens: frozenset[int] = frozenset()  # each ends the answer
+    keeps_stop: bool = False  # whether the stop token is part of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScoring:
+    """What is asked about the last tokens of a prompt: each one's log-probability after those before it."""
+
+    last: int  # so many tokens, from 0 to all but the first
+    top: int = 0  # also of the most likely tokens in each place
+    targets: np.ndarray | None = None  # also of these tokens, int64 [last, K]
+    draws: int = 0  # also of so many tokens that are drawn in each place, independently
+    temperature: float = 1.0  # of the draws; all log-probabilities are the model's own
+    seed: int | None = None  # of the draws
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """The answer to a `PromptScoring`: fp32 log-probabilities and int64 tokens, a row for each of the last tokens."""
+
+    own: np.ndarray  # [last], of the prompt's tokens
+    targets: np.ndarray  # [last, K]
+    top_tokens: np.ndarray  # [last, top], the likeliest first
+    top: np.ndarray
+    drawn_tokens: np.ndarray  # [last, draws]
+    drawn: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +104,7 @@ class GenerationRequest:
     adapter: ResolvedAdapter | None  # None: the base
     sampling: Sampling
     images: tuple[StoredImage, ...] = ()  # their places are in the prompt
+    scoring: PromptScoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +112,7 @@ class TokenEvent:
     """One token of an answer."""
 
     token: int
-    logprob: float | None  # natural, under the model: before temperature and top_p
+    logprob: float | None  # natural, under the model: before top_k and top_p, and before temperature unless `tempered`
     top: tuple[tuple[int, float], ...]  # the most likely tokens and their logprobs, likeliest first
 
 
@@ -91,6 +122,7 @@ class EndEvent:
 
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str = ""  # what went wrong, for "error"
+    scores: PromptScores | None = field(default=None, compare=False)  # of "stop" and "length", where asked for
 
 
 Event = TokenEvent | EndEvent

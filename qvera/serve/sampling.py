@@ -11,12 +11,20 @@ import math
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from qvera.serve.requests import Sampling, TokenEvent
 
-_SMALLEST_TEMPERATURE = 1e-4
+SMALLEST_TEMPERATURE = 1e-4
 """Division by less would overflow; this one already gives the likeliest token."""
+
+
+def generator_of(seed: int | None, device: torch.device) -> torch.Generator:
+    """Random numbers of this seed modulo 2^64, or of a new one."""
+    # mixed, because on a CPU torch takes the lower 32 bits only
+    mixed = np.random.Philox(key=secrets.randbits(64) if seed is None else seed % 2**64).random_raw()
+    return torch.Generator(device=device).manual_seed(int(mixed))
 
 
 class TokenChooser:
@@ -29,8 +37,7 @@ class TokenChooser:
         self.sampling = sampling
         self.generator: torch.Generator | None = None  # None: greedy
         if sampling.temperature > 0:
-            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
-            self.generator = torch.Generator(device=device).manual_seed(seed)
+            self.generator = generator_of(sampling.seed, device)
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[TokenEvent | None]:
@@ -43,11 +50,10 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
     finite = torch.isfinite(logits.sum(-1))
     scores = logits
     if any(one.temperature > 0 for one in settings):
-        scale = [max(one.temperature, _SMALLEST_TEMPERATURE) if one.temperature > 0 else 1.0 for one in settings]
-        scores = logits / torch.tensor(scale, device=logits.device).unsqueeze(1)
-        cut = [i for i, one in enumerate(settings) if one.temperature > 0 and one.top_p < 1]
+        scores = logits / _column([_divisor(one) for one in settings], logits)
+        cut = [i for i, one in enumerate(settings) if one.temperature > 0 and (one.top_p < 1 or one.top_k)]
         if cut:
-            scores[cut] = _within_top_p(scores[cut], [settings[i].top_p for i in cut])
+            scores[cut] = _likeliest(scores[cut], [settings[i] for i in cut])
         noise = torch.ones_like(scores)
         for row, chooser in zip(noise, choosers, strict=True):
             if chooser.generator is not None:
@@ -61,13 +67,26 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
     ]
 
 
-def _within_top_p(scores: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
-    """Scores, −inf outside the smallest set of likeliest tokens whose probability reaches ``top_p``, never empty."""
+def _divisor(sampling: Sampling) -> float:
+    """What logits are divided by."""
+    return max(sampling.temperature, SMALLEST_TEMPERATURE) if sampling.temperature > 0 else 1.0
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device).unsqueeze(1)
+
+
+def _likeliest(scores: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor:
+    """Scores, −inf outside the ``top_k`` likeliest tokens, and of these the fewest whose probability reaches ``top_p``.
+
+    A token at least is left.
+    """
     ordered, places = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[1], device=scores.device)
+    ordered = ordered.masked_fill(rank >= _column([one.top_k or scores.shape[1] for one in settings], rank), -math.inf)
     before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
     before[:, 0] = -1.0
-    limits = torch.tensor(list(top_p), device=scores.device).unsqueeze(1)
-    ordered = ordered.masked_fill(before >= limits, -math.inf)
+    ordered = ordered.masked_fill(before >= _column([one.top_p for one in settings], scores), -math.inf)
     return torch.empty_like(scores).scatter_(-1, places, ordered)
 
 
@@ -78,7 +97,8 @@ def _logprobs(
     asked = [i for i, one in enumerate(settings) if one.top_logprobs is not None]
     if not asked:
         return {}
-    logprobs = logits[asked].log_softmax(-1)
+    divisors = [_divisor(settings[i]) if settings[i].tempered else 1.0 for i in asked]
+    logprobs = (logits[asked] / _column(divisors, logits)).log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in asked], device=logits.device)).squeeze(1).tolist()
     most = min(max(settings[i].top_logprobs or 0 for i in asked), logits.shape[-1])
     values, places = (t.tolist() for t in logprobs.topk(most)) if most else ([[]] * len(asked),) * 2

@@ -131,6 +131,11 @@ class Alone:
         self._model: Any = base.model if adapter is None else load_adapter(base.model, adapter, base)
 
     @torch.no_grad()
+    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[tokens, vocabulary]: of the token after each place."""
+        return self._model(input_ids=torch.tensor([list(tokens)])).logits[0].float().log_softmax(-1)
+
+    @torch.no_grad()
     def answer(self, asked: GenerationRequest) -> list[TokenEvent]:
         """The tokens of its answer."""
         ids, events = list(asked.prompt), list[TokenEvent]()

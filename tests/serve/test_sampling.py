@@ -19,14 +19,18 @@ def _tokens(logits: torch.Tensor, *choosers: TokenChooser) -> list[int]:
     return [event.token for event in choose_tokens(logits, list(choosers)) if event is not None]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 0.9)])
-def test_shares_of_drawn_tokens_are_the_probabilities(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (2.0, 0.9, 0), (1.0, 1.0, 2), (2.0, 0.6, 3)]
+)
+def test_shares_of_drawn_tokens_are_the_probabilities(temperature: float, top_p: float, top_k: int) -> None:
     logits = torch.tensor([1.0, 2.0, 0.0, -1.0, 1.5])
-    chooser = _chooser(temperature=temperature, top_p=top_p, seed=3)
+    chooser = _chooser(temperature=temperature, top_p=top_p, top_k=top_k, seed=3)
     counts = torch.zeros(5)
     for _ in range(3000):
         counts[_tokens(logits[None], chooser)[0]] += 1
     expected = (logits / temperature).softmax(-1)
+    expected = torch.where(expected >= expected.topk(top_k or 5).values[-1], expected, 0.0)
+    expected /= expected.sum()
     kept, total = set[int](), 0.0
     for token in expected.argsort(descending=True).tolist():  # in plain words: add the likeliest until top_p is reached
         if total < top_p:
@@ -69,6 +73,28 @@ def test_logprobs_are_the_models_own_whatever_the_temperature() -> None:
         likeliest = row.topk(k)
         assert [token for token, _ in event.top] == likeliest.indices.tolist()
         assert [value for _, value in event.top] == pytest.approx(likeliest.values.tolist(), abs=1e-6)
+
+
+def test_tempered_logprobs_are_those_of_the_distribution_that_was_drawn_from_before_it_was_cut() -> None:
+    torch.manual_seed(0)
+    logits, temperatures = torch.randn(3, 30), (0.5, 2.0, 0.0)
+    choosers = [_chooser(temperature=t, tempered=True, top_logprobs=3, top_k=2, seed=1) for t in temperatures]
+    for row, temperature, event in zip(logits, temperatures, choose_tokens(logits, choosers), strict=True):
+        assert event is not None
+        expected = (row / (temperature or 1.0)).log_softmax(-1)  # a greedy answer has the model's own
+        assert event.logprob == pytest.approx(float(expected[event.token]), abs=1e-5)
+        assert [value for _, value in event.top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-5)
+
+
+def test_seeds_that_differ_in_any_of_64_bits_draw_other_tokens() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(12, 1, 200)
+    drawn = {
+        tuple(_tokens(step, chooser)[0] for step in logits)
+        for seed in (0, 1, 2**32, 2**63, 2**64 - 1)
+        for chooser in [_chooser(seed=seed)]
+    }
+    assert len(drawn) == 5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -145,6 +145,7 @@ def _sampling(
         max_tokens=wanted or min(limits.new_tokens, context - longest),
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
         seed=body.seed,
         top_logprobs=top,
         stop_tokens=service.stop_tokens,

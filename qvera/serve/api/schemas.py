@@ -31,7 +31,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "top_k": (0, -1),
     "min_p": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -122,6 +121,8 @@ class GenerationBody(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1)] | None = -1
+    """As vLLM's: the most tokens to draw from; -1 and 0: all."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 

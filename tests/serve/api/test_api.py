@@ -37,7 +37,7 @@ def scored_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_chat_is_written_as_qvera_chat_writes_it(served: Served) -> None:
-    answer = served.chat("say é", seed=5, temperature=0.5, top_p=0.9, max_tokens=7).json()
+    answer = served.chat("say é", seed=5, temperature=0.5, top_p=0.9, top_k=4, max_tokens=7).json()
     [choice], [request] = answer["choices"], served.engine.requests
     message = {"role": "assistant", "content": choice["message"]["content"], "refusal": None}
     assert answer["object"] == "chat.completion"
@@ -45,7 +45,7 @@ def test_a_chat_is_written_as_qvera_chat_writes_it(served: Served) -> None:
     assert list(request.prompt) == served.prompts.ids([Turn("user", "say é")])
     sampling, tokens = request.sampling, len(request.prompt)
     assert (sampling.seed, sampling.temperature, sampling.top_p, sampling.max_tokens) == (5, 0.5, 0.9, 7)
-    assert (sampling.top_logprobs, request.adapter) == (None, None)
+    assert (sampling.top_k, sampling.top_logprobs, request.adapter) == (4, None, None)
     assert answer["usage"] == {"prompt_tokens": tokens, "completion_tokens": 7, "total_tokens": tokens + 7}
 
 
@@ -163,6 +163,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "x" * 100_000}, 404, "model", "xxx…"),
     ({"y" * 100_000: 1}, 400, "y" * 200 + "…", "Unknown key"),
     ({"top_p": 0}, 400, "top_p", "greater than 0"),
+    ({"top_k": -2}, 400, "top_k", "greater than or equal to -1"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"n": 17}, 400, "n", "at most 16 answers"),
     ({"max_tokens": 5000}, 400, None, "The prompt has"),
