@@ -451,7 +451,7 @@ _FAMILIES = [
     Family(
         "DBRX", "dbrx", "Wqkv out_proj", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}, experts="dense",
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}, experts="4 bits",
     ),
     Family(
         "DeepSeek V2", "deepseek_v2", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
@@ -610,7 +610,7 @@ _FAMILIES = [
     ),
     Family(
         "JetMoE", "jetmoe", "kv_proj", {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": 4,
-        "num_key_value_heads": 2}, experts="dense",
+        "num_key_value_heads": 2}, experts="4 bits",
         limits=_KEPT,
     ),
     Family(
@@ -643,7 +643,7 @@ _FAMILIES = [
     Family(
         "LongCat-Flash", "longcat_flash", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, "num_layers": 2,
         "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
-        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, four_bit="each load", experts="dense",
+        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, experts="4 bits",
     ),
     Family("Mamba", "mamba", "in_proj x_proj out_proj", _NO_GROUPS, limits=_NO_PLAN),
     Family(

@@ -16,7 +16,7 @@ from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.models import lean_layers, linear
-from qvera.models.experts import ExpertStack, require_experts, runs_llama4, stack_experts, stacks
+from qvera.models.experts import ExpertStack, misread_by_peft, require_experts, stack_experts, stacks
 from qvera.models.structure import beside_the_layers, head_size, share_tied_modules
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
@@ -82,10 +82,10 @@ class QveraModel(BaseTuner):
         if config.experts != "none":
             stack_experts(model)
             require_experts(stacks(model))
-            if method_of(config).peft_type == "LORA" and runs_llama4(model):
+            if method_of(config).peft_type == "LORA" and (family := misread_by_peft(model)):
                 raise InputError(
-                    "adapter.experts: LoRAs are saved as PEFT's, and PEFT takes the matrices of Llama 4's experts "
-                    "turned. Use adapter.method: vera."
+                    f"adapter.experts: LoRAs are saved as PEFT's, and PEFT takes the matrices of {family}'s experts "
+                    "for others. Use adapter.method: vera."
                 )
         matched, method = self._match_targets(model, config), method_of(config)
         found = [(spec_of(name, base), base) for name, base in matched]

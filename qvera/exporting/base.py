@@ -22,7 +22,7 @@ from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.config.schema import ModelSection
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization
-from qvera.models.conversion import FusedTensor, as_named, fused_tensors
+from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors
 from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
@@ -207,6 +207,7 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     model = empty_model(section, directory, model_class)
     named = as_named(stored, model)
     require_own_weights(directory, named, model, model_class)
+    stored = as_stacks(stored, model)
     if model_class.has_own_head:  # whose names other tools do not know; all others keep those of the files
         stored = named
     heads = tuple(f"{name}." for name in model_class.head_modules(model))

@@ -277,6 +277,12 @@ def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Plac
     MLPs with these names, or of shared experts (Laguna). InputError: it refuses the targets, or would adapt other
     layers than the adapter has.
     """
+    weights = dict(model.named_parameters())
+    if flat := sorted(name for name, delta in adapter.layers.items() if delta.experts and weights[name].dim() == 2):
+        raise InputError(
+            f"PEFT takes {first_of(flat)} for one matrix, where the adapter changes each expert. Export with --to "
+            "merged."
+        )
     config, kept, places = LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), set(), {}
     try:
         with torch.device("meta"):  # not the base itself, where modules stand in several places

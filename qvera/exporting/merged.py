@@ -24,6 +24,7 @@ from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import PackedBaseReader, TrainedBaseReader, one_thread_each, open_adapter_on_base
 from qvera.exporting.deltas import TokenTable, token_tables
 from qvera.models import quantization
+from qvera.models.experts import expert_specs
 from qvera.models.safetensors_stream import (
     Block,
     CheckpointReader,
@@ -74,6 +75,10 @@ class Merging:
         self.added_tokens = ids_of(self.tokenizer, section.added_tokens)
         require_tokens(self.adapter.config, adapter_dir, self.added_tokens)
         shapes = {entry.name: entry.shape for entry in base.entries}
+        own = {file: base.model.get_parameter(n) for n in expert_specs(base.model) if (file := base.names.get(n))}
+        self.flat = {name: tuple(weight.shape) for name, weight in own.items() if weight.dim() == 2}
+        """Experts that the file has one below the other."""
+        shapes |= self.flat
         self.tables: dict[str, TokenTable] = {}
         if self.added_tokens:
             self.tables = token_tables(base.model, self.added_tokens, adapter_dir, shapes, base.names)
@@ -175,6 +180,7 @@ class Merging:
             numbers += [*torch.aminmax(exact), exact.abs().sum()]
             exact.add_(weight.to(exact.device))  # in fp32, like weight.float() + ΔW
         result = exact.to(self.dtype).contiguous()
+        result = result.flatten(0, 1) if name in self.flat else result
         numbers += torch.aminmax(result)  # both are NaN where one element is
         *of_delta, low, high = torch.stack([number.float() for number in numbers]).tolist()
         if of_delta:

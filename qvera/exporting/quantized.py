@@ -17,10 +17,12 @@ from qvera.adapters.files.adapter_file import read_config
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.exporting.base import PackedBaseReader, read_trained_weight
 from qvera.exporting.merged import export_merged
+from qvera.models.conversion import as_stacks, fused_tensors
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.models.quantized_record import problem_of, read_record
+from qvera.models.safetensors_stream import read_tensor
 from qvera.models.stored_weights import packed_weights, without_statistics
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text, require_new_or_unfinished
@@ -139,17 +141,22 @@ def _weight_errors(
     One weight of ``dense`` is in memory at a time. ``progress`` may raise, to stop.
     """
     model = empty_model(section, base_directory(section.replace(path=str(quantized))), model_class)
-    stored, originals = checkpoint_tensors(quantized), checkpoint_tensors(dense)
+    stored, originals = checkpoint_tensors(quantized), as_stacks(checkpoint_tensors(dense), model)
     packed = packed_weights(stored, model)
     reader = PackedBaseReader(stored, file_stamps(stored), {}, packed, torch.float32)
     source = PackedBaseReader(originals, file_stamps(originals), {}, {}, torch.float32)
-    entries = {entry.name: entry for entry in originals}
+    entries, fused = {entry.name: entry for entry in originals}, fused_tensors(originals, model)
     errors = {}
     for entry in without_statistics(stored, packed):
         if entry.name not in packed:
             continue
         progress(entry.name)
-        weight = read_trained_weight(source, entries[entry.name])
+        if entry.name in entries:
+            weight = read_trained_weight(source, entries[entry.name])
+        else:  # experts that are single in the files
+            tensor = fused[entry.name]
+            parts = [tensor.part(i, lambda e, at: read_tensor(e, source.stamps, at)) for i in range(entry.shape[0])]
+            weight = torch.stack(parts).float()
         wrong = size = 0.0
         with open(entry.file, "rb", buffering=0) as handle:
             for block in reader.blocks_of(handle.fileno(), entry):

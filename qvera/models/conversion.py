@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, dot_natural_key
 
+from qvera.models.experts import expert_specs
 from qvera.models.quantization import STATE_KEY
 from qvera.utils.safetensors_io import TensorEntry, TensorSpec
 
@@ -50,6 +52,13 @@ def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorE
                 names[entry.name] = own
     found = [dataclasses.replace(entry, name=names.get(entry.name, entry.name)) for entry in entries]
     return found if len({entry.name for entry in found}) == len(found) else entries
+
+
+def as_stacks(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
+    """The same, with the shape [E, m, n] for experts that the file has one below the other (DBRX); not those packed."""
+    specs = expert_specs(model)
+    whole = {e.name for e in entries if e.name in specs and e.numel == math.prod(specs[e.name].shape)}
+    return [dataclasses.replace(e, shape=specs[e.name].shape) if e.name in whole else e for e in entries]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,15 @@ from qvera.utils.errors import InputError
 
 IMPLEMENTATION = "qvera"
 """The name of `run_experts` among transformers' experts functions."""
-_LLAMA4 = "Llama4TextExperts"
+_OWN_CODE = {
+    "Llama4TextExperts": {"gate_up_proj": True, "down_proj": True},
+    "DbrxExpertGLU": {"w1": False, "v1": False, "w2": True},
+    "JetMoeParallelExperts": {"weight": False},
+    "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
+}
+"""Classes outside of transformers' interface (`qvera.models.own_experts`) → their projections in the order of their
+use, and whether a matrix is [in, out]."""
+_PEFT_MISREADS = {"Llama4TextExperts": "Llama 4", "DbrxExpertGLU": "DBRX"}
 DENSE_WEIGHTS = 2**25
 """Weights of experts that an accelerator holds dense at a time: 64 MB in 16 bits."""
 
@@ -59,14 +67,15 @@ def expert_specs(model: nn.Module) -> dict[str, StackSpec]:
     """The expert projections of a model that are run here, by the names of their parameters."""
     found = {}
     for path, module in model.named_modules():
-        is_llama4 = type(module).__name__ == _LLAMA4
-        if not is_llama4 and not (hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")):
-            continue
-        for name in projections(module):
-            weight = getattr(module, name, None)
-            if isinstance(weight, nn.Parameter) and weight.dim() == 3:
-                experts, rows, columns = weight.shape
-                found[f"{path}.{name}"] = StackSpec(experts, rows, columns, is_llama4 or bool(module.is_transposed))
+        own = _OWN_CODE.get(type(module).__name__, {})
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+            own = dict.fromkeys(projections(module), bool(module.is_transposed))
+        for name, is_transposed in own.items():
+            if isinstance(weight := getattr(module, name, None), nn.Parameter):
+                # DBRX has the experts one below the other: [E m, n]
+                experts = weight.shape[0] if weight.dim() == 3 else int(module.moe_num_experts)
+                rows = weight.numel() // (experts * weight.shape[-1])
+                found[f"{path}.{name}"] = StackSpec(experts, rows, weight.shape[-1], is_transposed)
     return found
 
 
@@ -104,8 +113,7 @@ class StackScales:
         return dataclasses.replace(self, **moved)
 
 
-@dataclasses.dataclass
-class Routing:
+class Routing(NamedTuple):
     """Which expert each of S rows goes to; the rows are sorted by expert."""
 
     experts: Tensor
@@ -324,10 +332,10 @@ def place_stack(model: nn.Module, name: str, stack: ExpertStack) -> None:
     module: Any = model.get_submodule(path)
     del module._parameters[key]
     setattr(module, key, stack)
-    if type(module).__name__ == _LLAMA4:
-        from qvera.models.llama4 import RoutedLlama4  # an import that other models need not wait for
+    if type(module).__name__ in _OWN_CODE:
+        from qvera.models.own_experts import run_here  # it needs this module
 
-        model.get_submodule(path.rpartition(".")[0]).__class__ = RoutedLlama4
+        run_here(model, path)
         return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
     module.config._experts_implementation = IMPLEMENTATION
@@ -336,21 +344,18 @@ def place_stack(model: nn.Module, name: str, stack: ExpertStack) -> None:
 def stack_experts(model: nn.Module) -> None:
     """Make an `ExpertStack` of every expert projection that is dense."""
     for name, spec in expert_specs(model).items():
-        place_stack(model, name, ExpertStack(spec, model.get_parameter(name).data))
+        place_stack(model, name, ExpertStack(spec, model.get_parameter(name).data.view(spec.shape)))
 
 
 def require_experts(found: Sized) -> None:
     """Raise InputError where no expert projections were found for a recipe that adapts experts."""
     if not len(found):
-        raise InputError(
-            "adapter.experts: this model has no experts that can be adapted (docs/models.md names the classes that run "
-            "them by code of their own). Set it to none."
-        )
+        raise InputError("adapter.experts: this model has no experts that can be adapted. Set it to none.")
 
 
-def runs_llama4(model: nn.Module) -> bool:
-    """Whether the experts are Llama 4's, which are run by code of their own."""
-    return any(type(module).__name__ == _LLAMA4 for module in model.modules())
+def misread_by_peft(model: nn.Module) -> str | None:
+    """The family whose experts' matrices a LoRA of PEFT takes turned (Llama 4) or for one matrix (DBRX); else None."""
+    return next((found for m in model.modules() if (found := _PEFT_MISREADS.get(type(m).__name__))), None)
 
 
 def stacks(model: nn.Module) -> list[ExpertStack]:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
-from qvera.models.conversion import FusedTensor, as_named, fused_tensors
+from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors
 from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
@@ -144,6 +144,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     names = {name for name in model.state_dict() if name in stored or name.partition(".")[0] not in heads}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     require_own_weights(directory, entries, model, model_class)
+    entries = as_stacks(entries, model)
     specs = {name: spec for name, spec in expert_specs(model).items() if spec.is_quantizable}
     fused: dict[str, FusedTensor | Mxfp4Stack] = {
         name: tensor for name, tensor in fused_tensors(entries, model).items() if name in specs or not tensor.is_merged

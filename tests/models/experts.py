@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts of ten classes, and the dense model in fp64 that they are compared with."""
+"""Tiny mixtures of experts of fourteen classes, and the dense model in fp64 that they are compared with."""
 
 from __future__ import annotations
 
@@ -52,15 +52,33 @@ CLASSES: dict[str, dict[str, Any]] = {
         **_ROUTED, "moe_shared_expert_intermediate_size": 64, "layers_block_type": ["attention", "moe"],
         "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
     },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16, "num_attention_heads": 4},
+    "longcat_flash": {
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "num_layers": 2, "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2,
+        "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 64,
+    },
 }  # fmt: skip
-"""Model type → the config beside what is common. gpt-oss has biases, it and Llama 4 transposed weights, nemotron_h no gate."""
+"""Model type → the config beside what is common. gpt-oss has biases, it and Llama 4 transposed weights, nemotron_h no gate,
+DBRX three matrices for each expert, JetMoE experts in its attention, LongCat-Flash experts without weights."""
+_OF_ITS_OWN = {
+    "dbrx": {"num_hidden_layers", "num_attention_heads", "hidden_size"},
+    "longcat_flash": {"num_hidden_layers"},
+}
+"""What these call otherwise."""
 
 
 def write(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random checkpoint, as transformers saves it: of single experts, or of stacked ones."""
     torch.manual_seed(0)
+    common = {key: value for key, value in _COMMON.items() if key not in _OF_ITS_OWN.get(name, ())}
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **{**_COMMON, **CLASSES.get(name, {}), **changes})
+        AutoConfig.for_model(name, **{**common, **CLASSES.get(name, {}), **changes})
     )
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -116,7 +134,8 @@ def dense_base(model: Any, directory: Path) -> Any:
             own, weight = plain.get_submodule(name), quantization.dequantized_weight(module, torch.float32)
             own.weight.data.copy_(weight.t() if isinstance(own, Conv1D) else weight)
         elif isinstance(module, ExpertStack):
-            plain.get_parameter(name).data.copy_(module.dense(0, module.spec.experts, torch.float32))
+            own = plain.get_parameter(name)
+            own.data.copy_(module.dense(0, module.spec.experts, torch.float32).view_as(own))
     return plain
 
 
@@ -130,7 +149,8 @@ def add_delta(model: Any, plain: Any) -> dict[str, dict[str, torch.Tensor]]:
         path, _, key = (layer.spec.name if is_stack else f"{layer.spec.name}.weight").rpartition(".")
         owner = plain.get_submodule(path)
         weight, change = owner._parameters.pop(key), delta(layer, vectors)
-        setattr(owner, key, weight.data + (change.t() if isinstance(owner, Conv1D) else change))
+        change = change.t() if isinstance(owner, Conv1D) else change.reshape(weight.shape)
+        setattr(owner, key, weight.data + change)
     return leaves
 
 

@@ -6,6 +6,7 @@ tests/training/plan/test_activations.py counts the same with ``saved_tensors_hoo
 fake accelerator. T: tokens of the batch; g: the gradient of the residual stream.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,23 +53,26 @@ def _dense_width(run: PlannedRun) -> int:
 
 def _expert_bytes(run: PlannedRun) -> tuple[int, int]:
     """What a layer's experts keep for backward, and the most that exists beside it (`qvera.models.experts`)."""
-    if not run.layer_experts:
-        return 0, 0
     size, rows = run.itemsize, run.batch.all_tokens * run.shape.experts_per_token
-    first, second = (x.adapted_spec for x in run.layer_experts)
-    adapted = {x.name for x in run.adapted_experts}
-    rank, hidden, inner = run.recipe.adapter.rank, second.out_features, second.in_features
-    # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
-    numbers = first.out_features + inner + hidden + rank * sum(x.name in adapted for x in (first, second))
-    if run.method.source is Source.TRAINED and first.name in adapted:  # the rows themselves, for the gradient of A
-        numbers += first.in_features
-    # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
-    width = max(first.out_features, hidden)
-    weights = max(math.prod(x.spec.shape) for x in run.layer_experts)
-    largest = max(x.spec.rows * x.spec.columns for x in run.layer_experts)
-    dense = min(weights, max(DENSE_WEIGHTS, largest)) if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
-    flowing = rows * (first.out_features + inner + hidden + width) * size + (rows * width * 4 if adapted else 0)
-    return rows * (numbers * size + 4 * 8), flowing + dense * size
+    adapted, rank = {x.name for x in run.adapted_experts}, run.recipe.adapter.rank
+    kept, most = 0, 0
+    for _, own in itertools.groupby(run.layer_experts, lambda x: x.owner):  # JetMoE has some in its attention too
+        stacks = list(own)
+        *firsts, second = (x.adapted_spec for x in stacks)
+        outer, hidden, inner = sum(x.out_features for x in firsts), second.out_features, second.in_features
+        # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
+        numbers = outer + inner + hidden + rank * sum(x.name in adapted for x in (*firsts, second))
+        if run.method.source is Source.TRAINED:  # the rows themselves, for the gradient of A
+            numbers += max((x.in_features for x in firsts if x.name in adapted), default=0)
+        # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
+        width = max(outer, hidden)
+        weights = max(math.prod(x.spec.shape) for x in stacks)
+        largest = max(x.spec.rows * x.spec.columns for x in stacks)
+        dense = min(weights, max(DENSE_WEIGHTS, largest)) if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
+        flowing = rows * (outer + inner + hidden + width) * size + (rows * width * 4 if adapted else 0)
+        kept += rows * (numbers * size + 4 * 8)
+        most = max(most, flowing + dense * size)
+    return kept, most
 
 
 def goes_by_tiles(run: PlannedRun) -> bool:

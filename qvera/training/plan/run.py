@@ -31,7 +31,10 @@ from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
 
-_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "top_k")
+_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
+    "top_k",
+)  # fmt: skip
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -64,6 +67,11 @@ class ExpertWeights:
     name: str
     spec: StackSpec
     layer: int | None
+
+    @property
+    def owner(self) -> str:
+        """What has this projection and those that are used with it."""
+        return self.name.removesuffix(".weight").rpartition(".")[0]
 
     @property
     def numbers(self) -> int:
@@ -175,6 +183,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     weight = getattr(output, "weight", None)  # patches of images are in none
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) or weight is table
     dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
+    of_experts = getattr(config, "ffn_config", config)  # DBRX has its own
     experts = tuple(
         ExpertWeights(name, spec, int(layer[1]) if (layer := _LAYER.search(f".{name}.")) else None)
         for name, spec in expert_specs(model).items()
@@ -206,7 +215,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         dense_numbers=dense,
         expert_numbers=sum(p.numel() for p in expert_weights(model).values()) - sum(x.numbers for x in experts),
         experts=experts,
-        experts_per_token=next((int(n) for key in _PER_TOKEN if (n := getattr(config, key, None))), 2)
+        experts_per_token=next((int(n) for key in _PER_TOKEN if (n := getattr(of_experts, key, None))), 2)
         if experts
         else 0,
         head=own_head,
