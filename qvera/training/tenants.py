@@ -1,24 +1,673 @@
-"""Models of many tenants, trained on one base in shared passes."""
+"""Models of many tenants on one base that answers meanwhile, each trained by calls: rows, losses and steps of its own.
+
+**Order.** Calls of one model are done in the order in which they came. Rows of many models' calls share a pass, where
+they are of one shape. The owner whose rows had the fewest tokens so far gives the next row, from its oldest call. So
+the time is fair over tokens, whatever the size of calls. While a call waits for room, nobody after it begins one.
+
+**Atomic calls.** Passes write to the gradients of the bank as scratch. They are added to the model's pending gradient
+when the call is whole and finite. Where memory runs out, or anything else fails, the calls of the pass begin again with
+half as many rows in a pass, and a single row that fails ends its call. Other models' gradients are never touched.
+
+**Paging.** A model is in a slot of its shape's bank, or packed in host memory, or in a file: by least use, with its
+gradient, moments and count of steps. A shape whose models are idle gives its bank up to another one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import copy
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from qvera.adapters.bank import AdapterBank
+from qvera.adapters.config import PREFIX
+from qvera.adapters.files.save_load import save_adapter
+from qvera.adapters.layer import linear_specs
+from qvera.adapters.methods import Source, method_of
+from qvera.adapters.projection import forget_inputs
+from qvera.config.schema import AdapterSection
+from qvera.models.attention import rows_joined
+from qvera.models.checkpointing import draws_random_numbers
+from qvera.models.structure import beside_the_layers
+from qvera.training.lent_bank import LentBank, require_trainable_base
+from qvera.training.optim import AdamSettings, BankAdamW
+from qvera.training.state_file import read_state, write_state
+from qvera.training.token_rows import Limits, PassRow, TokenRow, checked_settings, problem_of, run_pass
+from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.memory import Shortage, or_shortage
+
+if TYPE_CHECKING:
+    from qvera.models.loader import Base
+
+_logger = logging.getLogger(__name__)
+LORA_ALPHA = 32.0
+"""ΔW = 32 / r · B A for every rank, as Tinker has it."""
+VERA_D_INITIAL = 4.0
+"""VeRA's start, with which the learning rates that are usual for LoRA act."""
+_MOST_SLOTS = 64
+_SHORT_SECONDS = 0.1  # for calls without a pass, in one slice
+_PASSES_BEFORE_MORE = 50  # that went well, before a pass may have twice as many rows again after a shortage
+_ATTENTION = re.compile(r"attn|attention")
+
+Done: TypeAlias = Callable[[Any], None]
+"""Gets a call's result or a `CallFailed`, once, in the engine's thread. It is quick and raises nothing."""
 
 
-class TokenRow(NamedTuple):
-    """A row of a call: position t predicts ``targets[t]``, which need not be the next input."""
+class ModelShape(NamedTuple):
+    """What the models of one bank have in common."""
 
-    tokens: np.ndarray  # int64 [N]
-    targets: np.ndarray  # int64 [N, K]
-    inputs: Mapping[str, np.ndarray]  # fp32 [N, K], by the names of `TOKEN_LOSSES`
+    method: str
+    """``lora`` or ``vera``."""
+    rank: int
+    targets: str = "all-linear"
+    """``all-linear``, or the linears of ``attention``, or the others: ``mlp``."""
 
 
 class RowResults(NamedTuple):
-    """What a call gives back."""
+    """The result of `Tenants.forward_backward`."""
 
-    logprobs: list[np.ndarray]  # fp32 [N, K] of each row, of all positions
-    loss: float  # sum over the call
-    metrics: dict[str, float]  # each name has exactly one ':'
+    logprobs: list[np.ndarray]
+    """Of each row's targets, fp32 [N, K], by the model before the next step."""
+    loss: float
+    """The sum over the call."""
+    metrics: dict[str, float]
+
+
+class CallFailed(Exception):
+    """A call that left nothing behind. ``category``: whether the ``user`` can mend it, or it is the ``server``'s."""
+
+    def __init__(self, message: str, category: Literal["user", "server"] = "user") -> None:
+        super().__init__(message)
+        self.message, self.category = message, category
+
+
+@dataclasses.dataclass(frozen=True)
+class TenantSettings:
+    """Limits of `Tenants`."""
+
+    directory: Path
+    """For models that are paged out. What an earlier server left there is deleted."""
+    device_bytes: int = 2 * 2**30
+    """Of all banks. A bank takes half of it at most, but always has a slot."""
+    host_bytes: int = 4 * 2**30
+    """Of models that are in no slot. Further ones are in files."""
+    pass_tokens: int = 2048
+    """Of a pass, padding included. A longer row has a pass of its own."""
+    loss_chunk_tokens: int = 512
+    """Tokens whose logits are in memory at one time."""
+    most_lora_rank: int = 64
+    most_vera_rank: int = 1024
+
+
+@dataclasses.dataclass(eq=False)
+class _Do:
+    """A call without a pass."""
+
+    done: Done
+    do: Callable[[_Model], Any]
+
+
+@dataclasses.dataclass(eq=False)
+class _Step:
+    done: Done
+    settings: AdamSettings
+
+
+@dataclasses.dataclass(eq=False)
+class _Rows:
+    """A call of rows. ``left``: numbers of those that no pass has had yet, the next one last."""
+
+    done: Done
+    rows: Sequence[TokenRow]
+    loss: str
+    settings: tuple[tuple[str, float], ...]
+    forward_only: bool
+    number: int
+    left: list[int] = dataclasses.field(default_factory=list)
+    results: dict[int, tuple[np.ndarray, float]] = dataclasses.field(default_factory=dict)
+    begun: bool = False
+
+    def begin_anew(self) -> None:
+        """Shortest rows last, so that the longest, which memory may not suffice for, come first."""
+        self.left = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].tokens))
+        self.results.clear()
+        self.begun = False
+
+
+_Call: TypeAlias = _Do | _Step | _Rows
+
+
+@dataclasses.dataclass(eq=False)
+class _Model:
+    """``packed`` and ``file`` hold it where it has no slot: fp32 ``vectors``, ``first``, ``second`` and ``pending``."""
+
+    id: str
+    owner: str
+    calls: deque[_Call] = dataclasses.field(default_factory=deque)
+    slot: int | None = None
+    steps: int = 0
+    has_pending: bool = False
+    packed: dict[str, Tensor] | None = None
+    file: Path | None = None
+    used: int = 0
+    _pool: _Pool | None = None
+
+    @property
+    def pool(self) -> _Pool:
+        """The models of its shape, once it is created."""
+        assert self._pool is not None
+        return self._pool
+
+    @property
+    def held_slot(self) -> int:
+        """Its slot, if it is in one."""
+        assert self.slot is not None
+        return self.slot
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a call has rows in the scratch of its slot, which it must keep."""
+        return bool(self.calls) and isinstance(self.calls[0], _Rows) and self.calls[0].begun
+
+
+class _Taken(NamedTuple):
+    """A row of a pass."""
+
+    model: _Model
+    call: _Rows
+    number: int
+
+    @property
+    def row(self) -> TokenRow:
+        """The row itself."""
+        return self.call.rows[self.number]
+
+
+class _Pool:
+    """The models of one shape, and its bank, which may have no slots."""
+
+    def __init__(self, shape: ModelShape, lent: LentBank) -> None:
+        self.shape, self.lent = shape, lent
+        self.open(0)
+        self.numbers, self.trained_numbers = self.bank.numbers, self.bank.trained_numbers
+        self.slot_bytes = 4 * (self.numbers + 4 * self.trained_numbers)
+
+    def open(self, slots: int) -> None:
+        """Make the bank anew. ``pending`` [slots, trained_numbers] are gradients of whole calls."""
+        self.bank: AdapterBank = self.lent.make_bank(slots)
+        self.adamw, self.pending = BankAdamW(self.bank), torch.zeros_like(self.bank.gradients)
+        self.residents: list[_Model | None] = [None] * slots
+
+    def start(self, seed: int) -> Tensor:
+        """The numbers that a model starts with. ``seed``: of trained matrices; frozen ones are the same for all."""
+        config = copy.copy(self.lent.model.peft_config[self.lent.adapter])
+        method, specs = method_of(config), {layer.spec.name: layer.spec for layer in self.bank.layers}
+        if method.source is Source.TRAINED:
+            config.projection_seed = seed
+        vectors = {}
+        for key, columns in self.bank.layout.columns.items():
+            name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+            vectors[key] = method.start(kind, columns.shape, config, specs[name])
+        return self.bank.layout.pack(vectors)
+
+
+class Tenants:
+    """The engine's `BackgroundWork` that trains the models. Public methods may be called from any thread.
+
+    Results go to ``done`` of each call; a call that can't be done gives it a `CallFailed`. InputError: the base can't
+    be trained on while it answers.
+    """
+
+    def __init__(self, base: Base, settings: TenantSettings, wake: Callable[[], None]) -> None:
+        require_trainable_base(base)
+        self._base, self._settings, self._wake = base, settings, wake
+        self._device = next(base.model.parameters()).device
+        self._is_training = not draws_random_numbers(base.model)  # dropout and checkpoints come with this mode
+        self._limits = Limits.of(base.model)
+        self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # with the owner of a new model
+        self._models: dict[str, _Model] = {}
+        self._busy: dict[str, _Model] = {}  # those that have calls
+        self._pools: dict[ModelShape, _Pool] = {}
+        self._clock, self._numbers = itertools.count(1), itertools.count()
+        self._spent: dict[str, int] = {}  # owner → tokens, of those that have rows waiting
+        self._most_rows: int | None = None  # of a pass, since memory ran out
+        self._good_passes = 0
+        self._waits_for_room = False  # an optimizer step does
+        self.tokens = self.passes = 0  # since the start
+        shutil.rmtree(settings.directory, ignore_errors=True)
+        settings.directory.mkdir(parents=True)
+
+    # Called from any thread
+
+    def create(self, model_id: str, owner: str, shape: ModelShape, seed: int, done: Done) -> None:
+        """Make a model. ``owner``: whose turn its calls take. ``done`` gets ``{"parameters": their number}``."""
+
+        def make(model: _Model) -> dict[str, Any]:
+            model._pool = self._pool(shape)
+            self._pack(model, {"vectors": model.pool.start(seed)})
+            return {"parameters": model.pool.trained_numbers}
+
+        self._send(model_id, _Do(done, make), owner)
+
+    def load(self, model_id: str, owner: str, file: Path, with_optimizer: bool, done: Done) -> None:
+        """Make a model from a file of `save_state`: all of it, or its vectors alone.
+
+        ``done`` gets ``{"parameters": .., "shape": ModelShape, "facts": as saved}``.
+        """
+
+        def make(model: _Model) -> dict[str, Any]:
+            tensors, state = read_state(file, "Give another one.")
+            if "shape" not in state or state["base"] != self._base.facts.get("fingerprint"):
+                raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
+            shape = ModelShape(*state["shape"])
+            pool = self._pool(shape)
+            sizes = {"vectors": pool.numbers} | dict.fromkeys(("first", "second", "pending"), pool.trained_numbers)
+            if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
+                raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
+            model._pool = pool
+            if with_optimizer:
+                model.steps, model.has_pending = state["steps"], "pending" in tensors
+            self._pack(model, tensors if with_optimizer else {"vectors": tensors["vectors"]})
+            return {"parameters": pool.trained_numbers, "shape": shape, "facts": state["facts"]}
+
+        self._send(model_id, _Do(done, make), owner)
+
+    def forward_backward(
+        self,
+        model_id: str,
+        rows: Sequence[TokenRow],
+        loss: str,
+        settings: Mapping[str, float],
+        forward_only: bool,
+        done: Done,
+    ) -> None:
+        """Add the gradient of a loss, summed over rows and tokens, to the model's. ``done`` gets `RowResults`.
+
+        ``loss`` is one of `TOKEN_LOSSES`, with its ``settings``. ``forward_only``: no gradient is computed.
+        """
+        try:
+            chosen = tuple(sorted(checked_settings(loss, settings).items()))
+            problems = ((i, problem_of(row, loss, self._limits)) for i, row in enumerate(rows))
+            if not rows or (found := next((one for one in problems if one[1]), None)):
+                raise ValueError(f"data[{found[0]}]: {found[1]}." if rows and found else "data: has no rows.")
+        except ValueError as error:
+            return self._send(model_id, _refused(done, str(error)))
+        call = _Rows(done, rows, loss, chosen, forward_only, next(self._numbers))
+        call.begin_anew()
+        self._send(model_id, call)
+
+    def optim_step(self, model_id: str, settings: AdamSettings, done: Done) -> None:
+        """Step with the gradient of all calls since the last step, and drop it. ``done`` gets its metrics."""
+        named, problem = settings._asdict(), None
+        if not all(math.isfinite(value) and value >= 0 for value in named.values()):
+            problem = "takes numbers from 0"
+        elif settings.beta1 >= 1 or settings.beta2 >= 1 or settings.epsilon < 1e-30:
+            problem = "takes betas below 1 and an eps of at least 1e-30"
+        if problem is not None:
+            text = ", ".join(f"{name} {value:g}" for name, value in named.items())
+            return self._send(model_id, _refused(done, f"optim_step: {problem}, got {text}."))
+        self._send(model_id, _Step(done, settings))
+
+    def save_state(self, model_id: str, file: Path, facts: Mapping[str, Any], done: Done) -> None:
+        """Write all of a model to a file for `load`: vectors, moments, count of steps and the pending gradient.
+
+        ``facts`` are the caller's JSON values. The file is on the disk when ``done`` gets None.
+        """
+
+        def save(model: _Model) -> None:
+            state = {"shape": model.pool.shape, "base": self._base.facts.get("fingerprint"), "facts": dict(facts)}
+            write_state(file, self._tensors(model), {**state, "steps": self._steps(model)})
+
+        self._send(model_id, _Do(done, save))
+
+    def save_adapter(self, model_id: str, directory: Path, done: Done) -> None:
+        """Write an adapter that this server and other programs can open. It is on the disk when ``done`` gets None."""
+
+        def save(model: _Model) -> None:
+            lent, vectors = model.pool.lent, self._tensors(model)["vectors"]
+            named = {key: columns.of(vectors) for key, columns in model.pool.bank.layout.columns.items()}
+            save_adapter(lent.model, directory, vectors=named, adapter=lent.adapter)
+
+        self._send(model_id, _Do(done, save))
+
+    def remove(self, model_id: str) -> None:
+        """Drop a model at once. Its calls that are not done fail."""
+        self._send(model_id, None)
+
+    def has_work(self) -> bool:
+        """See `BackgroundWork.has_work`."""
+        return bool(self._arrivals or self._busy)
+
+    def _send(self, model_id: str, call: _Call | None, owner: str | None = None) -> None:
+        self._arrivals.append((model_id, owner, call))
+        self._wake()
+
+    # The engine's thread
+
+    def run_slice(self) -> None:
+        """See `BackgroundWork.run_slice`: calls that need no pass, or one pass."""
+        self._take_arrivals()
+        if not self._do_short_calls():
+            self._do_pass()
+
+    def _take_arrivals(self) -> None:
+        while self._arrivals:
+            model_id, owner, call = self._arrivals.popleft()
+            model = self._models.get(model_id)
+            if call is None:
+                if model is not None:
+                    self._drop(model, "was removed")
+            elif (model is None) is (owner is None):
+                text = "is there already" if owner is not None else "is not there: it was never made, or removed"
+                call.done(CallFailed(f"The model {model_id} {text}."))
+            else:
+                if model is None:
+                    model = self._models[model_id] = _Model(model_id, str(owner))
+                model.calls.append(call)
+                self._busy[model_id] = model
+
+    def _drop(self, model: _Model, why: str) -> None:
+        self._models.pop(model.id)
+        self._busy.pop(model.id, None)
+        if model.slot is not None:
+            model.pool.residents[model.slot] = None
+        if model.file is not None:
+            model.file.unlink(missing_ok=True)
+        for call in model.calls:
+            call.done(CallFailed(f"The model {model.id} {why}."))
+        model.calls.clear()
+
+    def _end(self, model: _Model, result: Any) -> None:
+        """End the oldest call of a model."""
+        call = model.calls.popleft()
+        if not model.calls:
+            del self._busy[model.id]
+        call.done(result)
+
+    def _do_short_calls(self) -> bool:
+        """Do calls that need no pass; False: there was none that could be done."""
+        until, due, did = time.monotonic() + _SHORT_SECONDS, dict[_Pool, list[_Model]](), False
+        for model in list(self._busy.values()):
+            while model.calls and isinstance(call := model.calls[0], _Do) and time.monotonic() < until:
+                self._end(model, self._result_of(functools.partial(call.do, model)))
+                did = True
+                if model._pool is None:
+                    self._drop(model, "could not be made")
+            if model.calls and isinstance(model.calls[0], _Step):
+                due.setdefault(model.pool, []).append(model)
+        self._waits_for_room = False
+        for pool, models in due.items():
+            chosen: list[_Model] = []
+            for model in models:
+                if self._takes_slot(model, chosen):
+                    chosen.append(model)
+                else:
+                    self._waits_for_room = True
+            if chosen:
+                self._step(pool, chosen)
+                did = True
+        return did
+
+    def _result_of(self, do: Callable[[], Any]) -> Any:
+        """What it returns, or the `CallFailed` that says why it does not."""
+        try:
+            found = or_shortage(do, self._device)
+            return CallFailed(f"Memory ran out: {found}.", "server") if isinstance(found, Shortage) else found
+        except CallFailed as error:
+            return error
+        except InputError as error:
+            return CallFailed(str(error))
+        except Exception as error:
+            if not isinstance(error, RunFailed):
+                _logger.exception("a call failed")
+            return CallFailed(first_line(error), "server")
+
+    def _step(self, pool: _Pool, models: Sequence[_Model]) -> None:
+        """Take the optimizer steps of models that are in slots, which have no scratch now."""
+        slots = [model.held_slot for model in models]
+        settings = [model.calls[0].settings for model in models if isinstance(model.calls[0], _Step)]
+
+        def step() -> list[float]:
+            for slot in slots:
+                pool.bank.gradients[slot].copy_(pool.pending[slot])
+            return pool.adamw.step(slots, settings)
+
+        norms = self._result_of(step)
+        for place, (model, slot) in enumerate(zip(models, slots, strict=True)):
+            if isinstance(norms, CallFailed):
+                pool.bank.gradients[slot].zero_()
+                self._end(model, norms)
+                continue
+            pool.pending[slot].zero_()
+            model.has_pending = False
+            if math.isfinite(norms[place]):
+                self._end(model, {"grad_norm:mean": norms[place]})
+            else:
+                text = "the norm of the gradient is not finite; no step was taken, and the gradient is dropped"
+                self._end(model, CallFailed(f"optim_step: {text}."))
+
+    def _do_pass(self) -> None:
+        chosen = self._choose_rows()
+        if not chosen:
+            return
+        pool, gradients = chosen[0].model.pool, not chosen[0].call.forward_only
+        chosen.sort(key=lambda one: (one.call.loss, one.call.settings))  # rows of one loss stand together
+        rows = [PassRow(one.model.held_slot, one.row, one.call.loss, one.call.settings) for one in chosen]
+        chunk = self._settings.loss_chunk_tokens
+        found = self._result_of(lambda: run_pass(pool.lent, pool.bank, rows, chunk, self._is_training, gradients))
+        if isinstance(found, CallFailed):
+            return self._begin_anew(chosen, found)
+        self.passes += 1
+        self.tokens += sum(len(one.row.tokens) for one in chosen)
+        self._good_passes += 1
+        if self._most_rows is not None and self._good_passes % _PASSES_BEFORE_MORE == 0:
+            self._most_rows *= 2
+        for (model, call, number), result in zip(chosen, found, strict=True):
+            call.results[number] = result
+            if len(call.results) == len(call.rows):
+                self._end(model, self._result_of(functools.partial(self._finished, model, call)))
+
+    def _choose_rows(self) -> list[_Taken]:
+        """The rows of the next pass, whose models are in slots then."""
+        waiting: dict[str, list[tuple[_Model, _Rows]]] = {}
+        for model in list(self._busy.values()):
+            if isinstance(call := model.calls[0], _Rows):
+                waiting.setdefault(model.owner, []).append((model, call))
+        # who was idle begins level with those who were not
+        level = min((self._spent[owner] for owner in waiting if owner in self._spent), default=0)
+        self._spent = {owner: max(self._spent.get(owner, 0), level) for owner in waiting}
+        for calls in waiting.values():
+            calls.sort(key=lambda one: one[1].number, reverse=True)
+        joined = rows_joined(self._base.model, False, True, whole_rows=True) is not None
+        chosen, kind, longest, total, is_full = list[_Taken](), None, 0, 0, self._waits_for_room
+        while waiting:
+            owner = min(waiting, key=lambda one: self._spent[one])
+            model, call = waiting[owner][-1]
+            if call.left and kind in (None, (model.pool, call.forward_only)):
+                if call.begun or (not is_full and self._takes_slot(model)):
+                    tokens = len(call.rows[call.left[-1]].tokens)
+                    longest, total = max(longest, tokens), total + tokens
+                    taken = total if joined else longest * (len(chosen) + 1)
+                    if chosen and (taken > self._settings.pass_tokens or len(chosen) == self._most_rows):
+                        break
+                    kind, call.begun = (model.pool, call.forward_only), True
+                    self._spent[owner] += tokens
+                    chosen.append(_Taken(model, call, call.left.pop()))
+                    continue
+                is_full = True
+            waiting[owner].pop()
+            if not waiting[owner]:
+                del waiting[owner]
+        return chosen
+
+    def _begin_anew(self, chosen: Sequence[_Taken], failed: CallFailed) -> None:
+        """Undo the calls of a pass that failed, and take fewer rows; the call of a single row ends."""
+        pool = chosen[0][0].pool
+        forget_inputs(pool.lent.model)
+        for model, call, _ in chosen:
+            pool.bank.gradients[model.slot].zero_()
+            call.begin_anew()
+        if len(chosen) > 1:
+            self._most_rows, self._good_passes = len(chosen) // 2, 0
+            return _logger.warning("a pass of %d rows failed (%s); going on with half", len(chosen), failed.message)
+        self._most_rows = None
+        model, call, number = chosen[0]
+        text = f"data[{number}], a row of {len(call.rows[number].tokens):,} tokens: {failed.message}"
+        self._end(model, CallFailed(text, failed.category))
+
+    def _finished(self, model: _Model, call: _Rows) -> RowResults:
+        """Add the scratch to the pending gradient, if all of the call is finite."""
+        pool, slot = model.pool, model.held_slot
+        scratch, results = pool.bank.gradients[slot], [call.results[i] for i in range(len(call.rows))]
+        try:
+            for number, (logprobs, loss) in enumerate(results):
+                if not (math.isfinite(loss) and np.isfinite(logprobs).all()):
+                    raise CallFailed(f"data[{number}]: the loss is not finite. The call's gradient is dropped.")
+            if not call.forward_only:
+                if not bool(torch.isfinite(scratch).all()):
+                    raise CallFailed("data: the gradient is not finite. It is dropped.")
+                pool.pending[slot].add_(scratch)
+                model.has_pending = True
+        finally:
+            if not call.forward_only:
+                scratch.zero_()
+        total = math.fsum(loss for _, loss in results)
+        return RowResults([logprobs for logprobs, _ in results], total, {"loss:sum": total})
+
+    # Where a model is
+
+    def _pool(self, shape: ModelShape) -> _Pool:
+        """The models of a shape; CallFailed where there can be none."""
+        most = {"lora": self._settings.most_lora_rank, "vera": self._settings.most_vera_rank}.get(shape.method)
+        if most is None or not 1 <= shape.rank <= most:
+            raise CallFailed(f"rank: {shape.method} takes 1 to {most}, got {shape.rank}.")
+        if shape not in self._pools:
+            start = {"alpha": LORA_ALPHA} if shape.method == "lora" else {"d_initial": VERA_D_INITIAL}
+            about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets), **start}
+            section = AdapterSection.model_validate(about)
+            self._pools[shape] = _Pool(shape, LentBank(self._base, f"__{'-'.join(map(str, shape))}__", section))
+        return self._pools[shape]
+
+    def _targets(self, targets: str) -> str | list[str]:
+        """What a recipe's ``adapter.targets`` would be."""
+        if targets == "all-linear":
+            return targets
+        found = {name.removesuffix(".base_layer"): spec for name, spec in linear_specs(self._base.model).items()}
+        names = [name for name in found.keys() - beside_the_layers(self._base.model) if not found[name].experts]
+        wanted = [name for name in names if bool(_ATTENTION.search(name)) is (targets == "attention")]
+        if not wanted:
+            raise CallFailed(f"targets: this base has no linears of its {targets} alone. Train all of them.")
+        short, others = ({name.rpartition(".")[2] for name in some} for some in (wanted, set(names) - set(wanted)))
+        return sorted(wanted if short & others else short)
+
+    def _open(self, pool: _Pool) -> bool:
+        """Give a pool its bank. Others that are not in use give up theirs; False: they are in use."""
+        slots = max(min(self._settings.device_bytes // 2 // pool.slot_bytes, _MOST_SLOTS), 1)
+        others = [other for other in self._pools.values() if other.residents]
+        others.sort(key=lambda one: max((model.used for model in one.residents if model), default=0))
+        held = sum(len(other.residents) * other.slot_bytes for other in others)
+        for other in others:
+            if held + slots * pool.slot_bytes <= self._settings.device_bytes:
+                break
+            if not any(model is not None and model.is_begun for model in other.residents):
+                for model in other.residents:
+                    if model is not None:
+                        self._page_out(model)
+                held -= len(other.residents) * other.slot_bytes
+                other.open(0)
+        if held and held + slots * pool.slot_bytes > self._settings.device_bytes:
+            return False
+        pool.open(slots)
+        return True
+
+    def _takes_slot(self, model: _Model, kept: Collection[_Model] = ()) -> bool:
+        """Put a model into a slot, if it is in none. False: all are needed, by ``kept`` too; or it can't be read."""
+        pool, model.used = model.pool, next(self._clock)
+        if model.slot is not None:
+            return True
+        if not pool.residents and not self._open(pool):
+            return False
+        if None not in pool.residents:
+            idle = [one for one in pool.residents if one is not None and not one.is_begun and one not in kept]
+            if not idle:
+                return False
+            self._page_out(min(idle, key=lambda one: (bool(one.calls), one.used)))
+        tensors = self._result_of(lambda: self._tensors(model))
+        if isinstance(tensors, CallFailed):
+            self._end(model, tensors)
+            return False
+        slot = pool.residents.index(None)
+        pool.bank.put(slot, tensors["vectors"])
+        pool.adamw.reset(slot)
+        pool.pending[slot].zero_()
+        if "first" in tensors:
+            pool.adamw.first[slot].copy_(tensors["first"])
+            pool.adamw.second[slot].copy_(tensors["second"])
+        if "pending" in tensors:
+            pool.pending[slot].copy_(tensors["pending"])
+        pool.adamw.steps[slot] = model.steps
+        pool.residents[slot], model.slot, model.packed = model, slot, None
+        if model.file is not None:
+            model.file.unlink(missing_ok=True)
+            model.file = None
+        return True
+
+    def _page_out(self, model: _Model) -> None:
+        tensors, slot, model.steps = self._tensors(model), model.held_slot, self._steps(model)
+        model.pool.residents[slot], model.slot = None, None
+        self._pack(model, tensors)
+
+    def _pack(self, model: _Model, tensors: dict[str, Tensor]) -> None:
+        """Hold a model in host memory, and write the least used ones to files where that is full."""
+        model.packed, model.used = tensors, next(self._clock)
+        held = sorted((one for one in self._models.values() if one.packed), key=lambda one: one.used)
+        sizes = [sum(tensor.nbytes for tensor in (one.packed or {}).values()) for one in held]
+        left = sum(sizes)
+        for one, own in zip(held, sizes, strict=True):
+            if left <= self._settings.host_bytes:
+                break
+            file = self._settings.directory / f"{next(self._clock)}.safetensors"
+            try:
+                write_state(file, one.packed or {}, {})
+            except RunFailed as error:
+                return _logger.warning("models stay in memory: %s", error)
+            one.packed, one.file, left = None, file, left - own
+
+    def _tensors(self, model: _Model) -> dict[str, Tensor]:
+        """A model's tensors in host memory, wherever it is."""
+        if model.packed is not None:
+            return model.packed
+        if model.file is not None:
+            return read_state(model.file, "It was changed while the server ran.")[0]
+        pool, slot = model.pool, model.held_slot
+        found = {"vectors": pool.bank.vectors[slot]}
+        if pool.adamw.steps[slot]:
+            found |= {"first": pool.adamw.first[slot], "second": pool.adamw.second[slot]}
+        if model.has_pending:
+            found["pending"] = pool.pending[slot]
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
+
+    def _steps(self, model: _Model) -> int:
+        return model.steps if model.slot is None else model.pool.adamw.steps[model.slot]
+
+
+def _refused(done: Done, why: str) -> _Do:
+    """A call that fails when its turn comes."""
+
+    def refuse(_: _Model) -> None:
+        raise CallFailed(why)
+
+    return _Do(done, refuse)
