@@ -6,6 +6,7 @@ file, and Tinker's client may live in the same process. Numbers in ``bytes`` fie
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ Datum model_input Chunk*, loss_fn_inputs Tensor%
 Chunk encoded_text EncodedText?, image Unread?, dmel Unread?
 EncodedText tokens bytes
 Unread
+CallPlace model_id string, seq_id int32
 Tensor dense bytes?, sparse_csr SparseCsr?, dtype int32, shape int64*
 SparseCsr values bytes, crow_indices bytes, col_indices bytes
 ForwardBackwardOutput loss_fn_output_type string, loss_fn_outputs ArrayRecord*, metrics double%
@@ -84,13 +86,9 @@ MESSAGES = _message_classes()
 """Name of a message → its class."""
 NO_LOGPROB = -99999.0
 """In an empty cell of `TopLogprobs`."""
-_FLOAT32, _INT64, _INT32, _BFLOAT16 = 1, 2, 3, 4
-_DTYPES: dict[int, np.dtype[Any]] = {
-    _FLOAT32: np.dtype("<f4"),
-    _INT64: np.dtype("<i8"),
-    _INT32: np.dtype("<i4"),
-    _BFLOAT16: np.dtype("<u2"),  # numpy has none: the upper half of a float32
-}
+_FLOAT32, _INT64, _INT32 = 1, 2, 3
+_DTYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
+"""The client sends no bfloat16, which the protocol has as 4."""
 _MOST_COLUMNS = 1024  # targets of one position
 _MOST_CELLS = 1 << 24  # of all targets and inputs of a call, which may come sparse and are held dense
 _TARGETS = "target_tokens"
@@ -101,23 +99,9 @@ _REFUSED_LOSSES = {
 }
 
 
-class BadCall(InputError):
-    """A body of forward_backward that can't be used.
-
-    Attributes:
-        model_id, seq_id: as far as they could be read; a refused call has used its seq_id.
-    """
-
-    def __init__(self, message: str, model_id: str | None, seq_id: int | None) -> None:
-        super().__init__(message)
-        self.model_id, self.seq_id = model_id, seq_id
-
-
 class ForwardBackward(NamedTuple):
     """A call of forward_backward. ``settings`` has all of its loss's settings."""
 
-    model_id: str
-    seq_id: int
     rows: list[TokenRow]
     loss: str
     settings: dict[str, float]
@@ -152,6 +136,16 @@ def decompress(body: bytes, most_bytes: int) -> bytes:
     raise InputError(f"the body expands to more than {most_bytes:,} bytes, the most that is taken.")
 
 
+def call_of(body: bytes) -> tuple[str, int]:
+    """The model and seq_id of a body of forward_backward, also of a damaged one. Raises InputError if it has none."""
+    place = MESSAGES["CallPlace"]()
+    with contextlib.suppress(DecodeError):  # what came before the damage was read
+        place.ParseFromString(body)
+    if not place.model_id:
+        raise InputError("the body is no ForwardBackwardRequest: it names no model_id.")
+    return place.model_id, place.seq_id
+
+
 def decode_forward_backward(body: bytes, vocabulary: int, most_tokens: int) -> ForwardBackward:
     """Read and check a body of forward_backward.
 
@@ -159,33 +153,27 @@ def decode_forward_backward(body: bytes, vocabulary: int, most_tokens: int) -> F
         vocabulary: all token ids are below this.
         most_tokens: of one row.
 
-    Raises:
-        BadCall: it names the row and the field, and has what could be read of the call's place.
+    Raises InputError that names the row and the field.
     """
     request = MESSAGES["ForwardBackwardRequest"]()
     try:
         request.ParseFromString(body)
-        settings = _settings(request)
-        if not request.data:
-            raise InputError("data: has no rows.")
-        tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
-        if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
-            raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
-        rows, shapes = [], []
-        for number, datum in enumerate(request.data):
-            try:
-                row, shape = _row(datum, request.loss_fn, request.forward_only, vocabulary, most_tokens)
-            except InputError as error:
-                raise InputError(f"row {number}: {error}") from None
-            rows.append(row)
-            shapes.append(shape)
     except DecodeError as error:
-        raise BadCall(f"the body is no ForwardBackwardRequest ({error}).", request.model_id, request.seq_id) from None
-    except InputError as error:
-        raise BadCall(str(error), request.model_id, request.seq_id) from None
-    return ForwardBackward(
-        request.model_id, request.seq_id, rows, request.loss_fn, settings, request.forward_only, shapes
-    )
+        raise InputError(f"the body is no ForwardBackwardRequest ({error}).") from None
+    loss, settings, rows, shapes = request.loss_fn, _settings(request), [], []
+    if not request.data:
+        raise InputError("data: has no rows.")
+    tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
+    if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
+        raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
+    for number, datum in enumerate(request.data):
+        try:
+            row, shape = _row(datum, loss, request.forward_only, vocabulary, most_tokens)
+        except InputError as error:
+            raise InputError(f"row {number}: {error}") from None
+        rows.append(row)
+        shapes.append(shape)
+    return ForwardBackward(rows, loss, settings, request.forward_only, shapes)
 
 
 def _settings(request: Any) -> dict[str, float]:
@@ -269,11 +257,10 @@ def _require_ids(name: str, ids: np.ndarray, vocabulary: int) -> None:
 
 def _numbers(name: str, data: bytes, code: int) -> np.ndarray:
     if (kind := _DTYPES.get(code)) is None:
-        raise InputError(f"{name}: has the dtype {code}; expected 1 (float32), 2 (int64), 3 (int32) or 4 (bfloat16).")
+        raise InputError(f"{name}: has the dtype {code}; expected 1 (float32), 2 (int64) or 3 (int32).")
     if len(data) % kind.itemsize:
         raise InputError(f"{name}: has {len(data):,} bytes, which are no whole numbers of {kind.itemsize} bytes.")
-    values = np.frombuffer(data, kind)
-    return (values.astype(np.uint32) << 16).view(np.float32) if code == _BFLOAT16 else values
+    return np.frombuffer(data, kind)
 
 
 def _tensor(name: str, tensor: Any, tokens: int) -> np.ndarray:

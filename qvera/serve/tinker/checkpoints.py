@@ -1,0 +1,184 @@
+"""Saved states and adapters of Tinker's clients, by their paths.
+
+    tinker://RUN/weights/NAME             runs/RUN/weights/NAME/              a state, to train on from
+    tinker://RUN/sampler_weights/NAME     runs/RUN/sampler_weights/NAME/      an adapter directory, to answer with
+    tinker://RUN/external_weights/NAME    runs/RUN/external_weights/NAME/     the same, to be downloaded
+
+RUN is a model's id, with ``_`` for ``:`` in a directory's name. A checkpoint enters the database once its files are on
+disk, and leaves it after they were deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from qvera.serve.api.errors import ApiError, shortened
+from qvera.serve.tinker.database import Database
+from qvera.utils.errors import InputError
+from qvera.utils.formatting import size
+
+if TYPE_CHECKING:
+    import sqlite3
+
+Kind = Literal["weights", "sampler_weights", "external_weights"]
+_DOWNLOAD_SECONDS = 3600.0
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]{0,127}")
+_LIVE = "IFNULL(expires, 1e18) > ?"
+
+
+class Place(NamedTuple):
+    """Where a checkpoint is, or will be."""
+
+    path: str
+    run: str
+    kind: Kind
+    name: str
+    directory: Path
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint with its files on disk. Times are seconds since 1970."""
+
+    place: Place
+    owner: str  # name of a key
+    created: float
+    bytes: int
+    expires: float | None
+    public: bool  # whether every key may read it
+    about: dict[str, Any]  # base, method, rank, targets, user_metadata
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self.place.directory
+
+
+class Checkpoints:
+    """The checkpoints of a server, for any thread. An expired one is not found."""
+
+    def __init__(self, database: Database, root: Path, most_bytes: int) -> None:
+        """``most_bytes``: of all checkpoints of one key."""
+        self.database, self._runs, self._most_bytes = database, root / "runs", most_bytes
+        self._lock = threading.Lock()
+
+    def place(self, run: str, kind: Kind, name: str) -> Place:
+        """The place of a checkpoint. Raises InputError for a name that is no part of a path."""
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"path: {name[:200]!r} is no name of a checkpoint; expected 1 to 128 of A-Z a-z 0-9 _ . = + @ -, and a "
+                "letter, a digit or _ first."
+            )
+        return Place(f"tinker://{run}/{kind}/{name}", run, kind, name, self._runs / run.replace(":", "_") / kind / name)
+
+    def require_free(self, place: Place, owner: str, overwrite: bool, promise: str) -> None:
+        """Refuse to save where another call than ``promise`` has saved, or where the key's checkpoints are too many."""
+        self.remove_expired()
+        found = self._select("path = ?", place.path)
+        if found and not overwrite and found[0].about.get("promise") != promise:
+            raise InputError(f"path: {place.path} exists. Choose another name, delete it, or save with overwrite=True.")
+        (used,) = self.database.rows("SELECT IFNULL(SUM(bytes), 0) FROM checkpoints WHERE owner = ?", (owner,))[0]
+        if used >= self._most_bytes:
+            raise InputError(
+                f"path: this key's checkpoints take {size(used)}, and {size(self._most_bytes)} is the most; delete "
+                "some, or save with ttl_seconds."
+            )
+
+    def add(self, place: Place, owner: str, ttl_seconds: int | None, about: dict[str, Any]) -> None:
+        """Add a checkpoint whose files are on disk, in place of one with its path."""
+        now = time.time()
+        self.database.insert(
+            "checkpoints",
+            path=place.path,
+            owner=owner,
+            run=place.run,
+            kind=place.kind,
+            name=place.name,
+            directory=str(place.directory.relative_to(self._runs)),
+            created=now,
+            bytes=sum(file.stat().st_size for file in place.directory.iterdir()),
+            expires=None if ttl_seconds is None else now + ttl_seconds,
+            about=json.dumps(about),
+        )
+
+    def find(self, path: str, owner: str, *kinds: Kind) -> Checkpoint:
+        """A checkpoint that a key may read. Raises ApiError 404, or InputError if it is of none of ``kinds``."""
+        found = self._select("path = ? AND (owner = ? OR public)", path, owner)
+        if not found:
+            raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
+        if kinds and found[0].place.kind not in kinds:
+            raise InputError(f"{path}: expected {' or '.join(kinds)}, found {found[0].place.kind}.")
+        return found[0]
+
+    def change(self, path: str, owner: str, column: Literal["public", "expires"], value: float | None) -> None:
+        """Change a checkpoint of a key. Raises ApiError 404."""
+        query = f"UPDATE checkpoints SET {column} = ? WHERE path = ? AND owner = ? AND {_LIVE} RETURNING path"
+        if not self.database.rows(query, (value, path, owner, time.time())):
+            raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
+        self.remove_expired()
+
+    def remove_expired(self) -> None:
+        """Delete checkpoints whose time is over. What a kill leaves of one is deleted the next time."""
+        over, now = "expires IS NOT NULL AND expires <= ?", time.time()
+        for row in self.database.rows(f"SELECT * FROM checkpoints WHERE {over}", (now,)):
+            shutil.rmtree(self._made(row).directory, ignore_errors=True)
+            self.database.rows(f"DELETE FROM checkpoints WHERE path = ? AND {over}", (row["path"], now))
+
+    def copy(self, path: str, owner: str, ttl_seconds: int | None, key: str) -> Place:
+        """Copy a checkpoint to a run of its own. The same ``key`` gives the same copy. Raises as `find`."""
+        with self._lock:
+            if done := self._select("owner = ? AND json_extract(about, '$.copy_key') = ?", owner, key):
+                return done[0].place
+            source, run, now = self.find(path, owner), f"copy-{secrets.token_hex(12)}", time.time()
+            place = self.place(run, source.place.kind, source.place.name)
+            self.require_free(place, owner, False, "")
+            # a file that is saved over is a new file, so the copy keeps the old one
+            shutil.copytree(source.directory, place.directory, copy_function=os.link)
+            self.add(place, owner, ttl_seconds, {**source.about, "copy_key": key, "download": None})
+            shape = [source.about[name] for name in ("method", "rank", "targets")]
+            about = {"user_metadata": source.about["user_metadata"]}
+            row = {"owner": owner, "base": source.about["base"], "shape": json.dumps(shape), "about": json.dumps(about)}
+            self.database.insert("models", id=run, session="", created=now, last_request=now, ended=now, **row)
+            return place
+
+    def page(self, owner: str, run: str | None, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
+        """Some checkpoints of a key, of one run if it is named, the newest first; and how many there are."""
+        where, values = "owner = ? AND run = IFNULL(?, run)", (owner, run)
+        rest = f"{where} ORDER BY created DESC LIMIT {limit} OFFSET {offset}"
+        count = f"SELECT COUNT(*) FROM checkpoints WHERE {_LIVE} AND {where}"
+        return self._select(rest, *values), self.database.rows(count, (time.time(), *values))[0][0]
+
+    def newest(self, run: str, kind: Kind) -> Checkpoint | None:
+        """The newest checkpoint of a run and kind."""
+        return next(iter(self._select("run = ? AND kind = ? ORDER BY created DESC LIMIT 1", run, kind)), None)
+
+    def download_token(self, path: str, owner: str) -> tuple[Checkpoint, str, float]:
+        """A token for the files of external weights, and until when it holds (seconds since 1970). Raises as `find`."""
+        found, ends = self.find(path, owner, "external_weights"), time.time() + _DOWNLOAD_SECONDS
+        token = (found.about.get("download") or [secrets.token_urlsafe(32)])[0]
+        query = "UPDATE checkpoints SET about = json_set(about, '$.download', json(?)) WHERE path = ?"
+        self.database.rows(query, (json.dumps([token, ends]), path))
+        return found, token, ends
+
+    def download(self, token: str, file: str) -> Path:
+        """A file of the checkpoint that a token is for. Raises ApiError 404."""
+        query = "json_extract(about, '$.download[0]') = ? AND json_extract(about, '$.download[1]') > ?"
+        for found in self._select(query, token, time.time()):
+            if file in os.listdir(found.directory):
+                return found.directory / file
+        raise ApiError(404, "There is no such file, or its URL has expired.")
+
+    def _select(self, rest: str, *values: object) -> list[Checkpoint]:
+        query = f"SELECT * FROM checkpoints WHERE {_LIVE} AND {rest}"
+        return [self._made(row) for row in self.database.rows(query, (time.time(), *values))]
+
+    def _made(self, row: sqlite3.Row) -> Checkpoint:
+        place, about = self.place(row["run"], row["kind"], row["name"]), json.loads(row["about"])
+        return Checkpoint(place, row["owner"], row["created"], row["bytes"], row["expires"], bool(row["public"]), about)
