@@ -87,7 +87,7 @@ MESSAGES = _message_classes()
 NO_LOGPROB = -99999.0
 """In an empty cell of `TopLogprobs`."""
 _FLOAT32, _INT64, _INT32 = 1, 2, 3
-_DTYPES = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
+_DTYPES: dict[int, np.dtype[Any]] = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
 """The client sends no bfloat16, which the protocol has as 4."""
 _MOST_COLUMNS = 1024  # targets of one position
 _MOST_CELLS = 1 << 24  # of all targets and inputs of a call, which may come sparse and are held dense

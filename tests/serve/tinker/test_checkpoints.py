@@ -77,7 +77,7 @@ def test_unknown_and_foreign_look_the_same_and_published_ones_can_be_read_by_all
     unknown = path.replace("/a", "/b")
     messages = []
     for asked, owner in ((path, "ben"), (unknown, "anna")):
-        for call in (store.find, lambda *given: store.change(*given, "public", 1)):
+        for call in (store.find, lambda path, owner: store.change(path, owner, "public", 1)):
             with pytest.raises(ApiError) as caught:
                 call(asked, owner)
             assert caught.value.status == 404
