@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from qvera.models.loader import Base
 from qvera.serve.background import Background
 from qvera.serve.engine import Engine
 from qvera.serve.requests import EndEvent, GenerationRequest
 from qvera.training.online import OnlineTrainer
 from qvera.training.roster import AdapterRun
+from qvera.training.tenants import ModelShape, Tenants, TenantSettings
 from tests.helpers import wait_until
 from tests.serve.helpers import BASE, ENGINES, SECONDS, engine_of, request, store_of, submit, tiny_base
 from tests.training.online_jobs import Jobs, datasets_of, job_recipe, server_recipe, write_job_rows
+from tests.training.tenant_calls import STEP, some_rows
 
 LENGTH = EndEvent("length")
 
@@ -107,6 +110,58 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     for run in runs:
         assert run.reason is None
         assert torch.equal(trainer.loop.bank.vectors[run.held_slot], expected[run.name])
+
+
+def test_jobs_and_tenants_train_on_one_base_that_answers_as_without_them(
+    make_recipe: Any, tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    """Tenants of two shapes and a job take turns, and each becomes to the bit what it becomes without the others."""
+    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
+    own = job_recipe(make_recipe, write_job_rows(tmp_path / "anna.jsonl", 10, 1), max_steps=3)
+    alone = Jobs(recipe)
+    expected = alone.finish([alone.begin("anna", own)])["anna"]
+    store, shapes = store_of(adapters_dir), {"a": ModelShape("lora", 4), "b": ModelShape("vera", 16, "attention")}
+    asked = [request([3 + i] * (5 + 7 * i), store.resolve(name), 6) for i, name in enumerate((BASE, "a1", "a2") * 3)]
+    with engine_of(tiny_model_dir) as engine:
+        without = _answers(engine, asked)
+
+    def begin(base: Base, name: str) -> tuple[Tenants, dict[str, Any]]:
+        tenants, found = Tenants(base, TenantSettings(tmp_path / name), lambda: None), dict[str, Any]()
+        for model_id, shape in shapes.items():
+            tenants.create(model_id, "anna", shape, 0, lambda _: None)
+            for step in range(3):
+                rows = some_rows(4, step)
+                tenants.forward_backward(model_id, rows, "cross_entropy", {}, False, lambda _: None)
+                tenants.optim_step(model_id, STEP, lambda _: None)
+            tenants.forward_backward(
+                model_id, some_rows(4, 5), "cross_entropy", {}, True, lambda one, key=model_id: found.update({key: one})
+            )
+        return tenants, found
+
+    quiet, losses = begin(tiny_base(tiny_model_dir), "quiet")
+    while quiet.has_work():
+        quiet.run_slice()
+    base = tiny_base(tiny_model_dir)
+    trainer = OnlineTrainer(base, recipe, slots=1)
+    run = trainer.prepare("anna", own, datasets_of(own))
+    tenants, beside = begin(base, "beside")
+
+    def part() -> None:
+        if run.slot is None:
+            trainer.begin(run)
+        trainer.run_slice()
+        tenants.run_slice()
+
+    work = Parts(part, lambda: trainer.has_work or tenants.has_work())
+    with engine_of(tiny_model_dir, base=base, training_share=0.5) as engine:
+        first = _answers(engine, asked[:1])
+        engine.set_background(work)
+        rest = _answers(engine, asked[1:4], lambda: work.wait_for_more(0))
+        wait_until(lambda: not work.has_work())
+        last = _answers(engine, asked[4:])
+    assert [*first, *rest, *last] == without
+    assert torch.equal(trainer.loop.bank.vectors[run.held_slot], expected)
+    assert [beside[key].loss for key in shapes] == [losses[key].loss for key in shapes]
 
 
 class Clock:

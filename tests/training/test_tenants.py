@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qvera.models.token_losses import TOKEN_LOSSES
+from qvera.training import tenants
 from qvera.training.optim import AdamSettings
-from qvera.training.tenants import ModelShape, RowResults
+from qvera.training.tenants import CallFailed, ModelShape, RowResults
+from qvera.training.token_rows import PassRow, TokenRow
+from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.training.online_jobs import difference
 from tests.training.tenant_calls import LORA, STEP, VERA, Calls, Reference, some_rows
 
@@ -104,3 +113,285 @@ def test_each_model_among_others_is_what_it_is_alone_and_what_torch_makes_of_it(
                 assert_same_results(next(results), reference.rows(rows_of_call, loss, SETTINGS[loss]), 2e-4)
             assert next(norms)["grad_norm:mean"] == pytest.approx(reference.step(settings), rel=1e-3)
         assert difference(found[name].double(), reference.flat()) < 1e-3
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.0) -> bool:
+    return one.keys() == other.keys() and all(difference(one[key], other[key]) <= tolerance for key in one)
+
+
+def test_calls_add_up_to_one_call_of_all_rows_and_a_forward_leaves_nothing(tmp_path: Path) -> None:
+    calls, rows = Calls(tmp_path), some_rows(9, 4, each=2)
+    for name in ("parts", "whole"):
+        calls.create(name, VERA)
+    for part in (rows[:2], rows[2:3], rows[3:]):
+        calls.rows("parts", part)
+    calls.rows("whole", rows)
+    parts, whole = (calls.tensors(name) for name in ("parts", "whole"))
+    assert equal(parts, whole, 1e-6)
+    calls.rows("whole", rows, forward_only=True)
+    results = calls.finish()["whole"]
+    assert_same_results(results[-1], results[1], 1e-6)
+    assert equal(calls.tensors("whole"), whole)
+    calls.step("whole")
+    assert "pending" not in calls.tensors("whole")
+    before = calls.tensors("whole")
+    calls.step("whole")  # without a gradient
+    after = calls.tensors("whole")
+    assert calls.results["whole"][-2] == {"grad_norm:mean": 0.0}
+    torch.testing.assert_close(after["first"], 0.9 * before["first"])
+    assert not torch.equal(after["vectors"], before["vectors"])
+
+
+@pytest.mark.parametrize("shape", [LORA, VERA], ids=["lora", "vera"])
+def test_a_call_that_is_not_finite_fails_alone_and_leaves_nothing_behind(shape: ModelShape, tmp_path: Path) -> None:
+    """By its weights, and by vectors that a step has made infinite; its rows share passes with those of others."""
+    found = []
+    for broken in (False, True):
+        calls = Calls(tmp_path / str(broken), pass_tokens=200)
+        for name in ("good", "bad"):
+            calls.create(name, shape, name, seed=1)
+            calls.rows(name, some_rows(3, 5))
+        calls.rows("good", some_rows(6, 6))
+        rows = some_rows(6, 7)
+        if broken:
+            rows[2].inputs["weights"][0] = 3e38
+        calls.rows("bad", rows)
+        calls.finish()
+        if broken:
+            failed = calls.results["bad"][-1]
+            assert isinstance(failed, CallFailed) and failed.category == "user" and "not finite" in failed.message
+        found.append((calls.tensors("good"), calls))
+    (without, _), (beside, calls) = found
+    assert equal(beside, without)
+    kept, alone = calls.tensors("bad"), Calls(tmp_path / "alone")
+    alone.create("bad", shape, seed=1)
+    alone.rows("bad", some_rows(3, 5))
+    assert equal(kept, alone.tensors("bad"), 1e-6)
+    calls.step("bad", STEP._replace(learning_rate=1e30))
+    calls.rows("good", some_rows(4, 9))
+    calls.rows("bad", some_rows(4, 8))
+    calls.finish()
+    assert isinstance(calls.results["bad"][-1], CallFailed) and "data[0]" in calls.results["bad"][-1].message
+    assert isinstance(calls.results["good"][-1], RowResults)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[Sequence[PassRow]], object]) -> list[int]:
+    """Let passes fail, after their backward, that do not fit; the rows of the others."""
+    sizes, real = list[int](), tenants.run_pass
+
+    def run_pass(lent: Any, bank: Any, rows: Sequence[PassRow], *more: Any) -> Any:
+        found = real(lent, bank, rows, *more)
+        if not fits(rows):
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        sizes.append(len(rows))
+        return found
+
+    monkeypatch.setattr(tenants, "run_pass", run_pass)
+    return sizes
+
+
+def test_where_memory_runs_out_passes_are_halved_and_models_become_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train(Calls(tmp_path / "plenty"), [0, 2])
+    sizes = short_of_memory(monkeypatch, lambda rows: len(rows) <= 2)
+    found = train(Calls(tmp_path / "short"), [0, 2])
+    assert max(sizes) == 2
+    assert equal(found, expected, 1e-5)
+
+
+def test_a_row_that_does_not_fit_ends_its_call_alone_and_pending_gradients_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(tmp_path)
+    for name in ("good", "bad"):
+        calls.create(name, LORA, name)
+        calls.rows(name, some_rows(3, 5))
+    before = calls.tensors("bad")
+    rows = some_rows(6, 7)
+    sizes = short_of_memory(monkeypatch, lambda given: all(one.row is not rows[4] for one in given))
+    calls.rows("bad", rows)
+    calls.rows("good", some_rows(6, 7))
+    calls.rows("bad", some_rows(2, 8))
+    calls.finish()
+    failed, after = calls.results["bad"][-2:]
+    assert isinstance(failed, CallFailed) and failed.category == "server"
+    assert failed.message.startswith("data[4], a row of") and "2.15 GB were asked for" in failed.message
+    assert isinstance(calls.results["good"][-1], RowResults) and isinstance(after, RowResults)
+    assert max(sizes[1:]) > 1  # passes are large again
+    monkeypatch.undo()
+    alone = Calls(tmp_path / "alone")
+    alone.create("bad", LORA)
+    alone.rows("bad", some_rows(3, 5))
+    assert equal(alone.tensors("bad"), before, 1e-6)
+    alone.rows("bad", some_rows(2, 8))
+    assert equal(calls.tensors("bad"), alone.tensors("bad"), 1e-5)
+
+
+def test_a_fault_in_a_pass_is_the_servers_and_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(tmp_path)
+    calls.create("one", LORA)
+    calls.rows("one", some_rows(3, 5))
+    before = calls.tensors("one")
+    monkeypatch.setattr(tenants, "run_pass", lambda *_: 1 / 0)
+    calls.rows("one", some_rows(4, 6))
+    failed = calls.finish()["one"][-1]
+    assert failed.category == "server" and "division by zero" in failed.message
+    monkeypatch.undo()
+    assert equal(calls.tensors("one"), before)
+
+
+def test_owners_have_their_turns_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has a long call, one many models with small calls, and one comes later; nobody waits for the long call."""
+    calls, taken = Calls(tmp_path, pass_tokens=40), dict.fromkeys(("long", "many", "late"), 0)
+    owners = {"long": "long", "late": "late", **{f"many {i}": "many" for i in range(8)}}
+    for name, owner in owners.items():
+        calls.create(name, LORA, owner)
+    calls.finish()
+    real = tenants.run_pass
+
+    def counted(lent: Any, bank: Any, rows: Sequence[PassRow], *more: Any) -> Any:
+        residents = calls.tenants._pools[LORA].residents
+        for one in rows:
+            model = residents[one.slot]
+            assert model is not None
+            taken[owners[model.id]] += len(one.row.tokens)
+        return real(lent, bank, rows, *more)
+
+    monkeypatch.setattr(tenants, "run_pass", counted)
+
+    def rows_of(count: int, length: int) -> list[TokenRow]:
+        return [TokenRow(np.full(length, 5), np.full((length, 1), 7), {"weights": np.ones((length, 1), np.float32)})
+                for _ in range(count)]  # fmt: skip
+
+    calls.rows("long", rows_of(40, 8))
+    for name, owner in owners.items():
+        if owner == "many":
+            calls.rows(name, rows_of(8, 4))
+    while taken["long"] < 120:
+        calls.tenants.run_slice()
+        assert abs(taken["long"] - taken["many"]) <= 40
+    calls.rows("late", rows_of(4, 16))
+    before = dict(taken)
+    while len(calls.results["late"]) < 2:
+        calls.tenants.run_slice()
+    gained = {owner: taken[owner] - before[owner] for owner in taken}
+    assert gained["late"] == 64 and abs(gained["long"] - 64) <= 40 and abs(gained["many"] - 64) <= 40
+    calls.finish()
+    assert taken == {"long": 320, "many": 256, "late": 64}
+    assert calls.order.index("late", 12) < [i for i, name in enumerate(calls.order) if name == "long"][-1]
+
+
+def test_models_that_are_paged_out_amid_their_calls_become_the_same(tmp_path: Path) -> None:
+    """One slot for all models of a shape, two shapes, of which one has room, and no model fits host memory."""
+    expected = train(Calls(tmp_path / "roomy"), list(range(len(KINDS))))
+    tight = Calls(tmp_path / "tight", device_bytes=1, host_bytes=1)
+    found = train(tight, list(range(len(KINDS))))
+    assert equal(found, expected, 1e-5)
+    in_slots = [model for pool in tight.tenants._pools.values() for model in pool.residents if model is not None]
+    files = list((tmp_path / "tight" / "paged").iterdir())
+    assert len(in_slots) + len(files) == len(KINDS) and len(in_slots) <= 1
+    for number in range(len(KINDS)):
+        tight.tenants.remove(f"m{number}")
+    tight.finish()
+    assert not list((tmp_path / "tight" / "paged").iterdir())
+
+
+def test_a_saved_model_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    """With a gradient that no step has used yet, in tenants of another process; and its vectors alone."""
+    calls, file = Calls(tmp_path / "first"), tmp_path / "state.safetensors"
+    calls.create("one", VERA)
+
+    def go_on(calls: Calls, name: str) -> list[RowResults]:
+        calls.rows(name, some_rows(4, 11))
+        calls.step(name)
+        calls.rows(name, some_rows(4, 12))
+        return [one for one in calls.finish()[name] if isinstance(one, RowResults)][-2:]
+
+    for seed in (1, 2):
+        calls.rows("one", some_rows(4, seed))
+        calls.step("one")
+    calls.rows("one", some_rows(4, 3))
+    calls.tenants.save_state("one", file, {"applied_seq": 5}, calls.done("one"))
+    expected = go_on(calls, "one")
+    again = Calls(tmp_path / "again")
+    again.tenants.load("whole", "anna", file, True, again.done("whole"))
+    again.tenants.load("vectors", "anna", file, False, again.done("vectors"))
+    for found, results in zip(go_on(again, "whole"), expected, strict=True):
+        assert found.loss == results.loss
+    assert again.results["whole"][0] == {"parameters": 1364, "shape": VERA, "facts": {"applied_seq": 5}}
+    without = go_on(again, "vectors")
+    assert without[0].loss == expected[0].loss and without[1].loss != expected[1].loss
+    assert equal({"vectors": again.tensors("whole")["vectors"]}, {"vectors": calls.tensors("one")["vectors"]})
+
+
+def test_a_lora_starts_as_tinkers_do_and_is_saved_as_pefts(tmp_path: Path) -> None:
+    calls = Calls(tmp_path)
+    for name, shape, seed in (("a", LORA, 1), ("b", LORA, 1), ("c", LORA, 2), ("mlp", ModelShape("lora", 2, "mlp"), 1)):
+        calls.create(name, shape, seed=seed)
+    one, same, other = (calls.tensors(name)["vectors"] for name in "abc")
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    for name in ("a", "mlp"):
+        calls.tenants.save_adapter(name, tmp_path / name, calls.done(name))
+    calls.finish()
+    saved = load_file(tmp_path / "a" / ADAPTER_WEIGHTS)
+    for key, tensor in saved.items():
+        if "lora_A" in key:
+            assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1
+        else:
+            assert not tensor.any()
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["lora_alpha"], config["r"]) == ("LORA", 32, 3)
+    assert len(saved) == 28
+    names = {key.split(".")[-3] for key in load_file(tmp_path / "mlp" / ADAPTER_WEIGHTS)}
+    assert names == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: Path) -> None:
+    calls, (row, *_) = Calls(tmp_path), some_rows(1, 1)
+    ones = np.ones((1, 1), np.float32)
+    calls.create("one", LORA)
+    calls.rows("one", some_rows(3, 5))
+    before = calls.tensors("one")
+    policy = {"logprobs": ones, "advantages": ones}
+    refused: list[tuple[Any, str]] = [
+        (([row], "sft"), "loss_fn: takes one of cross_entropy, "),
+        (([], "cross_entropy"), "data: has no rows"),
+        (([row], "ppo"), r"data\[0\]: loss_fn_inputs.advantages is missing"),
+        (([row, row._replace(tokens=np.array([304]))], "cross_entropy"), r"data\[1\]: model_input has ids from 304"),
+        (([row._replace(targets=np.array([[-1]]))], "cross_entropy"), "target_tokens has ids from -1"),
+        (([row._replace(targets=np.zeros((2, 1), int))], "cross_entropy"), r"has the shape \[2, 1\] for 1 tokens"),
+        (([row._replace(tokens=np.zeros(0, int))], "cross_entropy"), "has 0 tokens; this base takes 1 to 256"),
+        (([row._replace(inputs={"weights": ones[:, 0]})], "cross_entropy"), r"has the shape \[1\], target_tokens"),
+        (([row._replace(inputs={"weights": ones * np.nan})], "cross_entropy"), "weights has NaN or Inf"),
+        (([TokenRow(row.tokens, np.zeros((1, 2), int), policy)], "ppo"), "which cross_entropy alone takes"),
+    ]
+    for arguments, message in refused:
+        calls.rows("one", *arguments)
+        failed = calls.finish()["one"][-1]
+        assert isinstance(failed, CallFailed) and failed.category == "user"
+        assert re.search(message, failed.message), failed.message
+    calls.rows("one", [row._replace(inputs=policy)], "dro")
+    calls.rows("one", [row._replace(inputs=policy)], "ppo", epsilon=0.2)
+    calls.step("one", STEP._replace(learning_rate=float("nan")))
+    calls.step("one", STEP._replace(beta2=1.0))
+    calls.create("one", LORA)
+    calls.rows("two", [row])
+    calls.create("large", ModelShape("lora", 65))
+    calls.rows("large", [row])
+    (tmp_path / "damaged").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-1])
+    calls.tenants.load("damaged", "anna", tmp_path / "damaged", True, calls.done("damaged"))
+    results = calls.finish()
+    messages = [one.message for one in [*results["one"][-5:], *results["two"], *results["large"], *results["damaged"]]]
+    expected = [
+        "is there already", "loss_fn_config.beta: dro takes a finite", "loss_fn_config.epsilon: ppo does not have it",
+        "optim_step: takes numbers from 0", "takes betas below 1", "is not there", "lora takes 1 to 64, got 65",
+        "could not be made", "damaged",
+    ]  # fmt: skip
+    assert len(messages) == len(expected)
+    assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
+    assert equal(calls.tensors("one"), before)
+    calls.rows("one", some_rows(3, 5))
+    calls.tenants.remove("one")
+    calls.finish()
+    assert "was removed" in calls.results["one"][-1].message
