@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -133,9 +134,8 @@ def test_jobs_and_tenants_train_on_one_base_that_answers_as_without_them(
                 rows = some_rows(4, step)
                 tenants.forward_backward(model_id, rows, "cross_entropy", {}, False, lambda _: None)
                 tenants.optim_step(model_id, STEP, lambda _: None)
-            tenants.forward_backward(
-                model_id, some_rows(4, 5), "cross_entropy", {}, True, lambda one, key=model_id: found.update({key: one})
-            )
+            keep = functools.partial(found.__setitem__, model_id)
+            tenants.forward_backward(model_id, some_rows(4, 5), "cross_entropy", {}, True, keep)
         return tenants, found
 
     quiet, losses = begin(tiny_base(tiny_model_dir), "quiet")
