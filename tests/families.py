@@ -69,7 +69,6 @@ _INKLING: dict[str, Any] = {
 }  # fmt: skip
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-_SPLIT = "no merged export: transformers splits tensors of its files"
 _KEPT = "its layers can't be recomputed: `training.gradient_checkpointing: true` is refused"
 _NO_PLAN = "`qvera plan` knows no model without attention"
 _IMAGES = "AutoModelForImageTextToText"
@@ -566,7 +565,7 @@ _FAMILIES = [
         {**_LOCAL_EXPERTS, "shared_intermediate_size": 64}, experts="4 bits",
     ),
     Family("Helium", "helium", changes=_HEADS),
-    Family("HRM, text", "hrm_text", changes=_HEADS, four_bit="each load", limits=_SPLIT),
+    Family("HRM, text", "hrm_text", changes=_HEADS),
     Family("Hunyuan V1", "hunyuan_v1_dense", changes={**_HEADS, **_ROPE}),
     Family(
         "Hunyuan V1 with experts", "hunyuan_v1_moe", changes={**_HEADS, **_ROPE, "num_experts": 4, "moe_topk": 2},
@@ -587,13 +586,13 @@ _FAMILIES = [
         "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304, "n_layers_per_attn_res_block": 1,
         "num_hidden_layers": 3, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_gate_rank": 8},
         experts="4 bits",
-        limits="refused: its head has another name in the files",
+        limits="refused: transformers cuts rows off the head of its files",
     ),
     Family(
         "Inkling 2, text", "inkling2_text", "linear gate_proj sink_proj", {**_INKLING, **_NARROW,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304,
         "n_layers_per_attn_res_block": 1}, experts="4 bits",
-        limits="refused: its head has another name in the files",
+        limits="refused: transformers cuts rows off the head of its files",
     ),
     Family(
         "Inkling, text", "inkling_text", f"{_ATTENTION} r_proj", {**_INKLING, **_NARROW, "n_routed_experts": 4,
@@ -632,7 +631,7 @@ _FAMILIES = [
     Family(
         "Lara mini", "lara_mini", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}",
         {**_LINEAR, **_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
-        four_bit="each load", experts="dense", limits=_SPLIT,
+        experts="4 bits",
     ),
     Family("LFM2", "lfm2", "in_proj out_proj w1 w3 w2 q_proj k_proj v_proj", _CONV),
     Family(
@@ -732,7 +731,9 @@ _FAMILIES = [
         "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
         "num_key_value_heads": 4, "first_k_dense_replace": 1}, experts="4 bits",
     ),
-    Family("Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, four_bit="each load", experts="dense", limits=_SPLIT),
+    Family(
+        "Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, experts="4 bits"
+    ),
     Family("Seed-OSS", "seed_oss", changes={**_HEADS, "attention_dropout": 0.0, "residual_dropout": 0.0}),
     Family("Solar Open", "solar_open", changes={**_ROUTED, **_HEADS}, experts="4 bits"),
     Family("VaultGemma", "vaultgemma", changes={**_WINDOWED, **_HEADS}),

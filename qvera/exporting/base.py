@@ -22,7 +22,7 @@ from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.config.schema import ModelSection
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization
-from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors
+from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors, in_parts
 from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
@@ -202,9 +202,9 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     if is_decoded((try_read_json(directory / "config.json") or {}).get("quantization_config")):
         directory = cached_base(section, model_class=model_class)
     compute = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
-    stored = checkpoint_tensors(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
     model = empty_model(section, directory, model_class)
+    stored = in_parts(checkpoint_tensors(directory), model)
     named = as_named(stored, model)
     require_own_weights(directory, named, model, model_class)
     stored = as_stacks(stored, model)

@@ -101,7 +101,15 @@ class Merging:
         self.head = dict(sorted(self.adapter.head.items()))  # tensors of a classification head, fp32
         # in the order of the base's files; then those of the head
         whole = {entry.name: entry.dtype for entry in base.entries if not entry.dtype.is_floating_point}
-        self.specs = [TensorSpec(name, whole.get(name, self.dtype), shape) for name, shape in shapes.items()]
+        self.parts: dict[str, list[str]] = {}
+        """Tensor of the files → those that have its rows (`conversion.in_parts`), itself in most cases."""
+        for entry in base.entries:
+            self.parts.setdefault(entry.rows_of or entry.name, []).append(entry.name)
+        self.specs = []
+        for name, parts in self.parts.items():
+            first, *others = (shapes[part] for part in parts)
+            shape = (first[0] + sum(other[0] for other in others), *first[1:]) if others else first
+            self.specs.append(TensorSpec(name, whole.get(name, self.dtype), shape))
         self.specs += [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in self.head.items()]
         self.layers: dict[str, dict[str, float]] = {}  # adapted weight → max and mean |ΔW|, of the merged ones
 
@@ -339,7 +347,8 @@ def _write_shards(
 ) -> None:
     """Write the shards that are not finished. ``check`` raises to stop; ``kept`` says what an error leaves."""
     left = [(name, group) for name, group in shards if not work.has(name)]
-    skip = {spec.name for spec in merging.specs} - {spec.name for _, group in left for spec in group}
+    done = {spec.name for spec in merging.specs} - {spec.name for _, group in left for spec in group}
+    skip = {part for name in done for part in merging.parts.get(name, [name])}
     merging.layers = {name: facts for name, facts in work.facts.get("layers", {}).items() if name in skip}
     needed = sum(entry.numel for entry in merging.base.entries if entry.name not in skip) * merging.dtype.itemsize
     require_space(work.out, needed, "the rest of the export" if skip else "the export")

@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, dot_natural_key
+from transformers.core_model_loading import (
+    Chunk,
+    MergeModulelist,
+    Split,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+)
 
 from qvera.models.experts import expert_specs
 from qvera.models.quantization import STATE_KEY
 from qvera.utils.safetensors_io import TensorEntry, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -31,27 +38,72 @@ def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorE
 
     transformers renames parts of old models (GPT-NeoX's head, ViT's attention), old checkpoints call the vectors of
     norms gamma and beta, and one of the base model alone lacks a prefix such as ``bert.``. A tensor that transformers
-    fuses, splits or turns keeps its name, and so do all tensors of a 4-bit checkpoint.
+    fuses or turns keeps its name, and so do all tensors of a 4-bit checkpoint; one that it splits comes in `in_parts`.
     """
+    entries = in_parts(entries, model)
     known = model.state_dict().keys()
     unknown = [entry for entry in entries if entry.name not in known]
     if not unknown or any(f".{STATE_KEY}" in entry.name for entry in entries):
         return entries
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    others = [one for one in transforms if not isinstance(one, WeightRenaming)]
-    prefix, names = f"{model.base_model_prefix}.", {}
+    rules, prefix, names = _rules(model), f"{model.base_model_prefix}.", {}
     for entry in unknown:
-        name = entry.name
-        for one in renamings:
-            name, _ = one.rename_source_key(name)
-        if any(one.rename_source_key(name)[1] is not None for one in others):
-            continue
+        name, _, converter = _converted(entry.name, rules)
         for own in (name, prefix + name):
-            if own in known:
+            if converter is None and own in known:
                 names[entry.name] = own
     found = [dataclasses.replace(entry, name=names.get(entry.name, entry.name)) for entry in entries]
     return found if len({entry.name for entry in found}) == len(found) else entries
+
+
+def in_parts(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
+    """The same, with the tensors of the model in the place of one whose rows transformers splits into them.
+
+    Each of them has a part of the bytes, so the order is that of the file.
+    """
+    parameters, rules = dict(model.named_parameters()), _rules(model)
+    found: list[TensorEntry] = []
+    for entry in entries:
+        target, _, converter = _converted(entry.name, rules)
+        parts: list[str] = []
+        if converter is not None and all(type(op) in (Chunk, Split) and op.dim == 0 for op in converter.operations):
+            first, *_ = converter.target_patterns
+            parts = [target.replace(first, each) for each in converter.target_patterns]
+        shapes = [tuple(parameters[part].shape) for part in parts if part in parameters]
+        if not parts or len(shapes) < len(parts) or sum(shape[0] for shape in shapes) != entry.shape[0]:
+            found.append(entry)
+            continue
+        start = entry.start
+        for part, shape in zip(parts, shapes, strict=True):
+            stop = start + math.prod(shape) * entry.dtype.itemsize
+            found.append(TensorEntry(part, entry.dtype, shape, entry.file, start, stop, entry.name))
+            start = stop
+    return found
+
+
+def made_of(name: str, stored: Iterable[str], model: PreTrainedModel) -> str | None:
+    """Which of the ``stored`` tensors of a checkpoint transformers changes into the one of that name in the model."""
+    rules = _rules(model)
+    return next((each for each in stored if _converted(each, rules)[0] == name), None)
+
+
+def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in transforms if isinstance(one, WeightConverter)]
+
+
+def _converted(
+    name: str, rules: tuple[list[WeightRenaming], list[WeightConverter]]
+) -> tuple[str, str | None, WeightConverter | None]:
+    """What a tensor of the files becomes (of several, the first), and the pattern and rule that change it, if any."""
+    renamings, converters = rules
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return target, pattern, converter
+    return name, None, None
 
 
 def as_stacks(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
@@ -138,22 +190,15 @@ def fused_tensors(entries: Sequence[TensorEntry], model: PreTrainedModel) -> dic
     """
     parameters = dict(model.named_parameters())
     stored = {entry.name for entry in entries}
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    rules = _rules(model)
     found: dict[str, tuple[WeightConverter, dict[str, list[TensorEntry]]]] = {}
     for entry in sorted(entries, key=lambda entry: dot_natural_key(entry.name)):
-        name = entry.name
-        for one in renamings:
-            name, _ = one.rename_source_key(name)
-        for converter in converters:
-            target, pattern = converter.rename_source_key(name)
-            if pattern is None:
-                continue
-            target = target if target in parameters else f"{model.base_model_prefix}.{target}"
-            if target in parameters and target not in stored and parameters[target].dim() == 3:
-                found.setdefault(target, (converter, defaultdict(list)))[1][pattern].append(entry)
-            break
+        target, pattern, converter = _converted(entry.name, rules)
+        if converter is None or pattern is None:
+            continue
+        target = target if target in parameters else f"{model.base_model_prefix}.{target}"
+        if target in parameters and target not in stored and parameters[target].dim() == 3:
+            found.setdefault(target, (converter, defaultdict(list)))[1][pattern].append(entry)
     fused = {}
     for target, (converter, sources) in found.items():
         dtype = next(iter(sources.values()))[0].dtype

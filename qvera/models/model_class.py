@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from qvera.config.schema import ModelSection
+from qvera.models.conversion import made_of
 from qvera.models.stored_formats import is_decoded
 from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
@@ -339,6 +340,11 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
     table, output = stored[names[embedding]], stored.get(names[head])
     tied = head.weight is embedding.weight
     if output is None and not tied:
+        if (source := made_of(names[head], stored, model)) is not None:  # Inkling 2 cuts rows off
+            raise InputError(
+                f"{directory}: transformers changes {source} of the files into {names[head]} while it loads them, in a "
+                f"way that qvera does not know ({type(model).__name__}). Take another model."
+            )
         raise InputError(
             f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so "
             "the model would get a random output head. Copy all weight files again; or, if the model has none of its "

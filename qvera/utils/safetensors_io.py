@@ -73,6 +73,8 @@ class TensorEntry(TensorSpec):
     file: Path
     start: int
     stop: int
+    rows_of: str = ""
+    """The tensor of the file that these rows are of, if they are not all of one."""
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

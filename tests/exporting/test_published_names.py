@@ -18,6 +18,7 @@ from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import quantized_copy
 from qvera.models.tokenizer import load_tokenizer
+from qvera.utils.errors import Interrupted
 from qvera.utils.safetensors_io import checkpoint_tensors
 from tests.adapters.helpers import perturb, relative
 from tests.families import FAMILIES
@@ -58,6 +59,29 @@ def test_all_that_is_written_has_the_names_of_the_published_files(name: str, tmp
     merged: Any = published(tmp_path / "merged").state_dict()
     for key, tensor in twin.state_dict().items():  # the tower's too
         torch.testing.assert_close(merged[key].double(), tensor, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_that_transformers_splits_are_one_tensor_again_also_where_an_export_goes_on(tmp_path: Path) -> None:
+    """Sarvam's files have q, k and v in one, and single experts."""
+    FAMILIES["sarvam_moe"].write(tmp_path / "base")
+    section = ModelSection(path=str(tmp_path / "base"), compute_dtype="float32")
+    model = perturb(attach(load_base(section).model, AdapterSection(rank=8), section.path))
+    save_adapter(model, tmp_path / "adapter")
+    options = ExportSection(dtype="float32", base="dequantized", max_shard_size_bytes=100_000)
+
+    def stop_after_three(done: int, _total: int, _name: str) -> None:
+        if len(list((tmp_path / "merged").glob("*.safetensors"))) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        export_merged(tmp_path / "adapter", section, tmp_path / "merged", options, progress=stop_after_three)
+    export_merged(tmp_path / "adapter", section, tmp_path / "merged", options)
+    written, of_base = ({e.name: e.shape for e in checkpoint_tensors(tmp_path / at)} for at in ("merged", "base"))
+    assert written == of_base
+    assert any("query_key_value" in name for name in written)
+    expected = model(input_ids=IDS).logits
+    torch.testing.assert_close(published(tmp_path / "merged")(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_chat_template_in_a_file_of_the_processor_is_the_models(tmp_path: Path) -> None:
