@@ -14,6 +14,7 @@ from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from qvera.serve.background import BackgroundWork
     from qvera.serve.engine import Engine
     from qvera.serve.opening import Served
 
@@ -49,15 +50,28 @@ def serve(
     max_new_tokens: Annotated[int, number("Longest answer.")] = DEFAULTS.new_tokens,
     max_answers: Annotated[int, number("Answers of one call: prompts times n.")] = DEFAULTS.answers,
     max_open_answers: Annotated[int, number("With --keys: answers a key may have open.")] = DEFAULTS.open_answers,
-    max_connections: Annotated[int, number("Connections open at a time.")] = DEFAULTS.connections,
+    max_connections: Annotated[
+        int | None, number("Connections open at a time (default: 512; with --tinker 4096).")
+    ] = None,
     max_body_bytes: Annotated[int, number("Largest body.")] = DEFAULTS.body_bytes,
     max_seconds: Annotated[float, number("Longest time of one call.", 0.1)] = DEFAULTS.seconds,
     drain_seconds: Annotated[float, number("After SIGTERM, calls may finish for so long.", 0)] = DEFAULTS.drain_seconds,
     training_dir: Annotated[Path | None, option("DIR", "Take files and fine-tuning jobs, and keep them there.")] = None,
     train_at_once: Annotated[int, number("With --training-dir: jobs trained together.")] = 8,
     training_share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Of the time, while there are answers to give.")
-    ] = _ENGINE.training_share,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Of the time, while there are answers to give (default: 0.1; with --tinker 0.5).",
+        ),
+    ] = None,
+    tinker: Annotated[
+        bool,
+        flag("--tinker", "With --training-dir: Tinker's API below /api/v1; clients train by loops of their own."),
+    ] = False,
+    max_rank: Annotated[int, number("With --tinker: most rank of LoRA.")] = 64,
     max_file_bytes: Annotated[int, number("Largest uploaded file.")] = DEFAULTS.file_bytes,
     log_calls: Annotated[bool, flag("--log-calls", "Write a line for each call.")] = False,
 ) -> None:
@@ -90,7 +104,9 @@ def serve(
             f"--host {host}: others can reach this address, so it needs --keys FILE. Make a key with "
             "`qvera serve --new-key NAME --keys FILE`, or leave --host out."
         )
-    for_training = () if training_dir is None else ("python_multipart",)  # it reads uploaded files
+    if tinker and training_dir is None:
+        raise InputError("--tinker: keeps what is trained in a directory; name one with --training-dir DIR.")
+    for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
     quiet_libraries()
 
@@ -100,6 +116,7 @@ def serve(
     from qvera.serve.api.app import create_app
     from qvera.serve.api.server import Server, bound
     from qvera.serve.api.service import Service
+    from qvera.serve.background import InTurn
     from qvera.serve.opening import open_served
 
     key_file = KeyFile(keys) if keys is not None else None
@@ -109,7 +126,7 @@ def serve(
         new_tokens=max_new_tokens,
         answers=max_answers,
         open_answers=max_open_answers,
-        connections=max_connections,
+        connections=max_connections or (4096 if tinker else DEFAULTS.connections),
         body_bytes=max_body_bytes,
         file_bytes=max_file_bytes,
         seconds=max_seconds,
@@ -122,10 +139,12 @@ def serve(
         slots=slots,
         cache_tokens=cache_tokens,
         batching=engine,
-        training_share=training_share,
+        # in a loop of RL nothing is trained while it samples, and it samples nothing while it trains
+        training_share=training_share if training_share is not None else 0.5 if tinker else _ENGINE.training_share,
+        answering_seconds=0.0 if tinker else _ENGINE.answering_seconds,
     )
     with bound(host, port) as (listener, url), contextlib.ExitStack() as ending:
-        directory = jobs = None
+        directory = jobs = tinker_api = None
         if training_dir is not None:
             from qvera.serve.fine_tuning.directory import TrainingDirectory
 
@@ -137,15 +156,26 @@ def serve(
         for name in served.store.hidden_names():
             say(f"The adapter {name!r} is called like the base, so it can't be asked for. Rename its directory.")
         ending.callback(answering.close)
-        if directory is not None:
+        works: list[BackgroundWork] = []
+        if directory is not None and not (tinker and served.store.root is None):
             from qvera.serve.fine_tuning.jobs import open_jobs
 
             jobs = open_jobs(directory, served, answering, train_at_once)
+            works.append(jobs.worker)
+        if directory is not None and tinker:
+            from qvera.serve.tinker.opening import open_tinker
+
+            tinker_api = ending.enter_context(open_tinker(directory.path / "tinker", served, answering, max_rank))
+            works.append(tinker_api.tenants)
+        if works:
+            answering.set_background(InTurn(*works))
         ends = frozenset(end_tokens(base.model, base.tokenizer))
-        app = create_app(Service(answering, served.store, prompts, ends, served.base_name, limits, key_file, jobs))
+        app = create_app(
+            Service(answering, served.store, prompts, ends, served.base_name, limits, key_file, jobs, tinker_api)
+        )
         if jobs is not None:
             ending.enter_context(jobs)
-            ending.callback(answering.close)  # first: no thread trains while the jobs are saved
+        ending.callback(answering.close)  # first: no thread trains while the jobs are saved
         said = f"{served.base_name} and {len(served.store.names()):,} adapters at {url}/v1"
         Server(app, log_calls=log_calls, on_start=lambda: say(said)).run(sockets=[listener])
 

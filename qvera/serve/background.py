@@ -11,8 +11,6 @@ from typing import Protocol
 from qvera.utils.errors import first_line
 
 _logger = logging.getLogger(__name__)
-_ANSWERING_SECONDS = 1.0
-"""An engine counts as answering for this long after its last step."""
 
 
 class BackgroundWork(Protocol):
@@ -28,18 +26,38 @@ class BackgroundWork(Protocol):
         """
 
 
+class InTurn:
+    """Several works as one: a slice of each that has work, in turn."""
+
+    def __init__(self, *works: BackgroundWork) -> None:
+        self._works = list(works)
+
+    def has_work(self) -> bool:
+        """See `BackgroundWork.has_work`."""
+        return any(work.has_work() for work in self._works)
+
+    def run_slice(self) -> None:
+        """See `BackgroundWork.run_slice`."""
+        work = next((work for work in self._works if work.has_work()), self._works[0])
+        self._works.remove(work)
+        self._works.append(work)  # the others come first next time, also if it fails
+        work.run_slice()
+
+
 class Background:
     """An engine's background work and its share of the time.
 
-    A part begins at once if nobody was answered for a second. Otherwise a part of t seconds is followed by at least
-    t · (1 - share) / share seconds of answers. That second counts as answering because a client that sends one request
-    after the other leaves milliseconds between them, and would wait for a whole part each time. Work that raises is
-    parked until ``failure`` is None again.
+    A part begins at once if nobody was answered for ``answering_seconds``. Otherwise a part of t seconds is followed by
+    at least t · (1 - share) / share seconds of answers. That time counts as answering because a client that sends one
+    request after the other leaves milliseconds between them, and would wait for a whole part each time. Work that
+    raises is parked until ``failure`` is None again.
     """
 
-    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, share: float, clock: Callable[[], float] = time.perf_counter, answering_seconds: float = 1.0
+    ) -> None:
         """``share`` of the time while answers run, from 0 (none) to 1."""
-        self.clock = clock
+        self.clock, self._answering_seconds = clock, answering_seconds
         self.seconds, self.parts = 0.0, 0  # since the engine's start
         self.failure: str | None = None  # of the last part; None where it went well
         self._pause = math.inf if share <= 0 else (1 - share) / share
@@ -57,7 +75,7 @@ class Background:
     def seconds_to_wait(self, answering: bool) -> float:
         """Seconds until a part may begin. ``answering``: requests run or wait."""
         now = self.clock()
-        free_at = self._next_at if answering else min(self._next_at, self._answered_at + _ANSWERING_SECONDS)
+        free_at = self._next_at if answering else min(self._next_at, self._answered_at + self._answering_seconds)
         return max(free_at - now, 0.0)
 
     def has_part(self, answering: bool) -> bool:

@@ -98,7 +98,7 @@ class Engine:
         self._closing = self._woken = False
         self._dead: str | None = None
         self._failures = self._prompt_tokens = self._generated = self._finished = 0
-        self.background = Background(settings.training_share)
+        self.background = Background(settings.training_share, answering_seconds=settings.answering_seconds)
         self._wake = threading.Condition()
         self._layout = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, name="qvera-engine", daemon=True)

@@ -144,7 +144,8 @@ class EngineSettings:
     share_prefixes: bool = True
     """Whether requests of one adapter share the keys and values of equal beginnings of their prompts."""
     training_share: float = 0.1
-    """Background work's share of the time while requests run or wait, and a second longer. Otherwise it takes all."""
+    """Background work's share of the time while requests run or wait, and a moment longer. Otherwise it takes all."""
+    answering_seconds: float = 1.0  # that moment, after the last step of an answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qvera.models.loader import Base
-from qvera.serve.background import Background
+from qvera.serve.background import Background, InTurn
 from qvera.serve.engine import Engine
 from qvera.serve.requests import EndEvent, GenerationRequest
 from qvera.training.online import OnlineTrainer
@@ -228,6 +228,33 @@ def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
     assert background.seconds_to_wait(answering=False) == pytest.approx(0.9)
     clock.take(1)
     assert background.has_part(answering=False)
+
+
+def test_several_works_share_the_time_in_turn_and_one_that_fails_stops_no_other() -> None:
+    done = []
+
+    def fail() -> None:
+        done.append("b")
+        raise ValueError
+
+    works = [Parts(lambda: done.append("a")), Parts(fail), Parts(lambda: done.append("c"), lambda: len(done) < 5)]
+    background = Background(0.1, Clock())
+    background.set(InTurn(*works))
+    for _ in range(7):
+        background.failure = None  # as `Engine.wake` does
+        assert background.has_part(answering=False)
+        background.run_slice()
+    assert done == ["a", "b", "c", "a", "b", "a", "b"]
+
+
+def test_a_part_may_begin_at_once_after_the_last_answer_where_the_settings_say_so() -> None:
+    clock = Clock()
+    background = Background(0.0, clock, answering_seconds=0.0)
+    background.set(Parts(lambda: clock.take(1)))
+    background.run_slice()
+    background.answered()
+    assert background.has_part(answering=False)
+    assert not background.has_part(answering=True)
 
 
 @pytest.mark.parametrize("tick", [0.4, 0.21])

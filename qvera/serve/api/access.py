@@ -39,6 +39,7 @@ class Limits:
     head_seconds: float = 15.0
     """A connection that sends no request head for this long is closed."""
     body_bytes: int = 1 << 20
+    tinker_body_bytes: int = 32 << 20  # of Tinker's API, also of what a compressed body expands to
     body_seconds: float = 30.0  # a body that takes longer to arrive is refused
     messages: int = 256
     prompt_tokens: int = 32_768  # of one prompt; the engine's own limit may be lower

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models
 from qvera.serve.api.access import LOCAL, Access, is_loopback, is_of_other_site, name_of
-from qvera.serve.api.errors import ApiError
+from qvera.serve.api.errors import TINKER, ApiError
 from qvera.serve.api.server import ClientGone
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.page import PAGE_PATHS, add_page
@@ -56,6 +56,10 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for each in (completions.router, models.router, files.router, fine_tuning.router, router):
         app.include_router(each)
+    if service.tinker is not None:
+        from qvera.serve.tinker.routes import add_routes
+
+        add_routes(app)
     add_page(app)
     errors.add_handlers(app)
     app.add_middleware(Guard, service=service)
@@ -112,13 +116,15 @@ class Guard:
                 is_upload = scope["method"] == "POST" and path == _UPLOAD_PATH
                 replay = receive if is_upload else await self._with_body(scope, receive)
             except ApiError as error:
-                return await error.response()(scope, receive, counted)
+                return await error.response(path)(scope, receive, counted)
             except ClientGone:
                 return
             await self.app(scope, replay, counted)
         finally:
             service.running -= 1
             of_one = next((known for known in _PATHS_OF_ONE if path.startswith(f"{known}/")), None)
+            if path.startswith(TINKER) and "route" in scope:
+                of_one = scope["route"].path
             service.metrics.calls.labels(of_one or (path if path in _KNOWN_PATHS else "other"), str(status)).inc()
             if path.endswith("/completions"):
                 service.metrics.call_seconds.observe(time.monotonic() - began)
@@ -144,22 +150,24 @@ class Guard:
             if is_of_other_site(host, origin):
                 raise ApiError(403, f"Pages of {origin!r} may not call this server. Start it with --keys.")
             return LOCAL
+        form = "Authorization: Bearer KEY"
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if path.startswith(TINKER):  # its client sends only keys that begin so
+            form, scheme, key = "X-API-Key: tml-KEY", "bearer", headers.get("x-api-key", "").removeprefix("tml-")
         access = None
         if scheme.lower() == "bearer":
             access = await service.in_thread(lambda: keys.find(key.strip()), "quick")
         if access is None:
-            raise ApiError(
-                401, "Send a key that this server knows as 'Authorization: Bearer KEY'.", code="invalid_api_key"
-            )
+            raise ApiError(401, f"Send a key that this server knows as {form!r}.", code="invalid_api_key")
         return access
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
         """Read the body within its limits. What is returned replays it, then waits for the client to disconnect."""
         limits, body = self.service.limits, bytearray()
-        too_large = ApiError(413, f"The body is larger than {limits.body_bytes:,} bytes, the most that is taken.")
+        most = limits.tinker_body_bytes if scope["path"].startswith(TINKER) else limits.body_bytes
+        too_large = ApiError(413, f"The body is larger than {most:,} bytes, the most that is taken.")
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
+        if length.isdecimal() and (len(length) > 18 or int(length) > most):
             raise too_large
         try:
             async with asyncio.timeout(limits.body_seconds):
@@ -170,7 +178,7 @@ class Guard:
                         raise ClientGone
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > limits.body_bytes:
+                    if len(body) > most:
                         raise too_large
         except TimeoutError:
             raise ApiError(408, f"The body did not arrive within {limits.body_seconds:g} s.") from None

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from qvera.serve.api.server import ClientGone
 from qvera.utils.errors import InputError
 
+TINKER = "/api/v1/"
+"""Paths of Tinker's API begin with this; its errors are ``{"detail": message}``."""
 _NAME_CHARACTERS = 200
 _TYPES = {
     401: "authentication_error",
@@ -54,9 +56,10 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        """The HTTP response."""
-        text = json.dumps(self.body())  # ASCII: a message may quote half a character of a name
+    def response(self, path: str) -> Response:
+        """The HTTP response to a call of a path."""
+        body = {"detail": self.message} if path.startswith(TINKER) else self.body()
+        text = json.dumps(body)  # ASCII: a message may quote half a character of a name
         return Response(text, self.status, headers=self.headers, media_type="application/json")
 
 
@@ -74,7 +77,7 @@ def add_handlers(app: FastAPI) -> None:
     """Give every error that a route raises OpenAI's form."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return _as_api_error(request, error).response()
+        return _as_api_error(request, error).response(request.url.path)
 
     for kind in (ApiError, InputError, RequestValidationError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, answer)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qvera.serve.engine import Engine
     from qvera.serve.fine_tuning.jobs import Jobs
     from qvera.serve.store import AdapterStore
+    from qvera.serve.tinker.tenancy import Tinker
 
 T = TypeVar("T")
 _PROMPTS_OF_A_KEY = 2
@@ -45,6 +46,7 @@ class Service:
         limits: Limits = DEFAULTS,
         keys: KeyFile | None = None,
         jobs: Jobs | None = None,
+        tinker: Tinker | None = None,
     ) -> None:
         """Take over the parts of a server.
 
@@ -54,9 +56,11 @@ class Service:
             base_name: how the base is listed; one of the store's ``base_names``.
             keys: None: no key is asked for, and everybody may do everything; only for the loopback address.
             jobs: None: the fine-tuning routes say that this server trains nothing.
+            tinker: None: there is nothing below ``/api/v1``.
         """
         self.engine, self.store, self.prompts, self.stop_tokens = engine, store, prompts, stop_tokens
         self.base_name, self.limits, self.keys, self.jobs = base_name, limits, keys, jobs
+        self.tinker = tinker
         self.metrics = Metrics(engine.stats, jobs)
         self.texts = TokenTexts(prompts.encoder.tokenizer)
         self.vocabulary = len(prompts.encoder.tokenizer)  # tokens that the tokenizer knows

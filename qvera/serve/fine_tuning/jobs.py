@@ -252,7 +252,9 @@ class Jobs:
 
 
 def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:
-    """Open a training directory's jobs as the engine's background work. They continue once it is entered (``with``).
+    """Open a training directory's jobs, whose worker the engine needs as background work.
+
+    They continue once it is entered (``with``).
 
     Raises InputError if there is no directory for adapters, or the served recipe can't train several at once.
     """
@@ -264,6 +266,4 @@ def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_o
     require_writable(served.store.root / "adapter", "--adapters")
     recipes, base = Recipes(served.opened.target), served.opened.base
     trainer = OnlineTrainer(base, recipes.server, at_once)
-    jobs = Jobs(directory, recipes, trainer, served.store, text_only(base.tokenizer), engine.wake)
-    engine.set_background(jobs.worker)
-    return jobs
+    return Jobs(directory, recipes, trainer, served.store, text_only(base.tokenizer), engine.wake)

@@ -26,7 +26,7 @@ CREATE TABLE sessions (
 CREATE TABLE models (
     id TEXT PRIMARY KEY, session TEXT NOT NULL, owner TEXT NOT NULL, base TEXT NOT NULL, shape TEXT NOT NULL,
     seed TEXT, created REAL NOT NULL, last_request REAL NOT NULL, about TEXT NOT NULL, ended REAL,
-    applied_seq INTEGER NOT NULL DEFAULT -1, next_seq INTEGER NOT NULL DEFAULT 1
+    applied_seq INTEGER NOT NULL DEFAULT -1
 );
 CREATE INDEX models_of_owner ON models (owner, created);
 CREATE INDEX models_of_session ON models (session);
@@ -99,12 +99,13 @@ class Database(SqliteFile):
             values = (promise, owner, target, seq, kind, body, state, moment, None if state == "pending" else moment)
             columns = "id, owner, target, seq, kind, body, state, created, done_at"
             connection.execute(f"INSERT INTO promises ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            connection.execute("UPDATE models SET last_request = ? WHERE id = ?", (moment, target))
         return promise, True
 
     def fulfil(self, promise: str, state: Literal["json", "proto"], payload: bytes, keep_body: bool = False) -> None:
         """Give a pending promise its result. Does nothing for another one, so the first result stays.
 
-        ``keep_body``: the call is done again after a restart, until `forget_bodies`.
+        ``keep_body``: the call is done again after a restart, until `saved`.
         """
         self._end(promise, state, payload, keep_body)
 
@@ -161,12 +162,12 @@ class Database(SqliteFile):
         query += f" AND seq > ? {wanted} ORDER BY {order}"
         return [Promise(**row) for row in self.rows(query, (target, above))]
 
-    def forget_bodies(self, target: str, through: int) -> None:
-        """Drop the bodies of calls that have a result and whose effect is in the model's state file."""
-        query = (
-            "UPDATE promises SET body = NULL WHERE target = ? AND seq <= ? AND body IS NOT NULL AND state != 'pending'"
-        )
-        self.rows(query, (target, through))
+    def saved(self, model: str, through: int) -> None:
+        """Note that a state file has what a model's calls so far did: those with a result need no body any more."""
+        with self.transaction() as connection:
+            connection.execute("UPDATE models SET applied_seq = ? WHERE id = ?", (through, model))
+            query = "UPDATE promises SET body = NULL WHERE target = ? AND body IS NOT NULL AND state != 'pending'"
+            connection.execute(query, (model,))
 
     def forget_results(self, before: float) -> None:
         """Remove promises that had their result before a moment (seconds since 1970) and need not be done again."""

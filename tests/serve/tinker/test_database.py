@@ -73,7 +73,7 @@ def test_the_next_server_finds_what_is_to_be_done_again_and_what_was_promised(tm
         assert [one.seq for one in database.promises(pending=True)] == [3, 2]
         assert database.promise(names[1], "anna").payload == b"losses"
         database.forget_results(time.time() + 1)  # its body is still needed
-        database.forget_bodies("m", 2)
+        database.saved("m", 2)
         assert database.promises("m")[0].body is None
         database.forget_results(time.time() + 1)
         assert [one.seq for one in database.promises("m")] == [2, 3]

@@ -1,0 +1,465 @@
+"""Sessions and models of Tinker's clients: the order of a model's calls, promises, expiry, and the restart.
+
+A call is in the database before it is promised. What it changes is in the model's state file some time later; until
+then its body stays, and the next server does it again. So a loop goes on after a kill, and its client notices nothing.
+
+    tinker.sqlite                       see `qvera.serve.tinker.database`
+    models/MODEL/SEQ.safetensors        a model after the calls up to SEQ
+    sessions/SESSION/                   adapters of its samplers that have no name
+    runs/                               see `qvera.serve.tinker.checkpoints`
+
+Only a thread of its own waits for the disk: the engine's thread passes results to it, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from qvera.serve.api.errors import ApiError
+from qvera.serve.tinker.calls import Call, Calls, CreateModel, LoadWeights, Model, require_adamw
+from qvera.serve.tinker.checkpoints import Checkpoints
+from qvera.serve.tinker.database import Database
+from qvera.training.tenants import CallFailed, ModelShape
+from qvera.utils.errors import InputError, RunFailed, first_line
+
+if TYPE_CHECKING:
+    from qvera.training.tenants import Tenants
+
+_logger = logging.getLogger(__name__)
+_TICK_SECONDS = 1.0
+_RETRY_SECONDS = 2.0  # after the disk was full
+_VERA = re.compile(r":vera-(\d{1,4})")
+
+
+@dataclass(frozen=True, slots=True)
+class TinkerSettings:
+    """Limits of Tinker's API. Those of a key hold on a server without keys too."""
+
+    max_rank: int = 64  # of LoRA
+    max_vera_rank: int = 1024
+    call_tokens: int = 1 << 20  # of one call, in all of its rows
+    sessions: int = 1024  # live, of one key
+    models: int = 2048  # live, of one key
+    open_calls: int = 512  # accepted and without a result, of one key
+    open_bytes: int = 512 << 20  # bodies of these
+    checkpoint_bytes: int = 64 << 30  # of one key, on disk
+    session_seconds: float = 600.0  # a session without a heartbeat ends after this long
+    gap_seconds: float = 5.0  # a missing seq_id holds up later ones for so long
+    save_seconds: float = 120.0  # a model that changes is saved this often
+    save_bytes: int = 64 << 20  # or once it has had so many bytes of calls
+    kept_seconds: float = 3600.0  # results can be fetched again for so long
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """The served base, as clients see it."""
+
+    name: str
+    names: frozenset[str]  # all that it is called
+    tokenizer: str  # what `AutoTokenizer` loads: a directory or hub id
+    architecture: str
+    vocabulary: int
+    most_tokens: int  # of a row
+
+
+@dataclass(slots=True)
+class Session:
+    """A live session."""
+
+    id: str
+    owner: str  # name of a key
+    heard_at: float = field(default_factory=time.monotonic)
+
+
+class Tinker:
+    """Sessions, models and promises of Tinker's API. Methods may block, so call them in a thread."""
+
+    def __init__(
+        self, directory: Path, database: Database, tenants: Tenants, base: BaseFacts, settings: TinkerSettings
+    ) -> None:
+        """``database`` is that of the directory; the caller closes it."""
+        self.directory, self.database, self.base, self.settings = directory, database, base, settings
+        self.checkpoints = Checkpoints(database, directory, settings.checkpoint_bytes)
+        self.on_session_end: list[Callable[[str], None]] = []
+        """Called with the id of a session that has ended."""
+        self.tenants = tenants
+        limits = base.vocabulary, base.most_tokens, settings.call_tokens
+        self._calls = Calls(tenants, database, self.checkpoints, directory, *limits)
+        self._lock = threading.RLock()
+        self._sessions: dict[str, Session] = {}
+        self._models: dict[str, Model] = {}
+        self._open: dict[str, tuple[str, int]] = {}  # promise → owner and bytes of its body
+        self._open_calls: Counter[str] = Counter()  # by owner
+        self._open_bytes: Counter[str] = Counter()
+        self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_results, name="qvera-tinker", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Go on where the last server ended."""
+        self._restore()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write down the results that there are. The engine's thread must have ended."""
+        self._results.put(None)
+        self._thread.join()
+
+    # Sessions
+
+    def create_session(self, owner: str, about: dict[str, Any]) -> tuple[str, str]:
+        """A new session, and what its user should know. Raises ApiError 429 at the key's limit."""
+        with self._lock:
+            _require_room(
+                "sessions", sum(one.owner == owner for one in self._sessions.values()), self.settings.sessions
+            )
+            session = Session(f"session-{secrets.token_hex(12)}", owner)
+            now = time.time()
+            self.database.insert(
+                "sessions", id=session.id, owner=owner, created=now, heartbeat=now, about=json.dumps(about)
+            )
+            self._sessions[session.id] = session
+        name = self.base.name
+        return session.id, (
+            f"base_model={name!r} trains LoRA of the asked rank on the served base, with alpha 32: the change of W is "
+            f"32/rank · B A. base_model={name + ':vera-256'!r} trains VeRA of rank 256, whose vectors start such that "
+            "LoRA's usual learning rates act. train_unembed is not trained: the output layer stays as it is."
+        )
+
+    def session(self, session_id: str, owner: str) -> Session:
+        """A live session. Raises ApiError: 410 if it has ended, 404 if there is no such one of this owner."""
+        session = self._sessions.get(session_id)
+        if session is None or session.owner != owner:
+            raise self._gone("sessions", "session", session_id, owner)
+        session.heard_at = time.monotonic()
+        return session
+
+    def end_session(self, session_id: str) -> None:
+        """End a session and its models. Named checkpoints stay."""
+        with self._lock:
+            if self._sessions.pop(session_id, None) is None:
+                return
+            models = [model for model in self._models.values() if model.session == session_id]
+            for model in models:
+                del self._models[model.id]
+                self.tenants.remove(model.id)
+        for hook in self.on_session_end:
+            hook(session_id)
+        now, failed = time.time(), "The session has ended."
+        for target in [model.id for model in models]:
+            for promise in self.database.promises(target, pending=True):
+                self._close(promise.id)
+                self.database.fail(promise.id, failed, "user")
+            self.database.saved(target, 2**31)
+            shutil.rmtree(self._states(target), ignore_errors=True)
+        for table in ("models", "samplers"):
+            self.database.rows(f"UPDATE {table} SET ended = ? WHERE session = ? AND ended IS NULL", (now, session_id))
+        self.database.update("sessions", [session_id], ended=now)
+        shutil.rmtree(self.directory / "sessions" / session_id, ignore_errors=True)
+
+    def _gone(self, table: str, what: str, name: str, owner: str) -> ApiError:
+        found = self.database.rows(f"SELECT 1 FROM {table} WHERE id = ? AND owner = ?", (name, owner))
+        if found:
+            return ApiError(410, f"The {what} {name} has ended.")
+        return ApiError(404, f"There is no {what} {name[:100]!r}.")
+
+    # Models
+
+    def create_model(self, owner: str, kind: str, body: bytes, asked: CreateModel | LoadWeights) -> tuple[str, str]:
+        """A new model, from a seed or a saved state. Returns its creation's promise, and its id.
+
+        Raises ApiError (`session`; 429 at the key's limit), or InputError if it can't be made as asked.
+        """
+        self.session(asked.session_id or "", owner)
+        require_adamw(asked.optimizer_config)
+        model_id, seed = f"{asked.session_id}:train:{asked.model_seq_id}", None
+        if isinstance(asked, CreateModel):
+            base, shape, seed = asked.base_model, self._shape(asked), asked.lora_config.seed
+        else:
+            about = self.checkpoints.find(asked.path, owner, "weights").about
+            base, shape = (
+                asked.base_model or about["base"],
+                ModelShape(about["method"], about["rank"], about["targets"]),
+            )
+            self._require_base(base)
+        with self._lock:
+            model = self._models.get(model_id)
+            if model is None:
+                if self.database.rows("SELECT 1 FROM models WHERE id = ?", (model_id,)):
+                    raise self._gone("models", "model", model_id, owner)
+                _require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
+                seed = secrets.randbits(31) if seed is None else seed % 2**63
+                model, now = Model(model_id, asked.session_id or "", owner, base, shape, seed), time.time()
+                call = self._calls.read(model, 0, kind, body)
+                self.database.insert(
+                    "models",
+                    id=model_id,
+                    session=model.session,
+                    owner=owner,
+                    base=base,
+                    shape=json.dumps(shape),
+                    seed=str(seed),
+                    created=now,
+                    last_request=now,
+                    about=json.dumps({"user_metadata": asked.user_metadata}),
+                )
+                self._models[model_id] = model
+            else:
+                call = self._calls.read(model, 0, kind, body)
+            return self._accept(model, 0, call, body), model_id
+
+    def _shape(self, asked: CreateModel) -> ModelShape:
+        lora, most = asked.lora_config, self.settings.max_rank
+        vera = self._require_base(asked.base_model)
+        if vera is None and not 1 <= lora.rank <= most:
+            raise InputError(f"lora_config.rank: is {lora.rank:,}; this server takes 1 to {most}.")
+        if not (lora.train_mlp or lora.train_attn):
+            raise InputError("lora_config: train_mlp and train_attn are off, and the output layer is not trained here.")
+        targets = "all-linear" if lora.train_mlp and lora.train_attn else "mlp" if lora.train_mlp else "attention"
+        return ModelShape("lora", lora.rank, targets) if vera is None else ModelShape("vera", vera, targets)
+
+    def _require_base(self, name: str) -> int | None:
+        """The rank of VeRA in a base's name; None: it trains LoRA. Raises InputError for another base."""
+        if name in self.base.names:
+            return None
+        bare, _, _ = name.rpartition(":")
+        found, most = _VERA.fullmatch(name[len(bare) :]), self.settings.max_vera_rank
+        if bare not in self.base.names or found is None:
+            raise InputError(
+                f"base_model: {name[:200]!r} is not served here; expected {self.base.name!r}, or "
+                f"{self.base.name + ':vera-256'!r} for VeRA."
+            )
+        if not 1 <= (rank := int(found[1])) <= most:
+            raise InputError(f"base_model: VeRA of rank {rank}; this server takes 1 to {most:,}.")
+        return rank
+
+    def model(self, model_id: str, owner: str) -> Model:
+        """A live model. Raises ApiError as `session`."""
+        model = self._models.get(model_id)
+        if model is None or model.owner != owner:
+            raise self._gone("models", "model", model_id, owner)
+        self.session(model.session, owner)
+        return model
+
+    # Calls
+
+    def call(self, model: Model, seq: int, kind: str, body: bytes) -> str:
+        """Accept a call of a model. Returns its promise; a repetition gets the first one's.
+
+        Raises InputError for a body that can't be used, and ApiError 429 if the key has too many open calls.
+        """
+        return self._accept(model, seq, self._calls.read(model, seq, kind, body), body)
+
+    def refuse(self, model: Model, seq: int, kind: str) -> None:
+        """Note that a call was refused: it has used its seq, and later ones do not wait for it."""
+        with self._lock:
+            _, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
+            if is_new and seq >= model.next_seq:
+                model.waiting[seq] = kind, None
+                self._advance(model)
+
+    def _accept(self, model: Model, seq: int, call: Call, body: bytes) -> str:
+        owner, settings = model.owner, self.settings
+        with self._lock:
+            if self._models.get(model.id) is not model:
+                raise self._gone("models", "model", model.id, owner)
+            _require_room("calls", self._open_calls[owner], settings.open_calls)
+            _require_room("bytes of calls", self._open_bytes[owner], settings.open_bytes)
+            promise, is_new = self.database.begin(owner, model.id, seq, call.kind, body)
+            if is_new:
+                self._count(promise, owner, len(body))
+                model.unsaved_bytes += len(body)
+                if seq < model.barrier:
+                    late = f"seq_id: {seq} came after call {model.barrier}, which it should have come before."
+                    self._results.put(partial(self._finish, model, promise, call, CallFailed(late, "user")))
+                else:
+                    model.waiting[seq] = promise, call
+                    self._advance(model)
+            return promise
+
+    def _advance(self, model: Model, closes_gaps: bool = False) -> None:
+        """Hand over the calls whose turn it is.
+
+        Parts of one forward_backward may come in any order. Any other call proves that all before it are there, or
+        were given up: the client sends a call once the one before was answered.
+        """
+        proof = max((seq for seq, (kind, call) in model.waiting.items() if _is_ordered(kind, call)), default=-1)
+        for seq in sorted(model.waiting):
+            if seq > max(model.next_seq, proof) and not closes_gaps:
+                model.waits_since = model.waits_since or time.monotonic()
+                return
+            promise, call = model.waiting.pop(seq)
+            model.next_seq = max(model.next_seq, seq + 1)
+            if _is_ordered(promise, call):
+                model.barrier = max(model.barrier, seq)
+            if call is not None:
+                self._start(model, promise, call)
+        model.waits_since = None
+
+    def _start(self, model: Model, promise: str, call: Call) -> None:
+        if not model.in_engine:
+            model.in_engine = True
+            if model.applied_seq >= 0:
+                file = self._states(model.id) / f"{model.applied_seq}.safetensors"
+                self.tenants.load(model.id, model.owner, file, True, lambda _: None)
+        model.unsaved_since = model.unsaved_since or time.monotonic()
+
+        def done(result: Any) -> None:
+            self._results.put(partial(self._finish, model, promise, call, result))
+
+        try:
+            call.start(promise, done)
+        except (InputError, ApiError) as error:
+            done(CallFailed(str(error), "user"))
+        except Exception as error:
+            _logger.exception("%s of %s", call.kind, model.id)
+            done(CallFailed(f"It can't begin: {first_line(error)}", "server"))
+
+    def _count(self, promise: str, owner: str, size: int) -> None:
+        self._open[promise] = owner, size
+        self._open_calls[owner] += 1
+        self._open_bytes[owner] += size
+
+    def _close(self, promise: str) -> None:
+        with self._lock:
+            owner, size = self._open.pop(promise, ("", 0))
+            if owner:
+                self._open_calls[owner] -= 1
+                self._open_bytes[owner] -= size
+
+    def _states(self, model_id: str) -> Path:
+        return self.directory / "models" / model_id.replace(":", "_")
+
+    # The thread that writes
+
+    def _write_results(self) -> None:
+        next_tick = time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                if (work := self._results.get(timeout=max(next_tick - time.monotonic(), 0.0))) is None:
+                    return
+                while not self._do(work):
+                    time.sleep(_RETRY_SECONDS)
+            if time.monotonic() >= next_tick:
+                self._do(self._tick)
+                next_tick = time.monotonic() + _TICK_SECONDS
+
+    def _do(self, work: Callable[[], None]) -> bool:
+        """False: the disk refused it."""
+        try:
+            work()
+        except RunFailed as error:
+            _logger.warning("%s", error)
+            return False
+        except Exception:
+            _logger.exception("a result could not be written")
+        return True
+
+    def _finish(self, model: Model, promise: str, call: Call, result: Any) -> None:
+        if isinstance(result, CallFailed):
+            self.database.fail(promise, result.message, result.category)
+            if call.kind in ("create_model", "load_weights"):  # it was not made
+                self._models.pop(model.id, None)
+                self.database.update("models", [model.id], ended=time.time())
+        else:
+            try:
+                state, payload = call.finish(promise, result)
+            except RunFailed:
+                raise
+            except Exception as error:
+                _logger.exception("%s of %s", call.kind, model.id)
+                self.database.fail(promise, f"The result can't be written: {first_line(error)}", "server")
+            else:
+                self.database.fulfil(promise, state, payload, keep_body=call.is_kept)
+                if call.kind == "load_weights":  # what it was made of may be deleted
+                    model.unsaved_bytes += self.settings.save_bytes
+        self._close(promise)
+
+    def _tick(self) -> None:
+        now, settings = time.monotonic(), self.settings
+        with self._lock:
+            expired = [one.id for one in self._sessions.values() if now - one.heard_at > settings.session_seconds]
+            for model in self._models.values():
+                if model.waits_since is not None and now - model.waits_since > settings.gap_seconds:
+                    self._advance(model, closes_gaps=True)
+                is_due = now - (model.unsaved_since or now) > settings.save_seconds
+                if not model.is_saving and (is_due or model.unsaved_bytes >= settings.save_bytes):
+                    self._save(model)
+        for session_id in expired:
+            _logger.warning("%s ends: there was no heartbeat for %g s", session_id, settings.session_seconds)
+            self.end_session(session_id)
+        self.database.forget_results(time.time() - settings.kept_seconds)
+        self.checkpoints.remove_expired()
+
+    def _save(self, model: Model) -> None:
+        seq = model.next_seq - 1
+        file = self._states(model.id) / f"{seq}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        model.is_saving, model.unsaved_bytes, model.unsaved_since = True, 0, None
+
+        def done(result: Any) -> None:
+            self._results.put(partial(self._saved, model, seq, file, result))
+
+        self.tenants.save_state(model.id, file, {}, done)
+
+    def _saved(self, model: Model, seq: int, file: Path, result: Any) -> None:
+        if isinstance(result, CallFailed):
+            _logger.warning("%s can't be saved: %s", model.id, result)
+            model.unsaved_since = model.unsaved_since or time.monotonic()
+        else:
+            self.database.saved(model.id, seq)
+            model.applied_seq = seq
+            for other in file.parent.glob("*.safetensors"):
+                if other != file:
+                    other.unlink(missing_ok=True)
+        model.is_saving = False
+
+    def _restore(self) -> None:
+        """Do again what is in no state file, and what was promised and not done."""
+        for row in self.database.rows("SELECT id, owner FROM sessions WHERE ended IS NULL"):
+            self._sessions[row["id"]] = Session(row["id"], row["owner"])
+        columns = "id, session, owner, base, shape, seed, applied_seq"
+        for row in self.database.rows(f"SELECT {columns} FROM models WHERE ended IS NULL ORDER BY created"):
+            shape, applied = ModelShape(*json.loads(row["shape"])), row["applied_seq"]
+            names = row["id"], row["session"], row["owner"], row["base"]
+            model = Model(*names, shape, int(row["seed"]), applied + 1, applied_seq=applied, in_engine=False)
+            self._models[model.id] = model
+            for promise in self.database.promises(model.id):
+                if promise.body is None:
+                    if promise.seq > applied:  # it has its result and changed nothing, or was refused
+                        model.waiting[promise.seq] = promise.kind, None
+                    continue
+                if promise.state == "pending":
+                    self._count(promise.id, model.owner, len(promise.body))
+                with contextlib.suppress(ApiError, InputError):
+                    model.waiting[promise.seq] = (
+                        promise.id,
+                        self._calls.read(model, promise.seq, promise.kind, promise.body),
+                    )
+                    continue
+                self.database.fail(promise.id, "After a restart the server can't do it as it is.", "server")
+            self._advance(model)
+
+
+def _is_ordered(kind: str, call: Call | None) -> bool:
+    """Whether a call came after all before it had been answered. ``kind``: of a refused one."""
+    return (kind if call is None else call.kind) != "forward_backward"
+
+
+def _require_room(what: str, count: int, most: int) -> None:
+    if count >= most:
+        raise ApiError(429, f"This key has {count:,} {what} open, and may have {most:,}.", retry_seconds=1)

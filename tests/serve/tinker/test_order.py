@@ -1,0 +1,238 @@
+"""The order of a model's calls: gaps, repetition, refused calls, and what belongs to whom."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import zstandard
+
+from tests.serve.tinker.conftest import StartTinker, TinkerServer, rows_body, soon
+
+
+def test_a_loop_trains_and_its_results_come_by_promises(server: TinkerServer) -> None:
+    model = server.model(seed=2)
+    first = server.result(server.train(model, 1, [4, 5]))
+    assert first.metrics["loss:sum"] == 9
+    assert len(first.loss_fn_outputs[0].fields["logprobs"].data) == 2 * 4
+    server.result(server.train(model, 2, [1]))
+    assert server.result(server.step(model, 3)) == {"metrics": {"grad_norm:mean": 10.0}}  # gradients add up
+    assert server.tenants.models[model].value == 2 - 0.5 * 10
+
+
+def test_parts_of_a_call_that_come_out_of_order_all_count_before_the_step(server: TinkerServer) -> None:
+    model = server.model()
+    accepted = [server.train(model, seq, [seq]) for seq in (2, 3, 1)]
+    step = server.step(model, 4)
+    assert server.result(step)["metrics"]["grad_norm:mean"] == 6
+    assert [server.result(one).metrics["loss:sum"] for one in accepted] == [2, 3, 1]
+
+
+def test_a_repeated_call_is_done_once(server: TinkerServer) -> None:
+    model = server.model()
+    accepted = [server.train(model, 1, [5]) for _ in range(3)]
+    assert len({one.json()["request_id"] for one in accepted}) == 1
+    assert server.result(server.step(model, 2))["metrics"]["grad_norm:mean"] == 5
+
+
+def test_a_refused_call_has_used_its_seq_id(server: TinkerServer) -> None:
+    model = server.model()
+    refused = [
+        server.train(model, 1, loss="stable_reinforce"),
+        server.call("create_custom_thing", {"model_id": model, "seq_id": 2}),
+        server.call("optim_step", {"model_id": model, "seq_id": 3, "optimizer_params": {"type": "dimuon"}}),
+        server.step(model, 4, beta1=7),
+        server.train(model, 5, [VOCABULARY_PLUS]),
+    ]
+    assert [one.status_code for one in refused] == [400, 404, 400, 400, 400]
+    assert all(isinstance(one.json()["detail"], str) for one in refused)
+    assert "dimuon" in refused[2].json()["detail"]
+    assert "beta1" in refused[3].json()["detail"]
+    began = time.monotonic()
+    server.result(server.train(model, 6, [3]))
+    assert time.monotonic() - began < 0.4  # it waited for none of them
+
+
+VOCABULARY_PLUS = 64
+
+
+def test_a_missing_seq_id_holds_up_later_calls_only_for_a_while(server: TinkerServer) -> None:
+    model = server.model()
+    assert server.result(server.train(model, 2, [3])).metrics["loss:sum"] == 3
+    server.result(server.train(model, 1, [4]))  # late, and no step lies between
+    assert server.result(server.step(model, 3))["metrics"]["grad_norm:mean"] == 7
+    late = server.result(server.step(model, 5))
+    assert "error" not in late
+    error = server.result(server.train(model, 4, [9]))
+    assert error["category"] == "user"
+    assert "came after call 5" in error["error"]
+
+
+def test_a_failed_call_tells_why_and_leaves_the_model_as_it_was(server: TinkerServer) -> None:
+    model = server.model()
+    server.result(server.train(model, 1, [5]))
+    failed = server.call("save_weights", {"model_id": model, "seq_id": 2, "path": "a/b"})
+    assert failed.status_code == 400
+    assert server.result(server.step(model, 3))["metrics"]["grad_norm:mean"] == 5
+
+
+def test_bodies_may_come_compressed_and_bombs_are_refused(start_tinker: StartTinker) -> None:
+    import httpx
+
+    server = start_tinker(body_bytes=1 << 16)
+    model = server.model()
+
+    def send(body: bytes) -> httpx.Response:
+        headers = {"X-API-Key": "tml-x", "Content-Encoding": "zstd"}
+        return httpx.post(f"{server.url}/api/v1/forward_backward", content=body, headers=headers)
+
+    bomb = zstandard.compress(b"\0" * (10 << 20))
+    assert send(bomb).status_code == 400
+    assert send(b"no frame").status_code == 400
+    assert server.result(send(zstandard.compress(rows_body(model, 1, [[7]])))).metrics["loss:sum"] == 7
+    assert server.call("forward_backward", b"\0" * (1 << 17)).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["get_info", "optim_step", "save_weights", "forward_backward"])
+def test_foreign_and_unknown_models_look_the_same(start_tinker: StartTinker, path: str) -> None:
+    server = start_tinker(names=("anna", "tom"))
+    model = server.model(key="anna")
+    answers = []
+    for name in (model, model.replace(":0", ":1")):
+        body = rows_body(name, 1, [[1]]) if path == "forward_backward" else {"model_id": name, "seq_id": 1}
+        answer = server.call(path, body, "tom")
+        answers.append((answer.status_code, answer.json()["detail"].replace(name, "")))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 404
+    server.result(server.train(model, 1, key="anna"), "anna")  # and used nothing up
+
+
+def test_promises_and_sessions_of_others_are_unknown(start_tinker: StartTinker) -> None:
+    server = start_tinker(names=("anna", "tom"))
+    session = server.session("anna")
+    model = server.model(session, key="anna")
+    accepted = server.train(model, 1, key="anna")
+    assert server.call("retrieve_future", accepted.json(), "tom").status_code == 404
+    assert server.call("session_heartbeat", {"session_id": session}, "tom").status_code == 404
+    assert server.call(f"sessions/{session}/finish", {}, "tom").status_code == 404
+    assert server.call("session_heartbeat", {"session_id": session}, "nobody").status_code == 401
+    assert server.call("session_heartbeat", {"session_id": session}, "anna").status_code == 200
+
+
+def test_a_finished_session_is_gone_and_its_models_are_free(server: TinkerServer) -> None:
+    session = server.session()
+    model = server.model(session)
+    assert server.call(f"sessions/{session}/finish", {"reason": {"type": "success"}}).status_code == 204
+    assert server.call("session_heartbeat", {"session_id": session}).status_code == 410
+    assert server.step(model, 1).status_code == 410
+    soon(lambda: model not in server.tenants.models)
+
+
+def test_a_session_without_heartbeats_ends(start_tinker: StartTinker) -> None:
+    server = start_tinker(session_seconds=0.2)
+    session = server.session()
+    server.model(session)
+    soon(lambda: server.call("session_heartbeat", {"session_id": session + "x"}) and not server.tenants.models)
+    assert server.call("session_heartbeat", {"session_id": session}).status_code == 410
+
+
+def test_limits_of_a_key_say_to_wait(start_tinker: StartTinker) -> None:
+    server = start_tinker(sessions=2, models=1, open_calls=2)
+    session = server.session()
+    model = server.model(session)
+    server.tenants.runs.clear()
+    assert server.train(model, 1).status_code == 200
+    waiting = server.train(model, 2)
+    refused = server.train(model, 3)
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    server.tenants.runs.set()
+    server.result(waiting)
+    server.result(server.train(model, 3))  # it had not used its seq_id
+    body = {"session_id": session, "model_seq_id": 1, "base_model": "tiny"}
+    assert server.call("create_model", body).status_code == 429
+    server.session()
+    assert server.call("create_session", {}).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_model": "other"}, "expected 'tiny'"),
+        ({"base_model": "tiny:vera-0"}, "takes 1 to 1,024"),
+        ({"lora_config": {"rank": 65}}, "takes 1 to 64"),
+        ({"lora_config": {"rank": 4, "train_mlp": False, "train_attn": False}}, "train_mlp and train_attn"),
+        ({"optimizer_config": {"type": "dimuon"}}, "dimuon"),
+        ({"model_seq_id": -1}, "model_seq_id"),
+    ],
+)
+def test_models_that_can_not_be_made_are_refused_by_name(
+    server: TinkerServer, changes: dict[str, object], words: str
+) -> None:
+    body = {"session_id": server.session(), "model_seq_id": 0, "base_model": "tiny", **changes}
+    answer = server.call("create_model", body)
+    assert answer.status_code == 400
+    assert words in answer.json()["detail"]
+
+
+def test_a_session_says_what_is_trained_and_a_model_what_it_is(server: TinkerServer) -> None:
+    made = server.call("create_session", {"tags": [], "sdk_version": "0.38.0"}).json()
+    assert "train_unembed is not trained" in made["warning_message"]
+    model = server.model(made["session_id"], base="hub/tiny:vera-256", train_mlp=False)
+    info = server.call("get_info", {"model_id": model}).json()
+    assert (info["is_lora"], info["lora_rank"], info["model_name"]) == (False, 256, "hub/tiny:vera-256")
+    assert info["model_data"]["tokenizer_id"] == "tiny"
+
+
+def test_states_are_saved_loaded_and_belong_to_their_owner(start_tinker: StartTinker) -> None:
+    server = start_tinker(names=("anna", "tom"))
+    session = server.session("anna")
+    model = server.model(session, key="anna", seed=3)
+    server.train(model, 1, [4], key="anna")
+    server.step(model, 2, key="anna")
+    saved = server.result(server.call("save_weights", {"model_id": model, "seq_id": 3, "path": "one"}, "anna"), "anna")
+    assert saved["path"] == f"tinker://{model}/weights/one"
+    again = server.call("save_weights", {"model_id": model, "seq_id": 4, "path": "one"}, "anna")
+    assert (
+        "error" in (again.json() if again.status_code == 400 else server.result(again, "anna"))
+        or "detail" in again.json()
+    )
+    body = {"session_id": session, "model_seq_id": 1, "path": saved["path"], "optimizer": True}
+    loaded = server.result(server.call("load_weights", body, "anna"), "anna")
+    assert loaded["model_id"] == f"{session}:train:1"
+    assert server.tenants.models[loaded["model_id"]] == server.tenants.models[model]
+    assert server.call("get_info", {"model_id": loaded["model_id"]}, "anna").json()["lora_rank"] == 8
+    older = server.model(session, 2, key="anna")
+    body = {"model_id": older, "seq_id": 1, "path": saved["path"], "optimizer": False}
+    server.result(server.call("load_weights", body, "anna"), "anna")
+    assert (server.tenants.models[older].value, server.tenants.models[older].steps) == (1.0, 0)
+    foreign = {"session_id": server.session("tom"), "model_seq_id": 0, "path": saved["path"], "optimizer": True}
+    assert server.call("load_weights", foreign, "tom").status_code == 404
+
+
+def test_an_ephemeral_sampler_has_the_weights_of_its_moment(server: TinkerServer) -> None:
+    session = server.session()
+    model = server.model(session, seed=2)
+    body = {"model_id": model, "sampling_session_seq_id": 0}
+    server.tenants.runs.clear()
+    accepted = server.call("save_weights_for_sampler", {**body, "seq_id": 1})
+    server.train(model, 2, [4])
+    step = server.step(model, 3)
+    server.tenants.runs.set()
+    server.result(step)
+    made = server.result(accepted)
+    assert made == {"path": None, "sampling_session_id": f"{session}:sample:0", "type": "save_weights_for_sampler"}
+    (row,) = server.tinker.database.rows("SELECT * FROM samplers")
+    with open(server.directory / row["directory"] / "adapter.json") as file:
+        assert json.load(file) == 2
+
+
+def test_metrics_name_routes_and_no_paths_that_clients_invent(server: TinkerServer) -> None:
+    import httpx
+
+    server.session()
+    server.call("invented/1")
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'path="/api/v1/create_session",status="200"' in text
+    assert "invented" not in text

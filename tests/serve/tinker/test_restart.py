@@ -1,0 +1,81 @@
+"""What the next server does after one that was killed: the double keeps nothing, the disk has all."""
+
+from __future__ import annotations
+
+from tests.serve.tinker.conftest import StartTinker, TinkerServer, soon
+
+
+def killed(server: TinkerServer) -> TinkerServer:
+    """Cut a server off from its directory, as it is at this moment."""
+    server.tenants.runs.clear()
+    return server
+
+
+def test_pending_gradients_promises_and_seq_ids_live_on(start_tinker: StartTinker) -> None:
+    first = start_tinker()
+    model = first.model(seed=2)
+    losses = first.train(model, 1, [4])
+    first.result(losses)
+    first.result(first.step(model, 2))
+    first.result(first.train(model, 3, [5]))
+    killed(first)
+    pending = first.train(model, 4, [6])
+    second = start_tinker()
+    assert second.result(losses).metrics["loss:sum"] == 4
+    assert second.result(pending).metrics["loss:sum"] == 6
+    repeated = second.train(model, 4, [6])
+    assert repeated.json() == pending.json()
+    assert second.result(second.step(model, 5))["metrics"]["grad_norm:mean"] == 11
+    assert second.tenants.models[model].value == 2 - 0.5 * 4 - 0.5 * 11
+
+
+def test_calls_before_the_state_file_are_not_done_again(start_tinker: StartTinker) -> None:
+    first = start_tinker(save_seconds=0.0)
+    model = first.model(seed=2)
+    first.result(first.train(model, 1, [4]))
+    first.result(first.step(model, 2))
+    first.result(first.train(model, 3, [5]))
+    saved = first.directory / "models" / model.replace(":", "_") / "3.safetensors"
+    soon(lambda: saved.exists() and len(list(saved.parent.iterdir())) == 1)
+    soon(lambda: first.tinker.database.rows("SELECT applied_seq FROM models")[0][0] == 3)
+    killed(first)
+    second = start_tinker()
+    assert not second.tenants.done_calls  # an idle model is read when it is called
+    assert second.result(second.step(model, 4))["metrics"]["grad_norm:mean"] == 5
+    assert [kind for _, kind in second.tenants.done_calls[:2]] == ["load", "step"]
+    assert second.tenants.models[model].steps == 2
+
+
+def test_a_save_that_was_promised_is_done_by_the_next_server(start_tinker: StartTinker) -> None:
+    first = start_tinker()
+    session = first.session()
+    model = first.model(session, seed=2)
+    killed(first)
+    saves = [
+        first.call("save_weights", {"model_id": model, "seq_id": 1, "path": "a"}),
+        first.call("save_weights_for_sampler", {"model_id": model, "seq_id": 2, "sampling_session_seq_id": 0}),
+    ]
+    second = start_tinker()
+    assert second.result(saves[0])["path"] == f"tinker://{model}/weights/a"
+    assert second.result(saves[1])["sampling_session_id"] == f"{session}:sample:0"
+
+
+def test_refused_and_missing_calls_hold_up_nothing_after_a_restart(start_tinker: StartTinker) -> None:
+    first = start_tinker()
+    model = first.model()
+    assert first.train(model, 1, loss="custom").status_code == 400
+    first.result(first.train(model, 2, [3]))
+    killed(first)
+    second = start_tinker()
+    assert second.result(second.step(model, 3))["metrics"]["grad_norm:mean"] == 3
+
+
+def test_a_session_that_had_ended_stays_ended(start_tinker: StartTinker) -> None:
+    first = start_tinker()
+    session = first.session()
+    model = first.model(session)
+    first.call(f"sessions/{session}/finish", {})
+    second = start_tinker()
+    assert second.call("session_heartbeat", {"session_id": session}).status_code == 410
+    assert second.step(model, 1).status_code == 410
+    assert not second.tenants.done_calls
