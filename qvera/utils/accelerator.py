@@ -184,6 +184,20 @@ def product_workspace_bytes(device: torch.device) -> int:
     return 2 * (32 * 2**20 if ask(device)[0] >= 9 else (2 * 4096 + 8 * 16) * 2**10)
 
 
+def collective_buffer_bytes(device_type: str) -> int:
+    """The most that NCCL takes of a GPU for one communicator, outside of torch's allocator; 0 without CUDA.
+
+    Each channel has buffers of 10 MiB (4 of them ``NCCL_BUFFSIZE``) for each of its connections: one of a ring, two of
+    a tree. NCCL opens 32 channels on the fastest NVLink, which took 1.06 GB on eight H100s (NVIDIA/nccl issue 1685), and
+    as few as 2 on PCIe; ``NCCL_MAX_NCHANNELS`` sets the limit.
+    """
+    if device_type != "cuda":
+        return 0
+    asked = {name: os.environ.get(name, "") for name in ("NCCL_MAX_NCHANNELS", "NCCL_BUFFSIZE")}
+    channels, buffer = (int(text) if text.isdigit() and int(text) else None for text in asked.values())
+    return min(channels or 32, 32) * 3 * (6 * 2**20 + (buffer or 4 * 2**20))
+
+
 def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Numpy arrays as tensors on a device.
 

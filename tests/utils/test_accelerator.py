@@ -97,6 +97,15 @@ def test_workspaces_of_products_are_those_that_torch_allocates(monkeypatch: pyte
     assert accelerator.product_workspace_bytes(MPS) == 0
 
 
+def test_nccls_buffers_follow_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerator.collective_buffer_bytes("cpu") == 0
+    monkeypatch.setenv("NCCL_MAX_NCHANNELS", "")
+    assert accelerator.collective_buffer_bytes("cuda") == pytest.approx(1.06e9, rel=0.06)  # measured on 8 H100s
+    monkeypatch.setenv("NCCL_MAX_NCHANNELS", "2")
+    monkeypatch.setenv("NCCL_BUFFSIZE", "1048576")
+    assert accelerator.collective_buffer_bytes("cuda") == 2 * 3 * 7 * 2**20
+
+
 def test_bfloat16_must_be_in_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     for hardware in (True, False):
         with_device(

@@ -246,6 +246,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),
         Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
+        Component("NCCL's buffers, at most", "runtime", run.collective_bytes),
         Component(stored, "base", linears, machine.mapped_base, 3),
         Component("4-bit experts", "base", experts, machine.mapped_base, 3),
         Component("two streamed layers", "base", 2 * max(layer_bytes(run), default=0) if streams else 0),

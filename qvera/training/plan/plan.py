@@ -123,10 +123,11 @@ class Plan(PlannedRun):
     def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
         """A run's measured peak (`memory.PeakWatch`) as JSON, and the plan's error relative to it.
 
-        On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, without the context; what
-        the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
+        On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, without the context and
+        NCCL; what the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
         """
-        predicted, total = self.memory.total_bytes - self.machine.context_bytes, peak_bytes + mapped_bytes
+        predicted = self.memory.total_bytes - self.machine.context_bytes - self.collective_bytes
+        total = peak_bytes + mapped_bytes
         return {
             "private_bytes": peak_bytes,
             "mapped_bytes": mapped_bytes,

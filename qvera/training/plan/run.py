@@ -389,6 +389,11 @@ class PlannedRun:
         return self.machine.dtype.itemsize
 
     @property
+    def collective_bytes(self) -> int:
+        """What NCCL takes of this rank's GPU, at most."""
+        return accelerator.collective_buffer_bytes(self.machine.device_type) if self.sharing.world_size > 1 else 0
+
+    @property
     def method(self) -> Method:
         """The adapter's method."""
         return method_of(self.recipe.adapter)
