@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.common import header, interleaved, perturb, smollm2, write_result
 from bench.generation import stock
-from bench.gpu.common import base_on_device
+from bench.synthesise import synthesise
 from bench.trials import MORE
 from qvera.adapters import QveraLinear, hold_training_weights
 from qvera.adapters.files.save_load import attach
@@ -142,7 +144,8 @@ def layer_of_7b(rounds: int, dtype: torch.dtype, tokens: int = 512) -> dict[str,
         BEYOND,
         "stock PEFT VeRA r=256",
     ):
-        model = base_on_device("7b", 1, torch.device("cpu"), dtype).train()
+        with tempfile.TemporaryDirectory() as directory:
+            model = stock(str(synthesise("7b", Path(directory) / "7b", nf4=True, layers=1)), dtype).train()
         if name == "frozen, ours":
             freeze_linears(model)
         elif name == BEYOND:

@@ -103,6 +103,7 @@ def stock_lora(base: str, names: Sequence[str], prompts: Prompts, new_tokens: in
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # on the left, as generate wants it
         ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.tensor(prompt), 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
     def answer(adapters: Sequence[str | None]) -> int:

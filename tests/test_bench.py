@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bench import alpaca, classification, family, family_picture, gguf_answers, lora_cut, quality
+from bench import alpaca, classification, family, family_picture, gguf_answers, host_time, lora_cut, quality
 from bench.common import RESULTS, do_missing, read_lines, with_table, write_rows
+from bench.gpu import fast
+from bench.gpu.common import Lines
+from bench.gpu.first_machine import PARTS
+from bench.gpu.first_machine import run as run_piece
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
 from qvera.training.lr_finder import read_curve
@@ -27,25 +35,66 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def first_machine(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The lines that the first machine's command writes here, in its tiny CPU mode."""
+    sizes = ["--shape", "tiny", "--device", "cpu", "--tokens", "16", "--steps", "2", "--part-seconds", "9000"]
+    places = ["--lines", str(tmp_path / "lines.jsonl"), "--scratch", str(tmp_path / "scratch")]
+    subprocess.run([sys.executable, "bench/gpu/first_machine.py", *arguments, *sizes, *places], cwd=ROOT, check=False)
+    return read_lines(tmp_path / "lines.jsonl")
+
+
 @pytest.mark.parametrize(
-    "parts",
+    "pieces",
     [
-        pytest.param(["profile_step"], marks=pytest.mark.slow),
+        pytest.param(["qvera train", "frozen, round 1", "checkpointing"], marks=pytest.mark.slow),
         pytest.param([], marks=pytest.mark.matrix, id="all of them"),
     ],
 )
-def test_the_gpu_bench_writes_a_header_and_its_parts_in_cpu_mode(parts: list[str], tmp_path: Path) -> None:
-    sizes = ["--shape", "tiny", "--tokens", "16", "32", "64", "--steps", "2", "--limit-seconds", "6000"]
-    chosen = ["--parts", *parts] if parts else []
-    command = ["bench/gpu/run.py", "--device", "cpu", *sizes, *chosen, "--out", str(tmp_path / "gpu.jsonl")]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=6000)
-    header, *rows = read_lines(tmp_path / "gpu.jsonl")
-    assert header["part"] == "header" and header["versions"]["torch"]
+def test_what_a_first_machine_is_asked_runs_here(pieces: list[str], tmp_path: Path) -> None:
+    chosen = ["--pieces", *pieces] if pieces else []
+    rows = first_machine(tmp_path, "A", "B", "C", "D", *chosen)
     assert not [row for row in rows if "error" in row]
-    ended = {row["part"]: row["seconds"] for row in rows if "options" in row}
-    assert ended.keys() >= set(parts) and all(ended.values())
-    launches = [row["launches"] for row in rows if row["part"].startswith("profile") and "launches" in row]
-    assert launches[-1] >= sum(launches[:-1])
+    ended = [row["piece"] for row in rows if row.get("ended")]
+    assert ended == [piece for part in PARTS.values() for _, piece, _ in part if not pieces or piece in pieces]
+    assert next(row for row in rows if row.get("case") == "frozen")["step_seconds"] > 0
+    assert first_machine(tmp_path, "A", "B", "C", "D", *chosen) == rows, "what has ended is done again"
+
+
+def test_a_piece_that_hangs_or_fails_is_named_dies_with_all_that_it_started_and_the_next_goes_on(
+    tmp_path: Path,
+) -> None:
+    mark = tmp_path / "mark"
+    hangs = f"import subprocess, time; subprocess.Popen(['sh', '-c', 'sleep 3; touch {mark}']); time.sleep(60)"
+    found = [
+        run_piece([sys.executable, "-c", code], dict(os.environ), 1.0)
+        for code in (hangs, "raise SystemExit('no card')", "pass")
+    ]
+    assert found[0]["error"] == "stopped after 1 s" and "no card" in found[1]["said"] and "error" not in found[2]
+    time.sleep(3)
+    assert not mark.exists()
+
+
+def test_a_case_with_other_settings_than_qvera_train_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = argparse.Namespace(
+        scratch=tmp_path, shape="tiny", tokens=[16], steps=2, device="cpu", lines=tmp_path / "lines.jsonl"
+    )
+    for piece in ("qvera train", "ours r=256, round 1"):
+        lines = Lines(args.lines, piece, torch.device("cpu"), "tiny")
+        if piece == "qvera train":
+            fast.PIECES[piece](args, lines)
+        else:
+            monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:other")
+            with pytest.raises(RuntimeError, match="settings are not those of qvera train.*backend:other"):
+                fast.PIECES[piece](args, lines)
+    assert [row["piece"] for row in read_lines(args.lines)] == ["qvera train"]
+
+
+def test_the_host_spends_time_on_every_case() -> None:
+    found = host_time.measured(1)
+    assert found["frozen"]["over_frozen"] == 1.0 and found.keys() == host_time.CASES.keys()
+    assert all(row["checkpointed_microseconds_a_layer"] > 0 for row in found.values())
 
 
 def test_trials_differ_in_the_adapter_alone(make_recipe: Any, tmp_path: Path) -> None:

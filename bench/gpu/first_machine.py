@@ -1,0 +1,158 @@
+"""What a first GPU is asked, in four parts of at most 9 minutes. No network is needed. docs/first-machine.md reads the lines.
+
+    python bench/gpu/carry.py wheels                               # here: what the machine may lack, below 30 MB
+    python bench/gpu/first_machine.py A --wheels wheels            # there; then B, C and D
+    python bench/gpu/first_machine.py A B C D --shape tiny --device cpu --tokens 16 32 --steps 2     # what the tests run
+
+A right (`right.py`), B fast (`fast.py`), C large (`large.py`), D serving (`serving.py`). Each part is a list of pieces. A
+piece is a process group of its own, which dies with its time, and adds its lines to ``--lines`` as it measures. A piece that
+fails leaves a line that says why, and the next one goes on. A piece that has ended on this card is not done again, so the
+same command goes on where it was cut off. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+PART_SECONDS = 530.0
+_CASES = ("ours r=256", "PEFT LoRA r=16", "frozen", "ours LoRA r=16", "PEFT VeRA r=256", "ours r=1024")
+_MODES = ("checkpointing", "no checkpointing", "offloaded", "packed", "float16", "streamed", "compiled")
+# of each part: module, piece, and the seconds that it may take
+PARTS: dict[str, list[tuple[str, str, int]]] = {
+    "A": [
+        ("right", "ceilings", 40), ("right", "operators", 90), ("right", "layer", 70), ("right", "resumed", 120),
+        ("right", "export", 60), ("right", "tests", 150), ("right", "sanitizer", 120),
+    ],
+    "B": [
+        ("fast", "qvera train", 90), ("fast", "host", 60),
+        *(("fast", f"{case}, round {turn}", 60) for turn in (1, 2) for case in _CASES),
+    ],
+    "C": [
+        *(("large", mode, 60) for mode in _MODES[:3]), ("large", "offloaded 32k", 90), ("large", "streamed 70b", 120),
+        ("large", "profile", 60), *(("large", mode, 60) for mode in _MODES[3:]),
+    ],
+    "D": [*(("serving", f"{what} {rows}", 90) for rows in (32, 64) for what in ("ours", "PEFT")),
+          ("serving", "beside training", 120)],
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--lines", type=Path, default=ROOT / "bench" / "results" / "first_machine.jsonl")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "qvera-first-machine")
+    parser.add_argument("--wheels", type=Path, help="install from this folder what the machine lacks, below --scratch")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", default="7b")
+    parser.add_argument("--tokens", nargs="+", default=["512", "2048", "8192"])
+    parser.add_argument("--steps", default="5")
+    parser.add_argument("--pieces", nargs="*", default=[], help="only these, by name")
+    parser.add_argument("--part-seconds", type=float, default=PART_SECONDS)
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    args.lines.parent.mkdir(parents=True, exist_ok=True)
+    environment = environment_of(args)
+    failed = 0
+    for part in args.parts:
+        began = time.monotonic()
+        for module, piece, limit in PARTS[part]:
+            about = {"part": part, "piece": piece, "shape": args.shape, "device": args.device}
+            if (args.pieces and piece not in args.pieces) or has_ended(args.lines, about):
+                continue
+            left = args.part_seconds - (time.monotonic() - began)
+            command = [sys.executable, "-m", f"bench.gpu.{module}", piece, "--lines", str(args.lines.resolve())]
+            command += ["--scratch", str(args.scratch.resolve()), "--device", args.device, "--shape", args.shape]
+            command += ["--tokens", *args.tokens, "--steps", args.steps]
+            limit_seconds = min(limit * args.part_seconds / PART_SECONDS, left)
+            found = run(command, environment, limit_seconds) if left > 5 else {"error": "left out: the time is up"}
+            failed += "error" in found
+            add_line(args.lines, {**about, "ended": "error" not in found, **found})
+    print(f"{args.lines}: {failed} pieces failed or were left out")
+    return 1 if failed else 0
+
+
+def environment_of(args: argparse.Namespace) -> dict[str, str]:
+    """Of the pieces: as `qvera` sets it for its own process, this checkout, and what was installed beside the machine's."""
+    site = args.scratch / "site"
+    if args.wheels is not None:
+        install(args.wheels, site)
+    if args.device == "cpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    paths = [str(ROOT), *([str(site)] if site.exists() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # `qvera` sets the allocator before it imports torch; `qvera --version` as much as `qvera train`
+    shown = "import os, sys; from qvera.cli.main import main; main(['--version']); print(os.environ.get('PYTORCH_ALLOC_CONF', ''))"
+    said = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout
+    return {**os.environ, "PYTORCH_ALLOC_CONF": said.splitlines()[-1], "PYTHONUNBUFFERED": "1"}
+
+
+def install(wheels: Path, site: Path) -> None:
+    """Install the folder's wheels whose package this machine lacks, or has in an older version, into ``site``."""
+    lacking = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        name, version = wheel.name.split("-")[:2]
+        try:
+            here = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            here = "0"
+        if numbers(here) < numbers(version):
+            lacking.append(str(wheel))
+    if lacking:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
+        subprocess.run([*pip, "--target", str(site), *lacking], check=True)
+
+
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def has_ended(lines: Path, about: dict[str, Any]) -> bool:
+    """Whether this piece has ended well before."""
+    if not lines.exists():
+        return False
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    return any(row.get("ended") and about.items() <= row.items() for row in rows)
+
+
+def add_line(lines: Path, row: dict[str, Any]) -> None:
+    with open(lines, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row) + "\n")
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def run(command: list[str], environment: dict[str, str], limit_seconds: float) -> dict[str, Any]:
+    """Run one piece, in a process group that ends with it; its seconds, or the error with the end of what it said."""
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=said, start_new_session=True)
+        try:
+            problem = f"exit {code}" if (code := child.wait(limit_seconds)) else None
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {limit_seconds:.0f} s"
+        finally:  # Ctrl-C too; what a piece has started does not outlive it
+            try:
+                os.killpg(child.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            child.wait()
+        said.seek(0)
+        text = said.read()
+    sys.stderr.write(text)
+    return {"seconds": time.monotonic() - began} if problem is None else {"error": problem, "said": text[-2000:]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
