@@ -188,8 +188,8 @@ def collective_buffer_bytes(device_type: str) -> int:
     """The most that NCCL takes of a GPU for one communicator, outside of torch's allocator; 0 without CUDA.
 
     Each channel has buffers of 10 MiB (4 of them ``NCCL_BUFFSIZE``) for each of its connections: one of a ring, two of
-    a tree. NCCL opens 32 channels on the fastest NVLink, which took 1.06 GB on eight H100s (NVIDIA/nccl issue 1685), and
-    as few as 2 on PCIe; ``NCCL_MAX_NCHANNELS`` sets the limit.
+    a tree. NCCL opens 32 channels on the fastest NVLink, which took 1.06 GB on eight H100s (NVIDIA/nccl issue 1685),
+    and as few as 2 on PCIe; ``NCCL_MAX_NCHANNELS`` sets the limit.
     """
     if device_type != "cuda":
         return 0
