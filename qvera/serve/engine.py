@@ -363,6 +363,9 @@ class Engine:
             if event is None:
                 self._end(active, EndEvent("error", NOT_FINITE))
                 continue
+            if active.scored is not None:  # the first token, so the whole prompt was computed
+                _send(active, active.scored.scores())
+                active.scored = None
             stops = event.token in sampling.stop_tokens
             if not stops or sampling.keeps_stop:
                 active.tokens.append(event.token)
@@ -372,8 +375,7 @@ class Engine:
                     self._end(active, EndEvent("cancelled"))
                     continue
             if stops or len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
-                scores = None if active.scored is None else active.scored.scores()
-                self._end(active, EndEvent("stop" if stops else "length", scores=scores))
+                self._end(active, EndEvent("stop" if stops else "length"))
 
     def _end(self, active: ActiveRequest, event: EndEvent) -> None:
         active.ended = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -56,7 +56,7 @@ class Sampling:
 class PromptScoring:
     """What is asked about the last tokens of a prompt: each one's log-probability after those before it."""
 
-    last: int  # so many tokens, from 0 to all but the first
+    last: int  # so many tokens, from 1 to all but the first
     top: int = 0  # also of the most likely tokens in each place
     targets: np.ndarray | None = None  # also of these tokens, int64 [last, K]
     draws: int = 0  # also of so many tokens that are drawn in each place, independently
@@ -122,10 +122,10 @@ class EndEvent:
 
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str = ""  # what went wrong, for "error"
-    scores: PromptScores | None = field(default=None, compare=False)  # of "stop" and "length", where asked for
 
 
-Event = TokenEvent | EndEvent
+Event = TokenEvent | PromptScores | EndEvent
+"""Scores come before the first token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,10 +43,8 @@ class ScoredPrompt:
             drawn = torch.multinomial(likely, scoring.draws, replacement=True, generator=self._generator)
         self._found.append([logprobs.gather(1, targets), top_tokens, top, drawn, logprobs.gather(1, drawn)])
 
-    def scores(self) -> PromptScores | None:
-        """Those of all places, once they were added. None: there was none."""
-        if not self._found:
-            return None
+    def scores(self) -> PromptScores:
+        """Those of all places, at least one, once they were added."""
         targets, *others = (torch.cat(parts).cpu().numpy() for parts in zip(*self._found, strict=True))
         return PromptScores(targets[:, 0], targets[:, 1:], *others)
 

@@ -79,6 +79,11 @@ class AdapterStore:
         text = json.dumps(sorted((part.sha256, part.weight) for part in parts))
         return ResolvedAdapter(model, hashlib.sha256(text.encode()).hexdigest(), parts)
 
+    def resolve_directory(self, directory: Path, name: str) -> ResolvedAdapter:
+        """An adapter directory as it is now, wherever it is. Raises InputError if its files can't be read."""
+        sha256 = self._sha256(directory)
+        return ResolvedAdapter(name, sha256, (AdapterPart(1.0, directory, sha256),))
+
     def parts_of(self, model: str) -> list[str]:
         """Names of the adapters in a name or blend. Reads none. Raises as `resolve`; the base is unknown here."""
         return list(self._weights(model, self._directories()))

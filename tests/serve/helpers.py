@@ -20,6 +20,7 @@ from qvera.serve.requests import (
     EngineSettings,
     Event,
     GenerationRequest,
+    PromptScores,
     ResolvedAdapter,
     Sampling,
     TokenEvent,
@@ -58,6 +59,7 @@ class Answer:
     def __init__(self) -> None:
         self.events: list[TokenEvent] = []
         self.ends: list[EndEvent] = []
+        self.scores: PromptScores | None = None
         self._ended = threading.Event()
         self._began = threading.Event()
 
@@ -67,6 +69,9 @@ class Answer:
             assert not self.ends, "a token came after the end"
             self.events.append(event)
             self._began.set()
+        elif isinstance(event, PromptScores):
+            assert not self.events and self.scores is None
+            self.scores = event
         else:
             self.ends.append(event)
             self._ended.set()

@@ -22,7 +22,7 @@ def _scored(
     prompt: list[int], adapter: Any, scoring: PromptScoring, max_tokens: int = 1, **sampling: Any
 ) -> GenerationRequest:
     asked = request(prompt, adapter, max_tokens, **sampling)
-    return GenerationRequest(asked.id, asked.prompt, adapter, asked.sampling, scoring=scoring)
+    return GenerationRequest(asked.id, asked.prompt, adapter, asked.sampling, scoring=scoring if scoring.last else None)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -50,8 +50,8 @@ def test_prompts_of_many_adapters_are_scored_as_each_model_scores_them_alone(
         found = [submit(engine, one) for one in asked]
         for one, answer, events, whole in zip(asked, found, answers, rows, strict=True):
             assert_same(answer, events)
-            given, scores = one.scoring, answer.end().scores
-            if given is None or not given.last:
+            given, scores = one.scoring, answer.scores
+            if given is None:
                 assert scores is None
                 continue
             assert scores is not None and given.targets is not None
@@ -81,7 +81,7 @@ def test_a_prompt_is_computed_once_for_its_scores_and_all_answers_that_are_asked
         assert sum(counts) == 80 + 7 * 16 + 8  # the last block is each one's own, and so is the first new token
         counts.clear()
         later = submit(engine, _scored([*prompt, 5, 4], adapter, PromptScoring(2)))
-        assert later.end().scores is not None
+        assert len(later.tokens) == 1 and later.scores is not None
         assert sum(counts) == 82 - 64  # the places before the last two were in the cache
 
 
@@ -90,9 +90,10 @@ def test_the_head_never_sees_more_places_at_a_time_than_requests_may_run(engine_
         rows = list[int]()
         head = Head.of(engine.model).module
         hook = head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].flatten(0, -2).shape[0]))
-        scores = submit(engine, _scored([3 + i for i in range(255)], None, PromptScoring(254, top=2))).end().scores
+        answer = submit(engine, _scored([3 + i for i in range(255)], None, PromptScoring(254, top=2)))
+        assert len(answer.tokens) == 1
         hook.remove()
-    assert scores is not None and len(scores.own) == 254
+    assert answer.scores is not None and len(answer.scores.own) == 254
     assert max(rows) == 3
 
 
@@ -110,9 +111,7 @@ def test_drawn_tokens_come_as_often_as_their_temperature_says_and_again_with_the
         prompt = ScoredPrompt(PromptScoring(2, draws=4000, **settings), [0, 1, 2], torch.device("cpu"))
         with torch.no_grad():
             add_scores(head, [prompt, prompt], hidden, rows)
-        scores = prompt.scores()
-        assert scores is not None
-        return scores.drawn_tokens
+        return prompt.scores().drawn_tokens
 
     found = drawn(2, seed=2**64 - 1, temperature=0.5)
     for row, tokens in zip((head.module(hidden) / 0.5).softmax(-1).tolist(), found, strict=True):

@@ -288,6 +288,7 @@ class Generation:
                     raise ApiError(503, "The server is stopping.", code="cancelled")
                 finish = event.reason
             else:
+                assert isinstance(event, TokenEvent)  # no prompt is scored here
                 if not self.new_tokens:
                     self._service.metrics.first_token_seconds.observe(time.monotonic() - self._began)
                 self.new_tokens += 1
