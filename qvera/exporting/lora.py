@@ -12,24 +12,22 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft import LoraConfig, VeraConfig
 from transformers import PreTrainedModel
 
 from qvera.adapters.config import PREFIX
 from qvera.adapters.files.adapter_file import lora_config
 from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
+from qvera.adapters.files.stock_peft import PeftPlace, Places, other_places, require_kept
 from qvera.adapters.methods import method_of
 from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.models.safetensors_stream import write_shard
-from qvera.models.structure import share_tied_modules
 from qvera.utils import formatting
 from qvera.utils.atomic import new_directory, require_space
-from qvera.utils.errors import InputError, first_line
-from qvera.utils.formatting import first_of
+from qvera.utils.errors import InputError
 from qvera.utils.paths import CHAT_TEMPLATE
 from qvera.utils.safetensors_io import FACTS, TensorSpec
 
@@ -38,18 +36,6 @@ LIMITS = ("exclude_modules", "layers_to_transform")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.14
 
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # layer, or layer.number of an expert → A' [r, n] and B' [m, r]
-
-
-class PeftPlace(NamedTuple):
-    """Where PEFT has the LoRA of a layer's experts."""
-
-    module: str
-    """Each of a module's parameters has its LoRA in a wrapper around the wrapper of the one before."""
-    turned: bool
-    """Whether PEFT takes their matrices [in, out] for [out, in], so that A and B change places."""
-
-
-Places = Mapping[str, PeftPlace]
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:
@@ -260,56 +246,16 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
 def in_every_place(adapter: AdapterDeltas, model: PreTrainedModel) -> AdapterDeltas:
     """The adapter with a copy for each place of a module that stands in several (`share_tied_modules`), as PEFT has."""
     layers, config = dict(adapter.layers), copy.copy(adapter.config)
-    for place, source in share_tied_modules(model).items():
-        own = {name: delta for name, delta in adapter.layers.items() if name.startswith(f"{source}.")}
-        layers |= {place + name.removeprefix(source): delta for name, delta in own.items()}
+    layers |= {place: adapter.layers[name] for place, name in other_places(adapter.layers, model).items()}
     if len(layers) > len(adapter.layers) and not isinstance(config.target_modules, str):
         config.target_modules = sorted(layers)
     return dataclasses.replace(adapter, config=config, layers=layers)
 
 
 def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Places:
-    """Put a LoRA of the adapter's targets on a model like its base, as PEFT does when it opens the export.
-
-    Returns where PEFT has that of experts.
-
-    In models with experts PEFT takes names such as ``down_proj`` for those of experts, and drops the tensors of dense
-    MLPs with these names, or of shared experts (Laguna). InputError: it refuses the targets, or would adapt other
-    layers than the adapter has.
-    """
-    weights = dict(model.named_parameters())
-    if flat := sorted(name for name, delta in adapter.layers.items() if delta.experts and weights[name].dim() == 2):
-        raise InputError(
-            f"PEFT takes {first_of(flat)} for one matrix, where the adapter changes each expert. Export with --to "
-            "merged."
-        )
-    config, kept, places = LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), set(), {}
-    try:
-        with torch.device("meta"):  # not the base itself, where modules stand in several places
-            adapted = get_peft_model(type(model)(model.config), config)
-    except ValueError as error:
-        raise InputError(
-            f"PEFT refuses a LoRA of this adapter's targets: {first_line(error)} Export with --to merged, or train "
-            "with adapter.targets that leave these out."
-        ) from None
-    own = get_peft_model_state_dict(adapted)
-    missing = set_peft_model_state_dict(adapted, own).missing_keys  # PEFT renames tensors when it reads them
-    lost = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing if ".lora_" in name}
-    for path, module in adapted.get_base_model().named_modules():
-        name = path
-        if isinstance(module, ParamWrapper):
-            name = f"{path.replace('.base_layer', '')}.{module.parameter_name}"
-            takes_turned, delta = getattr(module.get_base_layer(), "is_transposed", False), adapter.layers.get(name)
-            places[name] = PeftPlace(path, delta is not None and delta.transposed != takes_turned)
-        if isinstance(module, LoraLayer) and path not in lost:
-            kept.add(name)
-    if other := sorted(adapter.layers.keys() - kept) or sorted(kept - adapter.layers.keys()):
-        raise InputError(
-            f"PEFT would not adapt {first_of(other)} of this model as the adapter does: it takes the name for that of "
-            "experts, and the export would lose it. Export with --to merged, or train with adapter.targets that name "
-            "attention only."
-        )
-    return places
+    """`require_kept` for the linears and experts of an adapter."""
+    turned = {name: delta.transposed if delta.experts else None for name, delta in adapter.layers.items()}
+    return require_kept(LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), turned, model)
 
 
 def _targets(adapter: AdapterDeltas) -> dict[str, Any]:

@@ -40,9 +40,11 @@ from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.stream import stream_layers
 from qvera.models.structure import expert_weights
+from qvera.training.plan.plan import make_plan, run_lines
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative
+from tests.families import FAMILIES
 from tests.models.experts import CLASSES, delta, dense_twin, write
 from tests.training.runs import cut_off
 
@@ -387,6 +389,19 @@ def test_a_lora_whose_dense_mlps_peft_takes_for_experts_is_refused(bases: Any, t
     model = load_adapter(load_base(section(base, quantization="none")).model, tmp_path / "attention")
     with torch.no_grad():
         torch.testing.assert_close(stock(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_peft_would_drop_or_refuse_is_said_before_the_training(make_recipe: Any, tmp_path: Path) -> None:
+    """Of a LoRA that a run would save, and of the export of a VeRA."""
+    for name, words in (("glm4_moe", "PEFT would not adapt"), ("falcon_h1", "PEFT refuses a LoRA")):
+        FAMILIES[name].write(tmp_path / name)
+        for keys, begins in ((LORA, "This run's LoRA is qvera's alone: "), ({}, "--to lora will be refused: ")):
+            for targets, is_said in (("all-linear", True), (["q_proj", "o_proj"], False)):
+                recipe = make_recipe(
+                    model=section(tmp_path / name).to_dict(), adapter={"rank": 8, "targets": targets, **keys}
+                )
+                plan = make_plan(recipe, torch.device("cpu"))
+                assert any(line.startswith(begins + words) for line in run_lines(plan)) == is_said
 
 
 def test_routers_are_neither_adapted_nor_quantized(tmp_path: Path) -> None:

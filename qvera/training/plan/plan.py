@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Column, Table
+from transformers import PreTrainedModel
 
+from qvera.adapters.files.stock_peft import other_places, require_kept
 from qvera.adapters.methods import Source, check_recipe
 from qvera.config import plugins
 from qvera.config.schema import Recipe
@@ -20,6 +23,7 @@ from qvera.models.attention import implementation_on, joining_of, needs_padding_
 from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import how_stored
 from qvera.models.safetensors_stream import packed_header
+from qvera.models.structure import expert_weights
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
@@ -66,6 +70,7 @@ class Plan(PlannedRun):
     streaming: Streaming  # likewise
     ways: tuple[Way, ...] = ()  # every way of sharing the model, where that was asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
+    peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
 
     @property
     def needed_bytes(self) -> int:
@@ -236,7 +241,30 @@ def make_plan(
     if whole.adapter.rank != given.adapter.rank:  # a schedule has made it
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     of_run = {each.name: getattr(run, each.name) for each in fields(run)}
-    return Plan(**of_run, memory=memory, changes=changes, decided=decided, streaming=streaming, ways=ways)
+    note = _peft_note(run, model)
+    return Plan(
+        **of_run, memory=memory, changes=changes, decided=decided, streaming=streaming, ways=ways, peft_note=note
+    )
+
+
+def _peft_note(run: PlannedRun, model: PreTrainedModel) -> str | None:
+    """What stock PEFT can't read of the run's adapter as a LoRA, to be said before the training; None: nothing."""
+    names, stacks = set(run.adapted_names), {x.name: x.spec.is_transposed for x in run.shape.experts}
+    roles = {x.role for x in run.adapted}
+    # it drops tensors of dense MLPs beside experts, and refuses this name in Mamba
+    if run.method.peft_type is None or run.shape.head or not (expert_weights(model) or "out_proj" in roles):
+        return None
+    stacks = {x.name: stacks[x.name] for x in run.adapted_experts}
+    names |= other_places(names, model).keys()
+    short = {x.name for x in run.shape.linears if x.role in roles} == run.adapted_names and not stacks
+    config = LoraConfig(r=1, target_modules=sorted(roles if short else names), task_type="CAUSAL_LM")
+    config.target_parameters = sorted(stacks) or None
+    try:
+        require_kept(config, {**dict.fromkeys(names), **stacks}, model)
+    except InputError as error:
+        kind = "This run's LoRA is qvera's alone" if run.method.peft_type == "LORA" else "--to lora will be refused"
+        return f"{kind}: {error}"
+    return None
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
@@ -289,8 +317,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.slots:
         each = f"each of them {size(slot_bytes(plan))}"
         console.print(f"At most {plan.slots:,} adapters are trained at the same time, {each} with AdamW's moments.")
-    for note in plan.notes:
-        console.print(note)
+    for note in filter(None, (*plan.notes, plan.peft_note)):
+        console.print(note, markup=False)
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
@@ -379,6 +407,7 @@ def run_lines(plan: Plan) -> list[str]:
         f"Plan: peak{rank} {peak}; {plan.batch.source}.",
         *([str(plan.decided)] if plan.decided.asked != plan.decided.mode else []),
         *([str(plan.streaming)] if plan.streaming.streams else []),
+        *([plan.peft_note] if plan.peft_note else []),
         verdict(plan),
         *change_lines(plan),
     ]
