@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qvera.adapters.bank import AdapterBank
@@ -45,9 +46,11 @@ from qvera.models.structure import beside_the_layers
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.optim import AdamSettings, BankAdamW
 from qvera.training.state_file import read_state, write_state
-from qvera.training.token_rows import Limits, PassRow, TokenRow, checked_settings, problem_of, run_pass
+from qvera.training.token_rows import PassRow, Settings, TokenRow, checked_call, run_pass
+from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.memory import Shortage, or_shortage
+from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
     from qvera.models.loader import Base
@@ -133,7 +136,7 @@ class _Rows:
     done: Done
     rows: Sequence[TokenRow]
     loss: str
-    settings: tuple[tuple[str, float], ...]
+    settings: Settings
     forward_only: bool
     number: int
     left: list[int] = dataclasses.field(default_factory=list)
@@ -163,13 +166,7 @@ class _Model:
     packed: dict[str, Tensor] | None = None
     file: Path | None = None
     used: int = 0
-    _pool: _Pool | None = None
-
-    @property
-    def pool(self) -> _Pool:
-        """The models of its shape, once it is created."""
-        assert self._pool is not None
-        return self._pool
+    pool: _Pool = dataclasses.field(init=False)  # once it is made
 
     @property
     def held_slot(self) -> int:
@@ -236,10 +233,10 @@ class Tenants:
         self._base, self._settings, self._wake = base, settings, wake
         self._device = next(base.model.parameters()).device
         self._is_training = not draws_random_numbers(base.model)  # dropout and checkpoints come with this mode
-        self._limits = Limits.of(base.model)
         self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # with the owner of a new model
         self._models: dict[str, _Model] = {}
         self._busy: dict[str, _Model] = {}  # those that have calls
+        self._packed: dict[_Model, int] = {}  # bytes of those in host memory, in the order in which they came there
         self._pools: dict[ModelShape, _Pool] = {}
         self._clock, self._numbers = itertools.count(1), itertools.count()
         self._spent: dict[str, int] = {}  # owner → tokens, of those that have rows waiting
@@ -256,7 +253,7 @@ class Tenants:
         """Make a model. ``owner``: whose turn its calls take. ``done`` gets ``{"parameters": their number}``."""
 
         def make(model: _Model) -> dict[str, Any]:
-            model._pool = self._pool(shape)
+            model.pool = self._pool(shape)
             self._pack(model, {"vectors": model.pool.start(seed)})
             return {"parameters": model.pool.trained_numbers}
 
@@ -277,9 +274,8 @@ class Tenants:
             sizes = {"vectors": pool.numbers} | dict.fromkeys(("first", "second", "pending"), pool.trained_numbers)
             if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
                 raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
-            model._pool = pool
-            if with_optimizer:
-                model.steps, model.has_pending = state["steps"], "pending" in tensors
+            model.pool = pool
+            model.steps, model.has_pending = (state["steps"], "pending" in tensors) if with_optimizer else (0, False)
             self._pack(model, tensors if with_optimizer else {"vectors": tensors["vectors"]})
             return {"parameters": pool.trained_numbers, "shape": shape, "facts": state["facts"]}
 
@@ -299,26 +295,20 @@ class Tenants:
         ``loss`` is one of `TOKEN_LOSSES`, with its ``settings``. ``forward_only``: no gradient is computed.
         """
         try:
-            chosen = tuple(sorted(checked_settings(loss, settings).items()))
-            problems = ((i, problem_of(row, loss, self._limits)) for i, row in enumerate(rows))
-            if not rows or (found := next((one for one in problems if one[1]), None)):
-                raise ValueError(f"data[{found[0]}]: {found[1]}." if rows and found else "data: has no rows.")
+            chosen = checked_call(self._base.model, rows, loss, settings)
         except ValueError as error:
-            return self._send(model_id, _refused(done, str(error)))
+            return self._refuse(model_id, done, str(error))
         call = _Rows(done, rows, loss, chosen, forward_only, next(self._numbers))
         call.begin_anew()
         self._send(model_id, call)
 
     def optim_step(self, model_id: str, settings: AdamSettings, done: Done) -> None:
         """Step with the gradient of all calls since the last step, and drop it. ``done`` gets its metrics."""
-        named, problem = settings._asdict(), None
-        if not all(math.isfinite(value) and value >= 0 for value in named.values()):
-            problem = "takes numbers from 0"
-        elif settings.beta1 >= 1 or settings.beta2 >= 1 or settings.epsilon < 1e-30:
-            problem = "takes betas below 1 and an eps of at least 1e-30"
-        if problem is not None:
-            text = ", ".join(f"{name} {value:g}" for name, value in named.items())
-            return self._send(model_id, _refused(done, f"optim_step: {problem}, got {text}."))
+        is_usual = settings.beta1 < 1 and settings.beta2 < 1 and settings.epsilon >= 1e-30
+        if not is_usual or any(not math.isfinite(value) or value < 0 for value in settings):
+            text = ", ".join(f"{name} {value:g}" for name, value in settings._asdict().items())
+            wanted = "takes numbers from 0, betas below 1 and an epsilon of at least 1e-30"
+            return self._refuse(model_id, done, f"optim_step: {wanted}, got {text}.")
         self._send(model_id, _Step(done, settings))
 
     def save_state(self, model_id: str, file: Path, facts: Mapping[str, Any], done: Done) -> None:
@@ -350,6 +340,14 @@ class Tenants:
     def has_work(self) -> bool:
         """See `BackgroundWork.has_work`."""
         return bool(self._arrivals or self._busy)
+
+    def _refuse(self, model_id: str, done: Done, why: str) -> None:
+        """Send a call that fails in its turn."""
+
+        def fail(_: _Model) -> None:
+            raise CallFailed(why)
+
+        self._send(model_id, _Do(done, fail))
 
     def _send(self, model_id: str, call: _Call | None, owner: str | None = None) -> None:
         self._arrivals.append((model_id, owner, call))
@@ -384,8 +382,7 @@ class Tenants:
         self._busy.pop(model.id, None)
         if model.slot is not None:
             model.pool.residents[model.slot] = None
-        if model.file is not None:
-            model.file.unlink(missing_ok=True)
+        self._unpack(model)
         for call in model.calls:
             call.done(CallFailed(f"The model {model.id} {why}."))
         model.calls.clear()
@@ -404,7 +401,7 @@ class Tenants:
             while model.calls and isinstance(call := model.calls[0], _Do) and time.monotonic() < until:
                 self._end(model, self._result_of(functools.partial(call.do, model)))
                 did = True
-                if model._pool is None:
+                if not hasattr(model, "pool"):
                     self._drop(model, "could not be made")
             if model.calls and isinstance(model.calls[0], _Step):
                 due.setdefault(model.pool, []).append(model)
@@ -619,10 +616,8 @@ class Tenants:
         if "pending" in tensors:
             pool.pending[slot].copy_(tensors["pending"])
         pool.adamw.steps[slot] = model.steps
-        pool.residents[slot], model.slot, model.packed = model, slot, None
-        if model.file is not None:
-            model.file.unlink(missing_ok=True)
-            model.file = None
+        pool.residents[slot], model.slot = model, slot
+        self._unpack(model)
         return True
 
     def _page_out(self, model: _Model) -> None:
@@ -631,27 +626,32 @@ class Tenants:
         self._pack(model, tensors)
 
     def _pack(self, model: _Model, tensors: dict[str, Tensor]) -> None:
-        """Hold a model in host memory, and write the least used ones to files where that is full."""
-        model.packed, model.used = tensors, next(self._clock)
-        held = sorted((one for one in self._models.values() if one.packed), key=lambda one: one.used)
-        sizes = [sum(tensor.nbytes for tensor in (one.packed or {}).values()) for one in held]
-        left = sum(sizes)
-        for one, own in zip(held, sizes, strict=True):
-            if left <= self._settings.host_bytes:
-                break
+        """Hold a model in host memory, and write those that came there first to files if it is full."""
+        model.packed, self._packed[model] = tensors, sum(tensor.nbytes for tensor in tensors.values())
+        while sum(self._packed.values()) > self._settings.host_bytes:
+            first = next(iter(self._packed))
             file = self._settings.directory / f"{next(self._clock)}.safetensors"
             try:
-                write_state(file, one.packed or {}, {})
+                with disk_errors(str(file), "Models stay in memory."):
+                    save_tensors(first.packed or {}, file)
             except RunFailed as error:
-                return _logger.warning("models stay in memory: %s", error)
-            one.packed, one.file, left = None, file, left - own
+                return _logger.warning("%s", error)
+            self._unpack(first)
+            first.file = file
+
+    def _unpack(self, model: _Model) -> None:
+        """Drop what is held of a model beside its slot."""
+        self._packed.pop(model, None)
+        if model.file is not None:
+            model.file.unlink(missing_ok=True)
+        model.packed = model.file = None
 
     def _tensors(self, model: _Model) -> dict[str, Tensor]:
         """A model's tensors in host memory, wherever it is."""
         if model.packed is not None:
             return model.packed
         if model.file is not None:
-            return read_state(model.file, "It was changed while the server ran.")[0]
+            return load_file(model.file)
         pool, slot = model.pool, model.held_slot
         found = {"vectors": pool.bank.vectors[slot]}
         if pool.adamw.steps[slot]:
@@ -662,12 +662,3 @@ class Tenants:
 
     def _steps(self, model: _Model) -> int:
         return model.steps if model.slot is None else model.pool.adamw.steps[model.slot]
-
-
-def _refused(done: Done, why: str) -> _Do:
-    """A call that fails when its turn comes."""
-
-    def refuse(_: _Model) -> None:
-        raise CallFailed(why)
-
-    return _Do(done, refuse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -33,46 +33,43 @@ class TokenRow(NamedTuple):
     inputs: Mapping[str, np.ndarray]  # fp32 [N, K], by the names of `TOKEN_LOSSES`
 
 
-class Limits(NamedTuple):
-    """What a base takes."""
-
-    tokens: int
-    input_ids: int
-    target_ids: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Limits:
-        """Those of a loaded base."""
-        named = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        ids, head = model.get_input_embeddings(), model.get_output_embeddings()
-        return cls(min(named, position_limit(model) or named), int(ids.num_embeddings), int(head.out_features))
+Settings: TypeAlias = tuple[tuple[str, float], ...]
+"""Of a loss, by name."""
 
 
-def checked_settings(name: str, settings: Mapping[str, float]) -> dict[str, float]:
-    """The settings of a loss, with the usual ones. ValueError: the loss is unknown, or a setting is unknown or odd."""
+def checked_call(
+    model: PreTrainedModel, rows: Sequence[TokenRow], name: str, settings: Mapping[str, float]
+) -> Settings:
+    """The settings of a loss, with the usual ones. ValueError: what a base can't do, by the names of Tinker's API."""
     if name not in TOKEN_LOSSES:
         raise ValueError(f"loss_fn: takes one of {', '.join(TOKEN_LOSSES)}, got {name!r}.")
-    usual, chosen = TOKEN_LOSSES[name].settings, dict[str, float]()
-    for key, value in {**usual, **settings}.items():
-        if key not in usual:
-            raise ValueError(f"loss_fn_config.{key}: {name} does not have it; it has {', '.join(usual) or 'none'}.")
+    chosen = {**TOKEN_LOSSES[name].settings, **settings}
+    for key, value in chosen.items():
+        if key not in TOKEN_LOSSES[name].settings:
+            raise ValueError(f"loss_fn_config.{key}: is no setting of {name}.")
         if value is None or not math.isfinite(value):
             raise ValueError(f"loss_fn_config.{key}: {name} takes a finite number, got {value}.")
-        chosen[key] = float(value)
-    return chosen
+    if not rows:
+        raise ValueError("data: has no rows.")
+    config, ids, head = model.config.get_text_config(), model.get_input_embeddings(), model.get_output_embeddings()
+    most = getattr(config, "max_position_embeddings", None) or 2**31
+    limits = min(most, position_limit(model) or most), int(ids.num_embeddings), int(head.out_features)
+    for number, row in enumerate(rows):
+        if problem := _problem(row, name, *limits):
+            raise ValueError(f"data[{number}]: {problem}.")
+    return tuple(sorted((key, float(value)) for key, value in chosen.items() if value is not None))
 
 
-def problem_of(row: TokenRow, loss: str, limits: Limits) -> str | None:
-    """What is wrong with a row of a call, if anything is."""
+def _problem(row: TokenRow, loss: str, most_tokens: int, input_ids: int, target_ids: int) -> str | None:
+    """What is wrong with a row, if anything is."""
     count, shape, wanted = len(row.tokens), row.targets.shape, set(TOKEN_LOSSES[loss].inputs)
-    if not 1 <= count <= limits.tokens:
-        return f"has {count:,} tokens; this base takes 1 to {limits.tokens:,}"
+    if not 1 <= count <= most_tokens:
+        return f"has {count:,} tokens; this base takes 1 to {most_tokens:,}"
     if len(shape) != 2 or shape[0] != count or not shape[1]:
         return f"target_tokens has the shape {list(shape)} for {count} tokens"
     if shape[1] > 1 and loss != "cross_entropy":
         return "target_tokens has several targets a token, which cross_entropy alone takes"
-    sides = ("model_input", row.tokens, limits.input_ids), ("target_tokens", row.targets, limits.target_ids)
-    for name, ids, known in sides:
+    for name, ids, known in (("model_input", row.tokens, input_ids), ("target_tokens", row.targets, target_ids)):
         if ids.min() < 0 or ids.max() >= known:
             return f"{name} has ids from {ids.min()} to {ids.max()}; this base has 0 to {known - 1}"
     if odd := sorted(wanted ^ row.inputs.keys()):
@@ -91,7 +88,7 @@ class PassRow(NamedTuple):
     slot: int
     row: TokenRow
     loss: str
-    settings: tuple[tuple[str, float], ...]
+    settings: Settings
 
 
 def run_pass(

@@ -384,8 +384,8 @@ def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: 
     results = calls.finish()
     messages = [one.message for one in [*results["one"][-5:], *results["two"], *results["large"], *results["damaged"]]]
     expected = [
-        "is there already", "loss_fn_config.beta: dro takes a finite", "loss_fn_config.epsilon: ppo does not have it",
-        "optim_step: takes numbers from 0", "takes betas below 1", "is not there", "lora takes 1 to 64, got 65",
+        "is there already", "loss_fn_config.beta: dro takes a finite", "loss_fn_config.epsilon: is no setting of ppo",
+        "optim_step: takes numbers from 0", "betas below 1", "is not there", "lora takes 1 to 64, got 65",
         "could not be made", "damaged",
     ]  # fmt: skip
     assert len(messages) == len(expected)
