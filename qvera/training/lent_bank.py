@@ -22,7 +22,7 @@ from qvera.adapters.files.save_load import new_config, start_from
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
 from qvera.models import linear
-from qvera.models.attention import implementation_on
+from qvera.models.attention import implementation_on, joining_of
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.training import checkpoint
 from qvera.utils import accelerator
@@ -74,6 +74,12 @@ class LentBank:
                 if layer.carries(self.adapter):
                     layer.set_adapter([self.adapter])  # what its method trains gets gradients
             return AdapterBank(self.model, slots, self.adapter)
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether the rows of a part stand in one sequence, without padding."""
+        model = self._base.model
+        return joining_of(model.config, _implementation(model), False, False, whole_rows=True) is not None
 
     @contextlib.contextmanager
     def training(self, mode: bool = True) -> Iterator[None]:

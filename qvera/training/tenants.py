@@ -40,13 +40,12 @@ from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import AdapterSection
-from qvera.models.attention import rows_joined
 from qvera.models.checkpointing import draws_random_numbers
 from qvera.models.structure import beside_the_layers
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.optim import AdamSettings, BankAdamW
 from qvera.training.state_file import read_state, write_state
-from qvera.training.token_rows import PassRow, Settings, TokenRow, checked_call, run_pass
+from qvera.training.token_rows import PassRow, Settings, TokenRow, checked_call, limits_of, run_pass
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.memory import Shortage, or_shortage
@@ -180,17 +179,8 @@ class _Model:
         return bool(self.calls) and isinstance(self.calls[0], _Rows) and self.calls[0].begun
 
 
-class _Taken(NamedTuple):
-    """A row of a pass."""
-
-    model: _Model
-    call: _Rows
-    number: int
-
-    @property
-    def row(self) -> TokenRow:
-        """The row itself."""
-        return self.call.rows[self.number]
+_Taken: TypeAlias = tuple[_Model, _Rows, int]
+"""A row of a pass, by its number in the call."""
 
 
 class _Pool:
@@ -201,6 +191,7 @@ class _Pool:
         self.open(0)
         self.numbers, self.trained_numbers = self.bank.numbers, self.bank.trained_numbers
         self.slot_bytes = 4 * (self.numbers + 4 * self.trained_numbers)
+        self.joins_rows = lent.joins_rows
 
     def open(self, slots: int) -> None:
         """Make the bank anew. ``pending`` [slots, trained_numbers] are gradients of whole calls."""
@@ -233,13 +224,15 @@ class Tenants:
         self._base, self._settings, self._wake = base, settings, wake
         self._device = next(base.model.parameters()).device
         self._is_training = not draws_random_numbers(base.model)  # dropout and checkpoints come with this mode
+        self._limits = limits_of(base.model)
         self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # with the owner of a new model
         self._models: dict[str, _Model] = {}
         self._busy: dict[str, _Model] = {}  # those that have calls
         self._packed: dict[_Model, int] = {}  # bytes of those in host memory, in the order in which they came there
         self._pools: dict[ModelShape, _Pool] = {}
         self._clock, self._numbers = itertools.count(1), itertools.count()
-        self._spent: dict[str, int] = {}  # owner → tokens, of those that have rows waiting
+        self._spent: dict[str, int] = {}  # owner → tokens
+        self._level = 0  # tokens of the owner who was next in the last pass
         self._most_rows: int | None = None  # of a pass, since memory ran out
         self._good_passes = 0
         self._waits_for_room = False  # an optimizer step does
@@ -282,20 +275,15 @@ class Tenants:
         self._send(model_id, _Do(done, make), owner)
 
     def forward_backward(
-        self,
-        model_id: str,
-        rows: Sequence[TokenRow],
-        loss: str,
-        settings: Mapping[str, float],
-        forward_only: bool,
+        self, model_id: str, rows: Sequence[TokenRow], loss: str, settings: Mapping[str, float], forward_only: bool,
         done: Done,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add the gradient of a loss, summed over rows and tokens, to the model's. ``done`` gets `RowResults`.
 
         ``loss`` is one of `TOKEN_LOSSES`, with its ``settings``. ``forward_only``: no gradient is computed.
         """
         try:
-            chosen = checked_call(self._base.model, rows, loss, settings)
+            chosen = checked_call(self._limits, rows, loss, settings)
         except ValueError as error:
             return self._refuse(model_id, done, str(error))
         call = _Rows(done, rows, loss, chosen, forward_only, next(self._numbers))
@@ -356,10 +344,10 @@ class Tenants:
     # The engine's thread
 
     def run_slice(self) -> None:
-        """See `BackgroundWork.run_slice`: calls that need no pass, or one pass."""
+        """See `BackgroundWork.run_slice`: calls that need no pass, and one pass."""
         self._take_arrivals()
-        if not self._do_short_calls():
-            self._do_pass()
+        self._do_short_calls()
+        self._do_pass()
 
     def _take_arrivals(self) -> None:
         while self._arrivals:
@@ -394,13 +382,12 @@ class Tenants:
             del self._busy[model.id]
         call.done(result)
 
-    def _do_short_calls(self) -> bool:
-        """Do calls that need no pass; False: there was none that could be done."""
-        until, due, did = time.monotonic() + _SHORT_SECONDS, dict[_Pool, list[_Model]](), False
+    def _do_short_calls(self) -> None:
+        """Do calls that need no pass, for a moment, and all optimizer steps that are due and have room."""
+        until, due = time.monotonic() + _SHORT_SECONDS, dict[_Pool, list[_Model]]()
         for model in list(self._busy.values()):
             while model.calls and isinstance(call := model.calls[0], _Do) and time.monotonic() < until:
                 self._end(model, self._result_of(functools.partial(call.do, model)))
-                did = True
                 if not hasattr(model, "pool"):
                     self._drop(model, "could not be made")
             if model.calls and isinstance(model.calls[0], _Step):
@@ -408,15 +395,9 @@ class Tenants:
         self._waits_for_room = False
         for pool, models in due.items():
             chosen: list[_Model] = []
-            for model in models:
-                if self._takes_slot(model, chosen):
-                    chosen.append(model)
-                else:
-                    self._waits_for_room = True
-            if chosen:
-                self._step(pool, chosen)
-                did = True
-        return did
+            chosen.extend(model for model in models if self._takes_slot(model, chosen))
+            self._waits_for_room |= len(chosen) < len(models)
+            self._step(pool, chosen)
 
     def _result_of(self, do: Callable[[], Any]) -> Any:
         """What it returns, or the `CallFailed` that says why it does not."""
@@ -443,32 +424,29 @@ class Tenants:
             return pool.adamw.step(slots, settings)
 
         norms = self._result_of(step)
-        for place, (model, slot) in enumerate(zip(models, slots, strict=True)):
+        for place, model in enumerate(models):
+            pool.bank.gradients[slots[place]].zero_()
             if isinstance(norms, CallFailed):
-                pool.bank.gradients[slot].zero_()
                 self._end(model, norms)
                 continue
-            pool.pending[slot].zero_()
-            model.has_pending = False
-            if math.isfinite(norms[place]):
-                self._end(model, {"grad_norm:mean": norms[place]})
-            else:
-                text = "the norm of the gradient is not finite; no step was taken, and the gradient is dropped"
-                self._end(model, CallFailed(f"optim_step: {text}."))
+            pool.pending[slots[place]].zero_()
+            model.has_pending, norm = False, norms[place]
+            failed = CallFailed("optim_step: the norm of the gradient is not finite. It is dropped; no step was taken.")
+            self._end(model, {"grad_norm:mean": norm} if math.isfinite(norm) else failed)
 
     def _do_pass(self) -> None:
         chosen = self._choose_rows()
         if not chosen:
             return
-        pool, gradients = chosen[0].model.pool, not chosen[0].call.forward_only
-        chosen.sort(key=lambda one: (one.call.loss, one.call.settings))  # rows of one loss stand together
-        rows = [PassRow(one.model.held_slot, one.row, one.call.loss, one.call.settings) for one in chosen]
+        pool, gradients = chosen[0][0].pool, not chosen[0][1].forward_only
+        chosen.sort(key=lambda one: (one[1].loss, one[1].settings))  # rows of one loss stand together
+        rows = [PassRow(one.held_slot, call.rows[i], call.loss, call.settings) for one, call, i in chosen]
         chunk = self._settings.loss_chunk_tokens
         found = self._result_of(lambda: run_pass(pool.lent, pool.bank, rows, chunk, self._is_training, gradients))
         if isinstance(found, CallFailed):
             return self._begin_anew(chosen, found)
         self.passes += 1
-        self.tokens += sum(len(one.row.tokens) for one in chosen)
+        self.tokens += sum(len(one.row.tokens) for one in rows)
         self._good_passes += 1
         if self._most_rows is not None and self._good_passes % _PASSES_BEFORE_MORE == 0:
             self._most_rows *= 2
@@ -483,12 +461,12 @@ class Tenants:
         for model in list(self._busy.values()):
             if isinstance(call := model.calls[0], _Rows):
                 waiting.setdefault(model.owner, []).append((model, call))
-        # who was idle begins level with those who were not
-        level = min((self._spent[owner] for owner in waiting if owner in self._spent), default=0)
-        self._spent = {owner: max(self._spent.get(owner, 0), level) for owner in waiting}
+        # who was idle begins level with the one who is next, and has no tokens to make up for
+        spent = {owner: max(self._spent.get(owner, 0), self._level) for owner in waiting}
+        self._level = min(spent.values(), default=self._level)
+        self._spent = {owner: tokens for owner, tokens in self._spent.items() if tokens > self._level} | spent
         for calls in waiting.values():
             calls.sort(key=lambda one: one[1].number, reverse=True)
-        joined = rows_joined(self._base.model, False, True, whole_rows=True) is not None
         chosen, kind, longest, total, is_full = list[_Taken](), None, 0, 0, self._waits_for_room
         while waiting:
             owner = min(waiting, key=lambda one: self._spent[one])
@@ -497,12 +475,12 @@ class Tenants:
                 if call.begun or (not is_full and self._takes_slot(model)):
                     tokens = len(call.rows[call.left[-1]].tokens)
                     longest, total = max(longest, tokens), total + tokens
-                    taken = total if joined else longest * (len(chosen) + 1)
+                    taken = total if model.pool.joins_rows else longest * (len(chosen) + 1)
                     if chosen and (taken > self._settings.pass_tokens or len(chosen) == self._most_rows):
                         break
                     kind, call.begun = (model.pool, call.forward_only), True
                     self._spent[owner] += tokens
-                    chosen.append(_Taken(model, call, call.left.pop()))
+                    chosen.append((model, call, call.left.pop()))
                     continue
                 is_full = True
             waiting[owner].pop()
@@ -591,7 +569,13 @@ class Tenants:
         return True
 
     def _takes_slot(self, model: _Model, kept: Collection[_Model] = ()) -> bool:
-        """Put a model into a slot, if it is in none. False: all are needed, by ``kept`` too; or it can't be read."""
+        """Put a model into a slot, if it is in none. False: all are needed, by ``kept`` too; or its call failed."""
+        found = self._result_of(lambda: self._has_slot(model, kept))
+        if isinstance(found, CallFailed):
+            self._end(model, found)
+        return found is True
+
+    def _has_slot(self, model: _Model, kept: Collection[_Model]) -> bool:
         pool, model.used = model.pool, next(self._clock)
         if model.slot is not None:
             return True
@@ -602,11 +586,7 @@ class Tenants:
             if not idle:
                 return False
             self._page_out(min(idle, key=lambda one: (bool(one.calls), one.used)))
-        tensors = self._result_of(lambda: self._tensors(model))
-        if isinstance(tensors, CallFailed):
-            self._end(model, tensors)
-            return False
-        slot = pool.residents.index(None)
+        tensors, slot = self._tensors(model), pool.residents.index(None)
         pool.bank.put(slot, tensors["vectors"])
         pool.adamw.reset(slot)
         pool.pending[slot].zero_()

@@ -37,8 +37,15 @@ Settings: TypeAlias = tuple[tuple[str, float], ...]
 """Of a loss, by name."""
 
 
+def limits_of(model: PreTrainedModel) -> tuple[int, int, int]:
+    """The most tokens of a row, and how many ids inputs and targets have."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    ids, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return min(most, position_limit(model) or most), int(ids.num_embeddings), int(head.out_features)
+
+
 def checked_call(
-    model: PreTrainedModel, rows: Sequence[TokenRow], name: str, settings: Mapping[str, float]
+    limits: tuple[int, int, int], rows: Sequence[TokenRow], name: str, settings: Mapping[str, float]
 ) -> Settings:
     """The settings of a loss, with the usual ones. ValueError: what a base can't do, by the names of Tinker's API."""
     if name not in TOKEN_LOSSES:
@@ -51,9 +58,6 @@ def checked_call(
             raise ValueError(f"loss_fn_config.{key}: {name} takes a finite number, got {value}.")
     if not rows:
         raise ValueError("data: has no rows.")
-    config, ids, head = model.config.get_text_config(), model.get_input_embeddings(), model.get_output_embeddings()
-    most = getattr(config, "max_position_embeddings", None) or 2**31
-    limits = min(most, position_limit(model) or most), int(ids.num_embeddings), int(head.out_features)
     for number, row in enumerate(rows):
         if problem := _problem(row, name, *limits):
             raise ValueError(f"data[{number}]: {problem}.")

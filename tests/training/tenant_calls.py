@@ -46,6 +46,7 @@ class Calls:
 
     def create(self, model_id: str, shape: ModelShape, owner: str = "anna", seed: int = 0) -> None:
         self.tenants.create(model_id, owner, shape, seed, self.done(model_id))
+        self.finish()
 
     def rows(
         self,

@@ -247,7 +247,6 @@ def test_owners_have_their_turns_by_tokens(tmp_path: Path, monkeypatch: pytest.M
     owners = {"long": "long", "late": "late", **{f"many {i}": "many" for i in range(8)}}
     for name, owner in owners.items():
         calls.create(name, LORA, owner)
-    calls.finish()
     real = tenants.run_pass
 
     def counted(lent: Any, bank: Any, rows: Sequence[PassRow], *more: Any) -> Any:
@@ -280,6 +279,28 @@ def test_owners_have_their_turns_by_tokens(tmp_path: Path, monkeypatch: pytest.M
     calls.finish()
     assert taken == {"long": 320, "many": 256, "late": 64}
     assert calls.order.index("late", 12) < [i for i, name in enumerate(calls.order) if name == "long"][-1]
+
+
+def test_an_owner_of_long_rows_who_waits_for_each_result_gets_no_more_tokens(tmp_path: Path) -> None:
+    """Its rows are taken one call after the other, and it waits for nobody in between."""
+    calls, taken = Calls(tmp_path, pass_tokens=60), 0
+    for name in ("long", "short"):
+        calls.create(name, LORA, name)
+
+    def rows_of(count: int, length: int) -> list[TokenRow]:
+        ids, ones = np.full(length, 5), np.ones((length, 1), np.float32)
+        return [TokenRow(ids, ids[:, None], {"weights": ones})] * count
+
+    def again(result: object) -> None:
+        nonlocal taken
+        taken += 60
+        calls.tenants.forward_backward("long", rows_of(1, 60), "cross_entropy", {}, False, again)
+
+    calls.rows("short", rows_of(60, 5))
+    calls.tenants.forward_backward("long", rows_of(1, 60), "cross_entropy", {}, False, again)
+    while len(calls.results["short"]) < 2:
+        calls.tenants.run_slice()
+    assert 240 <= taken <= 360  # of 300 tokens of short rows
 
 
 def test_models_that_are_paged_out_amid_their_calls_become_the_same(tmp_path: Path) -> None:
@@ -377,7 +398,7 @@ def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: 
     calls.step("one", STEP._replace(beta2=1.0))
     calls.create("one", LORA)
     calls.rows("two", [row])
-    calls.create("large", ModelShape("lora", 65))
+    calls.tenants.create("large", "anna", ModelShape("lora", 65), 0, calls.done("large"))
     calls.rows("large", [row])
     (tmp_path / "damaged").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-1])
     calls.tenants.load("damaged", "anna", tmp_path / "damaged", True, calls.done("damaged"))
