@@ -5,23 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
 
 from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.schema import AdapterSection, DataSection, ExportSection, ModelSection
+from qvera.data import build_datasets
+from qvera.data.images import images_of
+from qvera.exporting.compare import measure_difference
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.lora import export_stock_vera
+from qvera.exporting.lora import export_lora, export_stock_vera
 from qvera.exporting.merged import export_merged
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
+from qvera.models.quantization import Linear4bit
 from qvera.models.quantize_checkpoint import quantized_copy
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import Interrupted
 from qvera.utils.safetensors_io import checkpoint_tensors
 from tests.adapters.helpers import perturb, relative
+from tests.exporting.helpers import trained_adapter
 from tests.families import FAMILIES
+from tests.image_text import IMAGE_FAMILIES, given_by_processor, image_rows
 from tests.models.experts import add_delta, dense_base, published
 
 IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -82,6 +89,47 @@ def test_rows_that_transformers_splits_are_one_tensor_again_also_where_an_export
     assert any("query_key_value" in name for name in written)
     expected = model(input_ids=IDS).logits
     torch.testing.assert_close(published(tmp_path / "merged")(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(name, marks=pytest.mark.matrix) for name in IMAGE_FAMILIES if name != "gemma3")]
+)
+@torch.no_grad()
+def test_exports_onto_a_quantized_directory_answer_images_as_the_trained_model(name: str, tmp_path: Path) -> None:
+    """Plain transformers opens the directory by the class that its config names, and every number of it is ours."""
+    for package in IMAGE_FAMILIES[name].needs:
+        pytest.importorskip(package)
+    base, rows = IMAGE_FAMILIES[name].write(tmp_path / "base"), image_rows(tmp_path)
+    quantized_copy(ModelSection(path=str(base)), tmp_path / "quantized")
+    section = ModelSection(path=str(tmp_path / "quantized"), compute_dtype="float32")
+    model, _, adapter = trained_adapter(tmp_path / "quantized", tmp_path / "adapter")
+    plain, ours = published(tmp_path / "quantized"), dict(load_base(section).model.named_modules())
+    packed = {key: module for key, module in plain.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert packed.keys() == {key for key, module in ours.items() if isinstance(module, Linear4bit)}
+    for key, module in packed.items():
+        state, own = (m.weight.quant_state.as_dict(packed=True) for m in (module, ours[key]))
+        assert state.keys() == own.keys()
+        assert all(torch.equal(state[part].flatten(), own[part].flatten()) for part in state)
+        stored, own_stored = (m.weight.data.flatten().view(torch.uint8) for m in (module, ours[key]))
+        assert torch.equal(stored, own_stored)
+
+    export_merged(adapter, section, tmp_path / "merged", ExportSection(dtype="float32"))
+    export_lora(read_deltas(adapter, empty_model(section)), tmp_path / "lora", torch.float32)
+    dense = dense_base(model, base).float()
+    merged, lora = published(tmp_path / "merged"), PeftModel.from_pretrained(dense, tmp_path / "lora").eval()
+    tokenizer = load_tokenizer(section)
+    images = images_of(tokenizer)
+    assert images is not None
+    for given in given_by_processor(images.processor, rows):  # with an image, with two, and without
+        wanted = model(**given).logits
+        torch.testing.assert_close(merged(**given).logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(lora(**given).logits, wanted, rtol=1e-4, atol=1e-4)
+        with lora.disable_adapter():
+            assert (lora(**given).logits - wanted).abs().max() > 0.05
+    datasets = build_datasets(DataSection(path=str(rows), max_length=512), tokenizer)
+    found = measure_difference(model, tmp_path / "merged", [*datasets.train], datasets.pad_id)
+    assert found["answers_agree"] == found["rows"] == 4
+    assert found["kl_max"] < 1e-6
 
 
 def test_a_chat_template_in_a_file_of_the_processor_is_the_models(tmp_path: Path) -> None:
