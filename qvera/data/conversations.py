@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import json
 import math
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvera.config.schema import DataSection
+from qvera.data.message_parts import PLACE, read_image, read_parts
 from qvera.data.readers import RawRow, describe, read_file, read_lines, read_rows
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import first_of
@@ -33,10 +32,6 @@ _ALIASES = {
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns whose contents the text of a row speaks of."""
-_PLACE = "<image>"
-"""Where a text has this, the next image of the column ``images`` stands."""
-_IMAGE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
-"""Keys of a content part that may hold its image."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Message keys for what an assistant thought before its answer."""
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
@@ -206,7 +201,7 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_n
     if cells.images:
         raise InputError(
             f"{cells.where('images')} has more images than places. Mark the place of each in the messages, by a part "
-            f'{{"type": "image"}} or by {_PLACE} in the text; or remove the column, if the text says it all.'
+            f'{{"type": "image"}} or by {PLACE} in the text; or remove the column, if the text says it all.'
         )
     return parsed
 
@@ -225,6 +220,11 @@ class _Cells:
         found = _from_json(self.row.fields.get(self.format.columns.get("images", "")))
         found = found if isinstance(found, list) else [found]
         object.__setattr__(self, "images", deque(image for image in found if image not in (None, "", {})))
+
+    @property
+    def directory(self) -> Path:
+        """Where relative paths of images start."""
+        return Path() if self.row.file is None else self.row.file.parent
 
     def where(self, name: str) -> str:
         return f"{self.row.source}: {self.format.column(name)}"
@@ -299,62 +299,11 @@ class _Cells:
         return Turn(role, text, trained, None, extra, images=images, parts=parts)
 
     def content(self, value: object, where: str) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
-        """The text of a message, and if images stand in it, its parts and the images.
-
-        ``value``: text, or OpenAI's content parts. Images that a part does not hold are taken from the column.
-        """
-        if isinstance(value, str):
-            pieces = re.split(f"({_PLACE})", value) if self.images else [value]
-            value = [
-                {"type": "image"} if piece == _PLACE else {"type": "text", "text": piece} for piece in pieces if piece
-            ]
-        elif not isinstance(value, list):
-            raise InputError(f"{where} must be text, got {describe(value)}. Fix the row.")
-        parts: list[dict[str, str]] = []
-        images: list[str | bytes] = []
-        for part in value:
-            kind = part.get("type", "text") if isinstance(part, dict) else describe(part)
-            if kind in ("image", "image_url"):
-                held = next((key for key in _IMAGE_KEYS if part.get(key)), None)
-                if held is None and not self.images:
-                    raise InputError(
-                        f"{where}: the image of a part is missing. Expected a path, bytes or a data: URL in its key "
-                        "image, or an image for each such part, in order, in a column images."
-                    )
-                shown = self.images.popleft() if held is None else part[held]
-                images.append(self.image(shown, where, is_encoded=held in ("bytes", "base64")))
-                parts.append({"type": "image"})
-            elif kind == "text" and isinstance(part.get("text"), str):
-                parts.append({"type": "text", "text": part["text"]})
-            else:
-                raise InputError(f"{where}: a part of it is {kind!r}; only texts and images are read. Remove it.")
+        """The text of a message, and if images stand in it, its parts and the images (see `read_parts`)."""
+        parts, images = read_parts(value, where, self.images, self.directory)
         text = "".join(part.get("text", "") for part in parts)
         _require_whole_characters(text, where)
-        return text, tuple(parts) if images else (), tuple(images)
-
-    def image(self, value: Any, where: str, is_encoded: bool = False) -> str | bytes:
-        """An image's bytes, or its file's path; a relative path starts at the data file. ``is_encoded``: by base64."""
-        if isinstance(value, dict):  # as `datasets.Image` stores it, or OpenAI's {"url": ...}
-            is_encoded = bool(value.get("bytes"))
-            value = value.get("bytes") or value.get("path") or value.get("url")
-        if isinstance(value, (bytes, bytearray)) and value:
-            return bytes(value)
-        if not isinstance(value, str) or not value.strip():
-            raise InputError(
-                f"{where} must be an image: its bytes, the path of a file, or an object with bytes or path; "
-                f"got {describe(value)}. Fix the row, or remove it."
-            )
-        if re.match(r"https?://", value):
-            raise InputError(
-                f"{where}: {value[:80]} is an address of the web, from which no image is fetched. Save it."
-            )
-        if is_encoded or value.startswith("data:"):
-            try:
-                return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-            except binascii.Error as error:
-                raise InputError(f"{where}: the image is no base64 ({error}). Fix the row, or remove it.") from None
-        path = (Path() if self.row.file is None else self.row.file.parent) / Path(value).expanduser()
-        return str(path.absolute())
+        return text, parts if images else (), images
 
     def is_messages(self, name: str) -> bool:
         """Whether a value is a list of messages, maybe as JSON text (as in CSV)."""
@@ -525,7 +474,7 @@ def _parse_classification(cells: _Cells) -> LabelledRow:
 def _parse_image(cells: _Cells) -> LabelledRow:
     """The content is the image's bytes or its file's path. A relative path starts at the data file."""
     label, row = _label(cells), cells.row
-    content = cells.image(cells.value("image"), cells.where("image"))
+    content = read_image(cells.value("image"), cells.where("image"), cells.directory)
     return LabelledRow(content, label, row.source, row.owner)
 
 
