@@ -1,4 +1,4 @@
-"""Tiny models of the seven families that take images among text, with their own processors, and rows for them."""
+"""Tiny models of the families that take images among text, with their own processors, and rows for them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -64,6 +65,7 @@ _NEXT = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0},
 }  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def _qwen_images() -> Any:
@@ -165,9 +167,27 @@ IMAGE_FAMILIES = {
         "qwen3_vl", "Qwen3VLProcessor", {**_QWEN, "text_config": {**_TEXT, "rope_parameters": _ROPE}},
         _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
     ),
+    "qwen3_vl_moe": ImageFamily(
+        "qwen3_vl_moe", "Qwen3VLProcessor", {**_QWEN, "text_config": {**_TEXT, "rope_parameters": _ROPE, **_EXPERTS}},
+        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    ),
     "qwen3_5": ImageFamily(
         "qwen3_5", "Qwen3VLProcessor", {**_QWEN, "text_config": {**_TEXT, **_NEXT}},
         _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    ),
+    "qwen3_5_moe": ImageFamily(
+        "qwen3_5_moe", "Qwen3VLProcessor",
+        {**_QWEN, "text_config": {**_TEXT, **_NEXT, **_EXPERTS, "shared_expert_intermediate_size": 32}},
+        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    ),
+    "idefics3": ImageFamily(
+        "idefics3", "Idefics3Processor",
+        {
+            "text_config": {**_TEXT, "model_type": "llama"}, "vision_config": _SIGLIP, "image_token_id": 300,
+            "scale_factor": 2,
+        },
+        lambda: Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        ["<image>", "<fake_token_around_image>", "<global-img>"], _SMOLVLM, {}, {"image_seq_len": 1},
     ),
     "smolvlm": ImageFamily(
         "smolvlm", "SmolVLMProcessor",

@@ -95,7 +95,7 @@ class Encoder:
         if found and self.images is None:
             raise InputError(
                 f"{source}: holds an image, and this base is taken for text: it would not see it. Take one that reads "
-                "images (Gemma 3 and 4, Qwen2.5-VL, Qwen3-VL, Qwen3.5, SmolVLM, LFM2-VL), or remove the image."
+                "images (Gemma 3 and 4, Qwen2.5-VL, Qwen3-VL, Qwen3.5, Idefics 3, SmolVLM, LFM2-VL), or remove it."
             )
         return found
 

@@ -44,7 +44,10 @@ PLACED = "qvera_added_tokens"
 """The attribute of a model with the tokens that have rows: token → id."""
 PROCESSOR_FILE = "preprocessor_config.json"
 _PROCESSOR_FILES = (PROCESSOR_FILE, "processor_config.json", "video_preprocessor_config.json")
-IMAGE_TYPES = ("gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "lfm2_vl")
+IMAGE_TYPES = (
+    "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm",
+    "lfm2_vl",
+)  # fmt: skip
 """Model types whose rows may hold images among text; each is tested. Others are trained on text."""
 _PROCESSORS: Any = PROCESSOR_MAPPING_NAMES
 _BLOCK_ROWS = 4096
