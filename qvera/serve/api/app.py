@@ -45,10 +45,12 @@ router = APIRouter()
 
 def create_app(service: Service) -> FastAPI:
     """OpenAI's API over a service, which is ``app.state.service``."""
+    ending = contextlib.ExitStack()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        with ending:
+            yield
         service.close()
 
     # The pages of FastAPI's documentation load scripts from other hosts.
@@ -57,9 +59,11 @@ def create_app(service: Service) -> FastAPI:
     for each in (completions.router, models.router, files.router, fine_tuning.router, router):
         app.include_router(each)
     if service.tinker is not None:
+        from qvera.serve.tinker import sampling
         from qvera.serve.tinker.routes import add_routes
 
-        add_routes(app)
+        app.state.samples = ending.enter_context(contextlib.closing(sampling.Samples(service.tinker, service)))
+        add_routes(app, sampling.router)
     add_page(app)
     errors.add_handlers(app)
     app.add_middleware(Guard, service=service)

@@ -279,18 +279,25 @@ def _tensor(name: str, tensor: Any, tokens: int) -> np.ndarray:
         return values.reshape(shape)
     starts = _numbers(f"{name}.crow_indices", tensor.sparse_csr.crow_indices, _INT64)
     columns = _numbers(f"{name}.col_indices", tensor.sparse_csr.col_indices, _INT64)
+    return dense_of(name, values, starts, columns, shape)
+
+
+def dense_of(
+    name: str, values: np.ndarray, starts: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], fill: int = 0
+) -> np.ndarray:
+    """A tensor that came as CSR; missing cells are ``fill``. Raises InputError."""
     counts = np.diff(starts)
     if (
         len(shape) != 2
-        or len(counts) != tokens
+        or len(counts) != shape[0]
         or (counts < 0).any()
         or (starts[0], starts[-1]) != (0, len(values))
         or len(columns) != len(values)
         or ((columns < 0) | (columns >= shape[1])).any()
     ):
         raise InputError(f"{name}: is no CSR tensor of the shape {list(shape)}.")
-    dense = np.zeros(shape, values.dtype)
-    dense[np.repeat(np.arange(tokens), counts), columns] = values
+    dense = np.full(shape, fill, values.dtype)
+    dense[np.repeat(np.arange(shape[0]), counts), columns] = values
     return dense
 
 

@@ -62,14 +62,18 @@ def tinker_of(service: Service) -> Tinker:
 async def client_config(request: Request) -> dict[str, Any]:
     """What the client should do by its own choice."""
     require(request, "use")
-    return {"fwdbwd_max_chunk_bytes_count": min(_CHUNK_BYTES, service_of(request).limits.tinker_body_bytes // 2)}
+    return {
+        "fwdbwd_max_chunk_bytes_count": min(_CHUNK_BYTES, service_of(request).limits.tinker_body_bytes // 2),
+        "sample_use_retrieve_futures": True,
+        "sample_join_sampling_session": True,
+    }
 
 
 @router.post("/client/dynamic_config")
 async def dynamic_config(request: Request) -> dict[str, Any]:
     """The same, asked for again and again."""
     require(request, "use")
-    return {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "sample_cancel_max_batch_size": 64}
+    return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
 @router.post("/telemetry")

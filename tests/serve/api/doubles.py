@@ -7,7 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 
 from qvera.serve.background import BackgroundWork
-from qvera.serve.requests import Busy, EndEvent, EngineStats, Event, GenerationRequest, ResolvedAdapter, TokenEvent
+from qvera.serve.requests import (
+    Busy,
+    EndEvent,
+    EngineSettings,
+    EngineStats,
+    Event,
+    GenerationRequest,
+    ResolvedAdapter,
+    TokenEvent,
+)
 from qvera.utils.errors import InputError
 
 
@@ -24,6 +33,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Callable[[GenerationRequest], Iterator[int]], places: int = 8, queue: int = 4) -> None:
         self.script, self.places, self.queue = script, places, queue
+        self.settings = EngineSettings(max_running=places)
         self.hold, self.trains = threading.Event(), threading.Event()
         self.trains.set()
         self.background: BackgroundWork | None = None

@@ -49,6 +49,7 @@ class Training:
         return result.logprobs[0][:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-4), ("bfloat16", 0.005)])
 def test_what_the_sampler_says_of_its_tokens_is_what_training_says_of_them(
     dtype: str, most: float, tiny_model_dir: Path, tmp_path: Path

@@ -1,0 +1,410 @@
+"""Sampling by Tinker's API: samplers, samples, and how their results are fetched.
+
+A call is a promise in the database, and waits there. One thread hands its samples to the engine, as many as run at a
+time and a few more. The next one is of the key that was given the fewest tokens. So neither many calls nor long ones of
+a key hold up another, and memory does not depend on how many wait. What has no result at a restart begins again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from qvera.serve.api.errors import ApiError
+from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.engine import NOT_FINITE
+from qvera.serve.requests import (
+    Busy,
+    EngineDead,
+    Event,
+    GenerationRequest,
+    PromptScores,
+    ResolvedAdapter,
+    TokenEvent,
+)
+from qvera.serve.text import TextStream
+from qvera.serve.tinker.calls import parsed
+from qvera.serve.tinker.routes import OfPromise
+from qvera.serve.tinker.sample_calls import Asked, Sample, SampleBody
+from qvera.utils.errors import InputError, RunFailed, first_line
+
+if TYPE_CHECKING:
+    from qvera.serve.api.access import Access
+    from qvera.serve.tinker.tenancy import Tinker
+
+router = APIRouter(prefix="/api/v1")
+_logger = logging.getLogger(__name__)
+_MOST_OPEN = 4096  # samples of one key that wait or run
+_CLONE = 1_000_000_000  # seq_ids of a joined client begin at its number times this
+_HELD_SECONDS = 30.0
+_POLL_SECONDS = 4.0  # between two looks whether the server is stopping
+_BUSY_SECONDS = 0.05  # until an engine with a full queue is asked again
+_DISK_SECONDS = 2.0  # until a full disk is tried again
+
+
+class NewSampler(BaseModel):
+    """POST create_sampling_session."""
+
+    session_id: str
+    sampling_session_seq_id: Annotated[int, Field(ge=0)]
+    model_path: str | None = None
+    base_model: str | None = None
+
+
+class OfSampler(BaseModel):
+    """POST join_sampling_session, and what retrieve_futures is about."""
+
+    sampling_session_id: str
+    cloned_sampler_id: Annotated[int, Field(ge=0, le=2**63 // _CLONE - 1)] = 0
+
+
+class Poll(BaseModel):
+    """POST retrieve_futures."""
+
+    target: OfSampler
+    prev_cursor: int = 0
+    timeout: Annotated[float, Field(ge=0)] | None = None
+
+
+@dataclass
+class _Call:
+    """A call without a result. What it asks is read when its first sample has its turn."""
+
+    promise: str
+    owner: str
+    sampler: str
+    seq: int
+    count: int  # samples
+    asked: Asked | None = None
+    adapter: ResolvedAdapter | None = None
+    samples: list[Sample] = field(default_factory=list)  # that were handed to the engine
+    scores: PromptScores | None = None
+
+
+class Samples:
+    """Samplers and samples. Public methods may block, and may be called from any thread."""
+
+    def __init__(self, tinker: Tinker, service: Service) -> None:
+        """Begin again with the calls that a server before this one has promised."""
+        self._tinker, self._service, self._database = tinker, service, tinker.database
+        self._most_sent = service.engine.settings.max_running * 5 // 4 + 1  # so that no place in the batch is free
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._open: Counter[str] = Counter()  # samples by owner
+        self._ended: dict[tuple[str, int], dict[str, tuple[int, dict[str, Any]]]] = {}
+        """Of samplers and clones that are polled: promise → cursor and completion."""
+        self._cursors = itertools.count(int(time.time() * 1e6))  # above those of a server before this one
+        self._pollers: defaultdict[tuple[str, int], set[asyncio.Event]] = defaultdict(set)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # of the thread
+        self._calls: dict[str, _Call] = {}  # by promise
+        self._waiting: dict[str, deque[_Call]] = {}  # by owner: those with samples to hand over
+        self._given: Counter[str] = Counter()  # tokens by owner
+        self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
+        tinker.on_session_end.append(self._end_session)
+        for promise in self._database.promises(pending=True):
+            if promise.kind == "asample" and promise.body is not None:
+                count = parsed(SampleBody, promise.body).num_samples
+                self._accept(_Call(promise.id, promise.owner, promise.target, promise.seq, count))
+        self._thread = threading.Thread(target=self._run, name="qvera-samples", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; the next server begins again with calls that have no result."""
+        self._closing.set()
+        self._inbox.put(None)
+        self._thread.join()
+
+    def create(self, access: Access, asked: NewSampler) -> str:
+        """A sampler of a saved adapter or of the base. Raises ApiError, or InputError for another base."""
+        owner = access.name
+        self._tinker.session(asked.session_id, owner)
+        served, base, path = self._tinker.base, asked.base_model, asked.model_path
+        if path is not None:
+            base = self._tinker.checkpoints.find(path, owner, "sampler_weights").about["base"]
+        elif base is None or base.partition(":vera-")[0] not in served.names or not access.covers(served.name):
+            raise InputError(f"base_model: {str(base)[:200]!r} is not served here; expected {served.name!r}.")
+        sampler = f"{asked.session_id}:sample:{asked.sampling_session_seq_id}"
+        if not self._database.rows("SELECT 1 FROM samplers WHERE id = ?", (sampler,)):  # or it was sent again
+            about = {"session": asked.session_id, "owner": owner, "base": base, "model_path": path}
+            self._database.insert("samplers", id=sampler, created=time.time(), **about)
+        return sampler
+
+    def find(self, sampler: str, owner: str) -> dict[str, Any]:
+        """A sampler's row. Raises ApiError: 410 if its session has ended, 404 if the owner has no such sampler."""
+        found = self._database.rows("SELECT * FROM samplers WHERE id = ? AND owner = ?", (sampler, owner))
+        if not found:
+            raise ApiError(404, f"There is no sampler {sampler[:100]!r}.")
+        self._tinker.session(found[0]["session"], owner)
+        return dict(found[0])
+
+    def call(self, owner: str, body: bytes) -> tuple[str, int]:
+        """Accept a call. Returns its promise, that of the first one for a repetition, and its number of samples.
+
+        Raises InputError for a body that can't be used, and ApiError as `find`, or 429 if the key has too many open.
+        """
+        asked = parsed(SampleBody, body)
+        sampler, seq, count = asked.sampling_session_id, asked.seq_id, asked.num_samples
+        self.find(sampler, owner)
+        Asked(asked, self._service, self._tinker.base.vocabulary)
+        with self._lock:
+            if self._open[owner] + count > _MOST_OPEN:
+                text = f"The key {owner!r} has {self._open[owner]:,} samples open, and may have {_MOST_OPEN:,}."
+                raise ApiError(429, text, retry_seconds=self._service.limits.retry_seconds)
+            promise, is_new = self._database.begin(owner, sampler, seq, "asample", body)
+            if is_new:
+                self._accept(_Call(promise, owner, sampler, seq, count))
+        return promise, count
+
+    def cancel(self, owner: str, promise: str) -> None:
+        """Give up a call without a result, if the owner has such a one."""
+        wanted = lambda call: call.promise == promise and call.owner == owner  # noqa: E731
+        self._inbox.put(partial(self._give_up, wanted, "The client has given the sample up."))
+
+    def _end_session(self, session: str) -> None:
+        of_session = lambda call: call.sampler.startswith(f"{session}:")  # noqa: E731
+        self._inbox.put(partial(self._give_up, of_session, "The session has ended."))
+        with self._lock:
+            self._ended = {key: ended for key, ended in self._ended.items() if not key[0].startswith(f"{session}:")}
+
+    async def completions(self, owner: str, target: tuple[str, int], cursor: int, seconds: float) -> dict[str, Any]:
+        """Calls of a sampler's client that have ended since a cursor. Waits for one, for so many seconds."""
+        self._loop, ends_at, event = asyncio.get_running_loop(), time.monotonic() + seconds, asyncio.Event()
+        self._pollers[target].add(event)
+        try:
+            while True:
+                event.clear()
+                found = await asyncio.to_thread(self._since, owner, target, cursor)
+                left = min(ends_at - time.monotonic(), _POLL_SECONDS)
+                if found or left <= 0 or self._service.draining:
+                    return {"completions": [one for _, one in found], "cursor": max([cursor, *(at for at, _ in found)])}
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(event.wait(), left)
+        finally:
+            self._pollers[target].discard(event)
+            if not self._pollers[target]:
+                del self._pollers[target]
+
+    def _since(self, owner: str, target: tuple[str, int], cursor: int) -> list[tuple[int, dict[str, Any]]]:
+        sampler, clone = target
+        self.find(sampler, owner)
+        with self._lock:
+            if target not in self._ended:  # the first poll
+                query = "SELECT id, state, length(payload) FROM promises WHERE target = ? AND seq BETWEEN ? AND ?"
+                query += " AND kind = 'asample' AND state NOT IN ('pending', 'refused') ORDER BY number"
+                rows = self._database.rows(query, (sampler, clone * _CLONE, (clone + 1) * _CLONE - 1))
+                self._ended[target] = {row["id"]: (next(self._cursors), _completion(*row)) for row in rows}
+            kept = {key: one for key, one in self._ended[target].items() if one[0] > cursor}
+            self._ended[target] = kept
+            return list(kept.values())
+
+    # The thread
+
+    def _accept(self, call: _Call) -> None:
+        self._open[call.owner] += call.count
+        self._inbox.put(partial(self._queue, call))
+
+    def _run(self) -> None:
+        is_busy = False
+        while not self._closing.is_set():
+            with contextlib.suppress(queue.Empty):
+                if (work := self._inbox.get(timeout=_BUSY_SECONDS if is_busy else None)) is not None:
+                    work()
+            is_busy = False
+            while self._waiting and len(self._sent) < self._most_sent and not is_busy:
+                call = self._waiting[min(self._waiting, key=self._given.__getitem__)][0]
+                try:
+                    self._send(call)
+                except Busy:
+                    is_busy = True
+                except EngineDead:  # polls say so, and the next server begins again
+                    return
+                except (ApiError, InputError) as error:
+                    self._end(call, "user", str(error).encode())
+                except Exception as error:
+                    _logger.exception("samples of %s", call.promise)
+                    self._end(call, "server", f"{type(error).__name__}: {first_line(error)}".encode())
+
+    def _queue(self, call: _Call) -> None:
+        self._calls[call.promise] = call
+        if call.owner not in self._waiting:  # what a key has not used before gives it nothing now
+            least = min((self._given[owner] for owner in self._waiting), default=0)
+            self._given[call.owner] = max(self._given[call.owner], least)
+        self._waiting.setdefault(call.owner, deque()).append(call)
+
+    def _send(self, call: _Call) -> None:
+        """Hand a call's next sample to the engine."""
+        if (asked := call.asked) is None:
+            [row] = self._database.rows("SELECT body FROM promises WHERE id = ?", (call.promise,))
+            asked = Asked(parsed(SampleBody, row["body"]), self._service, self._tinker.base.vocabulary)
+            call.adapter = self._adapter(call)
+            call.asked = asked
+        number, service = len(call.samples), self._service
+        sample = Sample(f"{call.promise}:{number}", TextStream(service.texts, asked.stops))
+        sampling, scoring = replace(asked.sampling, seed=asked.seed(number)), None if number else asked.scoring
+        request = GenerationRequest(sample.id, asked.prompt, call.adapter, sampling, scoring=scoring)
+        service.engine.submit(request, lambda event: self._inbox.put(partial(self._take, sample.id, event)))
+        call.samples.append(sample)
+        self._sent[sample.id] = call, asked, sample
+        self._given[call.owner] += len(asked.prompt) + sampling.max_tokens
+        if len(call.samples) == call.count:
+            self._leave_queue(call)
+
+    def _leave_queue(self, call: _Call) -> None:
+        calls = self._waiting.get(call.owner, deque())
+        with contextlib.suppress(ValueError):
+            calls.remove(call)
+        if not calls:
+            self._waiting.pop(call.owner, None)
+
+    def _adapter(self, call: _Call) -> ResolvedAdapter | None:
+        """The weights of a call's sampler; None: the base. Raises ApiError or InputError if they are gone."""
+        sampler = self.find(call.sampler, call.owner)
+        directory = sampler["directory"]
+        if sampler["model_path"] is not None:
+            directory = self._tinker.checkpoints.find(sampler["model_path"], call.owner, "sampler_weights").directory
+        if directory is None:
+            return None
+        return self._service.store.resolve_directory(self._tinker.directory / directory, call.sampler)
+
+    def _take(self, request: str, event: Event) -> None:
+        """An event of a sample; of one that has ended nothing counts."""
+        if request not in self._sent:
+            return
+        call, asked, sample = self._sent[request]
+        texts, stream = self._service.texts, sample.stream
+        if isinstance(event, PromptScores):
+            call.scores = event
+            return
+        if isinstance(event, TokenEvent):
+            sample.events.append(event)
+            if asked.stops:
+                stream.add(event.token)
+            if not stream.stopped:
+                return
+            self._service.engine.cancel(request)
+        elif event.reason == "error":
+            return self._end(call, "user" if event.message == NOT_FINITE else "server", event.message.encode())
+        elif event.reason == "cancelled":  # the server is stopping
+            return
+        else:
+            stream.finish()
+        sample.is_stopped = stream.stopped or (not isinstance(event, TokenEvent) and event.reason == "stop")
+        tokens = [one.token for one in sample.events]
+        while stream.stopped and any(text in texts.decode(tokens[:-1]) for text in asked.stops):
+            tokens.pop()  # the last token is the one that completes the text
+        del sample.events[len(tokens) :]
+        del self._sent[request]
+        self._given[call.owner] -= asked.sampling.max_tokens - len(tokens)
+        if len(call.samples) == call.count and all(one.is_stopped is not None for one in call.samples):
+            self._end(call, "proto", asked.encoded(call.samples, call.scores))
+
+    def _give_up(self, is_meant: Callable[[_Call], bool], why: str) -> None:
+        for call in [call for call in self._calls.values() if is_meant(call)]:
+            self._end(call, "user", why.encode())
+
+    def _end(self, call: _Call, state: Literal["proto", "user", "server"], payload: bytes) -> None:
+        """Write down a call's result. A failed one's samples are given up."""
+        for request in [sample.id for sample in call.samples if sample.id in self._sent]:
+            del self._sent[request]
+            self._service.engine.cancel(request)
+        self._leave_queue(call)
+        is_written = False
+        while not is_written and not self._closing.is_set():
+            try:
+                if state == "proto":
+                    self._database.fulfil(call.promise, state, payload)
+                else:
+                    self._database.fail(call.promise, payload.decode(), state)
+                is_written = True
+            except RunFailed:
+                _logger.exception("the result of %s", call.promise)
+                self._closing.wait(_DISK_SECONDS)
+        del self._calls[call.promise]
+        target = call.sampler, call.seq // _CLONE
+        with self._lock:
+            self._open[call.owner] -= call.count
+            if target in self._ended:
+                self._ended[target][call.promise] = next(self._cursors), _completion(call.promise, state, len(payload))
+        for event in list(self._pollers.get(target, ())):
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(event.set)
+
+
+def _completion(promise: str, state: str, size: int) -> dict[str, Any]:
+    about = {"response_payload_uncompressed_size": size} if state == "proto" else {}
+    return {"state": "finished" if state == "proto" else "failed", "request_id": promise, **about}
+
+
+def _samples_of(request: Request) -> Samples:
+    samples: Samples = request.app.state.samples
+    return samples
+
+
+@router.post("/create_sampling_session")
+async def create_sampling_session(request: Request) -> dict[str, str]:
+    """A sampler of the base or of a saved adapter."""
+    access, asked = require(request, "use"), parsed(NewSampler, await request.body())
+    samples = _samples_of(request)
+    return {
+        "type": "create_sampling_session",
+        "sampling_session_id": await service_of(request).in_thread(lambda: samples.create(access, asked), "disk"),
+    }
+
+
+@router.get("/samplers/{sampler:path}")
+async def get_sampler(request: Request, sampler: str) -> dict[str, str]:
+    """What a sampler is of."""
+    access, samples = require(request, "use"), _samples_of(request)
+    row = await service_of(request).in_thread(lambda: samples.find(sampler, access.name), "disk")
+    path = {} if row["model_path"] is None else {"model_path": row["model_path"]}
+    return {"sampler_id": sampler, "base_model": row["base"], **path}
+
+
+@router.post("/asample")
+async def asample(request: Request) -> dict[str, Any]:
+    """Samples, by a promise."""
+    access, samples, body = require(request, "use"), _samples_of(request), await request.body()
+    promise, count = await service_of(request).in_thread(lambda: samples.call(access.name, body), "long")
+    return {"request_id": promise, "sample_sequence_ids": [f"{promise}:{number}" for number in range(count)]}
+
+
+@router.post("/join_sampling_session")
+async def join_sampling_session(request: Request) -> dict[str, Any]:
+    """A number for another client of a sampler, by which its seq_ids begin."""
+    access, asked = require(request, "use"), parsed(OfSampler, await request.body())
+    samples = _samples_of(request)
+    await service_of(request).in_thread(lambda: samples.find(asked.sampling_session_id, access.name), "disk")
+    return {"type": "join_sampling_session", "client_counter": secrets.randbelow(9 * 10**9) + 1}  # by 10^9 below 2^63
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(request: Request) -> dict[str, Any]:
+    """Which calls of a sampler's client have ended, for which the call is held."""
+    access, asked = require(request, "use"), parsed(Poll, await request.body())
+    target = asked.target.sampling_session_id, asked.target.cloned_sampler_id
+    seconds = _HELD_SECONDS if asked.timeout is None else min(asked.timeout, _HELD_SECONDS)
+    return await _samples_of(request).completions(access.name, target, asked.prev_cursor, seconds)
+
+
+@router.post("/cancel_future")
+async def cancel_future(request: Request) -> dict[str, Any]:
+    """Give up a call that nobody waits for any more."""
+    access, asked = require(request, "use"), parsed(OfPromise, await request.body())
+    _samples_of(request).cancel(access.name, asked.request_id)
+    return {}

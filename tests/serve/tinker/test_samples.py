@@ -1,0 +1,182 @@
+"""Samples of many keys wait in a fair order, are promised for good, and are told to those who poll for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qvera.data import Encoder, resolve_template
+from qvera.evaluation.generate import PromptWriter
+from qvera.serve.api.access import Access
+from qvera.serve.api.errors import ApiError
+from qvera.serve.api.service import Service
+from qvera.serve.store import AdapterStore
+from qvera.serve.tinker.database import Database
+from qvera.serve.tinker.messages import MESSAGES
+from qvera.serve.tinker.sampling import NewSampler, Samples
+from tests.conftest import small_tokenizer
+from tests.helpers import wait_until
+from tests.serve.api.doubles import ScriptedEngine
+
+PLACES = 8
+
+
+class Server:
+    """Samples over a scripted engine and a database in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.database, tokenizer = Database(directory / "tinker.sqlite"), small_tokenizer()
+        self.engine = ScriptedEngine(lambda _: itertools.repeat(7), PLACES)
+        prompts = PromptWriter(resolve_template("auto", tokenizer), Encoder(tokenizer), None)
+        self.service = Service(self.engine, AdapterStore(None, {"tiny"}), prompts, frozenset({2}), "tiny")  # type: ignore[arg-type]
+        base = SimpleNamespace(name="tiny", names={"tiny"}, vocabulary=304)
+        self.tinker: Any = SimpleNamespace(
+            database=self.database, base=base, on_session_end=[], session=lambda *_: None
+        )
+        self.samples = Samples(self.tinker, self.service)
+        self.numbers = itertools.count()
+
+    def close(self) -> None:
+        self.samples.close()
+        self.engine.close()
+        self.service.close()
+        self.database.close()
+
+    def sampler(self, owner: str) -> str:
+        asked = NewSampler(session_id=f"session-{owner}", sampling_session_seq_id=0, base_model="tiny")
+        return self.samples.create(Access(owner, None, frozenset({"use"})), asked)
+
+    def ask(self, owner: str, count: int = 1, seq: int | None = None, prompt: int = 3, **params: Any) -> str:
+        body = {
+            "sampling_session_id": self.sampler(owner),
+            "seq_id": next(self.numbers) if seq is None else seq,
+            "num_samples": count,
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5] * prompt}]},
+            "sampling_params": {"max_tokens": 10, **params},
+        }
+        return self.samples.call(owner, json.dumps(body).encode())[0]
+
+    def state(self, owner: str, promise: str) -> Any:
+        return self.database.promise(promise, owner).state
+
+    def wait(self, owner: str, promise: str) -> Any:
+        wait_until(lambda: self.state(owner, promise) != "pending")
+        found = self.database.promise(promise, owner)
+        return MESSAGES["SampleResponse"].FromString(found.payload) if found.state == "proto" else found.payload
+
+    def poll(self, owner: str, cursor: int = 0, seconds: float = 0.0, clone: int = 0) -> Any:
+        target = self.sampler(owner), clone
+        return asyncio.run(self.samples.completions(owner, target, cursor, seconds))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Server]]:
+    with contextlib.ExitStack() as ending:
+        yield lambda: ending.enter_context(contextlib.closing(Server(tmp_path)))
+
+
+@pytest.fixture
+def server(start: Callable[[], Server]) -> Server:
+    return start()
+
+
+def test_a_key_with_few_tokens_does_not_wait_behind_one_with_many(server: Server) -> None:
+    server.engine.hold.set()
+    many = [server.ask("many", 4) for _ in range(20)]
+    long = [server.ask("long", prompt=400) for _ in range(20)]
+    wait_until(lambda: len(server.engine.requests) > PLACES)
+    few = server.ask("few")
+    server.engine.hold.clear()
+    server.wait("few", few)
+    handed = [one.id.split(":")[0] for one in server.engine.requests]
+    assert handed.index(few) <= 2 * PLACES  # those that the engine had before, and one or two
+    for owner, promises in (("many", many), ("long", long)):
+        for promise in promises:
+            server.wait(owner, promise)
+    order = [one.id.split(":")[0] for one in server.engine.requests]
+    half = order[: order.index(many[10])]
+    assert sum(promise in long for promise in half) < 3  # an equal share of tokens, not of calls
+
+
+def test_a_call_that_is_sent_again_gets_the_same_promise_and_is_done_once(server: Server) -> None:
+    promises = {server.ask("anna", 3, seq=4, seed=1) for _ in range(3)}
+    [promise] = promises
+    found = server.wait("anna", promise)
+    assert [(one.stop_reason, len(one.tokens) // 4) for one in found.sequences] == [(1, 10)] * 3
+    assert len(server.engine.requests) == 3 and len({one.sampling.seed for one in server.engine.requests}) == 3
+    server.wait("anna", server.ask("anna", 1, seed=1))
+    assert server.engine.requests[3].sampling.seed == server.engine.requests[0].sampling.seed
+
+
+def test_beyond_its_quota_a_key_is_told_to_wait_and_another_is_not(server: Server) -> None:
+    server.engine.hold.set()
+    promises = [server.ask("anna", 1024) for _ in range(4)]
+    with pytest.raises(ApiError, match="4,096 samples open") as refused:
+        server.ask("anna")
+    assert refused.value.status == 429
+    other = server.ask("ben")
+    server.samples.cancel("ben", promises[0])  # it is not his
+    for promise in promises:
+        server.samples.cancel("anna", promise)
+    server.engine.hold.clear()
+    for promise in promises:
+        assert b"given the sample up" in server.wait("anna", promise)
+    server.wait("ben", other)
+    server.wait("anna", server.ask("anna"))
+
+
+def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Server) -> None:
+    server.engine.hold.set()
+    ended, other = server.ask("anna", 20), server.ask("ben", 2)
+    wait_until(lambda: len(server.engine.requests) > PLACES)
+    for hook in server.tinker.on_session_end:
+        hook("session-anna")
+    assert b"session has ended" in server.wait("anna", ended)
+    server.engine.fails = "the card fell off"
+    server.engine.hold.clear()
+    assert server.wait("ben", other) == b"the card fell off"
+    assert server.state("ben", other) == "server"
+    server.engine.fails, server.engine.refuses = None, "the adapter is damaged"
+    refused = server.ask("ben")
+    assert server.wait("ben", refused) == b"the adapter is damaged" and server.state("ben", refused) == "user"
+    server.engine.refuses = None
+    server.wait("ben", server.ask("ben"))
+
+
+def test_what_has_no_result_when_a_server_ends_is_done_by_the_next_one(start: Callable[[], Server]) -> None:
+    first = start()
+    done = first.ask("anna")
+    first.wait("anna", done)
+    first.engine.hold.set()
+    promises = [first.ask("anna", 2) for _ in range(9)]
+    first.close()
+    second = start()
+    for promise in promises:
+        assert len(second.wait("anna", promise).sequences) == 2
+    told = second.poll("anna")
+    assert {one["request_id"] for one in told["completions"]} == {done, *promises}
+
+
+def test_polls_tell_each_result_once_and_wait_for_the_next(server: Server) -> None:
+    assert server.poll("anna") == {"completions": [], "cursor": 0}
+    first = server.ask("anna")
+    server.wait("anna", first)
+    told = server.poll("anna", 0, 20.0)
+    [one] = told["completions"]
+    assert (one["state"], one["request_id"]) == ("finished", first) and one["response_payload_uncompressed_size"] > 40
+    assert server.poll("anna", told["cursor"])["completions"] == []
+    server.engine.fails = "the card fell off"
+    second, cloned = server.ask("anna"), server.ask("anna", seq=5 * 10**9 + 1)
+    later = server.poll("anna", told["cursor"], 20.0)
+    assert later["completions"] == [{"state": "failed", "request_id": second}] and later["cursor"] > told["cursor"]
+    assert [one["request_id"] for one in server.poll("anna", 0, 20.0, clone=5)["completions"]] == [cloned]
+    with pytest.raises(ApiError, match="no sampler"):
+        asyncio.run(server.samples.completions("ben", ("session-anna:sample:0", 0), 0, 0.0))
