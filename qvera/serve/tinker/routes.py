@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from typing import Any
 
@@ -34,22 +33,12 @@ class NewSession(BaseModel):
     display_name: str | None = None
 
 
-class OfSession(BaseModel):
-    """A call about a session."""
+class Named(BaseModel):
+    """What a call is about, by one of these."""
 
-    session_id: str
-
-
-class InfoOf(BaseModel):
-    """A question about a model."""
-
-    model_id: str
-
-
-class OfPromise(BaseModel):
-    """A poll for a result."""
-
-    request_id: str
+    session_id: str = ""
+    model_id: str = ""
+    request_id: str = ""
 
 
 def tinker_of(service: Service) -> Tinker:
@@ -106,7 +95,7 @@ async def create_session(request: Request) -> dict[str, Any]:
 async def heartbeat(request: Request) -> dict[str, str]:
     """Keep a session alive. 410 once it has ended."""
     access, service = require(request, "use"), service_of(request)
-    asked = parsed(OfSession, await request.body())
+    asked = parsed(Named, await request.body())
     await service.in_thread(lambda: tinker_of(service).session(asked.session_id, access.name), "disk")
     return {"type": "session_heartbeat"}
 
@@ -134,7 +123,7 @@ async def create_model(request: Request) -> dict[str, str]:
 @router.post("/load_weights")
 async def load_weights(request: Request) -> dict[str, str]:
     """A new model from a saved state, or (the older form) a state for one that has done nothing yet."""
-    if "model_id" in json.loads(await request.body() or b"{}"):
+    if parsed(LoadWeights, await request.body()).session_id is None:
         return await _training(request, "load_weights")
     return await _created(request, "load_weights", LoadWeights)
 
@@ -153,7 +142,7 @@ async def _created(request: Request, kind: str, form: type[CreateModel] | type[L
 async def get_info(request: Request) -> dict[str, Any]:
     """What a model is."""
     access, service = require(request, "use"), service_of(request)
-    tinker, asked = tinker_of(service), parsed(InfoOf, await request.body())
+    tinker, asked = tinker_of(service), parsed(Named, await request.body())
     model = await service.in_thread(lambda: tinker.model(asked.model_id, access.name), "disk")
     about = {"arch": tinker.base.architecture, "model_name": model.base, "tokenizer_id": tinker.base.tokenizer}
     return {
@@ -206,7 +195,7 @@ for _kind in ("forward_backward", "optim_step", "save_weights", "save_weights_fo
 async def retrieve_future(request: Request) -> Response:
     """The result of a promise, for which the call is held. ``try_again`` where it takes longer."""
     access, service = require(request, "use"), service_of(request)
-    database, asked = tinker_of(service).database, parsed(OfPromise, await request.body())
+    database, asked = tinker_of(service).database, parsed(Named, await request.body())
     ends_at = time.monotonic() + _HELD_SECONDS
     while True:
         seconds = max(min(_POLL_SECONDS, ends_at - time.monotonic()), 0.0)

@@ -33,7 +33,7 @@ from qvera.serve.api.errors import ApiError
 from qvera.serve.tinker.calls import Call, Calls, CreateModel, LoadWeights, Model, require_adamw
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
-from qvera.training.tenants import CallFailed, ModelShape
+from qvera.training.tenants import LORA_ALPHA, VERA_D_INITIAL, CallFailed, ModelShape
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Tinker:
         self._open: dict[str, tuple[str, int]] = {}  # promise → owner and bytes of its body
         self._open_calls: Counter[str] = Counter()  # by owner
         self._open_bytes: Counter[str] = Counter()
+        self._closing = False
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_results, name="qvera-tinker", daemon=True)
 
@@ -116,6 +117,7 @@ class Tinker:
 
     def __exit__(self, *_: object) -> None:
         """Write down the results that there are. The engine's thread must have ended."""
+        self._closing = True
         self._results.put(None)
         self._thread.join()
 
@@ -135,9 +137,10 @@ class Tinker:
             self._sessions[session.id] = session
         name = self.base.name
         return session.id, (
-            f"base_model={name!r} trains LoRA of the asked rank on the served base, with alpha 32: the change of W is "
-            f"32/rank · B A. base_model={name + ':vera-256'!r} trains VeRA of rank 256, whose vectors start such that "
-            "LoRA's usual learning rates act. train_unembed is not trained: the output layer stays as it is."
+            f"base_model={name!r} trains LoRA of the asked rank on the served base, with alpha {LORA_ALPHA:g}: the "
+            f"change of W is {LORA_ALPHA:g}/rank · B A. base_model={name + ':vera-256'!r} trains VeRA of rank 256, "
+            f"whose d starts at {VERA_D_INITIAL:g}, so that LoRA's usual learning rates act. train_unembed is not "
+            "trained: the output layer stays as it is."
         )
 
     def session(self, session_id: str, owner: str) -> Session:
@@ -352,7 +355,7 @@ class Tinker:
             with contextlib.suppress(queue.Empty):
                 if (work := self._results.get(timeout=max(next_tick - time.monotonic(), 0.0))) is None:
                     return
-                while not self._do(work):
+                while not (self._do(work) or self._closing):
                     time.sleep(_RETRY_SECONDS)
             if time.monotonic() >= next_tick:
                 self._do(self._tick)
