@@ -23,7 +23,7 @@ help:
 	@echo "make test-fast     the part of the suite that starts no processes and trains no whole runs"
 	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
 	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"
-	@echo "make test-stress   a training killed a hundred times, and faults under load against a real server (a quarter of an hour)"
+	@echo "make test-stress   a training killed a hundred times, and faults under load against real servers (half an hour)"
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
 	@echo "make lint          ruff check, ruff format --check, mypy, import-linter, hadolint"
 	@echo "make format        let ruff mend what it can"
@@ -54,6 +54,7 @@ test-ci-slow: $(VENV)/.installed-test $(VENV)/.installed-trl
 test-stress: $(VENV)/.installed-test
 	$(BIN)/python -m tests.stress.chaos
 	$(BIN)/python -m tests.stress.serve_faults
+	$(BIN)/python -m tests.stress.tinker_soak --tenants 100 --minutes 10 --kill-seconds 60
 
 test-lowest: $(LOWEST)/.installed-test
 	$(LOWEST)/bin/python -m pip list

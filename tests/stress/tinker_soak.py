@@ -517,7 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--kill-seconds", type=float, default=120)
     parser.add_argument("--replays", type=int, default=20)
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="of log-probabilities, in a replay")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of log-probabilities, in a replay")
     parser.add_argument("--sampler-tolerance", type=float, default=1e-3, help="between a sampler and the model")
     parser.add_argument("--without", nargs="+", default=[], metavar="PART", help="leave a part of the load out")
     parser.add_argument("--directory", type=Path, help="for the server's files (default: a temporary one)")
