@@ -38,7 +38,7 @@ from qvera.serve.requests import (
 )
 from qvera.serve.text import TextStream
 from qvera.serve.tinker.calls import parsed
-from qvera.serve.tinker.routes import OfPromise
+from qvera.serve.tinker.routes import Named
 from qvera.serve.tinker.sample_calls import Asked, Sample, SampleBody
 from qvera.utils.errors import InputError, RunFailed, first_line
 
@@ -405,6 +405,6 @@ async def retrieve_futures(request: Request) -> dict[str, Any]:
 @router.post("/cancel_future")
 async def cancel_future(request: Request) -> dict[str, Any]:
     """Give up a call that nobody waits for any more."""
-    access, asked = require(request, "use"), parsed(OfPromise, await request.body())
+    access, asked = require(request, "use"), parsed(Named, await request.body())
     _samples_of(request).cancel(access.name, asked.request_id)
     return {}
