@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 import qvera
 from qvera.adapters.files.save_load import attach
@@ -23,11 +26,13 @@ from qvera.evaluation.load import open_run
 from qvera.models import forward
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
+from qvera.models.structure import causal_model, decoder_of
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.plan import make_plan
+from qvera.training.plan import make_plan, shape_of
 from qvera.training.trainer import train
 from tests.adapters.helpers import perturb
-from tests.image_text import IMAGE_FAMILIES, given_by_processor, image_rows
+from tests.image_text import IMAGE_FAMILIES, given_by_processor, image_rows, picture
+from tests.live_bytes import PeakBytes
 from tests.models.experts import dense_twin, published
 from tests.training.runs import cut_off
 
@@ -142,6 +147,55 @@ def test_the_plan_counts_the_images_of_the_longest_batch_and_no_layer_of_the_tow
     longest = datasets.train.take(np.argsort(-datasets.train.lengths)[:2])
     pixels = forward.make_batch(load_base(recipe.model).model, [*longest], datasets.pad_id)["pixel_values"]
     assert plan.memory.moments["images"][0].bytes > pixels.numel() * 4 > 0
+
+
+def _qwen_images() -> Any:
+    return Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 256, "longest_edge": 160 * 160})
+
+
+def _tiles() -> Any:
+    return SmolVLMImageProcessorPil(size={"longest_edge": 336}, max_image_size={"longest_edge": 112})
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "processor", "tower", "settings"),
+    [
+        ("qwen3_vl", torch.bfloat16, _qwen_images, {"num_position_embeddings": 1024}, {}),
+        ("gemma4", torch.float32, None, {"num_key_value_heads": 4, "head_dim": 48}, {}),
+        pytest.param(
+            "smolvlm", torch.float32, _tiles, {"image_size": 112}, {"image_seq_len": 16}, marks=pytest.mark.matrix
+        ),
+        pytest.param("qwen2_5_vl", torch.float32, _qwen_images, {}, {}, marks=pytest.mark.matrix),
+    ],
+)
+@torch.no_grad()
+def test_the_plan_of_the_tower_is_what_is_counted(
+    name: str, dtype: torch.dtype, processor: Any, tower: dict[str, int], settings: dict[str, int], tmp_path: Path
+) -> None:
+    family = IMAGE_FAMILIES[name]
+    for package in family.needs:
+        pytest.importorskip(package)
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 4, "num_heads": 4, **tower}
+    config = {**family.config, "vision_config": {**family.config["vision_config"], **sizes}}
+    processor = processor or family.image_processor
+    dataclasses.replace(
+        family, config=config, image_processor=processor, settings={**family.settings, **settings}
+    ).write(tmp_path)
+    (tmp_path / "0.png").write_bytes(picture(0, 300, 300))
+    asked = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "say"}]
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "it"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
+    base = load_base(ModelSection(path=str(tmp_path), quantization="none", compute_dtype=str(dtype)[6:]))
+    datasets = build_datasets(DataSection(path=str(tmp_path / "rows.jsonl"), max_length=2048), base.tokenizer)
+    batch = forward.make_batch(base.model, [*datasets.train], datasets.pad_id)
+    counted: list[int] = []
+    layer = next(m for n, m in decoder_of(causal_model(base.model)).named_modules() if n.endswith("layers.0"))
+    with PeakBytes() as peak, layer.register_forward_pre_hook(lambda *_: counted.append(peak.peak)):
+        forward.hidden_states(base.model, batch)
+    planned = shape_of(base.model).tower
+    assert planned is not None
+    found = planned.size_bytes(batch["pixel_values"].numel(), 2, dtype.itemsize)
+    assert -0.1 < found / counted[0] - 1 < 0.12
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ def longest_batch(
             examples = [cut[i] for i in chosen]
             batch = batch_of(examples, joined, recipe.data.packing, rounded, masked, whole_rows=many)
             counts = _token_counts(cut.lengths, batch, rounded)
-            known[key] = replace(batch, token_counts=counts, pixels=_pixels(examples))
+            images = sum(len(example.images) for example in examples)
+            known[key] = replace(batch, token_counts=counts, pixels=_pixels(examples), images=images)
         return known[key]
 
     return longest

@@ -190,8 +190,8 @@ def plan_memory(run: PlannedRun) -> Memory:
         kept = Component("kept activations", "checkpoints", shape.layers * layer - norm_bytes(run) + once)
         moments["backward"] = kept, moving
     moments["loss"] = (kept, *_loss(run))
-    if batch.pixels and shape.patch_numbers:  # before the text's layers; the processor makes pixels in fp32
-        tower = batch.pixels // shape.patch_numbers * shape.patch_width * item
+    if batch.pixels and shape.tower is not None:  # before the text's layers; the processor makes pixels in fp32
+        tower = shape.tower.size_bytes(batch.pixels, batch.images, item)
         moments["images"] = (Component("pixels, and the tower that reads them", "transient", batch.pixels * 4 + tower),)
     if answers := _answers(run):
         moments["answers"] = answers

@@ -86,6 +86,28 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The frozen tower that reads images among text. It keeps nothing for a backward pass."""
+
+    patch_numbers: int  # pixel values of a patch
+    hidden: int
+    inner: int  # of its MLP
+    gated: bool  # the MLP
+    fp32_rotary: bool  # q and k are turned in fp32
+    masked: bool  # a dense mask says which patches of an image are there
+    tiled: bool  # an image is cut into tiles, which are copied on the way
+
+    def size_bytes(self, pixels: int, images: int, itemsize: int) -> int:
+        """The most that exists at a time, counted on the types of `IMAGE_TYPES`; ``pixels``: values of all images."""
+        patches = pixels // self.patch_numbers
+        mask = patches // images if self.masked else 0  # for each patch; a byte, and as it is added
+        mlp = ((3 if self.gated else 2) * self.inner + 7 * self.hidden) * itemsize + mask
+        attention = (13 if self.fp32_rotary else 9) * self.hidden * itemsize + mask * (1 + itemsize)
+        attention += 8 * self.hidden * (4 - itemsize) if self.fp32_rotary else 0
+        return patches * max(mlp, attention) + (3 * pixels * itemsize if self.tiled else 0)
+
+
+@dataclass(frozen=True)
 class Shape:
     """What memory and time depend on in a model. Counts are numbers, not bytes."""
 
@@ -107,8 +129,7 @@ class Shape:
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
     image_tokens: int = 0  # of an image, for a model that takes them
     image_numbers: int = 0  # pixel values of an image
-    patch_numbers: int = 0  # pixel values of a patch, for a model that takes images among text
-    patch_width: int = 0  # numbers for each patch that exist at a time in its frozen tower
+    tower: Tower | None = None  # of a model that takes images among text
     experts: tuple[ExpertWeights, ...] = ()  # not among the dense numbers
     experts_per_token: int = 0
     quantizes_experts: bool = True  # False: transformers loads the checkpoint, and leaves its experts dense
@@ -194,9 +215,6 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
-    tower: Any = getattr(model.config, "vision_config", None)
-    sizes: list[Any] = [getattr(tower, key, None) for key in ("patch_size", "hidden_size", "intermediate_size")]
-    patch, hidden_patch, inner = sizes if all(isinstance(each, int) for each in sizes) else (0, 0, 0)
     return Shape(
         model_type=str(config.model_type),
         hidden=hidden,
@@ -221,10 +239,27 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         head=own_head,
         image_tokens=image_tokens(config, height, width) if height else 0,
         image_numbers=3 * height * width,
-        patch_numbers=3 * patch**2 * getattr(tower, "temporal_patch_size", 1),
-        # of a layer that keeps nothing: its input, q, k, v and the output, and the MLP before and behind its activation
-        patch_width=6 * hidden_patch + 2 * inner,
+        tower=_tower_of(model),
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
+    )
+
+
+def _tower_of(model: nn.Module) -> Tower | None:
+    """None where the config does not say how large the tower is."""
+    config: Any = getattr(model.config, "vision_config", None)
+    sizes: list[Any] = [getattr(config, key, None) for key in ("patch_size", "hidden_size", "intermediate_size")]
+    if not all(isinstance(each, int) for each in sizes):
+        return None
+    patch, hidden, inner = sizes
+    names = {name.rpartition(".")[2] for name in beside_the_layers(model)}
+    return Tower(
+        3 * patch**2 * getattr(config, "temporal_patch_size", 1),
+        hidden,
+        inner,
+        gated="gate_proj" in names,
+        fp32_rotary=any(name.endswith("rotary_pos_emb") for name, _ in model.named_modules()),
+        masked=config.model_type == "gemma4_vision",
+        tiled=config.model_type in ("idefics3_vision", "smolvlm_vision"),
     )
 
 
@@ -351,6 +386,7 @@ class Batch:
     keys: int = 0  # of all rows together, where each has its own copy of the common prefix's; else 0
     groups: tuple[tuple[int, int], ...] = ()  # rows and length of each group that a CPU attends to (`models.attention`)
     pixels: int = 0  # pixel values of the images among its text
+    images: int = 0  # how many these are
 
     @property
     def all_tokens(self) -> int:
