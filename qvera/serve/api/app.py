@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models
 from qvera.serve.api.access import LOCAL, Access, is_loopback, is_of_other_site, name_of
-from qvera.serve.api.errors import TINKER, ApiError
+from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
 from qvera.serve.api.server import ClientGone
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.page import PAGE_PATHS, add_page
@@ -136,7 +136,7 @@ class Guard:
     async def _access(self, path: str, headers: Headers) -> Access:
         """What the sender may do."""
         service, keys = self.service, self.service.keys
-        if path in _OPEN:
+        if path in _OPEN or path.startswith(DOWNLOADS):
             return Access("nobody", frozenset(), frozenset())
         if service.draining:
             raise ApiError(

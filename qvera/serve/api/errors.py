@@ -15,6 +15,8 @@ from qvera.utils.errors import InputError
 
 TINKER = "/api/v1/"
 """Paths of Tinker's API begin with this; its errors are ``{"detail": message}``."""
+DOWNLOADS = f"{TINKER}downloads/"
+"""Paths that need no key: Tinker's client sends none there. The token in them is one."""
 _NAME_CHARACTERS = 200
 _TYPES = {
     401: "authentication_error",

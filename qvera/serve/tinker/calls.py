@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from qvera.serve.tinker.checkpoints import Checkpoints, Place
+from qvera.serve.tinker.checkpoints import Checkpoints, Kind, encrypt, recipients_of
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import call_of, decode_forward_backward, encode_forward_backward
 from qvera.training.optim import AdamSettings
@@ -22,6 +22,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.training.tenants import Done, ModelShape, Tenants
+from qvera.training.token_rows import Limits
 
 M = TypeVar("M", bound=BaseModel)
 STATE = "state.safetensors"
@@ -103,6 +104,7 @@ class Save(BaseModel):
     overwrite: bool = False
     ttl_seconds: Annotated[int, Field(ge=_LEAST_TTL, le=_MOST_TTL)] | None = None
     user_metadata: dict[str, Any] | None = None
+    age_encryption_recipients: Annotated[list[str], Field(max_length=10)] = []
     sampling_session_seq_id: Seq | None = None
     kind: Literal["snapshot", "inflight"] = "snapshot"
 
@@ -195,6 +197,7 @@ class Calls:
             "optim_step": self._optim_step,
             "save_weights": self._save_weights,
             "save_weights_for_sampler": self._save_for_sampler,
+            "save_weights_external": self._save_external,
         }
 
     def read(self, model: Model, seq: int, kind: str, body: bytes) -> Call:
@@ -224,7 +227,7 @@ class Calls:
         )
 
     def _forward_backward(self, model: Model, seq: int, body: bytes) -> Call:
-        asked = decode_forward_backward(body, self._vocabulary, self._row_tokens)
+        asked = decode_forward_backward(body, Limits(self._row_tokens, self._vocabulary, self._vocabulary))
         if (tokens := sum(len(row.tokens) for row in asked.rows)) > (most := self._call_tokens):
             raise InputError(f"data: has {tokens:,} tokens, and a call at most {most:,}; send fewer rows.")
 
@@ -257,37 +260,37 @@ class Calls:
         )
 
     def _save_weights(self, model: Model, seq: int, body: bytes) -> Call:
-        asked = parsed(Save, body)
-        place = self._checkpoints.place(model.id, "weights", asked.path or f"{seq:06}")
-
-        def start(promise: str, done: Done) -> None:
-            self._checkpoints.require_free(place, model.owner, asked.overwrite, promise)
-            place.directory.mkdir(parents=True, exist_ok=True)
-            self._tenants.save_state(model.id, place.directory / STATE, {}, done)
-
-        return self._named("save_weights", model, asked, place, start)
+        return self._named("save_weights", "weights", model, seq, parsed(Save, body))
 
     def _save_for_sampler(self, model: Model, seq: int, body: bytes) -> Call:
         asked = parsed(Save, body)
         if asked.path is None and asked.sampling_session_seq_id is not None:
             return self._ephemeral(model, seq, asked)
-        place = self._checkpoints.place(model.id, "sampler_weights", asked.path or f"{seq:06}")
+        return self._named("save_weights_for_sampler", "sampler_weights", model, seq, asked)
+
+    def _save_external(self, model: Model, seq: int, body: bytes) -> Call:
+        return self._named("save_weights_external", "external_weights", model, seq, parsed(Save, body))
+
+    def _named(self, call: str, kind: Kind, model: Model, seq: int, asked: Save) -> Call:
+        """A call that saves a checkpoint. It is written down once its files are on disk."""
+        place = self._checkpoints.place(model.id, kind, asked.path or f"{seq:06}")
+        recipients = recipients_of(asked.age_encryption_recipients)
+        about = {"base": model.base, **model.shape._asdict(), "user_metadata": asked.user_metadata}
 
         def start(promise: str, done: Done) -> None:
             self._checkpoints.require_free(place, model.owner, asked.overwrite, promise)
-            self._tenants.save_adapter(model.id, place.directory, done)
-
-        return self._named("save_weights_for_sampler", model, asked, place, start)
-
-    def _named(self, kind: str, model: Model, asked: Save, place: Place, start: Callable[[str, Done], None]) -> Call:
-        """A call that ``start`` saves under a name. It is written down once its files are on disk."""
-        about = {"base": model.base, **model.shape._asdict(), "user_metadata": asked.user_metadata}
+            if kind == "weights":
+                place.directory.mkdir(parents=True, exist_ok=True)
+                self._tenants.save_state(model.id, place.directory / STATE, {}, done)
+            else:
+                self._tenants.save_adapter(model.id, place.directory, done)
 
         def finish(promise: str, _: object) -> tuple[Literal["json"], bytes]:
+            encrypt(place.directory, recipients)
             self._checkpoints.add(place, model.owner, asked.ttl_seconds, {**about, "promise": promise})
-            return _json(path=place.path, type=kind)
+            return _json(path=place.path, type=call)
 
-        return Call(kind, start, finish, is_kept=False)
+        return Call(call, start, finish, is_kept=False)
 
     def _ephemeral(self, model: Model, seq: int, asked: Save) -> Call:
         """An adapter for one sampling session. All ``inflight`` ones of a model move on to the newest."""

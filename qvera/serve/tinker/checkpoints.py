@@ -17,11 +17,13 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qvera.serve.api.errors import ApiError, shortened
 from qvera.serve.tinker.database import Database
+from qvera.utils.atomic import replacing
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
 
@@ -182,3 +184,33 @@ class Checkpoints:
     def _made(self, row: sqlite3.Row) -> Checkpoint:
         place, about = self.place(row["run"], row["kind"], row["name"]), json.loads(row["about"])
         return Checkpoint(place, row["owner"], row["created"], row["bytes"], row["expires"], bool(row["public"]), about)
+
+
+def recipients_of(texts: Sequence[str]) -> list[Any]:
+    """Recipients of age (filippo.io/age) by their keys. Raises InputError for a bad one, or where pyrage is missing."""
+    if not texts:
+        return []
+    try:
+        import pyrage
+    except ImportError:
+        raise InputError(
+            "age_encryption_recipients: this server can't encrypt, since it lacks pyrage. Export without them, or ask "
+            "its owner to `pip install pyrage`."
+        ) from None
+    try:
+        kinds = [pyrage.ssh if text.startswith("ssh-") else pyrage.x25519 for text in texts]
+        return [kind.Recipient.from_str(text) for kind, text in zip(kinds, texts, strict=True)]
+    except pyrage.RecipientError as error:
+        raise InputError(f"age_encryption_recipients: expected keys that begin with age1 or ssh- ({error}).") from None
+
+
+def encrypt(directory: Path, recipients: Sequence[Any]) -> None:
+    """Encrypt all files for the recipients, of which there may be none. Names get ``.age``."""
+    if not recipients:
+        return
+    import pyrage
+
+    for file in [file for file in directory.iterdir() if file.suffix != ".age"]:
+        with replacing(file.with_name(f"{file.name}.age")) as partial:
+            partial.write_bytes(pyrage.encrypt(file.read_bytes(), recipients))
+        file.unlink()

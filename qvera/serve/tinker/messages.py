@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from qvera.models.token_losses import TOKEN_LOSSES
-from qvera.training.tenants import RowResults, TokenRow
+from qvera.training.tenants import RowResults
+from qvera.training.token_rows import Limits, TokenRow, checked_settings, problem_of
 from qvera.utils.errors import InputError
 
 # Fields in the order of their numbers, which begin with 1. `*` repeated, `%` map by text, `?` one of which is set.
@@ -93,9 +94,8 @@ _MOST_COLUMNS = 1024  # targets of one position
 _MOST_CELLS = 1 << 24  # of all targets and inputs of a call, which may come sparse and are held dense
 _TARGETS = "target_tokens"
 _REFUSED_LOSSES = {
-    "stable_reinforce": "its formula is not published. Expected loss_fn=importance_sampling, or another of",
-    "custom": "the server runs no code of clients; forward_backward_custom with a function computes it in the client. "
-    "Expected one of",
+    "stable_reinforce": "its formula is not published",
+    "custom": "the server runs no code of clients; forward_backward_custom with a function computes it in the client",
 }
 
 
@@ -146,15 +146,8 @@ def call_of(body: bytes) -> tuple[str, int]:
     return place.model_id, place.seq_id
 
 
-def decode_forward_backward(body: bytes, vocabulary: int, most_tokens: int) -> ForwardBackward:
-    """Read and check a body of forward_backward.
-
-    Args:
-        vocabulary: all token ids are below this.
-        most_tokens: of one row.
-
-    Raises InputError that names the row and the field.
-    """
+def decode_forward_backward(body: bytes, limits: Limits) -> ForwardBackward:
+    """Read and check a body of forward_backward. Raises InputError that names the row and the field."""
     request = MESSAGES["ForwardBackwardRequest"]()
     try:
         request.ParseFromString(body)
@@ -168,9 +161,9 @@ def decode_forward_backward(body: bytes, vocabulary: int, most_tokens: int) -> F
         raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
     for number, datum in enumerate(request.data):
         try:
-            row, shape = _row(datum, loss, request.forward_only, vocabulary, most_tokens)
+            row, shape = _row(datum, loss, request.forward_only, limits)
         except InputError as error:
-            raise InputError(f"row {number}: {error}") from None
+            raise InputError(f"data[{number}]: {error}") from None
         rows.append(row)
         shapes.append(shape)
     return ForwardBackward(rows, loss, settings, request.forward_only, shapes)
@@ -178,66 +171,43 @@ def decode_forward_backward(body: bytes, vocabulary: int, most_tokens: int) -> F
 
 def _settings(request: Any) -> dict[str, float]:
     """A call's settings with the usual values of those it leaves out. Raises InputError, also for an unknown loss."""
-    name, given = request.loss_fn, dict(request.loss_fn_config)
-    known = ", ".join(TOKEN_LOSSES)
-    if name in _REFUSED_LOSSES:
-        raise InputError(f"loss_fn: {name} is not supported: {_REFUSED_LOSSES[name]} {known}.")
-    if name not in TOKEN_LOSSES:
-        raise InputError(f"loss_fn: {name[:100]!r} is unknown; expected one of {known}.")
+    loss, given = request.loss_fn, dict(request.loss_fn_config)
+    if loss in _REFUSED_LOSSES:
+        others = ", ".join(TOKEN_LOSSES)
+        raise InputError(f"loss_fn: {loss} is not supported: {_REFUSED_LOSSES[loss]}. Expected one of {others}.")
     for key, value in request.loss_fn_config_v2.items():
         if value.WhichOneof("value") != "number":
-            raise InputError(f"loss_fn_config: {key[:100]}: expected a number, found {value.text[:100]!r}.")
+            raise InputError(f"loss_fn_config.{key[:100]}: expected a number, found {value.text[:100]!r}.")
         given[key] = value.number
-    settings = TOKEN_LOSSES[name].settings
-    if unknown := sorted(given.keys() - settings):
-        expected = ", ".join(settings) or "none"
-        raise InputError(f"loss_fn_config: {unknown[0][:100]!r} is unknown; {name} has {expected}.")
-    complete: dict[str, float] = {}
-    for key, usual in settings.items():
-        if (value := given.get(key, usual)) is None:
-            raise InputError(f"loss_fn_config: {key} is missing; {name} needs it and has no usual value.")
-        if not math.isfinite(value):
-            raise InputError(f"loss_fn_config: {key}: is {value}; expected a finite number.")
-        complete[key] = value
-    if complete.get("clip_low_threshold", 0.0) > complete.get("clip_high_threshold", math.inf):
-        raise InputError("loss_fn_config: clip_low_threshold is above clip_high_threshold.")
-    return complete
+    try:
+        return checked_settings(loss, given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
-def _row(
-    datum: Any, loss: str, forward_only: bool, vocabulary: int, most_tokens: int
-) -> tuple[TokenRow, tuple[int, ...]]:
+def _row(datum: Any, loss: str, forward_only: bool, limits: Limits) -> tuple[TokenRow, tuple[int, ...]]:
     """A row, and the shape of its targets as they came. Raises InputError."""
-    tokens = _tokens(datum.model_input)
-    if not 0 < len(tokens) <= most_tokens:
-        raise InputError(f"model_input: has {len(tokens):,} tokens; expected 1 to {most_tokens:,}.")
-    _require_ids("model_input", tokens, vocabulary)
-    given, needed = dict(datum.loss_fn_inputs), TOKEN_LOSSES[loss].inputs
-    expected = ", ".join((_TARGETS, *needed))
-    if unknown := sorted(given.keys() - {_TARGETS, *needed}):
-        raise InputError(f"loss_fn_inputs: {unknown[0][:100]!r} is no input of {loss}; expected {expected}.")
-    if loss == "cross_entropy" and forward_only and "weights" not in given and _TARGETS in given:
-        given["weights"] = None
-    if missing := [name for name in (_TARGETS, *needed) if name not in given]:
-        raise InputError(f"loss_fn_inputs: {missing[0]} is missing; {loss} needs {expected}.")
-    targets = _tensor(_TARGETS, given[_TARGETS], len(tokens))
+    tokens, given = _tokens(datum.model_input), dict(datum.loss_fn_inputs)
+    if (message := given.pop(_TARGETS, None)) is None:
+        raise InputError(f"loss_fn_inputs.{_TARGETS} is missing.")
+    targets = _tensor(_TARGETS, message, len(tokens))
     if targets.dtype.kind != "i":
-        raise InputError(f"{_TARGETS}: has fractions; expected int64.")
-    _require_ids(_TARGETS, targets, vocabulary)
+        raise InputError(f"{_TARGETS} has fractions; expected int64.")
     shape = targets.shape
-    if len(shape) == 2 and loss != "cross_entropy":
-        raise InputError(f"{_TARGETS}: has the shape {list(shape)}; {loss} takes one target a token, [{len(tokens)}].")
-    columns = shape[1] if len(shape) == 2 else 1
-    inputs = {}
-    for name in needed:
-        tensor = given[name]
-        values = np.zeros(shape, np.float32) if tensor is None else _tensor(name, tensor, len(tokens))
+    inputs = {name: _tensor(name[:100], tensor, len(tokens)).astype(np.float32) for name, tensor in given.items()}
+    if loss == "cross_entropy" and forward_only:
+        inputs.setdefault("weights", np.zeros(shape, np.float32))
+    columns = math.prod(shape[1:])
+    for name, values in inputs.items():
         if values.shape != shape:
-            raise InputError(f"{name}: has the shape {list(values.shape)}; expected that of {_TARGETS}, {list(shape)}.")
-        if not np.isfinite(values).all():
-            raise InputError(f"{name}: has NaN or infinite numbers.")
-        inputs[name] = values.astype(np.float32).reshape(-1, columns)
-    return TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs), shape
+            raise InputError(
+                f"{name[:100]} has the shape {list(values.shape)}; expected that of {_TARGETS}, {list(shape)}."
+            )
+        inputs[name] = values.reshape(-1, columns)
+    row = TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs)
+    if (problem := problem_of(row, loss, limits)) is not None:
+        raise InputError(f"{problem}.")
+    return row, shape
 
 
 def _tokens(chunks: Iterable[Any]) -> np.ndarray:
@@ -247,12 +217,6 @@ def _tokens(chunks: Iterable[Any]) -> np.ndarray:
             raise InputError(f"model_input: a chunk of {kind or 'no kind'} is not supported; expected encoded_text.")
         found.append(_numbers("model_input", chunk.encoded_text.tokens, _INT32).astype(np.int64))
     return np.concatenate(found)
-
-
-def _require_ids(name: str, ids: np.ndarray, vocabulary: int) -> None:
-    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-        wrong = ids[(ids < 0) | (ids >= vocabulary)][0]
-        raise InputError(f"{name}: {wrong} is no token; expected 0 to {vocabulary - 1:,}.")
 
 
 def _numbers(name: str, data: bytes, code: int) -> np.ndarray:

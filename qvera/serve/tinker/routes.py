@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from qvera.serve.api.errors import ApiError
 from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.tinker import rest
 from qvera.serve.tinker.calls import CreateModel, LoadWeights, parsed, place_of
 from qvera.serve.tinker.database import UnknownPromise
 from qvera.serve.tinker.messages import decompress
@@ -187,7 +188,7 @@ def _add_training_route(kind: str) -> None:
         return await _training(request, kind)
 
 
-for _kind in ("forward_backward", "optim_step", "save_weights", "save_weights_for_sampler"):
+for _kind in ("forward_backward", "optim_step", "save_weights", "save_weights_for_sampler", "save_weights_external"):
     _add_training_route(_kind)
 
 
@@ -222,7 +223,7 @@ async def retrieve_future(request: Request) -> Response:
 
 def add_routes(app: FastAPI, *routers: APIRouter) -> None:
     """Add this module's routes and others of Tinker's API, and one that refuses all other paths below it."""
-    for each in (router, *routers):
+    for each in (router, rest.router, *routers):
         app.include_router(each)
 
     @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])

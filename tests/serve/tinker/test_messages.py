@@ -14,12 +14,13 @@ from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.serve.tinker import messages
 from qvera.serve.tinker.messages import ForwardBackward, call_of, decode_forward_backward
 from qvera.training.tenants import RowResults
+from qvera.training.token_rows import Limits
 from qvera.utils.errors import InputError
 
 tinker = pytest.importorskip("tinker")
 types = tinker.types
 pb = pytest.importorskip("tinker.proto.tinker_public_pb2")
-VOCABULARY, MOST_TOKENS = 50, 16
+LIMITS = Limits(tokens=16, input_ids=50, target_ids=60)
 
 
 def datum(tokens: Any = (1, 2, 3), **inputs: Any) -> Any:
@@ -46,7 +47,7 @@ def body(
 
 
 def decode(message: Any) -> ForwardBackward:
-    return decode_forward_backward(message.SerializeToString(), VOCABULARY, MOST_TOKENS)
+    return decode_forward_backward(message.SerializeToString(), LIMITS)
 
 
 def refusal(message: Any) -> str:
@@ -119,7 +120,7 @@ def test_whole_numbers_of_32_bits_are_targets_too() -> None:
 
 def test_missing_weights_are_zero_only_where_nothing_is_trained() -> None:
     assert decode(body(datum(), forward_only=True)).rows[0].inputs["weights"].tolist() == [[0], [0], [0]]
-    assert "row 0: loss_fn_inputs: weights is missing" in refusal(body(datum()))
+    assert "data[0]: loss_fn_inputs.weights is missing" in refusal(body(datum()))
 
 
 @pytest.mark.parametrize("loss", TOKEN_LOSSES)
@@ -141,14 +142,17 @@ def test_the_newer_field_of_settings_wins() -> None:
 @pytest.mark.parametrize(
     ("loss", "config", "expected"),
     [
-        ("ppo", {"clip_low": 0.5}, "'clip_low' is unknown; ppo has clip_low_threshold, clip_high_threshold"),
+        ("ppo", {"clip_low": 0.5}, "loss_fn_config.clip_low: ppo does not have it; it has clip_low_threshold"),
         ("ppo", {"clip_low_threshold": "low"}, "clip_low_threshold: expected a number, found 'low'"),
-        ("ppo", {"clip_low_threshold": float("nan")}, "clip_low_threshold: is nan"),
-        ("ppo", {"clip_low_threshold": 2.0}, "clip_low_threshold is above clip_high_threshold"),
-        ("dro", {}, "beta is missing"),
+        (
+            "ppo",
+            {"clip_low_threshold": float("nan")},
+            "loss_fn_config.clip_low_threshold: ppo takes a finite number, got nan",
+        ),
+        ("dro", {}, "loss_fn_config.beta: dro takes a finite number, got None"),
         ("stable_reinforce", {"kl_coeff": 0.1}, "stable_reinforce is not supported"),
         ("custom", {}, "custom is not supported"),
-        ("dpo", {}, "'dpo' is unknown; expected one of cross_entropy"),
+        ("dpo", {}, "loss_fn: takes one of cross_entropy"),
     ],
 )
 def test_bad_settings_and_losses_are_refused_by_name(loss: str, config: dict[str, Any], expected: str) -> None:
@@ -163,19 +167,19 @@ def test_bad_settings_and_losses_are_refused_by_name(loss: str, config: dict[str
     ("rows", "expected"),
     [
         ([], "data: has no rows"),
-        ([datum(weights=[0.0, 1, 1]), datum(target_tokens=None, weights=[0.0, 1, 1])], "row 1: loss_fn_inputs: target_tokens is missing"),
-        ([datum((), weights=[])], "row 0: model_input: has 0 tokens; expected 1 to 16"),
-        ([datum([1] * 17, weights=[1.0] * 17)], "model_input: has 17 tokens"),
-        ([datum((1, 2, 50), weights=[1.0] * 3)], "model_input: 50 is no token; expected 0 to 49"),
-        ([datum((1, 2, -1), weights=[1.0] * 3)], "model_input: -1 is no token"),
-        ([datum(target_tokens=[1, 2, -100], weights=[1.0] * 3)], "target_tokens: -100 is no token"),
-        ([datum(target_tokens=np.float32([1, 2, 3]), weights=[1.0] * 3)], "target_tokens: has fractions"),
+        ([datum(weights=[0.0, 1, 1]), datum(target_tokens=None, weights=[0.0, 1, 1])], "data[1]: loss_fn_inputs.target_tokens is missing"),
+        ([datum((), weights=[])], "data[0]: has 0 tokens; this base takes 1 to 16"),
+        ([datum([1] * 17, weights=[1.0] * 17)], "has 17 tokens"),
+        ([datum((1, 2, 50), weights=[1.0] * 3)], "model_input has ids from 1 to 50; this base has 0 to 49"),
+        ([datum((1, 2, -1), weights=[1.0] * 3)], "model_input has ids from -1 to 2"),
+        ([datum(target_tokens=[1, 2, -100], weights=[1.0] * 3)], "target_tokens has ids from -100 to 2; this base has 0 to 59"),
+        ([datum(target_tokens=np.float32([1, 2, 3]), weights=[1.0] * 3)], "target_tokens has fractions"),
         ([datum(target_tokens=[1, 2], weights=[1.0] * 2)], "target_tokens: has the shape [2]; the row has 3 tokens"),
         ([datum(weights=[1.0] * 2)], "weights: has the shape [2]"),
-        ([datum(weights=np.ones((3, 1), np.float32))], "weights: has the shape [3, 1]; expected that of target_tokens, [3]"),
+        ([datum(weights=np.ones((3, 1), np.float32))], "weights has the shape [3, 1]; expected that of target_tokens, [3]"),
         ([datum(target_tokens=np.ones((3, 1, 1), np.int64), weights=[1.0] * 3)], "target_tokens: has the shape [3, 1, 1]"),
-        ([datum(weights=[1.0, float("nan"), 1.0])], "weights: has NaN or infinite numbers"),
-        ([datum(weights=[1.0] * 3, mask=np.float32([1, 1, 1]))], "'mask' is no input of cross_entropy; expected target_tokens, weights"),
+        ([datum(weights=[1.0, float("nan"), 1.0])], "loss_fn_inputs.weights has NaN or Inf"),
+        ([datum(weights=[1.0] * 3, mask=np.float32([1, 1, 1]))], "loss_fn_inputs.mask is no input of this loss"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_refused_with_their_number_and_field(rows: list[Any], expected: str) -> None:
@@ -184,7 +188,7 @@ def test_bad_rows_are_refused_with_their_number_and_field(rows: list[Any], expec
 
 def test_one_target_a_token_is_what_losses_of_rewards_take() -> None:
     row = datum(target_tokens=np.ones((3, 2), np.int64), **{name: np.ones((3, 2), np.float32) for name in POLICY})
-    assert "importance_sampling takes one target a token" in refusal(body(row, loss="importance_sampling"))
+    assert "target_tokens has several targets a token" in refusal(body(row, loss="importance_sampling"))
 
 
 @pytest.mark.parametrize("kind", ["image", "dmel"])
@@ -195,7 +199,7 @@ def test_images_and_sound_are_refused_by_name(kind: str) -> None:
         chunk.image.data, chunk.image.format = b"...", "png"
     else:
         chunk.dmel.dmel = b"..."
-    assert f"row 0: model_input: a chunk of {kind} is not supported" in refusal(message)
+    assert f"data[0]: model_input: a chunk of {kind} is not supported" in refusal(message)
 
 
 def test_damaged_tensors_are_refused() -> None:
@@ -231,7 +235,7 @@ def test_a_body_names_its_call_also_where_the_rest_is_damaged() -> None:
         assert call_of(sent) == ("s:train:0", 7)
     for broken in (whole[:-5], b'{"model_id": "s:train:0"}'):
         with pytest.raises(InputError, match="no ForwardBackwardRequest"):
-            decode_forward_backward(broken, VOCABULARY, MOST_TOKENS)
+            decode_forward_backward(broken, LIMITS)
     with pytest.raises(InputError, match="names no model_id"):
         call_of(b'{"model_id": "s:train:0"}')
 

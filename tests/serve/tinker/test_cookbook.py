@@ -1,0 +1,106 @@
+"""Recipes of tinker-cookbook 0.6.1, unchanged, as processes against `qvera serve`: `make test-tinker`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.common import smollm2
+from tests.serve.command import Command
+from tests.serve.scripted_training import chat_rows
+
+pytest.importorskip("tinker_cookbook", reason="make test-tinker")
+pytestmark = [pytest.mark.matrix, pytest.mark.process]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """SmolLM2-135M-Instruct, which `qvera quickstart --fetch-only` fetches."""
+    return Path(smollm2())
+
+
+@pytest.fixture
+def server(model: Path, tmp_path: Path) -> Iterator[Command]:
+    with Command(str(model), "--training-dir", str(tmp_path / "training"), "--tinker") as command:
+        yield command
+
+
+def run(recipe: str, command: Command, log: Path, **options: object) -> list[dict[str, Any]]:
+    """Run a recipe of the cookbook, and return its metrics."""
+    line = [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe}", "behavior_if_log_dir_exists=resume"]
+    line += [f"{name}={value}" for name, value in {"renderer_name": "role_colon", "log_path": log, **options}.items()]
+    offline = {"HF_HUB_OFFLINE": "1", "TINKER_BASE_URL": command.url, "TINKER_API_KEY": "tml-none"}
+    done = subprocess.run(line, env=os.environ | offline, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, f"{done.stderr[-4000:]}\n{command.said[-2000:]}"
+    return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_chat_sl_trains_on_a_local_file_and_resumes(server: Command, model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(chat_rows(48, answer="blue"))
+    usual = {"model_name": model, "dataset": rows, "batch_size": 8, "lora_rank": 8, "save_every": 2, "max_steps": 4}
+    losses = [step["train_mean_nll"] for step in run("chat_sl.train", server, tmp_path / "whole", **usual)]
+    assert len(losses) == 4 and losses[3] < losses[0] - 0.5
+    # as it looks where the recipe was killed after its second step
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    saved = (tmp_path / "whole" / "checkpoints.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "killed" / "checkpoints.jsonl").write_text("".join(line for line in saved if '"final"' not in line))
+    resumed = [step["train_mean_nll"] for step in run("chat_sl.train", server, tmp_path / "killed", **usual)]
+    np.testing.assert_allclose(resumed, losses, rtol=1e-3)
+    assert resumed[2:] != losses[2:]  # computed again, not copied
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo"])
+def test_math_rl_learns_to_add(loss: str, server: Command, model: Path, tmp_path: Path) -> None:
+    steps = run(
+        "math_rl.train",
+        server,
+        tmp_path / loss,
+        model_name=model,
+        env="arithmetic",
+        loss_fn=loss,
+        group_size=8,
+        groups_per_batch=8,
+        lora_rank=8,
+        learning_rate=1e-4,
+        max_steps=12,
+        save_every=6,
+        eval_every=0,
+        **({"num_substeps": 2} if loss == "ppo" else {}),
+    )
+    rewards = [step["env/all/reward/total"] for step in steps if "env/all/reward/total" in step]
+    assert len(rewards) == 12
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4])
+    assert all(abs(step["optim/kl_sample_train_v1"]) < 0.01 for step in steps if "optim/kl_sample_train_v1" in step)
+
+
+def test_logprobs_of_samples_are_those_at_their_temperature(server: Command) -> None:
+    """What the cookbook's tests/validate_temperature_logprobs.py checks; its wheel does not have that file."""
+    import tinker
+
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-none")
+    base = service.get_server_capabilities().supported_models[0].model_name
+    sampler = service.create_sampling_client(base_model=base)
+    tokenizer = sampler.get_tokenizer()
+    prompt = tokenizer.encode("The capital of France is")
+    for temperature in (0.5, 1.0, 1.5):
+        asked = tinker.SamplingParams(max_tokens=1, temperature=temperature, seed=7)
+        answers = sampler.sample(tinker.ModelInput.from_ints(prompt), 64, asked).result().sequences
+        plain = tinker.SamplingParams(max_tokens=1)
+        for answer in {tuple(one.tokens): one for one in answers}.values():
+            # log softmax(l / τ) of two tokens differ by 1/τ times what log softmax(l) of them differ by
+            whole = sampler.compute_logprobs(tinker.ModelInput.from_ints(prompt + answer.tokens)).result()
+            answer_at_one = whole[-1]
+            first = answers[0]
+            first_at_one = sampler.compute_logprobs(tinker.ModelInput.from_ints(prompt + first.tokens)).result()[-1]
+            expected = (answer_at_one - first_at_one) / temperature
+            assert answer.logprobs[0] - first.logprobs[0] == pytest.approx(expected, abs=0.05), (temperature, plain)
