@@ -18,11 +18,11 @@ from qvera.serve.tinker.checkpoints import Checkpoints, Kind, encrypt, recipient
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import call_of, decode_forward_backward, encode_forward_backward
 from qvera.training.optim import AdamSettings
+from qvera.training.token_rows import Limits
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.training.tenants import Done, ModelShape, Tenants
-from qvera.training.token_rows import Limits
 
 M = TypeVar("M", bound=BaseModel)
 STATE = "state.safetensors"
@@ -189,7 +189,7 @@ class Calls:
             row_tokens: most of a row; ``call_tokens``: most of a call.
         """
         self._tenants, self._database, self._checkpoints, self._root = tenants, database, checkpoints, root
-        self._vocabulary, self._row_tokens, self._call_tokens = vocabulary, row_tokens, call_tokens
+        self._limits, self._call_tokens = Limits(row_tokens, vocabulary, vocabulary), call_tokens
         self._readers: dict[str, Callable[[Model, int, bytes], Call]] = {
             "create_model": self._create,
             "load_weights": self._load,
@@ -227,7 +227,7 @@ class Calls:
         )
 
     def _forward_backward(self, model: Model, seq: int, body: bytes) -> Call:
-        asked = decode_forward_backward(body, Limits(self._row_tokens, self._vocabulary, self._vocabulary))
+        asked = decode_forward_backward(body, self._limits)
         if (tokens := sum(len(row.tokens) for row in asked.rows)) > (most := self._call_tokens):
             raise InputError(f"data: has {tokens:,} tokens, and a call at most {most:,}; send fewer rows.")
 
