@@ -18,7 +18,6 @@ from qvera.serve.tinker.checkpoints import Checkpoints, Kind, encrypt, recipient
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import call_of, decode_forward_backward, encode_forward_backward
 from qvera.training.optim import AdamSettings
-from qvera.training.token_rows import Limits
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -189,7 +188,7 @@ class Calls:
             row_tokens: most of a row; ``call_tokens``: most of a call.
         """
         self._tenants, self._database, self._checkpoints, self._root = tenants, database, checkpoints, root
-        self._limits, self._call_tokens = Limits(row_tokens, vocabulary, vocabulary), call_tokens
+        self._limits, self._call_tokens = (row_tokens, vocabulary, vocabulary), call_tokens
         self._readers: dict[str, Callable[[Model, int, bytes], Call]] = {
             "create_model": self._create,
             "load_weights": self._load,

@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training.tenants import RowResults
-from qvera.training.token_rows import Limits, TokenRow, checked_settings, problem_of
+from qvera.training.token_rows import TokenRow, checked_call
 from qvera.utils.errors import InputError
 
 # Fields in the order of their numbers, which begin with 1. `*` repeated, `%` map by text, `?` one of which is set.
@@ -146,32 +146,14 @@ def call_of(body: bytes) -> tuple[str, int]:
     return place.model_id, place.seq_id
 
 
-def decode_forward_backward(body: bytes, limits: Limits) -> ForwardBackward:
-    """Read and check a body of forward_backward. Raises InputError that names the row and the field."""
+def decode_forward_backward(body: bytes, limits: tuple[int, int, int]) -> ForwardBackward:
+    """Read a body of forward_backward, and check it as `checked_call` does. Raises InputError that names the field."""
     request = MESSAGES["ForwardBackwardRequest"]()
     try:
         request.ParseFromString(body)
     except DecodeError as error:
         raise InputError(f"the body is no ForwardBackwardRequest ({error}).") from None
-    loss, settings, rows, shapes = request.loss_fn, _settings(request), [], []
-    if not request.data:
-        raise InputError("data: has no rows.")
-    tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
-    if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
-        raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
-    for number, datum in enumerate(request.data):
-        try:
-            row, shape = _row(datum, loss, request.forward_only, limits)
-        except InputError as error:
-            raise InputError(f"data[{number}]: {error}") from None
-        rows.append(row)
-        shapes.append(shape)
-    return ForwardBackward(rows, loss, settings, request.forward_only, shapes)
-
-
-def _settings(request: Any) -> dict[str, float]:
-    """A call's settings with the usual values of those it leaves out. Raises InputError, also for an unknown loss."""
-    loss, given = request.loss_fn, dict(request.loss_fn_config)
+    loss, given, rows, shapes = request.loss_fn, dict(request.loss_fn_config), [], []
     if loss in _REFUSED_LOSSES:
         others = ", ".join(TOKEN_LOSSES)
         raise InputError(f"loss_fn: {loss} is not supported: {_REFUSED_LOSSES[loss]}. Expected one of {others}.")
@@ -179,35 +161,41 @@ def _settings(request: Any) -> dict[str, float]:
         if value.WhichOneof("value") != "number":
             raise InputError(f"loss_fn_config.{key[:100]}: expected a number, found {value.text[:100]!r}.")
         given[key] = value.number
+    tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
+    if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
+        raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
+    for number, datum in enumerate(request.data):
+        try:
+            row, shape = _row(datum, has_weights=loss != "cross_entropy" or not request.forward_only)
+        except InputError as error:
+            raise InputError(f"data[{number}]: {error}") from None
+        rows.append(row)
+        shapes.append(shape)
     try:
-        return checked_settings(loss, given)
+        settings = dict(checked_call(limits, rows, loss, given))
     except ValueError as error:
         raise InputError(str(error)) from None
+    return ForwardBackward(rows, loss, settings, request.forward_only, shapes)
 
 
-def _row(datum: Any, loss: str, forward_only: bool, limits: Limits) -> tuple[TokenRow, tuple[int, ...]]:
-    """A row, and the shape of its targets as they came. Raises InputError."""
+def _row(datum: Any, has_weights: bool) -> tuple[TokenRow, tuple[int, ...]]:
+    """A row, and the shape of its targets as they came. Raises InputError. ``has_weights``: else zeros stand in."""
     tokens, given = _tokens(datum.model_input), dict(datum.loss_fn_inputs)
     if (message := given.pop(_TARGETS, None)) is None:
         raise InputError(f"loss_fn_inputs.{_TARGETS} is missing.")
     targets = _tensor(_TARGETS, message, len(tokens))
     if targets.dtype.kind != "i":
         raise InputError(f"{_TARGETS} has fractions; expected int64.")
-    shape = targets.shape
+    shape, columns = targets.shape, math.prod(targets.shape[1:])
     inputs = {name: _tensor(name[:100], tensor, len(tokens)).astype(np.float32) for name, tensor in given.items()}
-    if loss == "cross_entropy" and forward_only:
+    if not has_weights:
         inputs.setdefault("weights", np.zeros(shape, np.float32))
-    columns = math.prod(shape[1:])
     for name, values in inputs.items():
         if values.shape != shape:
-            raise InputError(
-                f"{name[:100]} has the shape {list(values.shape)}; expected that of {_TARGETS}, {list(shape)}."
-            )
+            found = f"{name[:100]} has the shape {list(values.shape)}"
+            raise InputError(f"{found}; expected that of {_TARGETS}, {list(shape)}.")
         inputs[name] = values.reshape(-1, columns)
-    row = TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs)
-    if (problem := problem_of(row, loss, limits)) is not None:
-        raise InputError(f"{problem}.")
-    return row, shape
+    return TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs), shape
 
 
 def _tokens(chunks: Iterable[Any]) -> np.ndarray:

@@ -14,13 +14,12 @@ from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.serve.tinker import messages
 from qvera.serve.tinker.messages import ForwardBackward, call_of, decode_forward_backward
 from qvera.training.tenants import RowResults
-from qvera.training.token_rows import Limits
 from qvera.utils.errors import InputError
 
 tinker = pytest.importorskip("tinker")
 types = tinker.types
 pb = pytest.importorskip("tinker.proto.tinker_public_pb2")
-LIMITS = Limits(tokens=16, input_ids=50, target_ids=60)
+LIMITS = 16, 50, 60  # tokens of a row, ids of inputs and of targets
 
 
 def datum(tokens: Any = (1, 2, 3), **inputs: Any) -> Any:
@@ -142,7 +141,7 @@ def test_the_newer_field_of_settings_wins() -> None:
 @pytest.mark.parametrize(
     ("loss", "config", "expected"),
     [
-        ("ppo", {"clip_low": 0.5}, "loss_fn_config.clip_low: ppo does not have it; it has clip_low_threshold"),
+        ("ppo", {"clip_low": 0.5}, "loss_fn_config.clip_low: is no setting of ppo"),
         ("ppo", {"clip_low_threshold": "low"}, "clip_low_threshold: expected a number, found 'low'"),
         (
             "ppo",
