@@ -57,7 +57,7 @@ NOT_RUN = {
     "qvera doctor": "tests/cli does; its exit code depends on the machine",
     "python -m bench.paper": "needs the hub; tests/test_paper.py runs it on tiny models",
     "python -m tinker_cookbook": "asks a server; `make test-tinker` does",
-    "export TINKER_BASE_URL": "sets variables of the shell",
+    "export": "sets variables of the shell",
     "torchrun": "starts other processes; tests/distributed does",
     "deepspeed": "needs other machines; tests/distributed does",
     "docker": "needs Docker; what comes after the image is parsed below",
