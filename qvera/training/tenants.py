@@ -307,7 +307,7 @@ class Tenants:
 
         def save(model: _Model) -> None:
             state = {"shape": model.pool.shape, "base": self._base.facts.get("fingerprint"), "facts": dict(facts)}
-            write_state(file, self._tensors(model), {**state, "steps": self._steps(model)})
+            write_state(file, self._tensors(model), {**state, "steps": model.steps})
 
         self._send(model_id, _Do(done, save))
 
@@ -430,7 +430,7 @@ class Tenants:
                 self._end(model, norms)
                 continue
             pool.pending[slots[place]].zero_()
-            model.has_pending, norm = False, norms[place]
+            model.has_pending, norm, model.steps = False, norms[place], pool.adamw.steps[slots[place]]
             failed = CallFailed("optim_step: the norm of the gradient is not finite. It is dropped; no step was taken.")
             self._end(model, {"grad_norm:mean": norm} if math.isfinite(norm) else failed)
 
@@ -601,7 +601,7 @@ class Tenants:
         return True
 
     def _page_out(self, model: _Model) -> None:
-        tensors, slot, model.steps = self._tensors(model), model.held_slot, self._steps(model)
+        tensors, slot = self._tensors(model), model.held_slot
         model.pool.residents[slot], model.slot = None, None
         self._pack(model, tensors)
 
@@ -634,11 +634,8 @@ class Tenants:
             return load_file(model.file)
         pool, slot = model.pool, model.held_slot
         found = {"vectors": pool.bank.vectors[slot]}
-        if pool.adamw.steps[slot]:
+        if model.steps:
             found |= {"first": pool.adamw.first[slot], "second": pool.adamw.second[slot]}
         if model.has_pending:
             found["pending"] = pool.pending[slot]
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
-
-    def _steps(self, model: _Model) -> int:
-        return model.steps if model.slot is None else model.pool.adamw.steps[model.slot]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qvera.data import Example
 from qvera.models import forward
-from qvera.models.loss import Head, Weigh, states_at, target_loss
+from qvera.models.loss import Head, states_at, target_loss
 from qvera.models.structure import causal_model, position_limit
 from qvera.models.token_losses import TOKEN_LOSSES, sequence_ratios, weigher
 from qvera.utils import accelerator
@@ -102,14 +102,7 @@ def run_pass(
 
     Rows of one loss and settings stand together. ``is_training`` is the mode of the model.
     """
-    counts, wide = [len(own.row.tokens) for own in rows], max(own.row.targets.shape[1] for own in rows)
-    ends, nothing = np.cumsum([0, *counts]).tolist(), np.zeros(0, np.int32)
-    arrays = {"targets": np.zeros((ends[-1], wide), np.int64), "row": np.repeat(np.arange(len(rows)), counts)}
-    for own, begin, end in zip(rows, ends, ends[1:], strict=False):
-        for name, values in {"targets": own.row.targets, **own.row.inputs}.items():
-            # what is beside a row's own targets weighs nothing
-            array = arrays.setdefault(name, np.zeros((ends[-1], wide), np.float32))
-            array[begin:end, : values.shape[1]] = values
+    counts, nothing = [len(own.row.tokens) for own in rows], np.zeros(0, np.int32)
     examples = [
         Example(own.row.tokens.astype(np.int32), np.zeros(count, bool), "", nothing, "", None)
         for own, count in zip(rows, counts, strict=True)
@@ -118,38 +111,49 @@ def run_pass(
         batch = forward.make_batch(lent.model, examples, 0, prefix_once=False, whole_rows=True)
         tokens = forward.row_tokens(batch, examples)
         begins = zip(itertools.accumulate([0, *tokens[:-1]]), counts, strict=True)
-        arrays["places"] = np.concatenate([begin + np.arange(count) for begin, count in begins])
-        given = accelerator.tensors_on(bank.device, arrays)
+        arrays = {"places": np.concatenate([begin + np.arange(count) for begin, count in begins])}
+        places = accelerator.tensors_on(bank.device, arrays)["places"]
         with bank.rows([own.slot for own in rows], tokens), torch.set_grad_enabled(gradients):
-            hidden = states_at(forward.hidden_states(lent.model, batch), given["places"])
-            head, targets = Head.of(causal_model(lent.model)), given["targets"]
-            losses = torch.zeros(targets.shape, device=hidden.device)
-            parts = list[tuple[slice, Weigh]]()
-            for (name, settings), group in itertools.groupby(range(len(rows)), lambda i: rows[i][2:]):
-                places, loss = list(group), TOKEN_LOSSES[name]
-                part = slice(ends[places[0]], ends[places[-1] + 1])
-                inputs = {key: given[key][part] for key in loss.inputs}
-                if loss.by_row:
-                    own_targets, row = targets[part, :1], given["row"][part] - places[0]
-                    _, lps = target_loss(
-                        hidden[part].detach(), own_targets, head, chunk_tokens, lambda lps, _: (lps, lps)
-                    )
-                    narrow = {key: values[:, :1] for key, values in inputs.items()}
-                    inputs["sequence_ratio"] = sequence_ratios(lps, narrow, row, len(places))
-                parts.append((part, weigher(loss, inputs, dict(settings))))
-
-            def weigh(lps: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-                weights = torch.empty_like(lps)
-                for part, own in parts:
-                    begin, end = max(chunk.start, part.start), min(chunk.stop, part.stop)
-                    if begin < end:
-                        here, there = slice(begin - chunk.start, end - chunk.start), slice(begin, end)
-                        losses[there], weights[here] = own(lps[here], slice(begin - part.start, end - part.start))
-                return losses[chunk], weights
-
-            total, lps = target_loss(hidden, targets, head, chunk_tokens, weigh)
+            hidden = states_at(forward.hidden_states(lent.model, batch), places)
+            head, losses = Head.of(causal_model(lent.model)), list[Tensor]()
+            found = list[tuple[list[PassRow], Tensor]]()
+            for _, group in itertools.groupby(rows, lambda own: own[2:]):
+                part, begin = list(group), sum(len(each) for _, each in found)
+                end = begin + sum(len(own.row.tokens) for own in part)
+                loss, each = _group_loss(hidden[begin:end], head, part, chunk_tokens)
+                losses.append(loss)
+                found.append((part, each))
             if gradients:
-                total.backward()
-        found = torch.cat([lps.float(), losses.sum(1, keepdim=True)], 1).cpu().numpy()
-    each = zip(rows, (found[begin:end] for begin, end in itertools.pairwise(ends)), strict=True)
-    return [(own[:, : row.row.targets.shape[1]].copy(), math.fsum(own[:, -1].tolist())) for row, own in each]
+                torch.stack(losses).sum().backward()
+        results = list[tuple[np.ndarray, float]]()
+        for part, each in found:
+            ends = np.cumsum([len(own.row.tokens) for own in part])
+            for own, values in zip(part, np.split(each.cpu().numpy(), ends[:-1]), strict=True):
+                results.append((values[:, : own.row.targets.shape[1]].copy(), math.fsum(values[:, -1].tolist())))
+        return results
+
+
+def _group_loss(hidden: Tensor, head: Head, rows: Sequence[PassRow], chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """The loss of rows that have the same one, and fp32 [n, K + 1]: log-probabilities, and the loss of each token."""
+    loss, wide = TOKEN_LOSSES[rows[0].loss], max(own.row.targets.shape[1] for own in rows)
+
+    def joined(parts: Sequence[np.ndarray]) -> np.ndarray:  # what is beside a row's own targets weighs nothing
+        return np.concatenate([np.pad(part, ((0, 0), (0, wide - part.shape[1]))) for part in parts])
+
+    arrays = {name: joined([own.row.inputs[name].astype(np.float32) for own in rows]) for name in loss.inputs}
+    arrays["targets"] = joined([own.row.targets for own in rows])
+    arrays["row"] = np.repeat(np.arange(len(rows)), [len(own.row.tokens) for own in rows])
+    given = accelerator.tensors_on(hidden.device, arrays)
+    targets, row = given.pop("targets"), given.pop("row")
+    if loss.by_row:
+        _, logprobs = target_loss(hidden.detach(), targets, head, chunk_tokens, lambda lps, _: (lps, lps))
+        given["sequence_ratio"] = sequence_ratios(logprobs, given, row, len(rows))
+    weigh, losses = weigher(loss, given, dict(rows[0].settings)), torch.zeros(len(hidden), 1, device=hidden.device)
+
+    def noted(logprobs: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        values, weights = weigh(logprobs, part)
+        losses[part] = values.sum(1, keepdim=True)
+        return values, weights
+
+    total, logprobs = target_loss(hidden, targets, head, chunk_tokens, noted)
+    return total, torch.cat([logprobs.float(), losses], 1)

@@ -27,8 +27,9 @@ STEP = AdamSettings(1e-2, 0.9, 0.95, 1e-12, 0.0, 0.0)
 class Calls:
     """Tenants and the results of their calls, by model."""
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        base = Base(small_llama().requires_grad_(False).eval(), None, {"fingerprint": "small", "path": "small"})
+    def __init__(self, directory: Path, model: Any = None, **settings: Any) -> None:
+        model = (small_llama() if model is None else model).requires_grad_(False).eval()
+        base = Base(model, None, {"fingerprint": "small", "path": "small"})
         chosen = {"directory": directory / "paged", "pass_tokens": 48, "loss_chunk_tokens": 7, **settings}
         directory.mkdir(exist_ok=True)
         self.directory, self.tenants = directory, Tenants(base, TenantSettings(**chosen), lambda: None)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training import tenants
@@ -140,6 +141,22 @@ def test_calls_add_up_to_one_call_of_all_rows_and_a_forward_leaves_nothing(tmp_p
     assert calls.results["whole"][-2] == {"grad_norm:mean": 0.0}
     torch.testing.assert_close(after["first"], 0.9 * before["first"])
     assert not torch.equal(after["vectors"], before["vectors"])
+
+
+def test_a_base_with_dropout_computes_as_it_answers(tmp_path: Path) -> None:
+    """Its rows are padded. A fresh model changes nothing."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": None}
+    base, rows = GPT2LMHeadModel(GPT2Config(**settings, eos_token_id=None)), some_rows(6, 3)
+    calls = Calls(tmp_path, base)
+    calls.create("one", LORA)
+    calls.rows("one", rows)
+    found = calls.finish()["one"][-1]
+    for row, logprobs in zip(rows, found.logprobs, strict=True):
+        with torch.no_grad():
+            logits = base.eval()(torch.from_numpy(row.tokens)[None]).logits[0]
+        expected = logits.log_softmax(-1).gather(1, torch.from_numpy(row.targets))
+        torch.testing.assert_close(torch.from_numpy(logprobs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [LORA, VERA], ids=["lora", "vera"])
