@@ -26,6 +26,7 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_
 _SETTLED_NS = 2_000_000_000
 """A file that changed this shortly before it was read is read again: another change may have the same time stamp."""
 _MOST_PARTS = 8  # of a blend
+_MOST_KNOWN = 10_000  # directories whose hashes are kept
 _ONLY = ""  # stands for the adapter's name in a run that trained one
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -210,6 +211,8 @@ class AdapterStore:
         now = time.time_ns()
         sha256 = read_content(directory).sha256
         with self._lock:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
             if all(_settled(stamp, now) for stamp in stamps):
                 self._known[directory] = stamps, sha256
             else:

@@ -28,6 +28,7 @@ from qvera.serve.api.errors import ApiError
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.engine import NOT_FINITE
 from qvera.serve.requests import (
+    AdapterChanged,
     Busy,
     EngineDead,
     Event,
@@ -231,6 +232,8 @@ class Samples:
                     self._send(call)
                 except Busy:
                     is_busy = True
+                except AdapterChanged:  # newer weights were saved over those that were looked up
+                    call.asked = None
                 except EngineDead:  # polls say so, and the next server begins again
                     return
                 except (ApiError, InputError) as error:

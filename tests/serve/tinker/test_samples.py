@@ -18,6 +18,7 @@ from qvera.evaluation.generate import PromptWriter
 from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError
 from qvera.serve.api.service import Service
+from qvera.serve.requests import AdapterChanged
 from qvera.serve.store import AdapterStore
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import MESSAGES
@@ -149,6 +150,19 @@ def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Serve
     assert server.wait("ben", refused) == b"the adapter is damaged" and server.state("ben", refused) == "user"
     server.engine.refuses = None
     server.wait("ben", server.ask("ben"))
+
+
+def test_weights_that_are_saved_anew_while_they_are_read_are_looked_up_again(server: Server) -> None:
+    submit, left = server.engine.submit, [AdapterChanged("was replaced while it was read; ask again.")] * 2
+
+    def changing(*arguments: Any) -> None:
+        if left:
+            raise left.pop()
+        submit(*arguments)
+
+    server.engine.submit = changing  # type: ignore[assignment]
+    assert len(server.wait("anna", server.ask("anna", 2)).sequences) == 2
+    assert not left
 
 
 def test_what_has_no_result_when_a_server_ends_is_done_by_the_next_one(start: Callable[[], Server]) -> None:
