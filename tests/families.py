@@ -70,7 +70,6 @@ _INKLING: dict[str, Any] = {
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _KEPT = "its layers can't be recomputed: `training.gradient_checkpointing: true` is refused"
-_NO_PLAN = "`qvera plan` knows no model without attention"
 _IMAGES = "AutoModelForImageTextToText"
 _PARTS: dict[str, Any] = {**dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """What a config of text and images has beside that of each."""
@@ -492,7 +491,7 @@ _FAMILIES = [
     Family("EXAONE 4", "exaone4", changes=_WINDOWED),
     Family("K-EXAONE", "exaone_moe", changes={**_EXPERTS, **_WINDOWED, **_NARROW}, experts="4 bits"),
     Family("Falcon-H1", "falcon_h1", f"{_ATTENTION} {_MLP} in_proj out_proj", {**_MAMBA, "mamba_d_ssm": 128}),
-    Family("Falcon Mamba", "falcon_mamba", "in_proj x_proj out_proj", _NO_GROUPS, limits=_NO_PLAN),
+    Family("Falcon Mamba", "falcon_mamba", "in_proj x_proj out_proj", _NO_GROUPS),
     Family("FlexOlmo", "flex_olmo", _ATTENTION, _EXPERTS, experts="4 bits"),
     Family(
         "Flint", "flint", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
@@ -644,11 +643,10 @@ _FAMILIES = [
         "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
         "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, experts="4 bits",
     ),
-    Family("Mamba", "mamba", "in_proj x_proj out_proj", _NO_GROUPS, limits=_NO_PLAN),
+    Family("Mamba", "mamba", "in_proj x_proj out_proj", _NO_GROUPS),
     Family(
         "Mamba 2", "mamba2", "in_proj out_proj", {**_HEADS, **_NO_GROUPS, "num_heads": 8, "state_size": 16,
         "n_groups": 2, "chunk_size": 8, "num_attention_heads": ...},
-        limits=_NO_PLAN,
     ),
     Family("Mellum", "mellum", _ATTENTION, {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW}, experts="4 bits"),
     Family(

@@ -40,7 +40,7 @@ def kept_bytes(run: PlannedRun) -> int:
     tiled = goes_by_tiles(run)  # then the MLP keeps its input
     inside = run.batch.all_tokens * (run.shape.hidden if tiled else 2 * _dense_width(run)) * run.itemsize
     linears = [x for x in run.layer if not (tiled and x.role in _MLP)]
-    kept = norm_bytes(run) * 2 + _attention_bytes(run) + inside + _adapter_bytes(run, linears)
+    kept = norm_bytes(run) * (2 if run.shape.ff else 1) + _attention_bytes(run) + inside + _adapter_bytes(run, linears)
     return kept + _expert_bytes(run)[0]
 
 

@@ -47,6 +47,7 @@ from qvera.training.plan.memory import (
     right_way,
     slot_bytes,
 )
+from qvera.training.plan.recurrent import recurrences
 from qvera.training.plan.run import ALONE, Machine, PlannedRun, Shape, Sharing, shape_of, this_machine
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, size
@@ -221,6 +222,7 @@ def make_plan(
     device = machine if isinstance(machine, torch.device) else None
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
+    shape = replace(shape, recurrences=recurrences(model, shape.hidden, machine.dtype))
     name = recipe.model.attn_implementation.replace("auto", shape.attention)
     if name == "sdpa":
         device = device if machine.on_gpu else torch.device("cpu")

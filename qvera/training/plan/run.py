@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -30,6 +30,9 @@ from qvera.models.tokenizer import image_sides, image_tokens
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
+
+if TYPE_CHECKING:
+    from qvera.training.plan.recurrent import Recurrence
 
 _PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
@@ -133,6 +136,7 @@ class Shape:
     experts: tuple[ExpertWeights, ...] = ()  # not among the dense numbers
     experts_per_token: int = 0
     quantizes_experts: bool = True  # False: transformers loads the checkpoint, and leaves its experts dense
+    recurrences: tuple[Recurrence, ...] = ()  # of the layers that have one
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
     @property
@@ -196,10 +200,14 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
     if not layers or (head is None and not own_head):
         raise NotPlannable(f"model.path: {kind} has no decoder layers that a plan could be made for.")
-    for key in ("num_attention_heads", "hidden_size"):
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    needed = (
+        ("hidden_size",) if "mixer" in names else ("num_attention_heads", "hidden_size")
+    )  # Mamba attends to nothing
+    for key in needed:
         if not isinstance(getattr(config, key, None), int):
             raise NotPlannable(f"model.path: the config of {kind} has no whole number {key} to plan with.")
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 0
     output, table = embedding if head is None else head, getattr(embedding, "weight", None)
     weight = getattr(output, "weight", None)  # patches of images are in none
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) or weight is table
@@ -213,7 +221,6 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     dense -= sum(x.n * x.m for x in linears if x.quantizable) + sum(x.numbers for x in experts)
     if tied and weight is not table:  # a model on the meta device: not tied yet
         dense -= output.weight.numel()
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
     return Shape(
         model_type=str(config.model_type),
@@ -224,7 +231,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         layers=len(layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=head_size(model) or hidden // heads,
+        head_dim=head_size(model) or hidden // max(heads, 1),
         vocabulary=0 if weight is None else int(weight.shape[0]),
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         tied=tied,

@@ -5,11 +5,13 @@ One table with tolerances stands for the product of methods, dtypes, attentions 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.bank import AdapterBank
@@ -25,8 +27,10 @@ from qvera.models.loader import load_base
 from qvera.training.plan import Batch, Machine, PlannedRun, plan_memory, shape_of
 from qvera.training.plan.activations import goes_by_tiles
 from qvera.training.plan.longest import batch_of
+from qvera.training.plan.recurrent import recurrences
 from tests.conftest import small_llama, small_tokenizer
 from tests.data.rows import rows_of
+from tests.families import FAMILIES
 from tests.training.plan import live
 
 pytestmark = pytest.mark.process
@@ -217,3 +221,22 @@ def test_a_pass_with_many_adapters(joined: bool, dtype: torch.dtype, checkpointi
         if not checkpointing:
             assert kept + shared == pytest.approx(live.kept_bytes(model, ids, mask, **others), rel=1e-3)
         check_peak(step, live.step_peak_bytes(model, ids, mask, labels, CHUNK, **others))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["falcon_h1", pytest.param("mamba", marks=pytest.mark.slow)])
+def test_recurrent_layers_are_counted(name: str, checkpointing: bool) -> None:
+    """Beside attention (Falcon-H1), and alone (Mamba)."""
+    made, (ids, mask, labels, of) = recipe(checkpointing=checkpointing, rank=8), batch(2, 128, False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name].config()).requires_grad_(False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    shape = shape_of(empty)
+    shape = replace(shape, recurrences=recurrences(empty, shape.hidden, F32))
+    assert len(shape.recurrences) == 2
+    memory = plan_memory(PlannedRun(shape, made, of, Machine("test", "cpu", F32, False, 10**12)))
+    adapted = attach(model, made.adapter).train()
+    enable_checkpointing(adapted, checkpointing)
+    counted = live.step_peak_bytes(adapted, ids, mask, labels, CHUNK)
+    check_peak(sum(c.bytes for c in memory.moments[memory.peak_moment]), counted)
