@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
 import statistics
 import tempfile
 import time
@@ -62,7 +61,7 @@ def stubbed_kernels() -> Iterator[None]:
     """A context in which CPU tensors take the path of an accelerator, and no kernel of ours is launched."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(choice.accelerator, "is_accelerator", lambda device: True))
-        stack.enter_context(mock.patch.dict(os.environ, {choice.SWITCH: "on"}))
+        stack.enter_context(mock.patch.object(choice, "switch", "on"))
         stack.enter_context(mock.patch.object(choice.accelerator, "in_use", lambda device: contextlib.nullcontext()))
         for name in vars(triton_kernels).keys():
             if name.startswith("launch_"):

@@ -8,12 +8,11 @@ python bench/kernel_counts.py
 
 from __future__ import annotations
 
-import os
 from typing import Any
 from unittest import mock
 
 from bench.common import header, write_result
-from qvera.kernels.choice import SWITCH
+from qvera.kernels import choice
 from tests.gpu.fake_accelerator import FakeAccelerator
 from tests.gpu.kernel_counts import ADAPTERS, CASES, layer_costs
 
@@ -22,7 +21,7 @@ SHAPES = {"7b": "7B", "8b": "8B (grouped queries)"}
 
 def measure(fake: FakeAccelerator, name: str, shape: str, kernels: str) -> dict[str, Any]:
     """One row of the table: launches without a checkpoint and with one, both by name, and bytes kept for backward."""
-    with mock.patch.dict(os.environ, {SWITCH: kernels}):
+    with mock.patch.object(choice, "switch", kernels):
         found = layer_costs(fake, CASES[name], shape=shape, adapters=ADAPTERS.get(name, 1))
     for key in ("plain", "checkpointed"):
         found[key] = {"launches": found[key].total(), "by_name": dict(found[key].most_common())}

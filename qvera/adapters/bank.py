@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.slots import PATHS, TokenSlots, lora_slots
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 

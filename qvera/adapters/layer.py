@@ -144,6 +144,9 @@ class AdaptedForward:
         A trained pair keeps less that way. VeRA's is one product with W + ΔW (`fused.pays`).
         """
         base, grad = self.base_layer, torch.is_grad_enabled()
+        dtype, method = linear.compute_dtype(base, x), self.method(adapter)
+        if not trains_pair(method) and not fused.may_pay(dtype, x.device.type):
+            return None  # first: a fast card waits for what the host asks
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
             return None
@@ -151,7 +154,6 @@ class AdaptedForward:
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
-        dtype, method = linear.compute_dtype(base, x), self.method(adapter)
         if trains_pair(method):
             if not grad or base._forward_hooks or base._forward_pre_hooks:
                 return None
@@ -372,7 +374,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors in this layer, by their names in an adapter file."""
-        return {name: getattr(self, name)[adapter] for name in self.tensor_names if adapter in getattr(self, name)}
+        held = ((name, getattr(self, name)) for name in self.tensor_names)
+        return {name: tensors[adapter] for name, tensors in held if adapter in tensors}
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors and those that it shares."""

@@ -134,6 +134,7 @@ class SharedProjection(nn.Module):
         self.seed = seed
         self.inputs = SharedInput()
         self._grams: dict[tuple[int, int], Tensor] = {}
+        self._slices: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.register_buffer("A", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
         self.register_buffer("B", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
 
@@ -147,6 +148,7 @@ class SharedProjection(nn.Module):
     def _draw(self, rank: int, in_features: int, out_features: int) -> None:
         self.inputs.forget()
         self._grams.clear()
+        self._slices.clear()
         if self.A.is_meta:
             self.A, self.B = self.A.new_empty(rank, in_features), self.A.new_empty(out_features, rank)
         else:
@@ -155,7 +157,13 @@ class SharedProjection(nn.Module):
 
     def slices(self, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """Views A [rank, in_features] and B [out_features, rank] for one layer."""
-        return self.A[:rank, :in_features], self.B[:out_features, :rank]
+        sizes, A, B = (rank, in_features, out_features), self.A, self.B
+        if torch.compiler.is_compiling():
+            return A[:rank, :in_features], B[:out_features, :rank]
+        held = self._slices.get(sizes)  # a view takes 2 µs
+        if held is None or held[0] is not A or held[1] is not B:
+            held = self._slices[sizes] = A, B, A[:rank, :in_features], B[:out_features, :rank]
+        return held[2:]
 
     def project(self, x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
         """z = x Aᵀ [..., rank] in ``dtype``; layers that read the same x get the same tensor."""
@@ -172,6 +180,7 @@ class SharedProjection(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedProjection:
         dtype, was_meta = self.A.dtype, self.A.is_meta
         self._grams.clear()
+        self._slices.clear()
         super()._apply(fn, recurse)
         if self.A.dtype != dtype or (was_meta and not self.A.is_meta):
             self._draw(len(self.A), self.A.shape[1], len(self.B))

@@ -19,6 +19,9 @@ SWITCH = "QVERA_KERNELS"
 """Environment variable: ``auto`` (default) for kernels where triton can run them, ``off`` for plain code everywhere,
 ``on`` for kernels on every accelerator without asking triton (the tests' fake accelerator)."""
 
+switch = os.environ.get(SWITCH, "auto")
+"""Read once: a layer asks some fifty times, and each look into the environment takes 2 µs."""
+
 LAUNCHES: dict[str, int] = {}
 """Operator name, such as ``qvera.combined`` → number of kernels it launches."""
 
@@ -35,12 +38,15 @@ def use_kernels(*tensors: torch.Tensor) -> bool:
     device_type = tensors[0].device.type
     if not accelerator.is_accelerator(device_type):
         return False
-    return all(tensor.dtype in _DTYPES for tensor in tensors) and _switched_on(device_type)
+    for tensor in tensors:  # a generator would take longer than the rest
+        if tensor.dtype not in _DTYPES:
+            return False
+    return _switched_on(device_type)
 
 
-@torch.compiler.assume_constant_result  # the environment is nothing to trace
+@torch.compiler.assume_constant_result  # nothing to trace
 def _switched_on(device_type: str) -> bool:
-    return _allowed(os.environ.get(SWITCH, "auto"), device_type)
+    return _allowed(switch, device_type)
 
 
 @functools.cache
@@ -74,6 +80,13 @@ def triton_problem() -> str | None:
     return None
 
 
+@functools.cache
+def _kernels() -> Any:
+    from qvera.kernels import triton_kernels  # which imports triton
+
+    return triton_kernels
+
+
 def register(
     name: str, empty: Callable[..., Any], launch: Callable[..., Any] | None = None, launches: int = 1
 ) -> Callable[..., Any]:
@@ -83,7 +96,8 @@ def register(
 
     Args:
         name: of the operator.
-        empty: returns empty tensors of the results' shapes, dtypes and device. Its annotations become the schema.
+        empty: returns empty tensors of the results' shapes, dtypes and device. Its annotations become the schema. The
+            first argument is a tensor.
         launch: takes the same arguments and the empty results, which it fills. Default: ``launch_NAME`` of
             `triton_kernels`.
         launches: how many kernels ``launch`` starts.
@@ -91,16 +105,11 @@ def register(
 
     def on_its_device(*arguments: Any) -> Any:
         # Triton launches on the current device, which for a layer on another card is not that of the tensors
-        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
-        with accelerator.in_use(device):
+        with accelerator.in_use(arguments[0].device):
             if launch is not None:
                 return launch(*arguments)
-            from qvera.kernels import triton_kernels
-
             results = empty(*arguments)
-            getattr(triton_kernels, f"launch_{name}")(
-                *arguments, *(results if isinstance(results, tuple) else [results])
-            )
+            getattr(_kernels(), f"launch_{name}")(*arguments, *(results if isinstance(results, tuple) else [results]))
             return results
 
     schema = torch.library.infer_schema(empty, mutates_args=())

@@ -3,6 +3,8 @@
 A kernel reads B once and writes C: 4 bytes an element in 16 bits, where fp32 temporaries of plain code take 20.
 """
 
+import functools
+
 import torch
 
 from qvera.kernels.choice import register, use_kernels
@@ -125,9 +127,14 @@ def _empty_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor
     return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
 
 
+@functools.cache
+def _has_wide_product(device_type: str) -> bool:
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
+
+
 def _torch_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    key = torch._C._dispatch_key_for_device(left.device.type)
-    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key):
+    if _has_wide_product(left.device.type):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()  # slower; torch has no such product for this device
 

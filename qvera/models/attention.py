@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qvera.data.rows import Joined, round_up_length
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models.structure import causal_model
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line

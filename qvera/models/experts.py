@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qvera.distributed.zero import whole_numel
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import quantization
 from qvera.models.linear import BLOCK_WEIGHTS, FrozenPacked
 from qvera.models.quantization import bnb_functional

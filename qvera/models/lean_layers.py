@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from qvera.distributed.zero import is_sharded
 from qvera.kernels import elementwise
 from qvera.kernels.choice import use_kernels
+from qvera.kernels.once_differentiable import once_differentiable
 
 TILED_ABOVE_TOKENS = 4096
 """Of a forward pass, all rows together. With fewer, tiles save little, and each dequantizes the weights."""

@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from qvera.distributed.zero import is_sharded
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import quantization
 from qvera.models.quantization import Linear4bit, Linear8bit
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 
 BLOCK_WEIGHTS = 2**22
 """8 MB in 16 bits. glibc gives anything above 32 MB back to the system when it is freed."""
@@ -97,13 +98,17 @@ def backward_by_blocks(tokens: int, in_features: int) -> bool:
 def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """x Wᵀ + bias in x's dtype, a new tensor, without a derivative. A trained bias is left out."""
     bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
+    if accelerator.is_accelerator(x.device.type) and isinstance(module, Linear4bit):  # one block, as below
+        y = F.linear(x, quantization.dequantized_weight(module, x.dtype), bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)
     return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
 
 def frozen_input_grad(module: nn.Linear, g: torch.Tensor) -> torch.Tensor:
     """G W, the gradient of `frozen_product` in x: g [..., m] gives [..., n] in g's dtype, a new tensor."""
     tokens, n = g.numel() // g.shape[-1], module.in_features
-    if not backward_by_blocks(tokens, n):
+    whole = accelerator.is_accelerator(g.device.type) and isinstance(module, Linear4bit)
+    if whole or not backward_by_blocks(tokens, n):
         return g @ quantization.dequantized_weight(module, g.dtype)
     grad = g.new_empty(*g.shape[:-1], n)
     blocks = WeightBlocks(module, g.dtype, BLOCK_WEIGHTS)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from qvera.data import IGNORED
 from qvera.data.rows import round_up_length, rounds_lengths
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.structure import decoder_of
 from qvera.utils.errors import InputError, first_line

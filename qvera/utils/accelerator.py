@@ -78,7 +78,7 @@ def in_use(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def is_accelerator(device: torch.device | str) -> bool:
     """Whether a device, or a type such as ``cuda``, is neither a CPU nor ``meta``."""
-    return str(device).partition(":")[0] not in ("cpu", "meta")
+    return (device if isinstance(device, str) else device.type).partition(":")[0] not in ("cpu", "meta")
 
 
 def has_own_memory(device: torch.device | str) -> bool:

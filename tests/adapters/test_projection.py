@@ -286,3 +286,15 @@ def test_it_can_be_copied_and_pickled_while_it_remembers(projection: SharedProje
     z = projection.project(x, 4, torch.float32)
     for twin in (copy.deepcopy(projection), pickle.loads(pickle.dumps(projection))):
         torch.testing.assert_close(twin.project(x, 4, torch.float32), z)
+
+
+def test_views_of_the_pair_follow_when_it_grows_moves_or_is_cast() -> None:
+    projection = SharedProjection(3, torch.device("cpu"), torch.float32)
+    projection.ensure(4, 6, 5)
+    A, _ = projection.slices(2, 3, 4)
+    assert projection.slices(2, 3, 4)[0] is A
+    for change in (lambda: projection.ensure(8, 9, 10), lambda: projection.to(torch.bfloat16)):
+        change()
+        views = projection.slices(2, 3, 4)
+        assert torch.equal(views[0], projection.A[:2, :3]) and torch.equal(views[1], projection.B[:4, :2])
+        assert views[0].data_ptr() == projection.A.data_ptr()

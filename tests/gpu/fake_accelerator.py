@@ -38,7 +38,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import os
 import sys
 import tempfile
 import weakref
@@ -348,7 +347,7 @@ class FakeAccelerator:
         self.device = torch.device(TYPE, 0)
         module: Any = torch.get_device_module(TYPE)
         module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
-        self._stack.enter_context(mock.patch.dict(os.environ, {choice.SWITCH: "on"}))  # triton finds no card here
+        self._stack.enter_context(mock.patch.object(choice, "switch", "on"))  # triton finds no card here
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         self._recorder = self._stack.enter_context(_Recorder())
         self._stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))

@@ -33,7 +33,7 @@ class Calls(TorchDispatchMode):
 def _plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside of `as_on_an_accelerator` a card runs the plain code too, which kernels are compared with."""
     if device.NAME != "cpu":
-        monkeypatch.setenv(choice.SWITCH, "off")
+        monkeypatch.setattr(choice, "switch", "off")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
         with monkeypatch.context() as patch:
             if device.NAME == "cpu":
                 patch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
-            patch.setenv(choice.SWITCH, "on")
+            patch.setattr(choice, "switch", "on")
             yield
 
     return kernels

@@ -23,7 +23,7 @@ from qvera.utils.errors import InputError
 def test_kernels_are_for_accelerators_and_obey_the_switch(
     switch: str, device: str, dtype: torch.dtype, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QVERA_KERNELS", switch)
+    monkeypatch.setattr(choice, "switch", switch)
     if device == "accelerator":
         monkeypatch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
     assert use_kernels(*(torch.empty(2, dtype=t, device="cpu") for t in (torch.float32, dtype))) is taken
@@ -43,6 +43,6 @@ def test_a_machine_without_a_compiler_runs_plain_code_and_is_told_what_to_instal
 
 def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
-    monkeypatch.setenv("QVERA_KERNELS", "0")
+    monkeypatch.setattr(choice, "switch", "0")
     with pytest.raises(InputError, match="QVERA_KERNELS: is '0'; it takes auto, on or off"):
         use_kernels(torch.empty(2))

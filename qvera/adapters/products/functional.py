@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.columns import scaled_columns, scaled_columns_backward
 from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, vector_gradients, wide_product
+from qvera.kernels.once_differentiable import once_differentiable
 
 
 def at_least_fp32(vector: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def delta_weight(A: Tensor, B: Tensor, d: Tensor, b: Tensor, scale: float, a: Te
 
 def _expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
     flat = z.reshape(-1, z.shape[-1])
-    if few_tokens(flat.shape[0], B, len(grouped(b))):  # a decoding step: C would cost more than the whole product
+    if few_tokens(flat.shape[0], B, b.numel() // B.shape[0]):  # a decoding step: C would cost more
         rows = base.reshape(-1, base.shape[-1])
         return as_output(outward(scaled_columns(flat, d, scale), B, b, rows), base.shape)
     in_c, after = split_scale(scale, z.dtype)
@@ -181,7 +181,7 @@ class _Expand(torch.autograd.Function):
                 grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
             # in fp16 g ⊙ b would lose what C does not
-            few = z.dtype != torch.float16 and few_tokens(z_flat.shape[0], B, len(grouped(b)))
+            few = z.dtype != torch.float16 and few_tokens(z_flat.shape[0], B, b.numel() // B.shape[0])
             if C is None and few:
                 grad_z = scaled_columns(inward(g_flat, B, b), d, ctx.scale)
             else:

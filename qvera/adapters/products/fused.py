@@ -19,15 +19,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products.functional import as_output, split_scale
 from qvera.kernels.low_rank import combined, vector_gradients, wide_product
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import quantization
+from qvera.utils import accelerator
 
 BUILDS_UNHELD = 2.0
 """How often a pass makes W + ΔW if it is not held: forward and backward."""
+
+
+def may_pay(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether `summed_linear` is as exact as the low-rank path."""
+    # in 16 bits only on CPUs, where it was measured to be as exact end to end (bench/summed.py)
+    return dtype.itemsize >= 4 or not accelerator.is_accelerator(device_type)
 
 
 def pays(
@@ -41,11 +48,10 @@ def pays(
     builds: float = BUILDS_UNHELD,
 ) -> bool:
     """Whether `summed_linear` is as exact as the low-rank path and cheaper, if a pass makes W + ΔW ``builds`` times."""
-    # in 16 bits only on CPUs, where it was measured to be as exact end to end (bench/summed.py)
     n, m = in_features, out_features
     low_rank = tokens * rank * (2 * n + 3 * m)
     cheaper = builds * m * n * rank + gradient_cost(tokens, n, m, rank, input_scale) < low_rank
-    return cheaper and (dtype.itemsize >= 4 or device_type == "cpu")
+    return cheaper and may_pay(dtype, device_type)
 
 
 def keeps_input(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> bool:

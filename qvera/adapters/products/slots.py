@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qvera.adapters.projection import vera_scale
 from qvera.kernels.columns import scaled_columns
 from qvera.kernels.low_rank import wide_product
+from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import linear
 from qvera.utils import accelerator
 
