@@ -102,7 +102,7 @@ def merge(fake: FakeAccelerator, base: LlamaForCausalLM, adapter: Path) -> dict[
     entry: Any = SimpleNamespace(name=f"{name}.weight")
     export = Merging.__new__(Merging)
     export.deltas, export.tables, export.dtype = {entry.name: deltas.layers[name]}, {}, torch.float16
-    export.expert_sources, export.flat = {}, set()
+    export.expert_sources, export.flat = {}, {}
     export.reader = None  # type: ignore[assignment]
     with fake.record() as seen:
         _, merged, changed = export._merge(Block(entry, 512, rows, False))
