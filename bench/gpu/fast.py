@@ -87,7 +87,7 @@ def recipe_of(args: argparse.Namespace, case: str, tokens: int) -> tuple[Path, P
     rank, method = int(case.partition("=")[2] or 8), "lora" if case.startswith("ours LoRA") else "vera"
     return recipe(
         args, f"{case} {tokens}", base_on_disk(args), write_rows(args.scratch / f"{tokens}.jsonl", 8, tokens, even=True),
-        data={"max_length": tokens}, adapter={"rank": rank, "method": method},
+        model={"resident": "resident" in case}, data={"max_length": tokens}, adapter={"rank": rank, "method": method},
         training={"global_batch_size": 1, "per_device_train_batch_size": 1, "gradient_checkpointing": True,
                   "learning_rate": 1e-4},
     )  # fmt: skip

@@ -28,7 +28,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 PART_SECONDS = 530.0
-_CASES = ("ours r=256", "PEFT LoRA r=16", "frozen", "ours LoRA r=16", "PEFT VeRA r=256", "ours r=1024")
+_CASES = (
+    "ours r=256",
+    "PEFT LoRA r=16",
+    "frozen",
+    "ours LoRA r=16",
+    "PEFT VeRA r=256",
+    "ours r=1024",
+    "ours resident r=256",
+)
 _MODES = ("checkpointing", "no checkpointing", "offloaded", "packed", "float16", "streamed", "compiled")
 # of each part: module, piece, and the seconds that it may take
 PARTS: dict[str, list[tuple[str, str, int]]] = {

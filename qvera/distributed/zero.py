@@ -202,6 +202,8 @@ def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
     config = None if recipe.deepspeed is None else load_zero_config(recipe.deepspeed)
     if config is None or not config.shards_base:
         return config
+    if recipe.model.resident is True:
+        raise InputError("model.resident: ZeRO-3 shards the weights that this keeps copies of; remove one of the two.")
     if recipe.model.stream is True:
         raise InputError("model.stream: ZeRO-3 brings the layers to the GPU itself; remove one of the two.")
     if recipe.model.added_tokens:

@@ -40,6 +40,7 @@ class WeightBlocks:
         self._module, self._dtype, self._whole = module, dtype, None
         self._dense = not isinstance(module, (Linear4bit, Linear8bit))
         on_cpu = isinstance(module, Linear4bit) and not reused and module.weight.device.type == "cpu"
+        on_cpu = on_cpu and quantization.resident_weight(module, dtype) is None
         if (on_cpu and quantization.ends_with_rows(module)) or (self._dense and module.weight.dtype != dtype):
             self._step = max(1, elements // module.in_features)
         else:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -173,10 +173,13 @@ def quantized_on_device(
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = False) -> torch.Tensor:
     """The weight [out_features, in_features] of a linear in ``dtype``, dequantized if needed.
 
-    A dense weight that has this dtype is not copied. With ``exact`` a 4-bit weight comes from fp32, else from the
-    layer's compute dtype. A 4-bit weight without its state, or repacked by another library, raises RuntimeError.
+    A dense weight that has this dtype is not copied, nor is a `resident_weight`. With ``exact`` a 4-bit weight comes
+    from fp32, else from the layer's compute dtype. A 4-bit weight without its state, or repacked by
+    another library, raises RuntimeError.
     """
     if isinstance(module, Linear4bit):
+        if not exact and (resident := resident_weight(module, dtype)) is not None:
+            return resident
         bring(module)
         state = _require_state(module)
         if getattr(state, "packing_format_for_cpu", False):
@@ -191,6 +194,23 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
     if isinstance(module, Linear8bit):
         return dequantized_int8(*int8_rows(module), dtype)
     return module.weight.to(dtype)
+
+
+def hold_resident(model: nn.Module) -> None:
+    """Keep the dequantized weight of each 4-bit linear in its compute dtype, if that has 16 bits."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.compute_dtype is not None and module.compute_dtype.itemsize == 2:
+            weight = dequantized_weight(module, module.compute_dtype)
+            # with what it was made of: a merge replaces that
+            module.__dict__["_resident"] = _require_state(module), weight
+
+
+def resident_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor | None:
+    """The copy of `hold_resident` [m, n], not to be changed in place; None where there is none in this dtype."""
+    state, weight = module.__dict__.get("_resident", (None, None))
+    if weight is None or weight.dtype != dtype or state is not _state(cast(Linear4bit, module)):
+        return None
+    return weight
 
 
 def is_streamed(module: nn.Linear) -> bool:

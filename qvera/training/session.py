@@ -22,6 +22,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warnings, lengths_of, print_preflight
 from qvera.distributed.group import Group
 from qvera.distributed.zero import BaseSharder, ZeroConfig, require_deepspeed, zero_config_of
+from qvera.models import quantization
 from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.loader import Base, dense_note, load_base, pick_compute_dtype
@@ -145,6 +146,8 @@ class TrainingSession:
         self.base = self._load_base(model_class)
         if recipe.data.has_adapters:
             choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
+        if (recipe if self.plan is None else self.plan.recipe).model.resident is True:
+            quantization.hold_resident(self.base.model)
         facts = self.base.facts
         if (note := dense_note(facts)) is not None:
             self.warn(note)

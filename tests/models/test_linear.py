@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from qvera.adapters.files.save_load import attach, named_vectors
+from qvera.adapters.products import fused
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear, quantization
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.loader import load_base
-from tests.adapters.helpers import FOUR_BIT, IN, OUT, base_layer, dense_weight, perturb, relative, weight_bytes
+from tests.adapters.helpers import FOUR_BIT, IN, OUT, adapted, base_layer, dense_weight, perturb, relative, weight_bytes
 
 QUANTIZED = ("int8", *FOUR_BIT)
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
@@ -264,3 +265,24 @@ def test_a_large_frozen_linear_goes_by_blocks_and_backward_with_many_tokens_does
     y, grad = gradient(layer, x, g)
     assert relative(y, x.double() @ W.t() + layer.bias) < 1e-5
     assert relative(grad, g.double() @ W) < 1e-5
+
+
+def test_resident_copies_give_the_same_bits_and_are_dequantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = base_layer("nf4+dq-bfloat16", torch.bfloat16)
+    x, upstream = torch.randn(2, 37, IN).bfloat16(), torch.randn(2, 37, OUT).bfloat16()
+    plain = gradient(layer, x, upstream)
+    quantization.hold_resident(layer)
+    wide = quantization.dequantized_weight(layer, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization, "dequantized_packed", lambda *_: pytest.fail("dequantized again"))
+        patch.setattr(quantization, "dequantized_rows", lambda *_: pytest.fail("dequantized again"))
+        for one, other in zip(plain, gradient(layer, x, upstream), strict=True):
+            assert torch.equal(one, other)
+    factors = adapted("nf4+dq-bfloat16", torch.bfloat16).parts("default")
+    held = quantization.dequantized_weight(layer, torch.bfloat16).clone()
+    fused.summed_weight(layer, factors, torch.bfloat16)
+    assert torch.equal(quantization.dequantized_weight(layer, torch.bfloat16), held), "W + ΔW was written into it"
+    # a merge quantizes other numbers: the copy is not theirs
+    layer.weight = quantization.requantized(layer, 2 * wide)
+    layer.quant_state = layer.weight.quant_state
+    assert relative(quantization.dequantized_weight(layer, torch.bfloat16), 2 * wide) < 0.02

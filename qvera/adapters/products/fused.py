@@ -77,7 +77,9 @@ def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype)
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
     quantized = isinstance(module, (quantization.Linear4bit, quantization.Linear8bit))
-    is_copy = quantized or weight.dtype != module.weight.dtype
+    is_copy = weight.dtype != module.weight.dtype
+    if quantized:
+        is_copy = quantization.resident_weight(module, dtype) is None
     in_c, after = split_scale(factors.scale, dtype)
     assert factors.vectors is not None
     C = combined(factors.B, *factors.vectors, in_c, dtype)

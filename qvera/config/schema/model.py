@@ -35,6 +35,9 @@ class ModelSection(Section):
     """Keep the 4-bit decoder layers in RAM and bring each to the GPU right before it is used, so that only two of them
     take memory there. For a base that is larger than the GPU; the results are the same. Slower where a batch computes
     for less time than its layers travel. ``auto``: where the base does not fit otherwise. Not with ZeRO-3."""
+    resident: Annotated[Literal["auto"] | Bool, OnlyWith("model.quantization: nf4", "model.quantization: fp4")] = "auto"
+    """Keep a copy of each 4-bit linear in the 16-bit compute dtype while training, 2 bytes a weight, so that products
+    need not dequantize it; the results are the same. ``auto``: on a GPU where the plan has room for it."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention code. ``auto``: what transformers picks, usually ``sdpa``. On an accelerator ``sdpa`` also takes
     torch's variable-length attention where that runs (``docs/memory.md``). ``flash_attention_2`` needs the flash-attn
@@ -60,6 +63,10 @@ class ModelSection(Section):
             yield "compute_dtype", "int8 linears compute in 16 bits; use auto, bfloat16 or float16."
         if self.stream is True and self.quantization not in ("nf4", "fp4"):
             yield "stream", f"only 4-bit layers are streamed, and model.quantization is {self.quantization}."
+        if self.resident is True and self.stream is True:
+            yield "resident", "streamed layers are not kept on the device; remove model.stream or model.resident."
+        if self.resident is True and self.compute_dtype == "float32":
+            yield "resident", "the copies are in 16 bits, and model.compute_dtype is float32."
 
 
 class ExportSection(Section):

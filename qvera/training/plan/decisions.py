@@ -180,6 +180,9 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
         other = run.changed({"model.stream": streams, "training.gradient_checkpointing": mode.mode})
         return other, mode, plan_rank(other).needed_bytes(machine)
 
+    wants_resident = run.recipe.model.resident == "auto" and run.is_four_bit
+    if wants_resident:
+        run = run.changed({"model.resident": False})
     decided, mode, needed = planned(asked is True)
     why = "as the recipe says"
     if asked == "auto" and needed <= machine.available_bytes:
@@ -193,13 +196,23 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
             decided, mode = streamed, its_mode
             why = f"auto: with the base on the device the run takes {size(needed)} of {size(machine.available_bytes)}"
     if decided.recipe.model.stream is not True:
-        return decided, mode, Streaming(asked, False, why)
+        return (with_resident(decided) if wants_resident else decided), mode, Streaming(asked, False, why)
     if not accelerator.has_own_memory(machine.device_type):
         why += "; here it only adds copies: the mapped file is in RAM anyway"
         return decided, mode, Streaming(asked, True, why)
     if not pinned_layer_bytes(decided):
         why += "; so much RAM is not free: the layers are read from their file in each pass"
     return decided, mode, Streaming(asked, True, why, sum(layer_bytes(decided)), stream_bytes(decided))
+
+
+def with_resident(run: PlannedRun) -> PlannedRun:
+    """The run with copies of its 4-bit linears in 16 bits (`model.resident`), where a GPU has room beside all else."""
+    machine = run.machine
+    may = machine.on_gpu and run.is_four_bit and run.sharing.stage < 3
+    may = may and machine.dtype.itemsize == 2 and run.recipe.model.compute_dtype != "float32"
+    other = run.changed({"model.resident": True}) if may else run
+    fits = plan_rank(other).total_bytes <= machine.available_bytes * OFF_SHARE_ACCELERATOR
+    return other if fits else run
 
 
 @dataclass(frozen=True)

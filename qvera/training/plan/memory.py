@@ -155,6 +155,11 @@ def pinned_layer_bytes(run: PlannedRun) -> int:
     return size_bytes if free_bytes is None or size_bytes <= PINNED_SHARE * free_bytes else 0
 
 
+def resident_bytes(run: PlannedRun) -> int:
+    """Copies of the 4-bit linears in 16 bits (`quantization.hold_resident`)."""
+    return 2 * sum(x.n * x.m for x in run.shape.linears if x.quantizable)
+
+
 def optimizer_state_bytes(sizes: list[int], optim: str) -> int:
     """AdamW's two moments: fp32, or 8-bit with an fp32 scale for each 256 where a tensor is big enough."""
     whole = optim in ("adamw", "paged_adamw")
@@ -268,6 +273,9 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
         Component("NCCL's buffers, at most", "runtime", run.collective_bytes),
         Component(stored, "base", linears, machine.mapped_base, 3),
+        Component(
+            "16-bit copies of 4-bit linears", "base", resident_bytes(run) if recipe.model.resident is True else 0
+        ),
         Component("4-bit experts", "base", experts, machine.mapped_base, 3),
         Component("two streamed layers", "base", 2 * max(layer_bytes(run), default=0) if streams else 0),
         Component("experts, not quantized", "base", dense_experts * expert_size, experts_mapped, 3),

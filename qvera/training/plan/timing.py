@@ -144,6 +144,8 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
     task = task_of(run.recipe)
     more = 1 + task.passes_without_gradient / passes
     head *= (3 + task.passes_without_gradient) / 2 if task.loss_is_trl else 1  # TRL makes logits again
+    if run.recipe.model.resident is True:
+        weights = 0.0
     return {
         "frozen products": ("products", s.layers * flops * more),
         "dequantization": ("dequantization", s.layers * weights * more),

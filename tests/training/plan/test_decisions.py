@@ -25,6 +25,7 @@ from qvera.training.plan import (
     Plan,
     PlannedRun,
     Sharing,
+    decisions,
     gpu_machine,
     make_plan,
     plan_memory,
@@ -33,10 +34,11 @@ from qvera.training.plan import (
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.decisions import PCIE_BYTES_PER_SECOND, mode_word, wanted_slots
 from qvera.training.plan.decisions import decide_checkpointing as decide
-from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes, slot_bytes, stream_bytes
+from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes, resident_bytes, slot_bytes, stream_bytes
 from qvera.training.plan.plan import change_lines, print_plan, run_lines
 from qvera.training.plan.run import Shape, changed
 from qvera.training.trainer import train
+from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
 from tests.conftest import small_llama
 from tests.training.runs import cut_off, run_json
@@ -305,3 +307,23 @@ def test_the_plan_says_how_many_are_trained_at_once(customers: Recipe, capsys: p
     print_plan(plan, Console(width=200))
     assert "At most 3 adapters are trained at the same time" in capsys.readouterr().out
     assert plan.to_dict()["adapters_at_once"] == 3
+
+
+def test_copies_of_the_weights_are_resident_where_a_gpu_has_room_beside_all_else(shape: Shape) -> None:
+    auto = parse_recipe(TREE, "t")
+    size = resident_bytes(planned(shape, False, card(1e9)))
+    assert size == 2 * sum(x.n * x.m for x in shape.linears if x.quantizable) > 0
+    needed = plan_memory(planned(shape, False, card(1e9))).total_bytes
+    for machine, resident in (
+        (card((needed + size) / 0.84), True),
+        (card((needed + size) / 0.86), False),
+        (Machine("a CPU", "cpu", torch.bfloat16, False, 10**12), False),
+        (dataclasses.replace(card(1e12), dtype=torch.float32), False),
+    ):
+        run, *_ = decisions.decide(PlannedRun(shape, auto, LONG, machine))
+        assert run.recipe.model.resident is resident, machine
+        names = [c.name for c in plan_memory(run).standing]
+        assert ("16-bit copies of 4-bit linears" in names) is resident
+    for wrong in ({"stream": True}, {"compute_dtype": "float32"}, {"quantization": "int8"}):
+        with pytest.raises(InputError, match="model.resident"):
+            parse_recipe({**TREE, "model": {"path": "-", "resident": True, **wrong}}, "t")

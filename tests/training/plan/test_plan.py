@@ -149,7 +149,7 @@ def test_rows_a_pass_are_no_change_where_rows_are_packed(recipe_of: Any) -> None
     """Packing replaces training.per_device_train_batch_size."""
     for packing in (False, True):
         data = {"max_length": 256, "packing": packing}
-        recipe = recipe_of(data=data, training={"gradient_checkpointing": True})
+        recipe = recipe_of(data=data, model={"resident": False}, training={"gradient_checkpointing": True})
         needed = make_plan(recipe, gpu(10**9)).memory.total_bytes
         for size in (needed - 1, 1000):  # one change each, and all together
             keys = {key for change in make_plan(recipe, gpu(size)).changes for key in change.settings}
@@ -175,7 +175,8 @@ def test_a_step_has_seconds_and_random_numbers_go_on_as_before(
     before = torch.random.get_rng_state()
     seconds = timing.time_step(plan, torch.device("cpu"))
     assert all(0 < part < 10 for name, part in seconds.items() if name != "dequantization")
-    assert (seconds["dequantization"] > 0) is (quantization != "none")
+    resident = quantization == "nf4" and on_gpu  # there is room for copies
+    assert (seconds["dequantization"] > 0) is (quantization != "none" and not resident)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
