@@ -17,6 +17,7 @@ from qvera.serve.tinker.calls import CreateModel, LoadWeights, parsed, place_of
 from qvera.serve.tinker.database import UnknownPromise
 from qvera.serve.tinker.messages import decompress
 from qvera.serve.tinker.tenancy import Tinker
+from qvera.training.tenants import VERA_RATE_FACTOR
 from qvera.utils.errors import InputError
 
 router = APIRouter(prefix="/api/v1")
@@ -145,13 +146,15 @@ async def get_info(request: Request) -> dict[str, Any]:
     access, service = require(request, "use"), service_of(request)
     tinker, asked = tinker_of(service), parsed(Named, await request.body())
     model = await service.in_thread(lambda: tinker.model(asked.model_id, access.name), "disk")
-    about = {"arch": tinker.base.architecture, "model_name": model.base, "tokenizer_id": tinker.base.tokenizer}
+    is_lora = model.shape.method == "lora"
+    arch = tinker.base.architecture + ("" if is_lora else f", VeRA at {VERA_RATE_FACTOR:g} times learning_rate")
+    about = {"arch": arch, "model_name": model.base, "tokenizer_id": tinker.base.tokenizer}
     return {
         "type": "get_info",
         "model_id": model.id,
         "model_name": model.base,
         "model_data": about,
-        "is_lora": model.shape.method == "lora",
+        "is_lora": is_lora,
         "lora_rank": model.shape.rank,
         "optimizer_config": {"type": "adamw"},
     }

@@ -33,7 +33,7 @@ from qvera.serve.api.errors import ApiError
 from qvera.serve.tinker.calls import Call, Calls, CreateModel, LoadWeights, Model, require_adamw
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
-from qvera.training.tenants import LORA_ALPHA, VERA_D_INITIAL, CallFailed, ModelShape
+from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ class Tinker:
         return session.id, (
             f"base_model={name!r} trains LoRA of the asked rank on the served base, with alpha {LORA_ALPHA:g}: the "
             f"change of W is {LORA_ALPHA:g}/rank · B A. base_model={name + ':vera-256'!r} trains VeRA of rank 256, "
-            f"whose d starts at {VERA_D_INITIAL:g}, so that LoRA's usual learning rates act. train_unembed is not "
-            "trained: the output layer stays as it is."
+            f"whose vectors step {VERA_RATE_FACTOR:g} times as far as learning_rate says, so that LoRA's usual "
+            "learning rates act. train_unembed is not trained: the output layer stays as it is."
         )
 
     def session(self, session_id: str, owner: str) -> Session:
