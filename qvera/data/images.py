@@ -59,6 +59,10 @@ def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     limit = Image.MAX_IMAGE_PIXELS
+    if isinstance(content, str):
+        if not os.path.isfile(content):  # nor a directory, or a pipe, which would be waited for
+            raise InputError(f"{source}: there is no image file {content}. Fix the path, or remove the row.")
+        source = source if source.endswith(content) else f"{source}: {content}"
     try:
         if not isinstance(content, str):
             # an Arrow buffer is read from the mapped pages, without a copy
@@ -81,8 +85,8 @@ def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
                 seen = turned.convert("RGBA")
                 turned = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
             return turned.convert("RGB")
-    except FileNotFoundError:
-        problem = f"there is no image file {content!s}. Fix the path, or remove the row."
+    except PermissionError:
+        problem = "can't be read: permission denied. Change its mode, or remove the row."
     except UnidentifiedImageError:
         problem = (
             "is no image that Pillow can read. Expected JPEG, PNG, WebP, GIF, BMP or TIFF; convert it, or remove it."

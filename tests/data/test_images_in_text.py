@@ -121,6 +121,8 @@ def test_a_hub_dataset_gives_its_lists_of_images_undecoded(
 BAD = {
     "an address": (asked({"type": "image", "url": "http://x.org/cat.png"}), {}, "http://x.org/cat.png is an address"),
     "no file": (asked({"type": "image", "image": "dog.png"}), {}, r"rows.jsonl:1: there is no image file .*dog\.png"),
+    "a directory": (asked({"type": "image", "image": "."}), {}, r"rows.jsonl:1: there is no image file /.*\. Fix"),
+    "no picture": (asked({"type": "image", "image": "rows.jsonl"}), {}, r"rows.jsonl:1: .*/rows.jsonl: is no image that"),
     "no base64": (asked({"type": "image", "base64": "%%%"}), {}, "the image is no base64"),
     "no image": (asked({"type": "image"}), {}, "the image of a part is missing"),
     "too many": (asked({"type": "text", "text": "x"}, images=["cat.png"]), {}, "images has more images than places"),
