@@ -312,7 +312,7 @@ class Tenant:
                 ("load_weights", {**seq, "path": "tinker://x/weights/y", "optimizer": True}),
                 ("load_weights", {"session_id": model.session, "model_seq_id": 7, "path": "/etc/passwd", "optimizer": True}),
                 ("create_model", {"session_id": model.session, "model_seq_id": 8, "base_model": "no/such"}),
-                ("create_model", {"session_id": model.session, "model_seq_id": 9, "base_model": self.kind[0],
+                ("create_model", {"session_id": model.session, "model_seq_id": 9, "base_model": model_name(self.scene.base),
                                   "lora_config": {"rank": 10**6}}),
                 ("retrieve_future", {"request_id": "nonsense"}),
             ]
