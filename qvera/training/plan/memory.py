@@ -213,9 +213,7 @@ def plan_memory(run: PlannedRun) -> Memory:
     if not machine.on_gpu:
         largest = max(sum(c.bytes for c in parts) for parts in moments.values())
         heap = min(KEPT_HEAP_BYTES, largest)
-        if (
-            not run.checkpointing
-        ):  # holes between kept activations: measured on SmolLM2 in fp32, and none of it with mmap
+        if not run.checkpointing:  # holes between what is kept: measured on SmolLM2 in fp32
             heap = max(heap, largest // 4)
         standing += (Component("free heap that malloc keeps", "runtime", heap),)
     if run.holds_weights:  # answers let go of them
