@@ -85,16 +85,16 @@ def test_math_rl_trains_by_rewards_and_its_sampler_agrees_with_the_trainer(
     assert differences and np.abs(differences).max() < 0.01  # what the cookbook's own documentation expects
 
 
-def test_logprobs_of_samples_are_those_at_their_temperature(server: Command) -> None:
+def test_logprobs_of_samples_are_those_at_their_temperature(server: Command, model: Path) -> None:
     """What the cookbook's tests/validate_temperature_logprobs.py checks; its wheel does not have that file."""
     import tinker
+    from transformers import AutoTokenizer
 
     service = tinker.ServiceClient(base_url=server.url, api_key="tml-none")
     base = service.get_server_capabilities().supported_models[0].model_name
     sampler = service.create_sampling_client(base_model=base)
-    tokenizer = sampler.get_tokenizer()
-    prompt = tokenizer.encode("The capital of France is")
-    for temperature in (0.5, 1.5):
+    prompt = AutoTokenizer.from_pretrained(model).encode("The capital of France is")
+    for temperature in (1.5, 2.0):
         asked = tinker.SamplingParams(max_tokens=1, temperature=temperature, seed=7)
         sampled = sampler.sample(tinker.ModelInput.from_ints(prompt), 64, asked).result().sequences
         found = {one.tokens[0]: one.logprobs[0] for one in sampled}
