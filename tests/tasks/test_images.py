@@ -130,14 +130,14 @@ def test_an_adapter_gives_the_trained_logits_as_it_is_and_exported(
     if kind in options:
         assert main(["export", str(finished), str(out), "--to", kind, *options[kind]]) == 0
     if kind == "merged":
-        opened, processor = open_run(finished), AutoImageProcessor.from_pretrained(out)
+        opened, processor = open_run(finished), AutoImageProcessor.from_pretrained(out, backend="pil")
         model = AutoModelForImageClassification.from_pretrained(out)
         assert model.config.id2label == dict(enumerate(sorted(COLOURS)))
         torch.testing.assert_close(logits(open_run(out)), logits(opened), rtol=1e-4, atol=1e-5)
     else:
         dense = ModelSection(path=str(vit), quantization="none", compute_dtype="float32")
         opened = open_target(dataclasses.replace(find_target(finished), section=dense))
-        processor = AutoImageProcessor.from_pretrained(vit)
+        processor = AutoImageProcessor.from_pretrained(vit, backend="pil")
         base = AutoModelForImageClassification.from_pretrained(vit, num_labels=3)
         model = PeftModel.from_pretrained(base, out).eval()
     torch.testing.assert_close(plain_logits(model, processor, rows_of(opened)), logits(opened), rtol=1e-4, atol=1e-5)
