@@ -169,7 +169,9 @@ def test_preview_shows_small_images(see: Any, tmp_path: Path, capsys: pytest.Cap
     recipe.write_text(yaml.safe_dump(see().to_dict()))
     assert main(["preview", str(recipe), "--rows", "2", "--html", str(page)]) == 0
     assert "label: blue" in capsys.readouterr().out
-    found = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="label: blue"', page.read_text())
+    text = page.read_text()
+    found = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="image 1"', text)
+    assert text.count("label: ") == 2
     assert len(found) == 2
     assert Image.open(io.BytesIO(base64.b64decode(found[0]))).size == (12, 12)
 
