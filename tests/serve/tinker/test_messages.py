@@ -148,6 +148,7 @@ def test_the_newer_field_of_settings_wins() -> None:
             {"clip_low_threshold": float("nan")},
             "loss_fn_config.clip_low_threshold: ppo takes a finite number, got nan",
         ),
+        ("ppo", {"clip_low_threshold": 1.5}, "clip_low_threshold 1.5 is above clip_high_threshold 1.2"),
         ("dro", {}, "loss_fn_config.beta: dro takes a finite number, got None"),
         ("stable_reinforce", {"kl_coeff": 0.1}, "stable_reinforce is not supported"),
         ("custom", {}, "custom is not supported"),
