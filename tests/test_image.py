@@ -26,7 +26,7 @@ def in_the_context() -> list[str]:
 
 def test_the_image_has_every_extra_that_a_user_can_need() -> None:
     (extras,) = re.findall(r"^ARG EXTRAS=(.*)$", DOCKERFILE, re.MULTILINE)
-    left_out = {"dev", "docs", "test", "harness"}  # of developers, and lm-eval, which is large
+    left_out = {"dev", "docs", "test", "tinker-cookbook", "harness"}  # of developers, and lm-eval, which is large
     nested = {"classification"}  # vision has it
     assert set(extras.split(",")) | left_out | nested == set(PROJECT["optional-dependencies"])
 

@@ -63,6 +63,23 @@ VERA_RATE_FACTOR = 27.0
 That is exactly AdamW's step of vectors in units of 1/27: of b/27, and of d/27 with its usual start. It was measured on
 Alpaca: 50 steps at 0.00173 give 1.650 so, and 1.701 with d starting 27 times as large, which then hardly moves.
 """
+
+
+class TenantMethod(NamedTuple):
+    """A method that tenants may train with."""
+
+    is_lora: bool
+    """As clients understand it."""
+    adapter: Mapping[str, float]
+    """Its keys of a recipe's section."""
+    rate_factor: float
+    """How many times as far as a call's learning rate says its numbers step."""
+
+
+TENANT_METHODS: Mapping[str, TenantMethod] = {
+    "lora": TenantMethod(True, {"alpha": LORA_ALPHA}, 1.0),
+    "vera": TenantMethod(False, {}, VERA_RATE_FACTOR),
+}
 _MOST_SLOTS = 64
 _SHORT_SECONDS = 0.1  # for calls without a pass, in one slice
 _PASSES_BEFORE_MORE = 50  # that went well, before a pass may have twice as many rows again after a shortage
@@ -200,7 +217,7 @@ class _Pool:
     def open(self, slots: int) -> None:
         """Make the bank anew. ``pending`` [slots, trained_numbers] are gradients of whole calls."""
         self.bank: AdapterBank = self.lent.make_bank(slots)
-        factors = dict.fromkeys(self.bank.layout.columns, VERA_RATE_FACTOR if self.shape.method == "vera" else 1.0)
+        factors = dict.fromkeys(self.bank.layout.columns, TENANT_METHODS[self.shape.method].rate_factor)
         self.adamw, self.pending = BankAdamW(self.bank, factors), torch.zeros_like(self.bank.gradients)
         self.residents: list[_Model | None] = [None] * slots
 
@@ -535,8 +552,8 @@ class Tenants:
         if most is None or not 1 <= shape.rank <= most:
             raise CallFailed(f"rank: {shape.method} takes 1 to {most}, got {shape.rank}.")
         if shape not in self._pools:
-            scale = {"alpha": LORA_ALPHA} if shape.method == "lora" else {}
-            about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets), **scale}
+            about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets)}
+            about |= TENANT_METHODS[shape.method].adapter
             section = AdapterSection.model_validate(about)
             self._pools[shape] = _Pool(shape, LentBank(self._base, f"__{'-'.join(map(str, shape))}__", section))
         return self._pools[shape]

@@ -16,7 +16,7 @@ from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.models.loader import Base
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training.optim import AdamSettings
-from qvera.training.tenants import VERA_RATE_FACTOR, ModelShape, RowResults, Tenants, TenantSettings
+from qvera.training.tenants import ModelShape, RowResults, Tenants, TenantSettings
 from qvera.training.token_rows import TokenRow
 from tests.conftest import small_llama
 
@@ -147,7 +147,7 @@ class Reference:
         norm = torch.stack([vector.grad.norm() for vector in vectors if vector.grad is not None]).norm().item()
         if settings.max_norm:
             nn.utils.clip_grad_norm_(vectors, settings.max_norm)
-        factor = VERA_RATE_FACTOR if self.shape.method == "vera" else 1.0
+        factor = 27.0 if self.shape.method == "vera" else 1.0
         about = {
             "lr": factor * settings.learning_rate,
             "betas": (settings.beta1, settings.beta2),

@@ -21,6 +21,7 @@ from qvera.serve.api.errors import DOWNLOADS, ApiError, shortened
 from qvera.serve.api.service import require, service_of
 from qvera.serve.tinker.checkpoints import Checkpoint, Checkpoints
 from qvera.serve.tinker.database import Database
+from qvera.training.tenants import TENANT_METHODS
 
 if TYPE_CHECKING:
     import sqlite3
@@ -180,7 +181,7 @@ def weights_info(sender: Reader, body: OfPath) -> dict[str, Any]:
     about = sender.checkpoints.find(body.tinker_path, sender.owner).about
     return {
         "base_model": about["base"],
-        "is_lora": about["method"] == "lora",
+        "is_lora": TENANT_METHODS[about["method"]].is_lora,
         "lora_rank": about["rank"],
         "train_attn": about["targets"] != "mlp",
         "train_mlp": about["targets"] != "attention",
@@ -203,7 +204,7 @@ def _run_card(sender: Sender, row: sqlite3.Row) -> dict[str, Any]:
         "training_run_id": row["id"],
         "base_model": row["base"],
         "model_owner": row["owner"],
-        "is_lora": method == "lora",
+        "is_lora": TENANT_METHODS[method].is_lora,
         "lora_rank": rank,
         "last_request_time": _moment(row["last_request"]),
         "last_checkpoint": None if state is None else _card(state),

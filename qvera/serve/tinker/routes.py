@@ -17,7 +17,7 @@ from qvera.serve.tinker.calls import CreateModel, LoadWeights, parsed, place_of
 from qvera.serve.tinker.database import UnknownPromise
 from qvera.serve.tinker.messages import decompress
 from qvera.serve.tinker.tenancy import Tinker
-from qvera.training.tenants import VERA_RATE_FACTOR
+from qvera.training.tenants import TENANT_METHODS
 from qvera.utils.errors import InputError
 
 router = APIRouter(prefix="/api/v1")
@@ -146,15 +146,16 @@ async def get_info(request: Request) -> dict[str, Any]:
     access, service = require(request, "use"), service_of(request)
     tinker, asked = tinker_of(service), parsed(Named, await request.body())
     model = await service.in_thread(lambda: tinker.model(asked.model_id, access.name), "disk")
-    is_lora = model.shape.method == "lora"
-    arch = tinker.base.architecture + ("" if is_lora else f", VeRA at {VERA_RATE_FACTOR:g} times learning_rate")
+    method, arch = TENANT_METHODS[model.shape.method], tinker.base.architecture
+    if not method.is_lora:
+        arch += f", VeRA at {method.rate_factor:g} times learning_rate"
     about = {"arch": arch, "model_name": model.base, "tokenizer_id": tinker.base.tokenizer}
     return {
         "type": "get_info",
         "model_id": model.id,
         "model_name": model.base,
         "model_data": about,
-        "is_lora": is_lora,
+        "is_lora": method.is_lora,
         "lora_rank": model.shape.rank,
         "optimizer_config": {"type": "adamw"},
     }
