@@ -48,6 +48,9 @@ from qvera.training.trainer import train
 
 RATE = 5e-3  # so large that a lost step is seen
 MOST_GROWTH = 0.1  # of the memory, in the second half
+MOST_STEPS = 15
+"""Of a model. Rounding depends on who shares a pass, and what it changes grows with every step at this rate: after 30
+steps of VeRA to 1e-3, among replays without any fault too."""
 TENANTS_OF_A_KEY = 4
 
 
@@ -153,6 +156,8 @@ class Tenant:
         weights = [weight for weight, _ in parts]
         while not self.scene.is_over:
             _, part = self.chooser.choices(parts, weights)[0]
+            if sum(isinstance(done, Step) for done in self.log) >= MOST_STEPS:
+                part = self.begin_anew
             try:
                 await part()
                 self.scene.done[part.__name__] += 1
@@ -517,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--kill-seconds", type=float, default=120)
     parser.add_argument("--replays", type=int, default=20)
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of log-probabilities, in a replay")
+    parser.add_argument("--tolerance", type=float, default=5e-4, help="of log-probabilities, in a replay")
     parser.add_argument("--sampler-tolerance", type=float, default=1e-3, help="between a sampler and the model")
     parser.add_argument("--without", nargs="+", default=[], metavar="PART", help="leave a part of the load out")
     parser.add_argument("--directory", type=Path, help="for the server's files (default: a temporary one)")
