@@ -69,7 +69,8 @@ def test_what_the_sampler_says_of_its_tokens_is_what_training_says_of_them(
             losses = []
             for _ in range(6):
                 losses.append(-training.logprobs(name, lesson, keep=False).sum())
-                training.ask(training.tenants.optim_step, name, STEP)
+                step = STEP._replace(learning_rate=0.003) if name == "vera" else STEP  # whose vectors go farther
+                training.ask(training.tenants.optim_step, name, step)
             assert losses[-1] < losses[0] - 20  # so that the adapters matter
             training.ask(training.tenants.save_adapter, name, tmp_path / name)
             adapters[name] = store.resolve_directory(tmp_path / name, name)
@@ -81,16 +82,15 @@ def test_what_the_sampler_says_of_its_tokens_is_what_training_says_of_them(
             sampling = Sampling(40, top_logprobs=0, seed=number, tempered=True)
             request = GenerationRequest(f"{number}", prompt, adapters[name], sampling, scoring=scoring)
             asked.append((name, request, submit(engine, request)))
-        said, true = list[float](), list[float]()
+        said, true, prompts_apart = list[float](), list[float](), list[np.ndarray]()
         for name, request, answer in asked:
             lps = training.logprobs(name, [*request.prompt, *answer.tokens])
             assert answer.scores is not None
-            apart = answer.scores.own - lps[: len(request.prompt) - 1]
-            assert abs(apart.mean()) < most and np.abs(apart).max() < 100 * most
+            prompts_apart.append(answer.scores.own - lps[: len(request.prompt) - 1])
             said += [event.logprob or 0.0 for event in answer.events]
             true += lps[len(request.prompt) - 1 :].tolist()
     finally:
         engine.close()
     assert len(said) == 1000
-    apart = np.array(said) - np.array(true)
-    assert abs(apart.mean()) < most
+    for apart in (np.array(said) - np.array(true), np.concatenate(prompts_apart)):
+        assert abs(apart.mean()) < most and np.abs(apart).max() < 100 * most
