@@ -56,8 +56,8 @@ def checked_call(
             raise ValueError(f"loss_fn_config.{key}: is no setting of {name}.")
         if value is None or not math.isfinite(value):
             raise ValueError(f"loss_fn_config.{key}: {name} takes a finite number, got {value}.")
-    low, high = chosen.get("clip_low_threshold") or 0.0, chosen.get("clip_high_threshold") or math.inf
-    if low > high:
+    low, high = (chosen.get(f"clip_{end}_threshold") for end in ("low", "high"))
+    if low is not None and high is not None and low > high:
         raise ValueError(f"loss_fn_config: clip_low_threshold {low:g} is above clip_high_threshold {high:g}.")
     if not rows:
         raise ValueError("data: has no rows.")

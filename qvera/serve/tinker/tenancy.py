@@ -448,13 +448,13 @@ class Tinker:
                     continue
                 if promise.state == "pending":
                     self._count(promise.id, model.owner, len(promise.body))
-                with contextlib.suppress(ApiError, InputError):
-                    model.waiting[promise.seq] = (
-                        promise.id,
-                        self._calls.read(model, promise.seq, promise.kind, promise.body),
-                    )
-                    continue
-                self.database.fail(promise.id, "After a restart the server can't do it as it is.", "server")
+                try:
+                    call = self._calls.read(model, promise.seq, promise.kind, promise.body)
+                except (ApiError, InputError):
+                    self.database.fail(promise.id, "After a restart the server can't do it as it is.", "server")
+                    self._close(promise.id)
+                else:
+                    model.waiting[promise.seq] = promise.id, call
             self._advance(model)
 
 
