@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ TOKENS = 23
 ROW = torch.tensor([0] * 9 + [1] * 4 + [2] * 10)
 
 
-def _plain(name: str, lp: Tensor, given: dict[str, Tensor], settings: dict[str, float]) -> Tensor:
-    """The loss by its formula alone; autograd finds the weights."""
+def plain_loss(name: str, lp: Tensor, given: Mapping[str, Tensor], settings: Mapping[str, float]) -> Tensor:
+    """The loss of one row by its formula alone; autograd finds the weights."""
     if name == "cross_entropy":
         return -(given["weights"] * lp).sum()
     q, A = given["logprobs"], given["advantages"]
@@ -32,8 +33,8 @@ def _plain(name: str, lp: Tensor, given: dict[str, Tensor], settings: dict[str, 
         return -(A * lp - settings["beta"] / 2 * (lp - q) ** 2).sum()
     if name == "gspo":
         mask = given["sequence_ratio_mask"]
-        means = [(mask * (lp - q))[row == ROW].sum() / mask[row == ROW].sum() for row in range(3)]
-        ratio = torch.stack(means).exp()[ROW].unsqueeze(1).detach() * (lp - lp.detach()).exp()
+        mean = (mask * (lp - q)).sum() / mask.sum().clamp_min(1.0)
+        ratio = mean.exp().detach() * (lp - lp.detach()).exp()
     return -torch.minimum(ratio * A, ratio.clamp(low, high) * A).sum()
 
 
@@ -60,7 +61,8 @@ def test_value_gradient_and_log_probabilities(
     }
     loss = TOKEN_LOSSES[name]
     chosen = {key: 0.05 if usual is None else usual for key, usual in loss.settings.items()}
-    expected = _plain(name, lp, {key: tensor.double() for key, tensor in given.items()}, chosen)
+    parts = [({key: tensor[row == ROW].double() for key, tensor in given.items()}, lp[row == ROW]) for row in range(3)]
+    expected = torch.stack([plain_loss(name, lps, own, chosen) for own, lps in parts]).sum()
     if loss.by_row:
         _, logprobs = target_loss(
             hidden.detach(), targets, own_head, chunk, weigher(TOKEN_LOSSES["cross_entropy"], given, {})

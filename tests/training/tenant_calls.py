@@ -19,6 +19,7 @@ from qvera.training.optim import AdamSettings
 from qvera.training.tenants import ModelShape, RowResults, Tenants, TenantSettings
 from qvera.training.token_rows import TokenRow
 from tests.conftest import small_llama
+from tests.models.test_token_losses import plain_loss
 
 LORA, VERA = ModelShape("lora", 3), ModelShape("vera", 6)
 STEP = AdamSettings(1e-2, 0.9, 0.95, 1e-12, 0.0, 0.0)
@@ -164,23 +165,3 @@ class Reference:
 
     def gradient(self) -> Tensor:
         return torch.cat([vector.grad.flatten() for vector in self.vectors.values() if vector.grad is not None])
-
-
-def plain_loss(name: str, lp: Tensor, given: Mapping[str, Tensor], settings: Mapping[str, float]) -> Tensor:
-    """The loss of one row by its formula alone; autograd finds the weights."""
-    if name == "cross_entropy":
-        return -(given["weights"] * lp).sum()
-    q, A = given["logprobs"], given["advantages"]
-    low, high = settings.get("clip_low_threshold", 0.0), settings.get("clip_high_threshold", 0.0)
-    ratio = (lp - q).exp()
-    if name == "importance_sampling":
-        return -(ratio * A).sum()
-    if name == "cispo":
-        return -(ratio.clamp(low, high).detach() * lp * A).sum()
-    if name == "dro":
-        return -(A * lp - settings["beta"] / 2 * (lp - q) ** 2).sum()
-    if name == "gspo":
-        mask = given["sequence_ratio_mask"]
-        mean = (mask * (lp - q)).sum() / mask.sum().clamp_min(1.0)
-        ratio = mean.exp().detach() * (lp - lp.detach()).exp()
-    return -torch.minimum(ratio * A, ratio.clamp(low, high) * A).sum()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
 from qvera.training.tenants import Tenants, TenantSettings
+from qvera.training.token_rows import limits_of
 from qvera.utils.atomic import disk_errors
 from qvera.utils.paths import resolve_path
 
@@ -25,14 +26,14 @@ def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) 
     What a server before this one has promised is done. Raises InputError for a base that can't be trained.
     """
     base, path = served.opened.base, Path(resolve_path(served.opened.target.section.path))
-    config = base.model.config.get_text_config()
+    row_tokens, vocabulary, _ = limits_of(base.model)
     facts = BaseFacts(
         served.base_name,
         frozenset({*served.store.base_names, *([str(path.resolve())] if path.is_dir() else [])}),
         str(path.resolve()) if path.is_dir() else str(path),
         base.model.config.architectures[0],
-        base.model.get_input_embeddings().weight.shape[0],
-        int(getattr(config, "max_position_embeddings", None) or 2**31),
+        vocabulary,
+        row_tokens,
     )
     with disk_errors(str(directory), "Choose another --training-dir."):
         directory.mkdir(exist_ok=True)

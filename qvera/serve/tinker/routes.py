@@ -135,8 +135,9 @@ async def _created(request: Request, kind: str, form: type[CreateModel] | type[L
     tinker, body = tinker_of(service), await request.body()
     if not access.covers(tinker.base.name):
         raise ApiError(404, "base_model: there is no such model, or this key may not use it.")
-    work = lambda: tinker.create_model(access.name, kind, body, parsed(form, body))  # noqa: E731
-    promise, model_id = await service.in_thread(work, "disk")
+    promise, model_id = await service.in_thread(
+        lambda: tinker.create_model(access.name, kind, body, parsed(form, body)), "disk"
+    )
     return {"request_id": promise, "model_id": model_id}
 
 

@@ -173,12 +173,17 @@ class Samples:
 
     def cancel(self, owner: str, promise: str) -> None:
         """Give up a call without a result, if the owner has such a one."""
-        wanted = lambda call: call.promise == promise and call.owner == owner  # noqa: E731
-        self._inbox.put(partial(self._give_up, wanted, "The client has given the sample up."))
+
+        def is_wanted(call: _Call) -> bool:
+            return call.promise == promise and call.owner == owner
+
+        self._inbox.put(partial(self._give_up, is_wanted, "The client has given the sample up."))
 
     def _end_session(self, session: str) -> None:
-        of_session = lambda call: call.sampler.startswith(f"{session}:")  # noqa: E731
-        self._inbox.put(partial(self._give_up, of_session, "The session has ended."))
+        def is_of_session(call: _Call) -> bool:
+            return call.sampler.startswith(f"{session}:")
+
+        self._inbox.put(partial(self._give_up, is_of_session, "The session has ended."))
         with self._lock:
             self._ended = {key: ended for key, ended in self._ended.items() if not key[0].startswith(f"{session}:")}
 

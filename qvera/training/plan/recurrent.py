@@ -61,7 +61,7 @@ def recurrences(model: nn.Module, hidden: int, dtype: torch.dtype) -> tuple[Recu
 
 
 def kinds_of_layers(run: PlannedRun) -> list[tuple[PlannedRun, int]]:
-    """The run as if all its layers were alike, for each kind of layers that it has, and how many it has of them."""
+    """For each kind of layer: the run as if all its layers were of that kind, and how many of its layers are."""
     shape, by_layer = run.shape, {each.layer: each for each in run.shape.recurrences}
     if not by_layer:
         return [(run, shape.layers)]
