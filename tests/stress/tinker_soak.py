@@ -25,6 +25,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import random
 import sqlite3
 import tempfile
@@ -48,6 +49,10 @@ from qvera.training.trainer import train
 
 RATE = 5e-3  # so large that a lost step is seen
 MOST_GROWTH = 0.1  # of the memory, in the second half
+MOST_NEW_FILES = 8
+MOST_NEW_THREADS = 32 + min(32, (os.cpu_count() or 1) + 4)
+"""At the end beside the start. The server's pools (three of 10 threads in all, and asyncio's own) fill when calls come, and
+products take a thread a core; a thread that stays for each call or each model would be hundreds."""
 MOST_STEPS = 15
 """Of a model. Rounding depends on who shares a pass, and what it changes grows with every step at this rate: after 30
 steps of VeRA to 1e-3, among replays without any fault too."""
@@ -462,10 +467,10 @@ async def run(scene: Scene) -> dict[str, Any]:
         scene.fault(f"the server's memory grew by {growth:.0%} in the end")
     await scene.http.aclose()
     end, process = time.monotonic() + 90, psutil.Process(scene.server.process.pid)
-    while (left := scene.server.open_files() - files_before) > 8 and time.monotonic() < end:
+    while (left := scene.server.open_files() - files_before) > MOST_NEW_FILES and time.monotonic() < end:
         await asyncio.sleep(1)
     document["files_left"], document["threads_left"] = left, process.num_threads() - threads_before
-    if left > 8 or document["threads_left"] > 16:
+    if left > MOST_NEW_FILES or document["threads_left"] > MOST_NEW_THREADS:
         scene.fault(f"{left} files and {document['threads_left']} threads more than at the start")
     document["last_restart_seconds"] = await scene.kill_and_start()
     scene.http = scene.client()
