@@ -62,7 +62,7 @@ class ActiveRequest(CachedTokens):
 
     def begin(self, slot: int, device: torch.device) -> None:
         """Take a place in the batch."""
-        self.slot, self.chooser = slot, TokenChooser(self.request.sampling, device)
+        self.slot, self.chooser = slot, TokenChooser(self.request.sampling, device, self.request.prompt)
         if self.request.scoring is not None:
             self.scored = ScoredPrompt(self.request.scoring, self.request.prompt, device)
             self.unscored = self.scored.places
@@ -133,7 +133,9 @@ class Engine:
         if request.images and not isinstance(self._batches, StaticBatches):
             raise InputError("images are answered in static batches, and this server has continuous ones: send text.")
         targets = None if request.scoring is None else request.scoring.targets
-        for name, ids in (("prompt", prompt), ("scoring.targets", () if targets is None else targets.reshape(-1))):
+        biased = [token for token, _ in request.sampling.logit_bias]
+        asked = {"prompt": prompt, "scoring.targets": () if targets is None else targets.reshape(-1)}
+        for name, ids in {**asked, "logit_bias": biased}.items():
             if len(ids) and not 0 <= min(ids) <= max(ids) < self._vocabulary:
                 raise InputError(f"{name}: token ids of this model are 0 to {self._vocabulary - 1:,}.")
         with self._wake:

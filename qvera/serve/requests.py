@@ -36,7 +36,11 @@ class Sampling:
 
     Nothing else changes the model's probabilities: a checkpoint's generation_config.json, with a repetition penalty for
     example, is not applied. Values are already checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0, 0 < ``top_p`` ≤ 1,
-    ``top_k`` and ``top_logprobs`` ≥ 0.
+    ``top_k`` and ``top_logprobs`` ≥ 0, ``repetition_penalty`` > 0.
+
+    A token's logit is first divided by ``repetition_penalty`` if positive, else multiplied by it, if the token is in
+    the prompt or the answer (CTRL, arXiv:1909.05858). Then ``frequency_penalty`` times its count in the answer is taken
+    off, and ``presence_penalty`` if it is there at all, as in OpenAI's API. ``logit_bias`` is added last.
     """
 
     max_tokens: int
@@ -50,6 +54,10 @@ class Sampling:
     """Whether log-probabilities are those of softmax(logits / temperature), as reinforcement learning needs them."""
     stop_tokens: frozenset[int] = frozenset()  # each ends the answer
     keeps_stop: bool = False  # whether the stop token is part of the answer
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,8 @@ class TokenEvent:
     """One token of an answer."""
 
     token: int
-    logprob: float | None  # natural, under the model: before top_k and top_p, and before temperature unless `tempered`
+    logprob: float | None
+    """Natural, under the model: before penalties, biases, top_k and top_p, and before temperature unless `tempered`."""
     top: tuple[tuple[int, float], ...]  # the most likely tokens and their logprobs, likeliest first
 
 

@@ -33,11 +33,36 @@ class TokenChooser:
     A seed gives the same numbers on every run with the same device type and version of torch.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = ()) -> None:
+        self.sampling, self._prompt = sampling, prompt
         self.generator: torch.Generator | None = None  # None: greedy
         if sampling.temperature > 0:
             self.generator = generator_of(sampling.seed, device)
+        given = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+        self._penalizes = given != (0, 0, 1)
+        self._counts: torch.Tensor | None = None  # [vocabulary], of the answer so far; once it is needed
+        self.changes = self._penalizes or bool(sampling.logit_bias)  # whether `change` does anything
+
+    def change(self, row: torch.Tensor) -> None:
+        """Apply penalties and biases to a row of logits [vocabulary], in place."""
+        asked = self.sampling
+        if self._penalizes:
+            if self._counts is None:
+                self._counts, self._in_prompt = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
+                self._in_prompt[list(self._prompt)] = True
+            there = self._counts > 0
+            if (factor := asked.repetition_penalty) != 1:
+                repeated = torch.where(row > 0, row / factor, row * factor)
+                row.copy_(torch.where(there | self._in_prompt, repeated, row))
+            row -= self._counts * asked.frequency_penalty + there * asked.presence_penalty
+        if asked.logit_bias:
+            tokens, values = zip(*asked.logit_bias, strict=True)
+            row[list(tokens)] += torch.tensor(values, device=row.device)
+
+    def note(self, token: int) -> None:
+        """Count a token that was drawn."""
+        if self._counts is not None:
+            self._counts[token] += 1
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[TokenEvent | None]:
@@ -49,8 +74,12 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
     settings = [chooser.sampling for chooser in choosers]
     finite = torch.isfinite(logits.sum(-1))
     scores = logits
+    if changing := [i for i, chooser in enumerate(choosers) if chooser.changes]:
+        scores = logits.clone()
+        for i in changing:
+            choosers[i].change(scores[i])
     if any(one.temperature > 0 for one in settings):
-        scores = logits / _column([_divisor(one) for one in settings], logits)
+        scores = scores / _column([_divisor(one) for one in settings], logits)
         cut = [i for i, one in enumerate(settings) if one.temperature > 0 and (one.top_p < 1 or one.top_k)]
         if cut:
             scores[cut] = _likeliest(scores[cut], [settings[i] for i in cut])
@@ -60,6 +89,8 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
                 row.exponential_(generator=chooser.generator)
         scores = scores - noise.log_()
     tokens = torch.stack([scores.argmax(-1), finite.long()]).tolist()
+    for i in changing:
+        choosers[i].note(tokens[0][i])
     logprobs = _logprobs(logits, settings, tokens[0])
     return [
         TokenEvent(token, *logprobs.get(i, (None, ()))) if is_finite else None

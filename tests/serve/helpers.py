@@ -144,7 +144,7 @@ class Alone:
     def answer(self, asked: GenerationRequest) -> list[TokenEvent]:
         """The tokens of its answer."""
         ids, events = list(asked.prompt), list[TokenEvent]()
-        chooser = TokenChooser(asked.sampling, torch.device("cpu"))
+        chooser = TokenChooser(asked.sampling, torch.device("cpu"), asked.prompt)
         while len(events) < asked.sampling.max_tokens:
             logits = self._model(input_ids=torch.tensor([ids])).logits[:, -1].float()
             event = choose_tokens(logits, [chooser])[0]

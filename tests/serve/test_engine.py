@@ -36,6 +36,8 @@ def test_every_answer_of_a_mixed_batch_is_that_of_the_request_alone(
         sampling: dict[str, Any] = {"top_logprobs": chooser.choice([None, 0, 3])}
         if i % 2:
             sampling |= {"temperature": 1.0, "seed": i, "top_p": chooser.choice([1.0, 0.9])}
+        if i % 4 == 0:
+            sampling |= {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": ((5, 3.0),)}
         if i % 3 == 0:
             sampling["stop_tokens"] = frozenset(chooser.sample(range(304), 60))  # none of them is part of the answer
         name = chooser.choice([BASE, *NAMES])

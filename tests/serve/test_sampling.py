@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,44 @@ def test_a_row_that_is_not_finite_gives_no_token_and_leaves_the_others(bad: floa
     logits[1, 4] = bad
     found = choose_tokens(logits, [_chooser(seed=i, top_p=0.8, top_logprobs=1) for i in range(3)])
     assert found == [first, None, last]
+
+
+def test_penalties_and_biases_change_the_draw_as_their_formulas_say_and_leave_logprobs_alone() -> None:
+    torch.manual_seed(0)
+    asked: list[dict[str, Any]] = [
+        {
+            "repetition_penalty": 1.7,
+            "presence_penalty": -0.5,
+            "frequency_penalty": 0.4,
+            "logit_bias": ((3, 2.5), (9, -100.0)),
+        },
+        {"frequency_penalty": 1.5},
+        {"logit_bias": ((7, 100.0),)},
+        {},
+    ]
+    prompt, answers = [1, 2, 3, 3], [[], [], [], []]  # type: tuple[list[int], list[list[int]]]
+    choosers = [
+        TokenChooser(Sampling(max_tokens=1, temperature=0.0, top_logprobs=0, **keys), torch.device("cpu"), prompt)
+        for keys in asked
+    ]
+    for _ in range(30):
+        logits = torch.randn(12).mul(1.5).repeat(4, 1)
+        before = logits.clone()
+        events = choose_tokens(logits, choosers)
+        assert torch.equal(logits, before)
+        for keys, answer, event in zip(asked, answers, events, strict=True):
+            scores = logits[0].tolist()  # in plain words
+            for token in range(12):
+                factor = keys.get("repetition_penalty", 1)
+                if token in prompt or token in answer:
+                    scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+                scores[token] -= answer.count(token) * keys.get("frequency_penalty", 0)
+                scores[token] -= (token in answer) * keys.get("presence_penalty", 0)
+                scores[token] += dict(keys.get("logit_bias", ())).get(token, 0)
+            assert event is not None
+            assert event.token == max(range(12), key=scores.__getitem__)
+            assert event.logprob == pytest.approx(float(logits[0].log_softmax(-1)[event.token]), abs=1e-6)
+            answer.append(event.token)
+    assert set(answers[2]) == {7}
+    assert 9 not in answers[0]
+    assert answers[1] != answers[3]

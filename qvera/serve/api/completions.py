@@ -149,6 +149,10 @@ def _sampling(
         seed=body.seed,
         top_logprobs=top,
         stop_tokens=service.stop_tokens,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=tuple((body.logit_bias or {}).items()),
     )
 
 

@@ -27,10 +27,6 @@ _IGNORED = frozenset(
 )
 """Keys of OpenAI's that change nothing about an answer here."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "min_p": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -108,6 +104,9 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None
+
+
 class GenerationBody(Body):
     """What chat and completions have in common."""
 
@@ -124,6 +123,17 @@ class GenerationBody(Body):
     top_k: Annotated[int, Field(ge=-1)] | None = -1
     """As vLLM's: the most tokens to draw from; -1 and 0: all."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = 1.0
+    """As vLLM's: of tokens in the prompt and the answer."""
+    logit_bias: (
+        Annotated[
+            dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
 
 
 class TextPart(BaseModel):

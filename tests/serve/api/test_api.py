@@ -37,7 +37,13 @@ def scored_of(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_chat_is_written_as_qvera_chat_writes_it(served: Served) -> None:
-    answer = served.chat("say é", seed=5, temperature=0.5, top_p=0.9, top_k=4, max_tokens=7).json()
+    shaping = {
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"5": 1, "6": -100},
+    }
+    answer = served.chat("say é", seed=5, temperature=0.5, top_p=0.9, top_k=4, max_tokens=7, **shaping).json()
     [choice], [request] = answer["choices"], served.engine.requests
     message = {"role": "assistant", "content": choice["message"]["content"], "refusal": None}
     assert answer["object"] == "chat.completion"
@@ -46,6 +52,8 @@ def test_a_chat_is_written_as_qvera_chat_writes_it(served: Served) -> None:
     sampling, tokens = request.sampling, len(request.prompt)
     assert (sampling.seed, sampling.temperature, sampling.top_p, sampling.max_tokens) == (5, 0.5, 0.9, 7)
     assert (sampling.top_k, sampling.top_logprobs, request.adapter) == (4, None, None)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (-1, 0.5, 1.1)
+    assert sampling.logit_bias == ((5, 1.0), (6, -100.0))
     assert answer["usage"] == {"prompt_tokens": tokens, "completion_tokens": 7, "total_tokens": tokens + 7}
 
 
@@ -177,8 +185,11 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "at most 20"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
-    ({"logit_bias": {"5": 10}}, 400, "logit_bias", "not supported"),
-    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "not supported"),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias", "less than or equal to 100"),
+    ({"logit_bias": {"red": 1}}, 400, "logit_bias", "valid integer"),
+    ({"frequency_penalty": 2.5}, 400, "frequency_penalty", "less than or equal to 2"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty", "greater than or equal to 0.01"),
+    ({"min_p": 0.5}, 400, "min_p", "not supported"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     ({"temprature": 0}, 400, "temprature", "did you mean 'temperature'?"),

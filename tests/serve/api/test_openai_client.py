@@ -41,8 +41,8 @@ def test_errors_are_the_clients_own(start: Start) -> None:
             create(model="ana", **SAY)
         assert unknown.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError, match="not supported") as refused:
-            create(model="anna", presence_penalty=1, **SAY)
-        assert (refused.value.param, refused.value.type) == ("presence_penalty", "invalid_request_error")
+            create(model="anna", audio={"voice": "ash", "format": "wav"}, **SAY)
+        assert (refused.value.param, refused.value.type) == ("audio", "invalid_request_error")
         with pytest.raises(openai.RateLimitError):
             create(model="anna", n=2, **SAY)
         served.engine.fails = "out of memory"
