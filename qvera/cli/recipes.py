@@ -38,6 +38,11 @@ _COLUMNS = {"classification": ("text", "label"), "image": ("image", "label"), "p
 """Format → the fields for the two options, where they are not prompt and completion."""
 LONGEST_TOKENS = 2048
 """The largest ``max_length`` of a new recipe, however long the rows are."""
+LEAST_STEPS, MOST_EPOCHS = 150, 10
+"""A new recipe passes over few rows again until there are so many steps; more epochs than that repeat what is known."""
+MANY_ROWS = 2000  # from here on a step has the default number of rows, below it half as many
+FEW_ROWS = 100  # below it the command says that more would help
+SHORT_ANSWER_TOKENS = 32  # on average: answers that can be compared with their references word by word
 
 
 def init(
@@ -64,6 +69,7 @@ def init(
 
     from qvera.config.load import read_yaml
     from qvera.config.schema import parse_recipe
+    from qvera.models.model_class import load_config
 
     quiet_libraries()
     tree = {"model": model, "data": {"path": data, **_given(system=system)}, **_given(task=task)}
@@ -72,7 +78,8 @@ def init(
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
-    text = recipe_text(recipe, stats)
+    config = load_config(recipe.model)
+    text = recipe_text(recipe, stats, getattr(config.get_text_config(), "hidden_size", None))
     parse_recipe(read_yaml(text, str(out))[0], str(out))
     replace_text(out, text)
     classes = f", {stats.targets_text}" if stats.labels is not None else ""
@@ -84,6 +91,8 @@ def init(
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
         if {"label", "labels"} & set(stats.unused_columns):
             print("                  To train a classifier of these labels: --task sequence-classification")
+    if stats.train_rows < FEW_ROWS:
+        print(f"few rows          a model learns little from {stats.train_rows}; some hundreds are better")
     print(f"look at the rows  qvera preview {named}\nfind a rate       qvera train {named} --find-lr")
     print(f"train             qvera train {named}")
 
@@ -127,9 +136,15 @@ def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     return recipe, build_datasets(recipe.data, processor, console).stats
 
 
-def recipe_text(recipe: Recipe, stats: DataStats) -> str:
-    """The recipe with the schema's defaults as comments; ``stats`` are of all its rows, none held out."""
+def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> str:
+    """The recipe with the schema's defaults as comments.
+
+    Args:
+        stats: of all its rows, none held out.
+        hidden_size: the base's; None: it has none, and the rate is the schema's default.
+    """
     from qvera import config
+    from qvera.adapters.rates import HEAD_RATE, measured_rate
     from qvera.config import schema
     from qvera.config.load import yaml_text
 
@@ -144,16 +159,30 @@ def recipe_text(recipe: Recipe, stats: DataStats) -> str:
     if data.format != "image":  # whose tokens are those of its patches
         rows += f"\n  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}"
     task = "" if stats.labels is None else f"task: {recipe.task}\n"
-    step_rows = min(training.global_batch_size, max(1, stats.train_rows))
+
+    trained_rows = max(1, round(stats.train_rows * (1 - held_out)))
+    step_rows = training.global_batch_size // (1 if trained_rows >= MANY_ROWS else 2)
+    step_rows = min(step_rows, trained_rows)
     if recipe.training.objective == "kto":  # whose passes have two rows or more
         step_rows = max(2, step_rows - step_rows % 2)
-    rates = (
-        f"learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr finds it"
-    )
+    epoch_steps = -(-trained_rows // step_rows)
+    epochs = min(MOST_EPOCHS, -(-LEAST_STEPS // epoch_steps))
+    rate = (measured_rate(adapter.method, hidden_size) if hidden_size else None) or training.learning_rate
+    source = f"what was measured for a hidden size of {hidden_size}, or near it" if hidden_size else "the default"
+    keys = [
+        f"num_train_epochs: {epochs}         # {epochs * epoch_steps:,} steps of {step_rows} rows",
+        f"global_batch_size: {step_rows}",
+        f"learning_rate: {rate:g}         # {source}; --find-lr measures it on these rows",
+    ]
     if stats.labels is not None:
-        rates += "\n  # head_learning_rate:       # default: learning_rate"
+        keys.append(f"head_learning_rate: {HEAD_RATE:g}")
+    elif held_out and stats.trained_tokens < SHORT_ANSWER_TOKENS * stats.train_rows and data.format != "preference":
+        keys.append(
+            f"exact_match_rows: {min(50, round(stats.train_rows * held_out))}         # held-out answers compared"
+        )
     if (objective := recipe.training.objective) != training.objective:
-        rates = f"objective: {objective}\n  {rates}"
+        keys.insert(0, f"objective: {objective}")
+    written = "\n  ".join(keys)
     return f"""\
 # yaml-language-server: $schema={Path(config.__file__).with_name("recipe.schema.json")}
 # Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory
@@ -173,9 +202,7 @@ adapter:
 
 training:
   # output_dir: runs/NAME      # default: the name of this file
-  num_train_epochs: {training.num_train_epochs:g}
-  global_batch_size: {step_rows}
-  {rates}
+  {written}
   # lr_scheduler_type: {training.lr_scheduler_type}
   # save_steps: {training.save_steps}
 """

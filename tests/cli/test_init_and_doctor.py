@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qvera.adapters.rates import measured_rate
 from qvera.cli import doctor
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
@@ -68,6 +69,28 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     assert Path(text.splitlines()[0].partition("=")[2]).is_file()
     assert "exists; nothing is overwritten" in init(tiny_rows, code=2)
     assert out.read_text() == text
+
+
+def test_the_new_recipe_learns_enough_from_few_rows_and_says_that_they_are_few(init: Init, out: Path) -> None:
+    row = '{{"prompt": "say {}", "completion": "red"}}\n'
+    rows = lambda count: "".join(row.format(i) for i in range(count))  # noqa: E731
+    for count, epochs, step_rows in ((60, 10, 8), (300, 5, 8), (3000, 1, 16)):
+        said = init(rows(count), file="rows.jsonl")
+        training = load_recipe(out).training
+        assert (training.num_train_epochs, training.global_batch_size) == (epochs, step_rows)
+        assert (f"a model learns little from {count}" in said) == (count == 60)
+        assert training.exact_match_rows == min(50, count // 10)
+    assert training.learning_rate == 0.05  # that of the smallest base measured: the tiny model is smaller still
+    assert "what was measured for a hidden size of" in out.read_text()
+    init(rows(300).replace("red", "red " * 60), file="rows.jsonl")
+    assert load_recipe(out).training.exact_match_rows == 0  # long answers are never the same word for word
+
+
+def test_a_rate_between_measured_sizes_lies_between_their_rates() -> None:
+    assert [measured_rate("vera", size) for size in (64, 576, 1280, 4096, 8192)] == [0.05, 0.05, 0.02, 4e-3, 4e-3]
+    assert 0.004 < (measured_rate("vera", 2048) or 0) < 0.02
+    assert measured_rate("vera", round((576 * 1280) ** 0.5)) == pytest.approx((0.05 * 0.02) ** 0.5, rel=0.05)
+    assert measured_rate("unknown", 4096) is None
 
 
 def test_columns_of_no_known_format_are_asked_for(
