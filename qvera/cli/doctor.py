@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvera.cli.common import quiet_libraries
 from qvera.utils import formatting
+from qvera.utils.cores import measure
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, first_line
 from qvera.utils.files import existing_parent
 from qvera.utils.paths import cache_root
@@ -50,7 +51,11 @@ def doctor() -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at versions, device, kernels, compiler, disk and cache."""
+    """Look at cores, versions, device, kernels, compiler, disk and cache."""
+    cores = measure()
+    threads = formatting.counted(cores.free_threads, "thread")
+    fix = f"A run started now takes {threads}; OMP_NUM_THREADS sets another number." if cores.are_shared else ""
+    yield Finding("cores", str(cores), fix=fix)
     try:
         import torch
     except (ImportError, OSError) as error:  # such as a build for a newer libc, or for another CUDA

@@ -15,7 +15,9 @@ from qvera.cli import cache, doctor, eval, export, generate, info, quickstart, r
 from qvera.cli.common import flag, help_of, report, with_exit_code
 from qvera.cli.streams import command_streams
 from qvera.config import plugins
+from qvera.utils.cores import fitting_threads
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
+from qvera.utils.post_import import around_import
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, recipes.init, recipes.preview, recipes.plan, train.train, train.launch),
@@ -97,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if "torch" not in sys.modules:
+        around_import("torch", fitting_threads)
     with command_streams():
         return _run(arguments)
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qvera.utils import accelerator
+from qvera.utils.cores import measure
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
 
 FORWARDED = (
@@ -132,8 +133,7 @@ def run(command: list[str]) -> int:
         threads = 1
         if "--nproc-per-node" in command:  # torchrun would give each worker one thread, whatever the cores
             workers = int(command[command.index("--nproc-per-node") + 1])
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(cores // workers, 1)
+            threads = max(measure().free_threads // workers, 1)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         if "deepspeed.launcher.runner" in command:
             file = Path(scratch) / "environment"

@@ -35,6 +35,11 @@ def count(value: float) -> str:
     return _scaled(value, _COUNT_UNITS) or f"{value:,.0f}"
 
 
+def counted(number: int, what: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def size(value: float) -> str:
     """Bytes: 512 B, 838 kB, 1.23 GB."""
     return _scaled(value, _BYTE_UNITS) or f"{value:.0f} B"

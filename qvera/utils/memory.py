@@ -24,7 +24,7 @@ import psutil
 
 from qvera.utils import accelerator
 from qvera.utils.errors import OutOfMemory
-from qvera.utils.formatting import size
+from qvera.utils.formatting import counted, size
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +168,7 @@ def device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as handle:
         name = next(line.split(":", 1)[1].strip() for line in handle if line.startswith("model name"))
-    return f"cpu: {name}, {torch.get_num_threads()} threads"
+    return f"cpu: {name}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def versions() -> dict[str, str]:

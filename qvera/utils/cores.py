@@ -1,0 +1,104 @@
+"""Cores that this process may use, and how many of them others use. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+_WINDOW_SECONDS = 0.25
+_FEW = 0.25
+"""Cores in use by others that change nothing."""
+_SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""Threads of GNU's and LLVM's OpenMP that wait for others sleep, where they would take time from them."""
+
+
+class Cores(NamedTuple):
+    """``allowed`` by the affinity of this process and the CPU quota of its cgroups, and those that ``others`` use."""
+
+    allowed: float
+    others: float
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether others use so much of them that it matters."""
+        return self.others > _FEW
+
+    @property
+    def free_threads(self) -> int:
+        """Threads that find a core of their own, at least one."""
+        return max(1, round(self.allowed - self.others))
+
+    def __str__(self) -> str:
+        text = f"{self.allowed:g} core{'s' * (self.allowed != 1)}"
+        return text + (f", {self.others:.1f} of them used by others" if self.are_shared else "")
+
+
+def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
+    """Look for ``seconds`` at what runs beside this process, which sleeps meanwhile."""
+    ids = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    quotas = dict(_quotas())
+
+    def readings() -> tuple[float, float, dict[Path, float]]:
+        """Seconds since an early moment, seconds that the cores were idle in all, and those that each cgroup used."""
+        each = psutil.cpu_times(percpu=True)
+        idle = sum(each[i].idle + getattr(each[i], "iowait", 0.0) for i in ids)
+        return time.monotonic(), idle, {group: _used_seconds(group) for group in quotas}
+
+    began, idle_before, used_before = readings()
+    time.sleep(seconds)
+    ended, idle, used = readings()
+    passed = ended - began
+    busy = min(max(len(ids) - (idle - idle_before) / passed, 0.0), len(ids))
+    found = [Cores(len(ids), busy)]
+    found += [Cores(quota, min((used[group] - used_before[group]) / passed, quota)) for group, quota in quotas.items()]
+    return min(found, key=lambda cores: cores.allowed - cores.others)
+
+
+def _quotas() -> Iterator[tuple[Path, float]]:
+    """The cgroups of this process that limit its CPU time (v1 or v2), each with its limit in cores."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = Path("/sys/fs/cgroup/cpu" if controllers else "/sys/fs/cgroup")
+            group = root / path.lstrip("/")
+            for directory in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max" and -1: no limit here
+                    if controllers:
+                        files = [directory / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+                        quota, period = (int(file.read_text()) for file in files)
+                    else:
+                        quota, period = map(int, (directory / "cpu.max").read_text().split())
+                    if quota > 0:
+                        yield directory, quota / period
+
+
+def _used_seconds(group: Path) -> float:
+    """CPU seconds that a cgroup has used; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((group / "cpuacct.usage").read_text()) / 1e9  # v1
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        return int(stat["usage_usec"]) / 1e6
+    return 0.0
+
+
+@contextlib.contextmanager
+def fitting_threads() -> Iterator[None]:
+    """Before torch is imported: where others use cores, give it the free ones, and let its threads wait asleep.
+
+    What the environment says already stays as it is.
+    """
+    if not any(name in os.environ for name in _SET_BY_USER) and (cores := measure()).are_shared:
+        os.environ["OMP_NUM_THREADS"] = str(cores.free_threads)
+        for name, value in _WAITING.items():
+            os.environ.setdefault(name, value)
+    yield
