@@ -163,7 +163,7 @@ def serve(
             jobs = open_jobs(directory, served, answering, train_at_once)
             works.append(jobs.worker)
         if directory is not None and tinker:
-            from qvera.serve.tinker.opening import open_tinker
+            from qvera.serve.tinker.tenancy import open_tinker
 
             tinker_api = ending.enter_context(open_tinker(directory.path / "tinker", served, answering, max_rank))
             works.append(tinker_api.tenants)

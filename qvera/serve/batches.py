@@ -62,6 +62,7 @@ class CachedTokens:
         self.tokens, self.identity, self.images = list(tokens), identity, images
         self.blocks: list[int] = []  # in the order of the tokens; empty: it must begin, or begin again
         self.computed = 0  # leading tokens whose keys and values are there
+        self.found: int | None = None  # those that were there when it first began
         self.unscored = range(0)  # places whose last hidden states are still asked for
         self.ended = False
         self.parent: int | str = identity
@@ -193,6 +194,7 @@ class Blocks:
             self._users[block] += 1
             self._free.pop(block, None)
         request.blocks, request.computed = shared, len(shared) * BLOCK_TOKENS
+        request.found = request.computed if request.found is None else request.found
         self._grow(request)
         return True
 

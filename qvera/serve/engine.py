@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -368,6 +369,8 @@ class Engine:
             if active.scored is not None:  # the first token, so the whole prompt was computed
                 _send(active, active.scored.scores())
                 active.scored = None
+            if active.found and len(active.tokens) == len(active.request.prompt):
+                event = replace(event, cached_tokens=active.found)
             stops = event.token in sampling.stop_tokens
             if not stops or sampling.keeps_stop:
                 active.tokens.append(event.token)

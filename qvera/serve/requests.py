@@ -123,6 +123,7 @@ class TokenEvent:
     logprob: float | None
     """Natural, under the model: before penalties, biases, top_k and top_p, and before temperature unless `tempered`."""
     top: tuple[tuple[int, float], ...]  # the most likely tokens and their logprobs, likeliest first
+    cached_tokens: int = 0  # of the first token: leading ones of the prompt that were in the cache when it began
 
 
 @dataclass(frozen=True, slots=True)

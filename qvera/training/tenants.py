@@ -45,7 +45,7 @@ from qvera.models.structure import beside_the_layers
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.optim import AdamSettings, BankAdamW
 from qvera.training.state_file import read_state, write_state
-from qvera.training.token_rows import PassRow, Settings, TokenRow, checked_call, limits_of, run_pass
+from qvera.training.token_rows import PassRow, Settings, TokenRow, run_pass
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.memory import Shortage, or_shortage
@@ -65,21 +65,6 @@ Alpaca: 50 steps at 0.00173 give 1.650 so, and 1.701 with d starting 27 times as
 """
 
 
-class TenantMethod(NamedTuple):
-    """A method that tenants may train with."""
-
-    is_lora: bool
-    """As clients understand it."""
-    adapter: Mapping[str, float]
-    """Its keys of a recipe's section."""
-    rate_factor: float
-    """How many times as far as a call's learning rate says its numbers step."""
-
-
-TENANT_METHODS: Mapping[str, TenantMethod] = {
-    "lora": TenantMethod(True, {"alpha": LORA_ALPHA}, 1.0),
-    "vera": TenantMethod(False, {}, VERA_RATE_FACTOR),
-}
 _MOST_SLOTS = 64
 _SHORT_SECONDS = 0.1  # for calls without a pass, in one slice
 _PASSES_BEFORE_MORE = 50  # that went well, before a pass may have twice as many rows again after a shortage
@@ -106,7 +91,6 @@ class RowResults(NamedTuple):
     """Of each row's targets, fp32 [N, K], by the model before the next step."""
     loss: float
     """The sum over the call."""
-    metrics: dict[str, float]
 
 
 class CallFailed(Exception):
@@ -131,8 +115,6 @@ class TenantSettings:
     """Of a pass, padding included. A longer row has a pass of its own."""
     loss_chunk_tokens: int = 512
     """Tokens whose logits are in memory at one time."""
-    most_lora_rank: int = 64
-    most_vera_rank: int = 1024
 
 
 @dataclasses.dataclass(eq=False)
@@ -217,7 +199,7 @@ class _Pool:
     def open(self, slots: int) -> None:
         """Make the bank anew. ``pending`` [slots, trained_numbers] are gradients of whole calls."""
         self.bank: AdapterBank = self.lent.make_bank(slots)
-        factors = dict.fromkeys(self.bank.layout.columns, TENANT_METHODS[self.shape.method].rate_factor)
+        factors = dict.fromkeys(self.bank.layout.columns, VERA_RATE_FACTOR if self.shape.method == "vera" else 1.0)
         self.adamw, self.pending = BankAdamW(self.bank, factors), torch.zeros_like(self.bank.gradients)
         self.residents: list[_Model | None] = [None] * slots
 
@@ -246,7 +228,6 @@ class Tenants:
         self._base, self._settings, self._wake = base, settings, wake
         self._device = next(base.model.parameters()).device
         self._is_training = not draws_random_numbers(base.model)  # dropout and checkpoints come with this mode
-        self._limits = limits_of(base.model)
         self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # with the owner of a new model
         self._models: dict[str, _Model] = {}
         self._busy: dict[str, _Model] = {}  # those that have calls
@@ -265,34 +246,28 @@ class Tenants:
     # Called from any thread
 
     def create(self, model_id: str, owner: str, shape: ModelShape, seed: int, done: Done) -> None:
-        """Make a model. ``owner``: whose turn its calls take. ``done`` gets ``{"parameters": their number}``."""
+        """Make a model. ``owner``: whose turn its calls take."""
 
-        def make(model: _Model) -> dict[str, Any]:
+        def make(model: _Model) -> None:
             model.pool = self._pool(shape)
             self._pack(model, {"vectors": model.pool.start(seed)})
-            return {"parameters": model.pool.trained_numbers}
 
         self._send(model_id, _Do(done, make), owner)
 
     def load(self, model_id: str, owner: str, file: Path, with_optimizer: bool, done: Done) -> None:
-        """Make a model from a file of `save_state`: all of it, or its vectors alone.
+        """Make a model from a file of `save_state`: all of it, or its vectors alone."""
 
-        ``done`` gets ``{"parameters": .., "shape": ModelShape, "facts": as saved}``.
-        """
-
-        def make(model: _Model) -> dict[str, Any]:
+        def make(model: _Model) -> None:
             tensors, state = read_state(file, "Give another one.")
             if "shape" not in state or state["base"] != self._base.facts.get("fingerprint"):
                 raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
-            shape = ModelShape(*state["shape"])
-            pool = self._pool(shape)
+            pool = self._pool(ModelShape(*state["shape"]))
             sizes = {"vectors": pool.numbers} | dict.fromkeys(("first", "second", "pending"), pool.trained_numbers)
             if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
                 raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
             model.pool = pool
             model.steps, model.has_pending = (state["steps"], "pending" in tensors) if with_optimizer else (0, False)
             self._pack(model, tensors if with_optimizer else {"vectors": tensors["vectors"]})
-            return {"parameters": pool.trained_numbers, "shape": shape, "facts": state["facts"]}
 
         self._send(model_id, _Do(done, make), owner)
 
@@ -302,34 +277,26 @@ class Tenants:
     ) -> None:  # fmt: skip
         """Add the gradient of a loss, summed over rows and tokens, to the model's. ``done`` gets `RowResults`.
 
-        ``loss`` is one of `TOKEN_LOSSES`, with its ``settings``. ``forward_only``: no gradient is computed.
+        ``loss`` is one of `TOKEN_LOSSES`, with all of its ``settings``. There is a row at least; each has the loss's
+        inputs, and fits the base's context. ``forward_only``: no gradient is computed.
         """
-        try:
-            chosen = checked_call(self._limits, rows, loss, settings)
-        except ValueError as error:
-            return self._refuse(model_id, done, str(error))
-        call = _Rows(done, rows, loss, chosen, forward_only, next(self._numbers))
+        call = _Rows(done, rows, loss, tuple(sorted(settings.items())), forward_only, next(self._numbers))
         call.begin_anew()
         self._send(model_id, call)
 
     def optim_step(self, model_id: str, settings: AdamSettings, done: Done) -> None:
         """Step with the gradient of all calls since the last step, and drop it. ``done`` gets its metrics."""
-        is_usual = settings.beta1 < 1 and settings.beta2 < 1 and settings.epsilon >= 1e-30
-        if not is_usual or any(not math.isfinite(value) or value < 0 for value in settings):
-            text = ", ".join(f"{name} {value:g}" for name, value in settings._asdict().items())
-            wanted = "takes numbers from 0, betas below 1 and an epsilon of at least 1e-30"
-            return self._refuse(model_id, done, f"optim_step: {wanted}, got {text}.")
         self._send(model_id, _Step(done, settings))
 
-    def save_state(self, model_id: str, file: Path, facts: Mapping[str, Any], done: Done) -> None:
+    def save_state(self, model_id: str, file: Path, done: Done) -> None:
         """Write all of a model to a file for `load`: vectors, moments, count of steps and the pending gradient.
 
-        ``facts`` are the caller's JSON values. The file is on the disk when ``done`` gets None.
+        The file is on the disk when ``done`` gets None.
         """
 
         def save(model: _Model) -> None:
-            state = {"shape": model.pool.shape, "base": self._base.facts.get("fingerprint"), "facts": dict(facts)}
-            write_state(file, self._tensors(model), {**state, "steps": model.steps})
+            state = {"shape": model.pool.shape, "base": self._base.facts.get("fingerprint"), "steps": model.steps}
+            write_state(file, self._tensors(model), state)
 
         self._send(model_id, _Do(done, save))
 
@@ -350,14 +317,6 @@ class Tenants:
     def has_work(self) -> bool:
         """See `BackgroundWork.has_work`."""
         return bool(self._arrivals or self._busy)
-
-    def _refuse(self, model_id: str, done: Done, why: str) -> None:
-        """Send a call that fails in its turn."""
-
-        def fail(_: _Model) -> None:
-            raise CallFailed(why)
-
-        self._send(model_id, _Do(done, fail))
 
     def _send(self, model_id: str, call: _Call | None, owner: str | None = None) -> None:
         self._arrivals.append((model_id, owner, call))
@@ -541,20 +500,15 @@ class Tenants:
         finally:
             if not call.forward_only:
                 scratch.zero_()
-        total = math.fsum(loss for _, loss in results)
-        return RowResults([logprobs for logprobs, _ in results], total, {"loss:sum": total})
+        return RowResults([logprobs for logprobs, _ in results], math.fsum(loss for _, loss in results))
 
     # Where a model is
 
     def _pool(self, shape: ModelShape) -> _Pool:
         """The models of a shape; CallFailed where there can be none."""
-        most = {"lora": self._settings.most_lora_rank, "vera": self._settings.most_vera_rank}.get(shape.method)
-        if most is None or not 1 <= shape.rank <= most:
-            raise CallFailed(f"rank: {shape.method} takes 1 to {most}, got {shape.rank}.")
         if shape not in self._pools:
             about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets)}
-            about |= TENANT_METHODS[shape.method].adapter
-            section = AdapterSection.model_validate(about)
+            section = AdapterSection.model_validate(about | ({"alpha": LORA_ALPHA} if shape.method == "lora" else {}))
             self._pools[shape] = _Pool(shape, LentBank(self._base, f"__{'-'.join(map(str, shape))}__", section))
         return self._pools[shape]
 

@@ -1,4 +1,4 @@
-"""Rows with targets and losses of their own: what a call may hold, and a pass over rows of many models."""
+"""Rows with targets and losses of their own, and a pass over rows of many models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from torch import Tensor
 from qvera.data import Example
 from qvera.models import forward
 from qvera.models.loss import Head, states_at, target_loss
-from qvera.models.structure import causal_model, position_limit
+from qvera.models.structure import causal_model
 from qvera.models.token_losses import TOKEN_LOSSES, sequence_ratios, weigher
 from qvera.utils import accelerator
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qvera.adapters.bank import AdapterBank
     from qvera.training.lent_bank import LentBank
 
@@ -35,58 +33,6 @@ class TokenRow(NamedTuple):
 
 Settings: TypeAlias = tuple[tuple[str, float], ...]
 """Of a loss, by name."""
-
-
-def limits_of(model: PreTrainedModel) -> tuple[int, int, int]:
-    """The most tokens of a row, and how many ids inputs and targets have."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    ids, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return min(most, position_limit(model) or most), int(ids.num_embeddings), int(head.out_features)
-
-
-def checked_call(
-    limits: tuple[int, int, int], rows: Sequence[TokenRow], name: str, settings: Mapping[str, float]
-) -> Settings:
-    """The settings of a loss, with the usual ones. ValueError: what a base can't do, by the names of Tinker's API."""
-    if name not in TOKEN_LOSSES:
-        raise ValueError(f"loss_fn: takes one of {', '.join(TOKEN_LOSSES)}, got {name!r}.")
-    chosen = {**TOKEN_LOSSES[name].settings, **settings}
-    for key, value in chosen.items():
-        if key not in TOKEN_LOSSES[name].settings:
-            raise ValueError(f"loss_fn_config.{key}: is no setting of {name}.")
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"loss_fn_config.{key}: {name} takes a finite number, got {value}.")
-    low, high = (chosen.get(f"clip_{end}_threshold") for end in ("low", "high"))
-    if low is not None and high is not None and low > high:
-        raise ValueError(f"loss_fn_config: clip_low_threshold {low:g} is above clip_high_threshold {high:g}.")
-    if not rows:
-        raise ValueError("data: has no rows.")
-    for number, row in enumerate(rows):
-        if problem := _problem(row, name, *limits):
-            raise ValueError(f"data[{number}]: {problem}.")
-    return tuple(sorted((key, float(value)) for key, value in chosen.items() if value is not None))
-
-
-def _problem(row: TokenRow, loss: str, most_tokens: int, input_ids: int, target_ids: int) -> str | None:
-    """What is wrong with a row, if anything is."""
-    count, shape, wanted = len(row.tokens), row.targets.shape, set(TOKEN_LOSSES[loss].inputs)
-    if not 1 <= count <= most_tokens:
-        return f"has {count:,} tokens; this base takes 1 to {most_tokens:,}"
-    if len(shape) != 2 or shape[0] != count or not shape[1]:
-        return f"target_tokens has the shape {list(shape)} for {count} tokens"
-    if shape[1] > 1 and loss != "cross_entropy":
-        return "target_tokens has several targets a token, which cross_entropy alone takes"
-    for name, ids, known in (("model_input", row.tokens, input_ids), ("target_tokens", row.targets, target_ids)):
-        if ids.min() < 0 or ids.max() >= known:
-            return f"{name} has ids from {ids.min()} to {ids.max()}; this base has 0 to {known - 1}"
-    if odd := sorted(wanted ^ row.inputs.keys()):
-        return f"loss_fn_inputs.{odd[0]} is {'missing' if odd[0] in wanted else 'no input of this loss'}"
-    for name, values in row.inputs.items():
-        if values.shape != shape:
-            return f"loss_fn_inputs.{name} has the shape {list(values.shape)}, target_tokens {list(shape)}"
-        if not np.isfinite(values).all():
-            return f"loss_fn_inputs.{name} has NaN or Inf"
-    return None
 
 
 class PassRow(NamedTuple):

@@ -58,7 +58,8 @@ class Calls:
         forward_only: bool = False,
         **settings: float,
     ) -> None:
-        self.tenants.forward_backward(model_id, rows, loss, settings, forward_only, self.done(model_id))
+        chosen = {**TOKEN_LOSSES[loss].settings, **settings}
+        self.tenants.forward_backward(model_id, rows, loss, chosen, forward_only, self.done(model_id))
 
     def step(self, model_id: str, settings: AdamSettings = STEP) -> None:
         self.tenants.optim_step(model_id, settings, self.done(model_id))
@@ -72,7 +73,7 @@ class Calls:
     def tensors(self, model_id: str) -> dict[str, Tensor]:
         """What a file of its state has now."""
         file = self.directory / f"{model_id}.safetensors"
-        self.tenants.save_state(model_id, file, {}, self.done(model_id))
+        self.tenants.save_state(model_id, file, self.done(model_id))
         self.finish()
         assert self.results[model_id][-1] is None
         with safe_open(file, "pt") as stored:
@@ -141,7 +142,7 @@ class Reference:
             value.backward()
             logprobs.append(lps.detach().numpy())
             total += value.item()
-        return RowResults(logprobs, total, {})
+        return RowResults(logprobs, total)
 
     def step(self, settings: AdamSettings) -> float:
         vectors = list(self.vectors.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ def assert_same_results(found: RowResults, expected: RowResults, tolerance: floa
         assert ours.dtype == np.float32 and ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
     assert found.loss == pytest.approx(expected.loss, rel=tolerance, abs=10 * tolerance)
-    assert found.metrics == {"loss:sum": found.loss}
 
 
 @pytest.mark.parametrize("shape", [LORA, VERA], ids=["lora", "vera"])
@@ -350,14 +348,13 @@ def test_a_saved_model_goes_on_to_the_same_losses(tmp_path: Path) -> None:
         calls.rows("one", some_rows(4, seed))
         calls.step("one")
     calls.rows("one", some_rows(4, 3))
-    calls.tenants.save_state("one", file, {"applied_seq": 5}, calls.done("one"))
+    calls.tenants.save_state("one", file, calls.done("one"))
     expected = go_on(calls, "one")
     again = Calls(tmp_path / "again")
     again.tenants.load("whole", "anna", file, True, again.done("whole"))
     again.tenants.load("vectors", "anna", file, False, again.done("vectors"))
     for found, results in zip(go_on(again, "whole"), expected, strict=True):
         assert found.loss == results.loss
-    assert again.results["whole"][0] == {"parameters": 1364, "shape": VERA, "facts": {"applied_seq": 5}}
     without = go_on(again, "vectors")
     assert without[0].loss == expected[0].loss and without[1].loss != expected[1].loss
     assert equal({"vectors": again.tensors("whole")["vectors"]}, {"vectors": calls.tensors("one")["vectors"]})
@@ -386,50 +383,21 @@ def test_a_lora_starts_as_tinkers_do_and_is_saved_as_pefts(tmp_path: Path) -> No
 
 
 def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: Path) -> None:
-    calls, (row, *_) = Calls(tmp_path), some_rows(1, 1)
-    ones = np.ones((1, 1), np.float32)
+    calls, rows = Calls(tmp_path), some_rows(3, 5)
     calls.create("one", LORA)
-    calls.rows("one", some_rows(3, 5))
+    calls.rows("one", rows)
     before = calls.tensors("one")
-    policy = {"logprobs": ones, "advantages": ones}
-    refused: list[tuple[Any, str]] = [
-        (([row], "sft"), "loss_fn: takes one of cross_entropy, "),
-        (([], "cross_entropy"), "data: has no rows"),
-        (([row], "ppo"), r"data\[0\]: loss_fn_inputs.advantages is missing"),
-        (([row, row._replace(tokens=np.array([304]))], "cross_entropy"), r"data\[1\]: model_input has ids from 304"),
-        (([row._replace(targets=np.array([[-1]]))], "cross_entropy"), "target_tokens has ids from -1"),
-        (([row._replace(targets=np.zeros((2, 1), int))], "cross_entropy"), r"has the shape \[2, 1\] for 1 tokens"),
-        (([row._replace(tokens=np.zeros(0, int))], "cross_entropy"), "has 0 tokens; this base takes 1 to 256"),
-        (([row._replace(inputs={"weights": ones[:, 0]})], "cross_entropy"), r"has the shape \[1\], target_tokens"),
-        (([row._replace(inputs={"weights": ones * np.nan})], "cross_entropy"), "weights has NaN or Inf"),
-        (([TokenRow(row.tokens, np.zeros((1, 2), int), policy)], "ppo"), "which cross_entropy alone takes"),
-    ]
-    for arguments, message in refused:
-        calls.rows("one", *arguments)
-        failed = calls.finish()["one"][-1]
-        assert isinstance(failed, CallFailed) and failed.category == "user"
-        assert re.search(message, failed.message), failed.message
-    calls.rows("one", [row._replace(inputs=policy)], "dro")
-    calls.rows("one", [row._replace(inputs=policy)], "ppo", epsilon=0.2)
-    calls.step("one", STEP._replace(learning_rate=float("nan")))
-    calls.step("one", STEP._replace(beta2=1.0))
     calls.create("one", LORA)
-    calls.rows("two", [row])
-    calls.tenants.create("large", "anna", ModelShape("lora", 65), 0, calls.done("large"))
-    calls.rows("large", [row])
+    calls.rows("two", rows)
     (tmp_path / "damaged").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-1])
     calls.tenants.load("damaged", "anna", tmp_path / "damaged", True, calls.done("damaged"))
+    calls.rows("damaged", rows)
     results = calls.finish()
-    messages = [one.message for one in [*results["one"][-5:], *results["two"], *results["large"], *results["damaged"]]]
-    expected = [
-        "is there already", "loss_fn_config.beta: dro takes a finite", "loss_fn_config.epsilon: is no setting of ppo",
-        "optim_step: takes numbers from 0", "betas below 1", "is not there", "lora takes 1 to 64, got 65",
-        "could not be made", "damaged",
-    ]  # fmt: skip
-    assert len(messages) == len(expected)
+    messages = [one.message for one in [results["one"][-1], *results["two"], *results["damaged"]]]
+    expected = ["is there already", "is not there", "damaged", "could not be made"]
     assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
     assert equal(calls.tensors("one"), before)
-    calls.rows("one", some_rows(3, 5))
+    calls.rows("one", rows)
     calls.tenants.remove("one")
     calls.finish()
     assert "was removed" in calls.results["one"][-1].message

@@ -59,11 +59,10 @@ def create_app(service: Service) -> FastAPI:
     for each in (completions.router, models.router, files.router, fine_tuning.router, router):
         app.include_router(each)
     if service.tinker is not None:
-        from qvera.serve.tinker import sampling
-        from qvera.serve.tinker.routes import add_routes
+        from qvera.serve.tinker import routes, sampling
 
         app.state.samples = ending.enter_context(contextlib.closing(sampling.Samples(service.tinker, service)))
-        add_routes(app, sampling.router)
+        app.include_router(routes.router)
     add_page(app)
     errors.add_handlers(app)
     app.add_middleware(Guard, service=service)

@@ -19,10 +19,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
 
 from qvera.serve.api.errors import ApiError, shortened
 from qvera.serve.tinker.database import Database
+from qvera.training.tenants import ModelShape
 from qvera.utils.atomic import replacing
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     import sqlite3
 
 Kind = Literal["weights", "sampler_weights", "external_weights"]
+Ttl = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)] | None
+"""Seconds until a checkpoint goes; None: it stays."""
 _DOWNLOAD_SECONDS = 3600.0
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]{0,127}")
 _LIVE = "IFNULL(expires, 1e18) > ?"
@@ -61,6 +66,11 @@ class Checkpoint(NamedTuple):
     def directory(self) -> Path:
         """Where its files are."""
         return self.place.directory
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of its model."""
+        return ModelShape(self.about["method"], self.about["rank"], self.about["targets"])
 
 
 class Checkpoints:
@@ -103,20 +113,19 @@ class Checkpoints:
             run=place.run,
             kind=place.kind,
             name=place.name,
-            directory=str(place.directory.relative_to(self._runs)),
             created=now,
             bytes=sum(file.stat().st_size for file in place.directory.iterdir()),
             expires=None if ttl_seconds is None else now + ttl_seconds,
             about=json.dumps(about),
         )
 
-    def find(self, path: str, owner: str, *kinds: Kind) -> Checkpoint:
-        """A checkpoint that a key may read. Raises ApiError 404, or InputError if it is of none of ``kinds``."""
+    def find(self, path: str, owner: str, kind: Kind | None = None) -> Checkpoint:
+        """A checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
         found = self._select("path = ? AND (owner = ? OR public)", path, owner)
         if not found:
             raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
-        if kinds and found[0].place.kind not in kinds:
-            raise InputError(f"{path}: expected {' or '.join(kinds)}, found {found[0].place.kind}.")
+        if kind is not None and found[0].place.kind != kind:
+            raise InputError(f"{path}: expected {kind}, found {found[0].place.kind}.")
         return found[0]
 
     def change(self, path: str, owner: str, column: Literal["public", "expires"], value: float | None) -> None:
@@ -143,11 +152,10 @@ class Checkpoints:
             self.require_free(place, owner, False, "")
             # a file that is saved over is a new file, so the copy keeps the old one
             shutil.copytree(source.directory, place.directory, copy_function=os.link)
-            self.add(place, owner, ttl_seconds, {**source.about, "copy_key": key, "download": None})
-            shape = [source.about[name] for name in ("method", "rank", "targets")]
-            about = {"user_metadata": source.about["user_metadata"]}
-            row = {"owner": owner, "base": source.about["base"], "shape": json.dumps(shape), "about": json.dumps(about)}
-            self.database.insert("models", id=run, session="", created=now, last_request=now, ended=now, **row)
+            about = source.about
+            self.add(place, owner, ttl_seconds, {**about, "copy_key": key, "download": None})
+            self.database.add_model(run, "", owner, about["base"], source.shape, 0, about["user_metadata"])
+            self.database.update("models", run, ended=now)
             return place
 
     def page(self, owner: str, run: str | None, limit: int, offset: int) -> tuple[list[Checkpoint], int]:

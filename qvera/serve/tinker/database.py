@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qvera.serve.sqlite import SqliteFile
 
+if TYPE_CHECKING:
+    from qvera.training.tenants import ModelShape
+
+T = TypeVar("T")
 VERSION = 1
 _SCHEMA = """
 CREATE TABLE sessions (
@@ -32,11 +38,12 @@ CREATE INDEX models_of_owner ON models (owner, created);
 CREATE INDEX models_of_session ON models (session);
 CREATE TABLE promises (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, target TEXT NOT NULL,
-    seq INTEGER NOT NULL, kind TEXT NOT NULL, body BLOB, state TEXT NOT NULL, payload BLOB, created REAL NOT NULL,
-    done_at REAL, UNIQUE (target, seq)
+    seq INTEGER NOT NULL, kind TEXT NOT NULL, body BLOB, size INTEGER NOT NULL, state TEXT NOT NULL, payload BLOB,
+    created REAL NOT NULL, done_at INTEGER, UNIQUE (target, seq)
 );
-CREATE INDEX promises_pending ON promises (state, number) WHERE state = 'pending';
+CREATE INDEX promises_pending ON promises (owner, kind, size) WHERE state = 'pending';
 CREATE INDEX promises_done ON promises (done_at);
+CREATE INDEX promises_told ON promises (target, done_at);
 CREATE TABLE samplers (
     id TEXT PRIMARY KEY, session TEXT NOT NULL, owner TEXT NOT NULL, base TEXT NOT NULL, model_path TEXT,
     directory TEXT, created REAL NOT NULL, ended REAL
@@ -44,8 +51,8 @@ CREATE TABLE samplers (
 CREATE INDEX samplers_of_session ON samplers (session);
 CREATE TABLE checkpoints (
     path TEXT PRIMARY KEY, owner TEXT NOT NULL, run TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
-    directory TEXT NOT NULL, created REAL NOT NULL, bytes INTEGER NOT NULL, expires REAL,
-    public INTEGER NOT NULL DEFAULT 0, about TEXT NOT NULL DEFAULT '{}'
+    created REAL NOT NULL, bytes INTEGER NOT NULL, expires REAL, public INTEGER NOT NULL DEFAULT 0,
+    about TEXT NOT NULL DEFAULT '{}'
 );
 CREATE INDEX checkpoints_of_owner ON checkpoints (owner, created);
 CREATE INDEX checkpoints_of_run ON checkpoints (run, created);
@@ -53,10 +60,8 @@ CREATE INDEX checkpoints_of_run ON checkpoints (run, created);
 PromiseState = Literal["pending", "json", "proto", "user", "server", "refused"]
 """``json`` and ``proto``: the form of the result. ``user`` and ``server``: it failed, and whose fault that is.
 ``refused``: answered by 4xx, so nobody waits for it, but it has used its seq_id."""
-
-
-class UnknownPromise(LookupError):
-    """No promise has this id, or it belongs to another owner, or its result was dropped long after it was given."""
+SAMPLE = "asample"
+"""The kind of promises of samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Promise:
     target: str  # id of a model or sampling session
     seq: int
     kind: str  # last part of the path, such as ``optim_step``
+    size: int  # bytes of its body, or its samples
     state: PromiseState
     body: bytes | None = None  # as decoded from its transfer; None: no longer needed
     payload: bytes | None = None
@@ -79,7 +85,9 @@ class Database(SqliteFile):
     def __init__(self, path: Path) -> None:
         """Raises as `SqliteFile`."""
         super().__init__(path, _SCHEMA, VERSION, "Tinker's API", synchronous="NORMAL")
-        self._waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}  # by promise
+        self._waiting: defaultdict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
+        """By promise or target."""
+        (self._last_end,) = self.rows("SELECT IFNULL(MAX(done_at), 0) FROM promises")[0]
 
     def begin(
         self,
@@ -89,78 +97,98 @@ class Database(SqliteFile):
         kind: str,
         body: bytes | None,
         state: Literal["pending", "refused"] = "pending",
+        size: int | None = None,
     ) -> tuple[str, bool]:
-        """Write down a call before it is done. Returns the promise's id, and False where the call is a repetition."""
+        """Write down a call before it is done. Returns the promise's id, and False where the call is a repetition.
+
+        ``size``: None: bytes of the body.
+        """
         promise, moment = f"promise-{secrets.token_hex(12)}", time.time()
         with self.transaction() as connection:
             found = connection.execute("SELECT id FROM promises WHERE target = ? AND seq = ?", (target, seq)).fetchone()
             if found is not None:
                 return found["id"], False
-            values = (promise, owner, target, seq, kind, body, state, moment, None if state == "pending" else moment)
-            columns = "id, owner, target, seq, kind, body, state, created, done_at"
-            connection.execute(f"INSERT INTO promises ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            done_at = None if state == "pending" else self._moment()
+            size = len(body or b"") if size is None else size
+            values = (promise, owner, target, seq, kind, body, size, state, moment, done_at)
+            columns = "id, owner, target, seq, kind, body, size, state, created, done_at"
+            connection.execute(f"INSERT INTO promises ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             connection.execute("UPDATE models SET last_request = ? WHERE id = ?", (moment, target))
         return promise, True
 
-    def fulfil(self, promise: str, state: Literal["json", "proto"], payload: bytes, keep_body: bool = False) -> None:
-        """Give a pending promise its result. Does nothing for another one, so the first result stays.
+    def open_of(self, owner: str, samples: bool) -> tuple[int, int]:
+        """How many calls of a key have no result, and their sizes together: of samples, or of all others."""
+        query = "SELECT COUNT(*), IFNULL(SUM(size), 0) FROM promises WHERE state = 'pending' AND owner = ?"
+        return tuple(self.rows(f"{query} AND (kind = ?) = ?", (owner, SAMPLE, samples))[0])
+
+    def end(self, promise: str, state: PromiseState, payload: bytes, keep_body: bool = False) -> None:
+        """Give a pending promise its result, or the reason why it has none. The first one stays.
 
         ``keep_body``: the call is done again after a restart, until `saved`.
         """
-        self._end(promise, state, payload, keep_body)
+        query = "UPDATE promises SET state = ?, payload = ?, done_at = ?, body = IIF(?, body, NULL) WHERE id = ?"
+        with self.transaction() as connection:
+            values = (state, payload, self._moment(), keep_body, promise)
+            found = connection.execute(f"{query} AND state = 'pending' RETURNING target", values).fetchall()
+        with self._lock:
+            waiting = [
+                one for key in (promise, *(row["target"] for row in found)) for one in self._waiting.get(key, ())
+            ]
+        for loop, ended in waiting:
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(ended.set)
 
     def fail(self, promise: str, message: str, category: Literal["user", "server"]) -> None:
-        """End a pending promise without a result. Does nothing for another one."""
-        self._end(promise, category, message.encode(), keep_body=False)
+        """End a pending promise without a result."""
+        self.end(promise, category, message.encode())
 
-    def _end(self, promise: str, state: PromiseState, payload: bytes, keep_body: bool) -> None:
-        kept = "body" if keep_body else "NULL"
-        query = (
-            f"UPDATE promises SET state = ?, payload = ?, done_at = ?, body = {kept} WHERE id = ? AND state = 'pending'"
-        )
-        self.rows(query, (state, payload, time.time(), promise))
-        with self._lock:
-            waiting = self._waiting.pop(promise, set())
-        for loop, done in waiting:
-            with contextlib.suppress(RuntimeError):  # the server has stopped
-                loop.call_soon_threadsafe(done.set)
+    def _moment(self) -> int:
+        """Microseconds since 1970, and more than the last time, whatever the clock says."""
+        self._last_end = max(self._last_end + 1, int(time.time() * 1e6))
+        return self._last_end
 
-    async def wait(self, promise: str, owner: str, seconds: float) -> Promise:
-        """A promise with its result, or pending still after so many seconds. Raises UnknownPromise."""
-        waits = asyncio.get_running_loop(), asyncio.Event()
+    async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
+        """What ``look`` finds now, or once the promise ``key``, or one of that target, has ended.
+
+        None: it has found nothing after so many seconds.
+        """
+        waits, ends_at = (asyncio.get_running_loop(), asyncio.Event()), time.monotonic() + seconds
         with self._lock:
-            self._waiting.setdefault(promise, set()).add(waits)
+            self._waiting[key].add(waits)
         try:
-            found = await asyncio.to_thread(self.promise, promise, owner)
-            if found.state == "pending" and seconds > 0:
+            while True:
+                waits[1].clear()
+                found = await asyncio.to_thread(look)
+                if found is not None or (left := ends_at - time.monotonic()) <= 0:
+                    return found
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waits[1].wait(), seconds)
-                    found = await asyncio.to_thread(self.promise, promise, owner)
-            return found
+                    await asyncio.wait_for(waits[1].wait(), left)
         finally:
             with self._lock:
-                if (others := self._waiting.get(promise)) is not None:
-                    others.discard(waits)
-                    if not others:
-                        del self._waiting[promise]
+                self._waiting[key].discard(waits)
+                if not self._waiting[key]:
+                    del self._waiting[key]
 
-    def promise(self, promise: str, owner: str) -> Promise:
-        """A promise without its body. Raises UnknownPromise."""
-        query = "SELECT id, owner, target, seq, kind, state, payload FROM promises WHERE id = ? AND owner = ?"
-        found = self.rows(query, (promise, owner))
-        if not found or found[0]["state"] == "refused":
-            raise UnknownPromise(promise)
-        return Promise(**found[0])
+    def promise(self, promise: str, owner: str) -> Promise | None:
+        """A promise without its body; None: there is no such one, or its result was dropped long ago."""
+        query = "SELECT id, owner, target, seq, kind, size, state, payload FROM promises WHERE id = ? AND owner = ?"
+        found = self.rows(f"{query} AND state != 'refused'", (promise, owner))
+        return Promise(**found[0]) if found else None
 
-    def promises(self, target: str | None = None, above: int = -1, pending: bool = False) -> list[Promise]:
+    def promises(self, target: str | None = None, pending: bool = False) -> list[Promise]:
         """Promises with their bodies and without results: of a target in its order, of all in the order they came.
 
-        ``above``: only those of larger seq. ``pending``: only those without a result.
+        ``pending``: only those without a result.
         """
         wanted, order = "AND state = 'pending'" * pending, "number" if target is None else "seq"
-        query = "SELECT id, owner, target, seq, kind, state, body FROM promises WHERE target = IFNULL(?, target)"
-        query += f" AND seq > ? {wanted} ORDER BY {order}"
-        return [Promise(**row) for row in self.rows(query, (target, above))]
+        query = "SELECT id, owner, target, seq, kind, size, state, body FROM promises WHERE target = IFNULL(?, target)"
+        return [Promise(**row) for row in self.rows(f"{query} {wanted} ORDER BY {order}", (target,))]
+
+    def ended_since(self, target: str, first: int, last: int, cursor: int) -> list[tuple[int, str, PromiseState, int]]:
+        """Samples of a target, ``seq`` from first to last, that have ended since: cursor, id, state, size of result."""
+        query = "SELECT done_at, id, state, length(payload) FROM promises WHERE target = ? AND seq BETWEEN ? AND ?"
+        query += " AND done_at > ? ORDER BY done_at"
+        return [tuple(row) for row in self.rows(query, (target, first, last, cursor))]
 
     def saved(self, model: str, through: int) -> None:
         """Note that a state file has what a model's calls so far did: those with a result need no body any more."""
@@ -171,14 +199,22 @@ class Database(SqliteFile):
 
     def forget_results(self, before: float) -> None:
         """Remove promises that had their result before a moment (seconds since 1970) and need not be done again."""
-        self.rows("DELETE FROM promises WHERE done_at < ? AND body IS NULL", (before,))
+        self.rows("DELETE FROM promises WHERE done_at < ? AND body IS NULL", (int(before * 1e6),))
+
+    def add_model(
+        self, model: str, session: str, owner: str, base: str, shape: ModelShape, seed: int, metadata: Any
+    ) -> None:
+        """Add a model; ``metadata`` are its user's."""
+        now, about = time.time(), json.dumps({"user_metadata": metadata})
+        row = {"id": model, "session": session, "owner": owner, "base": base, "shape": json.dumps(shape)}
+        self.insert("models", **row, seed=str(seed), created=now, last_request=now, about=about)
 
     def insert(self, table: str, **values: object) -> None:
         """Add a row to a table, in place of one with its key."""
         marks = ", ".join("?" * len(values))
         self.rows(f"INSERT OR REPLACE INTO {table} ({', '.join(values)}) VALUES ({marks})", values.values())
 
-    def update(self, table: str, keys: Iterable[str], **values: object) -> None:
-        """Change columns of the rows with these ids."""
-        changes, keys = ", ".join(f"{name} = ?" for name in values), tuple(keys)
-        self.rows(f"UPDATE {table} SET {changes} WHERE id IN ({', '.join('?' * len(keys))})", (*values.values(), *keys))
+    def update(self, table: str, key: str, **values: object) -> None:
+        """Change columns of the row with this id."""
+        changes = ", ".join(f"{name} = ?" for name in values)
+        self.rows(f"UPDATE {table} SET {changes} WHERE id = ?", (*values.values(), key))

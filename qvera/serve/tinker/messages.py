@@ -1,4 +1,4 @@
-"""The protobuf messages of Tinker's API: a body of forward_backward is read, results and samples are written.
+"""The protobuf messages of Tinker's API: a body of forward_backward is read, and its result written.
 
 The classes are made at import from the field numbers of the protocol, in a pool of their own. So there is no generated
 file, and Tinker's client may live in the same process. Numbers in ``bytes`` fields are little-endian.
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -21,7 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training.tenants import RowResults
-from qvera.training.token_rows import TokenRow, checked_call
+from qvera.training.token_rows import TokenRow
 from qvera.utils.errors import InputError
 
 # Fields in the order of their numbers, which begin with 1. `*` repeated, `%` map by text, `?` one of which is set.
@@ -85,10 +86,8 @@ def _message_classes() -> dict[str, Any]:
 
 MESSAGES = _message_classes()
 """Name of a message → its class."""
-NO_LOGPROB = -99999.0
-"""In an empty cell of `TopLogprobs`."""
-_FLOAT32, _INT64, _INT32 = 1, 2, 3
-_DTYPES: dict[int, np.dtype[Any]] = {_FLOAT32: np.dtype("<f4"), _INT64: np.dtype("<i8"), _INT32: np.dtype("<i4")}
+FLOAT32, INT64, INT32 = 1, 2, 3
+_DTYPES: dict[int, np.dtype[Any]] = {FLOAT32: np.dtype("<f4"), INT64: np.dtype("<i8"), INT32: np.dtype("<i4")}
 """The client sends no bfloat16, which the protocol has as 4."""
 _MOST_COLUMNS = 1024  # targets of one position
 _MOST_CELLS = 1 << 24  # of all targets and inputs of a call, which may come sparse and are held dense
@@ -108,22 +107,6 @@ class ForwardBackward(NamedTuple):
     forward_only: bool
     shapes: list[tuple[int, ...]]
     """Of each row's targets as they came: [N] or [N, K]."""
-
-
-class TopLogprobs(NamedTuple):
-    """The k most likely tokens of n places, the likeliest first."""
-
-    token_ids: np.ndarray  # int32 [n, k]; 0 in an empty cell
-    logprobs: np.ndarray  # fp32 [n, k]; NO_LOGPROB in an empty cell
-
-
-class Answer(NamedTuple):
-    """A sampled answer."""
-
-    tokens: Sequence[int]  # with the stop token
-    logprobs: Sequence[float]
-    is_stopped: bool  # False: it has the most tokens that were asked for
-    top: TopLogprobs | None = None  # at each sampled token
 
 
 def decompress(body: bytes, most_bytes: int) -> bytes:
@@ -146,55 +129,87 @@ def call_of(body: bytes) -> tuple[str, int]:
     return place.model_id, place.seq_id
 
 
-def decode_forward_backward(body: bytes, limits: tuple[int, int, int]) -> ForwardBackward:
-    """Read a body of forward_backward, and check it as `checked_call` does. Raises InputError that names the field."""
+def decode_forward_backward(body: bytes, most_tokens: int, vocabulary: int) -> ForwardBackward:
+    """Read a body of forward_backward. Raises InputError that names the field.
+
+    ``most_tokens``: of a row. Token ids are below ``vocabulary``.
+    """
     request = MESSAGES["ForwardBackwardRequest"]()
     try:
         request.ParseFromString(body)
     except DecodeError as error:
         raise InputError(f"the body is no ForwardBackwardRequest ({error}).") from None
-    loss, given, rows, shapes = request.loss_fn, dict(request.loss_fn_config), [], []
-    if loss in _REFUSED_LOSSES:
+    rows, shapes, name, forward_only = [], [], request.loss_fn, request.forward_only
+    if name not in TOKEN_LOSSES:
+        why = f": {_REFUSED_LOSSES[name]}" if name in _REFUSED_LOSSES else ""
         others = ", ".join(TOKEN_LOSSES)
-        raise InputError(f"loss_fn: {loss} is not supported: {_REFUSED_LOSSES[loss]}. Expected one of {others}.")
-    for key, value in request.loss_fn_config_v2.items():
-        if value.WhichOneof("value") != "number":
-            raise InputError(f"loss_fn_config.{key[:100]}: expected a number, found {value.text[:100]!r}.")
-        given[key] = value.number
+        raise InputError(f"loss_fn: {name[:100]} is not supported{why}. Expected one of {others}.")
+    settings = _settings(request)
+    if not request.data:
+        raise InputError("data: has no rows.")
     tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
     if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
         raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
     for number, datum in enumerate(request.data):
         try:
-            row, shape = _row(datum, has_weights=loss != "cross_entropy" or not request.forward_only)
+            row, shape = _row(datum, name, forward_only, most_tokens, vocabulary)
         except InputError as error:
             raise InputError(f"data[{number}]: {error}") from None
         rows.append(row)
         shapes.append(shape)
-    try:
-        settings = dict(checked_call(limits, rows, loss, given))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return ForwardBackward(rows, loss, settings, request.forward_only, shapes)
+    return ForwardBackward(rows, name, settings, forward_only, shapes)
 
 
-def _row(datum: Any, has_weights: bool) -> tuple[TokenRow, tuple[int, ...]]:
-    """A row, and the shape of its targets as they came. Raises InputError. ``has_weights``: else zeros stand in."""
-    tokens, given = _tokens(datum.model_input), dict(datum.loss_fn_inputs)
-    if (message := given.pop(_TARGETS, None)) is None:
-        raise InputError(f"loss_fn_inputs.{_TARGETS} is missing.")
-    targets = _tensor(_TARGETS, message, len(tokens))
+def _settings(request: Any) -> dict[str, float]:
+    name, usual = request.loss_fn, TOKEN_LOSSES[request.loss_fn].settings
+    chosen = {**usual, **request.loss_fn_config}
+    for key, value in request.loss_fn_config_v2.items():
+        if value.WhichOneof("value") != "number":
+            raise InputError(f"loss_fn_config.{key[:100]}: expected a number, found {value.text[:100]!r}.")
+        chosen[key] = value.number
+    for key, number in chosen.items():
+        if key not in usual:
+            raise InputError(f"loss_fn_config.{key[:100]}: is no setting of {name}.")
+        if number is None or not math.isfinite(number):
+            raise InputError(f"loss_fn_config.{key}: {name} takes a finite number, got {number}.")
+    low, high = (chosen.get(f"clip_{end}_threshold") for end in ("low", "high"))
+    if low is not None and high is not None and low > high:
+        raise InputError(f"loss_fn_config: clip_low_threshold {low:g} is above clip_high_threshold {high:g}.")
+    return {key: number for key, number in chosen.items() if number is not None}
+
+
+def _row(
+    datum: Any, loss: str, forward_only: bool, most_tokens: int, vocabulary: int
+) -> tuple[TokenRow, tuple[int, ...]]:
+    """A row, and the shape of its targets as they came."""
+    tokens = _tokens(datum.model_input)
+    if not 1 <= len(tokens) <= most_tokens:
+        raise InputError(f"has {len(tokens):,} tokens; this base takes 1 to {most_tokens:,}.")
+    given = sorted(datum.loss_fn_inputs.items())
+    arrays = {name: _tensor(name[:100], tensor, len(tokens)) for name, tensor in given}
+    if forward_only and loss == "cross_entropy" and _TARGETS in arrays:
+        arrays.setdefault("weights", np.zeros(arrays[_TARGETS].shape))  # the client sends none where it needs no loss
+    wanted = {_TARGETS, *TOKEN_LOSSES[loss].inputs}
+    if odd := sorted(wanted ^ arrays.keys()):
+        raise InputError(
+            f"loss_fn_inputs.{odd[0][:100]} is {'missing' if odd[0] in wanted else 'no input of this loss'}."
+        )
+    targets = arrays.pop(_TARGETS)
+    shape, columns = targets.shape, math.prod(targets.shape[1:])
     if targets.dtype.kind != "i":
         raise InputError(f"{_TARGETS} has fractions; expected int64.")
-    shape, columns = targets.shape, math.prod(targets.shape[1:])
-    inputs = {name: _tensor(name[:100], tensor, len(tokens)).astype(np.float32) for name, tensor in given.items()}
-    if not has_weights:
-        inputs.setdefault("weights", np.zeros(shape, np.float32))
-    for name, values in inputs.items():
+    if columns > 1 and loss != "cross_entropy":
+        raise InputError(f"{_TARGETS} has several targets a token, which cross_entropy alone takes.")
+    for name, ids in (("model_input", tokens), (_TARGETS, targets)):
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise InputError(f"{name} has ids from {ids.min()} to {ids.max()}; this base has 0 to {vocabulary - 1}.")
+    for name, values in arrays.items():
         if values.shape != shape:
-            found = f"{name[:100]} has the shape {list(values.shape)}"
+            found = f"{name} has the shape {list(values.shape)}"
             raise InputError(f"{found}; expected that of {_TARGETS}, {list(shape)}.")
-        inputs[name] = values.reshape(-1, columns)
+        if not np.isfinite(values).all():
+            raise InputError(f"loss_fn_inputs.{name} has NaN or Inf.")
+    inputs = {name: values.astype(np.float32).reshape(-1, columns) for name, values in arrays.items()}
     return TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs), shape
 
 
@@ -203,7 +218,7 @@ def _tokens(chunks: Iterable[Any]) -> np.ndarray:
     for chunk in chunks:
         if (kind := chunk.WhichOneof("value")) != "encoded_text":
             raise InputError(f"model_input: a chunk of {kind or 'no kind'} is not supported; expected encoded_text.")
-        found.append(_numbers("model_input", chunk.encoded_text.tokens, _INT32).astype(np.int64))
+        found.append(_numbers("model_input", chunk.encoded_text.tokens, INT32).astype(np.int64))
     return np.concatenate(found)
 
 
@@ -229,8 +244,8 @@ def _tensor(name: str, tensor: Any, tokens: int) -> np.ndarray:
         if len(values) != math.prod(shape):
             raise InputError(f"{name}: has {len(values):,} numbers, and the shape {list(shape)}.")
         return values.reshape(shape)
-    starts = _numbers(f"{name}.crow_indices", tensor.sparse_csr.crow_indices, _INT64)
-    columns = _numbers(f"{name}.col_indices", tensor.sparse_csr.col_indices, _INT64)
+    starts = _numbers(f"{name}.crow_indices", tensor.sparse_csr.crow_indices, INT64)
+    columns = _numbers(f"{name}.col_indices", tensor.sparse_csr.col_indices, INT64)
     return dense_of(name, values, starts, columns, shape)
 
 
@@ -253,65 +268,20 @@ def dense_of(
     return dense
 
 
+def packed(dtype: int, values: npt.ArrayLike) -> bytes:
+    """Numbers as a ``bytes`` field holds them."""
+    return np.ascontiguousarray(values, _DTYPES[dtype]).tobytes()
+
+
 def encode_forward_backward(results: RowResults, shapes: Sequence[tuple[int, ...]]) -> bytes:
     """A ForwardBackwardOutput. ``shapes``: of `ForwardBackward`. Rows of one trailing shape stand in one record."""
-    output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord", metrics=results.metrics)
+    output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord", metrics={"loss:sum": results.loss})
     rows = zip(results.logprobs, shapes, strict=True)
     for trailing, group in itertools.groupby(rows, key=lambda row: row[1][1:]):
-        parts = [np.ascontiguousarray(logprobs, "<f4").tobytes() for logprobs, _ in group]
+        parts = [packed(FLOAT32, logprobs) for logprobs, _ in group]
         record = output.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(parts))
         field = record.fields["logprobs"]
-        field.data, field.dtype = b"".join(parts), _FLOAT32
-        field.offsets = np.cumsum([0, *map(len, parts)], dtype="<i8").tobytes()
+        field.data, field.dtype = b"".join(parts), FLOAT32
+        field.offsets = packed(INT64, np.cumsum([0, *map(len, parts)]))
         field.trailing_shape.extend(trailing)
     return output.SerializeToString()
-
-
-def encode_samples(
-    answers: Iterable[Answer],
-    *,
-    prompt_logprobs: np.ndarray | None = None,
-    top_of_prompt: TopLogprobs | None = None,
-    cached_tokens: int = 0,
-    target_logprobs: np.ndarray | None = None,
-    alternatives: tuple[np.ndarray, np.ndarray] | None = None,
-) -> bytes:
-    """A SampleResponse.
-
-    Args:
-        prompt_logprobs: fp32 [P]; NaN: none, as at the first token.
-        top_of_prompt: at each token of the prompt.
-        cached_tokens: of the prompt, whose keys and values were there already.
-        target_logprobs: fp32 [P - 1, K], of ids that the call names; from the second token on.
-        alternatives: drawn for each token from the second on: ids int64 [P - 1, k] and log-probabilities fp32.
-    """
-    response = MESSAGES["SampleResponse"](prompt_cache_hit_tokens=cached_tokens)
-    for answer in answers:
-        sequence = response.sequences.add(
-            stop_reason=0 if answer.is_stopped else 1,
-            tokens=np.asarray(answer.tokens, "<i4").tobytes(),
-            logprobs=np.asarray(answer.logprobs, "<f4").tobytes(),
-        )
-        if answer.top is not None:
-            _write_top(sequence.topk_sampled_logprobs, answer.top)
-    if prompt_logprobs is not None:
-        response.prompt_logprobs = np.asarray(prompt_logprobs, "<f4").tobytes()
-    if top_of_prompt is not None:
-        _write_top(response.topk_prompt_logprobs, top_of_prompt)
-    if target_logprobs is not None:
-        _write_tensor(response.target_prompt_logprobs, target_logprobs, _FLOAT32)
-    if alternatives is not None:
-        _write_tensor(response.prompt_alt_tokens.tokens, alternatives[0], _INT64)
-        _write_tensor(response.prompt_alt_tokens.logprobs, alternatives[1], _FLOAT32)
-    return response.SerializeToString()
-
-
-def _write_top(message: Any, top: TopLogprobs) -> None:
-    message.length, message.k = top.token_ids.shape
-    message.token_ids = np.ascontiguousarray(top.token_ids, "<i4").tobytes()
-    message.logprobs = np.ascontiguousarray(top.logprobs, "<f4").tobytes()
-
-
-def _write_tensor(message: Any, values: np.ndarray, code: int) -> None:
-    message.dtype, message.dense = code, np.ascontiguousarray(values, _DTYPES[code]).tobytes()
-    message.shape.extend(values.shape)

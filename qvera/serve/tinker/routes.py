@@ -1,29 +1,92 @@
-"""HTTP routes of Tinker's API: sessions, models, training and promises."""
+"""HTTP routes of Tinker's API.
+
+Those without ``async`` run in a thread, where they may wait for the disk.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import secrets
 import time
-from typing import Any
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, Field
 
-from qvera.serve.api.errors import ApiError
-from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.tinker import rest
-from qvera.serve.tinker.calls import CreateModel, LoadWeights, parsed, place_of
-from qvera.serve.tinker.database import UnknownPromise
+from qvera.serve.api.access import Action
+from qvera.serve.api.errors import DOWNLOADS, ApiError, shortened
+from qvera.serve.api.service import require, service_of
+from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed, place_of
+from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
 from qvera.serve.tinker.messages import decompress
-from qvera.serve.tinker.tenancy import Tinker
-from qvera.training.tenants import TENANT_METHODS
+from qvera.serve.tinker.sampling import CLONE, NewSampler, Samples
+from qvera.training.tenants import VERA_RATE_FACTOR
 from qvera.utils.errors import InputError
 
+if TYPE_CHECKING:
+    import sqlite3
+
+T = TypeVar("T")
 router = APIRouter(prefix="/api/v1")
 _HELD_SECONDS = 40.0  # a poll for a result; the client waits 45
 _POLL_SECONDS = 4.0  # between two looks whether the client has gone
 _CHUNK_BYTES = 5_000_000  # of a part of forward_backward; a single row may be larger
+_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+_OF_RUN = "/training_runs/{run}/checkpoints/{checkpoint:path}"
+_ADAMW = {"type": "adamw"}
+Count = Annotated[int, Query(ge=0, le=2**31)]
+
+
+class Sender:
+    """Who asks, and the parts of the server for the answer."""
+
+    def __init__(self, request: Request, action: Action) -> None:
+        """Raises ApiError 403 as `require`."""
+        self.request, self.access, self.service = request, require(request, action), service_of(request)
+        self.owner, tinker = self.access.name, self.service.tinker
+        assert tinker is not None  # or there would be no routes
+        self.tinker, self.database, self.checkpoints = tinker, tinker.database, tinker.checkpoints
+        self.samples: Samples = request.app.state.samples
+
+    def row(self, table: Literal["models", "sessions"], key: str) -> sqlite3.Row:
+        """A row of the sender. Raises ApiError 404."""
+        found = self.database.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (key, self.owner))
+        if not found:
+            raise ApiError(404, f"There is no {'training run' if table == 'models' else 'session'} {shortened(key)!r}.")
+        return found[0]
+
+    def page(self, table: Literal["models", "sessions"], limit: int, offset: int) -> list[sqlite3.Row]:
+        """Some rows of the sender, the newest first."""
+        query = f"SELECT * FROM {table} WHERE owner = ? ORDER BY created DESC LIMIT ? OFFSET ?"
+        return self.database.rows(query, (self.owner, min(limit, 1000), offset))
+
+    async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
+        """What ``look`` finds, for which the call is held (`Database.wait`). None: it takes longer."""
+        ends_at = time.monotonic() + seconds
+        while True:
+            left = ends_at - time.monotonic()
+            found = await self.database.wait(key, look, min(left, _POLL_SECONDS))
+            if found is not None or left <= _POLL_SECONDS or self.service.draining:
+                return found
+            if await self.request.is_disconnected():
+                return None
+
+
+async def _reader(request: Request) -> Sender:
+    return Sender(request, "use")
+
+
+async def _trainer(request: Request) -> Sender:
+    return Sender(request, "train")
+
+
+Reader = Annotated[Sender, Depends(_reader)]
+Trainer = Annotated[Sender, Depends(_trainer)]
 
 
 class NewSession(BaseModel):
@@ -41,138 +104,146 @@ class Named(BaseModel):
     session_id: str = ""
     model_id: str = ""
     request_id: str = ""
+    tinker_path: str = ""
 
 
-def tinker_of(service: Service) -> Tinker:
-    """The part of a server that these routes are for; they are there only if it is."""
-    assert service.tinker is not None
-    return service.tinker
+class OfSampler(BaseModel):
+    """A sampler, or one of its joined clients."""
+
+    sampling_session_id: str
+    cloned_sampler_id: Annotated[int, Field(ge=0, le=2**63 // CLONE - 1)] = 0
+
+
+class Poll(BaseModel):
+    """Which samples have ended since a cursor."""
+
+    target: OfSampler
+    prev_cursor: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    timeout: Annotated[float, Field(ge=0)] = 30.0
+
+
+class NewTtl(BaseModel):
+    """How long a checkpoint stays from now on."""
+
+    ttl_seconds: Ttl
+
+
+class Copy(BaseModel):
+    """A checkpoint to be copied. There are no projects here, so the one that the client names is not read."""
+
+    source_path: str
+    ttl_seconds: Ttl = None
+
+
+# The client, sessions and models
 
 
 @router.post("/client/config")
-async def client_config(request: Request) -> dict[str, Any]:
+async def client_config(sender: Reader) -> dict[str, Any]:
     """What the client should do by its own choice."""
-    require(request, "use")
     return {
-        "fwdbwd_max_chunk_bytes_count": min(_CHUNK_BYTES, service_of(request).limits.tinker_body_bytes // 2),
+        "fwdbwd_max_chunk_bytes_count": min(_CHUNK_BYTES, sender.service.limits.tinker_body_bytes // 2),
         "sample_use_retrieve_futures": True,
         "sample_join_sampling_session": True,
     }
 
 
 @router.post("/client/dynamic_config")
-async def dynamic_config(request: Request) -> dict[str, Any]:
+async def dynamic_config(sender: Reader) -> dict[str, Any]:
     """The same, asked for again and again."""
-    require(request, "use")
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
 @router.post("/telemetry")
-async def telemetry(request: Request) -> dict[str, str]:
+async def telemetry(sender: Reader) -> dict[str, str]:
     """Events of the client, which nobody reads."""
-    require(request, "use")
     return {"status": "accepted"}
 
 
 @router.get("/get_server_capabilities")
-async def capabilities(request: Request) -> dict[str, Any]:
+async def capabilities(sender: Reader) -> dict[str, Any]:
     """The names that take ``base_model``."""
-    access = require(request, "use")
-    base = tinker_of(service_of(request)).base
-    names = [base.name, f"{base.name}:vera-256"] if access.covers(base.name) else []
+    base = sender.tinker.base
+    names = [base.name, f"{base.name}:vera-256"] if sender.access.covers(base.name) else []
     about = {"max_context_length": base.most_tokens, "trainable": True}
     return {"supported_models": [{"model_name": name, **about, "sampleable": name == base.name} for name in names]}
 
 
 @router.post("/create_session")
-async def create_session(request: Request) -> dict[str, Any]:
+def create_session(sender: Reader, asked: NewSession) -> dict[str, Any]:
     """A new session."""
-    access, service = require(request, "use"), service_of(request)
-    asked = parsed(NewSession, await request.body()).model_dump()
-    made = await service.in_thread(lambda: tinker_of(service).create_session(access.name, asked), "disk")
-    return {"type": "create_session", "session_id": made[0], "warning_message": made[1]}
+    session, warning = sender.tinker.create_session(sender.owner, asked.model_dump())
+    return {"type": "create_session", "session_id": session, "warning_message": warning}
 
 
 @router.post("/session_heartbeat")
-async def heartbeat(request: Request) -> dict[str, str]:
+def heartbeat(sender: Reader, asked: Named) -> dict[str, str]:
     """Keep a session alive. 410 once it has ended."""
-    access, service = require(request, "use"), service_of(request)
-    asked = parsed(Named, await request.body())
-    await service.in_thread(lambda: tinker_of(service).session(asked.session_id, access.name), "disk")
+    sender.tinker.session(asked.session_id, sender.owner)
     return {"type": "session_heartbeat"}
 
 
-@router.post("/sessions/{session_id}/finish")
-async def finish(session_id: str, request: Request) -> Response:
+@router.post("/sessions/{session}/finish", status_code=204)
+def finish(sender: Reader, session: str) -> None:
     """End a session, its models and samplers."""
-    access, service = require(request, "use"), service_of(request)
-    tinker = tinker_of(service)
-
-    def end() -> None:
-        tinker.session(session_id, access.name)
-        tinker.end_session(session_id)
-
-    await service.in_thread(end, "disk")
-    return Response(status_code=204)
+    sender.tinker.session(session, sender.owner)
+    sender.tinker.end_session(session)
 
 
 @router.post("/create_model")
-async def create_model(request: Request) -> dict[str, str]:
+async def create_model(sender: Trainer) -> dict[str, str]:
     """A new model, by a promise."""
-    return await _created(request, "create_model", CreateModel)
+    return await _created(sender, "create_model", CreateModel)
 
 
 @router.post("/load_weights")
-async def load_weights(request: Request) -> dict[str, str]:
+async def load_weights(sender: Trainer) -> dict[str, str]:
     """A new model from a saved state, or (the older form) a state for one that has done nothing yet."""
-    if parsed(LoadWeights, await request.body()).session_id is None:
-        return await _training(request, "load_weights")
-    return await _created(request, "load_weights", LoadWeights)
+    if parsed(LoadWeights, await sender.request.body()).session_id is None:
+        return await _training(sender, "load_weights")
+    return await _created(sender, "load_weights", LoadWeights)
 
 
-async def _created(request: Request, kind: str, form: type[CreateModel] | type[LoadWeights]) -> dict[str, str]:
-    access, service = require(request, "train"), service_of(request)
-    tinker, body = tinker_of(service), await request.body()
-    if not access.covers(tinker.base.name):
+async def _created(sender: Sender, kind: str, form: type[CreateModel] | type[LoadWeights]) -> dict[str, str]:
+    tinker, body = sender.tinker, await sender.request.body()
+    if not sender.access.covers(tinker.base.name):
         raise ApiError(404, "base_model: there is no such model, or this key may not use it.")
-    promise, model_id = await service.in_thread(
-        lambda: tinker.create_model(access.name, kind, body, parsed(form, body)), "disk"
+    promise, model_id = await sender.service.in_thread(
+        lambda: tinker.create_model(sender.owner, kind, body, parsed(form, body)), "disk"
     )
     return {"request_id": promise, "model_id": model_id}
 
 
 @router.post("/get_info")
-async def get_info(request: Request) -> dict[str, Any]:
+def get_info(sender: Reader, asked: Named) -> dict[str, Any]:
     """What a model is."""
-    access, service = require(request, "use"), service_of(request)
-    tinker, asked = tinker_of(service), parsed(Named, await request.body())
-    model = await service.in_thread(lambda: tinker.model(asked.model_id, access.name), "disk")
-    method, arch = TENANT_METHODS[model.shape.method], tinker.base.architecture
-    if not method.is_lora:
-        arch += f", VeRA at {method.rate_factor:g} times learning_rate"
-    about = {"arch": arch, "model_name": model.base, "tokenizer_id": tinker.base.tokenizer}
+    model, base = sender.tinker.model(asked.model_id, sender.owner), sender.tinker.base
+    is_lora = model.shape.method == "lora"
+    arch = base.architecture + ("" if is_lora else f", VeRA at {VERA_RATE_FACTOR:g} times learning_rate")
     return {
         "type": "get_info",
         "model_id": model.id,
         "model_name": model.base,
-        "model_data": about,
-        "is_lora": method.is_lora,
+        "model_data": {"arch": arch, "model_name": model.base, "tokenizer_id": base.tokenizer},
+        "is_lora": is_lora,
         "lora_rank": model.shape.rank,
-        "optimizer_config": {"type": "adamw"},
+        "optimizer_config": _ADAMW,
     }
 
 
-async def _training(request: Request, kind: str, is_known: bool = True) -> dict[str, str]:
+# Training, and results
+
+
+async def _training(sender: Sender, kind: str, is_known: bool = True) -> dict[str, str]:
     """Accept a call in a model's order. One that is refused has used its seq_id, whatever it is."""
-    access, service = require(request, "train"), service_of(request)
-    tinker, body = tinker_of(service), await request.body()
+    request, tinker, body = sender.request, sender.tinker, await sender.request.body()
 
     def accept() -> dict[str, str]:
         content = body
         if request.headers.get("content-encoding") == "zstd":
-            content = decompress(body, service.limits.tinker_body_bytes)
+            content = decompress(body, sender.service.limits.tinker_body_bytes)
         model_id, seq = place_of(kind, content)
-        model = tinker.model(model_id, access.name)
+        model = tinker.model(model_id, sender.owner)
         if not 0 < seq < 2**31:
             raise InputError(f"seq_id: is {seq}; expected 1 or more.")
         try:
@@ -184,56 +255,242 @@ async def _training(request: Request, kind: str, is_known: bool = True) -> dict[
                 tinker.refuse(model, seq, kind)
             raise
 
-    return await service.in_thread(accept, "long")
+    return await sender.service.in_thread(accept, "long")
 
 
 def _add_training_route(kind: str) -> None:
     @router.post(f"/{kind}", name=kind)
-    async def accept(request: Request) -> dict[str, str]:
-        return await _training(request, kind)
+    async def accept(sender: Trainer) -> dict[str, str]:
+        return await _training(sender, kind)
 
 
-for _kind in ("forward_backward", "optim_step", "save_weights", "save_weights_for_sampler", "save_weights_external"):
+for _kind in ("forward_backward", "optim_step", *SAVES):
     _add_training_route(_kind)
 
 
 @router.post("/retrieve_future")
-async def retrieve_future(request: Request) -> Response:
+async def retrieve_future(sender: Reader, asked: Named) -> Response:
     """The result of a promise, for which the call is held. ``try_again`` where it takes longer."""
-    access, service = require(request, "use"), service_of(request)
-    database, asked = tinker_of(service).database, parsed(Named, await request.body())
-    ends_at = time.monotonic() + _HELD_SECONDS
-    while True:
-        seconds = max(min(_POLL_SECONDS, ends_at - time.monotonic()), 0.0)
-        try:
-            promise = await database.wait(asked.request_id, access.name, seconds)
-        except UnknownPromise:
-            raise ApiError(404, f"There is no promise {asked.request_id[:100]!r}.") from None
-        if promise.state == "json":
-            return Response(promise.payload, media_type="application/json")
-        if promise.state == "proto":
-            return Response(promise.payload, media_type="application/x-protobuf")
+
+    def look() -> Response | None:
+        promise, stats = sender.database.promise(asked.request_id, sender.owner), sender.service.engine.stats()
+        if promise is None:
+            raise ApiError(404, f"There is no promise {asked.request_id[:100]!r}.")
+        if promise.state in ("json", "proto"):
+            kind = "application/json" if promise.state == "json" else "application/x-protobuf"
+            return Response(promise.payload, media_type=kind)
         if promise.state != "pending":
-            message = (promise.payload or b"").decode()
-            return JSONResponse({"error": message, "category": promise.state})
-        stats = service.engine.stats()
+            return JSONResponse({"error": (promise.payload or b"").decode(), "category": promise.state})
         if stats.dead is not None:
             return JSONResponse({"error": f"The engine has ended: {stats.dead}", "category": "server"})
-        if time.monotonic() >= ends_at or service.draining or await request.is_disconnected():
-            state: dict[str, str] = {"queue_state": "active"}
-            if stats.background_failure is not None:
-                state = {"queue_state": "paused_capacity", "queue_state_reason": "Training failed and is parked."}
-            return JSONResponse({"type": "try_again", "request_id": promise.id, **state})
+        return None
+
+    if (found := await sender.wait(asked.request_id, look, _HELD_SECONDS)) is not None:
+        return found
+    state = {"queue_state": "active"}
+    if sender.service.engine.stats().background_failure is not None:
+        state = {"queue_state": "paused_capacity", "queue_state_reason": "Training failed and is parked."}
+    return JSONResponse({"type": "try_again", "request_id": asked.request_id, **state})
 
 
-def add_routes(app: FastAPI, *routers: APIRouter) -> None:
-    """Add this module's routes and others of Tinker's API, and one that refuses all other paths below it."""
-    for each in (router, rest.router, *routers):
-        app.include_router(each)
+# Samples
 
-    @app.api_route("/api/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
-    async def unknown(path: str, request: Request) -> None:
-        # what is unknown here may have a place in a model's order all the same
-        with contextlib.suppress(InputError):
-            await _training(request, path, is_known=False)
-        raise ApiError(404, f"This server does not know {path[:100]!r}.")
+
+@router.post("/create_sampling_session")
+def create_sampling_session(sender: Reader, asked: NewSampler) -> dict[str, str]:
+    """A sampler of the base or of a saved adapter."""
+    made = sender.samples.create(sender.access, asked)
+    return {"type": "create_sampling_session", "sampling_session_id": made}
+
+
+@router.get("/samplers/{sampler:path}")
+def get_sampler(sender: Reader, sampler: str) -> dict[str, str]:
+    """What a sampler is of."""
+    row = sender.samples.find(sampler, sender.owner)
+    path = {} if row["model_path"] is None else {"model_path": row["model_path"]}
+    return {"sampler_id": sampler, "base_model": row["base"], **path}
+
+
+@router.post("/asample")
+async def asample(sender: Reader) -> dict[str, Any]:
+    """Samples, by a promise."""
+    body = await sender.request.body()
+    promise, count = await sender.service.in_thread(lambda: sender.samples.call(sender.owner, body), "long")
+    return {"request_id": promise, "sample_sequence_ids": [f"{promise}:{number}" for number in range(count)]}
+
+
+@router.post("/join_sampling_session")
+def join_sampling_session(sender: Reader, asked: OfSampler) -> dict[str, Any]:
+    """A number for another client of a sampler, by which its seq_ids begin."""
+    sender.samples.find(asked.sampling_session_id, sender.owner)
+    return {"type": "join_sampling_session", "client_counter": secrets.randbelow(9 * 10**9) + 1}  # by 10^9 below 2^63
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(sender: Reader, asked: Poll) -> dict[str, Any]:
+    """Which calls of a sampler's client have ended, for which the call is held."""
+    sampler, cursor = asked.target.sampling_session_id, asked.prev_cursor
+    target = sender.owner, sampler, asked.target.cloned_sampler_id
+    found = await sender.wait(sampler, lambda: sender.samples.ended(*target, cursor), min(asked.timeout, 30.0))
+    return found or {"completions": [], "cursor": cursor}
+
+
+@router.post("/cancel_future")
+async def cancel_future(sender: Reader, asked: Named) -> dict[str, Any]:
+    """Give up a call that nobody waits for any more."""
+    sender.samples.cancel(sender.owner, asked.request_id)
+    return {}
+
+
+# RestClient: sessions, runs and checkpoints of the sender
+
+
+@router.get("/sessions")
+def list_sessions(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[str, Any]:
+    """Sessions, ended ones too."""
+    return {"sessions": [row["id"] for row in sender.page("sessions", limit, offset)]}
+
+
+@router.get("/sessions/{session}")
+def describe_session(sender: Reader, session: str) -> dict[str, Any]:
+    """One session, with its models and samplers."""
+    about = json.loads(sender.row("sessions", session)["about"])
+    models, samplers = (
+        [row["id"] for row in sender.database.rows(f"SELECT id FROM {table} WHERE session = ?", (session,))]
+        for table in ("models", "samplers")
+    )
+    shown = {name: about.get(name) for name in ("user_metadata", "display_name")}
+    return {"training_run_ids": models, "sampler_ids": samplers, **shown}
+
+
+@router.get("/training_runs")
+def list_runs(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[str, Any]:
+    """Runs, ended ones too."""
+    (total,) = sender.database.rows("SELECT COUNT(*) FROM models WHERE owner = ?", (sender.owner,))[0]
+    cards = [_run_card(sender, row) for row in sender.page("models", limit, offset)]
+    return {"training_runs": cards, "cursor": {"offset": offset, "limit": limit, "total_count": total}}
+
+
+@router.get("/training_runs/{run}")
+def describe_run(sender: Reader, run: str) -> dict[str, Any]:
+    """One run."""
+    return _run_card(sender, sender.row("models", run))
+
+
+@router.get("/checkpoints")
+def list_checkpoints(sender: Reader, limit: Count = 100, offset: Count = 0) -> dict[str, Any]:
+    """Checkpoints of all runs."""
+    found, total = sender.checkpoints.page(sender.owner, None, min(limit, 1000), offset)
+    return {"checkpoints": list(map(_card, found)), "cursor": {"offset": offset, "limit": limit, "total_count": total}}
+
+
+@router.get("/training_runs/{run}/checkpoints")
+def list_of_run(sender: Reader, run: str) -> dict[str, Any]:
+    """All checkpoints of a run."""
+    sender.row("models", run)
+    return {"checkpoints": list(map(_card, sender.checkpoints.page(sender.owner, run, -1, 0)[0]))}
+
+
+@router.get(f"{_OF_RUN}/external_weights_urls")
+def external_weights_urls(sender: Reader, run: str, checkpoint: str) -> dict[str, Any]:
+    """A URL for each file of external weights. It needs no key and holds for an hour."""
+    found, token, ends = sender.checkpoints.download_token(f"tinker://{run}/{checkpoint}", sender.owner)
+    base = f"{str(sender.request.base_url).rstrip('/')}{DOWNLOADS}{token}"
+    return {"urls": {file: f"{base}/{file}" for file in sorted(os.listdir(found.directory))}, "expires": _moment(ends)}
+
+
+@router.get("/downloads/{token}/{file}")
+def download(request: Request, token: str, file: str) -> FileResponse:
+    """A file of external weights."""
+    tinker = service_of(request).tinker
+    assert tinker is not None
+    return FileResponse(tinker.checkpoints.download(token, file))
+
+
+@router.post(f"{_OF_RUN}/publish", status_code=204)
+def publish(sender: Trainer, run: str, checkpoint: str) -> None:
+    """Let all keys read a checkpoint."""
+    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "public", 1)
+
+
+@router.delete(f"{_OF_RUN}/publish", status_code=204)
+def unpublish(sender: Trainer, run: str, checkpoint: str) -> None:
+    """Let only its owner read it."""
+    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "public", 0)
+
+
+@router.put(f"{_OF_RUN}/ttl", status_code=204)
+def set_ttl(sender: Trainer, run: str, checkpoint: str, body: NewTtl) -> None:
+    """Choose how long it stays."""
+    ends = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
+    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "expires", ends)
+
+
+@router.delete(_OF_RUN, status_code=204)
+def delete(sender: Trainer, run: str, checkpoint: str) -> None:
+    """Delete a checkpoint and its files."""
+    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "expires", 0)
+
+
+@router.post("/weights_info")
+def weights_info(sender: Reader, body: Named) -> dict[str, Any]:
+    """What a checkpoint is of."""
+    about = sender.checkpoints.find(body.tinker_path, sender.owner).about
+    return {
+        "base_model": about["base"],
+        "is_lora": about["method"] == "lora",
+        "lora_rank": about["rank"],
+        "train_attn": about["targets"] != "mlp",
+        "train_mlp": about["targets"] != "attention",
+        "train_unembed": False,
+        "optimizer_config": _ADAMW,
+    }
+
+
+@router.post("/copy_weights")
+def copy_weights(sender: Trainer, body: Copy) -> dict[str, Any]:
+    """Copy a checkpoint that the sender may read. A call that is repeated makes one copy."""
+    key = sender.request.headers.get("x-idempotency-key", secrets.token_hex(16))
+    return {"tinker_path": sender.checkpoints.copy(body.source_path, sender.owner, body.ttl_seconds, key).path}
+
+
+def _run_card(sender: Sender, row: sqlite3.Row) -> dict[str, Any]:
+    method, rank, _ = json.loads(row["shape"])
+    state, sampler = (sender.checkpoints.newest(row["id"], kind) for kind in ("weights", "sampler_weights"))
+    return {
+        "training_run_id": row["id"],
+        "base_model": row["base"],
+        "model_owner": row["owner"],
+        "is_lora": method == "lora",
+        "lora_rank": rank,
+        "last_request_time": _moment(row["last_request"]),
+        "last_checkpoint": None if state is None else _card(state),
+        "last_sampler_checkpoint": None if sampler is None else _card(sampler),
+        "user_metadata": json.loads(row["about"])["user_metadata"],
+    }
+
+
+def _card(found: Checkpoint) -> dict[str, Any]:
+    place = found.place
+    return {
+        "checkpoint_id": f"{place.kind}/{place.name}",
+        "checkpoint_type": _TYPES[place.kind],
+        "time": _moment(found.created),
+        "tinker_path": place.path,
+        "size_bytes": found.bytes,
+        "public": found.public,
+        "user_metadata": found.about["user_metadata"],
+        "expires_at": None if found.expires is None else _moment(found.expires),
+    }
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+@router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
+async def unknown(sender: Trainer, path: str) -> None:
+    """Refuse a path, which may have a place in a model's order all the same."""
+    with contextlib.suppress(InputError):
+        await _training(sender, path, is_known=False)
+    raise ApiError(404, f"This server does not know {path[:100]!r}.")

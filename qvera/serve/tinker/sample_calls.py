@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field
 from qvera.serve.api.service import Service
 from qvera.serve.requests import PromptScores, PromptScoring, Sampling, TokenEvent
 from qvera.serve.text import TextStream
-from qvera.serve.tinker.messages import NO_LOGPROB, Answer, TopLogprobs, dense_of, encode_samples
+from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
 from qvera.utils.errors import InputError
 
 _MOST_TOP = 64  # tokens in one place: likely, drawn, or given
+_NO_LOGPROB = -99999.0  # where there is no likely token
 Number = Annotated[int, Field(ge=-1, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=_MOST_TOP)]
 
@@ -146,30 +147,46 @@ class Asked:
         return int.from_bytes(hashlib.sha256(f"{seed % 2**64}/{number}".encode()).digest()[:8])
 
     def encoded(self, samples: Sequence[Sample], scores: PromptScores | None) -> bytes:
-        """The result."""
-        body, size, count = self.body, len(self.prompt), self.last if scores is not None else 0
-        own, top = np.full(size, np.nan, np.float32), body.topk_prompt_logprobs
-        top_tokens, top_logprobs = np.zeros((size, top), np.int64), np.full((size, top), NO_LOGPROB, np.float32)
-        given, drawn = np.zeros(self.targets.shape, np.float32), np.zeros((size - 1, body.prompt_alt_tokens_k))
-        alternatives = drawn.astype(np.int64), drawn
+        """The result: a SampleResponse."""
+        body, size, top = self.body, len(self.prompt), self.body.topk_prompt_logprobs
+        response = MESSAGES["SampleResponse"](prompt_cache_hit_tokens=samples[0].events[0].cached_tokens)
+        for sample in samples:
+            sequence = response.sequences.add(
+                stop_reason=0 if sample.is_stopped else 1,
+                tokens=packed(INT32, [one.token for one in sample.events]),
+                logprobs=packed(FLOAT32, [one.logprob or 0.0 for one in sample.events]),
+            )
+            if body.topk_sample_logprobs:
+                likely = np.array([one.top for one in sample.events])  # [n, k, 2]
+                _write_top(sequence.topk_sampled_logprobs, likely[..., 0], likely[..., 1])
+        own, given = np.full(size, np.nan), np.zeros(self.targets.shape)
+        top_tokens, top_logprobs = np.zeros((size, top)), np.full((size, top), _NO_LOGPROB)
+        drawn_tokens = drawn = np.zeros((size - 1, body.prompt_alt_tokens_k))
         if scores is not None:
             for whole, part in ((own, scores.own), (top_tokens, scores.top_tokens), (top_logprobs, scores.top)):
-                whole[size - count :] = part[len(part) - count :]
+                whole[size - self.last :] = part[len(part) - self.last :]
             given = np.where(self.targets < 0, 0.0, scores.targets) if given.size else given
-            alternatives = scores.drawn_tokens, scores.drawn
-        answers = []
-        for sample in samples:
-            tokens, logprobs = [one.token for one in sample.events], [one.logprob or 0.0 for one in sample.events]
-            likely = np.array([one.top for one in sample.events]) if body.topk_sample_logprobs else None  # [n, k, 2]
-            most = None if likely is None else TopLogprobs(likely[..., 0], likely[..., 1])
-            answers.append(Answer(tokens, logprobs, bool(sample.is_stopped), most))
-        return encode_samples(
-            answers,
-            prompt_logprobs=own if body.prompt_logprobs else None,
-            top_of_prompt=TopLogprobs(top_tokens, top_logprobs) if top else None,
-            target_logprobs=None if body.target_prompt_logprobs is None else given,
-            alternatives=alternatives if body.prompt_alt_tokens_k else None,
-        )
+            drawn_tokens, drawn = scores.drawn_tokens, scores.drawn
+        if body.prompt_logprobs:
+            response.prompt_logprobs = packed(FLOAT32, own)
+        if top:
+            _write_top(response.topk_prompt_logprobs, top_tokens, top_logprobs)
+        if body.target_prompt_logprobs is not None:
+            _write_tensor(response.target_prompt_logprobs, FLOAT32, given)
+        if body.prompt_alt_tokens_k:
+            _write_tensor(response.prompt_alt_tokens.tokens, INT64, drawn_tokens)
+            _write_tensor(response.prompt_alt_tokens.logprobs, FLOAT32, drawn)
+        return bytes(response.SerializeToString())
+
+
+def _write_top(message: Any, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    message.length, message.k = tokens.shape
+    message.token_ids, message.logprobs = packed(INT32, tokens), packed(FLOAT32, logprobs)
+
+
+def _write_tensor(message: Any, dtype: int, values: np.ndarray) -> None:
+    message.dtype, message.dense = dtype, packed(dtype, values)
+    message.shape.extend(values.shape)
 
 
 def _targets(given: Targets | None, rows: int) -> np.ndarray:

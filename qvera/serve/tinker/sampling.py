@@ -7,25 +7,21 @@ a key hold up another, and memory does not depend on how many wait. What has no 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import logging
 import queue
-import secrets
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from qvera.serve.api.errors import ApiError
-from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.api.service import Service
 from qvera.serve.engine import NOT_FINITE
 from qvera.serve.requests import (
     AdapterChanged,
@@ -39,7 +35,7 @@ from qvera.serve.requests import (
 )
 from qvera.serve.text import TextStream
 from qvera.serve.tinker.calls import parsed
-from qvera.serve.tinker.routes import Named
+from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.sample_calls import Asked, Sample, SampleBody
 from qvera.utils.errors import InputError, RunFailed, first_line
 
@@ -47,38 +43,21 @@ if TYPE_CHECKING:
     from qvera.serve.api.access import Access
     from qvera.serve.tinker.tenancy import Tinker
 
-router = APIRouter(prefix="/api/v1")
 _logger = logging.getLogger(__name__)
+CLONE = 1_000_000_000
+"""The seq_ids of a joined client begin at its number times this."""
 _MOST_OPEN = 4096  # samples of one key that wait or run
-_CLONE = 1_000_000_000  # seq_ids of a joined client begin at its number times this
-_HELD_SECONDS = 30.0
-_POLL_SECONDS = 4.0  # between two looks whether the server is stopping
 _BUSY_SECONDS = 0.05  # until an engine with a full queue is asked again
 _DISK_SECONDS = 2.0  # until a full disk is tried again
 
 
 class NewSampler(BaseModel):
-    """POST create_sampling_session."""
+    """A sampler of a saved adapter or of the base."""
 
     session_id: str
     sampling_session_seq_id: Annotated[int, Field(ge=0)]
     model_path: str | None = None
     base_model: str | None = None
-
-
-class OfSampler(BaseModel):
-    """POST join_sampling_session, and what retrieve_futures is about."""
-
-    sampling_session_id: str
-    cloned_sampler_id: Annotated[int, Field(ge=0, le=2**63 // _CLONE - 1)] = 0
-
-
-class Poll(BaseModel):
-    """POST retrieve_futures."""
-
-    target: OfSampler
-    prev_cursor: int = 0
-    timeout: Annotated[float, Field(ge=0)] | None = None
 
 
 @dataclass
@@ -88,7 +67,6 @@ class _Call:
     promise: str
     owner: str
     sampler: str
-    seq: int
     count: int  # samples
     asked: Asked | None = None
     adapter: ResolvedAdapter | None = None
@@ -104,13 +82,7 @@ class Samples:
         self._tinker, self._service, self._database = tinker, service, tinker.database
         self._most_sent = service.engine.settings.max_running * 5 // 4 + 1  # so that no place in the batch is free
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock, self._closing = threading.Lock(), threading.Event()
-        self._open: Counter[str] = Counter()  # samples by owner
-        self._ended: dict[tuple[str, int], dict[str, tuple[int, dict[str, Any]]]] = {}
-        """Of samplers and clones that are polled: promise → cursor and completion."""
-        self._cursors = itertools.count(int(time.time() * 1e6))  # above those of a server before this one
-        self._pollers: defaultdict[tuple[str, int], set[asyncio.Event]] = defaultdict(set)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = threading.Event()
         # of the thread
         self._calls: dict[str, _Call] = {}  # by promise
         self._waiting: dict[str, deque[_Call]] = {}  # by owner: those with samples to hand over
@@ -118,9 +90,8 @@ class Samples:
         self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
         tinker.on_session_end.append(self._end_session)
         for promise in self._database.promises(pending=True):
-            if promise.kind == "asample" and promise.body is not None:
-                count = parsed(SampleBody, promise.body).num_samples
-                self._accept(_Call(promise.id, promise.owner, promise.target, promise.seq, count))
+            if promise.kind == SAMPLE:
+                self._inbox.put(partial(self._queue, _Call(promise.id, promise.owner, promise.target, promise.size)))
         self._thread = threading.Thread(target=self._run, name="qvera-samples", daemon=True)
         self._thread.start()
 
@@ -146,11 +117,13 @@ class Samples:
         return sampler
 
     def find(self, sampler: str, owner: str) -> dict[str, Any]:
-        """A sampler's row. Raises ApiError: 410 if its session has ended, 404 if the owner has no such sampler."""
+        """A sampler's row. Raises ApiError: 410 if it or its session has ended, 404 if the owner has no such one."""
         found = self._database.rows("SELECT * FROM samplers WHERE id = ? AND owner = ?", (sampler, owner))
         if not found:
             raise ApiError(404, f"There is no sampler {sampler[:100]!r}.")
         self._tinker.session(found[0]["session"], owner)
+        if found[0]["ended"] is not None:
+            raise ApiError(410, f"The sampler {sampler} has ended: it was not asked for long. Save the weights anew.")
         return dict(found[0])
 
     def call(self, owner: str, body: bytes) -> tuple[str, int]:
@@ -159,70 +132,41 @@ class Samples:
         Raises InputError for a body that can't be used, and ApiError as `find`, or 429 if the key has too many open.
         """
         asked = parsed(SampleBody, body)
-        sampler, seq, count = asked.sampling_session_id, asked.seq_id, asked.num_samples
+        sampler, count = asked.sampling_session_id, asked.num_samples
         self.find(sampler, owner)
         Asked(asked, self._service, self._tinker.base.vocabulary)
-        with self._lock:
-            if self._open[owner] + count > _MOST_OPEN:
-                text = f"The key {owner!r} has {self._open[owner]:,} samples open, and may have {_MOST_OPEN:,}."
+        with self._database.transaction():  # no other call is accepted meanwhile
+            _, samples = self._database.open_of(owner, samples=True)
+            if samples + count > _MOST_OPEN:
+                text = f"The key {owner!r} has {samples:,} samples open, and may have {_MOST_OPEN:,}."
                 raise ApiError(429, text, retry_seconds=self._service.limits.retry_seconds)
-            promise, is_new = self._database.begin(owner, sampler, seq, "asample", body)
-            if is_new:
-                self._accept(_Call(promise, owner, sampler, seq, count))
+            promise, is_new = self._database.begin(owner, sampler, asked.seq_id, SAMPLE, body, size=count)
+        if is_new:
+            self._inbox.put(partial(self._queue, _Call(promise, owner, sampler, count)))
         return promise, count
+
+    def ended(self, owner: str, sampler: str, clone: int, cursor: int) -> dict[str, Any] | None:
+        """Calls of a sampler's client that have ended since a cursor; None: there are none. Raises as `find`."""
+        self.find(sampler, owner)
+        found = self._database.ended_since(sampler, clone * CLONE, (clone + 1) * CLONE - 1, cursor)
+        told = [
+            {"state": "finished", "request_id": promise, "response_payload_uncompressed_size": size}
+            if state == "proto"
+            else {"state": "failed", "request_id": promise}
+            for _, promise, state, size in found
+        ]
+        return {"completions": told, "cursor": found[-1][0]} if found else None
 
     def cancel(self, owner: str, promise: str) -> None:
         """Give up a call without a result, if the owner has such a one."""
-
-        def is_wanted(call: _Call) -> bool:
-            return call.promise == promise and call.owner == owner
-
-        self._inbox.put(partial(self._give_up, is_wanted, "The client has given the sample up."))
+        why = "The client has given the sample up."
+        self._inbox.put(partial(self._give_up, lambda one: (one.promise, one.owner) == (promise, owner), why))
 
     def _end_session(self, session: str) -> None:
-        def is_of_session(call: _Call) -> bool:
-            return call.sampler.startswith(f"{session}:")
-
-        self._inbox.put(partial(self._give_up, is_of_session, "The session has ended."))
-        with self._lock:
-            self._ended = {key: ended for key, ended in self._ended.items() if not key[0].startswith(f"{session}:")}
-
-    async def completions(self, owner: str, target: tuple[str, int], cursor: int, seconds: float) -> dict[str, Any]:
-        """Calls of a sampler's client that have ended since a cursor. Waits for one, for so many seconds."""
-        self._loop, ends_at, event = asyncio.get_running_loop(), time.monotonic() + seconds, asyncio.Event()
-        self._pollers[target].add(event)
-        try:
-            while True:
-                event.clear()
-                found = await asyncio.to_thread(self._since, owner, target, cursor)
-                left = min(ends_at - time.monotonic(), _POLL_SECONDS)
-                if found or left <= 0 or self._service.draining:
-                    return {"completions": [one for _, one in found], "cursor": max([cursor, *(at for at, _ in found)])}
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(event.wait(), left)
-        finally:
-            self._pollers[target].discard(event)
-            if not self._pollers[target]:
-                del self._pollers[target]
-
-    def _since(self, owner: str, target: tuple[str, int], cursor: int) -> list[tuple[int, dict[str, Any]]]:
-        sampler, clone = target
-        self.find(sampler, owner)
-        with self._lock:
-            if target not in self._ended:  # the first poll
-                query = "SELECT id, state, length(payload) FROM promises WHERE target = ? AND seq BETWEEN ? AND ?"
-                query += " AND kind = 'asample' AND state NOT IN ('pending', 'refused') ORDER BY number"
-                rows = self._database.rows(query, (sampler, clone * _CLONE, (clone + 1) * _CLONE - 1))
-                self._ended[target] = {row["id"]: (next(self._cursors), _completion(*row)) for row in rows}
-            kept = {key: one for key, one in self._ended[target].items() if one[0] > cursor}
-            self._ended[target] = kept
-            return list(kept.values())
+        why = "The session has ended."
+        self._inbox.put(partial(self._give_up, lambda one: one.sampler.startswith(f"{session}:"), why))
 
     # The thread
-
-    def _accept(self, call: _Call) -> None:
-        self._open[call.owner] += call.count
-        self._inbox.put(partial(self._queue, call))
 
     def _run(self) -> None:
         is_busy = False
@@ -331,88 +275,10 @@ class Samples:
             del self._sent[request]
             self._service.engine.cancel(request)
         self._leave_queue(call)
-        is_written = False
-        while not is_written and not self._closing.is_set():
+        del self._calls[call.promise]
+        while not self._closing.is_set():
             try:
-                if state == "proto":
-                    self._database.fulfil(call.promise, state, payload)
-                else:
-                    self._database.fail(call.promise, payload.decode(), state)
-                is_written = True
+                return self._database.end(call.promise, state, payload)
             except RunFailed:
                 _logger.exception("the result of %s", call.promise)
                 self._closing.wait(_DISK_SECONDS)
-        del self._calls[call.promise]
-        target = call.sampler, call.seq // _CLONE
-        with self._lock:
-            self._open[call.owner] -= call.count
-            if target in self._ended:
-                self._ended[target][call.promise] = next(self._cursors), _completion(call.promise, state, len(payload))
-        for event in list(self._pollers.get(target, ())):
-            with contextlib.suppress(RuntimeError):  # the server has stopped
-                assert self._loop is not None
-                self._loop.call_soon_threadsafe(event.set)
-
-
-def _completion(promise: str, state: str, size: int) -> dict[str, Any]:
-    about = {"response_payload_uncompressed_size": size} if state == "proto" else {}
-    return {"state": "finished" if state == "proto" else "failed", "request_id": promise, **about}
-
-
-def _samples_of(request: Request) -> Samples:
-    samples: Samples = request.app.state.samples
-    return samples
-
-
-@router.post("/create_sampling_session")
-async def create_sampling_session(request: Request) -> dict[str, str]:
-    """A sampler of the base or of a saved adapter."""
-    access, asked = require(request, "use"), parsed(NewSampler, await request.body())
-    samples = _samples_of(request)
-    return {
-        "type": "create_sampling_session",
-        "sampling_session_id": await service_of(request).in_thread(lambda: samples.create(access, asked), "disk"),
-    }
-
-
-@router.get("/samplers/{sampler:path}")
-async def get_sampler(request: Request, sampler: str) -> dict[str, str]:
-    """What a sampler is of."""
-    access, samples = require(request, "use"), _samples_of(request)
-    row = await service_of(request).in_thread(lambda: samples.find(sampler, access.name), "disk")
-    path = {} if row["model_path"] is None else {"model_path": row["model_path"]}
-    return {"sampler_id": sampler, "base_model": row["base"], **path}
-
-
-@router.post("/asample")
-async def asample(request: Request) -> dict[str, Any]:
-    """Samples, by a promise."""
-    access, samples, body = require(request, "use"), _samples_of(request), await request.body()
-    promise, count = await service_of(request).in_thread(lambda: samples.call(access.name, body), "long")
-    return {"request_id": promise, "sample_sequence_ids": [f"{promise}:{number}" for number in range(count)]}
-
-
-@router.post("/join_sampling_session")
-async def join_sampling_session(request: Request) -> dict[str, Any]:
-    """A number for another client of a sampler, by which its seq_ids begin."""
-    access, asked = require(request, "use"), parsed(OfSampler, await request.body())
-    samples = _samples_of(request)
-    await service_of(request).in_thread(lambda: samples.find(asked.sampling_session_id, access.name), "disk")
-    return {"type": "join_sampling_session", "client_counter": secrets.randbelow(9 * 10**9) + 1}  # by 10^9 below 2^63
-
-
-@router.post("/retrieve_futures")
-async def retrieve_futures(request: Request) -> dict[str, Any]:
-    """Which calls of a sampler's client have ended, for which the call is held."""
-    access, asked = require(request, "use"), parsed(Poll, await request.body())
-    target = asked.target.sampling_session_id, asked.target.cloned_sampler_id
-    seconds = _HELD_SECONDS if asked.timeout is None else min(asked.timeout, _HELD_SECONDS)
-    return await _samples_of(request).completions(access.name, target, asked.prev_cursor, seconds)
-
-
-@router.post("/cancel_future")
-async def cancel_future(request: Request) -> dict[str, Any]:
-    """Give up a call that nobody waits for any more."""
-    access, asked = require(request, "use"), parsed(Named, await request.body())
-    _samples_of(request).cancel(access.name, asked.request_id)
-    return {}

@@ -22,26 +22,30 @@ import secrets
 import shutil
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from qvera.models.structure import position_limit
 from qvera.serve.api.errors import ApiError
-from qvera.serve.tinker.calls import Call, Calls, CreateModel, LoadWeights, Model, require_adamw
+from qvera.serve.tinker.calls import Call, CreateModel, LoadWeights, read_call, require_adamw
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
-from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape
+from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape, Tenants, TenantSettings
+from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.paths import resolve_path
 
 if TYPE_CHECKING:
-    from qvera.training.tenants import Tenants
+    from qvera.serve.engine import Engine
+    from qvera.serve.opening import Served
 
 _logger = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 2.0  # after the disk was full
+_UNNAMED_KEPT = 8  # of a model's adapters for sampling, also if nobody asks for them
 _VERA = re.compile(r":vera-(\d{1,4})")
 
 
@@ -76,6 +80,28 @@ class BaseFacts:
     most_tokens: int  # of a row
 
 
+@dataclass(eq=False, slots=True)
+class Model:
+    """A model of a live session, and its place in the order of its calls."""
+
+    id: str
+    session: str
+    owner: str  # name of a key
+    base: str  # as asked for
+    shape: ModelShape
+    seed: int
+    next_seq: int = 0  # creation is 0, the first call 1
+    barrier: int = -1  # the largest seq that was begun and is no part of a forward_backward
+    applied_seq: int = -1  # in the state file; -1: there is none
+    in_engine: bool = True
+    waiting: dict[int, tuple[str, Call | None]] = field(default_factory=dict)
+    """seq → promise and call; of a refused one, its kind and None."""
+    waits_since: float | None = None  # for a missing seq
+    unsaved_bytes: int = 0
+    unsaved_since: float | None = None
+    is_saving: bool = False
+
+
 @dataclass(slots=True)
 class Session:
     """A live session."""
@@ -83,6 +109,37 @@ class Session:
     id: str
     owner: str  # name of a key
     heard_at: float = field(default_factory=time.monotonic)
+
+
+@contextlib.contextmanager
+def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) -> Iterator[Tinker]:
+    """Tinker's API over an engine, whose background work its ``tenants`` become. The engine must end first.
+
+    What a server before this one has promised is done. Raises InputError for a base that can't be trained.
+    """
+    base, path, own = served.opened.base, Path(resolve_path(served.opened.target.section.path)), set[str]()
+    if path.is_dir():
+        path = path.resolve()
+        own = {str(path)}
+    model = base.model
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    sizes = model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features
+    facts = BaseFacts(
+        name=served.base_name,
+        names=frozenset({*served.store.base_names, *own}),
+        tokenizer=str(path),
+        architecture=model.config.architectures[0],
+        vocabulary=min(map(int, sizes)),
+        most_tokens=min(most, position_limit(model) or most),
+    )
+    with disk_errors(str(directory), "Choose another --training-dir."):
+        directory.mkdir(exist_ok=True)
+    tenants, settings = Tenants(base, TenantSettings(directory / "paged"), engine.wake), TinkerSettings(max_rank)
+    with (
+        contextlib.closing(Database(directory / "tinker.sqlite")) as database,
+        Tinker(directory, database, tenants, facts, settings) as tinker,
+    ):
+        yield tinker
 
 
 class Tinker:
@@ -97,14 +154,9 @@ class Tinker:
         self.on_session_end: list[Callable[[str], None]] = []
         """Called with the id of a session that has ended."""
         self.tenants = tenants
-        limits = base.vocabulary, base.most_tokens, settings.call_tokens
-        self._calls = Calls(tenants, database, self.checkpoints, directory, *limits)
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._models: dict[str, Model] = {}
-        self._open: dict[str, tuple[str, int]] = {}  # promise → owner and bytes of its body
-        self._open_calls: Counter[str] = Counter()  # by owner
-        self._open_bytes: Counter[str] = Counter()
         self._closing = False
         self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_results, name="qvera-tinker", daemon=True)
@@ -126,9 +178,8 @@ class Tinker:
     def create_session(self, owner: str, about: dict[str, Any]) -> tuple[str, str]:
         """A new session, and what its user should know. Raises ApiError 429 at the key's limit."""
         with self._lock:
-            _require_room(
-                "sessions", sum(one.owner == owner for one in self._sessions.values()), self.settings.sessions
-            )
+            count = sum(one.owner == owner for one in self._sessions.values())
+            _require_room("sessions", count, self.settings.sessions)
             session = Session(f"session-{secrets.token_hex(12)}", owner)
             now = time.time()
             self.database.insert(
@@ -147,7 +198,7 @@ class Tinker:
         """A live session. Raises ApiError: 410 if it has ended, 404 if there is no such one of this owner."""
         session = self._sessions.get(session_id)
         if session is None or session.owner != owner:
-            raise self._gone("sessions", "session", session_id, owner)
+            raise self._gone("sessions", session_id, owner)
         session.heard_at = time.monotonic()
         return session
 
@@ -165,18 +216,30 @@ class Tinker:
         now, failed = time.time(), "The session has ended."
         for target in [model.id for model in models]:
             for promise in self.database.promises(target, pending=True):
-                self._close(promise.id)
                 self.database.fail(promise.id, failed, "user")
             self.database.saved(target, 2**31)
             shutil.rmtree(self._states(target), ignore_errors=True)
         for table in ("models", "samplers"):
             self.database.rows(f"UPDATE {table} SET ended = ? WHERE session = ? AND ended IS NULL", (now, session_id))
-        self.database.update("sessions", [session_id], ended=now)
+        self.database.update("sessions", session_id, ended=now)
         shutil.rmtree(self.directory / "sessions" / session_id, ignore_errors=True)
 
-    def _gone(self, table: str, what: str, name: str, owner: str) -> ApiError:
-        found = self.database.rows(f"SELECT 1 FROM {table} WHERE id = ? AND owner = ?", (name, owner))
-        if found:
+    def drop_unasked_samplers(self, session: str) -> None:
+        """Delete unnamed adapters that no call of `kept_seconds` has asked for, but for the newest of each model."""
+        before, unnamed = time.time() - self.settings.kept_seconds, "session = ? AND directory > '' AND ended IS NULL"
+        age = "ROW_NUMBER() OVER (PARTITION BY rtrim(directory, '0123456789') ORDER BY created DESC)"
+        old = f"SELECT id FROM (SELECT id, created, {age} AS age FROM samplers WHERE {unnamed}) WHERE age > ?"
+        asked = "EXISTS (SELECT 1 FROM promises WHERE target = samplers.id)"
+        query = f"UPDATE samplers SET ended = ? WHERE id IN ({old}) AND created < ? AND NOT {asked}"
+        self.database.rows(query, (time.time(), session, _UNNAMED_KEPT, before))
+        used = {row[0] for row in self.database.rows(f"SELECT directory FROM samplers WHERE {unnamed}", (session,))}
+        for directory in self.directory.glob(f"sessions/{session}/*"):
+            if str(directory.relative_to(self.directory)) not in used and directory.stat().st_mtime < before:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _gone(self, table: str, name: str, owner: str) -> ApiError:
+        what = table.removesuffix("s")
+        if self.database.rows(f"SELECT 1 FROM {table} WHERE id = ? AND owner = ?", (name, owner)):
             return ApiError(410, f"The {what} {name} has ended.")
         return ApiError(404, f"There is no {what} {name[:100]!r}.")
 
@@ -187,74 +250,56 @@ class Tinker:
 
         Raises ApiError (`session`; 429 at the key's limit), or InputError if it can't be made as asked.
         """
-        self.session(asked.session_id or "", owner)
+        session, seed = asked.session_id or "", None
+        self.session(session, owner)
         require_adamw(asked.optimizer_config)
-        model_id, seed = f"{asked.session_id}:train:{asked.model_seq_id}", None
+        model_id = f"{session}:train:{asked.model_seq_id}"
         if isinstance(asked, CreateModel):
             base, shape, seed = asked.base_model, self._shape(asked), asked.lora_config.seed
         else:
-            about = self.checkpoints.find(asked.path, owner, "weights").about
-            base, shape = (
-                asked.base_model or about["base"],
-                ModelShape(about["method"], about["rank"], about["targets"]),
-            )
-            self._require_base(base)
+            found = self.checkpoints.find(asked.path, owner, "weights")
+            base, shape = asked.base_model or found.about["base"], found.shape
+            self._vera_rank(base)
+        most = self.settings.max_rank if shape.method == "lora" else self.settings.max_vera_rank
+        if not 1 <= shape.rank <= most:
+            raise InputError(f"rank: is {shape.rank:,}, and this server takes 1 to {most:,} of {shape.method}.")
         with self._lock:
             model = self._models.get(model_id)
             if model is None:
                 if self.database.rows("SELECT 1 FROM models WHERE id = ?", (model_id,)):
-                    raise self._gone("models", "model", model_id, owner)
+                    raise self._gone("models", model_id, owner)
                 _require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
                 seed = secrets.randbits(31) if seed is None else seed % 2**63
-                model, now = Model(model_id, asked.session_id or "", owner, base, shape, seed), time.time()
-                call = self._calls.read(model, 0, kind, body)
-                self.database.insert(
-                    "models",
-                    id=model_id,
-                    session=model.session,
-                    owner=owner,
-                    base=base,
-                    shape=json.dumps(shape),
-                    seed=str(seed),
-                    created=now,
-                    last_request=now,
-                    about=json.dumps({"user_metadata": asked.user_metadata}),
-                )
+                model = Model(model_id, session, owner, base, shape, seed)
+                self.database.add_model(model_id, session, owner, base, shape, seed, asked.user_metadata)
                 self._models[model_id] = model
-            else:
-                call = self._calls.read(model, 0, kind, body)
-            return self._accept(model, 0, call, body), model_id
+            return self.call(model, 0, kind, body), model_id
 
     def _shape(self, asked: CreateModel) -> ModelShape:
-        lora, most = asked.lora_config, self.settings.max_rank
-        vera = self._require_base(asked.base_model)
-        if vera is None and not 1 <= lora.rank <= most:
-            raise InputError(f"lora_config.rank: is {lora.rank:,}; this server takes 1 to {most}.")
+        lora, vera = asked.lora_config, self._vera_rank(asked.base_model)
         if not (lora.train_mlp or lora.train_attn):
             raise InputError("lora_config: train_mlp and train_attn are off, and the output layer is not trained here.")
         targets = "all-linear" if lora.train_mlp and lora.train_attn else "mlp" if lora.train_mlp else "attention"
         return ModelShape("lora", lora.rank, targets) if vera is None else ModelShape("vera", vera, targets)
 
-    def _require_base(self, name: str) -> int | None:
+    def _vera_rank(self, name: str) -> int | None:
         """The rank of VeRA in a base's name; None: it trains LoRA. Raises InputError for another base."""
         if name in self.base.names:
             return None
         bare, _, _ = name.rpartition(":")
-        found, most = _VERA.fullmatch(name[len(bare) :]), self.settings.max_vera_rank
+        found = _VERA.fullmatch(name[len(bare) :])
         if bare not in self.base.names or found is None:
             raise InputError(
                 f"base_model: {name[:200]!r} is not served here; expected {self.base.name!r}, or "
                 f"{self.base.name + ':vera-256'!r} for VeRA."
             )
-        if not 1 <= (rank := int(found[1])) <= most:
-            raise InputError(f"base_model: VeRA of rank {rank}; this server takes 1 to {most:,}.")
-        return rank
+        return int(found[1])
 
     def model(self, model_id: str, owner: str) -> Model:
         """A live model. Raises ApiError as `session`."""
         model = self._models.get(model_id)
         if model is None or model.owner != owner:
-            raise self._gone("models", "model", model_id, owner)
+            raise self._gone("models", model_id, owner)
         self.session(model.session, owner)
         return model
 
@@ -265,26 +310,15 @@ class Tinker:
 
         Raises InputError for a body that can't be used, and ApiError 429 if the key has too many open calls.
         """
-        return self._accept(model, seq, self._calls.read(model, seq, kind, body), body)
-
-    def refuse(self, model: Model, seq: int, kind: str) -> None:
-        """Note that a call was refused: it has used its seq, and later ones do not wait for it."""
-        with self._lock:
-            _, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
-            if is_new and seq >= model.next_seq:
-                model.waiting[seq] = kind, None
-                self._advance(model)
-
-    def _accept(self, model: Model, seq: int, call: Call, body: bytes) -> str:
-        owner, settings = model.owner, self.settings
+        call, owner, settings = read_call(self, model, seq, kind, body), model.owner, self.settings
         with self._lock:
             if self._models.get(model.id) is not model:
-                raise self._gone("models", "model", model.id, owner)
-            _require_room("calls", self._open_calls[owner], settings.open_calls)
-            _require_room("bytes of calls", self._open_bytes[owner], settings.open_bytes)
-            promise, is_new = self.database.begin(owner, model.id, seq, call.kind, body)
+                raise self._gone("models", model.id, owner)
+            count, size = self.database.open_of(owner, samples=False)
+            _require_room("calls", count, settings.open_calls)
+            _require_room("bytes of calls", size, settings.open_bytes)
+            promise, is_new = self.database.begin(owner, model.id, seq, kind, body)
             if is_new:
-                self._count(promise, owner, len(body))
                 model.unsaved_bytes += len(body)
                 if seq < model.barrier:
                     late = f"seq_id: {seq} came after call {model.barrier}, which it should have come before."
@@ -293,6 +327,14 @@ class Tinker:
                     model.waiting[seq] = promise, call
                     self._advance(model)
             return promise
+
+    def refuse(self, model: Model, seq: int, kind: str) -> None:
+        """Note that a call was refused: it has used its seq, and later ones do not wait for it."""
+        with self._lock:
+            _, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
+            if is_new and seq >= model.next_seq:
+                model.waiting[seq] = kind, None
+                self._advance(model)
 
     def _advance(self, model: Model, closes_gaps: bool = False) -> None:
         """Hand over the calls whose turn it is.
@@ -332,18 +374,6 @@ class Tinker:
             _logger.exception("%s of %s", call.kind, model.id)
             done(CallFailed(f"It can't begin: {first_line(error)}", "server"))
 
-    def _count(self, promise: str, owner: str, size: int) -> None:
-        self._open[promise] = owner, size
-        self._open_calls[owner] += 1
-        self._open_bytes[owner] += size
-
-    def _close(self, promise: str) -> None:
-        with self._lock:
-            owner, size = self._open.pop(promise, ("", 0))
-            if owner:
-                self._open_calls[owner] -= 1
-                self._open_bytes[owner] -= size
-
     def _states(self, model_id: str) -> Path:
         return self.directory / "models" / model_id.replace(":", "_")
 
@@ -377,20 +407,20 @@ class Tinker:
             self.database.fail(promise, result.message, result.category)
             if call.kind in ("create_model", "load_weights"):  # it was not made
                 self._models.pop(model.id, None)
-                self.database.update("models", [model.id], ended=time.time())
+                self.database.update("models", model.id, ended=time.time())
         else:
             try:
-                state, payload = call.finish(promise, result)
+                found = call.finish(promise, result)
             except RunFailed:
                 raise
             except Exception as error:
                 _logger.exception("%s of %s", call.kind, model.id)
                 self.database.fail(promise, f"The result can't be written: {first_line(error)}", "server")
             else:
-                self.database.fulfil(promise, state, payload, keep_body=call.is_kept)
+                payload = found if isinstance(found, bytes) else json.dumps(found).encode()
+                self.database.end(promise, "proto" if payload is found else "json", payload, keep_body=call.is_kept)
                 if call.kind == "load_weights":  # what it was made of may be deleted
                     model.unsaved_bytes += self.settings.save_bytes
-        self._close(promise)
 
     def _tick(self) -> None:
         now, settings = time.monotonic(), self.settings
@@ -417,7 +447,7 @@ class Tinker:
         def done(result: Any) -> None:
             self._results.put(partial(self._saved, model, seq, file, result))
 
-        self.tenants.save_state(model.id, file, {}, done)
+        self.tenants.save_state(model.id, file, done)
 
     def _saved(self, model: Model, seq: int, file: Path, result: Any) -> None:
         if isinstance(result, CallFailed):
@@ -446,13 +476,10 @@ class Tinker:
                     if promise.seq > applied:  # it has its result and changed nothing, or was refused
                         model.waiting[promise.seq] = promise.kind, None
                     continue
-                if promise.state == "pending":
-                    self._count(promise.id, model.owner, len(promise.body))
                 try:
-                    call = self._calls.read(model, promise.seq, promise.kind, promise.body)
+                    call = read_call(self, model, promise.seq, promise.kind, promise.body)
                 except (ApiError, InputError):
                     self.database.fail(promise.id, "After a restart the server can't do it as it is.", "server")
-                    self._close(promise.id)
                 else:
                     model.waiting[promise.seq] = promise.id, call
             self._advance(model)

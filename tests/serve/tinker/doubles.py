@@ -86,7 +86,7 @@ class ScriptedTenants:
             if not forward_only:
                 model.gradient += total
             logprobs = [np.full(row.targets.shape, -model.value, np.float32) for row in rows]
-            return RowResults(logprobs, total, {"loss:sum": total})
+            return RowResults(logprobs, total)
 
         self._add(model_id, f"{'forward' if forward_only else loss} {len(rows)}", run, done)
 
@@ -99,7 +99,7 @@ class ScriptedTenants:
 
         self._add(model_id, "step", run, done)
 
-    def save_state(self, model_id: str, file: Path, facts: Mapping[str, Any], done: Done) -> None:
+    def save_state(self, model_id: str, file: Path, done: Done) -> None:
         def run() -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(asdict(self.models[model_id])))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.serve.tinker.database import Database, UnknownPromise
+from qvera.serve.tinker.database import Database, Promise
 
 
 @pytest.fixture
@@ -27,43 +27,67 @@ def test_a_repeated_call_gets_the_same_promise(database: Database) -> None:
     assert database.begin("anna", "s:train:1", 1, "optim_step", b"{}") != (promise, True)
 
 
-def test_a_waiting_call_wakes_with_the_result_which_another_thread_gives(database: Database) -> None:
-    promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
-    timer = threading.Timer(0.1, lambda: database.fulfil(promise, "json", b'{"metrics": {}}'))
+def wait(database: Database, key: str, promise: str, seconds: float) -> Promise | None:
+    """A promise that has ended, as whoever waits for ``key`` finds it."""
+
+    def look() -> Promise | None:
+        found = database.promise(promise, "anna")
+        return None if found is None or found.state == "pending" else found
+
+    return asyncio.run(database.wait(key, look, seconds))
+
+
+@pytest.mark.parametrize("key", ["promise", "target"])
+def test_who_waits_for_a_promise_or_its_target_wakes_with_the_result(database: Database, key: str) -> None:
+    promise, _ = database.begin("anna", "s:sample:0", 1, "asample", b"{}")
+    timer = threading.Timer(0.1, lambda: database.end(promise, "json", b'{"metrics": {}}'))
     timer.start()
-    began = time.monotonic()
-    found = asyncio.run(database.wait(promise, "anna", 30.0))
-    assert (found.state, found.payload) == ("json", b'{"metrics": {}}')
+    began, key = time.monotonic(), promise if key == "promise" else "s:sample:0"
+    found = wait(database, key, promise, 30.0)
+    assert found is not None and (found.state, found.payload) == ("json", b'{"metrics": {}}')
     assert time.monotonic() - began < 10
-    again = asyncio.run(database.wait(promise, "anna", 30.0))  # a client whose connection broke asks again
-    assert again == found
+    assert wait(database, key, promise, 30.0) == found  # a client whose connection broke asks again
 
 
 def test_a_promise_that_takes_longer_stays_pending(database: Database) -> None:
     promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
-    assert asyncio.run(database.wait(promise, "anna", 0.05)).state == "pending"
+    assert wait(database, promise, promise, 0.05) is None
 
 
 def test_other_owners_and_refused_calls_find_no_promise(database: Database) -> None:
     promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
     refused, _ = database.begin("anna", "s:train:0", 2, "create_custom_loss", None, "refused")
     for name, owner in ((promise, "tom"), (refused, "anna"), ("promise-0", "anna")):
-        with pytest.raises(UnknownPromise):
-            asyncio.run(database.wait(name, owner, 0.0))
+        assert database.promise(name, owner) is None
 
 
 def test_the_first_result_stays(database: Database) -> None:
     promise, _ = database.begin("anna", "s:train:0", 1, "save_weights", b"{}")
     database.fail(promise, "no room", "server")
-    database.fulfil(promise, "json", b"{}")
+    database.end(promise, "json", b"{}")
     found = database.promise(promise, "anna")
-    assert (found.state, found.payload) == ("server", b"no room")
+    assert found is not None and (found.state, found.payload) == ("server", b"no room")
+
+
+def test_a_result_is_told_after_earlier_ones_also_where_the_clock_goes_back(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (database.begin("anna", "s:sample:0", seq, "asample", b"{}", size=3)[0] for seq in (1, 2))
+    assert database.open_of("anna", samples=True) == (2, 6) and database.open_of("anna", samples=False) == (0, 0)
+    database.end(second, "proto", b"four")
+    [(cursor, *told)] = database.ended_since("s:sample:0", 0, 9, 0)
+    assert told == [second, "proto", 4]
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    database.end(first, "user", b"no")
+    [(later, *told)] = database.ended_since("s:sample:0", 0, 9, cursor)
+    assert told == [first, "user", 2] and later > cursor
+    assert database.ended_since("s:sample:0", 2, 9, cursor) == []
 
 
 def test_the_next_server_finds_what_is_to_be_done_again_and_what_was_promised(tmp_path: Path) -> None:
     with contextlib.closing(Database(tmp_path / "tinker.sqlite")) as database:
         names = [database.begin("anna", "m", seq, "forward_backward", b"rows %d" % seq)[0] for seq in (3, 1, 2)]
-        database.fulfil(names[1], "proto", b"losses", keep_body=True)
+        database.end(names[1], "proto", b"losses", keep_body=True)
     with contextlib.closing(Database(tmp_path / "tinker.sqlite")) as database:
         assert [(one.seq, one.state, one.body) for one in database.promises("m")] == [
             (1, "proto", b"rows 1"),
@@ -71,7 +95,7 @@ def test_the_next_server_finds_what_is_to_be_done_again_and_what_was_promised(tm
             (3, "pending", b"rows 3"),
         ]
         assert [one.seq for one in database.promises(pending=True)] == [3, 2]
-        assert database.promise(names[1], "anna").payload == b"losses"
+        assert (found := database.promise(names[1], "anna")) is not None and found.payload == b"losses"
         database.forget_results(time.time() + 1)  # its body is still needed
         database.saved("m", 2)
         assert database.promises("m")[0].body is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -223,6 +224,31 @@ def test_an_ephemeral_sampler_has_the_weights_of_its_moment(server: TinkerServer
     (row,) = server.tinker.database.rows("SELECT * FROM samplers")
     with open(server.directory / row["directory"] / "adapter.json") as file:
         assert json.load(file) == 2
+
+
+def test_unnamed_samplers_that_nobody_asks_for_go_but_the_newest(server: TinkerServer) -> None:
+    session = server.session()
+    model, place = server.model(session), server.directory / "sessions" / session
+
+    def save(number: int, kind: str) -> None:
+        body = {"model_id": model, "seq_id": number + 1, "sampling_session_seq_id": number, "kind": kind}
+        server.result(server.call("save_weights_for_sampler", body))
+
+    for number in range(12):
+        save(number, "snapshot")
+    save(12, "inflight")
+    asked = {"sampling_session_id": f"{session}:sample:1", "seq_id": 1, "prompt": {"chunks": [{"tokens": [5]}]}}
+    assert server.call("asample", asked).status_code == 200
+    assert len(list(place.iterdir())) == 13
+    server.tinker.database.rows("UPDATE samplers SET created = created - 3601")  # an hour later
+    for directory in place.iterdir():
+        os.utime(directory, (1e9, 1e9))
+    save(13, "inflight")
+    kept = [1, *range(4, 12)]
+    assert {one.name for one in place.iterdir()} == {f"0-snapshot-{number}" for number in kept} | {"0-inflight-13"}
+    gone = server.call("asample", {**asked, "sampling_session_id": f"{session}:sample:0"})
+    assert gone.status_code == 410 and "was not asked for long" in gone.json()["detail"]
+    assert server.call(f"samplers/{session}:sample:12", method="GET").status_code == 200  # it has the newest weights
 
 
 def test_metrics_name_routes_and_no_paths_that_clients_invent(server: TinkerServer) -> None:

@@ -74,8 +74,9 @@ class Server:
         return MESSAGES["SampleResponse"].FromString(found.payload) if found.state == "proto" else found.payload
 
     def poll(self, owner: str, cursor: int = 0, seconds: float = 0.0, clone: int = 0) -> Any:
-        target = self.sampler(owner), clone
-        return asyncio.run(self.samples.completions(owner, target, cursor, seconds))
+        sampler = self.sampler(owner)
+        look = lambda: self.samples.ended(owner, sampler, clone, cursor)  # noqa: E731
+        return asyncio.run(self.database.wait(sampler, look, seconds)) or {"completions": [], "cursor": cursor}
 
 
 @pytest.fixture
@@ -193,4 +194,4 @@ def test_polls_tell_each_result_once_and_wait_for_the_next(server: Server) -> No
     assert later["completions"] == [{"state": "failed", "request_id": second}] and later["cursor"] > told["cursor"]
     assert [one["request_id"] for one in server.poll("anna", 0, 20.0, clone=5)["completions"]] == [cloned]
     with pytest.raises(ApiError, match="no sampler"):
-        asyncio.run(server.samples.completions("ben", ("session-anna:sample:0", 0), 0, 0.0))
+        server.samples.ended("ben", "session-anna:sample:0", 0, 0)

@@ -107,6 +107,12 @@ def test_a_loop_of_sampling_and_training_agrees_with_itself(loop: Loop, name: st
     assert [one.tokens for one in sample(newer, prompt, 16).sequences] != [one.tokens for one in found]
 
 
+def test_a_prompt_that_was_there_before_is_counted(loop: Loop) -> None:
+    sampler = loop.client.create_sampling_client(base_model="tiny").result()
+    prompt = list(range(200, 240))
+    assert [sample(sampler, prompt, 2).prompt_cache_hit_tokens for _ in range(2)] == [0, 32]  # two whole blocks
+
+
 def test_what_is_asked_about_a_prompt_and_about_samples_comes_back_in_its_shape(loop: Loop) -> None:
     sampler = loop.client.create_sampling_client(base_model="tiny").result()
     prompt, rest = [5, 6, 7, 8, 9], 4
