@@ -27,7 +27,7 @@ from qvera.evaluation.named_adapters import adapters_root, named_directories, re
 from qvera.exporting import export as exports
 from qvera.tasks import evaluate as evaluations
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.status_line import status_line
+from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
     from qvera.training.lr_finder import RangeTestResult
@@ -159,11 +159,10 @@ class Model:
     def opened(self) -> OpenRun:
         """Base, tokenizer and adapter, in memory."""
         path = self.target.path
-        with status_line(self.console, f"Loading {path}") as show:
+        with Phase(self.console, f"loading {path}", len(self.names) or None) as show:
             if not self.names:
                 return open_target(self.target, adapter=not self.base_alone)
-            count = len(self.names)
-            return open_adapters(path, self.names, lambda done: show(f"Loading {path}: {done} of {count} adapters"))
+            return open_adapters(path, self.names, show)
 
     def generate(
         self,
@@ -206,7 +205,7 @@ class Model:
         writer = PromptWriter.of(opened)
         rows = [_conversation(prompt, number, writer.system) for number, prompt in enumerate(listed, start=1)]
         encoded = [writer.ids(row.turns, row.tools) for row in rows]
-        with status_line(self.console, "Answering") as show:
+        with Phase(self.console, "answering", len(encoded)) as show:
             return answering.generate(
                 opened.model,
                 opened.base.tokenizer,
@@ -218,7 +217,7 @@ class Model:
                 seed=seed,
                 adapters=["__base__" if n is None else opened.keys[n] for n in names] if self.names else None,
                 static_cache=static_cache,
-                progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
+                progress=show,
                 images=[writer.images(row.turns) for row in rows],
             )
 

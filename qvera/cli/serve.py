@@ -149,7 +149,7 @@ def serve(
             from qvera.serve.fine_tuning.directory import TrainingDirectory
 
             directory = ending.enter_context(TrainingDirectory.open(training_dir))
-        with progress(f"Loading {model}"):
+        with progress(f"loading {model}"):
             served = open_served(model, adapters)
             base, prompts = served.opened.base, PromptWriter.of(served.opened)
             answering = start_engine(served, settings)

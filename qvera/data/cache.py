@@ -32,7 +32,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp, try_read_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from qvera.utils.progress import Phase
 
 RECORD = "record.json"
 PREFIX = "rows-"
@@ -47,7 +47,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
 def tokenized(
-    section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None, cached: bool = True
+    section: DataSection, encoder: Encoder | ImageEncoder, show: Phase, cached: bool = True
 ) -> TokenizedSource:
     """The rows of one source, from the cache if it has them; else they are tokenized, and cached if possible.
 
@@ -66,24 +66,24 @@ def tokenized(
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 failed_before = _stamp(failed)
-                stack.enter_context(ROWS.locked(sha256, functools.cache(lambda: _warn(console, text))))  # said once
+                stack.enter_context(ROWS.locked(sha256, functools.cache(lambda: _warn(show, text))))  # said once
             except OSError as error:
                 reason = f"{root}: tokenized rows can't be cached there ({error.strerror or error})"
-                _warn(console, f"{reason}; the next run tokenizes them again.")
+                _warn(show, f"{reason}; the next run tokenizes them again.")
                 key = None
         if key is None:
             directory = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True)
             )
             stack.enter_context(disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."))
-            return tokenize_source(section, encoder, Path(directory), console)
+            return tokenize_source(section, encoder, Path(directory), show)
         target = root / f"{PREFIX}{sha256}"
-        if (found := _open_entry(target, console)) is not None:
+        if (found := _open_entry(target, show)) is not None:
             return found
         if _stamp(failed) not in (None, failed_before):  # written while this process waited
             raise InputError(failed.read_text(encoding="utf-8"))
         try:
-            return _make_entry(section, encoder, key, target, console)
+            return _make_entry(section, encoder, key, target, show)
         except InputError as error:
             with contextlib.suppress(OSError):  # the error that is raised is the one above
                 replace_text(failed, str(error))
@@ -95,7 +95,7 @@ def _stamp(file: Path) -> list[int] | None:
 
 
 def _make_entry(
-    section: DataSection, encoder: Encoder | ImageEncoder, key: dict[str, Any], target: Path, console: Console | None
+    section: DataSection, encoder: Encoder | ImageEncoder, key: dict[str, Any], target: Path, show: Phase
 ) -> TokenizedSource:
     unfinished, hashes = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"), ROWS.hashes
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -103,7 +103,7 @@ def _make_entry(
     with disk_errors(str(target.parent), "Make room, or set QVERA_CACHE to a directory on another disk."):
         unfinished.mkdir()
         try:
-            source = tokenize_source(section, encoder, unfinished, console)
+            source = tokenize_source(section, encoder, unfinished, show)
             if source_content(section, hashes) != key["content"]:
                 raise InputError(
                     f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
@@ -185,12 +185,12 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
-def _open_entry(directory: Path, console: Console | None) -> TokenizedSource | None:
+def _open_entry(directory: Path, show: Phase) -> TokenizedSource | None:
     """The entry, if it exists and is undamaged. A damaged one is removed with a warning."""
     if not directory.is_dir():
         return None
     if problem := problem_of(directory, ROWS.hashes):
-        _warn(console, f"{problem}. The rows are tokenized again.")
+        _warn(show, f"{problem}. The rows are tokenized again.")
         discard(directory)
         return None
     record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
@@ -216,10 +216,8 @@ def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     return None
 
 
-def _warn(console: Console | None, text: str) -> None:
-    from rich.console import Console
-
-    (console or Console(stderr=True)).print(text, style="yellow", markup=False)
+def _warn(show: Phase, text: str) -> None:
+    show.console.print(text, style="yellow", markup=False)
 
 
 ROWS = DiskCache("set of cached rows", "rows", lambda entry: try_read_json(entry / RECORD), problem_of, PREFIX)

@@ -6,9 +6,11 @@ import hashlib
 import itertools
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 
 from qvera.config import plugins
 from qvera.config.schema import DataSection
@@ -23,10 +25,9 @@ from qvera.data.sampler import Batches, random_order
 from qvera.data.source import encoder_of, template_of, with_label_names
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
+from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qvera.config.schema import Recipe
     from qvera.data.source import Processor
 
@@ -201,6 +202,7 @@ def build_datasets(
     console: Console | None = None,
     cached: bool = True,
     labels: Labels | None = None,
+    progress_file: Path | None = None,
 ) -> Datasets:
     """Read, check, render and tokenize the rows of a recipe, or find them in the cache.
 
@@ -208,6 +210,7 @@ def build_datasets(
         processor: the base model's tokenizer or image processor.
         cached: False: leave no copy on disk, for somebody else's rows.
         labels: those of a trained model that is scored; None: the rows say which labels there are.
+        progress_file: gets how many rows are tokenized (`Phase`).
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
@@ -223,7 +226,8 @@ def build_datasets(
         own = {"mixture": [], "eval_path": None, "eval_split": None, "eval_fraction": fraction, **dict(part)}
         sections.append(section.model_copy(update=own))
     sections = [with_label_names(each) for each in sections]
-    sources = [tokenized(each, encoder, console, cached) for each in sections]
+    with Phase(console or Console(stderr=True), "reading rows", file=progress_file) as show:
+        sources = [tokenized(each, encoder, show, cached) for each in sections]
     divided = [schedule.divide(section, sections, sources) for schedule in plugins.schedules_of(data=section)]
     part_names, set_aside = next((parts for parts in divided if parts is not None), ([], {}))
     if section.rows_per_label is not None:

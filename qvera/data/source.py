@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from qvera.utils.progress import Phase
+
     Processor: TypeAlias = PreTrainedTokenizerBase | ImageProcessor
     """What makes rows into a model's input."""
 
 TRAIN, EVAL = "train", "eval"
 CHUNK_ROWS = 256
 """Raw rows that are tokenized together."""
-_PROGRESS_ROWS = 2000
-"""More rows than this get a progress bar."""
 MEASURED_SECONDS = 1.0
 """After this long in one process, the time for the rest is estimated."""
 WORTH_SECONDS = 60.0
@@ -289,7 +289,7 @@ class Part:
 
 
 def tokenize_source(
-    section: DataSection, encoder: Encoder | ImageEncoder, directory: Path, console: Console | None
+    section: DataSection, encoder: Encoder | ImageEncoder, directory: Path, show: Phase
 ) -> TokenizedSource:
     """Read, check, render and tokenize one source (with an empty ``mixture``) into tables in ``directory``.
 
@@ -319,25 +319,21 @@ def tokenize_source(
         kind = ImageReader if isinstance(encoder, ImageEncoder) else kind
         part = Part(kind(section, encoder, template, format), name, held_out, chosen)  # type: ignore[arg-type]
         if name == TRAIN or held.any():
-            setattr(source, name, _tokenize(part, directory, source, console))
+            setattr(source, name, _tokenize(part, directory, source, show))
     return source
 
 
-def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Console | None) -> Rows:
+def _tokenize(part: Part, directory: Path, source: TokenizedSource, show: Phase) -> Rows:
     """Write a part's rows to ``directory``, and add what they lost to the counts of ``source``."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     section = part.tokenizer.section
     path, count = section.held_out_path if part.held_out else section.path, part.rows
     empty_rows: list[str] = []
-    console = console or Console(stderr=True)
-    progress = Progress(console=console, transient=True, disable=count <= _PROGRESS_ROWS)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        total = -(-count // CHUNK_ROWS)
-        with progress, contextlib.closing(_chunks(part, console)) as chunks:
-            for chunk in progress.track(chunks, total, description=f"Tokenizing {path}"):
+        show(0, count, f"tokenizing {path}")
+        with contextlib.closing(_chunks(part, show.console)) as chunks:
+            for number, chunk in enumerate(chunks, start=1):
+                show(min(number * CHUNK_ROWS, count))
                 if chunk.error:
                     raise InputError(chunk.error)
                 empty_rows.extend(chunk.empty_rows)

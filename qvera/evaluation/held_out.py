@@ -180,34 +180,34 @@ def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list
 def score_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Callable[[Callable[[str], None]], dict[str, Any]],
+    held_out: Callable[[], dict[str, Any]],
     prompts: Sequence[EvalPrompt],
     metrics: Sequence[TextMetric],
     settings: TrainingSection,
     *,
     max_new_tokens: int,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Scores of held-out rows, and greedy answers to ``prompts`` (which may be empty) with their scores.
 
     Args:
-        held_out: computes the loss (`qvera.tasks.Task.held_out_loss`); its argument takes lines of progress.
+        held_out: computes the loss (`qvera.tasks.Task.held_out_loss`).
+        progress: takes the number of answers.
 
     Returns:
         The scores of ``held_out``. Where answers have references, also each metric (``exact`` as ``exact_match``),
         ``scored_rows``, and the number of ``references``.
         A row for each prompt: ``source``, ``prompt``, ``references``, ``answer``, and ``scores`` by metric.
     """
-    say = progress or (lambda _: None)
     with scoring(model):
-        scores = held_out(say)
+        scores = held_out()
         answers = generate(
             model,
             tokenizer,
             [example.prompt_ids.tolist() for example, _ in prompts],
             max_new_tokens=max_new_tokens,
             batch_size=settings.answer_batch_size,
-            progress=lambda done: say(f"answering, {done} of {len(prompts)} prompts"),
+            progress=progress,
             images=[example.images for example, _ in prompts],
         )
     rows: list[dict[str, Any]] = [

@@ -202,12 +202,12 @@ class Judge:
         answers: list[dict[str, Any]],
         questions: Sequence[str],
         others: Sequence[str] | None,
-        say: Callable[[str], None],
+        show: Callable[[int, int], None],
     ) -> dict[str, Any]:
         """Ask about each answer, write ``judge`` into its row, and return who judged and the summary (`summary_of`).
 
         ``answers`` are rows of `qvera.evaluation.held_out.score_model`, with ``base_answer`` to compare with the base.
-        ``others`` are from `others`.
+        ``others`` are from `others`. ``show`` takes how many replies there are, and will be.
 
         InputError: the server refuses.
         RunFailed: the server can't be reached, or fails.
@@ -219,9 +219,7 @@ class Judge:
         ]
         if self.against == "reference":  # the judge must not be told which of the two it is
             pairs = [Pair(pair.question, pair.answer, pair.other) for pair in pairs]
-        judged = judge_pairs(
-            pairs, self.prompt, self.ask, progress=lambda done: say(f"Judging: {done} of {2 * len(pairs)} replies")
-        )
+        judged = judge_pairs(pairs, self.prompt, self.ask, progress=lambda done: show(done, 2 * len(pairs)))
         for row, found in zip(answers, judged, strict=True):
             row["judge"] = found
         about = {"server": self.server, "model": self.model, "against": self.against}

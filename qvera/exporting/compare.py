@@ -24,7 +24,7 @@ from qvera.tasks import CausalLM, Task, task_of
 from qvera.utils import accelerator, formatting, memory
 from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
-from qvera.utils.status_line import status_line
+from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,7 +147,7 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
     task = task_of(recipe)
     task.prepare(opened.model, opened.base.tokenizer, datasets)
 
-    def held_out(_: Callable[[str], None] | None = None) -> dict[str, Any]:
+    def held_out() -> dict[str, Any]:
         return task.held_out_loss(opened.model, rows, datasets)
 
     if not task.has_answers:
@@ -182,7 +182,7 @@ def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, c
             return {"not_measured": f"holding the trained and the exported model together takes {sizes}. {again}"}
         opened, datasets, rows, split = _open_with_rows(target, recipe, limit, console)
         labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
-        with status_line(console, "Comparing the trained with the exported model"):
+        with Phase(console, "comparing the trained with the exported model"):
             found = measure_difference(opened.model, merged, rows, datasets.pad_id, task_of(recipe), labels)
         return {"split": split, **found}
 
@@ -194,12 +194,12 @@ def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, conso
 
     def measure() -> dict[str, Any]:
         opened, datasets, rows, split = _open_with_rows(target, recipe, limit, console)
-        with status_line(console, "Scoring the trained adapter"):
+        with Phase(console, "scoring the trained adapter"):
             trained = adapter_scores(opened, recipe, datasets, rows)
         del opened
         gc.collect()  # a quantized weight and its module hold each other
         accelerator.empty_cache()
-        with status_line(console, "Scoring the LoRA on its base"):
+        with Phase(console, "scoring the LoRA on its base"):
             exported = adapter_scores(open_target(find_target(lora, target.run)), recipe, datasets, rows)
         return {"split": split, "trained": trained, "exported": exported}
 
@@ -209,7 +209,7 @@ def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, conso
 def _open_with_rows(
     target: Artifact, recipe: Recipe, limit: int, console: Console
 ) -> tuple[OpenRun, Datasets, Rows, str]:
-    with status_line(console, f"Loading {target.path}"):
+    with Phase(console, f"loading {target.path}"):
         opened = open_target(target)
     labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)

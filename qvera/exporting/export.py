@@ -30,7 +30,7 @@ from qvera.utils.atomic import replace_text, require_empty
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
-from qvera.utils.status_line import status_line
+from qvera.utils.progress import Phase
 
 To = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]
 
@@ -85,7 +85,7 @@ def export(
     if to.startswith("gguf"):
         require_answers(target, f"--to {to}")
     if to == "gguf":
-        with status_line(console, "Merging") as show:
+        with Phase(console, "merging tensors") as show:
             certificate = export_gguf(
                 adapter_dir,
                 section,
@@ -94,7 +94,7 @@ def export(
                 written,
                 chat_template=chat.template,
                 system=chat.system,
-                progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
+                progress=lambda done, total, name: show(done, total, facts=name),
             )
         (file,) = certificate["files"]
         size = formatting.size((out / file).stat().st_size)
@@ -194,10 +194,16 @@ def _merge(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     section, template = target.section, chat.template
-    with status_line(console, "Merging") as show:
+    with Phase(console, "merging tensors") as show:
         if quantize is not None:
             certificate = export_quantized(
-                adapter_dir, section, out, options, quantize, chat_template=template, progress=show
+                adapter_dir,
+                section,
+                out,
+                options,
+                quantize,
+                chat_template=template,
+                progress=lambda stage, done, total, what: show(done, total, stage, what),
             )
         else:
             certificate = export_merged(
@@ -206,7 +212,7 @@ def _merge(
                 out,
                 options,
                 chat_template=template,
-                progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
+                progress=lambda done, total, name: show(done, total, facts=name),
             )
     files, changed = certificate["files"], len(certificate["delta"])
     size = formatting.size(sum((out / name).stat().st_size for name in files))

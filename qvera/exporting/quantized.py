@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qvera.models.safetensors_stream import read_tensor
 from qvera.models.stored_weights import packed_weights, without_statistics
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text, require_new_or_unfinished
+from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, Interrupted
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
@@ -41,7 +42,7 @@ def export_quantized(
     quantization: str,
     *,
     chat_template: str | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: StageProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """Write the merged model to ``out`` in bitsandbytes' 4-bit format, and return its certificate (also written there).
 
@@ -85,22 +86,19 @@ def export_quantized(
             merged,
             options,
             chat_template=chat_template,
-            progress=lambda done, total, name: progress(f"Merging: {done} of {total} tensors ({name})"),
+            progress=functools.partial(progress, "merging"),
         )
     with StopRequests() as stop:
 
-        def say(text: str) -> None:
-            progress(text)
+        def report(stage: str, done: int, total: int, what: str) -> None:
+            progress(stage, done, total, what)
             if stop.asked:
                 raise Interrupted(f"{stop.asked}: stopped. The same command goes on from there.")
-
-        def report(stage: str, done: int, total: int, what: str) -> None:
-            say(f"{stage.capitalize()}: {done / max(total, 1):.0%} ({what})")
 
         if record is None:
             source = read_source(target, merged, model_class)
             record = quantize_checkpoint(target, source, out, device=accelerator.current_device(), progress=report)
-        errors = _weight_errors(merged, out, target, model_class, lambda name: say(f"Measuring the error of {name}"))
+        errors = _weight_errors(merged, out, target, model_class, report)
     certificate |= {
         "files": {name: file["sha256"] for name, file in record["files"].items()},
         "quantized": {
@@ -134,7 +132,7 @@ def _finished_merge(
 
 @torch.no_grad()
 def _weight_errors(
-    dense: Path, quantized: Path, section: ModelSection, model_class: ModelClass, progress: Callable[[str], None]
+    dense: Path, quantized: Path, section: ModelSection, model_class: ModelClass, progress: StageProgress
 ) -> dict[str, float]:
     """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), with W from ``dense``.
 
@@ -146,11 +144,11 @@ def _weight_errors(
     reader = PackedBaseReader(stored, file_stamps(stored), {}, packed, torch.float32)
     source = PackedBaseReader(originals, file_stamps(originals), {}, {}, torch.float32)
     entries, fused = {entry.name: entry for entry in originals}, fused_tensors(originals, model)
-    errors = {}
+    errors: dict[str, float] = {}
     for entry in without_statistics(stored, packed):
         if entry.name not in packed:
             continue
-        progress(entry.name)
+        progress("measuring", len(errors), len(packed), entry.name)
         if entry.name in entries:
             weight = read_trained_weight(source, entries[entry.name])
         else:  # experts that are single in the files

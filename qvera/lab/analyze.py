@@ -97,14 +97,14 @@ def analyze(
         require_empty(out)
         template = chat_of(target).beside
         require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--reduce")
-    with progress("Analyzing") as show:
+    with progress("analyzing linears") as show:
         analysis = analyze_adapter(
             adapter_dir,
             target.section,
             top_k=top_k,
             epsilon=epsilon,
             keep=reduce,
-            progress=lambda done, total, name: show(f"Analyzing: {done} of {total} linears ({name})"),
+            progress=lambda done, total, name: show(done, total, facts=name),
         )
     document: dict[str, Any] = {
         "subject": {
@@ -171,17 +171,18 @@ def _losses(target: Artifact, texts: list[Text], reduced: Path | None) -> list[d
 
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     size, chunk = settings.per_device_eval_batch_size, settings.loss_chunk_tokens
-    with progress("Loading the model"):
+    with progress("loading the model"):
         opened = open_target(target)
     tables: list[dict[str, Any]] = [
         {"text": label, "rows": len(some), "base": None, "adapter": None, "reduced": None} for label, some, _ in texts
     ]
 
     def measure(model: Any, column: str) -> None:
-        with progress(f"Loss ({column})") as show, scoring(model):
+        with progress(f"loss of the {column}") as show, scoring(model):
             for table, (label, some, pad_id) in zip(tables, texts, strict=True):
-                show(f"Loss ({column}): {label}, {table['rows']} rows")
-                table[column] = held_out_loss(model, some, pad_id=pad_id, batch_size=size, chunk_tokens=chunk)["loss"]
+                show(0, table["rows"], f"loss of the {column} on {label}")
+                found = held_out_loss(model, some, pad_id=pad_id, batch_size=size, chunk_tokens=chunk, progress=show)
+                table[column] = found["loss"]
 
     measure(opened.model, "adapter")
     with base_of(opened) as base:

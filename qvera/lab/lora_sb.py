@@ -30,7 +30,6 @@ from qvera.models.structure import causal_model
 from qvera.training.optim import current_rate
 from qvera.utils import memory
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.status_line import status_line
 
 if TYPE_CHECKING:
     from qvera.data import Batches
@@ -106,11 +105,12 @@ class StartFromGradient(TrainingHook):
                 room = most
             parts[-1][name] = layer
             room -= size
-        with status_line(training.console, "Gradient of the first rows") as update, _base_alone(training.model, layers):
+        name = f"gradient of the first {len(rows)} rows"
+        with training.session.phase(name, 100) as percent, _base_alone(training.model, layers):
             for number, part in enumerate(parts):
 
                 def show(share: float, number: int = number) -> None:
-                    update(f"Gradient of the first {len(rows)} rows: {(number + share) / len(parts):.0%}")
+                    percent(int(100 * (number + share) / len(parts)))
 
                 gradients = _gradients(training, {name: each.base_layer for name, each in part.items()}, rows, show)
                 for name, layer in part.items():

@@ -1,8 +1,10 @@
 """The hub: directories behind ``model.path`` or behind the id of an adapter, and files to send."""
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -12,8 +14,10 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
+from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub has
 
 from qvera.config.schema import ModelSection
+from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import ADAPTER_CONFIG, resolve_path
 from qvera.utils.safetensors_io import INDEX, weight_map
@@ -90,7 +94,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)} Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
 
 
-def base_directory(section: ModelSection) -> Path:
+def base_directory(section: ModelSection, progress: StageProgress | None = None) -> Path:
     """The directory of the base's weights: the local one, or the hub's snapshot. Raises InputError if there is none."""
     name = resolve_path(section.path)
     require_model_files(name)
@@ -99,12 +103,36 @@ def base_directory(section: ModelSection) -> Path:
     patterns = [*FILES, *(["*.py"] if section.trust_remote_code else [])]
     again = ["original/*", "consolidated*.safetensors"]  # the same weights in another format
     try:
-        return Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns, ignore_patterns=again))
+        return Path(
+            snapshot_download(
+                name,
+                revision=section.revision,
+                allow_patterns=patterns,
+                ignore_patterns=again,
+                tqdm_class=None if progress is None else _bar_for(progress),
+            )
+        )
     except Exception as error:
         raise InputError(
             f"model.path: the base {name!r} is no directory here, and can't be downloaded from the hub "
             f"({type(error).__name__}: {error})."
         ) from None
+
+
+def _bar_for(progress: StageProgress) -> type:
+    """A bar of huggingface_hub that draws nothing, and tells ``progress`` how many bytes have come."""
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **{**options, "disable": False, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> Any:
+            shown = super().update(n)
+            if self.unit == "B":
+                progress("fetching", int(self.n), int(self.total or 0), "")
+            return shown
+
+    return Bar
 
 
 def require_model_files(name: str) -> None:

@@ -97,7 +97,9 @@ def load_base(
     try:
         config = load_config(section)
         prequantized = getattr(config, "quantization_config", None) is not None
-        if Path(name).is_dir():
+        if not Path(name).is_dir():
+            base_directory(section, progress)
+        else:
             empty = empty_model(section, None, model_class)
             entries = as_named(checkpoint_tensors(Path(name)), empty)
             require_own_weights(Path(name), entries, empty, model_class)

@@ -143,7 +143,7 @@ class Task(ABC):
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Example],
         group: Group,
-        progress: Callable[[str], None],
+        progress: Callable[[int, int], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scores of answers to held-out rows, and answers to show. Both are empty for a model that writes no text."""
         return {}, []

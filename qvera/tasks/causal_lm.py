@@ -82,7 +82,7 @@ class CausalLM(Task):
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Example],
         group: Group,
-        progress: Callable[[str], None],
+        progress: Callable[[int, int], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Greedy answers for the samples and, if the recipe asks for it, their exact match.
 
@@ -95,14 +95,15 @@ class CausalLM(Task):
         match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
         indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
         answers: list[dict[str, Any]] = []
-        if group.first or any_sharded(model):
+        if indices and (group.first or any_sharded(model)):
+            progress(0, len(indices))
             answers = held_out.answer_rows(
                 model,
                 tokenizer,
                 [rows[i] for i in indices],
                 max_new_tokens=training.sample_max_new_tokens,
                 batch_size=training.answer_batch_size,
-                progress=lambda done: progress(f"{done} of {len(indices)} answers"),
+                progress=lambda done: progress(done, len(indices)),
             )
         by_row = dict(zip(indices, group.broadcast(answers), strict=True))
         scores: dict[str, Any] = {}

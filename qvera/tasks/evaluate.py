@@ -25,7 +25,7 @@ from qvera.tasks import CausalLM, classification_of, task_of
 from qvera.tasks.classification import label_scores, predictions
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, QveraError
-from qvera.utils.status_line import status_line
+from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -102,14 +102,10 @@ def evaluate(
     def score(
         scored: PreTrainedModel | PeftModel, label: str, with_loss: bool = True
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        def held_out(say: Callable[[str], None]) -> dict[str, Any]:
-            if not with_loss:
-                return {}
-            return task.held_out_loss(
-                scored, examples, datasets, progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows")
-            )
+        def held_out() -> dict[str, Any]:
+            return task.held_out_loss(scored, examples, datasets, progress=show) if with_loss else {}
 
-        with status_line(console, f"{label}scoring") as show:
+        with Phase(console, f"held-out loss of {label}", len(examples)) as show:
             return score_model(
                 scored,
                 model.base.tokenizer,
@@ -118,10 +114,10 @@ def evaluate(
                 chosen,
                 task.training,
                 max_new_tokens=answer_tokens,
-                progress=lambda text: show(label + text),
+                progress=lambda done: show(done, len(prompts), f"answering {len(prompts)} prompts with {label}"),
             )
 
-    scores, answered = score(model.model, "")
+    scores, answered = score(model.model, "the base" if base_alone else str(target.path))
     for row, (example, _) in zip(answered[:MAX_ROWS], prompts, strict=False):
         if example.images:
             row["images"] = thumbnail_uris(example.images)
@@ -134,11 +130,11 @@ def evaluate(
             gc.collect()  # TRL's trainer and its model hold each other
             accelerator.empty_cache()
         with contextlib.ExitStack() as until_scored:
-            with status_line(console, "Loading the base"):
+            with Phase(console, "loading the base"):
                 base = until_scored.enter_context(base_of(model))
             if target.adapter is None:
                 task.prepare(base, model.base.tokenizer, datasets)
-            base_scores, base_rows = score(base, "Base: ", with_loss=not task.has_reference)
+            base_scores, base_rows = score(base, "the base", with_loss=not task.has_reference)
         answered = [
             row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
             for row, of_base in zip(answered, base_rows, strict=True)
@@ -162,7 +158,7 @@ def evaluate(
         decode = model.base.tokenizer.decode
         questions = [decode(prompt.example.prompt_ids.tolist(), skip_special_tokens=True) for prompt in prompts]
         try:
-            with status_line(console, "Judging") as show:
+            with Phase(console, "judging") as show:
                 document["judge"] = judge.judge(answered, questions, others, show)
         except QveraError as error:
             document["judge_error"] = error
@@ -172,7 +168,7 @@ def evaluate(
 def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Console, *, adapter: bool = True) -> OpenRun:
     if opened is not None:
         return opened()
-    with status_line(console, f"Loading {target.path}"):
+    with Phase(console, f"loading {target.path}"):
         return open_target(target, adapter=adapter)
 
 
@@ -192,13 +188,13 @@ def _evaluate_labels(
     examples = (datasets.train if rows is not None else require_held_out_rows(datasets, target.name))[:limit]
     require_positions(model.model, lengths_of(examples))
     batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
-    with status_line(console, "Scoring") as show, scoring(model.model):
+    with Phase(console, "scoring", len(examples)) as show, scoring(model.model):
         logits = task.held_out_logits(
             model.model,
             examples,
             datasets.pad_id,
             batch_size,
-            progress=lambda done: show(f"Scoring, {done} of {len(examples)} rows"),
+            progress=show,
         )
     scores = label_scores(logits, examples, labels)
     del scores["trained_tokens"]

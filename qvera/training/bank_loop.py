@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -210,7 +211,7 @@ class BankLoop(Loop[BankStep]):
 
     def count_step(self, step: BankStep, norms: dict[AdapterRun, tuple[float, float]]) -> Records:
         """A record of each adapter that took its step, and one of the round. Other adapters get a ``reason``."""
-        self.round, seconds, records = step.number, step.seconds, []
+        self.round, seconds, records, losses = step.number, step.seconds, Records(), list[float]()
         all_tokens = sum(share.input_tokens for share in step.shares.values())
         for run, share in step.shares.items():
             loss = share.loss / share.trained_tokens
@@ -220,6 +221,7 @@ class BankLoop(Loop[BankStep]):
                 run.reason = not_finite_text(f"step {run.state.step + 1}", [loss], norm, rows)
                 continue
             # a part of the round's time, so that the adapters' seconds add up to it
+            losses.append(loss)
             run.state.add_step(loss, share.input_tokens / all_tokens * seconds, share.input_tokens)
             run.state.evaluation_due = run.evaluation_is_due
             assert run.batches is not None
@@ -241,6 +243,7 @@ class BankLoop(Loop[BankStep]):
             "kind": "round",
             "round": step.number,
             "adapters": len(step.shares),
+            "loss": statistics.fmean(losses) if losses else math.nan,
             "rows": len(step.rows),
             "passes": len(step.pass_rows),
             "input_tokens": all_tokens,

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import Any, Self
 
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
 from qvera.utils.memory import Shortage
-from qvera.utils.status_line import LINE_SECONDS
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def metrics_path(run_dir: Path, rank: int) -> Path:
@@ -102,42 +95,11 @@ def repeat_line(record: dict[str, Any]) -> str | None:
     return None
 
 
-class ProgressBar(Progress):
-    """A progress bar; in a log it is a line every twentieth of the steps, or `LINE_SECONDS` where they are slow."""
-
-    def __init__(self, console: Console, steps: int, done: int) -> None:
-        super().__init__(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.steps = steps
-        self.every_steps = max(1, -(-steps // 20))
-        self.next_line = 0.0  # the first step is reported at once
-        self.task = self.add_task("training", total=steps, completed=done, facts="")
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Show the record of a step."""
-        facts = f"reward {record['reward']:.4f}  " if "reward" in record else ""
-        facts += (
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}"
-        )
-        self.move(record["step"], facts)
-
-    def move(self, step: int, facts: str) -> None:
-        """Show that ``step`` steps are done, with ``facts`` beside the bar."""
-        before, now = self.tasks[self.task].completed, time.monotonic()
-        self.update(self.task, completed=step, facts=facts)
-        if self.console.is_terminal:
-            return
-        if step // self.every_steps > before // self.every_steps or step == self.steps or now >= self.next_line:
-            self.next_line = now + LINE_SECONDS
-            self.console.print(f"step {step}/{self.steps}  {facts}")
+def step_facts(record: dict[str, Any]) -> str:
+    """What stands behind the count of steps: loss, speed, memory."""
+    reward = f"reward {record['reward']:.4f}, " if "reward" in record else ""
+    speed = f"{record['tokens_per_second']:,.0f} tokens/s, {size(record['memory_bytes'])}"
+    return f"{reward}loss {record['loss']:.4f}, {speed}"
 
 
 class Trackers:

@@ -371,9 +371,9 @@ class AloneLoop(Loop[AloneStep]):
         }
         return [record]
 
-    def held_out_loss(self) -> dict[str, Any]:
-        """Loss and scores of all held-out rows, the same values on all ranks."""
-        result = self.task.held_out_loss(self.model, self.datasets.eval, self.datasets, self.group)
+    def held_out_loss(self, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """Loss and scores of all held-out rows, the same values on all ranks. ``progress``: takes this rank's rows."""
+        result = self.task.held_out_loss(self.model, self.datasets.eval, self.datasets, self.group, progress)
         return self.group.broadcast(result)
 
     def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:

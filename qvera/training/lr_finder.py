@@ -21,7 +21,7 @@ from qvera.distributed.init import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
-from qvera.training.logging import ProgressBar
+from qvera.training.logging import step_facts
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import current_rate
 from qvera.training.run_dir import require_writable
@@ -95,7 +95,7 @@ def find_lr(
 def _take_steps(loop: AloneLoop, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:
     points: list[dict[str, Any]] = []
     loop.model.train()
-    with ProgressBar(loop.console, ramp.steps, 0) as progress:
+    with loop.session.phase("testing learning rates", ramp.steps) as show:
         while loop.state.step < ramp.steps:
             rate = current_rate(loop.schedule)
             try:
@@ -108,7 +108,7 @@ def _take_steps(loop: AloneLoop, ramp: LrRange) -> tuple[list[dict[str, Any]], f
             if record["kind"] != "train":
                 continue
             points.append({key: record.get(key) for key in _RECORD_KEYS})
-            progress.show(record)
+            show(len(points), facts=f"rate {rate_text(rate)}, {step_facts(record)}")
             if has_diverged([point["loss"] for point in points], ramp.steps):  # the same on all ranks, as the loss is
                 return points, rate
     return points, None

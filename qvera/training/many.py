@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.checkpoint import Checkpoint, TrainState
 from qvera.training.failures import has_finite_loss
-from qvera.training.logging import MetricsLog, join_records, metrics_path
+from qvera.training.logging import MetricsLog, join_records, metrics_path, step_facts
 from qvera.training.loop import Records
 from qvera.training.plan.decisions import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
@@ -38,9 +38,7 @@ from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json
-from qvera.utils.formatting import size
 from qvera.utils.paths import ADAPTERS, resolve_path
-from qvera.utils.status_line import status_line
 
 T = TypeVar("T")
 
@@ -90,9 +88,10 @@ class ManyTrainer(Run):
             self.warn(f"{shown_name(base)}: an adapter and the base have this name, and `qvera serve` means the base.")
         self.steps = sum(run.steps for run in self.runs)
         sizes = sorted(len(run.rows.train) for run in every)
+        spread = f"{sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,})"
+        spread = f"{sizes[0]:,} rows each" if sizes[0] == sizes[-1] else spread
         self.console.print(
-            f"{len(every):,} adapters of {sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,}), "
-            f"{sum(run.steps for run in every):,} optimizer steps together.",
+            f"{len(every):,} adapters of {spread}, {sum(run.steps for run in every):,} optimizer steps together.",
             highlight=False,
             soft_wrap=True,
         )
@@ -228,8 +227,10 @@ class ManyTrainer(Run):
             return
         self.loop.bank.start(0)
         wanted = [(run, 0) for run in self.runs if len(run.rows.eval)]
-        with status_line(self.console, "Before training: held-out loss"):
-            for (run, _), result in zip(wanted, result_of(self.loop.score(wanted)), strict=True):
+        rows = sum(len(run.rows.eval) for run, _ in wanted)
+        passes = -(-rows // self.recipe.training.per_device_eval_batch_size)
+        with self.session.phase("held-out loss of the base, in passes", passes) as show:
+            for (run, _), result in zip(wanted, result_of(self.loop.score(wanted), show), strict=True):
                 run.state.before = result
 
     def take_turn(self) -> bool:
@@ -243,11 +244,10 @@ class ManyTrainer(Run):
         self._let_out()
         self.whole_round = self.loop.round
         for record in taken:
-            self.progress.move(
+            self.progress(
                 roster.steps_behind,
-                f"{roster.left:,} of {len(self.runs):,} adapters done, {len(roster.in_flight):,} in flight  "
-                f"{record['adapters'] / record['step_seconds']:,.1f} steps/s  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}",
+                facts=f"{roster.left:,} of {len(self.runs):,} adapters done, {len(roster.in_flight):,} in flight, "
+                f"{step_facts(record)}",
             )
         return self.loop.round % self.recipe.training.save_steps == 0
 
@@ -393,10 +393,13 @@ def _without_rows(name: str) -> dict[str, Any]:
     return {**entry, **dict.fromkeys(counts, 0), **dict.fromkeys(empty), "flags": []}
 
 
-def result_of(work: Generator[Records, None, T]) -> T:
-    """Run a generator to its end at once, and give what it returns."""
+def result_of(work: Generator[Records, None, T], progress: Callable[[int], object] = lambda _: None) -> T:
+    """Run a generator to its end at once, and give what it returns. ``progress`` takes how often it has yielded."""
+    times = 0
     while True:
         try:
             next(work)
         except StopIteration as end:
             return end.value
+        times += 1
+        progress(times)

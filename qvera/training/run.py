@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qvera.adapters.files.save_load import adapter_facts
 from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
-from qvera.training.logging import MetricsLog, ProgressBar, Trackers
+from qvera.training.logging import MetricsLog, Trackers
 from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
@@ -158,7 +158,7 @@ class Run(ABC):
             try:
                 self.score_before()
                 self.session.model.train()
-                with ProgressBar(self.console, self.steps, self.steps_behind) as self.progress:
+                with self.session.phase("training", self.steps, done=self.steps_behind) as self.progress:
                     while self.has_steps_left and not self.stop_requested():
                         if self.take_turn():
                             self.save_checkpoint()

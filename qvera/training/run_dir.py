@@ -20,7 +20,7 @@ from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import existing_parent, plain_json, try_read_json
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTERS, RUN_OWNER
+from qvera.utils.paths import ADAPTERS, RUN_OWNER, RUN_PROGRESS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
         yield
     finally:
         with contextlib.suppress(OSError):  # a disk that became read-only; a lock file that nobody holds does no harm
-            for file in (owner, run_dir / _LOCK):
+            for file in (owner, run_dir / RUN_PROGRESS, run_dir / _LOCK):
                 file.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):

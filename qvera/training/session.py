@@ -41,7 +41,8 @@ from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
 from qvera.utils.memory import is_out_of_memory
-from qvera.utils.status_line import status_line
+from qvera.utils.paths import RUN_PROGRESS
+from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
     from qvera.models.model_class import ModelClass
@@ -96,13 +97,22 @@ class TrainingSession:
         """Print a sentence in yellow."""
         self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
+    def phase(self, name: str, total: int | None = None, **how: Any) -> Phase:
+        """Show a phase on the console of rank 0, and in the run's directory."""
+        return Phase(self.console, name, total, file=self.progress_file, **how)
+
+    @property
+    def progress_file(self) -> Path | None:
+        """Where `qvera ui` reads how far the run is."""
+        return self.run_dir / RUN_PROGRESS if self.group.first else None
+
     def load_data(self, preview: bool = False) -> None:
         """Read and tokenize the rows before the model is loaded, so that a wrong row is found soon (InputError)."""
         recipe, console = self.recipe, self.console
 
         def read() -> Datasets:
             tokenizer = load_processor(recipe.model, self.task.exported_class)
-            datasets = build_datasets(recipe.data, tokenizer, console)
+            datasets = build_datasets(recipe.data, tokenizer, console, progress_file=self.progress_file)
             if not datasets.train:
                 raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
             if self.zero is not None and self.zero.shards_base and datasets.train.has_images:
@@ -155,7 +165,7 @@ class TrainingSession:
         count = len(self.datasets.train)
         schedules = plugins.schedules_of(training=recipe.training)
         changes = {k: v for each in schedules for k, v in each.config(recipe, count).items()}
-        with status_line(self.console, "Putting the adapter on") as update:
+        with self.phase("putting the adapter on") as show:
             self.model = attach(
                 self.base.model,
                 recipe.adapter,
@@ -163,7 +173,7 @@ class TrainingSession:
                 *identity,
                 recipe.model,
                 changes,
-                progress=lambda name: update(f"Decomposing weights: {name}"),
+                progress=lambda name: show(0, facts=f"decomposing {name}"),
                 model_class=model_class,
             )
         for rows in (self.datasets.train, self.datasets.eval):
@@ -196,7 +206,7 @@ class TrainingSession:
         recipe, model = self.recipe, self.model
         was_training = model.training
         try:
-            with status_line(self.console, "Trying the longest batch"), accelerator.forked_random_state():
+            with self.phase("trying the longest batch"), accelerator.forked_random_state():
                 model.train()
                 do(examples)
         except (RuntimeError, MemoryError) as error:
@@ -213,10 +223,10 @@ class TrainingSession:
         section = self.recipe.model
         if self.plan is not None:
             section = section.replace(stream=self.plan.streaming.streams)
-        with status_line(self.console, f"Loading {section.path}") as update:
+        with self.phase(f"loading {section.path}", text=size) as show:
 
             def progress(stage: str, done: int, total: int, _: str) -> None:
-                update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
+                show(done, total, f"{stage} {section.path}")
 
             read = functools.partial(load_base, section, self.device, progress, self.sharder, model_class)
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it

@@ -20,7 +20,7 @@ from qvera.training import checkpoint
 from qvera.training.checkpoint import Checkpoint, TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
-from qvera.training.logging import repeat_line
+from qvera.training.logging import repeat_line, step_facts
 from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
 from qvera.training.optim import optimizer_bytes
@@ -30,7 +30,6 @@ from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json
-from qvera.utils.status_line import status_line
 
 
 def train(
@@ -185,7 +184,7 @@ class Trainer(Run):
         if (line := repeat_line(record)) is not None:
             self.console.print(line, style="yellow", highlight=False, soft_wrap=True)
         if record["kind"] == "train":
-            self.progress.show(record)
+            self.progress(record["step"], facts=step_facts(record))
             if record["step"] == 1 and self.recipe.training.optim != "adamw":
                 stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.loop.model).values())
                 self.console.print(
@@ -199,7 +198,8 @@ class Trainer(Run):
         Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
         """
         state, patience = self.state, self.recipe.training.early_stopping_patience
-        result = self.loop.held_out_loss()
+        with self.progress.within("held-out loss", len(self.loop.datasets.eval)):
+            result = self.loop.held_out_loss(self.progress)
         state.evaluation_due = False
         state.add_evaluation(result["loss"], patience)
         self.console.print(f"step {state.step}: {self.session.task.line(result)}", soft_wrap=True)
@@ -214,16 +214,15 @@ class Trainer(Run):
 
         Returns the scores, and the answers to show as samples.
         """
-        loop, task = self.loop, self.session.task
-        with status_line(self.console, f"{label}: held-out loss") as update, held_out.scoring(loop.model):
-            result = loop.held_out_loss()
+        loop, task, rows = self.loop, self.session.task, self.loop.datasets.eval
+        who = "base" if loop.state.step == 0 else "adapter"
+        with self.session.phase(f"held-out loss of the {who}", len(rows)) as show, held_out.scoring(loop.model):
+            result = loop.held_out_loss(show)
 
-            def say(text: str) -> None:
-                update(f"{label}: {text}")
+            def answering(done: int, total: int) -> None:
+                show(done, total, f"answering {total} prompts with the {who}")
 
-            answered, samples = task.answers(
-                loop.model, self.session.base.tokenizer, loop.datasets.eval, self.group, say
-            )
+            answered, samples = task.answers(loop.model, self.session.base.tokenizer, rows, self.group, answering)
         result |= answered
         self.console.print(f"{label}: {task.line(result)}", soft_wrap=True)
         return result, samples

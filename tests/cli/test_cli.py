@@ -59,10 +59,10 @@ def test_quantize_into_the_cache_says_how_small_the_model_became(
 ) -> None:
     monkeypatch.setenv("QVERA_CACHE", str(tmp_path))
     progress = io.StringIO()
-    monkeypatch.setattr("qvera.cli.cache.console", Console(file=progress, force_terminal=True, width=100))
+    monkeypatch.setattr("qvera.cli.common.console", Console(file=progress, force_terminal=True, width=400))
     assert main(["quantize", str(tiny_model_dir)]) == 0
     assert re.search(r"kB → [\d.]+ kB in .*/bases/nf4-\w+, \d+ s", capsys.readouterr().out)
-    assert "Quantizing" in progress.getvalue()  # a bar
+    assert f"quantizing {tiny_model_dir}" in progress.getvalue()  # a bar
 
 
 def test_preview_shows_what_would_be_trained_of_every_source(

