@@ -88,6 +88,11 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+# For people at a terminal, so with pip's progress: torch alone takes minutes.
+$(VENV)/.installed-quickstart: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[quickstart]'
+	touch $@
+
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@

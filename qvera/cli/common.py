@@ -108,6 +108,14 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def require_adapters(run: Path, *names: str | None) -> None:
+    """Raise InputError for an adapter that a run of many has not, before torch is imported."""
+    from qvera.evaluation.named_adapters import adapters_root, require_all_named
+
+    if (asked := [name for name in names if name is not None]) and adapters_root(run) is not None:
+        require_all_named(run, asked)
+
+
 def require_packages(extra: str, *names: str) -> None:
     """Raise InputError where packages of one of qvera's extras are missing."""
     from importlib.util import find_spec

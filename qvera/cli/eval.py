@@ -18,6 +18,7 @@ from qvera.cli.common import (
     print_table,
     progress,
     quiet_libraries,
+    require_adapters,
     require_new_file,
     say,
 )
@@ -98,6 +99,7 @@ def evaluate(
     names = metrics.split(",")
     if not no_generation:
         text_metrics(names)  # a missing package is named at once
+    require_adapters(run, adapter)
     quiet_libraries()
 
     from qvera.evaluation.load import find_target, require_base

@@ -22,6 +22,7 @@ from qvera.cli.common import (
     option,
     progress,
     quiet_libraries,
+    require_adapters,
     require_new_file,
     say,
 )
@@ -64,6 +65,7 @@ def export(
     Example:
         qvera export runs/quickstart out/ --to merged
     """
+    require_adapters(run, adapter)
     quiet_libraries()
 
     from qvera.evaluation.load import find_target

@@ -24,6 +24,7 @@ from qvera.cli.common import (
     option,
     progress,
     quiet_libraries,
+    require_adapters,
     require_new_file,
     say,
 )
@@ -85,6 +86,7 @@ def generate(
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         questions, answers = _ask_server(url, questions, base, batch_size, settings)
     else:
+        require_adapters(Path(run), *adapters)
         quiet_libraries()
 
         from qvera.api import load
@@ -238,6 +240,7 @@ def chat(
         answer = _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens})
         _talk([Turn("system", system)] if system else [], seed, answer)
         return
+    require_adapters(Path(run), adapter)
     quiet_libraries()
 
     import transformers

@@ -68,7 +68,7 @@ def quickstart(
         print(f"\n── held-out prompt {number} " + "─" * 60)
         print(sample["prompt"].strip())
         for label in ("before", "after", "reference"):
-            print(f"{label + ':':<11}{sample[label]}")
+            print(f"{label + ':':<11}{formatting.folded(sample[label])}")
     print("\n" + "─" * 80)
     print_result(result.run_dir, result.run)
     print(f"talk to it        qvera chat {result.run_dir}")

@@ -49,6 +49,7 @@ def init(
     out: Annotated[Path, argument("OUT", "The recipe to write; must not exist.")] = Path("recipe.yaml"),
     model: Annotated[str | None, option("PATH", "A model directory or a hub id.")] = None,
     data: Annotated[str | None, option("PATH", "A file or directory of rows, or a hub id.")] = None,
+    eval_data: Annotated[str | None, option("PATH", "Held-out rows (default: some of --data).")] = None,
     task: Annotated[str | None, option("NAME", "sequence-classification or image-classification.")] = None,
     objective: Annotated[str | None, option("NAME", "dpo, orpo or kto, for preferences.")] = None,
     prompt_column: Annotated[str | None, option("NAME", "The prompt; of a classifier the text or image.")] = None,
@@ -72,7 +73,7 @@ def init(
     from qvera.models.model_class import load_config
 
     quiet_libraries()
-    tree = {"model": model, "data": {"path": data, **_given(system=system)}, **_given(task=task)}
+    tree = {"model": model, "data": {"path": data, **_given(eval_path=eval_data, system=system)}, **_given(task=task)}
     tree["training"] = _given(objective=objective)
     recipe = parse_recipe(tree, "the options")
     if recipe.data.format != "image":
@@ -150,14 +151,18 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
 
     adapter, training, data = schema.AdapterSection(), schema.TrainingSection(), recipe.data
     longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
-    held_out = min(0.1, 200 / max(1, stats.train_rows)) if stats.train_rows >= 10 else 0.0
+    divides = data.eval_path is None and stats.train_rows >= 10
+    held_out = min(0.1, 200 / max(1, stats.train_rows)) if divides else 0.0
+    held_out_rows = stats.eval_rows or round(stats.train_rows * held_out)
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
     rows = f"  path: {yaml_text(data.path)}\n  format: {stats.format}"
-    for key in ("columns", "system"):
+    for key in ("eval_path", "columns", "system"):
         if value := getattr(data, key):
             rows += f"\n  {key}: {yaml_text(value)}"
     if data.format != "image":  # whose tokens are those of its patches
         rows += f"\n  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}"
+    if data.eval_path is None:
+        rows += f"\n  eval_fraction: {held_out:.3g}         # held out: the run reports their loss before and after"
     task = "" if stats.labels is None else f"task: {recipe.task}\n"
 
     trained_rows = max(1, round(stats.train_rows * (1 - held_out)))
@@ -174,12 +179,11 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         f"global_batch_size: {step_rows}",
         f"learning_rate: {rate:g}         # {source}; --find-lr measures it on these rows",
     ]
+    is_short = stats.trained_tokens < SHORT_ANSWER_TOKENS * stats.train_rows
     if stats.labels is not None:
         keys.append(f"head_learning_rate: {HEAD_RATE:g}")
-    elif held_out and stats.trained_tokens < SHORT_ANSWER_TOKENS * stats.train_rows and data.format != "preference":
-        keys.append(
-            f"exact_match_rows: {min(50, round(stats.train_rows * held_out))}         # held-out answers compared"
-        )
+    elif held_out_rows and is_short and data.format != "preference":
+        keys.append(f"exact_match_rows: {min(50, held_out_rows)}         # held-out answers compared")
     if (objective := recipe.training.objective) != training.objective:
         keys.insert(0, f"objective: {objective}")
     written = "\n  ".join(keys)
@@ -194,7 +198,6 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
 
 data:
 {rows}
-  eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and after
 
 adapter:
   rank: {adapter.rank}

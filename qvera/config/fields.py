@@ -123,6 +123,13 @@ _INSTEAD = {
     "use_cpu": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
 }
 
+_SHORT_NAMES = {
+    "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "targets", "epochs": "num_train_epochs", "batch_size": "global_batch_size",
+    "optimizer": "optim", "scheduler": "lr_scheduler_type", "bs": "global_batch_size",
+}  # fmt: skip
+"""Other tools' names that no key here resembles."""
+
 # pydantic's words → those of YAML.
 _WORDS = {"a valid boolean": "true or false", "a valid integer": "a whole number", "a valid dictionary": "a mapping"}
 
@@ -205,6 +212,7 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
                 advice = "it is a TrainingArguments field that this loop does not have; remove it"
         if advice is not None:
             return f"is not a key of this section: {advice}."
+    name = _SHORT_NAMES.get(name, name)
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"unknown key. Did you mean `{near[0]}`?"
     for section, field in root.model_fields.items():

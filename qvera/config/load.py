@@ -15,6 +15,13 @@ from qvera.utils.errors import InputError, did_you_mean
 _MOST_NODES = 100_000
 """Values in a recipe after its aliases are expanded; a usual recipe has a hundred."""
 
+_OTHERS_HELD_OUT = {
+    "data.eval_path": ("eval_fraction",),
+    "data.eval_split": ("eval_fraction",),
+    "data.eval_fraction": ("eval_path", "eval_split"),
+}
+"""Override → keys of ``data`` that it replaces: other ways to hold out rows."""
+
 
 class _Loader(yaml.SafeLoader):
     """Octal and base-60 numbers become texts, which no key that takes a number accepts."""
@@ -78,6 +85,7 @@ def _note_lines(
 def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
 
+    An override that holds out rows replaces the recipe's own way to do so.
     With ``of_a_run`` the run has begun, maybe with an older qvera that accepted keys without effect. These are ignored.
     Raises InputError: the file can't be read, is not YAML, or is not a valid recipe.
     """
@@ -90,8 +98,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a recipe (UTF-8 YAML): {error}") from None
     tree, lines = read_yaml(text, str(path))
+    given = {override.partition("=")[0] for override in overrides or []}
     for override in overrides or []:
         tree = _override(tree, override)
+        section = tree.get("data")
+        for key in _OTHERS_HELD_OUT.get(override.partition("=")[0], ()):
+            if isinstance(section, dict) and f"data.{key}" not in given:
+                section.pop(key, None)
         lines.pop(tuple(override.partition("=")[0].split(".")), None)
     return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
 

@@ -14,6 +14,7 @@ from qvera.data.dataset import Datasets, DataStats
 from qvera.data.images import ImageProcessor
 from qvera.data.rows import Example
 from qvera.data.tokenization import decode
+from qvera.utils.formatting import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,6 +105,11 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(
             f"The tokenizer has no chat template, so rows are written with the template {templates}. "
             f"Set data.template to choose one: {', '.join(NAMED_TEMPLATES)}."
+        )
+    if stats.truncated_rows:
+        lines.append(
+            f"Cut to length: {counted(stats.truncated_rows, 'row')} lost {counted(stats.truncated_tokens, 'token')}, "
+            "of answers too. Raise data.max_length (or max_source_length, max_target_length), or see data.too_long."
         )
     for reason, sources in stats.dropped.items():
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")

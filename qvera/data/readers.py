@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
+import functools
 import json
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from qvera.config.schema.data import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS
 from qvera.utils.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import datasets
 
+_logger = logging.getLogger(__name__)
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BATCH_BYTES = 16 * 2**20
 _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
@@ -44,13 +49,19 @@ class RawRow:
 
 
 def read_rows(
-    path: str, *, split: str = "train", config_name: str | None = None, revision: str | None = None
+    path: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    revision: str | None = None,
+    most_characters: int = MOST_ROW_CHARACTERS,
 ) -> Iterator[RawRow]:
     """Yield the rows of a file, a directory (its files in name order) or a hub dataset.
 
     Args:
         path: a .jsonl, .json, .csv, .tsv or .parquet file, a directory of them or of folders of images, or a hub id.
         split, config_name, revision: for hub datasets only.
+        most_characters: as for `read_file`.
 
     Raises:
         InputError: nothing of that name, an unknown extension, or a file that is empty, not UTF-8 or malformed.
@@ -73,13 +84,26 @@ def read_rows(
         if file.suffix.lower() in IMAGE_EXTENSIONS and local.is_dir():
             yield RawRow({"image": str(file.absolute()), "label": file.parent.name}, str(file))
         else:
-            yield from read_file(file)
+            yield from read_file(file, most_characters=most_characters)
 
 
-def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = None) -> Iterator[RawRow]:
-    """Yield the rows of one file. ``reader`` None: by its extension. Raises as `read_rows`."""
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    readers |= {".csv": _read_csv, ".tsv": _read_csv}
+def read_file(
+    file: Path,
+    reader: Callable[[Path], Iterator[RawRow]] | None = None,
+    most_characters: int = MOST_ROW_CHARACTERS,
+) -> Iterator[RawRow]:
+    """Yield the rows of one file. Raises as `read_rows`.
+
+    Args:
+        reader: None: by the file's extension.
+        most_characters: of a row of JSONL or CSV. A longer one is an InputError, and is not read as a whole.
+    """
+    of_lines = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}
+    readers: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+        **{suffix: functools.partial(read, most_characters=most_characters) for suffix, read in of_lines.items()},
+    }
     reader = reader or readers.get(file.suffix.lower())
     if reader is None:
         raise InputError(
@@ -218,17 +242,43 @@ def adapter_files(path: str) -> list[Path]:
 
 
 def _not_utf8(file: Path) -> InputError:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
+    with file.open("rb") as stream:
+        head = stream.peek(2)[:2]
+        for chunk in iter(functools.partial(stream.read, 2**20), b""):
             try:
-                line.decode()
+                decoder.decode(chunk)
+                number += chunk.count(b"\n")
             except UnicodeDecodeError as error:
-                guess = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+                number += error.object[: error.start].count(b"\n")
+                guess = "UTF-16" if head in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
                 return InputError(
-                    f"{file}:{number}: not UTF-8 text (byte 0x{line[error.start]:02x}); the file looks like {guess}. "
-                    f"Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
+                    f"{file}:{number}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); the file looks like "
+                    f"{guess}. Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
                 )
     return InputError(f"{file}: not UTF-8 text.")
+
+
+@dataclass(slots=True)
+class _Lines:
+    """The lines of a file. Not more than ``most_characters`` of a row are in memory (InputError)."""
+
+    stream: TextIO
+    file: Path
+    most_characters: int
+    number: int = 0
+    row_characters: int = 0  # of the row that the last line belongs to; set to 0 when a row is whole
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.stream.readline(self.most_characters + 1):
+            self.number += 1
+            self.row_characters += len(line)
+            if self.row_characters > self.most_characters:
+                raise InputError(
+                    f"{self.file}:{self.number}: the row has more than {self.most_characters:,} characters. Divide it, "
+                    "and look for a quote that is not closed; or raise data.max_row_characters."
+                )
+            yield line
 
 
 def read_lines(file: Path) -> Iterator[RawRow]:
@@ -265,9 +315,11 @@ def _require_unique_keys(repeated: _Repeated, where: str) -> None:
         )
 
 
-def _read_jsonl(file: Path) -> Iterator[RawRow]:
+def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
     with file.open(encoding="utf-8-sig", newline="\n") as stream:
-        for number, line in enumerate(map(str.strip, stream), start=1):
+        lines = _Lines(stream, file, most_characters)
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            lines.row_characters = 0
             if not line:
                 continue
             source = f"{file}:{number}"
@@ -331,27 +383,44 @@ def _read_json(file: Path) -> Iterator[RawRow]:
     _require_unique_keys(repeated, str(file))  # within a row
 
 
-def csv_records(lines: Iterable[str], file: Path) -> Any:
-    """The csv module's reader for a .csv or .tsv file."""
-    # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless.
-    csv.field_size_limit(2**31 - 1)
-    return csv.reader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
 
-def _read_csv(file: Path) -> Iterator[RawRow]:
-    is_tsv = file.suffix.lower() == ".tsv"
+@functools.cache  # a file is read twice
+def _say_delimiter(file: Path, delimiter: str) -> None:
+    _logger.warning("%s: columns are separated by a %s.", file, _DELIMITERS[delimiter])
+
+
+def _delimiter(file: Path, stream: TextIO, most_characters: int) -> str:
+    """What divides the header into most columns: a comma, or something else, which is said once."""
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    lines = iter(functools.partial(stream.readline, most_characters), "")
+    header = next((line for line in lines if line.strip()), "")
+    stream.seek(0)
+    found = max(_DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+    if found != ",":
+        _say_delimiter(file, found)
+    return found
+
+
+def _read_csv(file: Path, most_characters: int) -> Iterator[RawRow]:
     header: list[str] = []
     line = 1  # where a record starts: a quoted field may span lines
+    # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless
+    csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv_records(stream, file)
+        lines = _Lines(stream, file, most_characters)
         try:
-            for record in reader:
+            delimiter = _delimiter(file, stream, most_characters)
+            for record in (reader := csv.reader(lines, delimiter=delimiter, strict=True)):
+                lines.row_characters = 0
                 if record and not header:
-                    header = _csv_header(file, line, record, is_tsv)
+                    header = _csv_header(file, line, record)
                 elif record and len(record) != len(header):
                     raise InputError(
                         f"{file}:{line}: {len(record)} fields where the header has {len(header)} "
-                        f"({', '.join(header)}). Fields that hold a {'tab' if is_tsv else 'comma'} or a "
+                        f"({', '.join(header)}). Fields that hold a {_DELIMITERS[delimiter]} or a "
                         "line break must be in double quotes."
                     )
                 elif record:
@@ -361,11 +430,8 @@ def _read_csv(file: Path) -> Iterator[RawRow]:
             raise InputError(f"{file}:{line}: not valid CSV: {error}. Check the quotes there.") from None
 
 
-def _csv_header(file: Path, line: int, record: list[str], is_tsv: bool) -> list[str]:
+def _csv_header(file: Path, line: int, record: list[str]) -> list[str]:
     header = [name.strip() for name in record]
-    if len(header) == 1 and not is_tsv and re.search(r"[;\t]", header[0]):
-        found = "semicolons" if ";" in header[0] else "tabs (rename it to .tsv)"
-        raise InputError(f"{file}:{line}: columns are separated by {found}; expected commas. Convert the file.")
     for name, count in Counter(header).items():
         if not name:
             raise InputError(f"{file}:{line}: a column of the header has no name. Expected a name for each column.")

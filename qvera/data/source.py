@@ -118,6 +118,7 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
     Raises InputError: a file or a row can't be read, or a row does not name its owner.
     """
     rows: Iterator[RawRow]
+    most = section.max_row_characters
     path, split = list(source_paths(section))[held_out]
     key, name = ("eval_split", "held-out rows in data.eval_path") if held_out else ("split", "that split in data.path")
     value = getattr(section, key)
@@ -127,11 +128,13 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
             f"the file of {name}."
         )
     if section.adapter_files:
-        rows = (replace(row, owner=file.stem) for file in adapter_files(path) for row in read_file(file))
+        files = adapter_files(path)
+        rows = (replace(row, owner=file.stem) for file in files for row in read_file(file, most_characters=most))
     elif path == section.path or not Path(path).expanduser().exists():
-        rows = read_rows(path, split=split, config_name=section.config_name, revision=section.revision)
+        hub = section.config_name, section.revision
+        rows = read_rows(path, split=split, config_name=hub[0], revision=hub[1], most_characters=most)
     else:  # a local eval file beside a hub dataset: the hub's keys are not about it
-        rows = read_rows(path)
+        rows = read_rows(path, most_characters=most)
     limit = None if held_out else section.limit
     seen: Counter[str | None] = Counter()
     for row in itertools.islice(rows, None if section.has_adapters else limit):

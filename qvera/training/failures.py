@@ -17,7 +17,7 @@ from qvera.training.plan.plan import change_lines
 from qvera.training.plan.run import changed
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
-from qvera.utils.formatting import first_of, size
+from qvera.utils.formatting import counted, first_of, size
 from qvera.utils.memory import Shortage
 
 if TYPE_CHECKING:
@@ -175,5 +175,5 @@ def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
 
 
 def _batch(examples: Sequence[Example]) -> str:
-    rows = "1 row" if len(examples) == 1 else f"{len(examples)} rows"
-    return f"{rows}, the longest of {max(max(example.row_tokens) for example in examples):,} tokens"
+    longest = max(max(example.row_tokens) for example in examples)
+    return f"{counted(len(examples), 'row')}, the longest of {longest:,} tokens"

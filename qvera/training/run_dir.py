@@ -124,7 +124,7 @@ def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
 
 _FREE = {
     "model": ("stream",),  # the numbers are the same
-    "data": ("tokenize_processes",),  # the rows are the same
+    "data": ("tokenize_processes", "max_row_characters"),  # the rows are the same
     # gradient_checkpointing: but for rounding in long batches (docs/memory.md), and it may be what a run needs to go on
     "training": ("output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing", "on_oom"),
 }

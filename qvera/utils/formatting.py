@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import groupby
 
 _COUNT_UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
 _BYTE_UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
@@ -38,6 +39,13 @@ def count(value: float) -> str:
 def counted(number: int, what: str) -> str:
     """1 thread, 2 threads."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def folded(text: str, most_lines: int = 8) -> str:
+    """An answer for a terminal: a line that repeats once, with how often, and no more than ``most_lines``."""
+    lines = [(line, len(list(same))) for line, same in groupby(line for line in text.splitlines() if line.strip())]
+    shown = [line + f" (x {times:,})" * (times > 1) for line, times in lines[:most_lines]]
+    return "\n".join(shown + [f"… {counted(len(lines) - most_lines, 'more line')}"] * (len(lines) > most_lines))
 
 
 def size(value: float) -> str:

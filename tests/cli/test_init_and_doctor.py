@@ -93,6 +93,17 @@ def test_a_rate_between_measured_sizes_lies_between_their_rates() -> None:
     assert measured_rate("unknown", 4096) is None
 
 
+def test_a_new_recipe_takes_a_file_of_held_out_rows(init: Init, out: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    lines = tiny_rows.read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(lines[:7]))
+    init(tiny_rows, "--eval-data", str(tmp_path / "test.jsonl"))
+    recipe = load_recipe(out)
+    assert (recipe.data.eval_path, recipe.data.eval_fraction) == (str(tmp_path / "test.jsonl"), 0.0)
+    assert recipe.training.exact_match_rows == 7
+    out.unlink()
+    assert "nowhere.jsonl: no such file" in init(tiny_rows, "--eval-data", "nowhere.jsonl", code=2)
+
+
 def test_columns_of_no_known_format_are_asked_for(
     init: Init, out: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -79,6 +79,10 @@ def test_all_problems_are_reported_at_once() -> None:
         ("trainning", "Did you mean `training`?"),
         ("model.rank", "There is `adapter.rank`: move it there."),
         ("max_steps", "There is `training.max_steps`: move it there."),
+        ("training.lr", "Did you mean `learning_rate`?"),
+        ("adapter.r", "Did you mean `rank`?"),
+        ("adapter.lora_alpha", "Did you mean `alpha`?"),
+        ("lr", "There is `training.learning_rate`: move it there."),
         ("export.zzzzzz", "Known here: dtype, base, "),
     ],
 )
@@ -213,6 +217,13 @@ def test_overrides(tmp_path: Path) -> None:
     assert (recipe.model.path, recipe.model.quantization, recipe.model.double_quant) == ("some/model", "fp4", False)
     assert (recipe.data.path, recipe.data.eval_path, recipe.model.revision) == ("rows.jsonl", "a=b.jsonl", None)
     assert load_recipe(path, ["model=other"]).model.path == "other"
+    half = write(tmp_path, "model: some/model\ndata: {path: rows.jsonl, eval_fraction: 0.1}\n")  # as init writes it
+    data = load_recipe(half, ["data.eval_path=test.jsonl"]).data
+    assert (data.eval_path, data.eval_fraction) == ("test.jsonl", 0.0), "one way to hold out rows replaces the other"
+    assert load_recipe(half, ["data.eval_split=test"]).data.eval_fraction == 0.0
+    with pytest.raises(InputError, match="remove one of the two"):
+        load_recipe(half, ["data.eval_path=test.jsonl", "data.eval_fraction=0.2"])
+    assert load_recipe(write(tmp_path, "model: some/model\ndata: rows.jsonl\n")).data.path == "rows.jsonl"
     assert load_recipe(path, ["training.max_steps=1", "training.max_steps=2"]).training.max_steps == 2
 
 

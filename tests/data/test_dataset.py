@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qvera.config.schema import DataSection, DataSource, parse_recipe
-from qvera.data import Datasets, build_datasets, print_preflight
+from qvera.data import Datasets, build_datasets, data_warnings, print_preflight
 from qvera.data.dataset import length_histogram
 from qvera.evaluation.load import template_of
 from qvera.utils.errors import InputError
@@ -57,6 +57,8 @@ def test_long_rows_are_cut_and_those_without_a_trained_token_left_are_dropped_an
     assert cut.stats.dropped == {"cut to length, without a trained token": [f"{path}:2"]}
     assert cut.stats.to_dict()["dropped_rows"] == 1
     assert (cut.stats.truncated_rows, cut.stats.truncated_tokens) == (2, sum(lost))
+    said = "\n".join(data_warnings(cut.stats))
+    assert f"Cut to length: 2 rows lost {sum(lost)} tokens, of answers too. Raise data.max_length" in said
     assert cut.stats.tokens == 20 + len(whole.train[2].input_ids)
     with pytest.raises(InputError, match=r"no training row is left: .* within data\.max_length \(8\)"):
         read([{"prompt": "x " * 99, "completion": "y"}], max_length=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tracemalloc
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qvera.config.schema import DataSection
 from qvera.data.readers import RawRow, read_rows
+from qvera.data.source import raw_rows
 from qvera.utils.errors import InputError
 from tests.data.conftest import Write
 
@@ -39,6 +42,44 @@ def test_rows_of_every_kind_of_file_say_where_they_stand(write: Write, tmp_path:
     pq.write_table(pa.table({"messages": [turns, turns]}), tmp_path / "rows.parquet")
     found = rows(str(tmp_path / "rows.parquet"))
     assert found == [RawRow({"messages": turns}, f"{tmp_path / 'rows.parquet'} row {n}") for n in (1, 2)]
+
+
+def test_a_csv_without_commas_is_read_by_what_divides_its_header_and_that_is_said_once(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    for mark, word in ((";", "semicolon"), ("\t", "tab"), ("|", "bar")):
+        path = write(f'prompt{mark}completion\n"a{mark}b"{mark}1,5\n', f"{word}.csv")
+        assert [row.fields for row in (*rows(path), *rows(path))] == [{"prompt": f"a{mark}b", "completion": "1,5"}] * 2
+        assert caplog.messages == [f"{path}: columns are separated by a {word}."]
+        caplog.clear()
+    assert rows(write("text\na; b\n", "one.csv"))[0].fields == {"text": "a; b"}
+    assert rows(write("prompt,completion\na;b;c,d\n", "commas.csv"))[0].fields == {"prompt": "a;b;c", "completion": "d"}
+    assert not caplog.messages
+
+
+def test_a_row_beyond_the_limit_is_named_and_takes_no_memory(write: Write, tmp_path: Path) -> None:
+    good, long = '{"text": "x"}\n', tmp_path / "long.jsonl"
+    with long.open("w") as stream:  # a line of 1 GB, of which the disk holds nothing
+        stream.write(good + '{"text": "')
+        stream.truncate(10**9)
+    quote = write('prompt,completion\na,b\n"' + "not closed\n" * 500_000, "quote.csv")
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b"\n" + b"x" * 3_000_000 + b"\xe9" + b"x" * 50_000_000)
+    tracemalloc.start()
+    try:
+        for path, line in ((str(long), 2), (quote, r"\d+")):
+            with pytest.raises(InputError, match=f"{path}:{line}: the row has more than 4,194,304 characters"):
+                rows(path)
+        with pytest.raises(InputError, match=r"latin\.jsonl:2: not UTF-8 text \(byte 0xe9\)"):
+            rows(str(latin))
+        assert tracemalloc.get_traced_memory()[1] < 64e6
+    finally:
+        tracemalloc.stop()
+    section = DataSection(path=write(good * 3 + "x" * 50 + "\n", "short.jsonl"), max_row_characters=len(good))
+    with pytest.raises(
+        InputError, match=r"short\.jsonl:4: the row has more than 14 characters.*data\.max_row_characters"
+    ):
+        list(raw_rows(section))
 
 
 def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp_path: Path) -> None:
@@ -81,7 +122,7 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
         ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv:3: 1 fields where the header has 2 \(prompt, completion\)"),
         ("a.csv", "prompt,prompt\na,b\n", r"a\.csv:1: the column 'prompt' occurs twice"),
         ("a.csv", "prompt,\na,b\n", r"a\.csv:1: a column of the header has no name"),
-        ("a.csv", "prompt;completion\na;b\n", r"a\.csv:1: columns are separated by semicolons"),
+        ("a.csv", "prompt;completion\na;b\nc\n", r"a\.csv:3: 1 fields where the header has 2 .* that hold a semicolon"),
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
         ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:2: not UTF-8"),
         ("a.parquet", "PAR1 but not really", r"a\.parquet: can't be read as Parquet"),

@@ -17,7 +17,6 @@ from qvera.serve.fine_tuning import worker as worker_module
 from qvera.serve.fine_tuning.database import OPEN, Job
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Jobs
-from qvera.serve.fine_tuning.preparing import require_short_rows
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
@@ -353,15 +352,6 @@ def test_messages_have_no_place_of_the_server_and_all_of_their_words(
         run_all(jobs)
         said = [event.message for event in jobs.database.events(job.id, None, 100)]
         assert any(text.startswith("Held-out rows that are also training rows: 2.") for text in said), said
-
-
-def test_a_field_in_quotes_does_not_pass_the_limit_of_a_row(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_text('prompt,completion\n5" pipe,one\n"' + ("x" * 99 + "\n") * 42_000 + '",two\n')
-    with pytest.raises(InputError, match=r"rows.csv:\d+: a row may have at most 4,194,304 characters"):
-        require_short_rows(file)
-    file.write_text("prompt,completion\n" + '5" pipe,"one\ntwo"\n' * 300_000)
-    require_short_rows(file)
 
 
 def test_files_of_something_else_are_not_removed_and_those_that_were_cut_off_are(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qvera.utils.formatting import axis_labels, count, duration, first_of, moment, percent, significant, size
+from qvera.utils.formatting import axis_labels, count, duration, first_of, folded, moment, percent, significant, size
 
 TEXTS: dict[Callable[[float], str], dict[float, str]] = {
     count: {
@@ -31,6 +31,12 @@ TEXTS: dict[Callable[[float], str], dict[float, str]] = {
 @pytest.mark.parametrize("text_of", list(TEXTS))
 def test_a_number_as_text(text_of: Callable[[float], str]) -> None:
     assert {value: text_of(value) for value in TEXTS[text_of]} == TEXTS[text_of]
+
+
+def test_an_answer_of_one_line_again_and_again_is_short_on_a_terminal() -> None:
+    assert folded("```\n\n" * 40 + "end") == "``` (x 40)\nend"
+    assert folded("\n".join("abcdefghij")).splitlines() == [*"abcdefgh", "… 2 more lines"]
+    assert folded("") == "" and folded("one\n  two") == "one\n  two"
 
 
 def test_a_moment_as_text() -> None:

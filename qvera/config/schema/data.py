@@ -15,6 +15,9 @@ _LABELLED = OnlyWith("task: sequence-classification", "task: image-classificatio
 _EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction")
 
 
+MOST_ROW_CHARACTERS = 4 * 2**20
+
+
 class DataSource(Section):
     """Rows of one kind, and how they become text."""
 
@@ -120,6 +123,9 @@ class DataSection(DataSource):
     fraction."""
     rows_per_label: Annotated[Positive | None, _LABELLED] = None
     """Train on only so many rows of each label, chosen by ``seed``. Default: all."""
+    max_row_characters: Positive = MOST_ROW_CHARACTERS
+    """The most characters of a row of JSONL or CSV. A longer one is an error, and is never read as a whole. All tokens
+    of a row are in memory at once, at a hundred bytes each."""
     shuffle: Bool = True
     """Shuffle the rows anew in each epoch. ``false``: the order of the file."""
     seed: Seed = 0

@@ -96,6 +96,8 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         first: dict[str, Any] = error.errors()[0]
         if first["type"] == "json_invalid":
             return bad_request(f"The body is not JSON: {first['ctx']['error']}.")
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
         where = [shortened(str(part)) for part in first["loc"][1:]]
         return bad_request(f"{'.'.join(where) or 'The body'}: {first['msg']}.", where[0] if where else None)
     if isinstance(error, HTTPException):

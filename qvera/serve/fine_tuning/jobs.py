@@ -30,7 +30,7 @@ from qvera.serve.fine_tuning.database import (
     now,
 )
 from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
-from qvera.serve.fine_tuning.preparing import Recipes, require_short_rows
+from qvera.serve.fine_tuning.preparing import Recipes, require_small_json
 from qvera.serve.fine_tuning.worker import Worker
 from qvera.training.online import OnlineTrainer
 from qvera.training.run_dir import changed_keys, require_writable
@@ -222,7 +222,7 @@ class Jobs:
     def _run_of(self, job: Job, files: dict[str, StoredFile]) -> AdapterRun:
         places = [self.directory.place(file) for file in files.values()]
         for place in places:
-            require_short_rows(place)
+            require_small_json(place)
         recipe = self._recipes.of(job, *(place.name for place in places))
         has_begun = self.directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):

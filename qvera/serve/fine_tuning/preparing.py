@@ -5,15 +5,10 @@ A job's recipe is the served run's, or the defaults, with the job's files and hy
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.data.readers import csv_records
 from qvera.evaluation.load import template_of
 from qvera.serve.fine_tuning.database import Job
 from qvera.utils.errors import InputError
@@ -23,8 +18,6 @@ if TYPE_CHECKING:
 
 _MOST_JSON_BYTES = 64 * 2**20
 """A .json file is read as a whole, which takes several times its size of memory."""
-_MOST_LINE_BYTES = 4 * 2**20
-"""A line is a row. All its tokens are in memory at once, at a hundred bytes each."""
 _OF_ROWS = (
     *("system", "train_on", "max_length", "too_long", "max_source_length", "max_target_length"),
     *("shuffle", "group_by_length", "seed"),
@@ -94,36 +87,8 @@ def hyperparameters(job: Job) -> dict[str, Any]:
     }
 
 
-def require_short_rows(file: Path) -> None:
-    """Raise InputError for a file with a row that would need much memory. It is not read as a whole for that."""
+def require_small_json(file: Path) -> None:
+    """Raise InputError for a .json file that would need much memory; the reader limits rows of other files."""
     if file.suffix == ".json" and file.stat().st_size > _MOST_JSON_BYTES:
         size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
         raise InputError(f"{file}: a .json file is read as a whole, so it may have {size}.")
-    if file.suffix == ".jsonl":
-        with file.open("rb") as binary:
-            for number in itertools.count(1):
-                line = binary.readline(_MOST_LINE_BYTES + 1)
-                if len(line) > _MOST_LINE_BYTES:
-                    most = f"a line may have at most {_MOST_LINE_BYTES:,} bytes; divide the row."
-                    raise InputError(f"{file}:{number}: {most}")
-                if not line:
-                    return
-    if file.suffix not in (".csv", ".tsv"):
-        return
-    bytes_of_record, line_number = 0, 0
-
-    def lines(stream: TextIO) -> Iterator[str]:
-        nonlocal bytes_of_record, line_number
-        while line := stream.readline(_MOST_LINE_BYTES + 1):
-            bytes_of_record, line_number = bytes_of_record + len(line), line_number + 1
-            if bytes_of_record > _MOST_LINE_BYTES:
-                raise InputError(
-                    f"{file}:{line_number}: a row may have at most {_MOST_LINE_BYTES:,} characters; divide it, and "
-                    "check the quotes."
-                )
-            yield line
-
-    # a quoted field may span lines; other faults of the file are left to its reader
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream, contextlib.suppress(csv.Error):
-        for _ in csv_records(lines(stream), file):
-            bytes_of_record = 0

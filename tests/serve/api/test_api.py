@@ -214,15 +214,20 @@ def test_keys_that_change_nothing_are_taken(served: Served) -> None:
     assert served.chat(**ignored, **neutral).status_code == 200
 
 
+JSON = "application/json"
+
+
 def test_what_is_no_call_at_all_is_refused(served: Served) -> None:
     many = b'{"model": "tiny", "messages": [' + b"1," * 500_000 + b"1]}"
     bodies = [b"{", b"[" * 100_000, b"\xff\xfe", b"[]", b"", b'{"model": 1e999}', many]
-    calls = [(body, "application/json") for body in bodies] + [(b'{"model": "tiny", "messages": []}', "text/plain")]
+    calls = [(body, JSON) for body in bodies]
+    calls += [(b'{"model": "tiny", "messages": []}', "application/x-www-form-urlencoded")]  # as curl -d sends it
     with served.client() as client:
         for body, kind in calls:
             response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
             assert response.status_code == 400, (body[:20], response.text)
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            assert ("send it" in response.text and "Content-Type: application/json" in response.text) == (kind != JSON)
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         assert client.get("/v1/chat/completions").status_code == 405
 

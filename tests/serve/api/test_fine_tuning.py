@@ -132,7 +132,6 @@ def test_a_bad_file_fails_its_job_and_names_the_line(training: Served) -> None:
 
 def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "_MOST_JSON_BYTES", 1 << 20)
-    monkeypatch.setattr(preparing, "_MOST_LINE_BYTES", 200)
     row, line = json.dumps([{"prompt": "say", "completion": "red"}]).encode(), chat_rows(1).strip()
 
     def ends(name: str, rows: bytes) -> Any:
@@ -143,9 +142,8 @@ def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monke
     assert ends("rows.json", row.ljust(1 << 20)) == "none"
     said = ends("rows.json", row.ljust((1 << 20) + 1))
     assert "rows.json: a .json file is read as a whole, so it may have at most 1 MiB" in said
-    assert ends("rows.jsonl", chat_rows(2) + line.ljust(199) + b"\n" + chat_rows(1)) == "none"
-    said = ends("rows.jsonl", chat_rows(2) + line.ljust(200) + b"\n" + chat_rows(1))
-    assert said.startswith("rows.jsonl:3: a line may have at most 200 bytes")
+    said = ends("rows.jsonl", chat_rows(2) + line.ljust(4 << 20) + b"\n" + chat_rows(1))
+    assert said.startswith("rows.jsonl:3: the row has more than 4,194,304 characters.")
 
 
 ONE_EPOCH = {"hyperparameters": {"n_epochs": 1}}
