@@ -363,8 +363,10 @@ class Engine:
         self.background.answered()
         for active, event in got:
             sampling = active.request.sampling
+            grammar = None if active.chooser is None else active.chooser.grammar
             if event is None:
-                self._end(active, EndEvent("error", NOT_FINITE))
+                why = "" if grammar is None else grammar.error
+                self._end(active, EndEvent("error", f"its grammar can't go on: {why}" if why else NOT_FINITE))
                 continue
             if active.scored is not None:  # the first token, so the whole prompt was computed
                 _send(active, active.scored.scores())
@@ -379,8 +381,9 @@ class Engine:
                 if not _send(active, event):
                     self._end(active, EndEvent("cancelled"))
                     continue
-            if stops or len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
-                self._end(active, EndEvent("stop" if stops else "length"))
+            ends = stops or (grammar is not None and grammar.finished)
+            if ends or len(active.tokens) - len(active.request.prompt) >= sampling.max_tokens:
+                self._end(active, EndEvent("stop" if ends else "length"))
 
     def _end(self, active: ActiveRequest, event: EndEvent) -> None:
         active.ended = True

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qvera.data.images import StoredImage
+    from qvera.serve.grammars import Grammar
 
 
 class Busy(Exception):
@@ -40,7 +41,8 @@ class Sampling:
 
     A token's logit is first divided by ``repetition_penalty`` if positive, else multiplied by it, if the token is in
     the prompt or the answer (CTRL, arXiv:1909.05858). Then ``frequency_penalty`` times its count in the answer is taken
-    off, and ``presence_penalty`` if it is there at all, as in OpenAI's API. ``logit_bias`` is added last.
+    off, and ``presence_penalty`` if it is there at all, as in OpenAI's API. ``logit_bias`` is added last. Then tokens
+    that ``grammar`` does not allow are left out.
     """
 
     max_tokens: int
@@ -58,6 +60,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # of tokens
+    grammar: Grammar | None = None  # at its beginning; it is copied, not moved
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,10 +41,12 @@ class TokenChooser:
         given = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
         self._penalizes = given != (0, 0, 1)
         self._counts: torch.Tensor | None = None  # [vocabulary], of the answer so far; once it is needed
-        self.changes = self._penalizes or bool(sampling.logit_bias)  # whether `change` does anything
+        self.grammar = None if sampling.grammar is None else sampling.grammar.copy()
+        # whether `change` does anything
+        self.changes = self._penalizes or bool(sampling.logit_bias) or self.grammar is not None
 
     def change(self, row: torch.Tensor) -> None:
-        """Apply penalties and biases to a row of logits [vocabulary], in place."""
+        """Apply penalties, biases and the grammar to a row of logits [vocabulary], in place."""
         asked = self.sampling
         if self._penalizes:
             if self._counts is None:
@@ -58,15 +60,19 @@ class TokenChooser:
         if asked.logit_bias:
             tokens, values = zip(*asked.logit_bias, strict=True)
             row[list(tokens)] += torch.tensor(values, device=row.device)
+        if self.grammar is not None:
+            row.masked_fill_(torch.from_numpy(~self.grammar.allowed(len(row))).to(row.device), -math.inf)
 
     def note(self, token: int) -> None:
-        """Count a token that was drawn."""
+        """Go on by a token that was drawn."""
         if self._counts is not None:
             self._counts[token] += 1
+        if self.grammar is not None and token not in self.sampling.stop_tokens:
+            self.grammar.take(token)
 
 
 def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[TokenEvent | None]:
-    """The next token of each row of logits [rows, vocabulary]; None for a row that is not finite.
+    """The next token of each row of logits [rows, vocabulary]; None for a row that is not finite, or an empty choice.
 
     Log-probabilities are added where asked for. ``logits`` is not changed.
     """
@@ -78,6 +84,7 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
         scores = logits.clone()
         for i in changing:
             choosers[i].change(scores[i])
+        finite &= torch.isfinite(scores.amax(-1))  # not where a grammar allows nothing
     if any(one.temperature > 0 for one in settings):
         scores = scores / _column([_divisor(one) for one in settings], logits)
         cut = [i for i, one in enumerate(settings) if one.temperature > 0 and (one.top_p < 1 or one.top_k)]
@@ -90,7 +97,8 @@ def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> lis
         scores = scores - noise.log_()
     tokens = torch.stack([scores.argmax(-1), finite.long()]).tolist()
     for i in changing:
-        choosers[i].note(tokens[0][i])
+        if tokens[1][i]:
+            choosers[i].note(tokens[0][i])
     logprobs = _logprobs(logits, settings, tokens[0])
     return [
         TokenEvent(token, *logprobs.get(i, (None, ()))) if is_finite else None

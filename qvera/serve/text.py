@@ -26,6 +26,12 @@ class TokenTexts:
         decoders = json.loads(decoder.__getstate__()) if decoder is not None else {}
         self._byte_level = "ByteLevel" in json.dumps(decoders)
         self._added = frozenset(tokenizer.added_tokens_decoder)
+        self.size = len(tokenizer)  # tokens that it knows
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones before or after it."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these tokens, without special ones."""

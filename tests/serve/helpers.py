@@ -153,6 +153,8 @@ class Alone:
                 break
             ids.append(event.token)
             events.append(event)
+            if chooser.grammar is not None and chooser.grammar.finished:
+                break
         return events
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qvera.data.images import StoredImage
     from qvera.serve.api.access import Access
     from qvera.serve.api.schemas import GenerationBody
+    from qvera.serve.grammars import Grammar
 
 _TRIES = 3  # to resolve an adapter whose file is replaced meanwhile
 _CONTEXT_TOKENS = 5
@@ -48,18 +49,18 @@ async def chat(request: Request, body: ChatBody) -> Response:
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_request("max_completion_tokens: is another name of max_tokens; give one.", "max_completion_tokens")
 
-    def prompt() -> tuple[list[int], tuple[StoredImage, ...]]:
+    def prompt() -> tuple[list[int], tuple[StoredImage, ...], Grammar | None]:
         service.require_model(body.model, access)
         turns = [message.turn() for message in body.messages]
         if service.prompts.system and turns[0].role != "system":  # the recipe's
             turns.insert(0, Turn("system", service.prompts.system))
-        return service.prompts.ids(turns), service.prompts.images(turns)
+        return service.prompts.ids(turns), service.prompts.images(turns), body.grammar(service.grammars)
 
-    one, images = await while_connected(request.receive, service.read_prompts(access, prompt))
+    one, images, grammar = await while_connected(request.receive, service.read_prompts(access, prompt))
     ids = [one]
     top = (body.top_logprobs or 0) if body.logprobs else None
     keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
-    sampling = _sampling(body, service, ids, body.max_completion_tokens or body.max_tokens, top, keys)
+    sampling = _sampling(body, service, ids, body.max_completion_tokens or body.max_tokens, top, keys, grammar)
     streams = [TextStream(service.texts, stop) for _ in ids for _ in range(body.n or 1)]
     answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began, images)
     return await _answer(request, body, answers, _ChatFormat(service.texts, top is not None))
@@ -71,24 +72,26 @@ async def complete(request: Request, body: CompletionBody) -> Response:
     access, service = require(request, "use"), service_of(request)
     stop = _stop_strings(body, service)
 
-    def prompts() -> list[list[int]]:
+    def prompts() -> tuple[list[list[int]], Grammar | None]:
         service.require_model(body.model, access)
         is_one = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
         given: list[Any] = [body.prompt] if is_one else list(body.prompt)
         if not 1 <= len(given) <= service.limits.answers:
             raise bad_request(f"prompt: expected 1 to {service.limits.answers} prompts, got {len(given)}.", "prompt")
         for prompt in given:
-            if not isinstance(prompt, str) and prompt and max(prompt) >= service.vocabulary:
+            if not isinstance(prompt, str) and prompt and max(prompt) >= service.texts.size:
                 raise bad_request(
                     f"prompt: {max(prompt)} is no token of this model, whose vocabulary ends at "
-                    f"{service.vocabulary - 1}.",
+                    f"{service.texts.size - 1}.",
                     "prompt",
                 )
-        return [service.prompts.encoder.encode_prompt(each) if isinstance(each, str) else list(each) for each in given]
+        encode = service.prompts.encoder.encode_prompt
+        ids = [encode(each) if isinstance(each, str) else list(each) for each in given]
+        return ids, body.grammar(service.grammars)
 
-    ids = await while_connected(request.receive, service.read_prompts(access, prompts))
+    ids, grammar = await while_connected(request.receive, service.read_prompts(access, prompts))
     wanted = min(16, service.limits.new_tokens) if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"))
+    sampling = _sampling(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"), grammar)
     streams = [TextStream(service.texts, stop, prompt[-_CONTEXT_TOKENS:]) for prompt in ids for _ in range(body.n or 1)]
     answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began)
     return await _answer(request, body, answers, _CompletionFormat(service.texts, body.logprobs is not None))
@@ -115,6 +118,7 @@ def _sampling(
     wanted: int | None,
     top: int | None,
     keys: tuple[str, str],
+    grammar: Grammar | None,
 ) -> Sampling:
     """How a call's tokens are drawn. Raises ApiError 400 if a prompt, or the number of answers, is beyond a limit.
 
@@ -153,6 +157,7 @@ def _sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
         logit_bias=tuple((body.logit_bias or {}).items()),
+        grammar=grammar,
     )
 
 

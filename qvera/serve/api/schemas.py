@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qvera.data import Turn
 from qvera.data.conversations import read_messages
 from qvera.serve.api.errors import bad_request, shortened
-from qvera.utils.errors import did_you_mean
+from qvera.utils.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from qvera.serve.grammars import Grammar, Grammars
 
 _IGNORED = frozenset(
     {
@@ -32,7 +35,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -104,6 +106,36 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class TextFormat(Body):
+    """An answer is any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Body):
+    """An answer is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaBody(Body):
+    """A JSON schema with a name."""
+
+    name: Annotated[Text, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """It is kept to in either case."""
+
+
+class JsonSchemaFormat(Body):
+    """An answer is JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaBody
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | JsonSchemaFormat, Field(discriminator="type")]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None
 
 
@@ -123,6 +155,7 @@ class GenerationBody(Body):
     top_k: Annotated[int, Field(ge=-1)] | None = -1
     """As vLLM's: the most tokens to draw from; -1 and 0: all."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: ResponseFormat | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = 1.0
@@ -134,6 +167,18 @@ class GenerationBody(Body):
         ]
         | None
     ) = None
+
+    def grammar(self, grammars: Grammars) -> Grammar | None:
+        """What an answer must follow. Raises ApiError 400 that names the part of a schema that can't be kept to."""
+        asked, schema = self.response_format, dict[str, Any](type="object")
+        if asked is None or isinstance(asked, TextFormat):
+            return None
+        if isinstance(asked, JsonSchemaFormat):
+            schema = asked.json_schema.json_schema
+        try:
+            return grammars.of_schema(schema, "response_format.json_schema.schema")
+        except InputError as error:
+            raise bad_request(str(error), "response_format") from None
 
 
 class TextPart(BaseModel):

@@ -16,6 +16,7 @@ from fastapi import Request
 from qvera.serve.api.access import DEFAULTS, Access, Action, KeyFile, Limits
 from qvera.serve.api.errors import ApiError, shortened
 from qvera.serve.api.metrics import Metrics
+from qvera.serve.grammars import Grammars
 from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
 from qvera.serve.text import TokenTexts
 from qvera.utils.errors import did_you_mean
@@ -63,7 +64,7 @@ class Service:
         self.tinker = tinker
         self.metrics = Metrics(engine.stats, jobs)
         self.texts = TokenTexts(prompts.encoder.tokenizer)
-        self.vocabulary = len(prompts.encoder.tokenizer)  # tokens that the tokenizer knows
+        self.grammars = Grammars(self.texts, stop_tokens)
         self.draining = False  # stopping: no new calls are taken
         self.running = 0  # calls in progress
         self.created = int(time.time())  # seconds since 1970

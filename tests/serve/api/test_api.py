@@ -191,7 +191,14 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"repetition_penalty": 0}, 400, "repetition_penalty", "greater than or equal to 0.01"),
     ({"min_p": 0.5}, 400, "min_p", "not supported"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    ({"response_format": {"type": "grammar"}}, 400, "response_format", "json_schema"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, 400, "response_format.schema", "Unknown key"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        400,
+        "response_format",
+        "schema: Field",
+    ),
     ({"temprature": 0}, 400, "temprature", "did you mean 'temperature'?"),
 ]
 

@@ -1,0 +1,140 @@
+"""Grammars that an answer must follow, compiled by llguidance. Imports no torch.
+
+A grammar says at each step which tokens may come next. It works on the bytes of a vocabulary's tokens, so any tokenizer
+will do. Nothing is kept outside of the objects here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qvera.utils.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from qvera.serve.text import TokenTexts
+
+_WHITE_SPACE = r"[ \n\r\t]{1,16}"
+"""Between the parts of JSON. Without an end, a small model may write nothing else until its tokens are used up."""
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keys of a JSON schema whose values hold a schema for each name."""
+_MOST_PARTS = 200  # of a schema that are tried to find the one at fault
+
+
+class Grammar:
+    """A grammar, and the place in it that an answer has come to. For one thread."""
+
+    def __init__(self, matcher: Any, tokens: int) -> None:
+        """``matcher``: an ``LLMatcher``; ``tokens``: of the vocabulary that it knows."""
+        self._matcher, self._tokens = matcher, tokens
+
+    def copy(self) -> Grammar:
+        """The same place, from which another answer may go on."""
+        return Grammar(self._matcher.deep_copy(), self._tokens)
+
+    def allowed(self, width: int) -> np.ndarray:
+        """Which of ``width`` tokens may come next, bool [width]. None of them: see `error`."""
+        found = np.zeros(width, dtype=bool)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if not self._matcher.is_error():  # else an end would be allowed
+            known = np.unpackbits(bits, bitorder="little")[: min(self._tokens, width)]
+            found[: len(known)] = known
+        return found
+
+    def take(self, token: int) -> None:
+        """Go on by a token that may come next."""
+        self._matcher.consume_token(token)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to an end that nothing can follow."""
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
+
+    @property
+    def error(self) -> str:
+        """Why the grammar can't be compiled or followed; empty if it can."""
+        return first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary. For any thread."""
+
+    def __init__(self, texts: TokenTexts, stop_tokens: frozenset[int]) -> None:
+        self._texts, self._stop_tokens = texts, stop_tokens
+
+    def of_schema(self, schema: dict[str, Any], name: str) -> Grammar:
+        """JSON that a schema describes.
+
+        Raises InputError: the schema can't be compiled; names the part of ``name`` that is at fault. Or llguidance is
+        not installed.
+        """
+        grammar = self._of_schema(schema)
+        if not (error := grammar.error):
+            return grammar
+        shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        place, children, tried = name, _parts(schema), 0
+        while (child := next(children, None)) is not None and tried < _MOST_PARTS:
+            tried += 1
+            if self._of_schema({**shared, **child[1]}).error == error:
+                place, children = f"{place}.{child[0]}", _parts(child[1])
+        raise InputError(f"{place}: this JSON schema can't be kept to: {error.rstrip('.')}.")
+
+    def _of_schema(self, schema: dict[str, Any]) -> Grammar:
+        matcher = self._llguidance.LLMatcher
+        text = matcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE})
+        return self._compiled(text)
+
+    def _compiled(self, grammar: str) -> Grammar:
+        tokenizer, count = self._vocabulary
+        compiled = Grammar(self._llguidance.LLMatcher(tokenizer, grammar, log_level=0), count)
+        compiled.allowed(count)  # the first time takes longest, and copies know the result
+        return compiled
+
+    @functools.cached_property
+    def _llguidance(self) -> Any:
+        if find_spec("llguidance") is None:
+            raise InputError("The server needs the package llguidance for this: pip install 'qvera[serve]'.")
+        import llguidance
+
+        return llguidance
+
+    @functools.cached_property
+    def _vocabulary(self) -> tuple[LLTokenizer, int]:
+        """The vocabulary as llguidance knows it, and its size. A second of work for 150,000 tokens."""
+        vocabulary = _Vocabulary(self._texts)
+        count = len(vocabulary.tokens) - 1
+        ends = sorted(self._stop_tokens) or [count]
+        wrapped = self._llguidance.TokenizerWrapper(vocabulary)
+        return self._llguidance.LLTokenizer(wrapped, n_vocab=count + 1, eos_token=ends), count
+
+
+class _Vocabulary:
+    """What `llguidance.TokenizerWrapper` asks for. The last token is none of the model's: an end for those without."""
+
+    bos_token_id = None
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts, count = texts, texts.size
+        self.tokens = [*map(texts.bytes_of, range(count)), b"<end>"]
+        self.special_token_ids = [*sorted(texts.special), count]
+        self.eos_token_id = count
+
+    def __call__(self, text: str) -> list[int]:
+        return self._texts.encode(text)
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schemas within a schema, and where they stand."""
+    for key, value in schema.items():
+        named = value.items() if key in _OF_NAMES and isinstance(value, dict) else ()
+        listed = enumerate(value) if isinstance(value, list) else ()
+        for name, part in [*named, *listed] or [("", value)]:
+            if isinstance(part, dict):
+                yield f"{key}.{name}".rstrip("."), part

@@ -1,0 +1,61 @@
+"""What agents ask of a server, by the official client: `qvera serve --tinker` over a base, a VeRA and a LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel, Field
+
+from tests.conftest import small_tokenizer
+from tests.serve.command import Command
+from tests.serve.helpers import write_adapters
+
+pytestmark = pytest.mark.process
+pytest.importorskip("llguidance")
+ASK: Any = {"messages": [{"role": "user", "content": "3 red mugs"}], "temperature": 1.0}
+NO_SPACE = {str(i): -100 for i in range(290) if small_tokenizer().decode(i).isspace()}
+"""A bias against white space between the parts of JSON, which a random model writes too much of."""
+
+
+class Mug(BaseModel):
+    color: Literal["red", "blue"]
+    count: int = Field(ge=0, le=99)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[openai.OpenAI, list[str]]]:
+    """A client of the server, and the names of its models."""
+    here = tmp_path_factory.mktemp("agents")
+    shutil.copytree(tiny_model_dir, here / "tiny")
+    write_adapters(here / "adapters", here / "tiny", {"vera": 1})
+    write_adapters(here / "adapters", here / "tiny", {"lora": 2}, method="lora", rank=4)
+    options = ["--adapters", str(here / "adapters"), "--training-dir", str(here / "training"), "--tinker"]
+    with (
+        Command(str(here / "tiny"), *options) as command,
+        openai.OpenAI(base_url=f"{command.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield client, ["tiny", "vera", "lora"]
+
+
+def test_an_answer_is_an_object_of_the_class_that_was_asked_for(models: tuple[openai.OpenAI, list[str]]) -> None:
+    client, names = models
+    for seed, name in enumerate(names):
+        asked: Any = {"model": name, "seed": seed, "logit_bias": NO_SPACE, "max_tokens": 100, **ASK}
+        [choice] = client.chat.completions.parse(response_format=Mug, **asked).choices
+        assert (choice.finish_reason, type(choice.message.parsed)) == ("stop", Mug)
+        with client.chat.completions.stream(response_format=Mug, **asked) as stream:
+            assert stream.get_final_completion().choices[0].message.content == choice.message.content
+        plain = client.chat.completions.create(
+            **asked, n=2, response_format={"type": "json_object"}, top_logprobs=0, logprobs=True
+        )
+        assert all(one.message.content.startswith("{") for one in plain.choices)
+    with pytest.raises(openai.BadRequestError, match=r"json_schema.schema.properties.a: .*uniqueItems") as refused:
+        schema: Any = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
+        wish: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        client.chat.completions.create(model="tiny", response_format=wish, **ASK)
+    assert refused.value.param == "response_format"
