@@ -18,13 +18,17 @@ from qvera.evaluation.generate import PromptWriter
 from qvera.serve.api.access import DEFAULTS, KeyFile, new_key
 from qvera.serve.api.app import create_app
 from qvera.serve.api.service import Service
+from qvera.serve.engine import Engine
+from qvera.serve.requests import EngineSettings
 from qvera.serve.store import AdapterStore
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import MESSAGES
 from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
+from qvera.training.tenants import Tenants, TenantSettings
 from tests.conftest import small_tokenizer
 from tests.serve.api.doubles import ScriptedEngine
 from tests.serve.command import running
+from tests.serve.helpers import tiny_base
 from tests.serve.tinker.doubles import ScriptedTenants
 
 VOCABULARY = 64
@@ -125,6 +129,25 @@ def start_tinker(tmp_path: Path) -> Iterator[StartTinker]:
 @pytest.fixture
 def server(start_tinker: StartTinker) -> TinkerServer:
     return start_tinker(gap_seconds=0.5)
+
+
+@contextlib.contextmanager
+def serving(model_dir: Path, directory: Path, keys: KeyFile | None = None) -> Iterator[tuple[str, Service]]:
+    """A server with a real engine and real training, in this process; its URL."""
+    base = tiny_base(model_dir)
+    engine = Engine(base, EngineSettings(cache_tokens=2048, step_tokens=64, max_running=8, training_share=0.5))
+    tenants = Tenants(base, TenantSettings(directory / "paged"), engine.wake)
+    facts = BaseFacts("tiny", frozenset({"tiny"}), str(model_dir), "LlamaForCausalLM", 304, 256)
+    prompts = PromptWriter(resolve_template("auto", base.tokenizer), Encoder(base.tokenizer), None)
+    with contextlib.ExitStack() as ending:
+        database = ending.enter_context(contextlib.closing(Database(directory / "tinker.sqlite")))
+        tinker = ending.enter_context(Tinker(directory, database, tenants, facts, TinkerSettings()))
+        engine.set_background(tenants)
+        engine.start()
+        ending.callback(engine.close)
+        store = AdapterStore(None, {"tiny"})
+        service = Service(engine, store, prompts, frozenset({2}), "tiny", keys=keys, tinker=tinker)
+        yield ending.enter_context(running(create_app(service)))[1], service
 
 
 def soon(holds: Callable[[], object], seconds: float = 20.0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qvera.data import Encoder, resolve_template
-from qvera.evaluation.generate import PromptWriter
-from qvera.serve.api.app import create_app
-from qvera.serve.api.service import Service
 from qvera.serve.engine import Engine
-from qvera.serve.requests import EngineSettings
-from qvera.serve.store import AdapterStore
-from qvera.serve.tinker.database import Database
-from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
-from qvera.training.tenants import Tenants, TenantSettings
-from tests.serve.command import running
-from tests.serve.helpers import tiny_base
+from tests.serve.tinker.conftest import serving
 
 tinker = pytest.importorskip("tinker", reason="pip install 'qvera[test]'")
 torch = pytest.importorskip("torch")
@@ -40,21 +29,11 @@ class Loop:
 
 @pytest.fixture(scope="module")
 def loop(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    directory, base = tmp_path_factory.mktemp("tinker"), tiny_base(tiny_model_dir)
-    engine = Engine(base, EngineSettings(cache_tokens=2048, step_tokens=64, max_running=8, training_share=0.5))
-    tenants = Tenants(base, TenantSettings(directory / "paged"), engine.wake)
-    facts = BaseFacts("tiny", frozenset({"tiny"}), str(tiny_model_dir), "LlamaForCausalLM", 304, 256)
-    prompts = PromptWriter(resolve_template("auto", base.tokenizer), Encoder(base.tokenizer), None)
-    with contextlib.ExitStack() as ending:
-        database = ending.enter_context(contextlib.closing(Database(directory / "tinker.sqlite")))
-        served = ending.enter_context(Tinker(directory, database, tenants, facts, TinkerSettings()))
-        engine.set_background(tenants)
-        engine.start()
-        ending.callback(engine.close)
-        service = Service(engine, AdapterStore(None, {"tiny"}), prompts, frozenset({END}), "tiny", tinker=served)
-        _, url, _ = ending.enter_context(running(create_app(service)))
-        with tinker.ServiceClient(base_url=url, api_key="tml-anything") as client:
-            yield Loop(client, engine, service.texts)
+    with (
+        serving(tiny_model_dir, tmp_path_factory.mktemp("tinker")) as (url, service),
+        tinker.ServiceClient(base_url=url, api_key="tml-anything") as client,
+    ):
+        yield Loop(client, service.engine, service.texts)
 
 
 def trained(loop: Loop, name: str = "tiny", rank: int = 8) -> Any:
