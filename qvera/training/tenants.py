@@ -162,19 +162,13 @@ class _Model:
     id: str
     owner: str
     calls: deque[_Call] = dataclasses.field(default_factory=deque)
-    slot: int | None = None
+    slot: int = -1  # there is none
     steps: int = 0
     has_pending: bool = False
     packed: dict[str, Tensor] | None = None
     file: Path | None = None
     used: int = 0
     pool: _Pool = dataclasses.field(init=False)  # once it is made
-
-    @property
-    def held_slot(self) -> int:
-        """Its slot, if it is in one."""
-        assert self.slot is not None
-        return self.slot
 
     @property
     def is_begun(self) -> bool:
@@ -239,7 +233,7 @@ class Tenants:
         self._most_rows: int | None = None  # of a pass, since memory ran out
         self._good_passes = 0
         self._waits_for_room = False  # an optimizer step does
-        self.tokens = self.passes = 0  # since the start
+        self.passes = 0  # since the start
         shutil.rmtree(settings.directory, ignore_errors=True)
         settings.directory.mkdir(parents=True)
 
@@ -349,7 +343,7 @@ class Tenants:
     def _drop(self, model: _Model, why: str) -> None:
         self._models.pop(model.id)
         self._busy.pop(model.id, None)
-        if model.slot is not None:
+        if model.slot >= 0:
             model.pool.residents[model.slot] = None
         self._unpack(model)
         for call in model.calls:
@@ -396,7 +390,7 @@ class Tenants:
 
     def _step(self, pool: _Pool, models: Sequence[_Model]) -> None:
         """Take the optimizer steps of models that are in slots, which have no scratch now."""
-        slots = [model.held_slot for model in models]
+        slots = [model.slot for model in models]
         settings = [model.calls[0].settings for model in models if isinstance(model.calls[0], _Step)]
 
         def step() -> list[float]:
@@ -421,13 +415,12 @@ class Tenants:
             return
         pool, gradients = chosen[0][0].pool, not chosen[0][1].forward_only
         chosen.sort(key=lambda one: (one[1].loss, one[1].settings))  # rows of one loss stand together
-        rows = [PassRow(one.held_slot, call.rows[i], call.loss, call.settings) for one, call, i in chosen]
+        rows = [PassRow(one.slot, call.rows[i], call.loss, call.settings) for one, call, i in chosen]
         chunk = self._settings.loss_chunk_tokens
         found = self._result_of(lambda: run_pass(pool.lent, pool.bank, rows, chunk, self._is_training, gradients))
         if isinstance(found, CallFailed):
             return self._begin_anew(chosen, found)
         self.passes += 1
-        self.tokens += sum(len(one.row.tokens) for one in rows)
         self._good_passes += 1
         if self._most_rows is not None and self._good_passes % _PASSES_BEFORE_MORE == 0:
             self._most_rows *= 2
@@ -486,7 +479,7 @@ class Tenants:
 
     def _finished(self, model: _Model, call: _Rows) -> RowResults:
         """Add the scratch to the pending gradient, if all of the call is finite."""
-        pool, slot = model.pool, model.held_slot
+        pool, slot = model.pool, model.slot
         scratch, results = pool.bank.gradients[slot], [call.results[i] for i in range(len(call.rows))]
         try:
             for number, (logprobs, loss) in enumerate(results):
@@ -553,7 +546,7 @@ class Tenants:
 
     def _has_slot(self, model: _Model, kept: Collection[_Model]) -> bool:
         pool, model.used = model.pool, next(self._clock)
-        if model.slot is not None:
+        if model.slot >= 0:
             return True
         if not pool.residents and not self._open(pool):
             return False
@@ -577,8 +570,8 @@ class Tenants:
         return True
 
     def _page_out(self, model: _Model) -> None:
-        tensors, slot = self._tensors(model), model.held_slot
-        model.pool.residents[slot], model.slot = None, None
+        tensors, slot = self._tensors(model), model.slot
+        model.pool.residents[slot], model.slot = None, -1
         self._pack(model, tensors)
 
     def _pack(self, model: _Model, tensors: dict[str, Tensor]) -> None:
@@ -608,7 +601,7 @@ class Tenants:
             return model.packed
         if model.file is not None:
             return load_file(model.file)
-        pool, slot = model.pool, model.held_slot
+        pool, slot = model.pool, model.slot
         found = {"vectors": pool.bank.vectors[slot]}
         if model.steps:
             found |= {"first": pool.adamw.first[slot], "second": pool.adamw.second[slot]}

@@ -30,8 +30,6 @@ Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class OfModel(BaseModel):
-    """A call in a model's order."""
-
     model_id: str
     seq_id: int
 
@@ -47,14 +45,10 @@ class Lora(BaseModel):
 
 
 class Optimizer(BaseModel):
-    """An optimizer by name; ``adamw`` is the only one."""
-
     type: str = "adamw"
 
 
 class CreateModel(BaseModel):
-    """A new model."""
-
     session_id: str
     model_seq_id: Seq
     base_model: str
@@ -76,8 +70,6 @@ class LoadWeights(BaseModel):
 
 
 class Adam(BaseModel):
-    """Settings of one optimizer step."""
-
     learning_rate: Number = 1e-4
     beta1: Decay = 0.9
     beta2: Decay = 0.95

@@ -90,8 +90,6 @@ Trainer = Annotated[Sender, Depends(_trainer)]
 
 
 class NewSession(BaseModel):
-    """A new session."""
-
     tags: list[str] = []
     user_metadata: dict[str, Any] | None = None
     sdk_version: str = ""
@@ -115,16 +113,12 @@ class OfSampler(BaseModel):
 
 
 class Poll(BaseModel):
-    """Which samples have ended since a cursor."""
-
     target: OfSampler
     prev_cursor: Annotated[int, Field(ge=0, lt=2**63)] = 0
     timeout: Annotated[float, Field(ge=0)] = 30.0
 
 
 class NewTtl(BaseModel):
-    """How long a checkpoint stays from now on."""
-
     ttl_seconds: Ttl
 
 
@@ -140,7 +134,6 @@ class Copy(BaseModel):
 
 @router.post("/client/config")
 async def client_config(sender: Reader) -> dict[str, Any]:
-    """What the client should do by its own choice."""
     return {
         "fwdbwd_max_chunk_bytes_count": min(_CHUNK_BYTES, sender.service.limits.tinker_body_bytes // 2),
         "sample_use_retrieve_futures": True,
@@ -150,7 +143,6 @@ async def client_config(sender: Reader) -> dict[str, Any]:
 
 @router.post("/client/dynamic_config")
 async def dynamic_config(sender: Reader) -> dict[str, Any]:
-    """The same, asked for again and again."""
     return {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
@@ -171,7 +163,6 @@ async def capabilities(sender: Reader) -> dict[str, Any]:
 
 @router.post("/create_session")
 def create_session(sender: Reader, asked: NewSession) -> dict[str, Any]:
-    """A new session."""
     session, warning = sender.tinker.create_session(sender.owner, asked.model_dump())
     return {"type": "create_session", "session_id": session, "warning_message": warning}
 
@@ -185,14 +176,12 @@ def heartbeat(sender: Reader, asked: Named) -> dict[str, str]:
 
 @router.post("/sessions/{session}/finish", status_code=204)
 def finish(sender: Reader, session: str) -> None:
-    """End a session, its models and samplers."""
     sender.tinker.session(session, sender.owner)
     sender.tinker.end_session(session)
 
 
 @router.post("/create_model")
 async def create_model(sender: Trainer) -> dict[str, str]:
-    """A new model, by a promise."""
     return await _created(sender, "create_model", CreateModel)
 
 
@@ -216,7 +205,6 @@ async def _created(sender: Sender, kind: str, form: type[CreateModel] | type[Loa
 
 @router.post("/get_info")
 def get_info(sender: Reader, asked: Named) -> dict[str, Any]:
-    """What a model is."""
     model, base = sender.tinker.model(asked.model_id, sender.owner), sender.tinker.base
     is_lora = model.shape.method == "lora"
     arch = base.architecture + ("" if is_lora else f", VeRA at {VERA_RATE_FACTOR:g} times learning_rate")
@@ -298,14 +286,12 @@ async def retrieve_future(sender: Reader, asked: Named) -> Response:
 
 @router.post("/create_sampling_session")
 def create_sampling_session(sender: Reader, asked: NewSampler) -> dict[str, str]:
-    """A sampler of the base or of a saved adapter."""
     made = sender.samples.create(sender.access, asked)
     return {"type": "create_sampling_session", "sampling_session_id": made}
 
 
 @router.get("/samplers/{sampler:path}")
 def get_sampler(sender: Reader, sampler: str) -> dict[str, str]:
-    """What a sampler is of."""
     row = sender.samples.find(sampler, sender.owner)
     path = {} if row["model_path"] is None else {"model_path": row["model_path"]}
     return {"sampler_id": sampler, "base_model": row["base"], **path}
@@ -313,7 +299,6 @@ def get_sampler(sender: Reader, sampler: str) -> dict[str, str]:
 
 @router.post("/asample")
 async def asample(sender: Reader) -> dict[str, Any]:
-    """Samples, by a promise."""
     body = await sender.request.body()
     promise, count = await sender.service.in_thread(lambda: sender.samples.call(sender.owner, body), "long")
     return {"request_id": promise, "sample_sequence_ids": [f"{promise}:{number}" for number in range(count)]}
@@ -337,7 +322,6 @@ async def retrieve_futures(sender: Reader, asked: Poll) -> dict[str, Any]:
 
 @router.post("/cancel_future")
 async def cancel_future(sender: Reader, asked: Named) -> dict[str, Any]:
-    """Give up a call that nobody waits for any more."""
     sender.samples.cancel(sender.owner, asked.request_id)
     return {}
 
@@ -347,13 +331,11 @@ async def cancel_future(sender: Reader, asked: Named) -> dict[str, Any]:
 
 @router.get("/sessions")
 def list_sessions(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[str, Any]:
-    """Sessions, ended ones too."""
     return {"sessions": [row["id"] for row in sender.page("sessions", limit, offset)]}
 
 
 @router.get("/sessions/{session}")
 def describe_session(sender: Reader, session: str) -> dict[str, Any]:
-    """One session, with its models and samplers."""
     about = json.loads(sender.row("sessions", session)["about"])
     models, samplers = (
         [row["id"] for row in sender.database.rows(f"SELECT id FROM {table} WHERE session = ?", (session,))]
@@ -365,7 +347,6 @@ def describe_session(sender: Reader, session: str) -> dict[str, Any]:
 
 @router.get("/training_runs")
 def list_runs(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[str, Any]:
-    """Runs, ended ones too."""
     (total,) = sender.database.rows("SELECT COUNT(*) FROM models WHERE owner = ?", (sender.owner,))[0]
     cards = [_run_card(sender, row) for row in sender.page("models", limit, offset)]
     return {"training_runs": cards, "cursor": {"offset": offset, "limit": limit, "total_count": total}}
@@ -373,20 +354,17 @@ def list_runs(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[str,
 
 @router.get("/training_runs/{run}")
 def describe_run(sender: Reader, run: str) -> dict[str, Any]:
-    """One run."""
     return _run_card(sender, sender.row("models", run))
 
 
 @router.get("/checkpoints")
 def list_checkpoints(sender: Reader, limit: Count = 100, offset: Count = 0) -> dict[str, Any]:
-    """Checkpoints of all runs."""
     found, total = sender.checkpoints.page(sender.owner, None, min(limit, 1000), offset)
     return {"checkpoints": list(map(_card, found)), "cursor": {"offset": offset, "limit": limit, "total_count": total}}
 
 
 @router.get("/training_runs/{run}/checkpoints")
 def list_of_run(sender: Reader, run: str) -> dict[str, Any]:
-    """All checkpoints of a run."""
     sender.row("models", run)
     return {"checkpoints": list(map(_card, sender.checkpoints.page(sender.owner, run, -1, 0)[0]))}
 
@@ -401,40 +379,32 @@ def external_weights_urls(sender: Reader, run: str, checkpoint: str) -> dict[str
 
 @router.get("/downloads/{token}/{file}")
 def download(request: Request, token: str, file: str) -> FileResponse:
-    """A file of external weights."""
     tinker = service_of(request).tinker
     assert tinker is not None
     return FileResponse(tinker.checkpoints.download(token, file))
 
 
 @router.post(f"{_OF_RUN}/publish", status_code=204)
-def publish(sender: Trainer, run: str, checkpoint: str) -> None:
-    """Let all keys read a checkpoint."""
-    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "public", 1)
-
-
 @router.delete(f"{_OF_RUN}/publish", status_code=204)
-def unpublish(sender: Trainer, run: str, checkpoint: str) -> None:
-    """Let only its owner read it."""
-    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "public", 0)
+def publish(sender: Trainer, run: str, checkpoint: str) -> None:
+    """Let all keys read a checkpoint, or only its owner."""
+    is_public = sender.request.method == "POST"
+    sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "public", is_public)
 
 
 @router.put(f"{_OF_RUN}/ttl", status_code=204)
 def set_ttl(sender: Trainer, run: str, checkpoint: str, body: NewTtl) -> None:
-    """Choose how long it stays."""
     ends = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "expires", ends)
 
 
 @router.delete(_OF_RUN, status_code=204)
 def delete(sender: Trainer, run: str, checkpoint: str) -> None:
-    """Delete a checkpoint and its files."""
     sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "expires", 0)
 
 
 @router.post("/weights_info")
 def weights_info(sender: Reader, body: Named) -> dict[str, Any]:
-    """What a checkpoint is of."""
     about = sender.checkpoints.find(body.tinker_path, sender.owner).about
     return {
         "base_model": about["base"],

@@ -24,21 +24,15 @@ Top = Annotated[int, Field(ge=0, le=_MOST_TOP)]
 
 
 class Chunk(BaseModel):
-    """A part of a prompt."""
-
     type: str = "encoded_text"
     tokens: list[Number] = []
 
 
 class Prompt(BaseModel):
-    """The tokens to go on with."""
-
     chunks: list[Chunk]
 
 
 class Params(BaseModel):
-    """How samples are drawn."""
-
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[Number] | Annotated[list[str], Field(max_length=16)] | None = None
@@ -57,8 +51,6 @@ class Targets(BaseModel):
 
 
 class SampleBody(BaseModel):
-    """POST asample."""
-
     sampling_session_id: str
     seq_id: Annotated[int, Field(ge=0, lt=2**63)]
     num_samples: Annotated[int, Field(ge=1, le=1024)] = 1

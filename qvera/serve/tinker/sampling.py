@@ -52,8 +52,6 @@ _DISK_SECONDS = 2.0  # until a full disk is tried again
 
 
 class NewSampler(BaseModel):
-    """A sampler of a saved adapter or of the base."""
-
     session_id: str
     sampling_session_seq_id: Annotated[int, Field(ge=0)]
     model_path: str | None = None
