@@ -96,7 +96,7 @@ class Answer(Example):
     """A prompt with an answer that the model has given. What is trained is the answer."""
 
     reward: float = 0.0
-    rewards: tuple[float, ...] = ()  # of each function
+    rewards: Sequence[float] = ()  # of each function
     advantage: float = 0.0
     is_ended: bool = False  # by its own end, and not by its length
     logprobs: np.ndarray | None = None  # fp32 [answer tokens], at the time it was given; None: those of now
@@ -241,9 +241,6 @@ class Rewards(CausalLM):
         chunk, temperature = training.loss_chunk_tokens, training.answer_temperature
         return forward.weighed_loss(model, batch, chunk, weigh, core, expected_grad, temperature)
 
-    def targets(self, rows: Sequence[Example]) -> int:
-        return sum(row.trained_tokens for row in rows)
-
     def loss(
         self,
         model: nn.Module,
@@ -354,21 +351,19 @@ class _KeptAnswers(TrainingHook):
         self.answers = state["answers"]
 
 
+_OF_ANSWERS = ("reward", "rewards", "advantage", "is_ended", "logprobs", "base_logprobs")
+
+
 def _as_json(number: int, answer: Answer) -> dict[str, Any]:
     """An answer to the prompt of that training row, for other ranks and for checkpoints."""
-    lps = {name: getattr(answer, name) for name in ("logprobs", "base_logprobs")}
-    return {
-        "row": number,
-        "tokens": answer.input_ids[len(answer.prompt_ids) :].tolist(),
-        "text": answer.reference,
-        "rewards": list(answer.rewards),
-        **{name: getattr(answer, name) for name in ("reward", "advantage", "is_ended")},
-        **{name: None if values is None else values.tolist() for name, values in lps.items()},
-    }
+    values = {name: getattr(answer, name) for name in _OF_ANSWERS}
+    values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    tokens = answer.input_ids[len(answer.prompt_ids) :].tolist()
+    return {"row": number, "tokens": tokens, "text": answer.reference, **values}
 
 
 def _from_json(kept: dict[str, Any], rows: Sequence[Example]) -> Answer:
-    values = {name: kept[name] for name in ("reward", "advantage", "is_ended")} | {"rewards": tuple(kept["rewards"])}
+    values = {name: kept[name] for name in _OF_ANSWERS}
     for name in ("logprobs", "base_logprobs"):
         values[name] = None if kept[name] is None else np.asarray(kept[name], np.float32)
     return _answer(rows[kept["row"]], kept["tokens"], kept["text"], **values)

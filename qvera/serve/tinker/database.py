@@ -1,7 +1,9 @@
 """The database of Tinker's API: sessions, models, promises, samplers and checkpoints in SQLite. No torch.
 
-A promise is a call that was accepted: its body, and its result once there is one. So a killed server goes on with what
-it has promised. Calls of training keep their body until the model's state file holds their effect.
+A promise is a call that was accepted: its body, as decoded from its transfer, and its result once there is one (of a
+failed one the message). So a killed server goes on with what it has promised. Calls of training keep their body until
+the model's state file holds their effect. ``target`` is a model or sampling session, ``kind`` the last part of the
+path, ``size`` bytes of the body or a number of samples, and ``owner`` a key's name.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qvera.serve.sqlite import SqliteFile
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from qvera.training.tenants import ModelShape
 
 T = TypeVar("T")
@@ -62,21 +65,6 @@ PromiseState = Literal["pending", "json", "proto", "user", "server", "refused"]
 ``refused``: answered by 4xx, so nobody waits for it, but it has used its seq_id."""
 SAMPLE = "asample"
 """The kind of promises of samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class Promise:
-    """A call and its result. A failed one has the message as its payload, in UTF-8."""
-
-    id: str
-    owner: str  # name of a key
-    target: str  # id of a model or sampling session
-    seq: int
-    kind: str  # last part of the path, such as ``optim_step``
-    size: int  # bytes of its body, or its samples
-    state: PromiseState
-    body: bytes | None = None  # as decoded from its transfer; None: no longer needed
-    payload: bytes | None = None
 
 
 class Database(SqliteFile):
@@ -169,26 +157,19 @@ class Database(SqliteFile):
                 if not self._waiting[key]:
                     del self._waiting[key]
 
-    def promise(self, promise: str, owner: str) -> Promise | None:
-        """A promise without its body; None: there is no such one, or its result was dropped long ago."""
-        query = "SELECT id, owner, target, seq, kind, size, state, payload FROM promises WHERE id = ? AND owner = ?"
-        found = self.rows(f"{query} AND state != 'refused'", (promise, owner))
-        return Promise(**found[0]) if found else None
+    def promise(self, promise: str, owner: str) -> sqlite3.Row | None:
+        """A promise with its result; None: there is no such one, or its result was dropped long ago."""
+        query = "SELECT id, state, payload FROM promises WHERE id = ? AND owner = ? AND state != 'refused'"
+        return next(iter(self.rows(query, (promise, owner))), None)
 
-    def promises(self, target: str | None = None, pending: bool = False) -> list[Promise]:
+    def promises(self, target: str | None = None, pending: bool = False) -> list[sqlite3.Row]:
         """Promises with their bodies and without results: of a target in its order, of all in the order they came.
 
         ``pending``: only those without a result.
         """
         wanted, order = "AND state = 'pending'" * pending, "number" if target is None else "seq"
         query = "SELECT id, owner, target, seq, kind, size, state, body FROM promises WHERE target = IFNULL(?, target)"
-        return [Promise(**row) for row in self.rows(f"{query} {wanted} ORDER BY {order}", (target,))]
-
-    def ended_since(self, target: str, first: int, last: int, cursor: int) -> list[tuple[int, str, PromiseState, int]]:
-        """Samples of a target, ``seq`` from first to last, that have ended since: cursor, id, state, size of result."""
-        query = "SELECT done_at, id, state, length(payload) FROM promises WHERE target = ? AND seq BETWEEN ? AND ?"
-        query += " AND done_at > ? ORDER BY done_at"
-        return [tuple(row) for row in self.rows(query, (target, first, last, cursor))]
+        return self.rows(f"{query} {wanted} ORDER BY {order}", (target,))
 
     def saved(self, model: str, through: int) -> None:
         """Note that a state file has what a model's calls so far did: those with a result need no body any more."""

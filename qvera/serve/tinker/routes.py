@@ -264,11 +264,11 @@ async def retrieve_future(sender: Reader, asked: Named) -> Response:
         promise, stats = sender.database.promise(asked.request_id, sender.owner), sender.service.engine.stats()
         if promise is None:
             raise ApiError(404, f"There is no promise {asked.request_id[:100]!r}.")
-        if promise.state in ("json", "proto"):
-            kind = "application/json" if promise.state == "json" else "application/x-protobuf"
-            return Response(promise.payload, media_type=kind)
-        if promise.state != "pending":
-            return JSONResponse({"error": (promise.payload or b"").decode(), "category": promise.state})
+        if (state := promise["state"]) in ("json", "proto"):
+            kind = "application/json" if state == "json" else "application/x-protobuf"
+            return Response(promise["payload"], media_type=kind)
+        if state != "pending":
+            return JSONResponse({"error": promise["payload"].decode(), "category": state})
         if stats.dead is not None:
             return JSONResponse({"error": f"The engine has ended: {stats.dead}", "category": "server"})
         return None

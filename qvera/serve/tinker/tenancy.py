@@ -216,7 +216,7 @@ class Tinker:
         now, failed = time.time(), "The session has ended."
         for target in [model.id for model in models]:
             for promise in self.database.promises(target, pending=True):
-                self.database.fail(promise.id, failed, "user")
+                self.database.fail(promise["id"], failed, "user")
             self.database.saved(target, 2**31)
             shutil.rmtree(self._states(target), ignore_errors=True)
         for table in ("models", "samplers"):
@@ -472,16 +472,15 @@ class Tinker:
             model = Model(*names, shape, int(row["seed"]), applied + 1, applied_seq=applied, in_engine=False)
             self._models[model.id] = model
             for promise in self.database.promises(model.id):
-                if promise.body is None:
-                    if promise.seq > applied:  # it has its result and changed nothing, or was refused
-                        model.waiting[promise.seq] = promise.kind, None
+                key, seq, kind, body = (promise[name] for name in ("id", "seq", "kind", "body"))
+                if body is None:
+                    if seq > applied:  # it has its result and changed nothing, or was refused
+                        model.waiting[seq] = kind, None
                     continue
                 try:
-                    call = read_call(self, model, promise.seq, promise.kind, promise.body)
+                    model.waiting[seq] = key, read_call(self, model, seq, kind, body)
                 except (ApiError, InputError):
-                    self.database.fail(promise.id, "After a restart the server can't do it as it is.", "server")
-                else:
-                    model.waiting[promise.seq] = promise.id, call
+                    self.database.fail(key, "After a restart the server can't do it as it is.", "server")
             self._advance(model)
 
 

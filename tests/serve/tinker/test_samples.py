@@ -66,12 +66,13 @@ class Server:
         return self.samples.call(owner, json.dumps(body).encode())[0]
 
     def state(self, owner: str, promise: str) -> Any:
-        return self.database.promise(promise, owner).state
+        return self.database.rows("SELECT state FROM promises WHERE id = ?", (promise,))[0]["state"]
 
     def wait(self, owner: str, promise: str) -> Any:
         wait_until(lambda: self.state(owner, promise) != "pending")
-        found = self.database.promise(promise, owner)
-        return MESSAGES["SampleResponse"].FromString(found.payload) if found.state == "proto" else found.payload
+        found: Any = self.database.promise(promise, owner)
+        is_result, payload = found["state"] == "proto", found["payload"]
+        return MESSAGES["SampleResponse"].FromString(payload) if is_result else payload
 
     def poll(self, owner: str, cursor: int = 0, seconds: float = 0.0, clone: int = 0) -> Any:
         sampler = self.sampler(owner)
