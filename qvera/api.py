@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +43,7 @@ def train(
     *,
     resume: bool = False,
     dry_run: bool = False,
-    on_step: Callable[[dict[str, Any]], object] | None = None,
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
 ) -> RunResult | None:
     """Train an adapter, or many, and write a run directory, as ``qvera train`` does.
@@ -53,8 +53,9 @@ def train(
         run_dir: default: as in ``qvera train``.
         resume: go on from the newest checkpoint.
         dry_run: check all that needs no weights, show rows and the plan, and stop.
-        on_step: called with each record of metrics.jsonl right after it is written, in the process that writes it.
-            If it returns False or raises StopIteration, the run saves a checkpoint and raises Interrupted. Any other
+        callbacks: transformers' ``TrainerCallback`` objects, and functions that are called with each record of
+            metrics.jsonl right after it is written, in the process that writes it. A function that returns False, or a
+            callback that raises StopIteration, makes the run save a checkpoint and raise Interrupted. Any other
             exception stops the run too, and is raised once the checkpoint is saved.
         console: for progress; default: standard error.
 
@@ -63,14 +64,14 @@ def train(
         processes.
 
     Raises:
-        InputError: recipe, data, model or run directory are wrong; nothing was written.
-        Interrupted: a signal or ``on_step`` stopped the run; ``resume`` goes on.
+        InputError: recipe, data, model, run directory or a callback are wrong; nothing was written.
+        Interrupted: a signal or a callback stopped the run; ``resume`` goes on.
         RunFailed: a loss is not finite, or the disk is full; the last checkpoint is kept.
     """
     from qvera.training import trainer  # here, so that to answer imports no training
 
     read, where = _recipe_and_directory(recipe, run_dir, resume)
-    return trainer.train(read, where, resume=resume, dry_run=dry_run, on_step=on_step, console=console)
+    return trainer.train(read, where, resume=resume, dry_run=dry_run, callbacks=callbacks, console=console)
 
 
 def find_lr(

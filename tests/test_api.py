@@ -42,7 +42,7 @@ def test_the_callback_gets_each_record_and_false_stops_the_run_for_a_resume(
     """The resumed run ends as one that was never stopped."""
     records: list[dict[str, Any]] = []
     small = {**small, "training": {**small["training"], "eval_steps": 2}}
-    whole = qvera.train(small, tmp_path / "whole", on_step=records.append)
+    whole = qvera.train(small, tmp_path / "whole", callbacks=[records.append])
     assert whole is not None
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["kind"] for line in lines] == [record["kind"] for record in records]
@@ -51,8 +51,8 @@ def test_the_callback_gets_each_record_and_false_stops_the_run_for_a_resume(
     def stop(record: dict[str, Any]) -> bool:
         return record["step"] < 3
 
-    with pytest.raises(qvera.Interrupted, match="Stopped by on_step after step 3 of 4, and saved"):
-        qvera.train(small, tmp_path / "stopped", on_step=stop)
+    with pytest.raises(qvera.Interrupted, match="Stopped by stop after step 3 of 4, and saved"):
+        qvera.train(small, tmp_path / "stopped", callbacks=[stop])
     assert json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     resumed = qvera.train(small, tmp_path / "stopped", resume=True)
     assert resumed is not None
@@ -72,10 +72,10 @@ def test_an_error_of_the_callback_leaves_a_run_that_is_whole(
 
     small = {**small, "training": {**small["training"], "max_steps": 2}}
     if last == 2 and error is StopIteration:  # nothing is left to stop
-        assert qvera.train(small, tmp_path, on_step=fail) is not None
+        assert qvera.train(small, tmp_path, callbacks=[fail]) is not None
     else:
         with pytest.raises(qvera.Interrupted if error is StopIteration else error):
-            qvera.train(small, tmp_path, on_step=fail)
+            qvera.train(small, tmp_path, callbacks=[fail])
     assert json.loads((tmp_path / "run.json").read_text())["status"] == ("done" if last == 2 else "interrupted")
     if last == 1 and error is StopIteration:
         assert qvera.train(small, tmp_path, resume=True) is not None

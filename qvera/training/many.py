@@ -233,7 +233,7 @@ class ManyTrainer(Run):
             for (run, _), result in zip(wanted, result_of(self.loop.score(wanted), show), strict=True):
                 run.state.before = result
 
-    def take_turn(self) -> bool:
+    def take_turn(self) -> None:
         roster = self.loop.roster
         for run in roster.admit():
             self.loop.begin(run)
@@ -249,7 +249,8 @@ class ManyTrainer(Run):
                 facts=f"{roster.left:,} of {len(self.runs):,} adapters done, {len(roster.in_flight):,} in flight, "
                 f"{step_facts(record)}",
             )
-        return self.loop.round % self.recipe.training.save_steps == 0
+        if self.loop.round % self.recipe.training.save_steps == 0:
+            self.save_checkpoint()
 
     def _let_out(self) -> None:
         """Save the adapters that are finished and scored, and free their slots."""
@@ -281,8 +282,8 @@ class ManyTrainer(Run):
     def stop_requested(self) -> bool:
         """The processes look at each other's signals, and each stops at its round."""
         flag = f"stop {self.meeting}"
-        if self.signals.asked is not None:
-            self.stopped_by = self.signals.asked
+        if self.asked is not None:
+            self.stopped_by = self.asked
             self.group.set_flag(flag)
         elif self.group.world_size > 1 and self.group.has_flag(flag):
             self.stopped_by = "a signal to another process"

@@ -11,13 +11,13 @@ import contextlib
 import dataclasses
 import datetime
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.files.save_load import adapter_facts
 from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
+from qvera.training.callbacks import Callbacks
 from qvera.training.logging import MetricsLog, Trackers
 from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
 from qvera.utils import accelerator, memory
@@ -49,7 +49,7 @@ class Run(ABC):
     unit = "step"  # what is counted, saved and logged: optimizer steps of the adapter, or rounds of all of them
     loop: Loop[Any]
 
-    def __init__(self, session: TrainingSession) -> None:
+    def __init__(self, session: TrainingSession, callbacks: Callbacks | None = None) -> None:
         self.session, self.recipe, self.run_dir = session, session.recipe, session.run_dir
         self.group, self.console, self.warn = session.group, session.console, session.warn
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -57,8 +57,7 @@ class Run(ABC):
         self.signals = StopRequests()
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
-        self.on_step: Callable[[dict[str, Any]], object] | None = None
-        self.callback_error: Exception | None = None
+        self.callbacks = callbacks or Callbacks()
         self.summary: dict[str, Any] = {}
         self.saved = 0
         names, config = self.recipe.training.report_to if self.group.first else [], self.recipe.to_dict()
@@ -132,25 +131,17 @@ class Run(ABC):
         return {"peak_bytes": watch.peak_bytes, "mapped_bytes": mapped_bytes}
 
     def write_records(self, *records: dict[str, Any]) -> None:
-        """Write records to metrics.jsonl and, on rank 0, hand them to `on_step`, which may ask the run to stop.
-
-        It then stops at the end of a step, as for a signal: whatever the callback does, what is on disk is a run.
-        """
+        """Write records to metrics.jsonl and, on rank 0, hand them to the functions among the callbacks."""
         if self.log_file is None:
             return
         self.log_file.write(*records)
-        if self.on_step is None or not self.group.first or self.callback_error is not None:
-            return
-        for record in records:
-            try:
-                if self.on_step(dict(record)) is not False:
-                    continue
-            except StopIteration:
-                pass
-            except Exception as error:  # raised once the step is saved (`trainer.train`)
-                self.callback_error = error
-            self.signals.asked = self.signals.asked or "on_step"
-            return
+        for record in records if self.group.first else ():
+            self.callbacks.call_functions(record)
+
+    @property
+    def asked(self) -> str | None:
+        """What asks this process to stop, and to be resumed: a signal, or a callback."""
+        return self.signals.asked or self.callbacks.stopped_by
 
     def train(self) -> RunResult | None:
         """Take the steps that are left, save what came out, and write run.json. Returns the result on rank 0."""
@@ -160,8 +151,7 @@ class Run(ABC):
                 self.session.model.train()
                 with self.session.phase("training", self.steps, done=self.steps_behind) as self.progress:
                     while self.has_steps_left and not self.stop_requested():
-                        if self.take_turn():
-                            self.save_checkpoint()
+                        self.take_turn()
                 if self.count != self.saved:
                     self.save_checkpoint()
                 self.meet()
@@ -225,12 +215,12 @@ class Run(ABC):
         """Score the held-out rows before the first step, unless that is done."""
 
     @abstractmethod
-    def take_turn(self) -> bool:
-        """Take one step or round, log it, and evaluate where that is due; True where a checkpoint is due."""
+    def take_turn(self) -> None:
+        """Take one step or round, log it, and evaluate and save where that is due."""
 
     @abstractmethod
     def stop_requested(self) -> bool:
-        """Whether a signal asks this run to stop."""
+        """Whether a signal or a callback asks this run to stop."""
 
     @abstractmethod
     def save_checkpoint(self) -> None:

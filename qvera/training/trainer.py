@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
 from qvera.evaluation import held_out
 from qvera.training import checkpoint
+from qvera.training.callbacks import Callbacks
 from qvera.training.checkpoint import Checkpoint, TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
@@ -38,7 +39,7 @@ def train(
     *,
     resume: bool = False,
     dry_run: bool = False,
-    on_step: Callable[[dict[str, Any]], object] | None = None,
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
 ) -> RunResult | None:
     """Train an adapter, or many, as a recipe says, and write a run directory.
@@ -47,18 +48,24 @@ def train(
         run_dir: must not hold a run yet, unless ``resume``.
         resume: go on from the newest checkpoint there that verifies. A run that torchrun restarts does so by itself.
         dry_run: check all that needs no weights of the base, show rows and the plan, and stop; nothing is written.
-        on_step: as `qvera.api.train` has it.
+        callbacks: as `qvera.api.train` has them.
 
     Returns:
         None after a dry run, and in a process that is not the first of several.
 
     Raises:
         InputError: recipe, data, model or run directory are wrong; nothing was written.
-        Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or ``on_step`` stopped the run after a step, which was saved.
+        Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or a callback stopped the run after a step, which was saved.
         RunFailed: a loss or gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
+    own = Callbacks(callbacks)
+    if recipe.data.has_adapters and own.callbacks:
+        raise InputError(
+            f"callbacks: {type(own.callbacks[0]).__name__} follows the steps of one adapter, and with "
+            "data.adapter_column or adapter_files there are many. A function gets the records of all."
+        )
     with in_group() as group, TrainingSession(recipe, run_dir, group, console) as session:
-        trainer = ManyTrainer(session) if recipe.data.has_adapters else Trainer(session)
+        trainer = ManyTrainer(session, own) if recipe.data.has_adapters else Trainer(session, own)
         if dry_run:
             group.on_first(lambda: check_run_dir(run_dir, recipe, resume))
             trainer.load_data(preview=True)
@@ -68,12 +75,11 @@ def train(
         trainer.load_data()
         session.load_model()
         trainer.setup()
-        trainer.on_step = on_step
         try:
             return trainer.train()
         finally:  # in place of Interrupted, or after the last step
-            if trainer.callback_error is not None:
-                raise trainer.callback_error
+            if own.error is not None:
+                raise own.error
 
 
 class Trainer(Run):
@@ -85,6 +91,7 @@ class Trainer(Run):
 
     def setup(self) -> None:
         self.loop = AloneLoop(self.session)
+        self.loop.hooks.hooks["callbacks"] = self.callbacks
         self.extra: dict[str, Any] = {}  # what hooks add to the result
         if self.resume:
             self.load_checkpoint()
@@ -100,6 +107,7 @@ class Trainer(Run):
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
         )
+        self.callbacks.begin(self)
 
     @property
     def state(self) -> TrainState:
@@ -132,20 +140,40 @@ class Trainer(Run):
         shown = ("prompt", "reference", "images")
         return [{key: a.get(key) for key in shown} | {"before": a["answer"]} for a in self.state.samples_before]
 
-    def take_turn(self) -> bool:
-        """A new best step is saved at once, so that its vectors are on disk whatever comes."""
-        training, state = self.recipe.training, self.state
-        goes_on_with_evaluation, best_step = state.evaluation_due, state.best_step
-        if not goes_on_with_evaluation:
+    def take_turn(self) -> None:
+        training, state, callbacks = self.recipe.training, self.state, self.callbacks
+        if state.evaluation_due:  # memory ran out in it
+            callbacks.control.should_evaluate = callbacks.control.should_save = True
+        else:
             record = self.loop.train_step()
+            if record["kind"] == "train":
+                every, is_last = training.eval_steps, state.step == self.steps
+                evaluate = bool(self.loop.datasets.eval) and every > 0 and state.step % every == 0
+                callbacks.end_step(evaluate, save=is_last or state.step % training.save_steps == 0)
             self.log(record)
             if record["kind"] != "train":  # it was not taken
-                return False
-            every = training.eval_steps
-            state.evaluation_due = bool(self.loop.datasets.eval) and every > 0 and state.step % every == 0
+                return
+        self._evaluate_and_save()
+        if state.step % self.loop.batches.per_epoch == 0 or not self.has_steps_left:
+            callbacks.fire("on_epoch_end")
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        """As the recipe and callbacks ask. A new best step is saved at once, whatever comes."""
+        state, best_step = self.state, self.state.best_step
+        state.evaluation_due = self._wants("should_evaluate")
         if state.evaluation_due:
             self.evaluate()
-        return goes_on_with_evaluation or state.step % training.save_steps == 0 or state.best_step != best_step
+        if self._wants("should_training_stop") and not state.stopped_early and state.step < self.steps:
+            state.stopped_early = True
+            self.console.print("stopping: a callback asks for it")
+        if self._wants("should_save") or state.best_step != best_step:
+            self.save_checkpoint()
+
+    def _wants(self, flag: str) -> bool:
+        """Whether a flag of the callbacks' control is set on any rank."""
+        mine = bool(getattr(self.callbacks.control, flag))
+        return bool(self.group.sum([float(mine)])[0]) if self.callbacks.callbacks else mine
 
     def complete(self) -> None:
         """Where training made the held-out loss not finite, the adapter is deleted (NotFinite)."""
@@ -159,6 +187,7 @@ class Trainer(Run):
             after, samples = self.score("After training")
         self.extra = self.loop.hooks.finish(self.loop)
         self.after, self.samples = after, samples
+        self.callbacks.fire("on_train_end")
         if after is None or has_finite_loss(after):
             return
         text = held_out_not_finite(f"Step {state.step}", state.before)
@@ -169,8 +198,8 @@ class Trainer(Run):
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def stop_requested(self) -> bool:
-        """A signal to any rank stops all of them at the same step."""
-        asked, group = self.signals.asked, self.group
+        """A signal to any rank, or a callback there, stops all of them at the same step."""
+        asked, group = self.asked, self.group
         if group.sum([float(asked is not None)])[0]:
             of_ranks = group.gather([asked, group.host])
             rank, (name, host) = next((rank, signal) for rank, signal in enumerate(of_ranks) if signal[0])
@@ -181,6 +210,7 @@ class Trainer(Run):
         """Write a record to metrics.jsonl, the trackers and the progress bar."""
         self.write_records(record)
         self.trackers.log(record)
+        self.callbacks.log(record)
         if (line := repeat_line(record)) is not None:
             self.console.print(line, style="yellow", highlight=False, soft_wrap=True)
         if record["kind"] == "train":
@@ -201,13 +231,14 @@ class Trainer(Run):
         with self.progress.within("held-out loss", len(self.loop.datasets.eval)):
             result = self.loop.held_out_loss(self.progress)
         state.evaluation_due = False
+        self.log({"kind": "eval", "step": state.step, **result})
+        self.callbacks.evaluated(result)
         state.add_evaluation(result["loss"], patience)
         self.console.print(f"step {state.step}: {self.session.task.line(result)}", soft_wrap=True)
         if state.stopped_early:
             self.console.print(
                 f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
             )
-        self.log({"kind": "eval", "step": state.step, **result})
 
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Held-out loss and, where the recipe asks for it, exact match of greedy answers; the ranks share the rows.
@@ -253,6 +284,7 @@ class Trainer(Run):
 
         self.group.on_first(write)
         self.saved = self.state.step
+        self.callbacks.fire("on_save")
 
     def load_checkpoint(self) -> None:
         """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one."""

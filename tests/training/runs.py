@@ -209,11 +209,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     """Give an adapter a vector that is not finite before its step ``step`` (from 1)."""
     real = ManyTrainer.take_turn
 
-    def take_turn(self: ManyTrainer) -> bool:
+    def take_turn(self: ManyTrainer) -> None:
         for run in self.loop.in_flight:
             if run.name == name and run.state.step == step - 1:
                 self.loop.bank.vectors[run.held_slot, 0] = float("nan")
-        return real(self)
+        real(self)
 
     monkeypatch.setattr(ManyTrainer, "take_turn", take_turn)
 
