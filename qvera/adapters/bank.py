@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -332,32 +332,43 @@ class MixedForward:
         self._ordinary: list[tuple[str, Tensor | None]] = []
         self._rows: int | None = None  # where rows of one length were named
         self._tokens: int | None = None  # where tokens were counted
+        self._held: dict[tuple[str, int, int], accelerator.HeldTensors] = {}
 
-    def use(self, users: Sequence[User], tokens: Sequence[int] | None = None) -> None:
+    def use(self, users: Sequence[User], tokens: Sequence[int] | None = None, held: bool = False) -> Hashable:
         """Set the adapters of the next forward passes: one for each run of neighbouring tokens.
 
         ``tokens`` has the length of each run; None: the runs are the batch's rows. A trained bank must be used alone.
+        ``held``: passes with the value that is returned read the same memory in the same shapes, as a graph has to.
         """
         self._parts, self._ordinary = [], []
         self._rows, self._tokens = (len(users), None) if tokens is None else (None, sum(tokens))
-        for bank in dict.fromkeys(user[0] for user in users if isinstance(user, tuple)):
+        banks, keys = dict.fromkeys(user[0] for user in users if isinstance(user, tuple)), list[tuple[str, int, int]]()
+        for bank in sorted(banks, key=lambda bank: bank.adapter):
             index = np.array([u[1] if isinstance(u, tuple) and u[0] is bank else 0 for u in users], dtype=np.int64)
             arrays, count = {"index": index}, bank.slots
-            if not bank.trained_numbers and (index == index[0]).all():
+            if not held and not bank.trained_numbers and (index == index[0]).all():
                 self._parts.append(_Part(bank, slice(int(index[0]), int(index[0]) + 1), 1, None))
                 continue
             if bank.takes_slots:
-                arrays["slots"], arrays["index"] = np.unique(index, return_inverse=True)
-                count = len(arrays["slots"])
+                slots, arrays["index"] = np.unique(index, return_inverse=True)
+                count = 1 << (len(slots) - 1).bit_length() if held else len(slots)
+                arrays["slots"] = np.resize(slots, count)  # those that are filled in have no tokens
             if tokens is not None:
                 arrays["index"] = np.repeat(arrays["index"], tokens)
-            sent = accelerator.tensors_on(self._device, arrays)
+            if held:
+                keys.append((bank.adapter, count, len(arrays["index"])))
+                if keys[-1] not in self._held:
+                    self._held[keys[-1]] = accelerator.HeldTensors(self._device, arrays)
+                sent = self._held[keys[-1]].fill(arrays)
+            else:
+                sent = accelerator.tensors_on(self._device, arrays)
             self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"]))
         for name in dict.fromkeys(user for user in users if isinstance(user, str)):
             rows = np.array([i for i, user in enumerate(users) if user == name], dtype=np.int64)
             everywhere = len(rows) == len(users)
             sent = {} if everywhere else accelerator.tensors_on(self._device, {"rows": rows})
             self._ordinary.append((name, sent.get("rows")))
+        return tuple(keys)
 
     @contextlib.contextmanager
     def installed(self, layers: Sequence[QveraLinear]) -> Iterator[None]:

@@ -163,6 +163,16 @@ _TRIAL_ERROR = 0.02
 """Relative error, by norm, of a kernel in 16 bits that is right; one that sees a wrong key is off by 0.1 and more."""
 
 
+def problem_of(run: Callable[[], list[torch.Tensor]], wanted: list[torch.Tensor]) -> str | None:
+    """What is wrong with a kernel whose tensors should be these, fp32 on the CPU; None: nothing."""
+    try:
+        errors = [((x - y).norm() / y.norm()).item() for x, y in zip(run(), wanted, strict=True)]
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # an old card, or too wide a head
+        return f"fails ({first_line(error)})"
+    wrong = [error for error in errors if not error <= _TRIAL_ERROR]  # NaN is wrong too
+    return f"is off by {max(wrong):.1%}" if wrong else None
+
+
 @functools.cache
 def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int) -> bool:
     """Whether the kernel works on this device: tried once, on two rows behind a prefix, and compared with a CPU.
@@ -186,13 +196,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
             found = [out.detach(), *torch.autograd.grad(out.sum() + out.square().sum(), inputs)]
         return [x.to("cpu", torch.float32) for x in found]
 
-    try:
-        found = tried(device, dtype)
-        wanted = tried(torch.device("cpu"), torch.float32)
-        worst = max((x - y).norm().item() / y.norm().item() for x, y in zip(found, wanted, strict=True))
-        problem = None if worst <= _TRIAL_ERROR else f"is off by {worst:.1%}"
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # an old card, or too wide a head
-        problem = f"fails ({first_line(error)})"
+    problem = problem_of(lambda: tried(device, dtype), tried(torch.device("cpu"), torch.float32))
     if problem is not None:
         _logger.warning(
             "torch's variable-length attention %s on %s in %s with %d x %d: rows of one sequence get a dense mask, and "

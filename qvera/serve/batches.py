@@ -5,7 +5,8 @@ computes. The tokens of a step run as one sequence [1, tokens] by transformers' 
 function and a mask function, registered under our own name, and arguments that a model hands on to its attention. Each
 layer gets the *rule* of its mask (causal, within a window, within a chunk) and applies it to the positions of each
 request. A query meets keys and values of its own request only, so a request whose numbers are not finite spoils no
-other.
+other. Where torch has a kernel for it, attention takes the blocks as they are, and a step that gives each of its
+requests a token is a graph (`qvera.serve.paged`).
 
 Models of untested types are tried before the first request: `PagedBatches._require_same_logits`. `StaticBatches`, with
 the same methods, are for those that can't run so.
@@ -18,7 +19,7 @@ import inspect
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,12 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import causal_mask_function
 
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
 from qvera.models.attention import needs_equal_lengths
 from qvera.models.forward import image_inputs
 from qvera.models.loss import Head
+from qvera.models.quantization import is_streamed
 from qvera.models.structure import causal_model, decoder_of, image_model
+from qvera.serve.paged import LayerShape, PagedKernel, Rows, StepGraphs, arrays_of, choose_kernel, power_of_two
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
@@ -41,9 +45,11 @@ if TYPE_CHECKING:
 
     from qvera.data.images import StoredImage
     from qvera.serve.requests import EngineSettings
+    from qvera.serve.slots import AdaptersInUse
 
 BLOCK_TOKENS = 16
-"""Tokens per block. Only whole blocks are shared: a shorter common beginning is computed again."""
+"""Tokens per block, unless a kernel asks for more. Only whole blocks are shared: a shorter common beginning is computed
+again."""
 PAGED = "qvera_paged"  # the name of the attention
 Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 """transformers' mask function: batch, head, positions of queries and keys → which keys a query may see."""
@@ -69,11 +75,6 @@ class CachedTokens:
         """The content number of the last full block that others may share, which the next one follows."""
 
     @property
-    def blocks_needed(self) -> int:
-        """Blocks that hold all of its tokens."""
-        return -(-len(self.tokens) // BLOCK_TOKENS)
-
-    @property
     def unneeded(self) -> int:
         """Leading tokens that need not be computed if their keys and values are there."""
         last = len(self.tokens) - 1  # the next token is drawn from its logits
@@ -84,10 +85,6 @@ class CachedTokens:
         begin, end = self.unscored.start, min(self.unscored.stop, self.computed + count)
         self.unscored = range(max(begin, end), self.unscored.stop)
         return range(begin, end)
-
-    def key(self, number: int) -> tuple[int | str, tuple[int, ...]]:
-        """What its next block to be shared, the ``number``-th, is found by."""
-        return self.parent, tuple(self.tokens[number * BLOCK_TOKENS : (number + 1) * BLOCK_TOKENS])
 
 
 T = TypeVar("T", bound=CachedTokens)
@@ -103,8 +100,9 @@ class Blocks:
     cache holds the longest request, so every step advances some request.
     """
 
-    def __init__(self, count: int, share: bool) -> None:
-        self.count = count
+    def __init__(self, count: int, share: bool, tokens: int = BLOCK_TOKENS) -> None:
+        """``tokens``: of a block."""
+        self.count, self.tokens = count, tokens
         self.fresh: list[int] = []  # blocks that changed owner since the last `take_fresh`
         self._share = share
         self._content = itertools.count()
@@ -142,14 +140,14 @@ class Blocks:
             if not request.blocks:
                 shared = self._find_shared(request)
                 number = len(shared)
-                if (number + 1) * BLOCK_TOKENS <= request.unneeded and request.key(number) in coming:
+                if (number + 1) * self.tokens <= request.unneeded and self._key(request, number) in coming:
                     continue  # its next block will be there after this step, or after one of the next
                 if not self._begin(request, shared):
                     break  # none passes one that waits for memory
             count = min(step_tokens, len(request.tokens) - request.computed)
             batch.append((request, count))
             if self._share:
-                coming.add(request.key(request.computed // BLOCK_TOKENS))
+                coming.add(self._key(request, request.computed // self.tokens))
             step_tokens -= count
         return batch
 
@@ -158,8 +156,8 @@ class Blocks:
         before, request.computed = request.computed, request.computed + count
         if not self._share:
             return
-        for number in range(before // BLOCK_TOKENS, request.computed // BLOCK_TOKENS):
-            block, key = request.blocks[number], request.key(number)
+        for number in range(before // self.tokens, request.computed // self.tokens):
+            block, key = request.blocks[number], self._key(request, number)
             if self._block_of.setdefault(key, block) == block and block not in self._known:
                 self._known[block] = key, next(self._content)
             request.parent = self._known[self._block_of[key]][1]
@@ -177,8 +175,8 @@ class Blocks:
         """The blocks that a request need not compute; its parent becomes the last one."""
         shared: list[int] = []
         request.parent = request.identity
-        while self._share and (len(shared) + 1) * BLOCK_TOKENS <= request.unneeded:
-            block = self._block_of.get(request.key(len(shared)))
+        while self._share and (len(shared) + 1) * self.tokens <= request.unneeded:
+            block = self._block_of.get(self._key(request, len(shared)))
             if block is None:
                 break
             shared.append(block)
@@ -187,20 +185,20 @@ class Blocks:
 
     def _begin(self, request: CachedTokens, shared: list[int]) -> bool:
         """Give a request these and more blocks, for all of its tokens; False if they are not free."""
-        missing = request.blocks_needed - len(shared)
+        missing = self._needed(request) - len(shared)
         if missing > len(self._free) - sum(not self._users[block] for block in shared):
             return False
         for block in shared:
             self._users[block] += 1
             self._free.pop(block, None)
-        request.blocks, request.computed = shared, len(shared) * BLOCK_TOKENS
+        request.blocks, request.computed = shared, len(shared) * self.tokens
         request.found = request.computed if request.found is None else request.found
         self._grow(request)
         return True
 
     def _grow(self, request: CachedTokens) -> bool:
         """Give a request the blocks that its new tokens need; False if too few are free."""
-        while len(request.blocks) < request.blocks_needed:
+        while len(request.blocks) < self._needed(request):
             if not self._free:
                 return False
             block, _ = self._free.popitem(last=False)
@@ -211,13 +209,48 @@ class Blocks:
             request.blocks.append(block)
         return True
 
+    def _needed(self, request: CachedTokens) -> int:
+        """Blocks that hold all of its tokens."""
+        return -(-len(request.tokens) // self.tokens)
+
+    def _key(self, request: CachedTokens, number: int) -> tuple[int | str, tuple[int, ...]]:
+        """What its next block to be shared, the ``number``-th, is found by."""
+        return request.parent, tuple(request.tokens[number * self.tokens : (number + 1) * self.tokens])
+
 
 @dataclass
 class _Step:
     """What all layers' attention needs to know of a step."""
 
-    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values [blocks, BLOCK_TOKENS, kv heads, size]
-    write: torch.Tensor  # int64 [tokens]: where keys and values go, as block · BLOCK_TOKENS + place
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values [blocks, tokens of a block, kv heads, size]
+    write: torch.Tensor  # int64 [tokens]: where keys and values go, as block · tokens of a block + place
+
+    def put(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the step's keys and values into the layer's blocks, and return these."""
+        keys, values = self.layers[layer]
+        keys.flatten(0, 1).index_copy_(0, self.write, k)
+        values.flatten(0, 1).index_copy_(0, self.write, v)
+        return keys, values
+
+
+@dataclass
+class _KernelStep(_Step):
+    """A step whose attention takes the blocks as they are."""
+
+    kernel: PagedKernel
+    rows: Rows
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None, *_: object
+    ) -> torch.Tensor:
+        """As `_GatheringStep.attend`, in causal order."""
+        return self.kernel.attend(q, *self.put(layer, k, v), self.rows, scale)
+
+
+@dataclass
+class _GatheringStep(_Step):
+    """A step whose attention copies the keys and values of its requests, and makes masks."""
+
     groups: list[tuple[torch.Tensor, torch.Tensor]]
     """Blocks, int64 [requests, blocks], and positions, int64 [requests, queries], of requests with equal numbers of
     queries and about equal numbers of blocks. Shorter rows of blocks are filled up with their own first one, which no
@@ -271,7 +304,8 @@ class _Step:
         if (number, rule, shared) not in self.masks:
             table, positions = self.groups[number]
             of_queries = positions.unsqueeze(2)
-            of_keys = torch.arange(table.shape[1] * BLOCK_TOKENS, device=table.device).view(1, 1, -1)
+            tokens = table.shape[1] * next(iter(self.layers.values()))[0].shape[1]
+            of_keys = torch.arange(tokens, device=table.device).view(1, 1, -1)
             seen = rule(0, 0, of_queries, of_keys) & (of_keys <= of_queries)
             mask = torch.zeros(seen.shape, dtype=dtype, device=table.device).masked_fill_(~seen, float("-inf"))
             mask = mask.unsqueeze(1).expand(-1, shared, -1, -1).reshape(len(table), 1, -1, mask.shape[2])
@@ -279,13 +313,19 @@ class _Step:
         return self.masks[number, rule, shared]
 
 
-class _Shapes(dict[int, tuple[torch.Size, torch.Size, torch.dtype]]):
-    """Stands in for a step, to learn each layer's kv heads and size of keys and values, and their dtype."""
+class _Shapes(dict[int, LayerShape]):
+    """Stands in for a step, to learn how each layer calls its attention."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None,
+        softcap: float | None, sinks: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         if layer in self:  # the second time would write over the first one's keys
             raise RuntimeError("it runs a layer more than once for a token")
-        self[layer] = k.shape[1:], v.shape[1:], k.dtype
+        needs = {"soft caps": softcap is not None, "sinks": sinks is not None}
+        needs["windows in blocks, or other masks than causal ones"] = rule is not causal_mask_function
+        refused = next((name for name, is_needed in needs.items() if is_needed), None)
+        self[layer] = LayerShape(q.shape[1], k.shape[1:], v.shape[1:], k.dtype, refused)
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
 
@@ -299,7 +339,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
-    paged_step: _Step | _Shapes | None = None,
+    paged_step: _KernelStep | _GatheringStep | _Shapes | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: [1, heads, tokens, size] → [1, tokens, heads, size]."""
@@ -338,6 +378,8 @@ class PagedBatches:
         self._model, self._step_tokens = model, settings.step_tokens
         self._attention = model.config._attn_implementation
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kernel: PagedKernel | None = None
+        self._graphs: StepGraphs | None = None
         config = model.config.get_text_config()
         self.longest_tokens = _longest_tokens(model)
         try:
@@ -351,22 +393,30 @@ class PagedBatches:
                 self._forward(zero, zero, zero, shapes)
                 if model.config._attn_implementation != PAGED or not shapes:
                     raise RuntimeError("its attention is not made for other implementations")
+                self._kernel = choose_kernel(model.device, shapes.values())
+                block_tokens = BLOCK_TOKENS if self._kernel is None else self._kernel.block_tokens
                 tokens = settings.cache_tokens
                 if tokens is None:
-                    token_bytes = [(key.numel() + value.numel()) * of.itemsize for key, value, of in shapes.values()]
+                    token_bytes = [(of.key.numel() + of.value.numel()) * of.dtype.itemsize for of in shapes.values()]
                     share = 2 if accelerator.has_own_memory(model.device) else 8  # of the free memory
-                    # a layer gathers the keys and values of all requests, and attention may copy them once more
-                    fits = memory.available_bytes(model.device) // share // (sum(token_bytes) + 2 * max(token_bytes))
+                    # without the kernel a layer gathers keys and values of all requests, and sdpa may copy them again
+                    copied = 2 * max(token_bytes) if self._kernel is None else 0
+                    fits = memory.available_bytes(model.device) // share // (sum(token_bytes) + copied)
                     tokens = min(fits, settings.max_running * self.longest_tokens)
-                count = max(1, tokens // BLOCK_TOKENS)
-                for layer, (key, value, dtype) in shapes.items():
-                    keys, values = (
-                        torch.zeros(count, BLOCK_TOKENS, *shape, dtype=dtype, device=model.device)
-                        for shape in (key, value)
+                count = max(1, tokens // block_tokens)
+                for layer, of in shapes.items():
+                    keys, values = (  # and a block that no request has, where rows write that fill a graph up
+                        torch.zeros(count + 1, block_tokens, *shape, dtype=of.dtype, device=model.device)
+                        for shape in (of.key, of.value)
                     )
                     self._layers[layer] = keys, values
-                self.longest_tokens = min(count * BLOCK_TOKENS, self.longest_tokens)
-                self._blocks = Blocks(count, settings.share_prefixes)
+                self.longest_tokens = min(count * block_tokens, self.longest_tokens)
+                self._blocks = Blocks(count, settings.share_prefixes, block_tokens)
+                self._filler = CachedTokens([0])
+                self._filler.blocks = [count]
+                is_whole = not any(isinstance(m, torch.nn.Linear) and is_streamed(m) for m in model.modules())
+                if self._kernel is not None and is_whole and accelerator.records_graphs(model.device):
+                    self._graphs = StepGraphs(model.device, lambda sent: self._run(sent, 1)[0])
                 if not is_known:
                     self._require_same_logits(prompts, answer, expected)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, MemoryError) as error:
@@ -390,32 +440,63 @@ class PagedBatches:
         batch = self._blocks.schedule(running, self._step_tokens)
         return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
 
-    def run(self, batch: Sequence[tuple[T, int]]) -> StepOutput:
-        """Run a step."""
-        positions = [np.arange(request.computed, request.computed + count) for request, count in batch]
-        blocks = [
-            np.array(request.blocks)[of // BLOCK_TOKENS] for (request, _), of in zip(batch, positions, strict=True)
-        ]
-        drawing = [i for i, (request, count) in enumerate(batch) if request.computed + count == len(request.tokens)]
-        ends = np.cumsum([count for _, count in batch])
+    def held_rows(self, batch: Sequence[tuple[T, int]]) -> int | None:
+        """The rows of a step that can be a graph, filled up to a power of two; None: it can't."""
+        is_repeated = self._graphs and all(count == 1 and not request.unscored for request, count in batch)
+        return power_of_two(len(batch)) if is_repeated else None
+
+    def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
+        """Run a step; with ``adapters`` one of `held_rows`."""
+        shares: list[tuple[CachedTokens, int]] = list(batch)
+        if adapters is not None:
+            shares += [(self._filler, 1)] * (power_of_two(len(batch)) - len(batch))
+        size, counts = self._blocks.tokens, [count for _, count in shares]
+        positions = [np.arange(request.computed, request.computed + count) for request, count in shares]
+        blocks = [np.array(request.blocks)[of // size] for (request, _), of in zip(shares, positions, strict=True)]
+        drawing = [i for i, (request, count) in enumerate(shares) if request.computed + count == len(request.tokens)]
+        ends = np.cumsum(counts)
         scored = [(request, request.take_unscored(count)) for request, count in batch]
         places = [
             end - count + np.array(asked) - request.computed
-            for (request, asked), (_, count), end in zip(scored, batch, ends, strict=True)
+            for (request, asked), count, end in zip(scored, counts, ends, strict=False)
             if asked
         ]
-        fresh = self._blocks.take_fresh()
         arrays = {
-            "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in batch]),
+            "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in shares]),
             "positions": np.concatenate(positions),
-            "write": np.concatenate(blocks) * BLOCK_TOKENS + np.concatenate(positions) % BLOCK_TOKENS,
+            "write": np.concatenate(blocks) * size + np.concatenate(positions) % size,
             "kept": ends[drawing or [-1]] - 1,
-            "scored": np.concatenate([*places, np.array([], np.int64)]),
-            "fresh": np.array(fresh, dtype=np.int64),
         }
-        # neighbours attend together: equal numbers of tokens, and at most twice the first one's blocks
-        groups: list[list[tuple[T, int]]] = []
+        if places:
+            arrays["scored"] = np.concatenate(places)
+        groups = list[int]()
+        if self._kernel is not None:
+            used = [request.computed + count for request, count in shares]
+            tables = [request.blocks for request, _ in shares]
+            arrays |= arrays_of(tables, used, counts, size, self._blocks.count)
+        else:
+            groups = self._add_tables(arrays, shares)
+        if fresh := self._blocks.take_fresh():
+            # a masked key or value that is not finite would still make the output nan
+            [zeroed] = accelerator.tensors_on(self._model.device, {"fresh": np.array(fresh)}).values()
+            for tensor in itertools.chain.from_iterable(self._layers.values()):
+                tensor.index_fill_(0, zeroed, 0)
+        if adapters is not None and self._graphs is not None:
+            key = len(shares), arrays["table"].shape[1], adapters.key
+            logits, hidden = self._graphs.logits(key, adapters.layers, arrays), None
+        else:
+            logits, hidden = self._run(accelerator.tensors_on(self._model.device, arrays), max(counts), groups)
         for request, count in batch:
+            self._blocks.note_computed(request, count)
+        of_places = [request for request, asked in scored for _ in asked]
+        drawn = [batch[i][0] for i in drawing if i < len(batch)]
+        return StepOutput(drawn, logits[: len(drawn)], of_places, hidden)
+
+    def _add_tables(self, arrays: dict[str, np.ndarray], shares: Sequence[tuple[CachedTokens, int]]) -> list[int]:
+        """Add a table for each group of requests that attend together; returns the tokens of each group."""
+        # neighbours attend together: equal numbers of tokens, and at most twice the first one's blocks
+        groups: list[list[tuple[CachedTokens, int]]] = []
+        for request, count in shares:
             if groups and groups[-1][0][1] == count and len(request.blocks) <= 2 * len(groups[-1][0][0].blocks):
                 groups[-1].append((request, count))
             else:
@@ -424,28 +505,29 @@ class PagedBatches:
             longest = max(len(request.blocks) for request, _ in group)
             rows = [request.blocks + request.blocks[:1] * (longest - len(request.blocks)) for request, _ in group]
             arrays[f"table {number}"] = np.array(rows)
-        sent = accelerator.tensors_on(self._model.device, arrays)
-        if fresh:
-            # a masked key or value that is not finite would still make the output nan
-            for tensor in itertools.chain.from_iterable(self._layers.values()):
-                tensor.index_fill_(0, sent["fresh"], 0)
-        parts = sent["positions"].split([sum(count for _, count in group) for group in groups])
-        tables = [sent[f"table {number}"] for number in range(len(groups))]
-        grouped = [(table, part.view(len(table), -1)) for table, part in zip(tables, parts, strict=True)]
-        step = _Step(self._layers, sent["write"], grouped)
-        scored_places = sent["scored"] if places else None
-        logits, hidden = self._forward(sent["ids"], sent["positions"], sent["kept"], step, scored_places)
-        for request, count in batch:
-            self._blocks.note_computed(request, count)
-        of_places = [request for request, asked in scored for _ in asked]
-        return StepOutput([batch[i][0] for i in drawing], logits[: len(drawing)], of_places, hidden)
+        return [sum(count for _, count in group) for group in groups]
+
+    def _run(
+        self, sent: Mapping[str, torch.Tensor], longest: int, groups: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`_forward` of a step's tensors; ``longest``: most tokens of a request."""
+        step: _KernelStep | _GatheringStep
+        if self._kernel is not None:
+            rows = Rows(sent["table"], sent["used"], sent["ends"], sent["ends_k"], longest)
+            step = _KernelStep(self._layers, sent["write"], self._kernel, rows)
+        else:
+            tables = [sent[f"table {number}"] for number in range(len(groups))]
+            parts = zip(tables, sent["positions"].split(list(groups)), strict=True)
+            grouped = [(table, part.view(len(table), -1)) for table, part in parts]
+            step = _GatheringStep(self._layers, sent["write"], grouped)
+        return self._forward(sent["ids"], sent["positions"], sent["kept"], step, sent.get("scored"))
 
     def _forward(
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
         kept: torch.Tensor,
-        step: _Step | _Shapes,
+        step: _KernelStep | _GatheringStep | _Shapes,
         scored: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the kept places, and hidden states of the scored ones."""
@@ -557,7 +639,10 @@ class StaticBatches:
         width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
         return [(row, width) for row in self._rows]
 
-    def run(self, batch: Sequence[tuple[T, int]]) -> StepOutput:
+    def held_rows(self, batch: Sequence[tuple[T, int]]) -> None:
+        """No step is a graph: keys and values grow."""
+
+    def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
         """Run a step. All rows that have not ended get a token."""
         rows, device = [row for row, _ in batch], self._model.device
         config, begins, images = self._model.config.get_text_config(), self._cache is None, dict[str, torch.Tensor]()

@@ -337,8 +337,9 @@ class Engine:
     def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
         """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
         batch = self._batches.schedule(self.running.values())
-        self.bank.use([(request.vectors, request.slot, tokens) for request, tokens in batch], self._batches.by_rows)
-        found = self._batches.run(batch)
+        users = [(request.vectors, request.slot, tokens) for request, tokens in batch]
+        adapters = self.bank.use(users, self._batches.by_rows, self._batches.held_rows(batch))
+        found = self._batches.run(batch, adapters)
         if found.hidden is not None:
             prompts = [request.scored for request in found.scored]
             # as many logits at a time as a step of answers may have

@@ -13,9 +13,9 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -66,6 +66,13 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
             f"expected vera without magnitude and without phases, or lora. {way}"
         )
     return config
+
+
+class AdaptersInUse(NamedTuple):
+    """What a recorded pass depends on besides the tokens."""
+
+    key: Hashable
+    layers: Hashable  # where it changes, layers may have changed
 
 
 class _Slots:
@@ -225,11 +232,21 @@ class ServingBank:
         """Memory of all slots, used or not."""
         return sum(slots.bank.vectors.nbytes for slots in list(self._slots.values()))
 
-    def use(self, users: Sequence[tuple[HostVectors | None, int, int]], by_rows: bool = False) -> None:
+    def use(
+        self, users: Sequence[tuple[HostVectors | None, int, int]], by_rows: bool = False, held_rows: int | None = None
+    ) -> AdaptersInUse | None:
         """Set the adapters of the next forward pass.
 
         ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch;
-        with ``by_rows`` of each row, whatever its length.
+        with ``by_rows`` of each row, whatever its length. ``held_rows``: for a graph over so many tokens, the last of
+        which nobody uses; returns what the graph depends on.
         """
         slots = [None if vectors is None else (self._slots[vectors.shape].bank, slot) for vectors, slot, _ in users]
-        self._mixed.use(slots, None if by_rows else [tokens for *_, tokens in users])
+        tokens = [tokens for *_, tokens in users]
+        if held_rows is not None:
+            more = held_rows - len(users)
+            key = self._mixed.use([*slots, *[None] * more], [*tokens, *[1] * more], held=True)
+            # a new adapter of PEFT's, one of a training too, may change the layers or make A and B anew
+            return AdaptersInUse(key, tuple(self._base.adapted.peft_config) if self._base.adapted else ())
+        self._mixed.use(slots, None if by_rows else tokens)
+        return None

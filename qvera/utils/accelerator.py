@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+T = TypeVar("T")
 NVIDIA_CARD = "/dev/nvidia0"
 """Its device file, which the driver makes."""
 _ALIGNED_BYTES = 16
-"""Tensors of `tensors_on` begin at multiples of this."""
+"""`HeldTensors` begin at multiples of this."""
 
 
 def is_available() -> bool:
@@ -198,28 +199,95 @@ def collective_buffer_bytes(device_type: str) -> int:
     return min(channels or 32, 32) * 3 * (6 * 2**20 + (buffer or 4 * 2**20))
 
 
+class HeldTensors:
+    """Tensors on a device, from numpy arrays, that stay where they are when they get other numbers.
+
+    So a graph can read them. An accelerator gets one copy from pinned memory, for which the host does not wait.
+    """
+
+    def __init__(self, device: torch.device | str, arrays: dict[str, np.ndarray]) -> None:
+        """Make room for these arrays, and for those of the same shapes that `fill` gets."""
+        import numpy as np
+        import torch
+
+        self._apart = has_own_memory(device)  # elsewhere nothing keeps the host's tensor alive until it is copied
+        sizes = [-(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES for array in arrays.values()]
+        self._starts = np.cumsum([0, *sizes]).tolist()
+        self._sent = torch.empty(self._starts[-1], dtype=torch.uint8, device=device)
+        self.tensors = dict[str, torch.Tensor]()
+        for start, (name, array) in zip(self._starts, arrays.items(), strict=False):
+            dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
+            self.tensors[name] = self._sent[start : start + array.nbytes].view(dtype).view(array.shape)
+
+    def fill(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Copy arrays of the same names, shapes and dtypes into the tensors, and return these."""
+        import numpy as np
+        import torch
+
+        packed = np.zeros(self._starts[-1], dtype=np.uint8)
+        for start, array in zip(self._starts, arrays.values(), strict=False):
+            packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        host = torch.from_numpy(packed)
+        self._sent.copy_(host.pin_memory() if self._apart else host, non_blocking=self._apart)
+        return self.tensors
+
+
 def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Numpy arrays as tensors on a device.
 
     A CPU shares the arrays' memory. An accelerator gets one copy from pinned memory, for which the host does not wait.
     """
-    import numpy as np
     import torch
 
     if not is_accelerator(device):
         return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES for array in arrays.values())])
-    packed = np.zeros(starts[-1], dtype=np.uint8)
-    for start, array in zip(starts, arrays.values(), strict=False):
-        packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    host = torch.from_numpy(packed)
-    apart = has_own_memory(device)  # elsewhere nothing keeps the host's tensor alive until it is copied
-    sent = (host.pin_memory() if apart else host).to(device, non_blocking=apart)
-    tensors = {}
-    for start, (name, array) in zip(starts.tolist(), arrays.items(), strict=False):
-        dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
-        tensors[name] = sent[start : start + array.nbytes].view(dtype).view(array.shape)
-    return tensors
+    return HeldTensors(device, arrays).fill(arrays)
+
+
+def records_graphs(device: torch.device) -> bool:
+    """Whether `GraphRecorder` works here: CUDA, with torch 2.13 or newer."""
+    import torch
+
+    return device.type == "cuda" and hasattr(torch.accelerator, "Graph")
+
+
+class GraphRecorder:
+    """Records what launches many kernels as graphs, which launch them at once. Its graphs never run at one time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.Stream | None = None  # one, because cuBLAS keeps memory for each
+        self._pool: tuple[int, int] | None = None  # all graphs share their memory
+
+    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Record the kernels of ``run``, none of which runs yet.
+
+        Returns what launches them, and the output of ``run``, which every launch fills anew. RuntimeError: the host
+        would wait for the device.
+        """
+        import torch
+
+        self._stream = self._stream or torch.Stream(self._device)  # the default one can't be recorded
+        graph = torch.accelerator.Graph(pool=self._pool, capture_error_mode="thread_local")
+        with self._stream, graph:
+            output = run()
+        self._pool = graph.pool()
+        return graph.replay, output
+
+
+@contextlib.contextmanager
+def refusing_waits(device: torch.device) -> Iterator[None]:
+    """Raise RuntimeError where the host would wait for the device within the block. CUDA only; others are not asked."""
+    set_mode, mode = _function(device, "set_sync_debug_mode"), _function(device, "get_sync_debug_mode")
+    if set_mode is None or mode is None:
+        yield
+        return
+    before = mode()
+    set_mode("error")
+    try:
+        yield
+    finally:
+        set_mode(before)
 
 
 def collective_backend() -> str:

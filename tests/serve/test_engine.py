@@ -96,9 +96,9 @@ def _count_tokens(engine: Any) -> list[int]:
     counts: list[int] = []
     use = engine.bank.use
 
-    def count(users: Any, by_rows: bool) -> None:
+    def count(users: Any, *how: Any) -> Any:
         counts.append(sum(tokens for _, _, tokens in users))
-        use(users, by_rows)
+        return use(users, *how)
 
     engine.bank.use = count
     return counts

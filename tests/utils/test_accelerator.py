@@ -141,9 +141,9 @@ def test_arrays_go_to_an_accelerator_in_one_copy(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(accelerator, "is_accelerator", lambda _: True)
     monkeypatch.setattr(accelerator, "has_own_memory", lambda _: False)  # nothing to pin memory for here
     waits: list[bool] = []
-    to = torch.Tensor.to
+    copy = torch.Tensor.copy_
     monkeypatch.setattr(
-        torch.Tensor, "to", lambda t, *args, non_blocking: (waits.append(not non_blocking), to(t, *args))[1]
+        torch.Tensor, "copy_", lambda t, source, non_blocking: (waits.append(not non_blocking), copy(t, source))[1]
     )
     sent = accelerator.tensors_on("cpu", arrays)
     assert waits == [True]  # of memory that is not pinned, which is let go of at once

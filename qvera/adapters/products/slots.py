@@ -162,7 +162,7 @@ def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
         return x @ weights[0].to(x.dtype)
     is_aligned = all(side % _ALIGNED == 0 for side in weights.shape[1:])
     if is_aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device):
-        ends = torch.cat([tokens.sorted[1][1:], tokens.sorted[1].new_tensor([len(x)])])
+        ends = F.pad(tokens.sorted[1][1:], (0, 1), value=len(x))  # made on the device: a graph may record it
         return F.grouped_mm(x, weights.to(x.dtype), offs=ends.int())
     out = x.new_empty(len(x), weights.shape[-1])
     for weight, (start, end) in zip(weights, tokens.bounds, strict=True):
@@ -223,8 +223,7 @@ def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, toke
     Differentiable once in base, x, A and B. NaN or Inf in a slot does not reach other slots, forward or backward.
 
     ``base`` [..., m] is the frozen layer's output of T tokens, x [..., n] its input in the compute dtype. A [R, r, n]
-    and B [R, m, r] are fp32 or wider, like their gradients. ``tokens`` has each token's slot, and every slot has a
-    token; None: there is one slot.
+    and B [R, m, r] are fp32 or wider, like their gradients. ``tokens`` has each token's slot; None: there is one slot.
     """
     return _PairSlots.apply(base, x, A, B, scale, tokens)
 
