@@ -50,9 +50,9 @@ from qvera.training.trainer import train
 RATE = 5e-3  # so large that a lost step is seen
 MOST_GROWTH = 0.1  # of the memory, in the second half
 MOST_NEW_FILES = 8
-MOST_NEW_THREADS = 32 + min(32, (os.cpu_count() or 1) + 4)
-"""At the end beside the start. The server's pools (three of 10 threads in all, and asyncio's own) fill when calls come, and
-products take a thread a core; a thread that stays for each call or each model would be hundreds."""
+MOST_NEW_THREADS = 72 + min(32, (os.cpu_count() or 1) + 4)
+"""At the end beside the start. The server's pools (three of 10 threads in all, AnyIO's of 40, and asyncio's own) fill when calls
+come, and products take a thread a core; a thread that stays for each call or each model would be hundreds."""
 MOST_STEPS = 15
 """Of a model. Rounding depends on who shares a pass, and what it changes grows with every step at this rate: after 30
 steps of VeRA to 1e-3, among replays without any fault too."""

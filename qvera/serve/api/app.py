@@ -45,12 +45,10 @@ router = APIRouter()
 
 def create_app(service: Service) -> FastAPI:
     """OpenAI's API over a service, which is ``app.state.service``."""
-    ending = contextlib.ExitStack()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with ending:
-            yield
+        yield
         service.close()
 
     # The pages of FastAPI's documentation load scripts from other hosts.
@@ -61,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
     if service.tinker is not None:
         from qvera.serve.tinker import routes, sampling
 
-        app.state.samples = ending.enter_context(contextlib.closing(sampling.Samples(service.tinker, service)))
+        app.state.samples = sampling.Samples(service.tinker, service)
         app.include_router(routes.router)
     add_page(app)
     errors.add_handlers(app)

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -41,31 +41,19 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]{0,127}")
 _LIVE = "IFNULL(expires, 1e18) > ?"
 
 
-class Place(NamedTuple):
-    """Where a checkpoint is, or will be."""
+class Checkpoint(NamedTuple):
+    """Where a checkpoint is, or will be; and what it is, once its files are on disk. Times are seconds since 1970."""
 
     path: str
     run: str
     kind: Kind
     name: str
     directory: Path
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint with its files on disk. Times are seconds since 1970."""
-
-    place: Place
-    owner: str  # name of a key
-    created: float
-    bytes: int
-    expires: float | None
-    public: bool  # whether every key may read it
-    about: dict[str, Any]  # base, method, rank, targets, user_metadata
-
-    @property
-    def directory(self) -> Path:
-        """Where its files are."""
-        return self.place.directory
+    created: float = 0.0
+    bytes: int = 0
+    expires: float | None = None
+    public: bool = False  # whether every key may read it
+    about: Mapping[str, Any] = {}  # base, method, rank, targets, user_metadata
 
     @property
     def shape(self) -> ModelShape:
@@ -81,16 +69,17 @@ class Checkpoints:
         self.database, self._runs, self._most_bytes = database, root / "runs", most_bytes
         self._lock = threading.Lock()
 
-    def place(self, run: str, kind: Kind, name: str) -> Place:
+    def place(self, run: str, kind: Kind, name: str) -> Checkpoint:
         """The place of a checkpoint. Raises InputError for a name that is no part of a path."""
         if not _NAME.fullmatch(name):
             raise InputError(
                 f"path: {name[:200]!r} is no name of a checkpoint; expected 1 to 128 of A-Z a-z 0-9 _ . = + @ -, and a "
                 "letter, a digit or _ first."
             )
-        return Place(f"tinker://{run}/{kind}/{name}", run, kind, name, self._runs / run.replace(":", "_") / kind / name)
+        directory = self._runs / run.replace(":", "_") / kind / name
+        return Checkpoint(f"tinker://{run}/{kind}/{name}", run, kind, name, directory)
 
-    def require_free(self, place: Place, owner: str, overwrite: bool, promise: str) -> None:
+    def require_free(self, place: Checkpoint, owner: str, overwrite: bool, promise: str) -> None:
         """Refuse to save where another call than ``promise`` has saved, or where the key's checkpoints are too many."""
         self.remove_expired()
         found = self._select("path = ?", place.path)
@@ -103,7 +92,7 @@ class Checkpoints:
                 "some, or save with ttl_seconds."
             )
 
-    def add(self, place: Place, owner: str, ttl_seconds: int | None, about: dict[str, Any]) -> None:
+    def add(self, place: Checkpoint, owner: str, ttl_seconds: int | None, about: dict[str, Any]) -> None:
         """Add a checkpoint whose files are on disk, in place of one with its path."""
         now = time.time()
         self.database.insert(
@@ -124,8 +113,8 @@ class Checkpoints:
         found = self._select("path = ? AND (owner = ? OR public)", path, owner)
         if not found:
             raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
-        if kind is not None and found[0].place.kind != kind:
-            raise InputError(f"{path}: expected {kind}, found {found[0].place.kind}.")
+        if kind is not None and found[0].kind != kind:
+            raise InputError(f"{path}: expected {kind}, found {found[0].kind}.")
         return found[0]
 
     def change(self, path: str, owner: str, column: Literal["public", "expires"], value: float | None) -> None:
@@ -142,13 +131,13 @@ class Checkpoints:
             shutil.rmtree(self._made(row).directory, ignore_errors=True)
             self.database.rows(f"DELETE FROM checkpoints WHERE path = ? AND {over}", (row["path"], now))
 
-    def copy(self, path: str, owner: str, ttl_seconds: int | None, key: str) -> Place:
+    def copy(self, path: str, owner: str, ttl_seconds: int | None, key: str) -> Checkpoint:
         """Copy a checkpoint to a run of its own. The same ``key`` gives the same copy. Raises as `find`."""
         with self._lock:
             if done := self._select("owner = ? AND json_extract(about, '$.copy_key') = ?", owner, key):
-                return done[0].place
+                return done[0]
             source, run, now = self.find(path, owner), f"copy-{secrets.token_hex(12)}", time.time()
-            place = self.place(run, source.place.kind, source.place.name)
+            place = self.place(run, source.kind, source.name)
             self.require_free(place, owner, False, "")
             # a file that is saved over is a new file, so the copy keeps the old one
             shutil.copytree(source.directory, place.directory, copy_function=os.link)
@@ -190,8 +179,9 @@ class Checkpoints:
         return [self._made(row) for row in self.database.rows(query, (time.time(), *values))]
 
     def _made(self, row: sqlite3.Row) -> Checkpoint:
-        place, about = self.place(row["run"], row["kind"], row["name"]), json.loads(row["about"])
-        return Checkpoint(place, row["owner"], row["created"], row["bytes"], row["expires"], bool(row["public"]), about)
+        place, facts = self.place(row["run"], row["kind"], row["name"]), ("created", "bytes", "expires")
+        about, public = json.loads(row["about"]), bool(row["public"])
+        return place._replace(about=about, public=public, **{name: row[name] for name in facts})
 
 
 def recipients_of(texts: Sequence[str]) -> list[Any]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from qvera.serve.api.errors import ApiError, shortened
 from qvera.serve.sqlite import SqliteFile
 
 if TYPE_CHECKING:
@@ -181,6 +182,13 @@ class Database(SqliteFile):
     def forget_results(self, before: float) -> None:
         """Remove promises that had their result before a moment (seconds since 1970) and need not be done again."""
         self.rows("DELETE FROM promises WHERE done_at < ? AND body IS NULL", (int(before * 1e6),))
+
+    def own(self, table: Literal["sessions", "models", "samplers"], key: str, owner: str) -> sqlite3.Row:
+        """A row of a key. Raises ApiError 404: unknown and foreign ones look the same."""
+        found = self.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (key, owner))
+        if not found:
+            raise ApiError(404, f"There is no {table.removesuffix('s')} {shortened(key)!r}.")
+        return found[0]
 
     def add_model(
         self, model: str, session: str, owner: str, base: str, shape: ModelShape, seed: int, metadata: Any

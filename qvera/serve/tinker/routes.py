@@ -19,7 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from qvera.serve.api.access import Action
-from qvera.serve.api.errors import DOWNLOADS, ApiError, shortened
+from qvera.serve.api.errors import DOWNLOADS, ApiError
 from qvera.serve.api.service import require, service_of
 from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed, place_of
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
@@ -52,13 +52,6 @@ class Sender:
         assert tinker is not None  # or there would be no routes
         self.tinker, self.database, self.checkpoints = tinker, tinker.database, tinker.checkpoints
         self.samples: Samples = request.app.state.samples
-
-    def row(self, table: Literal["models", "sessions"], key: str) -> sqlite3.Row:
-        """A row of the sender. Raises ApiError 404."""
-        found = self.database.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (key, self.owner))
-        if not found:
-            raise ApiError(404, f"There is no {'training run' if table == 'models' else 'session'} {shortened(key)!r}.")
-        return found[0]
 
     def page(self, table: Literal["models", "sessions"], limit: int, offset: int) -> list[sqlite3.Row]:
         """Some rows of the sender, the newest first."""
@@ -336,7 +329,7 @@ def list_sessions(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[
 
 @router.get("/sessions/{session}")
 def describe_session(sender: Reader, session: str) -> dict[str, Any]:
-    about = json.loads(sender.row("sessions", session)["about"])
+    about = json.loads(sender.database.own("sessions", session, sender.owner)["about"])
     models, samplers = (
         [row["id"] for row in sender.database.rows(f"SELECT id FROM {table} WHERE session = ?", (session,))]
         for table in ("models", "samplers")
@@ -354,7 +347,7 @@ def list_runs(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[str,
 
 @router.get("/training_runs/{run}")
 def describe_run(sender: Reader, run: str) -> dict[str, Any]:
-    return _run_card(sender, sender.row("models", run))
+    return _run_card(sender, sender.database.own("models", run, sender.owner))
 
 
 @router.get("/checkpoints")
@@ -365,7 +358,7 @@ def list_checkpoints(sender: Reader, limit: Count = 100, offset: Count = 0) -> d
 
 @router.get("/training_runs/{run}/checkpoints")
 def list_of_run(sender: Reader, run: str) -> dict[str, Any]:
-    sender.row("models", run)
+    sender.database.own("models", run, sender.owner)
     return {"checkpoints": list(map(_card, sender.checkpoints.page(sender.owner, run, -1, 0)[0]))}
 
 
@@ -441,12 +434,11 @@ def _run_card(sender: Sender, row: sqlite3.Row) -> dict[str, Any]:
 
 
 def _card(found: Checkpoint) -> dict[str, Any]:
-    place = found.place
     return {
-        "checkpoint_id": f"{place.kind}/{place.name}",
-        "checkpoint_type": _TYPES[place.kind],
+        "checkpoint_id": f"{found.kind}/{found.name}",
+        "checkpoint_type": _TYPES[found.kind],
         "time": _moment(found.created),
-        "tinker_path": place.path,
+        "tinker_path": found.path,
         "size_bytes": found.bytes,
         "public": found.public,
         "user_metadata": found.about["user_metadata"],

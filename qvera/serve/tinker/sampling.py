@@ -1,8 +1,9 @@
 """Sampling by Tinker's API: samplers, samples, and how their results are fetched.
 
-A call is a promise in the database, and waits there. One thread hands its samples to the engine, as many as run at a
-time and a few more. The next one is of the key that was given the fewest tokens. So neither many calls nor long ones of
-a key hold up another, and memory does not depend on how many wait. What has no result at a restart begins again.
+A call is a promise in the database, and waits there. The thread of `Tinker` hands its samples to the engine, as many
+as run at a time and a few more. The next one is of the key that was given the fewest tokens. So neither many calls nor
+long ones of a key hold up another, and memory does not depend on how many wait. What has no result at a restart begins
+again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections import Counter, deque
@@ -42,9 +42,11 @@ from qvera.serve.text import TextStream
 from qvera.serve.tinker.calls import parsed
 from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
-from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from qvera.serve.api.access import Access
     from qvera.serve.tinker.tenancy import Tinker
 
@@ -55,7 +57,6 @@ _MOST_TOP = 64  # tokens in one place: likely, drawn, or given
 _NO_LOGPROB = -99999.0  # where there is no likely token
 _MOST_OPEN = 4096  # samples of one key that wait or run
 _BUSY_SECONDS = 0.05  # until an engine with a full queue is asked again
-_DISK_SECONDS = 2.0  # until a full disk is tried again
 Number = Annotated[int, Field(ge=-1, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=_MOST_TOP)]
 
@@ -236,26 +237,17 @@ class Samples:
         """Begin again with the calls that a server before this one has promised."""
         self._tinker, self._service, self._database = tinker, service, tinker.database
         self._most_sent = service.engine.settings.max_running * 5 // 4 + 1  # so that no place in the batch is free
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
         # of the thread
         self._calls: dict[str, _Call] = {}  # by promise
         self._waiting: dict[str, deque[_Call]] = {}  # by owner: those with samples to hand over
         self._given: Counter[str] = Counter()  # tokens by owner
         self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
+        self._is_busy = False  # the engine, whose queue is full
         tinker.on_session_end.append(self._end_session)
         for promise in self._database.promises(pending=True):
             if promise["kind"] == SAMPLE:
                 call = _Call(*(promise[name] for name in ("id", "owner", "target", "size")))
-                self._inbox.put(partial(self._queue, call))
-        self._thread = threading.Thread(target=self._run, name="qvera-samples", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread; the next server begins again with calls that have no result."""
-        self._closing.set()
-        self._inbox.put(None)
-        self._thread.join()
+                self._put(partial(self._queue, call))
 
     def create(self, access: Access, asked: NewSampler) -> str:
         """A sampler of a saved adapter or of the base. Raises ApiError, or InputError for another base."""
@@ -272,15 +264,13 @@ class Samples:
             self._database.insert("samplers", id=sampler, created=time.time(), **about)
         return sampler
 
-    def find(self, sampler: str, owner: str) -> dict[str, Any]:
+    def find(self, sampler: str, owner: str) -> sqlite3.Row:
         """A sampler's row. Raises ApiError: 410 if it or its session has ended, 404 if the owner has no such one."""
-        found = self._database.rows("SELECT * FROM samplers WHERE id = ? AND owner = ?", (sampler, owner))
-        if not found:
-            raise ApiError(404, f"There is no sampler {sampler[:100]!r}.")
-        self._tinker.session(found[0]["session"], owner)
-        if found[0]["ended"] is not None:
+        found = self._database.own("samplers", sampler, owner)
+        self._tinker.session(found["session"], owner)
+        if found["ended"] is not None:
             raise ApiError(410, f"The sampler {sampler} has ended: it was not asked for long. Save the weights anew.")
-        return dict(found[0])
+        return found
 
     def call(self, owner: str, body: bytes) -> tuple[str, int]:
         """Accept a call. Returns its promise, that of the first one for a repetition, and its number of samples.
@@ -298,7 +288,7 @@ class Samples:
                 raise ApiError(429, text, retry_seconds=self._service.limits.retry_seconds)
             promise, is_new = self._database.begin(owner, sampler, asked.seq_id, SAMPLE, body, size=count)
         if is_new:
-            self._inbox.put(partial(self._queue, _Call(promise, owner, sampler, count)))
+            self._put(partial(self._queue, _Call(promise, owner, sampler, count)))
         return promise, count
 
     def ended(self, owner: str, sampler: str, clone: int, cursor: int) -> dict[str, Any] | None:
@@ -318,36 +308,39 @@ class Samples:
     def cancel(self, owner: str, promise: str) -> None:
         """Give up a call without a result, if the owner has such a one."""
         why = "The client has given the sample up."
-        self._inbox.put(partial(self._give_up, lambda one: (one.promise, one.owner) == (promise, owner), why))
+        self._put(partial(self._give_up, lambda one: (one.promise, one.owner) == (promise, owner), why))
 
     def _end_session(self, session: str) -> None:
         why = "The session has ended."
-        self._inbox.put(partial(self._give_up, lambda one: one.sampler.startswith(f"{session}:"), why))
+        self._put(partial(self._give_up, lambda one: one.sampler.startswith(f"{session}:"), why))
 
     # The thread
 
-    def _run(self) -> None:
-        is_busy = False
-        while not self._closing.is_set():
-            with contextlib.suppress(queue.Empty):
-                if (work := self._inbox.get(timeout=_BUSY_SECONDS if is_busy else None)) is not None:
-                    work()
-            is_busy = False
-            while self._waiting and len(self._sent) < self._most_sent and not is_busy:
-                call = self._waiting[min(self._waiting, key=self._given.__getitem__)][0]
-                try:
-                    self._send(call)
-                except Busy:
-                    is_busy = True
-                except AdapterChanged:  # newer weights were saved over those that were looked up
-                    call.asked = None
-                except EngineDead:  # polls say so, and the next server begins again
-                    return
-                except (ApiError, InputError) as error:
-                    self._end(call, "user", str(error).encode())
-                except Exception as error:
-                    _logger.exception("samples of %s", call.promise)
-                    self._end(call, "server", f"{type(error).__name__}: {first_line(error)}".encode())
+    def _put(self, work: Callable[[], object]) -> None:
+        def do() -> None:
+            work()
+            self._hand_over()
+
+        self._tinker.put(do)
+
+    def _hand_over(self) -> None:
+        """Hand over as many samples as the engine should have."""
+        while self._waiting and len(self._sent) < self._most_sent and not self._is_busy:
+            call = self._waiting[min(self._waiting, key=self._given.__getitem__)][0]
+            try:
+                self._send(call)
+            except Busy:
+                self._is_busy = True
+                threading.Timer(_BUSY_SECONDS, self._put, (partial(setattr, self, "_is_busy", False),)).start()
+            except AdapterChanged:  # newer weights were saved over those that were looked up
+                call.asked = None
+            except EngineDead:  # polls say so, and the next server begins again
+                return
+            except (ApiError, InputError) as error:
+                self._end(call, "user", str(error).encode())
+            except Exception as error:
+                _logger.exception("samples of %s", call.promise)
+                self._end(call, "server", f"{type(error).__name__}: {first_line(error)}".encode())
 
     def _queue(self, call: _Call) -> None:
         self._calls[call.promise] = call
@@ -367,7 +360,7 @@ class Samples:
         sample = Sample(f"{call.promise}:{number}", TextStream(service.texts, asked.stops))
         sampling, scoring = replace(asked.sampling, seed=asked.seed(number)), None if number else asked.scoring
         request = GenerationRequest(sample.id, asked.prompt, call.adapter, sampling, scoring=scoring)
-        service.engine.submit(request, lambda event: self._inbox.put(partial(self._take, sample.id, event)))
+        service.engine.submit(request, lambda event: self._put(partial(self._take, sample.id, event)))
         call.samples.append(sample)
         self._sent[sample.id] = call, asked, sample
         self._given[call.owner] += len(asked.prompt) + sampling.max_tokens
@@ -434,12 +427,7 @@ class Samples:
             self._service.engine.cancel(request)
         self._leave_queue(call)
         del self._calls[call.promise]
-        while not self._closing.is_set():
-            try:
-                return self._database.end(call.promise, state, payload)
-            except RunFailed:
-                _logger.exception("the result of %s", call.promise)
-                self._closing.wait(_DISK_SECONDS)
+        self._tinker.put(partial(self._database.end, call.promise, state, payload))
 
 
 def _write_top(message: Any, tokens: np.ndarray, logprobs: np.ndarray) -> None:

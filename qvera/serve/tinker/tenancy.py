@@ -8,7 +8,7 @@ then its body stays, and the next server does it again. So a loop goes on after 
     sessions/SESSION/                   adapters of its samplers that have no name
     runs/                               see `qvera.serve.tinker.checkpoints`
 
-Only a thread of its own waits for the disk: the engine's thread passes results to it, in order.
+Only a thread of its own waits for the disk: the engine's thread passes results to it, in order, and events of samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qvera.models.structure import position_limit
 from qvera.serve.api.errors import ApiError
@@ -158,8 +158,8 @@ class Tinker:
         self._sessions: dict[str, Session] = {}
         self._models: dict[str, Model] = {}
         self._closing = False
-        self._results: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write_results, name="qvera-tinker", daemon=True)
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="qvera-tinker", daemon=True)
 
     def __enter__(self) -> Self:
         """Go on where the last server ended."""
@@ -170,7 +170,7 @@ class Tinker:
     def __exit__(self, *_: object) -> None:
         """Write down the results that there are. The engine's thread must have ended."""
         self._closing = True
-        self._results.put(None)
+        self._work.put(None)
         self._thread.join()
 
     # Sessions
@@ -237,11 +237,9 @@ class Tinker:
             if str(directory.relative_to(self.directory)) not in used and directory.stat().st_mtime < before:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _gone(self, table: str, name: str, owner: str) -> ApiError:
-        what = table.removesuffix("s")
-        if self.database.rows(f"SELECT 1 FROM {table} WHERE id = ? AND owner = ?", (name, owner)):
-            return ApiError(410, f"The {what} {name} has ended.")
-        return ApiError(404, f"There is no {what} {name[:100]!r}.")
+    def _gone(self, table: Literal["sessions", "models"], name: str, owner: str) -> ApiError:
+        self.database.own(table, name, owner)
+        return ApiError(410, f"The {table.removesuffix('s')} {name} has ended.")
 
     # Models
 
@@ -322,7 +320,7 @@ class Tinker:
                 model.unsaved_bytes += len(body)
                 if seq < model.barrier:
                     late = f"seq_id: {seq} came after call {model.barrier}, which it should have come before."
-                    self._results.put(partial(self._finish, model, promise, call, CallFailed(late, "user")))
+                    self.put(partial(self._finish, model, promise, call, CallFailed(late, "user")))
                 else:
                     model.waiting[seq] = promise, call
                     self._advance(model)
@@ -364,7 +362,7 @@ class Tinker:
         model.unsaved_since = model.unsaved_since or time.monotonic()
 
         def done(result: Any) -> None:
-            self._results.put(partial(self._finish, model, promise, call, result))
+            self.put(partial(self._finish, model, promise, call, result))
 
         try:
             call.start(promise, done)
@@ -377,13 +375,17 @@ class Tinker:
     def _states(self, model_id: str) -> Path:
         return self.directory / "models" / model_id.replace(":", "_")
 
-    # The thread that writes
+    # The thread that waits for the disk
 
-    def _write_results(self) -> None:
+    def put(self, work: Callable[[], None]) -> None:
+        """Let the thread do this after all that it has to do. What a full disk refuses is begun again later."""
+        self._work.put(work)
+
+    def _run(self) -> None:
         next_tick = time.monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
-                if (work := self._results.get(timeout=max(next_tick - time.monotonic(), 0.0))) is None:
+                if (work := self._work.get(timeout=max(next_tick - time.monotonic(), 0.0))) is None:
                     return
                 while not (self._do(work) or self._closing):
                     time.sleep(_RETRY_SECONDS)
@@ -399,7 +401,7 @@ class Tinker:
             _logger.warning("%s", error)
             return False
         except Exception:
-            _logger.exception("a result could not be written")
+            _logger.exception("a part of the work failed")
         return True
 
     def _finish(self, model: Model, promise: str, call: Call, result: Any) -> None:
@@ -445,7 +447,7 @@ class Tinker:
         model.is_saving, model.unsaved_bytes, model.unsaved_since = True, 0, None
 
         def done(result: Any) -> None:
-            self._results.put(partial(self._saved, model, seq, file, result))
+            self.put(partial(self._saved, model, seq, file, result))
 
         self.tenants.save_state(model.id, file, done)
 

@@ -8,7 +8,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +22,11 @@ from qvera.serve.store import AdapterStore
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import MESSAGES
 from qvera.serve.tinker.sampling import NewSampler, Samples
+from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
 from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
 from tests.serve.api.doubles import ScriptedEngine
+from tests.serve.tinker.doubles import ScriptedTenants
 
 PLACES = 8
 
@@ -34,25 +35,27 @@ class Server:
     """Samples over a scripted engine and a database in a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.database, tokenizer = Database(directory / "tinker.sqlite"), small_tokenizer()
-        self.engine = ScriptedEngine(lambda _: itertools.repeat(7), PLACES)
+        self.database, self.tenants = Database(directory / "tinker.sqlite"), ScriptedTenants()
+        self.engine, tokenizer = ScriptedEngine(lambda _: itertools.repeat(7), PLACES), small_tokenizer()
         prompts = PromptWriter(resolve_template("auto", tokenizer), Encoder(tokenizer), None)
         self.service = Service(self.engine, AdapterStore(None, {"tiny"}), prompts, frozenset({2}), "tiny")  # type: ignore[arg-type]
-        base = SimpleNamespace(name="tiny", names={"tiny"}, vocabulary=304)
-        self.tinker: Any = SimpleNamespace(
-            database=self.database, base=base, on_session_end=[], session=lambda *_: None
-        )
+        facts = BaseFacts("tiny", frozenset({"tiny"}), "tiny", "LlamaForCausalLM", 304, 128)
+        tinker = Tinker(directory, self.database, self.tenants, facts, TinkerSettings())  # type: ignore[arg-type]
+        self.tinker = tinker.__enter__()
         self.samples = Samples(self.tinker, self.service)
         self.numbers = itertools.count()
 
     def close(self) -> None:
-        self.samples.close()
         self.engine.close()
+        self.tinker.__exit__()
         self.service.close()
+        self.tenants.close()
         self.database.close()
 
     def sampler(self, owner: str) -> str:
-        asked = NewSampler(session_id=f"session-{owner}", sampling_session_seq_id=0, base_model="tiny")
+        found = self.database.rows("SELECT id FROM sessions WHERE owner = ? AND ended IS NULL", (owner,))
+        session = found[0]["id"] if found else self.tinker.create_session(owner, {})[0]
+        asked = NewSampler(session_id=session, sampling_session_seq_id=0, base_model="tiny")
         return self.samples.create(Access(owner, None, frozenset({"use"})), asked)
 
     def ask(self, owner: str, count: int = 1, seq: int | None = None, prompt: int = 3, **params: Any) -> str:
@@ -140,8 +143,7 @@ def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Serve
     server.engine.hold.set()
     ended, other = server.ask("anna", 20), server.ask("ben", 2)
     wait_until(lambda: len(server.engine.requests) > PLACES)
-    for hook in server.tinker.on_session_end:
-        hook("session-anna")
+    server.tinker.end_session(server.sampler("anna").partition(":")[0])
     assert b"session has ended" in server.wait("anna", ended)
     server.engine.fails = "the card fell off"
     server.engine.hold.clear()
@@ -195,4 +197,4 @@ def test_polls_tell_each_result_once_and_wait_for_the_next(server: Server) -> No
     assert later["completions"] == [{"state": "failed", "request_id": second}] and later["cursor"] > told["cursor"]
     assert [one["request_id"] for one in server.poll("anna", 0, 20.0, clone=5)["completions"]] == [cloned]
     with pytest.raises(ApiError, match="no sampler"):
-        server.samples.ended("ben", "session-anna:sample:0", 0, 0)
+        server.samples.ended("ben", server.sampler("anna"), 0, 0)
