@@ -22,12 +22,14 @@ from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.methods.base import Change, trains_pair
 from qvera.adapters.methods.vera import RowNorms
 from qvera.adapters.products import functional, fused
+from qvera.adapters.products.joined import joined_linear
 from qvera.adapters.products.low_rank import Sampler, trained_linear
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.distributed.zero import is_sharded
 from qvera.models import linear, quantization
 from qvera.models.experts import ExpertStack, expert_specs
 from qvera.models.structure import returns_more
+from qvera.utils import accelerator
 
 
 def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
@@ -141,12 +143,11 @@ class AdaptedForward:
     def with_base(self, adapter: str, x: Tensor) -> Tensor | None:
         """W x + ΔW x in one autograd node, or None where that can't be, or is not cheaper or less exact.
 
-        A trained pair keeps less that way. VeRA's is one product with W + ΔW (`fused.pays`).
+        A trained pair keeps less that way. VeRA's is one product with W + ΔW (`fused.pays`), and on accelerators else
+        the low-rank path.
         """
         base, grad = self.base_layer, torch.is_grad_enabled()
         dtype, method = linear.compute_dtype(base, x), self.method(adapter)
-        if not trains_pair(method) and not fused.may_pay(dtype, x.device.type):
-            return None  # first: a fast card waits for what the host asks
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
             return None
@@ -154,8 +155,9 @@ class AdaptedForward:
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
+        is_called = not grad or base._forward_hooks or base._forward_pre_hooks
         if trains_pair(method):
-            if not grad or base._forward_hooks or base._forward_pre_hooks:
+            if is_called:
                 return None
             factors = self.parts(adapter)
             y = trained_linear(base, x.to(dtype), factors.A, factors.B, factors.scale, self.input_sampler)
@@ -168,7 +170,10 @@ class AdaptedForward:
         sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
         # evaluations go one way whether W + ΔW is held or not, and so give the same loss in every process
         if not fused.pays(*sizes, dtype, x.device.type, scaled, self._builds_per_pass if grad else fused.BUILDS_UNHELD):
-            return None
+            if is_called or scaled or x.dtype != dtype or not accelerator.is_accelerator(x.device.type):
+                return None
+            z = self.shared_z(adapter, x, dtype)
+            return None if z is None else joined_linear(base, x, z, factors)
         z = None
         if grad and not fused.keeps_input(*sizes, scaled):
             with torch.no_grad():

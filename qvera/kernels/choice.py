@@ -92,7 +92,7 @@ def register(
 ) -> Callable[..., Any]:
     """Register the operator ``qvera::name`` and return the function that calls it.
 
-    It has no derivative: call it inside a `torch.autograd.Function`, or without gradients.
+    It has no derivative: call it inside a `torch.autograd.Function`, or without gradients, with positional arguments.
 
     Args:
         name: of the operator.
@@ -102,6 +102,7 @@ def register(
             `triton_kernels`.
         launches: how many kernels ``launch`` starts.
     """
+    launcher = f"launch_{name}"
 
     def on_its_device(*arguments: Any) -> Any:
         # Triton launches on the current device, which for a layer on another card is not that of the tensors
@@ -109,7 +110,7 @@ def register(
             if launch is not None:
                 return launch(*arguments)
             results = empty(*arguments)
-            getattr(_kernels(), f"launch_{name}")(*arguments, *(results if isinstance(results, tuple) else [results]))
+            getattr(_kernels(), launcher)(*arguments, *(results if isinstance(results, tuple) else (results,)))
             return results
 
     schema = torch.library.infer_schema(empty, mutates_args=())
@@ -117,4 +118,11 @@ def register(
     _library.impl(name, on_its_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvera::{name}", empty, lib=_library)
     LAUNCHES[f"qvera.{name}"] = launches
-    return getattr(torch.ops.qvera, name).default
+    operator = getattr(torch.ops.qvera, name).default
+
+    def call(*arguments: Any) -> Any:
+        # torch's dispatcher takes twice as long as the rest, and only those who trace or count operators need it
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        return (operator if traced else on_its_device)(*arguments)
+
+    return call

@@ -35,7 +35,7 @@ def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """C = diag(b) B diag(scale d) [m, r], computed in the vectors' dtype and rounded once to ``dtype``."""
     if use_kernels(B, d, b) and dtype.itemsize < 8:
-        return _combined(_with_dense_rows(B), d.contiguous(), grouped(b).contiguous(), scale, dtype)
+        return _combined(_with_dense_rows(B), d.contiguous(), b.contiguous(), scale, dtype)
     scaled = d * scale
     blocks = row_blocks(B)
     if len(blocks) == 1:
@@ -99,9 +99,9 @@ def _by_kernel(
     c_scale: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    vectors = d.contiguous(), grouped(b).contiguous()
+    vectors = d.contiguous(), b.contiguous()
     grad_d, grad_b, C = _gradients(M.contiguous(), _with_dense_rows(B), *vectors, scale, c_scale, dtype)
-    return grad_d.to(d.dtype), grad_b.to(b.dtype).view_as(b), C
+    return grad_d.to(d.dtype), grad_b.to(b.dtype), C
 
 
 def _empty_combined(

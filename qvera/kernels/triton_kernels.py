@@ -73,9 +73,9 @@ def vector_gradients_kernel(
 def launch_combined(
     B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype, C: torch.Tensor
 ) -> None:
-    """Write diag(b) B diag(scale d) into C [m, r]; b [G, m]."""
-    grid = -(-B.shape[0] // BLOCK_ROWS), b.shape[0]
-    sizes = B.shape[0], B.shape[1] // b.shape[0], B.stride(0)
+    """Write diag(b) B diag(scale d) into C [m, r]; b [m] or [G, m]."""
+    (m, r), groups = B.shape, b.numel() // B.shape[0]
+    grid, sizes = (-(-m // BLOCK_ROWS), groups), (m, r // groups, B.stride(0))
     combined_kernel[grid](B, d, b, C, scale, *sizes, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS)
 
 
@@ -83,11 +83,11 @@ def launch_vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, c_scale: float,
     dtype: torch.dtype | None, grad_d: torch.Tensor, grad_b: torch.Tensor, C: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Write ∂d [r], ∂b [G, m], and diag(b) B diag(c_scale d) into C [m, r] unless it is empty."""
+    """Write ∂d [r], ∂b in b's shape, and diag(b) B diag(c_scale d) into C [m, r] unless it is empty."""
     # the second launch adds up the parts of ∂d, one for each block of rows, always in the same order
-    grid = -(-B.shape[0] // BLOCK_ROWS), b.shape[0]
-    parts = torch.empty(grid[0], B.shape[1], dtype=torch.float32, device=B.device)
-    sizes = B.shape[0], B.shape[1] // b.shape[0], B.stride(0)
+    (m, r), groups = B.shape, b.numel() // B.shape[0]
+    grid, sizes = (-(-m // BLOCK_ROWS), groups), (m, r // groups, B.stride(0))
+    parts = torch.empty(grid[0], r, dtype=torch.float32, device=B.device)
     vector_gradients_kernel[grid](
         M, B, d, b, grad_b, parts, C, scale, c_scale, *sizes,
         WRITE_C=C.numel() > 0, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,

@@ -212,7 +212,7 @@ class ExpertStack(FrozenPacked, nn.Module):
         shape = torch.Size((last - first, columns))
         absmax = scales.reshape(-1)
         state = bnb_functional.QuantState(absmax, shape, held.code, held.blocksize, held.quant_type, dtype)
-        return quantization.dequantized_packed(packed.view(-1, 1), state)
+        return quantization.dequantized_packed(packed, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
         super()._apply(fn, recurse)

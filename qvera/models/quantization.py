@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -180,8 +180,8 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
     if isinstance(module, Linear4bit):
         if not exact and (resident := resident_weight(module, dtype)) is not None:
             return resident
-        bring(module)
-        state = _require_state(module)
+        weight = bring(module)
+        state = getattr(weight, "quant_state", None) or _require_state(module)
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError(
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
@@ -190,7 +190,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
         if exact:
             state = copy.copy(state)
             state.dtype = torch.float32
-        return dequantized_packed(module.weight.data.view(-1, 1), state).to(dtype)
+        return dequantized_packed(weight.data, state).to(dtype)
     if isinstance(module, Linear8bit):
         return dequantized_int8(*int8_rows(module), dtype)
     return module.weight.to(dtype)
@@ -218,10 +218,12 @@ def is_streamed(module: nn.Linear) -> bool:
     return getattr(module.weight, "streamed", None) is not None
 
 
-def bring(module: nn.Linear | ExpertStack) -> None:
-    """Bring a streamed linear's bytes to its device (`qvera.models.stream`). Call it before each read of a weight."""
-    if (streamed := getattr(module.weight, "streamed", None)) is not None:
+def bring(module: nn.Linear | ExpertStack) -> Any:
+    """The weight of a linear; a streamed one's bytes are brought to its device first (`qvera.models.stream`)."""
+    weight = module.weight
+    if (streamed := getattr(weight, "streamed", None)) is not None:
         streamed.stream.use(streamed.layer)
+    return weight
 
 
 def stored_tensors(module: Linear4bit | ExpertStack) -> list[torch.Tensor]:
@@ -286,7 +288,7 @@ def dequantized_packed(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
         count, state = math.prod(shape), copy.copy(state)
         width = count if count % state.blocksize else state.blocksize
         state.shape = torch.Size((count // width, width))
-    return bnb_functional.dequantize_4bit(packed, state).view(shape)
+    return bnb_functional.dequantize_4bit(packed.view(-1, 1), state).view(shape)
 
 
 def dequantized_rows(

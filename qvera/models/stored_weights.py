@@ -103,7 +103,7 @@ class PackedWeight:
         code = bnb_functional.get_4bit_type(self.quant_type, device="cpu")
         shape = torch.Size((count // sizes[-1], sizes[-1]))
         state = bnb_functional.QuantState(scales, shape, code, self.blocksize, self.quant_type, dtype)
-        return quantization.dequantized_packed(packed.view(-1, 1), state).view(-1, *sizes)
+        return quantization.dequantized_packed(packed, state).view(-1, *sizes)
 
 
 def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, PackedWeight]:

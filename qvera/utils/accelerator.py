@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NVIDIA_CARD = "/dev/nvidia0"
 """Its device file, which the driver makes."""
+_NOTHING = contextlib.nullcontext()
 _ALIGNED_BYTES = 16
 """`HeldTensors` begin at multiples of this."""
 
@@ -71,10 +72,12 @@ def use_device(index: int) -> None:
 
 
 def in_use(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context in which kernels are launched on this accelerator; nothing on a CPU."""
+    """A context in which kernels are launched on this accelerator; nothing on a CPU, and where they are already."""
     import torch
 
-    return torch.accelerator.device_index(device.index) if is_accelerator(device) else contextlib.nullcontext()
+    if device.index is None or device.index == torch.accelerator.current_device_index():
+        return _NOTHING
+    return torch.accelerator.device_index(device.index)
 
 
 def is_accelerator(device: torch.device | str) -> bool:

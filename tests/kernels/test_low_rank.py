@@ -127,13 +127,13 @@ def test_operators_fit_their_fakes(dtype: torch.dtype) -> None:
     p = parts(9, 4, 21, 12, groups=3)
     B, d, b, M = p["B"].to(dtype), p["d"].float(), p["b"].float(), torch.randn(21, 12)
     checks = ("test_schema", "test_faketensor")
-    for call, arguments in (
-        (low_rank._combined, (B, d, b, 0.5, dtype)),
-        (low_rank._gradients, (M, B, d, b, 0.5, 1.0, dtype)),
-        (low_rank._gradients, (M, B, d, b, 0.5, 1.0, None)),
-        (low_rank._wide_product, (B.t(), B)),
-        (columns._backward, (B, B, torch.randn(12))),
-        (columns._scaled_columns, (B, torch.randn(3, 12), torch.randn(21, 12), None, 0.5)),
-        (columns._scaled_columns, (B, torch.randn(3, 12), None, torch.arange(21) % 3, 0.5)),
+    for name, arguments in (
+        ("combined", (B, d, b, 0.5, dtype)),
+        ("vector_gradients", (M, B, d, b, 0.5, 1.0, dtype)),
+        ("vector_gradients", (M, B, d, b, 0.5, 1.0, None)),
+        ("wide_product", (B.t(), B)),
+        ("scaled_columns_backward", (B, B, torch.randn(12))),
+        ("scaled_columns", (B, torch.randn(3, 12), torch.randn(21, 12), None, 0.5)),
+        ("scaled_columns", (B, torch.randn(3, 12), None, torch.arange(21) % 3, 0.5)),
     ):
-        torch.library.opcheck(call, arguments, test_utils=checks)
+        torch.library.opcheck(getattr(torch.ops.qvera, name).default, arguments, test_utils=checks)

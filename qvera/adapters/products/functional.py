@@ -31,6 +31,7 @@ from qvera.kernels.choice import use_kernels
 from qvera.kernels.columns import scaled_columns, scaled_columns_backward
 from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, vector_gradients, wide_product
 from qvera.kernels.once_differentiable import once_differentiable
+from qvera.utils import accelerator
 
 
 def at_least_fp32(vector: Tensor) -> Tensor:
@@ -50,10 +51,57 @@ def as_output(flat: Tensor, shape: torch.Size) -> Tensor:
     return torch.ops.aten._unsafe_view(flat, shape)
 
 
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.A, ctx.sums = A, GradientSums()
+        return as_output(x.reshape(-1, x.shape[-1]) @ A.t(), torch.Size((*x.shape[:-1], len(A))))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
+        return ctx.sums.of_input(g, ctx.A), None
+
+
+class GradientSums:
+    """What the linears that share a z have added to ∂x and ∂z in a backward pass.
+
+    A product that adds to its result is one launch. Autograd takes two, and a node for each linear.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[Tensor]] = {}
+        """Backward pass → ∂x [..., n] and ∂z [T, r]. A pass may end in an error, and be taken again."""
+
+    def add(self, g: Tensor, W: Tensor, C: Tensor, scale: float) -> None:
+        """∂x += g W and ∂z += scale g C, for g [..., m], W [m, n] and C [m, r]."""
+        rows = g.reshape(-1, g.shape[-1])
+        held = self._held.get(task := torch._C._current_graph_task_id())
+        if held is None:
+            self._held[task] = [g @ W, times(rows, C, scale)]
+        else:
+            held[0].view(-1, W.shape[1]).addmm_(rows, W)
+            held[1].addmm_(rows, C, alpha=scale)
+
+    def of_input(self, g: Tensor | None, A: Tensor) -> Tensor | None:
+        """∂x [..., n], with g = ∂z of those that did not add theirs; None: nobody did."""
+        found = self._held.pop(torch._C._current_graph_task_id(), None)
+        if found is None:
+            return None if g is None else g @ A
+        grad_x, grad_z = found
+        if g is not None:
+            grad_z.add_(g.reshape(grad_z.shape))
+        grad_x.view(-1, A.shape[1]).addmm_(grad_z, A)
+        return grad_x
+
+
 def project(x: Tensor, A: Tensor) -> Tensor:
     """z = x Aᵀ: [..., n] and [r, n] give [..., r]."""
-    # a node of its own, so that layers which read the same x can share z: autograd then adds up their ∂z before the one
-    # product of backward; A is frozen, so autograd keeps A and not x
+    # a node of its own, so that layers which read the same x can share z: the ∂z of all are added up before the one
+    # product of backward; A is frozen, so x is not kept
+    if accelerator.is_accelerator(x.device.type) and not torch.compiler.is_compiling():
+        return _Project.apply(x, A)
     return torch.nn.functional.linear(x, A)
 
 
@@ -139,7 +187,8 @@ def delta_weight(A: Tensor, B: Tensor, d: Tensor, b: Tensor, scale: float, a: Te
     return delta if a is None else delta.mul_(a)
 
 
-def _expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
+def expand_plain(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
+    """`expand` without a derivative."""
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B, b.numel() // B.shape[0]):  # a decoding step: C would cost more
         rows = base.reshape(-1, base.shape[-1])
@@ -162,7 +211,7 @@ class _Expand(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale = scale
-        return _expand(base, z, d, b, B, scale, overwrite)
+        return expand_plain(base, z, d, b, B, scale, overwrite)
 
     @staticmethod
     @once_differentiable
@@ -198,5 +247,5 @@ def expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: floa
     `projection.vera_scale`. ``overwrite``: y may take base's memory; nobody else may read base, in backward neither.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
-        return _expand(base, z, d, b, B, scale, overwrite)
+        return expand_plain(base, z, d, b, B, scale, overwrite)
     return _Expand.apply(base, z, d, b, B, scale, overwrite)

@@ -1,0 +1,53 @@
+"""VeRA's low-rank path with the frozen product in one autograd node: y = x Wᵀ + bias + z Cᵀ, for z = x Aᵀ.
+
+On an accelerator a short batch waits for the host, and a node takes some 30 µs of it. `functional` has the formulas.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.products import functional
+from qvera.kernels.low_rank import combined, gradients_and_combined, vector_gradients, wide_product
+from qvera.kernels.once_differentiable import once_differentiable
+from qvera.models import linear, quantization
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, module: Any, x: tuple[Tensor], sums: Any
+    ) -> Tensor:
+        ctx.save_for_backward(z, d, b, B)
+        ctx.scale, ctx.module, ctx.sums = scale, module, sums
+        return functional.expand_plain(linear.frozen_product(module, *x), z, d, b, B, scale, True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        z, d, b, B = ctx.saved_tensors
+        need_z, need_d, need_b, *_ = ctx.needs_input_grad
+        in_c, after = functional.split_scale(ctx.scale, z.dtype)
+        grad_d = grad_b = C = None
+        if need_d or need_b:
+            M = wide_product(g.reshape(-1, g.shape[-1]).t(), z.reshape(-1, z.shape[-1]))
+            if need_z:
+                grad_d, grad_b, C = gradients_and_combined(M, B, d, b, ctx.scale, in_c, z.dtype)
+            else:
+                grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b)
+        if need_z:
+            C = combined(B, d, b, in_c, z.dtype) if C is None else C
+            ctx.sums.add(g, quantization.dequantized_weight(ctx.module, g.dtype), C, after)
+        return None, grad_d, grad_b, None, None, None, None, None
+
+
+def joined_linear(module: torch.nn.Linear, x: Tensor, z: Tensor, factors: Factors) -> Tensor:
+    """y [..., m] in x's dtype, differentiable once in x, d and b; W and bias get no gradient.
+
+    x [..., n] is in the compute dtype, on an accelerator, and z [..., r] is `functional.project` of it.
+    """
+    _, B, d, b, scale, *_ = factors
+    # x is no input of the node: its gradient goes by way of z
+    return _Joined.apply(z, d, b, B, scale, module, (x,), getattr(z.grad_fn, "sums", None))
