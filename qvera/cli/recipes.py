@@ -70,12 +70,16 @@ def init(
 
     from qvera.config.load import read_yaml
     from qvera.config.schema import parse_recipe
-    from qvera.models.model_class import load_config
+    from qvera.training.early import check_early
 
-    quiet_libraries()
     tree = {"model": model, "data": {"path": data, **_given(eval_path=eval_data, system=system)}, **_given(task=task)}
     tree["training"] = _given(objective=objective)
     recipe = parse_recipe(tree, "the options")
+    check_early(recipe)
+    quiet_libraries()
+
+    from qvera.models.model_class import load_config
+
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
@@ -241,14 +245,18 @@ def preview(
     from rich.console import Console
 
     from qvera.config.load import load_recipe
+    from qvera.training.early import check_early
+
+    loaded = load_recipe(recipe, overrides)
+    require_new_file(html)
+    check_early(loaded)
+    quiet_libraries()
+
     from qvera.data import build_datasets, data_warnings, decode, print_preflight
     from qvera.evaluation.report.pages import preview_page
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
-    loaded = load_recipe(recipe, overrides)
-    require_new_file(html)
-    quiet_libraries()
     tokenizer = load_processor(loaded.model, task_of(loaded).exported_class)
     datasets = build_datasets(loaded.data, tokenizer, console)
     shown = datasets.first_rows(rows)

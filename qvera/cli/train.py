@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -54,12 +55,17 @@ def train(
 
     loaded = load_recipe(recipe, overrides, of_a_run=resume)
     ramp = _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
-    quiet_libraries()
 
-    from qvera.training import lr_finder, trainer
+    from qvera.training.early import check_early
     from qvera.training.run_dir import run_directory
 
     run_dir = run_directory(loaded.training.output_dir, recipe)
+    if not {"RANK", "MASTER_ADDR"} & os.environ.keys():  # of several processes the first writes; torchrun restarts them
+        check_early(loaded, None if find_lr else run_dir, resume)
+    quiet_libraries()
+
+    from qvera.training import lr_finder, trainer
+
     # both give None in one of several processes that is not the first
     if ramp is not None:
         if (curve := lr_finder.find_lr(loaded, run_dir, ramp, console=console)) is not None:
@@ -99,9 +105,14 @@ def launch(
     """
     from qvera.config.load import load_recipe
     from qvera.distributed import launch as launcher
+    from qvera.training.early import check_early
+    from qvera.training.run_dir import run_directory
 
-    load_recipe(recipe, overrides, of_a_run=resume)  # an error in it is reported once, before anything starts
+    # an error is reported once, before anything starts
+    loaded = load_recipe(recipe, overrides, of_a_run=resume)
     _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume)
+    new = not (resume or find_lr or node_rank)
+    check_early(loaded, run_directory(loaded.training.output_dir, recipe) if new else None)
     arguments = [part for override in overrides for part in ("--set", override)]
     arguments += ["--resume"] * resume + ["--find-lr"] * find_lr
     for name, value in (("--lr-from", lr_from), ("--lr-to", lr_to), ("--lr-steps", lr_steps)):

@@ -64,6 +64,8 @@ def launch_command(
     here = accelerator.device_count()
     if gpus is not None and 0 < here < gpus:
         raise InputError(f"--gpus {gpus}: this machine shows {here} of them (CUDA_VISIBLE_DEVICES hides others).")
+    if gpus is not None and gpus > 1 and not here:
+        print(f"--gpus {gpus}: this machine shows no GPU, so {gpus} processes share its CPU.", file=sys.stderr)
     if gpus is None:
         gpus = max(here, 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]

@@ -29,6 +29,7 @@ from qvera.models.loader import Base, dense_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
 from qvera.models.tokenizer import load_processor
 from qvera.tasks import task_of
+from qvera.training.early import check_early
 from qvera.training.failures import longest_batch_error
 from qvera.training.optim import build_scaler
 from qvera.training.plan import Plan, Sharing, make_plan
@@ -63,6 +64,7 @@ class TrainingSession:
             if recipe.deepspeed is not None:
                 require_deepspeed(recipe.deepspeed)
             check_recipe(recipe)
+            check_early(recipe)
             self.task.check()
             return zero
 
@@ -255,6 +257,8 @@ class TrainingSession:
         style = None if plan.fits and not plan.is_tight else "yellow"
         for line in run_lines(plan):
             self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        for text in plan.warnings:
+            self.warn(text)
         check_memory(plan, group, self.console)
         if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)

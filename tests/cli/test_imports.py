@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,48 @@ def light_commands_import_no_torch(run: str, other: str, page: str) -> None:
     import torch
 
     _ = torch.zeros(3) + 1  # a CPU takes no notice
+
+
+def wrong_starts_import_no_torch(recipe: str) -> None:
+    """What the recipe alone shows, by each command that would compute for long."""
+    import contextlib
+    import io
+    import time
+
+    from qvera.cli.main import main
+
+    wrong = {
+        "training.lr=1": "Did you mean `learning_rate`?",
+        "model.path=/nowhere": "'/nowhere' is not a directory",
+        "model.attn_implementation=flash_attention_2": "needs the package flash-attn, which is not installed",
+        "data.path=nowhere.jsonl": "nowhere.jsonl: no such file",
+        "data.eval_path=nowhere.jsonl": "nowhere.jsonl: no such file",
+        "training.output_dir=/proc/x": "nothing can be written in /proc",
+    }
+    began = time.process_time()
+    for override, words in wrong.items():
+        for command in ("train", "launch", *(["preview"] if "output" not in override else [])):
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said):
+                assert main([command, recipe, "--set", override]) == 2, said.getvalue()
+            assert words in said.getvalue()
+    assert not {"torch", "transformers", "peft"} & set(sys.modules)
+    assert time.process_time() - began < 8, "seventeen starts"
+
+
+def a_silent_hub_is_left(recipe: str) -> None:
+    import contextlib
+    import io
+    import time
+
+    from qvera.cli.main import main
+
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
+    began, said = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main(["train", recipe, "--set", "data.path=nobody/nothing", "--set", "model.path=nobody/no-model"]) == 2
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and "nobody/no-model" in said.getvalue()
+    assert time.monotonic() - began < 120, "imports, and no retries"
 
 
 def peft_knows_qvera() -> None:
@@ -107,6 +150,12 @@ def test_commands_and_peft_in_every_order_of_imports(trained_run: Path, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+def test_a_start_that_the_recipe_shows_to_be_wrong_fails_before_torch(write_recipe: Any) -> None:
+    command = [sys.executable, "-m", __name__, str(write_recipe("wrong.yaml"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_attribute_is_an_attribute_error() -> None:
     import qvera
 
@@ -114,7 +163,10 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
         qvera.QveraConfigg  # noqa: B018
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 2:
+    forked(wrong_starts_import_no_torch, sys.argv[1])
+    forked(a_silent_hub_is_left, sys.argv[1])
+elif __name__ == "__main__":
     forked(light_commands_import_no_torch, *sys.argv[1:])
     import transformers.modeling_utils  # noqa: F401
 

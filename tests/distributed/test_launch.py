@@ -44,6 +44,15 @@ def test_more_processes_than_accelerators_are_refused(monkeypatch: pytest.Monkey
     assert launch.launch_command(RECIPE, gpus=2) == launch.launch_command(RECIPE)
 
 
+def test_processes_without_a_gpu_are_warned_about(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(launch.accelerator, "device_count", lambda: 0)
+    launch.launch_command(RECIPE, gpus=2)
+    assert "--gpus 2: this machine shows no GPU, so 2 processes share its CPU." in capsys.readouterr().err
+    launch.launch_command(RECIPE, gpus=1)
+    launch.launch_command(RECIPE)
+    assert not capsys.readouterr().err
+
+
 def test_settings_of_torch_go_to_the_other_machines(tmp_path: Path, monkeypatch: Any) -> None:
     """By the file that DeepSpeed's launcher reads, which stands in for it here."""
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qvera.adapters.files.stock_peft import other_places, require_kept
 from qvera.adapters.methods import Source, check_recipe
+from qvera.adapters.rates import measured_rate
 from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows
@@ -99,6 +100,24 @@ class Plan(PlannedRun):
         """What the plan does not know, as schedules say: they go on in a way that only the rows can tell."""
         schedules = plugins.schedules_of(training=self.recipe.training)
         return [note for schedule in schedules if (note := schedule.note(self.recipe)) is not None]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A rank and a rate that are far above any that a run took: most likely slips."""
+        rank, rate = self.recipe.adapter.rank, self.recipe.training.learning_rate
+        specs = [*(linear.spec for linear in self.adapted), *self.adapted_experts]
+        highest = max(min(spec.in_features, spec.out_features) for spec in specs)
+        found, name = [], self.recipe.adapter.method
+        # of random projections a few more than the layers' own size are usual
+        if rank > highest * (4 if self.method.source is Source.SEEDED else 1):
+            found.append(f"adapter.rank: {rank:,} is above what the layers hold, which is {highest:,} at most.")
+        usual = measured_rate(name, self.shape.hidden) or self.method.usual.get("training.learning_rate")
+        if usual is not None and rate >= 100 * usual:
+            found.append(
+                f"training.learning_rate: {rate:g} is {rate / usual:,.0f} times what was measured for {name} at this "
+                f"hidden size ({usual:g} at {self.shape.hidden:,}). --find-lr measures it on these rows."
+            )
+        return found
 
     @property
     def trained_parameters(self) -> int:
@@ -319,6 +338,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.slots:
         each = f"each of them {size(slot_bytes(plan))}"
         console.print(f"At most {plan.slots:,} adapters are trained at the same time, {each} with AdamW's moments.")
+    for text in plan.warnings:
+        console.print(text, style="yellow", markup=False)
     for note in filter(None, (*plan.notes, plan.peft_note)):
         console.print(note, markup=False)
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import plan_table as table
 from qvera.cli.main import main
+from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.data.rows import Joined
@@ -88,6 +91,27 @@ def test_what_a_gpu_held_is_compared_without_its_context_and_beside_its_tensors(
     found = plan.measured(2 * tensors, 0, tensors)
     assert found["predicted_bytes"] == found["tensor_bytes"] == tensors
     assert (found["relative_error"], found["relative_error_of_tensors"]) == (-0.5, 0)
+
+
+def test_a_rank_and_a_rate_far_above_any_that_was_measured_are_named(recipe_of: Any, write_recipe: Any) -> None:
+    def warned(**keys: Any) -> str:
+        adapter = {"method": keys.get("method", "vera"), "rank": keys["rank"]}
+        training = {"learning_rate": keys["rate"]}
+        return "\n".join(make_plan(recipe_of(adapter=adapter, training=training), gpu(10**12)).warnings)
+
+    highest = 64  # of q_proj [64, 64] and gate_proj [128, 64]
+    assert warned(rank=4 * highest, rate=4.9) == warned(method="lora", rank=highest, rate=0.19) == ""
+    assert warned(rank=50_000, rate=0.05) == "adapter.rank: 50,000 is above what the layers hold, which is 64 at most."
+    assert "adapter.rank: 65 is above" in warned(method="lora", rank=65, rate=2e-3)
+    said = (
+        "training.learning_rate: 1e+06 is 20,000,000 times what was measured for vera at this hidden size (0.05 at 64)"
+    )
+    assert warned(rank=8, rate=1e6).startswith(said)
+    assert "200 times what was measured for lora" in warned(method="lora", rank=8, rate=0.4)
+    with Console(file=io.StringIO(), width=300) as console:
+        recipe = load_recipe(write_recipe(training={"learning_rate": 100.0}))
+        train(recipe, Path("unused"), dry_run=True, console=console)
+    assert "training.learning_rate: 100 is 2,000 times" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_adapted_weights_are_held_between_steps_where_a_cpu_has_the_memory(recipe_of: Any) -> None:
