@@ -195,6 +195,7 @@ class _Pool:
         self.bank: AdapterBank = self.lent.make_bank(slots)
         factors = dict.fromkeys(self.bank.layout.columns, VERA_RATE_FACTOR if self.shape.method == "vera" else 1.0)
         self.adamw, self.pending = BankAdamW(self.bank, factors), torch.zeros_like(self.bank.gradients)
+        self.trained = {"first": self.adamw.first, "second": self.adamw.second, "pending": self.pending}
         self.residents: list[_Model | None] = [None] * slots
 
     def start(self, seed: int) -> Tensor:
@@ -256,7 +257,7 @@ class Tenants:
             if "shape" not in state or state["base"] != self._base.facts.get("fingerprint"):
                 raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
             pool = self._pool(ModelShape(*state["shape"]))
-            sizes = {"vectors": pool.numbers} | dict.fromkeys(("first", "second", "pending"), pool.trained_numbers)
+            sizes = {"vectors": pool.numbers} | dict.fromkeys(pool.trained, pool.trained_numbers)
             if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
                 raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
             model.pool = pool
@@ -557,13 +558,8 @@ class Tenants:
             self._page_out(min(idle, key=lambda one: (bool(one.calls), one.used)))
         tensors, slot = self._tensors(model), pool.residents.index(None)
         pool.bank.put(slot, tensors["vectors"])
-        pool.adamw.reset(slot)
-        pool.pending[slot].zero_()
-        if "first" in tensors:
-            pool.adamw.first[slot].copy_(tensors["first"])
-            pool.adamw.second[slot].copy_(tensors["second"])
-        if "pending" in tensors:
-            pool.pending[slot].copy_(tensors["pending"])
+        for name, rows in pool.trained.items():
+            rows[slot].copy_(tensors[name] if name in tensors else torch.zeros(()))
         pool.adamw.steps[slot] = model.steps
         pool.residents[slot], model.slot = model, slot
         self._unpack(model)
@@ -602,9 +598,6 @@ class Tenants:
         if model.file is not None:
             return load_file(model.file)
         pool, slot = model.pool, model.slot
-        found = {"vectors": pool.bank.vectors[slot]}
-        if model.steps:
-            found |= {"first": pool.adamw.first[slot], "second": pool.adamw.second[slot]}
-        if model.has_pending:
-            found["pending"] = pool.pending[slot]
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
+        is_held = {"first": model.steps > 0, "second": model.steps > 0, "pending": model.has_pending}
+        found = {"vectors": pool.bank.vectors} | {name: rows for name, rows in pool.trained.items() if is_held[name]}
+        return {name: rows[slot].detach().to("cpu", copy=True) for name, rows in found.items()}

@@ -45,7 +45,7 @@ class Lora(BaseModel):
 
 
 class Optimizer(BaseModel):
-    type: str = "adamw"
+    type: Literal["adamw"] = "adamw"
 
 
 class CreateModel(BaseModel):
@@ -117,7 +117,8 @@ def parsed(kind: type[M], body: bytes) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:100] for part in first["loc"])
-        raise InputError(f"{where or 'The body'}: {first['msg']}.") from None
+        found = f", found {str(first['input'])[:100]!r}" if first["type"] == "literal_error" else ""
+        raise InputError(f"{where or 'The body'}: {first['msg']}{found}.") from None
 
 
 def place_of(kind: str, body: bytes) -> tuple[str, int]:
@@ -126,12 +127,6 @@ def place_of(kind: str, body: bytes) -> tuple[str, int]:
         asked = parsed(OfModel, body)
         return asked.model_id, asked.seq_id
     return call_of(body)
-
-
-def require_adamw(optimizer: Optimizer | None) -> None:
-    """Raise InputError for another optimizer."""
-    if optimizer is not None and optimizer.type != "adamw":
-        raise InputError(f"optimizer: {optimizer.type[:100]!r} is not supported; expected adamw.")
 
 
 def read_call(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
@@ -177,7 +172,6 @@ def _forward_backward(tinker: Tinker, model: Model, seq: int, kind: str, body: b
 
 def _optim_step(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
     asked = parsed(OptimStep, body)
-    require_adamw(asked.optimizer_params)
     adam = asked.adam_params or Adam()
     norm = max(adam.grad_clip_norm, 0.0)
     settings = AdamSettings(adam.learning_rate, adam.beta1, adam.beta2, adam.eps, adam.weight_decay, norm)

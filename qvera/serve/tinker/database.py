@@ -163,14 +163,9 @@ class Database(SqliteFile):
         query = "SELECT id, state, payload FROM promises WHERE id = ? AND owner = ? AND state != 'refused'"
         return next(iter(self.rows(query, (promise, owner))), None)
 
-    def promises(self, target: str | None = None, pending: bool = False) -> list[sqlite3.Row]:
-        """Promises with their bodies and without results: of a target in its order, of all in the order they came.
-
-        ``pending``: only those without a result.
-        """
-        wanted, order = "AND state = 'pending'" * pending, "number" if target is None else "seq"
-        query = "SELECT id, owner, target, seq, kind, size, state, body FROM promises WHERE target = IFNULL(?, target)"
-        return self.rows(f"{query} {wanted} ORDER BY {order}", (target,))
+    def promises(self, where: str, *values: object) -> list[sqlite3.Row]:
+        """Promises with their bodies and without results."""
+        return self.rows(f"SELECT id, owner, target, seq, kind, size, state, body FROM promises WHERE {where}", values)
 
     def saved(self, model: str, through: int) -> None:
         """Note that a state file has what a model's calls so far did: those with a result need no body any more."""

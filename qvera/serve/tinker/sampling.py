@@ -244,10 +244,9 @@ class Samples:
         self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
         self._is_busy = False  # the engine, whose queue is full
         tinker.on_session_end.append(self._end_session)
-        for promise in self._database.promises(pending=True):
-            if promise["kind"] == SAMPLE:
-                call = _Call(*(promise[name] for name in ("id", "owner", "target", "size")))
-                self._put(partial(self._queue, call))
+        for promise in self._database.promises("state = 'pending' AND kind = ? ORDER BY number", SAMPLE):
+            call = _Call(*(promise[name] for name in ("id", "owner", "target", "size")))
+            self._put(partial(self._queue, call))
 
     def create(self, access: Access, asked: NewSampler) -> str:
         """A sampler of a saved adapter or of the base. Raises ApiError, or InputError for another base."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qvera.models.structure import position_limit
 from qvera.serve.api.errors import ApiError
-from qvera.serve.tinker.calls import Call, CreateModel, LoadWeights, read_call, require_adamw
+from qvera.serve.tinker.calls import Call, CreateModel, LoadWeights, read_call
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape, Tenants, TenantSettings
@@ -94,8 +94,8 @@ class Model:
     barrier: int = -1  # the largest seq that was begun and is no part of a forward_backward
     applied_seq: int = -1  # in the state file; -1: there is none
     in_engine: bool = True
-    waiting: dict[int, tuple[str, Call | None]] = field(default_factory=dict)
-    """seq → promise and call; of a refused one, its kind and None."""
+    waiting: dict[int, tuple[str, str, Call | None]] = field(default_factory=dict)
+    """seq → kind, promise, and what is to be done; None: nothing."""
     waits_since: float | None = None  # for a missing seq
     unsaved_bytes: int = 0
     unsaved_since: float | None = None
@@ -215,7 +215,7 @@ class Tinker:
             hook(session_id)
         now, failed = time.time(), "The session has ended."
         for target in [model.id for model in models]:
-            for promise in self.database.promises(target, pending=True):
+            for promise in self.database.promises("target = ? AND state = 'pending'", target):
                 self.database.fail(promise["id"], failed, "user")
             self.database.saved(target, 2**31)
             shutil.rmtree(self._states(target), ignore_errors=True)
@@ -250,7 +250,6 @@ class Tinker:
         """
         session, seed = asked.session_id or "", None
         self.session(session, owner)
-        require_adamw(asked.optimizer_config)
         model_id = f"{session}:train:{asked.model_seq_id}"
         if isinstance(asked, CreateModel):
             base, shape, seed = asked.base_model, self._shape(asked), asked.lora_config.seed
@@ -322,16 +321,16 @@ class Tinker:
                     late = f"seq_id: {seq} came after call {model.barrier}, which it should have come before."
                     self.put(partial(self._finish, model, promise, call, CallFailed(late, "user")))
                 else:
-                    model.waiting[seq] = promise, call
+                    model.waiting[seq] = kind, promise, call
                     self._advance(model)
             return promise
 
     def refuse(self, model: Model, seq: int, kind: str) -> None:
         """Note that a call was refused: it has used its seq, and later ones do not wait for it."""
         with self._lock:
-            _, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
+            promise, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
             if is_new and seq >= model.next_seq:
-                model.waiting[seq] = kind, None
+                model.waiting[seq] = kind, promise, None
                 self._advance(model)
 
     def _advance(self, model: Model, closes_gaps: bool = False) -> None:
@@ -340,14 +339,14 @@ class Tinker:
         Parts of one forward_backward may come in any order. Any other call proves that all before it are there, or
         were given up: the client sends a call once the one before was answered.
         """
-        proof = max((seq for seq, (kind, call) in model.waiting.items() if _is_ordered(kind, call)), default=-1)
+        proof = max((seq for seq, (kind, *_) in model.waiting.items() if kind != "forward_backward"), default=-1)
         for seq in sorted(model.waiting):
             if seq > max(model.next_seq, proof) and not closes_gaps:
                 model.waits_since = model.waits_since or time.monotonic()
                 return
-            promise, call = model.waiting.pop(seq)
+            kind, promise, call = model.waiting.pop(seq)
             model.next_seq = max(model.next_seq, seq + 1)
-            if _is_ordered(promise, call):
+            if kind != "forward_backward":
                 model.barrier = max(model.barrier, seq)
             if call is not None:
                 self._start(model, promise, call)
@@ -473,22 +472,17 @@ class Tinker:
             names = row["id"], row["session"], row["owner"], row["base"]
             model = Model(*names, shape, int(row["seed"]), applied + 1, applied_seq=applied, in_engine=False)
             self._models[model.id] = model
-            for promise in self.database.promises(model.id):
+            for promise in self.database.promises("target = ?", model.id):
                 key, seq, kind, body = (promise[name] for name in ("id", "seq", "kind", "body"))
                 if body is None:
                     if seq > applied:  # it has its result and changed nothing, or was refused
-                        model.waiting[seq] = kind, None
+                        model.waiting[seq] = kind, key, None
                     continue
                 try:
-                    model.waiting[seq] = key, read_call(self, model, seq, kind, body)
+                    model.waiting[seq] = kind, key, read_call(self, model, seq, kind, body)
                 except (ApiError, InputError):
                     self.database.fail(key, "After a restart the server can't do it as it is.", "server")
             self._advance(model)
-
-
-def _is_ordered(kind: str, call: Call | None) -> bool:
-    """Whether a call came after all before it had been answered. ``kind``: of a refused one."""
-    return (kind if call is None else call.kind) != "forward_backward"
 
 
 def _require_room(what: str, count: int, most: int) -> None:
