@@ -103,8 +103,11 @@ class Answer(Example):
     base_logprobs: np.ndarray | None = None  # likewise, of the model without its adapter
 
 
-class Rewards(CausalLM):
-    """The loss makes answers likelier that got a higher reward than others to the same prompt."""
+class Rewards(CausalLM, TrainingHook):
+    """The loss makes answers likelier that got a higher reward than others to the same prompt.
+
+    It is a hook too, which keeps the answers that later steps train on in checkpoints.
+    """
 
     _tokenizer: PreTrainedTokenizerBase
 
@@ -113,7 +116,7 @@ class Rewards(CausalLM):
         training = recipe.training
         self.passes_without_gradient = int(training.updates_per_answers > 1) + int(training.kl_coefficient > 0)
         self.rewards: list[Reward] = []
-        self._hook = _KeptAnswers()
+        self._kept: list[dict[str, Any]] = []  # answers
         self._of_step: dict[str, float] = {}
         self._sums: dict[str, float] = defaultdict(float)  # over the tokens of a step
         self._pass: dict[str, torch.Tensor] = {}
@@ -148,8 +151,8 @@ class Rewards(CausalLM):
         group: Group,
     ) -> Sequence[Example]:
         """The answers of this step; their rewards are its metrics."""
-        training, hook = self.training, self._hook
-        if (step - 1) % training.updates_per_answers == 0 or not hook.answers:
+        training = self.training
+        if (step - 1) % training.updates_per_answers == 0 or not self._kept:
             share, more = divmod(len(rows), group.world_size)
             start = group.rank * share + min(group.rank, more)
             own = rows[start : start + share + (group.rank < more)]
@@ -166,13 +169,19 @@ class Rewards(CausalLM):
                     lps = self._logprobs(model, found, datasets.pad_id)
                 found = [dataclasses.replace(a, base_logprobs=lp) for a, lp in zip(found, lps, strict=True)]
             kept = [_as_json(number, answer) for number, answer in zip(numbers, found, strict=True)]
-            hook.answers = list(itertools.chain(*group.gather(kept)))
-        answers = [_from_json(kept, datasets.train) for kept in hook.answers]
+            self._kept = list(itertools.chain(*group.gather(kept)))
+        answers = [_from_json(kept, datasets.train) for kept in self._kept]
         self._of_step = self._measured(answers)
         return answers
 
     def step_hook(self) -> TrainingHook:
-        return self._hook
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"answers": self._kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._kept = state["answers"]
 
     def _answers(
         self,
@@ -336,19 +345,6 @@ class Rewards(CausalLM):
 
     def line(self, scores: dict[str, Any]) -> str:
         return f"held-out reward {scores['reward']:.4f}"
-
-
-class _KeptAnswers(TrainingHook):
-    """Keeps the answers that later steps train on too, in checkpoints."""
-
-    def __init__(self) -> None:
-        self.answers: list[dict[str, Any]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"answers": self.answers}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.answers = state["answers"]
 
 
 _OF_ANSWERS = ("reward", "rewards", "advantage", "is_ended", "logprobs", "base_logprobs")

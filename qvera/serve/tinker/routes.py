@@ -83,9 +83,7 @@ Trainer = Annotated[Sender, Depends(_trainer)]
 
 
 class NewSession(BaseModel):
-    tags: list[str] = []
     user_metadata: dict[str, Any] | None = None
-    sdk_version: str = ""
     display_name: str | None = None
 
 
@@ -329,13 +327,12 @@ def list_sessions(sender: Reader, limit: Count = 20, offset: Count = 0) -> dict[
 
 @router.get("/sessions/{session}")
 def describe_session(sender: Reader, session: str) -> dict[str, Any]:
-    about = json.loads(sender.database.own("sessions", session, sender.owner)["about"])
+    about = sender.database.own("sessions", session, sender.owner)["about"]
     models, samplers = (
         [row["id"] for row in sender.database.rows(f"SELECT id FROM {table} WHERE session = ?", (session,))]
         for table in ("models", "samplers")
     )
-    shown = {name: about.get(name) for name in ("user_metadata", "display_name")}
-    return {"training_run_ids": models, "sampler_ids": samplers, **shown}
+    return {"training_run_ids": models, "sampler_ids": samplers, **json.loads(about)}
 
 
 @router.get("/training_runs")

@@ -9,6 +9,8 @@ import time
 import pytest
 import zstandard
 
+from qvera.serve.tinker.calls import OptimStep, parsed
+from qvera.utils.errors import InputError
 from tests.serve.tinker.conftest import StartTinker, TinkerServer, rows_body, soon
 
 
@@ -56,6 +58,15 @@ def test_a_refused_call_has_used_its_seq_id(server: TinkerServer) -> None:
 
 
 VOCABULARY_PLUS = 64
+
+
+@pytest.mark.parametrize(
+    "adam", ["eps: 0", "beta2: 1", "beta1: NaN", "learning_rate: NaN", "weight_decay: -1", "grad_clip_norm: Infinity"]
+)
+def test_a_step_takes_no_numbers_that_no_step_can_be_made_of(adam: str) -> None:
+    name, value = adam.split(": ")
+    with pytest.raises(InputError, match=f"adam_params.{name}: Input should be"):
+        parsed(OptimStep, f'{{"adam_params": {{"{name}": {value}}}}}'.encode())
 
 
 def test_a_missing_seq_id_holds_up_later_calls_only_for_a_while(server: TinkerServer) -> None:
