@@ -31,13 +31,13 @@ _MOST_PARTS = 200  # of a schema that are tried to find the one at fault
 class Grammar:
     """A grammar, and the place in it that an answer has come to. For one thread."""
 
-    def __init__(self, matcher: Any, tokens: int) -> None:
-        """``matcher``: an ``LLMatcher``; ``tokens``: of the vocabulary that it knows."""
-        self._matcher, self._tokens = matcher, tokens
+    def __init__(self, matcher: Any, tokens: int, text: str) -> None:
+        """``matcher``: an ``LLMatcher`` over so many ``tokens``. ``text``: what it was compiled from."""
+        self._matcher, self._tokens, self.text = matcher, tokens, text
 
     def copy(self) -> Grammar:
         """The same place, from which another answer may go on."""
-        return Grammar(self._matcher.deep_copy(), self._tokens)
+        return Grammar(self._matcher.deep_copy(), self._tokens, self.text)
 
     def allowed(self, width: int) -> np.ndarray:
         """Which of ``width`` tokens may come next, bool [width]. None of them: see `error`."""
@@ -84,16 +84,46 @@ class Grammars:
             tried += 1
             if self._of_schema({**shared, **child[1]}).error == error:
                 place, children = f"{place}.{child[0]}", _parts(child[1])
-        raise InputError(f"{place}: this JSON schema can't be kept to: {error.rstrip('.')}.")
+        why = error.rpartition("failed to compile JSON schema: ")[2].rstrip(".:")
+        raise InputError(f"{place}: this JSON schema can't be kept to: {why}.")
+
+    def of_calls(
+        self,
+        parameters: dict[str, dict[str, Any]],
+        literals: tuple[str, str, str],
+        single: bool,
+        answer: Grammar | None = None,
+    ) -> Grammar:
+        """Calls of tools, one to a line, or an answer by a schema's grammar.
+
+        Args:
+            parameters: of each tool, a JSON schema.
+            literals: what stands before a name, between name and arguments, and behind them.
+            single: whether there is one call only.
+            answer: None: there must be a call.
+
+        Raises InputError as `of_schema`.
+        """
+        (before, between, behind), lines = literals, list[str]()
+        for number, (name, schema) in enumerate(parameters.items()):
+            self.of_schema(schema, f"the parameters of the tool {name}")
+            opening, closing = (json.dumps(text, ensure_ascii=False) for text in (before + name + between, behind))
+            lines += [f"c{number}: {opening} a{number} {closing}", f"a{number}: {_json(schema)}"]
+        lines.append(f"call: {' | '.join(f'c{number}' for number in range(len(parameters)))}")
+        calls = "call" if single else r'call ("\n" call)*'
+        if answer is not None:
+            lines, calls = [*lines, f"answer: {answer.text}"], f"{calls} | answer"
+        grammar = self._compiled("\n".join([f"start: {calls}", *lines]))
+        if grammar.error:
+            raise InputError(f"tools: a grammar of all of them can't be made: {grammar.error}")
+        return grammar
 
     def _of_schema(self, schema: dict[str, Any]) -> Grammar:
-        matcher = self._llguidance.LLMatcher
-        text = matcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE})
-        return self._compiled(text)
+        return self._compiled(_json(schema), "start: ")
 
-    def _compiled(self, grammar: str) -> Grammar:
+    def _compiled(self, text: str, prefix: str = "") -> Grammar:
         tokenizer, count = self._vocabulary
-        compiled = Grammar(self._llguidance.LLMatcher(tokenizer, grammar, log_level=0), count)
+        compiled = Grammar(self._llguidance.LLMatcher(tokenizer, prefix + text, log_level=0), count, text)
         compiled.allowed(count)  # the first time takes longest, and copies know the result
         return compiled
 
@@ -113,6 +143,10 @@ class Grammars:
         ends = sorted(self._stop_tokens) or [count]
         wrapped = self._llguidance.TokenizerWrapper(vocabulary)
         return self._llguidance.LLTokenizer(wrapped, n_vocab=count + 1, eos_token=ends), count
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}})
 
 
 class _Vocabulary:

@@ -33,9 +33,9 @@ class TokenTexts:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, without special ones."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of these tokens, with or without special ones."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def is_byte(self, token: int) -> bool:
         """Whether it is a SentencePiece byte token, which decoders join with its neighbours."""
@@ -78,11 +78,14 @@ class TextStream:
     The pieces join to the decoded answer, up to the stop string that is complete first, even if it spans tokens.
     """
 
-    def __init__(self, texts: TokenTexts, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
-        """``context``: the last tokens of a prompt that the answer continues.
+    def __init__(
+        self, texts: TokenTexts, stop: Sequence[str] = (), context: Sequence[int] = (), special: bool = False
+    ) -> None:
+        """``context``: the last tokens of a prompt that the answer continues. ``special``: shows special tokens too.
 
         Some tokenizers drop the space before a text's first word, which a continuation must keep.
         """
+        self._special = special
         self._texts, self._stop = texts, tuple(text for text in stop if text)
         self._ids = [token for token in context if token not in texts.special]
         self._shown = texts.decode(self._ids).rstrip(_HALF) if self._ids else ""
@@ -92,7 +95,7 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The piece of text that is certain now: often that of this token, or nothing."""
-        if self.stopped or token in self._texts.special:
+        if self.stopped or (token in self._texts.special and not self._special):
             return ""
         self._ids.append(token)
         if self._texts.is_byte(token):
@@ -110,13 +113,13 @@ class TextStream:
 
     def _decode(self, whole: bool) -> str:
         """New text of the window. A half character at its end is held back unless the answer is ``whole``."""
-        text = self._texts.decode(self._ids)
+        text = self._texts.decode(self._ids, self._special)
         certain = text if whole or not text.endswith(_HALF) else text[:-1]
         new = certain[len(self._shown) :]
         if certain is text and new:
             # the tokens of this piece are the context of the next one
             self._ids = self._ids[self._read :]
-            self._read, self._shown = len(self._ids), self._texts.decode(self._ids)
+            self._read, self._shown = len(self._ids), self._texts.decode(self._ids, self._special)
         elif new:
             self._shown = certain
         return new

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -20,7 +21,8 @@ from qvera.serve.api.schemas import ChatBody, CompletionBody
 from qvera.serve.api.server import ClientGone, EventStream, while_connected
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.requests import AdapterChanged, Busy, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
-from qvera.serve.text import TextStream, TokenTexts
+from qvera.serve.text import TextStream
+from qvera.serve.tool_calls import CallReader, ToolCall
 
 if TYPE_CHECKING:
     from qvera.data.images import StoredImage
@@ -40,6 +42,12 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=None)
 async def chat(request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
+    answers = await asked_chat(request, body)
+    return await _answer(request, body, answers, _ChatFormat(answers))
+
+
+async def asked_chat(request: Request, body: ChatBody) -> Generation:
+    """Check a conversation and write its prompt. Raises ApiError 400 that names the key, and others as routes do."""
     access, service = require(request, "use"), service_of(request)
     stop = _stop_strings(body, service)
     if len(body.messages) > service.limits.messages:
@@ -48,22 +56,26 @@ async def chat(request: Request, body: ChatBody) -> Response:
         raise bad_request("top_logprobs: is only for logprobs: true.", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_request("max_completion_tokens: is another name of max_tokens; give one.", "max_completion_tokens")
+    tools, prompts = body.offered(), service.prompts
 
-    def prompt() -> tuple[list[int], tuple[StoredImage, ...], Grammar | None]:
+    def prompt() -> tuple[list[int], tuple[StoredImage, ...], Grammar | None, list[CallReader]]:
         service.require_model(body.model, access)
         turns = [message.turn() for message in body.messages]
-        if service.prompts.system and turns[0].role != "system":  # the recipe's
-            turns.insert(0, Turn("system", service.prompts.system))
-        return service.prompts.ids(turns), service.prompts.images(turns), body.grammar(service.grammars)
+        if prompts.system and turns[0].role != "system":  # the recipe's
+            turns.insert(0, Turn("system", prompts.system))
+        if not tools:
+            return prompts.ids(turns), prompts.images(turns), body.grammar(service.grammars), []
+        form, ids = service.tool_format, prompts.ids(turns, tools)
+        before = service.texts.decode(ids, special=True) if form.is_own else ""
+        readers = [CallReader(form, tools, before, body.most_calls) for _ in range(body.n or 1)]
+        return ids, prompts.images(turns), body.grammar_with(service.grammars, form), readers
 
-    one, images, grammar = await while_connected(request.receive, service.read_prompts(access, prompt))
-    ids = [one]
+    one, images, grammar, readers = await while_connected(request.receive, service.read_prompts(access, prompt))
     top = (body.top_logprobs or 0) if body.logprobs else None
     keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
-    sampling = _sampling(body, service, ids, body.max_completion_tokens or body.max_tokens, top, keys, grammar)
-    streams = [TextStream(service.texts, stop) for _ in ids for _ in range(body.n or 1)]
-    answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began, images)
-    return await _answer(request, body, answers, _ChatFormat(service.texts, top is not None))
+    sampling = _sampling(body, service, [one], body.max_completion_tokens or body.max_tokens, top, keys, grammar)
+    streams = [TextStream(service.texts, stop, special=bool(tools)) for _ in range(body.n or 1)]
+    return Generation(service, access, body.model, [one], sampling, streams, request.state.began, images, readers)
 
 
 @router.post("/v1/completions", response_model=None)
@@ -94,7 +106,7 @@ async def complete(request: Request, body: CompletionBody) -> Response:
     sampling = _sampling(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"), grammar)
     streams = [TextStream(service.texts, stop, prompt[-_CONTEXT_TOKENS:]) for prompt in ids for _ in range(body.n or 1)]
     answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began)
-    return await _answer(request, body, answers, _CompletionFormat(service.texts, body.logprobs is not None))
+    return await _answer(request, body, answers, _CompletionFormat(answers))
 
 
 def _stop_strings(body: GenerationBody, service: Service) -> list[str]:
@@ -168,7 +180,8 @@ class Piece:
     index: int  # of the answer in its call
     text: str
     tokens: Sequence[ScoredToken]
-    finish: Literal["stop", "length"] | None = None  # only in an answer's last piece
+    finish: Literal["stop", "length", "tool_calls"] | None = None  # only in an answer's last piece
+    calls: Sequence[ToolCall] = ()
 
 
 class Generation:
@@ -189,16 +202,17 @@ class Generation:
         streams: Sequence[TextStream],
         began: float,
         images: tuple[StoredImage, ...] = (),
+        readers: Sequence[CallReader] = (),
     ) -> None:
         """``streams``: the text of each answer, in the order of the prompts; each prompt has equally many.
 
-        ``images``: of each prompt.
+        ``images``: of each prompt. ``readers``: of calls in each answer; empty where no tools are offered.
         """
-        self._images = images
+        self._images, self._readers = images, readers
         self._service, self._access, self._model, self._prompts = service, access, model, prompts
         self.sampling, self.streams, self._began = sampling, streams, began
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
-        self.fingerprint = "fp_base"
+        self.fingerprint, self.texts = "fp_base", service.texts
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}  # index of an answer → the id of its request
         self._closed, self._counted = False, 0
@@ -287,7 +301,8 @@ class Generation:
                 raise ApiError(504, f"The answer took longer than {seconds:g} s.", code="timeout") from None
             if index not in self._open:
                 continue  # ended by a stop string
-            stream, finish = self.streams[index], None
+            stream, calls = self.streams[index], list[ToolCall]()
+            finish: Literal["stop", "length", "tool_calls"] | None = None
             if isinstance(event, EndEvent):
                 del self._open[index]
                 text = stream.finish()
@@ -307,26 +322,40 @@ class Generation:
             if stream.stopped:
                 self._cancel(index)
                 finish, tokens = "stop", [token for token in tokens if token[1] < stream.length]
-            if text or finish is not None:
+            if self._readers:
+                reader = self._readers[index]
+                text, calls = reader.read(text, ends=finish is not None)
+                if reader.is_full:
+                    self._cancel(index)
+                if reader.is_full or (finish == "stop" and reader.count):
+                    finish = "tool_calls"
+            if text or calls or finish is not None:
                 waiting[index] = []
                 left -= finish is not None
-                yield Piece(index, text, tokens, finish)
+                yield Piece(index, text, tokens, finish, calls)
 
 
-@dataclasses.dataclass
 class _Format:
     """How one of OpenAI's two APIs writes an answer."""
 
-    texts: TokenTexts
-    with_logprobs: bool
+    def __init__(self, answers: Generation) -> None:
+        self.texts, self.with_logprobs = answers.texts, answers.sampling.top_logprobs is not None
 
 
 class _ChatFormat(_Format):
     whole, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
-    def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+    def __init__(self, answers: Generation) -> None:
+        super().__init__(answers)
+        self._called: Counter[int] = Counter()  # calls that each answer has shown
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        text, calls = "".join(piece.text for piece in pieces), [call for piece in pieces for call in piece.calls]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
+        logprobs = self._logprobs([token for piece in pieces for token in piece.tokens])
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """Chunks before an answer's first piece."""
@@ -336,6 +365,10 @@ class _ChatFormat(_Format):
         out = []
         if piece.text or (piece.tokens and self.with_logprobs):
             out.append(self._delta(piece.index, {"content": piece.text}, piece.tokens))
+        for call in piece.calls:
+            number = self._called[piece.index]
+            self._called[piece.index] += 1
+            out.append(self._delta(piece.index, {"tool_calls": [{"index": number, **_call(call)}]}))
         if piece.finish is not None:
             out.append(self._delta(piece.index, {}, finish=piece.finish))
         return out
@@ -369,8 +402,9 @@ class _CompletionFormat(_Format):
 
     whole, chunk, prefix = "text_completion", "text_completion", "cmpl-"
 
-    def choice(self, index: int, text: str, tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
+    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         shown, logprobs = self.texts.shown, None
+        tokens = [token for piece in pieces for token in piece.tokens]
         if self.with_logprobs:
             logprobs = {
                 "tokens": [shown(event.token) for event, _ in tokens],
@@ -378,13 +412,18 @@ class _CompletionFormat(_Format):
                 "top_logprobs": [{shown(each): value for each, value in event.top} for event, _ in tokens],
                 "text_offset": [offset for _, offset in tokens],
             }
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        text = "".join(piece.text for piece in pieces)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         return []
 
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        return [self.choice(piece.index, piece.text, piece.tokens, piece.finish)]
+        return [self.choice(piece.index, [piece])]
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 async def _answer(
@@ -399,10 +438,7 @@ async def _answer(
     whole = await while_connected(request.receive, _all_pieces(answers))
 
     def response() -> Response:
-        choices = []
-        for index, pieces in enumerate(whole):
-            tokens = [token for piece in pieces for token in piece.tokens]
-            choices.append(form.choice(index, "".join(piece.text for piece in pieces), tokens, pieces[-1].finish))
+        choices = [form.choice(index, pieces) for index, pieces in enumerate(whole)]
         content = {"object": form.whole, "system_fingerprint": answers.fingerprint, "choices": choices}
         return JSONResponse({**head, **content, "usage": _usage(answers)})
 

@@ -14,8 +14,9 @@ from qvera.utils.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from qvera.serve.grammars import Grammar, Grammars
+    from qvera.serve.tool_calls import ToolFormat
 
-_IGNORED = frozenset(
+IGNORED = frozenset(
     {
         "user",
         "metadata",
@@ -31,8 +32,6 @@ _IGNORED = frozenset(
 """Keys of OpenAI's that change nothing about an answer here."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "min_p": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -96,8 +95,10 @@ class Body(BaseModel):
                     "unsupported_parameter",
                 )
         for name in type(self).model_fields:
-            if isinstance(part := getattr(self, name), Body):
-                part.require_supported(f"{inside}{name}.")
+            value = getattr(self, name)
+            for number, part in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(part, Body):
+                    part.require_supported(f"{inside}{name}.{number}." if part is not value else f"{inside}{name}.")
 
 
 class StreamOptions(BaseModel):
@@ -106,43 +107,32 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class TextFormat(Body):
-    """An answer is any text."""
-
-    type: Literal["text"]
-
-
-class JsonFormat(Body):
-    """An answer is a JSON object."""
-
-    type: Literal["json_object"]
+ToolName = Annotated[Text, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class JsonSchemaBody(Body):
-    """A JSON schema with a name."""
+    """A JSON schema with a name. It is kept to whatever ``strict`` says."""
 
-    name: Annotated[Text, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    name: ToolName
     description: Text | None = None
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
-    """It is kept to in either case."""
 
 
-class JsonSchemaFormat(Body):
-    """An answer is JSON that a schema describes."""
+class ResponseFormat(Body):
+    """What an answer's text is like."""
 
-    type: Literal["json_schema"]
-    json_schema: JsonSchemaBody
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaBody | None = None
 
 
-ResponseFormat = Annotated[TextFormat | JsonFormat | JsonSchemaFormat, Field(discriminator="type")]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None
 
 
 class GenerationBody(Body):
     """What chat and completions have in common."""
 
-    ignored = _IGNORED
+    ignored = IGNORED
     neutral = _NEUTRAL
     model: Text
     stream: bool | None = False
@@ -170,11 +160,12 @@ class GenerationBody(Body):
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
         """What an answer must follow. Raises ApiError 400 that names the part of a schema that can't be kept to."""
-        asked, schema = self.response_format, dict[str, Any](type="object")
-        if asked is None or isinstance(asked, TextFormat):
+        asked = self.response_format
+        if asked is None or asked.type == "text":
             return None
-        if isinstance(asked, JsonSchemaFormat):
-            schema = asked.json_schema.json_schema
+        if asked.type == "json_schema" and asked.json_schema is None:
+            raise bad_request("response_format.json_schema: is missing.", "response_format")
+        schema = {"type": "object"} if asked.json_schema is None else asked.json_schema.json_schema
         try:
             return grammars.of_schema(schema, "response_format.json_schema.schema")
         except InputError as error:
@@ -201,25 +192,82 @@ class ImagePart(BaseModel):
     image_url: ImageUrl
 
 
+class CalledFunction(BaseModel):
+    """What an assistant has called; ``arguments`` is JSON."""
+
+    name: Text
+    arguments: Text
+
+
+class CallBody(BaseModel):
+    """A call in an assistant's message."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class FunctionBody(Body):
+    """A function that a model may call, with a JSON schema. A call that must be made keeps to it without ``strict``."""
+
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(Body):
+    """A tool."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class FunctionName(Body):
+    """Which function."""
+
+    name: ToolName
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class MessageBody(BaseModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Text
+        | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
+        | None
+    ) = None
+    """None: of an assistant's message that only calls tools."""
     name: Text | None = None
-    tool_calls: None = None
-    """Tools are not supported; left out in silence they would change the prompt."""
+    tool_calls: Annotated[list[CallBody], Field(fail_fast=True)] | None = None
+    tool_call_id: Text | None = None
 
     def turn(self) -> Turn:
-        """As rows have it. Raises ApiError 400 or InputError: an image is no data: URL of base64."""
-        for part in self.content:
+        """As rows have it. Raises ApiError 400 or InputError: no content, or an image is no data: URL of base64."""
+        if self.content is None and not self.tool_calls:
+            raise bad_request("messages: a message has content, or tool_calls of an assistant.", "messages")
+        if self.tool_calls and self.role != "assistant":
+            raise bad_request(
+                f"messages: tool_calls are an assistant's, and this is of the role {self.role}.", "messages"
+            )
+        for part in self.content or ():
             if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:"):
                 raise bad_request(
                     "image_url: must be a data: URL; the server reads no files and no addresses.", "messages"
                 )
         role = "system" if self.role == "developer" else self.role
-        parts = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
-        (turn,) = read_messages([{"role": role, "content": parts, "name": self.name}], "messages")
+        message = {**self.model_dump(), "role": role, "content": self.content or ""}
+        if isinstance(self.content, list):
+            message["content"] = [part.model_dump() for part in self.content]
+        (turn,) = read_messages([message], "messages")
         return turn
 
 
@@ -230,6 +278,49 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = True
+
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools as chat templates take them; none if none may be called.
+
+        Raises ApiError 400: a tool is asked for that is not there, or two have one name.
+        """
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise bad_request("tools: two have the same name.", "tools")
+        if self.tool_choice == "required" and not names:
+            raise bad_request("tool_choice: there are no tools to choose from.", "tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
+            raise bad_request(f"tool_choice: no tool is called {name!r}{did_you_mean(name, names)}", "tool_choice")
+        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    @property
+    def most_calls(self) -> int | None:
+        """Of tools, in one answer."""
+        return 1 if self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedTool) else None
+
+    def grammar_with(self, grammars: Grammars, form: ToolFormat) -> Grammar | None:
+        """As `grammar`, with calls of tools that may or must be made."""
+        answer, named = self.grammar(grammars), isinstance(self.tool_choice, NamedTool)
+        if answer is None and not named and self.tool_choice != "required":
+            return None
+        if form.literals is None:
+            raise bad_request(
+                "tools: this model's calls are in a form without a grammar: they can't be forced.", "tools"
+            )
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            functions = [each for each in functions if each.name == self.tool_choice.function.name]
+        nothing: dict[str, Any] = {"type": "object", "additionalProperties": False}
+        parameters = {each.name: each.parameters or nothing for each in functions}
+        if named or self.tool_choice == "required":
+            answer = None
+        try:
+            return grammars.of_calls(parameters, form.literals, form.is_single or self.most_calls == 1, answer)
+        except InputError as error:
+            raise bad_request(str(error), "tools") from None
 
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from qvera.serve.api.metrics import Metrics
 from qvera.serve.grammars import Grammars
 from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
 from qvera.serve.text import TokenTexts
+from qvera.serve.tool_calls import ToolFormat
 from qvera.utils.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -77,6 +79,11 @@ class Service:
         self._open_uploads: Counter[str] = Counter()
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the base writes calls of tools. Raises InputError if it writes none that can be read."""
+        return ToolFormat.of(self.prompts.template)
 
     async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick", "disk"] = "long") -> T:
         """Run ``work`` off the event loop. Raises ApiError if the engine has ended.

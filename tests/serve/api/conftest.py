@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from qvera.data import Encoder, resolve_template
+from qvera.data.chat_template import ChatTemplate
 from qvera.evaluation.generate import PromptWriter
 from qvera.serve.api.access import DEFAULTS, KeyFile, new_key
 from qvera.serve.api.app import create_app
@@ -92,9 +93,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         send_buffer_bytes: int | None = None,
         training_dir: Path | None = None,
         training_slots: int = 2,
+        template: str | None = None,
         **limits: Any,
     ) -> Served:
-        prompts = PromptWriter(resolve_template("auto", TOKENIZER), Encoder(TOKENIZER), system)
+        own = resolve_template("auto", TOKENIZER)
+        prompts = PromptWriter(
+            ChatTemplate("own", template, TOKENIZER) if template else own, Encoder(TOKENIZER), system
+        )
         said = {"tiny": "the word is red", "anna": "anna says blue", "ben": "ben says green"}
 
         def script(request: GenerationRequest) -> Iterator[int]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from tests.conftest import small_tokenizer
 from tests.serve.command import Command
 from tests.serve.helpers import write_adapters
+from tests.serve.tool_templates import HERMES
 
 pytestmark = pytest.mark.process
 pytest.importorskip("llguidance")
@@ -27,11 +28,19 @@ class Mug(BaseModel):
     count: int = Field(ge=0, le=99)
 
 
+class Order(BaseModel):
+    mug: Mug
+    gift: bool
+
+
 @pytest.fixture(scope="module")
 def models(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[openai.OpenAI, list[str]]]:
     """A client of the server, and the names of its models."""
     here = tmp_path_factory.mktemp("agents")
     shutil.copytree(tiny_model_dir, here / "tiny")
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = HERMES.replace("tool | tojson", "tool.function.name")  # the tiny model's context is short
+    tokenizer.save_pretrained(here / "tiny")
     write_adapters(here / "adapters", here / "tiny", {"vera": 1})
     write_adapters(here / "adapters", here / "tiny", {"lora": 2}, method="lora", rank=4)
     options = ["--adapters", str(here / "adapters"), "--training-dir", str(here / "training"), "--tinker"]
@@ -59,3 +68,22 @@ def test_an_answer_is_an_object_of_the_class_that_was_asked_for(models: tuple[op
         wish: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
         client.chat.completions.create(model="tiny", response_format=wish, **ASK)
     assert refused.value.param == "response_format"
+
+
+def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_class(
+    models: tuple[openai.OpenAI, list[str]],
+) -> None:
+    client, names = models
+    tools: Any = [openai.pydantic_function_tool(each) for each in (Mug, Order)]
+    for seed, name in enumerate(names):
+        asked: Any = {"model": name, "seed": seed, "logit_bias": NO_SPACE, "max_tokens": 150, "tools": tools, **ASK}
+        named: Any = {"type": "function", "function": {"name": "Order"}}
+        [choice] = client.chat.completions.parse(tool_choice=named, **asked).choices
+        [call] = choice.message.tool_calls or []
+        assert (choice.finish_reason, type(call.function.parsed_arguments)) == ("tool_calls", Order)
+        [choice] = client.chat.completions.parse(tool_choice="required", parallel_tool_calls=False, **asked).choices
+        [call] = choice.message.tool_calls or []
+        assert type(call.function.parsed_arguments) in (Mug, Order)
+        with client.chat.completions.stream(response_format=Mug, **asked) as stream:  # an answer or calls
+            message = stream.get_final_completion().choices[0].message
+        assert message.parsed is not None or message.tool_calls

@@ -164,6 +164,9 @@ def test_models_are_listed_with_their_base(served: Served) -> None:
         assert client.get("/v1/models/../../etc/passwd").status_code == 404
 
 
+TOOL = {"type": "function", "function": {"name": "stock", "parameters": {"type": "object"}}}
+NAMED = {"type": "function", "function": {"name": "stick"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "stock", "arguments": "{}"}}
 CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "ana"}, 404, "model", "did you mean 'anna'?"),
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
@@ -178,7 +181,9 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"max_tokens": 10, "max_completion_tokens": 11}, 400, "max_completion_tokens", "give one"),
     ({"messages": []}, 400, "messages", "at least 1"),
     ({"messages": [{"role": "user", "content": "x " * 2000}]}, 400, None, "at most 999 are taken"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "role"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "role"),
+    ({"messages": [{"role": "user"}]}, 400, "messages", "has content"),
+    ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, 400, "messages", "tool_calls are an assistant's"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "half a character"),
     ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
     ({"stop": [""]}, 400, "stop", "1 to 256 characters"),
@@ -190,8 +195,14 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"frequency_penalty": 2.5}, 400, "frequency_penalty", "less than or equal to 2"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", "greater than or equal to 0.01"),
     ({"min_p": 0.5}, 400, "min_p", "not supported"),
-    ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    ({"response_format": {"type": "grammar"}}, 400, "response_format", "json_schema"),
+    ({"tools": [TOOL]}, 400, None, "writes calls nowhere"),
+    ({"tools": [TOOL, TOOL], "tool_choice": "none"}, 400, "tools", "same name"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "function: Field required"),
+    ({"tools": [{**TOOL, "defer": True}]}, 400, "tools.0.defer", "Unknown key"),
+    ({"tools": [TOOL], "tool_choice": NAMED}, 400, "tool_choice", "did you mean 'stock'"),
+    ({"tool_choice": "required"}, 400, "tool_choice", "no tools to choose from"),
+    ({"functions": [{"name": "stock"}]}, 400, "functions", "not supported"),
+    ({"response_format": {"type": "grammar"}}, 400, "response_format", "'json_schema'"),
     ({"response_format": {"type": "json_object", "schema": {}}}, 400, "response_format.schema", "Unknown key"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
@@ -217,7 +228,8 @@ def test_a_bad_call_is_answered_in_openais_form(served: Served) -> None:
 
 def test_keys_that_change_nothing_are_taken(served: Served) -> None:
     ignored = {"user": "me", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": True, "logit_bias": {}}
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "tools": None, "response_format": {"type": "text"}}
+    ignored |= {"tools": [TOOL], "tool_choice": "none"}
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}}
     assert served.chat(**ignored, **neutral).status_code == 200
 
 
