@@ -171,7 +171,7 @@ def report(command: str, error: QveraError | KeyboardInterrupt | OSError) -> int
             print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        print(f"{name}: interrupted before there was anything to save.", file=sys.stderr)
+        print(f"{name}: interrupted. The same command begins again.", file=sys.stderr)
     elif not isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
         where = f"{error.filename}: " if error.filename else ""
         print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)

@@ -29,6 +29,7 @@ from qvera.utils.atomic import disk_errors, require_space
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_sha256, try_read_json
 from qvera.utils.paths import cache_root
+from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,8 @@ def quickstart(
     from qvera.config.load import load_recipe, yaml_text
 
     quiet_libraries()
-    files = prepare(report=console.print)
+    with StopRequests(first=None):  # SIGTERM, too, leaves nothing half made
+        files = prepare(report=console.print)
     where = f"training.output_dir={yaml_text(output_dir)}"
     recipe = load_recipe(files.recipe, [*files.overrides(), where, *overrides])
     if fetch_only:

@@ -10,6 +10,7 @@ from qvera.config import plugins
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
+from qvera.evaluation.report.read import status_of
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json, try_read_json
@@ -71,7 +72,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
             facts |= {"kind": "run of many adapters", **about}
             facts |= {"method": recipe.adapter.method, "rank": recipe.adapter.rank}
         if run:
-            facts |= {"status": run.get("status"), "versions": run.get("versions")}
+            facts |= {"status": status_of(run), "versions": run.get("versions")}
             result = run.get("result") or {}
             facts["result"] = {key: value for key, value in result.items() if not isinstance(value, dict)}
     if root is not None:

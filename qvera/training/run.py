@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from qvera.adapters.files.save_load import adapter_facts
 from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
+from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
 from qvera.training.logging import MetricsLog, Trackers
-from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
+from qvera.training.run_dir import check_run_dir, run_lock, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import Interrupted, OutOfMemory, RunFailed
-from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
     from qvera.training.loop import Loop
@@ -54,7 +54,7 @@ class Run(ABC):
         self.group, self.console, self.warn = session.group, session.console, session.warn
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.resume = False
-        self.signals = StopRequests()
+        self.signals = session.signals
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
         self.callbacks = callbacks or Callbacks()
@@ -73,10 +73,11 @@ class Run(ABC):
             begun = again and group.has_flag(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
             wait_seconds = RESTART_WAIT_SECONDS if again else 0.0
             self.session.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
-            check_run_dir(run_dir, self.recipe, resume or begun)
-            return resume or begun
+            return check_run_dir(run_dir, self.recipe, resume or begun)
 
         self.resume = group.on_first(open_it)
+        if self.resume and not resume:
+            self.console.print(f"{run_dir} holds this run, which was interrupted: it goes on.", soft_wrap=True)
 
     def load_data(self, preview: bool = False) -> None:
         """See `TrainingSession.load_data`."""
@@ -116,7 +117,7 @@ class Run(ABC):
             "device": memory.device_name(session.device),
             "plan": None if session.plan is None else session.plan.to_dict(),
             "gradient_checkpointing": session.checkpointing,
-            "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed},
+            "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed, **this_process()},
         }
         self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 
@@ -145,27 +146,44 @@ class Run(ABC):
 
     def train(self) -> RunResult | None:
         """Take the steps that are left, save what came out, and write run.json. Returns the result on rank 0."""
-        with self.signals, self.trackers:
+        waiting, is_alone = self.signals.waiting, self.group.world_size == 1
+        # several processes stop together, where they compare what they were asked
+        with self.trackers, contextlib.nullcontext() if is_alone else waiting("saving after a step"):
             try:
                 self.score_before()
-                self.session.model.train()
-                with self.session.phase("training", self.steps, done=self.steps_behind) as self.progress:
-                    while self.has_steps_left and not self.stop_requested():
-                        self.take_turn()
-                if self.count != self.saved:
-                    self.save_checkpoint()
-                self.meet()
+                with waiting("saving after this step"):
+                    self.take_steps()
+                if is_alone and self.signals.asked and self.stopped_by is None:  # in the last step
+                    raise KeyboardInterrupt(self.signals.asked)
                 if self.stopped_by is None:
                     self.complete()
             except RunFailed as error:
                 raise self.end(error) from None
+            with waiting("writing run.json"):
+                self.finish("done" if self.stopped_by is None else "interrupted")
             if self.stopped_by is not None:
-                self.finish("interrupted")
                 of_all = f" of {self.steps}" if self.unit == "step" else ""
                 text = f"Stopped by {self.stopped_by} after {self.unit} {self.count}{of_all}, and saved. "
-                raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
-        self.finish("done")
+                raise for_all(Interrupted(f"{text}The same command goes on."))
         return RunResult(self.run_dir, self.summary) if self.group.first else None
+
+    def take_steps(self) -> None:
+        """Take the steps that are left, or those up to a request to stop, and save the last."""
+        self.session.model.train()
+        with self.session.phase("training", self.steps, done=self.steps_behind) as self.progress:
+            while self.has_steps_left and not self.stop_requested():
+                self.take_turn()
+        if self.count != self.saved:
+            self.save_checkpoint()
+        self.meet()
+
+    def interrupted(self, signal: KeyboardInterrupt) -> Interrupted:
+        """The error of a run that was stopped at once: what is on disk is what there is."""
+        saved = checkpoint.directories(checkpoint.of_rank(self.run_dir, self.group.rank))
+        text = f"No {self.unit} was saved yet: the same command begins again."
+        if saved:
+            text = f"{self.unit.capitalize()} {int(saved[-1].name[-8:])} is saved: the same command goes on from it."
+        return Interrupted(f"Stopped by {signal or 'Ctrl-C'}. {text}")
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
+from qvera.evaluation.report.read import status_of
 from qvera.evaluation.report.run_page import write_report
 from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.errors import InputError, QveraError
+from qvera.utils.errors import InputError, QveraError, RunFailed
 from qvera.utils.files import existing_parent, plain_json, try_read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTERS, RUN_OWNER, RUN_PROGRESS
@@ -76,8 +78,11 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
                 place.rmdir()
 
 
-def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
+def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
     """Refuse a directory that does not fit what was asked for; nothing is written.
+
+    Returns whether the run there is gone on with: if ``resume`` says so, or if it was interrupted after it had begun to
+    train. One that was interrupted before that may begin again.
 
     Raises:
         InputError: it can't be written; it holds a run or a run's files (without ``resume``); it holds no run, or one
@@ -85,6 +90,11 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
     """
     require_writable(run_dir)
     existing = run_dir / "recipe.yaml"
+    if not resume and existing.exists() and status_of(try_read_json(run_dir / "run.json") or {}) == "interrupted":
+        metrics, kept = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+        if not kept.exists() and not (metrics.exists() and metrics.stat().st_size):
+            return False
+        resume = True
     if not resume and existing.exists():
         raise InputError(
             f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
@@ -107,6 +117,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
             f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run "
             "in another training.output_dir."
         )
+    return resume
 
 
 def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
@@ -148,6 +159,19 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
         keys = [k for k in now if k in then and k not in _FREE.get(section, ())]
         changed += [f"{section}.{key}" for key in keys if then[key] != now[key]]
     return changed
+
+
+def this_process() -> dict[str, Any]:
+    """What run.json says of the process that writes it, for `status_of`."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def mark_ended(run_dir: Path, status: str) -> None:
+    """Put the status into a run.json that this process has left ``running``."""
+    found = try_read_json(run_dir / "run.json") or {}
+    if found.get("status") == "running" and this_process().items() <= found.get("processes", {}).items():
+        with contextlib.suppress(RunFailed):  # the disk is full, which has its own error
+            write_run_json(run_dir, {**found, "status": status})
 
 
 def write_run_json(run_dir: Path, summary: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ from qvera.utils.formatting import size
 from qvera.utils.memory import is_out_of_memory
 from qvera.utils.paths import RUN_PROGRESS
 from qvera.utils.progress import Phase
+from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
     from qvera.models.model_class import ModelClass
@@ -57,6 +58,7 @@ class TrainingSession:
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
+        self.signals = StopRequests(first=None, quiet=not group.first)
         self.task = task_of(recipe)
 
         def check() -> ZeroConfig | None:
@@ -85,6 +87,7 @@ class TrainingSession:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def __enter__(self) -> Self:
+        self.resources.enter_context(self.signals)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -229,6 +232,8 @@ class TrainingSession:
 
             def progress(stage: str, done: int, total: int, _: str) -> None:
                 show(done, total, f"{stage} {section.path}")
+                if self.signals.asked:  # the threads of a download end by it
+                    raise KeyboardInterrupt(self.signals.asked)
 
             read = functools.partial(load_base, section, self.device, progress, self.sharder, model_class)
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it

@@ -26,7 +26,7 @@ from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
 from qvera.training.optim import optimizer_bytes
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import check_run_dir, write_run, write_run_json
+from qvera.training.run_dir import check_run_dir, mark_ended, write_run, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite
@@ -45,8 +45,9 @@ def train(
     """Train an adapter, or many, as a recipe says, and write a run directory.
 
     Args:
-        run_dir: must not hold a run yet, unless ``resume``.
-        resume: go on from the newest checkpoint there that verifies. A run that torchrun restarts does so by itself.
+        run_dir: must not hold a run yet, unless ``resume``, or it was interrupted.
+        resume: go on from the newest checkpoint there that verifies. A run that was interrupted, or that torchrun
+            restarts, does so by itself.
         dry_run: check all that needs no weights of the base, show rows and the plan, and stop; nothing is written.
         callbacks: as `qvera.api.train` has them.
 
@@ -55,7 +56,8 @@ def train(
 
     Raises:
         InputError: recipe, data, model or run directory are wrong; nothing was written.
-        Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or a callback stopped the run after a step, which was saved.
+        Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or a callback stopped the run: during its steps after one,
+            which was saved; in any other phase at once, and the same call goes on or begins again.
         RunFailed: a loss or gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
     own = Callbacks(callbacks)
@@ -71,13 +73,18 @@ def train(
             trainer.load_data(preview=True)
             session.check_model()
             return None
-        trainer.open_run_dir(resume)
-        trainer.load_data()
-        session.load_model()
-        trainer.setup()
+        status = "failed"
         try:
+            trainer.open_run_dir(resume)
+            trainer.load_data()
+            session.load_model()
+            trainer.setup()
             return trainer.train()
+        except KeyboardInterrupt as signal:
+            status = "interrupted"
+            raise trainer.interrupted(signal) from None
         finally:  # in place of Interrupted, or after the last step
+            mark_ended(run_dir, status)
             if own.error is not None:
                 raise own.error
 

@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Self, TextIO
 
@@ -11,13 +13,19 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class StopRequests:
-    """Signals set ``asked`` to their name; a second SIGINT raises KeyboardInterrupt.
+    """Signals set ``asked`` to their name, and say on standard error what is done first; a second SIGINT stops at once.
 
-    What the process was started to ignore (SIGHUP under nohup) stays ignored.
+    To stop is to raise KeyboardInterrupt with the signal's name. What the process was started to ignore (SIGHUP under
+    nohup) stays ignored.
+
+    Args:
+        first: what is done before stopping, as ``saving after this step``; None: nothing, a signal stops at once.
+        quiet: say nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: str | None = "stopping at the next place to go on from", quiet: bool = False) -> None:
         self.asked: str | None = None
+        self._first, self._quiet = first, quiet
         self._terminals: list[TextIO] = []  # found at the start: one that is gone no longer says that it is one
         self._restore = contextlib.ExitStack()
 
@@ -32,12 +40,26 @@ class StopRequests:
                 break
         return self
 
+    @contextlib.contextmanager
+    def waiting(self, first: str) -> Iterator[None]:
+        """Within the block, ``first`` is done before stopping."""
+        before, self._first = self._first, first
+        try:
+            yield
+        finally:
+            self._first = before
+
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-        if self.asked == "SIGHUP":
+        is_second, name = self.asked is not None, signal.Signals(number).name
+        self.asked = self.asked or name
+        if name == "SIGHUP":
             self._leave_terminal()
+        if self._first is None or (is_second and number == signal.SIGINT):
+            raise KeyboardInterrupt(name)
+        if not self._quiet and not is_second:
+            text = f"\n{name}: {self._first}; press Ctrl-C again to stop at once."
+            # by another thread: this one may be in the middle of a write to the same stream
+            threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr, "flush": True}).start()
 
     def __exit__(self, *_: object) -> None:
         self._restore.close()

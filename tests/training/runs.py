@@ -160,7 +160,7 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -
 
     AloneLoop.train_step = interrupted  # type: ignore[method-assign, assignment]
     try:
-        with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
+        with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*, and saved. The same command goes on"):
             train(recipe, run_dir, resume=resume)
     finally:
         AloneLoop.train_step = original  # type: ignore[method-assign]

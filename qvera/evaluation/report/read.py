@@ -7,12 +7,15 @@ import functools
 import hashlib
 import json
 import math
+import socket
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from qvera.config.schema import parse_recipe
@@ -25,6 +28,8 @@ Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in
 
 RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")  # a run directory has at least one of these
 _MAX_STEP = 1e12
+_CLOCK_SECONDS = 5.0
+"""A process begins before it writes down when it did; the two clocks may differ by this much."""
 
 
 def get(tree: object, *keys: str) -> object:
@@ -48,6 +53,28 @@ def get_text(tree: object, *keys: str) -> str:
     """Printable text, because JSON can hold half a character; "" where there is none."""
     value = get(tree, *keys)
     return "" if value is None or isinstance(value, dict | list) else str(value).encode(errors="replace").decode()
+
+
+def process_exists(pid: float | None, host: str, started: str) -> bool:
+    """Whether a process that had begun by ``started`` (ISO format) is there. One on another machine counts as there."""
+    if host != socket.gethostname():
+        return bool(host)
+    if pid is None or not 0 < pid < 2**31:
+        return False
+    try:
+        began = psutil.Process(int(pid)).create_time()
+        return began < datetime.fromisoformat(started).timestamp() + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+    except (psutil.Error, ValueError, OverflowError):
+        return True
+
+
+def status_of(info: dict[str, Any]) -> str:
+    """The status in a run.json; ``interrupted`` where it is ``running`` and its process has ended."""
+    status, process = get_text(info, "status"), get(info, "processes")
+    owner = get_number(process, "pid"), get_text(process, "host"), get_text(info, "started")
+    return "interrupted" if status == "running" and not process_exists(*owner) else status
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import socket
 import statistics
 import threading
 from collections import OrderedDict
@@ -17,8 +16,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
-
-import psutil
 
 from qvera.evaluation.report.read import (
     AdapterEntry,
@@ -30,6 +27,7 @@ from qvera.evaluation.report.read import (
     get_text,
     not_finite_notes,
     parse_row,
+    process_exists,
     read_adapter,
     read_evaluation,
     read_run,
@@ -42,11 +40,11 @@ from qvera.utils.files import file_stamp, read_json
 from qvera.utils.formatting import count, duration, significant, text_or_dash
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER
 
-State = Literal["running", "finished", "interrupted", "failed", "killed", "unreadable"]
-"""``killed``: its files have no end, and no process can write one."""
+State = Literal["running", "finished", "interrupted", "failed", "unreadable"]
+"""``interrupted``, too: its files have no end, and no process can write one."""
 
-_ENDED: dict[str, State] = {"done": "finished", "interrupted": "interrupted", "failed": "failed"}
-_ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "killed", "unreadable", "finished")
+_ENDED: dict[str, State] = {"done": "finished", "failed": "failed"}
+_ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "unreadable", "finished")
 _TAIL_BYTES = 64 << 10
 four_digits = functools.partial(significant, digits=4)
 _SPEED_STEPS = 50  # last steps, from which the time left is estimated
@@ -55,8 +53,6 @@ MOST_VIEWS = 16
 _SCORED = ("eval.json", f"adapter/{ADAPTER_WEIGHTS}")
 SIGNED = (RECIPE_FILE, "run.json", *_SCORED)  # files of a page, besides metrics.jsonl
 Stamps = tuple[tuple[int, ...], ...]
-_CLOCK_SECONDS = 5.0
-"""A process begins before it writes down when it did; the two clocks may differ by this much."""
 
 
 def state_of(directory: Path, status: str) -> State:
@@ -64,7 +60,7 @@ def state_of(directory: Path, status: str) -> State:
 
     The process is asked first, because a resumed run has the old run.json for a moment.
     """
-    return "running" if _has_process(directory) else _ENDED.get(status, "killed")
+    return "running" if _has_process(directory) else _ENDED.get(status, "interrupted")
 
 
 def _has_process(directory: Path) -> bool:
@@ -77,18 +73,7 @@ def _has_process(directory: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-    pid, host = get_number(owner, "pid"), get_text(owner, "host")
-    if host != socket.gethostname():
-        return bool(host)
-    if pid is None or not 0 < pid < 2**31:
-        return False
-    try:
-        began = psutil.Process(int(pid)).create_time()
-        return began < datetime.fromisoformat(get_text(owner, "started")).timestamp() + _CLOCK_SECONDS
-    except psutil.NoSuchProcess:
-        return False
-    except (psutil.Error, ValueError, OverflowError):
-        return True
+    return process_exists(get_number(owner, "pid"), get_text(owner, "host"), get_text(owner, "started"))
 
 
 @dataclass(frozen=True, slots=True)

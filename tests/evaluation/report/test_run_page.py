@@ -52,7 +52,7 @@ def test_what_a_page_says(build_run: Build) -> None:
     assert "Rows split" not in text(info=info(data={"split_rows": 0, "split_parts": 0}))
     result = {"steps": 63, "eval_before": {"loss": 2.4, "rows": 40}, "eval_after": None}
     said = text(info=run_info() | {"status": "interrupted", "result": result}, train=train_rows()[:63], evals=[])
-    assert "Interrupted after step 63, and saved." in said and "--resume" in said
+    assert "Interrupted after step 63. The same command goes on" in said
     assert "Training loss, first and last step (no held-out score)" in said
     assert "This run failed after step 96." in text(info=info(status="failed"))
     said = text(info=None, train=train_rows(9), evals=eval_rows({4: 0.6, 8: 0.17}))

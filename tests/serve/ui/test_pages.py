@@ -53,7 +53,13 @@ def test_the_list_says_where_every_run_is(build_run: Build, served: Served, tmp_
     owner = {"host": os.uname().nodename, "pid": 1, "started": "1999-01-01"}  # another process has the number now
     (tmp_path / "dead" / RUN_OWNER).write_text(json.dumps(owner))
     rows = rows_of(served)
-    states = {"going": "running", "stopped": "interrupted", "broken": "failed", "dead": "killed", "done": "finished"}
+    states = {
+        "going": "running",
+        "stopped": "interrupted",
+        "broken": "failed",
+        "dead": "interrupted",
+        "done": "finished",
+    }
     assert {id: cells[0] for id, cells in rows.items()} == states
     assert next(iter(rows)) == "going"
     _, step, loss, held_out, _, left, _ = rows["going"]

@@ -1,0 +1,143 @@
+"""Ctrl-C and SIGTERM in every phase of a run, and runs whose process is gone: the same command goes on, or begins again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.cli.main import main
+from qvera.config.schema import Recipe
+from qvera.evaluation.report.read import status_of
+from qvera.evaluation.run_info import directory_facts
+from qvera.tasks.causal_lm import CausalLM
+from qvera.training import session
+from qvera.training.loop import AloneLoop
+from qvera.training.trainer import Trainer, train
+from qvera.utils.errors import InputError, Interrupted
+from tests.training.runs import losses, run_json, same, vectors
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe and its finished run."""
+    recipe = make_recipe(training={"max_steps": 4, "save_steps": 2, "exact_match_rows": 2})
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train(recipe, run_dir)
+    return recipe, run_dir
+
+
+def signalling(function: Callable[..., Any], number: int, call: int = 1) -> Callable[..., Any]:
+    """The function, which sends this process a signal at the beginning of one of its calls."""
+    calls = iter(range(1, 1_000_000))
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*given, **named)
+
+    return wrapped
+
+
+NOTHING, STEP_4 = "No step was saved yet: the same command begins again", "Step 4 is saved: the same command goes on"
+PHASES: dict[str, tuple[Any, str, int, str]] = {
+    "tokenizing": (session, "build_datasets", 1, NOTHING),
+    "loading the base": (session, "load_base", 1, NOTHING),
+    "the longest batch": (AloneLoop, "try_batch", 1, NOTHING),
+    "held-out loss before": (AloneLoop, "held_out_loss", 1, NOTHING),
+    "answers before": (CausalLM, "answers", 1, NOTHING),
+    "training": (AloneLoop, "train_step", 3, "after step 3 of 4, and saved. The same command goes on"),
+    "the last step": (AloneLoop, "train_step", 4, STEP_4),
+    "the last save": (Trainer, "save_adapter", 1, STEP_4),
+    "answers after": (CausalLM, "answers", 2, STEP_4),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_leaves_what_the_same_command_ends(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    (recipe, reference), run_dir = whole, tmp_path / "run"
+    number = [signal.SIGINT, signal.SIGTERM][list(PHASES).index(phase) % 2]
+    place, name, call, said = PHASES[phase]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, signalling(getattr(place, name), number, call))
+        with pytest.raises(Interrupted, match=f"Stopped by {number.name}.*{said}"):
+            train(recipe, run_dir)
+    assert not run_dir.exists() or not (run_dir / "run.json").exists() or run_json(run_dir)["status"] == "interrupted"
+    train(recipe, run_dir)
+    assert run_json(run_dir)["status"] == "done"
+    assert losses(run_dir) == losses(reference)
+    assert same(vectors(run_dir), vectors(reference))
+
+
+def test_the_first_ctrl_c_is_answered_and_the_second_one_stops_at_once_and_names_the_saved_step(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    recipe, real = whole[0], AloneLoop.train_step
+
+    def step(loop: AloneLoop) -> dict[str, Any]:
+        if loop.state.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AloneLoop, "train_step", step)
+        with pytest.raises(Interrupted, match="Stopped by SIGINT. Step 2 is saved: the same command goes on from it"):
+            train(recipe, tmp_path / "run")
+    assert "SIGINT: saving after this step; press Ctrl-C again to stop at once." in capsys.readouterr().err
+    train(recipe, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole[1])
+
+
+def test_an_error_that_nobody_expects_leaves_no_run_that_runs(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AloneLoop, "train_step", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(whole[0], tmp_path / "run")
+    assert run_json(tmp_path / "run")["status"] == "failed"
+    with pytest.raises(InputError, match="already holds a run"):
+        train(whole[0], tmp_path / "run")
+
+
+def test_a_run_whose_process_is_gone_is_told_as_interrupted_by_its_process(
+    whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any
+) -> None:
+    """As kill -9 leaves it; `qvera ui` is tested in tests/serve/ui."""
+    recipe, reference = whole
+    train(recipe, tmp_path / "run")
+    info = run_json(tmp_path / "run")
+    assert status_of({**info, "status": "running"}) == "running", "this process is there"
+    assert status_of({**info, "status": "running", "started": "2001-01-01T00:00:00+00:00"}) == "interrupted"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    info = {**info, "status": "running", "processes": {**info["processes"], "pid": gone.pid}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    assert directory_facts(tmp_path / "run")["status"] == "interrupted"
+    train(recipe, tmp_path / "run")
+    assert "which was interrupted: it goes on" in " ".join(capsys.readouterr().err.split())
+    assert same(vectors(tmp_path / "run"), vectors(reference))
+    elsewhere = {**info, "processes": {**info["processes"], "host": "another-machine"}}
+    assert status_of(elsewhere) == "running", "nobody here knows"
+
+
+def test_a_run_that_was_interrupted_before_its_first_step_may_begin_again_by_another_recipe(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_recipe: Any
+) -> None:
+    settings = {"max_steps": 2, "output_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "answers", signalling(CausalLM.answers, signal.SIGINT))
+        assert main(["train", str(write_recipe(training=settings))]) == 75
+    assert main(["train", str(write_recipe(training={**settings, "learning_rate": 0.01}))]) == 0
+    assert run_json(tmp_path / "run")["status"] == "done"
