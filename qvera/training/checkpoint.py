@@ -36,7 +36,7 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group
 from qvera.training.logging import metrics_path, read_records
-from qvera.training.run_dir import changed_keys
+from qvera.training.run_dir import LENGTH, changed_keys
 from qvera.utils import accelerator
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
@@ -67,6 +67,7 @@ class TrainState:
     halvings: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # out of memory: step, rows or tokens left
     before: dict[str, Any] | None = None
     samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)  # steps planned before, each time it was made longer
 
     def add_step(self, loss: float, seconds: float, input_tokens: int) -> None:
         """Count an optimizer step that was taken."""
@@ -214,7 +215,7 @@ def newest_of_run(
     """
 
     def use(saved: Checkpoint) -> None:
-        if changed := changed_keys(saved.state.get("recipe") or {}, recipe):
+        if changed := changed_keys(saved.state.get("recipe") or {}, recipe, LENGTH):
             raise InputError(f"{saved.path}: is of another run; {', '.join(changed)} differ from this recipe.")
         try:
             check(saved)

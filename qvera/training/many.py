@@ -21,7 +21,8 @@ import torch
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.files.save_load import save_adapter
-from qvera.data import Example
+from qvera.config.schema import Recipe
+from qvera.data import Example, planned_steps
 from qvera.distributed.group import ALONE, for_all
 from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
@@ -95,6 +96,12 @@ class ManyTrainer(Run):
             highlight=False,
             soft_wrap=True,
         )
+
+    def planned_steps(self, recipe: Recipe) -> int:
+        return sum(planned_steps(recipe, len(rows.train)) for rows in self.session.datasets.adapters)
+
+    def no_longer(self) -> str | None:
+        return "adapters of many have left it with their steps"
 
     def setup(self) -> None:
         """Make the bank. A run that goes on has as many slots as it began with."""

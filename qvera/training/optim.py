@@ -104,17 +104,28 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(held.values())
 
 
-def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+def build_schedule(
+    section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int, lengths: Sequence[int] = ()
+) -> LambdaLR:
     """A cosine, linear or constant schedule over ``steps`` optimizer steps, as in transformers but for the warm-up.
 
     In transformers the first of w warm-up steps has rate 0 and changes nothing. Here step i (from 0) has (i+1)/(w+1) of
     ``learning_rate``. Step w has all of it in both.
+
+    ``lengths``: the steps of a run before it was made longer, each time. A constant rate stays. A rate that has decayed
+    warms up again, and decays over the steps that were added.
     """
-    return LambdaLR(optimizer, lr_lambda(section, steps))
+    return LambdaLR(optimizer, lr_lambda(section, steps, lengths))
 
 
-def lr_lambda(section: TrainingSection, steps: int) -> Callable[[int], float]:
+def lr_lambda(section: TrainingSection, steps: int, lengths: Sequence[int] = ()) -> Callable[[int], float]:
     """The share of ``learning_rate`` that each step (from 0) has, as `build_schedule` says."""
+    if lengths and section.lr_scheduler_type == "constant":
+        steps = lengths[0]  # its warm-up may be a share of them
+    elif lengths:
+        *before, last = lengths
+        head, tail = lr_lambda(section, last, before), lr_lambda(section, steps - last)
+        return lambda step: head(step) if step < last else tail(step - last)
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
     name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
     return _lr_lambda(name, warmup, steps)

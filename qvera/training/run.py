@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.files.save_load import adapter_facts
+from qvera.config.load import load_recipe
 from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
 from qvera.training.logging import MetricsLog, Trackers
-from qvera.training.run_dir import check_run_dir, run_lock, this_process, write_run_json
+from qvera.training.run_dir import LENGTH, check_run_dir, run_lock, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.errors import Interrupted, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
+from qvera.utils.paths import ADAPTERS, RECIPE_FILE
 
 if TYPE_CHECKING:
+    from qvera.config.schema import Recipe
     from qvera.training.loop import Loop
     from qvera.training.session import TrainingSession
 
@@ -80,8 +83,42 @@ class Run(ABC):
             self.console.print(f"{run_dir} holds this run, which was interrupted: it goes on.", soft_wrap=True)
 
     def load_data(self, preview: bool = False) -> None:
-        """See `TrainingSession.load_data`."""
+        """See `TrainingSession.load_data`; then `check_length`, of a run that goes on."""
         self.session.load_data(preview)
+        if self.resume:
+            self.group.on_first(self.check_length)
+
+    def check_length(self) -> None:
+        """Say what becomes of a run that has more steps now. InputError where it can't, or has fewer."""
+        before = self.planned_steps(load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True))
+        now = self.planned_steps(self.recipe)
+        if now < before:
+            raise InputError(
+                f"{self.run_dir}: is a run of {before:,} steps, and now has {now:,}. It can be made longer, not "
+                f"shorter: raise {' or '.join(LENGTH)}."
+            )
+        if now > before:
+            if (reason := self.no_longer()) is not None:
+                adapter = self.run_dir / (ADAPTERS if self.recipe.data.has_adapters else "adapter")
+                raise InputError(
+                    f"{self.run_dir}: can't go on to {now:,} steps, since {reason}. Start a new run from its adapter: "
+                    f"adapter.init_from={adapter}, with another training.output_dir."
+                )
+            schedule = self.recipe.training.lr_scheduler_type
+            rate = "stays constant" if schedule == "constant" else f"warms up again and decays ({schedule})"
+            self.console.print(
+                f"{before:,} steps become {now:,}: the learning rate {rate} from step {before + 1:,} on.",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    @abstractmethod
+    def planned_steps(self, recipe: Recipe) -> int:
+        """The steps of a run of this recipe over the session's rows."""
+
+    @abstractmethod
+    def no_longer(self) -> str | None:
+        """Why this run can't be made longer."""
 
     @abstractmethod
     def setup(self) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
             f"{run_dir}: holds {first_of(others)} and no recipe.yaml. It is no run, and one would write over that. "
             "Choose another training.output_dir, or move them away."
         )
-    if resume and (changed := changed_keys(load_recipe(existing, of_a_run=True).to_dict(), recipe)):
+    if resume and (changed := changed_keys(load_recipe(existing, of_a_run=True).to_dict(), recipe, LENGTH)):
         raise InputError(
             f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run "
             "in another training.output_dir."
@@ -142,7 +142,11 @@ _FREE = {
 _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
 
 
-def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
+LENGTH = ("training.max_steps", "training.num_train_epochs")
+"""They may grow in a run that goes on (`Run.check_length`)."""
+
+
+def changed_keys(before: dict[str, Any], recipe: Recipe, may_change: Sequence[str] = ()) -> list[str]:
     """Keys that change what a step computes and differ between an earlier recipe (`Recipe.to_dict`) and this one.
 
     A key that only one of them has is no difference: it was written by another version.
@@ -158,7 +162,7 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
             continue
         keys = [k for k in now if k in then and k not in _FREE.get(section, ())]
         changed += [f"{section}.{key}" for key in keys if then[key] != now[key]]
-    return changed
+    return [key for key in changed if key not in may_change]
 
 
 def this_process() -> dict[str, Any]:

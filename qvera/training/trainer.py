@@ -11,8 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from qvera.adapters.files.save_load import load_vectors, named_vectors, save_adapter
+from qvera.adapters.methods import method_of
+from qvera.adapters.methods.base import Method
 from qvera.adapters.products.fused import BUILDS_UNHELD
-from qvera.config.schema import Recipe
+from qvera.config import plugins
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import planned_steps
 from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
 from qvera.evaluation import held_out
@@ -24,13 +28,13 @@ from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.logging import repeat_line, step_facts
 from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
-from qvera.training.optim import optimizer_bytes
+from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import check_run_dir, mark_ended, write_run, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import plain_json
+from qvera.utils.files import plain_json, try_read_json
 
 
 def train(
@@ -115,6 +119,21 @@ class Trainer(Run):
             soft_wrap=True,
         )
         self.callbacks.begin(self)
+
+    def planned_steps(self, recipe: Recipe) -> int:
+        return planned_steps(recipe, len(self.session.datasets.train))
+
+    def no_longer(self) -> str | None:
+        recipe, info = self.recipe, try_read_json(self.run_dir / "run.json") or {}
+        if (info.get("result") or {}).get("stopped_early"):
+            return "it stopped early"
+        sections = {"data": recipe.data, "adapter": recipe.adapter, "training": recipe.training}
+        has_hook = type(method_of(recipe.adapter)).step_hook is not Method.step_hook
+        if has_hook or list(plugins.schedules_of(**sections)):
+            return (
+                f"what {recipe.adapter.method} or a schedule of the recipe does in a step depends on how many there are"
+            )
+        return None
 
     @property
     def state(self) -> TrainState:
@@ -313,12 +332,19 @@ class Trainer(Run):
         checkpoint.require_same_inputs(saved, session.inputs)
         loop.hooks.load_state_dict(saved.hook_state)
         checkpoint.restore(saved, named_vectors(loop.model), loop.optimizer, self.group.rank)
-        loop.schedule.load_state_dict(saved.state["schedule"])
+        loop.state, rates = TrainState(**saved.state["progressed"]), saved.state["schedule"]
+        begun = parse_recipe(saved.state["recipe"], str(saved.path), drop_idle_keys=True)
+        if (planned := self.planned_steps(begun)) < self.steps:
+            loop.state.lengths.append(planned)
+        if loop.state.lengths:
+            loop.schedule = build_schedule(self.recipe.training, loop.optimizer, self.steps, loop.state.lengths)
+            share = loop.schedule.lr_lambdas[0](rates["last_epoch"])
+            rates = {**rates, "_last_lr": [rate * share for rate in loop.schedule.base_lrs]}
+        loop.schedule.load_state_dict(rates)
         for parameters, rate in zip(loop.optimizer.param_groups, loop.schedule.get_last_lr(), strict=True):
             parameters["lr"] = rate
         if session.scaler is not None and saved.state.get("loss_scale"):
             session.scaler.load_state_dict(saved.state["loss_scale"])
-        loop.state = TrainState(**saved.state["progressed"])
         for halving in loop.state.halvings:
             loop.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
         session.keep_checkpointing(saved.state.get("gradient_checkpointing", session.checkpointing), self.group)

@@ -1,0 +1,104 @@
+"""A run that is made longer: to the bit the longer one where its rate is constant, by a rate that warms up again where not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from qvera.config.schema import TrainingSection
+from qvera.training.optim import build_schedule
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError, RunFailed
+from tests.training.runs import losses, many_recipe, records, run_json, same, stop_after, vectors, write_rows
+
+pytestmark = pytest.mark.process
+SETTINGS = {"save_steps": 2, "sample_count": 0, "exact_match_rows": 0}
+
+
+def longer(recipe: Any, run_dir: Path) -> str:
+    """Go on, and what was said."""
+    console = Console(record=True, width=1000)
+    train(recipe, run_dir, resume=True, console=console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(("name", "length"), [("max_steps", 3), ("num_train_epochs", 0.5)])
+def test_a_longer_run_of_a_constant_rate_is_to_the_bit_one_that_had_the_length_from_the_start(
+    make_recipe: Any, tmp_path: Path, name: str, length: float
+) -> None:
+    """Also where it is lengthened twice, once in the middle."""
+    constant = {**SETTINGS, "lr_scheduler_type": "constant", "warmup_steps": 2, "max_steps": -1}
+    constant, twice, thrice = ({**constant, name: length * times} for times in (1, 2, 3))
+    train(make_recipe(training=thrice), tmp_path / "whole")
+    train(make_recipe(training=constant), tmp_path / "run")
+    first = run_json(tmp_path / "run")["result"]["steps"]
+    stop_after(make_recipe(training=twice), tmp_path / "run", first + 1, resume=True)
+    said = longer(make_recipe(training=thrice), tmp_path / "run")
+    assert (
+        f"{2 * first} steps become {3 * first}: the learning rate stays constant from step {2 * first + 1} on" in said
+    )
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "run"), vectors(tmp_path / "whole"))
+
+
+def test_a_rate_that_has_decayed_warms_up_again_wherever_the_run_was_stopped(make_recipe: Any, tmp_path: Path) -> None:
+    short, long = ({**SETTINGS, "max_steps": n, "warmup_steps": 1, "lr_scheduler_type": "linear"} for n in (4, 8))
+    train(make_recipe(training=short), tmp_path / "done")
+    stop_after(make_recipe(training=short), tmp_path / "cut", 3)
+    for name in ("done", "cut"):
+        said = longer(make_recipe(training=long), tmp_path / name)
+        assert "4 steps become 8: the learning rate warms up again and decays (linear) from step 5 on" in said
+    rates = [record["learning_rate"] for record in records(tmp_path / "done")]
+    assert rates[4:] == rates[:4]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "done")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "done"))
+    train(make_recipe(training=long), tmp_path / "done", resume=True)  # it is done, and stays so
+
+
+def test_the_rate_of_each_part_is_that_of_a_run_of_its_length() -> None:
+    section = TrainingSection(learning_rate=1.0, lr_scheduler_type="cosine", warmup_ratio=0.2)
+
+    def rates(steps: int, lengths: tuple[int, ...] = ()) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        schedule = build_schedule(section, optimizer, steps, lengths)
+        found = []
+        for _ in range(steps):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    assert rates(35, (10, 20)) == rates(10) + rates(10) + rates(15)
+
+
+def test_what_cannot_be_made_longer_names_another_way(make_recipe: Any, tmp_path: Path) -> None:
+    keys = {**SETTINGS, "max_steps": 3}
+    train(make_recipe(training=keys), tmp_path / "run")
+    with pytest.raises(InputError, match=r"is a run of 3 steps, and now has 2.*raise training\.max_steps or"):
+        train(make_recipe(training={**keys, "max_steps": 2}), tmp_path / "run", resume=True)
+    more = make_recipe(training={**keys, "max_steps": 6})
+    again = rf"Start a new run from its adapter: adapter\.init_from={tmp_path}"
+    info = run_json(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "early")
+    (tmp_path / "early" / "run.json").write_text(
+        json.dumps(info | {"result": info["result"] | {"stopped_early": True}})
+    )
+    with pytest.raises(InputError, match=f"can't go on to 6 steps, since it stopped early. {again}/early/adapter"):
+        train(more, tmp_path / "early", resume=True)
+    spiel: dict[str, Any] = {"adapter": {"method": "spiel"}}
+    train(make_recipe(training=keys, **spiel), tmp_path / "spiel")
+    with pytest.raises(InputError, match=f"since what spiel or a schedule .* depends on how many there are. {again}"):
+        train(make_recipe(training={**keys, "max_steps": 6}, **spiel), tmp_path / "spiel", resume=True)
+
+
+def test_many_adapters_are_not_made_longer(make_recipe: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", {"anna": 9, "ben": 5})
+    train(many_recipe(make_recipe, tmp_path / "rows.jsonl", {"max_steps": 2}), tmp_path / "run")
+    with pytest.raises((InputError, RunFailed), match=r"can't go on to 8 steps, .*adapter\.init_from="):
+        train(many_recipe(make_recipe, tmp_path / "rows.jsonl", {"max_steps": 4}), tmp_path / "run", resume=True)
