@@ -69,7 +69,7 @@ def test_the_rate_of_each_part_is_that_of_a_run_of_its_length() -> None:
         schedule = build_schedule(section, optimizer, steps, lengths)
         found = []
         for _ in range(steps):
-            found.append(schedule.get_last_lr()[0])
+            found.append(float(schedule.get_last_lr()[0]))
             optimizer.step()
             schedule.step()
         return found
