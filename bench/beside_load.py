@@ -2,14 +2,16 @@
 
     python bench/beside_load.py --busy 4 --rounds 3
 
-Each round runs both, one after the other. The busy processes share the session, as a terminal's other jobs do.
-Needs the quickstart's base (`qvera quickstart --fetch-only`).
+Each round runs both, one after the other. The busy processes have a session of their own, as another terminal's job:
+Linux shares cores among sessions first (`sched_autogroup_enabled`). Needs the quickstart's base, and a machine on which
+nothing else runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,13 +44,13 @@ def main() -> None:
     environment |= {} if args.threads is None else {"OMP_NUM_THREADS": str(args.threads)}
     for number in range(args.rounds):
         alone = seconds(environment)
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
+        loops = "while :; do :; done & " * args.busy
+        busy = subprocess.Popen(["sh", "-c", f"{loops} wait"], start_new_session=True)
         try:
             beside = seconds(environment)
         finally:
-            for process in busy:
-                process.kill()
-                process.wait()
+            os.killpg(busy.pid, signal.SIGKILL)
+            busy.wait()
         document["rounds"].append({"alone_seconds": alone, "beside_seconds": beside})
         print(f"round {number + 1}: alone {alone:.1f} s, beside {args.busy} {beside:.1f} s, {beside / alone:.2f} times")
     document["times_as_long"] = statistics.median(r["beside_seconds"] / r["alone_seconds"] for r in document["rounds"])

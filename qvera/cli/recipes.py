@@ -291,8 +291,14 @@ def plan(
 
     from rich.console import Console
 
-    from qvera.adapters.files.save_load import check_start
     from qvera.config.load import load_recipe
+    from qvera.training.early import leave_silent_hub
+
+    loaded = load_recipe(recipe, overrides)
+    leave_silent_hub(loaded.model.path)
+    quiet_libraries()
+
+    from qvera.adapters.files.save_load import check_start
     from qvera.data import build_datasets
     from qvera.distributed.zero import zero_config_of
     from qvera.models.tokenizer import load_processor
@@ -301,8 +307,6 @@ def plan(
     from qvera.training.plan.plan import print_plan
     from qvera.utils import accelerator
 
-    quiet_libraries()
-    loaded = load_recipe(recipe, overrides)
     check_start(loaded.adapter)
     device = accelerator.current_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))

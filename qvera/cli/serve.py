@@ -108,6 +108,10 @@ def serve(
         raise InputError("--tinker: keeps what is trained in a directory; name one with --training-dir DIR.")
     for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
+
+    from qvera.training.early import leave_silent_hub
+
+    leave_silent_hub(model)
     quiet_libraries()
 
     import dataclasses

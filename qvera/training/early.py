@@ -36,20 +36,21 @@ def check_early(recipe: Recipe, run_dir: Path | None = None, resume: bool = Fals
             "model.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed here. "
             "Install it, or remove the key: auto takes the fastest attention that is there."
         )
-    base = resolve_path(recipe.model.path)
-    files = [source_files(recipe.data, path) for path, _ in source_paths(recipe.data)]
-    files += [local_files(part.path) for part in recipe.data.mixture]
-    if None in files or not (os.path.exists(base) or base.startswith(("/", "."))):
-        _leave_silent_hub()
+    for path, _ in source_paths(recipe.data):
+        source_files(recipe.data, path)
+    for part in recipe.data.mixture:
+        local_files(part.path)
+    leave_silent_hub(recipe.model.path, *(path for path, _ in source_paths(recipe.data)))
 
     from qvera.models.hub import require_model_files  # by now its client may have been told to be offline
 
-    require_model_files(base)
+    require_model_files(resolve_path(recipe.model.path))
 
 
-def _leave_silent_hub() -> None:
-    """Set HF_HUB_OFFLINE where the hub gives no answer of any kind within `_HUB_SECONDS`."""
-    if "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ:
+def leave_silent_hub(*names: str) -> None:
+    """Set HF_HUB_OFFLINE where one of ``names`` is an id and the hub gives no answer within `_HUB_SECONDS`."""
+    is_asked = not all(os.path.exists(name) or name.startswith(("/", ".", "~")) for name in names)
+    if not is_asked or "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ:
         return
     address, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
 

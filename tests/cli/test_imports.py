@@ -70,6 +70,9 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
         "data.eval_path=nowhere.jsonl": "nowhere.jsonl: no such file",
         "training.output_dir=/proc/x": "nothing can be written in /proc",
     }
+    adapter = Path(recipe).with_name("adapters") / "anna" / "adapter_config.json"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_text("{}")
     began = time.process_time()
     for override, words in wrong.items():
         for command in ("train", "launch", *(["preview"] if "output" not in override else [])):
@@ -77,8 +80,12 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
             with contextlib.redirect_stderr(said):
                 assert main([command, recipe, "--set", override]) == 2, said.getvalue()
             assert words in said.getvalue()
+    for line in ("chat RUN", "eval RUN", "export RUN out", "generate RUN --prompt x"):
+        with contextlib.redirect_stderr(said := io.StringIO()):
+            assert main([*line.replace("RUN", str(adapter.parents[1])).split(), "--adapter", "ana"]) == 2
+        assert "did you mean 'anna'?" in said.getvalue()
     assert not {"torch", "transformers", "peft"} & set(sys.modules)
-    assert time.process_time() - began < 8, "seventeen starts"
+    assert time.process_time() - began < 8, "twenty starts"
 
 
 def a_silent_hub_is_left(recipe: str) -> None:
