@@ -148,10 +148,11 @@ class AdaptedForward:
         """
         base, grad = self.base_layer, torch.is_grad_enabled()
         dtype, method = linear.compute_dtype(base, x), self.method(adapter)
+        weight, bias = base.weight, base.bias
         # ZeRO-3 gathers a weight when its module is called, and here it is not
-        if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
+        if isinstance(base, Conv1D) or is_sharded(weight) or x.device != weight.device:
             return None
-        if any(p is not None and p.requires_grad for p in (base.weight, base.bias)):
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
@@ -166,11 +167,12 @@ class AdaptedForward:
             return None
         if torch.compiler.is_compiling():  # one path for all numbers of tokens (`qvera.models.checkpointing`)
             return None
-        scaled = factors.a is not None
+        scaled, device_type = factors.a is not None, x.device.type
         sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
+        builds = self._builds_per_pass if grad else fused.BUILDS_UNHELD
         # evaluations go one way whether W + ΔW is held or not, and so give the same loss in every process
-        if not fused.pays(*sizes, dtype, x.device.type, scaled, self._builds_per_pass if grad else fused.BUILDS_UNHELD):
-            if is_called or scaled or x.dtype != dtype or not accelerator.is_accelerator(x.device.type):
+        if not fused.pays(*sizes, dtype, device_type, scaled, builds):
+            if is_called or scaled or x.dtype != dtype or not accelerator.is_accelerator(device_type):
                 return None
             z = self.shared_z(adapter, x, dtype)
             return None if z is None else joined_linear(base, x, z, factors)
@@ -379,8 +381,9 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors in this layer, by their names in an adapter file."""
-        held = ((name, getattr(self, name)) for name in self.tensor_names)
-        return {name: tensors[adapter] for name, tensors in held if adapter in tensors}
+        held: Any = self._modules  # to ask the modules by their names takes three times as long
+        found = {name: held[name]._parameters.get(adapter) for name in self.tensor_names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors and those that it shares."""
@@ -397,11 +400,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
 
     def pair(self, adapter: str) -> Pair | None:
         """The adapter's frozen A and B for this layer; None if its method has none."""
-        if adapter not in self.qvera_projection:
+        projections: Any = self._modules["qvera_projection"]
+        if (projection := projections._modules.get(adapter)) is None:
             return None
         method, config = self.qvera_settings[adapter]
-        rank = method.rank_at(config, self.spec)
-        return self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
+        return projection.slices(method.rank_at(config, self.spec), self.in_features, self.out_features)
 
     def dropout_of(self, adapter: str) -> nn.Module:
         """See `AdaptedForward.dropout_of`."""
@@ -409,10 +412,11 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
 
     def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See `AdaptedForward.shared_z`."""
-        if adapter not in self.qvera_projection:
+        projections: Any = self._modules["qvera_projection"]
+        if (projection := projections._modules.get(adapter)) is None:
             return None
         method, config = self.qvera_settings[adapter]
-        return self.qvera_projection[adapter].project(x, method.rank_at(config, self.spec), dtype)
+        return projection.project(x, method.rank_at(config, self.spec), dtype)
 
     def int8_dtype(self) -> torch.dtype:
         """See `AdaptedForward.int8_dtype`: that of a frozen pair, else `made_in`."""

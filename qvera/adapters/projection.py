@@ -111,10 +111,8 @@ class SharedInput(LastInput):
             return functional.project(x.to(dtype), A.to(dtype))
 
         def make() -> Tensor:
-            z = functional.project(x.to(dtype), A.to(dtype))
-            if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
-                z.register_hook(self.forget)
-            return z
+            # once backward has come through, z's graph is spent: the next forward needs a new one
+            return functional.project(x.to(dtype), A.to(dtype), self.forget)
 
         return self.get(x, (A.shape, key, dtype, x.requires_grad, torch.is_grad_enabled()), make)
 
@@ -167,7 +165,7 @@ class SharedProjection(nn.Module):
 
     def project(self, x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
         """z = x Aᵀ [..., rank] in ``dtype``; layers that read the same x get the same tensor."""
-        return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype)
+        return self.inputs.project(x, self.slices(rank, x.shape[-1], 0)[0], dtype)
 
     def gram(self, rank: int, in_features: int) -> Tensor:
         """A Aᵀ [rank, rank] in fp32 or wider, cached for each rank and in_features."""

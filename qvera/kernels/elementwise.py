@@ -48,7 +48,11 @@ _rope = register("rope", _empty_rope)
 
 def _one_dtype(*tensors: torch.Tensor) -> bool:
     """Kernels read and write one dtype only."""
-    return all(t.dtype == tensors[0].dtype for t in tensors) and use_kernels(*tensors)
+    dtype = tensors[0].dtype
+    for tensor in tensors:  # as in `use_kernels`
+        if tensor.dtype != dtype:
+            return False
+    return use_kernels(*tensors)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,7 +101,7 @@ def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
     if accelerator.is_accelerator(x.device.type) and isinstance(module, Linear4bit):  # one block, as below
         y = F.linear(x, quantization.dequantized_weight(module, x.dtype), bias)
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, y.shape)
     return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
 

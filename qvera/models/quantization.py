@@ -182,11 +182,6 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
             return resident
         weight = bring(module)
         state = getattr(weight, "quant_state", None) or _require_state(module)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise RuntimeError(
-                "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
-                "has no correct gradient. Load the base model again and attach the adapter before running it"
-            )
         if exact:
             state = copy.copy(state)
             state.dtype = torch.float32
@@ -284,6 +279,11 @@ def dequantized_packed(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     shape = state.shape
     if (weight := dequantize.dequantize_4bit(packed, state)) is not None:
         return weight
+    if getattr(state, "packing_format_for_cpu", False):
+        raise RuntimeError(
+            "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
+            "has no correct gradient. Load the base model again and attach the adapter before running it"
+        )
     if packed.device.type == "cpu" and shape[-1] % state.blocksize:
         count, state = math.prod(shape), copy.copy(state)
         width = count if count % state.blocksize else state.blocksize

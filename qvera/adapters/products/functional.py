@@ -22,6 +22,7 @@ Two options go beyond the paper:
   ∂a_j = Σ_t x_tj h_tj. x is kept, and layers that read the same x can't share z, since each has its own a.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,15 +54,17 @@ def as_output(flat: Tensor, shape: torch.Size) -> Tensor:
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, A: Tensor, done: Callable[..., None] | None) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.A, ctx.sums = A, GradientSums()
-        return as_output(x.reshape(-1, x.shape[-1]) @ A.t(), torch.Size((*x.shape[:-1], len(A))))
+        ctx.A, ctx.sums, ctx.done, ctx.shape = A, GradientSums(), done, x.shape
+        return torch.nn.functional.linear(x, A)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
-        return ctx.sums.of_input(g, ctx.A), None
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.done is not None:
+            ctx.done()
+        return ctx.sums.of_input(g, ctx.A, ctx.shape), None, None
 
 
 class GradientSums:
@@ -71,38 +74,39 @@ class GradientSums:
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, list[Tensor]] = {}
-        """Backward pass → ∂x [..., n] and ∂z [T, r]. A pass may end in an error, and be taken again."""
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        """Backward pass → ∂x [T, n] and ∂z [T, r]. A pass may end in an error, and be taken again."""
 
     def add(self, g: Tensor, W: Tensor, C: Tensor, scale: float) -> None:
-        """∂x += g W and ∂z += scale g C, for g [..., m], W [m, n] and C [m, r]."""
-        rows = g.reshape(-1, g.shape[-1])
+        """∂x += g W and ∂z += scale g C, for g [T, m], W [m, n] and C [m, r]."""
         held = self._held.get(task := torch._C._current_graph_task_id())
         if held is None:
-            self._held[task] = [g @ W, times(rows, C, scale)]
+            self._held[task] = torch.mm(g, W), times(g, C, scale)
         else:
-            held[0].view(-1, W.shape[1]).addmm_(rows, W)
-            held[1].addmm_(rows, C, alpha=scale)
+            held[0].addmm_(g, W)
+            held[1].addmm_(g, C, alpha=scale)
 
-    def of_input(self, g: Tensor | None, A: Tensor) -> Tensor | None:
-        """∂x [..., n], with g = ∂z of those that did not add theirs; None: nobody did."""
+    def of_input(self, g: Tensor | None, A: Tensor, shape: torch.Size) -> Tensor | None:
+        """∂x in its ``shape``, with g = ∂z of those that did not add theirs; None: nobody did."""
         found = self._held.pop(torch._C._current_graph_task_id(), None)
         if found is None:
             return None if g is None else g @ A
         grad_x, grad_z = found
         if g is not None:
             grad_z.add_(g.reshape(grad_z.shape))
-        grad_x.view(-1, A.shape[1]).addmm_(grad_z, A)
-        return grad_x
+        return grad_x.addmm_(grad_z, A).view(shape)
 
 
-def project(x: Tensor, A: Tensor) -> Tensor:
-    """z = x Aᵀ: [..., n] and [r, n] give [..., r]."""
+def project(x: Tensor, A: Tensor, done: Callable[..., None] | None = None) -> Tensor:
+    """z = x Aᵀ: [..., n] and [r, n] give [..., r]. ``done`` is called where backward comes through."""
     # a node of its own, so that layers which read the same x can share z: the ∂z of all are added up before the one
     # product of backward; A is frozen, so x is not kept
     if accelerator.is_accelerator(x.device.type) and not torch.compiler.is_compiling():
-        return _Project.apply(x, A)
-    return torch.nn.functional.linear(x, A)
+        return _Project.apply(x, A, done)
+    z = torch.nn.functional.linear(x, A)
+    if done is not None and z.requires_grad:
+        z.register_hook(done)
+    return z
 
 
 class _ScaleInput(torch.autograd.Function):
@@ -187,8 +191,7 @@ def delta_weight(A: Tensor, B: Tensor, d: Tensor, b: Tensor, scale: float, a: Te
     return delta if a is None else delta.mul_(a)
 
 
-def expand_plain(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
-    """`expand` without a derivative."""
+def _expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool) -> Tensor:
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B, b.numel() // B.shape[0]):  # a decoding step: C would cost more
         rows = base.reshape(-1, base.shape[-1])
@@ -211,7 +214,7 @@ class _Expand(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale = scale
-        return expand_plain(base, z, d, b, B, scale, overwrite)
+        return _expand(base, z, d, b, B, scale, overwrite)
 
     @staticmethod
     @once_differentiable
@@ -247,5 +250,5 @@ def expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: floa
     `projection.vera_scale`. ``overwrite``: y may take base's memory; nobody else may read base, in backward neither.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
-        return expand_plain(base, z, d, b, B, scale, overwrite)
+        return _expand(base, z, d, b, B, scale, overwrite)
     return _Expand.apply(base, z, d, b, B, scale, overwrite)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import functional
+from qvera.kernels.columns import scaled_columns
 from qvera.kernels.low_rank import combined, gradients_and_combined, vector_gradients, wide_product
 from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import linear, quantization
@@ -18,21 +19,37 @@ from qvera.models import linear, quantization
 class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, module: Any, x: tuple[Tensor], sums: Any
+        ctx: Any,
+        z: Tensor,
+        d: Tensor,
+        b: Tensor,
+        B: Tensor,
+        scale: float,
+        module: Any,
+        inputs: tuple[Tensor],
+        sums: Any,
     ) -> Tensor:
+        (x,) = inputs
         ctx.save_for_backward(z, d, b, B)
         ctx.scale, ctx.module, ctx.sums = scale, module, sums
-        return functional.expand_plain(linear.frozen_product(module, *x), z, d, b, B, scale, True)
+        y, z = linear.frozen_product(module, x.reshape(-1, x.shape[-1])), z.reshape(-1, z.shape[-1])
+        if functional.few_tokens(len(z), B, b.numel() // len(B)):  # as in `functional.expand`
+            y = functional.outward(scaled_columns(z, d, scale), B, b, y)
+        else:
+            in_c, after = functional.split_scale(scale, z.dtype)
+            y.addmm_(z, combined(B, d, b, in_c, z.dtype).t(), alpha=after)
+        return functional.as_output(y, torch.Size((*x.shape[:-1], len(B))))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_z, need_d, need_b, *_ = ctx.needs_input_grad
+        g = g.reshape(-1, g.shape[-1])
         in_c, after = functional.split_scale(ctx.scale, z.dtype)
         grad_d = grad_b = C = None
         if need_d or need_b:
-            M = wide_product(g.reshape(-1, g.shape[-1]).t(), z.reshape(-1, z.shape[-1]))
+            M = wide_product(g.t(), z.reshape(-1, z.shape[-1]))
             if need_z:
                 grad_d, grad_b, C = gradients_and_combined(M, B, d, b, ctx.scale, in_c, z.dtype)
             else:
