@@ -30,6 +30,8 @@ from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
+    from qvera.evaluation.metrics import Metric
+    from qvera.tasks.own_loss import OwnLoss
     from qvera.training.lr_finder import RangeTestResult
     from qvera.training.run import RunResult
 
@@ -44,6 +46,8 @@ def train(
     resume: bool = False,
     dry_run: bool = False,
     callbacks: Sequence[Any] = (),
+    metrics: Mapping[str, Metric] | None = None,
+    loss: OwnLoss | None = None,
     console: Console | None = None,
 ) -> RunResult | None:
     """Train an adapter, or many, and write a run directory, as ``qvera train`` does.
@@ -57,6 +61,10 @@ def train(
             metrics.jsonl right after it is written, in the process that writes it. A function that returns False, or a
             callback that raises StopIteration, makes the run save a checkpoint and raise Interrupted. Any other
             exception stops the run too, and is raised once the checkpoint is saved.
+        metrics: name → function of predictions, references and rows of the held-out data that returns a number. It is
+            computed before and after training, and in each evaluation (docs/api.md).
+        loss: in place of the cross entropy, a function of the targets' log-probabilities [n], or a classifier's logits
+            [n, outputs], and a `qvera.tasks.own_loss.LossBatch`. It returns the loss of each target [n], or their mean.
         console: for progress; default: standard error.
 
     Returns:
@@ -66,12 +74,14 @@ def train(
     Raises:
         InputError: recipe, data, model, run directory or a callback are wrong; nothing was written.
         Interrupted: a signal or a callback stopped the run; ``resume`` goes on.
-        RunFailed: a loss is not finite, or the disk is full; the last checkpoint is kept.
+        RunFailed: a loss is not finite, a function of the caller's fails, or the disk is full; a checkpoint is kept.
     """
     from qvera.training import trainer  # here, so that to answer imports no training
 
     read, where = _recipe_and_directory(recipe, run_dir, resume)
-    return trainer.train(read, where, resume=resume, dry_run=dry_run, callbacks=callbacks, console=console)
+    return trainer.train(
+        read, where, resume=resume, dry_run=dry_run, callbacks=callbacks, metrics=metrics, loss=loss, console=console
+    )
 
 
 def find_lr(

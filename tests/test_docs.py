@@ -202,7 +202,7 @@ def test_the_example_of_many_adapters_runs(workspace: Path, monkeypatch: pytest.
 def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, workspace: Path) -> None:
     """On one name: qvera itself, PEFT and transformers are all that they import."""
     blocks = python_blocks("docs/api.md")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     imported = re.findall(r"^(?:import|from) (\S+)", "\n".join(blocks), re.MULTILINE)
     assert set(imported) == {"qvera", "peft", "transformers"}
     names: dict[str, Any] = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows)}

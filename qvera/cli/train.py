@@ -182,6 +182,9 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
             if "exact_match" in after:
                 share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
                 print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
+            for name in run.get("own", {}).get("metrics", []):
+                both = (formatting.text_or_dash(one.get(name), "{:.4f}".format) for one in (before, after))
+                print(f"{name:<17} {' → '.join(both)}")
         print(f"parameters        {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})")
         print(f"adapter           {formatting.size(adapter['file_bytes'])} in {run_dir / 'adapter'}")
     mapped = f", and {formatting.size(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""

@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 
 from qvera.utils import accelerator
-from qvera.utils.errors import InputError, Interrupted, QveraError, RunFailed
+from qvera.utils.errors import InputError, Interrupted, OwnCodeFailed, QveraError, RunFailed
 
 JSON = Any
 
 T = TypeVar("T")
 _Error = TypeVar("_Error", bound=QveraError)
-_ERRORS: dict[str, type[QveraError]] = {cls.__name__: cls for cls in (InputError, Interrupted, RunFailed, QveraError)}
+_ERRORS: dict[str, type[QveraError]] = {
+    cls.__name__: cls for cls in (InputError, Interrupted, OwnCodeFailed, RunFailed, QveraError)
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, OwnCodeFailed, one_line
 
 References = Sequence[Sequence[str]]  # for each answer, one or more right texts
 
@@ -140,6 +140,37 @@ def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references:
             found[metric.name] = metric.of_all(answers, references)
         else:
             found[metric.name] = sum(map(metric.of_one, answers, references)) / len(answers)
+    return found
+
+
+Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[dict[str, Any]]], float]
+"""Of the caller: predictions, references and rows → a score."""
+
+
+def own_scores(
+    metrics: Mapping[str, Metric], predictions: Sequence[Any], references: Sequence[Any], rows: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Scores by functions of the caller's over all rows, which name their ``source``.
+
+    OwnCodeFailed: one raises, or gives no finite number.
+    """
+
+    def attempt(function: Metric, *columns: Any) -> tuple[float, str | None]:
+        try:
+            value = float(function(*columns))
+            return value, None if math.isfinite(value) else f"gave {value}"
+        except Exception as error:
+            return math.nan, f"raised {type(error).__name__} ({one_line(error)})"
+
+    found: dict[str, float] = {}
+    for name, function in metrics.items():
+        found[name], problem = attempt(function, predictions, references, rows)
+        if problem is not None:
+            each = zip(predictions, references, rows, strict=True)
+            bad = (row["source"] for p, r, row in each if attempt(function, [p], [r], [row])[1] is not None)
+            alone = f"; alone, the first that it fails on is {source}" if (source := next(bad, None)) else ""
+            text = f"metrics: {name} {problem} for {len(rows)} held-out rows{alone}. Expected a finite number."
+            raise OwnCodeFailed(text)
     return found
 
 

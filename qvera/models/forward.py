@@ -22,6 +22,7 @@ from qvera.models.loss import (
     next_labels,
     row_cross_entropy,
     states_at,
+    target_logprobs,
     target_loss,
 )
 from qvera.models.structure import causal_model, decoder_of, image_model
@@ -147,6 +148,15 @@ def weighed_loss(
     rows, targets = states_at(hidden, trained), next_labels(batch["labels"], trained)
     with gathered(head.module.parameters(recurse=False)):
         return target_loss(rows, targets, head, chunk_tokens, weigh, expected_grad)
+
+
+def trained_logprobs(
+    model: nn.Module, batch: dict[str, Any], chunk_tokens: int, decoder: Callable[..., Any] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the trained tokens [n], row after row (differentiable once), and these tokens [n]."""
+    hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch["trained"]
+    rows, targets = states_at(hidden, trained), next_labels(batch["labels"], trained)
+    return target_logprobs(rows, targets, head, chunk_tokens).squeeze(1), targets.squeeze(1)
 
 
 def row_nll(

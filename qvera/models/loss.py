@@ -274,3 +274,32 @@ def target_loss(
     """
     total, nll = _FusedLinearCrossEntropy.apply(hidden, targets, head, chunk_tokens, expected_grad, weigh, 0.0)
     return total, nll.neg_()
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_tokens: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, targets)
+        ctx.rest = head, chunk_tokens  # type: ignore[attr-defined]
+        return target_loss(hidden.detach(), targets, head, chunk_tokens, lambda logprobs, _: (logprobs, logprobs))[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, targets = ctx.saved_tensors  # type: ignore[attr-defined]
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            head, chunk_tokens = ctx.rest  # type: ignore[attr-defined]
+            total, _ = target_loss(leaf, targets, head, chunk_tokens, lambda logprobs, part: (logprobs, -g[part]))
+            return *torch.autograd.grad(total, leaf), None, None, None
+
+
+def target_logprobs(hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
+    """Log-probabilities [n, K], fp32 or wider, of targets int64 [n, K], differentiable once in hidden [n, hidden].
+
+    Backward computes the logits again, chunk by chunk.
+    """
+    logprobs: torch.Tensor = _TargetLogprobs.apply(hidden, targets, head, chunk_tokens)
+    return logprobs

@@ -7,12 +7,14 @@ The data room reads its rows, by ``data.format``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from qvera.config.schema import Recipe, TrainingSection
 from qvera.distributed.group import ALONE, Group
 from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.tasks.own_loss import OwnLoss, own_name
+from qvera.utils.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from qvera.adapters.hooks import TrainingHook
     from qvera.data import Datasets, Example, Labels
+    from qvera.evaluation.metrics import Metric
+
+_ABOUT_SCORES = ("rows", "trained_tokens", "seconds", "exact_match_rows", "kind", "step", "epoch")
 
 
 class Task(ABC):
@@ -45,9 +50,50 @@ class Task(ABC):
     has_answers: ClassVar[bool] = False
     """Whether its model writes text, as chat, generate, serve and the text metrics need."""
 
+    scores: ClassVar[tuple[str, ...]]
+    """Held-out scores that ``training.metric_for_best_model`` may name."""
+    takes_loss: ClassVar[bool] = True
+    """Whether its loss may be one of the caller's."""
+    metrics: Mapping[str, Metric] = {}
+    """The caller's, by name."""
+    own_loss: OwnLoss | None = None
+
     def __init__(self, recipe: Recipe | None = None) -> None:
         self.recipe = cast("Recipe", recipe)  # None: of a model whose recipe is not known, which can be scored only
         self.training = TrainingSection() if recipe is None else recipe.training
+
+    def take_own(self, metrics: Mapping[str, Metric], loss: OwnLoss | None) -> None:
+        """Take the caller's metrics and loss. InputError where these, or the score of the best step, do not fit."""
+        data, training = self.recipe.data, self.training
+        if (metrics or loss is not None) and data.has_adapters:
+            raise InputError(
+                "metrics, loss: are for a run of one adapter, and data.adapter_column or adapter_files has many."
+            )
+        if metrics and not data.has_held_out_rows:
+            raise InputError("metrics: no rows are held out. Set data.eval_path, eval_split or eval_fraction.")
+        for name, function in metrics.items():
+            if name in (*self.scores, *_ABOUT_SCORES) or not callable(function):
+                raise InputError(f"metrics: {name!r} is no function, or has the name of another score.")
+        if loss is not None and (not self.takes_loss or training.label_smoothing or not callable(loss)):
+            key = "training.label_smoothing" if self.takes_loss else f"training.objective {training.objective}"
+            raise InputError(
+                f"loss: expected a function, which {key} has no use for."
+                if callable(loss)
+                else f"loss: {loss!r} is no function."
+            )
+        if training.metric_for_best_model not in (known := [*self.scores, *metrics]):
+            near = did_you_mean(training.metric_for_best_model, known)
+            raise InputError(
+                f"training.metric_for_best_model: there is no score {training.metric_for_best_model!r} here{near} "
+                f"There are {', '.join(known)}, and those that `qvera.train(metrics=...)` is given."
+            )
+        self.metrics, self.own_loss = metrics, loss
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Names of the caller's metrics and loss, for run.json."""
+        loss = {} if self.own_loss is None else {"loss": own_name(self.own_loss)}
+        return loss | ({"metrics": list(self.metrics)} if self.metrics else {})
 
     def check(self) -> None:  # noqa: B027  # optional
         """Called before anything is read. InputError if a package that the task needs is missing."""

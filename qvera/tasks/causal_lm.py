@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qvera.data import IGNORED
 from qvera.data.images import thumbnail_uris
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero import any_sharded
 from qvera.evaluation import held_out
+from qvera.evaluation.metrics import own_scores
 from qvera.models import forward
 from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.structure import causal_model
 from qvera.tasks.base import Task
+from qvera.tasks.own_loss import own_loss_sum
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ class CausalLM(Task):
     unit = "token"
     joins_rows = True
     has_answers = True
+    scores: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "exact_match")
 
     def model_class(self, datasets: Datasets | None) -> ModelClass:
         return CAUSAL_LM
@@ -47,6 +50,9 @@ class CausalLM(Task):
         data, training = self.recipe.data, self.training
         batch = forward.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
         chunk, smoothing = training.loss_chunk_tokens, training.label_smoothing
+        if self.own_loss is not None:
+            logprobs, labels = forward.trained_logprobs(model, batch, chunk, core)
+            return own_loss_sum(self.own_loss, logprobs, labels, rows), len(labels)
         return forward.batch_nll(model, batch, chunk, core, expected_grad, smoothing)
 
     def held_out_loss(
@@ -84,7 +90,7 @@ class CausalLM(Task):
         group: Group,
         progress: Callable[[int, int], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Greedy answers for the samples and, if the recipe asks for it, their exact match.
+        """Greedy answers for the samples, their exact match if the recipe asks for it, and the caller's metrics.
 
         Only rank 0 answers. With weights sharded by ZeRO-3 all ranks must take part, and rank 0's answers count.
         """
@@ -92,7 +98,8 @@ class CausalLM(Task):
         asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
         with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
         sample_rows = list(itertools.islice(asked, training.sample_count))
-        match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
+        most = training.exact_match_rows or (len(rows) if self.metrics else 0)
+        match_rows = list(itertools.islice(with_reference, most))
         indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
         answers: list[dict[str, Any]] = []
         if indices and (group.first or any_sharded(model)):
@@ -110,6 +117,10 @@ class CausalLM(Task):
         if match_rows:
             scores["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
             scores["exact_match_rows"] = len(match_rows)
+        if self.metrics:
+            matched = [by_row[i] for i in match_rows]
+            columns = [[row["answer"] for row in matched], [row["reference"] for row in matched], matched]
+            scores |= group.on_first(lambda: own_scores(self.metrics, *columns))
         return scores, [by_row[i] | {"images": thumbnail_uris(rows[i].images)} for i in sample_rows]
 
     def line(self, scores: dict[str, Any]) -> str:

@@ -22,12 +22,13 @@ from qvera.data.labelled import VALUE, Labels, labelled_arrays
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
-from qvera.evaluation.metrics import class_scores, require_packages, value_scores
+from qvera.evaluation.metrics import class_scores, own_scores, require_packages, value_scores
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask
 from qvera.models.model_class import ModelClass, classification_class, image_class
 from qvera.models.structure import causal_model
 from qvera.tasks.base import Task
+from qvera.tasks.own_loss import own_loss_sum
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
@@ -41,6 +42,7 @@ class Classification(Task):
     """A row has one target, its label, so it counts once in the loss, however long it is."""
 
     unit = "row"
+    scores = ("loss", "accuracy", "f1", "matthews", "top5", "pearson", "spearman")
     row_format: ClassVar[str]
     """``data.format`` of its rows."""
     too_large: ClassVar[str]
@@ -67,6 +69,8 @@ class Classification(Task):
         labels = _labels(datasets)
         logits = self.row_logits(model, rows, datasets.pad_id, core)
         targets = accelerator.tensors_on(logits.device, {"targets": labels.targets(rows)})["targets"]
+        if self.own_loss is not None:
+            return own_loss_sum(self.own_loss, logits, targets, rows), len(rows)
         smoothing = self.training.label_smoothing
         return _row_losses(logits, targets, labels.is_regression, smoothing).sum(), len(rows)
 
@@ -83,6 +87,10 @@ class Classification(Task):
         batch_size = self.training.per_device_eval_batch_size
         logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)
         scores = label_scores(logits, rows, labels)
+        if self.metrics:
+            found = predictions(logits, rows, labels)
+            columns = [[row["prediction"] for row in found], [row["label"] for row in found], found]
+            scores |= group.on_first(lambda: own_scores(self.metrics, *columns))
         return {**scores, "seconds": time.perf_counter() - started}
 
     def logits(

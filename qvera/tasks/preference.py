@@ -69,6 +69,8 @@ class Preferences(CausalLM):
 
     joins_rows = False
     loss_is_trl = True
+    takes_loss = False
+    scores = ("loss", "rewards/margins", "rewards/accuracies", "exact_match")
     _model: nn.Module
     _trainer: Any
 

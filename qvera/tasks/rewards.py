@@ -109,6 +109,8 @@ class Rewards(CausalLM, TrainingHook):
     It is a hook too, which keeps the answers that later steps train on in checkpoints.
     """
 
+    takes_loss = False
+    scores = ("loss", "reward", "exact_match")
     _tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, recipe: Recipe) -> None:

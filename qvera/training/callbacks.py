@@ -63,6 +63,12 @@ class Callbacks(TrainingHook):
         self.error: Exception | None = None
         self._epoch: int | None = None
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """Their names, for run.json."""
+        names = [getattr(one, "__qualname__", type(one).__name__) for one in (*self.functions, *self.callbacks)]
+        return {"callbacks": names} if names else {}
+
     def begin(self, run: Trainer) -> None:
         """Make what callbacks are given, once the run is set up, and say that training begins."""
         if not self.callbacks:
@@ -136,7 +142,7 @@ class Callbacks(TrainingHook):
         run, loop, state, now = self.run, self.run.loop, self.state, self.run.state
         state.global_step, state.epoch = now.step, now.step / loop.batches.per_epoch
         state.num_input_tokens_seen = now.input_tokens
-        state.best_metric, state.best_global_step = now.best_loss, now.best_step
+        state.best_metric, state.best_global_step = run.best_score, now.best_step
         best = None if now.best_step is None else run.run_dir / "checkpoints" / f"step-{now.best_step:08d}"
         state.best_model_checkpoint = None if best is None else str(best)
         about = {"model": loop.model, "optimizer": loop.optimizer, "lr_scheduler": loop.schedule, **more}
@@ -203,8 +209,8 @@ def _arguments(run: Trainer) -> TrainingArguments:
         logging_steps=1,
         eval_strategy="steps" if loop.datasets.eval and training.eval_steps else "no",
         eval_steps=training.eval_steps or None,
-        metric_for_best_model="loss",
-        greater_is_better=False,
+        metric_for_best_model=training.metric_for_best_model,
+        greater_is_better=training.takes_greater,
         report_to=[],
         use_cpu=not accelerator.is_accelerator(loop.device),
         **{name: getattr(training, name) for name in _SAME_KEYS},

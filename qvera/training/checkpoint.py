@@ -54,7 +54,7 @@ class TrainState:
     """Everything a later step depends on besides vectors, optimizer and random state."""
 
     step: int = 0
-    best_loss: float | None = None
+    best_loss: float | None = None  # or score that the best step is chosen by, negative where a greater one is better
     best_step: int | None = None
     evaluations_without_gain: int = 0
     stopped_early: bool = False
@@ -246,7 +246,10 @@ def require_same_inputs(saved: Checkpoint, inputs: dict[str, Any]) -> None:
 
     A checkpoint of an earlier version keeps none.
     """
-    what, theirs = {"rows": "rows (data.path)", "base": "weights of the base (model.path)"}, saved.state.get("inputs")
+    what, theirs = (
+        {"rows": "rows (data.path)", "base": "weights of the base (model.path)", "loss": "loss"},
+        saved.state.get("inputs"),
+    )
     known = {key: value for key, value in (theirs or {}).items() if value is not None and inputs.get(key) is not None}
     if changed := [name for key, name in what.items() if key in known and known[key] != inputs[key]]:
         raise InputError(

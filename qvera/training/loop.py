@@ -32,7 +32,7 @@ from qvera.training.failures import lone_error, longest_batch_error, not_finite_
 from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
 from qvera.training.plan import Plan, longest_rows
 from qvera.utils import memory
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import OwnCodeFailed, RunFailed
 from qvera.utils.memory import Shortage, or_shortage
 
 if TYPE_CHECKING:
@@ -113,7 +113,12 @@ class Loop(ABC, Generic[S]):
         self.hooks.before_step(step.number)
         shortage: Shortage | None = None
         while step.passes and shortage is None:
-            shortage = or_shortage(lambda: self.do_pass(step), self.device)  # rows → loss → backward
+            try:
+                shortage = or_shortage(lambda: self.do_pass(step), self.device)  # rows → loss → backward
+            except OwnCodeFailed:
+                self.drop_gradients()
+                set_random_state(random, self.group.rank)
+                raise
             if shortage is None:
                 with step.paused():
                     yield []

@@ -24,7 +24,7 @@ from qvera.training.logging import MetricsLog, Trackers
 from qvera.training.run_dir import LENGTH, check_run_dir, run_lock, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
 from qvera.utils.paths import ADAPTERS, RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ class Run(ABC):
             "plan": None if session.plan is None else session.plan.to_dict(),
             "gradient_checkpointing": session.checkpointing,
             "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed, **this_process()},
+            **({"own": own} if (own := session.task.own | self.callbacks.own) else {}),
         }
         self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 
@@ -248,19 +249,19 @@ class Run(ABC):
         return True
 
     def end(self, error: RunFailed) -> RunFailed:
-        """Save the last whole step where memory ran out, and write run.json; returns the error to raise."""
+        """Save the last whole step, unless its numbers or the disk failed, and write run.json; returns the error."""
         if self.group.world_size > 1 and self.loop.group.world_size == 1:
             return type(error)(str(error))  # this rank's own: the others are elsewhere, and must hear of it
         if self.group.world_size > 1 and not error.shared:
             return error  # the other ranks are elsewhere
-        if isinstance(error, OutOfMemory):
+        if isinstance(error, OutOfMemory | OwnCodeFailed):
             if self.is_whole and self.count != self.saved:
                 self.save_checkpoint()
             if self.saved:
                 said = (
                     f"{self.unit.capitalize()} {self.saved} is saved: the same command with --resume goes on from it."
                 )
-                error = for_all(OutOfMemory(f"{error}\n{said}"))
+                error = for_all(type(error)(f"{error}\n{said}"))
         with contextlib.suppress(RunFailed):  # a disk that is full has its own error already
             self.finish("failed")
         return error

@@ -95,8 +95,12 @@ class TrainingSession:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What a step depends on besides the recipe: SHA-256 of the rows, fingerprint of the base."""
-        return {"rows": data_sha256(self.datasets), "base": self.base.facts.get("fingerprint")}
+        """What a step depends on besides the recipe: SHA-256 of the rows, fingerprint of the base, and which loss."""
+        return {
+            "rows": data_sha256(self.datasets),
+            "base": self.base.facts.get("fingerprint"),
+            "loss": self.task.own.get("loss", "the objective's"),
+        }
 
     def warn(self, text: str) -> None:
         """Print a sentence in yellow."""

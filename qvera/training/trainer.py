@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from qvera.data import planned_steps
 from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
 from qvera.evaluation import held_out
+from qvera.evaluation.metrics import Metric
+from qvera.tasks.own_loss import OwnLoss
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
 from qvera.training.checkpoint import Checkpoint, TrainState
@@ -44,6 +47,8 @@ def train(
     resume: bool = False,
     dry_run: bool = False,
     callbacks: Sequence[Any] = (),
+    metrics: Mapping[str, Metric] | None = None,
+    loss: OwnLoss | None = None,
     console: Console | None = None,
 ) -> RunResult | None:
     """Train an adapter, or many, as a recipe says, and write a run directory.
@@ -53,7 +58,7 @@ def train(
         resume: go on from the newest checkpoint there that verifies. A run that was interrupted, or that torchrun
             restarts, does so by itself.
         dry_run: check all that needs no weights of the base, show rows and the plan, and stop; nothing is written.
-        callbacks: as `qvera.api.train` has them.
+        callbacks, metrics, loss: as `qvera.api.train` has them.
 
     Returns:
         None after a dry run, and in a process that is not the first of several.
@@ -72,6 +77,9 @@ def train(
         )
     with in_group() as group, TrainingSession(recipe, run_dir, group, console) as session:
         trainer = ManyTrainer(session, own) if recipe.data.has_adapters else Trainer(session, own)
+        session.task.take_own(metrics or {}, loss)
+        if loss is not None and session.zero is not None and session.zero.shards_base:
+            raise InputError("loss: is not computed by a head that ZeRO-3 shards. Use zero1, zero2 or none.")
         if dry_run:
             group.on_first(lambda: check_run_dir(run_dir, recipe, resume))
             trainer.load_data(preview=True)
@@ -253,18 +261,41 @@ class Trainer(Run):
 
         Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
         """
-        state, patience = self.state, self.recipe.training.early_stopping_patience
-        with self.progress.within("held-out loss", len(self.loop.datasets.eval)):
+        state, training, task = self.state, self.recipe.training, self.session.task
+        patience, metric, rows = (
+            training.early_stopping_patience,
+            training.metric_for_best_model,
+            self.loop.datasets.eval,
+        )
+        with self.progress.within("held-out loss", len(rows)):
             result = self.loop.held_out_loss(self.progress)
+        if task.metrics or metric == "exact_match":
+            with self.progress.within("answers", len(rows)):
+                about = self.loop.model, self.session.base.tokenizer, rows, self.group
+                result |= task.answers(*about, lambda done, _: self.progress(done))[0]
         state.evaluation_due = False
         self.log({"kind": "eval", "step": state.step, **result})
         self.callbacks.evaluated(result)
-        state.add_evaluation(result["loss"], patience)
-        self.console.print(f"step {state.step}: {self.session.task.line(result)}", soft_wrap=True)
+        state.add_evaluation(self._sign * result.get(metric, math.nan), patience)
+        self.console.print(f"step {state.step}: {self._line(result)}", soft_wrap=True)
         if state.stopped_early:
             self.console.print(
-                f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
+                f"stopping: {patience} evaluations without a better held-out {metric} (best: step {state.best_step})"
             )
+
+    def _line(self, scores: dict[str, Any]) -> str:
+        task = self.session.task
+        return ", ".join([task.line(scores), *(f"{name} {scores[name]:.4f}" for name in task.metrics)])
+
+    @property
+    def _sign(self) -> int:
+        """Of a score, as a loss: less is better."""
+        return -1 if self.recipe.training.takes_greater else 1
+
+    @property
+    def best_score(self) -> float | None:
+        """The score of the best step so far."""
+        return None if self.state.best_loss is None else self._sign * self.state.best_loss
 
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Held-out loss and, where the recipe asks for it, exact match of greedy answers; the ranks share the rows.
@@ -281,7 +312,7 @@ class Trainer(Run):
 
             answered, samples = task.answers(loop.model, self.session.base.tokenizer, rows, self.group, answering)
         result |= answered
-        self.console.print(f"{label}: {task.line(result)}", soft_wrap=True)
+        self.console.print(f"{label}: {self._line(result)}", soft_wrap=True)
         return result, samples
 
     def save_checkpoint(self) -> None:

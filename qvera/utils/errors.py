@@ -34,6 +34,10 @@ class NotFinite(RunFailed):
     """The loss or its gradient became NaN or infinite; no step was taken with it."""
 
 
+class OwnCodeFailed(RunFailed):
+    """A metric or a loss of the caller's failed. The step before is whole, so it is saved."""
+
+
 class OutOfMemory(RunFailed):
     """Memory ran out: in a step, which was undone, or with a single row to answer or to score."""
 

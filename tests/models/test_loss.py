@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from qvera.data import IGNORED, Example, collate, collate_prefix_once
 from qvera.data.rows import pad_batch
 from qvera.models import loss as loss_module
-from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logits, row_cross_entropy
+from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logits, row_cross_entropy, target_logprobs
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
@@ -86,6 +86,23 @@ def test_value_and_gradient_are_torchs(settings: dict[str, Any], chunk: int, smo
     with torch.no_grad():
         evaluated, _ = fused_linear_cross_entropy(hidden, labels, head(**settings), chunk, label_smoothing=smoothing)
     assert not evaluated.requires_grad and torch.equal(evaluated, loss)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_log_probabilities_of_targets_are_differentiable_as_those_of_whole_logits(chunk: int) -> None:
+    """Several targets of a token, weighed by a function of all of them; fp64 logits with scale, bias and softcap."""
+    hidden, _ = batch(1, 19)
+    rows, whole = hidden[0], hidden[0].detach().double().requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (19, 2), generator=torch.Generator().manual_seed(2))
+    own = head(**ALL)
+    found = target_logprobs(rows, targets, own, chunk)
+    logits = own.logits(whole @ own.module.weight.double().t() + own.module.bias.double())
+    expected = logits.log_softmax(-1).gather(1, targets)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for logprobs in (found, expected):
+        (logprobs.exp() * logprobs.sum().sigmoid() - logprobs.square()).sum().backward()
+    assert hidden.grad is not None and whole.grad is not None
+    assert relative(hidden.grad[0].double(), whole.grad) < 1e-5
 
 
 def test_rows_that_count_differently() -> None:

@@ -135,6 +135,11 @@ class Recipe(Section):
                 yield f"training.{name}", f"needs held-out rows; {wanted}"
             elif getattr(training, name) and not training.eval_steps:
                 yield f"training.{name}", "needs training.eval_steps above 0."
+        if training.metric_for_best_model != "loss" and (data.has_adapters or not training.eval_steps):
+            needs = "many adapters are compared by their loss" if data.has_adapters else "needs training.eval_steps"
+            yield "training.metric_for_best_model", f"{training.metric_for_best_model}: {needs}."
+        if training.metric_for_best_model == "exact_match" and not training.exact_match_rows:
+            yield "training.metric_for_best_model", "exact_match: needs training.exact_match_rows."
         if self.model.stream is True and training.torch_compile:
             yield "training.torch_compile", "compiled code does not wait for streamed layers; remove one of the two."
         if self.deepspeed is not None and training.optim != "adamw":

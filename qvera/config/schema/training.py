@@ -159,9 +159,14 @@ class TrainingSection(Section):
     save_total_limit: Positive = 2
     """How many of the latest checkpoints to keep. The best one is kept besides."""
     load_best_model_at_end: Bool = False
-    """Write the vectors with the lowest held-out loss into ``adapter/`` instead of the last ones."""
+    """Write the vectors with the best ``metric_for_best_model`` into ``adapter/`` instead of the last ones."""
     early_stopping_patience: NonNegative = 0
-    """Stop after this many evaluations without a lower held-out loss. 0: never."""
+    """Stop after this many evaluations without a better ``metric_for_best_model``. 0: never."""
+    metric_for_best_model: NonEmpty = "loss"
+    """The held-out score that says which step is best: ``loss``, another score of the task such as ``accuracy``,
+    ``reward`` or ``exact_match`` (of ``exact_match_rows``), or a metric of one's own (docs/api.md)."""
+    greater_is_better: Bool | None = None
+    """Whether a greater score is better. Default: not for ``loss`` and ``perplexity``, else yes."""
     report_to: list[NonEmpty] = ["auto"]
     """``tensorboard``, ``wandb`` and others by their usual names. ``auto``: TensorBoard where it is installed.
     metrics.jsonl and report.html are always written."""
@@ -180,6 +185,12 @@ class TrainingSection(Section):
     def step_rows(self) -> int:
         """Rows of an optimizer step, over all processes: with ``objective: grpo`` the answers to its prompts."""
         return self.global_batch_size * (self.group_size if self.objective == "grpo" else 1)
+
+    @property
+    def takes_greater(self) -> bool:
+        """Whether a greater score of ``metric_for_best_model`` is better."""
+        by_name = self.metric_for_best_model not in ("loss", "perplexity")
+        return by_name if self.greater_is_better is None else self.greater_is_better
 
     @model_validator(mode="before")
     @classmethod

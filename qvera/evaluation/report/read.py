@@ -177,13 +177,24 @@ class Run:
         return sorted(points.items())
 
     @property
+    def own_metrics(self) -> list[str]:
+        """Names of metrics that the run's caller gave."""
+        names = get(self.info, "own", "metrics")
+        return list(map(str, names)) if isinstance(names, list) else []
+
+    @property
+    def best_by(self) -> str:
+        """The score that the best step is chosen by."""
+        return get_text(self.recipe, "training", "metric_for_best_model") or "loss"
+
+    @property
     def best_step(self) -> int | None:
-        """The step with the lowest held-out loss: from run.json, else from metrics.jsonl (two values or more)."""
+        """The step with the best held-out score: from run.json, else from metrics.jsonl (two values or more)."""
         best = self.number("result", "best_step")
         if best is not None and 0 <= best < _MAX_STEP:
             return int(best)
         losses = [(loss, step) for step, loss in series(self.evals, "loss") if loss is not None]
-        return int(min(losses)[1]) if len(losses) > 1 else None
+        return int(min(losses)[1]) if len(losses) > 1 and self.best_by == "loss" else None
 
 
 def _flat_settings(recipe: dict[str, object]) -> dict[str, object]:

@@ -231,7 +231,9 @@ def _loss_chart(run: Run) -> Chart | None:
     legend: list[tuple[str, str]] = [(line.style, line.label) for line in lines]
     best = run.best_step if lines and lines[-1].style == "held-out" else None
     if best is not None:
-        legend.append(("best", f"lowest held-out, step {best:,}"))
+        legend.append(
+            ("best", f"{'lowest held-out' if run.best_by == 'loss' else f'best {run.best_by}'}, step {best:,}")
+        )
     note = "of a row" if get(run.info, "data", "labels") else "nats a trained token"
     note = "of a pair or answer" if any(_MARGIN in row for row in run.train[:1]) else note
     note = "of a policy; held out: the reward, negative" if any("reward" in row for row in run.train[:1]) else note
