@@ -54,7 +54,7 @@ class Task(ABC):
     """Held-out scores that ``training.metric_for_best_model`` may name."""
     takes_loss: ClassVar[bool] = True
     """Whether its loss may be one of the caller's."""
-    metrics: Mapping[str, Metric] = {}
+    own_metrics: Mapping[str, Metric] = {}
     """The caller's, by name."""
     own_loss: OwnLoss | None = None
 
@@ -87,13 +87,13 @@ class Task(ABC):
                 f"training.metric_for_best_model: there is no score {training.metric_for_best_model!r} here{near} "
                 f"There are {', '.join(known)}, and those that `qvera.train(metrics=...)` is given."
             )
-        self.metrics, self.own_loss = metrics, loss
+        self.own_metrics, self.own_loss = metrics, loss
 
     @property
     def own(self) -> dict[str, Any]:
         """Names of the caller's metrics and loss, for run.json."""
         loss = {} if self.own_loss is None else {"loss": own_name(self.own_loss)}
-        return loss | ({"metrics": list(self.metrics)} if self.metrics else {})
+        return loss | ({"metrics": list(self.own_metrics)} if self.own_metrics else {})
 
     def check(self) -> None:  # noqa: B027  # optional
         """Called before anything is read. InputError if a package that the task needs is missing."""

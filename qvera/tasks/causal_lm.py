@@ -98,7 +98,7 @@ class CausalLM(Task):
         asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
         with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
         sample_rows = list(itertools.islice(asked, training.sample_count))
-        most = training.exact_match_rows or (len(rows) if self.metrics else 0)
+        most = training.exact_match_rows or (len(rows) if self.own_metrics else 0)
         match_rows = list(itertools.islice(with_reference, most))
         indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
         answers: list[dict[str, Any]] = []
@@ -117,10 +117,10 @@ class CausalLM(Task):
         if match_rows:
             scores["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
             scores["exact_match_rows"] = len(match_rows)
-        if self.metrics:
+        if self.own_metrics:
             matched = [by_row[i] for i in match_rows]
             columns = [[row["answer"] for row in matched], [row["reference"] for row in matched], matched]
-            scores |= group.on_first(lambda: own_scores(self.metrics, *columns))
+            scores |= group.on_first(lambda: own_scores(self.own_metrics, *columns))
         return scores, [by_row[i] | {"images": thumbnail_uris(rows[i].images)} for i in sample_rows]
 
     def line(self, scores: dict[str, Any]) -> str:

@@ -87,10 +87,10 @@ class Classification(Task):
         batch_size = self.training.per_device_eval_batch_size
         logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)
         scores = label_scores(logits, rows, labels)
-        if self.metrics:
+        if self.own_metrics:
             found = predictions(logits, rows, labels)
             columns = [[row["prediction"] for row in found], [row["label"] for row in found], found]
-            scores |= group.on_first(lambda: own_scores(self.metrics, *columns))
+            scores |= group.on_first(lambda: own_scores(self.own_metrics, *columns))
         return {**scores, "seconds": time.perf_counter() - started}
 
     def logits(

@@ -269,7 +269,7 @@ class Trainer(Run):
         )
         with self.progress.within("held-out loss", len(rows)):
             result = self.loop.held_out_loss(self.progress)
-        if task.metrics or metric == "exact_match":
+        if task.own_metrics or metric == "exact_match":
             with self.progress.within("answers", len(rows)):
                 about = self.loop.model, self.session.base.tokenizer, rows, self.group
                 result |= task.answers(*about, lambda done, _: self.progress(done))[0]
@@ -285,7 +285,7 @@ class Trainer(Run):
 
     def _line(self, scores: dict[str, Any]) -> str:
         task = self.session.task
-        return ", ".join([task.line(scores), *(f"{name} {scores[name]:.4f}" for name in task.metrics)])
+        return ", ".join([task.line(scores), *(f"{name} {scores[name]:.4f}" for name in task.own_metrics)])
 
     @property
     def _sign(self) -> int:
