@@ -88,7 +88,11 @@ def _kernels() -> Any:
 
 
 def register(
-    name: str, empty: Callable[..., Any], launch: Callable[..., Any] | None = None, launches: int = 1
+    name: str,
+    empty: Callable[..., Any],
+    launch: Callable[..., Any] | None = None,
+    launches: int = 1,
+    mutates: str = "",
 ) -> Callable[..., Any]:
     """Register the operator ``qvera::name`` and return the function that calls it.
 
@@ -101,6 +105,7 @@ def register(
         launch: takes the same arguments and the empty results, which it fills. Default: ``launch_NAME`` of
             `triton_kernels`.
         launches: how many kernels ``launch`` starts.
+        mutates: the one argument that the operator writes to, if any; then ``empty`` may return None.
     """
     launcher = f"launch_{name}"
 
@@ -110,10 +115,11 @@ def register(
             if launch is not None:
                 return launch(*arguments)
             results = empty(*arguments)
-            getattr(_kernels(), launcher)(*arguments, *(results if isinstance(results, tuple) else (results,)))
+            outputs = results if isinstance(results, tuple) else () if results is None else (results,)
+            getattr(_kernels(), launcher)(*arguments, *outputs)
             return results
 
-    schema = torch.library.infer_schema(empty, mutates_args=())
+    schema = torch.library.infer_schema(empty, mutates_args=(mutates,) if mutates else ())
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, on_its_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvera::{name}", empty, lib=_library)

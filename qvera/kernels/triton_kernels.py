@@ -1,4 +1,4 @@
-"""The Triton kernels and their launchers. `low_rank`, `columns`, `dequantize` and `elementwise` have the formulas.
+"""The Triton kernels and their launchers. The modules beside this one have the formulas.
 
 They compute in fp32 and round once, at the end. Forward passes of a frozen base round where transformers does.
 """
@@ -374,4 +374,81 @@ def launch_rope(
             q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, half, *q.stride()[:3], *k.stride()[:3],
             *cos.stride()[:2], *sin.stride()[:2],
             BACKWARD=backward, BLOCK_HEADS=ROPE_HEADS, BLOCK_HALF=_power_of_two(half),
+        )  # fmt: skip
+
+
+LOGITS_BLOCK = 4096
+
+
+@jit
+def _logit(x, at, inside, scale, cap, CAPPED: tl.constexpr):
+    """z and, if CAPPED, tanh(scale x / cap), which is z / cap."""
+    z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
+    bent = z
+    if CAPPED:
+        bent = 2.0 * tl.sigmoid(2.0 * z / cap) - 1.0
+        z = bent * cap
+    return z, bent
+
+
+@jit
+def logit_sums_kernel(
+    x, most, sums, means, width, row_stride, scale, cap, CAPPED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """max z and Σ exp(z - max z) of one row of x [rows, width] a program, in fp32, and the mean of z if MEAN."""
+    row = tl.program_id(0).to(tl.int64)
+    largest, total, sum_of_all = -3.4028234e38, 0.0, 0.0  # no infinity: its difference to one would be NaN
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < width
+        z, _ = _logit(x + row * row_stride, at, inside, scale, cap, CAPPED)
+        if MEAN:
+            sum_of_all += tl.sum(tl.where(inside, z, 0.0), axis=0)
+        z = tl.where(inside, z, float("-inf"))
+        now = tl.maximum(largest, tl.max(z, axis=0))
+        total = total * tl.exp(largest - now) + tl.sum(tl.exp(z - now), axis=0)
+        largest = now
+    tl.store(most + row, largest)
+    tl.store(sums + row, total)
+    if MEAN:
+        tl.store(means + row, sum_of_all / width)
+
+
+@jit
+def logit_gradient_kernel(
+    x, most, sums, factor, width, row_stride, spread, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write factor (softmax(z) - spread) ∂z/∂x over BLOCK columns of one row of x."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    z, bent = _logit(x + row * row_stride, at, inside, scale, cap, CAPPED)
+    share = tl.exp(z - tl.load(most + row)) / tl.load(sums + row)
+    grad = tl.load(factor + row) * (share - spread) * scale
+    if CAPPED:
+        grad *= 1.0 - bent * bent
+    tl.store(x + row * row_stride + at, grad.to(x.dtype.element_ty), mask=inside)
+
+
+def launch_logit_sums(
+    x: torch.Tensor, scale: float, cap: float, mean: bool, most: torch.Tensor, sums: torch.Tensor, means: torch.Tensor
+) -> None:
+    """Write max z and Σ exp(z - max z) [n, 1] of the rows of x [n, V], and the mean of z if asked for. No cap: 0."""
+    if len(x):
+        block = min(LOGITS_BLOCK, _power_of_two(x.shape[1]))
+        logit_sums_kernel[(len(x),)](
+            x, most, sums, means, x.shape[1], x.stride(0), float(scale), cap or 1.0,
+            CAPPED=cap != 0.0, MEAN=mean, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+
+
+def launch_logit_gradient(
+    x: torch.Tensor, most: torch.Tensor, sums: torch.Tensor, factor: torch.Tensor, spread: float, scale: float,
+    cap: float,
+) -> None:  # fmt: skip
+    """Write the gradient over x [n, V]; the others fp32 [n, 1]."""
+    if len(x):
+        block = min(LOGITS_BLOCK, _power_of_two(x.shape[1]))
+        logit_gradient_kernel[(len(x), -(-x.shape[1] // block))](
+            x, most, sums, factor.contiguous(), x.shape[1], x.stride(0), spread, float(scale), cap or 1.0,
+            CAPPED=cap != 0.0, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip

@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from qvera.data import IGNORED
 from qvera.data.rows import round_up_length, rounds_lengths
+from qvera.kernels.cross_entropy import LogitRows, capped, rows_at_a_time
 from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.structure import decoder_of
@@ -59,8 +60,7 @@ class Head(NamedTuple):
 
     def logits(self, product: torch.Tensor) -> torch.Tensor:
         """Logits from h Wᵀ + bias; the same tensor where the model neither scales nor caps them."""
-        scaled = product if self.scale == 1.0 else product * self.scale
-        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+        return capped(product, self.scale, self.softcap)
 
 
 @torch.no_grad()
@@ -139,37 +139,22 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, chunk_tokens):
             part = slice(start, min(start + chunk_tokens, tokens))
             h, y = hidden[start : start + chunk_tokens], labels[part]
-            padded = head.logits(blocked_linear(h, blocks, bias).to(total.dtype))
-            logits = padded[: len(y)]
-            slope = None  # of the softcap's tanh, computed before the logits are overwritten
-            if head.softcap is not None and grad is not None:
-                slope = 1.0 - (logits / head.softcap).square()
-            normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-            own = torch.sub(normalizer, logits.gather(1, y), out=nll[part])
-            if smoothing:  # the target has 1 - ε of the probability, and every token of the vocabulary ε / V
-                own.lerp_(normalizer - logits.mean(dim=1, keepdim=True), smoothing)
-            loss, weight = (own, None) if weigh is None else weigh(-own, part)
-            total += loss.sum()
+            product = blocked_linear(h, blocks, bias)
+            losses, step = torch.empty_like(nll[part]), rows_at_a_time(product)
+            for first in range(0, len(y), step):
+                few = slice(first, min(first + step, len(y)))
+                rows = LogitRows(product[few], y[few], head.scale, head.softcap, smoothing, grad is not None)
+                nll[part][few] = losses[few] = rows.loss
+                weight = torch.ones_like(rows.loss)
+                if weigh is not None:
+                    losses[few], weight = weigh(-rows.loss, slice(start + few.start, start + few.stop))
+                if grad is not None:
+                    rows.write_gradient(weight if expected_grad is None else weight * expected_grad)
+            total += losses.sum()
             if grad is not None:
-                # ∂loss/∂logits = w (softmax(logits) - (1 - ε) onehot(label) - ε / V), summed over the targets of a
-                # token, and written over the logits
-                logits.sub_(normalizer).exp_()
-                if smoothing:
-                    logits -= smoothing / logits.shape[1]
-                if weight is None:
-                    weight = logits.new_ones((1, 1)).expand_as(y)
-                else:
-                    logits *= weight.sum(1, keepdim=True)
-                logits.scatter_add_(1, y, weight * (smoothing - 1.0))
-                if slope is not None:
-                    logits *= slope
-                if head.scale != 1.0:
-                    logits *= head.scale
-                if expected_grad is not None:
-                    logits *= expected_grad
-                padded[len(y) :] = 0.0
-                blocked_input_grad(padded, blocks, out=grad[start : start + chunk_tokens])
-            del padded, logits, slope  # or the next chunk would be made beside this one
+                product[len(y) :] = 0.0
+                blocked_input_grad(product, blocks, out=grad[start : start + chunk_tokens])
+            del product, rows  # or the next chunk would be made beside this one
         if grad is not None:
             ctx.save_for_backward(grad[:tokens])
             ctx.expected_grad = expected_grad  # type: ignore[attr-defined]

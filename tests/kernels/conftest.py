@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qvera.kernels import choice
 from tests import device
@@ -21,11 +23,16 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.sizes: list[tuple[str, int]] = []  # name, elements of the largest tensor that it takes or gives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.name().partition(".")[0]
         if not func.is_view and name not in ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach"):
             self.names.append(name)
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.sizes.append((name, max((t.numel() for t in tensors), default=0)))
+            return out
         return func(*args, **(kwargs or {}))
 
 

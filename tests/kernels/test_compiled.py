@@ -38,6 +38,23 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [  # kernel, its parameters, it
     ("swiglu", "a:T c:T y:T count:i", {"BLOCK": 1024}),
     ("swiglu_backward", "g:T a:T c:T grad_a:T grad_c:T count:i", {"BLOCK": 1024}),
     *(("rope", ROPE, {"BACKWARD": backward, "BLOCK_HEADS": 8, "BLOCK_HALF": 64}) for backward in (False, True)),
+    # at vocabularies above a block
+    *(
+        (
+            "logit_sums",
+            "x:T most:f sums:f means:f width:i row_stride:i scale:x cap:x",
+            {"CAPPED": capped, "MEAN": capped, "BLOCK": 4096},
+        )
+        for capped in (False, True)
+    ),
+    *(
+        (
+            "logit_gradient",
+            "x:T most:f sums:f factor:f width:i row_stride:i spread:x scale:x cap:x",
+            {"CAPPED": capped, "BLOCK": 4096},
+        )
+        for capped in (False, True)
+    ),
     *(
         (
             "dequantize_4bit",
@@ -59,14 +76,14 @@ def described(kernel: str, parameters: str, constants: dict[str, Any], dtype: st
         "kernel": f"{kernel}_kernel",
         "signature": {name: kinds[kind] for name, kind in (each.split(":") for each in parameters.split())},
         "constexprs": constants,
-        "num_warps": constants["BLOCK"] // 512 if kernel.startswith("rms_norm") else 4,
+        "num_warps": constants["BLOCK"] // 512 if kernel.startswith(("rms_norm", "log")) else 4,
     }
 
 
 def test_registers_and_spills() -> None:
     kernels = [described(*kernel, dtype) for kernel in KERNELS for dtype in ("bf16", "fp16")]
     found = resources(kernels[::2], [80, 89, 90]) | resources(kernels[1::2], [80])
-    assert len(found) == 4 * len(KERNELS) == 72
+    assert len(found) == 4 * len(KERNELS) == 88
     for name, used in found.items():
         assert used["spilled_bytes"] == 0, (name, used)
         assert 8 <= used["registers"] <= 128, (name, used)  # 128: four programs of 128 threads on a multiprocessor

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from qvera.adapters.methods import Source
 from qvera.adapters.methods.base import Change
 from qvera.adapters.methods.vera import held_bytes
 from qvera.config.schema import Recipe
 from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.distributed.zero import IN_RAM_BELOW_BYTES, nvme_buffers
+from qvera.kernels.cross_entropy import CACHED_ELEMENTS
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.models.stream import PINNED_SHARE
 from qvera.tasks import task_of
@@ -287,7 +290,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
 
 
 def _loss(run: PlannedRun) -> tuple[Component, ...]:
-    """Memory of the loss: of a classifier, of `qvera.models.loss` (a chunk of fp32 logits, twice), or of TRL's."""
+    """Memory of the loss: of a classifier, of `qvera.models.loss` (a chunk of logits), or of TRL's."""
     batch, machine, item, task = run.batch, run.machine, run.itemsize, task_of(run.recipe)
     hidden, vocabulary, tokens = run.shape.hidden, run.shape.vocabulary, run.batch.all_tokens
     trained = min(batch.trained_tokens, tokens)
@@ -316,8 +319,9 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     chunk = min(run.recipe.training.loss_chunk_tokens, rounded)
     # the head is mapped in 16 bits and cast a block at a time
     block = min(vocabulary * hidden, BLOCK_ELEMENTS) * item if machine.dense_itemsize()[0] != item else 0
+    wide = 0 if machine.on_gpu else 2 * 4 * min(chunk * vocabulary, CACHED_ELEMENTS * torch.get_num_threads())
     return _some(
-        Component("logits of a chunk", "loss", 2 * chunk * vocabulary * max(item, 4)),
+        Component("logits of a chunk", "loss", chunk * vocabulary * item + wide),
         states((tokens + 2 * trained) * hidden * item),
         Component("a block of the head in the compute dtype", "loss", block),
     )

@@ -106,7 +106,7 @@ def test_what_travels_in_a_step() -> None:
         (24, "none", "the base fits on each rank"),
         (4.5, "zero3", "with the whole base a rank needs"),
         (2.3, "zero3-offload-cpu", "of RAM on each node"),
-        (1.4, None, "None fits: even zero3-offload-cpu needs"),
+        (1.4, None, "None fits: even zero3-offload-nvme needs"),
     ],
 )
 def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str) -> None:
@@ -114,7 +114,7 @@ def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str
     ways = plan_ways(seven(machine), 2, 2)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-cpu", "zero3-offload-nvme"]
     in_ram, on_disk = ways[-2:]
-    assert in_ram.needed_bytes == on_disk.needed_bytes
+    assert on_disk.needed_bytes <= in_ram.needed_bytes < 1.1 * on_disk.needed_bytes  # which has the next layer there
     assert 0 < on_disk.host_bytes < 0.5 * in_ram.host_bytes
     way, why = right_way(ways, machine)
     assert (None if way is None else way.sharing.word) == word
