@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -102,7 +103,12 @@ class Graphs:
 
     def record(self, _: object, run: Callable[[], Any]) -> Any:
         """`qvera.utils.accelerator.GraphRecorder.record`."""
-        with mock.patch.object(torch.Tensor, "tolist", _refuse), _Recording() as recording:
+        mine, tolist = threading.get_ident(), torch.Tensor.tolist
+
+        def refuse(tensor: torch.Tensor) -> Any:
+            return _refuse() if threading.get_ident() == mine else tolist(tensor)
+
+        with mock.patch.object(torch.Tensor, "tolist", refuse), _Recording() as recording:
             output = run()
         self.shapes.append(tuple(output.shape))
 
@@ -117,7 +123,7 @@ class Graphs:
         return replay, output
 
 
-def _refuse(*_: Any) -> Any:
+def _refuse() -> Any:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
