@@ -53,7 +53,7 @@ PARTS: dict[str, list[tuple[str, str, int]]] = {
         ("large", "profile", 60), *(("large", mode, 60) for mode in _MODES[3:]),
     ],
     "D": [*(("serving", f"{what} {rows}", 90) for rows in (32, 64) for what in ("ours", "PEFT")),
-          ("serving", "beside training", 120)],
+          ("serving", "beside training", 120), ("serving", "blocks 64", 30)],
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Part D: answers of many adapters at a time by the server's engine, stock PEFT's beside them, and answers beside a training.
+"""Part D: answers of many adapters at a time by the server's engine, stock PEFT's beside them, and answers beside a training;
+attention over blocks.
 
 The contenders are those of bench/serve_peers.py, on the base of this shape: requests that are all there at once, greedy,
 each as long as the others. Adapters are VeRA r=256 with vectors of their own.
@@ -12,11 +13,19 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+import torch
+from transformers.masking_utils import causal_mask_function
+
 from bench.adapters import write_adapters
 from bench.gpu.common import BASE_LAYERS, Lines, base_on_disk, do_piece, peak_bytes, recipe, write_rows
+from bench.gpu.right import relative_error, seconds_of
 from bench.serve_peers import ours, stock_lora
 from bench.serving import random_prompts
+from bench.synthesise import SHAPES
 from qvera.config.schema import ModelSection
+from qvera.serve.batches import BLOCK_TOKENS, GatheringStep, KernelStep
+from qvera.serve.paged import LayerShape, Rows, arrays_of, attend_in_blocks, choose_kernel
 from qvera.utils import accelerator
 
 DISTINCT = (1, 16, 256, 1000)
@@ -73,7 +82,42 @@ def beside_training(args: argparse.Namespace, lines: Lines) -> None:
             lines.add(beside_training=beside, tokens_per_second=tokens / (time.perf_counter() - began))
 
 
-PIECES: dict[str, Any] = {"beside training": beside_training}
+def blocks(args: argparse.Namespace, lines: Lines) -> None:
+    """Attention of one layer in a step of answers: over blocks of keys and values as they are, and by copying these."""
+    rows, keys = (4, 512) if args.shape == "tiny" else (64, 1024)
+    device, config = accelerator.current_device(), SHAPES[args.shape]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    own = torch.Size([kv_heads, config["hidden_size"] // heads])
+    dtype = torch.bfloat16 if accelerator.is_accelerator(device) else torch.float32
+    kernel = choose_kernel(device, [LayerShape(heads, own, own, dtype, None)])
+    size = BLOCK_TOKENS if kernel is None else kernel.block_tokens
+    count = rows * keys // size
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, *own[1:], device=device, dtype=dtype)
+
+    q, k, v = draw(rows, heads), draw(rows, kv_heads), draw(rows, kv_heads)
+    layers = {0: (draw(count + 1, size, kv_heads), draw(count + 1, size, kv_heads))}
+    tables = np.random.default_rng(0).permutation(count).reshape(rows, -1)
+    arrays = arrays_of(tables.tolist(), [keys] * rows, [1] * rows, size, count)
+    sent = accelerator.tensors_on(device, arrays)
+    more = {"write": tables[:, -1] * size + size - 1, "tables": tables, "places": np.full((rows, 1), keys - 1)}
+    held = accelerator.tensors_on(device, more)
+    ways: dict[str, Any] = {"copied": GatheringStep(layers, held["write"], [(held["tables"], held["places"])])}
+    if kernel is not None:
+        ways["blocks"] = KernelStep(layers, held["write"], kernel, Rows(**sent, longest=1))
+    for name, step in ways.items():
+        attend = functools.partial(step.attend, 0, q, k, v, causal_mask_function, None, None, None)
+        found = attend()
+        plain = Rows(**accelerator.tensors_on("cpu", arrays), longest=1)
+        cached_k, cached_v = (x.cpu().float() for x in layers[0])
+        wanted = attend_in_blocks(q.cpu().float(), cached_k, cached_v, plain, own[1] ** -0.5)
+        error = relative_error(found, wanted)
+        lines.add(attention=name, block_tokens=size, kernel=kernel and str(kernel), rows=rows, keys=keys, error=error,
+                  seconds=seconds_of(attend, 10))  # fmt: skip
+
+
+PIECES: dict[str, Any] = {"beside training": beside_training, "blocks 64": blocks}
 PIECES |= {
     f"{who} {rows}": functools.partial(answers, who=who, rows=rows) for who in ("ours", "PEFT") for rows in (32, 64)
 }

@@ -234,7 +234,7 @@ class _Step:
 
 
 @dataclass
-class _KernelStep(_Step):
+class KernelStep(_Step):
     """A step whose attention takes the blocks as they are."""
 
     kernel: PagedKernel
@@ -243,12 +243,12 @@ class _KernelStep(_Step):
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None, *_: object
     ) -> torch.Tensor:
-        """As `_GatheringStep.attend`, in causal order."""
+        """As `GatheringStep.attend`, in causal order."""
         return self.kernel.attend(q, *self.put(layer, k, v), self.rows, scale)
 
 
 @dataclass
-class _GatheringStep(_Step):
+class GatheringStep(_Step):
     """A step whose attention copies the keys and values of its requests, and makes masks."""
 
     groups: list[tuple[torch.Tensor, torch.Tensor]]
@@ -339,7 +339,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
-    paged_step: _KernelStep | _GatheringStep | _Shapes | None = None,
+    paged_step: KernelStep | GatheringStep | _Shapes | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: [1, heads, tokens, size] → [1, tokens, heads, size]."""
@@ -511,15 +511,15 @@ class PagedBatches:
         self, sent: Mapping[str, torch.Tensor], longest: int, groups: Sequence[int] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`_forward` of a step's tensors; ``longest``: most tokens of a request."""
-        step: _KernelStep | _GatheringStep
+        step: KernelStep | GatheringStep
         if self._kernel is not None:
             rows = Rows(sent["table"], sent["used"], sent["ends"], sent["ends_k"], longest)
-            step = _KernelStep(self._layers, sent["write"], self._kernel, rows)
+            step = KernelStep(self._layers, sent["write"], self._kernel, rows)
         else:
             tables = [sent[f"table {number}"] for number in range(len(groups))]
             parts = zip(tables, sent["positions"].split(list(groups)), strict=True)
             grouped = [(table, part.view(len(table), -1)) for table, part in parts]
-            step = _GatheringStep(self._layers, sent["write"], grouped)
+            step = GatheringStep(self._layers, sent["write"], grouped)
         return self._forward(sent["ids"], sent["positions"], sent["kept"], step, sent.get("scored"))
 
     def _forward(
@@ -527,7 +527,7 @@ class PagedBatches:
         ids: torch.Tensor,
         positions: torch.Tensor,
         kept: torch.Tensor,
-        step: _KernelStep | _GatheringStep | _Shapes,
+        step: KernelStep | GatheringStep | _Shapes,
         scored: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the kept places, and hidden states of the scored ones."""
