@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from qvera.cli.common import Overrides, console, flag, option, progress, quiet_libraries
-from qvera.cli.train import print_result
+from qvera.cli.train import loss_line, print_result
 from qvera.utils import formatting
 from qvera.utils.atomic import disk_errors, require_space
 from qvera.utils.errors import InputError, RunFailed
@@ -73,6 +73,7 @@ def quickstart(
             print(f"{label + ':':<11}{formatting.folded(sample[label])}")
     print("\n" + "─" * 80)
     print_result(result.run_dir, result.run)
+    print(f"loss              {loss_line(result.run, f'qvera train {result.run_dir}/recipe.yaml')}")
     print(f"talk to it        qvera chat {result.run_dir}")
     print(f"export it         qvera export {result.run_dir} OUT --to merged")
 

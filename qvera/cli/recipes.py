@@ -299,13 +299,14 @@ def plan(
     quiet_libraries()
 
     from qvera.adapters.files.save_load import check_start
-    from qvera.data import build_datasets
+    from qvera.data import build_datasets, planned_steps
     from qvera.distributed.zero import zero_config_of
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
     from qvera.training.plan.plan import print_plan
     from qvera.utils import accelerator
+    from qvera.utils.formatting import duration
 
     check_start(loaded.adapter)
     device = accelerator.current_device()
@@ -326,7 +327,15 @@ def plan(
     if machine is None and not no_timing:
         with progress("timing this machine"):
             made = dataclasses.replace(made, seconds=time_step(made, device))
+    counts = adapter_rows or ([] if rows is None else [len(rows)])
+    steps = sum(planned_steps(loaded, count) for count in counts) or None
     if as_json:
-        print(json.dumps(made.to_dict(), indent=1))
-    else:
-        print_plan(made, Console())
+        print(json.dumps({**made.to_dict(), "planned_steps": steps}, indent=1))
+        return
+    print_plan(made, Console())
+    if steps is not None:
+        most = ""
+        if made.seconds is not None and not made.slots:
+            time = duration(steps * sum(made.seconds.values()))
+            most = f", at most about {time} if each were the longest batch"
+        print(f"{steps:,} optimizer steps in all{most}. Loading, evaluations and answers are not counted.")

@@ -75,6 +75,8 @@ def train(
     if result is not None:
         with for_who_still_reads():
             print_result(result.run_dir, result.run)
+            sets = [part for override in overrides for part in ("--set", override)]
+            print(f"loss              {loss_line(result.run, shlex.join(['qvera', 'train', str(recipe), *sets]))}")
 
 
 def launch(
@@ -192,6 +194,38 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
     if result["tokens_per_second"]:
         print(f"speed             {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training")
     print(f"report            {run_dir / 'report.html'}")
+
+
+HARDLY = 0.05  # a loss that fell by a smaller share has hardly fallen
+FEW_STEPS = 30
+
+
+def loss_line(run: dict[str, Any], command: str) -> str:
+    """What the loss did in a run, by its run.json; where that was little, what to do next by which command."""
+    result = run["result"]
+    pairs = [(one.get("eval_before"), one.get("eval_after")) for one in run.get("adapters", [result])]
+    scored = [(before["loss"], after["loss"]) for before, after in pairs if before and after]
+    trained = [(one["train_loss_first"], one["train_loss_last"]) for one in run.get("adapters", [result])]
+    known = [each for each in scored or trained if all(loss is not None and math.isfinite(loss) for loss in each)]
+    if not known or not result["steps"]:
+        return "not known"
+    before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
+    share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
+    change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
+    answers = result.get("eval_after") or {}
+    none_right = answers.get("exact_match") == 0 and answers.get("exact_match_rows", 0) > 0
+    if "reward" in answers or (share >= HARDLY and not none_right):
+        return f"{change}."
+    longer = f"{command} --resume --set training.max_steps={2 * steps}"
+    find = f"{command} --find-lr"
+    first, last = result.get("train_loss_first"), result.get("train_loss_last")
+    if share < 0 and first and last and last < first * (1 - HARDLY):
+        return f"{change}, while the training loss fell: the rows are learnt by heart. Add rows, or take fewer steps."
+    if "adapters" not in run and share > 0 and steps < FEW_STEPS:
+        return f"{change} in {steps} steps, which are few. Go on: {longer}   Or look for a better rate: {find}"
+    if share > 0:
+        change += ", and no held-out answer is right" if share >= HARDLY else ", which is little"
+    return f"{change}. Look for a better rate: {find}   Or add rows or steps."
 
 
 def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:

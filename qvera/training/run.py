@@ -25,6 +25,7 @@ from qvera.training.run_dir import LENGTH, check_run_dir, run_lock, this_process
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
+from qvera.utils.formatting import duration
 from qvera.utils.paths import ADAPTERS, RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from qvera.training.loop import Loop
     from qvera.training.session import TrainingSession
 
+_MEASURED = 3  # steps, after which the time of all is told
 RESTART_WAIT_SECONDS = 60.0  # for the lock of the process whose place a restarted run takes
 
 
@@ -208,9 +210,17 @@ class Run(ABC):
     def take_steps(self) -> None:
         """Take the steps that are left, or those up to a request to stop, and save the last."""
         self.session.model.train()
+        begun = self.count
         with self.session.phase("training", self.steps, done=self.steps_behind) as self.progress:
             while self.has_steps_left and not self.stop_requested():
                 self.take_turn()
+                if self.count == begun + _MEASURED and (left := self.progress.left_seconds) is not None:
+                    self.console.print(
+                        f"{self.steps:,} steps in all: about {duration(left)} to go, by the first {_MEASURED} "
+                        f"{self.unit}s; evaluations and answers come on top.",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
         if self.count != self.saved:
             self.save_checkpoint()
         self.meet()

@@ -101,6 +101,11 @@ class Phase:
             count.done, count.facts = done, facts
             self._look()
 
+    @property
+    def left_seconds(self) -> float | None:
+        """See `_Count.left_seconds`."""
+        return self._now.left_seconds(time.monotonic())
+
     @contextlib.contextmanager
     def within(self, name: str, total: int | None = None) -> Iterator[None]:
         """Show another phase for the time of the block, as an evaluation between two steps. It takes no step's time."""
@@ -129,7 +134,7 @@ class Phase:
 
     def _line(self) -> str:
         now = self._now
-        left = now.left_seconds(time.monotonic())
+        left = self.left_seconds
         counted = "" if now.total is None else f"{self._text(now.done)}/{self._text(now.total)}"
         parts = [counted, now.facts, "" if not left else f"{duration(left)} left"]
         return ": ".join(filter(None, (now.name, ", ".join(filter(None, parts)))))
@@ -159,7 +164,7 @@ class Phase:
     def _write(self, file: Path) -> None:
         count = self._now
         known = {"name": count.name, "done": count.done, "total": count.total, "facts": count.facts}
-        known["left_seconds"] = count.left_seconds(time.monotonic())
+        known["left_seconds"] = self.left_seconds
         part = file.with_name(f"{file.name}.part")
         with contextlib.suppress(OSError):  # the disk is full, which what is written there for good will say
             part.write_text(json.dumps(known), encoding="utf-8")

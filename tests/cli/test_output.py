@@ -15,7 +15,7 @@ import pytest
 
 from qvera.cli.main import main
 from qvera.cli.streams import LossyStream
-from qvera.cli.train import print_result
+from qvera.cli.train import loss_line, print_result
 
 pytestmark = pytest.mark.process
 
@@ -99,6 +99,30 @@ def test_a_loss_that_is_not_known_is_a_dash_at_the_end_of_a_run(tmp_path: Path, 
     adapter = {"trainable_parameters": 8, "lora_r64_parameters": 64, "file_bytes": 100}
     print_result(tmp_path, {"result": result, "adapter": adapter})
     assert "held-out loss     – → 1.2500" in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
+    def line(before: float, after: float, steps: int = 100, exact: float = 0.5, last: float = 1.0) -> str:
+        scores = {"exact_match": exact, "exact_match_rows": 30}
+        result: dict[str, Any] = {"steps": steps, "train_loss_first": 4.0, "train_loss_last": last}
+        result |= {"eval_before": {"loss": before}, "eval_after": {"loss": after, **scores}}
+        return loss_line({"result": result}, "qvera train my.yaml")
+
+    assert line(1.65, 0.03) == "the held-out loss fell by 98.2 %."
+    find = "Look for a better rate: qvera train my.yaml --find-lr   Or add rows or steps."
+    assert line(5.53, 5.5) == f"the held-out loss fell by 0.5 %, which is little. {find}"
+    assert line(5.53, 4.48, exact=0) == f"the held-out loss fell by 19 %, and no held-out answer is right. {find}"
+    assert line(2.0, 2.5, last=4.2) == f"the held-out loss rose by 25 %. {find}"
+    assert "the rows are learnt by heart. Add rows, or take fewer steps" in line(2.0, 2.5)
+    few = line(5.53, 4.48, steps=17, exact=0)
+    assert "in 17 steps, which are few. Go on: qvera train my.yaml --resume --set training.max_steps=34 " in few
+    entry: dict[str, Any] = {
+        "eval_before": {"loss": 2.0},
+        "eval_after": {"loss": 1.0},
+        "train_loss_first": 2.0,
+        "train_loss_last": 1.0,
+    }
+    assert loss_line({"result": {"steps": 60}, "adapters": [entry] * 3}, "") == "the held-out loss fell by 50 %."
 
 
 def test_what_no_command_prints_ends_at_a_full_disk_too() -> None:

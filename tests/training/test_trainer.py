@@ -87,6 +87,7 @@ def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> 
     train(recipe, run_dir, console=console)
     text = console.export_text()
     assert re.search(r"Data: 32 rows to train on, 8 held out; the loss covers [\d,]+ of [\d,]+ tokens", text)
+    assert re.search(r"20 steps in all: about [\d.]+ s to go, by the first 3 steps", text)
     assert "⟦" not in text  # the rows themselves are for `qvera preview`
     done = run_json(run_dir)
     assert done["result"]["eval_after"]["loss"] < done["result"]["eval_before"]["loss"] - 0.7

@@ -22,11 +22,11 @@ from qvera.config.schema import parse_recipe
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_sha256, read_json
-from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
+from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER
 
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
-RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")  # a run directory has at least one of these
+RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json", RUN_OWNER)  # a run directory has at least one of these
 _MAX_STEP = 1e12
 _CLOCK_SECONDS = 5.0
 """A process begins before it writes down when it did; the two clocks may differ by this much."""

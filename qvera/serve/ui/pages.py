@@ -16,7 +16,7 @@ from qvera.evaluation.report.pages import compare_page, render
 from qvera.evaluation.report.read import Run, get_number, read_many
 from qvera.evaluation.report.run_page import adapter_page, many_page, run_page
 from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
-from qvera.serve.ui.views import Summaries, Summary, View, Views, four_digits, left_seconds
+from qvera.serve.ui.views import Progress, Summaries, Summary, View, Views, four_digits, left_seconds
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration
 
@@ -179,9 +179,13 @@ def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> 
 
 def _now(view: View) -> dict[str, Any]:
     """Figures of a running run: key, title, value and note of each."""
-    last = view.read.train.last
-    if view.state != "running" or last is None:
+    last, phase = view.read.train.last, Progress.of(view.directory)
+    if view.state != "running":
         return {}
+    shown_phase = [("phase", "Now", phase.name, phase.counted)] if phase.name not in ("", "training") else []
+    if last is None:
+        left_text = "" if phase.left_seconds is None else duration(phase.left_seconds)
+        return {"now": [*shown_phase, *([("left", "Left", left_text, "of this phase")] if left_text else [])]}
     step, is_many = get_number(last, "step") or 0.0, view.many is not None
     planned, many_steps = view.run.number("planned_steps"), view.read.adapter_steps
     if is_many and (view.read.sampled_bytes or (view.run.number("processes", "count") or 1) > 1):
@@ -197,7 +201,9 @@ def _now(view: View) -> dict[str, Any]:
     def text(record: dict[str, Any] | None, key: str, format: Callable[[float], str]) -> str:
         return "" if (value := get_number(record, key)) is None else format(value)
 
+    left = left if phase.left_seconds is None or shown_phase else phase.left_seconds
     figures = [
+        *shown_phase,
         ("step", "Round" if is_many else "Step", f"{step:,.0f}", of),
         ("left", "Left", "" if left is None else duration(left), "at the pace of the last steps"),
         ("loss", "Training loss", text(last, "loss", four_digits), "of the last step"),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qvera.evaluation.report.read import (
     AdapterEntry,
@@ -38,7 +38,7 @@ from qvera.serve.ui.metrics import MetricsFile, Read
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_stamp, read_json
 from qvera.utils.formatting import count, duration, significant, text_or_dash
-from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER
+from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER, RUN_PROGRESS
 
 State = Literal["running", "finished", "interrupted", "failed", "unreadable"]
 """``interrupted``, too: its files have no end, and no process can write one."""
@@ -51,7 +51,7 @@ _SPEED_STEPS = 50  # last steps, from which the time left is estimated
 MOST_VIEWS = 16
 """Runs whose curves stay in memory, at some megabytes each; the least recently viewed one goes."""
 _SCORED = ("eval.json", f"adapter/{ADAPTER_WEIGHTS}")
-SIGNED = (RECIPE_FILE, "run.json", *_SCORED)  # files of a page, besides metrics.jsonl
+SIGNED = (RECIPE_FILE, "run.json", *_SCORED, RUN_PROGRESS)  # files of a page, besides metrics.jsonl
 Stamps = tuple[tuple[int, ...], ...]
 
 
@@ -65,15 +65,36 @@ def state_of(directory: Path, status: str) -> State:
 
 def _has_process(directory: Path) -> bool:
     """Whether the run's owner process exists. One on another machine counts as existing."""
-    if (descriptor := open_plain(directory / RUN_OWNER)) is None:
-        return False
+    owner = _small(directory / RUN_OWNER)
+    return process_exists(get_number(owner, "pid"), get_text(owner, "host"), get_text(owner, "started"))
+
+
+def _small(file: Path) -> object:
+    """What a small JSON file holds; None where it can't be read."""
+    if (descriptor := open_plain(file)) is None:
+        return None
     try:
-        owner = json.loads(os.read(descriptor, 4096))
+        return json.loads(os.read(descriptor, 4096))
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
     finally:
         os.close(descriptor)
-    return process_exists(get_number(owner, "pid"), get_text(owner, "host"), get_text(owner, "started"))
+
+
+class Progress(NamedTuple):
+    """The phase of a run: its name, how much of it is done, and the seconds that it still takes."""
+
+    name: str = ""
+    counted: str = ""
+    left_seconds: float | None = None
+
+    @classmethod
+    def of(cls, directory: Path) -> Progress:
+        """As the run wrote it (`qvera.utils.progress.Phase`)."""
+        found = _small(directory / RUN_PROGRESS)
+        done, total = get_number(found, "done"), get_number(found, "total")
+        counted = "" if done is None or not total else f"{count(done)} of {count(total)}"
+        return cls(get_text(found, "name"), counted, get_number(found, "left_seconds"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +133,7 @@ class Summaries:
             return signature_of(self._summary(id, directory).state, stamps_of(directory, *SIGNED))
 
     def _summary(self, id: str, directory: Path) -> Summary:
-        stamps = stamps_of(directory, "run.json", "metrics.jsonl")
+        stamps = stamps_of(directory, "run.json", "metrics.jsonl", RUN_PROGRESS)
         if id not in self._known or self._known[id][0] != stamps:
             self._known[id] = stamps, read_cells(directory)
         status, (*cells, left) = self._known[id][1]
@@ -121,6 +142,10 @@ class Summaries:
         changed = max((stamp[1] for stamp in stamps if stamp), default=0) / 1e9
         when = datetime.fromtimestamp(changed, UTC)
         date = f"{when.day} {when:%b, %H:%M}" if changed else ""
+        if state == "running" and (now := Progress.of(directory)).name:
+            if now.name != "training":
+                cells[1] = f"{now.name} {now.counted}".strip()
+            left = text_or_dash(now.left_seconds, duration)
         return Summary(id, state, [*cells, left if state == "running" else "", date], changed)
 
 

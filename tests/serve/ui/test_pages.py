@@ -19,7 +19,7 @@ from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import compare_page
 from qvera.serve.ui.directories import RunDirectories
 from qvera.utils.errors import InputError
-from qvera.utils.paths import RUN_OWNER
+from qvera.utils.paths import RUN_OWNER, RUN_PROGRESS
 from tests.evaluation.report.conftest import adapter_entry, eval_rows, many_info, many_rows, run_info, train_rows
 from tests.serve.ui.conftest import Served, append, begin
 
@@ -101,6 +101,24 @@ def test_new_resumed_and_deleted_runs_are_noticed(build_run: Build, served: Serv
     assert served.get("/run/a/b/copy").status_code == 404
     served.look_again()
     assert rows_of(served).keys() == {"late"}
+
+
+def test_every_phase_of_a_run_has_its_name_its_count_and_its_time_left(
+    build_run: Build, served: Served, tmp_path: Path
+) -> None:
+    """Also one that has written nothing yet, and one of many adapters."""
+    (tmp_path / "loading").mkdir()
+    begin(tmp_path / "loading")
+    begin(build_run(name="many", info=None, evals=None, train=many_rows()), **(many_info() | {"status": "running"}))
+    phase = {"name": "answering 48 prompts with the base", "done": 5, "total": 48, "left_seconds": 90, "facts": ""}
+    (tmp_path / "loading" / RUN_PROGRESS).write_text(json.dumps(phase))
+    (tmp_path / "many" / RUN_PROGRESS).write_text(json.dumps({**phase, "name": "training"}))
+    rows = rows_of(served)
+    assert rows["loading"][:2] == ["running", "answering 48 prompts with the base 5 of 48"]
+    assert rows["loading"][5] == rows["many"][5] == "1 min 30 s"
+    page = text_of(served.get("/run/loading").text)
+    assert "Now answering 48 prompts with the base 5 of 48 Left 1 min 30 s of this phase" in page
+    assert "Left 1 min 30 s" in text_of(served.get("/run/many").text)
 
 
 FILES = ("run.json", "recipe.yaml", "metrics.jsonl")

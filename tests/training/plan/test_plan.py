@@ -206,7 +206,7 @@ def test_a_step_has_seconds_and_random_numbers_go_on_as_before(
 
 
 def test_the_command(write_recipe: Any, capsys: Any) -> None:
-    recipe = str(write_recipe())
+    recipe = str(write_recipe(training={"max_steps": 7}))
     assert main(["plan", recipe, "--no-timing"]) == 0
     said = capsys.readouterr().out
     assert "Fits" in said
@@ -216,6 +216,9 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
     parts = plan["memory"]["moments"][plan["memory"]["peak_moment"]]
     assert sum(part["bytes"] for part in parts) == plan["memory"]["total_bytes"]
     assert 0 < plan["step_seconds"] < 10
+    assert plan["planned_steps"] == 7
+    assert main(["plan", recipe]) == 0
+    assert "7 optimizer steps in all, at most about " in capsys.readouterr().out
     assert main(["plan", recipe, "--gpu", "0.001GB"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Does not fit" in said
