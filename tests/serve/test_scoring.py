@@ -75,7 +75,9 @@ def test_a_prompt_is_computed_once_for_its_scores_and_all_answers_that_are_asked
     group = [_scored(prompt, adapter, PromptScoring(79), 2), *(request(prompt, adapter, 2) for _ in range(7))]
     with engine_with(step_tokens=48) as engine:
         run = engine._batches.run
-        engine._batches.run = lambda batch: (counts.append(sum(count for _, count in batch)), run(batch))[1]
+        engine._batches.run = lambda batch, *more: (counts.append(sum(count for _, count in batch)), run(batch, *more))[
+            1
+        ]
         answers = [submit(engine, one) for one in group]
         assert len({tuple(answer.tokens) for answer in answers}) == 1
         assert sum(counts) == 80 + 7 * 16 + 8  # the last block is each one's own, and so is the first new token
