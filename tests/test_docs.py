@@ -200,11 +200,11 @@ def test_the_example_of_many_adapters_runs(workspace: Path, monkeypatch: pytest.
 
 
 def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, workspace: Path) -> None:
-    """On one name: qvera itself, PEFT and transformers are all that they import."""
+    """On one name: qvera itself, torch, PEFT and transformers are all that they import."""
     blocks = python_blocks("docs/api.md")
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     imported = re.findall(r"^(?:import|from) (\S+)", "\n".join(blocks), re.MULTILINE)
-    assert set(imported) == {"qvera", "peft", "transformers"}
+    assert set(imported) == {"qvera", "torch", "peft", "transformers"}
     names: dict[str, Any] = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows)}
     names |= {"CUSTOMERS": str(workspace / "customers.csv"), "WHERE": str(tmp_path)}
     for block in blocks:
@@ -212,6 +212,8 @@ def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: P
         exec(compile(shorter, "docs/api.md", "exec"), names)
     assert len(names["answers"]) == 2
     assert names["steps"] == [1, 2]
+    assert names["again"] == pytest.approx(names["after"], rel=1e-5)
+    assert names["after"] < names["before"] - 0.2
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "followed" / "checkpoints" / "step-00000003").is_dir()
     assert json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))["status"] == "done"
