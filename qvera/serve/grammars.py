@@ -70,11 +70,7 @@ class Grammars:
         self._texts, self._stop_tokens = texts, stop_tokens
 
     def of_schema(self, schema: dict[str, Any], name: str) -> Grammar:
-        """JSON that a schema describes.
-
-        Raises InputError: the schema can't be compiled; names the part of ``name`` that is at fault. Or llguidance is
-        not installed.
-        """
+        """JSON of a schema. Raises InputError that names the part of ``name`` at fault, or a missing llguidance."""
         grammar = self._of_schema(schema)
         if not (error := grammar.error):
             return grammar
@@ -94,15 +90,10 @@ class Grammars:
         single: bool,
         answer: Grammar | None = None,
     ) -> Grammar:
-        """Calls of tools, one to a line, or an answer by a schema's grammar.
+        """Calls of tools, one to a line (``single``: one at all), or an ``answer`` of a schema if there is one.
 
-        Args:
-            parameters: of each tool, a JSON schema.
-            literals: what stands before a name, between name and arguments, and behind them.
-            single: whether there is one call only.
-            answer: None: there must be a call.
-
-        Raises InputError as `of_schema`.
+        ``parameters``: a JSON schema for each tool. ``literals``: what stands before a name, between it and the
+        arguments, and behind them. Raises InputError as `of_schema`.
         """
         (before, between, behind), lines = literals, list[str]()
         for number, (name, schema) in enumerate(parameters.items()):
@@ -114,9 +105,9 @@ class Grammars:
         if answer is not None:
             lines, calls = [*lines, f"answer: {answer.text}"], f"{calls} | answer"
         grammar = self._compiled("\n".join([f"start: {calls}", *lines]))
-        if grammar.error:
-            raise InputError(f"tools: a grammar of all of them can't be made: {grammar.error}")
-        return grammar
+        if not grammar.error:
+            return grammar
+        raise InputError(f"tools: a grammar of all of them can't be made: {grammar.error}")
 
     def _of_schema(self, schema: dict[str, Any]) -> Grammar:
         return self._compiled(_json(schema), "start: ")
@@ -138,10 +129,9 @@ class Grammars:
     @functools.cached_property
     def _vocabulary(self) -> tuple[LLTokenizer, int]:
         """The vocabulary as llguidance knows it, and its size. A second of work for 150,000 tokens."""
-        vocabulary = _Vocabulary(self._texts)
-        count = len(vocabulary.tokens) - 1
+        wrapped = self._llguidance.TokenizerWrapper(_Vocabulary(self._texts))
+        count = self._texts.size
         ends = sorted(self._stop_tokens) or [count]
-        wrapped = self._llguidance.TokenizerWrapper(vocabulary)
         return self._llguidance.LLTokenizer(wrapped, n_vocab=count + 1, eos_token=ends), count
 
 

@@ -30,8 +30,7 @@ class TokenTexts:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without special ones before or after it."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of these tokens, with or without special ones."""

@@ -126,6 +126,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchemaBody | None = None
 
 
+Token = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None
 
 
@@ -150,13 +152,7 @@ class GenerationBody(Body):
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = 1.0
     """As vLLM's: of tokens in the prompt and the answer."""
-    logit_bias: (
-        Annotated[
-            dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
-            Field(max_length=1024),
-        ]
-        | None
-    ) = None
+    logit_bias: Annotated[dict[Token, Bias], Field(max_length=1024)] | None = None
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
         """What an answer must follow. Raises ApiError 400 that names the part of a schema that can't be kept to."""
@@ -223,28 +219,22 @@ class ToolBody(Body):
     function: FunctionBody
 
 
-class FunctionName(Body):
-    """Which function."""
-
-    name: ToolName
-
-
 class NamedTool(Body):
-    """The tool that must be called."""
+    """The tool that must be called, by its name."""
 
     type: Literal["function"]
-    function: FunctionName
+    function: FunctionBody
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(fail_fast=True)]
 
 
 class MessageBody(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        Text
-        | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
-        | None
-    ) = None
+    content: Text | Parts | None = None
     """None: of an assistant's message that only calls tools."""
     name: Text | None = None
     tool_calls: Annotated[list[CallBody], Field(fail_fast=True)] | None = None
@@ -303,27 +293,24 @@ class ChatBody(GenerationBody):
 
     def grammar_with(self, grammars: Grammars, form: ToolFormat) -> Grammar | None:
         """As `grammar`, with calls of tools that may or must be made."""
-        answer, named = self.grammar(grammars), isinstance(self.tool_choice, NamedTool)
-        if answer is None and not named and self.tool_choice != "required":
+        answer, must = self.grammar(grammars), self.tool_choice not in (None, "auto")
+        if answer is None and not must:
             return None
         if form.literals is None:
-            raise bad_request(
-                "tools: this model's calls are in a form without a grammar: they can't be forced.", "tools"
-            )
+            raise bad_request("tools: this model's calls have no grammar here, so they can't be forced.", "tools")
         functions = [tool.function for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool):
             functions = [each for each in functions if each.name == self.tool_choice.function.name]
         nothing: dict[str, Any] = {"type": "object", "additionalProperties": False}
         parameters = {each.name: each.parameters or nothing for each in functions}
-        if named or self.tool_choice == "required":
-            answer = None
+        single = form.is_single or self.most_calls == 1
         try:
-            return grammars.of_calls(parameters, form.literals, form.is_single or self.most_calls == 1, answer)
+            return grammars.of_calls(parameters, form.literals, single, None if must else answer)
         except InputError as error:
             raise bad_request(str(error), "tools") from None
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
 
 
 class CompletionBody(GenerationBody):
