@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from bench import alpaca, classification, family, family_picture, gguf_answers, 
 from bench.common import RESULTS, do_missing, read_lines, with_table, write_rows
 from bench.gpu import fast
 from bench.gpu.common import Lines
-from bench.gpu.first_machine import PARTS
+from bench.gpu.first_machine import PART_SECONDS, PARTS
 from bench.gpu.first_machine import run as run_piece
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
@@ -72,6 +73,7 @@ def test_a_piece_that_hangs_or_fails_is_named_dies_with_all_that_it_started_and_
     assert found[0]["error"] == "stopped after 1 s" and "no card" in found[1]["said"] and "error" not in found[2]
     time.sleep(3)
     assert not mark.exists()
+    assert all(sum(seconds for _, _, seconds in part) <= PART_SECONDS < 540 for part in PARTS.values())
 
 
 def test_a_case_with_other_settings_than_qvera_train_is_not_timed(
@@ -88,6 +90,14 @@ def test_a_case_with_other_settings_than_qvera_train_is_not_timed(
             monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:other")
             with pytest.raises(RuntimeError, match="settings are not those of qvera train.*backend:other"):
                 fast.PIECES[piece](args, lines)
+            monkeypatch.undo()
+            settings, session = read_lines(args.lines)[0]["settings"], fast.session_of(args, "ours r=256", 16)
+            monkeypatch.setattr(fast, "session_of", mock.Mock(return_value=session))
+            for key in settings:  # each alone
+                monkeypatch.setattr(fast, "expected_settings", mock.Mock(return_value={**settings, key: "another"}))
+                with pytest.raises(RuntimeError, match=f"not those of qvera train: {{'{key}'"):
+                    fast.PIECES[piece](args, lines)
+    assert len(settings) >= 9
     assert [row["piece"] for row in read_lines(args.lines)] == ["qvera train"]
 
 

@@ -38,19 +38,19 @@ _CASES = (
     "ours resident r=256",
 )
 _MODES = ("checkpointing", "no checkpointing", "offloaded", "packed", "float16", "streamed", "compiled")
-# of each part: module, piece, and the seconds that it may take
+# of each part: module, piece, and the seconds that it may take; together at most PART_SECONDS
 PARTS: dict[str, list[tuple[str, str, int]]] = {
     "A": [
-        ("right", "ceilings", 40), ("right", "operators", 90), ("right", "layer", 70), ("right", "resumed", 120),
-        ("right", "export", 60), ("right", "tests", 150), ("right", "sanitizer", 120),
+        ("right", "ceilings", 30), ("right", "operators", 70), ("right", "layer", 60), ("right", "resumed", 90),
+        ("right", "export", 50), ("right", "tests", 130), ("right", "sanitizer", 90),
     ],
     "B": [
-        ("fast", "qvera train", 90), ("fast", "host", 60),
-        *(("fast", f"{case}, round {turn}", 60) for turn in (1, 2) for case in _CASES),
+        ("fast", "qvera train", 70), ("fast", "host", 40),
+        *(("fast", f"{case}, round {turn}", 30) for turn in (1, 2) for case in _CASES),
     ],
     "C": [
-        *(("large", mode, 60) for mode in _MODES[:3]), ("large", "offloaded 32k", 90), ("large", "streamed 70b", 120),
-        ("large", "profile", 60), *(("large", mode, 60) for mode in _MODES[3:]),
+        *(("large", mode, 45) for mode in _MODES[:3]), ("large", "offloaded 32k", 70), ("large", "streamed 70b", 90),
+        ("large", "profile", 50), *(("large", mode, 45) for mode in _MODES[3:]),
     ],
     "D": [*(("serving", f"{what} {rows}", 90) for rows in (32, 64) for what in ("ours", "PEFT")),
           ("serving", "beside training", 120), ("serving", "blocks 64", 30)],

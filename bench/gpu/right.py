@@ -82,8 +82,9 @@ def operators(args: argparse.Namespace, lines: Lines) -> None:
         return torch.randn(*sizes, generator=generator, device=device)
 
     ends = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32, device=device)
-    head = torch.nn.Linear(h, 1000, bias=False, device=device).requires_grad_(False)
-    labels = torch.arange(tokens, device=device)[None] % 1000
+    vocabulary = 1000 if args.shape == "tiny" else 32_003  # no multiple of a block
+    head = torch.nn.Linear(h, vocabulary, bias=False, device=device).requires_grad_(False)
+    labels = torch.arange(tokens, device=device)[None] % vocabulary
 
     def joined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         at = "cpu" if q.dtype == torch.float64 else device  # no card has the kernel in fp64
@@ -92,10 +93,10 @@ def operators(args: argparse.Namespace, lines: Lines) -> None:
         out = varlen_attention(q.to(at), k.to(at), v.to(at), where, where, longest, longest, size**-0.5)
         return out.to(device)
 
-    def loss(x: torch.Tensor) -> torch.Tensor:
-        module = torch.nn.Linear(h, 1000, bias=False, device="meta")
+    def loss(x: torch.Tensor, cap: float | None = None, smoothing: float = 0.0) -> torch.Tensor:
+        module = torch.nn.Linear(h, vocabulary, bias=False, device="meta")
         module.weight = torch.nn.Parameter(head.weight.to(x.dtype), requires_grad=False)
-        return fused_linear_cross_entropy(x, labels, Head(module, None, 1.0), 256)[0]
+        return fused_linear_cross_entropy(x, labels, Head(module, cap, 1.0), 256, label_smoothing=smoothing)[0]
 
     def vera(x: Any, A: Any, B: Any, base: Any, d: Any, b: Any) -> torch.Tensor:
         return expand(base.clone(), project(x, A), d, b, B, 0.3)
@@ -116,8 +117,12 @@ def operators(args: argparse.Namespace, lines: Lines) -> None:
         "SwiGLU, backward": (elementwise.swiglu_backward, [draw(tokens, f) for _ in range(3)], 0),
         "joined rows": (joined, [draw(tokens, heads, size) for _ in range(3)], 0),
         "loss": (loss, [draw(1, tokens, h)], 0),
+        "loss, capped and smoothed": (
+            functools.partial(loss, cap=5.0, smoothing=0.1), [draw(1, tokens, h)], 0,
+        ),
     }  # fmt: skip
-    with_gradients = ("VeRA up", "VeRA down, b_groups: 3", "input scale", "joined rows", "loss")
+    with_gradients = ("VeRA up", "VeRA down, b_groups: 3", "input scale", "joined rows", "loss",
+                      "loss, capped and smoothed")  # fmt: skip
 
     def numbers(name: str, dtype: torch.dtype, rounded: torch.dtype) -> list[torch.Tensor]:
         function, inputs, vectors = cases[name]
