@@ -38,6 +38,7 @@ from qvera.adapters.config import PREFIX
 from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import Source, method_of
+from qvera.adapters.methods.lora import Lora
 from qvera.adapters.projection import forget_inputs
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import draws_random_numbers
@@ -82,6 +83,11 @@ class ModelShape(NamedTuple):
     rank: int
     targets: str = "all-linear"
     """``all-linear``, or the linears of ``attention``, or the others: ``mlp``."""
+
+    @property
+    def is_lora(self) -> bool:
+        """Each model has A and B of its own; else it has vectors of VeRA."""
+        return self.method == Lora.name
 
 
 class RowResults(NamedTuple):
@@ -193,7 +199,7 @@ class _Pool:
     def open(self, slots: int) -> None:
         """Make the bank anew. ``pending`` [slots, trained_numbers] are gradients of whole calls."""
         self.bank: AdapterBank = self.lent.make_bank(slots)
-        factors = dict.fromkeys(self.bank.layout.columns, VERA_RATE_FACTOR if self.shape.method == "vera" else 1.0)
+        factors = dict.fromkeys(self.bank.layout.columns, 1.0 if self.shape.is_lora else VERA_RATE_FACTOR)
         self.adamw, self.pending = BankAdamW(self.bank, factors), torch.zeros_like(self.bank.gradients)
         self.trained = {"first": self.adamw.first, "second": self.adamw.second, "pending": self.pending}
         self.residents: list[_Model | None] = [None] * slots
@@ -502,7 +508,7 @@ class Tenants:
         """The models of a shape; CallFailed where there can be none."""
         if shape not in self._pools:
             about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets)}
-            section = AdapterSection.model_validate(about | ({"alpha": LORA_ALPHA} if shape.method == "lora" else {}))
+            section = AdapterSection.model_validate(about | ({"alpha": LORA_ALPHA} if shape.is_lora else {}))
             self._pools[shape] = _Pool(shape, LentBank(self._base, f"__{'-'.join(map(str, shape))}__", section))
         return self._pools[shape]
 

@@ -25,7 +25,7 @@ from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed, pl
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
 from qvera.serve.tinker.messages import decompress
 from qvera.serve.tinker.sampling import CLONE, NewSampler, Samples
-from qvera.training.tenants import VERA_RATE_FACTOR
+from qvera.training.tenants import VERA_RATE_FACTOR, ModelShape
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -197,14 +197,13 @@ async def _created(sender: Sender, kind: str, form: type[CreateModel] | type[Loa
 @router.post("/get_info")
 def get_info(sender: Reader, asked: Named) -> dict[str, Any]:
     model, base = sender.tinker.model(asked.model_id, sender.owner), sender.tinker.base
-    is_lora = model.shape.method == "lora"
-    arch = base.architecture + ("" if is_lora else f", VeRA at {VERA_RATE_FACTOR:g} times learning_rate")
+    arch = base.architecture + ("" if model.shape.is_lora else f", VeRA at {VERA_RATE_FACTOR:g} times learning_rate")
     return {
         "type": "get_info",
         "model_id": model.id,
         "model_name": model.base,
         "model_data": {"arch": arch, "model_name": model.base, "tokenizer_id": base.tokenizer},
-        "is_lora": is_lora,
+        "is_lora": model.shape.is_lora,
         "lora_rank": model.shape.rank,
         "optimizer_config": _ADAMW,
     }
@@ -395,13 +394,14 @@ def delete(sender: Trainer, run: str, checkpoint: str) -> None:
 
 @router.post("/weights_info")
 def weights_info(sender: Reader, body: Named) -> dict[str, Any]:
-    about = sender.checkpoints.find(body.tinker_path, sender.owner).about
+    checkpoint = sender.checkpoints.find(body.tinker_path, sender.owner)
+    shape = checkpoint.shape
     return {
-        "base_model": about["base"],
-        "is_lora": about["method"] == "lora",
-        "lora_rank": about["rank"],
-        "train_attn": about["targets"] != "mlp",
-        "train_mlp": about["targets"] != "attention",
+        "base_model": checkpoint.about["base"],
+        "is_lora": shape.is_lora,
+        "lora_rank": shape.rank,
+        "train_attn": shape.targets != "mlp",
+        "train_mlp": shape.targets != "attention",
         "train_unembed": False,
         "optimizer_config": _ADAMW,
     }
@@ -415,14 +415,14 @@ def copy_weights(sender: Trainer, body: Copy) -> dict[str, Any]:
 
 
 def _run_card(sender: Sender, row: sqlite3.Row) -> dict[str, Any]:
-    method, rank, _ = json.loads(row["shape"])
+    shape = ModelShape(*json.loads(row["shape"]))
     state, sampler = (sender.checkpoints.newest(row["id"], kind) for kind in ("weights", "sampler_weights"))
     return {
         "training_run_id": row["id"],
         "base_model": row["base"],
         "model_owner": row["owner"],
-        "is_lora": method == "lora",
-        "lora_rank": rank,
+        "is_lora": shape.is_lora,
+        "lora_rank": shape.rank,
         "last_request_time": _moment(row["last_request"]),
         "last_checkpoint": None if state is None else _card(state),
         "last_sampler_checkpoint": None if sampler is None else _card(sampler),

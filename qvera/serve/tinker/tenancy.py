@@ -257,7 +257,7 @@ class Tinker:
             found = self.checkpoints.find(asked.path, owner, "weights")
             base, shape = asked.base_model or found.about["base"], found.shape
             self._vera_rank(base)
-        most = self.settings.max_rank if shape.method == "lora" else self.settings.max_vera_rank
+        most = self.settings.max_rank if shape.is_lora else self.settings.max_vera_rank
         if not 1 <= shape.rank <= most:
             raise InputError(f"rank: is {shape.rank:,}, and this server takes 1 to {most:,} of {shape.method}.")
         with self._lock:
