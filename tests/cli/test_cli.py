@@ -232,7 +232,7 @@ def test_ctrl_c_saves_and_exits_75(
             patch.setattr(sys, "stderr", nobody)
         assert main(["train", recipe]) == 75
     pressing.join()
-    assert not is_read or "--resume goes on" in capsys.readouterr().err
+    assert not is_read or "The same command goes on" in capsys.readouterr().err
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     assert 3 < steps() < 30
     assert main(["train", recipe, "--resume"]) == 0
