@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 
 import qvera
-from qvera.serve.api import completions, errors, files, fine_tuning, models
+from qvera.serve.api import completions, errors, files, fine_tuning, models, responses
 from qvera.serve.api.access import LOCAL, Access, is_loopback, is_of_other_site, name_of
 from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
 from qvera.serve.api.server import ClientGone
@@ -31,6 +31,7 @@ _PATHS_OF_ONE = ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs")  # more foll
 _KNOWN_PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/v1/load_adapter",
@@ -54,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
     # The pages of FastAPI's documentation load scripts from other hosts.
     app = FastAPI(title="qvera", version=qvera.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    for each in (completions.router, models.router, files.router, fine_tuning.router, router):
+    for each in (completions.router, responses.router, models.router, files.router, fine_tuning.router, router):
         app.include_router(each)
     if service.tinker is not None:
         from qvera.serve.tinker import routes, sampling
@@ -127,7 +128,7 @@ class Guard:
             if path.startswith(TINKER) and "route" in scope:
                 of_one = scope["route"].path
             service.metrics.calls.labels(of_one or (path if path in _KNOWN_PATHS else "other"), str(status)).inc()
-            if path.endswith("/completions"):
+            if path.endswith(("/completions", "/responses")):
                 service.metrics.call_seconds.observe(time.monotonic() - began)
 
     async def _access(self, path: str, headers: Headers) -> Access:

@@ -59,6 +59,10 @@ def test_an_answer_is_an_object_of_the_class_that_was_asked_for(models: tuple[op
         assert (choice.finish_reason, type(choice.message.parsed)) == ("stop", Mug)
         with client.chat.completions.stream(response_format=Mug, **asked) as stream:
             assert stream.get_final_completion().choices[0].message.content == choice.message.content
+        found = client.responses.parse(
+            model=name, text_format=Mug, input="3 red mugs", temperature=0, max_output_tokens=150
+        )
+        assert found.status == "incomplete" or type(found.output_parsed) is Mug
         plain = client.chat.completions.create(
             **asked, n=2, response_format={"type": "json_object"}, top_logprobs=0, logprobs=True
         )

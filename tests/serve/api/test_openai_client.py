@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -70,6 +70,77 @@ def test_a_loop_of_tool_calls_goes_on_from_their_results(start: Start) -> None:
         assert all(text in shown for text in written), shown
         client.chat.completions.create(messages=messages[:1], tool_choice="none", **asked)
         assert "stock" not in served.prompts.encoder.tokenizer.decode(served.engine.requests[-1].prompt)
+
+
+def test_responses_are_the_chats_answers_in_items_and_events(start: Start) -> None:
+    served = start(template=HERMES)
+    with client_of(served) as client:
+        asked: Any = {"model": "anna", "instructions": "be short", "input": "say blue"}
+        found = client.responses.create(**asked, store=False)
+        assert (found.status, found.output_text, found.model) == ("completed", "anna says blue", "anna")
+        client.chat.completions.create(model="anna", **SAY)
+        one, other = served.engine.requests
+        assert one.prompt == other.prompt
+        assert found.usage is not None
+        assert found.usage.input_tokens == len(one.prompt)
+        events = list(client.responses.create(**asked, stream=True))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        kinds = [event.type for event in events]
+        opening = ["created", "in_progress", "output_item.added", "content_part.added", "output_text.delta"]
+        closing = ["output_text.delta", "output_text.done", "content_part.done", "output_item.done", "completed"]
+        assert (kinds[:5], kinds[-5:]) == (
+            [f"response.{each}" for each in opening],
+            [f"response.{each}" for each in closing],
+        )
+        with client.responses.stream(**asked) as stream:
+            assert stream.get_final_response().output_text == "anna says blue"
+        cut: Any = list(client.responses.create(**asked, max_output_tokens=4, stream=True))[-1]
+        last = cut.response
+        assert (cut.type, last.incomplete_details.reason) == ("response.incomplete", "max_output_tokens")
+        assert 0 < len(last.output_text) < len(found.output_text)
+        served.said["anna"] = ""
+        assert [item.type for item in client.responses.create(**asked).output] == ["message"]
+        served.engine.fails = "out of memory"
+        failed: Any = list(client.responses.create(**asked, stream=True))[-1]
+        assert (failed.type, failed.response.error.message) == ("response.failed", "The engine failed: out of memory")
+
+
+def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
+    served = start(template=HERMES)
+    call = '<tool_call>\n{"name": "stock", "arguments": {"color": "red"}}\n</tool_call>'
+    tools: Any = [{"type": "function", "name": "stock", "parameters": {"type": "object"}, "strict": False}]
+    served.said["anna"] = f"I look.\n{call}"
+    with client_of(served) as client:
+        items: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": "red mugs?"}]}]
+        found = client.responses.create(model="anna", input=items, tools=tools)
+        assert [item.type for item in found.output] == ["message", "function_call"]
+        with client.responses.stream(model="anna", input=items, tools=tools) as stream:
+            said, made = cast(Any, stream.get_final_response().output)
+        assert (said.content[0].text, made.name, made.arguments) == ("I look.", "stock", '{"color": "red"}')
+        items += [
+            *found.output,
+            {"type": "function_call_output", "call_id": cast(Any, found.output[1]).call_id, "output": "7"},
+        ]
+        served.said["anna"] = "7."
+        assert client.responses.create(model="anna", input=items, tools=tools).output_text == "7."
+        shown = served.prompts.encoder.tokenizer.decode(served.engine.requests[-1].prompt)
+        assert (
+            f"red mugs?<|im_end|>\n<|im_start|>assistant\nI look.{call}<|im_end|>\n<|im_start|>tool\n7<|im_end|>"
+            in shown.replace("I look.\n", "I look.")
+        )
+        refused: list[tuple[dict[str, Any], str, str]] = [
+            ({"previous_response_id": found.id}, "previous_response_id", "not supported"),
+            ({"tools": [{"type": "web_search", "name": "x"}]}, "tools", "should be .function"),
+            ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
+            ({"tools": tools, "tool_choice": {"type": "function", "name": "!"}}, "tool_choice", "tool_choice"),
+            ({"input": [{"content": "x"}]}, "input", "input.0.role"),
+            ({"max_output_tokens": 999}, "", "with 999 new ones"),
+            ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "thing"}}}}, "text", "text.format.schema"),
+        ]  # fmt: skip
+        for keys, param, message in refused:
+            with pytest.raises(openai.BadRequestError, match=message) as error:
+                client.responses.create(**{"model": "anna", "input": "x", **keys})
+            assert (error.value.param or "") == param
 
 
 def test_errors_are_the_clients_own(start: Start) -> None:
