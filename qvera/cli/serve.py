@@ -206,22 +206,32 @@ def ui(
     host: Annotated[str, option("ADDRESS", "Beyond the loopback address anyone can read.")] = "127.0.0.1",
     port: Port = 8001,
     open_browser: Annotated[bool, flag("--open", "Open the page in a browser.")] = False,
+    train: Annotated[bool, flag("--train", "A form that starts runs in the first RUNS, for who has the key.")] = False,
 ) -> None:
     """Show runs in a browser, while they train.
 
     A list of all runs, a page for each with curves that grow, comparisons, answers before and after, adapters. Reads
-    the runs' files and writes nothing. New runs show up by themselves. Ctrl-C ends it.
+    the runs' files and writes nothing but --train's recipes. New runs show up by themselves. Ctrl-C ends it.
 
     Example:
         qvera ui runs
     """
+    if train and not is_loopback(host):
+        raise InputError(f"--train: starts processes, which others must not reach; leave out --host {host}.")
     require_packages("serve", "starlette", "uvicorn")
 
     from qvera.serve.api.server import Server, bound
     from qvera.serve.ui.app import create_app
 
-    app = create_app(runs, host)
-    with bound(host, port) as (listener, url):
+    if train:
+        with contextlib.suppress(OSError):  # it is there, or `create_app` says what is wrong with it
+            runs[0].mkdir()
+    app = create_app(runs, host, train)
+    starter = app.state.service.pages.starter
+    with bound(host, port) as (listener, url), contextlib.ExitStack() as ending:
+        if starter is not None:
+            ending.callback(starter.close)
+            url = f"{url}/new?key={starter.key}"
 
         def started() -> None:
             print(url, flush=True)

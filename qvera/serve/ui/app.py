@@ -1,21 +1,24 @@
-"""The Starlette app of `qvera ui`: read-only pages, their style and scripts, and server-sent events."""
+"""The Starlette app of `qvera ui`: read-only pages, their look, server-sent events, and the form of --train."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from qvera.evaluation import report
@@ -24,6 +27,7 @@ from qvera.serve.api.server import EventStream
 from qvera.serve.ui.directories import RunDirectories
 from qvera.serve.ui.metrics import NOTHING, Position, news_since
 from qvera.serve.ui.pages import Finder, Pages, list_signature, run_href
+from qvera.serve.ui.start import FIELDS, Starter
 from qvera.serve.ui.views import NotFound, Summaries, Views
 from qvera.utils.errors import InputError
 
@@ -41,7 +45,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # under no-referrer, browsers send forms without their origin
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -80,9 +84,10 @@ class Service:
         return self._listed[1]
 
 
-def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1") -> Starlette:
+def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1", trains: bool = False) -> Starlette:
     """The app over runs, or directories of runs; ``app.state.service`` is its state.
 
+    ``trains``: who knows the key of ``service.pages.starter`` may start runs in the first place.
     Raises InputError if a place is no directory.
     """
     routes = [
@@ -97,7 +102,11 @@ def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1") -> Starlet
     ]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((NotFound, InputError, HTTPException), _refused))
     app.add_exception_handler(Exception, lambda _, error: _text(500, "The server failed; its log says why."))
-    app.state.service = Service(" ".join(map(str, places)), RunDirectories(places))
+    service = app.state.service = Service(" ".join(map(str, places)), RunDirectories(places))
+    if trains:
+        forms = {"/new": _new, "/recipe/{name}": _recipe}
+        app.router.routes += [Route(path, answer, methods=["GET", "POST"]) for path, answer in forms.items()]
+        service.pages.starter = Starter(places[0], service.directories)
     app.add_middleware(Guard, service=app.state.service, listens_on=listens_on)
     return app
 
@@ -178,6 +187,35 @@ def _adapter(request: Request) -> Response:
 def _compare(request: Request) -> Response:
     asked = request.query_params
     return HTMLResponse(_service(request).pages.compare(asked.getlist("run"), asked.getlist("adapter")))
+
+
+async def _asked(request: Request) -> tuple[Starter, dict[str, str]]:
+    """The form's values, from the holder of the key."""
+    starter = _service(request).pages.starter
+    assert starter is not None  # the routes are there only with it
+    if not hmac.compare_digest(request.query_params.get("key", "").encode(), starter.key.encode()):
+        raise HTTPException(403, "Open the address that `qvera ui --train` printed: it has the key.")
+    return starter, dict(parse_qsl((await request.body()).decode(errors="replace")))
+
+
+async def _new(request: Request) -> Response:
+    (starter, values), said = await _asked(request), ""
+    if request.method == "POST":
+        name = values.get("name", "")
+        if await run_in_threadpool(starter.init, name, values):
+            return RedirectResponse(f"/recipe/{name}?key={starter.key}", 303)
+        said = starter.output(name, "init")
+    parts = {"fields": FIELDS, "values": defaultdict(str, values), "said": said}
+    return HTMLResponse(_service(request).pages.form("new.html", "New run", parts), 400 if said else 200)
+
+
+async def _recipe(request: Request) -> Response:
+    (starter, form), name = await _asked(request), request.path_params["name"]
+    if request.method == "POST":
+        await run_in_threadpool(starter.act, name, form.get("do", ""), form.get("recipe", ""))
+        trained = form.get("do") == "train" and starter.is_running(name, "train") and starter.id_of(name)
+        return RedirectResponse(run_href(trained) if trained else f"/recipe/{name}?key={starter.key}", 303)
+    return HTMLResponse(await run_in_threadpool(_service(request).pages.recipe, name))
 
 
 def _look(request: Request) -> Response:

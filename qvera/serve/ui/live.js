@@ -60,6 +60,14 @@
       if (loss && last?.loss !== undefined) loss.textContent = String(Number(last.loss.toPrecision(4)));
     });
   };
+  // The key of `qvera ui --train` stays in its tab, for links to the form.
+  const secret = new URLSearchParams(location.search).get('key');
+  if (secret) sessionStorage.setItem('key', secret);
+  document.addEventListener('click', event => {
+    const link = event.target.closest?.('.with-key');
+    if (link) link.search = new URLSearchParams({key: sessionStorage.getItem('key') ?? ''});
+  });
+  document.addEventListener('submit', event => { if (event.target.method === 'post') say('Working …', true); });
   // A browser keeps few connections to one server: a page that nobody sees gives its own back.
   document.addEventListener('visibilitychange', () => {
     if (document.hidden) { close(); return; }

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -16,7 +16,8 @@ from qvera.evaluation.report.pages import compare_page, render
 from qvera.evaluation.report.read import Run, get_number, read_many
 from qvera.evaluation.report.run_page import adapter_page, many_page, run_page
 from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
-from qvera.serve.ui.views import Progress, Summaries, Summary, View, Views, four_digits, left_seconds
+from qvera.serve.ui.start import Starter
+from qvera.serve.ui.views import NotFound, Progress, Summaries, Summary, View, Views, four_digits, left_seconds
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration
 
@@ -72,6 +73,7 @@ class Pages:
 
     def __init__(self, place: str, directories: RunDirectories, summaries: Summaries, views: Views) -> None:
         self._place, self._directories, self._summaries, self._views = place, directories, summaries, views
+        self.starter: Starter | None = None  # with --train
         self._made: OrderedDict[object, tuple[object, str]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -90,7 +92,8 @@ class Pages:
                 if runs
                 else "No run is here yet; the next one shows up.",
                 runs=[(run, run_href(run.id), run.cells) for run in shown],
-                served=_served([], f"/events/runs?{urlencode({'seen': list_signature(runs)})}", finder=finder),
+                served=_served([], f"/events/runs?{urlencode({'seen': list_signature(runs)})}", finder=finder)
+                | ({} if self.starter is None else {"form": ("New run", "/new")}),
             )
 
         return self._once(("runs", asked), (shown, finder, bool(runs), self._directories.is_cut), make)
@@ -103,6 +106,8 @@ class Pages:
             events = f"/events/run/{quote(id)}?{urlencode({'from': view.read.position, 'seen': view.signature})}"
             served = _served([(id, "")], events, id=id, state=view.state, recipe=f"{view.directory}/recipe.yaml")
             served |= _now(view)
+            if self.starter is not None and (self.starter.place / f"{id}.yaml").is_file():
+                served["form"] = ("Recipe, stop, chat", f"/recipe/{quote(id)}")
             if view.many is None:
                 return run_page(view.run, served=served)
             shown, finder = find(view.many.entries, asked, lambda entry: entry.name, lambda entry: entry.is_flagged)
@@ -147,6 +152,22 @@ class Pages:
         """A page that says what can't be shown."""
         return render("refused.html", title=title, reasons=reasons, served=_served([(title, "")]))
 
+    def form(self, template: str, title: str, parts: Mapping[str, object], events: str = "") -> str:
+        """A page of `qvera ui --train`."""
+        return render(template, title=title, served=_served([(title, "")], events), starter=self.starter, **parts)
+
+    def recipe(self, name: str) -> str:
+        """The page of a recipe: its plan, its training, its server. It hears of news of the list."""
+        assert self.starter is not None
+        file, runs, id = self.starter.recipe(name), self._summaries.list(), self.starter.id_of(name)
+        if not file.is_file():
+            raise NotFound(f"There is no recipe {file}.")
+        state = next((run.state for run in runs if run.id == id), "")
+        if state not in ("", "running"):
+            self.starter.await_end(name)
+        parts = {"text": file.read_text("utf-8", "replace"), "state": state, "run": id and run_href(id)}
+        return self.form("recipe.html", name, parts, f"/events/runs?{urlencode({'seen': list_signature(runs)})}")
+
     def _once(self, key: object, signature: object, make: Callable[[], str]) -> str:
         """The page made before if key and signature are the same, else a new one."""
         with self._lock:
@@ -174,7 +195,7 @@ def list_signature(runs: Sequence[Summary]) -> str:
 
 def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> dict[str, Any]:
     """What templates know of the server: the page's place, and where its events come from."""
-    return {"trail": trail, "events": events, "now": [], "planned_steps": None, **more}
+    return {"trail": trail, "events": events, "now": [], "planned_steps": None, "form": None, **more}
 
 
 def _now(view: View) -> dict[str, Any]:

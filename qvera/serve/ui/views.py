@@ -253,7 +253,9 @@ class _Reader:
                 self._base = stamps[:2], read_run(self.directory, metrics=False)
             base, read = self._base[1], self._metrics.update()
             is_many, train = trained_many(base.info, base.recipe), read.train.rows()
-            notes = [*base.notes, *read.notes(), *([] if is_many else not_finite_notes(train))]
+            state = state_of(self.directory, get_text(base.info, "status"))
+            missing = [] if state == "running" and not stamps[1] else base.notes  # run.json: it is about to write them
+            notes = [*missing, *read.notes(), *([] if is_many else not_finite_notes(train))]
             run = dataclasses.replace(
                 base, train=train, evals=read.evals.rows(), notes=notes, recorded=read.recorded(), name=self.id
             )
@@ -262,7 +264,6 @@ class _Reader:
                 listed = entries_of(base.info)
                 known = {entry.name for entry in listed}
                 many = ManyRun(run, listed + [entry for entry in read.entries() if entry.name not in known], {})
-            state = state_of(self.directory, get_text(base.info, "status"))
             return View(self.id, self.directory, run, many, state, read, stamps)
 
 

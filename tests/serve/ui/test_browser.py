@@ -91,7 +91,7 @@ def test_a_run_that_trains_shows_up_and_its_curve_grows(
     assert process.exitcode == 0
 
 
-_WIDE = """width => [...document.querySelectorAll("body *")]
+WIDE = """width => [...document.querySelectorAll("body *")]
     .filter(one => one.getBoundingClientRect().right > width + 1 && !one.closest(".scroll"))
     .map(one => one.outerHTML.slice(0, 80))"""
 """What stands beyond the window's edge, for the message of a test that fails."""
@@ -110,7 +110,7 @@ def test_pages_fit_their_widths_and_load_nothing_else(
     page.on("request", lambda request: asked.append(request.url))
     for path in ("/", "/run/going", "/run/many", "/adapter/many?name=chloe", f"/compare?run=going&run={long}"):
         page.goto(f"{url}{path}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, page.evaluate(_WIDE, width))
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, page.evaluate(WIDE, width))
     assert all(one.startswith((url, "data:")) for one in asked)
 
 
