@@ -26,19 +26,38 @@ class StopRequests:
     def __init__(self, first: str | None = "stopping at the next place to go on from", quiet: bool = False) -> None:
         self.asked: str | None = None
         self._first, self._quiet = first, quiet
+        self._taken: list[int] = []
         self._terminals: list[TextIO] = []  # found at the start: one that is gone no longer says that it is one
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self._terminals = [s for s in (sys.__stdout__, sys.__stderr__) if s is not None and s.isatty()]
+        if threading.current_thread() is not threading.main_thread():  # a notebook's worker: leave signals alone
+            return self
+        self._watch()
         for number in _SIGNALS:
             if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            try:
-                self._restore.callback(signal.signal, number, signal.signal(number, self._ask))
-            except ValueError:  # not the main thread (a notebook's worker): leave signals alone
-                break
+            self._restore.callback(signal.signal, number, signal.signal(number, self._ask))
+            self._taken.append(number)
         return self
+
+    def _watch(self) -> None:
+        """Tell of signals from a thread: Python calls `_ask` only once the main thread's operation has ended."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._restore.callback(os.close, writer)
+        self._restore.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
+        threading.Thread(target=self._tell, args=(reader,), name="qvera-signals", daemon=True).start()
+
+    def _tell(self, reader: int) -> None:
+        is_told = self._quiet
+        with os.fdopen(reader, "rb", buffering=0) as numbers, contextlib.suppress(OSError):  # a terminal that is gone
+            while number := numbers.read(1):  # none: the writer is closed
+                if number[0] in self._taken and not is_told:
+                    is_told = True
+                    does = "stopping now" if self._first is None else f"{self._first}; press Ctrl-C again to stop at once"
+                    print(f"\n{signal.Signals(number[0]).name}: {does}.", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def waiting(self, first: str) -> Iterator[None]:
@@ -56,10 +75,6 @@ class StopRequests:
             self._leave_terminal()
         if self._first is None or (is_second and number == signal.SIGINT):
             raise KeyboardInterrupt(name)
-        if not self._quiet and not is_second:
-            text = f"\n{name}: {self._first}; press Ctrl-C again to stop at once."
-            # by another thread: this one may be in the middle of a write to the same stream
-            threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr, "flush": True}).start()
 
     def __exit__(self, *_: object) -> None:
         self._restore.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -30,6 +33,31 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert requests.asked == "SIGINT"
+
+
+_LONG_OPERATION = """
+import hashlib
+from qvera.utils.signals import StopRequests
+with StopRequests({first!r}):
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)  # one operation of C code: no handler runs before it ends
+"""
+
+
+@pytest.mark.parametrize(("first", "said"), [("saving", "saving; press Ctrl-C again"), (None, "stopping now")])
+def test_ctrl_c_is_answered_before_the_operation_ends(first: str | None, said: str) -> None:
+    script = [sys.executable, "-u", "-c", _LONG_OPERATION.format(first=first)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.3)  # it is within the operation
+        process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        assert process.stdout.readline() == "\n"
+        assert f"SIGINT: {said}" in process.stdout.readline()
+        answered_seconds = time.monotonic() - sent
+        process.wait()
+        assert answered_seconds < (time.monotonic() - sent) / 2
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
