@@ -212,7 +212,7 @@ def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: P
         exec(compile(shorter, "docs/api.md", "exec"), names)
     assert len(names["answers"]) == 2
     assert names["steps"] == [1, 2]
-    assert names["again"] == pytest.approx(names["after"], rel=1e-5)
+    assert names["reopened"] == pytest.approx(names["after"], rel=1e-5)
     assert names["after"] < names["before"] - 0.2
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "followed" / "checkpoints" / "step-00000003").is_dir()

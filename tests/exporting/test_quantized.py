@@ -123,9 +123,9 @@ def test_one_that_was_stopped_while_it_was_measured_goes_on_with_that(
     out, options = tmp_path / "out", ExportSection()
     measured: list[str] = []
 
-    def stopping(text: str) -> None:
-        if text.startswith("Measuring"):
-            measured.append(text)
+    def stopping(stage: str, done: int, total: int, name: str) -> None:
+        if stage == "measuring":
+            measured.append(name)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="The same command goes on from there"):

@@ -483,6 +483,11 @@ class FakeAccelerator:
             "training": {"max_steps": 10, "global_batch_size": len(rows), "per_device_train_batch_size": len(rows),
                          "report_to": [], **training},
         }  # fmt: skip
+        base = self.scratch / "base"
+        base.mkdir(exist_ok=True)
+        (base / "config.json").write_text("{}")
+        for file in (base / "model.safetensors", self.scratch / "rows.jsonl"):
+            file.touch()  # a run looks for its files before anything else; nobody reads these
         return FakeSession(self, parse_recipe(sections, "fake recipe"), shape, layers, make_rows(rows, prompt_tokens))
 
 

@@ -84,7 +84,7 @@ def test_logprobs_seeds_and_facts_come_from_the_engine(command: Command) -> None
 
 
 def test_the_example_of_the_documentation_runs(command: Command, capsys: Any) -> None:
-    block, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(encoding="utf-8"), re.DOTALL)
     block = block.replace("http://127.0.0.1:8000", command.url).replace("gina", "anna")
     block = block.replace("stream=True", "stream=True, seed=1")  # a drawn answer may be empty
     exec(compile(block, "docs/serve.md", "exec"), {})
