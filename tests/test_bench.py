@@ -23,7 +23,7 @@ from bench import alpaca, classification, family, family_picture, gguf_answers, 
 from bench.common import RESULTS, do_missing, read_lines, with_table, write_rows
 from bench.gpu import fast
 from bench.gpu.common import Lines
-from bench.gpu.first_machine import PART_SECONDS, PARTS
+from bench.gpu.first_machine import PART_SECONDS, PARTS, environment_of
 from bench.gpu.first_machine import run as run_piece
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
@@ -74,6 +74,20 @@ def test_a_piece_that_hangs_or_fails_is_named_dies_with_all_that_it_started_and_
     time.sleep(3)
     assert not mark.exists()
     assert all(sum(seconds for _, _, seconds in part) <= PART_SECONDS < 540 for part in PARTS.values())
+
+
+def test_pieces_of_the_first_machine_find_what_is_installed_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, scratch = tmp_path / "beside", tmp_path / "scratch"
+    for directory in (beside, scratch / "site"):
+        directory.mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(beside))
+    arguments = argparse.Namespace(scratch=scratch, wheels=None, device="cpu")
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # which it sets, for this process too
+    paths = environment_of(arguments)["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(ROOT), str(scratch / "site"), str(beside)]
 
 
 def test_a_case_with_other_settings_than_qvera_train_is_not_timed(

@@ -177,7 +177,7 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
     epoch_steps = -(-trained_rows // step_rows)
     epochs = min(MOST_EPOCHS, -(-LEAST_STEPS // epoch_steps))
     rate = (measured_rate(adapter.method, hidden_size) if hidden_size else None) or training.learning_rate
-    source = f"what was measured for a hidden size of {hidden_size}, or near it" if hidden_size else "the default"
+    source = f"for a hidden size of {hidden_size} (docs/evaluation.md)" if hidden_size else "the default"
     keys = [
         f"num_train_epochs: {epochs}         # {epochs * epoch_steps:,} steps of {step_rows} rows",
         f"global_batch_size: {step_rows}",

@@ -215,9 +215,8 @@ def _arguments(run: Trainer) -> TrainingArguments:
         use_cpu=not accelerator.is_accelerator(loop.device),
         **{name: getattr(training, name) for name in _SAME_KEYS},
     )
-    args.load_best_model_at_end = (
-        training.load_best_model_at_end
-    )  # now: transformers wants save_steps to fit eval_steps
+    # set afterwards: transformers wants save_steps to be a multiple of eval_steps, and a run does not
+    args.load_best_model_at_end = training.load_best_model_at_end
     return args
 
 
