@@ -46,9 +46,11 @@ class StopRequests:
         """Tell of signals from a thread: Python calls `_ask` only once the main thread's operation has ended."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
+        teller = threading.Thread(target=self._tell, args=(reader,), name="qvera-signals", daemon=True)
+        self._restore.callback(teller.join, 1)  # so that what it says stands before what comes after
         self._restore.callback(os.close, writer)
         self._restore.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
-        threading.Thread(target=self._tell, args=(reader,), name="qvera-signals", daemon=True).start()
+        teller.start()
 
     def _tell(self, reader: int) -> None:
         is_told = self._quiet

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def test_the_first_ctrl_c_is_answered_and_the_second_one_stops_at_once_and_names
     def step(loop: AloneLoop) -> dict[str, Any]:
         if loop.state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # of a person who has read the answer
             os.kill(os.getpid(), signal.SIGINT)
         return real(loop)
 
