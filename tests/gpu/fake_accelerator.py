@@ -212,7 +212,7 @@ class _Recorder(TorchDispatchMode):
         self.alive = LiveBytes()
         self.seen: Seen | None = None
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        self._last_list: tuple[int, int] | None = None
+        self._last_list: tuple[int, int, int] | None = None
         self.in_loss = False
         self.answers: list[bool] = []
         self.numbers: list[int] = []
@@ -317,8 +317,10 @@ class _Recorder(TorchDispatchMode):
             frame = frame.f_back
         found = None
         if asks is not None and tensor is not None:  # no frame is kept: it would keep tensors alive
-            what, found = "list", (id(asks), tensor.untyped_storage()._cdata)
-            if found == self._last_list:  # one list is one copy, however many numbers
+            what, found = "list", (id(asks), int(tensor.untyped_storage()._cdata), int(tensor.storage_offset()))
+            # One list is one copy, however many numbers. A later list may have the same addresses, and begins anew.
+            if self._last_list is not None and found[:2] == self._last_list[:2] and found[2] > self._last_list[2]:
+                self._last_list = found
                 return
         self._last_list = found
         if named is None:
