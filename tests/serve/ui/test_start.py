@@ -105,7 +105,7 @@ def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     form: Form, quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(
-        "import time\nprint(sys.argv[1:], 'begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
+        "import time\ntry:\n print(sys.argv[1:], 'begun', flush=True)\n time.sleep(600)\nexcept KeyboardInterrupt: print('saved')"
     )
     monkeypatch.setattr(start, "_WAIT_SECONDS", 0.0)
     for command in ("train", "serve"):
