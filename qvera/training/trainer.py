@@ -262,11 +262,8 @@ class Trainer(Run):
         Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
         """
         state, training, task = self.state, self.recipe.training, self.session.task
-        patience, metric, rows = (
-            training.early_stopping_patience,
-            training.metric_for_best_model,
-            self.loop.datasets.eval,
-        )
+        patience, metric = training.early_stopping_patience, training.metric_for_best_model
+        rows = self.loop.datasets.eval
         with self.progress.within("held-out loss", len(rows)):
             result = self.loop.held_out_loss(self.progress)
         if task.own_metrics or metric == "exact_match":

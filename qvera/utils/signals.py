@@ -58,9 +58,8 @@ class StopRequests:
             while number := numbers.read(1):  # none: the writer is closed
                 if number[0] in self._taken and not is_told:
                     is_told = True
-                    does = (
-                        "stopping now" if self._first is None else f"{self._first}; press Ctrl-C again to stop at once"
-                    )
+                    wait = f"{self._first}; press Ctrl-C again to stop at once"
+                    does = "stopping now" if self._first is None else wait
                     print(f"\n{signal.Signals(number[0]).name}: {does}.", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager

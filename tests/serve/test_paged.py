@@ -107,7 +107,7 @@ def test_answers_of_a_mixed_batch_are_those_of_each_request_alone(
     card: str, engine_with: Any, tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """Prompts come in parts beside answers, begin alike, and are cancelled; adapters are VeRA of two shapes, and LoRA."""
+    """A step has parts of prompts beside answers. Prompts share beginnings, some are cancelled, adapters are VeRA and LoRA."""
     for name in NAMES[:2]:
         (tmp_path / name).symlink_to(adapters_dir / name)
     write_adapters(tmp_path, tiny_model_dir, {"rank 5": 7}, rank=5)

@@ -213,14 +213,7 @@ class FunctionBody(Body):
 
 
 class ToolBody(Body):
-    """A tool."""
-
-    type: Literal["function"]
-    function: FunctionBody
-
-
-class NamedTool(Body):
-    """The tool that must be called, by its name."""
+    """A tool, or in ``tool_choice`` the one that must be called, of which only the name is read."""
 
     type: Literal["function"]
     function: FunctionBody
@@ -269,7 +262,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[ToolBody], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolBody | None = None
     parallel_tool_calls: bool | None = True
 
     def offered(self) -> list[dict[str, Any]]:
@@ -282,14 +275,14 @@ class ChatBody(GenerationBody):
             raise bad_request("tools: two have the same name.", "tools")
         if self.tool_choice == "required" and not names:
             raise bad_request("tool_choice: there are no tools to choose from.", "tool_choice")
-        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
+        if isinstance(self.tool_choice, ToolBody) and (name := self.tool_choice.function.name) not in names:
             raise bad_request(f"tool_choice: no tool is called {name!r}{did_you_mean(name, names)}", "tool_choice")
         return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
     @property
     def most_calls(self) -> int | None:
         """Of tools, in one answer."""
-        return 1 if self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedTool) else None
+        return 1 if self.parallel_tool_calls is False or isinstance(self.tool_choice, ToolBody) else None
 
     def grammar_with(self, grammars: Grammars, form: ToolFormat) -> Grammar | None:
         """As `grammar`, with calls of tools that may or must be made."""
@@ -299,7 +292,7 @@ class ChatBody(GenerationBody):
         if form.literals is None:
             raise bad_request("tools: this model's calls have no grammar here, so they can't be forced.", "tools")
         functions = [tool.function for tool in self.tools or ()]
-        if isinstance(self.tool_choice, NamedTool):
+        if isinstance(self.tool_choice, ToolBody):
             functions = [each for each in functions if each.name == self.tool_choice.function.name]
         nothing: dict[str, Any] = {"type": "object", "additionalProperties": False}
         parameters = {each.name: each.parameters or nothing for each in functions}
