@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "PEFT LoRA r=16": ({"method": "lora", "rank": 16}, (1, 3, 2)),
     "two b and an a": ({"method": "qvera", **MORE}, (7, 8, 7)),
     "PEFT LoRA r=8": ({"method": "lora", "rank": 8}, (2, 3, 2)),
+    **{f"VeRA r={rank}": ({"method": "qvera", "rank": rank}, (7, 8, 7)) for rank in (32, 64, 128)},
 }
 """Label → the adapter, and where its search begins (`rate_of`) for Alpaca, for E2E and for heads: the best known before."""
 REFERENCE = "PEFT LoRA r=16"
@@ -60,7 +61,8 @@ HEADS = {
     "sst2": classification.TASKS["sst2"], "trec": classification.TASKS["trec"], "rte": classification.TASKS["rte"],
     "subj": ("subj_train.jsonl", "subj_test.jsonl", {"text": "sentence"}, 16),
 }  # fmt: skip
-HEAD_STEPS = {"smollm2": 150, "minilm": 300}
+RANKS = ("VeRA r=32", "VeRA r=64", "VeRA r=128", *LEADERS)
+HEAD_STEPS = {"smollm2": 150, "minilm": 150}
 FIRST_HEAD = 2
 CURVE_STEPS = 5  # a point each
 MOST, HELD_OUT_ROWS, TEST_ROWS, TRAIN_ROWS = 9, 400, 500, 4000
@@ -105,13 +107,15 @@ def taken_as(trial: Trial) -> trials.Trial:
     )  # fmt: skip
 
 
+WHOLE = tuple(method for method in METHODS if method not in RANKS[:3])
 STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = [
+    ("minilm", ("trec", "sst2"), 150, RANKS, ("rate",)),
     ("smollm2", ("alpaca",), 50, LEADERS, ("rate",)),
     ("smollm2", ("sst2",), 150, LEADERS, ("rate", "head")),
-    ("smollm2", ("alpaca",), 50, tuple(METHODS), ("rate", "ratio")),
-    ("smollm2", ("alpaca",), 150, tuple(METHODS), ("rate", "ratio")),
-    ("smollm2", ("e2e",), 50, tuple(METHODS), ("rate", "ratio")),
-    *((base, tuple(HEADS), steps, tuple(METHODS), ("rate", "head", "ratio")) for base, steps in HEAD_STEPS.items()),
+    ("smollm2", ("alpaca",), 50, WHOLE, ("rate", "ratio")),
+    ("smollm2", ("alpaca",), 150, WHOLE, ("rate", "ratio")),
+    ("smollm2", ("e2e",), 50, WHOLE, ("rate", "ratio")),
+    *((base, tuple(HEADS), steps, WHOLE, ("rate", "head", "ratio")) for base, steps in HEAD_STEPS.items()),
 ]
 """Base, tasks, steps, methods, and what is searched; the most telling lines first."""
 
