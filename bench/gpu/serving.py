@@ -24,7 +24,8 @@ from bench.serve_peers import ours, stock_lora
 from bench.serving import random_prompts
 from bench.synthesise import SHAPES
 from qvera.config.schema import ModelSection
-from qvera.serve.batches import BLOCK_TOKENS, GatheringStep, KernelStep
+from qvera.serve.batches import GatheringStep, KernelStep
+from qvera.serve.blocks import BLOCK_TOKENS
 from qvera.serve.paged import LayerShape, Rows, arrays_of, attend_in_blocks, choose_kernel
 from qvera.utils import accelerator
 

@@ -23,7 +23,8 @@ from qvera.data.images import images_of
 from qvera.evaluation.generate import generating
 from qvera.models.loss import Head
 from qvera.serve.background import Background, BackgroundWork
-from qvera.serve.batches import CachedTokens, PagedBatches, StaticBatches
+from qvera.serve.batches import PagedBatches, StaticBatches
+from qvera.serve.blocks import CachedTokens
 from qvera.serve.requests import (
     Busy,
     EndEvent,

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from qvera.models.attention import CAUSAL, VARLEN
-from qvera.serve.batches import BLOCK_TOKENS, Blocks, CachedTokens
+from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens
 from qvera.serve.requests import EndEvent
 from qvera.serve.store import AdapterStore
 from tests.conftest import small_llama, small_tokenizer
