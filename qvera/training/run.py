@@ -106,8 +106,12 @@ class Run(ABC):
                     f"{self.run_dir}: can't go on to {now:,} steps, since {reason}. Start a new run from its adapter: "
                     f"adapter.init_from={adapter}, with another training.output_dir."
                 )
-            schedule = self.recipe.training.lr_scheduler_type
-            rate = "stays constant" if schedule == "constant" else f"warms up again and decays ({schedule})"
+            training = self.recipe.training
+            rate = f"warms up again and decays ({training.lr_scheduler_type})"
+            if training.lr_scheduler_type == "constant":
+                rate = "stays constant"
+                if training.warmup_ratio and not training.warmup_steps:
+                    rate = "keeps the warm-up that was planned first, and stays constant"
             self.console.print(
                 f"{before:,} steps become {now:,}: the learning rate {rate} from step {before + 1:,} on.",
                 highlight=False,

@@ -47,6 +47,21 @@ def test_a_longer_run_of_a_constant_rate_is_to_the_bit_one_that_had_the_length_f
     assert same(vectors(tmp_path / "run"), vectors(tmp_path / "whole"))
 
 
+def test_a_warmup_that_is_a_share_of_the_steps_stays_that_of_the_first_plan(make_recipe: Any, tmp_path: Path) -> None:
+    """Also where it is lengthened within the warm-up: to the bit a run that was given those warm-up steps."""
+
+    def recipe(steps: int, **warmup: float) -> Any:
+        keys = {**SETTINGS, "lr_scheduler_type": "constant", "max_steps": steps, **warmup}
+        return make_recipe(training=keys)
+
+    train(recipe(8, warmup_steps=4), tmp_path / "whole")
+    stop_after(recipe(5, warmup_ratio=0.8), tmp_path / "run", 2)
+    said = longer(recipe(8, warmup_ratio=0.8), tmp_path / "run")
+    assert "5 steps become 8: the learning rate keeps the warm-up that was planned first, and stays constant" in said
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "run"), vectors(tmp_path / "whole"))
+
+
 def test_a_rate_that_has_decayed_warms_up_again_wherever_the_run_was_stopped(make_recipe: Any, tmp_path: Path) -> None:
     short, long = ({**SETTINGS, "max_steps": n, "warmup_steps": 1, "lr_scheduler_type": "linear"} for n in (4, 8))
     train(make_recipe(training=short), tmp_path / "done")
