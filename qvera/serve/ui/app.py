@@ -213,7 +213,8 @@ async def _recipe(request: Request) -> Response:
     (starter, form), name = await _asked(request), request.path_params["name"]
     if request.method == "POST":
         await run_in_threadpool(starter.act, name, form.get("do", ""), form.get("recipe", ""))
-        trained = form.get("do") == "train" and starter.is_running(name, "train") and starter.id_of(name)
+        trains = form.get("do") in ("train", "resume") and starter.is_running(name, "train")
+        trained = starter.id_of(name) if trains else None
         return RedirectResponse(run_href(trained) if trained else f"/recipe/{name}?key={starter.key}", 303)
     return HTMLResponse(await run_in_threadpool(_service(request).pages.recipe, name))
 

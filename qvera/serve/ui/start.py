@@ -66,13 +66,14 @@ class Starter:
     def act(self, name: str, do: str, text: str) -> None:
         """What a button of a recipe's page does; ``text`` is the recipe as edited there."""
         recipe, run_dir, command = self.recipe(name), self.place / name, do.removeprefix("stop-")
-        if do in ("plan", "train"):
+        if do in ("plan", "train", "resume"):
             replace_text(recipe, text.replace("\r\n", "\n"))  # as forms send them
         if do == "plan":
             self._start(name, do, str(recipe))
-        elif do == "train":
-            place, owner = f"training.output_dir={yaml_text(str(run_dir))}", run_dir / RUN_OWNER
-            self._start(name, do, str(recipe), "--set", place, until=lambda: owner.exists() and self.id_of(name))
+        elif do in ("train", "resume"):
+            given = ["--set", f"training.output_dir={yaml_text(str(run_dir))}", *["--resume"] * (do == "resume")]
+            owner = run_dir / RUN_OWNER
+            self._start(name, "train", str(recipe), *given, until=lambda: owner.exists() and self.id_of(name))
         elif do == "serve":
             self._start(name, do, str(run_dir), "--port", "0", until=lambda: self.chat_url(name))
         elif self.is_running(name, command):  # as Ctrl-C does in a terminal

@@ -124,6 +124,11 @@ def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     form.ask("/recipe/mine", do="stop-train")
     wait_until(lambda: not form.starter.is_running("mine", "train"))
     assert form.starter.output("mine", "train").endswith("saved")
+    form.ask("/recipe/mine", do="resume", recipe="a: 1")
+    wait_until(lambda: "begun" in form.starter.output("mine", "train"))
+    assert str([*given, "--resume"]) in form.starter.output("mine", "train")
+    form.ask("/recipe/mine", do="stop-train")
+    wait_until(lambda: not form.starter.is_running("mine", "train"))
 
 
 def test_it_listens_to_this_machine_only_and_makes_its_directory(
@@ -147,7 +152,7 @@ def test_from_rows_to_a_chat_in_a_browser_at_three_widths(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"say {n}", "a": "yes"}) + "\n" for n in range(24)))
     page = browser.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
 
     def fits() -> None:
         for width in (360, 768, 1280):
@@ -173,7 +178,13 @@ def test_from_rows_to_a_chat_in_a_browser_at_three_widths(
     page.click("[value=train]")
     page.wait_for_url("**/run/mine")
     page.click("text=Recipe, stop, chat")  # the link has the key
-    page.click("[value=serve]")  # shown once the run has finished, without a reload
+    page.wait_for_selector("[value=resume]")  # shown once the run has finished, without a reload
+    fits()
+    page.fill("textarea", page.input_value("textarea").replace("max_steps: 3", "max_steps: 5"))
+    page.click("[value=resume]")
+    page.wait_for_url("**/run/mine")
+    page.click("text=Recipe, stop, chat")
+    page.click("[value=serve]")
     page.wait_for_selector(".chat a")
     fits()
     with page.expect_popup() as opened:
@@ -181,4 +192,5 @@ def test_from_rows_to_a_chat_in_a_browser_at_three_widths(
     opened.value.wait_for_function("document.title == 'qvera serve'")
     page.click("[value=stop-serve]")
     wait_until(lambda: not form.starter.is_running("mine", "serve"))
-    assert json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["status"] == "done"
+    run = json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())
+    assert (run["status"], run["result"]["steps"]) == ("done", 5)
