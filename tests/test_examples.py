@@ -66,8 +66,9 @@ def test_the_notebook(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, mon
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "out" / "run" / "report.html").is_file()
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
-    assert "reference: " in printed
-    assert "model.safetensors" in str(notebook.cells[-1]["outputs"])
+    assert printed.count("exact match") == 3
+    assert json.loads((tmp_path / "out" / "run" / "run.json").read_text(encoding="utf-8"))["result"]["steps"] == 3
+    assert "adapter_model.safetensors" in str(notebook.cells[-1]["outputs"])
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:
