@@ -137,7 +137,7 @@ def serving(model_dir: Path, directory: Path, keys: KeyFile | None = None) -> It
     base = tiny_base(model_dir)
     engine = Engine(base, EngineSettings(cache_tokens=2048, step_tokens=64, max_running=8, training_share=0.5))
     tenants = Tenants(base, TenantSettings(directory / "paged"), engine.wake)
-    facts = BaseFacts("tiny", frozenset({"tiny"}), str(model_dir), "LlamaForCausalLM", 304, 256)
+    facts = BaseFacts("tiny", frozenset({"tiny", str(model_dir)}), str(model_dir), "LlamaForCausalLM", 304, 256)
     prompts = PromptWriter(resolve_template("auto", base.tokenizer), Encoder(base.tokenizer), None)
     with contextlib.ExitStack() as ending:
         database = ending.enter_context(contextlib.closing(Database(directory / "tinker.sqlite")))
