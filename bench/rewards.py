@@ -1,10 +1,12 @@
-"""Training by a reward (`training.objective: grpo`): VeRA beside LoRA on sums, each at its own best rate, over three seeds.
+"""Training by a reward (`training.objective: grpo`): VeRA beside LoRA each at its own best rate, over three seeds.
 
-    python -m bench.rewards [--trials 4]     # goes on where it stopped
-    python -m bench.rewards --table          # prints what stands there
+    python -m bench.rewards [--task orders] [--trials 4]     # goes on where it stopped
+    python -m bench.rewards [--task orders] --table          # prints what stands there
 
-SmolLM2-135M-Instruct in NF4 answers recipes/rewards/sums.jsonl; the reward is 1 where the answer ends with the sum. A step has
-4 prompts of 8 answers. One line a trial in results/rewards.jsonl. A search begins at a guessed rate and tries the neighbours of
+SmolLM2-135M-Instruct in NF4, in steps of 4 prompts with 8 answers each. ``sums`` is recipes/rewards/sums.yaml: the reward is 1 where
+the answer ends with the sum. ``orders`` is recipes/rewards/orders.yaml: 1 where the answer equals the quickstart's JSON. Its base is
+the model after 16 steps of the quickstart, merged, the same for all; the first trial makes it in runs/begun-merged. One line a trial
+in results/rewards.jsonl or rewards-orders.jsonl. A search begins at a guessed rate and tries the neighbours of
 the best so far, a factor of 3 away, until both are worse; the mean reward of the last 10 training steps chooses, with seed 0.
 The best rate is then trained with seeds 1 and 2. ``eval_after`` is the share of right greedy answers to held-out prompts.
 """
@@ -22,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+import qvera
 from bench.common import RESULTS, ROOT, do_missing, markdown, read_lines, smollm2, train_records
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
@@ -29,6 +32,9 @@ from qvera.training.trainer import train
 from qvera.utils.files import read_json
 
 SEEDS, STEPS, LAST, PROMPTS = (0, 1, 2), 40, 10, 4
+TASKS = {"sums": "rewards.jsonl", "orders": "rewards-orders.jsonl"}
+BEGUN_STEPS = 16
+RECIPES = ROOT / "recipes"
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "VeRA r=64": ({"rank": 64}, 2),
     "LoRA r=1": ({"method": "lora", "rank": 1}, 1),
@@ -68,8 +74,26 @@ def best_of(method: str, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(same, key=lambda line: line["reward_of_last_steps"], default=None)
 
 
-def recipe_of(trial: Trial, base: str) -> Recipe:
-    recipe = load_recipe(ROOT / "recipes" / "rewards" / "sums.yaml")
+def base_of(task: str) -> str:
+    """Directory of the base: of ``orders`` one that has begun to answer in JSON."""
+    if task == "sums":
+        return smollm2()
+    merged, rows = ROOT / "runs" / "begun-merged", RECIPES / "quickstart"
+    if not merged.exists():
+        recipe = load_recipe(RECIPES / "quickstart.yaml")
+        recipe = recipe.replace(
+            model=recipe.model.replace(path=smollm2()),
+            data=recipe.data.replace(path=str(rows / "train.jsonl"), eval_path=str(rows / "heldout.jsonl")),
+            training=recipe.training.replace(max_steps=BEGUN_STEPS),
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            train(recipe, Path(directory) / "run", console=Console(quiet=True))
+            qvera.export(Path(directory) / "run", merged)
+    return str(merged)
+
+
+def recipe_of(trial: Trial, base: str, task: str) -> Recipe:
+    recipe = load_recipe(RECIPES / "rewards" / f"{task}.yaml")
     training = recipe.training.replace(
         max_steps=STEPS, eval_steps=STEPS, global_batch_size=PROMPTS, learning_rate=rate_of(trial.rate), seed=trial.seed
     )
@@ -82,11 +106,11 @@ def recipe_of(trial: Trial, base: str) -> Recipe:
     )
 
 
-def do(trial: Trial, base: str) -> dict[str, Any]:
+def do(trial: Trial, base: str, task: str) -> dict[str, Any]:
     used = time.process_time()
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory) / "run"
-        train(recipe_of(trial, base), run_dir, console=Console(quiet=True))
+        train(recipe_of(trial, base, task), run_dir, console=Console(quiet=True))
         rewards = [record["reward"] for record in train_records(run_dir)]
         run = read_json(run_dir / "run.json", "a run's record")
     scores = {"before": run["result"]["eval_before"]["reward"], "after": run["result"]["eval_after"]["reward"]}
@@ -131,15 +155,16 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--task", choices=TASKS, default="sums")
     parser.add_argument("--table", action="store_true", help="print what stands there, and train nothing")
-    parser.add_argument("--lines", type=Path, default=RESULTS / "rewards.jsonl", help="the trials' lines")
     parser.add_argument("--trials", type=int, help="stop after as many")
     args = parser.parse_args()
+    lines = RESULTS / TASKS[args.task]
     if args.table:
-        print(table(read_lines(args.lines)))
+        print(table(read_lines(lines)))
         return
-    base = smollm2()
-    do_missing(args.lines, Trial, lambda: plan(read_lines(args.lines)), lambda trial: do(trial, base), args.trials)
+    base = base_of(args.task)
+    do_missing(lines, Trial, lambda: plan(read_lines(lines)), lambda trial: do(trial, base, args.task), args.trials)
 
 
 if __name__ == "__main__":

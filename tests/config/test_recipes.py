@@ -15,7 +15,7 @@ SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
 OVER_LLAMA = [
     "customers", "e2e/smollm2-135m", "e2e/smollm2-135m-lora", "images/qwen3-vl-2b", "instruct/llama-13b", "instruct/llama-7b", "instruct/llama2-13b",
     "instruct/llama2-7b", "instruct/llama3.1-8b", "instruct/smollm2-135m", "preference/llama3-8b-dpo",
-    "preference/llama3-8b-kto", "quickstart", "rewards/sums",
+    "preference/llama3-8b-kto", "quickstart", "rewards/orders", "rewards/sums",
 ]  # fmt: skip
 OF_THE_PAPER = [row.recipe for rows in TABLES.values() for row in rows.values()]
 NAMES = sorted(OVER_LLAMA + OF_THE_PAPER)

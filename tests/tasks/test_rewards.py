@@ -13,16 +13,19 @@ import torch
 from safetensors.torch import load_file
 
 from qvera.adapters.files.save_load import attach, named_vectors
+from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, build_datasets
 from qvera.models.loader import load_base
 from qvera.tasks import task_of
-from qvera.tasks.rewards import Answer
+from qvera.tasks.rewards import Answer, load_rewards
 from qvera.training import checkpoint
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb, relative
+from tests.conftest import small_llama, small_tokenizer
+from tests.helpers import ROOT
 from tests.training.runs import records, run_json
 
 REWARDS = '''
@@ -164,6 +167,28 @@ def test_the_reward_rises_and_a_run_that_was_cut_off_goes_on_to_the_bit(make_rew
     train(recipe, tmp_path / "cut", resume=True)
     adapters = [load_file(tmp_path / run / "adapter" / ADAPTER_WEIGHTS) for run in ("whole", "cut")]
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+
+
+@pytest.mark.process
+def test_the_recipe_of_orders_trains_by_exact_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    base = tmp_path / "base"
+    small_llama(max_position_embeddings=1024).save_pretrained(base)
+    small_tokenizer().save_pretrained(base)
+    recipe = load_recipe(ROOT / "recipes" / "rewards" / "orders.yaml")
+    recipe = recipe.replace(
+        model=recipe.model.replace(path=str(base)),
+        data=recipe.data.replace(max_length=1024, eval_limit=2),
+        training=recipe.training.replace(
+            max_steps=1, group_size=2, global_batch_size=2, per_device_train_batch_size=4, sample_max_new_tokens=4
+        ),
+    )
+    train(recipe, tmp_path / "run")
+    assert records(tmp_path / "run", "train")[0]["reward"] == 0  # what a random model writes is no order
+    (reward,) = load_rewards(str(recipe.training.reward))
+    row = {"completion": '{"count":3,"to":{"city":"Leeds","floor":null}}'}
+    answers = ['{"to": {"floor": null, "city": "Leeds"}, "count": 3}', row["completion"] + "}", '{"count":3}']
+    assert [reward.score("", answer, row) for answer in answers] == [1, 0, 0]
 
 
 def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with_its_row(
