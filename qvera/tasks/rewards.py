@@ -14,15 +14,16 @@ were given.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from statistics import fmean, pstdev
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class Reward(NamedTuple):
 def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
     """The functions of ``training.reward``. InputError: a file is missing or fails, or has no such function."""
     weights = {given: 1.0} if isinstance(given, str) else given
-    found, modules = [], dict[Path, Any]()
+    found, modules = [], dict[Path, ModuleType]()
     for text, weight in weights.items():
         file, _, name = text.rpartition(":")
         path = Path(resolve_path(file))
@@ -74,12 +75,9 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
                 "rewards.py:score."
             )
         if path not in modules:
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            if spec is None or spec.loader is None:
-                raise InputError(f"training.reward: {path} is no Python file.")
-            modules[path] = importlib.util.module_from_spec(spec)
+            modules[path] = ModuleType(path.stem)
             try:
-                spec.loader.exec_module(modules[path])
+                SourceFileLoader(path.stem, str(path)).exec_module(modules[path])
             except Exception as error:
                 raise InputError(
                     f"training.reward: {path} can't be imported: {type(error).__name__}: {first_line(error)}"
@@ -158,21 +156,25 @@ class Rewards(CausalLM, TrainingHook):
             share, more = divmod(len(rows), group.world_size)
             start = group.rank * share + min(group.rank, more)
             own = rows[start : start + share + (group.rank < more)]
-            prompts = [example for row in own for example in [datasets.train[row]] * training.group_size]
             numbers = [row for row in own for _ in range(training.group_size)]
+            prompts = [datasets.train[row] for row in numbers]
             seed = int(np.random.Philox(key=[training.seed % 2**64, step * 2**20 + group.rank]).random_raw() >> 1)
-            found = self._answers(model, tokenizer, prompts, training.answer_temperature, seed)
-            found = self._with_advantages(found)
+            found = self._answers(model, prompts, training.answer_temperature, seed)
+            for part in microbatches(found, training.group_size):
+                mean, deviation = fmean(one["reward"] for one in part), 1.0
+                if training.scale_rewards:
+                    deviation = pstdev(one["reward"] for one in part) + _SMALLEST_DEVIATION
+                for one in part:
+                    one["advantage"] = (one["reward"] - mean) / deviation
+            answers = [_answer(prompt, one) for prompt, one in zip(prompts, found, strict=True)]
             if training.updates_per_answers > 1:
-                lps = self._logprobs(model, found, datasets.pad_id)
-                found = [dataclasses.replace(a, logprobs=lp) for a, lp in zip(found, lps, strict=True)]
+                self._add_logprobs("logprobs", found, model, answers, datasets.pad_id)
             if training.kl_coefficient:
                 with model.disable_adapter():  # type: ignore[operator]  # PEFT's
-                    lps = self._logprobs(model, found, datasets.pad_id)
-                found = [dataclasses.replace(a, base_logprobs=lp) for a, lp in zip(found, lps, strict=True)]
-            kept = [_as_json(number, answer) for number, answer in zip(numbers, found, strict=True)]
+                    self._add_logprobs("base_logprobs", found, model, answers, datasets.pad_id)
+            kept = [{"row": number, **one} for number, one in zip(numbers, found, strict=True)]
             self._kept = list(itertools.chain(*group.gather(kept)))
-        answers = [_from_json(kept, datasets.train) for kept in self._kept]
+        answers = [_answer(datasets.train[one["row"]], one) for one in self._kept]
         self._of_step = self._measured(answers)
         return answers
 
@@ -188,14 +190,14 @@ class Rewards(CausalLM, TrainingHook):
     def _answers(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Example],
         temperature: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
-    ) -> list[Answer]:
-        """An answer to each prompt, with its reward. RunFailed where a reward is none."""
-        training, ends = self.training, set(end_tokens(model, tokenizer))
+    ) -> list[dict[str, Any]]:
+        """An answer to each prompt, with its reward, as `_answer` takes it. RunFailed where a reward is none."""
+        training, tokenizer = self.training, self._tokenizer
+        ends = set(end_tokens(model, tokenizer))
         found = generate_tokens(
             model,  # type: ignore[arg-type]
             tokenizer,
@@ -206,28 +208,19 @@ class Rewards(CausalLM, TrainingHook):
             seed=seed,
             progress=progress,
         )
-        answers = []
-        texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+        answers, texts = [], tokenizer.batch_decode(found, skip_special_tokens=True)
         for prompt, tokens, text in zip(prompts, found, texts, strict=True):
-            scores = tuple(_scored(reward, prompt, text) for reward in self.rewards)
+            scores = [_scored(reward, prompt, text) for reward in self.rewards]
             total = sum(score * reward.weight for score, reward in zip(scores, self.rewards, strict=True))
             is_ended = bool(tokens and tokens[-1] in ends)
-            answers.append(_answer(prompt, tokens, text, reward=total, rewards=scores, is_ended=is_ended))
+            answers.append({"tokens": tokens, "text": text, "reward": total, "rewards": scores, "is_ended": is_ended})
         return answers
 
-    def _with_advantages(self, answers: Sequence[Answer]) -> list[Answer]:
-        found: list[Answer] = []
-        for group in microbatches(answers, self.training.group_size):
-            rewards = [answer.reward for answer in group]
-            mean = fmean(rewards)
-            deviation = pstdev(rewards) + _SMALLEST_DEVIATION if self.training.scale_rewards else 1.0
-            found += [dataclasses.replace(one, advantage=(one.reward - mean) / deviation) for one in group]
-        return found
-
     @torch.no_grad()
-    def _logprobs(self, model: nn.Module, answers: Sequence[Answer], pad_id: int) -> list[np.ndarray]:
-        """Log-probabilities of each answer's tokens, fp32 [tokens]."""
-        found: list[np.ndarray] = []
+    def _add_logprobs(
+        self, name: str, found: Sequence[dict[str, Any]], model: nn.Module, answers: Sequence[Answer], pad_id: int
+    ) -> None:
+        """Note the log-probabilities of each answer's tokens under a name."""
 
         def compute(rows: list[Answer]) -> list[np.ndarray]:
             batch = forward.make_batch(model, rows, pad_id, self.recipe.data.prefix_once)
@@ -235,22 +228,16 @@ class Rewards(CausalLM, TrainingHook):
             return np.split(logprobs.squeeze(1).float().cpu().numpy(), np.cumsum([r.trained_tokens for r in rows])[:-1])
 
         batches = microbatches(answers, self.training.per_device_train_batch_size)
-        device = next(model.parameters()).device
-        for _, lps in each_in_halves(batches, compute, device, "answers", _ADVICE):
-            found += lps
-        return found
+        each = each_in_halves(batches, compute, next(model.parameters()).device, "answers", _ADVICE)
+        for one, logprobs in zip(found, itertools.chain.from_iterable(lps for _, lps in each), strict=True):
+            one[name] = logprobs.tolist()
 
     def _weighed(
-        self,
-        model: nn.Module,
-        batch: dict[str, Any],
-        weigh: Weigh,
-        core: Callable[..., Any] | None = None,
-        expected_grad: torch.Tensor | None = None,
+        self, model: nn.Module, batch: dict[str, Any], weigh: Weigh, core: Any = None, grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        training = self.training
-        chunk, temperature = training.loss_chunk_tokens, training.answer_temperature
-        return forward.weighed_loss(model, batch, chunk, weigh, core, expected_grad, temperature)
+        """`forward.weighed_loss` at the temperature of the answers."""
+        chunk, temperature = self.training.loss_chunk_tokens, self.training.answer_temperature
+        return forward.weighed_loss(model, batch, chunk, weigh, core, grad, temperature)
 
     def loss(
         self,
@@ -339,8 +326,8 @@ class Rewards(CausalLM, TrainingHook):
         """``reward`` is the mean over greedy answers, and ``loss`` is -reward. The ranks share the prompts."""
         started = time.perf_counter()
         own = [rows[i] for i in range(group.rank, len(rows), group.world_size)]
-        answers = self._answers(model, self._tokenizer, own, 0.0, 0, progress) if own else []
-        total, tokens = group.sum([sum(a.reward for a in answers), sum(a.trained_tokens for a in answers)])
+        answers = self._answers(model, own, 0.0, 0, progress) if own else []
+        total, tokens = group.sum([sum(a["reward"] for a in answers), sum(len(a["tokens"]) for a in answers)])
         reward = total / len(rows)
         about = {"rows": len(rows), "trained_tokens": int(tokens), "seconds": time.perf_counter() - started}
         return {"loss": -reward, "reward": reward, **about}
@@ -349,28 +336,14 @@ class Rewards(CausalLM, TrainingHook):
         return f"held-out reward {scores['reward']:.4f}"
 
 
-_OF_ANSWERS = ("reward", "rewards", "advantage", "is_ended", "logprobs", "base_logprobs")
-
-
-def _as_json(number: int, answer: Answer) -> dict[str, Any]:
-    """An answer to the prompt of that training row, for other ranks and for checkpoints."""
-    values = {name: getattr(answer, name) for name in _OF_ANSWERS}
-    values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
-    tokens = answer.input_ids[len(answer.prompt_ids) :].tolist()
-    return {"row": number, "tokens": tokens, "text": answer.reference, **values}
-
-
-def _from_json(kept: dict[str, Any], rows: Sequence[Example]) -> Answer:
-    values = {name: kept[name] for name in _OF_ANSWERS}
-    for name in ("logprobs", "base_logprobs"):
-        values[name] = None if kept[name] is None else np.asarray(kept[name], np.float32)
-    return _answer(rows[kept["row"]], kept["tokens"], kept["text"], **values)
-
-
-def _answer(prompt: Example, tokens: Sequence[int], text: str, **values: Any) -> Answer:
-    ids = np.append(prompt.prompt_ids, np.asarray(tokens, np.int32))
+def _answer(prompt: Example, kept: Mapping[str, Any]) -> Answer:
+    """An answer of JSON, as it is in checkpoints: its tokens, text, rewards, advantage and log-probabilities."""
+    ids = np.append(prompt.prompt_ids, np.asarray(kept["tokens"], np.int32))
     of_row = {field.name: getattr(prompt, field.name) for field in dataclasses.fields(Example)}
-    of_row |= {"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt.prompt_ids), "reference": text}
+    of_row |= {"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt.prompt_ids), "reference": kept["text"]}
+    values: dict[str, Any] = {name: kept.get(name) for name in ("reward", "rewards", "advantage", "is_ended")}
+    for name in ("logprobs", "base_logprobs"):
+        values[name] = None if kept.get(name) is None else np.asarray(kept[name], np.float32)
     return Answer(**of_row, **values)
 
 
