@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,10 @@ def model() -> Path:
     return Path(smollm2())
 
 
-@pytest.fixture
-def server(model: Path, tmp_path: Path) -> Iterator[Command]:
-    with Command(str(model), "--training-dir", str(tmp_path / "training"), "--tinker") as command:
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    directory = tmp_path_factory.mktemp("server") / "training"
+    with Command(str(model), "--training-dir", str(directory), "--tinker") as command:
         yield command
 
 
@@ -59,29 +61,48 @@ def test_chat_sl_trains_on_a_local_file_and_resumes(server: Command, model: Path
     assert resumed[2:] != losses[2:]  # computed again, not copied
 
 
+@pytest.fixture(scope="module")
+def taught(server: Command, model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A state that has learned the form of an answer. The base gives none, so all of its rewards would be the same."""
+    directory, chooser = tmp_path_factory.mktemp("taught"), random.Random(0)
+    rows = directory / "sums.jsonl"
+    with rows.open("w") as file:
+        for one, other in ((chooser.randrange(101), chooser.randrange(101)) for _ in range(200)):
+            messages = [("user", f"What is {one} + {other}?"), ("assistant", str(one + other))]
+            print(json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]}), file=file)
+    settings = {"batch_size": 16, "lora_rank": 8, "learning_rate": 1e-3, "max_steps": 6, "save_every": 6}
+    run("chat_sl.train", server, directory / "log", model_name=model, dataset=rows, **settings)
+    saved = (directory / "log" / "checkpoints.jsonl").read_text().splitlines()
+    return str(json.loads(saved[-1])["state_path"])
+
+
 @pytest.mark.parametrize("loss", ["importance_sampling", "ppo"])
-def test_math_rl_trains_by_rewards_and_its_sampler_agrees_with_the_trainer(
-    loss: str, server: Command, model: Path, tmp_path: Path
+def test_rewards_of_math_rl_rise_and_its_sampler_agrees_with_the_trainer(
+    loss: str, taught: str, server: Command, model: Path, tmp_path: Path
 ) -> None:
     steps = run(
         "math_rl.train",
         server,
         tmp_path / loss,
         model_name=model,
+        load_checkpoint_path=taught,
         env="arithmetic",
         loss_fn=loss,
-        group_size=8,
-        groups_per_batch=8,
+        group_size=4,
+        groups_per_batch=16,
         lora_rank=8,
         learning_rate=1e-4,
-        max_steps=4,
-        save_every=2,
+        max_tokens=8,
+        max_steps=24,
+        save_every=0,
         eval_every=0,
         **({"num_substeps": 2} if loss == "ppo" else {}),
     )
     rewards = [step["env/all/reward/total"] for step in steps if "env/all/reward/total" in step]
-    assert len(rewards) == 4 and np.isfinite(rewards).all()
     differences = [step["optim/kl_sample_train_v1"] for step in steps if "optim/kl_sample_train_v1" in step]
+    first, last = np.mean(rewards[:8]), np.mean(rewards[-8:])
+    print(f"{loss}: reward {first:.3f} in the first eight of {len(rewards)} steps, {last:.3f} in the last eight")
+    assert len(rewards) == 24 and last > first + 0.02
     assert differences and np.abs(differences).max() < 0.01  # what the cookbook's own documentation expects
 
 
