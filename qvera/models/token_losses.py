@@ -47,10 +47,6 @@ class TokenLoss(NamedTuple):
     by_row: bool = False
 
 
-def _cross_entropy(logprobs: Tensor, given: Inputs, _: Mapping[str, float]) -> Weighed:
-    return -given["weights"] * logprobs, given["weights"]
-
-
 def _ratio(logprobs: Tensor, given: Inputs) -> Tensor:
     return (logprobs - given["logprobs"]).exp()
 
@@ -67,10 +63,6 @@ def _clipped(ratio: Tensor, advantages: Tensor, settings: Mapping[str, float]) -
     return -torch.minimum(free, clipped), torch.where(free <= clipped, free, 0.0)
 
 
-def _ppo(logprobs: Tensor, given: Inputs, settings: Mapping[str, float]) -> Weighed:
-    return _clipped(_ratio(logprobs, given), given["advantages"], settings)
-
-
 def _cispo(logprobs: Tensor, given: Inputs, settings: Mapping[str, float]) -> Weighed:
     ratio = _ratio(logprobs, given).clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
     weights = ratio * given["advantages"]
@@ -82,19 +74,20 @@ def _dro(logprobs: Tensor, given: Inputs, settings: Mapping[str, float]) -> Weig
     return beta / 2 * apart.square() - given["advantages"] * logprobs, given["advantages"] - beta * apart
 
 
-def _gspo(_: Tensor, given: Inputs, settings: Mapping[str, float]) -> Weighed:
-    return _clipped(given["sequence_ratio"], given["advantages"], settings)
-
-
 _POLICY = ("logprobs", "advantages")
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 TOKEN_LOSSES: Mapping[str, TokenLoss] = {
-    "cross_entropy": TokenLoss(("weights",), {}, _cross_entropy),
+    "cross_entropy": TokenLoss(("weights",), {}, lambda lp, given, _: (-given["weights"] * lp, given["weights"])),
     "importance_sampling": TokenLoss(_POLICY, {}, _importance_sampling),
-    "ppo": TokenLoss(_POLICY, _CLIP, _ppo),
+    "ppo": TokenLoss(_POLICY, _CLIP, lambda lp, given, s: _clipped(_ratio(lp, given), given["advantages"], s)),
     "cispo": TokenLoss(_POLICY, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, _cispo),
     "dro": TokenLoss(_POLICY, {"beta": None}, _dro),
-    "gspo": TokenLoss((*_POLICY, "sequence_ratio_mask"), _CLIP, _gspo, by_row=True),
+    "gspo": TokenLoss(
+        (*_POLICY, "sequence_ratio_mask"),
+        _CLIP,
+        lambda _, given, s: _clipped(given["sequence_ratio"], given["advantages"], s),
+        by_row=True,
+    ),
 }
 
 

@@ -123,15 +123,10 @@ def parsed(kind: type[M], body: bytes) -> M:
 
 def place_of(kind: str, body: bytes) -> tuple[str, int]:
     """The model and seq of a call in a model's order, which may be faulty otherwise. Raises InputError."""
-    if kind != "forward_backward":
-        asked = parsed(OfModel, body)
-        return asked.model_id, asked.seq_id
-    return call_of(body)
-
-
-def read_call(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
-    """A call of a model. Raises InputError, or ApiError 404, for a body that can't be used."""
-    return _READERS[kind](tinker, model, seq, kind, body)
+    if kind == "forward_backward":
+        return call_of(body)
+    asked = parsed(OfModel, body)
+    return asked.model_id, asked.seq_id
 
 
 def _create(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
@@ -232,10 +227,11 @@ SAVES: dict[str, Kind] = {
     "save_weights_for_sampler": "sampler_weights",
     "save_weights_external": "external_weights",
 }
-_READERS: dict[str, Callable[[Tinker, Model, int, str, bytes], Call]] = {
+READERS: dict[str, Callable[[Tinker, Model, int, str, bytes], Call]] = {
     "create_model": _create,
     "load_weights": _load,
     "forward_backward": _forward_backward,
     "optim_step": _optim_step,
     **dict.fromkeys(SAVES, _save),
 }
+"""Kind → what makes a model's call of its seq, kind and body. Raises InputError, or ApiError 404, for a bad body."""

@@ -161,14 +161,14 @@ def create_session(sender: Reader, asked: NewSession) -> dict[str, Any]:
 @router.post("/session_heartbeat")
 def heartbeat(sender: Reader, asked: Named) -> dict[str, str]:
     """Keep a session alive. 410 once it has ended."""
-    sender.tinker.session(asked.session_id, sender.owner)
+    sender.tinker.hear(asked.session_id, sender.owner)
     return {"type": "session_heartbeat"}
 
 
 @router.post("/sessions/{session}/finish", status_code=204)
 def finish(sender: Reader, session: str) -> None:
-    sender.tinker.session(session, sender.owner)
-    sender.tinker.end_session(session)
+    sender.tinker.hear(session, sender.owner)
+    sender.tinker.end_session(session, sender.owner)
 
 
 @router.post("/create_model")

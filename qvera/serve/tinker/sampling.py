@@ -243,7 +243,7 @@ class Samples:
         self._given: Counter[str] = Counter()  # tokens by owner
         self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
         self._is_busy = False  # the engine, whose queue is full
-        tinker.on_session_end.append(self._end_session)
+        tinker.on_session_end = self._end_session
         for promise in self._database.promises("state = 'pending' AND kind = ? ORDER BY number", SAMPLE):
             call = _Call(*(promise[name] for name in ("id", "owner", "target", "size")))
             self._put(partial(self._queue, call))
@@ -251,7 +251,7 @@ class Samples:
     def create(self, access: Access, asked: NewSampler) -> str:
         """A sampler of a saved adapter or of the base. Raises ApiError, or InputError for another base."""
         owner = access.name
-        self._tinker.session(asked.session_id, owner)
+        self._tinker.hear(asked.session_id, owner)
         served, base, path = self._tinker.base, asked.base_model, asked.model_path
         if path is not None:
             base = self._tinker.checkpoints.find(path, owner, "sampler_weights").about["base"]
@@ -266,7 +266,7 @@ class Samples:
     def find(self, sampler: str, owner: str) -> sqlite3.Row:
         """A sampler's row. Raises ApiError: 410 if it or its session has ended, 404 if the owner has no such one."""
         found = self._database.own("samplers", sampler, owner)
-        self._tinker.session(found["session"], owner)
+        self._tinker.hear(found["session"], owner)
         if found["ended"] is not None:
             raise ApiError(410, f"The sampler {sampler} has ended: it was not asked for long. Save the weights anew.")
         return found

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qvera.models.structure import position_limit
 from qvera.serve.api.errors import ApiError
-from qvera.serve.tinker.calls import Call, CreateModel, LoadWeights, read_call
+from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape, Tenants, TenantSettings
@@ -102,32 +102,20 @@ class Model:
     is_saving: bool = False
 
 
-@dataclass(slots=True)
-class Session:
-    """A live session."""
-
-    id: str
-    owner: str  # name of a key
-    heard_at: float = field(default_factory=time.monotonic)
-
-
 @contextlib.contextmanager
 def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) -> Iterator[Tinker]:
     """Tinker's API over an engine, whose background work its ``tenants`` become. The engine must end first.
 
     What a server before this one has promised is done. Raises InputError for a base that can't be trained.
     """
-    base, path, own = served.opened.base, Path(resolve_path(served.opened.target.section.path)), set[str]()
-    if path.is_dir():
-        path = path.resolve()
-        own = {str(path)}
-    model = base.model
+    base, path = served.opened.base, Path(resolve_path(served.opened.target.section.path))
+    tokenizer, model = str(path.resolve() if path.is_dir() else path), base.model
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     sizes = model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features
     facts = BaseFacts(
         name=served.base_name,
-        names=frozenset({*served.store.base_names, *own}),
-        tokenizer=str(path),
+        names=frozenset({*served.store.base_names, tokenizer}),
+        tokenizer=tokenizer,
         architecture=model.config.architectures[0],
         vocabulary=min(map(int, sizes)),
         most_tokens=min(most, position_limit(model) or most),
@@ -151,11 +139,12 @@ class Tinker:
         """``database`` is that of the directory; the caller closes it."""
         self.directory, self.database, self.base, self.settings = directory, database, base, settings
         self.checkpoints = Checkpoints(database, directory, settings.checkpoint_bytes)
-        self.on_session_end: list[Callable[[str], None]] = []
+        self.on_session_end: Callable[[str], None] = lambda _: None
         """Called with the id of a session that has ended."""
         self.tenants = tenants
         self._lock = threading.RLock()
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[tuple[str, str], float] = {}
+        """A live session and its owner → when its client was heard last."""
         self._models: dict[str, Model] = {}
         self._closing = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -178,50 +167,43 @@ class Tinker:
     def create_session(self, owner: str, about: dict[str, Any]) -> tuple[str, str]:
         """A new session, and what its user should know. Raises ApiError 429 at the key's limit."""
         with self._lock:
-            count = sum(one.owner == owner for one in self._sessions.values())
-            _require_room("sessions", count, self.settings.sessions)
-            session = Session(f"session-{secrets.token_hex(12)}", owner)
-            now = time.time()
-            self.database.insert(
-                "sessions", id=session.id, owner=owner, created=now, heartbeat=now, about=json.dumps(about)
-            )
-            self._sessions[session.id] = session
+            _require_room("sessions", sum(one == owner for _, one in self._sessions), self.settings.sessions)
+            session, now, text = f"session-{secrets.token_hex(12)}", time.time(), json.dumps(about)
+            self.database.insert("sessions", id=session, owner=owner, created=now, heartbeat=now, about=text)
+            self._sessions[session, owner] = time.monotonic()
         name = self.base.name
-        return session.id, (
+        return session, (
             f"base_model={name!r} trains LoRA of the asked rank on the served base, with alpha {LORA_ALPHA:g}: the "
             f"change of W is {LORA_ALPHA:g}/rank · B A. base_model={name + ':vera-256'!r} trains VeRA of rank 256, "
             f"whose vectors step {VERA_RATE_FACTOR:g} times as far as learning_rate says, so that LoRA's usual "
             "learning rates act. train_unembed is not trained: the output layer stays as it is."
         )
 
-    def session(self, session_id: str, owner: str) -> Session:
-        """A live session. Raises ApiError: 410 if it has ended, 404 if there is no such one of this owner."""
-        session = self._sessions.get(session_id)
-        if session is None or session.owner != owner:
-            raise self._gone("sessions", session_id, owner)
-        session.heard_at = time.monotonic()
-        return session
+    def hear(self, session_id: str, owner: str) -> None:
+        """Keep a session alive. Raises ApiError: 410 if it has ended, 404 if there is no such one of this owner."""
+        with self._lock:
+            if (session_id, owner) not in self._sessions:
+                raise self._gone("sessions", session_id, owner)
+            self._sessions[session_id, owner] = time.monotonic()
 
-    def end_session(self, session_id: str) -> None:
+    def end_session(self, session_id: str, owner: str) -> None:
         """End a session and its models. Named checkpoints stay."""
         with self._lock:
-            if self._sessions.pop(session_id, None) is None:
+            if self._sessions.pop((session_id, owner), None) is None:
                 return
             models = [model for model in self._models.values() if model.session == session_id]
             for model in models:
                 del self._models[model.id]
                 self.tenants.remove(model.id)
-        for hook in self.on_session_end:
-            hook(session_id)
-        now, failed = time.time(), "The session has ended."
+        self.on_session_end(session_id)
         for target in [model.id for model in models]:
             for promise in self.database.promises("target = ? AND state = 'pending'", target):
-                self.database.fail(promise["id"], failed, "user")
+                self.database.fail(promise["id"], "The session has ended.", "user")
             self.database.saved(target, 2**31)
             shutil.rmtree(self._states(target), ignore_errors=True)
-        for table in ("models", "samplers"):
-            self.database.rows(f"UPDATE {table} SET ended = ? WHERE session = ? AND ended IS NULL", (now, session_id))
-        self.database.update("sessions", session_id, ended=now)
+        for table, key in (("models", "session"), ("samplers", "session"), ("sessions", "id")):  # itself last
+            query = f"UPDATE {table} SET ended = ? WHERE {key} = ? AND ended IS NULL"
+            self.database.rows(query, (time.time(), session_id))
         shutil.rmtree(self.directory / "sessions" / session_id, ignore_errors=True)
 
     def drop_unasked_samplers(self, session: str) -> None:
@@ -246,10 +228,10 @@ class Tinker:
     def create_model(self, owner: str, kind: str, body: bytes, asked: CreateModel | LoadWeights) -> tuple[str, str]:
         """A new model, from a seed or a saved state. Returns its creation's promise, and its id.
 
-        Raises ApiError (`session`; 429 at the key's limit), or InputError if it can't be made as asked.
+        Raises ApiError (`hear`; 429 at the key's limit), or InputError if it can't be made as asked.
         """
         session, seed = asked.session_id or "", None
-        self.session(session, owner)
+        self.hear(session, owner)
         model_id = f"{session}:train:{asked.model_seq_id}"
         if isinstance(asked, CreateModel):
             base, shape, seed = asked.base_model, self._shape(asked), asked.lora_config.seed
@@ -293,11 +275,11 @@ class Tinker:
         return int(found[1])
 
     def model(self, model_id: str, owner: str) -> Model:
-        """A live model. Raises ApiError as `session`."""
+        """A live model. Raises ApiError as `hear`."""
         model = self._models.get(model_id)
         if model is None or model.owner != owner:
             raise self._gone("models", model_id, owner)
-        self.session(model.session, owner)
+        self.hear(model.session, owner)
         return model
 
     # Calls
@@ -307,7 +289,7 @@ class Tinker:
 
         Raises InputError for a body that can't be used, and ApiError 429 if the key has too many open calls.
         """
-        call, owner, settings = read_call(self, model, seq, kind, body), model.owner, self.settings
+        call, owner, settings = READERS[kind](self, model, seq, kind, body), model.owner, self.settings
         with self._lock:
             if self._models.get(model.id) is not model:
                 raise self._gone("models", model.id, owner)
@@ -426,16 +408,16 @@ class Tinker:
     def _tick(self) -> None:
         now, settings = time.monotonic(), self.settings
         with self._lock:
-            expired = [one.id for one in self._sessions.values() if now - one.heard_at > settings.session_seconds]
+            expired = [key for key, heard in self._sessions.items() if now - heard > settings.session_seconds]
             for model in self._models.values():
                 if model.waits_since is not None and now - model.waits_since > settings.gap_seconds:
                     self._advance(model, closes_gaps=True)
                 is_due = now - (model.unsaved_since or now) > settings.save_seconds
                 if not model.is_saving and (is_due or model.unsaved_bytes >= settings.save_bytes):
                     self._save(model)
-        for session_id in expired:
+        for session_id, owner in expired:
             _logger.warning("%s ends: there was no heartbeat for %g s", session_id, settings.session_seconds)
-            self.end_session(session_id)
+            self.end_session(session_id, owner)
         self.database.forget_results(time.time() - settings.kept_seconds)
         self.checkpoints.remove_expired()
 
@@ -464,8 +446,8 @@ class Tinker:
 
     def _restore(self) -> None:
         """Do again what is in no state file, and what was promised and not done."""
-        for row in self.database.rows("SELECT id, owner FROM sessions WHERE ended IS NULL"):
-            self._sessions[row["id"]] = Session(row["id"], row["owner"])
+        live = self.database.rows("SELECT id, owner FROM sessions WHERE ended IS NULL")
+        self._sessions.update((tuple(row), time.monotonic()) for row in live)
         columns = "id, session, owner, base, shape, seed, applied_seq"
         for row in self.database.rows(f"SELECT {columns} FROM models WHERE ended IS NULL ORDER BY created"):
             shape, applied = ModelShape(*json.loads(row["shape"])), row["applied_seq"]
@@ -479,7 +461,7 @@ class Tinker:
                         model.waiting[seq] = kind, key, None
                     continue
                 try:
-                    model.waiting[seq] = kind, key, read_call(self, model, seq, kind, body)
+                    model.waiting[seq] = kind, key, READERS[kind](self, model, seq, kind, body)
                 except (ApiError, InputError):
                     self.database.fail(key, "After a restart the server can't do it as it is.", "server")
             self._advance(model)

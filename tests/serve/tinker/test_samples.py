@@ -143,7 +143,7 @@ def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Serve
     server.engine.hold.set()
     ended, other = server.ask("anna", 20), server.ask("ben", 2)
     wait_until(lambda: len(server.engine.requests) > PLACES)
-    server.tinker.end_session(server.sampler("anna").partition(":")[0])
+    server.tinker.end_session(server.sampler("anna").partition(":")[0], "anna")
     assert b"session has ended" in server.wait("anna", ended)
     server.engine.fails = "the card fell off"
     server.engine.hold.clear()
