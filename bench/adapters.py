@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.common import header, interleaved, smollm2, write_result
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate
 from qvera.models.loader import load_base
 

@@ -31,7 +31,7 @@ from bench.common import header, train_records, write_result
 from bench.namespaces import Nodes, problem
 from bench.synthesise import SHAPES, synthesise
 from bench.zero import free_port
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.training.plan import Machine, Sharing, make_plan
 from qvera.training.plan.memory import traffic
 

@@ -28,7 +28,7 @@ import yaml
 from bench.common import header, train_records, write_result
 from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
-from qvera.config.schema import ModelSection, TrainingSection
+from qvera.config.sections import ModelSection, TrainingSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import hidden_states
 from qvera.models.loader import load_base

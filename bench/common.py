@@ -168,7 +168,7 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 
 def load_trained(recipe: Recipe) -> tuple[Base, Any]:
     """The recipe's base, and it with the adapter of the recipe's finished run."""
-    from qvera.adapters.files.save_load import load_adapter
+    from qvera.adapters.save_load import load_adapter
     from qvera.models.loader import load_base
 
     base = load_base(recipe.model)

@@ -35,8 +35,8 @@ from bench.generation import stock
 from bench.synthesise import synthesise
 from bench.trials import MORE
 from qvera.adapters import QveraLinear, hold_training_weights
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import batch_nll
 from qvera.models.lean_layers import reduce_saved_activations

@@ -29,7 +29,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 import qvera
 from bench.common import RESULTS, header
-from qvera.config.schema import DataSection, ModelSection, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import DataSection, ModelSection
 from qvera.data import build_datasets
 from qvera.models import forward
 from qvera.models.tokenizer import load_tokenizer

@@ -23,8 +23,7 @@ from typing import Any
 
 from bench.common import RESULTS, header, smollm2
 from bench.trials import MORE, Trial, Written, add_half, run
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.data import build_datasets
 from qvera.evaluation.held_out import answer_rows
 from qvera.evaluation.metrics import scores_of, text_metrics

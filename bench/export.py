@@ -24,8 +24,8 @@ import torch
 
 from bench.common import header, write_result
 from bench.limits import measured, parse_bytes
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.models.model_class import empty_model
 from qvera.utils.files import file_sha256

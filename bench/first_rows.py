@@ -32,7 +32,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from bench.common import RESULTS, do_missing, markdown, read_lines, smollm2, train_records, write_rows
-from qvera.config.load import read_yaml
+from qvera.config.schema import read_yaml
 from qvera.utils.files import read_json
 
 LINES = RESULTS / "first_rows.jsonl"

@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bench.common import header, interleaved, perturb, smollm2, write_result
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generating
 from qvera.models.loader import load_base, pick_compute_dtype
 from qvera.utils import accelerator

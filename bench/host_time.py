@@ -27,8 +27,8 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 
 from bench.common import header, perturb, write_result
 from bench.synthesise import synthesise
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.kernels import choice, triton_kernels
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit

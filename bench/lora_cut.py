@@ -26,7 +26,7 @@ from qvera.exporting.compare import adapter_scores
 from qvera.exporting.deltas import read_deltas
 from qvera.models.model_class import empty_model
 from qvera.utils import formatting
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from bench.limits import measured
 _READY = """
 import sys
 from qvera.models.loader import load_base
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 base = load_base(ModelSection(path=sys.argv[1]))
 """
 _READ_ALL = (

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import header, interleaved, perturb, smollm2, write_result
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
+from qvera.adapters.save_load import attach
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import batches_of, build_datasets
 from qvera.models import forward
 from qvera.models.loader import load_base

@@ -25,8 +25,7 @@ from typing import Any
 
 from bench import common
 from bench.common import RESULTS, ROOT, do_missing, markdown, read_lines
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 
 LINES = RESULTS / "paper.jsonl"
 SEEDS = (0, 1, 2, 3, 4)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import header, interleaved, write_result
 from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
-from qvera.models import nf4
+from qvera.models import quantization
 from qvera.models.safetensors_stream import rows_per_block
 
 WEIGHT = (11008, 4096)
@@ -33,13 +33,13 @@ def packing(dtype: torch.dtype, quant_type: str) -> dict[str, Any]:
     """One MLP weight of a 7B, interleaved; the results are compared as well."""
     weight = (torch.randn(WEIGHT, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     kernel = torch.ops.bitsandbytes.quantize_4bit.default
-    ours, theirs = nf4.pack(weight, quant_type), kernel(weight, 64, quant_type, torch.uint8)
+    ours, theirs = quantization.pack_four_bit(weight, quant_type), kernel(weight, 64, quant_type, torch.uint8)
     parts = weight.split(rows_per_block(WEIGHT[1]))
     pool = ThreadPoolExecutor(torch.get_num_threads())
     equal = torch.equal(ours[0], theirs[0].flatten()) and torch.equal(ours[1], theirs[1])
     cases = {
-        "qvera": lambda: list(pool.map(lambda part: nf4.pack(part, quant_type), parts)),
-        "qvera, one thread": lambda: nf4.pack(weight, quant_type),
+        "qvera": lambda: list(pool.map(lambda part: quantization.pack_four_bit(part, quant_type), parts)),
+        "qvera, one thread": lambda: quantization.pack_four_bit(weight, quant_type),
         "bitsandbytes": lambda: kernel(weight, 64, quant_type, torch.uint8),
     }
     times = interleaved(cases, ROUNDS)

@@ -26,8 +26,7 @@ from rich.console import Console
 
 import qvera
 from bench.common import RESULTS, ROOT, do_missing, markdown, read_lines, smollm2, train_records
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.training.trainer import train
 from qvera.utils.files import read_json
 

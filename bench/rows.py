@@ -99,7 +99,7 @@ class Highest:
 
 
 def by_qvera(args: argparse.Namespace, tokenizer: Any) -> tuple[int, int]:
-    from qvera.config.schema import DataSection
+    from qvera.config.sections import DataSection
     from qvera.data import build_datasets
 
     section = DataSection(path=args.file, template="chatml", max_length=100_000, tokenize_processes=args.processes)
@@ -112,7 +112,7 @@ def by_datasets(args: argparse.Namespace, tokenizer: Any) -> tuple[int, int]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from qvera.config.schema import DataSection
+    from qvera.config.sections import DataSection
     from qvera.data import Encoder, resolve_template
     from qvera.data.conversations import detect_format
     from qvera.data.readers import RawRow, read_rows

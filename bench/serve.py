@@ -32,7 +32,7 @@ import httpx
 from bench.adapters import write_adapters
 from bench.common import header, smollm2, write_result
 from bench.serving import Answer, ServerProcess, ask, model_name, percentiles, requests_of
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 
 CLIENTS = 32
 BASE = "base"

@@ -32,9 +32,9 @@ import httpx
 from bench.adapters import write_adapters
 from bench.common import header, smollm2, write_result
 from bench.serving import ServerProcess, ask, percentiles
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.utils import formatting
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PROMPT = [100, 200, 300]
 TARGET_SECONDS = 0.1

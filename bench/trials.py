@@ -21,7 +21,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qvera.adapters.files.save_load import attach
+from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets
 from qvera.evaluation import held_out

@@ -17,7 +17,7 @@ _HEAD = """\
 
 A recipe is one YAML file with five sections and two keys beside them. Only `model.path` and `data.path` have no default;
 `model: some/path` is short for `model: {path: some/path}`. This page is written by `python docs/make_reference.py` from
-`qvera/config/schema/`.
+`qvera/config/sections.py`.
 
 **Editors.** `qvera/config/recipe.schema.json` is the JSON schema. Begin a recipe with
 `# yaml-language-server: $schema=PATH_OR_URL_OF_THE_SCHEMA` and an editor with a YAML language server completes keys and marks

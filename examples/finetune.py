@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import qvera
-from qvera.utils.paths import cache_root
+from qvera.utils.files import cache_root
 
 cache = cache_root() / "quickstart"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from qvera.config.load import load_recipe
-from qvera.config.lr_range import LrRange
-from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.schema import Recipe, load_recipe, parse_recipe
+from qvera.config.sections import LrRange
 from qvera.data import Turn
 from qvera.data.conversations import Conversation, read_messages
 from qvera.evaluation import generate as answering
@@ -31,7 +30,7 @@ from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
     from qvera.evaluation.metrics import Metric
-    from qvera.tasks.own_loss import OwnLoss
+    from qvera.tasks.base import OwnLoss
     from qvera.training.lr_finder import RangeTestResult
     from qvera.training.run import RunResult
 
@@ -64,7 +63,7 @@ def train(
         metrics: name → function of predictions, references and rows of the held-out data that returns a number. It is
             computed before and after training, and in each evaluation (docs/api.md).
         loss: in place of the cross entropy, a function of the targets' log-probabilities [n], or a classifier's logits
-            [n, outputs], and a `qvera.tasks.own_loss.LossBatch`. It returns the loss of each target [n], or their mean.
+            [n, outputs], and a `qvera.tasks.base.LossBatch`. It returns the loss of each target [n], or their mean.
         console: for progress; default: standard error.
 
     Returns:

@@ -27,8 +27,9 @@ from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 
 from qvera import api
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
-from qvera.config.schema import AdapterSection, Recipe, parse_recipe
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.sections import AdapterSection
 from qvera.data import Example, build_datasets
 from qvera.evaluation.generate import end_tokens, generate
 from qvera.models.attention import require_packing

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig
 
 from bench.common import with_table
-from qvera.exporting.gguf import architecture as gguf_families
+from qvera.exporting import gguf_metadata as gguf_families
 from tests.conftest import small_tokenizer
 from tests.tasks.images import image_processor
 

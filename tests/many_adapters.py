@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, Recipe
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.config.schema import Recipe
+from qvera.config.sections import AdapterSection
 from qvera.models.loader import load_base
 from qvera.utils.adapter_names import directory_names
 from tests.adapters.helpers import perturb

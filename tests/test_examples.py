@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.evaluation.load import open_run
 
 pytestmark = pytest.mark.process

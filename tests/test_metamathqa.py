@@ -15,8 +15,8 @@ from bench.metamathqa import rows, run
 from bench.metamathqa.answers import accuracy, is_right, parse_answer, parse_number
 from bench.metamathqa.published import PUBLISHED
 from qvera.adapters.methods import LinearSpec, check_recipe, method_of, names
-from qvera.config.load import load_recipe
-from qvera.config.schema import AdapterSection
+from qvera.config.schema import load_recipe
+from qvera.config.sections import AdapterSection
 from tests.conftest import small_tokenizer
 
 ANSWERS = {

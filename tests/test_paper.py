@@ -13,8 +13,8 @@ from transformers import GPT2Config, PretrainedConfig, RobertaConfig, ViTConfig
 from bench import paper
 from bench.common import read_lines
 from bench.paper import TABLES, Trial
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.load import load_recipe
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.schema import load_recipe
 from qvera.tasks import task_of
 from tests.families import ENCODERS
 

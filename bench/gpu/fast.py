@@ -29,7 +29,7 @@ from bench.common import perturb, train_records
 from bench.gpu.common import Lines, base_on_disk, do_piece, peak_bytes, recipe, write_rows
 from bench.gpu.first_machine import _CASES as CASE_NAMES
 from bench.host_time import stock
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.distributed.group import ALONE
 from qvera.kernels.choice import use_kernels
 from qvera.models import forward

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.common import train_records
 from bench.gpu.common import Lines, base_on_disk, do_piece, recipe, write_rows
 from bench.gpu.fast import session_of
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.training.trainer import train
 from qvera.utils import accelerator
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from bench.common import perturb
 from bench.gpu.common import BASE_LAYERS, ROOT, Lines, base_on_disk, do_piece, qvera, recipe, write_rows
 from bench.synthesise import SHAPES
-from qvera.adapters.files.save_load import attach
 from qvera.adapters.products.functional import expand, project, scale_input
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import Example
 from qvera.kernels import dequantize, elementwise
 from qvera.models.attention import varlen_attention

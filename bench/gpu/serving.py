@@ -23,7 +23,7 @@ from bench.gpu.right import relative_error, seconds_of
 from bench.serve_peers import ours, stock_lora
 from bench.serving import random_prompts
 from bench.synthesise import SHAPES
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.serve.batches import GatheringStep, KernelStep
 from qvera.serve.blocks import BLOCK_TOKENS
 from qvera.serve.paged import LayerShape, Rows, arrays_of, attend_in_blocks, choose_kernel

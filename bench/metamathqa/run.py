@@ -31,7 +31,8 @@ from bench.metamathqa import rows
 from bench.metamathqa.answers import accuracy
 from bench.metamathqa.published import PUBLISHED
 from qvera.adapters import methods
-from qvera.config.schema import ModelSection, Recipe, parse_recipe
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.sections import ModelSection
 from qvera.data import Encoder
 from qvera.evaluation.generate import generate
 from qvera.models.tokenizer import load_tokenizer

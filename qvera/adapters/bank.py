@@ -21,11 +21,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qvera.adapters.config import PREFIX, QveraConfig
-from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.slots import PATHS, TokenSlots, lora_slots
-from qvera.kernels.once_differentiable import once_differentiable
+from qvera.adapters.save_load import named_vectors
+from qvera.kernels import once_differentiable
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 

@@ -18,7 +18,7 @@ from qvera.adapters.projection import (
     require_sha256,
 )
 from qvera.config import plugins
-from qvera.config.schema import AdapterSection
+from qvera.config.sections import AdapterSection
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class, image_class
 from qvera.utils.errors import InputError
 

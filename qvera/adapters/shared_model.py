@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import PeftModel, VeraConfig
 from torch import Tensor, nn
 
+from qvera.adapters.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.bank import AdapterBank, AdapterShape, User, fit_to_bank
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
-from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
-from qvera.adapters.files.save_load import load_vectors, put_on
 from qvera.adapters.layer import QveraLinear, adapted_layers, linear_specs
 from qvera.adapters.methods import method_of
 from qvera.adapters.products.slots import PATHS
+from qvera.adapters.save_load import load_vectors, put_on
 from qvera.models.loader import Base
 from qvera.utils.errors import InputError
 

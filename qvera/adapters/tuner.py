@@ -75,7 +75,7 @@ class QveraModel(BaseTuner):
             raise InputError(
                 f"this adapter adds the tokens {', '.join(tokens)}, and the model has not been given their rows, which "
                 "PEFT does not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
-                "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.files.save_load.load_adapter."
+                "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.save_load.load_adapter."
             )
         share_tied_modules(model)
         linear.freeze_linears(model)

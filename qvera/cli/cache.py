@@ -12,7 +12,7 @@ import typer
 from qvera.cli.common import Json, argument, flag, option, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, Interrupted, RunFailed
-from qvera.utils.paths import cache_root
+from qvera.utils.files import cache_root
 
 if TYPE_CHECKING:
     from qvera.utils.cache_dir import CacheEntry, DiskCache
@@ -128,7 +128,7 @@ def quantize(
     """
     quiet_libraries()
 
-    from qvera.config.schema import ModelSection
+    from qvera.config.sections import ModelSection
     from qvera.models.quantize_checkpoint import cached_base, quantized_copy
     from qvera.models.quantized_record import read_record
     from qvera.utils import accelerator

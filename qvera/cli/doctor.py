@@ -12,8 +12,7 @@ from qvera.cli.common import quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.cores import measure
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, first_line
-from qvera.utils.files import existing_parent
-from qvera.utils.paths import cache_root
+from qvera.utils.files import cache_root, existing_parent
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,8 @@ from qvera.cli.common import (
     require_new_file,
     say,
 )
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.files import plain_json
+from qvera.utils.files import plain_json, replace_text
 
 if TYPE_CHECKING:
     from qvera.evaluation.judge import Judge

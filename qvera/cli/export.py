@@ -27,8 +27,8 @@ from qvera.cli.common import (
     say,
 )
 from qvera.utils import formatting
-from qvera.utils.atomic import replace_text, require_empty
 from qvera.utils.errors import InputError
+from qvera.utils.files import replace_text, require_empty
 from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def merge_adapters(
 
     import torch
 
-    from qvera.adapters.files.adapter_file import read_config
+    from qvera.adapters.adapter_file import read_config
     from qvera.evaluation.load import find_adapter
     from qvera.exporting.deltas import read_deltas
     from qvera.exporting.export import require_no_added_tokens
@@ -182,8 +182,8 @@ def _template(found: list[tuple[Artifact, Path]]) -> str | None:
 
 def _require_one_base(found: list[tuple[Artifact, Path]]) -> None:
     """Compares bases by content if all adapters know it, else by name."""
-    from qvera.adapters.files.adapter_file import read_config
-    from qvera.adapters.files.save_load import portable_name
+    from qvera.adapters.adapter_file import read_config
+    from qvera.adapters.save_load import portable_name
 
     names = [portable_name(target.section.path) for target, _ in found]
     prints = [getattr(read_config(path), "base_fingerprint", None) for _, path in found]

@@ -29,8 +29,8 @@ from qvera.cli.common import (
     say,
 )
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.files import replace_text
 
 if TYPE_CHECKING:
     from qvera.data import Turn
@@ -186,7 +186,7 @@ def _questions(
     ``target`` is None for a server. Each of ``names`` (--adapter) answers every prompt; else the rows name their
     adapters.
     """
-    from qvera.config.schema import DataSection
+    from qvera.config.sections import DataSection
     from qvera.data import Turn, read_prompts
     from qvera.data.conversations import Conversation
     from qvera.evaluation.named_adapters import require_named

@@ -105,7 +105,7 @@ def compare(
     found = compare_runs(runs, adapters)
     if html is not None:
         from qvera.evaluation.report.pages import compare_page
-        from qvera.utils.atomic import replace_text
+        from qvera.utils.files import replace_text
 
         replace_text(html, compare_page(found))
     if as_json:

@@ -12,8 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from qvera.cli import cache, doctor, eval, export, generate, info, quickstart, recipes, serve, train
-from qvera.cli.common import flag, help_of, report, with_exit_code
-from qvera.cli.streams import command_streams
+from qvera.cli.common import command_streams, flag, help_of, report, with_exit_code
 from qvera.config import plugins
 from qvera.utils.cores import fitting_threads
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
@@ -122,7 +121,7 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:  # of a text that no command prints: the help, the versions
         code = report("", error)
     if "RANK" in os.environ:  # one of several processes
-        from qvera.distributed.heartbeat import end_if_stuck
+        from qvera.distributed.init import end_if_stuck
         from qvera.distributed.launch import leave_exit_code
 
         leave_exit_code(code)

@@ -25,10 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from qvera.cli.common import Overrides, console, flag, option, progress, quiet_libraries
 from qvera.cli.train import loss_line, print_result
 from qvera.utils import formatting
-from qvera.utils.atomic import disk_errors, require_space
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_sha256, try_read_json
-from qvera.utils.paths import cache_root
+from qvera.utils.files import cache_root, disk_errors, file_sha256, require_space, try_read_json
 from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ def quickstart(
     Example:
         qvera quickstart
     """
-    from qvera.config.load import load_recipe, yaml_text
+    from qvera.config.schema import load_recipe, yaml_text
 
     quiet_libraries()
     with StopRequests(first=None):  # SIGTERM, too, leaves nothing half made
@@ -88,7 +86,7 @@ class QuickstartFiles(NamedTuple):
 
     def overrides(self) -> list[str]:
         """``--set`` values that point the recipe at these files."""
-        from qvera.config.load import yaml_text
+        from qvera.config.schema import yaml_text
 
         paths = {"model.path": self.base, "data.path": self.train, "data.eval_path": self.heldout}
         return [f"{key}={yaml_text(str(path))}" for key, path in paths.items()]

@@ -25,9 +25,8 @@ from qvera.cli.common import (
     quiet_libraries,
     require_new_file,
 )
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.paths import resolve_path
+from qvera.utils.files import replace_text, resolve_path
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -68,8 +67,7 @@ def init(
     model = model or _ask("--model", "Base model (a directory or a hub id)")
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
-    from qvera.config.load import read_yaml
-    from qvera.config.schema import parse_recipe
+    from qvera.config.schema import parse_recipe, read_yaml
     from qvera.training.early import check_early
 
     tree = {"model": model, "data": {"path": data, **_given(eval_path=eval_data, system=system)}, **_given(task=task)}
@@ -149,9 +147,9 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         hidden_size: the base's; None: it has none, and the rate is the schema's default.
     """
     from qvera import config
-    from qvera.adapters.rates import HEAD_RATE, measured_rate
+    from qvera.adapters.methods import HEAD_RATE, measured_rate
     from qvera.config import schema
-    from qvera.config.load import yaml_text
+    from qvera.config.schema import yaml_text
 
     adapter, training, data = schema.AdapterSection(), schema.TrainingSection(), recipe.data
     longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
@@ -244,7 +242,7 @@ def preview(
     """
     from rich.console import Console
 
-    from qvera.config.load import load_recipe
+    from qvera.config.schema import load_recipe
     from qvera.training.early import check_early
 
     loaded = load_recipe(recipe, overrides)
@@ -291,14 +289,14 @@ def plan(
 
     from rich.console import Console
 
-    from qvera.config.load import load_recipe
+    from qvera.config.schema import load_recipe
     from qvera.training.early import leave_silent_hub
 
     loaded = load_recipe(recipe, overrides)
     leave_silent_hub(loaded.model.path)
     quiet_libraries()
 
-    from qvera.adapters.files.save_load import check_start
+    from qvera.adapters.save_load import check_start
     from qvera.data import build_datasets, planned_steps
     from qvera.distributed.zero import zero_config_of
     from qvera.models.tokenizer import load_processor

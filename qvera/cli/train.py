@@ -19,12 +19,12 @@ from qvera.cli.common import (
     Resume,
     console,
     flag,
+    for_who_still_reads,
     number,
     option,
     quiet_libraries,
 )
-from qvera.cli.streams import for_who_still_reads
-from qvera.config.lr_range import LrRange
+from qvera.config.sections import LrRange
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
@@ -51,7 +51,7 @@ def train(
     Example:
         qvera train recipes/quickstart.yaml --set training.max_steps=100
     """
-    from qvera.config.load import load_recipe
+    from qvera.config.schema import load_recipe
 
     loaded = load_recipe(recipe, overrides, of_a_run=resume)
     ramp = _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
@@ -105,7 +105,7 @@ def launch(
     Example:
         qvera launch recipes/instruct/llama2-7b.yaml --gpus 4
     """
-    from qvera.config.load import load_recipe
+    from qvera.config.schema import load_recipe
     from qvera.distributed import launch as launcher
     from qvera.training.early import check_early
     from qvera.training.run_dir import run_directory

@@ -3,10 +3,9 @@
 `build_datasets` reads the rows of a recipe, `Batches` puts them in order. Imports no torch.
 """
 
-from qvera.data.adapter_rows import AdapterRows
 from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_template
 from qvera.data.conversations import Turn, read_prompts
-from qvera.data.dataset import Datasets, DataStats, adapter_batches, build_datasets, data_sha256
+from qvera.data.dataset import AdapterRows, Datasets, DataStats, adapter_batches, build_datasets, data_sha256
 from qvera.data.labelled import Labels
 from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.rows import IGNORED, Example, Rows, collate, collate_prefix_once, lengths_of

@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.config import plugins
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data.images import images_of
 from qvera.data.labelled import ImageEncoder
 from qvera.data.readers import EXTENSIONS, load_hub
 from qvera.data.rows import Rows
 from qvera.data.source import EVAL, TRAIN, TokenizedSource, source_files, source_paths, tokenize_source
 from qvera.data.tokenization import Encoder, RowCounts
-from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.cache_dir import UNFINISHED, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, file_stamp, try_read_json
+from qvera.utils.files import disk_errors, file_sha256, file_stamp, flush, replace_text, try_read_json
 
 if TYPE_CHECKING:
     from qvera.utils.progress import Phase

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qvera.config.schema import DataSection
-from qvera.data.message_parts import PLACE, read_image, read_parts
-from qvera.data.readers import RawRow, describe, read_file, read_lines, read_rows
+from qvera.config.sections import DataSection
+from qvera.data.images import PLACE, read_image, read_parts
+from qvera.data.readers import RawRow, read_file, read_lines, read_rows
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.formatting import first_of
+from qvera.utils.formatting import describe, first_of
 
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),

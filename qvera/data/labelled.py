@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data.conversations import LabelledRow
 from qvera.data.images import StoredImage
 from qvera.data.rows import Example, Rows, concatenated, padded_arrays

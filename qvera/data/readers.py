@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qvera.config.schema.data import MOST_ROW_CHARACTERS
+from qvera.config.sections import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS
 from qvera.utils.errors import InputError, one_line
+from qvera.utils.formatting import describe, shortened
 
 if TYPE_CHECKING:
     import datasets
@@ -334,7 +335,7 @@ def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
                 if isinstance(error, json.JSONDecodeError):
                     detail = f"{error.msg} at column {error.colno}"
                 raise InputError(
-                    f"{source}: not valid JSON: {detail}, in {_shortened(line)!r}. Expected one complete JSON object "
+                    f"{source}: not valid JSON: {detail}, in {shortened(line)!r}. Expected one complete JSON object "
                     "on each line; fix or remove the line."
                 ) from None
             if not isinstance(value, dict):
@@ -479,14 +480,3 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
             f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
             f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {one_line(error)}. {hint}"
         ) from None
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def describe(value: object) -> str:
-    """A value's JSON type, and the value if it is short, for messages."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
-    return kind if value is None or isinstance(value, (dict, list)) else f"{kind} ({_shortened(repr(value), 40)})"

@@ -27,17 +27,18 @@ from typing import IO, TYPE_CHECKING, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.conversations import LABELLED, PREFERENCES, RowFormat, detect_format
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
-from qvera.data.readers import RawRow, adapter_files, describe, load_hub, local_files, read_file, read_rows
+from qvera.data.readers import RawRow, adapter_files, load_hub, local_files, read_file, read_rows
 from qvera.data.rows import Rows, write_table
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.formatting import describe
 
 if TYPE_CHECKING:
     from rich.console import Console

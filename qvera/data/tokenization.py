@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data.chat_template import AnswerSpan, ChatTemplate
 from qvera.data.conversations import PREFERENCES, Conversation, RowFormat, Text, Turn, parse_row
 from qvera.data.images import StoredImage, images_of

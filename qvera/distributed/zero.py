@@ -27,7 +27,8 @@ from pydantic import ConfigDict, Field, Strict, ValidationError
 from torch import nn
 
 from qvera.config.fields import Section, describe
-from qvera.config.schema import Recipe, TrainingSection
+from qvera.config.schema import Recipe
+from qvera.config.sections import TrainingSection
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import read_json

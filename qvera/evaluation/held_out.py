@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from qvera.config.schema import TrainingSection
+from qvera.config.sections import TrainingSection
 from qvera.data import Example, lengths_of, microbatches
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero import any_sharded

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from qvera.adapters.files import adapter_file, save_load
+from qvera.adapters import adapter_file, save_load
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.load import load_recipe
-from qvera.config.schema import ModelSection, Recipe
+from qvera.config.schema import Recipe, load_recipe
+from qvera.config.sections import ModelSection
 from qvera.data import NAMED_TEMPLATES, Labels
 from qvera.evaluation.named_adapters import (
     adapters_root,
@@ -35,9 +35,18 @@ from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_processor
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import file_sha256, read_json, try_read_json
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CERTIFICATE,
+    CHAT_TEMPLATE,
+    RECIPE_FILE,
+    file_sha256,
+    read_json,
+    resolve_path,
+    try_read_json,
+)
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, CHAT_TEMPLATE, RECIPE_FILE, resolve_path
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from qvera.utils.adapter_names import shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE, try_read_json
 
 if TYPE_CHECKING:
     from qvera.data import Datasets

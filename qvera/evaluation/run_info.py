@@ -7,14 +7,21 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qvera.config import plugins
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
 from qvera.evaluation.report.read import status_of
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, read_json, try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTERS,
+    CERTIFICATE,
+    RECIPE_FILE,
+    file_sha256,
+    read_json,
+    try_read_json,
+)
 from qvera.utils.safetensors_io import own_facts, unreadable
 
 _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", "qvera_places"})

@@ -18,19 +18,18 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.files.adapter_file import read_adapter, require_base
-from qvera.config.schema import ModelSection
+from qvera.adapters.adapter_file import read_adapter, require_base
+from qvera.config.sections import ModelSection
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.models import quantization
-from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors, in_parts
+from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors, in_parts, is_decoded
 from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
-from qvera.models.nf4 import BLOCK
+from qvera.models.quantization import BLOCK
 from qvera.models.quantize_checkpoint import cached_base
 from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, require_unchanged, rows_per_block
-from qvera.models.stored_formats import is_decoded
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.structure import left_whole
 from qvera.utils import accelerator

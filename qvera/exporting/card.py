@@ -17,19 +17,28 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qvera.adapters.methods import method_of, names
 from qvera.adapters.methods.base import Change
 from qvera.config import plugins
-from qvera.config.schema import AdapterSection, ModelSection, Recipe
+from qvera.config.schema import Recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_of
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.compare import rows_name
-from qvera.exporting.gguf.architecture import FAMILIES
+from qvera.exporting.gguf_metadata import FAMILIES
 from qvera.exporting.lora import VLLM_RANKS
 from qvera.models.hub import is_hub_id
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, read_json, try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, CHAT_TEMPLATE, resolve_path
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CERTIFICATE,
+    CHAT_TEMPLATE,
+    file_sha256,
+    read_json,
+    resolve_path,
+    try_read_json,
+)
 
 
 class Kind(NamedTuple):

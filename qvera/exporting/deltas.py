@@ -15,22 +15,21 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera import __version__
+from qvera.adapters.adapter_file import read_adapter, require_places
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.adapter_file import read_adapter, require_places
 from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.models.experts import expert_specs
 from qvera.models.loader import load_base
 from qvera.models.structure import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils import memory
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256
 
 
 @dataclasses.dataclass

@@ -11,25 +11,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 
-from qvera.adapters.files.adapter_file import read_config, require_base
-from qvera.config.schema import ExportSection
+from qvera.adapters.adapter_file import read_config, require_base
+from qvera.config.sections import ExportSection
 from qvera.data import resolve_template
 from qvera.evaluation.load import Artifact, require_adapter, require_answers, template_beside, template_of
 from qvera.exporting import lora
 from qvera.exporting.compare import compare_lora, compare_merged, difference_text
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
-from qvera.exporting.gguf.files import export_gguf, export_gguf_lora
-from qvera.exporting.merged import export_merged
-from qvera.exporting.quantized import export_quantized
+from qvera.exporting.gguf import export_gguf, export_gguf_lora
+from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models.loader import fingerprint_of
 from qvera.models.model_class import CAUSAL_LM, empty_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
 from qvera.utils import formatting
-from qvera.utils.atomic import replace_text, require_empty
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, read_json
-from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
+from qvera.utils.files import ADAPTER_WEIGHTS, CERTIFICATE, file_sha256, read_json, replace_text, require_empty
 from qvera.utils.progress import Phase
 
 To = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]

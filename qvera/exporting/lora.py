@@ -18,17 +18,16 @@ import torch
 from peft import LoraConfig, VeraConfig
 from transformers import PreTrainedModel
 
+from qvera.adapters.adapter_file import lora_config
 from qvera.adapters.config import PREFIX
-from qvera.adapters.files.adapter_file import lora_config
-from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
-from qvera.adapters.files.stock_peft import PeftPlace, Places, other_places, require_kept
 from qvera.adapters.methods import method_of
+from qvera.adapters.peft_compat import PeftPlace, Places, other_places, require_kept
+from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
 from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils import formatting
-from qvera.utils.atomic import new_directory, require_space
 from qvera.utils.errors import InputError
-from qvera.utils.paths import CHAT_TEMPLATE
+from qvera.utils.files import CHAT_TEMPLATE, new_directory, require_space
 from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")

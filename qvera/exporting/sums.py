@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qvera.adapters.config import PREFIX
-from qvera.adapters.files.save_load import ADAPTER_CONFIG
+from qvera.adapters.save_load import ADAPTER_CONFIG
 from qvera.exporting.deltas import AdapterDeltas, Delta
 from qvera.exporting.lora import LIMITS, write_adapter
 from qvera.utils.errors import InputError

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.evaluation.report.charts import Chart, Scale, tooltips_json
 from qvera.evaluation.report.pages import render
 from qvera.exporting.base import open_adapter_on_base, read_trained_weight

@@ -78,13 +78,13 @@ def analyze(
 
     import torch
 
-    from qvera.adapters.files.adapter_file import read_config
+    from qvera.adapters.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
     from qvera.exporting.export import chat_of, require_no_added_tokens
     from qvera.exporting.lora import export_lora
     from qvera.lab.analysis import analysis_page, analyze_adapter
     from qvera.utils import memory
-    from qvera.utils.atomic import replace_text, require_empty
+    from qvera.utils.files import replace_text, require_empty
 
     target, adapter_dir = find_adapter(run, adapter)
     texts: list[Text] = []
@@ -142,7 +142,7 @@ Text: TypeAlias = "tuple[str, Rows, int]"
 
 
 def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
-    from qvera.config.schema import DataSection
+    from qvera.config.sections import DataSection
     from qvera.data import build_datasets
     from qvera.evaluation.load import template_beside, template_of
     from qvera.evaluation.named_adapters import held_out_rows
@@ -165,7 +165,7 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
 
 
 def _losses(target: Artifact, texts: list[Text], reduced: Path | None) -> list[dict[str, Any]]:
-    from qvera.config.schema import TrainingSection
+    from qvera.config.sections import TrainingSection
     from qvera.evaluation.held_out import held_out_loss, scoring
     from qvera.evaluation.load import base_of, open_target
 

@@ -29,8 +29,8 @@ from qvera.lab import svd
 from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
 from qvera.lab.keys import Settings
 from qvera.models import quantization
-from qvera.utils.atomic import replace_text, replacing
 from qvera.utils.errors import InputError
+from qvera.utils.files import replace_text, replacing
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig

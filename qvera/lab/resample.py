@@ -21,7 +21,7 @@ from qvera.adapters.methods.vera import Vera
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 from qvera.config.plugins import Schedule
-from qvera.config.schema.adapter import MOST_RANK
+from qvera.config.sections import MOST_RANK
 from qvera.data import planned_steps
 from qvera.lab.keys import Settings
 from qvera.utils.errors import InputError

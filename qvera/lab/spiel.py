@@ -27,7 +27,7 @@ from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors, Traits
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair
-from qvera.config.schema import AdapterSection
+from qvera.config.sections import AdapterSection
 from qvera.distributed.group import Group
 from qvera.lab import sparse
 from qvera.lab.keys import Settings

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from qvera.adapters.files.save_load import rate_factors
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods import method_of
+from qvera.adapters.save_load import rate_factors
 from qvera.config.plugins import Schedule
 from qvera.data.rows import Rows, concatenated, lengths_of
 from qvera.data.sampler import Batches, random_order, steps_per_epoch

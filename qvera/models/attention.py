@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qvera.data.rows import Joined, round_up_length
-from qvera.kernels.once_differentiable import once_differentiable
+from qvera.kernels import once_differentiable
 from qvera.models.structure import causal_model
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line

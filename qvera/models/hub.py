@@ -16,10 +16,10 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub has
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.paths import ADAPTER_CONFIG, resolve_path
+from qvera.utils.files import ADAPTER_CONFIG, resolve_path
 from qvera.utils.safetensors_io import INDEX, weight_map
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")

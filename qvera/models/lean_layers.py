@@ -32,9 +32,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvera.distributed.zero import is_sharded
-from qvera.kernels import elementwise
+from qvera.kernels import elementwise, once_differentiable
 from qvera.kernels.choice import use_kernels
-from qvera.kernels.once_differentiable import once_differentiable
 
 TILED_ABOVE_TOKENS = 4096
 """Of a forward pass, all rows together. With fewer, tiles save little, and each dequantizes the weights."""

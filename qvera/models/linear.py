@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from qvera.distributed.zero import is_sharded
-from qvera.kernels.once_differentiable import once_differentiable
+from qvera.kernels import once_differentiable
 from qvera.models import quantization
 from qvera.models.quantization import Linear4bit, Linear8bit
 from qvera.utils import accelerator, memory

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, PretrainedConfig
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.data.tokenization import pad_id_of, require_eos
 from qvera.distributed.zero import whole_numel
 from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
@@ -31,8 +31,8 @@ from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import resolve_path
 from qvera.utils.formatting import first_of, size
-from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
 if TYPE_CHECKING:

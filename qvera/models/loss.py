@@ -16,8 +16,8 @@ from torch.autograd.function import FunctionCtx
 
 from qvera.data import IGNORED
 from qvera.data.rows import round_up_length, rounds_lengths
+from qvera.kernels import once_differentiable
 from qvera.kernels.cross_entropy import LogitRows, capped, rows_at_a_time
-from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.structure import decoder_of
 from qvera.utils.errors import InputError, first_line

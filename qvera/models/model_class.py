@@ -21,13 +21,12 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from qvera.config.schema import ModelSection
-from qvera.models.conversion import made_of
-from qvera.models.stored_formats import is_decoded
+from qvera.config.sections import ModelSection
+from qvera.models.conversion import is_decoded, made_of
 from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import resolve_path
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import TensorEntry
 
 if TYPE_CHECKING:

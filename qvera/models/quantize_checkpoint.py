@@ -21,9 +21,19 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from qvera.config.schema import ModelSection
-from qvera.models import nf4, quantization
-from qvera.models.conversion import FusedTensor, as_named, as_stacks, fused_tensors
+from qvera.config.sections import ModelSection
+from qvera.models import quantization
+from qvera.models.conversion import (
+    FusedTensor,
+    Mxfp4Stack,
+    as_named,
+    as_stacks,
+    fp8_factors,
+    from_fp8,
+    fused_tensors,
+    is_decoded,
+    mxfp4_stacks,
+)
 from qvera.models.experts import expert_specs
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, require_own_weights
@@ -37,13 +47,21 @@ from qvera.models.safetensors_stream import (
     write_index,
     write_shard,
 )
-from qvera.models.stored_formats import Mxfp4Stack, fp8_factors, from_fp8, is_decoded, mxfp4_stacks
 from qvera.utils import memory
-from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_sha256, read_json, try_read_json
-from qvera.utils.paths import CERTIFICATE, resolve_path
+from qvera.utils.files import (
+    CERTIFICATE,
+    OutputDirectory,
+    disk_errors,
+    file_sha256,
+    flush,
+    read_json,
+    replace_text,
+    require_space,
+    resolve_path,
+    try_read_json,
+)
 from qvera.utils.safetensors_io import (
     TensorEntry,
     TensorSpec,
@@ -340,7 +358,7 @@ def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device,
     if name not in source.quantized:
         return block, block.rows, None
     if device.type == "cpu":
-        return block, *nf4.pack(block.rows, section.quantization)
+        return block, *quantization.pack_four_bit(block.rows, section.quantization)
     rows = block.rows.to(device)
     if len(block.entry.shape) == 2:
         return block, rows, None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import DiskCache
 from qvera.utils.files import file_sha256, try_read_json
 

@@ -19,9 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import RunFailed
-from qvera.utils.files import file_stamp, read_at
+from qvera.utils.files import file_stamp, read_at, replace_text
 from qvera.utils.safetensors_io import INDEX, TensorEntry, TensorSpec, torch_dtypes
 
 BLOCK_ELEMENTS = 1 << 20

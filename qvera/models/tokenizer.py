@@ -25,12 +25,12 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
 from qvera.models.hub import base_directory, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.paths import resolve_path
+from qvera.utils.files import resolve_path
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:

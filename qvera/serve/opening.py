@@ -7,8 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvera.adapters.files.adapter_file import read_config
-from qvera.config.schema import ModelSection
+from qvera.adapters.adapter_file import read_config
+from qvera.config.sections import ModelSection
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root
 from qvera.models.hub import is_adapter_of_hub, local_directory
@@ -16,7 +16,7 @@ from qvera.models.loader import load_base
 from qvera.serve.slots import require_served
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
+from qvera.utils.files import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
 
 if TYPE_CHECKING:
     from qvera.serve.engine import Engine

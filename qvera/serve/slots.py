@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from qvera.adapters.adapter_file import read_adapter, require_base
 from qvera.adapters.bank import AdapterBank, AdapterShape, MixedForward, fit_to_bank, sum_of_loras
 from qvera.adapters.config import QveraConfig
-from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import method_of
 from qvera.adapters.products.slots import PATHS
@@ -29,7 +29,7 @@ from qvera.adapters.shared_model import add_adapter, give_to_answers, require_sh
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
 from qvera.serve.store import read_content, read_file
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_CONFIG
+from qvera.utils.files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from pathlib import Path

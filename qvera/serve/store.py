@@ -20,8 +20,16 @@ from qvera.evaluation.named_adapters import name_of, named_directories, run_of
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
 from qvera.utils.adapter_names import directory_names, shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import file_stamp, read_json, try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, TRAINING_FACTS
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTERS,
+    RECIPE_FILE,
+    TRAINING_FACTS,
+    file_stamp,
+    read_json,
+    try_read_json,
+)
 
 _SETTLED_NS = 2_000_000_000
 """A file that changed this shortly before it was read is read again: another change may have the same time stamp."""

@@ -16,8 +16,7 @@ from qvera.models import forward
 from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.structure import causal_model
-from qvera.tasks.base import Task
-from qvera.tasks.own_loss import own_loss_sum
+from qvera.tasks.base import Task, own_loss_sum
 
 if TYPE_CHECKING:
     import torch

@@ -27,8 +27,7 @@ from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask
 from qvera.models.model_class import ModelClass, classification_class, image_class
 from qvera.models.structure import causal_model
-from qvera.tasks.base import Task
-from qvera.tasks.own_loss import own_loss_sum
+from qvera.tasks.base import Task, own_loss_sum
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 

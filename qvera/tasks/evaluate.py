@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from qvera.config import plugins
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data import build_datasets, lengths_of
 from qvera.data.images import thumbnail_uris
 from qvera.evaluation.held_out import prompts_of, score_model, scoring

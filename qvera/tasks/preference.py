@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.data import Example
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from qvera.config.schema import Recipe, TrainingSection
+    from qvera.config.schema import Recipe
+    from qvera.config.sections import TrainingSection
     from qvera.data import Datasets
 
 OLDEST_TRL = "1.16.0"

@@ -39,8 +39,8 @@ from qvera.models.structure import causal_model
 from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ratios
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils.errors import InputError, RunFailed, first_line, one_line
+from qvera.utils.files import resolve_path
 from qvera.utils.memory import each_in_halves
-from qvera.utils.paths import resolve_path
 
 if TYPE_CHECKING:
     from torch import nn

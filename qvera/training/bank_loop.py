@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from qvera.adapters.files.save_load import rate_factors
 from qvera.adapters.projection import forget_inputs
+from qvera.adapters.save_load import rate_factors
 from qvera.data import Example, microbatches
 from qvera.distributed.group import ALONE
 from qvera.evaluation import held_out

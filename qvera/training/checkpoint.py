@@ -15,10 +15,16 @@
 
 Of several processes that train many adapters, each has its own adapters, so each has its own checkpoints: process k > 0
 in ``checkpoints/rank-0000k/``. Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
+
+A state file (`write_state`) is one adapter in training as a safetensors file. Its metadata are ``format``, ``state`` (a
+JSON object), and ``sha256`` over the state and all tensors.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -28,19 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.distributed.group import Group
 from qvera.training.logging import metrics_path, read_records
 from qvera.training.run_dir import LENGTH, changed_keys
 from qvera.utils import accelerator
-from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import file_sha256
+from qvera.utils.files import disk_errors, file_sha256, flush, plain_json, replacing
 from qvera.utils.safetensors_io import save_tensors
 
 FORMAT = 1
@@ -369,3 +373,37 @@ def set_random_state(states: dict[str, torch.Tensor], rank: int = 0) -> None:
     if "cpu" in mine:
         torch.set_rng_state(mine["cpu"])
     accelerator.set_random_state(mine)
+
+
+_FORMAT = "1"
+
+
+def write_state(file: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    """Write a state and its tensors. RunFailed where the disk is full; an earlier file stays."""
+    text = json.dumps(plain_json(dict(state)))
+    held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": _FORMAT, "state": text, "sha256": _sha256(text, held)}
+    with disk_errors(str(file), "What was saved before is kept."), replacing(file) as partial:
+        save_tensors(held, partial, metadata)
+
+
+def read_state(file: Path, advice: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the state. InputError, which ends with ``advice``, where the file is missing or damaged."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no dict
+        if metadata["format"] != _FORMAT:
+            raise InputError(f"{file}: has the format {metadata['format']}; this qvera reads format {_FORMAT}.")
+        if metadata["sha256"] != _sha256(metadata["state"], tensors):
+            raise ValueError("its SHA-256 is another one")
+        return tensors, json.loads(metadata["state"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{file}: is no saved state, or is damaged ({first_line(error)}) {advice}") from None
+
+
+def _sha256(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name].numpy().tobytes())
+    return digest.hexdigest()

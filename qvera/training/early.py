@@ -16,7 +16,7 @@ from qvera.config.schema import Recipe
 from qvera.data.source import local_files, source_files, source_paths
 from qvera.training.run_dir import check_run_dir
 from qvera.utils.errors import InputError
-from qvera.utils.paths import resolve_path
+from qvera.utils.files import resolve_path
 
 _logger = logging.getLogger(__name__)
 _HUB_SECONDS = 6

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from qvera.adapters.files.save_load import named_vectors
-from qvera.config.schema import TrainingSection
+from qvera.adapters.save_load import named_vectors
+from qvera.config.sections import TrainingSection
 from qvera.distributed.group import Group
 from qvera.distributed.zero import Sizes, ZeroConfig, deepspeed_module, gather_at_call, is_sharded, whole_numel
 from qvera.models.structure import causal_model, core_of, decoder_layers

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qvera.adapters.bank import AdapterBank
-from qvera.adapters.files.save_load import new_config, start_from
 from qvera.adapters.layer import adapted_layers
+from qvera.adapters.save_load import new_config, start_from
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
 from qvera.models import linear
 from qvera.models.attention import implementation_on, joining_of
@@ -29,7 +29,7 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.config.schema import AdapterSection, ModelSection
+    from qvera.config.sections import AdapterSection, ModelSection
     from qvera.models.loader import Base
 
 

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.files import plain_json
+from qvera.utils.files import disk_errors, flush, plain_json, replace_text
 from qvera.utils.formatting import size
 from qvera.utils.memory import Shortage
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from qvera.adapters.files.save_load import rate_factors
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.adapters.methods import method_of
 from qvera.adapters.projection import forget_inputs
+from qvera.adapters.save_load import rate_factors
 from qvera.config import plugins
 from qvera.data import Example, batches_of, planned_steps
 from qvera.distributed.group import ALONE
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch.optim.lr_scheduler import LRScheduler
 
-    from qvera.config.lr_range import LrRange
+    from qvera.config.sections import LrRange
     from qvera.data import Batches, Datasets
     from qvera.distributed.group import Group
     from qvera.training.session import TrainingSession

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe
+from qvera.config.sections import LrRange
 from qvera.distributed.init import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
 from qvera.evaluation.report.pages import render
@@ -26,9 +26,8 @@ from qvera.training.loop import AloneLoop
 from qvera.training.optim import current_rate
 from qvera.training.run_dir import require_writable
 from qvera.training.session import TrainingSession
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import plain_json
+from qvera.utils.files import plain_json, replace_text
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from qvera.adapters.bank import AdapterBank
-from qvera.adapters.files.save_load import save_adapter
+from qvera.adapters.save_load import save_adapter
 from qvera.config.schema import Recipe
 from qvera.data import Example, planned_steps
 from qvera.distributed.group import ALONE, for_all
@@ -36,10 +36,8 @@ from qvera.training.run import Run
 from qvera.training.run_dir import write_run
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import plain_json
-from qvera.utils.paths import ADAPTERS, resolve_path
+from qvera.utils.files import ADAPTERS, disk_errors, plain_json, resolve_path
 
 T = TypeVar("T")
 

@@ -21,18 +21,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.projection import forget_inputs
+from qvera.adapters.save_load import save_adapter
 from qvera.data import AdapterRows, data_sha256, planned_steps
 from qvera.training.bank_loop import BankLoop
-from qvera.training.checkpoint import TrainState
+from qvera.training.checkpoint import TrainState, read_state, write_state
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.loop import Records
 from qvera.training.roster import AdapterRun, Roster
 from qvera.training.run_dir import changed_keys
-from qvera.training.state_file import read_state, write_state
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

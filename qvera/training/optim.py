@@ -12,8 +12,8 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from qvera.config.lr_range import LrRange
-from qvera.config.schema import Recipe, TrainingSection
+from qvera.config.schema import Recipe
+from qvera.config.sections import LrRange, TrainingSection
 from qvera.models.quantization import bnb as bitsandbytes
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError

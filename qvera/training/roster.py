@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from qvera.config.schema import Recipe
     from qvera.data import Batches, Datasets
-    from qvera.data.adapter_rows import AdapterRows
+    from qvera.data.dataset import AdapterRows
 
 Purpose = Literal["before", "due", "after"]
 Status = Literal["waiting", "in_flight", "done", "stopped_early", "not_finite"]

@@ -14,8 +14,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvera.adapters.files.save_load import adapter_facts
-from qvera.config.load import load_recipe
+from qvera.adapters.save_load import adapter_facts
+from qvera.config.schema import load_recipe
 from qvera.distributed.group import for_all
 from qvera.distributed.init import restarted
 from qvera.training import checkpoint
@@ -23,10 +23,9 @@ from qvera.training.callbacks import Callbacks
 from qvera.training.logging import MetricsLog, Trackers
 from qvera.training.run_dir import LENGTH, check_run_dir, run_lock, this_process, write_run_json
 from qvera.utils import accelerator, memory
-from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
+from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text
 from qvera.utils.formatting import duration
-from qvera.utils.paths import ADAPTERS, RECIPE_FILE
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe

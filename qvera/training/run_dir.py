@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.evaluation.report.read import status_of
 from qvera.evaluation.report.run_page import write_report
-from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError, RunFailed
-from qvera.utils.files import existing_parent, plain_json, try_read_json
+from qvera.utils.files import (
+    ADAPTERS,
+    RUN_OWNER,
+    RUN_PROGRESS,
+    disk_errors,
+    existing_parent,
+    plain_json,
+    replace_text,
+    try_read_json,
+)
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTERS, RUN_OWNER, RUN_PROGRESS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
-from qvera.adapters.files.save_load import attach, check_start
 from qvera.adapters.methods import check_recipe
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
+from qvera.adapters.save_load import attach, check_start
 from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warnings, lengths_of, print_preflight
@@ -40,9 +40,9 @@ from qvera.training.plan.run import NotPlannable, changed
 from qvera.training.rank_checks import check_disk_space, check_memory, check_same_data, check_same_setup, count_nodes
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import RUN_PROGRESS
 from qvera.utils.formatting import size
 from qvera.utils.memory import is_out_of_memory
-from qvera.utils.paths import RUN_PROGRESS
 from qvera.utils.progress import Phase
 from qvera.utils.signals import StopRequests
 

@@ -35,20 +35,20 @@ from torch import Tensor
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.config import PREFIX
-from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.methods.lora import Lora
 from qvera.adapters.projection import forget_inputs
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import save_adapter
+from qvera.config.sections import AdapterSection
 from qvera.models.checkpointing import draws_random_numbers
 from qvera.models.structure import beside_the_layers
+from qvera.training.checkpoint import read_state, write_state
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.optim import AdamSettings, BankAdamW
-from qvera.training.state_file import read_state, write_state
 from qvera.training.token_rows import PassRow, Settings, TokenRow, run_pass
-from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.files import disk_errors
 from qvera.utils.memory import Shortage, or_shortage
 from qvera.utils.safetensors_io import save_tensors
 

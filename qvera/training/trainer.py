@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from qvera.adapters.files.save_load import load_vectors, named_vectors, save_adapter
 from qvera.adapters.methods import method_of
 from qvera.adapters.methods.base import Method
 from qvera.adapters.products.fused import BUILDS_UNHELD
+from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
 from qvera.config import plugins
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import planned_steps
@@ -22,7 +22,7 @@ from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
 from qvera.evaluation import held_out
 from qvera.evaluation.metrics import Metric
-from qvera.tasks.own_loss import OwnLoss
+from qvera.tasks.base import OwnLoss
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
 from qvera.training.checkpoint import Checkpoint, TrainState
@@ -35,9 +35,8 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import check_run_dir, mark_ended, write_run, write_run_json
 from qvera.training.session import TrainingSession
-from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import plain_json, try_read_json
+from qvera.utils.files import disk_errors, plain_json, try_read_json
 
 
 def train(

@@ -21,10 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, file_stamp, try_read_json
-from qvera.utils.paths import cache_root
+from qvera.utils.files import cache_root, file_sha256, file_stamp, replace_text, try_read_json
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called with (stage, bytes done, bytes in all, what). Stages are hashing, quantizing and waiting."""

@@ -1,15 +1,34 @@
-"""Read files whose content may be wrong: JSON documents, hashes, byte ranges. Imports no torch."""
+"""Files: where they are, how content that may be wrong is read, and how a kill leaves whole ones. Imports no torch.
 
+    with OutputDirectory.open(out, identity, what="export") as work:
+        for name in planned:
+            if not work.has(name):
+                work.finished(name, write_shard(out / name, ...))      # its SHA-256
+        ...the small files; what makes the directory a model (config.json) last, with `replace_text`
+        work.complete()
+
+A hidden state file lists the finished shards and the ``identity``: all that the bytes depend on. A directory with
+another identity is refused. A lock lets one process at a time work there; the kernel drops that of a killed process.
+"""
+
+import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from filelock import FileLock, Timeout
 from pydantic_core import to_jsonable_python
+from safetensors import SafetensorError
 
-from qvera.utils.errors import InputError
+from qvera.utils import formatting
+from qvera.utils.errors import InputError, RunFailed
 
 
 def existing_parent(path: Path) -> Path:
@@ -76,3 +95,230 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
 def plain_json(value: Any) -> Any:
     """A JSON value with null in place of NaN and Inf, which other parsers refuse."""
     return to_jsonable_python(value, inf_nan_mode="null")
+
+
+RECIPE_FILE = "recipe.yaml"
+"""In a run's directory."""
+RUN_OWNER = ".qvera_run.owner"
+"""In a run's directory: the process that trains there (host, pid, start in ISO format)."""
+RUN_PROGRESS = ".qvera_run.progress"
+"""In a run's directory: how far the present phase is (`qvera.utils.progress.Phase`)."""
+ADAPTERS = "adapters"
+"""In a run that trained many adapters: one directory for each."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""transformers' file; beside an adapter of the hub, the template that it was trained with."""
+TRAINING_FACTS = "qvera_training.json"
+"""Beside an adapter's vectors: what a fine-tuning job trained it on."""
+CERTIFICATE = "qvera_export.json"
+"""Beside an exported checkpoint: what was merged onto what."""
+
+
+def cache_root() -> Path:
+    """``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
+    if own := os.environ.get("QVERA_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "qvera"
+
+
+def resolve_path(path: str) -> str:
+    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
+    """A directory that is being filled, and the lock on it.
+
+    ``shards`` is file name → SHA-256 of the finished ones. ``facts`` are the caller's JSON values, saved by `finished`.
+    """
+
+    def __init__(self, out: Path, state: Path, document: dict[str, Any], lock: FileLock) -> None:
+        self.out, self._state, self._document, self._lock = out, state, document, lock
+        self.shards: dict[str, str] = document["shards"]
+        self.facts: dict[str, Any] = document["facts"]
+
+    @classmethod
+    def open(cls, out: Path, identity: dict[str, Any], what: str) -> Self:
+        """Take a directory that is new or empty, or was left by a killed process with the same ``identity``.
+
+        ``what`` is one word for the state file's name and for messages: ``export``, ``quantize``.
+
+        Raises:
+            InputError: it holds something else, is not writable, or another process works in it.
+        """
+        state = require_new_or_unfinished(out, what)
+        fresh = {"identity": json.loads(json.dumps(identity)), "shards": {}, "facts": {}}
+        lock = FileLock(out / f".qvera_{what}.lock", timeout=0)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            if not state.is_file():
+                replace_text(state, json.dumps(fresh))
+        except Timeout:
+            raise InputError(f"{out}: another process is writing this {what} now. Wait for it.") from None
+        except OSError as error:
+            lock.release()
+            raise InputError(f"{out}: can't be written ({error.strerror or error}). Name another directory.") from None
+        found = try_read_json(state)
+        if found is None or found.get("identity") != fresh["identity"]:
+            lock.release()
+            raise InputError(
+                f"{out}: holds an unfinished {what} of something else. Delete it, or name another directory."
+            )
+        return cls(out, state, found, lock)
+
+    def has(self, name: str) -> bool:
+        """Whether that shard is finished; its bytes are hashed and compared."""
+        target = self.out / name
+        return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
+
+    def finished(self, name: str, sha256: str) -> None:
+        """Note that this shard is whole and on disk."""
+        self.shards[name] = sha256
+        replace_text(self._state, json.dumps(self._document))
+
+    def complete(self) -> None:
+        """Remove state, lock and partial files."""
+        for leftover in self.out.glob(".*.partial"):
+            leftover.unlink()
+        self._state.unlink()
+        self.close()
+        flush(self.out)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def require_new_or_unfinished(out: Path, what: str) -> Path:
+    """Raise InputError where `OutputDirectory.open` would, for what is in the directory; return its state file."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; name a directory that is new or empty.")
+    state = out / f".qvera_{what}_state.json"
+    # killed in its first moment, an export leaves a lock or half a state file: nothing of anyone's
+    if out.is_dir() and not state.is_file() and any(not p.name.startswith(f".qvera_{what}") for p in out.iterdir()):
+        raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+    return state
+
+
+def require_empty(out: Path) -> None:
+    """Raise InputError where a directory holds something, or `new_directory` can't put another one in its place."""
+    if out.resolve() == Path.cwd():  # an empty one too: who is in it would be in a directory that is gone
+        raise InputError(
+            f"{out}: is the directory that this command runs in, and what is written takes the place of a directory as "
+            "a whole. Name another one."
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
+        )
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``out``, or is deleted after an error; InputError as `require_empty`."""
+    require_empty(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Fsync a file or a directory: a rename must not reach the disk before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two files or directories in one step, so no name is ever missing; False where that can't be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file's text: after a kill it has the new text or the old one."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write a whole file to; then it takes the place of ``path``, on the disk."""
+    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # after a failure, such as a full disk
+    flush(path.parent)
+
+
+def place_files(out: Path, save: Callable[[Path], Any]) -> None:
+    """Let a library save small files (``save_pretrained``) to a scratch directory, then move each to ``out`` whole."""
+    scratch = out / ".small.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        save(scratch)
+        for file in sorted(scratch.iterdir()):
+            flush(file)
+            file.replace(out / file.name)
+        flush(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_space(out: Path, needed_bytes: int, what: str) -> None:
+    """Raise InputError where less than ``needed_bytes`` are free."""
+    free = shutil.disk_usage(existing_parent(out)).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. "
+            "Make room, or choose another disk (for the cache: QVERA_CACHE)."
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, kept: str) -> Iterator[None]:
+    """Turn a full or unwritable disk, met by Python or safetensors, into RunFailed.
+
+    ``what`` is being written. ``kept`` ends the message: what is not lost, and what to do.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # where safetensors has the number
+        number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)
+        if number not in (*_NO_SPACE, *_UNWRITABLE):
+            raise
+        reason = "the disk is full" if number in _NO_SPACE else f"it can't be written ({os.strerror(number)})"
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        raise RunFailed(f"{what}: {reason}{where}. {kept}") from None

@@ -114,3 +114,15 @@ def _decimals(value: float) -> int:
 def first_of(names: Sequence[object]) -> str:
     """``a``, or ``a (and 2 more)``."""
     return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else str(names[0])
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    """A text, cut to ``limit`` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def describe(value: object) -> str:
+    """A value's JSON type, and the value if it is short, for messages."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
+    return kind if value is None or isinstance(value, (dict, list)) else f"{kind} ({shortened(repr(value), 40)})"

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
-from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.projection import uniform_pair
+from qvera.adapters.save_load import named_vectors
 from qvera.models import linear
 from tests.device import DEVICE
 

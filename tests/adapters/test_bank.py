@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 
 from qvera.adapters.bank import AdapterBank
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.sections import AdapterSection
 from qvera.data import Example
 from qvera.models.attention import VARLEN
 from qvera.models.checkpointing import enable_checkpointing

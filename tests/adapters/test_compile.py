@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection
 from qvera.data import Example
 from qvera.models.checkpointing import compile_layers, enable_checkpointing
 from qvera.models.forward import batch_nll, make_batch

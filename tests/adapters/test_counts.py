@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.save_load import adapter_facts, attach, named_vectors, save_adapter
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_adapter
+from qvera.config.sections import AdapterSection
 from tests.adapters.helpers import SHAPES, on_meta, trainable
 
 # The table of shared/facts.md; its first two rows are VeRA's 1.6M / 1.4M / 2.4M (arXiv 2310.11454, table 4).

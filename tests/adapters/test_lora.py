@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from qvera.adapters import QveraConfig, QveraLinear
-from qvera.adapters.files.adapter_file import read_adapter
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.adapter_file import read_adapter
 from qvera.adapters.methods import LinearSpec, method_of
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection
+from qvera.config.sections import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora

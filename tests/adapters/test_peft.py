@@ -17,14 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qvera
-from qvera.adapters import QveraConfig, QveraLinear
-from qvera.adapters.files import save_load
-from qvera.adapters.files.adapter_file import read_adapter
-from qvera.adapters.files.save_load import load_adapter, load_vectors, named_vectors, save_adapter
-from qvera.config.schema import ModelSection
+from qvera.adapters import QveraConfig, QveraLinear, save_load
+from qvera.adapters.adapter_file import read_adapter
+from qvera.adapters.save_load import load_adapter, load_vectors, named_vectors, save_adapter
+from qvera.config.sections import ModelSection
 from qvera.models.loader import load_base
-from qvera.utils.atomic import flush
 from qvera.utils.errors import InputError
+from qvera.utils.files import flush
 from tests.adapters.helpers import edit_config, logits, perturb
 from tests.conftest import small_llama
 from tests.helpers import start_process

@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraConfig, QveraLinear
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.models import linear
 from qvera.utils.errors import InputError

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from qvera.adapters import QveraConfig, SharedProjection
-from qvera.adapters.files.save_load import attach
 from qvera.adapters.products import functional
 from qvera.adapters.projection import projection_sha256, uniform_pair, vera_scale
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection
 from qvera.utils.errors import InputError
 from qvera.utils.uniform import uniform_matrix
 from tests.conftest import small_llama

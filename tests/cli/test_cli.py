@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qvera.cli.main import PANELS, main
 from qvera.config import plugins
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.data import build_datasets, decode
 from qvera.models.tokenizer import load_tokenizer
 from tests.helpers import wait_until

@@ -135,7 +135,7 @@ def qvera_is_imported_first() -> None:
     import peft
     from transformers import Trainer  # noqa: F401
 
-    import qvera.training.plan.timing
+    import qvera.training.plan.plan
     import qvera.training.trainer  # noqa: F401
 
     assert "PeftModel" in inspect.getsource(peft)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qvera.adapters.rates import measured_rate
+from qvera.adapters.methods import measured_rate
 from qvera.cli import doctor
 from qvera.cli.main import main
-from qvera.config.load import load_recipe
-from qvera.config.schema import json_schema
+from qvera.config.schema import json_schema, load_recipe
 from qvera.utils import accelerator
 from tests.tasks.images import save_vit, write_folders
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.adapter_file import read_adapter
 from qvera.cli.main import main
 from qvera.evaluation.load import find_target, open_run
 from qvera.evaluation.named_adapters import require_named

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from qvera.cli.common import LossyStream
 from qvera.cli.main import main
-from qvera.cli.streams import LossyStream
 from qvera.cli.train import loss_line, print_result
 
 pytestmark = pytest.mark.process

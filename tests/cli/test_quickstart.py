@@ -14,7 +14,7 @@ import pytest
 from qvera.cli import quickstart as base
 from qvera.cli.main import main
 from qvera.cli.quickstart import prepare, recipe_path
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.utils.errors import InputError, RunFailed
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.adapter_file import read_adapter
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.models.loader import load_base
 from qvera.training import checkpoint
 from qvera.utils.errors import InputError

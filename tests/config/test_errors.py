@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qvera.config.load import load_recipe
-from qvera.config.schema import AdapterSection, ModelSection, Recipe, parse_recipe
+from qvera.config.schema import Recipe, load_recipe, parse_recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.utils.errors import InputError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "some/model"}, "data": {"path": "rows.jsonl"}}
@@ -379,7 +379,7 @@ def test_the_schema_needs_neither_torch_nor_transformers() -> None:
 import sys, types
 qvera = types.ModuleType('qvera'); qvera.__path__ = [{str(Path(__file__).parents[2] / "qvera")!r}]
 sys.modules['qvera'] = qvera
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.config.schema import parse_recipe
 try: parse_recipe({{'model': 'a', 'data': {{'path': 'b'}}, 'training': {{'label_smoothing_factor': 1}}}}, 'x')
 except Exception as error: print('TrainingArguments' in str(error))

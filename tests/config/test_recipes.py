@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.paper import TABLES
-from qvera.config.load import load_recipe, read_yaml
+from qvera.config.schema import load_recipe, read_yaml
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"

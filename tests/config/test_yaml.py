@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.utils.errors import InputError
 
 BODY = "model: some/model\ndata:\n  path: rows.jsonl\n"

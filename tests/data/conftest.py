@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data import Datasets, build_datasets
 from tests.data.real_templates import SMOLLM2
 

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data import Datasets, Example, build_datasets, data_sha256
 
 

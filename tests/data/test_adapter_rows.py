@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from qvera.config.schema import DataSection, Recipe, parse_recipe
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.sections import DataSection
 from qvera.data import (
     Datasets,
     Rows,

@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import ByT5Tokenizer
 
 from qvera.cli.main import main
-from qvera.config.schema import DataSection, DataSource
+from qvera.config.sections import DataSection, DataSource
 from qvera.data import Datasets, Rows, build_datasets, cache, print_preflight
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data.conversations import FORMATS, Conversation, LabelledRow, Text, Turn, detect_format, parse_row
 from qvera.data.readers import RawRow
 from qvera.utils.errors import InputError

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qvera.config.schema import DataSection, DataSource, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import DataSection, DataSource
 from qvera.data import Datasets, build_datasets, data_warnings, print_preflight
 from qvera.data.dataset import length_histogram
 from qvera.evaluation.load import template_of

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from qvera.config.schema import DataSection, ModelSection
+from qvera.config.sections import DataSection, ModelSection
 from qvera.data import Datasets, build_datasets, print_preflight
 from qvera.data.images import images_of, text_only
 from qvera.models.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data.readers import RawRow, read_rows
 from qvera.data.source import raw_rows
 from qvera.utils.errors import InputError

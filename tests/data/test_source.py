@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data import Datasets, build_datasets, source
 from qvera.data.source import hold_out
 from qvera.utils.errors import InputError

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from qvera.config.schema import DataSection
+from qvera.config.sections import DataSection
 from qvera.data import Datasets, Encoder, Example, Turn, build_datasets, decode, resolve_template
 from qvera.data.conversations import detect_format, parse_row
 from qvera.data.readers import RawRow

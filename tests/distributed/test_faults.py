@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qvera.config.load import load_recipe
+from qvera.config.schema import load_recipe
 from qvera.training import checkpoint
 from qvera.training.trainer import train
 from tests.disk import fill, read_only, small_disk

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvera.adapters.files.save_load import load_adapter
+from qvera.adapters.save_load import load_adapter
 from qvera.config.schema import parse_recipe
 from qvera.models.loader import load_base
 from tests.distributed.ranks import run_worker

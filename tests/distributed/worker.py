@@ -18,15 +18,14 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.hooks import TrainingHook
+from qvera.adapters.save_load import named_vectors
 from qvera.config import plugins
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero
 from qvera.distributed.group import Group
-from qvera.distributed.heartbeat import end_if_stuck
-from qvera.distributed.init import in_group
+from qvera.distributed.init import end_if_stuck, in_group
 from qvera.models import quantization
 from qvera.models.structure import causal_model
 from qvera.training import trainer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qvera.adapters.files.save_load import load_adapter, save_adapter
+from qvera.adapters.save_load import load_adapter, save_adapter
 from qvera.models.loader import load_base
 from tests.adapters.helpers import perturb
 

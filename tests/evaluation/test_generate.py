@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qvera.adapters import AdaptedForward, QveraConfig, QveraLinear
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import Example
 from qvera.evaluation import generate as generation
 from qvera.evaluation import held_out

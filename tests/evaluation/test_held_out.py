@@ -15,10 +15,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import load_adapter, save_adapter
+from qvera.adapters.save_load import load_adapter, save_adapter
 from qvera.cli.main import main
-from qvera.config.load import load_recipe
-from qvera.config.schema import ModelSection
+from qvera.config.schema import load_recipe
+from qvera.config.sections import ModelSection
 from qvera.data import build_datasets, collate
 from qvera.evaluation import metrics as textscores
 from qvera.evaluation.metrics import NAMES, scores_of, text_metrics

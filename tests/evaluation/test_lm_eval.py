@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from qvera.adapters.files.save_load import load_adapter
+from qvera.adapters.save_load import load_adapter
 from qvera.cli.main import main
 from qvera.evaluation import lm_eval
 from qvera.models.loader import load_base

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.loader import load_base
 from tests.adapters.helpers import perturb
 from tests.models.helpers import stock_load

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.exporting.base import TrainedBaseReader, one_thread_each
 from qvera.models import quantization, safetensors_stream
 from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps

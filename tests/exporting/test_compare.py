@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvera.config.schema import ExportSection
+from qvera.config.sections import ExportSection
 from qvera.data import Example
 from qvera.exporting import compare
 from qvera.exporting.compare import difference_text, measure_difference

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import attach, load_adapter
+from qvera.adapters.save_load import attach, load_adapter
 from qvera.cli.main import main
-from qvera.config.load import load_recipe
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.schema import load_recipe
+from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
 from qvera.models import safetensors_stream
 from qvera.models.loader import load_base
@@ -310,7 +310,7 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
 def test_an_output_that_is_not_free_is_refused_before_any_work(
     line: tuple[str, ...], trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("qvera.adapters.files.adapter_file.load_file", lambda _: pytest.fail("vectors were read"))
+    monkeypatch.setattr("qvera.adapters.adapter_file.load_file", lambda _: pytest.fail("vectors were read"))
     (tmp_path / "here").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from qvera import __version__
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.adapter_file import read_config
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.adapter_file import read_config
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.load import find_target
 from qvera.exporting import lora
 from qvera.exporting.deltas import read_deltas

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
 from qvera.models import quantization
 from qvera.models.loader import load_base

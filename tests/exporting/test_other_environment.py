@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.schema import ExportSection
+from qvera.config.sections import ExportSection
 from qvera.exporting.merged import export_merged
 from tests.exporting.helpers import trained_adapter
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, DataSection, ExportSection, ModelSection
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection
 from qvera.data import build_datasets
 from qvera.data.images import images_of
 from qvera.exporting.compare import measure_difference

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.cli.main import main
-from qvera.config.schema import ExportSection, ModelSection
+from qvera.config.sections import ExportSection, ModelSection
 from qvera.evaluation.load import open_run
-from qvera.exporting import quantized
-from qvera.exporting.merged import export_merged
-from qvera.exporting.quantized import export_quantized
+from qvera.exporting import merged
+from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError, Interrupted
 from tests.exporting.helpers import trained_adapter
@@ -102,7 +101,7 @@ def test_an_interrupted_one_goes_on_from_the_finished_merge_of_the_same_base(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]  # nothing is merged
     (out / "notes.txt").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(quantized, "quantize_checkpoint", interrupted)
+        patch.setattr(merged, "quantize_checkpoint", interrupted)
         export()
     with pytest.raises(InputError, match="holds the merge of another export"):
         export(dtype="bfloat16")
@@ -112,7 +111,7 @@ def test_an_interrupted_one_goes_on_from_the_finished_merge_of_the_same_base(
     with pytest.raises(InputError, match="holds the merge of another export"):
         export()
     file.write_bytes(before)
-    monkeypatch.setattr(quantized, "export_merged", interrupted)  # it is not made again
+    monkeypatch.setattr(merged, "export_merged", interrupted)  # it is not made again
     assert len(export()["quantized"]["relative_errors"]) == 14
 
 
@@ -132,7 +131,7 @@ def test_one_that_was_stopped_while_it_was_measured_goes_on_with_that(
         export_quantized(directory, section, out, options, "nf4", progress=stopping)
     assert len(measured) == 1
     assert (out / "config.json").is_file() and not (out / "qvera_export.json").exists()
-    monkeypatch.setattr(quantized, "quantize_checkpoint", lambda *_, **__: pytest.fail("it was quantized again"))
+    monkeypatch.setattr(merged, "quantize_checkpoint", lambda *_, **__: pytest.fail("it was quantized again"))
     certificate = export_quantized(directory, section, out, options, "nf4")
     assert len(certificate["quantized"]["relative_errors"]) == 14
     assert json.loads((out / "qvera_export.json").read_text()) == certificate

@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.config import QveraConfig
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.exporting.sums import same_directions, stacked_factors, union
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
 

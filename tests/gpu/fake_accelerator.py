@@ -60,8 +60,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qvera
-from qvera.adapters import projection
-from qvera.adapters.files import adapter_file
+from qvera.adapters import adapter_file, projection
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE

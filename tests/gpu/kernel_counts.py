@@ -16,8 +16,8 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 from qvera.adapters.bank import AdapterBank
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection
 from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit

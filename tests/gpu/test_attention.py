@@ -13,7 +13,7 @@ from qvera.data.rows import Joined
 from qvera.models import attention, forward
 from qvera.training.plan import Machine, PlannedRun, shape_of
 from qvera.training.plan.activations import kept_bytes
-from qvera.training.plan.longest import batch_of
+from qvera.training.plan.decisions import batch_of
 from tests.gpu.fake_accelerator import FakeAccelerator, make_rows
 from tests.gpu.own_process import measured
 

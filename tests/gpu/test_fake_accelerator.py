@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from transformers import LlamaForCausalLM
 
 from qvera.adapters.config import QveraConfig
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.adapters.shared_model import load_adapters
 from qvera.evaluation import held_out
 from qvera.evaluation.generate import generate

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qvera.config.schema import parse_recipe
 from qvera.data.rows import Joined
 from qvera.training.plan import Machine, PlannedRun, plan_memory, shape_of
-from qvera.training.plan.longest import batch_of
+from qvera.training.plan.decisions import batch_of
 from tests.gpu.fake_accelerator import SHAPES, FakeAccelerator, make_rows
 from tests.gpu.own_process import measured
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qvera.config.schema import parse_recipe
-from qvera.training.plan import Batch, Machine, PlannedRun, shape_of, timing
+from qvera.training.plan import Batch, Machine, PlannedRun, shape_of
+from qvera.training.plan import plan as planning
 from tests.gpu.fake_accelerator import SHAPES, FakeAccelerator
 from tests.gpu.own_process import measured
 
@@ -40,9 +41,9 @@ def probe(fake: FakeAccelerator, shape: str) -> dict[str, Any]:
     recipe = parse_recipe({"model": "-", "data": {"path": "-"}, "adapter": {"rank": RANK}}, "a test")
     batch = Batch(1, TOKENS, TOKENS, False, False, "", TOKENS)
     run = PlannedRun(shape_of(model), recipe, batch, Machine("a GPU", "cuda", torch.bfloat16, False, 10**12))
-    with mock.patch.object(timing, "_seconds", lambda part: len([part()])):
+    with mock.patch.object(planning, "_seconds", lambda part: len([part()])):
         with fake.record() as seen, _LargestOnCpu() as cpu:
-            rates = timing._rates(run, fake.device)
+            rates = planning._rates(run, fake.device)
     layer = sum(x.n * x.m for x in run.layer)
     return {**seen.to_dict(), "largest_on_cpu_bytes": cpu.largest_bytes, "rates": rates, "layer_weights": layer}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qvera.adapters.products.functional import scale_input
-from qvera.kernels.columns import scaled_columns
+from qvera.kernels.low_rank import scaled_columns
 from tests.adapters.helpers import relative
 from tests.kernels.conftest import Calls
 

@@ -11,7 +11,7 @@ import torch
 
 from qvera.adapters.products.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
-from qvera.kernels import choice, columns, low_rank
+from qvera.kernels import choice, low_rank
 from tests.adapters.helpers import TOLERANCE, parts, relative, rounded, textbook
 from tests.device import DEVICE
 from tests.kernels.conftest import Calls
@@ -115,7 +115,11 @@ def test_vectors_that_are_every_second_element_of_another(as_on_an_accelerator: 
 
     def found(d: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor | None]:
         gradients = low_rank.gradients_and_combined(M, B, d, b, 0.5, 1.0, torch.float32)
-        return [*gradients, low_rank.combined(B, d, b, 0.5, torch.float32), columns.scaled_columns_backward(M, M, d)[0]]
+        return [
+            *gradients,
+            low_rank.combined(B, d, b, 0.5, torch.float32),
+            low_rank.scaled_columns_backward(M, M, d)[0],
+        ]
 
     with as_on_an_accelerator():
         for one, other in zip(found(sparse_d, sparse_b), found(d, b), strict=True):

@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.save_load import attach, save_adapter
+from qvera.adapters.save_load import attach, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.lora import export_lora
 from qvera.lab import analysis
 from qvera.lab.analysis import (

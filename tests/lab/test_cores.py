@@ -13,10 +13,10 @@ from torch import nn
 from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.config import PREFIX
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, check_start, load_adapter, named_vectors, save_adapter
 from qvera.adapters.products.functional import project
+from qvera.adapters.save_load import attach, check_start, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection
+from qvera.config.sections import AdapterSection
 from qvera.data import batches_of, build_datasets, collate
 from qvera.evaluation.load import open_run
 from qvera.exporting.deltas import read_deltas

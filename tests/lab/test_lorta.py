@@ -16,10 +16,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from qvera.adapters import QveraLinear
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.products.low_rank import trained_path
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.config.sections import AdapterSection
 from qvera.exporting.deltas import read_deltas
 from qvera.lab.sample_tokens import TokenSampler
 from qvera.utils.errors import InputError

@@ -10,7 +10,7 @@ from pathlib import Path
 from qvera.adapters import methods
 from qvera.adapters.methods import Method
 from qvera.config import plugins
-from qvera.config.schema import AdapterSection, DataSection, TrainingSection
+from qvera.config.sections import AdapterSection, DataSection, TrainingSection
 from tests.adapters.methods.cases import CASES
 
 ROOT = Path(__file__).parents[2]

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, load_adapter
 from qvera.adapters.projection import uniform_pair
+from qvera.adapters.save_load import attach, load_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection
+from qvera.config.sections import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.lab.resample import carried_share, phase_count
 from qvera.training.plan import make_plan

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.files.save_load import attach
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.products.low_rank import trained_linear, trained_path
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection
 from qvera.lab.sample_tokens import (
     TokenSample,
     TokenSampler,

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvera.adapters.config import PREFIX
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import method_of
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection
+from qvera.config.sections import AdapterSection
 from qvera.distributed.group import Group
 from qvera.exporting.deltas import read_deltas
 from qvera.lab import sparse

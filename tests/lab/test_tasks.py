@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from qvera.cli.main import main
-from qvera.config.schema import DataSection, DataSource, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import DataSection, DataSource
 from qvera.data import batches_of, build_datasets, data_sha256
 from qvera.lab.bilora import BilevelBatches
 from qvera.lab.tasks import TaskBatches, source_names, task_rows

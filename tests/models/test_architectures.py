@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mamba2 import modeling_mamba2
 
 from qvera import api
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.loader import load_base
 from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed

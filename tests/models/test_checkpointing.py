@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import Gemma3Config
 
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.sections import AdapterSection
 from qvera.models.checkpointing import INPUTS_ON_DEVICE, draws_random_numbers, enable_checkpointing, offload_inputs
 from qvera.models.stream import PinnedChunks
 from tests.adapters.helpers import perturb

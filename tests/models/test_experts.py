@@ -14,15 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.experts import QveraExperts
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import method_of
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, require_kept_by_peft, write_lora
-from qvera.exporting.merged import export_merged
-from qvera.exporting.quantized import export_quantized
+from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models import linear, quantization
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.experts import (

@@ -15,9 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.serve import start_engine
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
+from qvera.config.schema import Recipe
+from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, require_kept_by_peft
 from qvera.exporting.merged import export_merged

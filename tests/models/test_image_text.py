@@ -16,9 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 import qvera
-from qvera.adapters.files.save_load import attach
 from qvera.adapters.layer import adapted_layers
-from qvera.config.schema import AdapterSection, DataSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection, DataSection, ModelSection
 from qvera.data import build_datasets
 from qvera.data.conversations import read_prompts
 from qvera.data.images import images_of

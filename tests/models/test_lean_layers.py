@@ -16,8 +16,8 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.schema import AdapterSection
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.sections import AdapterSection
 from qvera.kernels import elementwise
 from qvera.models import lean_layers
 from qvera.models.checkpointing import enable_checkpointing

@@ -10,9 +10,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.adapters.products import fused
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear, quantization
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models import linear as frozen
 from qvera.models import quantization as quantize
 from qvera.models.loader import load_base, pick_compute_dtype
@@ -208,7 +208,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qvera.adapters.files.save_load.flush", full)
+    monkeypatch.setattr("qvera.adapters.save_load.flush", full)
     with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(attach(small_llama(), AdapterSection(rank=8, seed=4)), saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.models.loader import Base, load_base
 from qvera.models.model_class import classification_class
 from qvera.models.quantize_checkpoint import quantized_copy

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.models import quantize_checkpoint, safetensors_stream
 from qvera.models.quantize_checkpoint import cached_base, find_base
 from qvera.models.quantized_record import BASES, problem_of, read_record

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear
 from qvera.models.loader import load_base

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
-from qvera.config.load import load_recipe
-from qvera.config.schema import ModelSection, parse_recipe
+from qvera.config.schema import load_recipe, parse_recipe
+from qvera.config.sections import ModelSection
 from qvera.data import build_datasets
 from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.loader import Base, load_base
 from qvera.serve.engine import Engine
 from qvera.serve.requests import (

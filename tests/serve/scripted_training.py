@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qvera.config.schema import ModelSection, Recipe
+from qvera.config.schema import Recipe
+from qvera.config.sections import ModelSection
 from qvera.data import AdapterRows, Datasets, planned_steps
 from qvera.evaluation.load import Artifact
 from qvera.serve.fine_tuning.directory import TrainingDirectory
@@ -18,7 +19,7 @@ from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.fine_tuning.preparing import Recipes
 from qvera.serve.store import AdapterStore
 from qvera.training.checkpoint import TrainState
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.conftest import small_tokenizer
 
 

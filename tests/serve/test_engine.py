@@ -16,7 +16,7 @@ from qvera.serve.engine import NOT_FINITE
 from qvera.serve.requests import Busy, EndEvent, EngineDead
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
 from tests.serve.conftest import NAMES
 from tests.serve.helpers import BASE, ENGINES, assert_answers, assert_same, request, submit

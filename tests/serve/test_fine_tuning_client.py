@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.serve.api.access import new_key
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.helpers import ROOT, wait_until
 from tests.many_adapters import write_customers, write_run
 from tests.serve.command import Command

@@ -18,7 +18,7 @@ from qvera.serve.fine_tuning.database import OPEN, Job
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
 from tests.serve.scripted_training import ScriptedTrainer, chat_rows, jobs_of, target
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qvera.adapters.files import save_load
-from qvera.adapters.files.save_load import attach
-from qvera.config.schema import AdapterSection
+from qvera.adapters import save_load
+from qvera.adapters.save_load import attach
+from qvera.config.sections import AdapterSection
 from qvera.serve.opening import open_served, warm_up
 from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.serve.helpers import Alone, assert_same, request, submit, tiny_base, write_adapters

@@ -14,7 +14,7 @@ from qvera.serve.requests import ResolvedAdapter, UnknownAdapter
 from qvera.serve.store import AdapterStore
 from qvera.utils.adapter_names import directory_names
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.many_adapters import NAMES, write_run
 from tests.serve.scripted_training import write_files
 

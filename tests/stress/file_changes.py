@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.stress.serve_load import CLIENTS, REFUSED, Tally, Truth, for_seconds
 
 

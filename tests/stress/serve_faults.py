@@ -40,8 +40,8 @@ import yaml
 from bench.adapters import write_adapters
 from bench.common import RESULTS, header, smollm2, write_rows
 from bench.serving import ServerProcess
-from qvera.config.schema import ModelSection
-from qvera.utils.paths import ADAPTERS, RECIPE_FILE
+from qvera.config.sections import ModelSection
+from qvera.utils.files import ADAPTERS, RECIPE_FILE
 from tests.disk import fill, mounted
 from tests.stress.bad_bodies import bad_call
 from tests.stress.file_changes import change_files

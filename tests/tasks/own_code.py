@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import qvera
-from qvera.tasks.own_loss import LossBatch
+from qvera.tasks.base import LossBatch
 
 
 def focal(logprobs: torch.Tensor, batch: LossBatch) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group
 from qvera.training.loop import AloneLoop

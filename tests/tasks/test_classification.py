@@ -17,9 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection, Recipe
+from qvera.config.schema import Recipe
+from qvera.config.sections import ModelSection
 from qvera.data import Datasets, Example, Labels, build_datasets, data_warnings
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import class_scores

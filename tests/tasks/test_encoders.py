@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from qvera.adapters import QveraConfig, QveraLinear
-from qvera.adapters.files.save_load import put_on
+from qvera.adapters.save_load import put_on
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.data import build_datasets
 from qvera.evaluation.load import open_run
 from qvera.models.attention import needs_padding_mask, rows_joined

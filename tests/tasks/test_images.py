@@ -19,9 +19,9 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.cli.main import main
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.data import Datasets, build_datasets
 from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.save_load import named_vectors
 from qvera.cli.train import print_result
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.model_class import CAUSAL_LM
-from qvera.tasks.own_loss import LossBatch
+from qvera.tasks.base import LossBatch
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.distributed.ranks import Ranks

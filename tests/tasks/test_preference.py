@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.schema import AdapterSection, ModelSection, TrainingSection
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.sections import AdapterSection, ModelSection, TrainingSection
 from qvera.data import Example
 from qvera.models.loader import load_base
 from qvera.training.trainer import train

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.schema import Recipe, load_recipe
 from qvera.data import Datasets, build_datasets
 from qvera.models.loader import load_base
 from qvera.tasks import task_of
@@ -22,7 +21,7 @@ from qvera.tasks.rewards import Answer, load_rewards
 from qvera.training import checkpoint
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama, small_tokenizer
 from tests.helpers import ROOT

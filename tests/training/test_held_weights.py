@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qvera.adapters import hold_training_weights
-from qvera.adapters.files.save_load import attach
 from qvera.adapters.products import fused
+from qvera.adapters.save_load import attach
 from qvera.config.schema import parse_recipe
 from qvera.training.plan import Batch, Machine, PlannedRun, shape_of
 from qvera.training.trainer import train

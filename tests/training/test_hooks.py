@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
+from qvera.adapters.save_load import named_vectors
 from qvera.config import plugins
 from qvera.training.trainer import train
 from tests.training.runs import assert_same_run, cut_off

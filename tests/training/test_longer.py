@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from qvera.config.schema import TrainingSection
+from qvera.config.sections import TrainingSection
 from qvera.training.optim import build_schedule
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed

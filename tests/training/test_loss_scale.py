@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.config.lr_range import LrRange
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.sections import AdapterSection, LrRange, ModelSection
 from qvera.models import forward
 from qvera.models.loader import load_base
 from qvera.training.lr_finder import find_lr

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
-from qvera.config.lr_range import LrRange
 from qvera.config.schema import parse_recipe
+from qvera.config.sections import LrRange
 from qvera.training.loop import AloneLoop
 from qvera.training.lr_finder import PAGE, POINTS, RULE, RangeTestResult, find_lr, has_diverged, range_page, read_curve
 from qvera.training.trainer import train

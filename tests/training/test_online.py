@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from qvera.config.schema import Recipe
 from qvera.data import Example
 from qvera.models.loader import load_base
-from qvera.training import state_file
+from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.online import OnlineTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.training.online_jobs import Jobs, datasets_of, difference, job_recipe, server_recipe, write_job_rows
 from tests.training.runs import records, run_json
 
@@ -186,7 +186,7 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
         metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     state = json.loads(metadata["state"])
     text = json.dumps({**state, "state": {**state["state"], "mood": "good"}})
-    written = {**metadata, "state": text, "sha256": state_file._sha256(text, tensors)}
+    written = {**metadata, "state": text, "sha256": checkpoint._sha256(text, tensors)}
     save_file(tensors, tmp_path / "newer", written)
     other_rate = own["anna"].replace(training=own["anna"].training.replace(learning_rate=0.5))
     for name, recipe, file, message in (

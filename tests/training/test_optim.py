@@ -11,7 +11,7 @@ import torch
 from transformers import get_scheduler
 
 from qvera.adapters.methods import method_of
-from qvera.config.schema import AdapterSection, TrainingSection
+from qvera.config.sections import AdapterSection, TrainingSection
 from qvera.training.optim import build_optimizer, build_schedule, current_rate
 
 

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 
 from qvera.cli.main import main
-from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe
+from qvera.config.sections import LrRange
 from qvera.data import Example
 from qvera.data.rows import Rows
 from qvera.distributed.group import Group

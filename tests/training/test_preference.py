@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qvera.cli.main import main
-from qvera.config.lr_range import LrRange
 from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.sections import LrRange
 from qvera.training.lr_finder import find_lr
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train

@@ -19,7 +19,7 @@ from qvera.training import tenants
 from qvera.training.optim import AdamSettings
 from qvera.training.tenants import CallFailed, ModelShape, RowResults
 from qvera.training.token_rows import PassRow, TokenRow
-from qvera.utils.paths import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.training.online_jobs import difference
 from tests.training.tenant_calls import LORA, STEP, VERA, Calls, Reference, some_rows
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import qvera
-from qvera.utils.errors import InputError
-from qvera.utils.files import read_json, try_read_json
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import (
+    OutputDirectory,
+    disk_errors,
+    new_directory,
+    place_files,
+    read_json,
+    replace_text,
+    require_space,
+    try_read_json,
+)
+from tests.helpers import start_process, wait_until
 
 
 @pytest.mark.parametrize(
@@ -56,3 +72,110 @@ print(len(sys.modules), sorted({{"torch", "transformers"}} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split()[1:] == ["[]"]
+
+
+IDENTITY = {"source": ["a", 1], "dtype": "float16"}
+
+
+def shard(out: Path, name: str, data: bytes = b"data") -> str:
+    (out / name).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_the_same_work_goes_on_and_another_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with OutputDirectory.open(out, {"source": ("a", 1), "dtype": "float16"}, "export") as work:
+        assert not work.has("one")
+        work.facts["layers"] = {"x": 0.5}
+        work.finished("one", shard(out, "one"))
+    with pytest.raises(InputError, match="unfinished export of something else"):
+        OutputDirectory.open(out, {**IDENTITY, "dtype": "bfloat16"}, "export")
+    with OutputDirectory.open(out, IDENTITY, "export") as work:
+        assert work.has("one")
+        assert not work.has("two")
+        assert work.facts == {"layers": {"x": 0.5}}
+        (out / "one").write_bytes(b"dat!")
+        assert not work.has("one"), "a shard that was changed since is not finished"
+        (out / ".two.partial").write_bytes(b"x")
+        work.complete()
+    assert [p.name for p in out.iterdir()] == ["one"]
+    with pytest.raises(InputError, match="is not empty"):
+        OutputDirectory.open(out, IDENTITY, "export")
+
+
+def test_a_file_a_full_directory_and_a_damaged_state_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, file in (("full", "mine"), ("bad", ".qvera_export_state.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{")
+    for out, words in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "full", "is not empty"),
+        (tmp_path / "bad", "something else"),
+        (Path("/proc/nowhere/out"), "can't be written"),
+    ):
+        with pytest.raises(InputError, match=words):
+            OutputDirectory.open(out, IDENTITY, "export")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def hold(out: Path, mark: Path) -> None:
+    with OutputDirectory.open(out, IDENTITY, "export"):
+        mark.touch()
+        time.sleep(600)
+
+
+def test_the_directory_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), Path("../here"), tmp_path / "link"):
+        with pytest.raises(InputError, match="is the directory that this command runs in"), new_directory(out):
+            pytest.fail("it was opened")
+    with new_directory(Path("below")) as partial:
+        (partial / "file").touch()
+    assert [p.name for p in (tmp_path / "here").rglob("*")] == ["below", "file"]
+
+
+def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    holder = start_process(hold, out, tmp_path / "mark")
+    wait_until((tmp_path / "mark").exists)
+    with pytest.raises(InputError, match="another process is writing this export"):
+        OutputDirectory.open(out, IDENTITY, "export")
+    holder.kill()
+    holder.join()
+    with OutputDirectory.open(out, IDENTITY, "export") as work:
+        work.complete()
+    assert list(out.iterdir()) == []
+
+
+def test_small_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
+    replace_text(tmp_path / "a.json", json.dumps({"a": 1}))
+
+    def dying(where: Path) -> None:
+        (where / "a.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        place_files(tmp_path, dying)
+    place_files(tmp_path, lambda where: (where / "b.json").write_text("{}"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": '{"a": 1}', "b.json": "{}"}
+
+
+def test_a_full_or_read_only_disk_is_reported_and_other_errors_are_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the export needs 1e6 TB, and .* are free"):
+        require_space(tmp_path / "not" / "yet", 10**18, "the export")
+    require_space(tmp_path, 1, "the export")
+    for number, words in (
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, r"it can't be written \(Read-only file system\)"),
+    ):
+        text = os.strerror(number)
+        of_rust = SafetensorError(f"Error while serializing: I/O error: {text} (os error {number})")
+        for error in (OSError(number, text, "shard.bin"), of_rust):
+            with pytest.raises(RunFailed, match=rf"^shard 3: {words}.* Kept: 2\.$"), disk_errors("shard 3", "Kept: 2."):
+                raise error
+    for other in (FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("InvalidHeaderDeserialization")):
+        with pytest.raises(type(other)), disk_errors("shard 3", ""):
+            raise other

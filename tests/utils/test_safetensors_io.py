@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.models.loader import fingerprint_of
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import (

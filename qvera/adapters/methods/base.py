@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from qvera.adapters.hooks import TrainingHook
     from qvera.adapters.layer import AdaptedForward
     from qvera.adapters.projection import Pair
-    from qvera.config.schema import AdapterSection, Recipe
+    from qvera.config.schema import Recipe
+    from qvera.config.sections import AdapterSection
     from qvera.distributed.group import Group
 
     AdapterSettings: TypeAlias = QveraConfig | AdapterSection

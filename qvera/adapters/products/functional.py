@@ -28,10 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvera.kernels import once_differentiable
 from qvera.kernels.choice import use_kernels
-from qvera.kernels.columns import scaled_columns, scaled_columns_backward
-from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, vector_gradients, wide_product
-from qvera.kernels.once_differentiable import once_differentiable
+from qvera.kernels.low_rank import (
+    combined,
+    gradients_and_combined,
+    grouped,
+    scaled_columns,
+    scaled_columns_backward,
+    vector_gradients,
+    wide_product,
+)
 from qvera.utils import accelerator
 
 

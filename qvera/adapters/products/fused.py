@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products.functional import as_output, split_scale
+from qvera.kernels import once_differentiable
 from qvera.kernels.low_rank import combined, vector_gradients, wide_product
-from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import quantization
 from qvera.utils import accelerator
 

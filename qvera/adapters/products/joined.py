@@ -10,9 +10,8 @@ from torch import Tensor
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import functional
-from qvera.kernels.columns import scaled_columns
-from qvera.kernels.low_rank import combined, gradients_and_combined, vector_gradients, wide_product
-from qvera.kernels.once_differentiable import once_differentiable
+from qvera.kernels import once_differentiable
+from qvera.kernels.low_rank import combined, gradients_and_combined, scaled_columns, vector_gradients, wide_product
 from qvera.models import linear, quantization
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qvera.adapters.products.functional import add_product, split_scale, times
+from qvera.kernels import once_differentiable
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import wide_product
-from qvera.kernels.once_differentiable import once_differentiable
 from qvera.models import linear
 
 Sampler = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]

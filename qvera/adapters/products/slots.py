@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvera.adapters.projection import vera_scale
-from qvera.kernels.columns import scaled_columns
-from qvera.kernels.low_rank import wide_product
-from qvera.kernels.once_differentiable import once_differentiable
+from qvera.kernels import once_differentiable
+from qvera.kernels.low_rank import scaled_columns, wide_product
 from qvera.models import linear
 from qvera.utils import accelerator
 

@@ -21,8 +21,7 @@ import yaml
 from qvera.config.schema import parse_recipe
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import file_sha256, read_json
-from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER
+from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER, file_sha256, read_json
 
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 

@@ -34,9 +34,8 @@ from qvera.evaluation.report.read import (
     series,
     trained_many,
 )
-from qvera.utils.atomic import disk_errors, replace_text
+from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, disk_errors, replace_text
 from qvera.utils.formatting import count, percent, significant, size
-from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
 _MEMORY_KINDS = (
     ("p1", "interpreter, libraries, rows", ("runtime",)),

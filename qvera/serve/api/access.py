@@ -25,9 +25,8 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock
 
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_stamp, read_json
+from qvera.utils.files import file_stamp, read_json, replace_text
 
 
 @dataclass(frozen=True, slots=True)

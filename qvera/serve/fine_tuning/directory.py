@@ -19,8 +19,8 @@ from pathlib import Path
 from qvera.data.readers import EXTENSIONS
 from qvera.serve.fine_tuning.database import BEFORE, RESULTS, TRAINED, Database, Event, StoredFile, new_id, now
 from qvera.training.run_dir import run_lock
-from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.files import disk_errors, flush, replace_text
 
 DATABASE = "fine_tuning.sqlite"
 _MESSAGE_CHARACTERS = 2000  # of an error, which may list all columns of a file

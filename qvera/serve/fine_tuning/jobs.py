@@ -36,8 +36,7 @@ from qvera.training.online import OnlineTrainer
 from qvera.training.run_dir import changed_keys, require_writable
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, TRAINING_FACTS
+from qvera.utils.files import ADAPTER_CONFIG, TRAINING_FACTS, try_read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

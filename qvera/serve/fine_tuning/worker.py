@@ -21,10 +21,8 @@ from qvera.serve.fine_tuning.database import TRAINED, Event, Job, now
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.store import read_content
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, RunFailed, first_line
-from qvera.utils.files import plain_json
-from qvera.utils.paths import TRAINING_FACTS
+from qvera.utils.files import TRAINING_FACTS, disk_errors, plain_json, replace_text
 
 if TYPE_CHECKING:
     from qvera.serve.store import AdapterStore

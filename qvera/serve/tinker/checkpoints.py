@@ -26,8 +26,8 @@ from pydantic import Field
 from qvera.serve.api.errors import ApiError, shortened
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
-from qvera.utils.atomic import replacing
 from qvera.utils.errors import InputError
+from qvera.utils.files import replacing
 from qvera.utils.formatting import size
 
 if TYPE_CHECKING:

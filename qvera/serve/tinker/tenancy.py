@@ -34,9 +34,8 @@ from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape, Tenants, TenantSettings
-from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, RunFailed, first_line
-from qvera.utils.paths import resolve_path
+from qvera.utils.files import disk_errors, resolve_path
 
 if TYPE_CHECKING:
     from qvera.serve.engine import Engine

@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qvera.config.load import yaml_text
+from qvera.config.schema import yaml_text
 from qvera.serve.ui.directories import RunDirectories, unreadable
-from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.paths import RUN_OWNER
+from qvera.utils.files import RUN_OWNER, replace_text
 
 _WAIT_SECONDS = 600.0  # a call waits at most this long for what it has started
 FIELDS = (

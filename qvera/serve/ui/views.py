@@ -36,9 +36,8 @@ from qvera.evaluation.report.read import (
 from qvera.serve.ui.directories import RunDirectories, open_plain, unreadable
 from qvera.serve.ui.metrics import MetricsFile, Read
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import file_stamp, read_json
+from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER, RUN_PROGRESS, file_stamp, read_json
 from qvera.utils.formatting import count, duration, significant, text_or_dash
-from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER, RUN_PROGRESS
 
 State = Literal["running", "finished", "interrupted", "failed", "unreadable"]
 """``interrupted``, too: its files have no end, and no process can write one."""

@@ -26,12 +26,12 @@ from qvera.tasks import task_of
 from qvera.training.plan.activations import (
     input_bytes,
     kept_bytes,
+    kinds_of_layers,
     method_bytes,
     norm_bytes,
     product_shapes,
     transient_bytes,
 )
-from qvera.training.plan.recurrent import kinds_of_layers
 from qvera.training.plan.run import ExpertWeights, Linear, Machine, PlannedRun, Shape, Sharing
 from qvera.utils import accelerator
 from qvera.utils.formatting import duration, size

@@ -18,7 +18,8 @@ from qvera.adapters.layer import layer_shape
 from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.products import fused
-from qvera.config.schema import ModelSection, Recipe
+from qvera.config.schema import Recipe
+from qvera.config.sections import ModelSection
 from qvera.distributed.zero import ZeroConfig
 from qvera.models.checkpointing import Mode
 from qvera.models.experts import StackSpec, expert_specs, require_experts
@@ -32,7 +33,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
-    from qvera.training.plan.recurrent import Recurrence
+    from qvera.training.plan.activations import Recurrence
 
 _PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",

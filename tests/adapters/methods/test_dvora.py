@@ -13,11 +13,12 @@ from peft import PeftModel
 from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.methods.vera import held_bytes
 from qvera.adapters.projection import vera_scale
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, export_stock_vera
 from qvera.models.loader import load_base

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import Source, method_of
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
-from qvera.config.load import load_recipe
-from qvera.config.schema import AdapterSection, Recipe, parse_recipe
+from qvera.config.schema import Recipe, load_recipe, parse_recipe
+from qvera.config.sections import AdapterSection
 from qvera.exporting.deltas import read_deltas
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model

@@ -12,9 +12,10 @@ import torch
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.config import QveraConfig
-from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.schema import AdapterSection, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import AdapterSection
 from qvera.evaluation.generate import generating
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError

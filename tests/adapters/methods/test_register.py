@@ -17,7 +17,8 @@ from qvera.adapters import QveraLinear, methods
 from qvera.adapters.methods import check_recipe
 from qvera.cli.main import main
 from qvera.config import plugins
-from qvera.config.schema import AdapterSection, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import AdapterSection
 from qvera.evaluation.load import open_run
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear, register
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
-from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
+from qvera.config.schema import parse_recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.sums import same_directions
 from qvera.models.loader import Base, load_base

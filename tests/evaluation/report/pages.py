@@ -8,8 +8,8 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-from qvera.config.lr_range import LrRange
 from qvera.config.schema import parse_recipe
+from qvera.config.sections import LrRange
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import answers_page, compare_page
 from qvera.evaluation.report.run_page import write_report

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from qvera.config.schema import ModelSection
+from qvera.config.sections import ModelSection
 from qvera.data import Encoder, resolve_template
 from qvera.data.conversations import read_messages
 from qvera.evaluation.generate import PromptWriter, end_tokens, generate

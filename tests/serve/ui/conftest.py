@@ -16,7 +16,7 @@ import pytest
 
 from qvera.serve.api.server import Server
 from qvera.serve.ui.app import Service, create_app
-from qvera.utils.paths import RUN_OWNER
+from qvera.utils.files import RUN_OWNER
 from tests.evaluation.report.conftest import build_run  # noqa: F401
 from tests.serve.command import running
 

@@ -19,7 +19,7 @@ from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import compare_page
 from qvera.serve.ui.directories import RunDirectories
 from qvera.utils.errors import InputError
-from qvera.utils.paths import RUN_OWNER, RUN_PROGRESS
+from qvera.utils.files import RUN_OWNER, RUN_PROGRESS
 from tests.evaluation.report.conftest import adapter_entry, eval_rows, many_info, many_rows, run_info, train_rows
 from tests.serve.ui.conftest import Served, append, begin
 

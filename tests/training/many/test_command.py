@@ -13,7 +13,7 @@ from rich.console import Console
 
 from qvera.cli.main import main
 from qvera.cli.train import print_result
-from qvera.config.lr_range import LrRange
+from qvera.config.sections import LrRange
 from qvera.training import session
 from qvera.training.lr_finder import find_lr
 from qvera.training.trainer import train

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.files.save_load import save_adapter
+from qvera.adapters.save_load import save_adapter
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group, for_all
 from qvera.training import checkpoint

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qvera.adapters.files.save_load import attach
+from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loss import Head, fused_linear_cross_entropy

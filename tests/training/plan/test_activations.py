@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.bank import AdapterBank
-from qvera.adapters.files.save_load import attach
+from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import collate_prefix_once
 from qvera.data.rows import Joined, pad_batch
@@ -25,9 +25,8 @@ from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import row_tokens
 from qvera.models.loader import load_base
 from qvera.training.plan import Batch, Machine, PlannedRun, plan_memory, shape_of
-from qvera.training.plan.activations import goes_by_tiles
-from qvera.training.plan.longest import batch_of
-from qvera.training.plan.recurrent import recurrences
+from qvera.training.plan.activations import goes_by_tiles, recurrences
+from qvera.training.plan.decisions import batch_of
 from tests.conftest import small_llama, small_tokenizer
 from tests.data.rows import rows_of
 from tests.families import FAMILIES

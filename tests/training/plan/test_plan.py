@@ -14,13 +14,13 @@ from rich.console import Console
 
 from bench import plan_table as table
 from qvera.cli.main import main
-from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.schema import Recipe, load_recipe, parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.data.rows import Joined
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.plan import Machine, Plan, Sharing, make_plan, parse_size, timing
-from qvera.training.plan.longest import batch_of, longest_rows
+from qvera.training.plan import Machine, Plan, Sharing, make_plan, parse_size
+from qvera.training.plan import plan as planning
+from qvera.training.plan.decisions import batch_of, longest_rows
 from qvera.training.plan.run import changed
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -196,9 +196,9 @@ def test_a_step_has_seconds_and_random_numbers_go_on_as_before(
 ) -> None:
     recipe = recipe_of(model={"quantization": quantization}, data={"max_length": 64})
     plan = make_plan(recipe, gpu(10**9) if on_gpu else Machine("a CPU", "cpu", torch.float32, True, 10**10))
-    monkeypatch.setattr(timing, "_BUDGET_SECONDS", 1e-3)
+    monkeypatch.setattr(planning, "_BUDGET_SECONDS", 1e-3)
     before = torch.random.get_rng_state()
-    seconds = timing.time_step(plan, torch.device("cpu"))
+    seconds = planning.time_step(plan, torch.device("cpu"))
     assert all(0 < part < 10 for name, part in seconds.items() if name != "dequantization")
     resident = quantization == "nf4" and on_gpu  # there is room for copies
     assert (seconds["dequantization"] > 0) is (quantization != "none" and not resident)

@@ -17,8 +17,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qvera.adapters.config import LABELS_VERSION, SHARED_KEYS, QveraConfig
-from qvera.adapters.files.adapter_file import (
+from qvera.adapters.adapter_file import (
     read_adapter,
     read_config,
     require_base,
@@ -26,18 +25,19 @@ from qvera.adapters.files.adapter_file import (
     require_tokens,
     write_lora,
 )
+from qvera.adapters.config import LABELS_VERSION, SHARED_KEYS, QveraConfig
 from qvera.adapters.layer import QveraLinear, SharedTensors
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.adapters.projection import require_same_pairs
 from qvera.config import plugins
-from qvera.config.schema import AdapterSection, ModelSection, Recipe
+from qvera.config.schema import Recipe
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
-from qvera.utils.atomic import disk_errors, exchange, flush
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, disk_errors, exchange, flush, resolve_path
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:

@@ -24,9 +24,8 @@ from qvera.adapters.methods import LinearSpec, method_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
-from qvera.utils.files import read_json
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable
 
 LORA = "LORA"

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from qvera.adapters.files.save_load import attach, save_adapter
-from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
+from qvera.models.conversion import from_fp8
 from qvera.models.loader import load_base
 from qvera.models.quantize_checkpoint import cached_base
-from qvera.models.stored_formats import from_fp8
 from qvera.training.trainer import train
 from qvera.utils.safetensors_io import checkpoint_tensors
 from tests.adapters.helpers import perturb

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from qvera.distributed.group import Group
-from qvera.distributed.heartbeat import Heartbeat, end_if_stuck
-from qvera.distributed.init import agreed_attempt, in_group
+from qvera.distributed.init import Heartbeat, agreed_attempt, end_if_stuck, in_group
 from qvera.utils.errors import EXIT_FAILED, InputError, RunFailed
 from tests.distributed.ranks import free_port
 
@@ -82,7 +81,7 @@ def beat(store: Store, rank: int, told: Told | None = None, **more: Any) -> Hear
 
 @pytest.fixture(autouse=True)
 def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvera.distributed.heartbeat.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("qvera.distributed.init.GRACE_SECONDS", 0.1)
 
 
 def test_ranks_that_beat_and_leave_are_not_mistaken_for_dead_ones() -> None:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvera.config.schema import ModelSection
-from qvera.models import nf4, quantization
+from qvera.config.sections import ModelSection
+from qvera.models import quantization
 from qvera.utils.safetensors_io import TensorSpec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -18,7 +18,7 @@ TYPES = ["nf4", "fp4"]
 
 
 def assert_equal_to_bitsandbytes(weights: torch.Tensor, quant_type: str) -> None:
-    packed, absmax = nf4.pack(weights, quant_type)
+    packed, absmax = quantization.pack_four_bit(weights, quant_type)
     expected, scales = torch.ops.bitsandbytes.quantize_4bit.default(weights, 64, quant_type, torch.uint8)
     assert torch.equal(absmax, scales)
     assert torch.equal(packed, expected.flatten())
@@ -31,7 +31,7 @@ def normal(count: int, dtype: torch.dtype, seed: int = 0, size: float = 0.02) ->
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_weights(dtype: torch.dtype, quant_type: str) -> None:
-    for count in (1, 2, 63, 64, 65, 128, 64 * 300 + 17, nf4.CHUNK + 64, 2 * nf4.CHUNK + 63):
+    for count in (1, 2, 63, 64, 65, 128, 64 * 300 + 17, quantization.PACK_CHUNK + 64, 2 * quantization.PACK_CHUNK + 63):
         assert_equal_to_bitsandbytes(normal(count, dtype), quant_type)
 
 
@@ -99,7 +99,7 @@ def test_what_is_not_finite_shows_in_its_blocks_scale_and_nowhere_else(dtype: to
         spoilt[place] = bad
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            _, absmax = nf4.pack(spoilt, "nf4")
+            _, absmax = quantization.pack_four_bit(spoilt, "nf4")
         assert [i for i, value in enumerate(absmax) if not torch.isfinite(value)] == [block]
 
 
@@ -113,7 +113,7 @@ def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, 
         _, state = quantization.bnb_functional.quantize_4bit(
             weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4", quant_storage=torch.bfloat16
         )
-        found = quantization.serialized_statistics(spec, nf4.pack(weight, "nf4")[1], section)
+        found = quantization.serialized_statistics(spec, quantization.pack_four_bit(weight, "nf4")[1], section)
     finally:
         torch.set_num_threads(before)
     layout = {each.name: (each.dtype, each.shape) for each in quantization.serialized_layout(spec, section)[1:]}

@@ -1,1 +1,0 @@
-"""GGUF files, which llama.cpp and Ollama read."""
