@@ -121,7 +121,7 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:  # of a text that no command prints: the help, the versions
         code = report("", error)
     if "RANK" in os.environ:  # one of several processes
-        from qvera.distributed.init import end_if_stuck
+        from qvera.distributed.group import end_if_stuck
         from qvera.distributed.launch import leave_exit_code
 
         leave_exit_code(code)

@@ -40,8 +40,7 @@ from torch import nn
 
 from qvera.config.schema import Recipe, load_recipe
 from qvera.distributed.group import Group
-from qvera.training.logging import metrics_path, read_records
-from qvera.training.run_dir import LENGTH, changed_keys
+from qvera.training.run_dir import LENGTH, changed_keys, metrics_path, read_records
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import disk_errors, file_sha256, flush, plain_json, replacing

@@ -17,14 +17,13 @@ import numpy as np
 
 from qvera.config.schema import Recipe
 from qvera.config.sections import LrRange
-from qvera.distributed.init import in_group
+from qvera.distributed.group import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
-from qvera.training.logging import step_facts
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import current_rate
-from qvera.training.run_dir import require_writable
+from qvera.training.run_dir import require_writable, step_facts
 from qvera.training.session import TrainingSession
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json, replace_text

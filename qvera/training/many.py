@@ -28,12 +28,11 @@ from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.checkpoint import Checkpoint, TrainState
 from qvera.training.failures import has_finite_loss
-from qvera.training.logging import MetricsLog, join_records, metrics_path, step_facts
 from qvera.training.loop import Records
 from qvera.training.plan.decisions import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
 from qvera.training.run import Run
-from qvera.training.run_dir import write_run
+from qvera.training.run_dir import MetricsLog, join_records, metrics_path, step_facts, write_run
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, NotFinite

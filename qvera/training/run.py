@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.save_load import adapter_facts
 from qvera.config.schema import load_recipe
-from qvera.distributed.group import for_all
-from qvera.distributed.init import restarted
+from qvera.distributed.group import for_all, restarted
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
-from qvera.training.logging import MetricsLog, Trackers
-from qvera.training.run_dir import LENGTH, check_run_dir, run_lock, this_process, write_run_json
+from qvera.training.run_dir import LENGTH, MetricsLog, Trackers, check_run_dir, run_lock, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
 from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text

@@ -18,8 +18,7 @@ from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
 from qvera.config import plugins
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import planned_steps
-from qvera.distributed.group import for_all
-from qvera.distributed.init import in_group
+from qvera.distributed.group import for_all, in_group
 from qvera.evaluation import held_out
 from qvera.evaluation.metrics import Metric
 from qvera.tasks.base import OwnLoss
@@ -28,12 +27,11 @@ from qvera.training.callbacks import Callbacks
 from qvera.training.checkpoint import Checkpoint, TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
-from qvera.training.logging import repeat_line, step_facts
 from qvera.training.loop import AloneLoop
 from qvera.training.many import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import check_run_dir, mark_ended, write_run, write_run_json
+from qvera.training.run_dir import check_run_dir, mark_ended, repeat_line, step_facts, write_run, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import disk_errors, plain_json, try_read_json

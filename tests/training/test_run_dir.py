@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qvera.training.run_dir import run_lock
-from qvera.utils.errors import InputError
+from qvera.training.run_dir import MetricsLog, read_records, run_lock
+from qvera.utils.errors import InputError, RunFailed
+from tests.disk import fill, small_disk
 
 pytestmark = pytest.mark.process
 
@@ -66,3 +68,22 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     for where, text in (("file", "is a file"), ("file/run", "nothing can be written")):
         with pytest.raises(InputError, match=text), run_lock(tmp_path / where, "node1"):
             pytest.fail("locked")
+
+
+def test_damaged_lines_of_the_log_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n7\n{"loss": 2}\n[]\n{"step": 2}\n{"step": 3}\n{"ste')
+    MetricsLog(path, last_step=2).write({"step": 3, "loss": 0.5})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5},
+    ]  # fmt: skip
+    assert list(read_records(tmp_path / "nothing")) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 400_000) as disk:
+        log = MetricsLog(disk / "metrics.jsonl", last_step=0)
+        fill(disk)
+        with pytest.raises(RunFailed, match=r"metrics\.jsonl: the disk is full.*--resume"):
+            for step in range(1000):
+                log.write({"step": step})

@@ -246,7 +246,7 @@ def test_each_step_is_saved_once_and_its_records_are_on_disk_before(
     """
     order: list[str] = []
     original = checkpoint.save
-    monkeypatch.setattr("qvera.training.logging.flush", lambda path: order.append(path.name))
+    monkeypatch.setattr("qvera.training.run_dir.flush", lambda path: order.append(path.name))
     monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: order.append(str(step)) or original(d, step, *more))
     train(make_recipe(training={"max_steps": 5, "save_steps": 2, "eval_steps": 2}), tmp_path / "run")
     saved = [int(name) for name in order if name != "metrics.jsonl"]
