@@ -184,7 +184,6 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
-        static_cache: bool = False,
     ) -> list[str]:
         """Answer each prompt, as ``qvera generate`` does.
 
@@ -192,7 +191,6 @@ class Model:
             prompts: one or many. A text gets the recipe's system prompt; messages are taken as they are.
             adapter: where several are loaded: the one for all prompts, or one for each (None: the base alone).
             temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
-            static_cache: compile a step and record it as a CUDA graph: for many long answers.
 
         Raises:
             InputError: it is a classifier, an adapter is not loaded, or a prompt is too long.
@@ -226,7 +224,6 @@ class Model:
                 top_p=top_p,
                 seed=seed,
                 adapters=["__base__" if n is None else opened.keys[n] for n in names] if self.names else None,
-                static_cache=static_cache,
                 progress=show,
                 images=[writer.images(row.turns) for row in rows],
             )

@@ -108,11 +108,7 @@ def verify(names: Names = None) -> None:
 def quantize(
     model: Annotated[str, argument("MODEL", "A directory with safetensors, or a hub id.")],
     out: Annotated[Path | None, argument("OUT", "New or empty (default: the cache).")] = None,
-    quantization: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="Default: nf4.")] = None,
-    no_double_quant: Annotated[bool, flag("--no-double-quant", "Keep the scales in fp32.")] = False,
-    quant_storage: Annotated[
-        Literal["uint8", "bfloat16", "float16", "float32"] | None, typer.Option(help="Default: bfloat16.")
-    ] = None,
+    quantization: Annotated[Literal["nf4", "fp4"], typer.Option(help="The 4-bit type.")] = "nf4",
     revision: Annotated[str | None, option("NAME", "Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[bool, flag("--trust-remote-code", "Run the model's Python code.")] = False,
     verify: Annotated[bool, flag("--verify", "Hash all files again, not only sizes and times.")] = False,
@@ -134,10 +130,9 @@ def quantize(
     from qvera.utils import accelerator
     from qvera.utils.signals import StopRequests
 
-    section = ModelSection(path=model, revision=revision, trust_remote_code=trust_remote_code)
-    given: dict[str, Any] = {"quantization": quantization, "quant_storage": quant_storage}
-    given["double_quant"] = False if no_double_quant else None
-    section = section.replace(**{key: value for key, value in given.items() if value is not None})
+    section = ModelSection(
+        path=model, revision=revision, trust_remote_code=trust_remote_code, quantization=quantization
+    )
     began = time.perf_counter()
     with StopRequests() as stop, progress(f"quantizing {model}", text=formatting.size) as show:
 

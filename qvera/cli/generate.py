@@ -52,7 +52,6 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    static_cache: Annotated[bool, flag("--static-cache", "Compile a step (CUDA graph), for long answers.")] = False,
     image: Annotated[list[Path] | None, option("FILE", "An image in front of each --prompt (repeatable).")] = None,
 ) -> None:
     """Answer the prompts of a file in batches.
@@ -80,8 +79,6 @@ def generate(
     from qvera.serve.client import server_url
 
     if (url := server_url(run)) is not None:
-        if static_cache:
-            raise InputError("--static-cache: is for a run; a server decides that itself.")
         questions = _questions(None, prompts, asked, adapters, many=not base)
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         questions, answers = _ask_server(url, questions, base, batch_size, settings)
@@ -110,7 +107,6 @@ def generate(
             top_p=top_p,
             seed=seed,
             batch_size=batch_size,
-            static_cache=static_cache,
         )
     answered: list[dict[str, str]] = [
         {"source": row.source, **({"adapter": name} if name else {}), "prompt": row.turns[-1].content, "answer": answer}

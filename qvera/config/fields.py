@@ -99,6 +99,8 @@ _logger = logging.getLogger(__name__)
 
 RENAMED: dict[str, str] = {"training.rehearse_longest_batch": "training.try_longest_batch"}
 """Old key → new key, as ``section.key``. Old ones are accepted with a warning."""
+REMOVED: dict[str, object] = {"training.loss_scale_window": 2000}
+"""A key that is gone → its default. A recipe that has it, as those of old runs do, still loads."""
 
 # What to write instead of a TrainingArguments field that has another name or place here.
 _INSTEAD = {
@@ -120,6 +122,7 @@ _INSTEAD = {
     "overwrite_output_dir": "remove it; a finished run is never overwritten, choose another training.output_dir",
     "max_seq_length": "set data.max_length",
     "max_length": "set data.max_length",
+    "loss_scale_window": "remove it; a float16 run doubles its loss scale after 2,000 steps without an overflow",
     "use_cpu": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
 }
 
@@ -134,8 +137,11 @@ _SHORT_NAMES = {
 _WORDS = {"a valid boolean": "true or false", "a valid integer": "a whole number", "a valid dictionary": "a mapping"}
 
 
-def move_renamed_keys(tree: dict[object, object], source: str) -> dict[object, object]:
-    """Replace old names of keys, with a warning. If both are there, both stay: the old one is then an unknown key."""
+def take_old_keys(tree: dict[object, object], source: str, drop_removed: bool) -> dict[object, object]:
+    """Replace old names of keys, with a warning, and drop removed keys that have their default, or any value.
+
+    If an old and a new name are both there, both stay: the old one is then an unknown key.
+    """
     moved = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
     for old, new in RENAMED.items():
         (old_section, old_key), (section, key) = old.split("."), new.split(".")
@@ -143,6 +149,11 @@ def move_renamed_keys(tree: dict[object, object], source: str) -> dict[object, o
         if isinstance(keys, dict) and old_key in keys and isinstance(target, dict) and key not in target:
             target[key] = keys.pop(old_key)
             _logger.warning("%s: %s is now called %s. The old name still works; please rename it.", source, old, new)
+    for old, default in REMOVED.items():
+        section, key = old.split(".")
+        keys = moved.get(section)
+        if isinstance(keys, dict) and key in keys and (drop_removed or keys[key] == default):
+            del keys[key]
     return moved
 
 

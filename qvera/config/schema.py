@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from qvera.config.fields import NonEmpty, OnlyWith, Section, describe, move_renamed_keys
+from qvera.config.fields import NonEmpty, OnlyWith, Section, describe, take_old_keys
 from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean
@@ -263,7 +263,8 @@ def parse_recipe(
         tree: what a YAML reader returned.
         source: the file's name, for messages.
         lines: the line of each key by its path, such as ``("adapter", "rank")``, for messages.
-        drop_idle_keys: ignore keys that have no effect without another one, which otherwise is an error.
+        drop_idle_keys: ignore keys that have no effect without another one, and removed keys of any value, which
+            otherwise are errors.
 
     Raises:
         InputError: with every problem of the recipe, one a line.
@@ -271,7 +272,7 @@ def parse_recipe(
     if not isinstance(tree, dict):
         got = "an empty file" if tree is None else type(tree).__name__
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
-    tree = move_renamed_keys(tree, source)
+    tree = take_old_keys(tree, source, drop_removed=drop_idle_keys)
     while True:
         try:
             return Recipe.model_validate(tree)

@@ -456,9 +456,7 @@ class TrainingSection(Section):
     """Clip the gradient of all vectors together to this norm. 0: no clipping."""
     initial_scale_power: Annotated[int, Strict(), Field(ge=0, le=24), _SCALED] = 16
     """The first loss scale of a run that computes in float16: 2 to this power. A step whose gradient overflows is taken
-    again with half the scale. 0: begin without scaling."""
-    loss_scale_window: Annotated[Positive, _SCALED] = 2000
-    """Steps in a row without an overflow after which the loss scale of a float16 run is doubled."""
+    again with half the scale; 2,000 steps in a row without an overflow double it. 0: begin without scaling."""
     gradient_checkpointing: Bool | Literal["auto", "offload"] = "auto"
     """Recompute the activations of a layer in the backward pass, and keep only its input: much less memory, about a
     third more time. ``offload`` keeps these inputs in pinned RAM instead of on the accelerator (on a CPU it is the same

@@ -107,7 +107,6 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     adapters: Sequence[str] | None = None,
-    static_cache: bool = False,
     streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
     images: Sequence[Sequence[StoredImage]] | None = None,
@@ -123,8 +122,6 @@ def generate_tokens(
         max_new_tokens: answers also end at an end-of-turn token, and at the model's last position.
         temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
         adapters: which adapter answers each prompt (`qvera.adapters.shared_model`); ``__base__`` for none.
-        static_cache: keys and values have a fixed size, so transformers compiles a step and records a CUDA graph. This
-            takes a minute for each new batch size, and pays off for many long answers.
         streamer: for one prompt only.
         progress: called after each batch with the number of finished prompts.
         images: those of each prompt, whose ids have their places (`PromptWriter`).
@@ -163,7 +160,7 @@ def generate_tokens(
     forked = accelerator.forked_random_state()
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
-        joins = streamer is None and adapters is None and not static_cache
+        joins = streamer is None and adapters is None
         joins = joins and rows_joined(model, prefix_once=True, packing=False) is not None
         prefix, cache = _common_prefix(prompts) if joins else 0, None
         if prefix:
@@ -181,8 +178,6 @@ def generate_tokens(
                 ids, mask = torch.cat([shared, ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
                 settings[CACHE_ARGUMENT] = copy.deepcopy(cache)
                 settings[CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
-            if static_cache:
-                settings["cache_implementation"] = "static"
             if adapters is not None:
                 settings["adapter_names"] = [adapters[i] for i in rows]
             if images is not None:

@@ -83,9 +83,7 @@ def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.dev
     """
     if dtype != torch.float16:
         return None
-    return GradScaler(
-        device.type, init_scale=2.0**section.initial_scale_power, growth_interval=section.loss_scale_window
-    )
+    return GradScaler(device.type, init_scale=2.0**section.initial_scale_power)
 
 
 def current_rate(schedule: LRScheduler) -> float:

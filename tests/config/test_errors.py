@@ -301,7 +301,7 @@ IDLE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"data.task_steps": 2}, "data.sampling: task", {}),
     ({"data.eval_limit": 9}, "data.eval_path, data.eval_split, data.eval_fraction", {"data.eval_path": "b"}),
     ({"training.exact_match_rows": 9}, "data.eval_path", {"data.eval_fraction": 0.1}),
-    ({"training.loss_scale_window": 9, "model.compute_dtype": "bfloat16"}, "model.compute_dtype: float16",
+    ({"training.initial_scale_power": 9, "model.compute_dtype": "bfloat16"}, "model.compute_dtype: float16",
      {"model.compute_dtype": "float16"}),
     ({"training.adam_beta2": 0.99, **_SPIEL}, "adapter.growth: accumulated-gradient",
      {"adapter.growth": "accumulated-gradient"}),
@@ -371,6 +371,14 @@ def test_an_old_name_of_a_key_works_with_a_warning_that_names_the_new_one(caplog
     assert tree["training"] == {"rehearse_longest_batch": False}
     both = {"rehearse_longest_batch": False, "try_longest_batch": True}
     assert problems({**tree, "training": both}).keys() == {"training.rehearse_longest_batch"}
+
+
+def test_a_removed_key_loads_with_its_default_and_says_what_to_do_with_another() -> None:
+    assert parse_recipe({**MINIMAL, "training": {"loss_scale_window": 2000}}, "old.yaml") == parse_recipe(MINIMAL, "x")
+    tree = {**MINIMAL, "training": {"loss_scale_window": 9}}
+    (sentence,) = problems(tree).values()
+    assert "remove it; a float16 run doubles its loss scale after 2,000 steps" in sentence
+    assert parse_recipe(tree, "old.yaml", drop_idle_keys=True) == parse_recipe(MINIMAL, "x")
 
 
 def test_the_schema_needs_neither_torch_nor_transformers() -> None:

@@ -68,7 +68,6 @@ def test_greedy_answers_in_a_batch_are_those_by_hand(kind: str, request: pytest.
     for options in ({"batch_size": 1}, {"batch_size": 3, "progress": told.append}, {"batch_size": 16}):
         assert generate(model, tokenizer, prompts, max_new_tokens=8, **options) == wanted  # type: ignore[arg-type]
     assert told == [3, 6, 8]
-    assert generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=3, static_cache=True) == wanted
     assert generate(model, tokenizer, prompts[::-1], max_new_tokens=8, batch_size=3) == wanted[::-1]
     assert generate(model, tokenizer, [], max_new_tokens=4) == []
 

@@ -404,8 +404,7 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     (copy,) = [p for p in root.iterdir() if p.is_dir()]
     assert str(copy) in capsys.readouterr().out
     for _ in range(2):
-        fp4 = ["--quantization", "fp4", "--no-double-quant"]
-        assert main(["quantize", section.path, str(tmp_path / "out"), *fp4]) == 0
+        assert main(["quantize", section.path, str(tmp_path / "out"), "--quantization", "fp4"]) == 0
     assert read_record(tmp_path / "out")["settings"]["quantization"] == "fp4"  # type: ignore[index]
     assert main(["quantize", section.path, str(tmp_path / "out")]) == 2  # nf4 is another thing
     assert main(["cache", "ls"]) == 0

@@ -5,8 +5,11 @@ Emulated on a CPU; no card that computes in float16 has run it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.sections import AdapterSection, LrRange, ModelSection
 from qvera.models import forward
 from qvera.models.loader import load_base
+from qvera.training import optim
 from qvera.training.lr_finder import find_lr
 from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed
@@ -51,14 +55,23 @@ def test_the_gradients_of_a_large_batch_vanish_in_float16_without_a_scale(tiny_m
     assert relative(plain, wanted) > 0.5
 
 
+@contextlib.contextmanager
+def doubling_early() -> Iterator[None]:
+    """A scale is doubled after two steps in a row without an overflow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "GradScaler", functools.partial(optim.GradScaler, growth_interval=2))
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A recipe and its run in float16, whose scale begins too high and is doubled, too early, every second step."""
     training = {"max_steps": 6, "save_steps": 3, "save_total_limit": 9}
-    training |= {"loss_scale_window": 2, "initial_scale_power": 19}
+    training |= {"initial_scale_power": 19}
     recipe = make_recipe(model=FLOAT16, adapter={"dropout": 0.1}, training=training)
     run_dir = tmp_path_factory.mktemp("float16") / "whole"
-    train(recipe, run_dir)
+    with doubling_early():
+        train(recipe, run_dir)
     return recipe, run_dir
 
 
@@ -82,7 +95,8 @@ def test_an_overflow_halves_the_scale_and_repeats_the_step(whole: tuple[Any, Pat
 
 def test_a_resumed_float16_run_is_the_uninterrupted_one_to_the_bit(whole: tuple[Any, Path], tmp_path: Path) -> None:
     recipe, run_dir = whole
-    train(recipe, cut_off(run_dir, tmp_path / "cut", after=3), resume=True)
+    with doubling_early():
+        train(recipe, cut_off(run_dir, tmp_path / "cut", after=3), resume=True)
     for kind in ("train", "skipped"):
         assert untimed(records(tmp_path / "cut", kind)) == untimed(records(run_dir, kind))
     assert_same_run(tmp_path / "cut", run_dir)
