@@ -61,11 +61,9 @@ LORA_ALPHA = 32.0
 VERA_RATE_FACTOR = 27.0
 """VeRA's vectors step so many times as far as a call's learning rate says, so that rates that are usual for LoRA act.
 
-That is exactly AdamW's step of vectors in units of 1/27: of b/27, and of d/27 with its usual start. It was measured on
-Alpaca: 50 steps at 0.00173 give 1.650 so, and 1.701 with d starting 27 times as large, which then hardly moves.
+That is exactly AdamW's step of vectors in units of 1/27: of b/27, and of d/27 with its usual start. Measured on Alpaca:
+50 steps at 0.00173 give 1.650 so (bench/results/quality.jsonl), and by hand 1.701 with d starting 27 times as large.
 """
-
-
 _MOST_SLOTS = 64
 _SHORT_SECONDS = 0.1  # for calls without a pass, in one slice
 _PASSES_BEFORE_MORE = 50  # that went well, before a pass may have twice as many rows again after a shortage
@@ -78,11 +76,9 @@ Done: TypeAlias = Callable[[Any], None]
 class ModelShape(NamedTuple):
     """What the models of one bank have in common."""
 
-    method: str
-    """``lora`` or ``vera``."""
+    method: str  # ``lora`` or ``vera``
     rank: int
-    targets: str = "all-linear"
-    """``all-linear``, or the linears of ``attention``, or the others: ``mlp``."""
+    targets: str = "all-linear"  # or the linears of ``attention``, or the others: ``mlp``
 
     @property
     def is_lora(self) -> bool:
@@ -93,10 +89,8 @@ class ModelShape(NamedTuple):
 class RowResults(NamedTuple):
     """The result of `Tenants.forward_backward`."""
 
-    logprobs: list[np.ndarray]
-    """Of each row's targets, fp32 [N, K], by the model before the next step."""
-    loss: float
-    """The sum over the call."""
+    logprobs: list[np.ndarray]  # of each row's targets, fp32 [N, K], by the model before the next step
+    loss: float  # the sum over the call
 
 
 class CallFailed(Exception):
@@ -111,16 +105,11 @@ class CallFailed(Exception):
 class TenantSettings:
     """Limits of `Tenants`."""
 
-    directory: Path
-    """For models that are paged out. What an earlier server left there is deleted."""
-    device_bytes: int = 2 * 2**30
-    """Of all banks. A bank takes half of it at most, but always has a slot."""
-    host_bytes: int = 4 * 2**30
-    """Of models that are in no slot. Further ones are in files."""
-    pass_tokens: int = 2048
-    """Of a pass, padding included. A longer row has a pass of its own."""
-    loss_chunk_tokens: int = 512
-    """Tokens whose logits are in memory at one time."""
+    directory: Path  # for models that are paged out; what an earlier server left there is deleted
+    device_bytes: int = 2 * 2**30  # of all banks; a bank takes half of it at most, but always has a slot
+    host_bytes: int = 4 * 2**30  # of models that are in no slot; further ones are in files
+    pass_tokens: int = 2048  # padding included; a longer row has a pass of its own
+    loss_chunk_tokens: int = 512  # whose logits are in memory at one time
 
 
 @dataclasses.dataclass(eq=False)
@@ -147,14 +136,14 @@ class _Rows:
     settings: Settings
     forward_only: bool
     number: int
-    left: list[int] = dataclasses.field(default_factory=list)
-    results: dict[int, tuple[np.ndarray, float]] = dataclasses.field(default_factory=dict)
-    begun: bool = False
+
+    def __post_init__(self) -> None:
+        self.begin_anew()
 
     def begin_anew(self) -> None:
         """Shortest rows last, so that the longest, which memory may not suffice for, come first."""
         self.left = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].tokens))
-        self.results.clear()
+        self.results: dict[int, tuple[np.ndarray, float]] = {}
         self.begun = False
 
 
@@ -170,7 +159,6 @@ class _Model:
     calls: deque[_Call] = dataclasses.field(default_factory=deque)
     slot: int = -1  # there is none
     steps: int = 0
-    has_pending: bool = False
     packed: dict[str, Tensor] | None = None
     file: Path | None = None
     used: int = 0
@@ -192,8 +180,7 @@ class _Pool:
     def __init__(self, shape: ModelShape, lent: LentBank) -> None:
         self.shape, self.lent = shape, lent
         self.open(0)
-        self.numbers, self.trained_numbers = self.bank.numbers, self.bank.trained_numbers
-        self.slot_bytes = 4 * (self.numbers + 4 * self.trained_numbers)
+        self.slot_bytes = 4 * (self.bank.numbers + 4 * self.bank.trained_numbers)
         self.joins_rows = lent.joins_rows
 
     def open(self, slots: int) -> None:
@@ -263,11 +250,10 @@ class Tenants:
             if "shape" not in state or state["base"] != self._base.facts.get("fingerprint"):
                 raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
             pool = self._pool(ModelShape(*state["shape"]))
-            sizes = {"vectors": pool.numbers} | dict.fromkeys(pool.trained, pool.trained_numbers)
+            sizes = {"vectors": pool.bank.numbers} | dict.fromkeys(pool.trained, pool.bank.trained_numbers)
             if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
                 raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
-            model.pool = pool
-            model.steps, model.has_pending = (state["steps"], "pending" in tensors) if with_optimizer else (0, False)
+            model.pool, model.steps = pool, state["steps"] if with_optimizer else 0
             self._pack(model, tensors if with_optimizer else {"vectors": tensors["vectors"]})
 
         self._send(model_id, _Do(done, make), owner)
@@ -281,9 +267,8 @@ class Tenants:
         ``loss`` is one of `TOKEN_LOSSES`, with all of its ``settings``. There is a row at least; each has the loss's
         inputs, and fits the base's context. ``forward_only``: no gradient is computed.
         """
-        call = _Rows(done, rows, loss, tuple(sorted(settings.items())), forward_only, next(self._numbers))
-        call.begin_anew()
-        self._send(model_id, call)
+        chosen = tuple(sorted(settings.items()))
+        self._send(model_id, _Rows(done, rows, loss, chosen, forward_only, next(self._numbers)))
 
     def optim_step(self, model_id: str, settings: AdamSettings, done: Done) -> None:
         """Step with the gradient of all calls since the last step, and drop it. ``done`` gets its metrics."""
@@ -406,13 +391,13 @@ class Tenants:
             return pool.adamw.step(slots, settings)
 
         norms = self._result_of(step)
-        for place, model in enumerate(models):
-            pool.bank.gradients[slots[place]].zero_()
+        for place, (model, slot) in enumerate(zip(models, slots, strict=True)):
+            pool.bank.gradients[slot].zero_()
             if isinstance(norms, CallFailed):
                 self._end(model, norms)
                 continue
-            pool.pending[slots[place]].zero_()
-            model.has_pending, norm, model.steps = False, norms[place], pool.adamw.steps[slots[place]]
+            pool.pending[slot].zero_()
+            norm, model.steps = norms[place], pool.adamw.steps[slot]
             failed = CallFailed("optim_step: the norm of the gradient is not finite. It is dropped; no step was taken.")
             self._end(model, {"grad_norm:mean": norm} if math.isfinite(norm) else failed)
 
@@ -496,7 +481,6 @@ class Tenants:
                 if not bool(torch.isfinite(scratch).all()):
                     raise CallFailed("data: the gradient is not finite. It is dropped.")
                 pool.pending[slot].add_(scratch)
-                model.has_pending = True
         finally:
             if not call.forward_only:
                 scratch.zero_()
@@ -603,7 +587,6 @@ class Tenants:
             return model.packed
         if model.file is not None:
             return load_file(model.file)
-        pool, slot = model.pool, model.slot
-        is_held = {"first": model.steps > 0, "second": model.steps > 0, "pending": model.has_pending}
-        found = {"vectors": pool.bank.vectors} | {name: rows for name, rows in pool.trained.items() if is_held[name]}
-        return {name: rows[slot].detach().to("cpu", copy=True) for name, rows in found.items()}
+        slot, rows = model.slot, {"vectors": model.pool.bank.vectors} | model.pool.trained
+        held = {name: each[slot].detach() for name, each in rows.items()}  # what is zero needs no room
+        return {name: row.to("cpu", copy=True) for name, row in held.items() if name == "vectors" or row.any()}

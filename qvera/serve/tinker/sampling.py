@@ -306,12 +306,17 @@ class Samples:
 
     def cancel(self, owner: str, promise: str) -> None:
         """Give up a call without a result, if the owner has such a one."""
-        why = "The client has given the sample up."
-        self._put(partial(self._give_up, lambda one: (one.promise, one.owner) == (promise, owner), why))
+        self._give_up(lambda one: (one.promise, one.owner) == (promise, owner), "The client has given the sample up.")
 
     def _end_session(self, session: str) -> None:
-        why = "The session has ended."
-        self._put(partial(self._give_up, lambda one: one.sampler.startswith(f"{session}:"), why))
+        self._give_up(lambda one: one.sampler.startswith(f"{session}:"), "The session has ended.")
+
+    def _give_up(self, is_meant: Callable[[_Call], bool], why: str) -> None:
+        def end() -> None:
+            for call in [call for call in self._calls.values() if is_meant(call)]:
+                self._end(call, "user", why.encode())
+
+        self._put(end)
 
     # The thread
 
@@ -353,8 +358,7 @@ class Samples:
         if (asked := call.asked) is None:
             [row] = self._database.rows("SELECT body FROM promises WHERE id = ?", (call.promise,))
             asked = Asked(parsed(SampleBody, row["body"]), self._service, self._tinker.base.vocabulary)
-            call.adapter = self._adapter(call)
-            call.asked = asked
+            call.adapter, call.asked = self._adapter(call), asked
         number, service = len(call.samples), self._service
         sample = Sample(f"{call.promise}:{number}", TextStream(service.texts, asked.stops))
         sampling, scoring = replace(asked.sampling, seed=asked.seed(number)), None if number else asked.scoring
@@ -414,10 +418,6 @@ class Samples:
         self._given[call.owner] -= asked.sampling.max_tokens - len(tokens)
         if len(call.samples) == call.count and all(one.is_stopped is not None for one in call.samples):
             self._end(call, "proto", asked.encoded(call.samples, call.scores))
-
-    def _give_up(self, is_meant: Callable[[_Call], bool], why: str) -> None:
-        for call in [call for call in self._calls.values() if is_meant(call)]:
-            self._end(call, "user", why.encode())
 
     def _end(self, call: _Call, state: Literal["proto", "user", "server"], payload: bytes) -> None:
         """Write down a call's result. A failed one's samples are given up."""
