@@ -149,10 +149,11 @@ class AdaptedForward:
         base, grad = self.base_layer, torch.is_grad_enabled()
         dtype, method = linear.compute_dtype(base, x), self.method(adapter)
         weight, bias = base.weight, base.bias
+        with torch._C.DisableTorchFunctionSubclass():  # as in `quantization.dequantized_weight`
+            is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+            is_elsewhere = x.device != weight.device
         # ZeRO-3 gathers a weight when its module is called, and here it is not
-        if isinstance(base, Conv1D) or is_sharded(weight) or x.device != weight.device:
-            return None
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if is_trained or is_elsewhere or is_sharded(weight) or isinstance(base, Conv1D):
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
@@ -382,12 +383,14 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors in this layer, by their names in an adapter file."""
         held: Any = self._modules  # to ask the modules by their names takes three times as long
-        found = {name: held[name]._parameters.get(adapter) for name in self.tensor_names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {
+            name: tensor for name in self.tensor_names if (tensor := held[name]._parameters.get(adapter)) is not None
+        }
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors and those that it shares."""
-        return {**self.vectors(adapter), **self.qvera_shared.get(adapter, {})}
+        own, shared = self.vectors(adapter), self.qvera_shared.get(adapter)
+        return own if shared is None else {**own, **shared}
 
     def method(self, adapter: str) -> Method:
         """See `AdaptedForward.method`."""
@@ -408,7 +411,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
 
     def dropout_of(self, adapter: str) -> nn.Module:
         """See `AdaptedForward.dropout_of`."""
-        return self.qvera_dropout[adapter]
+        held: Any = self._modules["qvera_dropout"]
+        return held._modules[adapter]
 
     def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See `AdaptedForward.shared_z`."""

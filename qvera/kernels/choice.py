@@ -128,7 +128,7 @@ def register(
 
     def call(*arguments: Any) -> Any:
         # torch's dispatcher takes twice as long as the rest, and only those who trace or count operators need it
-        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        traced = torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack()
         return (operator if traced else on_its_device)(*arguments)
 
     return call

@@ -107,7 +107,7 @@ def _by_kernel(
 def _empty_combined(
     B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    return torch.empty(B.shape, dtype=dtype, device=B.device)
+    return B.new_empty(B.shape, dtype=dtype)
 
 
 def _empty_gradients(
@@ -119,8 +119,8 @@ def _empty_gradients(
     c_scale: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_d, grad_b = (torch.empty(vector.shape, dtype=torch.float32, device=B.device) for vector in (d, b))
-    return grad_d, grad_b, torch.empty(B.shape if dtype else (0,), dtype=dtype or M.dtype, device=B.device)
+    grad_d, grad_b = B.new_empty(d.shape, dtype=torch.float32), B.new_empty(b.shape, dtype=torch.float32)
+    return grad_d, grad_b, B.new_empty(B.shape if dtype else (0,), dtype=dtype or M.dtype)
 
 
 def _empty_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -62,12 +62,16 @@ class WeightBlocks:
             yield from quantization.dequantized_rows(self._module, self._dtype, self._step)
 
 
+def _whole_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = F.linear(x, weight, bias)
+    # of three dimensions, with a bias, it is a view, which nobody may change in place; this is the same memory
+    return y if bias is None else torch.ops.aten._unsafe_view(y, y.shape)
+
+
 def blocked_linear(x: torch.Tensor, blocks: WeightBlocks, bias: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + bias: x [..., n] gives [..., m] in x's dtype, no view: it may be changed in place."""
     if len(blocks) == 1:
-        y = F.linear(x, next(iter(blocks))[1], bias)
-        # of three dimensions the product is a view, which autograd lets nobody change in place; this is the same memory
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return _whole_linear(x, next(iter(blocks))[1], bias)
     y = x.new_empty(*x.shape[:-1], blocks.rows)
     inputs, outputs = x.reshape(-1, x.shape[-1]), y.view(-1, blocks.rows)
     for rows, weight in blocks:
@@ -100,8 +104,7 @@ def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """x Wᵀ + bias in x's dtype, a new tensor, without a derivative. A trained bias is left out."""
     bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
     if accelerator.is_accelerator(x.device.type) and isinstance(module, Linear4bit):  # one block, as below
-        y = F.linear(x, quantization.dequantized_weight(module, x.dtype), bias)
-        return y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, y.shape)
+        return _whole_linear(x, quantization.dequantized_weight(module, x.dtype), bias)
     return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
 

@@ -198,7 +198,9 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
         if exact:
             state = copy.copy(state)
             state.dtype = torch.float32
-        return dequantized_packed(weight.data, state).to(dtype)
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameter takes 2 µs of Python for an answer
+            packed = weight.data
+        return dequantized_packed(packed, state).to(dtype)
     if isinstance(module, Linear8bit):
         return dequantized_int8(*int8_rows(module), dtype)
     return module.weight.to(dtype)

@@ -22,33 +22,31 @@ class _Joined(torch.autograd.Function):
         z: Tensor,
         d: Tensor,
         b: Tensor,
-        B: Tensor,
-        scale: float,
-        module: Any,
-        inputs: tuple[Tensor],
-        sums: Any,
+        constants: tuple[Tensor, float, Any, Tensor, functional.GradientSums | None],
     ) -> Tensor:
-        (x,) = inputs
-        ctx.save_for_backward(z, d, b, B)
-        ctx.scale, ctx.module, ctx.sums = scale, module, sums
-        y, z = linear.frozen_product(module, x.reshape(-1, x.shape[-1])), z.reshape(-1, z.shape[-1])
-        if functional.few_tokens(len(z), B, b.numel() // len(B)):  # as in `functional.expand`
-            y = functional.outward(scaled_columns(z, d, scale), B, b, y)
-        else:
-            in_c, after = functional.split_scale(scale, z.dtype)
-            y.addmm_(z, combined(B, d, b, in_c, z.dtype).t(), alpha=after)
-        return functional.as_output(y, torch.Size((*x.shape[:-1], len(B))))
+        B, scale, module, x, sums = constants
+        z = z.reshape(-1, z.shape[-1])
+        ctx.save_for_backward(z, d, b)
+        ctx.B, ctx.scale, ctx.module, ctx.sums = B, scale, module, sums
+        y = linear.frozen_product(module, x.contiguous())  # else of three dimensions it may be a product for each row
+        rows = y.view(-1, y.shape[-1])
+        if functional.few_tokens(z.shape[0], B, b.numel() // B.shape[0]):  # as in `functional.expand`
+            return functional.as_output(functional.outward(scaled_columns(z, d, scale), B, b, rows), y.shape)
+        in_c, after = functional.split_scale(scale, z.dtype)
+        rows.addmm_(z, combined(B, d, b, in_c, z.dtype).t(), alpha=after)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        z, d, b, B = ctx.saved_tensors
-        need_z, need_d, need_b, *_ = ctx.needs_input_grad
+        z, d, b = ctx.saved_tensors
+        need_z, need_d, need_b, _ = ctx.needs_input_grad
+        B = ctx.B
         g = g.reshape(-1, g.shape[-1])
         in_c, after = functional.split_scale(ctx.scale, z.dtype)
         grad_d = grad_b = C = None
         if need_d or need_b:
-            M = wide_product(g.t(), z.reshape(-1, z.shape[-1]))
+            M = wide_product(g.t(), z)
             if need_z:
                 grad_d, grad_b, C = gradients_and_combined(M, B, d, b, ctx.scale, in_c, z.dtype)
             else:
@@ -56,7 +54,7 @@ class _Joined(torch.autograd.Function):
         if need_z:
             C = combined(B, d, b, in_c, z.dtype) if C is None else C
             ctx.sums.add(g, quantization.dequantized_weight(ctx.module, g.dtype), C, after)
-        return None, grad_d, grad_b, None, None, None, None, None
+        return None, grad_d, grad_b, None
 
 
 def joined_linear(module: torch.nn.Linear, x: Tensor, z: Tensor, factors: Factors) -> Tensor:
@@ -66,4 +64,4 @@ def joined_linear(module: torch.nn.Linear, x: Tensor, z: Tensor, factors: Factor
     """
     _, B, d, b, scale, *_ = factors
     # x is no input of the node: its gradient goes by way of z
-    return _Joined.apply(z, d, b, B, scale, module, (x,), getattr(z.grad_fn, "sums", None))
+    return _Joined.apply(z, d, b, (B, scale, module, x, getattr(z.grad_fn, "sums", None)))
