@@ -30,7 +30,7 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.experts import QveraExperts
+    from qvera.adapters.tuner import QveraExperts
     from qvera.models.experts import Routing
 
 

@@ -5,9 +5,17 @@
 
 from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_template
 from qvera.data.conversations import Turn, read_prompts
-from qvera.data.dataset import AdapterRows, Datasets, DataStats, adapter_batches, build_datasets, data_sha256
+from qvera.data.dataset import (
+    AdapterRows,
+    Datasets,
+    DataStats,
+    adapter_batches,
+    build_datasets,
+    data_sha256,
+    data_warnings,
+    print_preflight,
+)
 from qvera.data.labelled import Labels
-from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.rows import IGNORED, Example, Rows, collate, collate_prefix_once, lengths_of
 from qvera.data.sampler import Batches, batches_of, microbatches, planned_steps, steps_per_epoch
 from qvera.data.tokenization import Encoder, decode

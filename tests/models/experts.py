@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.experts import QveraExperts
 from qvera.adapters.layer import QveraLinear, adapted_layers
+from qvera.adapters.tuner import QveraExperts
 from qvera.models import quantization
 from qvera.models.experts import ExpertStack
 from qvera.models.structure import share_tied_modules

@@ -13,11 +13,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvera.adapters.bank import AdapterBank
-from qvera.adapters.experts import QveraExperts
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.methods import method_of
 from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
+from qvera.adapters.tuner import QveraExperts
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, require_kept_by_peft, write_lora
