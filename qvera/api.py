@@ -330,6 +330,8 @@ def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversati
     if isinstance(prompt, str):
         turns = [Turn("system", system)] if system else []
         return Conversation([*turns, Turn("user", prompt)], f"prompt {number}")
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"prompt {number}: expected a text or a list of messages, got {prompt!r}.")
     return Conversation(read_messages(prompt, f"prompt {number}"), f"prompt {number}")
 
 

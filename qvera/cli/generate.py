@@ -71,7 +71,7 @@ def generate(
     """
     require_new_file(out)
     if (prompts is None) == (not prompt):
-        raise InputError("generate: takes a file PROMPTS, or --prompt TEXT; give one of them.")
+        raise InputError("takes a file PROMPTS, or --prompt TEXT; give one of them.")
     if image and prompts is not None:
         raise InputError("--image: goes with --prompt; a file of prompts has images in its rows.")
     asked = [_with_images(text, image or []) for text in prompt or ()]

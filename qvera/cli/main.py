@@ -112,7 +112,9 @@ def _run(arguments: list[str] | None) -> int:
     except _UsageError as error:
         at = getattr(error, "ctx", None)
         command = at.command_path if at is not None else "qvera"
-        text = error.format_message()
+        text = error.format_message().replace("Value error, ", "")  # pydantic's
+        if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
+            text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"
         end = "" if text.endswith((".", "?")) else "."
         print(f"{command}: {text}{end} `{command} --help` shows what it takes.", file=sys.stderr)
         code = error.exit_code

@@ -223,6 +223,8 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
                 advice = "it is a TrainingArguments field that this loop does not have; remove it"
         if advice is not None:
             return f"is not a key of this section: {advice}."
+    if ":" in name:
+        return "unknown key. Put a space after the colon."
     name = _SHORT_NAMES.get(name, name)
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"unknown key. Did you mean `{near[0]}`?"

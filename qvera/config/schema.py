@@ -333,7 +333,8 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         _note_lines(node, (), lines)  # again: merge keys have been replaced by what they stand for
         return tree, lines
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not valid YAML: {error}") from None
+        hint = " Indent with spaces, not with tabs." if "character '\\t'" in str(error) else ""
+        raise InputError(f"{source}: not valid YAML: {error}{hint}") from None
     except RecursionError:
         raise InputError(
             f"{source}: not a recipe: its values are nested too deeply, or one contains itself by an alias."
@@ -377,6 +378,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     Raises InputError: the file can't be read, is not YAML, or is not a valid recipe.
     """
     path = Path(path)
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
+        raise InputError(f"{path}: is a file of rows, not a recipe. `qvera init my.yaml --data {path}` writes one.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -316,6 +316,9 @@ def _require_unique_keys(repeated: _Repeated, where: str) -> None:
         )
 
 
+_ONE_A_LINE = "Write each object on one line, for example: jq -c . OLD > NEW.jsonl."
+
+
 def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
     with file.open(encoding="utf-8-sig", newline="\n") as stream:
         lines = _Lines(stream, file, most_characters)
@@ -329,7 +332,8 @@ def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
             except (ValueError, RecursionError) as error:
                 if number == 1 and line in ("[", "{"):
                     raise InputError(
-                        f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
+                        f"{source}: the object is not on one line; the file looks like plain JSON. "
+                        + ("Rename it to .json." if line == "[" else _ONE_A_LINE)
                     ) from None
                 detail = "nested too deeply" if isinstance(error, RecursionError) else _TOO_MANY_DIGITS
                 if isinstance(error, json.JSONDecodeError):
@@ -356,6 +360,10 @@ def _read_json(file: Path) -> Iterator[RawRow]:
         value, repeated = _parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[0] == "{":
+            if "\n" in text[: error.pos].strip():
+                raise InputError(
+                    f"{file}:{error.lineno}: more than one JSON value in the file. {_ONE_A_LINE}"
+                ) from None
             raise InputError(
                 f"{file}:{error.lineno}: more than one JSON value in the file; it looks like JSON Lines. "
                 "Rename it to .jsonl."

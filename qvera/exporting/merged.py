@@ -331,6 +331,7 @@ def export_merged(
             continues.
         Interrupted: SIGINT or SIGTERM came. The same call continues.
     """
+    require_new_or_unfinished(out, "export")  # before files are hashed
     merging = Merging(adapter_dir, section, options, chat_template)
     limit = options.max_shard_size_bytes
     shards = grouped_by_bytes(([s] for s in merging.specs), lambda spec: spec.size_bytes, limit)

@@ -29,7 +29,7 @@ from qvera.config.sections import ModelSection
 from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
 from qvera.models.hub import base_directory, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import resolve_path
 from qvera.utils.safetensors_io import save_tensors
 
@@ -72,9 +72,15 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError) as error:
-        where = "" if Path(name).is_dir() else ", which is no directory here"
+        if not Path(name).is_dir():
+            near = did_you_mean(name, (str(one) for one in Path(name).parent.glob("*/")))
+            raise InputError(
+                f"{'model.tokenizer' if section.tokenizer else 'model.path'}: {name!r} is no directory here{near} "
+                f"Nor can it be read from the hub ({first_line(error).rstrip('.')}). Expected a directory with "
+                "config.json, *.safetensors and tokenizer.json, or a hub id such as owner/name."
+            ) from None
         raise InputError(
-            f"model.path: no tokenizer can be loaded from {name!r}{where} ({first_line(error)}). Expected "
+            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected "
             "tokenizer.json or tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)

@@ -121,6 +121,8 @@ class Task(ABC):
     def take_own(self, metrics: Mapping[str, Metric], loss: OwnLoss | None) -> None:
         """Take the caller's metrics and loss. InputError where these, or the score of the best step, do not fit."""
         data, training = self.recipe.data, self.training
+        if not isinstance(metrics, Mapping):
+            raise InputError(f'metrics: expected names with functions, such as {{"length": f}}, got {metrics!r}.')
         if (metrics or loss is not None) and data.has_adapters:
             raise InputError(
                 "metrics, loss: are for a run of one adapter, and data.adapter_column or adapter_files has many."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.hooks import TrainingHook
@@ -49,6 +49,8 @@ class Callbacks(TrainingHook):
 
         self.functions: list[Callable[[dict[str, Any]], object]] = []
         self.callbacks: list[TrainerCallback] = []
+        if not isinstance(given, Iterable):
+            raise InputError(f"callbacks: expected a list of callbacks, got {given!r}. Put it in brackets.")
         for one in given:
             callback = _made(one) if isinstance(one, type) else one
             if isinstance(callback, TrainerCallback):

@@ -234,7 +234,8 @@ def newest_of_run(
     if has_saved or directories(directory):
         raise InputError(
             f"{directory}: holds no checkpoint that can be used, and the run has taken {taken} {unit}s. Put a whole "
-            f"checkpoint back. To begin again at {unit} 0, delete {run_dir} or choose another training.output_dir."
+            f"checkpoint back. To begin again at {unit} 0, delete {run_dir} or choose another training.output_dir; "
+            "adapter.init_from begins with a saved adapter."
         )
     return None
 

@@ -83,6 +83,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("adapter.r", "Did you mean `rank`?"),
         ("adapter.lora_alpha", "Did you mean `alpha`?"),
         ("lr", "There is `training.learning_rate`: move it there."),
+        ("data.path:rows", "Put a space after the colon."),
         ("export.zzzzzz", "Known here: dtype, base, "),
     ],
 )
@@ -180,6 +181,7 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
     [
         (b"model: [unclosed", "not valid YAML"),
         (b"model: a\n\tdata: b", "not valid YAML"),
+        (b"model: a\ndata:\n\tpath: b", "Indent with spaces, not with tabs."),
         (b"", "a recipe is a mapping with at least `model` and `data`, got an empty file"),
         (b"- a\n- b\n", "got list"),
         (b"\xff\xfe\x00", "can't be read as a recipe"),

@@ -320,6 +320,15 @@ def test_an_output_that_is_not_free_is_refused_before_any_work(
         assert said in capsys.readouterr().err
 
 
+def test_a_merge_into_a_full_directory_is_refused_before_the_base_is_hashed(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("qvera.exporting.merged.Merging", lambda *_: pytest.fail("the base was read"))
+    (tmp_path / "mine").touch()
+    assert main(["export", str(trained_run), str(tmp_path)]) == 2
+    assert "is not empty. Nothing is overwritten" in capsys.readouterr().err
+
+
 def test_a_recipe_without_rows_to_compare_on_is_named(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
     run = shutil.copytree(trained_run, tmp_path / "run")
     recipe = load_recipe(run / "recipe.yaml", of_a_run=True)

@@ -238,6 +238,8 @@ def test_a_metric_that_fails_is_named_with_its_row_and_costs_no_step(
         ),
         ({"training": {"label_smoothing": 0.1}}, {"loss": focal}, "training.label_smoothing has no use"),
         ({}, {"loss": "focal"}, "'focal' is no function"),
+        ({}, {"metrics": [first_letters]}, "metrics: expected names with functions"),
+        ({}, {"callbacks": print}, "callbacks: expected a list of callbacks"),
         ({}, {"metrics": {"loss": first_letters}}, "'loss' is no function, or has the name of another score"),
         ({"data": {"eval_fraction": 0.0}}, {"metrics": {"mine": first_letters}}, "no rows are held out"),
         ({"data": {"adapter_column": "who"}}, {"loss": focal}, "are for a run of one adapter"),

@@ -147,10 +147,9 @@ def _sampling(
     if not min(map(len, prompts)):
         raise bad_request("prompt: is empty; expected at least one token.", "prompt")
     if longest > limits.prompt_tokens or longest + (wanted or 1) > context:
-        most = min(limits.prompt_tokens, context - (wanted or 1))
         raise bad_request(
-            f"The prompt has {longest:,} tokens, and with {wanted or 1:,} new ones at most {max(most, 0):,} are taken. "
-            "Shorten it or ask for fewer new tokens.",
+            f"The prompt has {longest:,} tokens, and {wanted or 1:,} new ones are asked for. A prompt may have "
+            f"{min(limits.prompt_tokens, context - 1):,}, and both together {context:,}. Shorten it or ask for fewer.",
             code="context_length_exceeded",
         )
     if wanted is not None and wanted > limits.new_tokens:

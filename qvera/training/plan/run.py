@@ -313,8 +313,8 @@ def parse_size(text: str) -> int:
         size_bytes = int(TypeAdapter(ByteSize).validate_python(text if text[-1:].isalpha() else f"{text}GB"))
     except ValidationError:
         size_bytes = 0
-    if size_bytes <= 0:
-        raise InputError(f"--gpu: takes a size such as 24GB, 24GiB or 24, got {text!r}.")
+    if not 0 < size_bytes < 10**12:  # 4090 is the name of a card
+        raise InputError(f"--gpu: takes the size of its memory such as 24GB, 24GiB or 24, got {text!r}.")
     return size_bytes
 
 

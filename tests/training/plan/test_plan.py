@@ -185,8 +185,8 @@ def test_rows_a_pass_are_no_change_where_rows_are_packed(recipe_of: Any) -> None
 def test_sizes() -> None:
     for text, size in (("24GB", 24 * 10**9), ("24", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)):
         assert parse_size(text) == size
-    for text in ("", "big", "0GB", "24TBs", "-3GB"):
-        with pytest.raises(InputError, match="--gpu: takes a size such as 24GB"):
+    for text in ("", "big", "0GB", "24TBs", "-3GB", "4090"):
+        with pytest.raises(InputError, match="--gpu: takes the size of its memory such as 24GB"):
             parse_size(text)
 
 
