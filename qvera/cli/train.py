@@ -196,8 +196,8 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
     print(f"report            {run_dir / 'report.html'}")
 
 
-HARDLY = 0.05  # a loss that fell by a smaller share has hardly fallen
-FEW_STEPS = 30
+HARDLY = 0.05  # a loss that fell by a smaller share has hardly fallen: the highest limit without needless advice
+FEW_STEPS = 50  # from here on another rate was what helped (both: bench/loss_line.py)
 
 
 def loss_line(run: dict[str, Any], command: str) -> str:
@@ -213,8 +213,9 @@ def loss_line(run: dict[str, Any], command: str) -> str:
     share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
     answers = result.get("eval_after") or {}
-    none_right = answers.get("exact_match") == 0 and answers.get("exact_match_rows", 0) > 0
-    if "reward" in answers or (share >= HARDLY and not none_right):
+    right, by_one = answers.get("exact_match"), answers.get("commonest_reference", 0.0)
+    none_learnt = right is not None and right <= by_one
+    if "reward" in answers or (share >= HARDLY and not none_learnt):
         return f"{change}."
     longer = f"{command} --resume --set training.max_steps={2 * steps}"
     find = f"{command} --find-lr"
@@ -223,8 +224,11 @@ def loss_line(run: dict[str, Any], command: str) -> str:
         return f"{change}, while the training loss fell: the rows are learnt by heart. Add rows, or take fewer steps."
     if "adapters" not in run and share > 0 and steps < FEW_STEPS:
         return f"{change} in {steps} steps, which are few. Go on: {longer}   Or look for a better rate: {find}"
-    if share > 0:
-        change += ", and no held-out answer is right" if share >= HARDLY else ", which is little"
+    if share >= HARDLY:
+        more = "no more held-out answers are right than if all were the commonest one"
+        change += f", and {more if right else 'no held-out answer is right'}"
+    elif share > 0:
+        change += ", which is little"
     return f"{change}. Look for a better rate: {find}   Or add rows or steps."
 
 

@@ -81,7 +81,9 @@ def own_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-_ABOUT_SCORES = ("rows", "trained_tokens", "seconds", "exact_match_rows", "kind", "step", "epoch")
+_ABOUT_SCORES = (
+    *("rows", "trained_tokens", "seconds", "exact_match_rows", "commonest_reference", "kind", "step", "epoch"),
+)
 
 
 class Task(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -116,6 +117,9 @@ class CausalLM(Task):
         if match_rows:
             scores["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
             scores["exact_match_rows"] = len(match_rows)
+            references = Counter(by_row[i]["reference"] for i in match_rows)
+            # as many would be right if that were every answer
+            scores["commonest_reference"] = references.most_common(1)[0][1] / len(match_rows)
         if self.own_metrics:
             matched = [by_row[i] for i in match_rows]
             columns = [[row["answer"] for row in matched], [row["reference"] for row in matched], matched]
