@@ -65,9 +65,13 @@ def sampled(*axes: Sequence[object]) -> list[Any]:
 
 
 def commands(page: str) -> list[str]:
-    """The command lines of the ``bash`` blocks of a page, without comments, and those between backquotes in a line."""
+    """The command lines of the ``bash`` blocks of a page, and those between backquotes in a line."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    lines += re.findall(r"`(qvera [a-z-]+ (?:my\.yaml|runs/my|MODEL)[^`]*)`", text)
-    found = [re.split(r"\s+#", line)[0].strip() for line in lines]
-    return [part for line in found if line and not line.startswith("#") for part in line.split(" && ") if part]
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return commands_of("\n".join(blocks + re.findall(r"`(qvera [a-z-]+ (?:my\.yaml|runs/my|MODEL)[^`]*)`", text)))
+
+
+def commands_of(block: str) -> list[str]:
+    """The commands of a block, without comments. A line that ends with a backslash goes on; ``a && b`` are two."""
+    lines = [re.split(r"\s+#", line)[0].strip() for line in block.replace("\\\n", " ").splitlines()]
+    return [part for line in lines if line and not line.startswith("#") for part in line.split(" && ") if part]
