@@ -281,6 +281,7 @@ class _Part:
     slots: slice | Tensor | None  # that the batch uses; None: all. Only those given as a tensor get gradients
     count: int  # of these slots
     index: Tensor | None  # the place of each token's slot among them, or of each row's; None: there is one
+    fixed: bool = False
     tokens: dict[int, TokenSlots] = field(default_factory=dict)
 
     def add(self, layer: QveraLinear, x: Tensor, y: Tensor) -> Tensor:
@@ -319,15 +320,16 @@ class _Part:
         if total not in self.tokens:
             known = len(self.index)
             index = self.index if total == known else self.index.repeat_interleave(total // known)
-            self.tokens[total] = TokenSlots(index, self.count)
+            self.tokens[total] = TokenSlots(index, self.count, fixed=self.fixed)
         return self.tokens[total]
 
 
 class MixedForward:
     """The forward pass of layers when tokens use different adapters; `use` says which."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, fixed: bool = False) -> None:
+        """``fixed``: see `TokenSlots.fixed`."""
+        self._device, self._fixed = device, fixed
         self._parts: list[_Part] = []
         self._ordinary: list[tuple[str, Tensor | None]] = []
         self._rows: int | None = None  # where rows of one length were named
@@ -362,7 +364,7 @@ class MixedForward:
                 sent = self._held[keys[-1]].fill(arrays)
             else:
                 sent = accelerator.tensors_on(self._device, arrays)
-            self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"]))
+            self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"], self._fixed))
         for name in dict.fromkeys(user for user in users if isinstance(user, str)):
             rows = np.array([i for i, user in enumerate(users) if user == name], dtype=np.int64)
             everywhere = len(rows) == len(users)

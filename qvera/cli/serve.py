@@ -73,6 +73,9 @@ def serve(
     ] = False,
     max_rank: Annotated[int, number("With --tinker: most rank of LoRA.")] = 64,
     max_file_bytes: Annotated[int, number("Largest uploaded file.")] = DEFAULTS.file_bytes,
+    batch_invariant: Annotated[
+        bool, flag("--batch-invariant", "Answers are the same to the bit whoever shares the batch; slower.")
+    ] = False,
     log_calls: Annotated[bool, flag("--log-calls", "Write a line for each call.")] = False,
 ) -> None:
     """Serve a base and its adapters by OpenAI's API.
@@ -104,6 +107,8 @@ def serve(
             f"--host {host}: others can reach this address, so it needs --keys FILE. Make a key with "
             "`qvera serve --new-key NAME --keys FILE`, or leave --host out."
         )
+    if batch_invariant and engine == "static":
+        raise InputError("--batch-invariant needs continuous batches: leave out --engine static.")
     if tinker and training_dir is None:
         raise InputError("--tinker: keeps what is trained in a directory; name one with --training-dir DIR.")
     for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
@@ -143,6 +148,7 @@ def serve(
         slots=slots,
         cache_tokens=cache_tokens,
         batching=engine,
+        batch_invariant=batch_invariant,
         # in a loop of RL nothing is trained while it samples, and it samples nothing while it trains
         training_share=training_share if training_share is not None else 0.5 if tinker else _ENGINE.training_share,
         answering_seconds=0.0 if tinker else _ENGINE.answering_seconds,

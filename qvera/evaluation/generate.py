@@ -38,18 +38,20 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
+def generating(model: nn.Module, base_only: bool = False, fixed: bool = False) -> Iterator[None]:
     """Inside the block: evaluation mode, the KV cache on, and linears in their fastest layout for answers.
 
     Where memory allows, adapted layers hold W + ΔW in the compute dtype; on a CPU, others have the layout of
     bitsandbytes' fused kernel. Afterwards all is as before, to the bit. Blocks may be nested. ``base_only``: layers
-    hold W alone, for batches whose rows use different adapters.
+    hold W alone, for batches whose rows use different adapters. ``fixed``: a linear that is adapted within the block
+    computes its base as before. So all 4-bit linears hold W, adapted or not, if it fits.
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, getattr(inner.config, "use_cache", None)  # an encoder may have none
     layers = [m for m in model.modules() if isinstance(m, AdaptedForward) and not m.disable_adapters]
     layers = [m for m in layers if not is_sharded(m.base_layer.weight)]
-    if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
+    frozen = [m for m in model.modules() if fixed and isinstance(m, linear.FrozenLinear4bit)]
+    if fixed or any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
         layers = []
     model.eval()
     inner.config.use_cache = True
@@ -57,7 +59,8 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
         with torch.no_grad():
             for layer in layers:
                 layer.cache_merged_weight(True, base_only)
-            with linear.inference_layout(model, skip=[layer.base_layer for layer in layers]):
+            dense = frozen if _dense_fits(frozen) else []
+            with linear.inference_layout(model, [layer.base_layer for layer in layers], dense):
                 yield
     finally:
         for layer in layers:
@@ -76,11 +79,12 @@ def _dense_fits(layers: list[Any]) -> bool:
     """
     if not layers:
         return False
-    device = layers[0].base_layer.weight.device
+    linears = [getattr(layer, "base_layer", layer) for layer in layers]
+    device = linears[0].weight.device
     if on_accelerator := accelerator.is_accelerator(device):
         # training needs the memory for its steps, and a streamed base has none to spare
         trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
-        if trains or any(quantization.is_streamed(layer.base_layer) for layer in layers):
+        if trains or any(map(quantization.is_streamed, linears)):
             return False
     size_bytes = sum(layer.in_features * layer.out_features * layer.held_dtype().itemsize for layer in layers)
     return size_bytes <= memory.available_bytes(device) // (2 if on_accelerator else 4)

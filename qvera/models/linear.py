@@ -183,12 +183,23 @@ class FrozenPacked:
 class _FrozenForward(FrozenPacked):
     """Mixed into a linear class: the forward of `frozen_linear`."""
 
+    _inference_weight: torch.Tensor | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return frozen_linear(cast(nn.Linear, self), x)
+        """As `frozen_linear`; within `inference_layout` with the copy of the weight in the compute dtype, if any."""
+        module, copy = cast(nn.Linear, self), self._inference_weight
+        if copy is None or copy.dtype != compute_dtype(module, x) or torch.is_grad_enabled():
+            return frozen_linear(module, x)
+        bias = None if module.bias is None else module.bias.to(copy.dtype)
+        return F.linear(x.to(copy.dtype), copy, bias).to(x.dtype)
 
 
 class FrozenLinear4bit(_FrozenForward, Linear4bit):
     """`bitsandbytes.nn.Linear4bit` run by `frozen_linear`."""
+
+    def held_dtype(self) -> torch.dtype:
+        """The dtype of a dense copy."""
+        return self.compute_dtype
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if quantization.is_streamed(self):  # a copy would read what another layer left in the buffer
@@ -210,15 +221,6 @@ class FrozenLinear8bit(_FrozenForward, Linear8bit):
 
 class FrozenLinear(_FrozenForward, nn.Linear):
     """A dense linear stored in another dtype than it computes in (a mapped file). It is cast for each product."""
-
-    _inference_weight: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `frozen_linear`; within `inference_layout` with the copy of the weight in x's dtype."""
-        copy = self._inference_weight
-        if copy is not None and copy.dtype == x.dtype and not torch.is_grad_enabled():
-            return F.linear(x, copy, None if self.bias is None else self.bias.to(x.dtype))
-        return frozen_linear(self, x)
 
 
 class FrozenEmbedding(nn.Embedding):
@@ -259,11 +261,14 @@ def freeze_linears(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iterator[None]:
+def inference_layout(
+    model: nn.Module, skip: Collection[nn.Module] = (), dense: Collection[FrozenLinear4bit] = ()
+) -> Iterator[None]:
     """Within the block, generation runs at bitsandbytes' speed. The training weights stay as they are.
 
-    4-bit layers not in ``skip`` get a second copy of their weight, packed for the fused CPU kernel if there is one. An
-    output head that is stored in another dtype gets a copy in its compute dtype.
+    4-bit layers in ``dense`` get a second copy of their weight in the compute dtype; others that are not in ``skip``
+    one that is packed for the fused CPU kernel, if there is one. An output head that is stored in another dtype gets a
+    copy in its compute dtype.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:
@@ -277,7 +282,10 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
             dtype = embedding_dtype(model.get_input_embeddings())  # type: ignore[operator]
             output._inference_weight = output.weight.to(dtype)
             stack.callback(setattr, output, "_inference_weight", None)
-        skipped = set(map(id, skip))
+        for layer in dense:
+            layer._inference_weight = quantization.dequantized_weight(layer, layer.held_dtype())
+            stack.callback(setattr, layer, "_inference_weight", None)
+        skipped = set(map(id, [*skip, *dense]))
         layers = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
         layers = [m for m in layers if not is_sharded(m.weight)]
         # the copies are private memory where the weights may be a mapped file

@@ -35,6 +35,7 @@ from qvera.models.loss import Head
 from qvera.models.quantization import is_streamed
 from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens, T
+from qvera.serve.invariance import ROWS_ON_CARD, ROWS_ON_CPU, computes_rows_alike, why_refused
 from qvera.serve.paged import LayerShape, PagedKernel, Rows, StepGraphs, arrays_of, choose_kernel, power_of_two
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
@@ -104,9 +105,7 @@ class GatheringStep(_Step):
             softcap: scores become softcap · tanh(score / softcap).
             sinks: [heads], scores of an extra key without a value.
         """
-        keys, values = self.layers[layer]
-        keys.flatten(0, 1).index_copy_(0, self.write, k)
-        values.flatten(0, 1).index_copy_(0, self.write, v)
+        keys, values = self.put(layer, k, v)
         kv_heads, shared = k.shape[1], q.shape[1] // k.shape[1]
         outputs, begin = [], 0
         for number, (table, positions) in enumerate(self.groups):
@@ -133,6 +132,8 @@ class GatheringStep(_Step):
             out = out.view(rows, kv_heads, shared, queries, -1).permute(0, 3, 1, 2, 4)
             outputs.append(out.reshape(rows * queries, q.shape[1], -1))
             begin += rows * queries
+        if begin < len(q):  # tokens that fill a pass up
+            outputs.append(v.new_zeros(len(q) - begin, q.shape[1], v.shape[2]))
         return torch.cat(outputs)
 
     def _mask(self, number: int, rule: Rule, shared: int, dtype: torch.dtype) -> torch.Tensor:
@@ -216,6 +217,9 @@ class PagedBatches:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._kernel: PagedKernel | None = None
         self._graphs: StepGraphs | None = None
+        self._rows = 0  # tokens of each pass; 0: as many as come
+        if settings.batch_invariant and (why := why_refused(model)) is not None:
+            raise RunFailed(f"--batch-invariant can't be kept by {type(model).__name__}: {why}.")
         config = model.config.get_text_config()
         self.longest_tokens = _longest_tokens(model)
         try:
@@ -276,16 +280,60 @@ class PagedBatches:
         batch = self._blocks.schedule(running, self._step_tokens)
         return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
 
+    def fix_rows(self) -> None:
+        """Let each pass compute the same number of tokens from now on (`qvera.serve.invariance`).
+
+        To be called in the layout of answers. RunFailed: with every number, a token's logits depend on its place.
+        """
+        linears = [module for module in self._model.modules() if isinstance(module, torch.nn.Linear)]
+        widths = sorted({size for linear in linears for size in (linear.in_features, linear.out_features)})
+        dtype, on_card = next(iter(self._layers.values()))[0].dtype, accelerator.is_accelerator(self._model.device)
+        tokens = [self._model.config.get_text_config().vocab_size // n for n in (7, 5, 3)]
+        for self._rows in ROWS_ON_CARD if on_card else ROWS_ON_CPU:
+            is_alike = on_card or computes_rows_alike(self._rows, widths, dtype)
+            if is_alike and all(map(self._is_same_in_all_places, tokens)):
+                return
+        raise RunFailed(
+            f"--batch-invariant can't be kept here: with {torch.get_num_threads()} threads, the last bits of a token's "
+            "logits depend on its place in a pass. Try another number of threads (OMP_NUM_THREADS)."
+        )
+
+    def _is_same_in_all_places(self, token: int) -> bool:
+        probes = [CachedTokens([token] * 2) for _ in range(self._rows)]
+        for probe in probes:
+            probe.blocks, probe.computed = self._filler.blocks, 1
+        logits = self.run([(probe, 1) for probe in probes]).logits
+        return bool((logits == logits[:1]).all())
+
+    def passes(self, batch: list[tuple[T, int]]) -> list[list[tuple[T, int]]]:
+        """A step's tokens in parts, each of which `run` computes."""
+        if not self._rows:
+            return [batch]
+        parts, room = list[list[tuple[T, int]]](), 0
+        for request, count in batch:
+            while count:
+                if not room:
+                    parts.append([])
+                    room = self._rows
+                parts[-1].append((request, taken := min(count, room)))
+                count, room = count - taken, room - taken
+        return parts
+
     def held_rows(self, batch: Sequence[tuple[T, int]]) -> int | None:
-        """The rows of a step that can be a graph, filled up to a power of two; None: it can't."""
+        """The tokens of a pass of fixed shapes, which it is filled up to; None: it has none.
+
+        That is a step that can be a graph, up to a power of two, or every pass after `fix_rows`.
+        """
+        if self._rows:
+            return self._rows
         is_repeated = self._graphs and all(count == 1 and not request.unscored for request, count in batch)
         return power_of_two(len(batch)) if is_repeated else None
 
     def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
-        """Run a step; with ``adapters`` one of `held_rows`."""
+        """Run a step or a part of it; with ``adapters`` one of `held_rows`."""
         shares: list[tuple[CachedTokens, int]] = list(batch)
-        if adapters is not None:
-            shares += [(self._filler, 1)] * (power_of_two(len(batch)) - len(batch))
+        filled = self._rows or (power_of_two(len(batch)) if adapters is not None else 0)
+        shares += [(self._filler, 1)] * (filled - sum(count for _, count in batch))
         size, counts = self._blocks.tokens, [count for _, count in shares]
         positions = [np.arange(request.computed, request.computed + count) for request, count in shares]
         blocks = [np.array(request.blocks)[of // size] for (request, _), of in zip(shares, positions, strict=True)]
@@ -301,46 +349,55 @@ class PagedBatches:
             "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in shares]),
             "positions": np.concatenate(positions),
             "write": np.concatenate(blocks) * size + np.concatenate(positions) % size,
-            "kept": ends[drawing or [-1]] - 1,
+            "kept": np.arange(self._rows) if self._rows else ends[drawing or [-1]] - 1,
         }
         if places:
             arrays["scored"] = np.concatenate(places)
-        groups = list[int]()
+        # blocks, keys and queries of those that attend by themselves: requests, or tokens
+        attending = [(request.blocks, request.computed + count, count) for request, count in shares]
+        width, groups = None, list[int]()
+        if self._rows:
+            owners = [request.blocks for request, count in shares for _ in range(count)]
+            keys = [place + 1 for place in arrays["positions"].tolist()]
+            attending = [(own[: -(-used // size)], used, 1) for own, used in zip(owners, keys, strict=True)]
+            width = -(-self.longest_tokens // size)
         if self._kernel is not None:
-            used = [request.computed + count for request, count in shares]
-            tables = [request.blocks for request, _ in shares]
-            arrays |= arrays_of(tables, used, counts, size, self._blocks.count)
+            tables, used, queries = zip(*attending, strict=True)
+            arrays |= arrays_of(tables, used, queries, size, self._blocks.count, width)
         else:
-            groups = self._add_tables(arrays, shares)
+            groups = self._add_tables(arrays, attending[: sum(count for _, count in batch) if self._rows else None])
         if fresh := self._blocks.take_fresh():
             # a masked key or value that is not finite would still make the output nan
             [zeroed] = accelerator.tensors_on(self._model.device, {"fresh": np.array(fresh)}).values()
             for tensor in itertools.chain.from_iterable(self._layers.values()):
                 tensor.index_fill_(0, zeroed, 0)
-        if adapters is not None and self._graphs is not None:
+        if adapters is not None and self._graphs is not None and not places:
             key = len(shares), arrays["table"].shape[1], adapters.key
             logits, hidden = self._graphs.logits(key, adapters.layers, arrays), None
         else:
-            logits, hidden = self._run(accelerator.tensors_on(self._model.device, arrays), max(counts), groups)
+            longest = 1 if self._rows else max(counts)
+            logits, hidden = self._run(accelerator.tensors_on(self._model.device, arrays), longest, groups)
         for request, count in batch:
             self._blocks.note_computed(request, count)
         of_places = [request for request, asked in scored for _ in asked]
-        drawn = [batch[i][0] for i in drawing if i < len(batch)]
-        return StepOutput(drawn, logits[: len(drawn)], of_places, hidden)
+        drawing = [i for i in drawing if i < len(batch)]
+        if self._rows:
+            logits = torch.cat([logits[:0], *(logits[end - 1 : end] for end in ends[drawing])])
+        return StepOutput([batch[i][0] for i in drawing], logits[: len(drawing)], of_places, hidden)
 
-    def _add_tables(self, arrays: dict[str, np.ndarray], shares: Sequence[tuple[CachedTokens, int]]) -> list[int]:
+    def _add_tables(self, arrays: dict[str, np.ndarray], attending: Sequence[tuple[list[int], int, int]]) -> list[int]:
         """Add a table for each group of requests that attend together; returns the tokens of each group."""
         # neighbours attend together: equal numbers of tokens, and at most twice the first one's blocks
-        groups: list[list[tuple[CachedTokens, int]]] = []
-        for request, count in shares:
-            if groups and groups[-1][0][1] == count and len(request.blocks) <= 2 * len(groups[-1][0][0].blocks):
-                groups[-1].append((request, count))
+        groups: list[list[tuple[list[int], int]]] = []
+        for blocks, _, count in attending:
+            is_like = groups and groups[-1][0][1] == count and len(blocks) <= 2 * len(groups[-1][0][0])
+            if is_like and not self._rows:
+                groups[-1].append((blocks, count))
             else:
-                groups.append([(request, count)])
+                groups.append([(blocks, count)])
         for number, group in enumerate(groups):
-            longest = max(len(request.blocks) for request, _ in group)
-            rows = [request.blocks + request.blocks[:1] * (longest - len(request.blocks)) for request, _ in group]
-            arrays[f"table {number}"] = np.array(rows)
+            longest = max(len(blocks) for blocks, _ in group)
+            arrays[f"table {number}"] = np.array([own + own[:1] * (longest - len(own)) for own, _ in group])
         return [sum(count for _, count in group) for group in groups]
 
     def _run(
@@ -353,7 +410,7 @@ class PagedBatches:
             step = KernelStep(self._layers, sent["write"], self._kernel, rows)
         else:
             tables = [sent[f"table {number}"] for number in range(len(groups))]
-            parts = zip(tables, sent["positions"].split(list(groups)), strict=True)
+            parts = zip(tables, sent["positions"][: sum(groups)].split(list(groups)), strict=True)
             grouped = [(table, part.view(len(table), -1)) for table, part in parts]
             step = GatheringStep(self._layers, sent["write"], grouped)
         return self._forward(sent["ids"], sent["positions"], sent["kept"], step, sent.get("scored"))
@@ -375,11 +432,11 @@ class PagedBatches:
             "use_cache": False,
             "paged_step": step,
         }
-        if scored is None:
+        if scored is None and not self._rows:
             return self._model(**inputs, logits_to_keep=kept).logits[0], None
         hidden = decoder_of(self._model)(**inputs).last_hidden_state[0]
         head = Head.of(self._model)
-        return head.logits(head.module(hidden[kept])), hidden[scored]
+        return head.logits(head.module(hidden[kept])), None if scored is None else hidden[scored]
 
     def end(self, request: CachedTokens) -> None:
         """Free a request's blocks."""
@@ -474,6 +531,10 @@ class StaticBatches:
             self._rows, self._cache = rows, None
         width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
         return [(row, width) for row in self._rows]
+
+    def passes(self, batch: list[tuple[T, int]]) -> list[list[tuple[T, int]]]:
+        """A step is one pass."""
+        return [batch]
 
     def held_rows(self, batch: Sequence[tuple[T, int]]) -> None:
         """No step is a graph: keys and values grow."""

@@ -87,12 +87,17 @@ class Engine:
             try:
                 batches = PagedBatches(self.model, settings)
             except RunFailed as error:
-                if settings.batching == "continuous":
+                if settings.batching == "continuous" or settings.batch_invariant:
                     raise
                 self.why_static = str(error)
+        if settings.batch_invariant:
+            if not isinstance(batches, PagedBatches):
+                raise RunFailed(f"--batch-invariant needs continuous batches. {self.why_static or ''}".rstrip())
+            with generating(self.model, base_only=True, fixed=True):
+                batches.fix_rows()
         self._batches = batches or StaticBatches(self.model)
         self.longest_tokens = self._batches.longest_tokens  # of a prompt and its answer together
-        self.bank = ServingBank(base, settings.slots)
+        self.bank = ServingBank(base, settings.slots, settings.batch_invariant)
         self.running: dict[str, ActiveRequest] = {}  # by id, in the order in which they got a place
         self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
         self._waiting: deque[ActiveRequest] = deque()
@@ -251,7 +256,7 @@ class Engine:
         dead = "the engine was closed"
         try:
             with torch.no_grad(), self._layout:
-                self._layout.enter_context(generating(self.model, base_only=True))
+                self._layout.enter_context(generating(self.model, True, self.settings.batch_invariant))
                 while self._wait_for_work():
                     self._do_tasks()
                     self._admit()
@@ -326,7 +331,7 @@ class Engine:
                 self._prompt_tokens += len(active.request.prompt)
 
     def _acquire(self, vectors: HostVectors) -> int | None:
-        if not self.bank.needs_layers(vectors):
+        if not self.bank.needs_layers(vectors) or self.settings.batch_invariant:
             return self.bank.acquire(vectors)
         # new layers need the layout of answers too
         self._layout.close()
@@ -337,16 +342,19 @@ class Engine:
 
     def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
         """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
-        batch = self._batches.schedule(self.running.values())
-        users = [(request.vectors, request.slot, tokens) for request, tokens in batch]
-        adapters = self.bank.use(users, self._batches.by_rows, self._batches.held_rows(batch))
-        found = self._batches.run(batch, adapters)
-        if found.hidden is not None:
-            prompts = [request.scored for request in found.scored]
-            # as many logits at a time as a step of answers may have
-            add_scores(Head.of(self.model), prompts, found.hidden, self.settings.max_running)
-        choosers = [chooser for request in found.drawing if (chooser := request.chooser) is not None]
-        return list(zip(found.drawing, choose_tokens(found.logits, choosers), strict=True))
+        got, apart = list[tuple[ActiveRequest, TokenEvent | None]](), self.settings.batch_invariant
+        for batch in self._batches.passes(self._batches.schedule(self.running.values())):
+            users = [(request.vectors, request.slot, tokens) for request, tokens in batch]
+            held_rows = self._batches.held_rows(batch)
+            found = self._batches.run(batch, self.bank.use(users, self._batches.by_rows, held_rows))
+            if found.hidden is not None:
+                prompts = [request.scored for request in found.scored]
+                # as many logits at a time as a step of answers may have
+                most_rows = held_rows if apart and held_rows else self.settings.max_running
+                add_scores(Head.of(self.model), prompts, found.hidden, most_rows, apart)
+            choosers = [chooser for request in found.drawing if (chooser := request.chooser) is not None]
+            got += zip(found.drawing, choose_tokens(found.logits, choosers, apart), strict=True)
+        return got
 
     def _try_step(self) -> None:
         try:

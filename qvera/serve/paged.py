@@ -48,10 +48,15 @@ class Rows:
 
 
 def arrays_of(
-    tables: Sequence[Sequence[int]], used: Sequence[int], counts: Sequence[int], block_tokens: int, unused: int
+    tables: Sequence[Sequence[int]],
+    used: Sequence[int],
+    counts: Sequence[int],
+    block_tokens: int,
+    unused: int,
+    width: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The tensors of `Rows` by name; ``unused`` is a block that fills the table up, to a width of a power of two."""
-    table = np.full((len(tables), power_of_two(max(map(len, tables)))), unused, np.int32)
+    table = np.full((len(tables), width or power_of_two(max(map(len, tables)))), unused, np.int32)
     for row, blocks in zip(table, tables, strict=True):
         row[: len(blocks)] = blocks
     ends_k = np.arange(len(tables) + 1, dtype=np.int32) * (table.shape[1] * block_tokens)

@@ -154,6 +154,8 @@ class EngineSettings:
     step_tokens: int = 512  # most tokens of a forward pass; longer prompts take several
     batching: Literal["auto", "continuous", "static"] = "auto"
     """Continuous: requests join at any step. Static: batches begin and end together. Auto: as the model allows."""
+    batch_invariant: bool = False
+    """Whether an answer is the same to the bit whoever shares the batch (`qvera.serve.invariance`)."""
     share_prefixes: bool = True
     """Whether requests of one adapter share the keys and values of equal beginnings of their prompts."""
     training_share: float = 0.1

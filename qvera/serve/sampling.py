@@ -71,11 +71,15 @@ class TokenChooser:
             self.grammar.take(token)
 
 
-def choose_tokens(logits: torch.Tensor, choosers: Sequence[TokenChooser]) -> list[TokenEvent | None]:
+def choose_tokens(
+    logits: torch.Tensor, choosers: Sequence[TokenChooser], apart: bool = False
+) -> list[TokenEvent | None]:
     """The next token of each row of logits [rows, vocabulary]; None for a row that is not finite, or an empty choice.
 
-    Log-probabilities are added where asked for. ``logits`` is not changed.
+    Log-probabilities are added where asked for. ``logits`` is not changed. ``apart``: one row after the other.
     """
+    if apart:
+        return [choose_tokens(row, [chooser])[0] for row, chooser in zip(logits.split(1), choosers, strict=False)]
     logits = logits.float()
     settings = [chooser.sampling for chooser in choosers]
     finite = torch.isfinite(logits.sum(-1))

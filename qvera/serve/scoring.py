@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qvera.models.loss import Head
 from qvera.serve.requests import PromptScores, PromptScoring
@@ -49,13 +50,22 @@ class ScoredPrompt:
         return PromptScores(targets[:, 0], targets[:, 1:], *others)
 
 
-def add_scores(head: Head, prompts: Sequence[ScoredPrompt], hidden: torch.Tensor, most_rows: int) -> None:
+def add_scores(
+    head: Head, prompts: Sequence[ScoredPrompt], hidden: torch.Tensor, most_rows: int, apart: bool = False
+) -> None:
     """Score places of prompts, ``most_rows`` at a time.
 
-    ``hidden``, [n, hidden], are their last hidden states, and ``prompts`` has the prompt of each.
+    ``hidden``, [n, hidden], are their last hidden states, and ``prompts`` has the prompt of each. ``apart``: products
+    always have ``most_rows``, filled up, and each place is scored by itself.
     """
     for begin in range(0, len(prompts), most_rows):
         part = slice(begin, begin + most_rows)
+        if apart:
+            filled = F.pad(hidden[part], (0, 0, 0, most_rows - len(prompts[part])))
+            logits = head.logits(head.module(filled).float())
+            for prompt, row in zip(prompts[part], logits.split(1), strict=False):
+                prompt.add(row.log_softmax(-1))
+            continue
         logprobs = head.logits(head.module(hidden[part]).float()).log_softmax(-1)
         sizes = [(prompt, len(list(places))) for prompt, places in itertools.groupby(prompts[part])]
         for (prompt, _), rows in zip(sizes, logprobs.split([size for _, size in sizes]), strict=True):

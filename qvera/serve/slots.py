@@ -125,15 +125,15 @@ class ServingBank:
     `read` may be called from any thread, everything else only from the thread that runs the model.
     """
 
-    def __init__(self, base: Base, slots: int) -> None:
-        """``slots``: adapters of one shape that fit."""
+    def __init__(self, base: Base, slots: int, fixed: bool = False) -> None:
+        """``slots``: adapters of one shape that fit; ``fixed``: see `MixedForward`."""
         self.slots = slots
         self._base = base
         self.device = next(base.model.parameters()).device
         self._specs = linear_specs(base.model)
         self._slots: dict[AdapterShape, _Slots] = {}
         self._numbers = itertools.count()  # of banks that were begun
-        self._mixed = MixedForward(self.device)
+        self._mixed = MixedForward(self.device, fixed)
         self._read: weakref.WeakValueDictionary[str, HostVectors] = weakref.WeakValueDictionary()
         """Vectors that a request or a slot holds. They are shared, so their files are not read again."""
         self._lock = threading.Lock()
@@ -238,13 +238,13 @@ class ServingBank:
         """Set the adapters of the next forward pass.
 
         ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch;
-        with ``by_rows`` of each row, whatever its length. ``held_rows``: for a graph over so many tokens, the last of
-        which nobody uses; returns what the graph depends on.
+        with ``by_rows`` of each row, whatever its length. ``held_rows``: for a pass of fixed shapes over so many
+        tokens, the last of which nobody uses; returns what a graph of it depends on.
         """
         slots = [None if vectors is None else (self._slots[vectors.shape].bank, slot) for vectors, slot, _ in users]
         tokens = [tokens for *_, tokens in users]
         if held_rows is not None:
-            more = held_rows - len(users)
+            more = held_rows - sum(tokens)
             key = self._mixed.use([*slots, *[None] * more], [*tokens, *[1] * more], held=True)
             # a new adapter of PEFT's, one of a training too, may change the layers or make A and B anew
             return AdaptersInUse(key, tuple(self._base.adapted.peft_config) if self._base.adapted else ())

@@ -28,10 +28,10 @@ LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
 def both(fake: FakeAccelerator) -> list[list[dict[str, Any]]]:
-    return [steps(fake, has_kernel) for has_kernel in (True, False)]
+    return [steps(fake, has_kernel) for has_kernel in (True, False)] + [steps(fake, True, batch_invariant=True)]
 
 
-def steps(fake: FakeAccelerator, has_kernel: bool) -> list[dict[str, Any]]:
+def steps(fake: FakeAccelerator, has_kernel: bool, **settings: Any) -> list[dict[str, Any]]:
     """What each step takes in which three prompts, and then their answers, are computed."""
     tokenizer: Any = FakeTokenizer()
     base = Base(fake.model("8b", LAYERS), tokenizer, {"dense_matrices": {}})
@@ -51,8 +51,8 @@ def steps(fake: FakeAccelerator, has_kernel: bool) -> list[dict[str, Any]]:
         mock.patch.multiple(accelerator, records_graphs=lambda _: True, multiplies_groups=lambda _: True),
         torch.no_grad(),
     ):
-        engine = Engine(base, EngineSettings(max_running=4, cache_tokens=4096, step_tokens=600, slots=3))
-        engine._layout.enter_context(generating(engine.model, base_only=True))
+        engine = Engine(base, EngineSettings(max_running=4, cache_tokens=4096, step_tokens=600, slots=3, **settings))
+        engine._layout.enter_context(generating(engine.model, True, engine.settings.batch_invariant))
         for number, (name, length) in enumerate((("vera", 300), ("lora", 520), ("vera", 5))):
             packed = torch.zeros(shapes[name].layout(engine.bank._specs).numbers)
             vectors = HostVectors(f"{name} {number}", shapes[name], packed)
@@ -70,7 +70,7 @@ def steps(fake: FakeAccelerator, has_kernel: bool) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def found() -> list[list[dict[str, Any]]]:
-    """With torch's kernel and graphs, and without."""
+    """With torch's kernel and graphs, without, and in passes of fixed shapes."""
     return measured(both)
 
 
@@ -79,7 +79,7 @@ def attention_of(step: dict[str, Any]) -> dict[str, int]:
 
 
 def test_a_step_waits_for_the_drawn_tokens_alone(found: list[list[dict[str, Any]]]) -> None:
-    for step in itertools.chain(*found):
+    for step in itertools.chain(*found[:2]):
         assert step["syncs"] == {"serve.sampling.choose_tokens: list": 1}
         assert step["copies"]["to device"] <= 4  # the step's numbers, those of two banks, and now and then new blocks
 
@@ -98,3 +98,12 @@ def test_a_repeated_step_is_one_launch_of_fixed_shapes(found: list[list[dict[str
     assert [step["recordings"] for step in found[0]] == [[]] * 3 + [[[4, 128256]]] * 2
     assert found[0][4]["launches"] < 12  # beside the graph: all of it is the choice of tokens
     assert "aten.mm" not in found[0][4]["kernels"]
+
+
+def test_all_passes_of_batch_invariant_answers_have_one_shape(found: list[list[dict[str, Any]]]) -> None:
+    """Of 64 tokens, prompts' or answers'. The host waits for each drawn token."""
+    shapes = [shape for step in found[2] for shape in step["recordings"]]
+    assert shapes and all(shape == [64, 128256] for shape in shapes)
+    first, *_, last = found[2]
+    assert attention_of(first).keys() == {"torch_attn._varlen_attn"}
+    assert last["syncs"] == {"serve.sampling.choose_tokens: list": 3} and "aten.mm" not in last["kernels"]

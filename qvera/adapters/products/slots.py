@@ -42,6 +42,8 @@ class TokenSlots:
     slots: int
     ends: tuple[int, ...] = ()
     """Where each slot's tokens end, after a 0, if the host knows it and they are in the order of their slots."""
+    fixed: bool = False
+    """Whether shapes of products may not depend on how many tokens a slot has, as their last bits do."""
 
     @functools.cached_property
     def sorted(self) -> tuple[Tensor, Tensor]:
@@ -159,6 +161,11 @@ def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
     """Each slot's rows of x [T, k], sorted by slot, times its own matrix of ``weights`` [R, k, m]: [T, m]."""
     if tokens is None:
         return x @ weights[0].to(x.dtype)
+    if tokens.fixed:
+        index, out = tokens.index[tokens.sorted[0]].unsqueeze(1), x.new_zeros(len(x), weights.shape[-1])
+        for slot, weight in enumerate(weights):
+            out = torch.where(index == slot, x @ weight.to(x.dtype), out)
+        return out
     is_aligned = all(side % _ALIGNED == 0 for side in weights.shape[1:])
     if is_aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device):
         ends = F.pad(tokens.sorted[1][1:], (0, 1), value=len(x))  # made on the device: a graph may record it
