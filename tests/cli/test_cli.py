@@ -123,17 +123,22 @@ def test_info_of_runs_adapters_and_exports(trained_run: Path, tmp_path: Path, ca
     assert facts["weights_bytes"] == (merged / "model.safetensors").stat().st_size
 
 
-def test_a_run_is_read_although_its_recipe_has_keys_without_effect(
+def test_a_run_is_read_although_its_recipe_has_keys_without_effect_or_a_removed_one(
     trained_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """Earlier versions accepted them. Every command that reads a run goes on doing so; a new run is refused."""
     old = Path(shutil.copytree(trained_run, tmp_path / "old"))
     recipe = old / "recipe.yaml"
     keys = yaml.safe_load(recipe.read_text())
-    keys["training"] |= {"bilevel_share": 0.4, "loss_scale_window": 9, "output_dir": str(old)}
-    recipe.write_text(yaml.safe_dump(keys))
-    assert main(["train", str(recipe), "--set", f"training.output_dir={tmp_path / 'new'}"]) == 2
-    assert "training.bilevel_share: has no effect without training.bilevel" in capsys.readouterr().err
+    keys["training"]["output_dir"] = str(old)
+    for key, value, problem in (
+        ("bilevel_share", 0.4, "has no effect without training.bilevel"),
+        ("loss_scale_window", 9, "is not a key of this section: remove it"),
+    ):
+        keys["training"][key] = value
+        recipe.write_text(yaml.safe_dump(keys))
+        assert main(["train", str(recipe), "--set", f"training.output_dir={tmp_path / 'new'}"]) == 2
+        assert f"training.{key}: {problem}" in capsys.readouterr().err
     by_recipe = f"eval {old / 'adapter'} --recipe {old} --no-generation"
     for line in (f"info {old}", by_recipe, f"export {old} {tmp_path / 'lora'} --to lora", f"train {recipe} --resume"):
         assert main(line.split()) == 0, (line, capsys.readouterr().err)
