@@ -183,6 +183,15 @@ def least() -> str:
     return "\n".join(lines) + "\n"
 
 
+def published() -> str:
+    """The plan's column of docs/first-machine.md: torchtune's case in GiB, and LLaMA-Factory's in GB."""
+    both = Batch(2, 2048, 2 * 2048, False, False, "", 2048)
+    parts = plan_memory(PlannedRun(_shape("Llama-3 8B"), recipe_of(256), both, _gpu(0))).peak
+    without = sum(part.bytes for part in parts if part.kind != "runtime")
+    sevens = (f"{total_bytes('Llama-2 7B', 1000 * k) / 1e9:.1f}" for k in (1, 2, 4, 8, 16, 32, 64, 100))
+    return f"{without / 2**30:.1f} GiB without the CUDA context\n{' '.join(sevens)} GB\n"
+
+
 def markdown() -> str:
     """The table of the README."""
     head = [f"{gb} GB" for gb in CARDS_GB]
@@ -263,7 +272,8 @@ def main() -> None:
     args = parser.parse_args()
     print(markdown())
     print(contexts())
-    print(least(), end="")
+    print(least())
+    print(published(), end="")
     if args.svg is not None:
         args.svg.write_text(picture(), encoding="utf-8")
 

@@ -36,29 +36,49 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def first_machine(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The lines that the first machine's command writes here, in its tiny CPU mode."""
-    sizes = ["--shape", "tiny", "--device", "cpu", "--tokens", "16", "--steps", "2", "--part-seconds", "9000"]
-    places = ["--lines", str(tmp_path / "lines.jsonl"), "--scratch", str(tmp_path / "scratch")]
-    subprocess.run([sys.executable, "bench/gpu/first_machine.py", *arguments, *sizes, *places], cwd=ROOT, check=False)
-    return read_lines(tmp_path / "lines.jsonl")
+@pytest.mark.slow
+def test_every_piece_that_a_first_machine_is_asked_runs_here(tmp_path: Path) -> None:
+    """In this process, to save importing torch once for each; the next test has the processes."""
+    args = argparse.Namespace(scratch=tmp_path, shape="tiny", device="cpu", tokens=[16], steps=2)
+    path, asked = tmp_path / "lines.jsonl", [piece for part in PARTS.values() for piece in part]
+    for module, piece, _ in asked:
+        if not piece.endswith("round 2"):  # the same once more
+            pieces = importlib.import_module(f"bench.gpu.{module}").PIECES
+            pieces[piece](args, Lines(path, piece, torch.device("cpu"), "tiny"))
+    rows = read_lines(path)
+    assert {row["piece"] for row in rows} == {piece for _, piece, _ in asked if not piece.endswith("round 2")}
+    assert [row["piece"] for row in rows if "left_out" in row] == ["sanitizer"]
+    assert "needs CUDA" in next(row["left_out"] for row in rows if "left_out" in row)
+    assert all(row["same_bits"] for row in rows if row["piece"] == "resumed")
+    assert all(row["gradient_error_worst"] < 0.03 for row in rows if row["piece"] == "layer")
+    timed = [row for row in rows if "case" in row and row["piece"] != "host"]
+    assert all(row["step_seconds"] > 0 and row["kernel_seconds"] > 0 for row in timed) and len(timed) == 7
+    assert all(row["tokens_per_second"] > 0 for row in rows if "tokens_per_second" in row)
 
 
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        pytest.param(["qvera train", "frozen, round 1", "checkpointing"], marks=pytest.mark.slow),
-        pytest.param([], marks=pytest.mark.matrix, id="all of them"),
-    ],
-)
-def test_what_a_first_machine_is_asked_runs_here(pieces: list[str], tmp_path: Path) -> None:
-    chosen = ["--pieces", *pieces] if pieces else []
-    rows = first_machine(tmp_path, "A", "B", "C", "D", *chosen)
-    assert not [row for row in rows if "error" in row]
-    ended = [row["piece"] for row in rows if row.get("ended")]
-    assert ended == [piece for part in PARTS.values() for _, piece, _ in part if not pieces or piece in pieces]
-    assert next(row for row in rows if row.get("case") == "frozen")["step_seconds"] > 0
-    assert first_machine(tmp_path, "A", "B", "C", "D", *chosen) == rows, "what has ended is done again"
+@pytest.mark.slow
+def test_a_command_goes_on_where_it_was_killed_and_past_a_piece_that_fails(tmp_path: Path) -> None:
+    asked = ["--pieces", "ceilings", "frozen, round 1", "sanitizer"]
+    command = [sys.executable, "bench/gpu/first_machine.py", "A", "B", *asked, "--shape", "tiny", "--device", "cpu"]
+    command += ["--tokens", "16", "--part-seconds", "9000", "--scratch", str(tmp_path / "scratch"), "--lines"]
+    path = tmp_path / "lines.jsonl"
+    killed = subprocess.Popen([*command, str(path)], cwd=ROOT)
+    while not path.exists():  # in the middle of the first piece
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = len(read_lines(path))
+    assert subprocess.run([*command, str(path)], cwd=ROOT, check=False).returncode == 1
+    ended = [row for row in read_lines(path)[before:] if "ended" in row]
+    assert [(row["piece"], row["ended"]) for row in ended] == [
+        ("ceilings", True), ("sanitizer", True), ("frozen, round 1", False),
+    ]  # fmt: skip
+    assert "the piece `qvera train` has to run first" in ended[-1]["said"]
+    again = subprocess.run([*command, str(path)], cwd=ROOT, check=False)
+    assert again.returncode == 1, "what has failed is done again"
+    assert [row["piece"] for row in read_lines(path)[before:] if "ended" in row] == [
+        "ceilings", "sanitizer", "frozen, round 1", "frozen, round 1",
+    ]  # fmt: skip
 
 
 def test_a_piece_that_hangs_or_fails_is_named_dies_with_all_that_it_started_and_the_next_goes_on(
@@ -86,7 +106,7 @@ def test_pieces_of_the_first_machine_find_what_is_installed_beside_it(
     arguments = argparse.Namespace(scratch=scratch, wheels=None, device="cpu")
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")  # which it sets, for this process too
-    paths = environment_of(arguments)["PYTHONPATH"].split(os.pathsep)
+    paths = environment_of(arguments)[0]["PYTHONPATH"].split(os.pathsep)
     assert paths == [str(ROOT), str(scratch / "site"), str(beside)]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ import torch
 import yaml
 
 from bench.common import header, plain_json, read_lines
+from bench.gpu.first_machine import add_line
 from bench.synthesise import SHAPES, synthesise
 from qvera.utils import accelerator, memory
 
@@ -33,10 +36,7 @@ class Lines:
 
     def add(self, **row: Any) -> None:
         """Write one row and show it."""
-        line = json.dumps(plain_json({**self.about, **row}))
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
-        print(line, file=sys.stderr, flush=True)
+        add_line(self.path, plain_json({**self.about, **row}))
 
     def read(self, piece: str) -> list[dict[str, Any]]:
         """What an earlier piece wrote at this commit, on this card and shape."""
@@ -66,6 +66,13 @@ def do_piece(description: str | None, pieces: Mapping[str, Piece]) -> None:
     pieces[args.piece](args, Lines(args.lines, args.piece, device, args.shape))
 
 
+def start_peak(device: torch.device) -> None:
+    """Free what is left of an earlier run, cycles too, and count peaks anew."""
+    gc.collect()
+    accelerator.empty_cache()
+    accelerator.reset_peak(device)
+
+
 def peak_bytes(device: torch.device) -> dict[str, int | None]:
     """The most that tensors took, and what the allocator took from the device for them. On a CPU: memory held now."""
     if device.type == "cpu":
@@ -74,17 +81,27 @@ def peak_bytes(device: torch.device) -> dict[str, int | None]:
     return {f"peak_{kind}_bytes": accelerator.counted_bytes(device, kind, peak=True) for kind in kinds}
 
 
+def made_once(out: Path, make: Callable[[Path], object]) -> Path:
+    """A directory that ``make`` has made whole, now or before; one that was cut off is made anew."""
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part)
+        part.rename(out)
+    return out
+
+
 def base_on_disk(args: argparse.Namespace, layers: int | None = None, nf4: bool = True, shape: str = "") -> str:
     """A random checkpoint, its linears but the head in NF4 or all in bf16, with a byte-level tokenizer; made once."""
     shape = shape or args.shape
     layers = None if shape == "tiny" else layers
-    out: Path = args.scratch / f"{shape}-{layers or 'all'}-layers-{'nf4' if nf4 else 'bf16'}"
-    if not (out / "config.json").exists():  # it is written last
-        subprocess.run(["rm", "-rf", str(out)], check=True)
+
+    def make(out: Path) -> None:
         synthesise(shape, out, nf4=nf4, layers=layers)
         config = json.loads((out / "config.json").read_text())
         (out / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131_072}))
-    return str(out)
+
+    return str(made_once(args.scratch / f"{shape}-{layers or 'all'}-layers-{'nf4' if nf4 else 'bf16'}", make))
 
 
 def write_rows(path: Path, count: int, characters: int, even: bool = False) -> Path:
@@ -108,7 +125,7 @@ def recipe(args: argparse.Namespace, name: str, base: str, rows: Path, **section
         tree[section] |= keys
     file = run.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(tree))
-    subprocess.run(["rm", "-rf", str(run)], check=True)
+    shutil.rmtree(run, ignore_errors=True)
     return file, run
 
 

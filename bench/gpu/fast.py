@@ -1,8 +1,9 @@
 """Part B: is it fast? Seconds a step and peak memory: ours, stock PEFT LoRA and VeRA, and the frozen base; the host's share.
 
 Each case is a process, and rounds of all cases follow one another. A case is a `TrainingSession` as `qvera train` has it,
-with another model on its base: the same rows, loss, checkpointing and attention. Stock cases run bitsandbytes' own linears.
-A step is forward, backward, clipping and AdamW. The first piece runs `qvera train` itself and writes with which settings
+with another model on its base: the same rows, loss, checkpointing and attention. Stock cases run bitsandbytes' own linears,
+and PEFT's adapters are in the compute dtype: in fp32, its default, they would take longer here.
+A step is forward, backward, clipping and AdamW, and ends when the device has done it. The first piece runs `qvera train` itself and writes with which settings
 its forward pass was called. A case whose own are not these is not timed.
 """
 
@@ -23,10 +24,11 @@ from unittest import mock
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
 
 from bench import host_time
 from bench.common import perturb, train_records
-from bench.gpu.common import Lines, base_on_disk, do_piece, peak_bytes, recipe, write_rows
+from bench.gpu.common import Lines, base_on_disk, do_piece, peak_bytes, recipe, start_peak, write_rows
 from bench.gpu.first_machine import _CASES as CASE_NAMES
 from bench.host_time import stock
 from qvera.config.schema import load_recipe
@@ -39,12 +41,19 @@ from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils import accelerator
 
+MOST_SECONDS = 6.0
+"""No further step of a case and length begins after as many."""
 _EVERYWHERE: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-PEFT: dict[str, Callable[[Any], Any]] = {
-    "PEFT LoRA r=16": lambda model: get_peft_model(stock(model), LoraConfig(r=16, **_EVERYWHERE)),
-    "PEFT VeRA r=256": lambda model: get_peft_model(
-        stock(model), VeraConfig(r=256, save_projection=False, **_EVERYWHERE)
-    ),
+
+
+def peft(model: Any, config: Any) -> Any:
+    """Stock PEFT over bitsandbytes' linears, all in the compute dtype."""
+    return get_peft_model(stock(model), config, autocast_adapter_dtype=False)
+
+
+STOCK: dict[str, Callable[[Any], Any]] = {
+    "PEFT LoRA r=16": lambda model: peft(model, LoraConfig(r=16, **_EVERYWHERE)),
+    "PEFT VeRA r=256": lambda model: peft(model, VeraConfig(r=256, save_projection=False, **_EVERYWHERE)),
     "frozen": stock,
 }
 
@@ -122,7 +131,7 @@ def session_of(args: argparse.Namespace, case: str, tokens: int) -> TrainingSess
     """`qvera train`'s session, for a stock case with the model of that case in the place of the adapted one."""
     path, run = recipe_of(args, case, tokens)
     session = TrainingSession(load_recipe(path), run, ALONE, Console(quiet=True))
-    put_on = PEFT.get(case)
+    put_on = STOCK.get(case)
     changed = mock.patch.object(session_module, "attach", lambda model, *_, **__: put_on(model)) if put_on else None
     with changed or contextlib.nullcontext():
         session.load_data()
@@ -138,44 +147,69 @@ def session_of(args: argparse.Namespace, case: str, tokens: int) -> TrainingSess
 def measure(args: argparse.Namespace, lines: Lines, case: str, turn: int) -> None:
     """Seconds of a step of one case at each length. Nothing is written of one with other settings (RuntimeError)."""
     for tokens in args.tokens:
-        expected, session = expected_settings(lines, tokens), session_of(args, case, tokens)
-        trained = [p for p in session.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True) if trained else None
+        measure_at(args, lines, case, turn, tokens)
 
-        def step(session: TrainingSession = session, optimizer: Any = optimizer, trained: Any = trained) -> None:
-            nll, count = session.task.loss(session.model, [session.datasets.train[0]], session.datasets, None, None)
-            (nll / count).backward()
-            if optimizer is not None:
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
 
+def measure_at(args: argparse.Namespace, lines: Lines, case: str, turn: int, tokens: int) -> None:
+    """The same at one length; all that it has loaded is free when it ends."""
+    expected, session = expected_settings(lines, tokens), session_of(args, case, tokens)
+    trained = [p for p in session.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained) if trained else None
+
+    def step() -> None:
+        nll, count = session.task.loss(session.model, [session.datasets.train[0]], session.datasets, None, None)
+        (nll / count).backward()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    with session.resources:
         with seen_settings() as seen:
-            step()
+            step()  # which compiles kernels and makes the optimizer's state
         if seen[-1] != expected:
             differ = {key: (seen[-1][key], expected[key]) for key in expected if seen[-1][key] != expected[key]}
             raise RuntimeError(f"{case}: not timed, since these settings are not those of qvera train: {differ}")
-        accelerator.reset_peak(session.device)
-        seconds, host = [], []
-        for _ in range(args.steps):
-            accelerator.synchronize()
-            began, used = time.perf_counter(), time.thread_time()
+        accelerator.synchronize()
+        start_peak(session.device)
+        seconds = list[float]()
+        while len(seconds) < args.steps and sum(seconds) < MOST_SECONDS:
+            began = time.perf_counter()
             step()
-            host.append(time.thread_time() - used)
             accelerator.synchronize()
             seconds.append(time.perf_counter() - began)
-        lines.add(case=case, round=turn, tokens=tokens, trained_numbers=sum(p.numel() for p in trained),
-                  step_seconds=statistics.median(seconds), step_seconds_min=min(seconds), step_seconds_max=max(seconds),
-                  host_seconds=statistics.median(host), tokens_per_second=tokens / statistics.median(seconds),
-                  **peak_bytes(session.device))  # fmt: skip
-        session.__exit__()
-        del session, optimizer, trained, step
-        accelerator.empty_cache()
+        took = statistics.median(seconds)
+        peaks, kernels = peak_bytes(session.device), kernels_of(step, session.device)
+    lines.add(case=case, round=turn, tokens=tokens, trained_numbers=sum(p.numel() for p in trained),
+              step_seconds=took, step_seconds_min=min(seconds), step_seconds_max=max(seconds),
+              kernel_seconds=sum(kernel[2] for kernel in kernels) / 1e6, tokens_per_second=tokens / took,
+              **peaks)  # fmt: skip
+
+
+def kernels_of(step: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
+    """Name, launches and µs of each kernel of a step, by torch.profiler; on a CPU, of each operator.
+
+    Raises:
+        RuntimeError: the profiler sees no kernel of this device.
+    """
+    on_card = device.type != "cpu"
+    kind = getattr(ProfilerActivity, device.type.upper())
+    with profile(activities=[kind]) as measured:
+        step()
+        accelerator.synchronize()
+    rows = [
+        (event.key, event.count, event.self_device_time_total if on_card else event.self_cpu_time_total)
+        for event in measured.key_averages()
+        if (event.device_type.name == "CPU") != on_card and not event.is_user_annotation
+    ]
+    if not rows:
+        raise RuntimeError(f"torch.profiler sees no kernel on {device.type}: is CUPTI there?")
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def host(args: argparse.Namespace, lines: Lines) -> None:
     """µs of Python a layer, kernels stubbed (bench/host_time.py)."""
-    rounds = 3 if args.shape == "tiny" else 21
+    rounds = 1 if args.shape == "tiny" else 21
     for case, row in host_time.measured(rounds).items():
         lines.add(case=case, **row)
 

@@ -6,13 +6,16 @@
 
 A right (`right.py`), B fast (`fast.py`), C large (`large.py`), D serving (`serving.py`). Each part is a list of pieces. A
 piece is a process group of its own, which dies with its time, and adds its lines to ``--lines`` as it measures. A piece that
-fails leaves a line that says why, and the next one goes on. A piece that has ended on this card is not done again, so the
-same command goes on where it was cut off. Weights are random.
+fails leaves a line that says why, and the next one goes on. A piece that has ended well on this card and shape is not done
+again, so the same command goes on where it was cut off. Part B compares its cases, so there it is the same commit too.
+Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import os
 import re
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,16 +73,18 @@ def main() -> int:
     parser.add_argument("--steps", default="5")
     parser.add_argument("--pieces", nargs="*", default=[], help="only these, by name")
     parser.add_argument("--part-seconds", type=float, default=PART_SECONDS)
-    args = parser.parse_args()
+    args, began = parser.parse_args(), time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does it: the piece that runs is ended too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     args.scratch.mkdir(parents=True, exist_ok=True)
     args.lines.parent.mkdir(parents=True, exist_ok=True)
-    environment = environment_of(args)
+    environment, here = environment_of(args)
     failed = 0
     for part in args.parts:
-        began = time.monotonic()
         for module, piece, limit in PARTS[part]:
-            about = {"part": part, "piece": piece, "shape": args.shape, "device": args.device}
-            if (args.pieces and piece not in args.pieces) or has_ended(args.lines, about):
+            about = {"part": part, "piece": piece, "shape": args.shape, **here}
+            same = {key: about[key] for key in about if part == "B" or key != "commit"}
+            if (args.pieces and piece not in args.pieces) or has_ended(args.lines, same):
                 continue
             left = args.part_seconds - (time.monotonic() - began)
             command = [sys.executable, "-m", f"bench.gpu.{module}", piece, "--lines", str(args.lines.resolve())]
@@ -88,12 +94,24 @@ def main() -> int:
             found = run(command, environment, limit_seconds) if left > 5 else {"error": "left out: the time is up"}
             failed += "error" in found
             add_line(args.lines, {**about, "ended": "error" not in found, **found})
+        began = time.monotonic()
     print(f"{args.lines}: {failed} pieces failed or were left out")
     return 1 if failed else 0
 
 
-def environment_of(args: argparse.Namespace) -> dict[str, str]:
-    """Of the pieces: as `qvera` sets it for its own process, this checkout, and what was installed beside the machine's."""
+_ASKED = """
+import json, os
+from qvera.cli.main import main  # sets the allocator before it imports torch: for `--version` as much as for `train`
+main(["--version"])
+import torch
+from bench.common import header
+about = header()
+print(json.dumps([about["device"], about["commit"], os.environ.get("PYTORCH_ALLOC_CONF", "")]))
+"""
+
+
+def environment_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """The pieces' environment (as `qvera` sets it for itself, with what was installed beside), and ``card`` and ``commit``."""
     site = args.scratch / "site"
     if args.wheels is not None:
         install(args.wheels, site)
@@ -101,14 +119,14 @@ def environment_of(args: argparse.Namespace) -> dict[str, str]:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     paths = [str(ROOT), *([str(site)] if site.exists() else []), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    # `qvera` sets the allocator before it imports torch; `qvera --version` as much as `qvera train`
-    shown = "import os, sys; from qvera.cli.main import main; main(['--version']); print(os.environ.get('PYTORCH_ALLOC_CONF', ''))"
-    said = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout
-    return {**os.environ, "PYTORCH_ALLOC_CONF": said.splitlines()[-1], "PYTHONUNBUFFERED": "1"}
+    said = subprocess.run([sys.executable, "-c", _ASKED], stdout=subprocess.PIPE, text=True, check=True).stdout
+    card, commit, allocator = json.loads(said.splitlines()[-1])
+    return {**os.environ, "PYTORCH_ALLOC_CONF": allocator, "PYTHONUNBUFFERED": "1"}, {"card": card, "commit": commit}
 
 
 def install(wheels: Path, site: Path) -> None:
     """Install the folder's wheels whose package this machine lacks, or has in an older version, into ``site``."""
+    sys.path.insert(0, str(site))  # where an earlier command may have put them
     lacking = []
     for wheel in sorted(wheels.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
@@ -121,6 +139,16 @@ def install(wheels: Path, site: Path) -> None:
     if lacking:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
         subprocess.run([*pip, "--target", str(site), *lacking], check=True)
+    # qvera itself: methods and commands are found by the entry points of what is installed
+    about = site / "qvera-0.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: qvera\nVersion: 0\n")
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    points = (
+        f"[{group}]\n" + "".join(f"{name} = {at}\n" for name, at in group_of.items())
+        for group, group_of in groups.items()
+    )
+    (about / "entry_points.txt").write_text("\n".join(points))
 
 
 def numbers(version: str) -> list[int]:
@@ -136,16 +164,22 @@ def has_ended(lines: Path, about: dict[str, Any]) -> bool:
 
 
 def add_line(lines: Path, row: dict[str, Any]) -> None:
-    with open(lines, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    """Add a row as one line, in one write, and show it."""
+    line = json.dumps(row)
+    with open(lines, "ab", buffering=0) as handle:
+        handle.write(line.encode() + b"\n")
+    print(line, file=sys.stderr, flush=True)
 
 
 def run(command: list[str], environment: dict[str, str], limit_seconds: float) -> dict[str, Any]:
     """Run one piece, in a process group that ends with it; its seconds, or the error with the end of what it said."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=said, start_new_session=True)
+        # PR_SET_PDEATHSIG: a piece does not outlive this process, even where that is killed
+        dies = functools.partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)
+        child = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stderr=said, start_new_session=True, preexec_fn=dies
+        )
         try:
             problem = f"exit {code}" if (code := child.wait(limit_seconds)) else None
         except subprocess.TimeoutExpired:

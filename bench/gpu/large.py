@@ -6,16 +6,19 @@ import argparse
 import functools
 import json
 import statistics
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
-from torch.profiler import ProfilerActivity, profile
 
 from bench.common import train_records
-from bench.gpu.common import Lines, base_on_disk, do_piece, recipe, write_rows
-from bench.gpu.fast import session_of
+from bench.gpu.common import Lines, base_on_disk, do_piece, recipe, start_peak, write_rows
+from bench.gpu.fast import kernels_of, session_of
 from qvera.config.schema import load_recipe
+from qvera.models.checkpointing import compile_layers
+from qvera.training import session
 from qvera.training.trainer import train
 from qvera.utils import accelerator
 
@@ -40,11 +43,12 @@ def one_run(
 ) -> None:
     """Train a few steps as `qvera train` does, and write the plan beside what was taken."""
     sections: dict[str, dict[str, Any]] = {"data": {"max_length": tokens}, "model": {}}
-    rows = write_rows(args.scratch / f"rows-{tokens}.jsonl", 64, tokens)
+    rows = write_rows(args.scratch / f"rows-{tokens}.jsonl", 16, tokens)
     sections["training"] = {"global_batch_size": 2, "per_device_train_batch_size": 1, "gradient_checkpointing": True}
     for section, keys in changes.items():
         sections[section] |= keys
     path, run = recipe(args, name, base, rows, **sections)
+    start_peak(accelerator.current_device())
     train(load_recipe(path), run, console=Console(quiet=True))
     document, records = json.loads((run / "run.json").read_text()), train_records(run)
     lines.add(mode=name, tokens=tokens, step_seconds=statistics.median(r["step_seconds"] for r in records[1:]),
@@ -55,16 +59,17 @@ def one_run(
 
 def mode(args: argparse.Namespace, lines: Lines, name: str) -> None:
     """One of `MODES` at the middle length."""
-    if name == "compiled" and args.device == "cpu":
-        lines.add(mode=name, left_out="inductor's C++ takes minutes to build here")
-        return
-    one_run(args, lines, name, base_on_disk(args), sorted(args.tokens)[len(args.tokens) // 2], MODES[name])
+    eager = functools.partial(compile_layers, backend="eager")  # without inductor's C++, which takes minutes
+    changed = mock.patch.object(session, "compile_layers", eager) if args.device == "cpu" else nullcontext()
+    with changed:
+        one_run(args, lines, name, base_on_disk(args), sorted(args.tokens)[len(args.tokens) // 2], MODES[name])
 
 
 def offloaded_long(args: argparse.Namespace, lines: Lines) -> None:
     """One row of 32k tokens, its checkpoints in RAM: what the plan says of it is half of what others publish."""
     tokens = 128 if args.shape == "tiny" else OFFLOADED_TOKENS
-    one_run(args, lines, "offloaded 32k", base_on_disk(args), tokens, MODES["offloaded"])
+    few = {**MODES["offloaded"]["training"], "global_batch_size": 1, "max_steps": 3}  # a row takes some 6 s of an H100
+    one_run(args, lines, "offloaded 32k", base_on_disk(args), tokens, {"training": few})
 
 
 def streamed(args: argparse.Namespace, lines: Lines) -> None:
@@ -72,7 +77,7 @@ def streamed(args: argparse.Namespace, lines: Lines) -> None:
     shape, tokens = ("tiny", 64) if args.shape == "tiny" else ("70b", STREAMED_TOKENS)
     base, device = base_on_disk(args, STREAMED_LAYERS, shape=shape), accelerator.current_device()
     one_run(args, lines, "70b layers on the card", base, tokens, {"model": {"stream": False}})
-    accelerator.empty_cache()
+    start_peak(device)
     if device.type == "cuda":
         total = accelerator.free_and_total_bytes(device)
         assert total is not None
@@ -83,27 +88,16 @@ def streamed(args: argparse.Namespace, lines: Lines) -> None:
 def kernels(args: argparse.Namespace, lines: Lines) -> None:
     """Where the time of one step goes, kernel by kernel: torch.profiler's table of ours at r=256."""
     tokens = sorted(args.tokens)[len(args.tokens) // 2]
-    session = session_of(args, "ours r=256", tokens)
-    on_card = session.device.type != "cpu"
+    ours = session_of(args, "ours r=256", tokens)
 
     def step() -> None:
-        session.task.loss(session.model, [session.datasets.train[0]], session.datasets, None, None)[0].backward()
-        accelerator.synchronize()
+        ours.task.loss(ours.model, [ours.datasets.train[0]], ours.datasets, None, None)[0].backward()
 
     step()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
-    with profile(activities=activities) as measured:
-        step()
-    # on a card the rows that are kernels; on a CPU its operators
-    rows = [
-        (event.key, event.count, event.self_device_time_total if on_card else event.self_cpu_time_total)
-        for event in measured.key_averages()
-        if not on_card or event.device_type.name != "CPU"
-    ]
-    total = sum(time for _, _, time in rows)
-    for name, count, time in sorted(rows, key=lambda row: -row[2])[:SHOWN_KERNELS]:
+    rows = kernels_of(step, ours.device)
+    total, launches = sum(row[2] for row in rows), sum(row[1] for row in rows)
+    for name, count, time in [("all of them", launches, total), *rows[:SHOWN_KERNELS]]:
         lines.add(tokens=tokens, kernel=name, launches=count, microseconds=time, share=time / total)
-    lines.add(tokens=tokens, kernel="all of them", launches=sum(n for _, n, _ in rows), microseconds=total, share=1.0)
 
 
 PIECES: dict[str, Any] = {"offloaded 32k": offloaded_long, "streamed 70b": streamed, "profile": kernels}

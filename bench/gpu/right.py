@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,8 @@ from qvera.utils import accelerator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS, TOKENS, RANK = 3, 200, 96
+SCALE = 2.0**10
+"""Of the loss: in fp16 small gradients would be rounded to nothing, which a training avoids by its scaler."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 Function = Callable[..., Any]
 
@@ -157,18 +160,18 @@ def operators(args: argparse.Namespace, lines: Lines) -> None:
 
 def layer(args: argparse.Namespace, lines: Lines) -> None:
     """One layer of the shape, forward and backward of a training pass, in each dtype, against fp32 on the CPU."""
-    base = base_on_disk(args, layers=1)
-    expected = step_numbers(base, torch.device("cpu"), "float32")
+    base, tokens = base_on_disk(args, layers=1), 80 if args.shape == "tiny" else TOKENS
+    expected = step_numbers(base, torch.device("cpu"), "float32", tokens)
     for dtype in get_args(Dtype):
-        found = step_numbers(base, accelerator.current_device(), dtype)
+        found = step_numbers(base, accelerator.current_device(), dtype, tokens)
         errors = {name: relative_error(found[name], one) for name, one in expected.items()}
         loss_error, worst = errors.pop("loss"), max(errors, key=errors.__getitem__)
         lines.add(what="training pass", dtype=dtype, loss_error=loss_error, vectors=len(errors), worst=worst,
                   gradient_error_worst=errors[worst], gradient_error_median=sorted(errors.values())[len(errors) // 2])  # fmt: skip
 
 
-def step_numbers(base: str, device: torch.device, dtype: Dtype) -> dict[str, torch.Tensor]:
-    """Loss and gradient of every vector of one pass over rows of different lengths."""
+def step_numbers(base: str, device: torch.device, dtype: Dtype, tokens: int) -> dict[str, torch.Tensor]:
+    """Loss and gradient, by `SCALE`, of every vector of one pass over rows of different lengths, at most ``tokens``."""
     model = attach(
         load_base(ModelSection(path=base, compute_dtype=dtype), device).model, AdapterSection(rank=RANK), base
     )
@@ -176,17 +179,18 @@ def step_numbers(base: str, device: torch.device, dtype: Dtype) -> dict[str, tor
     model.train()
     generator, rows = torch.Generator().manual_seed(1), []
     for i in range(ROWS):
-        ids = torch.randint(3, 259, (TOKENS - 37 * i,), generator=generator).numpy()
+        ids = torch.randint(3, 259, (tokens - tokens * i // 5,), generator=generator).numpy()
         rows.append(Example(ids, ids >= 20, f"row {i}", ids[:0], "", None))
     nll, count = batch_nll(model, make_batch(model, rows, 2), 64)
-    (nll / count).backward()
+    (nll / count * SCALE).backward()
     return {"loss": nll.detach() / count} | {n: v.grad for n, v in trained_vectors(model).items() if v.grad is not None}
 
 
 def resumed(args: argparse.Namespace, lines: Lines) -> None:
     """`qvera train`, killed in the middle and resumed: the adapter must be that of a run which nobody killed."""
-    rows, base = write_rows(args.scratch / "rows.jsonl", 64, 240), base_on_disk(args, BASE_LAYERS, shape="tiny")
-    training = {"max_steps": 8, "save_steps": 3, "learning_rate": 0.02, "full_determinism": True}
+    rows, base = write_rows(args.scratch / "rows.jsonl", 64, 60), base_on_disk(args, BASE_LAYERS, shape="tiny")
+    steps = 8 if args.device == "cpu" else 200  # so many that the kill comes before the last one
+    training = {"max_steps": steps, "save_steps": 3, "learning_rate": 0.02, "full_determinism": True}
     (path, whole), (again, killed) = (
         recipe(args, name, base, rows, training=training, adapter={"rank": 64}) for name in ("whole", "killed")
     )
@@ -197,7 +201,8 @@ def resumed(args: argparse.Namespace, lines: Lines) -> None:
     while process.poll() is None and not (metrics.exists() and '"step": 4,' in metrics.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    if (code := process.wait()) != -signal.SIGKILL:
+        raise RuntimeError(f"the run that was to be killed ended by itself, with exit code {code}")
     qvera("train", str(again), "--resume")
     same = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, killed)]
     lines.add(what="a run killed and resumed", same_bits=same[0] == same[1])
@@ -207,7 +212,7 @@ def export(args: argparse.Namespace, lines: Lines) -> None:
     """The merged fp16 checkpoint of one run, made on the device and on the CPU."""
     base = base_on_disk(args, nf4=False, shape="tiny")
     training = {"max_steps": 2, "learning_rate": 0.1}
-    path, run = recipe(args, "exported", base, write_rows(args.scratch / "few.jsonl", 16, 100), training=training)
+    path, run = recipe(args, "exported", base, write_rows(args.scratch / "few.jsonl", 16, 60), training=training)
     qvera("train", str(path))
     made: list[dict[str, torch.Tensor]] = []
     for hidden in ({}, {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}):
@@ -220,28 +225,38 @@ def export(args: argparse.Namespace, lines: Lines) -> None:
 
 
 def tests(args: argparse.Namespace, lines: Lines) -> None:
-    """The suite's kernels and adapters on the card (`QVERA_TEST_DEVICE`), against their own references."""
-    rooms = (
-        ["tests/kernels/test_columns.py"]
-        if args.device == "cpu"
-        else ["tests/kernels", "tests/adapters", "tests/models"]
-    )
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *rooms]
-    environment = {**os.environ, "QVERA_TEST_DEVICE": args.device}
-    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
-    lines.add(what="tests", exit=done.returncode, said=done.stdout[-4000:])
+    """The suite's kernels, adapters and models on the card (`QVERA_TEST_DEVICE`), against their own references."""
+    rooms = ["tests/kernels", "tests/adapters", "tests/models"]
+    if args.device == "cpu":  # `make test` runs them
+        rooms = ["tests/kernels/test_columns.py"]
+    several = ["-n", "8"] if find_spec("xdist") is not None and args.device != "cpu" else []
+    for room in rooms:
+        line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *several, room]
+        run_and_add(line, {"QVERA_TEST_DEVICE": args.device}, lines, what=room)
 
 
 def sanitizer(args: argparse.Namespace, lines: Lines) -> None:
     """CUDA's compute-sanitizer over `operators`: reads and writes out of bounds."""
-    tool = shutil.which("compute-sanitizer") or str(Path("/usr/local/cuda/bin/compute-sanitizer"))
-    if not Path(tool).exists():
-        lines.add(what="compute-sanitizer", left_out="this machine has none")
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if args.device != "cuda" or not Path(tool).exists():
+        lines.add(what="compute-sanitizer", left_out=f"it needs CUDA and {tool}, and this machine has not both")
         return
     options = ["--lines", os.devnull, "--scratch", str(args.scratch), "--device", args.device, "--shape", "tiny"]
     line = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "bench.gpu.right", "operators"]
-    done = subprocess.run([*line, *options], capture_output=True, text=True)
-    lines.add(what="compute-sanitizer", exit=done.returncode, said=done.stdout[-2000:])
+    # each tensor an allocation of its own: within a block of torch's allocator the tool sees no end of a tensor
+    run_and_add([*line, *options], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, lines, what="compute-sanitizer")
+
+
+def run_and_add(command: list[str], environment: dict[str, str], lines: Lines, what: str) -> None:
+    """Run a program and add a line with its exit code and the end of what it said.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+    lines.add(what=what, exit=done.returncode, said=done.stdout[-4000:])
+    if done.returncode:
+        raise RuntimeError(f"{what}: exit {done.returncode}; its line has the end of what it said")
 
 
 PIECES = {f.__name__: f for f in (ceilings, operators, layer, resumed, export, tests, sanitizer)}

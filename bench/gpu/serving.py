@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import threading
+import statistics
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -18,9 +20,20 @@ import torch
 from transformers.masking_utils import causal_mask_function
 
 from bench.adapters import write_adapters
-from bench.gpu.common import BASE_LAYERS, Lines, base_on_disk, do_piece, peak_bytes, recipe, write_rows
+from bench.common import train_records
+from bench.gpu.common import (
+    BASE_LAYERS,
+    Lines,
+    base_on_disk,
+    do_piece,
+    made_once,
+    peak_bytes,
+    recipe,
+    start_peak,
+    write_rows,
+)
 from bench.gpu.right import relative_error, seconds_of
-from bench.serve_peers import ours, stock_lora
+from bench.serve_peers import Answer, ours, stock_lora
 from bench.serving import random_prompts
 from bench.synthesise import SHAPES
 from qvera.config.sections import ModelSection
@@ -31,56 +44,73 @@ from qvera.utils import accelerator
 
 DISTINCT = (1, 16, 256, 1000)
 PEFT_DISTINCT = (1, 16)
-ROUNDS = 3
+ROUNDS, NEW_TOKENS = 3, 32
 
 
 def answers(args: argparse.Namespace, lines: Lines, who: str, rows: int) -> None:
     """Tokens a second of the base and of so many distinct adapters in turn."""
     tiny = args.shape == "tiny"
-    base, new_tokens = base_on_disk(args), 8 if tiny else 64
+    base, new_tokens = base_on_disk(args), 8 if tiny else NEW_TOKENS
     distinct = [min(count, 4) if tiny else count for count in (DISTINCT if who == "ours" else PEFT_DISTINCT)]
-    root, source = args.scratch / f"adapters-{args.shape}", random_prompts(1)
-    made = {path.name for path in root.glob("user-*")} if root.exists() else set()
-    if who == "ours" and len(made) < max(distinct):
-        made = set(write_adapters(root, ModelSection(path=base), max(distinct)))
-    names = sorted(made) if who == "ours" else [f"user-{number}" for number in range(max(distinct))]
-    prompts = [[3 + token % 250 for token in next(source)] for _ in range(rows)]
-    contender: Any = ours if who == "ours" else stock_lora
-    accelerator.reset_peak(accelerator.current_device())
-    with contender(base, *([root] if who == "ours" else []), names, prompts, new_tokens) as answer:
+    names = [f"user-{number:04d}" for number in range(max(distinct))]
+    prompts, contender = prompts_of(rows), functools.partial[Any](stock_lora, base, names)
+    if who == "ours":
+        make = functools.partial(write_adapters, section=ModelSection(path=base), count=len(names))
+        root = made_once(args.scratch / f"adapters-{args.shape}-{len(names)}", make)
+        contender = functools.partial[Any](ours, base, root, names)
+    start_peak(accelerator.current_device())
+    with contender(prompts, new_tokens) as answer:
         for count in dict.fromkeys([0, *distinct]):
             seconds, at = [], 0
             for turn in range(ROUNDS + 1):  # the first warms up
                 asked = [None if not count else names[(at + row) % count] for row in range(rows)]
                 at += rows
-                began = time.perf_counter()
-                tokens = answer(asked)
-                accelerator.synchronize()
-                seconds += [time.perf_counter() - began] * (turn > 0)
-            lines.add(who=who, adapters=count, rows=rows, new_tokens=new_tokens, seconds=sorted(seconds)[ROUNDS // 2],
-                      tokens_per_second=tokens / sorted(seconds)[ROUNDS // 2],
+                took, tokens = timed(answer, asked)
+                seconds += [took] * (turn > 0)
+            lines.add(who=who, adapters=count, rows=rows, new_tokens=new_tokens, seconds=statistics.median(seconds),
+                      tokens_per_second=tokens / statistics.median(seconds),
                       **peak_bytes(accelerator.current_device()))  # fmt: skip
 
 
-def beside_training(args: argparse.Namespace, lines: Lines) -> None:
-    """The engine's tokens a second while a `qvera train` runs on the same card, and without it."""
-    from bench.gpu.common import qvera  # a process of its own, as a user would start it
+def prompts_of(rows: int) -> list[list[int]]:
+    """Random prompts in the vocabulary of every shape."""
+    source = random_prompts(1)
+    return [[3 + token % 250 for token in next(source)] for _ in range(rows)]
 
-    base, source = base_on_disk(args, BASE_LAYERS), random_prompts(2)
-    prompts = [[3 + token % 250 for token in next(source)] for _ in range(32)]
+
+def timed(answer: Answer, asked: list[str | None]) -> tuple[float, int]:
+    """Seconds of answers to all prompts, and their tokens."""
+    began = time.perf_counter()
+    tokens = answer(asked)
+    accelerator.synchronize()
+    return time.perf_counter() - began, tokens
+
+
+def beside_training(args: argparse.Namespace, lines: Lines) -> None:
+    """The engine's tokens a second without and beside the steps of a `qvera train` on the same card, and steps a second."""
+    base, prompts = base_on_disk(args, BASE_LAYERS), prompts_of(4 if args.shape == "tiny" else 32)
     rows = write_rows(args.scratch / "beside.jsonl", 64, min(args.tokens))
-    training = {"max_steps": 4 * args.steps, "save_steps": 10**6}
-    path, _ = recipe(args, "beside", base, rows, data={"max_length": min(args.tokens)}, training=training)
-    with ours(base, args.scratch, [], prompts, 8 if args.shape == "tiny" else 64) as answer:
-        answer([None] * len(prompts))
+    training = {"max_steps": 10**6, "save_steps": 10**6}  # it is ended
+    path, run = recipe(args, "beside", base, rows, data={"max_length": min(args.tokens)}, training=training)
+    metrics = run / "metrics.jsonl"
+    with ours(base, args.scratch, [], prompts, 8 if args.shape == "tiny" else NEW_TOKENS) as answer:
+        timed(answer, [None] * len(prompts))
         for beside in (False, True):
-            trained = threading.Thread(target=qvera, args=("train", str(path)))
+            process = None
             if beside:
-                trained.start()
-            began, tokens = time.perf_counter(), 0
-            while trained.is_alive() or not tokens:
-                tokens += answer([None] * len(prompts))
-            lines.add(beside_training=beside, tokens_per_second=tokens / (time.perf_counter() - began))
+                process = subprocess.Popen([sys.executable, "-m", "qvera", "train", str(path)])
+                while process.poll() is None and not (metrics.exists() and len(train_records(run)) > 1):
+                    time.sleep(0.1)
+            before, began = len(train_records(run)) if beside else 0, time.perf_counter()
+            found = [timed(answer, [None] * len(prompts)) for _ in range(ROUNDS)]
+            passed, steps = time.perf_counter() - began, len(train_records(run)) - before if beside else 0
+            if process is not None:
+                if process.poll() is not None:
+                    raise RuntimeError(f"qvera train ended before the answers, with exit code {process.returncode}")
+                process.kill()
+                process.wait()
+            lines.add(beside_training=beside, training_steps_per_second=steps / passed,
+                      tokens_per_second=sum(tokens for _, tokens in found) / sum(took for took, _ in found))  # fmt: skip
 
 
 def blocks(args: argparse.Namespace, lines: Lines) -> None:
@@ -107,12 +137,16 @@ def blocks(args: argparse.Namespace, lines: Lines) -> None:
     ways: dict[str, Any] = {"copied": GatheringStep(layers, held["write"], [(held["tables"], held["places"])])}
     if kernel is not None:
         ways["blocks"] = KernelStep(layers, held["write"], kernel, Rows(**sent, longest=1))
+    wanted = None
     for name, step in ways.items():
         attend = functools.partial(step.attend, 0, q, k, v, causal_mask_function, None, None, None)
         found = attend()
-        plain = Rows(**accelerator.tensors_on("cpu", arrays), longest=1)
-        cached_k, cached_v = (x.cpu().float() for x in layers[0])
-        wanted = attend_in_blocks(q.cpu().float(), cached_k, cached_v, plain, own[1] ** -0.5)
+        if wanted is None:  # of the same numbers, now that k and v of this step are written
+            plain, cached = (
+                Rows(**accelerator.tensors_on("cpu", arrays), longest=1),
+                [x.cpu().float() for x in layers[0]],
+            )
+            wanted = attend_in_blocks(q.cpu().float(), *cached, plain, own[1] ** -0.5)
         error = relative_error(found, wanted)
         lines.add(attention=name, block_tokens=size, kernel=kernel and str(kernel), rows=rows, keys=keys, error=error,
                   seconds=seconds_of(attend, 10))  # fmt: skip

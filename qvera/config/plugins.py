@@ -163,8 +163,7 @@ def extensible(name: str) -> Callable[[Class], Class]:
 
     def extend(core: Class) -> Class:
         more = [keys for module in load_all("qvera.recipe") if (keys := getattr(module, name, None)) is not None]
-        if not more:
-            return core
+        # a class of its own without plug-ins too: a second @dataclass on the same one would miss its factories
         about = {key: getattr(core, key) for key in ("__module__", "__qualname__", "__doc__")}
         return types.new_class(core.__name__, (*more, core), exec_body=lambda namespace: namespace.update(about))  # type: ignore[return-value]
 
