@@ -91,5 +91,7 @@ def test_pieces_run_on_a_device_and_the_host_waits_for_none_of_a_timed_step(tmp_
         assert row["copies"] == {"to device": 1}, case
     assert found["frozen"]["launches"] < found["ours r=256"]["launches"] < found["PEFT LoRA r=16"]["launches"]
     assert found["ours r=256"]["peak_bytes"] < found["PEFT VeRA r=256"]["peak_bytes"]
-    ran = [row["mode"] for row in read_lines(tmp_path / "lines.jsonl") if row.get("step_seconds", 0) > 0 and "mode" in row]
+    ran = [
+        row["mode"] for row in read_lines(tmp_path / "lines.jsonl") if row.get("step_seconds", 0) > 0 and "mode" in row
+    ]
     assert ran == [mode for mode in MODES if mode != "profile"]
