@@ -146,7 +146,7 @@ def blocks(args: argparse.Namespace, lines: Lines) -> None:
                 Rows(**accelerator.tensors_on("cpu", arrays), longest=1),
                 [x.cpu().float() for x in layers[0]],
             )
-            wanted = attend_in_blocks(q.cpu().float(), *cached, plain, own[1] ** -0.5)
+            wanted = attend_in_blocks(q.cpu().float(), cached[0], cached[1], plain, own[1] ** -0.5)
         error = relative_error(found, wanted)
         lines.add(attention=name, block_tokens=size, kernel=kernel and str(kernel), rows=rows, keys=keys, error=error,
                   seconds=seconds_of(attend, 10))  # fmt: skip
