@@ -101,14 +101,19 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
     """
     require_writable(run_dir)
     existing = run_dir / "recipe.yaml"
-    if not resume and existing.exists() and status_of(try_read_json(run_dir / "run.json") or {}) == "interrupted":
+    status = status_of(try_read_json(run_dir / "run.json") or {})
+    if not resume and existing.exists() and status == "interrupted":
         metrics, kept = run_dir / "metrics.jsonl", run_dir / "checkpoints"
         if not kept.exists() and not (metrics.exists() and metrics.stat().st_size):
             return False
         resume = True
     if not resume and existing.exists():
+        holder = try_read_json(run_dir / RUN_OWNER) if status == "running" else None
+        add = "Add"
+        if holder:
+            add = f"Process {holder.get('pid')} on {holder.get('host')} trains it: wait for it. If that is gone, add"
         raise InputError(
-            f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
+            f"{run_dir}: already holds a run. {add} --resume to go on with it, or choose another training.output_dir."
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")

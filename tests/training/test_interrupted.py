@@ -21,6 +21,7 @@ from qvera.evaluation.run_info import directory_facts
 from qvera.tasks.causal_lm import CausalLM
 from qvera.training import session
 from qvera.training.loop import AloneLoop
+from qvera.training.run_dir import check_run_dir
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, Interrupted
 from tests.training.runs import losses, run_json, same, vectors
@@ -111,6 +112,14 @@ def test_an_error_that_nobody_expects_leaves_no_run_that_runs(
     assert run_json(tmp_path / "run")["status"] == "failed"
     with pytest.raises(InputError, match="already holds a run"):
         train(whole[0], tmp_path / "run")
+
+
+def test_a_second_run_in_the_directory_of_one_that_trains_is_told_of_it(
+    whole: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    said = rf"holds a run. Process {os.getpid()} on .* trains it: wait for it. If that is gone, add --resume"
+    with pytest.raises(InputError, match=said):
+        train(whole[0], tmp_path / "run", callbacks=[lambda _: check_run_dir(tmp_path / "run", whole[0], False)])
 
 
 def test_a_run_whose_process_is_gone_is_told_as_interrupted_by_its_process(
