@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -260,10 +260,7 @@ class Model:
             require_named(self.target.path, None)
         with contextlib.ExitStack() as until_scored:
             if rows is not None and not isinstance(rows, str | Path):
-                folder = until_scored.enter_context(tempfile.TemporaryDirectory(prefix="qvera-rows-"))
-                lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-                rows = Path(folder) / "rows.jsonl"
-                rows.write_text(lines, encoding="utf-8")
+                rows = until_scored.enter_context(_file_of(rows))
             if with_base and self.target.adapter is None:  # an export's weights make room for those of its base
                 until_scored.callback(self.__dict__.pop, "opened", None)
             return evaluations.evaluate(
@@ -322,6 +319,19 @@ class Model:
             compare=compare,
             console=self.console,
         )
+
+
+@contextlib.contextmanager
+def _file_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
+    """A temporary file of rows. An InputError about it calls it ``rows``."""
+    with tempfile.TemporaryDirectory(prefix="qvera-rows-") as folder:
+        file = Path(folder) / "rows.jsonl"
+        lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        file.write_text(lines, encoding="utf-8")
+        try:
+            yield file
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), "rows")) from None
 
 
 def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversation:

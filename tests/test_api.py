@@ -98,6 +98,8 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     assert run.generate([[{"role": "user", "content": "say red 1"}]], max_new_tokens=6) == [answer]
     with pytest.raises(qvera.InputError, match="prompt 2: expected a text or a list of messages, got 3"):
         run.generate(["say red 1", 3])  # type: ignore[list-item]
+    with pytest.raises(qvera.InputError, match="^rows:1: "):
+        run.evaluate([{"question": "say red 1"}])
     rows = [{"prompt": "say red 1", "completion": "red red"}, {"prompt": "say blue 2", "completion": "blue blue"}]
     scored = run.evaluate(rows, with_base=True, max_new_tokens=4)
     assert scored["scores"]["rows"] == 2

@@ -92,7 +92,7 @@ def init(
     if stats.unused_columns:
         unused = ", ".join(stats.unused_columns)
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
-        if {"label", "labels"} & set(stats.unused_columns):
+        if stats.unused_labels:
             print("                  To train a classifier of these labels: --task sequence-classification")
     if stats.train_rows < FEW_ROWS:
         print(f"few rows          a model learns little from {stats.train_rows}; some hundreds are better")

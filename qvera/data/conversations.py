@@ -415,6 +415,10 @@ def _parse_preference(cells: _Cells) -> Conversation:
     paired, source = cells.format.name == "preference", cells.row.source
     names = ["chosen", "rejected"] if paired else ["completion"]
     if paired and cells.format.column("prompt") not in cells.row.fields:
+        if not cells.is_messages("chosen"):
+            raise InputError(
+                f"{cells.where('prompt')} is missing. Add it, or make both answers lists of turns that begin with it."
+            )
         lists = [cells.turns(name) for name in names]
         shared = 0
         # the last turn of each is its answer, even where both are the same

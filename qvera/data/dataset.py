@@ -185,6 +185,11 @@ class DataStats(RowCounts):
     eval_label_rows: list[int] = field(default_factory=list)  # held-out rows of each class
 
     @property
+    def unused_labels(self) -> bool:
+        """Whether a column that is not read has labels, by its name."""
+        return not {"label", "labels"}.isdisjoint(self.unused_columns)
+
+    @property
     def targets_text(self) -> str:
         """What the loss covers, for messages."""
         if "prompt" in self.format.split(", "):
@@ -478,6 +483,8 @@ def _summary(stats: DataStats) -> Table:
         table.add_row("Tokenized", f"before; found in the cache ({', '.join(stats.cache_entries)})")
     if stats.unused_columns:
         table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
+        if stats.unused_labels:
+            table.add_row("", Text("To train a classifier of these labels, set task: sequence-classification."))
     return table
 
 

@@ -42,6 +42,7 @@ from qvera.utils.files import (
     CHAT_TEMPLATE,
     RECIPE_FILE,
     file_sha256,
+    no_directory,
     read_json,
     resolve_path,
     try_read_json,
@@ -136,7 +137,7 @@ def find_target(
     """
     path = local_directory(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory. Expected a run, an adapter directory or an exported checkpoint.")
+        raise InputError(f"{no_directory(path)}. Expected a run, an adapter directory or an exported checkpoint.")
     given, run = None, None
     if recipe is not None:
         run = recipe if recipe.is_dir() else None

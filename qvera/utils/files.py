@@ -36,6 +36,11 @@ def existing_parent(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def no_directory(path: Path) -> str:
+    """The beginning of a message about a path that should be a directory and is not."""
+    return f"{path}: " + ("is a file, not a directory" if path.exists() else "no such directory")
+
+
 def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") -> dict[str, Any]:
     """Read a JSON file that has to hold an object with these ``keys``; InputError if it does not.
 

@@ -140,6 +140,12 @@ def preflight(data: Datasets, tokenizer: Any) -> str:
     return out.getvalue()
 
 
+def test_preflight_of_rows_whose_label_is_not_read_names_the_classifier(read: Read, smollm2_tokenizer: Any) -> None:
+    data = read([{"text": f"it is {i}", "label": "good"} for i in range(4)], smollm2_tokenizer)
+    shown = preflight(data, smollm2_tokenizer)
+    assert "Not read   columns label" in shown and "set task: sequence-classification" in shown
+
+
 def test_preflight_shows_what_is_trained(read: Read, smollm2_tokenizer: Any) -> None:
     rows = [{"prompt": "[red] hi", "completion": f"yes [/b] {i}", "id": i} for i in range(5)]
     rows.append({"prompt": "long " * 300, "completion": "never", "id": 9})
@@ -148,7 +154,7 @@ def test_preflight_shows_what_is_trained(read: Read, smollm2_tokenizer: Any) -> 
     assert "prompt-completion, template: the tokenizer's own" in shown
     assert f"{stats.train_rows} to train on, {stats.eval_rows} held out" in shown
     assert f"{stats.trained_tokens} tokens, {stats.trained_tokens / stats.tokens:.1%}" in shown
-    assert "Not read   columns id" in shown and "█" in shown
+    assert "Not read   columns id" in shown and "█" in shown and "sequence-classification" not in shown
     assert f"Dropped, cut to length, without a trained token: {stats.sources[0].path}:6" in shown
     # Two rows, with the mark that survives a log file; brackets in the data are not read as colours.
     for example in data.train[:2]:

@@ -239,7 +239,7 @@ JUDGED = {"prompt": "x", "completion": "a", "label": True}
         (PAIR | {"rejected": " "}, "rows.jsonl:2: rejected is empty"),
         (PAIR | {"chosen": messages_of("a")}, "chosen must be one assistant turn"),
         (PAIR | {"prompt": messages_of("a", "b")}, "the prompt must end with a turn that asks"),
-        ({"chosen": "a", "rejected": "b"}, "rows.jsonl:2: chosen must be a list of turns"),
+        ({"chosen": "a", "rejected": "b"}, "rows.jsonl:2: prompt is missing. Add it"),
         (JUDGED | {"label": "maybe"}, "rows.jsonl:2: label must be true (a good answer) or false"),
         ({"prompt": "x", "completion": "a"}, "the column 'label' is missing here"),
     ],

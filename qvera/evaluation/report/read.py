@@ -21,7 +21,7 @@ import yaml
 from qvera.config.schema import parse_recipe
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER, file_sha256, read_json
+from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER, file_sha256, no_directory, read_json
 
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
@@ -234,7 +234,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     """
     root = Path(run_dir)
     if not root.is_dir():
-        raise InputError(f"{root}: no such directory. Give the directory that `qvera train` wrote its run into.")
+        raise InputError(f"{no_directory(root)}. Give the directory that `qvera train` wrote its run into.")
     if not any((root / name).is_file() for name in RUN_FILES):
         raise InputError(
             f"{root}: not a run directory: it holds none of {', '.join(RUN_FILES)}. Give the directory that "

@@ -103,7 +103,10 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         if error.status_code == 404:
             return ApiError(404, "There is no such path; this server has those of /openapi.json.")
-        refused = ApiError(error.status_code, str(error.detail))
+        detail, takes = str(error.detail), (error.headers or {}).get("Allow")
+        if error.status_code == 405 and takes:
+            detail = f"{request.method}: this path takes {takes}."
+        refused = ApiError(error.status_code, detail)
         refused.headers.update(error.headers or {})
         return refused
     if isinstance(error, ClientGone):

@@ -169,7 +169,8 @@ def _settings(request: Any) -> dict[str, float]:
         chosen[key] = value.number
     for key, number in chosen.items():
         if key not in usual:
-            raise InputError(f"loss_fn_config.{key[:100]}: is no setting of {name}.")
+            known = ", ".join(usual) or "none"
+            raise InputError(f"loss_fn_config.{key[:100]}: is no setting of {name}, which has {known}.")
         if number is None or not math.isfinite(number):
             raise InputError(f"loss_fn_config.{key}: {name} takes a finite number, got {number}.")
     low, high = (chosen.get(f"clip_{end}_threshold") for end in ("low", "high"))
@@ -191,9 +192,8 @@ def _row(
         arrays.setdefault("weights", np.zeros(arrays[_TARGETS].shape))  # the client sends none where it needs no loss
     wanted = {_TARGETS, *TOKEN_LOSSES[loss].inputs}
     if odd := sorted(wanted ^ arrays.keys()):
-        raise InputError(
-            f"loss_fn_inputs.{odd[0][:100]} is {'missing' if odd[0] in wanted else 'no input of this loss'}."
-        )
+        why = "missing" if odd[0] in wanted else "no input of this loss"
+        raise InputError(f"loss_fn_inputs.{odd[0][:100]} is {why}. {loss} takes {', '.join(sorted(wanted))}.")
     targets = arrays.pop(_TARGETS)
     shape, columns = targets.shape, math.prod(targets.shape[1:])
     if targets.dtype.kind != "i":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qvera.evaluation.report.read import RUN_FILES
 from qvera.utils.errors import InputError
+from qvera.utils.files import no_directory
 
 MOST_DEPTH = 3  # levels at which runs are looked for
 MOST_RUNS = 2_000
@@ -32,9 +33,7 @@ class RunDirectories:
         self._roots: dict[str, Path] = {}
         for place in places:
             if not place.is_dir():
-                raise InputError(
-                    f"{place}: no such directory. Give a directory that holds runs, or the directory of a run."
-                )
+                raise InputError(f"{no_directory(place)}. Give a directory that holds runs, or the directory of a run.")
             root = place.resolve()
             if root in self._roots.values():
                 continue

@@ -248,7 +248,8 @@ def test_what_is_no_call_at_all_is_refused(served: Served) -> None:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
             assert ("send it" in response.text and "Content-Type: application/json" in response.text) == (kind != JSON)
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-        assert client.get("/v1/chat/completions").status_code == 405
+        other = client.get("/v1/chat/completions")
+        assert (other.status_code, other.json()["error"]["message"]) == (405, "GET: this path takes POST.")
 
 
 def test_an_engine_that_fails_says_so(served: Served) -> None:

@@ -140,7 +140,7 @@ def test_the_newer_field_of_settings_wins() -> None:
 @pytest.mark.parametrize(
     ("loss", "config", "expected"),
     [
-        ("ppo", {"clip_low": 0.5}, "loss_fn_config.clip_low: is no setting of ppo"),
+        ("ppo", {"clip_low": 0.5}, "loss_fn_config.clip_low: is no setting of ppo, which has clip_low_threshold"),
         ("ppo", {"clip_low_threshold": "low"}, "clip_low_threshold: expected a number, found 'low'"),
         (
             "ppo",
@@ -178,7 +178,7 @@ def test_bad_settings_and_losses_are_refused_by_name(loss: str, config: dict[str
         ([datum(weights=np.ones((3, 1), np.float32))], "weights has the shape [3, 1]; expected that of target_tokens, [3]"),
         ([datum(target_tokens=np.ones((3, 1, 1), np.int64), weights=[1.0] * 3)], "target_tokens: has the shape [3, 1, 1]"),
         ([datum(weights=[1.0, float("nan"), 1.0])], "loss_fn_inputs.weights has NaN or Inf"),
-        ([datum(weights=[1.0] * 3, mask=np.float32([1, 1, 1]))], "loss_fn_inputs.mask is no input of this loss"),
+        ([datum(weights=[1.0] * 3, mask=np.float32([1, 1, 1]))], "loss_fn_inputs.mask is no input of this loss. cross_entropy takes target_tokens, weights"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_refused_with_their_number_and_field(rows: list[Any], expected: str) -> None:
