@@ -214,7 +214,7 @@ def loss_line(run: dict[str, Any], command: str) -> str:
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
     answers = result.get("eval_after") or {}
     right, by_one = answers.get("exact_match"), answers.get("commonest_reference", 0.0)
-    none_learnt = right is not None and right <= by_one
+    none_learnt = right is not None and right <= by_one and right < 1
     if "reward" in answers or (share >= HARDLY and not none_learnt):
         return f"{change}."
     longer = f"{command} --resume --set training.max_steps={2 * steps}"

@@ -82,7 +82,14 @@ def own_name(function: Callable[..., Any]) -> str:
 
 
 _ABOUT_SCORES = (
-    *("rows", "trained_tokens", "seconds", "exact_match_rows", "commonest_reference", "kind", "step", "epoch"),
+    "rows",
+    "trained_tokens",
+    "seconds",
+    "exact_match_rows",
+    "commonest_reference",
+    "kind",
+    "step",
+    "epoch",
 )
 
 
