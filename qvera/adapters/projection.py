@@ -1,7 +1,9 @@
 """Seed → A, B: the frozen random pair that all layers of a model share (VeRA, arXiv 2310.11454, section 3.1).
 
-A is stream 0 and B is stream 1 of `qvera.utils.uniform`. Hence a seed gives the same values on every machine, and a
-pair for a smaller rank or layer is a prefix of a larger one.
+Its numbers come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep.
+Element (i, j) of a matrix (key ``[seed, stream]``; A is stream 0, B is stream 1) is word ``j mod 4`` of the block with
+counter ``[j // 4 + 1, i, 0, 0]``, mapped to [-1, 1) by ``u = (w >> 40) * 2**-23 - 1``, which is exact in fp32. Hence a
+seed gives the same values on every machine, and a pair for a smaller rank or layer is a prefix of a larger one.
 
 The paper's Kaiming bounds, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these values. Each layer
 multiplies them into its d (`vera_scale`), so one pair serves layers of every shape.
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 
 from qvera.adapters.products import functional
 from qvera.utils.errors import InputError
-from qvera.utils.uniform import uniform_matrix
 
 GENERATOR = "philox4x64-10/u24"
 """The name of the rule above, in every adapter file. A changed rule needs a new name."""
@@ -41,6 +42,22 @@ Pair = tuple[Tensor, Tensor]
 def vera_scale(rank: int, in_features: int) -> float:
     """sqrt(6 / in_features) * sqrt(6 / rank), the Kaiming-uniform bounds of A and B (VeRA, section 3.2) in one."""
     return math.sqrt(6.0 / in_features) * math.sqrt(6.0 / rank)
+
+
+def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarray:
+    """The [rows, columns] fp32 matrix of a seed, uniform on [-1, 1).
+
+    Args:
+        stream: which of the seed's matrices: 0 and 1 are a pair's A and B, plug-ins have 2 and 3, checks 4.
+    """
+    out = np.empty((rows, columns), dtype=np.float32)
+    # as uint64, since numpy would make float64 of a list in which one number needs the 64th bit, and round the seed
+    key = np.array([seed, stream], dtype=np.uint64)
+    for i in range(rows):
+        words = np.random.Philox(counter=np.array([0, i, 0, 0], dtype=np.uint64), key=key).random_raw(columns)
+        # 24 bits times 2**-23 minus 1 is exact in fp32, so no rounding mode can change a value
+        out[i] = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
+    return out
 
 
 def uniform_pair(rank: int, in_features: int, out_features: int, seeds: Seeds) -> tuple[np.ndarray, np.ndarray]:

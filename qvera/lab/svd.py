@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qvera.adapters.projection import uniform_matrix
 from qvera.models import quantization
-from qvera.utils.uniform import uniform_matrix
 
 BLOCKS = 8
 """With 8, `truncated_svd` captures SmolLM2-135M's weights within 3e-6 of the best energy for ranks 8 to 128."""
@@ -45,7 +45,7 @@ SMALL_SIDE = 128
 _CHECKS = (4, 8, 16, 28, 40)
 """The numbers of blocks after which convergence is checked; a check costs half as much as these blocks."""
 _SEED, _SKETCH, _SIGNS = 0, 2, 3
-"""Seed and streams (`qvera.utils.uniform`) of the sketch and of p; streams 0 and 1 are A and B."""
+"""Seed and streams (`uniform_matrix`) of the sketch and of p; streams 0 and 1 are A and B."""
 _CHUNK_ELEMENTS = 1 << 22
 """Elements in fp64 at a time: 32 MB."""
 

@@ -20,11 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qvera.adapters import QveraConfig, SharedProjection
 from qvera.adapters.products import functional
-from qvera.adapters.projection import projection_sha256, uniform_pair, vera_scale
+from qvera.adapters.projection import projection_sha256, uniform_matrix, uniform_pair, vera_scale
 from qvera.adapters.save_load import attach
 from qvera.config.sections import AdapterSection
 from qvera.utils.errors import InputError
-from qvera.utils.uniform import uniform_matrix
 from tests.conftest import small_llama
 
 CPU = torch.device("cpu")
