@@ -437,7 +437,8 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
     for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
         console.print()
         if example.is_labelled:
-            console.print(Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green")))
+            label = Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green"))
+            console.print(label, soft_wrap=True)
             if example.image is None:
                 text = decode(processor, example.input_ids.tolist())
                 console.print(Text(text if len(text) <= 1_600 else f"{text[:800]} … {text[-800:]}"))

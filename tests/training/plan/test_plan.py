@@ -230,7 +230,7 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
     [
         ([], "Missing argument"),
         (["missing.yaml"], "no such recipe file"),
-        (["RECIPE", "--gpu", "huge"], "takes a size such as 24GB"),
+        (["RECIPE", "--gpu", "huge"], "takes the size of its memory such as 24GB"),
         (["RECIPE", "--set", "adapter.targets=[nothing]"], "no linear of this model's layers is named nothing"),
         (["RECIPE", "--set", "model.path=/nowhere"], "no model can be made from the config of"),
     ],
