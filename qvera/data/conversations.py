@@ -501,7 +501,7 @@ def _label(cells: _Cells) -> str:
     or_number = f", or a number from 0 to {len(names) - 1}" if may_count else ""
     raise InputError(
         f"{where} is {describe(value)}, which is no label of data.label_names{did_you_mean(label, names)} Expected "
-        f"{first_of(names)}{or_number}."
+        f"{first_of(names, 8)}{or_number}. Fix the row, or leave it out."
     )
 
 

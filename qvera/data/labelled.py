@@ -141,8 +141,8 @@ class Labels:
             if row.reference not in numbers:
                 raise InputError(
                     f"{row.source}: has the label {row.reference!r}{did_you_mean(str(row.reference), self.names)} "
-                    f"Expected {first_of(list(self.names))}: those of data.label_names, or without it of the training "
-                    "rows. Each part of data.mixture has label_names of its own."
+                    f"Expected {first_of(self.names, 8)}: those of data.label_names, or without it of the training "
+                    "rows. Fix the row, or train on such rows. Each part of data.mixture has label_names of its own."
                 )
         return np.array([numbers[str(row.reference)] for row in rows], np.int64)
 

@@ -273,9 +273,10 @@ def empty_model(
             return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         name = str(source or resolve_path(section.path))
+        fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
         raise InputError(
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as {model_class.what}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}{fix}"
         ) from None
 
 

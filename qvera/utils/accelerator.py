@@ -36,9 +36,11 @@ def unusable_card() -> str | None:
     """A sentence about an NVIDIA card that is here and that torch can't use; None where there is none such."""
     import torch
 
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    if hidden or not os.path.exists(NVIDIA_CARD) or is_available():
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if first in ("", "-1") or not os.path.exists(NVIDIA_CARD) or is_available():
         return None
+    if first.isdigit() and not os.path.exists(named := NVIDIA_CARD[:-1] + first):
+        return f"CUDA_VISIBLE_DEVICES begins with {first}, and there is no {named}. Name a card of `nvidia-smi -L`."
     built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
     return (
         f"There is an NVIDIA card ({NVIDIA_CARD}), and torch can't use it: this torch was built {built}. Update the "

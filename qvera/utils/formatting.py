@@ -111,9 +111,10 @@ def _decimals(value: float) -> int:
     return next(enough, 10)
 
 
-def first_of(names: Sequence[object]) -> str:
-    """``a``, or ``a (and 2 more)``."""
-    return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else str(names[0])
+def first_of(names: Sequence[object], shown: int = 1) -> str:
+    """``a``, or ``a (and 2 more)``; with the first ``shown`` names."""
+    more = f" (and {len(names) - shown} more)" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
 
 
 def shortened(text: str, limit: int = 60) -> str:

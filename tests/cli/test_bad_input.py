@@ -119,6 +119,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "output holds files of a run": (TRAIN, " more) and no recipe.yaml", holds_a_run, drop("out/recipe.yaml")),
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
     "no such run": ("info nothing", "no such directory"),
+    "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
     "neither run nor adapter": ("info model", "is neither a run"),
     "run without adapter": ("chat run", "has no adapter/ yet", drop("run/adapter")),

@@ -212,3 +212,6 @@ def test_a_card_that_torch_cannot_use_is_named_by_doctor_by_the_plan_and_by_a_ru
         assert main([*command, *file]) == 0
         said = capsys.readouterr()
         assert "torch can't use it: this torch was built" in " ".join((said.out + said.err).split())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert main(["doctor"]) == 0
+    assert "CUDA_VISIBLE_DEVICES begins with 7, and there is no" in " ".join(capsys.readouterr().out.split())

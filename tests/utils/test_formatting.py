@@ -64,3 +64,4 @@ def test_axis_labels(ticks: list[float], kind: str, labels: list[str]) -> None:
 
 def test_the_first_of_some_names_counts_the_others_only_where_there_are_some() -> None:
     assert [first_of(names) for names in (["a"], ["a", "b", "c"])] == ["a", "a (and 2 more)"]
+    assert [first_of("abc", shown) for shown in (2, 3)] == ["a, b (and 1 more)", "a, b, c"]

@@ -452,4 +452,4 @@ async def unknown(sender: Trainer, path: str) -> None:
     """Refuse a path, which may have a place in a model's order all the same."""
     with contextlib.suppress(InputError):
         await _training(sender, path, is_known=False)
-    raise ApiError(404, f"This server does not know {path[:100]!r}.")
+    raise ApiError(404, f"This server does not know {sender.request.method} {path[:100]!r}.")

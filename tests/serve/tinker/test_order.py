@@ -50,6 +50,7 @@ def test_a_refused_call_has_used_its_seq_id(server: TinkerServer) -> None:
     ]
     assert [one.status_code for one in refused] == [400, 404, 400, 400, 400]
     assert all(isinstance(one.json()["detail"], str) for one in refused)
+    assert "GET 'optim_step'" in server.call("optim_step", method="GET").json()["detail"]
     assert "dimuon" in refused[2].json()["detail"]
     assert "beta1" in refused[3].json()["detail"]
     began = time.monotonic()
