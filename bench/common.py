@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,15 +36,16 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def header() -> dict[str, Any]:
-    """Command, commit, machine and versions: what a figure is worth nothing without."""
+    """Command, commit (None: a copy without `.git`), machine and versions: what a figure is worth nothing without."""
     git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path("bench") / script.name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    commit = git("rev-parse", "--short", "HEAD") if shutil.which("git") else ""
     return {
         "command": " ".join(["python", str(shown), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "qvera") else ""),
+        "commit": commit + ("+changes" if git("status", "--porcelain", "qvera") else "") if commit else None,
         "device": memory.device_name(device),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),

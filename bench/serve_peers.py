@@ -63,11 +63,11 @@ def ours(base: str, root: Path, names: Sequence[str], prompts: Prompts, new_toke
     numbers = itertools.count()
 
     def answer(adapters: Sequence[str | None]) -> int:
-        done, counts, lock = threading.Semaphore(0), [0], threading.Lock()
+        done, counts, lock, ends = threading.Semaphore(0), [0], threading.Lock(), list[EndEvent]()
 
         def on_event(event: Event) -> None:
             if isinstance(event, EndEvent):
-                assert event.reason == "length", event
+                ends.append(event)
                 done.release()
             else:
                 with lock:
@@ -79,6 +79,7 @@ def ours(base: str, root: Path, names: Sequence[str], prompts: Prompts, new_toke
             engine.submit(GenerationRequest(str(next(numbers)), tuple(prompt), adapter, sampling), on_event)
         for _ in prompts:
             done.acquire()
+        assert all(end.reason == "length" for end in ends), ends  # here: the engine goes on past what `on_event` raises
         return counts[0]
 
     try:

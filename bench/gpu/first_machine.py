@@ -110,7 +110,7 @@ print(json.dumps([about["device"], about["commit"], os.environ.get("PYTORCH_ALLO
 """
 
 
-def environment_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+def environment_of(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str | None]]:
     """The pieces' environment (as `qvera` sets it for itself, with what was installed beside), and ``card`` and ``commit``."""
     site = args.scratch / "site"
     if args.wheels is not None:
