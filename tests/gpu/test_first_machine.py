@@ -59,12 +59,13 @@ def on_fake_base(fake: FakeAccelerator, layers: int) -> Any:
     def submit(engine: Engine, *what: Any) -> None:
         put(engine, *what)
         if len(engine._waiting) == engine.settings.max_running:
-            with torch.no_grad():
+            with torch.no_grad(), engine._layout:
+                engine._layout.enter_context(generating(engine.model, True))
                 while engine._is_asked():
                     engine._admit()
                     engine._try_step()
 
-    put, start = Engine.submit, lambda engine: engine._layout.enter_context(generating(engine.model, True))
+    put = Engine.submit
     peft = {name: PREPARED[name.replace(" r", ", r")] for name in fast.STOCK if name.startswith("PEFT")}
     with (
         mock.patch.object(TrainingSession, "_load_base", load),
@@ -74,7 +75,7 @@ def on_fake_base(fake: FakeAccelerator, layers: int) -> Any:
         mock.patch.object(attention, "varlen_runs", return_value=True),  # its trial needs values
         mock.patch.object(checkpoint, "save", lambda directory, *_: directory),
         mock.patch("peft.peft_model.safe_save_file", save_nothing),
-        mock.patch.multiple(Engine, start=start, submit=submit),  # another thread has no fake tensors
+        mock.patch.multiple(Engine, start=lambda _: None, submit=submit),  # another thread has no fake tensors
         mock.patch.object(batches, "choose_kernel", return_value=paged.PagedKernel(256, is_flash=True)),  # as above
         mock.patch.object(serve_peers, "load_base", base),
         mock.patch.object(store.AdapterStore, "resolve", lambda _, name: requests.ResolvedAdapter(name, name, ())),
