@@ -141,7 +141,7 @@ def test_it_listens_to_this_machine_only_and_makes_its_directory(
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/new\?key=[\w-]{43}\n", capsys.readouterr().out)
     (tmp_path / "file").touch()
     assert main(["ui", str(tmp_path / "file"), "--train"]) == 2
-    assert "no such directory" in capsys.readouterr().err
+    assert "is a file, not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
