@@ -76,7 +76,7 @@ def main() -> None:
                 adapter = store.resolve(name)
                 assert adapter is not None
                 engine.load(adapter)
-        document["rows"] = engines[1]._batches._rows  # type: ignore[union-attr]
+        document["rows"] = engines[1]._batches.pass_tokens  # type: ignore[union-attr]
         for case, (requests, prompt_tokens, new_tokens) in CASES.items():
             seconds: list[list[float]] = []
             for round_number in range(args.rounds + 1):

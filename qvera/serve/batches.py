@@ -217,7 +217,7 @@ class PagedBatches:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._kernel: PagedKernel | None = None
         self._graphs: StepGraphs | None = None
-        self._rows = 0  # tokens of each pass; 0: as many as come
+        self.pass_tokens = 0  # of each pass; 0: as many as come
         if settings.batch_invariant and (why := why_refused(model)) is not None:
             raise RunFailed(f"--batch-invariant can't be kept by {type(model).__name__}: {why}.")
         config = model.config.get_text_config()
@@ -289,8 +289,8 @@ class PagedBatches:
         widths = sorted({size for linear in linears for size in (linear.in_features, linear.out_features)})
         dtype, on_card = next(iter(self._layers.values()))[0].dtype, accelerator.is_accelerator(self._model.device)
         tokens = [self._model.config.get_text_config().vocab_size // n for n in (7, 5, 3)]
-        for self._rows in ROWS_ON_CARD if on_card else ROWS_ON_CPU:
-            is_alike = on_card or computes_rows_alike(self._rows, widths, dtype)
+        for self.pass_tokens in ROWS_ON_CARD if on_card else ROWS_ON_CPU:
+            is_alike = on_card or computes_rows_alike(self.pass_tokens, widths, dtype)
             if is_alike and all(map(self._is_same_in_all_places, tokens)):
                 return
         raise RunFailed(
@@ -299,7 +299,7 @@ class PagedBatches:
         )
 
     def _is_same_in_all_places(self, token: int) -> bool:
-        probes = [CachedTokens([token] * 2) for _ in range(self._rows)]
+        probes = [CachedTokens([token] * 2) for _ in range(self.pass_tokens)]
         for probe in probes:
             probe.blocks, probe.computed = self._filler.blocks, 1
         logits = self.run([(probe, 1) for probe in probes]).logits
@@ -307,14 +307,14 @@ class PagedBatches:
 
     def passes(self, batch: list[tuple[T, int]]) -> list[list[tuple[T, int]]]:
         """A step's tokens in parts, each of which `run` computes."""
-        if not self._rows:
+        if not self.pass_tokens:
             return [batch]
         parts, room = list[list[tuple[T, int]]](), 0
         for request, count in batch:
             while count:
                 if not room:
                     parts.append([])
-                    room = self._rows
+                    room = self.pass_tokens
                 parts[-1].append((request, taken := min(count, room)))
                 count, room = count - taken, room - taken
         return parts
@@ -324,15 +324,15 @@ class PagedBatches:
 
         That is a step that can be a graph, up to a power of two, or every pass after `fix_rows`.
         """
-        if self._rows:
-            return self._rows
+        if self.pass_tokens:
+            return self.pass_tokens
         is_repeated = self._graphs and all(count == 1 and not request.unscored for request, count in batch)
         return power_of_two(len(batch)) if is_repeated else None
 
     def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
         """Run a step or a part of it; with ``adapters`` one of `held_rows`."""
         shares: list[tuple[CachedTokens, int]] = list(batch)
-        filled = self._rows or (power_of_two(len(batch)) if adapters is not None else 0)
+        filled = self.pass_tokens or (power_of_two(len(batch)) if adapters is not None else 0)
         shares += [(self._filler, 1)] * (filled - sum(count for _, count in batch))
         size, counts = self._blocks.tokens, [count for _, count in shares]
         positions = [np.arange(request.computed, request.computed + count) for request, count in shares]
@@ -349,14 +349,14 @@ class PagedBatches:
             "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in shares]),
             "positions": np.concatenate(positions),
             "write": np.concatenate(blocks) * size + np.concatenate(positions) % size,
-            "kept": np.arange(self._rows) if self._rows else ends[drawing or [-1]] - 1,
+            "kept": np.arange(self.pass_tokens) if self.pass_tokens else ends[drawing or [-1]] - 1,
         }
         if places:
             arrays["scored"] = np.concatenate(places)
         # blocks, keys and queries of those that attend by themselves: requests, or tokens
         attending = [(request.blocks, request.computed + count, count) for request, count in shares]
         width, groups = None, list[int]()
-        if self._rows:
+        if self.pass_tokens:
             owners = [request.blocks for request, count in shares for _ in range(count)]
             keys = [place + 1 for place in arrays["positions"].tolist()]
             attending = [(own[: -(-used // size)], used, 1) for own, used in zip(owners, keys, strict=True)]
@@ -365,7 +365,9 @@ class PagedBatches:
             tables, used, queries = zip(*attending, strict=True)
             arrays |= arrays_of(tables, used, queries, size, self._blocks.count, width)
         else:
-            groups = self._add_tables(arrays, attending[: sum(count for _, count in batch) if self._rows else None])
+            groups = self._add_tables(
+                arrays, attending[: sum(count for _, count in batch) if self.pass_tokens else None]
+            )
         if fresh := self._blocks.take_fresh():
             # a masked key or value that is not finite would still make the output nan
             [zeroed] = accelerator.tensors_on(self._model.device, {"fresh": np.array(fresh)}).values()
@@ -375,13 +377,13 @@ class PagedBatches:
             key = len(shares), arrays["table"].shape[1], adapters.key
             logits, hidden = self._graphs.logits(key, adapters.layers, arrays), None
         else:
-            longest = 1 if self._rows else max(counts)
+            longest = 1 if self.pass_tokens else max(counts)
             logits, hidden = self._run(accelerator.tensors_on(self._model.device, arrays), longest, groups)
         for request, count in batch:
             self._blocks.note_computed(request, count)
         of_places = [request for request, asked in scored for _ in asked]
         drawing = [i for i in drawing if i < len(batch)]
-        if self._rows:
+        if self.pass_tokens:
             logits = torch.cat([logits[:0], *(logits[end - 1 : end] for end in ends[drawing])])
         return StepOutput([batch[i][0] for i in drawing], logits[: len(drawing)], of_places, hidden)
 
@@ -391,7 +393,7 @@ class PagedBatches:
         groups: list[list[tuple[list[int], int]]] = []
         for blocks, _, count in attending:
             is_like = groups and groups[-1][0][1] == count and len(blocks) <= 2 * len(groups[-1][0][0])
-            if is_like and not self._rows:
+            if is_like and not self.pass_tokens:
                 groups[-1].append((blocks, count))
             else:
                 groups.append([(blocks, count)])
@@ -432,7 +434,7 @@ class PagedBatches:
             "use_cache": False,
             "paged_step": step,
         }
-        if scored is None and not self._rows:
+        if scored is None and not self.pass_tokens:
             return self._model(**inputs, logits_to_keep=kept).logits[0], None
         hidden = decoder_of(self._model)(**inputs).last_hidden_state[0]
         head = Head.of(self._model)

@@ -256,7 +256,7 @@ class Engine:
         dead = "the engine was closed"
         try:
             with torch.no_grad(), self._layout:
-                self._layout.enter_context(generating(self.model, True, self.settings.batch_invariant))
+                self._layout.enter_context(generating(self.model, base_only=True, fixed=self.settings.batch_invariant))
                 while self._wait_for_work():
                     self._do_tasks()
                     self._admit()

@@ -118,7 +118,7 @@ def test_a_pass_has_so_many_tokens_that_their_places_make_no_difference(tiny_mod
 
     Head.of(base.model).module.register_forward_hook(differ)
     with engine_of(tiny_model_dir, base=base, batch_invariant=True) as engine:
-        assert engine._batches._rows == 32
+        assert engine._batches.pass_tokens == 32
     unlike += [32, 64]
     with (
         pytest.raises(RunFailed, match="the last bits of a token's logits depend on its place in a pass"),
