@@ -40,7 +40,7 @@ LONGEST_TOKENS = 2048
 LEAST_STEPS, MOST_EPOCHS = 150, 10
 """A new recipe passes over few rows again until there are so many steps; more epochs than that repeat what is known."""
 MANY_ROWS = 2000  # from here on a step has the default number of rows, below it half as many
-FEW_ROWS = 100  # below it the command says that more would help
+FEW_ROWS, FEW_ROWS_OF_A_LABEL = 100, 10  # below these the command says that more would help
 SHORT_ANSWER_TOKENS = 32  # on average: answers that can be compared with their references word by word
 
 
@@ -76,12 +76,13 @@ def init(
     check_early(recipe)
     quiet_libraries()
 
-    from qvera.models.model_class import load_config
+    from qvera.models.model_class import empty_model
+    from qvera.tasks import task_of
 
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
+    config = empty_model(recipe.model, model_class=task_of(recipe).exported_class).config
     recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
-    config = load_config(recipe.model)
     text = recipe_text(recipe, stats, getattr(config.get_text_config(), "hidden_size", None))
     parse_recipe(read_yaml(text, str(out))[0], str(out))
     replace_text(out, text)
@@ -94,7 +95,9 @@ def init(
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
         if stats.unused_labels:
             print("                  To train a classifier of these labels: --task sequence-classification")
-    if stats.train_rows < FEW_ROWS:
+    if stats.label_rows and (rarest := min(stats.label_rows)) < FEW_ROWS_OF_A_LABEL:
+        print(f"few rows          a label has {rarest} of them; some dozens of each are better")
+    elif stats.train_rows < FEW_ROWS:
         print(f"few rows          a model learns little from {stats.train_rows}; some hundreds are better")
     print(f"look at the rows  qvera preview {named}\nfind a rate       qvera train {named} --find-lr")
     print(f"train             qvera train {named}")

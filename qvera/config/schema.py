@@ -386,7 +386,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise InputError(f"{path}: no such recipe file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as a recipe (UTF-8 YAML): {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML in UTF-8.") from None
     tree, lines = read_yaml(text, str(path))
     given = {override.partition("=")[0] for override in overrides or []}
     for override in overrides or []:

@@ -95,9 +95,10 @@ def _used_seconds(group: Path) -> float:
 def fitting_threads() -> Iterator[None]:
     """Before torch is imported: where others use cores, give it the free ones, and let its threads wait asleep.
 
-    What the environment says already stays as it is.
+    What the environment says already stays as it is; a value without a number says nothing.
     """
-    if not any(name in os.environ for name in _SET_BY_USER) and (cores := measure()).are_shared:
+    is_set = any(any(map(str.isdigit, os.environ.get(name, ""))) for name in _SET_BY_USER)
+    if not is_set and (cores := measure()).are_shared:
         os.environ["OMP_NUM_THREADS"] = str(cores.free_threads)
         for name, value in _WAITING.items():
             os.environ.setdefault(name, value)

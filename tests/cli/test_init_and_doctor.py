@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,10 +134,19 @@ def test_the_new_recipe_of_a_classifier_knows_its_classes(init: Init, out: Path)
     assert "Here: --prompt-column NAME --answer-column NAME" in said
     said = init(rows, "--task", task, "--prompt-column", "mail", "--answer-column", "about")
     assert "12 rows, format classification" in said
-    assert "2 classes (refund: 6, shipping: 6)" in said
+    assert "2 classes (refund: 6, shipping: 6)" in said and "a label has 6 of them" in said
     recipe = load_recipe(out)
     assert (recipe.task, recipe.data.columns) == (task, {"text": "mail", "label": "about"})
     assert main(["preview", str(out)]) == 0
+
+
+def test_no_recipe_is_written_for_a_base_that_cannot_be_trained(
+    init: Init, out: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model_dir, tmp_path / "t5")
+    (base / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    said = init("prompt,completion\na,b\n", "--model", str(base), code=2)
+    assert "can't be loaded as a causal language model" in said and not out.exists()
 
 
 def test_the_new_recipe_of_preferences_has_their_objective(init: Init, out: Path) -> None:

@@ -41,6 +41,10 @@ def test_a_run_takes_the_cores_that_others_leave_and_waits_asleep(clean: pytest.
         assert threads_beside(allowed, others, clean) == {"OMP_NUM_THREADS": threads, **asleep}
         for name in NAMES:
             os.environ.pop(name, None)
+    clean.setenv("OMP_NUM_THREADS", "many")
+    assert threads_beside(2, 1.9, clean) == {"OMP_NUM_THREADS": "1", **asleep}, "what is no number sets nothing"
+    for name in NAMES:
+        os.environ.pop(name, None)
     clean.setenv("OMP_NUM_THREADS", "7")
     assert threads_beside(2, 2, clean) == {"OMP_NUM_THREADS": "7"}, "what a person has set stays"
     assert str(Cores(2, 1.94)) == "2 cores, 1.9 of them used by others" and str(Cores(1, 0)) == "1 core"
