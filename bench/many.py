@@ -34,9 +34,9 @@ from rich.console import Console
 from bench.common import header, smollm2, write_result
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.distributed.group import ALONE
+from qvera.training.alone import Trainer
 from qvera.training.many import ManyTrainer
 from qvera.training.session import TrainingSession
-from qvera.training.trainer import Trainer
 
 THINGS = "chair table lamp door window bottle book train boat garden ladder kettle".split()
 LOOKS = "red blue green small large old new quiet bright heavy".split()
@@ -93,7 +93,6 @@ class Side:
 
 def opened(kind: type[Trainer] | type[ManyTrainer], recipe: Recipe, to: Path) -> Any:
     trainer = kind(TrainingSession(recipe, to, ALONE, Console(quiet=True)))
-    trainer.open_run_dir(False)
     trainer.load_data()
     trainer.session.load_model()
     trainer.setup()

@@ -53,9 +53,10 @@ def train(
 
     Args:
         recipe: a recipe, its tree, or the path of its file.
-        run_dir: default: as in ``qvera train``.
-        resume: go on from the newest checkpoint.
-        dry_run: check all that needs no weights, show rows and the plan, and stop.
+        run_dir: default: as in ``qvera train``. It must not hold a run yet, unless ``resume``, or it was interrupted.
+        resume: go on from the newest checkpoint there that verifies. A run that was interrupted, or that torchrun
+            restarts, does so by itself.
+        dry_run: check all that needs no weights of the base, show rows and the plan, and stop; nothing is written.
         callbacks: transformers' ``TrainerCallback`` objects, and functions that are called with each record of
             metrics.jsonl right after it is written, in the process that writes it. A function that returns False, or a
             callback that raises StopIteration, makes the run save a checkpoint and raise Interrupted. Any other
@@ -72,7 +73,8 @@ def train(
 
     Raises:
         InputError: recipe, data, model, run directory or a callback are wrong; nothing was written.
-        Interrupted: a signal or a callback stopped the run; ``resume`` goes on.
+        Interrupted: a signal (SIGINT, SIGTERM, SIGHUP) or a callback stopped the run: during its steps after one,
+            which was saved; in any other phase at once, and the same call goes on or begins again.
         RunFailed: a loss is not finite, a function of the caller's fails, or the disk is full; a checkpoint is kept.
     """
     from qvera.training import trainer  # here, so that to answer imports no training
@@ -101,16 +103,16 @@ def find_lr(
     Raises:
         InputError: as `train`, or the rates do not rise.
     """
-    from qvera.training import lr_finder
+    from qvera.training import trainer
 
     read, where = _recipe_and_directory(recipe, out)
-    return lr_finder.find_lr(read, where, LrRange(start=start, end=end, steps=steps), console=console)
+    return trainer.find_lr(read, where, LrRange(start=start, end=end, steps=steps), console=console)
 
 
 def _recipe_and_directory(
     recipe: Recipe | Mapping[str, Any] | str | Path, directory: str | Path | None, of_a_run: bool = False
 ) -> tuple[Recipe, Path]:
-    from qvera.training.run_dir import run_directory
+    from qvera.training.trainer import run_directory
 
     file = None
     if isinstance(recipe, str | Path):
@@ -118,7 +120,7 @@ def _recipe_and_directory(
         recipe = load_recipe(file, of_a_run=of_a_run)
     elif not isinstance(recipe, Recipe):
         recipe = parse_recipe(dict(recipe), "the recipe", drop_idle_keys=of_a_run)
-    return recipe, run_directory(recipe.training.output_dir, file) if directory is None else Path(directory)
+    return recipe, run_directory(recipe, file) if directory is None else Path(directory)
 
 
 def load(

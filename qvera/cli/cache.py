@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import Json, argument, flag, option, progress, quiet_libraries
+from qvera.cli.common import Json, argument, flag, option, progress
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import cache_root
@@ -122,8 +122,6 @@ def quantize(
     Example:
         qvera quantize meta-llama/Llama-2-7b-hf
     """
-    quiet_libraries()
-
     from qvera.config.sections import ModelSection
     from qvera.models.quantize_checkpoint import cached_base, quantized_copy
     from qvera.models.quantized_record import read_record

@@ -103,14 +103,6 @@ def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
     Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False).print(table)
 
 
-def quiet_libraries() -> None:
-    """Turn off transformers' progress bars and advice; imports transformers."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def require_adapters(run: Path, *names: str | None) -> None:
     """Raise InputError for an adapter that a run of many has not, before torch is imported."""
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
@@ -151,6 +143,7 @@ def with_exit_code(
         # before other libraries are imported: a user of qvera can't act on what they show, and `Phase` shows progress
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
             os.environ.setdefault(name, "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         # a filter, since DeepSpeed sets its logger's level when it is imported
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvera.cli.common import quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.cores import measure
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, first_line
@@ -38,7 +37,6 @@ def doctor() -> int:
     Example:
         qvera doctor
     """
-    quiet_libraries()
     findings = list(examine())
     for finding in findings:
         print(f"{'!' if finding.stops else ' '} {finding.what:<18}{finding.found}")

@@ -17,7 +17,6 @@ from qvera.cli.common import (
     option,
     print_table,
     progress,
-    quiet_libraries,
     require_adapters,
     require_new_file,
     say,
@@ -99,7 +98,6 @@ def evaluate(
     if not no_generation:
         text_metrics(names)  # a missing package is named at once
     require_adapters(run, adapter)
-    quiet_libraries()
 
     from qvera.evaluation.load import find_target, require_base
     from qvera.tasks.evaluate import evaluate as evaluate_target
@@ -238,7 +236,6 @@ def harness(
     Example:
         qvera harness runs/quickstart --tasks arc_easy --limit 100
     """
-    quiet_libraries()
     require_new_file(json_file)
 
     from qvera.evaluation.generate import PromptWriter

@@ -21,7 +21,6 @@ from qvera.cli.common import (
     flag,
     option,
     progress,
-    quiet_libraries,
     require_adapters,
     require_new_file,
     say,
@@ -66,7 +65,6 @@ def export(
         qvera export runs/quickstart out/ --to merged
     """
     require_adapters(run, adapter)
-    quiet_libraries()
 
     from qvera.evaluation.load import find_target
     from qvera.exporting.export import export as export_adapter
@@ -120,8 +118,6 @@ def merge_adapters(
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
     """
-    quiet_libraries()
-
     import torch
 
     from qvera.adapters.adapter_file import read_config
@@ -210,8 +206,6 @@ def card(
     Example:
         qvera card runs/quickstart
     """
-    quiet_libraries()
-
     from qvera.exporting.card import find_subject, model_card
 
     subject = find_subject(path, adapter)
@@ -235,8 +229,6 @@ def push(
     Example:
         qvera push runs/quickstart anna/orders --private
     """
-    quiet_libraries()
-
     from qvera.exporting.card import contents_of, files_of, find_subject, local_base
     from qvera.models.hub import send_files
 

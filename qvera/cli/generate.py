@@ -23,7 +23,6 @@ from qvera.cli.common import (
     number,
     option,
     progress,
-    quiet_libraries,
     require_adapters,
     require_new_file,
     say,
@@ -84,7 +83,6 @@ def generate(
         questions, answers = _ask_server(url, questions, base, batch_size, settings)
     else:
         require_adapters(Path(run), *adapters)
-        quiet_libraries()
 
         from qvera.api import load
         from qvera.evaluation.load import find_target, require_answers
@@ -237,7 +235,6 @@ def chat(
         _talk([Turn("system", system)] if system else [], seed, answer)
         return
     require_adapters(Path(run), adapter)
-    quiet_libraries()
 
     import transformers
 

@@ -123,8 +123,8 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:  # of a text that no command prints: the help, the versions
         code = report("", error)
     if "RANK" in os.environ:  # one of several processes
-        from qvera.distributed.group import end_if_stuck
         from qvera.distributed.launch import leave_exit_code
+        from qvera.distributed.processes import end_if_stuck
 
         leave_exit_code(code)
         end_if_stuck(code)

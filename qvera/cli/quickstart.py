@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from qvera.cli.common import Overrides, console, flag, option, progress, quiet_libraries
+from qvera.cli.common import Overrides, console, flag, option, progress
 from qvera.cli.train import loss_line, print_result
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, RunFailed
@@ -48,7 +48,6 @@ def quickstart(
     """
     from qvera.config.schema import load_recipe, yaml_text
 
-    quiet_libraries()
     with StopRequests(first=None):  # SIGTERM, too, leaves nothing half made
         files = prepare(report=console.print)
     where = f"training.output_dir={yaml_text(output_dir)}"
@@ -58,10 +57,9 @@ def quickstart(
             print(f"{what:<13}{path}")
         return
 
-    from qvera.training.run_dir import run_directory
-    from qvera.training.trainer import train
+    from qvera.training.trainer import run_directory, train
 
-    result = train(recipe, run_directory(recipe.training.output_dir, files.recipe), resume=resume, console=console)
+    result = train(recipe, run_directory(recipe, files.recipe), resume=resume, console=console)
     if result is None:
         return  # one of several processes that is not the first
     for number, sample in enumerate(result.run["samples"], start=1):

@@ -22,7 +22,6 @@ from qvera.cli.common import (
     number,
     option,
     progress,
-    quiet_libraries,
     require_new_file,
 )
 from qvera.utils.errors import InputError
@@ -68,13 +67,12 @@ def init(
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
     from qvera.config.schema import parse_recipe, read_yaml
-    from qvera.training.early import check_early
+    from qvera.training.trainer import check_early
 
     tree = {"model": model, "data": {"path": data, **_given(eval_path=eval_data, system=system)}, **_given(task=task)}
     tree["training"] = _given(objective=objective)
     recipe = parse_recipe(tree, "the options")
     check_early(recipe)
-    quiet_libraries()
 
     from qvera.models.model_class import empty_model
     from qvera.tasks import task_of
@@ -246,12 +244,11 @@ def preview(
     from rich.console import Console
 
     from qvera.config.schema import load_recipe
-    from qvera.training.early import check_early
+    from qvera.training.trainer import check_early
 
     loaded = load_recipe(recipe, overrides)
     require_new_file(html)
     check_early(loaded)
-    quiet_libraries()
 
     from qvera.data import build_datasets, data_warnings, decode, print_preflight
     from qvera.evaluation.report.pages import preview_page
@@ -293,11 +290,10 @@ def plan(
     from rich.console import Console
 
     from qvera.config.schema import load_recipe
-    from qvera.training.early import leave_silent_hub
+    from qvera.training.trainer import leave_silent_hub
 
     loaded = load_recipe(recipe, overrides)
     leave_silent_hub(loaded.model.path)
-    quiet_libraries()
 
     from qvera.adapters.save_load import check_start
     from qvera.data import build_datasets, planned_steps

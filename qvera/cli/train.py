@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from qvera.cli.common import (
     for_who_still_reads,
     number,
     option,
-    quiet_libraries,
 )
 from qvera.config.sections import LrRange
 from qvera.utils import formatting
@@ -56,19 +54,12 @@ def train(
     loaded = load_recipe(recipe, overrides, of_a_run=resume)
     ramp = _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
 
-    from qvera.training.early import check_early
-    from qvera.training.run_dir import run_directory
+    from qvera.training import trainer
 
-    run_dir = run_directory(loaded.training.output_dir, recipe)
-    if not {"RANK", "MASTER_ADDR"} & os.environ.keys():  # of several processes the first writes; torchrun restarts them
-        check_early(loaded, None if find_lr else run_dir, resume)
-    quiet_libraries()
-
-    from qvera.training import lr_finder, trainer
-
+    run_dir = trainer.run_directory(loaded, recipe)
     # both give None in one of several processes that is not the first
     if ramp is not None:
-        if (curve := lr_finder.find_lr(loaded, run_dir, ramp, console=console)) is not None:
+        if (curve := trainer.find_lr(loaded, run_dir, ramp, console=console)) is not None:
             _print_curve(curve, run_dir, ramp)
         return
     result = trainer.train(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
@@ -107,14 +98,16 @@ def launch(
     """
     from qvera.config.schema import load_recipe
     from qvera.distributed import launch as launcher
-    from qvera.training.early import check_early
-    from qvera.training.run_dir import run_directory
+    from qvera.training.run_dir import check_run_dir, require_writable
+    from qvera.training.trainer import check_early, run_directory
 
     # an error is reported once, before anything starts
     loaded = load_recipe(recipe, overrides, of_a_run=resume)
     _range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume)
-    new = not (resume or find_lr or node_rank)
-    check_early(loaded, run_directory(loaded.training.output_dir, recipe) if new else None)
+    if not (resume or find_lr or node_rank):
+        require_writable(run_dir := run_directory(loaded, recipe))
+        check_run_dir(run_dir, loaded, resume)
+    check_early(loaded)
     arguments = [part for override in overrides for part in ("--set", override)]
     arguments += ["--resume"] * resume + ["--find-lr"] * find_lr
     for name, value in (("--lr-from", lr_from), ("--lr-to", lr_to), ("--lr-steps", lr_steps)):

@@ -79,6 +79,13 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
     return adapter_files(path) if section.adapter_files else local_files(path)
 
 
+def hub_datasets(section: DataSection) -> list[str]:
+    """Those paths of a recipe's ``data`` that are no local ones; raises as `source_files`."""
+    files = {path: source_files(section, path) for path, _ in source_paths(section)}
+    files |= {part.path: local_files(part.path) for part in section.mixture}
+    return [path for path, found in files.items() if found is None]
+
+
 def with_label_names(section: DataSection) -> DataSection:
     """Give the source a hub dataset's own names for its integer labels, unless it has names already.
 

@@ -19,7 +19,6 @@ from qvera.cli.common import (
     console,
     print_table,
     progress,
-    quiet_libraries,
     require_new_file,
 )
 from qvera.utils import formatting
@@ -74,7 +73,6 @@ def analyze(
         require_new_file(html)
     if text is not None and not text.is_file():
         raise InputError(f"--text: {text}: no such file. Expected rows (.jsonl, .json, .csv, .tsv, .parquet) or .txt.")
-    quiet_libraries()
 
     import torch
 

@@ -18,7 +18,7 @@ from qvera.utils.errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
-    from qvera.training.trainer import Trainer
+    from qvera.training.alone import Trainer
 
 EVENTS = (
     *("on_init_end", "on_train_begin", "on_epoch_begin", "on_step_begin", "on_step_end", "on_log", "on_evaluate"),

@@ -17,20 +17,18 @@ import numpy as np
 
 from qvera.config.schema import Recipe
 from qvera.config.sections import LrRange
-from qvera.distributed.group import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import current_rate
-from qvera.training.run_dir import require_writable, step_facts
-from qvera.training.session import TrainingSession
+from qvera.training.run_dir import step_facts
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json, replace_text
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from qvera.training.session import TrainingSession
 
 POINTS, PAGE = "lr-range.jsonl", "lr-range.html"
 
@@ -60,34 +58,25 @@ class RangeTestResult:
     reason: str | None = None  # why there is no suggestion; None where there is one
 
 
-def find_lr(
-    recipe: Recipe, out: Path, ramp: LrRange | None = None, *, console: Console | None = None
-) -> RangeTestResult | None:
-    """Run the test and write ``lr-range.jsonl`` and ``lr-range.html`` into ``out``; a run there is left as it is.
-
-    Returns None in a process that is not the first of several. InputError as `trainer.train`; NotFinite where the very
-    first loss was not finite.
-    """
-    ramp = ramp or LrRange()
-    with in_group() as group, TrainingSession(recipe, out, group, console) as session:
-        group.on_first(lambda: require_writable(out))
-        session.load_data()
-        session.load_model()
-        loop = AloneLoop(session, ramp)
-        loop.start()
-        points, diverged = _take_steps(loop, ramp)
-        if not group.first:
-            return None
-        result = read_curve(points, diverged)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
-            replace_text(out / PAGE, range_page(out.name, recipe, ramp, result))
-        except OSError as error:
-            raise InputError(
-                f"{out}: can't be written ({error.strerror or error}). Choose another training.output_dir."
-            ) from None
-        return result
+def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult | None:
+    """Load what the session trains, take the steps and write the curve; see `trainer.find_lr`."""
+    session.load_data()
+    session.load_model()
+    loop = AloneLoop(session, ramp)
+    loop.start()
+    points, diverged = _take_steps(loop, ramp)
+    if not session.group.first:
+        return None
+    result, out = read_curve(points, diverged), session.run_dir
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
+        replace_text(out / PAGE, range_page(out.name, session.recipe, ramp, result))
+    except OSError as error:
+        raise InputError(
+            f"{out}: can't be written ({error.strerror or error}). Choose another training.output_dir."
+        ) from None
+    return result
 
 
 def _take_steps(loop: AloneLoop, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:

@@ -88,11 +88,7 @@ class ManyTrainer(Run):
         sizes = sorted(len(run.rows.train) for run in every)
         spread = f"{sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,})"
         spread = f"{sizes[0]:,} rows each" if sizes[0] == sizes[-1] else spread
-        self.console.print(
-            f"{len(every):,} adapters of {spread}, {sum(run.steps for run in every):,} optimizer steps together.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.say(f"{len(every):,} adapters of {spread}, {sum(run.steps for run in every):,} optimizer steps together.")
 
     def planned_steps(self, recipe: Recipe) -> int:
         return sum(planned_steps(recipe, len(rows.train)) for rows in self.session.datasets.adapters)
@@ -127,8 +123,7 @@ class ManyTrainer(Run):
             if saved is not None:
                 self._restore(saved, loop)
             elif self.resume:
-                text = f"No checkpoint was saved in {self.run_dir} yet: starting from round 0."
-                self.console.print(text, soft_wrap=True)
+                self.say(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.")
             return loop
 
         self.loop = self.group.agree(make_loop)  # others may have no checkpoint, so no rank waits in it
@@ -144,12 +139,11 @@ class ManyTrainer(Run):
         planned = int(self.group.sum([float(self.steps)])[0])  # of all processes
         # each adapter's parameters; the model's are frozen
         self.write_begun(planned, trainable_parameters=bank.trained_numbers)
-        self.console.print(
+        self.say(
             f"Training {bank.trained_numbers:,} parameters of each adapter in "
             f"{self.summary['adapter']['adapted_modules']} linear layers, at most {slots:,} adapters at a time, on "
             f"{self.summary['device']}"
-            + (f" and {self.group.world_size - 1} more." if self.group.world_size > 1 else "."),
-            soft_wrap=True,
+            + (f" and {self.group.world_size - 1} more." if self.group.world_size > 1 else ".")
         )
 
     def _newest_checkpoint(self) -> Checkpoint | None:
@@ -192,7 +186,7 @@ class ManyTrainer(Run):
         checkpoint.set_random_state(saved.files["random"])
         self.session.keep_checkpointing(saved.state["gradient_checkpointing"], ALONE)
         self.session.builds_per_pass = saved.state["builds_per_pass"]
-        self.console.print(f"Going on from round {loop.round} ({saved.path}).", soft_wrap=True)
+        self.say(f"Going on from round {loop.round} ({saved.path}).")
 
     def _try_longest_pass(self) -> None:
         """Try the longest rows that may meet in a pass, dealt out to the slots in turn; nothing is kept."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, data_sha256
 from qvera.distributed.group import Group, for_all
+from qvera.distributed.processes import Processes
 from qvera.models.loader import fingerprint_of
 from qvera.training.plan import Plan
 from qvera.training.plan.plan import REFUSED_ABOVE, change_lines
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
+def check_same_setup(recipe: Recipe, group: Processes, console: Console) -> None:
     """Raise InputError where ranks differ in versions, recipe or base model; time a small all-reduce."""
-    if group.world_size == 1:
-        return
 
     def look() -> dict[str, str]:
         versions = memory.versions()

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.save_load import adapter_facts
 from qvera.config.schema import load_recipe
-from qvera.distributed.group import for_all, restarted
+from qvera.distributed.group import for_all
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
-from qvera.training.run_dir import LENGTH, MetricsLog, Trackers, check_run_dir, run_lock, this_process, write_run_json
+from qvera.training.run_dir import LENGTH, MetricsLog, Trackers, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
 from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from qvera.training.session import TrainingSession
 
 _MEASURED = 3  # steps, after which the time of all is told
-RESTART_WAIT_SECONDS = 60.0  # for the lock of the process whose place a restarted run takes
 
 
 @dataclasses.dataclass
@@ -43,7 +42,7 @@ class RunResult:
 
 
 class Run(ABC):
-    """`open_run_dir`, `load_data`, `setup` and `train`, in this order; the session's model is loaded before `setup`.
+    """`load_data`, `setup` and `train`, in this order; the session's model is loaded before `setup`.
 
     ``summary`` becomes run.json.
     """
@@ -51,11 +50,11 @@ class Run(ABC):
     unit = "step"  # what is counted, saved and logged: optimizer steps of the adapter, or rounds of all of them
     loop: Loop[Any]
 
-    def __init__(self, session: TrainingSession, callbacks: Callbacks | None = None) -> None:
+    def __init__(self, session: TrainingSession, callbacks: Callbacks | None = None, resume: bool = False) -> None:
         self.session, self.recipe, self.run_dir = session, session.recipe, session.run_dir
-        self.group, self.console, self.warn = session.group, session.console, session.warn
+        self.group, self.console, self.say, self.warn = session.group, session.console, session.say, session.warn
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.resume = False
+        self.resume = resume  # the run in the directory is gone on with
         self.signals = session.signals
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
@@ -64,22 +63,6 @@ class Run(ABC):
         self.saved = 0
         names, config = self.recipe.training.report_to if self.group.first else [], self.recipe.to_dict()
         self.trackers = self.group.agree(lambda: Trackers(names, self.run_dir, config))
-
-    def open_run_dir(self, resume: bool) -> None:
-        """Lock the run directory and check that it fits. A restarted run resumes what this launch has begun."""
-        group, run_dir = self.group, self.run_dir
-        # on some node; the one that takes the place of a lost node does not know that it is a restart
-        again = bool(group.sum([float(restarted())])[0])
-
-        def open_it() -> bool:
-            begun = again and group.has_flag(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
-            wait_seconds = RESTART_WAIT_SECONDS if again else 0.0
-            self.session.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
-            return check_run_dir(run_dir, self.recipe, resume or begun)
-
-        self.resume = group.on_first(open_it)
-        if self.resume and not resume:
-            self.console.print(f"{run_dir} holds this run, which was interrupted: it goes on.", soft_wrap=True)
 
     def load_data(self, preview: bool = False) -> None:
         """See `TrainingSession.load_data`; then `check_length`, of a run that goes on."""
@@ -109,11 +92,7 @@ class Run(ABC):
                 rate = "stays constant"
                 if training.warmup_ratio and not training.warmup_steps:
                     rate = "keeps the warm-up that was planned first, and stays constant"
-            self.console.print(
-                f"{before:,} steps become {now:,}: the learning rate {rate} from step {before + 1:,} on.",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.say(f"{before:,} steps become {now:,}: the learning rate {rate} from step {before + 1:,} on.")
 
     @abstractmethod
     def planned_steps(self, recipe: Recipe) -> int:
@@ -216,11 +195,9 @@ class Run(ABC):
             while self.has_steps_left and not self.stop_requested():
                 self.take_turn()
                 if self.count == begun + _MEASURED and (left := self.progress.left_seconds) is not None:
-                    self.console.print(
+                    self.say(
                         f"{self.steps:,} steps in all: about {duration(left)} to go, by the first {_MEASURED} "
-                        f"{self.unit}s; evaluations and answers come on top.",
-                        highlight=False,
-                        soft_wrap=True,
+                        f"{self.unit}s; evaluations and answers come on top."
                     )
         if self.count != self.saved:
             self.save_checkpoint()

@@ -41,20 +41,13 @@ if TYPE_CHECKING:
 _LOCK = ".qvera_run.lock"
 
 
-def run_directory(output_dir: str | None, recipe_path: Path | None) -> Path:
-    """``training.output_dir``, or ``runs/`` and the recipe's file name."""
-    if output_dir is not None:
-        return Path(os.path.expanduser(output_dir))
-    return Path("runs") / (recipe_path.stem if recipe_path is not None else "run")
-
-
 @contextlib.contextmanager
-def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "training.output_dir") -> Iterator[None]:
+def run_lock(run_dir: Path, wait_seconds: float = 0.0, what: str = "training.output_dir") -> Iterator[None]:
     """Hold a directory that trainings are written into, so that no second process writes there.
 
     The system releases the lock of a process that died. A network file system whose locks are local to each host
     (Lustre with ``localflock``) keeps only processes of one host apart. Directories made for the lock are removed where
-    nothing was written. ``host`` and ``what``, the key or option that names the directory, are for messages.
+    nothing was written. ``what``, the key or option that names the directory, is for messages.
 
     Raises:
         InputError: another process trains there, or nothing can be written there.
@@ -66,7 +59,7 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        owner.write_text(json.dumps({"host": host, "pid": os.getpid(), "started": started}), encoding="utf-8")
+        owner.write_text(json.dumps({**this_process(), "started": started}), encoding="utf-8")
     except Timeout:
         holder = try_read_json(owner) or {}  # empty: it has the lock and is about to write who it is
         who = f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')})"
@@ -96,10 +89,9 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
     train. One that was interrupted before that may begin again.
 
     Raises:
-        InputError: it can't be written; it holds a run or a run's files (without ``resume``); it holds no run, or one
-            of another recipe (with it).
+        InputError: it holds a run or a run's files (without ``resume``); it holds no run, or one of another recipe
+            (with it).
     """
-    require_writable(run_dir)
     existing = run_dir / "recipe.yaml"
     status = status_of(try_read_json(run_dir / "run.json") or {})
     if not resume and existing.exists() and status == "interrupted":
@@ -182,7 +174,7 @@ def changed_keys(before: dict[str, Any], recipe: Recipe, may_change: Sequence[st
 
 
 def this_process() -> dict[str, Any]:
-    """What run.json says of the process that writes it, for `status_of`."""
+    """What run.json and the lock say of the process that writes, for `status_of` and people."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warnings, lengths_of, print_preflight
 from qvera.distributed.group import Group
+from qvera.distributed.processes import Processes
 from qvera.distributed.zero import BaseSharder, ZeroConfig, require_deepspeed, zero_config_of
 from qvera.models import quantization
 from qvera.models.attention import choose_implementation, require_packing
@@ -29,7 +30,6 @@ from qvera.models.loader import Base, dense_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
 from qvera.models.tokenizer import load_processor
 from qvera.tasks import task_of
-from qvera.training.early import check_early
 from qvera.training.failures import longest_batch_error
 from qvera.training.optim import build_scaler
 from qvera.training.plan import Plan, Sharing, make_plan
@@ -54,7 +54,7 @@ class TrainingSession:
     """What a training has loaded. All ranks call each method together, in the order in which they stand here."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
-        """Compare the ranks and seed them; nothing is loaded yet."""
+        """Check the recipe with all packages, compare the ranks and seed them; nothing is loaded yet."""
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
@@ -66,12 +66,11 @@ class TrainingSession:
             if recipe.deepspeed is not None:
                 require_deepspeed(recipe.deepspeed)
             check_recipe(recipe)
-            check_early(recipe)
             self.task.check()
             return zero
 
         self.zero = group.agree(check)
-        if group.world_size > 1:
+        if isinstance(group, Processes):
             check_same_setup(recipe, group, self.console)
         self.sharder: BaseSharder | None = None
         if (problem := accelerator.unusable_card()) is not None:
@@ -86,13 +85,6 @@ class TrainingSession:
             # no kernel of ours reads memory that it has not written, and filling every new tensor takes time
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
-    def __enter__(self) -> Self:
-        self.resources.enter_context(self.signals)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.resources.close()
-
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """What a step depends on besides the recipe: SHA-256 of the rows, fingerprint of the base, and which loss."""
@@ -102,9 +94,13 @@ class TrainingSession:
             "loss": self.task.own.get("loss", "the objective's"),
         }
 
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a sentence on rank 0."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """Print a sentence in yellow."""
-        self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        self.say(text, "yellow")
 
     def phase(self, name: str, total: int | None = None, **how: Any) -> Phase:
         """Show a phase on the console of rank 0, and in the run's directory."""
@@ -130,11 +126,9 @@ class TrainingSession:
                 print_preflight(datasets, tokenizer, console)
                 return datasets
             stats = datasets.stats
-            console.print(
+            self.say(
                 f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; "
-                f"{stats.targets_text}. `qvera preview` shows the rows.",
-                highlight=False,
-                soft_wrap=True,
+                f"{stats.targets_text}. `qvera preview` shows the rows."
             )
             for line in data_warnings(stats):
                 self.warn(line)
@@ -263,9 +257,8 @@ class TrainingSession:
             return None
         if plan.is_refused and group.world_size == 1:
             raise InputError("\n".join(run_lines(plan)))
-        style = None if plan.fits and not plan.is_tight else "yellow"
         for line in run_lines(plan):
-            self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+            (self.say if plan.fits and not plan.is_tight else self.warn)(line)
         for text in plan.warnings:
             self.warn(text)
         check_memory(plan, group, self.console)
@@ -282,7 +275,7 @@ class TrainingSession:
         if self.recipe.training.gradient_checkpointing != "auto" or recorded == self.checkpointing:
             return
         if all(group.gather(self.plan is None or self.plan.decided.fits(recorded))):
-            self.console.print(f"Gradient checkpointing stays {mode_word(recorded)}, as the run began.")
+            self.say(f"Gradient checkpointing stays {mode_word(recorded)}, as the run began.")
             self.checkpointing = recorded
             return
         self.warn(

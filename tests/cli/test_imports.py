@@ -135,8 +135,8 @@ def qvera_is_imported_first() -> None:
     import peft
     from transformers import Trainer  # noqa: F401
 
-    import qvera.training.plan.plan
-    import qvera.training.trainer  # noqa: F401
+    import qvera.training.alone
+    import qvera.training.plan.plan  # noqa: F401
 
     assert "PeftModel" in inspect.getsource(peft)
     assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.distributed.group import Group, Heartbeat, agreed_attempt, end_if_stuck, in_group
+from qvera.distributed.group import Group, in_group
+from qvera.distributed.processes import Heartbeat, Processes, agreed_attempt, end_if_stuck
 from qvera.utils.errors import EXIT_FAILED, InputError, RunFailed
 from tests.distributed.ranks import free_port
 
@@ -49,7 +50,7 @@ def test_gradients_of_all_layers_are_summed_by_one_message_and_as_few_launches_a
     given = [torch.randn(1 + number % 7, 3) for number in range(count)]
     tensors = [tensor.clone() for tensor in given]
     with Launches() as launches:
-        Group(world_size=2).all_reduce(tensors)
+        Processes(world_size=2).all_reduce(tensors)
     assert all(torch.equal(tensor, 2 * before) for tensor, before in zip(tensors, given, strict=True))
     assert sent == [sum(tensor.numel() for tensor in given)]
     assert launches.counts.total() == 3, launches.counts  # join, sum, copy back
@@ -119,7 +120,7 @@ def beat(store: Store, rank: int, told: Told | None = None, **more: Any) -> Hear
 
 @pytest.fixture(autouse=True)
 def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvera.distributed.group.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("qvera.distributed.processes.GRACE_SECONDS", 0.1)
 
 
 def test_ranks_that_beat_and_leave_are_not_mistaken_for_dead_ones() -> None:
@@ -265,7 +266,7 @@ def test_a_group_of_the_program_that_takes_no_cpu_tensors_is_refused(monkeypatch
 
 
 def test_a_process_that_is_never_started_is_not_waited_for_without_end(launched: pytest.MonkeyPatch) -> None:
-    launched.setattr("qvera.distributed.group.JOIN_TIMEOUT", datetime.timedelta(seconds=1))
+    launched.setattr("qvera.distributed.processes.JOIN_TIMEOUT", datetime.timedelta(seconds=1))
     began = time.monotonic()
     refused("rank 0 on .* did not meet all 2 processes at 127.0.0.1:", RunFailed)
     assert time.monotonic() - began < 20

@@ -24,7 +24,8 @@ from qvera.config import plugins
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero
-from qvera.distributed.group import Group, end_if_stuck, in_group
+from qvera.distributed.group import Group, in_group
+from qvera.distributed.processes import end_if_stuck
 from qvera.models import quantization
 from qvera.models.structure import causal_model
 from qvera.training import trainer

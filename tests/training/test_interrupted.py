@@ -20,9 +20,10 @@ from qvera.evaluation.report.read import status_of
 from qvera.evaluation.run_info import directory_facts
 from qvera.tasks.causal_lm import CausalLM
 from qvera.training import session
+from qvera.training.alone import Trainer
 from qvera.training.loop import AloneLoop
 from qvera.training.run_dir import check_run_dir
-from qvera.training.trainer import Trainer, train
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted
 from tests.training.runs import losses, run_json, same, vectors
 

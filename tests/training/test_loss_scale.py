@@ -21,8 +21,7 @@ from qvera.config.sections import AdapterSection, LrRange, ModelSection
 from qvera.models import forward
 from qvera.models.loader import load_base
 from qvera.training import optim
-from qvera.training.lr_finder import find_lr
-from qvera.training.trainer import train
+from qvera.training.trainer import find_lr, train
 from qvera.utils.errors import RunFailed
 from tests.adapters.helpers import perturb, relative
 from tests.training.runs import assert_same_run, cut_off, losses, records, run_json, untimed

@@ -16,8 +16,8 @@ from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.config.sections import LrRange
 from qvera.training.loop import AloneLoop
-from qvera.training.lr_finder import PAGE, POINTS, RULE, RangeTestResult, find_lr, has_diverged, range_page, read_curve
-from qvera.training.trainer import train
+from qvera.training.lr_finder import PAGE, POINTS, RULE, RangeTestResult, has_diverged, range_page, read_curve
+from qvera.training.trainer import find_lr, train
 from qvera.utils.errors import NotFinite
 from tests.training.runs import on_two_ranks, records, run_json
 

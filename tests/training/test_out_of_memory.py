@@ -25,12 +25,12 @@ from qvera.data.rows import Rows
 from qvera.distributed.group import Group
 from qvera.evaluation import held_out
 from qvera.models import forward
+from qvera.training.alone import Trainer
 from qvera.training.failures import step_error
 from qvera.training.loop import AloneLoop
-from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.run import changed
-from qvera.training.trainer import Trainer, train
+from qvera.training.trainer import find_lr, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.memory import Shortage
 from tests.training.runs import (

@@ -15,9 +15,8 @@ import torch
 from qvera.cli.main import main
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.config.sections import LrRange
-from qvera.training.lr_finder import find_lr
 from qvera.training.plan import make_plan
-from qvera.training.trainer import train
+from qvera.training.trainer import find_lr, train
 from qvera.utils.errors import InputError
 from tests.training.runs import cut_off, on_two_ranks, records, run_json, same, untimed, vectors
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qvera.distributed.group import Group
+from qvera.distributed.processes import Processes
 from qvera.models.loader import fingerprint_of
 from qvera.training import rank_checks
 from qvera.training.plan import Machine, Sharing, make_plan
@@ -22,7 +23,7 @@ BASE = "the base's fingerprint (model.path)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Four(Group):
+class Four(Processes):
     """Four ranks on two nodes, of which this process is the first; what the others say is made of what it says itself."""
 
     rank: int = 0

@@ -22,7 +22,7 @@ def hold_lock_in_another_process(run_dir: Path, seconds: float) -> int:
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with run_lock(run_dir, "node1"):
+        with run_lock(run_dir):
             os.write(tell, b"x")
             time.sleep(seconds)
             os._exit(1)
@@ -35,30 +35,30 @@ def test_the_second_process_is_told_of_the_first_and_a_dead_one_is_succeeded(tmp
     pid = hold_lock_in_another_process(run_dir, seconds=600)
     try:
         with (
-            pytest.raises(InputError, match=rf"process {pid} on node1 \(since 20.*\) trains in this directory"),
-            run_lock(run_dir, "node2"),
+            pytest.raises(InputError, match=rf"process {pid} on .* \(since 20.*\) trains in this directory"),
+            run_lock(run_dir),
         ):
             pytest.fail("two processes hold one run directory")
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert any(run_dir.iterdir())  # it could not clean up
-    with run_lock(run_dir, "node2"):
+    with run_lock(run_dir):
         assert str(os.getpid()) in "".join(f.read_text() for f in run_dir.glob(".qvera_run.owner"))
     assert not list(run_dir.iterdir())
 
 
 def test_a_restarted_run_waits_for_the_one_whose_place_it_takes(tmp_path: Path) -> None:
     pid = hold_lock_in_another_process(tmp_path / "run", seconds=0.5)
-    with run_lock(tmp_path / "run", "node1", wait_seconds=60):
+    with run_lock(tmp_path / "run", wait_seconds=60):
         assert os.waitpid(pid, os.WNOHANG)[0] == pid  # the one that held it has ended
 
 
 def test_directories_made_for_the_lock_alone_are_removed(tmp_path: Path) -> None:
-    with run_lock(tmp_path / "runs" / "run", "node1"):
+    with run_lock(tmp_path / "runs" / "run"):
         pass
     assert not (tmp_path / "runs").exists()
-    with run_lock(tmp_path / "runs" / "run", "node1"):
+    with run_lock(tmp_path / "runs" / "run"):
         (tmp_path / "runs" / "run" / "recipe.yaml").write_text("")
     assert [p.name for p in (tmp_path / "runs" / "run").iterdir()] == ["recipe.yaml"]
 
@@ -66,7 +66,7 @@ def test_directories_made_for_the_lock_alone_are_removed(tmp_path: Path) -> None
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for where, text in (("file", "is a file"), ("file/run", "nothing can be written")):
-        with pytest.raises(InputError, match=text), run_lock(tmp_path / where, "node1"):
+        with pytest.raises(InputError, match=text), run_lock(tmp_path / where):
             pytest.fail("locked")
 
 

@@ -25,10 +25,11 @@ from qvera.data import build_datasets, data_sha256
 from qvera.evaluation.load import open_run
 from qvera.models import forward
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training import checkpoint, run
+from qvera.training import checkpoint, trainer
+from qvera.training.alone import Trainer
 from qvera.training.loop import AloneLoop
 from qvera.training.run_dir import run_lock
-from qvera.training.trainer import Trainer, train
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError, NotFinite, RunFailed
 from tests.conftest import small_llama
 from tests.disk import fill, read_only, small_disk
@@ -200,7 +201,7 @@ def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
 
         monkeypatch.setattr(checkpoint, "save", failing)
         # an administrator can't make a disk read-only while a file on it is open, as the lock is; a failing disk can
-        monkeypatch.setattr(run, "run_lock", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(trainer, "run_lock", lambda *_: contextlib.nullcontext())
         with pytest.raises(RunFailed, match="the checkpoint of step 4 in .* can't be written .Read-only file system"):
             train(recipe, disk / "run")
         monkeypatch.undo()
@@ -395,8 +396,8 @@ def test_a_finished_run_is_not_overwritten(make_recipe: Any, six_steps: tuple[Re
         train(recipe, run_dir)
     with pytest.raises(InputError, match=r"another recipe; adapter\.rank changed"):
         train(make_recipe(adapter={"rank": 16}, training={"max_steps": 6}), run_dir, resume=True)
-    held = rf"process {os.getpid()} on node1 \(since .* trains"
-    with run_lock(run_dir, "node1"), pytest.raises(InputError, match=held):
+    held = rf"process {os.getpid()} on .* \(since .* trains"
+    with run_lock(run_dir), pytest.raises(InputError, match=held):
         train(recipe, run_dir, resume=True)
     assert files_of(run_dir) == before
 
@@ -417,6 +418,8 @@ def test_a_dry_run_writes_nothing_and_finds_what_a_run_would_be_refused_for(
     ):
         with pytest.raises(InputError, match=message):
             train(recipe, run_dir, dry_run=True)
+    with pytest.raises(InputError, match="is a run of 6 steps, and now has 5"):
+        train(make_recipe(training={"max_steps": 5}), six_steps[1], resume=True, dry_run=True)
 
 
 def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: Any, tmp_path: Path) -> None:

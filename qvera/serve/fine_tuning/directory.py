@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class TrainingDirectory:
         Raises InputError if another server uses it, it holds something else, or it can't be read and written.
         """
         path = path.absolute()  # a message about it has no word that another text may have
-        with run_lock(path, socket.gethostname(), what="--training-dir"):
+        with run_lock(path, what="--training-dir"):
             # files without a database would count as remains of a crash and be removed
             for part in () if (path / DATABASE).exists() else (path / "files", path / "states"):
                 if part.exists() and not (part.is_dir() and not any(part.iterdir())):

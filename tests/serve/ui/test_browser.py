@@ -20,7 +20,8 @@ Serve = Callable[..., Served]
 
 def train_slowly(recipe: Any, run_dir: Path, step_seconds: float) -> None:
     """A real run whose steps a person could follow."""
-    from qvera.training.trainer import Trainer, train
+    from qvera.training.alone import Trainer
+    from qvera.training.trainer import train
 
     log = Trainer.log
 

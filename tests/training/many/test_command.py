@@ -15,8 +15,7 @@ from qvera.cli.main import main
 from qvera.cli.train import print_result
 from qvera.config.sections import LrRange
 from qvera.training import session
-from qvera.training.lr_finder import find_lr
-from qvera.training.trainer import train
+from qvera.training.trainer import find_lr, train
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
 from tests.training.runs import entries, many_recipe, poison, records, run_json, train_many, write_rows

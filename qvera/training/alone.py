@@ -1,0 +1,355 @@
+"""The run of one adapter (`loop.AloneLoop`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from qvera.adapters.methods import method_of
+from qvera.adapters.methods.base import Method
+from qvera.adapters.products.fused import BUILDS_UNHELD
+from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
+from qvera.config import plugins
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import planned_steps
+from qvera.distributed.group import for_all
+from qvera.evaluation import held_out
+from qvera.training import checkpoint
+from qvera.training.checkpoint import Checkpoint, TrainState
+from qvera.training.engine import trained_vectors
+from qvera.training.failures import has_finite_loss, held_out_not_finite
+from qvera.training.loop import AloneLoop
+from qvera.training.optim import build_schedule, optimizer_bytes
+from qvera.training.run import Run
+from qvera.training.run_dir import repeat_line, step_facts, write_run, write_run_json
+from qvera.utils.errors import InputError, NotFinite
+from qvera.utils.files import disk_errors, plain_json, try_read_json
+
+
+class Trainer(Run):
+    """A run of one adapter. All processes call each method together."""
+
+    loop: AloneLoop
+    after: dict[str, Any] | None = None
+    samples: Sequence[dict[str, Any]] = ()
+
+    def setup(self) -> None:
+        self.loop = AloneLoop(self.session)
+        self.loop.hooks.hooks["callbacks"] = self.callbacks
+        self.extra: dict[str, Any] = {}  # what hooks add to the result
+        if self.resume:
+            self.load_checkpoint()
+        self.saved = self.state.step  # a directory of another step's name may be damaged
+        self.loop.start()
+        self.open_files(again="eval" if self.state.evaluation_due else None)
+        self.write_begun(self.steps)
+        facts, others = self.summary["adapter"], self.group.world_size - 1
+        head = f", and {facts['head_parameters']:,} of a head," if "head_parameters" in facts else ""
+        self.say(
+            f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
+            f"of rank 64: {facts['lora_r64_parameters']:,}){head} for {self.steps} steps on {self.summary['device']}"
+            + (f" and {others} more." if others else ".")
+        )
+        self.callbacks.begin(self)
+
+    def planned_steps(self, recipe: Recipe) -> int:
+        return planned_steps(recipe, len(self.session.datasets.train))
+
+    def no_longer(self) -> str | None:
+        recipe, info = self.recipe, try_read_json(self.run_dir / "run.json") or {}
+        if (info.get("result") or {}).get("stopped_early"):
+            return "it stopped early"
+        sections = {"data": recipe.data, "adapter": recipe.adapter, "training": recipe.training}
+        has_hook = type(method_of(recipe.adapter)).step_hook is not Method.step_hook
+        if has_hook or list(plugins.schedules_of(**sections)):
+            return (
+                f"what {recipe.adapter.method} or a schedule of the recipe does in a step depends on how many there are"
+            )
+        return None
+
+    @property
+    def state(self) -> TrainState:
+        """How far the adapter is."""
+        return self.loop.state
+
+    @property
+    def count(self) -> int:
+        return self.state.step
+
+    steps_behind = count
+
+    @property
+    def steps(self) -> int:
+        return self.loop.steps
+
+    @property
+    def has_steps_left(self) -> bool:
+        """An evaluation that memory ran out in is made first."""
+        return self.state.evaluation_due or (self.state.step < self.steps and not self.state.stopped_early)
+
+    def score_before(self) -> None:
+        state = self.state
+        if state.before is None and self.loop.datasets.eval:
+            state.before, state.samples_before = self.score("Before training")
+            self.summary |= {"result": {"eval_before": state.before}, "samples": self._samples_before()}
+            self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
+
+    def _samples_before(self) -> list[dict[str, Any]]:
+        shown = ("prompt", "reference", "images")
+        return [{key: a.get(key) for key in shown} | {"before": a["answer"]} for a in self.state.samples_before]
+
+    def take_turn(self) -> None:
+        training, state, callbacks = self.recipe.training, self.state, self.callbacks
+        if state.evaluation_due:  # memory ran out in it
+            callbacks.control.should_evaluate = callbacks.control.should_save = True
+        else:
+            record = self.loop.train_step()
+            if record["kind"] == "train":
+                every, is_last = training.eval_steps, state.step == self.steps
+                evaluate = bool(self.loop.datasets.eval) and every > 0 and state.step % every == 0
+                callbacks.end_step(evaluate, save=is_last or state.step % training.save_steps == 0)
+            self.log(record)
+            if record["kind"] != "train":  # it was not taken
+                return
+        self._evaluate_and_save()
+        if state.step % self.loop.batches.per_epoch == 0 or not self.has_steps_left:
+            callbacks.fire("on_epoch_end")
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        """As the recipe and callbacks ask. A new best step is saved at once, whatever comes."""
+        state, best_step = self.state, self.state.best_step
+        state.evaluation_due = self._wants("should_evaluate")
+        if state.evaluation_due:
+            self.evaluate()
+        if self._wants("should_training_stop") and not state.stopped_early and state.step < self.steps:
+            state.stopped_early = True
+            self.say("stopping: a callback asks for it")
+        if self._wants("should_save") or state.best_step != best_step:
+            self.save_checkpoint()
+
+    def _wants(self, flag: str) -> bool:
+        """Whether a flag of the callbacks' control is set on any rank."""
+        mine = bool(getattr(self.callbacks.control, flag))
+        return bool(self.group.sum([float(mine)])[0]) if self.callbacks.callbacks else mine
+
+    def complete(self) -> None:
+        """Where training made the held-out loss not finite, the adapter is deleted (NotFinite)."""
+        state = self.state
+        if self.recipe.training.load_best_model_at_end and state.best_step not in (None, state.step):
+            self.load_best_vectors()
+        self.save_adapter()
+        after: dict[str, Any] | None = None
+        samples: list[dict[str, Any]] = []
+        if self.loop.datasets.eval:
+            after, samples = self.score("After training")
+        self.extra = self.loop.hooks.finish(self.loop)
+        self.after, self.samples = after, samples
+        self.callbacks.fire("on_train_end")
+        if after is None or has_finite_loss(after):
+            return
+        text = held_out_not_finite(f"Step {state.step}", state.before)
+        if state.before is not None and not has_finite_loss(state.before):
+            self.warn(text)
+            return
+        self.group.on_first(lambda: shutil.rmtree(self.run_dir / "adapter"))
+        raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
+
+    def stop_requested(self) -> bool:
+        """A signal to any rank, or a callback there, stops all of them at the same step."""
+        asked, group = self.asked, self.group
+        if group.sum([float(asked is not None)])[0]:
+            of_ranks = group.gather([asked, group.host])
+            rank, (name, host) = next((rank, signal) for rank, signal in enumerate(of_ranks) if signal[0])
+            self.stopped_by = name if group.world_size == 1 else f"{name} at rank {rank} on {host}"
+        return self.stopped_by is not None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a record to metrics.jsonl, the trackers and the progress bar."""
+        self.write_records(record)
+        self.trackers.log(record)
+        self.callbacks.log(record)
+        if (line := repeat_line(record)) is not None:
+            self.warn(line)
+        if record["kind"] == "train":
+            self.progress(record["step"], facts=step_facts(record))
+            if record["step"] == 1 and self.recipe.training.optim != "adamw":
+                stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.loop.model).values())
+                self.say(
+                    f"{self.recipe.training.optim} holds {optimizer_bytes(self.loop.optimizer):,} bytes of state; "
+                    f"torch's adamw would hold {stock_bytes:,}."
+                )
+
+    def evaluate(self) -> None:
+        """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so.
+
+        Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
+        """
+        state, training, task = self.state, self.recipe.training, self.session.task
+        patience, metric = training.early_stopping_patience, training.metric_for_best_model
+        rows = self.loop.datasets.eval
+        with self.progress.within("held-out loss", len(rows)):
+            result = self.loop.held_out_loss(self.progress)
+        if task.own_metrics or metric == "exact_match":
+            with self.progress.within("answers", len(rows)):
+                about = self.loop.model, self.session.base.tokenizer, rows, self.group
+                result |= task.answers(*about, lambda done, _: self.progress(done))[0]
+        state.evaluation_due = False
+        self.log({"kind": "eval", "step": state.step, **result})
+        self.callbacks.evaluated(result)
+        state.add_evaluation(self._sign * result.get(metric, math.nan), patience)
+        self.say(f"step {state.step}: {self._line(result)}")
+        if state.stopped_early:
+            self.say(
+                f"stopping: {patience} evaluations without a better held-out {metric} (best: step {state.best_step})"
+            )
+
+    def _line(self, scores: dict[str, Any]) -> str:
+        task = self.session.task
+        return ", ".join([task.line(scores), *(f"{name} {scores[name]:.4f}" for name in task.own_metrics)])
+
+    @property
+    def _sign(self) -> int:
+        """Of a score, as a loss: less is better."""
+        return -1 if self.recipe.training.takes_greater else 1
+
+    @property
+    def best_score(self) -> float | None:
+        """The score of the best step so far."""
+        return None if self.state.best_loss is None else self._sign * self.state.best_loss
+
+    def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Held-out loss and, where the recipe asks for it, exact match of greedy answers; the ranks share the rows.
+
+        Returns the scores, and the answers to show as samples.
+        """
+        loop, task, rows = self.loop, self.session.task, self.loop.datasets.eval
+        who = "base" if loop.state.step == 0 else "adapter"
+        with self.session.phase(f"held-out loss of the {who}", len(rows)) as show, held_out.scoring(loop.model):
+            result = loop.held_out_loss(show)
+
+            def answering(done: int, total: int) -> None:
+                show(done, total, f"answering {total} prompts with the {who}")
+
+            answered, samples = task.answers(loop.model, self.session.base.tokenizer, rows, self.group, answering)
+        result |= answered
+        self.say(f"{label}: {self._line(result)}")
+        return result, samples
+
+    def save_checkpoint(self) -> None:
+        loop, session = self.loop, self.session
+        vectors, optimizer = loop.engine.unsharded()
+        vectors = {**named_vectors(loop.model), **vectors}
+        random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
+        hooks = loop.hooks.state_dict()
+        state = {
+            "recipe": self.recipe.to_dict(),
+            "inputs": session.inputs,
+            "schedule": loop.schedule.state_dict(),
+            "loss_scale": None if session.scaler is None else session.scaler.state_dict(),
+            "gradient_checkpointing": session.checkpointing,
+            "builds_per_pass": session.builds_per_pass,
+            "progressed": dataclasses.asdict(self.state),
+        }
+
+        def write() -> None:
+            if self.log_file is not None:
+                self.log_file.flush()
+            directory, best = self.run_dir / "checkpoints", self.state.best_step
+            checkpoint.save(directory, self.state.step, vectors, optimizer, plain_json(state), random, hooks)
+            keep, also = self.recipe.training.save_total_limit, set() if best is None else {best}
+            checkpoint.prune(directory, self.state.step, keep, also)
+
+        self.group.on_first(write)
+        self.saved = self.state.step
+        self.callbacks.fire("on_save")
+
+    def load_checkpoint(self) -> None:
+        """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one."""
+        newest: list[Checkpoint | None] = []
+
+        def check(saved: Checkpoint) -> None:
+            TrainState(**saved.state["progressed"])
+            saved.state["schedule"], saved.state["optimizer_scalars"]
+
+        def find() -> None:
+            newest.append(checkpoint.newest_of_run(self.run_dir, self.recipe, "step", self.warn, check))
+
+        self.group.on_first(find)
+        saved = checkpoint.shared(newest[0] if newest else None, self.group)
+        if saved is None:
+            self.say(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.")
+            return
+        loop, session = self.loop, self.session
+        checkpoint.require_same_inputs(saved, session.inputs)
+        loop.hooks.load_state_dict(saved.hook_state)
+        checkpoint.restore(saved, named_vectors(loop.model), loop.optimizer, self.group.rank)
+        loop.state, rates = TrainState(**saved.state["progressed"]), saved.state["schedule"]
+        begun = parse_recipe(saved.state["recipe"], str(saved.path), drop_idle_keys=True)
+        if (planned := self.planned_steps(begun)) < self.steps:
+            loop.state.lengths.append(planned)
+        if loop.state.lengths:
+            loop.schedule = build_schedule(self.recipe.training, loop.optimizer, self.steps, loop.state.lengths)
+            share = loop.schedule.lr_lambdas[0](rates["last_epoch"])
+            rates = {**rates, "_last_lr": [rate * share for rate in loop.schedule.base_lrs]}
+        loop.schedule.load_state_dict(rates)
+        for parameters, rate in zip(loop.optimizer.param_groups, loop.schedule.get_last_lr(), strict=True):
+            parameters["lr"] = rate
+        if session.scaler is not None and saved.state.get("loss_scale"):
+            session.scaler.load_state_dict(saved.state["loss_scale"])
+        for halving in loop.state.halvings:
+            loop.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
+        session.keep_checkpointing(saved.state.get("gradient_checkpointing", session.checkpointing), self.group)
+        session.builds_per_pass = saved.state.get("builds_per_pass", BUILDS_UNHELD)
+        self.say(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).")
+
+    def load_best_vectors(self) -> None:
+        """Put the best step's vectors into the model; the last step's stay where that checkpoint is damaged."""
+        best = None
+        if self.group.first:
+            try:
+                best = checkpoint.load(self.run_dir / "checkpoints" / f"step-{self.state.best_step:08d}")
+            except InputError as error:  # a run that has come so far is not given up for it
+                self.warn(f"{error} The adapter gets the last step's vectors, not the best.")
+        best = checkpoint.shared(best, self.group)
+        if best is not None:
+            self.loop.hooks.load_state_dict(best.hook_state)
+            load_vectors(self.loop.model, best.files["vectors"], str(best.path))
+
+    def save_adapter(self) -> None:
+        """Write the adapter into the run directory."""
+        self.loop.engine.gather_vectors()
+        directory, kept = self.run_dir / "adapter", "Checkpoints are kept; mend that and go on with --resume."
+
+        def save() -> int:
+            with disk_errors(f"the adapter in {directory}", kept):
+                return save_adapter(self.loop.model, directory, self.session.base.tokenizer)
+
+        self.summary["adapter"]["file_bytes"] = self.group.on_first(save)
+
+    def finish(self, status: str) -> None:
+        state = self.state
+        self.summary["status"] = status
+        self.summary["result"] = {
+            "steps": state.step,
+            "planned_steps": self.steps,
+            "epochs": state.step / self.loop.batches.per_epoch,
+            "train_loss_first": state.train_loss_first,
+            "train_loss_last": state.train_loss_last,
+            "eval_before": state.before,
+            "eval_after": self.after,
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "skipped_steps": state.skipped_steps,
+            "halvings": state.halvings,
+            "seconds": state.train_seconds,
+            "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
+            **self.measured(),
+            **self.extra,
+        }
+        pairs = zip(self._samples_before(), self.samples, strict=False)
+        self.summary["samples"] = [{**before, "after": after["answer"]} for before, after in pairs]
+        self.group.on_first(lambda: write_run(self.run_dir, self.summary, self.console))
