@@ -110,6 +110,7 @@ def taken_as(trial: Trial) -> trials.Trial:
 WHOLE = tuple(method for method in METHODS if method not in RANKS[:3])
 STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = [
     ("minilm", ("trec", "sst2"), 150, RANKS, ("rate",)),
+    ("minilm", tuple(HEADS), 150, LEADERS, ("rate", "head")),
     ("smollm2", ("alpaca",), 50, LEADERS, ("rate",)),
     ("smollm2", ("sst2",), 150, LEADERS, ("rate", "head")),
     ("smollm2", ("alpaca",), 50, WHOLE, ("rate", "ratio")),
@@ -297,11 +298,35 @@ def paired_difference(
     return float(differences.mean(1).sum() / weights.sum()), float(low), float(high)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """A Markdown table: a row for each task and method with the best settings so far."""
-    rows = []
-    groups = dict.fromkeys((line["base"], line["task"], line["steps"]) for line in lines)
-    for base, task, steps in groups:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What stands there of a method on a task, with its best settings so far.
+
+    Attributes:
+        chosen: the line of seed 0 that the search ends at.
+        final: the lines of these settings, one a seed.
+        trials: how many lines the search has.
+        open_ends: axes on which the best trial has a neighbour that was not tried.
+        minus_reference: ``loss`` and for heads ``right`` → `paired_difference` from `REFERENCE`; empty for itself, or
+            where no seed is of both.
+    """
+
+    group: tuple[str, str, int]
+    method: str
+    chosen: dict[str, Any]
+    final: list[dict[str, Any]]
+    trials: int
+    open_ends: list[str]
+    minus_reference: dict[str, tuple[float, float, float]]
+
+    def mean(self, key: str) -> float:
+        """Of a score over the seeds."""
+        return statistics.mean(line["scores"][key] for line in self.final)
+
+
+def results(lines: list[dict[str, Any]]) -> Iterator[Result]:
+    """Task by task, the reference first."""
+    for base, task, steps in dict.fromkeys((line["base"], line["task"], line["steps"]) for line in lines):
         scored: dict[str, dict[int, dict[str, np.ndarray]]] = {}
         for method in sorted(METHODS, key=lambda method: method != REFERENCE):
             chosen = best_of(Trial(base, task, steps, method, 0), lines)
@@ -309,29 +334,37 @@ def table(lines: list[dict[str, Any]]) -> str:
                 continue
             best = Trial(base, task, steps, method, 0).from_line(chosen)
             mine = [line for line in lines if best.is_of(line)]
-            tried = [best.from_line(line) for line in mine]
+            tried = {best.from_line(line) for line in mine}
             axes = ["rate", *(["head"] if task in HEADS else []), "ratio"]
-            open_ends = [axis for axis in axes if not set(best.next_to(axis)) <= set(tried)]
             final = [line for line in mine if dataclasses.replace(best.from_line(line), seed=0) == best]
             final = [line for line in final if not diverged(line)]
             scored[method] = {line["seed"]: unpacked(line) for line in final}
-            rates = chosen["rates"]
-            shown = f"{rates['b']:g}" + (f", others {rates['others']:g}" if rates["b"] != rates["others"] else "")
-            shown += f", head {rates['head']:g}" if rates["head"] else ""
-            cells = [f"{base} {task}, {steps}", method, f"{chosen['trained']:,}", shown, ", ".join(open_ends) or "none"]
-            cells += [str(len(mine)), str(len(final)), f"{chosen['held_out_loss']:.4f}"]
-            for what, key, factor, digits in (("loss", "loss", 1, 4), ("right", "accuracy", 100, 1)):
-                if what == "right" and task not in HEADS:
-                    cells += ["", ""]
-                    continue
-                cells.append(f"{factor * statistics.mean(line['scores'][key] for line in final):.{digits}f}")
-                if method == REFERENCE or not scored.get(REFERENCE, {}).keys() & scored[method].keys():
-                    cells.append("")
-                    continue
-                found = paired_difference(scored[method], scored[REFERENCE], what)
-                mean, low, high = (f"{factor * value:+.{digits}f}" for value in found)
-                cells.append(f"{mean} ({low} to {high})")
-            rows.append([*cells, f"{statistics.median(line['cpu_seconds'] for line in mine) / 60:.0f}"])
+            differences = {}
+            if method != REFERENCE and scored.get(REFERENCE, {}).keys() & scored[method].keys():
+                for what in ("loss", "right") if task in HEADS else ("loss",):
+                    differences[what] = paired_difference(scored[method], scored[REFERENCE], what)
+            open_ends = [axis for axis in axes if not set(best.next_to(axis)) <= tried]
+            yield Result((base, task, steps), method, chosen, final, len(mine), open_ends, differences)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """A Markdown table: a row for each task and method with the best settings so far."""
+    rows = []
+    for result in results(lines):
+        base, task, steps = result.group
+        rates = result.chosen["rates"]
+        shown = f"{rates['b']:g}" + (f", others {rates['others']:g}" if rates["b"] != rates["others"] else "")
+        shown += f", head {rates['head']:g}" if rates["head"] else ""
+        cells = [f"{base} {task}, {steps}", result.method, f"{result.chosen['trained']:,}", shown]
+        cells += [", ".join(result.open_ends) or "none", str(result.trials), str(len(result.final))]
+        cells.append(f"{result.chosen['held_out_loss']:.4f}")
+        for what, key, factor, digits in (("loss", "loss", 1, 4), ("right", "accuracy", 100, 1)):
+            is_scored, found = what == "loss" or task in HEADS, result.minus_reference.get(what)
+            cells.append(f"{factor * result.mean(key):.{digits}f}" if is_scored else "")
+            mean, low, high = (f"{factor * value:+.{digits}f}" for value in found or (0, 0, 0))
+            cells.append(f"{mean} ({low} to {high})" if found else "")
+        seconds = statistics.median(line["cpu_seconds"] for line in result.final)
+        rows.append([*cells, f"{seconds / 60:.1f}"])
     titles = ["task, steps", "method", "trained", "best rate", "no neighbour yet", "trials", "seeds", "held-out loss"]
     titles += ["test loss", f"minus {REFERENCE}", "accuracy, %", f"minus {REFERENCE}", "CPU min"]
     return markdown(titles, rows)

@@ -19,7 +19,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import alpaca, classification, family, family_picture, gguf_answers, host_time, lora_cut, quality
+from bench import (
+    alpaca,
+    classification,
+    family,
+    family_picture,
+    gguf_answers,
+    host_time,
+    lora_cut,
+    quality,
+    quality_picture,
+)
 from bench.common import RESULTS, do_missing, header, read_lines, with_table, write_rows
 from bench.gpu import common, fast, right
 from bench.gpu.common import Lines
@@ -270,8 +280,12 @@ def test_the_pages_show_the_committed_results() -> None:
         page.name: page.read_text(encoding="utf-8") for page in [*docs.glob("*.md"), docs / "methods" / "table.md"]
     }
     text = pages["table.md"]
-    assert text == with_table(with_table(text, "table", family.table()), "e2e", family.e2e_table())
-    assert (docs / "methods" / "table.svg").read_text(encoding="utf-8") == family_picture.picture()
+    lines = read_lines(RESULTS / "quality.jsonl")
+    tables = {"table": family.table(), "e2e": family.e2e_table(), "quality": quality.table(lines)}
+    assert all(text == with_table(text, name, table) for name, table in tables.items())
+    pictures = {"table": family_picture.picture(), "quality": quality_picture.picture(list(quality.results(lines)))}
+    for name, drawn in pictures.items():
+        assert (docs / "methods" / f"{name}.svg").read_text(encoding="utf-8") == drawn
     text = pages[classification.PAGE.name]
     assert text == with_table(text, "table", classification.table())
     cases = json.loads((RESULTS / "lora_cut.json").read_text())["cases"]
