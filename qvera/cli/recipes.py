@@ -29,7 +29,7 @@ from qvera.utils.files import replace_text, resolve_path
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
-    from qvera.data import DataStats
+    from qvera.data import Datasets, DataStats
 
 COLUMN_OPTIONS = "--prompt-column NAME --answer-column NAME"
 _COLUMNS = {"classification": ("text", "label"), "image": ("image", "label"), "preference": ("prompt", "chosen")}
@@ -41,6 +41,8 @@ LEAST_STEPS, MOST_EPOCHS = 150, 10
 MANY_ROWS = 2000  # from here on a step has the default number of rows, below it half as many
 FEW_ROWS, FEW_ROWS_OF_A_LABEL = 100, 10  # below these the command says that more would help
 SHORT_ANSWER_TOKENS = 32  # on average: answers that can be compared with their references word by word
+MOST_LABELS, LONGEST_LABEL, ROWS_OF_A_LABEL = 20, 40, 10
+"""So few and short answers (in characters), each so often on average, are labels: a system prompt names them."""
 
 
 def init(
@@ -80,7 +82,10 @@ def init(
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     config = empty_model(recipe.model, model_class=task_of(recipe).exported_class).config
-    recipe, stats = _inspect(_with_columns(recipe, prompt_column, answer_column))
+    recipe, datasets = _inspect(_with_columns(recipe, prompt_column, answer_column))
+    if system is None:
+        recipe, datasets = _with_labels_named(recipe, datasets)
+    stats = datasets.stats
     text = recipe_text(recipe, stats, getattr(config.get_text_config(), "hidden_size", None))
     parse_recipe(read_yaml(text, str(out))[0], str(out))
     replace_text(out, text)
@@ -117,7 +122,26 @@ def _ask(option: str, question: str) -> str:
     return str(typer.prompt(question, err=True)).strip()
 
 
-def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
+def _with_labels_named(recipe: Recipe, datasets: Datasets) -> tuple[Recipe, Datasets]:
+    """With a system prompt that names the answers, where all rows have one of a few short ones."""
+    from qvera.data.labelled import rows_by_label
+
+    found = rows_by_label(datasets.train) if datasets.stats.format == "prompt-completion" else {}
+    are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // ROWS_OF_A_LABEL)
+    if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
+        return recipe, datasets
+    prompt = f"Answer with one of these: {', '.join(sorted(found))}."
+    try:
+        named, shown = _inspect(recipe.replace(data=recipe.data.replace(system=prompt)))
+    except InputError:  # the template has no system turn
+        return recipe, datasets
+    if list(shown.train[0].input_ids) == list(datasets.train[0].input_ids):  # the rows have their own
+        return recipe, datasets
+    print(f"system prompt     {prompt} --system sets another")
+    return named, shown
+
+
+def _inspect(recipe: Recipe) -> tuple[Recipe, Datasets]:
     from qvera.data import build_datasets
     from qvera.data.conversations import MissingColumn, UnaskedPreferences, UnknownFormat
     from qvera.models.tokenizer import load_processor
@@ -125,7 +149,7 @@ def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
 
     processor = load_processor(recipe.model, task_of(recipe).exported_class)
     try:
-        return recipe, build_datasets(recipe.data, processor, console).stats
+        return recipe, build_datasets(recipe.data, processor, console)
     except UnaskedPreferences as error:
         raise InputError(f"{error} Here: --objective dpo.") from None
     except MissingColumn as error:
@@ -137,7 +161,7 @@ def _inspect(recipe: Recipe) -> tuple[Recipe, DataStats]:
     prompt = _ask("--prompt-column", "Column with the prompt")
     answer = _ask("--answer-column", "Column with the answer")
     recipe = _with_columns(recipe, prompt, answer)
-    return recipe, build_datasets(recipe.data, processor, console).stats
+    return recipe, build_datasets(recipe.data, processor, console)
 
 
 def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> str:

@@ -86,6 +86,19 @@ def test_the_new_recipe_learns_enough_from_few_rows_and_says_that_they_are_few(i
     assert load_recipe(out).training.exact_match_rows == 0  # long answers are never the same word for word
 
 
+def test_the_new_recipe_names_the_answers_where_they_are_labels(init: Init, out: Path) -> None:
+    rows = "".join(f"mail {i},{label}\n" for i in range(20) for label in ("refund", "a new order"))
+    assert "Answer with one of these: a new order, refund." in init(f"prompt,completion\n{rows}")
+    assert load_recipe(out).data.system == "Answer with one of these: a new order, refund."
+    assert main(["preview", str(out)]) == 0
+    init(f"prompt,completion\n{rows}", "--system", "Sort the mail.")
+    assert load_recipe(out).data.system == "Sort the mail."
+    few, own = "".join(rows.splitlines(keepends=True)[:19]), rows.replace("\n", ",Sort it.\n")
+    for unlike in (f"prompt,completion\n{few}", f"prompt,completion,system\n{own}"):
+        init(unlike)
+        assert load_recipe(out).data.system is None
+
+
 def test_a_rate_between_measured_sizes_lies_between_their_rates() -> None:
     assert [measured_rate("vera", size) for size in (64, 576, 1280, 4096, 8192)] == [0.05, 0.05, 0.02, 4e-3, 4e-3]
     assert 0.004 < (measured_rate("vera", 2048) or 0) < 0.02
