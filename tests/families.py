@@ -78,6 +78,7 @@ _TOWER: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+_SIGLIP: dict[str, Any] = {**_TOWER, "model_type": "siglip_vision_model"}
 _QWEN_IMAGES: dict[str, Any] = {
     **_PARTS, "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
     "vision_config": {
@@ -97,7 +98,7 @@ _LLAMA4: dict[str, Any] = {
 _FOUR_BIT = {"mapped": "yes", "each load": "made at each load", "no": "no"}
 
 
-def _write(made_by: Any, config: Any, directory: Path) -> None:
+def _write(made_by: Any, config: Any, directory: Path, dtype: torch.dtype = torch.float32) -> None:
     """A random checkpoint without zeros, which would hide that something is forgotten, or is given no gradient."""
     torch.manual_seed(0)
     model = made_by.from_config(config)
@@ -105,7 +106,7 @@ def _write(made_by: Any, config: Any, directory: Path) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "gate.weight")) or "expert" in name or "router" in name or not parameter.any():
                 parameter.normal_(std=0.1)
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
 
 
 def _config(model_type: str, tree: dict[str, Any]) -> Any:
@@ -140,9 +141,9 @@ class Family:
         config.architectures = [getattr(transformers, self.published)._model_mapping[type(config)].__name__]
         return config
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         """Its checkpoint, with a tokenizer."""
-        _write(getattr(transformers, self.published), self.config(), directory)
+        _write(getattr(transformers, self.published), self.config(), directory, dtype)
         small_tokenizer().save_pretrained(directory)
 
     @property
@@ -165,12 +166,23 @@ class Family:
         return [self.title, f"`{self.model_type}`", four_bit, *("yes" if x else "no" for x in answers), self.limits]
 
 
+def _mixture(*about: Any, **more: Any) -> Family:
+    """A family whose experts are in 4 bits."""
+    return dataclasses.replace(Family(*about, **more), experts="4 bits")
+
+
+def _with_images(
+    title: str, model_type: str, text: dict[str, Any], vision: dict[str, Any], token: str = "image_token_id",
+    targets: str = _SEVEN, limits: str = "–", **more: Any,
+) -> Family:  # fmt: skip
+    """A family whose published checkpoints take images; ``token`` is what its config calls the token of one."""
+    changes = {**_PARTS, token: 300, "text_config": {**_TEXT, **text}, "vision_config": vision, **more}
+    return Family(title, model_type, targets, changes, limits=limits, published=_IMAGES)
+
+
 _FAMILIES = [
     Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}),
-    Family(
-        "Llama 4, text", "llama4_text", experts="4 bits",
-        changes=_LLAMA4,
-    ),
+    _mixture("Llama 4, text", "llama4_text", changes=_LLAMA4),
     Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}),
     Family("Qwen2, Qwen2.5", "qwen2"),
     Family("Qwen3", "qwen3", changes={"head_dim": 16}),
@@ -186,36 +198,19 @@ _FAMILIES = [
     Family("Command R7B, Command A", "cohere2", changes={"sliding_window": 64}),
     Family("StableLM", "stablelm"),
     Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}),
-    Family(
-        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}
-    ),
+    Family("GPT-NeoX, Pythia", "gpt_neox", _NEOX, _NO_GROUPS),
     Family(
         "OPT", "opt", "q_proj k_proj v_proj out_proj fc1 fc2",
         {"num_key_value_heads": ..., "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
     ),
-    Family(
-        "GPT-2", "gpt2", "c_attn c_proj c_fc",
-        {"num_key_value_heads": ..., "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "each load",
-    ),
+    Family("GPT-2", "gpt2", "c_attn c_proj c_fc", {**_NO_GROUPS, **_NO_DROPOUT}, "each load"),
     Family("Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}),
-    Family(
-        "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, experts="4 bits",
-    ),
-    Family(
-        "Qwen3 with experts", "qwen3_moe", _ATTENTION,
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, experts="4 bits",
-    ),
-    Family(
-        "gpt-oss", "gpt_oss", _ATTENTION,
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
-        experts="4 bits",
-    ),
-    Family(
-        "Gemma 3 with images", "gemma3", published=_IMAGES,
-        changes={
-            **_PARTS, "text_config": {**_TEXT, **_WINDOW}, "vision_config": _TOWER, "mm_tokens_per_image": 4,
-            "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302,
-        },
+    _mixture("Mixtral", "mixtral", _ATTENTION, _LOCAL_EXPERTS),
+    _mixture("Qwen3 with experts", "qwen3_moe", _ATTENTION, {**_HEADS, **_EXPERTS, **_NARROW}),
+    _mixture("gpt-oss", "gpt_oss", _ATTENTION, {**_HEADS, **_LOCAL_EXPERTS, **_WINDOW}),
+    _with_images(
+        "Gemma 3 with images", "gemma3", _WINDOW, _TOWER, "image_token_index", mm_tokens_per_image=4,
+        boi_token_index=301, eoi_token_index=302,
     ),
     Family(
         "Gemma 4 with images", "gemma4", f"{_ATTENTION} {_MLP} {_PER_LAYER}", published=_IMAGES,
@@ -228,12 +223,9 @@ _FAMILIES = [
             "vision_config": {**_TOWER, "head_dim": 16, "num_key_value_heads": 2},
         },
     ),
-    Family(
-        "Mistral Small 3 with images", "mistral3", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_index": 300, "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
-            "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 16},
-        },
+    _with_images(
+        "Mistral Small 3 with images", "mistral3", {"model_type": "mistral", "sliding_window": None},
+        {**_TOWER, "model_type": "pixtral", "head_dim": 16}, "image_token_index",
     ),
     Family(
         "Mistral 4", "mistral4", f"{_LATENT_ATTENTION} {_MLP}",
@@ -253,27 +245,12 @@ _FAMILIES = [
         "Qwen3.5 with experts", "qwen3_5_moe", f"{_SEVEN} {_IN_PROJ} out_proj", experts="4 bits",
         published=_IMAGES, changes={**_QWEN_IMAGES, "text_config": {**_TEXT, **_LINEAR, **_SHARED_EXPERT}},
     ),
-    Family(
-        "SmolVLM", "smolvlm", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "scale_factor": 2, "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": _TOWER,
-        },
-    ),
-    Family(
-        "Idefics 3", "idefics3", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "scale_factor": 2, "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": _TOWER,
-        },
-    ),
-    Family(
-        "LFM2-VL", "lfm2_vl", "q_proj k_proj v_proj out_proj in_proj w1 w2 w3", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "projector_hidden_size": 64,
-            "text_config": {**_TEXT, **_CONV, "model_type": "lfm2", "block_auto_adjust_ff_dim": False},
-            "vision_config": {**_TOWER, "model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 4},
-        },
+    _with_images("SmolVLM", "smolvlm", {"model_type": "llama"}, _TOWER, scale_factor=2),
+    _with_images("Idefics 3", "idefics3", {"model_type": "llama"}, _TOWER, scale_factor=2),
+    _with_images(
+        "LFM2-VL", "lfm2_vl", {**_CONV, "model_type": "lfm2", "block_auto_adjust_ff_dim": False},
+        {**_TOWER, "model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 4},
+        targets="q_proj k_proj v_proj out_proj in_proj w1 w2 w3", projector_hidden_size=64,
     ),
     Family(
         "Llama 4 with images", "llama4", experts="4 bits", published=_IMAGES,
@@ -293,13 +270,7 @@ _FAMILIES = [
             "vision_config": {**_TOWER, "model_type": "idefics3_vision"},
         },
     ),
-    Family(
-        "DeepSeek-VL", "deepseek_vl", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
-        },
-    ),
+    _with_images("DeepSeek-VL", "deepseek_vl", {"model_type": "llama"}, _SIGLIP),
     Family(
         "GLM-4V", "glm4v", "q_proj k_proj v_proj o_proj gate_up_proj down_proj", published=_IMAGES,
         changes={
@@ -312,111 +283,59 @@ _FAMILIES = [
             },
         },
     ),
-    Family(
-        "GOT-OCR 2", "got_ocr2", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_index": 300, "text_config": {**_TEXT, "model_type": "qwen2"},
-            "vision_config": {
-                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64,
-                "output_channels": 32,
-            },
+    _with_images(
+        "GOT-OCR 2", "got_ocr2", {"model_type": "qwen2"},
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64,
+         "output_channels": 32}, "image_token_index",
+    ),
+    _with_images(
+        "Idefics 2", "idefics2", {"model_type": "mistral"}, _TOWER, perceiver_config={
+            "hidden_size": 64, "resampler_n_latents": 4, "resampler_n_heads": 4, "resampler_head_dim": 16,
+            "num_key_value_heads": 2, "resampler_depth": 1,
         },
     ),
-    Family(
-        "Idefics 2", "idefics2", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "text_config": {**_TEXT, "model_type": "mistral"}, "vision_config": _TOWER,
-            "perceiver_config": {
-                "hidden_size": 64, "resampler_n_latents": 4, "resampler_n_heads": 4, "resampler_head_dim": 16,
-                "num_key_value_heads": 2, "resampler_depth": 1,
-            },
-        },
+    _with_images(
+        "InternVL 3", "internvl", {"model_type": "qwen2"}, {**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
     ),
-    Family(
-        "InternVL 3", "internvl", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "text_config": {**_TEXT, "model_type": "qwen2"},
-            "vision_config": {**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
-        },
+    _with_images(
+        "LLaVA 1.5", "llava", {"model_type": "llama"}, {**_TOWER, "model_type": "clip_vision_model"}, "image_token_index",
     ),
-    Family(
-        "LLaVA 1.5", "llava", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_index": 300, "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": {**_TOWER, "model_type": "clip_vision_model"},
-        },
-    ),
-    Family(
-        "LLaVA-OneVision", "llava_onevision", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_index": 300, "text_config": {**_TEXT, "model_type": "qwen2"},
-            "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
-        },
-    ),
-    Family(
-        "Llama 3.2 Vision", "mllama", published=_IMAGES,
+    _with_images("LLaVA-OneVision", "llava_onevision", {"model_type": "qwen2"}, _SIGLIP, "image_token_index"),
+    _with_images(
+        "Llama 3.2 Vision", "mllama", {**_ROPE, "cross_attention_layers": [1]},
+        {**_TOWER, "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 64,
+         "intermediate_layers_indices": [1]}, "image_token_index",
         limits="refused: its layers for images get no gradient from text; name `adapter.targets` of the others",
-        changes={
-            **_PARTS, "image_token_index": 300, "text_config": {**_TEXT, **_ROPE, "cross_attention_layers": [1]},
-            "vision_config": {
-                **_TOWER, "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 64,
-                "intermediate_layers_indices": [1],
-            },
-        },
     ),
-    Family(
-        "Ovis 2", "ovis2", published=_IMAGES,
-        changes={
-            **_PARTS, "hidden_size": 64, "image_token_id": 300, "text_config": {**_TEXT, "model_type": "qwen2"},
-            "vision_config": {**_TOWER, "vocab_size": 64},
-        },
-    ),
-    Family(
-        "PaddleOCR-VL", "paddleocr_vl", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "text_config": {**_TEXT, **_THREE_ROPES}, "vision_config": _TOWER,
-        },
-    ),
-    Family(
-        "PaliGemma", "paligemma", published=_IMAGES,
+    _with_images("Ovis 2", "ovis2", {"model_type": "qwen2"}, {**_TOWER, "vocab_size": 64}, hidden_size=64),
+    _with_images("PaddleOCR-VL", "paddleocr_vl", _THREE_ROPES, _TOWER),
+    _with_images(
+        "PaliGemma", "paligemma", {"model_type": "gemma"}, _SIGLIP, "image_token_index", projection_dim=64,
         limits="refused: it shows each token of the prompt the later ones",
-        changes={
-            **_PARTS, "image_token_index": 300, "projection_dim": 64, "text_config": {**_TEXT, "model_type": "gemma"},
-            "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
-        },
     ),
-    Family(
-        "Qwen2-VL", "qwen2_vl", published=_IMAGES,
-        changes={
-            **_PARTS, "image_token_id": 300, "text_config": {**_TEXT, **_THREE_ROPES},
-            "vision_config": {
-                "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4,
-                "spatial_merge_size": 2, "temporal_patch_size": 2,
-            },
-        },
+    _with_images(
+        "Qwen2-VL", "qwen2_vl", _THREE_ROPES,
+        {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+         "temporal_patch_size": 2},
     ),
-    Family(
+    _mixture(
         "Trinity", "afmoe", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "num_dense_layers": 1,
-        "num_shared_experts": 1, "global_attn_every_n_layers": 2}, experts="4 bits",
+        "num_shared_experts": 1, "global_attn_every_n_layers": 2},
     ),
     Family("Apertus", "apertus", f"{_ATTENTION} up_proj down_proj"),
     Family("Apertus 1.5, text", "apertus1p5_text", f"{_ATTENTION} up_proj down_proj"),
     Family("Arcee AFM", "arcee", f"{_ATTENTION} up_proj down_proj"),
-    Family(
-        "Aria, text", "aria_text", changes={"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-        experts="4 bits",
+    _mixture("Aria, text", "aria_text", changes={"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    _mixture("A.X K1", "axk1", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST}),
+    _mixture(
+        "A.X K2", "axk2", f"{_MLP} q_a_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj o_proj fc1 fc2", {**_LATENT,
+        **_ROUTED, **_INDEXED, **_DENSE_FIRST, "head_dim": 8, "gated_norm_rank": 16},
     ),
-    Family("A.X K1", "axk1", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST}, experts="4 bits"),
-    Family(
-        "A.X K2", "axk2",
-        f"{_MLP} q_a_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj o_proj fc1 fc2", {**_LATENT,
-        **_ROUTED, **_INDEXED, **_DENSE_FIRST, "head_dim": 8, "gated_norm_rank": 16}, experts="4 bits",
-    ),
-    Family(
+    _mixture(
         "Ling 2.5 hybrid", "bailing_hybrid", f"{_ATTENTION} {_MLP} f_proj b_proj g_proj kv_a_proj_with_mqa kv_b_proj",
         {**_LOCAL_EXPERTS, **_HEADS, **_NARROW, "q_lora_rank": ..., "kv_lora_rank": 32, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
-        "first_k_dense_replace": 1, "layer_group_size": 2}, experts="4 bits",
+        "first_k_dense_replace": 1, "layer_group_size": 2},
     ),
     Family("Bamba", "bamba", f"{_ATTENTION} {_MLP} in_proj out_proj", {**_MAMBA, "attn_layer_indices": [1]}),
     Family(
@@ -426,9 +345,9 @@ _FAMILIES = [
     Family("BitNet", "bitnet"),
     Family("BLOOM", "bloom", _NEOX, {**_NO_GROUPS, "n_layer": 2, "n_head": 4}),
     Family("CodeGen", "codegen", "out_proj qkv_proj fc_in fc_out", {**_NO_GROUPS, "rotary_dim": 8}),
-    Family(
-        "Command with experts", "cohere2_moe", _ATTENTION, {**_EXPERTS, **_HEADS, **_WINDOW,
-        "sliding_window_pattern": 2}, experts="4 bits",
+    _mixture(
+        "Command with experts", "cohere2_moe", _ATTENTION, {**_EXPERTS, **_HEADS, **_WINDOW, "sliding_window_pattern":
+        2},
     ),
     Family(
         "Cohere Compass, text", "cohere_compass_text", changes={**_WINDOWED,
@@ -446,28 +365,27 @@ _FAMILIES = [
         limits=_KEPT,
     ),
     Family("CWM", "cwm", changes={**_WINDOWED, **_HEADS}),
-    Family(
+    _mixture(
         "DBRX", "dbrx", "Wqkv out_proj", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}, experts="4 bits",
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64,
+        "moe_num_experts": 4, "moe_top_k": 2}},
     ),
-    Family(
-        "DeepSeek V2", "deepseek_v2", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
-        "first_k_dense_replace": 1}, experts="4 bits",
+    _mixture(
+        "DeepSeek V2", "deepseek_v2", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, "first_k_dense_replace":
+        1},
     ),
-    Family(
+    _mixture(
         "DeepSeek V3, R1", "deepseek_v3", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
-        "first_k_dense_replace": 1}, experts="4 bits",
+        "first_k_dense_replace": 1},
     ),
-    Family(
-        "DeepSeek V3.2", "deepseek_v32", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED,
-        **_INDEXED, **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
+    _mixture(
+        "DeepSeek V3.2", "deepseek_v32", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED,
+        **_DENSE_FIRST, "head_dim": 8},
     ),
-    Family(
-        "DeepSeek V4", "deepseek_v4", f"{_MLP} q_a_proj q_b_proj kv_proj o_b_proj", {**_INDEXED, **_HEADS,
-        **_WINDOW, **_NARROW, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": ..., "topk_group": ...,
-        "q_lora_rank": 32, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16, "qk_rope_head_dim": 8},
-        experts="4 bits",
+    _mixture(
+        "DeepSeek V4", "deepseek_v4", f"{_MLP} q_a_proj q_b_proj kv_proj o_b_proj", {**_INDEXED, **_HEADS, **_WINDOW,
+        **_NARROW, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": ..., "topk_group": ..., "q_lora_rank":
+        32, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16, "qk_rope_head_dim": 8},
     ),
     Family("DiffLlama", "diffllama"),
     Family("Doge", "doge", f"{_ATTENTION} {_MLP} dt_proj"),
@@ -475,27 +393,22 @@ _FAMILIES = [
         "Dory", "dory", changes={**_HEADS, **_WINDOW, "n_input_layers": 1, "n_output_layers": 1,
         "n_recurrent_layers": 1, "num_hidden_layers": 3},
     ),
-    Family(
-        "dots.llm1", "dots1", changes={**_ROUTED, **_WINDOW, "n_shared_experts": 1, "first_k_dense_replace": 1},
-        experts="4 bits",
-    ),
-    Family(
-        "dots 3 Note, text", "dots3_note_text", f"{_LATENT_ATTENTION} {_MLP} g_proj", {**_LATENT,
-        **_ROUTED, **_INDEXED, **_HEADS, **_DENSE_FIRST, "shared_experts_intermediate_size": 64}, experts="4 bits",
+    _mixture("dots.llm1", "dots1", changes={**_ROUTED, **_WINDOW, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+    _mixture(
+        "dots 3 Note, text", "dots3_note_text", f"{_LATENT_ATTENTION} {_MLP} g_proj", {**_LATENT, **_ROUTED,
+        **_INDEXED, **_HEADS, **_DENSE_FIRST, "shared_experts_intermediate_size": 64},
     ),
     Family("ERNIE 4.5", "ernie4_5", changes=_HEADS),
-    Family(
+    _mixture(
         "ERNIE 4.5 with experts", "ernie4_5_moe", changes={**_NARROW, "moe_k": 2, "moe_num_experts": 4,
-        "moe_num_shared_experts": 1}, experts="4 bits",
+        "moe_num_shared_experts": 1},
     ),
     Family("EXAONE 4", "exaone4", changes=_WINDOWED),
-    Family("K-EXAONE", "exaone_moe", changes={**_EXPERTS, **_WINDOWED, **_NARROW}, experts="4 bits"),
+    _mixture("K-EXAONE", "exaone_moe", changes={**_EXPERTS, **_WINDOWED, **_NARROW}),
     Family("Falcon-H1", "falcon_h1", f"{_ATTENTION} {_MLP} in_proj out_proj", {**_MAMBA, "mamba_d_ssm": 128}),
     Family("Falcon Mamba", "falcon_mamba", "in_proj x_proj out_proj", _NO_GROUPS),
-    Family("FlexOlmo", "flex_olmo", _ATTENTION, _EXPERTS, experts="4 bits"),
-    Family(
-        "Flint", "flint", changes={**_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
-    ),
+    _mixture("FlexOlmo", "flex_olmo", _ATTENTION, _EXPERTS),
+    Family("Flint", "flint", changes={**_SHARED_EXPERT, **_HEADS, **_WINDOW}),
     Family(
         "Gemma 3n, text", "gemma3n_text",
         f"{_ATTENTION} {_MLP} modality_router linear_left linear_right {_PER_LAYER}",
@@ -511,14 +424,11 @@ _FAMILIES = [
     Family("Gemma 4 unified, text", "gemma4_unified_text", changes={**_WINDOWED, **_HEADS}),
     Family("GLM 4 (2024)", "glm", f"{_ATTENTION} gate_up_proj down_proj", _HEADS),
     Family("GLM 4 (2025)", "glm4", f"{_ATTENTION} gate_up_proj down_proj", _HEADS),
-    Family("GLM 4.5 to 4.7", "glm4_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, experts="4 bits"),
-    Family(
-        "GLM 4.7 Flash", "glm4_moe_lite", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST},
-        experts="4 bits",
-    ),
-    Family(
-        "GLM 5", "glm_moe_dsa", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED,
-        **_DENSE_FIRST, "head_dim": 8}, experts="4 bits",
+    _mixture("GLM 4.5 to 4.7", "glm4_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}),
+    _mixture("GLM 4.7 Flash", "glm4_moe_lite", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_DENSE_FIRST}),
+    _mixture(
+        "GLM 5", "glm_moe_dsa", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED, **_DENSE_FIRST,
+        "head_dim": 8},
     ),
     Family(
         "GLM 5.3 Flash", "glm5_next",
@@ -550,119 +460,100 @@ _FAMILIES = [
     ),
     Family("GPT-J", "gptj", "k_proj v_proj q_proj out_proj fc_in fc_out", {**_NO_GROUPS, "rotary_dim": 8}),
     Family("Granite with windows", "granite_swa", changes=_WINDOWED),
-    Family("Granite 3 with experts", "granitemoe", _ATTENTION, _LOCAL_EXPERTS, experts="4 bits"),
-    Family(
-        "Granite with experts and windows", "granitemoe_swa", _ATTENTION, {**_LOCAL_EXPERTS, **_WINDOWED},
-        experts="4 bits",
-    ),
-    Family(
+    _mixture("Granite 3 with experts", "granitemoe", _ATTENTION, _LOCAL_EXPERTS),
+    _mixture("Granite with experts and windows", "granitemoe_swa", _ATTENTION, {**_LOCAL_EXPERTS, **_WINDOWED}),
+    _mixture(
         "Granite 4", "granitemoehybrid", f"{_ATTENTION} input_linear output_linear in_proj out_proj", {**_MAMBA,
-        **_LOCAL_EXPERTS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64}, experts="4 bits",
+        **_LOCAL_EXPERTS, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
     ),
-    Family(
+    _mixture(
         "Granite with shared experts", "granitemoeshared", f"{_ATTENTION} input_linear output_linear",
-        {**_LOCAL_EXPERTS, "shared_intermediate_size": 64}, experts="4 bits",
+        {**_LOCAL_EXPERTS, "shared_intermediate_size": 64},
     ),
     Family("Helium", "helium", changes=_HEADS),
     Family("HRM, text", "hrm_text", changes=_HEADS),
     Family("Hunyuan V1", "hunyuan_v1_dense", changes={**_HEADS, **_ROPE}),
-    Family(
-        "Hunyuan V1 with experts", "hunyuan_v1_moe", changes={**_HEADS, **_ROPE, "num_experts": 4, "moe_topk": 2},
-        experts="4 bits",
-    ),
-    Family(
-        "Hunyuan 3", "hy_v3", changes={**_EXPERTS, **_HEADS, **_NARROW, **_DENSE_FIRST, "num_shared_experts": 1},
-        experts="4 bits",
-    ),
-    Family(
-        "Hunyuan 4", "hy_v4", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED,
-        **_HEADS, **_DENSE_FIRST}, experts="4 bits",
+    _mixture("Hunyuan V1 with experts", "hunyuan_v1_moe", changes={**_HEADS, **_ROPE, "num_experts": 4, "moe_topk": 2}),
+    _mixture("Hunyuan 3", "hy_v3", changes={**_EXPERTS, **_HEADS, **_NARROW, **_DENSE_FIRST, "num_shared_experts": 1}),
+    _mixture(
+        "Hunyuan 4", "hy_v4", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, **_ROUTED, **_INDEXED, **_HEADS,
+        **_DENSE_FIRST},
     ),
     Family("HyperCLOVA X", "hyperclovax"),
-    Family(
+    _mixture(
         "Inkling 2 loop, text", "inkling2_loop_text",
         "linear gate_proj sink_proj down_proj forget_gate_proj message_gate_proj", {**_INKLING, **_NARROW,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304, "n_layers_per_attn_res_block": 1,
         "num_hidden_layers": 3, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_gate_rank": 8},
-        experts="4 bits",
         limits="refused: transformers cuts rows off the head of its files",
     ),
-    Family(
-        "Inkling 2, text", "inkling2_text", "linear gate_proj sink_proj", {**_INKLING, **_NARROW,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304,
-        "n_layers_per_attn_res_block": 1}, experts="4 bits",
+    _mixture(
+        "Inkling 2, text", "inkling2_text", "linear gate_proj sink_proj", {**_INKLING, **_NARROW, "n_routed_experts":
+        4, "num_experts_per_tok": 2, "unpadded_vocab_size": 304, "n_layers_per_attn_res_block": 1},
         limits="refused: transformers cuts rows off the head of its files",
     ),
-    Family(
+    _mixture(
         "Inkling, text", "inkling_text", f"{_ATTENTION} r_proj", {**_INKLING, **_NARROW, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "n_shared_experts": 1, "intermediate_size": 64}, experts="4 bits",
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "intermediate_size": 64},
         limits="refused: it computes its logits in a way that the loss does not know",
     ),
     Family("InternLM 3", "internlm3", changes=_HEADS),
     Family("IQuest-Coder", "iquestcoder", changes=_HEADS),
     Family("Jais 2", "jais2", f"{_ATTENTION} up_proj down_proj"),
-    Family(
+    _mixture(
         "Jamba", "jamba", f"{_ATTENTION} {_MLP} in_proj x_proj out_proj", {**_EXPERTS, "attn_layer_period": 2,
         "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16,
-        "mamba_dt_rank": 8, "use_mamba_kernels": False}, experts="4 bits",
+        "mamba_dt_rank": 8, "use_mamba_kernels": False},
     ),
-    Family(
+    _mixture(
         "JetMoE", "jetmoe", "kv_proj", {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": 4,
-        "num_key_value_heads": 2}, experts="4 bits",
-        limits=_KEPT,
+        "num_key_value_heads": 2}, limits=_KEPT,
     ),
-    Family(
+    _mixture(
         "Kimi Linear", "kimi_linear",
         f"{_ATTENTION} {_MLP} f_a_proj f_b_proj b_proj g_a_proj g_b_proj kv_a_proj_with_mqa kv_b_proj",
         {**_LOCAL_EXPERTS, **_NARROW, **_DENSE_FIRST, "q_lora_rank": ..., "kv_lora_rank": 32, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
         "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 16, "linear_num_heads": 4},
-        experts="4 bits",
     ),
-    Family(
-        "Kolibri", "kolibri1", changes={**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW,
-        "shared_expert_intermediate_size": 64}, experts="4 bits",
+    _mixture("Kolibri", "kolibri1", changes={**_SHARED_EXPERT, **_WINDOWED, **_HEADS}),
+    _mixture(
+        "Laguna", "laguna", f"{_ATTENTION} {_MLP} g_proj", {**_SHARED_EXPERT, **_WINDOWED, **_HEADS, **_DENSE_FIRST},
     ),
-    Family(
-        "Laguna", "laguna", f"{_ATTENTION} {_MLP} g_proj", {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW,
-        **_DENSE_FIRST, "shared_expert_intermediate_size": 64}, experts="4 bits",
-    ),
-    Family(
-        "Lara mini", "lara_mini", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}",
-        {**_LINEAR, **_EXPERTS, **_HEADS, **_WINDOW, **_NARROW, "shared_expert_intermediate_size": 64},
-        experts="4 bits",
+    _mixture(
+        "Lara mini", "lara_mini", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}", {**_LINEAR, **_SHARED_EXPERT, **_HEADS,
+        **_WINDOW},
     ),
     Family("LFM2", "lfm2", "in_proj out_proj w1 w3 w2 q_proj k_proj v_proj", _CONV),
-    Family(
+    _mixture(
         "LFM2 with experts", "lfm2_moe", "in_proj out_proj w1 w3 w2 q_proj k_proj v_proj", {**_EXPERTS, **_NARROW,
-        **_CONV, "num_dense_layers": 1}, experts="4 bits",
+        **_CONV, "num_dense_layers": 1},
     ),
     Family("LFM3", "lfm3", f"{_ATTENTION} in_proj out_proj w1 w3 w2 g_proj", {**_HEADS, **_WINDOW, **_CONV}),
-    Family(
+    _mixture(
         "LongCat-Flash", "longcat_flash", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, "num_layers": 2,
         "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
-        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...}, experts="4 bits",
+        "expert_ffn_hidden_size": 64, "num_hidden_layers": ...},
     ),
     Family("Mamba", "mamba", "in_proj x_proj out_proj", _NO_GROUPS),
     Family(
         "Mamba 2", "mamba2", "in_proj out_proj", {**_HEADS, **_NO_GROUPS, "num_heads": 8, "state_size": 16,
         "n_groups": 2, "chunk_size": 8, "num_attention_heads": ...},
     ),
-    Family("Mellum", "mellum", _ATTENTION, {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW}, experts="4 bits"),
-    Family(
-        "MiMo V2 Flash", "mimo_v2_flash", changes={**_ROUTED, **_WINDOWED, **_HEADS, **_DENSE_FIRST,
-        "v_head_dim": 16}, experts="4 bits",
+    _mixture("Mellum", "mellum", _ATTENTION, {**_EXPERTS, **_WINDOWED, **_HEADS, **_NARROW}),
+    _mixture(
+        "MiMo V2 Flash", "mimo_v2_flash", changes={**_ROUTED, **_WINDOWED, **_HEADS, **_DENSE_FIRST, "v_head_dim": 16},
     ),
     Family("MiniCPM 3", "minicpm3", f"{_LATENT_ATTENTION} {_MLP}", {**_LATENT, "dim_model_base": 32, "scale_emb": 12}),
-    Family(
+    _mixture(
         "MiniMax-01, M1", "minimax", f"{_ATTENTION} qkv_proj out_proj output_gate", {**_LOCAL_EXPERTS, **_HEADS,
-        "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, experts="4 bits",
+        "layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     ),
-    Family("MiniMax M2", "minimax_m2", _ATTENTION, {**_LOCAL_EXPERTS, **_HEADS}, experts="4 bits"),
-    Family(
+    _mixture("MiniMax M2", "minimax_m2", _ATTENTION, {**_LOCAL_EXPERTS, **_HEADS}),
+    _mixture(
         "MiniMax M3, text", "minimax_m3_vl_text", f"{_ATTENTION} gate_up_proj down_proj", {**_LOCAL_EXPERTS, **_HEADS,
         **_DENSE_FIRST, "dense_intermediate_size": 128, "shared_intermediate_size": 64, "rotary_dim": 8,
-        "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2}, experts="4 bits",
+        "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2},
     ),
     Family("Ministral", "ministral", changes={**_WINDOWED, **_HEADS, **_ROPE}),
     Family("Ministral 3, text", "ministral3", changes=_HEADS),
@@ -677,43 +568,35 @@ _FAMILIES = [
     ),
     Family("nanochat", "nanochat", f"{_ATTENTION} fc1 fc2"),
     Family("Nemotron 3, 4", "nemotron", f"{_ATTENTION} up_proj down_proj"),
-    Family(
+    _mixture(
         "Nemotron-H, Nemotron 3 Nano", "nemotron_h", f"{_ATTENTION} in_proj out_proj up_proj down_proj", {**_ROUTED,
         **_HEADS, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 8,
         "layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3,
-        "moe_shared_expert_intermediate_size": 64}, experts="4 bits",
+        "moe_shared_expert_intermediate_size": 64},
     ),
     Family("OLMo", "olmo"),
     Family("OLMo 3", "olmo3", changes=_WINDOWED),
     Family("OLMo hybrid", "olmo_hybrid", f"{_ATTENTION} {_MLP} a_proj b_proj g_proj", _LINEAR),
-    Family("OLMoE", "olmoe", _ATTENTION, _EXPERTS, experts="4 bits"),
+    _mixture("OLMoE", "olmoe", _ATTENTION, _EXPERTS),
     Family("GPT", "openai-gpt", "c_attn c_proj c_fc", {**_NO_DROPOUT, **_NO_GROUPS}, "each load", limits=f"{_KEPT}; not served"),
     Family("Persimmon", "persimmon", _NEOX, _NO_GROUPS),
-    Family("Phi-3.5 MoE", "phimoe", _ATTENTION, {**_LOCAL_EXPERTS, "router_jitter_noise": 0.0}, experts="4 bits"),
-    Family(
-        "Qwen1.5, Qwen2 with experts", "qwen2_moe", changes={**_EXPERTS, **_NARROW,
-        "shared_expert_intermediate_size": 64}, experts="4 bits",
+    _mixture("Phi-3.5 MoE", "phimoe", _ATTENTION, {**_LOCAL_EXPERTS, "router_jitter_noise": 0.0}),
+    _mixture("Qwen1.5, Qwen2 with experts", "qwen2_moe", changes=_SHARED_EXPERT),
+    _mixture(
+        "Qwen3.5 with experts, text", "qwen3_5_moe_text", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}", {**_LINEAR,
+        **_SHARED_EXPERT, **_HEADS},
     ),
-    Family(
-        "Qwen3.5 with experts, text", "qwen3_5_moe_text",
-        f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}", {**_LINEAR, **_EXPERTS, **_HEADS,
-        **_NARROW, "shared_expert_intermediate_size": 64}, experts="4 bits",
+    Family("Qwen3.5, text", "qwen3_5_text", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}", {**_LINEAR, **_HEADS}),
+    _mixture(
+        "Qwen3-Next", "qwen3_next", f"{_ATTENTION} {_MLP} in_proj_qkvz in_proj_ba out_proj", {**_LINEAR,
+        **_SHARED_EXPERT, **_HEADS},
     ),
-    Family(
-        "Qwen3.5, text", "qwen3_5_text", f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ}",
-        {**_LINEAR, **_HEADS},
-    ),
-    Family(
-        "Qwen3-Next", "qwen3_next", f"{_ATTENTION} {_MLP} in_proj_qkvz in_proj_ba out_proj", {**_LINEAR, **_EXPERTS,
-        **_HEADS, **_NARROW, "shared_expert_intermediate_size": 64}, experts="4 bits",
-    ),
-    Family(
+    _mixture(
         "Qwen4 experimental, text", "qwen4_exp_text",
         f"{_ATTENTION} {_MLP} out_proj {_IN_PROJ} input_mix_weight_down input_mix_weight_up block_inject_weight index_qk_proj",
-        {**_LINEAR, **_EXPERTS, **_HEADS, **_NARROW, "shared_expert_intermediate_size": 64, "hc_count": 2,
-        "hc_lowrank": 16, "ngram_vocab_size_base": 512, "heads_per_ngram": 2, "split_ngram_parts": 2,
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
-        "indexer_compress_ratio": 2}, experts="4 bits",
+        {**_LINEAR, **_SHARED_EXPERT, **_HEADS, "hc_count": 2, "hc_lowrank": 16, "ngram_vocab_size_base": 512,
+        "heads_per_ngram": 2, "split_ngram_parts": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim":
+        16, "indexer_budget": 8, "indexer_compress_ratio": 2},
     ),
     Family(
         "RecurrentGemma", "recurrent_gemma", f"{_ATTENTION} {_MLP} linear_y linear_x linear_out",
@@ -724,16 +607,14 @@ _FAMILIES = [
         "num_attention_heads": ...},
         limits="refused: it changes its weights between training and evaluation",
     ),
-    Family(
-        "Sarvam 105B", "sarvam_mla", f"{_MLP} q_proj kv_a_proj_with_mqa kv_b_proj o_proj", {**_ROUTED,
-        "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-        "num_key_value_heads": 4, "first_k_dense_replace": 1}, experts="4 bits",
+    _mixture(
+        "Sarvam 105B", "sarvam_mla", f"{_MLP} q_proj kv_a_proj_with_mqa kv_b_proj o_proj", {**_ROUTED, "q_lora_rank":
+        None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "first_k_dense_replace": 1},
     ),
-    Family(
-        "Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}, experts="4 bits"
-    ),
+    _mixture("Sarvam 30B", "sarvam_moe", changes={**_ROUTED, **_HEADS, "first_k_dense_replace": 1}),
     Family("Seed-OSS", "seed_oss", changes={**_HEADS, "attention_dropout": 0.0, "residual_dropout": 0.0}),
-    Family("Solar Open", "solar_open", changes={**_ROUTED, **_HEADS}, experts="4 bits"),
+    _mixture("Solar Open", "solar_open", changes={**_ROUTED, **_HEADS}),
     Family("VaultGemma", "vaultgemma", changes={**_WINDOWED, **_HEADS}),
     Family(
         "xLSTM", "xlstm", "q k v ogate_preact igate_preact fgate_preact out_proj proj_up_gate proj_up proj_down",
@@ -762,9 +643,9 @@ _FAMILIES = [
         {"layers_block_type": ["mamba", "hybrid", "hybrid"], "mamba_d_state": 16, "n_mamba_heads": 4, "chunk_size": 8,
         "num_key_value_heads": 4, "adapter_rank": 8, "num_hidden_layers": 3, "num_mem_blocks": 1},
     ),
-    Family(
+    _mixture(
         "ZAYA1", "zaya", "o_proj q_proj k_proj v_proj_current v_proj_delayed", {**_HEADS, **_NARROW, "num_experts": 4,
-        "router_hidden_size": 32}, experts="4 bits",
+        "router_hidden_size": 32},
     ),
 ]  # fmt: skip
 FAMILIES = {family.model_type: family for family in _FAMILIES}

@@ -120,6 +120,21 @@ class ImageFamily:
         return directory
 
 
+def _qwen(model_type: str, processor: str, text: dict[str, Any]) -> ImageFamily:
+    place = "<|vision_start|><|image_pad|><|vision_end|>"
+    config = {**_QWEN, "text_config": {**_TEXT, **text}}
+    return ImageFamily(model_type, processor, config, _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", place))
+
+
+def _idefics(model_type: str, processor: str, images: Any, *needs: str) -> ImageFamily:
+    text = {**_TEXT, "model_type": "llama"}
+    return ImageFamily(
+        model_type, processor, {"text_config": text, "vision_config": _SIGLIP, "image_token_id": 300, "scale_factor": 2},
+        lambda: images(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
+        ["<image>", "<fake_token_around_image>", "<global-img>"], _SMOLVLM, {}, {"image_seq_len": 1}, needs,
+    )  # fmt: skip
+
+
 IMAGE_FAMILIES = {
     "gemma3": ImageFamily(
         "gemma3", "Gemma3Processor",
@@ -159,46 +174,15 @@ IMAGE_FAMILIES = {
             "boa_token": "<|audio>", "eoa_token": "<audio|>",
         },
     ),
-    "qwen2_5_vl": ImageFamily(
-        "qwen2_5_vl", "Qwen2_5_VLProcessor", {**_QWEN, "text_config": {**_TEXT, "rope_parameters": _ROPE}},
-        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    "qwen2_5_vl": _qwen("qwen2_5_vl", "Qwen2_5_VLProcessor", {"rope_parameters": _ROPE}),
+    "qwen3_vl": _qwen("qwen3_vl", "Qwen3VLProcessor", {"rope_parameters": _ROPE}),
+    "qwen3_vl_moe": _qwen("qwen3_vl_moe", "Qwen3VLProcessor", {"rope_parameters": _ROPE, **_EXPERTS}),
+    "qwen3_5": _qwen("qwen3_5", "Qwen3VLProcessor", _NEXT),
+    "qwen3_5_moe": _qwen(
+        "qwen3_5_moe", "Qwen3VLProcessor", {**_NEXT, **_EXPERTS, "shared_expert_intermediate_size": 32}
     ),
-    "qwen3_vl": ImageFamily(
-        "qwen3_vl", "Qwen3VLProcessor", {**_QWEN, "text_config": {**_TEXT, "rope_parameters": _ROPE}},
-        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ),
-    "qwen3_vl_moe": ImageFamily(
-        "qwen3_vl_moe", "Qwen3VLProcessor", {**_QWEN, "text_config": {**_TEXT, "rope_parameters": _ROPE, **_EXPERTS}},
-        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ),
-    "qwen3_5": ImageFamily(
-        "qwen3_5", "Qwen3VLProcessor", {**_QWEN, "text_config": {**_TEXT, **_NEXT}},
-        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ),
-    "qwen3_5_moe": ImageFamily(
-        "qwen3_5_moe", "Qwen3VLProcessor",
-        {**_QWEN, "text_config": {**_TEXT, **_NEXT, **_EXPERTS, "shared_expert_intermediate_size": 32}},
-        _qwen_images, _QWEN_TOKENS, _CHATML.replace("PLACE", "<|vision_start|><|image_pad|><|vision_end|>"),
-    ),
-    "idefics3": ImageFamily(
-        "idefics3", "Idefics3Processor",
-        {
-            "text_config": {**_TEXT, "model_type": "llama"}, "vision_config": _SIGLIP, "image_token_id": 300,
-            "scale_factor": 2,
-        },
-        lambda: Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
-        ["<image>", "<fake_token_around_image>", "<global-img>"], _SMOLVLM, {}, {"image_seq_len": 1},
-    ),
-    "smolvlm": ImageFamily(
-        "smolvlm", "SmolVLMProcessor",
-        {
-            "text_config": {**_TEXT, "model_type": "llama"}, "vision_config": _SIGLIP, "image_token_id": 300,
-            "scale_factor": 2,
-        },
-        lambda: SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28}),
-        ["<image>", "<fake_token_around_image>", "<global-img>"], _SMOLVLM, {}, {"image_seq_len": 1},
-        ("num2words",),
-    ),
+    "idefics3": _idefics("idefics3", "Idefics3Processor", Idefics3ImageProcessorPil),
+    "smolvlm": _idefics("smolvlm", "SmolVLMProcessor", SmolVLMImageProcessorPil, "num2words"),
     "lfm2_vl": ImageFamily(
         "lfm2_vl", "Lfm2VlProcessor",
         {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.layer import QveraLinear, adapted_layers
@@ -15,77 +16,20 @@ from qvera.adapters.tuner import QveraExperts
 from qvera.models import quantization
 from qvera.models.experts import ExpertStack
 from qvera.models.structure import share_tied_modules
-from tests.conftest import small_tokenizer
+from tests.families import FAMILIES
 
-_COMMON: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 304, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "initializer_range": 0.1, "num_experts_per_tok": 2,
-}  # fmt: skip
-_NARROW = {"head_dim": 16, "moe_intermediate_size": 64}
-_ROUTED = {**_NARROW, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-CLASSES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {**_NARROW, "num_experts": 4},
-    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "sliding_window": 64},
-    "deepseek_v3": {
-        "moe_intermediate_size": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-        "num_key_value_heads": 4,
-    },
-    "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1},
-    "granitemoe": {"num_local_experts": 4},
-    "lfm2_moe": {
-        "num_experts": 4, "moe_intermediate_size": 64, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"],
-    },
-    "olmoe": {"num_experts": 4},
-    "qwen3_5_moe_text": {
-        **_NARROW, "num_experts": 4, "shared_expert_intermediate_size": 64,
-        "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    },
-    "llama4_text": {
-        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
-        "intermediate_size_mlp": 128, "layer_types": ["full_attention", "full_attention"], "no_rope_layers": [1, 1],
-    },
-    "nemotron_h": {
-        **_ROUTED, "moe_shared_expert_intermediate_size": 64, "layers_block_type": ["attention", "moe"],
-        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
-    },
-    "dbrx": {
-        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
-    },
-    "jetmoe": {"num_local_experts": 4, "kv_channels": 16, "num_attention_heads": 4},
-    "longcat_flash": {
-        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-        "num_key_value_heads": 4, "num_layers": 2, "ffn_hidden_size": 128, "head_dim": 8, "moe_topk": 2,
-        "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 64,
-    },
-}  # fmt: skip
-"""Model type → the config beside what is common. gpt-oss has biases, it and Llama 4 transposed weights, nemotron_h no gate,
-DBRX three matrices for each expert, JetMoE experts in its attention, LongCat-Flash experts without weights."""
-_OF_ITS_OWN = {
-    "dbrx": {"num_hidden_layers", "num_attention_heads", "hidden_size"},
-    "longcat_flash": {"num_hidden_layers"},
-}
-"""What these call otherwise."""
+CLASSES = (
+    "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe", "lfm2_moe", "olmoe", "qwen3_5_moe_text",
+    "llama4_text", "nemotron_h", "dbrx", "jetmoe", "longcat_flash",
+)  # fmt: skip
+"""gpt-oss has biases, it and Llama 4 transposed weights, nemotron_h no gate, DBRX three matrices for each expert, JetMoE
+experts in its attention, LongCat-Flash experts without weights."""
 
 
 def write(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A random checkpoint, as transformers saves it: of single experts, or of stacked ones."""
-    torch.manual_seed(0)
-    common = {key: value for key, value in _COMMON.items() if key not in _OF_ITS_OWN.get(name, ())}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **{**common, **CLASSES.get(name, {}), **changes})
-    )
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith(("bias", "gate.weight")) or "expert" in key or "router" in key:
-                parameter.normal_(std=0.1)
-    model.to(dtype).save_pretrained(directory)
-    small_tokenizer().save_pretrained(directory)
+    """The random checkpoint of its family, as transformers saves it: of single experts, or of stacked ones."""
+    family = FAMILIES[name]
+    dataclasses.replace(family, changes={**family.changes, **changes}).write(directory, dtype)
     return directory
 
 
