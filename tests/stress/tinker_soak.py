@@ -30,7 +30,7 @@ import random
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,17 +229,10 @@ class Tenant:
         """Reinforcement learning, as a client does it."""
         rows = self.rows()
         now = await self.model.logprobs(await self.begin_rows(rows, forward_only=True))
-        weighted = [
-            Row(
-                row.tokens,
-                {
-                    "target_tokens": row.inputs["target_tokens"],
-                    "logprobs": [float(value) for value in own],
-                    "advantages": [self.chooser.uniform(-1, 1)] * len(own),
-                },
-            )
-            for row, own in zip(rows, now, strict=True)
-        ]
+        weighted = []
+        for row, own in zip(rows, now, strict=True):
+            given = {"logprobs": own.tolist(), "advantages": [self.chooser.uniform(-1, 1)] * len(own)}
+            weighted.append(Row(row.tokens, {"target_tokens": row.inputs["target_tokens"], **given}))
         loss = self.chooser.choice(["importance_sampling", "ppo"])
         await self.finish_rows(await self.begin_rows(weighted, loss), weighted, loss)
         await self.result(await self.step())
@@ -274,60 +267,34 @@ class Tenant:
         self.scene.fault(f"tenant {self.number}: {name} was accepted")
 
     def _wrong(self) -> tuple[str, str, Any, dict[str, str]]:
+        """One of each way to be wrong; what else is refused: test_messages.py and test_order.py."""
         model, choose, rows = self.model, self.chooser.choice, self.rows()
-        row, other = rows[0], {"model_id": self.model.id}
-        changed: dict[str, Callable[[], Any]] = {
-            "NaN": lambda: row.inputs.update(weights=[math.nan] * len(row.tokens)),
-            "infinity": lambda: row.inputs.update(weights=[math.inf] * len(row.tokens)),
-            "a token beyond the vocabulary": lambda: row.tokens.__setitem__(0, 10**8),
-            "a negative token": lambda: row.tokens.__setitem__(0, -1),
-            "a negative target": lambda: row.inputs["target_tokens"].__setitem__(0, -7),
-            "no targets": lambda: row.inputs.pop("target_tokens"),
-            "short weights": lambda: row.inputs["weights"].append(1.0),
-        }
-        if (
-            what := choose([*changed, "loss", "setting", "json", "zstd", "zstd bomb", "noise", "cut", "other"])
-        ) in changed:
-            changed[what]()
-            return what, "forward_backward", model.rows_body(model.next_seq(), rows), {}
-        if what == "loss":
-            loss = choose(["stable_reinforce", "custom", "x", ""])
-            return loss, "forward_backward", model.rows_body(model.next_seq(), rows, loss), {}
-        if what == "setting":
-            body = model.rows_body(model.next_seq(), rows, "cross_entropy", {"nonsense": 1.0})
-            return what, "forward_backward", body, {}
-        body = model.rows_body(model.next_seq(), rows)
+        row, seq = rows[0], {"model_id": model.id, "seq_id": model.next_seq()}
+        what = choose(["NaN", "a token beyond the vocabulary", "loss", "zstd bomb", "noise", "cut", "call"])
+        if what == "call":
+            path, fields = choose(
+                [
+                    ("optim_step", {**seq, "adam_params": {"learning_rate": math.nan}}),
+                    ("save_weights", {**seq, "path": "../../etc"}),
+                    ("no_such_call", seq),
+                    ("load_weights", {**seq, "path": "tinker://x/weights/y", "optimizer": True}),
+                    ("create_model", {"session_id": model.session, "model_seq_id": 8, "base_model": "no/such"}),
+                    ("retrieve_future", {"request_id": "nonsense"}),
+                ]
+            )
+            return f"{path} {str(fields)[-60:]}", path, fields, {}
+        if what == "NaN":
+            row.inputs.update(weights=[math.nan] * len(row.tokens))
+        if what.startswith("a token"):
+            row.tokens[0] = 10**8
+        body = model.rows_body(model.seq, rows, "x" if what == "loss" else "cross_entropy")
         assert isinstance(body, bytes)
-        if what == "json":
-            return what, "forward_backward", {**other, "seq_id": model.seq}, {}
-        if what == "zstd":
-            return what, "forward_backward", body, {"Content-Encoding": "zstd"}
         if what == "zstd bomb":
             return what, "forward_backward", self.scene.bomb, {"Content-Encoding": "zstd"}
-        if what == "noise":
-            return what, "forward_backward", self.chooser.randbytes(choose([1, 100, 10_000])), {}
-        if what == "cut":
-            return what, "forward_backward", body[: len(body) // 2], {}
-        seq = {**other, "seq_id": model.seq}
-        path, fields = choose(
-            [
-                ("optim_step", {**seq, "adam_params": {"learning_rate": -1.0}}),
-                ("optim_step", {**seq, "adam_params": {"learning_rate": math.nan}}),
-                ("optim_step", {**seq, "adam_params": {"learning_rate": "x"}}),
-                ("optim_step", {**seq, "optimizer_params": {"type": "dimuon"}}),
-                ("save_weights", {**seq, "path": "../../etc"}),
-                ("save_weights", {**seq, "path": "a/b"}),
-                ("save_weights_for_sampler", {**seq, "path": "x" * 5000}),
-                ("no_such_call", seq),
-                ("load_weights", {**seq, "path": "tinker://x/weights/y", "optimizer": True}),
-                ("load_weights", {"session_id": model.session, "model_seq_id": 7, "path": "/etc/passwd", "optimizer": True}),
-                ("create_model", {"session_id": model.session, "model_seq_id": 8, "base_model": "no/such"}),
-                ("create_model", {"session_id": model.session, "model_seq_id": 9, "base_model": model_name(self.scene.base),
-                                  "lora_config": {"rank": 10**6}}),
-                ("retrieve_future", {"request_id": "nonsense"}),
-            ]
-        )  # fmt: skip
-        return f"{path} {str(fields)[-60:]}", path, fields, {}
+        body = {"noise": self.chooser.randbytes(choose([1, 100, 10_000])), "cut": body[: len(body) // 2]}.get(
+            what, body
+        )
+        return what, "forward_backward", body, {}
 
     async def be_foreign(self) -> None:
         """Ask for what is another's: none of it is to be had, and it changes nothing."""
@@ -342,10 +309,8 @@ class Tenant:
             ("forward_backward", rows),
             ("optim_step", {"model_id": model.id, "seq_id": model.seq + 1, "adam_params": {}}),
             ("retrieve_future", {"request_id": promise}),
-            ("session_heartbeat", {"session_id": model.session}),
             (f"sessions/{model.session}/finish", {"reason": {"type": "success"}}),
             ("asample", asked),
-            ("create_model", {"session_id": model.session, "model_seq_id": 3, "base_model": self.kind[0]}),
             ("weights_info", {"tinker_path": f"tinker://{model.id}/weights/s1"}),
         ]
         for path, body in self.chooser.sample(calls, 3):
@@ -360,12 +325,8 @@ class Tenant:
     async def save_and_load(self) -> None:
         """A saved state makes a model that goes on as this one does."""
         self.names += 1
-        body = {
-            "model_id": self.model.id,
-            "seq_id": self.model.next_seq(),
-            "path": f"s{self.names}",
-            "overwrite": False,
-        }
+        named = {"path": f"s{self.names}", "overwrite": False}
+        body = {"model_id": self.model.id, "seq_id": self.model.next_seq(), **named}
         path = (await self.result(await self.send("save_weights", body))).json()["path"]
         session = await self.link.session()
         asked = {"session_id": session, "model_seq_id": 0, "path": path, "optimizer": True, "type": "load_weights"}
@@ -424,15 +385,12 @@ async def watch(scene: Scene, kept: list[dict[str, float]], every: float) -> Non
     while True:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(scene.server.process.pid)
-            kept.append(
-                {
-                    "seconds": time.monotonic() - began,
-                    "rss_bytes": process.memory_info().rss,
-                    "threads": process.num_threads(),
-                    "files": process.num_fds(),
-                    "steps": sum(scene.done.values()),
-                }
-            )
+            found = {
+                "rss_bytes": process.memory_info().rss,
+                "threads": process.num_threads(),
+                "files": process.num_fds(),
+            }
+            kept.append({"seconds": time.monotonic() - began, **found, "steps": sum(scene.done.values())})
         await asyncio.sleep(every)
 
 

@@ -69,6 +69,8 @@ def test_a_deleted_a_published_and_a_copied_checkpoint(start_tinker: StartTinker
             refused().result()
     anna.publish_checkpoint_from_tinker_path(path).result()
     assert anna.list_user_checkpoints().result().checkpoints[0].public
+    with pytest.raises(tinker.NotFoundError):  # the name alone does not say of which kind
+        anna.delete_checkpoint(training.model_id, "a").result()
     assert (
         client_of(server, server.keys["tom"]).create_training_client_from_state(path).result().get_info().lora_rank == 8
     )

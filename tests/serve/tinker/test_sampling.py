@@ -122,7 +122,9 @@ def test_what_is_asked_about_a_prompt_and_about_samples_comes_back_in_its_shape(
         assert all(len(likely) == 2 for likely in one.topk_logprobs)
     cells = {"sparse_crow_indices": [0, 1, 1, 3, 5], "sparse_col_indices": [0, 0, 1, 0, 1]}
     sparse = tinker.TensorData(data=[6, 8, 3, 9, 4], dtype="int64", shape=[4, 2], **cells)
-    again = sample(sampler, prompt, 1, {"target_prompt_logprobs": sparse}).target_prompt_logprobs
+    alone = sample(sampler, prompt, 1, {"target_prompt_logprobs": sparse})
+    again = alone.target_prompt_logprobs
+    assert alone.prompt_logprobs is None and alone.topk_prompt_logprobs is None
     assert torch.allclose(again.to_torch(), scored, atol=1e-5)
 
 
