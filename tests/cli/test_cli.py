@@ -217,8 +217,8 @@ def test_ctrl_c_saves_and_exits_75(
     Ctrl-C under ``2>&1 | tee LOG`` ends the tee too, and what is printed then has nowhere to go.
     """
     run = tmp_path / "run"
-    training = {"max_steps": 30, "save_steps": 50, "per_device_train_batch_size": 1, "output_dir": str(run)}
-    recipe = str(write_recipe(training=training))
+    training = {"max_steps": 16, "save_steps": 50, "per_device_train_batch_size": 1, "global_batch_size": 4}
+    recipe = str(write_recipe(training={**training, "output_dir": str(run)}))
     metrics = run / "metrics.jsonl"
 
     def steps() -> int:
@@ -239,9 +239,9 @@ def test_ctrl_c_saves_and_exits_75(
     pressing.join()
     assert not is_read or "The same command goes on" in capsys.readouterr().err
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
-    assert 3 < steps() < 30
+    assert 3 < steps() < 16
     assert main(["train", recipe, "--resume"]) == 0
-    assert steps() == 30
+    assert steps() == 16
 
 
 def test_an_unexpected_error_is_exit_1(trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from qvera.config.schema import Recipe
 from qvera.training.callbacks import EVENTS
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted
@@ -87,9 +88,8 @@ def test_events_are_those_of_transformers_trainer_in_its_order(make_recipe: Any,
         assert getattr(mine.args, name) == getattr(arguments, name), name
 
 
-@pytest.mark.parametrize("save_at", [2, 4])
 def test_early_stopping_of_transformers_ends_a_run_as_done_and_is_resumed_to_the_bit(
-    make_recipe: Any, tmp_path: Path, save_at: int
+    make_recipe: Any, tmp_path: Path
 ) -> None:
     """No gain is above the threshold, so it stops at the third evaluation."""
     recipe = make_recipe(
@@ -100,9 +100,10 @@ def test_early_stopping_of_transformers_ends_a_run_as_done_and_is_resumed_to_the
     assert result is not None and result.run["status"] == "done"
     assert (result.run["result"]["steps"], result.run["result"]["stopped_early"]) == (6, True)
     assert (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").is_file()
-    again = cut_off(tmp_path / "whole", tmp_path / "again", after=save_at)
-    train(recipe, again, resume=True, callbacks=[EarlyStoppingCallback(2, 100.0)])
-    assert_same_run(again, tmp_path / "whole")
+    for step in (2, 4):
+        again = cut_off(tmp_path / "whole", tmp_path / f"from-{step}", after=step)
+        train(recipe, again, resume=True, callbacks=[EarlyStoppingCallback(2, 100.0)])
+        assert_same_run(again, tmp_path / "whole")
 
 
 def test_tensorboard_and_trls_callbacks_work_as_they_are(make_recipe: Any, tmp_path: Path) -> None:
@@ -140,21 +141,30 @@ def test_flags_of_the_control_are_honoured(make_recipe: Any, tmp_path: Path) -> 
     assert steps == [1, 2, 4]  # 2: a new best step; 4: the end
 
 
+@pytest.fixture(scope="module")
+def three_steps(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe and its run without callbacks."""
+    recipe = make_recipe(training={"max_steps": 3, "eval_steps": 1, "save_steps": 2, "sample_count": 0})
+    train(recipe, run_dir := tmp_path_factory.mktemp("runs") / "whole")
+    return recipe, run_dir
+
+
 @pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_log", "on_evaluate", "on_save"])
-def test_a_callback_that_raises_ends_the_run_and_costs_no_step(make_recipe: Any, tmp_path: Path, event: str) -> None:
+def test_a_callback_that_raises_ends_the_run_and_costs_no_step(
+    three_steps: tuple[Recipe, Path], tmp_path: Path, event: str
+) -> None:
     def fail(self: Any, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if event == "on_train_begin" or state.global_step >= 1:
             raise ZeroDivisionError("mine")
 
-    recipe = make_recipe(training={"max_steps": 3, "eval_steps": 1, "save_steps": 2, "sample_count": 0})
+    recipe, whole = three_steps
     with pytest.raises(ZeroDivisionError, match="mine"):
         train(recipe, tmp_path / "run", callbacks=[type("Failing", (TrainerCallback,), {event: fail})])
     run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     taken = {"on_train_begin": 0, "on_step_begin": 2}.get(event, 1)
     assert (run["status"], run["result"]["steps"]) == ("interrupted", taken)
     train(recipe, tmp_path / "run", resume=True)
-    train(recipe, tmp_path / "whole")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 class _WithTrainer(TrainerCallback):
