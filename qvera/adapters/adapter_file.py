@@ -104,7 +104,9 @@ def require_files(directory: Path) -> None:
         raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}; pickled adapters are not read.")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
-            raise InputError(f"{directory}: has no {name}, so it is not an adapter directory.")
+            inside = directory / "adapter"  # of a run
+            meant = f" Did you mean {inside}?" if (inside / name).is_file() else ""
+            raise InputError(f"{directory}: has no {name}, so it is not an adapter directory.{meant}")
 
 
 def model_class_of(directory: Path, raw: dict[str, Any]) -> ModelClass:

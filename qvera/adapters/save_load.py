@@ -149,7 +149,10 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
 
 def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor]]:
     """Read the start, and compare what the recipe alone decides."""
-    theirs, vectors = read_adapter(Path(resolve_path(init_from)))
+    try:
+        theirs, vectors = read_adapter(Path(resolve_path(init_from)))
+    except InputError as error:
+        raise InputError(f"adapter.init_from: {error}") from None
     if not isinstance(theirs, QveraConfig):
         raise InputError(
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "

@@ -134,12 +134,12 @@ def merge_adapters(
     require_empty(out)
     _require_one_base(found)
     for _, directory in found:
-        require_no_added_tokens(read_config(directory), directory, "merge-adapters")
+        config = read_config(directory)
+        require_no_added_tokens(config, directory, "merge-adapters")
+        if getattr(config, "model_class", CAUSAL_LM).has_own_head:
+            raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
     model = empty_model(found[0][0].section, None, getattr(read_config(found[0][1]), "model_class", CAUSAL_LM))
     deltas = [read_deltas(directory, model, target.section) for target, directory in found]
-    for (_, directory), adapter in zip(found, deltas, strict=True):
-        if adapter.head:
-            raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     if wrong := [weight for weight in factors if not math.isfinite(weight)]:
         raise InputError(f"--weights: expected numbers, got {wrong[0]:g}.")
@@ -207,7 +207,10 @@ def card(
         qvera card runs/quickstart
     """
     from qvera.exporting.card import find_subject, model_card
+    from qvera.models.hub import require_repository_name
 
+    if repo is not None:
+        require_repository_name(repo)
     subject = find_subject(path, adapter)
     file = out or subject.directory / "README.md"
     require_new_file(file)

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 """Files with these endings are read from a directory. Pillow then goes by their content."""
+OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")
+"""Pictures that Pillow needs a plugin for. They are refused: nobody would miss them if they were left out."""
 _THUMBNAIL_PIXELS = 96
 _MOST_THUMBNAILS = 8
 """Of a row; each is a few kB."""

@@ -139,10 +139,14 @@ class Labels:
         numbers = {name: number for number, name in enumerate(self.names)}
         for row in rows:
             if row.reference not in numbers:
+                # a spreadsheet's 2,5 too
+                is_number = _as_number(str(row.reference).replace(",", ".")) is not None
+                value = " Where labels are numbers to come near to, set data.regression: true; decimals are as in 2.5."
                 raise InputError(
                     f"{row.source}: has the label {row.reference!r}{did_you_mean(str(row.reference), self.names)} "
                     f"Expected {first_of(self.names, 8)}: those of data.label_names, or without it of the training "
                     "rows. Fix the row, or train on such rows. Each part of data.mixture has label_names of its own."
+                    f"{value if is_number else ''}"
                 )
         return np.array([numbers[str(row.reference)] for row in rows], np.int64)
 

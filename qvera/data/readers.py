@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qvera.config.sections import MOST_ROW_CHARACTERS
-from qvera.data.images import IMAGE_EXTENSIONS
+from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
 from qvera.utils.errors import InputError, one_line
 from qvera.utils.formatting import describe, shortened
 
@@ -194,6 +194,10 @@ def _image_files(directory: Path) -> list[Path]:
     )
     if not any(found):
         return []
+    for other in (entry for folder in folders for entry in _entries(folder) if entry.suffix.lower() in OTHER_IMAGES):
+        raise InputError(
+            f"{other}: {other.suffix} is not read. Convert it to one of {', '.join(IMAGE_EXTENSIONS)}, or remove it."
+        )
     if beside:
         raise InputError(
             f"{beside[0]}: stands beside the folders of {directory}, and an image's folder is its class. Move it into "

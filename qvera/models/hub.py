@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
@@ -58,15 +59,20 @@ def is_adapter_of_hub(name: str) -> bool:
     return True
 
 
+def require_repository_name(repo: str) -> None:
+    """Raise InputError unless this is USER/NAME."""
+    found = _HUB_ID.fullmatch(repo)
+    if found is None or found[2]:
+        raise InputError(f"{repo}: is no name of a repository of the hub. Expected USER/NAME.")
+
+
 def send_files(files: Mapping[str, Path | bytes], repo: str, *, private: bool, message: str) -> str:
     """Make the repository ``user/name`` if there is none, and commit these files; returns its address.
 
     ``files``: name in the repository → a file, or its bytes. ``private`` only counts for a new repository. Raises
     InputError if the name is wrong, or if the hub refuses the token or can't be reached.
     """
-    found = _HUB_ID.fullmatch(repo)
-    if found is None or found[2]:
-        raise InputError(f"{repo}: is no name of a repository of the hub. Expected USER/NAME.")
+    require_repository_name(repo)
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
     api = HfApi()
     try:
@@ -87,7 +93,8 @@ def _reason(error: Exception) -> str:
         return "access to it has to be asked for on its page."
     if status == 403:
         return "this token may not do that. Set HF_TOKEN to one that may write to this repository."
-    if isinstance(error, (RepositoryNotFoundError, EntryNotFoundError)):
+    is_offline = isinstance(error, LocalEntryNotFoundError)
+    if isinstance(error, (RepositoryNotFoundError, EntryNotFoundError)) and not is_offline:
         return f"there is no such repository or revision ({first_line(error)})."
     if isinstance(error, HfHubHTTPError):
         return f"it answered {status}: {first_line(error)}"

@@ -211,6 +211,9 @@ class AdapterStore:
         try:
             stamps = [file_stamp((directory / file).stat()) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         except OSError as error:
+            if (directory / RECIPE_FILE).is_file():
+                text = "is a run, not an adapter. Serve the run itself, or a directory of adapters."
+                raise InputError(f"{directory}: {text}") from None
             raise InputError(f"{error.filename}: can't be read ({error.strerror}).") from None
         with self._lock:
             known = self._known.get(directory)

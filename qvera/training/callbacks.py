@@ -163,7 +163,7 @@ class Callbacks(TrainingHook):
             return None
         try:
             return do(*arguments)
-        except StopIteration:
+        except (StopIteration, KeyboardInterrupt):
             pass
         except Exception as error:
             self.error = error

@@ -209,7 +209,7 @@ class Run(ABC):
         text = f"No {self.unit} was saved yet: the same command begins again."
         if saved:
             text = f"{self.unit.capitalize()} {int(saved[-1].name[-8:])} is saved: the same command goes on from it."
-        return Interrupted(f"Stopped by {signal or 'Ctrl-C'}. {text}")
+        return Interrupted(f"Stopped by {str(signal) or 'Ctrl-C'}. {text}")
 
     @property
     @abstractmethod

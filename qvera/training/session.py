@@ -146,6 +146,7 @@ class TrainingSession:
     def load_model(self) -> None:
         """Plan the memory, load the base and put a fresh adapter on it."""
         recipe, group = self.recipe, self.group
+        group.agree(lambda: check_start(recipe.adapter))  # loading a large base takes minutes
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))

@@ -179,6 +179,9 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an image beside the folders": (
         lambda root: picture("red", 1).save(root / "beside.png"), r"beside\.png: stands beside the folders",
     ),
+    "a picture that Pillow can't read": (
+        lambda root: next(root.iterdir()).joinpath("phone.HEIC").touch(), r"phone\.HEIC: \.HEIC is not read\. Convert it",
+    ),
     "a class without images": (lambda root: (root / "yellow").mkdir(), "yellow: holds no images"),
     "splits": (
         lambda root: [write_folders(root / split, 1) for split in ("train", "val")],

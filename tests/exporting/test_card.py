@@ -62,6 +62,8 @@ def test_the_card_has_what_was_measured_and_how_it_was_trained(run: Path, capsys
     assert (run / "adapter" / "README.md").is_file()
     assert main(["card", str(run)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+    assert main(["card", str(run), "--repo", "orders", "--out", str(run / "card.md")]) == 2
+    assert "orders: is no name of a repository" in capsys.readouterr().err
 
 
 def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.save_load import attach, load_adapter
+from qvera.adapters.save_load import attach, check_start, load_adapter
 from qvera.cli.main import main
 from qvera.config.schema import load_recipe
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
@@ -214,7 +214,7 @@ def test_a_base_that_changes_while_it_is_read_is_noticed(own: Case, tmp_path: Pa
 
 
 def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
-    own: Case, tmp_path: Path, capsys: Any
+    own: Case, trained_run: Path, tmp_path: Path, capsys: Any
 ) -> None:
     section, adapter = own.section.replace(path=str(tmp_path / "other")), str(own.adapter)
     shutil.copytree(own.base, tmp_path / "other")
@@ -222,6 +222,8 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
     other = load_base(section)
     with pytest.raises(InputError, match="trained on another base model"):
         load_adapter(other.model, own.adapter, other)
+    with pytest.raises(InputError, match=r"adapter\.init_from: .*not an adapter directory\. Did you mean .*/adapter\?"):
+        check_start(AdapterSection(rank=8, init_from=str(trained_run)))
     start = AdapterSection(rank=8, init_from=adapter)
     with pytest.raises(InputError, match="trained on another base model"):
         attach(load_base(section).model, start, section.path, other.facts["fingerprint"])

@@ -126,6 +126,11 @@ def test_adapters_come_and_go_while_the_store_is_open(tmp_path: Path) -> None:
     write_files(later / "a")
     write_files(elsewhere)
     assert store.names() == ["a"]
+    (later / "run").mkdir()
+    (later / "run" / "recipe.yaml").touch()
+    with pytest.raises(InputError, match="later/run: is a run, not an adapter"):
+        store.resolve("run")
+    shutil.rmtree(later / "run")
     for _ in range(2):
         store.add("guest", elsewhere)
         assert store.names() == ["a", "guest"]

@@ -293,6 +293,11 @@ def test_a_label_that_only_some_rows_have_is_named_before_training(classify: Any
     held = write(tmp_path / "eval.jsonl", {"text": "red", "label": "colour"}, {"text": "oak", "label": "tree"})
     with pytest.raises(InputError, match=r"eval\.jsonl:2: has the label 'tree'.*or without it of the training rows"):
         built(classify(data={"eval_path": str(held), "eval_fraction": 0.0}))
+    counts = [{"text": "red", "label": count} for count in (10, 20)]
+    held = write(tmp_path / "held.jsonl", {"text": "oak", "label": "30,5"})
+    data = {"path": str(write(tmp_path / "counts.jsonl", *counts)), "eval_path": str(held), "eval_fraction": 0.0}
+    with pytest.raises(InputError, match=r"held\.jsonl:1: has the label '30,5'.* set data\.regression: true"):
+        built(classify(data=data))
     with pytest.raises(InputError, match=r"no training row of .* has the label tree"):
         built(classify(data={"label_names": [*NAMES, "tree"]}))
     rows = write(tmp_path / "more.jsonl", {"text": "red", "label": 1}, {"text": "oak", "label": 0})
@@ -379,6 +384,11 @@ def test_what_a_classifier_can_t_train_is_refused(classify: Any, tmp_path: Path)
         train(classify(model={"added_tokens": ["<|x|>"]}), tmp_path / "run")
     with pytest.raises(InputError, match=r"task: is sequence-classification, and adapter\.method spiel"):
         train(classify(adapter={"method": "spiel", "rank": 2}), tmp_path / "run")
+
+
+def test_a_classifier_is_in_no_sum(finished: Path, trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["merge-adapters", str(trained_run), str(finished), str(tmp_path / "sum")]) == 2
+    assert "classes/adapter: has a classification head, and heads can't be added" in capsys.readouterr().err
 
 
 def test_a_head_of_labels_in_another_order_is_no_start(classify: Any, finished: Path, tmp_path: Path) -> None:

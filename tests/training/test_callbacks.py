@@ -225,3 +225,11 @@ def test_stop_iteration_of_a_callback_stops_a_run_to_be_resumed(make_recipe: Any
 
     with pytest.raises(Interrupted, match="Stopped by Stop after step 1 of 2"):
         train(make_recipe(training={"max_steps": 2, "sample_count": 0}), tmp_path, callbacks=[Stop()])
+
+
+def test_ctrl_c_in_a_callback_costs_no_step(make_recipe: Any, tmp_path: Path) -> None:
+    def interrupted(record: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="Stopped by interrupted after step 1 of 2, and saved"):
+        train(make_recipe(training={"max_steps": 2, "sample_count": 0}), tmp_path, callbacks=[interrupted])

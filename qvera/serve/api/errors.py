@@ -98,12 +98,15 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             return bad_request(f"The body is not JSON: {first['ctx']['error']}.")
         if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
             return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
-        where = [shortened(str(part)) for part in first["loc"][1:]]
+        # pydantic names its own functions among the keys
+        where = [shortened(part) for part in map(str, first["loc"][1:]) if not part.startswith(("function-", "[key]"))]
         return bad_request(f"{'.'.join(where) or 'The body'}: {first['msg']}.", where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
             return ApiError(404, "There is no such path; this server has those of /openapi.json.")
         detail, takes = str(error.detail), (error.headers or {}).get("Allow")
+        if detail == "There was an error parsing the body":  # FastAPI's words
+            detail = "The body can't be read. Expected JSON in UTF-8."
         if error.status_code == 405 and takes:
             detail = f"{request.method}: this path takes {takes}."
         refused = ApiError(error.status_code, detail)

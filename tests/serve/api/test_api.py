@@ -187,6 +187,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "half a character"),
     ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
     ({"stop": [""]}, 400, "stop", "1 to 256 characters"),
+    ({"stop": [1]}, 400, "stop", "stop: Input should be a valid string"),
     ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "at most 20"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
