@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,10 +37,9 @@ from qvera.models.experts import DENSE_WEIGHTS
 from qvera.models.lean_layers import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.stream import CHUNK_BYTES
-from qvera.training.plan.run import Linear, PlannedRun
+from qvera.training.plan.run import LAYER, Batch, Linear, PlannedRun
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
-RANDOM_STATE_BYTES = 5056  # of torch's CPU generator
 
 _INPUTS = {
     "q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention",
@@ -67,23 +65,23 @@ def _dense_width(run: PlannedRun) -> int:
 
 def _expert_bytes(run: PlannedRun) -> tuple[int, int]:
     """What a layer's experts keep for backward, and the most that exists beside it (`qvera.models.experts`)."""
-    size, rows = run.itemsize, run.batch.all_tokens * run.shape.experts_per_token
-    adapted, rank = {x.name for x in run.adapted_experts}, run.recipe.adapter.rank
+    size, rows, rank = run.itemsize, run.batch.all_tokens * run.shape.experts_per_token, run.recipe.adapter.rank
     kept, most = 0, 0
-    for _, own in itertools.groupby(run.layer_experts, lambda x: x.owner):  # JetMoE has some in its attention too
+    # JetMoE has some in its attention too
+    for _, own in itertools.groupby(run.layer_experts, lambda x: x.name.removesuffix(".weight").rpartition(".")[0]):
         stacks = list(own)
-        *firsts, second = (x.adapted_spec for x in stacks)
-        outer, hidden, inner = sum(x.out_features for x in firsts), second.out_features, second.in_features
+        *firsts, second = stacks
+        adapted = [x for x in stacks if x.name in run.adapted_names]
+        outer, hidden, inner = sum(x.m for x in firsts), second.m, second.n
         # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
-        numbers = outer + inner + hidden + rank * sum(x.name in adapted for x in (*firsts, second))
+        numbers = outer + inner + hidden + rank * len(adapted)
         if run.method.source is Source.TRAINED:  # the rows themselves, for the gradient of A
-            numbers += max((x.in_features for x in firsts if x.name in adapted), default=0)
+            numbers += max((x.n for x in adapted if x is not second), default=0)
         # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
-        width = max(outer, hidden)
-        weights = max(math.prod(x.spec.shape) for x in stacks)
-        largest = max(x.spec.rows * x.spec.columns for x in stacks)
-        dense = min(weights, max(DENSE_WEIGHTS, largest)) if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
-        flowing = rows * (outer + inner + hidden + width) * size + (rows * width * 4 if adapted else 0)
+        width, largest = max(outer, hidden), max(x.n * x.m for x in stacks)
+        weights = min(max(x.numbers for x in stacks), max(DENSE_WEIGHTS, largest))
+        dense = weights if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
+        flowing = rows * (outer + inner + hidden + width) * size + (rows * width * 4 if run.adapted_experts else 0)
         kept += rows * (numbers * size + 4 * 8)
         most = max(most, flowing + dense * size)
     return kept, most
@@ -97,12 +95,9 @@ def goes_by_tiles(run: PlannedRun) -> bool:
 
 
 def input_bytes(run: PlannedRun) -> int:
-    """What checkpointed layers keep on the device: their inputs, and random state where they drop elements."""
-    layers = run.shape.layers
-    inputs = min(INPUTS_ON_DEVICE, layers) if run.checkpointing == "offload" else layers
-    # a dropout in the model's config counts as well, but a shape does not hold it
-    random = layers * RANDOM_STATE_BYTES if run.recipe.adapter.dropout else 0
-    return inputs * run.batch.all_tokens * run.shape.hidden * run.itemsize + random
+    """What checkpointed layers keep on the device: their inputs."""
+    inputs = min(INPUTS_ON_DEVICE, run.shape.layers) if run.checkpointing == "offload" else run.shape.layers
+    return inputs * run.batch.all_tokens * run.shape.hidden * run.itemsize
 
 
 def offloaded_bytes(run: PlannedRun) -> int:
@@ -130,7 +125,7 @@ def norm_bytes(run: PlannedRun) -> int:
 def method_bytes(run: PlannedRun, x: Linear) -> LinearBytes:
     """What the method says of a step at one linear."""
     tokens, machine = run.batch.all_tokens, run.machine
-    return run.method.memory(run.recipe.adapter, x.spec, tokens, machine.dtype, machine.on_gpu)
+    return run.method.memory(run.recipe.adapter, x, tokens, machine.dtype, machine.on_gpu)
 
 
 def _groups(run: PlannedRun) -> list[tuple[int, int]]:
@@ -203,7 +198,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
 
 def _slots_bytes(run: PlannedRun, x: Linear) -> int:
     """The tensors of one linear of all adapters of a pass, in fp32."""
-    shapes = run.method.tensors(run.recipe.adapter, x.spec).values()
+    shapes = run.method.tensors(run.recipe.adapter, x).values()
     return 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * sum(map(math.prod, shapes))
 
 
@@ -302,7 +297,6 @@ def transient_bytes(run: PlannedRun) -> int:
     return max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers
 
 
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _CHUNK = 64  # of tokens, of the gated delta rule
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
@@ -310,65 +304,52 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 class Recurrence(NamedTuple):
     """The recurrent part of a layer; the bytes are coefficients of tokens², tokens and 1, for one row."""
 
-    layer: int
     path: str
     chunk: int
-    kept: tuple[float, ...]
-    """By autograd."""
-    beside: tuple[float, ...]
-    """The most that exists beside it, in forward or backward."""
+    kept: tuple[float, ...]  # by autograd
+    beside: tuple[float, ...]  # the most that exists beside it, in forward or backward
 
-    def bytes_of(self, run: PlannedRun) -> tuple[int, int]:
-        """Kept, and beside it, for the run's batch."""
-        tokens = -(-run.batch.tokens // self.chunk) * self.chunk
-        kept, beside = (int(np.polyval(each, tokens)) for each in (self.kept, self.beside))
-        return run.batch.rows * kept, run.batch.rows * beside
+    def bytes_of(self, batch: Batch) -> tuple[int, int]:
+        """Kept, and beside it."""
+        tokens = -(-batch.tokens // self.chunk) * self.chunk
+        return batch.rows * int(np.polyval(self.kept, tokens)), batch.rows * int(np.polyval(self.beside, tokens))
 
 
-def recurrences(model: nn.Module, hidden: int, dtype: torch.dtype) -> tuple[Recurrence, ...]:
-    """Of a model without weights; those of one class and size are counted once. () where the code does not run so."""
-    found, counted = [], dict[Any, Any]()
+def recurrences(model: nn.Module, hidden: int, dtype: torch.dtype) -> dict[int, Recurrence]:
+    """By layer, of a model without weights; {} where transformers' code does not run so."""
+    found, counted = {}, dict[Any, Any]()
     for path, module in model.named_modules():
-        layer: Any = _LAYER.search(f".{path}.")
+        layer = LAYER.search(f".{path}.")
         if layer is None or not (hasattr(module, "A_log") and hasattr(module, "conv1d")):
             continue
         chunk = getattr(module, "chunk_size", 8 if hasattr(module, "dt_proj") else _CHUNK)  # Mamba goes token by token
-        key = type(module), tuple(parameter.shape for parameter in module.parameters())
+        key = type(module), tuple(parameter.shape for parameter in module.parameters())  # alike: counted once
         try:
             counted[key] = counted.get(key) or _count(module, hidden, dtype, chunk)
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
-            return ()
-        found.append(Recurrence(int(layer[1]), path, chunk, *counted[key]))
-    return tuple(found)
+            return {}
+        found[int(layer[1])] = Recurrence(path, chunk, *counted[key])
+    return found
 
 
 def kinds_of_layers(run: PlannedRun) -> list[tuple[PlannedRun, int]]:
     """For each kind of layer: the run as if all its layers were of that kind, and how many of its layers are."""
-    shape, by_layer = run.shape, {each.layer: each for each in run.shape.recurrences}
-    if not by_layer:
+    shape, kinds = run.shape, dict[Any, list[int]]()
+    if not shape.recurrences:
         return [(run, shape.layers)]
-    kinds: dict[Any, list[int]] = {}
-    for layer in sorted({x.layer for x in shape.linears if x.layer is not None}):
-        own, inner = by_layer.get(layer), f"{by_layer[layer].path}." if layer in by_layer else None
-        beside = [x for x in shape.linears if x.layer == layer and not (inner and x.name.startswith(inner))]
-        attends = any(x.role in _ATTENTION for x in beside)
+    for layer in {x.layer for x in shape.linears if x.layer is not None}:
+        own = shape.recurrences.get(layer)
+        beside = [x for x in shape.linears if x.layer == layer and not (own and x.name.startswith(f"{own.path}."))]
+        attends = own is None or any(x.role in _ATTENTION for x in beside)
         has_mlp = any(x.role not in _ATTENTION for x in beside) or any(x.layer == layer for x in shape.experts)
-        kinds.setdefault((own and own._replace(layer=0, path=""), attends or own is None, has_mlp), []).append(layer)
-    found = []
+        kinds.setdefault((own and own._replace(path=""), attends, has_mlp), []).append(layer)
+    found, adapted = [], run.adapted_names
     for (own, attends, has_mlp), layers in kinds.items():
-
-        def of_kind(x: Linear, layers: list[int] = layers) -> bool:
-            return x.layer in layers
-
-        without: dict[str, Any] = {} if attends else {"heads": 0, "kv_heads": 0, "head_norms": False}
-        like = replace(
-            shape,
-            linears=tuple(replace(x, is_target=x.name in run.adapted_names) for x in shape.linears if of_kind(x)),
-            experts=tuple(x for x in shape.experts if x.layer in layers),
-            ff=shape.ff if has_mlp else 0,
-            recurrences=() if own is None else (own,),
-            **without,
-        )
+        linears = [replace(x, is_target=x.name in adapted) for x in shape.linears if x.layer in layers]
+        experts = [x for x in shape.experts if x.layer in layers]
+        like = replace(shape, linears=linears, experts=experts, recurrences={0: own} if own else {})
+        like = like if attends else replace(like, heads=0, kv_heads=0, head_norms=False)
+        like = like if has_mlp else replace(like, ff=0)
         found.append((replace(run.changed({"adapter.targets": "all-linear"}), shape=like), len(layers)))
     return found
 

@@ -28,7 +28,6 @@ from qvera.training.plan.memory import (
     held_weight_bytes,
     layer_bytes,
     pinned_layer_bytes,
-    plan_rank,
     slot_bytes,
     stream_bytes,
 )
@@ -61,19 +60,15 @@ def longest_batch(
                 chosen = longest_rows(recipe, cut, joined, max(1, planned_steps(recipe, len(cut))))
             examples = [cut[i] for i in chosen]
             batch = batch_of(examples, joined, recipe.data.packing, rounded, masked, whole_rows=many)
-            counts = _token_counts(cut.lengths, batch, rounded)
-            images = sum(len(example.images) for example in examples)
-            known[key] = replace(batch, token_counts=counts, pixels=_pixels(examples), images=images)
+            batch = replace(batch, token_counts=_token_counts(cut.lengths, batch, rounded))
+            images = [image for example in examples for image in example.images]
+            if images and isinstance(processor := images[0].processor, ImageTextProcessor):
+                pixels = processor.inputs(images)["pixel_values"].numel()
+                batch = replace(batch, pixels=pixels, images=len(images))
+            known[key] = batch
         return known[key]
 
     return longest
-
-
-def _pixels(examples: Sequence[Example]) -> int:
-    images = [image for example in examples for image in example.images]
-    if not images or not isinstance(processor := images[0].processor, ImageTextProcessor):
-        return 0
-    return processor.inputs(images)["pixel_values"].numel()
 
 
 def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: int = 0) -> Batch:
@@ -248,20 +243,14 @@ def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
 
 def slots_to_fill(step_rows: Sequence[int], pass_rows: int) -> int:
     """How many adapters fill a pass, from each one's rows of a step, those of few rows first; at least one."""
-    slots = 0
-    for rows in sorted(step_rows):
-        pass_rows -= rows
-        if pass_rows < 0:
-            break
-        slots += 1
-    return max(1, slots)
+    return max(1, int((np.cumsum(sorted(step_rows)) <= pass_rows).sum()))
 
 
 def with_fitting_slots(run: PlannedRun) -> PlannedRun:
     """The run with as many of its slots as memory allows, at least one; as it is where the recipe says how many."""
     if not run.slots or run.recipe.training.adapters_at_once != "auto":
         return run
-    excess = plan_rank(run).needed_bytes(run.machine) - run.machine.available_bytes
+    excess = run.needed_bytes - run.machine.available_bytes
     return run if excess <= 0 else replace(run, slots=max(1, run.slots - -(-excess // slot_bytes(run))))
 
 
@@ -273,10 +262,8 @@ def hold_weights(run: PlannedRun) -> PlannedRun:
     """
     if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.slots > 1:
         return run
-    held, free_bytes = replace(run, builds_per_pass=1 / run.passes), run.machine.available_bytes
-    size_bytes = held_weight_bytes(held)
-    fits = size_bytes <= free_bytes // 4 and plan_rank(held).needed_bytes(run.machine) <= free_bytes
-    return held if size_bytes and fits else run
+    held = replace(run, builds_per_pass=1 / run.passes)
+    return held if 0 < held_weight_bytes(held) <= run.machine.available_bytes // 4 and held.fits else run
 
 
 def decide_checkpointing(run: PlannedRun) -> Checkpointing:
@@ -288,7 +275,7 @@ def decide_checkpointing(run: PlannedRun) -> Checkpointing:
         return Checkpointing(asked, run.checkpointing, why)
     available = machine.available_bytes // (1 if machine.on_gpu else sharing.per_node)  # ranks divide a machine's RAM
     runs = {mode: run.changed({"training.gradient_checkpointing": mode}) for mode in modes_of(run)}
-    needed = {mode: plan_rank(each).total_bytes for mode, each in runs.items()}
+    needed = {mode: each.memory.total_bytes for mode, each in runs.items()}
     mode: Mode = True
     why = f"auto: without it the run would take {size(needed[False])} of {size(available)}"
     if needed[False] <= available * (OFF_SHARE_ACCELERATOR if machine.on_gpu else OFF_SHARE_CPU):
@@ -322,26 +309,26 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
     """The run with `model.stream` and `training.gradient_checkpointing` written out, and why."""
     asked, machine = run.recipe.model.stream, run.machine
 
-    def planned(streams: bool) -> tuple[PlannedRun, Checkpointing, int]:
+    def planned(streams: bool) -> tuple[PlannedRun, Checkpointing]:
         mode = decide_checkpointing(run.changed({"model.stream": streams}))
-        other = run.changed({"model.stream": streams, "training.gradient_checkpointing": mode.mode})
-        return other, mode, plan_rank(other).needed_bytes(machine)
+        return run.changed({"model.stream": streams, "training.gradient_checkpointing": mode.mode}), mode
 
     wants_resident = run.recipe.model.resident == "auto" and run.is_four_bit
     if wants_resident:
         run = run.changed({"model.resident": False})
-    decided, mode, needed = planned(asked is True)
+    decided, mode = planned(asked is True)
     why = "as the recipe says"
-    if asked == "auto" and needed <= machine.available_bytes:
+    if asked == "auto" and decided.fits:
         why = "auto: the run fits without it"
     elif asked == "auto" and not can_stream(run):
         why = "auto: this run's layers can't be streamed"
     elif asked == "auto":
         why = "auto: the run does not fit with it either"
-        streamed, its_mode, less = planned(True)
-        if less <= machine.available_bytes:
+        streamed, its_mode = planned(True)
+        if streamed.fits:
+            needed, available = size(decided.needed_bytes), size(machine.available_bytes)
+            why = f"auto: with the base on the device the run takes {needed} of {available}"
             decided, mode = streamed, its_mode
-            why = f"auto: with the base on the device the run takes {size(needed)} of {size(machine.available_bytes)}"
     if decided.recipe.model.stream is not True:
         return (with_resident(decided) if wants_resident else decided), mode, Streaming(asked, False, why)
     if not accelerator.has_own_memory(machine.device_type):
@@ -358,7 +345,7 @@ def with_resident(run: PlannedRun) -> PlannedRun:
     may = machine.on_gpu and run.is_four_bit and run.sharing.stage < 3
     may = may and machine.dtype.itemsize == 2 and run.recipe.model.compute_dtype != "float32"
     other = run.changed({"model.resident": True}) if may else run
-    fits = plan_rank(other).total_bytes <= machine.available_bytes * OFF_SHARE_ACCELERATOR
+    fits = other.memory.total_bytes <= machine.available_bytes * OFF_SHARE_ACCELERATOR
     return other if fits else run
 
 
@@ -386,8 +373,8 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
             other = changed(run.recipe, settings)
         except InputError:  # the recipe's task or objective has no such key, or does not take the value
             return None
-        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)))
-        return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
+        planned = replace(run, recipe=other, batch=batch_of(other))
+        return Change(settings, planned.memory.total_bytes, planned.fits)
 
     steps = _steps(run)
     singles: list[Change] = []

@@ -32,7 +32,7 @@ from qvera.training.plan.activations import (
     product_shapes,
     transient_bytes,
 )
-from qvera.training.plan.run import ExpertWeights, Linear, Machine, PlannedRun, Shape, Sharing
+from qvera.training.plan.run import Linear, Machine, PlannedRun, Shape, Sharing
 from qvera.utils import accelerator
 from qvera.utils.formatting import duration, size
 
@@ -118,29 +118,19 @@ def four_bit_bytes(numbers: int, double_quant: bool) -> int:
 
 
 def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
-    """One linear's weight as the recipe stores it."""
+    """A weight, or those of a layer's experts, as the recipe stores them."""
     how, numbers = recipe.model.quantization, x.n * x.m
     if how == "none" or not x.quantizable:
-        return numbers * itemsize
-    return numbers + 4 * x.m if how == "int8" else four_bit_bytes(numbers, recipe.model.double_quant)
-
-
-def expert_storage_bytes(x: ExpertWeights, run: PlannedRun) -> int:
-    """The weights of a layer's experts in 4 bits; 0 where they stay dense."""
-    section = run.recipe.model
-    if section.quantization not in ("nf4", "fp4") or not run.shape.quantizes_experts:
-        return 0
-    return x.spec.experts * four_bit_bytes(x.spec.rows * x.spec.columns, section.double_quant)
+        return x.numbers * itemsize
+    return numbers + 4 * x.m if how == "int8" else (x.experts or 1) * four_bit_bytes(numbers, recipe.model.double_quant)
 
 
 def layer_bytes(run: PlannedRun) -> list[int]:
-    """Bytes of each decoder layer's linears and experts as they are stored."""
+    """Bytes of each decoder layer's linears and experts in four bits."""
     layers: dict[int, int] = defaultdict(int)
-    for x in run.shape.linears:
-        if x.quantizable and x.layer is not None:
+    for x in (*run.shape.linears, *run.shape.experts):
+        if run.is_packed(x) and x.layer is not None:
             layers[x.layer] += weight_storage_bytes(x, run.recipe, run.itemsize)
-    for stack in run.shape.experts:
-        layers[stack.layer or 0] += expert_storage_bytes(stack, run)
     return list(layers.values())
 
 
@@ -228,8 +218,8 @@ def plan_memory(run: PlannedRun) -> Memory:
 def _layer(run: PlannedRun) -> tuple[int, int]:
     """What a layer keeps for backward, and the most that exists beside it."""
     kept, beside = kept_bytes(run), transient_bytes(run)
-    for each in run.shape.recurrences:
-        own, moving = each.bytes_of(run)
+    for each in run.shape.recurrences.values():
+        own, moving = each.bytes_of(run.batch)
         of_mlp = 2 * run.batch.all_tokens * run.shape.ff * run.itemsize  # whose backward pass comes before
         kept, beside = kept + own, max(beside, moving - of_mlp)
     return kept, beside
@@ -240,8 +230,8 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     linears = sum(weight_storage_bytes(x, recipe, item) for x in shape.linears if x.quantizable)
     stored = {"none": "dense linears", "int8": "int8 linears"}.get(recipe.model.quantization, "4-bit linears")
     streams = recipe.model.stream is True
-    experts = sum(expert_storage_bytes(x, run) for x in shape.experts)
-    dense_experts = shape.expert_numbers + (0 if experts else sum(x.numbers for x in shape.experts))
+    experts = sum(weight_storage_bytes(x, recipe, item) for x in shape.experts if run.is_packed(x))
+    dense_experts = shape.expert_numbers + sum(x.numbers for x in shape.experts if not run.is_packed(x))
     if streams and machine.on_gpu:
         linears, experts = linears + experts - sum(layer_bytes(run)), 0
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
@@ -250,7 +240,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     norms = held_bytes(recipe.adapter.rank, [(x.n, x.m) for x in run.adapted], item)
     pairs = 0  # frozen A and B: one pair for all linears, or one for each
     if method.source is Source.SEEDED:
-        sizes = [(x.n, x.m) for x in run.adapted] + [(x.in_features, x.out_features) for x in run.adapted_experts]
+        sizes = [(x.n, x.m) for x in (*run.adapted, *run.adapted_experts)]
         pairs = recipe.adapter.rank * sum(max(side) for side in zip(*sizes, strict=True))
     elif method.source is Source.OWN:
         pairs = sum(run.rank_at(x) * (x.n + x.m) for x in run.adapted)
@@ -348,40 +338,30 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
 class Spread(NamedTuple):
     """Bytes of the base that the ranks divide in stage 3 (`stored_weights.load_mapped`), without statistics."""
 
-    packed: int  # 4-bit weights of all layers
-    largest: int  # of those, one linear's at most
-    layer: int  # of those, one decoder layer's at most
-    last: int  # of those, linears that end a layer: their backward pass comes right behind their recomputation
+    layers: list[list[int]]  # of each linear, two weights in a byte or 16 bits a weight, by decoder layer
     table: int  # the embedding, and the head as much again; 0 where they are one, which is not spread
-    dense: int  # linears that are not quantized (a checkpoint may say so), in 16 bits
-    weights: list[list[int]]  # of each linear, packed or dense, by decoder layer
+    dense: int  # of the linears those that are not quantized (a checkpoint may say so)
+
+    @property
+    def packed(self) -> int:
+        return sum(map(sum, self.layers)) - self.dense
 
     @property
     def all(self) -> int:
-        """Bytes that the ranks divide."""
-        return self.packed + 2 * self.table + self.dense
+        return sum(map(sum, self.layers)) + 2 * self.table
 
 
 def spread_of(shape: Shape) -> Spread:
     """What the ranks divide in stage 3."""
-    packed = {x: -(-x.n * x.m // 2) for x in shape.linears if x.quantizable}
-    weights: dict[int | None, list[int]] = defaultdict(list)
-    layers: dict[int | None, int] = defaultdict(int)
-    for stack in shape.experts:
-        layers[stack.layer] += stack.numbers // 2
-        weights[stack.layer].append(stack.numbers // 2)
-    for x in shape.linears:
-        layers[x.layer] += packed.get(x, 0)
-        weights[x.layer].append(packed.get(x, 2 * x.n * x.m))
-    last = {x.layer: packed.get(x, 0) for x in shape.linears if x.layer is not None}
+    layers: dict[int | None, list[int]] = defaultdict(list)
+    for x in (*shape.experts, *shape.linears):
+        layers[x.layer].append(-(-x.numbers // 2) if x.quantizable else 2 * x.numbers)
     table = 0 if shape.tied else 2 * shape.vocabulary * shape.hidden
-    dense = sum(2 * x.n * x.m for x in shape.linears if not x.quantizable)
-    sizes = [*packed.values(), *(x.numbers // 2 for x in shape.experts)] or [0]
-    return Spread(sum(sizes), max(sizes), max(layers.values()), sum(last.values()), table, dense, [*weights.values()])
+    return Spread([*layers.values()], table, sum(2 * x.numbers for x in shape.linears if not x.quantizable))
 
 
 def plan_rank(run: PlannedRun) -> Memory:
-    """What one rank holds; `plan_memory` for a process on its own."""
+    """What one rank holds: `PlannedRun.memory`. That is `plan_memory` for a process on its own."""
     sharing, machine = run.sharing, run.machine
     if sharing.stage == 0:
         return plan_memory(run)
@@ -406,15 +386,16 @@ def plan_rank(run: PlannedRun) -> Memory:
     if run.itemsize != 2 and not machine.mapped_base:  # 16-bit weights are cast; so are norms, a few hundred kB
         left -= (spread.all - spread.packed) * (run.itemsize - 2) // 2
     name = "statistics, embedding (the head too), norms" if run.shape.tied else "statistics, norms"
+    largest, layer = max(map(max, spread.layers)), max(map(sum, spread.layers))
     stays = Component(name, "base", left, machine.mapped_base)
     others = (c for c in standing if c.kind != "base")
     moments = {}
     for moment, parts in whole.moments.items():
-        one = spread.table if moment == "loss" else spread.largest
+        one = spread.table if moment == "loss" else largest
         # DeepSpeed keeps the weights of a recomputed layer until its backward pass has begun
-        kept = spread.layer if moment == "backward" and run.checkpointing else one
+        kept = layer if moment == "backward" and run.checkpointing else one
         # on an accelerator the next layer is gathered while one computes (`ZeroConfig.complete`)
-        ahead = spread.layer if machine.on_gpu and sharing.offload != "nvme" and moment != "loss" else 0
+        ahead = layer if machine.on_gpu and sharing.offload != "nvme" and moment != "loss" else 0
         moments[moment] = _some(
             *parts,
             Component("gathered weights", "base", kept),
@@ -429,10 +410,10 @@ def _shares(spread: Spread, sharing: Sharing) -> list[Component]:
     """A rank's share of the base, where it is stored; of one on NVMe, what stays in RAM (`distributed.zero`)."""
     if sharing.offload != "nvme":
         return [Component("a share of the base", "base", sharing.share(spread.all), zero_stage=3)]
-    shares = [[sharing.share(weight) for weight in layer] for layer in spread.weights]
-    largest = max((weight for layer in spread.weights for weight in layer), default=0)
-    numel, count = nvme_buffers(largest // 2, max(map(len, shares), default=0), sharing.world_size)
-    small = sum(share for layer in shares for share in layer if share < IN_RAM_BELOW_BYTES)
+    largest, most = max(map(max, spread.layers)), max(map(len, spread.layers))
+    numel, count = nvme_buffers(largest // 2, most, sharing.world_size)
+    shares = [sharing.share(weight) for layer in spread.layers for weight in layer]
+    small = sum(share for share in shares if share < IN_RAM_BELOW_BYTES)
     return [
         Component("its share of embedding and head", "base", sharing.share(2 * spread.table), zero_stage=3),
         Component("shares too small for NVMe", "base", small, zero_stage=3),
@@ -455,87 +436,67 @@ def traffic(run: PlannedRun) -> Traffic:
     # after it
     gradients = (3 if sharing.stage in (1, 2) else 2) * 4 * trained * (world - 1) // world
     # forward, backward, and with checkpointing a recomputation between them
-    uses, skipped = (3, spread.last) if run.checkpointing else (2, 0)
-    a_pass = uses * (spread.packed + spread.dense) - skipped + 2 * spread.table
+    uses = 3 if run.checkpointing else 2
+    # linears that end a layer: their backward pass comes right behind their recomputation
+    skipped = sum(layer[-1] for layer in spread.layers) if run.checkpointing else 0
+    a_pass = uses * (spread.all - 2 * spread.table) - skipped + 2 * spread.table
     return Traffic(gradients, run.passes * a_pass * (world - 1) // world if sharing.stage == 3 else 0)
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way of sharing the model, planned."""
-
-    sharing: Sharing
-    memory: Memory
-    needed_bytes: int  # device memory (GPU) or private RAM (CPU) of one rank
-    available_bytes: int  # what one rank can have of that; on a CPU the ranks of a node divide its RAM
-    host_bytes: int  # RAM that offloaded shares take on each node beside that
-    traffic: Traffic
-
-    @property
-    def fits(self) -> bool:
-        """Whether one rank has the memory."""
-        return self.needed_bytes <= self.available_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, for ``qvera plan --json``."""
-        plain = {key: getattr(self, key) for key in ("needed_bytes", "available_bytes", "host_bytes", "fits")}
-        received = self.traffic._asdict()
-        return {
-            "deepspeed": self.sharing.word,
-            **plain,
-            "received_bytes_per_step": received,
-            "memory": self.memory.to_dict(),
-        }
+def host_bytes(run: PlannedRun) -> int:
+    """RAM that offloaded shares of the base take on each node, beside what its ranks need."""
+    if run.sharing.offload is None or not run.machine.on_gpu:
+        return 0
+    return run.sharing.per_node * sum(c.bytes for c in _shares(spread_of(run.shape), run.sharing))
 
 
-def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[Way]:
-    """Every way of sharing that this base can be trained in, the simplest first."""
-    on_gpu, ways = run.machine.on_gpu, []
-    available = run.machine.available_bytes // (1 if on_gpu else per_node)
+def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[PlannedRun]:
+    """A rank of every way of sharing that this base can be trained in, the simplest first.
+
+    On a CPU the ranks of a node divide its RAM.
+    """
+    machine = run.machine
     stages: list[tuple[int, str | None]] = [(0, None), (1, None), (2, None)]
     if run.is_four_bit:  # on a CPU the device is the RAM that a share would be offloaded to
-        stages += [(3, None), (3, "cpu"), (3, "nvme")] if on_gpu else [(3, None), (3, "nvme")]
-    for stage, offload in stages:
-        shared = replace(run, sharing=(sharing := Sharing(stage, offload, nodes, per_node)))
-        memory, beside = plan_rank(shared), offload is not None and on_gpu
-        host = per_node * sum(c.bytes for c in _shares(spread_of(run.shape), sharing)) if beside else 0
-        ways.append(Way(sharing, memory, memory.needed_bytes(run.machine), available, host, traffic(shared)))
-    return ways
+        stages += [(3, None), (3, "cpu"), (3, "nvme")] if machine.on_gpu else [(3, None), (3, "nvme")]
+    if not machine.on_gpu:
+        machine = replace(machine, available_bytes=machine.available_bytes // per_node)
+    return [replace(run, machine=machine, sharing=Sharing(*stage, nodes, per_node)) for stage in stages]
 
 
 ETHERNET_BYTES_PER_SECOND = 117_000_000  # TCP's payload at 1 Gbit/s; to say what bytes mean in seconds
 
 
-def right_way(ways: Sequence[Way], machine: Machine) -> tuple[Way | None, str]:
+def right_way(ways: Sequence[PlannedRun]) -> tuple[PlannedRun | None, str]:
     """The way to take, and why, in a sentence or two; None where none fits."""
 
-    def travels(way: Way) -> str:
-        seconds = duration(way.traffic.base / ETHERNET_BYTES_PER_SECOND)
-        return f"{size(way.traffic.base)} of weights to each rank in every step ({seconds} at 1 Gbit/s)"
+    def travels(way: PlannedRun) -> str:
+        received = traffic(way).base
+        seconds = duration(received / ETHERNET_BYTES_PER_SECOND)
+        return f"{size(received)} of weights to each rank in every step ({seconds} at 1 Gbit/s)"
 
     plain, first = ways[0], next((way for way in ways if way.fits), None)
+    least, available = min(ways, key=lambda way: way.needed_bytes), size(plain.machine.available_bytes)
     if first is None:
-        least = min(ways, key=lambda way: way.needed_bytes)
-        needs, have = size(least.needed_bytes), size(least.available_bytes)
-        return None, f"None fits: even {least.sharing.word} needs {needs} a rank, and there are {have}."
+        needs = f"even {least.sharing.word} needs {size(least.needed_bytes)} a rank"
+        return None, f"None fits: {needs}, and there are {available}."
     if first is plain:
-        less = plain.needed_bytes - min(way.needed_bytes for way in ways if way.sharing.stage in (1, 2))
+        less = plain.needed_bytes - min(way.needed_bytes for way in ways[1:3])
         saved = f"{size(less)} of {size(plain.needed_bytes)}" if less > 0 else "nothing"
         why = f"Leave deepspeed out: the base fits on each rank, and zero1 and zero2 would save {saved}."
-        sharded = next((way for way in ways if way.sharing.word == "zero3"), None)
-        if sharded is not None and sharded.traffic.base:
-            pages = "" if machine.on_gpu else " and make private memory of pages that ranks share now"
-            why += f" zero3 would bring {travels(sharded)}{pages}."
+        if len(ways) > 3 and traffic(ways[3]).base:
+            pages = "" if plain.machine.on_gpu else " and make private memory of pages that ranks share now"
+            why += f" zero3 would bring {travels(ways[3])}{pages}."
         return plain, why
     if first.sharing.stage < 3:
         return first, f"{first.sharing.word}: it fits by the few MB of the optimizer's state that ranks divide."
     network = "so the machines want a fast network" if first.sharing.nodes > 1 else "but these ranks are on one machine"
     why = (
-        f"{first.sharing.word}: with the whole base a rank needs {size(plain.needed_bytes)} and has "
-        f"{size(plain.available_bytes)}; spread, {size(first.needed_bytes)}. It brings {travels(first)}, {network}."
+        f"{first.sharing.word}: with the whole base a rank needs {size(plain.needed_bytes)} and has {available}; "
+        f"spread, {size(first.needed_bytes)}. It brings {travels(first)}, {network}."
     )
-    if first.host_bytes:
-        why += f" The shares take {size(first.host_bytes)} of RAM on each node."
+    if host := host_bytes(first):
+        why += f" The shares take {size(host)} of RAM on each node."
     elif first.sharing.offload == "nvme":
         why += " They are read from a disk on every use, which takes libaio and a base stored as bfloat16."
     return first, why

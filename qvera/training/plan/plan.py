@@ -6,7 +6,6 @@ Seconds: a few matrix products are timed on this machine, then all products of t
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,6 +25,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows
 from qvera.data.rows import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
+from qvera.models.experts import expert_specs
 from qvera.models.model_class import empty_model
 from qvera.models.quantization import quantized_reader
 from qvera.models.quantize_checkpoint import how_stored
@@ -34,7 +34,7 @@ from qvera.models.stream import CHUNK_BYTES
 from qvera.models.structure import expert_weights
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
-from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes, recurrences
+from qvera.training.plan.activations import offloaded_bytes, recurrences
 from qvera.training.plan.decisions import (
     Change,
     Checkpointing,
@@ -48,23 +48,21 @@ from qvera.training.plan.decisions import (
 )
 from qvera.training.plan.memory import (
     ETHERNET_BYTES_PER_SECOND,
-    Memory,
-    Way,
-    expert_storage_bytes,
-    plan_rank,
+    host_bytes,
     plan_ways,
     right_way,
     slot_bytes,
     stream_bytes,
+    traffic,
 )
-from qvera.training.plan.run import ALONE, Machine, PlannedRun, Shape, Sharing, shape_of, this_machine
+from qvera.training.plan.run import ALONE, Linear, Machine, PlannedRun, Shape, Sharing, shape_of, this_machine
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, size
 from qvera.utils.safetensors_io import TensorSpec
 
 _CONFIG_BYTES, _PAIR_NUMBER_BYTES = 1_250, 21  # adapter_config.json, and a line of its pair_numbers without the name
-_STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
+_STATE_BYTES = 6_500  # state.json without the recipe and the steps' own results, manifest.json, and random state
 
 REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
 """Shares of a GPU's memory: above the first a plan is refused, between them the trial of the longest batch decides.
@@ -75,23 +73,12 @@ No plan knows what the allocator loses to fragmentation, or what other processes
 class Plan(PlannedRun):
     """What a run will take, and what would make it fit where it does not."""
 
-    memory: Memory  # of one rank
     changes: list[Change]  # empty where the run fits
     decided: Checkpointing  # `recipe` has its mode written out
     streaming: Streaming  # likewise
-    ways: tuple[Way, ...] = ()  # every way of sharing the model, where that was asked for
+    ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where that was asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
     peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
-
-    @property
-    def needed_bytes(self) -> int:
-        """See `Memory.needed_bytes`."""
-        return self.memory.needed_bytes(self.machine)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the machine has the memory."""
-        return self.needed_bytes <= self.machine.available_bytes
 
     @property
     def is_refused(self) -> bool:
@@ -114,8 +101,7 @@ class Plan(PlannedRun):
     def warnings(self) -> list[str]:
         """A rank and a rate that are far above any that a run took: most likely slips."""
         rank, rate = self.recipe.adapter.rank, self.recipe.training.learning_rate
-        specs = [*(linear.spec for linear in self.adapted), *self.adapted_experts]
-        highest = max(min(spec.in_features, spec.out_features) for spec in specs)
+        highest = max(min(x.n, x.m) for x in (*self.adapted, *self.adapted_experts))
         found, name = [], self.recipe.adapter.method
         # of random projections a few more than the layers' own size are usual
         if rank > highest * (4 if self.method.source is Source.SEEDED else 1):
@@ -143,16 +129,11 @@ class Plan(PlannedRun):
     @property
     def checkpoint_bytes(self) -> int:
         """A checkpoint. Of many adapters it is that of all slots, without the results of each."""
-        written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
+        written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES
         if self.slots:
             return self.slots * (slot_bytes(self) - 4 * self.trained_parameters) + written
-        parts = {"exp_avg": None, "exp_avg_sq": None, "step": ()}
-        state = [
-            TensorSpec(f"{t.name}/{part}", torch.float32, t.shape if shape is None else shape)
-            for t in self.tensors(trained_only=True)
-            for part, shape in parts.items()
-        ]
-        return _file_bytes(self.tensors()) + _file_bytes(state) + written
+        trained = self.tensors(trained_only=True)  # in the optimizer's file: two averages, and a number's header
+        return _file_bytes(self.tensors()) + 2 * _file_bytes(trained) + len(packed_header(trained)) + written
 
     def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
         """A run's measured peak (`memory.PeakWatch`) as JSON, and the plan's error relative to it.
@@ -199,8 +180,19 @@ class Plan(PlannedRun):
             "processes": {"deepspeed": sharing.word, "nodes": sharing.nodes, "per_node": sharing.per_node},
         }
         if self.ways:
-            way, why = right_way(self.ways, self.machine)
-            document["ways"] = [each.to_dict() for each in self.ways]
+            way, why = right_way(self.ways)
+            document["ways"] = [
+                {
+                    "deepspeed": each.sharing.word,
+                    "needed_bytes": each.needed_bytes,
+                    "available_bytes": each.machine.available_bytes,
+                    "host_bytes": host_bytes(each),
+                    "fits": each.fits,
+                    "received_bytes_per_step": traffic(each)._asdict(),
+                    "memory": each.memory.to_dict(),
+                }
+                for each in self.ways
+            ]
             document["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
         return document
 
@@ -244,8 +236,9 @@ def make_plan(
         model_class = task.model_class(datasets)
         model = empty_model(recipe.model, None, model_class)
     shape = _grown(shape_of(model, model_class), recipe)
-    if shape.experts and recipe.model.quantization in ("nf4", "fp4"):
-        shape = replace(shape, quantizes_experts=how_stored(recipe.model)[0])
+    if shape.experts and recipe.model.quantization in ("nf4", "fp4") and not how_stored(recipe.model)[0]:
+        # transformers loads the checkpoint, and leaves its experts dense
+        shape = replace(shape, experts=[replace(x, quantizable=False) for x in shape.experts])
     masked, config = needs_padding_mask(model) or task.loss_is_trl, model.config
     device = machine if isinstance(machine, torch.device) else None
     if isinstance(machine, torch.device):
@@ -263,30 +256,25 @@ def make_plan(
     slots = wanted_slots(recipe, adapter_rows)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=slots)
     run, decided, streaming = decide(run)
-    ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
+    ways = plan_ways(run, sharing.nodes, sharing.per_node) if every_way else []
     run = with_fitting_slots(hold_weights(run))
-    memory = plan_rank(run)
-    fits = memory.needed_bytes(machine) <= machine.available_bytes
-    changes = [] if fits else nearest_changes(run, batch_of)
+    changes = [] if run.fits else nearest_changes(run, batch_of)
     if whole.adapter.rank != given.adapter.rank:  # a schedule has made it
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     of_run = {each.name: getattr(run, each.name) for each in fields(run)}
     note = _peft_note(run, model)
-    return Plan(
-        **of_run, memory=memory, changes=changes, decided=decided, streaming=streaming, ways=ways, peft_note=note
-    )
+    return Plan(**of_run, changes=changes, decided=decided, streaming=streaming, ways=ways, peft_note=note)
 
 
 def _peft_note(run: PlannedRun, model: PreTrainedModel) -> str | None:
     """What stock PEFT can't read of the run's adapter as a LoRA, to be said before the training; None: nothing."""
-    names, stacks = set(run.adapted_names), {x.name: x.spec.is_transposed for x in run.shape.experts}
-    roles = {x.role for x in run.adapted}
+    names, roles = {x.name for x in run.adapted}, {x.role for x in run.adapted}
     # it drops tensors of dense MLPs beside experts, and refuses this name in Mamba
     if run.method.peft_type is None or run.shape.head or not (expert_weights(model) or "out_proj" in roles):
         return None
-    stacks = {x.name: stacks[x.name] for x in run.adapted_experts}
+    stacks = {x.name: expert_specs(model)[x.name].is_transposed for x in run.adapted_experts}
+    short = {x.name for x in run.shape.linears if x.role in roles} == names and not stacks
     names |= other_places(names, model).keys()
-    short = {x.name for x in run.shape.linears if x.role in roles} == run.adapted_names and not stacks
     config = LoraConfig(r=1, target_modules=sorted(roles if short else names), task_type="CAUSAL_LM")
     config.target_parameters = sorted(stacks) or None
     try:
@@ -387,11 +375,11 @@ def _print_ways(plan: Plan, console: Console) -> None:
         if way.memory.mapped_bytes:
             base += f" + {size(way.memory.mapped_bytes)} mapped"
         needed = size(way.needed_bytes) + ("" if way.fits else " (too much)")
-        received = sum(way.traffic)
+        received = sum(traffic(way))
         seconds = duration(received / ETHERNET_BYTES_PER_SECOND)
         table.add_row(way.sharing.word, base, *cells, needed, size(received), seconds)
     console.print(table)
-    console.print(right_way(plan.ways, plan.machine)[1], style="bold")
+    console.print(right_way(plan.ways)[1], style="bold")
 
 
 def verdict(plan: Plan) -> str:
@@ -419,7 +407,7 @@ def change_lines(plan: Plan) -> list[str]:
     """What would make it fit, one ``--set`` a line."""
     if plan.fits or not plan.changes:
         return []
-    way = right_way(plan.ways, plan.machine)[0] if plan.ways else None
+    way = right_way(plan.ways)[0] if plan.ways else None
     if way is not None and way.sharing.word != plan.sharing.word:
         return [f"--set deepspeed={way.sharing.word} makes it fit: {size(way.needed_bytes)} a rank."]
     if not any(change.fits for change in plan.changes):
@@ -446,7 +434,7 @@ def run_lines(plan: Plan) -> list[str]:
 
 
 _TOKENS = 4096  # enough for an accelerator's full rate, and a bound on the memory that the timing takes
-_WEIGHTS_CPU, _TOKENS_CPU, _FLOPS_CPU = 2**20, 1024, 30e9
+_TOKENS_CPU, _FLOPS_CPU = 1024, 30e9
 _BUDGET_SECONDS = 0.5
 
 
@@ -473,18 +461,12 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
     ``dequantization``: 4-bit weights; ``elementwise``: bytes read and written. An accelerator is timed on all linears
     of a layer: less would time the launch of a kernel. On a CPU a piece of one weight is long enough.
     """
-    rank, hidden = run.recipe.adapter.rank, run.shape.hidden
-    if run.machine.on_gpu:
-        tokens, products = min(run.batch.all_tokens, _TOKENS), [(x.n, x.m) for x in run.layer]  # (n, m)
-        quantized = [(x.n, x.m) for x in run.layer if x.quantizable]
-    else:
-        tokens = min(run.batch.all_tokens, _TOKENS_CPU)
-        widest = min(run.shape.ff, max(64, int(_FLOPS_CPU / (2 * _TOKENS_CPU * hidden))))
-        products = [(hidden, widest)]
-        quantized = [(hidden, max(64, min(_WEIGHTS_CPU // hidden, widest)))]
-    if run.recipe.model.quantization == "none":
-        quantized = []
-    sides = {side for sizes in (*products, *quantized) for side in sizes}
+    rank, hidden, linears = run.recipe.adapter.rank, run.shape.hidden, run.layer
+    tokens = min(run.batch.all_tokens, _TOKENS if run.machine.on_gpu else _TOKENS_CPU)
+    if not run.machine.on_gpu:
+        linears = [Linear("", hidden, min(run.shape.ff, max(64, int(_FLOPS_CPU / (2 * _TOKENS_CPU * hidden)))))]
+    quantized = [x for x in linears if x.quantizable and run.recipe.model.quantization != "none"]
+    widest, numbers = max(run.shape.ff, *(max(x.n, x.m) for x in linears)), sum(x.numbers for x in linears)
 
     def drawn(numbers: int) -> torch.Tensor:
         return torch.randn(numbers, device=device, dtype=run.machine.dtype)
@@ -493,31 +475,29 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
         return numbers[: rows * columns].view(rows, columns)
 
     with accelerator.forked_random_state():
-        weights = drawn(max(n * m for n, m in (*products, *quantized)))
-        inputs, narrow = drawn(tokens * max(*sides, run.shape.ff)), drawn(max(tokens, *sides) * rank)
-        readers = [quantized_reader(first(weights, m, n), run.recipe.model) for n, m in quantized]
+        weights, inputs = drawn(max(x.numbers for x in linears)), drawn(tokens * widest)
+        narrow = drawn(max(tokens, widest) * rank)
+        readers = [quantized_reader(first(weights, x.m, x.n), run.recipe.model) for x in quantized]
 
         def dense() -> None:
-            for n, m in products:
-                torch.mm(first(inputs, tokens, n), first(weights, m, n).t())
-                torch.mm(first(inputs, tokens, m), first(weights, m, n))
+            for x in linears:
+                torch.mm(first(inputs, tokens, x.n), first(weights, x.m, x.n).t())
+                torch.mm(first(inputs, tokens, x.m), first(weights, x.m, x.n))
 
         def low_rank() -> None:
-            for n, m in products:
-                torch.mm(first(inputs, tokens, n), first(narrow, rank, n).t())  # z = x Aᵀ
-                torch.mm(first(narrow, tokens, rank), first(narrow, m, rank).t())  # z Cᵀ
+            for x in linears:
+                torch.mm(first(inputs, tokens, x.n), first(narrow, rank, x.n).t())  # z = x Aᵀ
+                torch.mm(first(narrow, tokens, rank), first(narrow, x.m, rank).t())  # z Cᵀ
 
         def dequantize() -> None:
             for read in readers:
                 read()  # one is in memory at a time
 
-        wide = first(inputs, tokens, max(*sides, run.shape.ff))
-        numbers = sum(n * m for n, m in products)
-        dequantized = sum(n * m for n, m in quantized)
+        wide = first(inputs, tokens, widest)
         return {
             "products": 4 * tokens * numbers / _seconds(dense),
-            "low rank": 2 * tokens * rank * sum(n + m for n, m in products) / _seconds(low_rank),
-            "dequantization": dequantized / _seconds(dequantize) if readers else float("inf"),
+            "low rank": 2 * tokens * rank * sum(x.n + x.m for x in linears) / _seconds(low_rank),
+            "dequantization": sum(x.numbers for x in quantized) / _seconds(dequantize) if readers else float("inf"),
             "elementwise": 2 * wide.nbytes / _seconds(lambda: torch.nn.functional.silu(wide)),
         }
 
@@ -557,15 +537,13 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
             low_rank += 2 * T * section.rank * ((0 if shared else passes * x.n) + (passes + 1) * x.m)
             passed += (passes + 1) * pair * 2
     for stack in run.layer_experts:
-        experts, *sizes, _ = stack.spec
-        routed, numbers = T * s.experts_per_token, math.prod(sizes)
-        flops += passes * 2 * routed * numbers
+        routed = T * s.experts_per_token
+        flops += passes * 2 * routed * stack.n * stack.m
         # the experts that rows spread evenly would meet
-        met = experts * (1 - (1 - s.experts_per_token / experts) ** T)
-        weights += passes * met * numbers if expert_storage_bytes(stack, run) else 0
-        if stack.name in {x.name for x in run.adapted_experts}:
-            n, m = stack.adapted_spec.in_features, stack.adapted_spec.out_features
-            low_rank += 2 * section.rank * (passes * T * n + (passes + 1) * routed * m)
+        met = 1 - (1 - s.experts_per_token / stack.experts) ** T
+        weights += passes * met * stack.numbers if run.is_packed(stack) else 0
+        if stack.name in run.adapted_names:
+            low_rank += 2 * section.rank * (passes * T * stack.n + (passes + 1) * routed * stack.m)
     seen = b.longest_row if b.offsets else b.tokens  # by a token at most: offsets keep it within its row
     attention = (passes - 1 + 2.5) * 4 * b.rows * b.tokens * seen * s.heads * s.head_dim
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import ModelSection
 from qvera.distributed.zero import ZeroConfig
 from qvera.models.checkpointing import Mode
-from qvera.models.experts import StackSpec, expert_specs, require_experts
+from qvera.models.experts import expert_specs, require_experts
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
@@ -34,59 +35,41 @@ from qvera.utils.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     from qvera.training.plan.activations import Recurrence
+    from qvera.training.plan.memory import Memory
 
 _PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
     "top_k",
 )  # fmt: skip
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One linear of the base: its full name, in_features n, out_features m, and its decoder layer."""
+class Linear(LinearSpec):
+    """A linear of the base, or a projection of all experts of a layer, as an adapter's method sees it."""
 
-    name: str
-    n: int
-    m: int
-    layer: int | None
-    quantizable: bool  # a quantized load converts it (every linear but the head, and those with a forward of their own)
-    is_target: bool = True  # ``all-linear`` means it (`beside_the_layers`)
+    layer: int | None = None
+    quantizable: bool = True
+    """A quantized load converts it: every linear but the head, and those with a forward of their own."""
+    is_target: bool = True
+    """``all-linear`` means it (`beside_the_layers`)."""
+
+    @property
+    def n(self) -> int:
+        return self.in_features
+
+    @property
+    def m(self) -> int:
+        return self.out_features
+
+    @property
+    def numbers(self) -> int:
+        return self.n * self.m * (self.experts or 1)
 
     @property
     def role(self) -> str:
         """The last part of the name."""
         return self.name.rpartition(".")[2]
-
-    @property
-    def spec(self) -> LinearSpec:
-        """The linear as an adapter's method sees it."""
-        return LinearSpec(self.name, self.n, self.m)
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """A projection of the experts of a layer, which is quantized expert by expert."""
-
-    name: str
-    spec: StackSpec
-    layer: int | None
-
-    @property
-    def owner(self) -> str:
-        """What has this projection and those that are used with it."""
-        return self.name.removesuffix(".weight").rpartition(".")[0]
-
-    @property
-    def numbers(self) -> int:
-        """Weights of all experts."""
-        return math.prod(self.spec.shape)
-
-    @property
-    def adapted_spec(self) -> LinearSpec:
-        """The projection as an adapter's method sees it."""
-        experts, m, n, is_transposed = self.spec
-        return LinearSpec(self.name, *((m, n) if is_transposed else (n, m)), experts)
 
 
 @dataclass(frozen=True)
@@ -126,7 +109,7 @@ class Shape:
     longest_tokens: int
     tied: bool  # the head is the input embedding
     head_norms: bool  # q and k are normalized per head (Qwen3)
-    linears: tuple[Linear, ...]
+    linears: Sequence[Linear]
     dense_numbers: int  # embeddings, frozen head, norms, biases: all but quantizable weights; a tied head counts once
     expert_numbers: int  # of those, experts that stay dense (`expert_weights`)
     attention: str  # the implementation that the model picks by itself
@@ -134,10 +117,9 @@ class Shape:
     image_tokens: int = 0  # of an image, for a model that takes them
     image_numbers: int = 0  # pixel values of an image
     tower: Tower | None = None  # of a model that takes images among text
-    experts: tuple[ExpertWeights, ...] = ()  # not among the dense numbers
+    experts: Sequence[Linear] = ()  # not among the dense numbers
     experts_per_token: int = 0
-    quantizes_experts: bool = True  # False: transformers loads the checkpoint, and leaves its experts dense
-    recurrences: tuple[Recurrence, ...] = ()  # of the layers that have one
+    recurrences: Mapping[int, Recurrence] = field(default_factory=dict)  # by layer, of those that have one
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
     @property
@@ -148,27 +130,23 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Parameters of the base model."""
-        linears = sum(x.n * x.m for x in self.linears if x.quantizable)
-        return self.dense_numbers + linears + sum(x.numbers for x in self.experts)
+        return self.dense_numbers + sum(x.numbers for x in (*self.linears, *self.experts) if x.experts or x.quantizable)
 
-    def adapted(self, targets: str | list[str], with_experts: bool = False) -> tuple[Linear, ...]:
-        """The linears that ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers.
-
-        ``with_experts``: a target may name experts only.
-        """
+    def adapted(self, targets: str | list[str], with_experts: bool = False) -> list[Linear]:
+        """What ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers."""
         if with_experts:
             require_experts(self.experts)
+        everything = [*self.linears, *(self.experts if with_experts else ())]
         if isinstance(targets, str):
-            return tuple(x for x in self.linears if x.is_target)
-        everything = [x.name for x in self.linears] + [x.name for x in self.experts if with_experts]
-        chosen = {t: {name for name in everything if f".{name}".endswith(f".{t}")} for t in targets}
+            return [x for x in everything if x.is_target]
+        chosen = {t: {x.name for x in everything if f".{x.name}".endswith(f".{t}")} for t in targets}
         if missing := sorted(t for t, names in chosen.items() if not names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in everything}))
+            known = ", ".join(sorted({x.role for x in everything}))
             raise InputError(
                 f"adapter.targets: no linear of this model's layers is named {', '.join(missing)}. They are named "
                 f"{known}."
             )
-        return tuple(x for x in self.linears if x.name in set().union(*chosen.values()))
+        return [x for x in everything if x.name in set().union(*chosen.values())]
 
 
 class NotPlannable(InputError):
@@ -193,42 +171,38 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         if size is None or module is head or f"{name}.".startswith(own_heads):
             continue
         # a tower's layers are none of the decoder's
-        layer = None if name in beside and name not in dense_names else _LAYER.search(f".{name}.")
+        layer = None if name in beside and name not in dense_names else LAYER.search(f".{name}.")
         skipped = any(f".{name}".endswith(kept) or f"{kept}." in f".{name}." for kept in kept_dense)
         converted = type(module) in (nn.Linear, Conv1D) and not skipped and name not in dense_names
-        linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
+        linears.append(Linear(name, *size, 0, int(layer[1]) if layer else None, converted, name not in beside))
     kind, layers = type(model).__name__, {x.layer for x in linears} - {None}
     own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
     if not layers or (head is None and not own_head):
         raise NotPlannable(f"model.path: {kind} has no decoder layers that a plan could be made for.")
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    needed = (
-        ("hidden_size",) if "mixer" in names else ("num_attention_heads", "hidden_size")
-    )  # Mamba attends to nothing
-    for key in needed:
+    for key in ("hidden_size", "num_attention_heads")[: 1 if "mixer" in names else 2]:  # Mamba attends to nothing
         if not isinstance(getattr(config, key, None), int):
             raise NotPlannable(f"model.path: the config of {kind} has no whole number {key} to plan with.")
+    widths = getattr(config, "intermediate_size", None)
     hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 0
     output, table = embedding if head is None else head, getattr(embedding, "weight", None)
     weight = getattr(output, "weight", None)  # patches of images are in none
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) or weight is table
     dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
     of_experts = getattr(config, "ffn_config", config)  # DBRX has its own
-    experts = tuple(
-        ExpertWeights(name, spec, int(layer[1]) if (layer := _LAYER.search(f".{name}.")) else None)
-        for name, spec in expert_specs(model).items()
-        if spec.is_quantizable
-    )
-    dense -= sum(x.n * x.m for x in linears if x.quantizable) + sum(x.numbers for x in experts)
+    experts = []
+    for name, (count, rows, columns, is_transposed) in expert_specs(model).items():
+        layer, sizes = LAYER.search(f".{name}."), (rows, columns) if is_transposed else (columns, rows)
+        if rows * columns % 64 == 0:  # blocks of 64 weights end with experts
+            experts.append(Linear(name, *sizes, count, int(layer[1]) if layer else None))
+    dense -= sum(x.numbers for x in (*linears, *experts) if x.quantizable)
     if tied and weight is not table:  # a model on the meta device: not tied yet
         dense -= output.weight.numel()
     height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
     return Shape(
         model_type=str(config.model_type),
         hidden=hidden,
-        ff=max(widths)
-        if isinstance(widths := getattr(config, "intermediate_size", None), list)
-        else widths or 4 * hidden,
+        ff=max(widths) if isinstance(widths, list) else widths or 4 * hidden,
         layers=len(layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -237,13 +211,11 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         tied=tied,
         head_norms={"q_norm", "k_norm"} <= names,
-        linears=tuple(linears),
+        linears=linears,
         dense_numbers=dense,
         expert_numbers=sum(p.numel() for p in expert_weights(model).values()) - sum(x.numbers for x in experts),
         experts=experts,
-        experts_per_token=next((int(n) for key in _PER_TOKEN if (n := getattr(of_experts, key, None))), 2)
-        if experts
-        else 0,
+        experts_per_token=next((int(n) for key in _PER_TOKEN if (n := getattr(of_experts, key, None))), 2),
         head=own_head,
         image_tokens=image_tokens(config, height, width) if height else 0,
         image_numbers=3 * height * width,
@@ -293,7 +265,6 @@ class Machine:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it is an accelerator."""
         return accelerator.is_accelerator(self.device_type)
 
     def dense_itemsize(self, is_table: bool = True) -> tuple[int, bool]:
@@ -361,7 +332,6 @@ class Sharing:
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
         return self.ranks or self.nodes * self.per_node
 
     @property
@@ -398,7 +368,6 @@ class Batch:
 
     @property
     def all_tokens(self) -> int:
-        """Tokens of all rows, padding included."""
         return self.rows * self.tokens
 
 
@@ -427,6 +396,21 @@ class PlannedRun:
         """The same run with other values of ``section.key``, on which no batch depends."""
         return replace(self, recipe=changed(self.recipe, settings))
 
+    @cached_property
+    def memory(self) -> Memory:
+        """Of one rank."""
+        from qvera.training.plan.memory import plan_rank
+
+        return plan_rank(self)
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.memory.needed_bytes(self.machine)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.machine.available_bytes
+
     @property
     def itemsize(self) -> int:
         """Bytes of one element in the compute dtype."""
@@ -439,7 +423,6 @@ class PlannedRun:
 
     @property
     def method(self) -> Method:
-        """The adapter's method."""
         return method_of(self.recipe.adapter)
 
     @property
@@ -448,41 +431,40 @@ class PlannedRun:
         return self.builds_per_pass < fused.BUILDS_UNHELD
 
     @cached_property
-    def adapted(self) -> tuple[Linear, ...]:
-        """The linears with an adapter; InputError where a target matches none."""
+    def _adapted(self) -> list[Linear]:
         section = self.recipe.adapter
         return self.shape.adapted(section.targets, section.experts != "none")
 
-    @cached_property
-    def adapted_experts(self) -> list[LinearSpec]:
-        """The experts' projections with an adapter."""
-        section = self.recipe.adapter
-        each = [x.adapted_spec for x in self.shape.experts] if section.experts != "none" else []
-        if isinstance(section.targets, str):
-            return each
-        return [x for x in each if any(f".{x.name}".endswith(f".{target}") for target in section.targets)]
+    @property
+    def adapted(self) -> list[Linear]:
+        """The linears with an adapter; InputError where a target matches none."""
+        return [x for x in self._adapted if not x.experts]
+
+    @property
+    def adapted_experts(self) -> list[Linear]:
+        return [x for x in self._adapted if x.experts]
 
     @cached_property
     def adapted_names(self) -> frozenset[str]:
-        """The names of `adapted`."""
-        return frozenset(x.name for x in self.adapted)
+        """Of both."""
+        return frozenset(x.name for x in self._adapted)
+
+    def _of_layer(self, among: Sequence[Linear]) -> list[Linear]:
+        """Those of the decoder layer that stands for all; the second one, where some first ones differ."""
+        present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
+        return [x for x in among if x.layer == present[min(1, len(present) - 1)]]
 
     @cached_property
     def layer(self) -> list[Linear]:
-        """The linears of one decoder layer that stands for all; the second one, where some first ones differ."""
-        present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
-        return [x for x in self.shape.linears if x.layer == present[min(1, len(present) - 1)]]
+        return self._of_layer(self.shape.linears)
 
     @cached_property
-    def layer_experts(self) -> list[ExpertWeights]:
-        """The experts of the decoder layer that stands for all."""
-        present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
-        return [x for x in self.shape.experts if x.layer == present[min(1, len(present) - 1)]]
+    def layer_experts(self) -> list[Linear]:
+        return self._of_layer(self.shape.experts)
 
     def tensors(self, trained_only: bool = False) -> list[TensorSpec]:
         """The tensors of the adapter's file, a head's included; ``trained_only``: those of them that are trained."""
-        section, method, specs = self.recipe.adapter, self.method, [x.spec for x in self.adapted]
-        specs += self.adapted_experts
+        section, method, specs = self.recipe.adapter, self.method, self._adapted
         shapes = {PREFIX + f"{s.name}.{name}": size for s in specs for name, size in method.tensors(section, s).items()}
         shared = method.shared_tensors(section, specs, self.shape.head_dim)
         shapes |= {SHARED_PREFIX + name: size for name, size in shared.items()}
@@ -520,14 +502,19 @@ class PlannedRun:
         """Whether the base's linears are stored in four bits."""
         return self.recipe.model.quantization in ("nf4", "fp4")
 
+    def is_packed(self, x: Linear) -> bool:
+        return self.is_four_bit and x.quantizable
+
     def rank_at(self, x: Linear) -> int:
-        """The adapter's rank at one linear."""
-        return self.method.rank_at(self.recipe.adapter, x.spec)
+        return self.method.rank_at(self.recipe.adapter, x)
 
     def has_vectors(self, x: Linear) -> bool:
         """Whether the path is VeRA's, with d and b (`Factors.vectors`)."""
-        names = self.method.tensors(self.recipe.adapter, x.spec).keys()
+        names = self.method.tensors(self.recipe.adapter, x).keys()
         return {"qvera_d", "qvera_b"} <= names and self.method.change is not Change.PER_TOKEN
+
+    def _sizes(self, x: Linear) -> tuple[int, int, int, int]:
+        return self.batch.all_tokens, x.n, x.m, self.rank_at(x)
 
     def is_summed(self, x: Linear) -> bool:
         """Whether the layer goes through W + ΔW (`qvera.adapters.products.fused`)."""
@@ -536,10 +523,9 @@ class PlannedRun:
             return False
         if self.method.change is not Change.LOW_RANK or not self.has_vectors(x):
             return False
-        sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
-        return fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
+        scaled, builds = section.input_scale, self.builds_per_pass
+        return fused.pays(*self._sizes(x), machine.dtype, machine.device_type, scaled, builds)
 
     def keeps_input(self, x: Linear) -> bool:
         """Whether the backward pass through W + ΔW needs the layer's input."""
-        sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
-        return self.is_summed(x) and fused.keeps_input(*sizes, self.recipe.adapter.input_scale)
+        return self.is_summed(x) and fused.keeps_input(*self._sizes(x), self.recipe.adapter.input_scale)

@@ -19,6 +19,7 @@ from qvera.training.optim import build_optimizer, optimizer_bytes
 from qvera.training.plan import ALONE, Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way, shape_of
 from qvera.training.plan.memory import (
     four_bit_bytes,
+    host_bytes,
     optimizer_state_bytes,
     plan_rank,
     spread_of,
@@ -115,8 +116,8 @@ def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-cpu", "zero3-offload-nvme"]
     in_ram, on_disk = ways[-2:]
     assert on_disk.needed_bytes <= in_ram.needed_bytes < 1.1 * on_disk.needed_bytes  # which has the next layer there
-    assert 0 < on_disk.host_bytes < 0.5 * in_ram.host_bytes
-    way, why = right_way(ways, machine)
+    assert 0 < host_bytes(on_disk) < 0.5 * host_bytes(in_ram)
+    way, why = right_way(ways)
     assert (None if way is None else way.sharing.word) == word
     assert words in why
     if word == "none":
@@ -128,8 +129,8 @@ def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
     machine = cpu(4 * 10**9)
     ways = plan_ways(seven(machine), 1, 4)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-nvme"]
-    assert {way.available_bytes for way in ways} == {10**9}
-    way, why = right_way(ways, machine)
+    assert {way.machine.available_bytes for way in ways} == {10**9}
+    way, why = right_way(ways)
     assert way is ways[0]
     assert "make private memory of pages that ranks share now" in why
     assert not ways[3].fits
