@@ -1,10 +1,16 @@
-"""Trainable parameters on the real shapes, with the base on the meta device. The size of files: methods/test_methods.py."""
+"""Trainable parameters and file sizes on the real shapes, with the base on the meta device."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from qvera.adapters.save_load import adapter_facts, attach
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_adapter
 from qvera.config.sections import AdapterSection
 from tests.adapters.helpers import SHAPES, on_meta, trainable
 
@@ -26,3 +32,25 @@ def test_trainable_counts(name: str) -> None:
     facts = adapter_facts(model)
     assert layers * trainable(model) == layers * facts["trainable_parameters"] == count
     assert (facts["adapted_modules"], layers * facts["lora_r64_parameters"]) == (7, lora)
+
+
+def fill(model: PeftModel) -> None:
+    """Real vectors in memory in place of the meta ones: what a trained adapter holds; the base stays on meta."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, QveraLinear):
+            for name, vector in layer.vectors("default").items():
+                getattr(layer, name)["default"] = nn.Parameter(torch.randn(vector.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("name", "limit_bytes"),
+    [("SmolLM2-135M", 1_000_000), pytest.param("LLaMA-7B", 6_000_000, marks=pytest.mark.slow)],
+)
+def test_adapter_files_are_small(name: str, limit_bytes: int, tmp_path: Path) -> None:
+    model = attach(on_meta(name), AdapterSection(rank=256), base_name="some/base")
+    fill(model)
+    size = save_adapter(model, tmp_path / "adapter")
+    written = sum(f.stat().st_size for f in (tmp_path / "adapter").rglob("*") if f.is_file())
+    assert 4 * COUNTS[name][1] < size == written < limit_bytes
+    assert sum(v.numel() for v in named_vectors(model).values()) == COUNTS[name][1]

@@ -132,6 +132,15 @@ def test_only_z_and_the_small_tensors_are_kept_for_backward(T: int, r: int) -> N
     assert x.grad is not None
 
 
+def test_only_the_gradients_asked_for_are_made() -> None:
+    p = parts(4, 3, 5, 2)
+    for wanted in ("base", "z", "d", "b"):
+        leaves = {"base": p["x"] @ p["W"].t(), "z": project(p["x"], p["A"]), "d": p["d"].clone(), "b": p["b"].clone()}
+        leaves[wanted].requires_grad_()
+        expand(leaves["base"], leaves["z"], leaves["d"], leaves["b"], p["B"], 1.0).square().sum().backward()
+        assert [k for k, v in leaves.items() if v.grad is not None] == [wanted]
+
+
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     p = parts(4, 3, 5, 2)
     b = p["b"].requires_grad_()

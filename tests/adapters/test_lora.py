@@ -15,6 +15,7 @@ from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.adapter_file import read_adapter
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.shared_model import load_adapters
 from qvera.config.sections import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.deltas import read_deltas
@@ -205,6 +206,23 @@ def test_each_of_two_loras_is_saved_with_its_own_tensors(tmp_path: Path) -> None
     own = get_peft_model_state_dict(model, adapter_name="two", save_embedding_layers=False)
     assert tensors.keys() == own.keys()
     assert all(torch.equal(tensors[key], own[key]) for key in own)
+
+
+def test_rows_of_a_batch_use_loras_and_vera_side_by_side(tmp_path: Path) -> None:
+    sections = {"lora": lora(), "rs": lora(rank=2, use_rslora=True), "vera": AdapterSection(rank=8)}
+    directories, alone = {}, {}
+    for seed, (name, section) in enumerate(sections.items()):
+        model = attach(small_llama(), section)
+        perturb(model, seed)
+        directories[name] = tmp_path / name
+        save_adapter(model, directories[name])
+        alone[name] = logits(model)
+    model = load_adapters(small_llama(), directories)
+    for names in (["lora", "vera"], ["rs", "__base__"], ["lora", "lora"]):
+        found = logits(model, adapter_names=names)
+        for row, name in enumerate(names):
+            expected = alone[name][row] if name in alone else logits(small_llama())[row]
+            torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_orthogonal_wants_an_even_rank() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qvera.adapters.products.low_rank import trained_linear, trained_path
-from tests.adapters.helpers import IN, OUT, TOLERANCE, base_layer, relative
+from tests.adapters.helpers import IN, OUT, TOLERANCE, base_layer, dense_weight, relative
 
 Leaves: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 REFERENCE = Path(__file__).parent / "reference"
@@ -71,6 +71,25 @@ def test_a_path_and_every_gradient(
         check(y, leaves, expected, max(TOLERANCE[dtype], TOLERANCE[base_dtype]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("linear", torch.float32), ("linear-nobias", torch.bfloat16), ("int8", torch.float16),
+     ("nf4+dq-uint8", torch.float32), ("fp4-bfloat16", torch.bfloat16)],
+)  # fmt: skip
+def test_a_frozen_linear_and_a_pair_in_one_node(kind: str, dtype: torch.dtype) -> None:
+    base = base_layer(kind, dtype)
+    x, upstream = numbers(2, 5, IN, seed=0, dtype=dtype), numbers(2, 5, OUT, seed=4, dtype=dtype)
+    A, B = numbers(6, IN, seed=2, dtype=dtype), numbers(OUT, 6, seed=3, dtype=dtype)
+    expected = textbook(x, dense_weight(base), A, B, 2.5, upstream)
+    if base.bias is not None:
+        expected["y"] += base.bias.double()
+    leaves = as_leaves(x, A, B, dtype)
+    y = trained_linear(base, *leaves, 2.5)
+    y.backward(upstream.to(dtype))
+    assert y.shape == (2, 5, OUT)
+    check(y, leaves, expected, 2 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("name", ["lora_peft", "rslora_peft"])
 def test_the_numbers_of_peft(name: str) -> None:
     with np.load(REFERENCE / f"{name}.npz") as stored:
@@ -82,6 +101,17 @@ def test_the_numbers_of_peft(name: str) -> None:
     y.backward(p["g"])
     for found, key in ((y.detach(), "y"), (x.grad, "grad_x"), (A.grad, "grad_A"), (B.grad, "grad_B")):
         torch.testing.assert_close(found, p[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradcheck(inside: bool) -> None:
+    base = nn.Linear(4, 5, dtype=torch.float64).requires_grad_(False)
+    leaves = [numbers(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(7, 4), (3, 4), (5, 3)])]
+
+    def run(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return trained_linear(base, x, A, B, 0.7) if inside else trained_path(base(x), x, A, B, 0.7)
+
+    assert torch.autograd.gradcheck(run, leaves)
 
 
 def test_a_small_scale_keeps_its_bits_in_float16() -> None:

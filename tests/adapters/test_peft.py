@@ -88,6 +88,20 @@ def test_a_fresh_process_gives_the_same_logits_to_the_bit(tiny_model_dir: Path, 
     assert not torch.equal(wanted["True"], wanted["False"])
 
 
+@pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_round_trip_in_one_process(dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    model = adapted(small_llama().to(dtype), rank=11, projection_seed=4)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(
+        small_llama().to(dtype), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
+    )
+    for name, vector in named_vectors(loaded).items():
+        assert vector.dtype == torch.float32 and vector.requires_grad
+        assert torch.equal(vector, named_vectors(model)[name])
+    assert torch.equal(logits(loaded), logits(model))
+    assert {layer.parts("default")[0].dtype for layer in layers(loaded)} == {dtype}
+
+
 def test_the_file_holds_fp32_vectors_and_no_projections(tmp_path: Path) -> None:
     model = adapted(small_llama().to(torch.bfloat16))
     size = save_adapter(model, tmp_path / "adapter")
@@ -352,6 +366,22 @@ def test_an_undamaged_adapter_is_not(saved: Path) -> None:
 def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such adapter directory"):
         read_adapter(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 32, "intermediate_size": 96}, "belongs to another base model"),
+        ({"intermediate_size": 256}, "belongs to another base model"),
+        ({"num_hidden_layers": 3}, "14 missing (first: base_model.model.model.layers.2"),
+        ({"num_hidden_layers": 1}, "14 unknown (first: base_model.model.model.layers.1"),
+        ({"num_key_value_heads": 4}, "has shape [32], this model needs [64]"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(changes: dict[str, int], words: str, saved: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_adapter(small_llama(**changes), saved)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["hash", "seed", "newer format", "generator"])

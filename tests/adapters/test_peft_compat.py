@@ -222,6 +222,30 @@ def test_dropout_acts_in_training_only(accelerated: None) -> None:
     torch.testing.assert_close(logits(model), logits(model))
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        y += x
+        return y
+
+
+@pytest.mark.parametrize("tokens", [2, 40, 600])  # each of the layer's three ways
+def test_outputs_can_be_changed_in_place_as_those_of_peft(tokens: int) -> None:
+    found = []
+    for model in both(Residual, target_modules=["lin"]):
+        x = torch.linspace(-1, 1, 3 * tokens * 64).view(3, tokens, 64).requires_grad_()
+        y = model(x)
+        y.square().mean().backward()
+        found.append([y.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if "lambda" in n)])
+    for ours, stock in zip(*found, strict=True):
+        assert relative(ours, stock) < 2e-5
+
+
 def test_conv1d_bases() -> None:
     def gpt2() -> Any:
         torch.manual_seed(0)

@@ -128,6 +128,24 @@ def test_every_token_gets_the_pair_of_its_row_and_the_pair_its_gradient(
     assert all(one.dtype == of.dtype and relative(one, other) < tolerance for one, other, of in pairs)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_the_product_of_pairs_in_float64(layout: str) -> None:
+    tokens, _, front, rows = _present(layout)
+    shapes = ((*front, 5), (*front, 4), (rows, 3, 4), (rows, 5, 3))
+    inputs = [_drawn(shape, torch.float64, seed) for seed, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(lambda base, x, A, B: pair_slots(base, x, A, B, 1.3, tokens), inputs)
+
+
+@pytest.mark.parametrize(("layout", "groups"), [("padded", 2), ("joined", 1), ("one row", 2), ("scattered", 1)])
+def test_gradients_of_the_row_product_in_float64(layout: str, groups: int) -> None:
+    tokens, _, front, rows = _layout(layout)
+    shapes = ((*front, 5), (*front, 4), (rows, 4), (rows, groups, 5))
+    inputs = [_drawn(shape, torch.float64, seed) for seed, shape in enumerate(shapes)]
+    B = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    assert torch.autograd.gradcheck(lambda base, z, d, b: expand_slots(base, z, d, b, B, 1.3, tokens), inputs)
+    assert torch.autograd.gradcheck(lambda x, a: scale_slots(x, a, tokens), (inputs[1], inputs[2]))
+
+
 @pytest.mark.parametrize(("layout", "broken"), [("padded", "tokens"), ("joined", "vectors"), ("scattered", "tokens")])
 def test_a_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(layout: str, broken: str) -> None:
     tokens, index, front, _ = _layout(layout)

@@ -272,3 +272,18 @@ def by_linear(run_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         found.setdefault(name, {})[kind] = tensor
     return found
+
+
+def test_adapters_of_several_methods_share_one_base() -> None:
+    model = attach(small_llama(), AdapterSection(method="lora-xs", rank=6))
+    perturb(model)
+    alone = logits(model)
+    for name, settings in (("sara", SARA), ("mo", MIXTURES["seeded"]), ("sb", {"method": "lora-sb", "rank": 6})):
+        model.add_adapter(name, QveraConfig(**settings))
+        perturb(model, adapter=name)
+        model.set_adapter(name)
+        assert (logits(model) - alone).abs().max() > 1e-3
+        trained = {n.rpartition(".")[2] for n, v in named_vectors(model, name).items() if v.requires_grad}
+        assert trained == {kind for kind in trained if "frozen" not in kind}
+    model.set_adapter("default")
+    assert torch.equal(logits(model), alone)

@@ -15,6 +15,7 @@ from torch import nn
 from qvera.adapters.config import PREFIX
 from qvera.adapters.methods import method_of
 from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.cli.main import main
 from qvera.config.sections import AdapterSection
 from qvera.distributed.group import Group
 from qvera.exporting.deltas import read_deltas
@@ -30,6 +31,7 @@ from qvera.lab.spiel import (
     by_momentum,
     replace,
 )
+from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
@@ -166,6 +168,24 @@ def test_float16_gradients_are_divided_by_the_loss_scale(make_recipe: Any, tmp_p
         state = load_file(tmp_path / dtype / "checkpoints" / "step-00000002" / "optimizer.safetensors")
         norms.append(torch.stack([t.norm() for name, t in sorted(state.items()) if name.endswith("exp_avg")]))
     assert relative(norms[1], norms[0]) < 0.02
+
+
+def test_its_export_is_the_weight_with_its_values_added_at_their_places(
+    runs: Path, make_recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, merged = runs / "momentum", tmp_path / "merged"
+    assert main(["export", str(run), str(merged), "--base", "original", "--dtype", "float32", "--no-compare"]) == 0
+    found, tensors = load_file(merged / "model.safetensors"), vectors(run)
+    base = load_base(make_recipe(model={"quantization": "none"}).model).model
+    for key in (n for n in tensors if n.endswith(PLACES)):
+        name = key.removeprefix(PREFIX).removesuffix(f".{PLACES}")
+        expected = base.get_submodule(name).weight.detach().clone()
+        expected.view(-1)[tensors[key].long()] += tensors[key.replace(PLACES, VALUES)]
+        assert torch.equal(found[f"{name}.weight"], expected), name
+    for to in ("lora", "peft"):
+        assert main(["export", str(run), str(tmp_path / to), "--to", to]) == 2
+        assert to == "peft" or "No LoRA is the same" in capsys.readouterr().err
+        assert not (tmp_path / to).exists()
 
 
 DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

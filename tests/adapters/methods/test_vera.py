@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear, register
 from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
@@ -51,11 +52,11 @@ def adapter(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_every_vector_has_its_shape_and_start_and_is_trained(section: ModelSection) -> None:
-    model = attach(load_base(section).model, AdapterSection(**MORE, d_initial=0.3))
+    model = attach(load_base(section).model, AdapterSection(**MORE))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for name, vector in named_vectors(model).items():
         shapes.setdefault(name.rpartition(".")[2], set()).add(tuple(vector.shape))
-        start = torch.tensor({"qvera_b": 0.0, "qvera_d": 0.3, "qvera_a": 1.0}[name.rpartition(".")[2]])
+        start = {"qvera_b": 0.0, "qvera_d": 0.1, "qvera_a": 1.0}[name.rpartition(".")[2]]
         assert vector.dtype == torch.float32 and (vector == start).all(), name
     # tiny-llama: hidden 64, 4 heads and 2 key-value heads of 16, inside 192
     assert shapes == {"qvera_b": {(2, 64), (2, 32), (2, 192)}, "qvera_d": {(8,)}, "qvera_a": {(64,), (192,)}}
@@ -187,3 +188,47 @@ def test_a_frozen_d_stays_frozen_in_a_file_and_when_the_adapter_is_chosen_again(
 def test_a_recipe_that_can_not_be_is_refused(adapter: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         parse_recipe({"model": "-", "data": {"path": "-"}, "adapter": adapter}, "a test")
+
+
+# d_initial is what a learning rate of its own for d would be: there is no second key for it.
+
+IN, OUT, RANK, STEPS = 24, 40, 8, 6
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def output_after(d_initial: float, b_rate: float, d_rate: float) -> torch.Tensor:
+    """Where AdamW is after a few steps. Its eps is next to nothing, as gradients scale with what they are taken by."""
+    config = QveraConfig(rank=RANK, target_modules=["first", "second"], d_initial=d_initial)
+    model: Any = get_peft_model(Two(), config)  # type: ignore[arg-type]
+    vectors = named_vectors(model)
+    groups = [
+        {"params": [v for name, v in vectors.items() if ("qvera_b" in name) == first], "lr": rate}
+        for first, rate in ((True, b_rate), (False, d_rate))
+    ]
+    assert all(len(group["params"]) == 2 for group in groups)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(groups, eps=1e-30, weight_decay=0.0)
+    x, y = torch.randn(16, IN, generator=torch.Generator().manual_seed(1)), torch.ones(16, IN)
+    for _ in range(STEPS):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 3.0])
+def test_one_rate_with_another_d_initial_is_two_rates(ratio: float) -> None:
+    one = output_after(0.1 * ratio, 0.02, 0.02)
+    two = output_after(0.1, 0.02 * ratio, 0.02 / ratio)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    plain = output_after(0.1, 0.02, 0.02)
+    assert (one - plain).abs().max() > 1e-3, "the ratio does nothing, so the comparison shows nothing"
