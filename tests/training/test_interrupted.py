@@ -22,7 +22,6 @@ from qvera.tasks.causal_lm import CausalLM
 from qvera.training import session
 from qvera.training.alone import Trainer
 from qvera.training.loop import AloneLoop
-from qvera.training.run_dir import check_run_dir
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted
 from tests.training.runs import losses, run_json, same, vectors
@@ -115,12 +114,21 @@ def test_an_error_that_nobody_expects_leaves_no_run_that_runs(
         train(whole[0], tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("dry_run", "said"),
+    [
+        (False, "process {} on .* trains in this directory. Wait for it"),
+        (True, "holds a run. Process {} on .* trains it: wait for it. If that is gone, add --resume"),
+    ],
+)
 def test_a_second_run_in_the_directory_of_one_that_trains_is_told_of_it(
-    whole: tuple[Recipe, Path], tmp_path: Path
+    dry_run: bool, said: str, whole: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
-    said = rf"holds a run. Process {os.getpid()} on .* trains it: wait for it. If that is gone, add --resume"
-    with pytest.raises(InputError, match=said):
-        train(whole[0], tmp_path / "run", callbacks=[lambda _: check_run_dir(tmp_path / "run", whole[0], False)])
+    def begin_another(_: object) -> None:
+        train(whole[0], tmp_path / "run", dry_run=dry_run)
+
+    with pytest.raises(InputError, match=said.format(os.getpid())):
+        train(whole[0], tmp_path / "run", callbacks=[begin_another])
 
 
 def test_a_run_whose_process_is_gone_is_told_as_interrupted_by_its_process(
