@@ -36,8 +36,7 @@ from qvera.serve.requests import (
     ResolvedAdapter,
     TokenEvent,
 )
-from qvera.serve.sampling import TokenChooser, choose_tokens
-from qvera.serve.scoring import ScoredPrompt, add_scores
+from qvera.serve.sampling import ScoredPrompt, TokenChooser, add_scores, choose_tokens
 from qvera.serve.slots import HostVectors, ServingBank
 from qvera.utils.errors import InputError, RunFailed, first_line
 
