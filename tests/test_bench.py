@@ -24,6 +24,7 @@ from bench import (
     classification,
     family,
     family_picture,
+    first_rows,
     gguf_answers,
     host_time,
     lora_cut,
@@ -286,6 +287,8 @@ def test_the_pages_show_the_committed_results() -> None:
     pictures = {"table": family_picture.picture(), "quality": quality_picture.picture(list(quality.results(lines)))}
     for name, drawn in pictures.items():
         assert (docs / "methods" / f"{name}.svg").read_text(encoding="utf-8") == drawn
+    text = pages["benchmarks.md"]
+    assert text == with_table(text, "first_rows", first_rows.table(read_lines(first_rows.LINES)))
     text = pages[classification.PAGE.name]
     assert text == with_table(text, "table", classification.table())
     cases = json.loads((RESULTS / "lora_cut.json").read_text())["cases"]

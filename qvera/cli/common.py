@@ -16,6 +16,7 @@ from rich.console import Console
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
+from qvera.utils.files import ADAPTER_CONFIG, RECIPE_FILE, try_read_json
 from qvera.utils.progress import Phase
 
 
@@ -103,12 +104,23 @@ def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
     Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False).print(table)
 
 
-def require_adapters(run: Path, *names: str | None) -> None:
-    """Raise InputError for an adapter that a run of many has not, before torch is imported."""
-    from qvera.evaluation.named_adapters import adapters_root, require_all_named
+def check_target(target: str | Path, *adapters: str | None) -> None:
+    """What is found before torch is imported: an adapter that a run of many has not (InputError), and a silent hub.
 
-    if (asked := [name for name in names if name is not None]) and adapters_root(run) is not None:
+    ``target``: a run, an adapter directory, an export, or a base.
+    """
+    from qvera.config.schema import load_recipe
+    from qvera.evaluation.named_adapters import adapters_root, require_all_named
+    from qvera.training.trainer import leave_silent_hub
+
+    run = Path(target)
+    if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)
+    if (run / RECIPE_FILE).is_file():
+        target = load_recipe(run / RECIPE_FILE, of_a_run=True).model.path
+    elif (config := try_read_json(run / ADAPTER_CONFIG)) is not None:
+        target = config.get("base_model_name_or_path") or target
+    leave_silent_hub(str(target))
 
 
 def require_packages(extra: str, *names: str) -> None:

@@ -11,13 +11,13 @@ from qvera.cli.common import (
     AdapterName,
     EvalPath,
     HtmlFile,
+    check_target,
     console,
     flag,
     number,
     option,
     print_table,
     progress,
-    require_adapters,
     require_new_file,
     say,
 )
@@ -97,7 +97,7 @@ def evaluate(
     names = metrics.split(",")
     if not no_generation:
         text_metrics(names)  # a missing package is named at once
-    require_adapters(run, adapter)
+    check_target(run, adapter)
 
     from qvera.evaluation.load import find_target, require_base
     from qvera.tasks.evaluate import evaluate as evaluate_target
@@ -237,6 +237,7 @@ def harness(
         qvera harness runs/quickstart --tasks arc_easy --limit 100
     """
     require_new_file(json_file)
+    check_target(run, adapter)
 
     from qvera.evaluation.generate import PromptWriter
     from qvera.evaluation.lm_eval import find_tasks, run_harness

@@ -17,11 +17,11 @@ from qvera.cli.common import (
     GgufDtype,
     RunPath,
     argument,
+    check_target,
     console,
     flag,
     option,
     progress,
-    require_adapters,
     require_new_file,
     say,
 )
@@ -64,7 +64,7 @@ def export(
     Example:
         qvera export runs/quickstart out/ --to merged
     """
-    require_adapters(run, adapter)
+    check_target(run, adapter)
 
     from qvera.evaluation.load import find_target
     from qvera.exporting.export import export as export_adapter
@@ -118,6 +118,9 @@ def merge_adapters(
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
     """
+    for path in adapters:
+        check_target(path)
+
     import torch
 
     from qvera.adapters.adapter_file import read_config

@@ -18,12 +18,12 @@ from qvera.cli.common import (
     Temperature,
     TopP,
     argument,
+    check_target,
     console,
     flag,
     number,
     option,
     progress,
-    require_adapters,
     require_new_file,
     say,
 )
@@ -82,7 +82,7 @@ def generate(
         settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         questions, answers = _ask_server(url, questions, base, batch_size, settings)
     else:
-        require_adapters(Path(run), *adapters)
+        check_target(run, *adapters)
 
         from qvera.api import load
         from qvera.evaluation.load import find_target, require_answers
@@ -234,7 +234,7 @@ def chat(
         answer = _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens})
         _talk([Turn("system", system)] if system else [], seed, answer)
         return
-    require_adapters(Path(run), adapter)
+    check_target(run, adapter)
 
     import transformers
 

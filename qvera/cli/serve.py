@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvera.cli.common import argument, flag, number, option, progress, require_packages, say
+from qvera.cli.common import argument, check_target, flag, number, option, progress, require_packages, say
 from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
@@ -114,9 +114,7 @@ def serve(
     for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
 
-    from qvera.training.trainer import leave_silent_hub
-
-    leave_silent_hub(model)
+    check_target(model)
 
     import dataclasses
 

@@ -79,7 +79,7 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
             said = io.StringIO()
             with contextlib.redirect_stderr(said):
                 assert main([command, recipe, "--set", override]) == 2, said.getvalue()
-            assert words in said.getvalue()
+            assert words in said.getvalue(), said.getvalue()
     for line in ("chat RUN", "eval RUN", "export RUN out", "generate RUN --prompt x"):
         with contextlib.redirect_stderr(said := io.StringIO()):
             assert main([*line.replace("RUN", str(adapter.parents[1])).split(), "--adapter", "ana"]) == 2
@@ -88,7 +88,7 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
     assert time.process_time() - began < 8, "twenty starts"
 
 
-def a_silent_hub_is_left(recipe: str) -> None:
+def a_silent_hub_is_left(command: str, words: str) -> None:
     import contextlib
     import io
     import time
@@ -98,8 +98,8 @@ def a_silent_hub_is_left(recipe: str) -> None:
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
     began, said = time.monotonic(), io.StringIO()
     with contextlib.redirect_stderr(said):
-        assert main(["train", recipe, "--set", "data.path=nobody/nothing", "--set", "model.path=nobody/no-model"]) == 2
-    assert os.environ["HF_HUB_OFFLINE"] == "1" and "nobody/no-model" in said.getvalue()
+        assert main(command.split()) == 2
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and words in said.getvalue(), said.getvalue()
     assert time.monotonic() - began < 120, "imports, and no retries"
 
 
@@ -172,7 +172,12 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
 
 if __name__ == "__main__" and len(sys.argv) == 2:
     forked(wrong_starts_import_no_torch, sys.argv[1])
-    forked(a_silent_hub_is_left, sys.argv[1])
+    hub = "--set data.path=nobody/nothing --set model.path=nobody/no-model"
+    forked(a_silent_hub_is_left, f"train {sys.argv[1]} {hub}", "nobody/no-model")
+    config = Path(sys.argv[1]).with_name("of_the_hub") / "adapter_config.json"
+    config.parent.mkdir()
+    config.write_text('{"base_model_name_or_path": "nobody/no-model"}')
+    forked(a_silent_hub_is_left, f"generate {config.parent} --prompt x", "has no key 'peft_type'")
 elif __name__ == "__main__":
     forked(light_commands_import_no_torch, *sys.argv[1:])
     import transformers.modeling_utils  # noqa: F401
