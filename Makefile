@@ -34,7 +34,7 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/qvera quickstart $(ARGS)
 
-# Workers compute on one thread each. How many there are, and the order of modules, says tests/conftest.py.
+# One worker a core; each computes on one thread. Modules go to the workers in the order of tests/conftest.py.
 PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test $(VENV)/.installed-trl

@@ -41,11 +41,6 @@ _LONGEST = (
 """Rooms whose modules take longest. They begin first, so that at the end no worker waits for a long one alone."""
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than cores: a third of the time a test waits for a server or a process that it started."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The order in which `make test` hands modules to its workers; on a card, the rooms that run there."""
 
