@@ -136,12 +136,14 @@ def merge_adapters(
     found = [find_adapter(adapters[0], name) for name in names] or [find_adapter(path) for path in adapters]
     require_empty(out)
     _require_one_base(found)
+    classes = []
     for _, directory in found:
         config = read_config(directory)
         require_no_added_tokens(config, directory, "merge-adapters")
-        if getattr(config, "model_class", CAUSAL_LM).has_own_head:
+        classes.append(getattr(config, "model_class", CAUSAL_LM))
+        if classes[-1].has_own_head:
             raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
-    model = empty_model(found[0][0].section, None, getattr(read_config(found[0][1]), "model_class", CAUSAL_LM))
+    model = empty_model(found[0][0].section, None, classes[0])
     deltas = [read_deltas(directory, model, target.section) for target, directory in found]
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     if wrong := [weight for weight in factors if not math.isfinite(weight)]:

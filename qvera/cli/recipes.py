@@ -41,8 +41,9 @@ LEAST_STEPS, MOST_EPOCHS = 150, 10
 MANY_ROWS = 2000  # from here on a step has the default number of rows, below it half as many
 FEW_ROWS, FEW_ROWS_OF_A_LABEL = 100, 10  # below these the command says that more would help
 SHORT_ANSWER_TOKENS = 32  # on average: answers that can be compared with their references word by word
-MOST_LABELS, LONGEST_LABEL, ROWS_OF_A_LABEL = 20, 40, 10
-"""So few and short answers (in characters), each so often on average, are labels: a system prompt names them."""
+MOST_LABELS, LONGEST_LABEL = 20, 40
+"""So few and short answers (in characters), each in `FEW_ROWS_OF_A_LABEL` rows on average, are labels: a system prompt
+names them."""
 
 
 def init(
@@ -127,7 +128,7 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets) -> tuple[Recipe, Data
     from qvera.data.labelled import rows_by_label
 
     found = rows_by_label(datasets.train) if datasets.stats.format == "prompt-completion" else {}
-    are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // ROWS_OF_A_LABEL)
+    are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // FEW_ROWS_OF_A_LABEL)
     if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."

@@ -323,7 +323,7 @@ def recurrences(model: nn.Module, hidden: int, dtype: torch.dtype) -> dict[int, 
         if layer is None or not (hasattr(module, "A_log") and hasattr(module, "conv1d")):
             continue
         chunk = getattr(module, "chunk_size", 8 if hasattr(module, "dt_proj") else _CHUNK)  # Mamba goes token by token
-        key = type(module), tuple(parameter.shape for parameter in module.parameters())  # alike: counted once
+        key = type(module), tuple(parameter.shape for parameter in module.parameters())  # the same key: counted once
         try:
             counted[key] = counted.get(key) or _count(module, hidden, dtype, chunk)
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
