@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qvera.config.sections import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
-from qvera.utils.errors import InputError, one_line
+from qvera.utils.errors import InputError, hub_hint, one_line
 from qvera.utils.formatting import describe, shortened
 
 if TYPE_CHECKING:
@@ -487,7 +487,7 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
     except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
         hint = "Check data.path, data.config_name, data.split and data.revision."
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():
-            hint = "The hub can't be reached: connect, or set data.path to a local file."
+            hint = f"{hub_hint()} Or set data.path to a local file."
         raise InputError(
             f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
             f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {one_line(error)}. {hint}"

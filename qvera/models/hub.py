@@ -19,7 +19,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub ha
 
 from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, first_line, hub_hint
 from qvera.utils.files import ADAPTER_CONFIG, resolve_path
 from qvera.utils.safetensors_io import INDEX, weight_map
 
@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
         return f"there is no such repository or revision ({first_line(error)})."
     if isinstance(error, HfHubHTTPError):
         return f"it answered {status}: {first_line(error)}"
-    return f"{type(error).__name__}: {first_line(error)} Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+    return f"{type(error).__name__}: {first_line(error)} {hub_hint()}"
 
 
 def base_directory(section: ModelSection, progress: StageProgress | None = None) -> Path:
@@ -122,7 +122,7 @@ def base_directory(section: ModelSection, progress: StageProgress | None = None)
     except Exception as error:
         raise InputError(
             f"model.path: the base {name!r} is no directory here, and can't be downloaded from the hub "
-            f"({type(error).__name__}: {error})."
+            f"({type(error).__name__}: {first_line(error)}) {hub_hint()}"
         ) from None
 
 

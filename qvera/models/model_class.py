@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from qvera.config.sections import ModelSection
 from qvera.models.conversion import is_decoded, made_of
 from qvera.models.structure import share_tied_modules
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, first_line, hub_hint
 from qvera.utils.files import resolve_path
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry
@@ -274,6 +274,8 @@ def empty_model(
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         name = str(source or resolve_path(section.path))
         fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            fix = f" {hub_hint()}"
         raise InputError(
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as {model_class.what}: "
             f"{first_line(error)}{fix}"

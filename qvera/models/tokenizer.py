@@ -29,7 +29,7 @@ from qvera.config.sections import ModelSection
 from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
 from qvera.models.hub import base_directory, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
-from qvera.utils.errors import InputError, did_you_mean, first_line
+from qvera.utils.errors import InputError, did_you_mean, first_line, hub_hint
 from qvera.utils.files import resolve_path
 from qvera.utils.safetensors_io import save_tensors
 
@@ -77,7 +77,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             raise InputError(
                 f"{'model.tokenizer' if section.tokenizer else 'model.path'}: {name!r} is no directory here{near} "
                 f"Nor can it be read from the hub ({first_line(error).rstrip('.')}). Expected a directory with "
-                "config.json, *.safetensors and tokenizer.json, or a hub id such as owner/name."
+                f"config.json, *.safetensors and tokenizer.json, or a hub id such as owner/name. {hub_hint()}"
             ) from None
         raise InputError(
             f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected "

@@ -14,6 +14,7 @@ from qvera.config import plugins
 from qvera.config.sections import DataSection
 from qvera.data import build_datasets, lengths_of
 from qvera.data.images import thumbnail_uris
+from qvera.data.source import survey
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
 from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, open_target, require_base, template_of
 from qvera.evaluation.metrics import require_packages, text_metrics
@@ -88,7 +89,7 @@ def evaluate(
             f"{target.path}: rewards are measured against the base with its adapter switched off, so {alone} has none. "
             "Evaluate the run (--with-base adds the base's answers), or ask with `qvera generate`."
         )
-    section = _data_section(target, rows, limit)
+    section = _data_section(target, rows, limit, {})
     sha256 = None if base_alone else adapter_sha256(target)  # now: the run may go on while we score
     model = _open(target, opened, console, adapter=not base_alone)
     datasets = build_datasets(section, model.base.tokenizer, console)
@@ -178,10 +179,9 @@ def _evaluate_labels(
     """Score a classifier; ``answers`` are its predictions."""
     task = classification_of(target.model_class)
     require_packages(task.name)
-    section = _data_section(target, rows, limit)
+    section = _data_section(target, rows, limit, {"format": task.row_format})
     about = _subject(target, section, False, rows)
     sha256 = adapter_sha256(target)
-    section = section.replace(format=task.row_format)  # an adapter alone has no recipe that says it
     model = _open(target, opened, console)
     labels = model.labels
     datasets = build_datasets(section, model.base.tokenizer, console, labels=labels)
@@ -216,8 +216,12 @@ def _evaluate_labels(
     }
 
 
-def _data_section(target: Artifact, data: str | None, rows: int | None) -> DataSection:
-    """The recipe's held-out rows, or all rows of a file that is read in the same way."""
+def _data_section(target: Artifact, data: str | None, rows: int | None, without_recipe: dict[str, str]) -> DataSection:
+    """The recipe's held-out rows, or all rows of a file that is read in the same way.
+
+    ``without_recipe``: keys of an adapter alone, which has no recipe that says them. A file is read here, so that wrong
+    columns are an error before weights are loaded.
+    """
     recipe = target.recipe
     if data is None:
         if recipe is None:
@@ -229,23 +233,26 @@ def _data_section(target: Artifact, data: str | None, rows: int | None) -> DataS
             raise InputError(f"{target.path}: its recipe holds out no rows; name a file with --data.")
         return recipe.data.replace(template=template_of(recipe, target.run))
     if recipe is None:
-        return DataSection(path=data, limit=rows)
-    return recipe.data.replace(
-        path=data,
-        config_name=None,  # of the recipe's own source, like its revision
-        revision=None,
-        template=template_of(recipe, target.run),
-        adapter_column=None,
-        adapter_files=False,
-        mixture=[],
-        **plugins.added_keys(recipe.data),
-        weight=1.0,
-        eval_path=None,
-        eval_split=None,
-        rows_per_label=None,
-        eval_fraction=0.0,
-        limit=rows,
-    )
+        section = DataSection(path=data, limit=rows, **without_recipe)
+    else:
+        section = recipe.data.replace(
+            path=data,
+            config_name=None,  # of the recipe's own source, like its revision
+            revision=None,
+            template=template_of(recipe, target.run),
+            adapter_column=None,
+            adapter_files=False,
+            mixture=[],
+            **plugins.added_keys(recipe.data),
+            weight=1.0,
+            eval_path=None,
+            eval_split=None,
+            rows_per_label=None,
+            eval_fraction=0.0,
+            limit=rows,
+        )
+    survey(section)
+    return section
 
 
 def _subject(target: Artifact, section: DataSection, base_alone: bool, data: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Errors for people, and the exit code that a script sees for each."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -59,6 +60,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line without a full stop; or its type, if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= limit else text[: limit - 1] + "…").rstrip(".")
+
+
+def hub_hint() -> str:
+    """The last sentence of an error about something that the hub was to give."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set, so the hub was not asked."
+    return "Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

@@ -153,6 +153,9 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "a ramp that falls": (f"{TRAIN} --find-lr --lr-from 0.1 --lr-to 0.01", "expected two rates, 0 < from < to"),
     "a ramp of few steps": (f"{TRAIN} --find-lr --lr-steps 3", "takes a whole number >= 10"),
     "a range test into a file": (f"{TRAIN} --find-lr", "is a file", write("out")),
+    "a base that offline can't be fetched": (f"{TRAIN} --set model.path=anna/base", "HF_HUB_OFFLINE is set"),
+    "rows that offline can't be fetched": (f"{TRAIN} --set data.path=anna/rows", "HF_HUB_OFFLINE is set"),
+    "an adapter that offline can't be fetched": ("generate anna/adapter hello", "HF_HUB_OFFLINE is set"),
     "no prompts": ("generate run prompts.txt --out answers.jsonl", "holds no rows", write("prompts.txt", "\n \n")),
 }
 
@@ -178,7 +181,8 @@ def snapshot(root: Path) -> dict[str, bytes]:
 def test_bad_input(name: str, scratch: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(scratch, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what was read at the import
     line, expected, *edits = TABLE[name]
     for edit in edits:
         edit()

@@ -345,3 +345,13 @@ def test_options_for_answers_are_refused_where_none_are_asked_for(trained_run: P
         assert main(["eval", str(trained_run), "--no-generation", *option.split()]) == 2
         name = option.partition(" ")[0]
         assert f"{name}: is for answers, and --no-generation asks for none" in capsys.readouterr().err
+
+
+def test_wrong_columns_are_an_error_before_weights_are_loaded(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("qvera.tasks.evaluate.open_target", lambda *_, **__: pytest.fail("weights were loaded"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "2 + 2", "reply": "4"}\n')
+    assert main(["eval", str(trained_run), "--data", str(rows)]) == 2
+    assert "rows.jsonl:1: the columns match" in capsys.readouterr().err
