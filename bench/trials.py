@@ -21,6 +21,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bench import candidates
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets
@@ -39,7 +40,7 @@ class Trial:
     """What is tried.
 
     Attributes:
-        method: ``frozen`` (no adapter), ``lora`` or ``vera`` (both stock PEFT), or ``qvera``.
+        method: ``frozen`` (no adapter), ``lora`` or ``vera`` (both stock PEFT), ``qvera``, or one of bench/candidates.py.
         b_rate: a rate of its own for what starts at zero: LoRA's B (LoRA+, arXiv 2402.12354), VeRA's b. None:
         `learning_rate`.
         alpha: LoRA's alpha; None: the rank.
@@ -85,8 +86,8 @@ class Trial:
         """Of a trained parameter: ``b`` starts at zero (LoRA's B, VeRA's b), ``others`` of an adapter, or ``head``."""
         if any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b")):
             return "b"
-        is_adapter = self.head_rate is None or any(part in name for part in ("lora_", "vera_", "qvera_"))
-        return "others" if is_adapter else "head"
+        is_head = self.head_rate is not None and name.endswith(("classifier.weight", "classifier.bias", "score.weight"))
+        return "head" if is_head or "modules_to_save" in name else "others"
 
     def after(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
         """What is to be done between two steps."""
@@ -109,6 +110,12 @@ def adapted(base: Base, trial: Trial, recipe: Recipe, model_class: ModelClass = 
             b_groups=trial.b_groups, input_scale=trial.input_scale,
         )  # fmt: skip
         return attach(base.model, section, model_class=model_class)
+    elif trial.method in (*candidates.OF_PEFT, *candidates.OF_OURS):
+
+        def rows() -> Any:
+            return build_datasets(recipe.data, base.tokenizer).train
+
+        return candidates.adapt(base.model, trial.method, trial.rank, trial.seed, model_class.has_own_head, rows)
     else:
         return base.model
     return get_peft_model(base.model, config)

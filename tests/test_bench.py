@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from bench import (
     alpaca,
+    candidates,
     classification,
     family,
     family_picture,
@@ -31,7 +34,7 @@ from bench import (
     quality,
     quality_picture,
 )
-from bench.common import RESULTS, do_missing, header, read_lines, with_table, write_rows
+from bench.common import RESULTS, do_missing, header, perturb, read_lines, with_table, write_rows
 from bench.gpu import common, fast, right
 from bench.gpu.common import Lines
 from bench.gpu.first_machine import PART_SECONDS, PARTS, environment_of, has_ended
@@ -307,3 +310,30 @@ def test_the_range_tests_of_the_docs_are_those_of_their_points(name: str, steepe
     assert [point["smoothed_loss"] for point in points] == pytest.approx(smoothed)
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert re.search(rf"\| {name} \([^|]*\) \| {steepest:g} \| {suggested:g} \|", page, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("method", candidates.OF_OURS)
+def test_candidates_begin_as_the_base_and_have_the_equations_that_are_said(method: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).eval()
+    tokens, before = torch.randint(0, 64, (2, 7)), {}
+    for name, linear in candidates.adapted_linears(model):
+        before[name] = linear.weight.clone()
+    expected = model(tokens).logits
+    rows = [SimpleNamespace(input_ids=row.tolist()) for row in torch.randint(0, 64, (6, 9))]
+    model = candidates.adapt(model, method, 4, 0, True, lambda: rows)
+    torch.testing.assert_close(model(tokens).logits, expected)
+    perturb(model)
+    for name, weight in before.items():
+        adapted = model.get_submodule(name)
+        if method == "two-sided":
+            wanted = (1 + adapted.qvera_b)[:, None] * weight * (1 + adapted.qvera_v)
+        else:
+            wanted = weight + adapted.qvera_b[:, None] * (adapted.B @ (adapted.qvera_d[:, None] * adapted.A))
+        x = torch.randn(3, weight.shape[1])
+        torch.testing.assert_close(adapted(x), torch.nn.functional.linear(x, wanted, adapted.linear.bias))
+    shared = {id(module.A) for module in model.modules() if isinstance(module, candidates.Between)}
+    assert len(shared) == {"two-sided": 0, "tied": 3}.get(
+        method, 12
+    )  # a basis for each linear, a tied pair for each shape

@@ -1,0 +1,135 @@
+"""Methods that are no part of qvera, tried beside it by bench/quality.py: stock PEFT's, and four of a few lines each.
+
+Each has about as many trained numbers as VeRA or LoRA r=1. The four of our own, for a frozen linear W of [m, n]:
+
+- ``two-sided``: (I + diag u) W (I + diag v), u and v trained.
+- ``input-basis``: VeRA, but A are the leading eigenvectors of the second moments of each linear's inputs on 48 rows of the
+  training part, times the length of a row of VeRA's A.
+- ``both-bases``: likewise, and B those of its outputs.
+- ``tied``: VeRA with A and B trained (Tied-LoRA, arXiv 2311.09578). Linears of one shape share them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import IA3Config, LoKrConfig, MissConfig, UniLoraConfig, get_peft_model
+from torch import nn
+
+BASIS_ROWS = 48
+OF_PEFT = ("uni-lora", "miss", "lokr", "ia3")
+OF_OURS = ("two-sided", "input-basis", "both-bases", "tied")
+
+
+def peft_config(method: str, rank: int, kind: Any) -> Any:
+    """PEFT's config. ``rank``: of Uni-LoRA the numbers of θ, at rank 4; LoKr's factor is 8."""
+    common: dict[str, Any] = {"target_modules": "all-linear", "task_type": kind}
+    if method == "uni-lora":
+        return UniLoraConfig(r=4, theta_d_length=rank, **common)
+    if method == "miss":
+        return MissConfig(r=rank, **common)
+    if method == "lokr":
+        return LoKrConfig(r=rank, alpha=rank, decompose_factor=8, **common)
+    return IA3Config(feedforward_modules=[], **common)
+
+
+class Scaled(nn.Module):
+    """``two-sided``: [..., n] → [..., m]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.qvera_b = nn.Parameter(torch.zeros(linear.out_features))
+        self.qvera_v = nn.Parameter(torch.zeros(linear.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = nn.functional.linear(x * (1 + self.qvera_v).to(x.dtype), self.linear.weight) * (1 + self.qvera_b).to(
+            x.dtype
+        )
+        return out if self.linear.bias is None else out + self.linear.bias
+
+
+class Between(nn.Module):
+    """VeRA's equation, W x + b ∘ (B (d ∘ (A x))), with any A [r, n] and B [m, r]: [..., n] → [..., m]."""
+
+    def __init__(self, linear: nn.Linear, A: torch.Tensor, B: torch.Tensor) -> None:
+        super().__init__()
+        self.linear, self.A, self.B = linear, A, B
+        self.qvera_b = nn.Parameter(torch.zeros(len(B)))
+        self.qvera_d = nn.Parameter(torch.full((len(A),), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = nn.functional.linear(x, self.A.to(x.dtype)) * self.qvera_d.to(x.dtype)
+        return self.linear(x) + nn.functional.linear(z, self.B.to(x.dtype)) * self.qvera_b.to(x.dtype)
+
+
+def adapt(model: Any, method: str, rank: int, seed: int, has_own_head: bool, rows: Callable[[], Any]) -> Any:
+    """The model with a fresh adapter of the method, its head trained as it is with LoRA.
+
+    ``rows``: gives the training rows, of which a basis needs some.
+    """
+    if method in OF_PEFT:
+        return get_peft_model(model, peft_config(method, rank, "SEQ_CLS" if has_own_head else None))
+    generator = torch.Generator().manual_seed(seed)
+    linears = dict(adapted_linears(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(has_own_head and name.split(".")[0] in ("classifier", "score"))
+    moments = second_moments(model, linears, list(rows())[:BASIS_ROWS]) if "bas" in method else {}
+    pairs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, linear in linears.items():
+        n, m = linear.in_features, linear.out_features
+        if method == "two-sided":
+            model.set_submodule(name, Scaled(linear))
+            continue
+        if (m, n) not in pairs:
+            A, B = (2 * torch.rand(*shape, generator=generator) - 1 for shape in ((rank, n), (m, rank)))
+            pairs[m, n] = (math.sqrt(6 / n) * A, math.sqrt(6 / rank) * B)  # VeRA, section 3.2
+        A, B = pairs[m, n]
+        if method == "tied":
+            A, B = (each if isinstance(each, nn.Parameter) else nn.Parameter(each) for each in (A, B))
+            pairs[m, n] = (A, B)
+        elif moments:
+            inputs, outputs = moments[name]
+            A = leading(inputs, rank) * A.norm(dim=1).mean()
+            B = leading(outputs, rank).T * B.norm(dim=0).mean() if method == "both-bases" else B
+        model.set_submodule(name, Between(linear, A, B))
+    return model
+
+
+def adapted_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linears of the layers: neither a head nor a pooler."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layer" in name:
+            yield name, module
+
+
+def leading(moments: torch.Tensor, rank: int) -> torch.Tensor:
+    """Eigenvectors [rank, n] of the largest eigenvalues, each of length 1."""
+    return torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :rank].T.float().contiguous()
+
+
+@torch.no_grad()
+def second_moments(
+    model: nn.Module, linears: dict[str, nn.Linear], rows: list[Any]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name of a linear → the sum of x xᵀ over its inputs, and over its outputs."""
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def add(module: nn.Module, given: tuple[torch.Tensor], made: torch.Tensor) -> None:
+            both = [x.flatten(0, -2).double() for x in (given[0], made)]
+            sums = [x.T @ x for x in both]
+            before = found.get(name)
+            found[name] = (sums[0], sums[1]) if before is None else (before[0] + sums[0], before[1] + sums[1])
+
+        return add
+
+    hooks = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+    for row in rows:
+        model(input_ids=torch.tensor([list(row.input_ids)]))
+    for hook in hooks:
+        hook.remove()
+    return found
