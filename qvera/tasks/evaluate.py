@@ -216,7 +216,7 @@ def _evaluate_labels(
     }
 
 
-def _data_section(target: Artifact, data: str | None, rows: int | None, without_recipe: dict[str, str]) -> DataSection:
+def _data_section(target: Artifact, data: str | None, rows: int | None, without_recipe: dict[str, Any]) -> DataSection:
     """The recipe's held-out rows, or all rows of a file that is read in the same way.
 
     ``without_recipe``: keys of an adapter alone, which has no recipe that says them. A file is read here, so that wrong
