@@ -55,6 +55,7 @@ def init(
     objective: Annotated[str | None, option("NAME", "dpo, orpo or kto, for preferences.")] = None,
     prompt_column: Annotated[str | None, option("NAME", "The prompt; of a classifier the text or image.")] = None,
     answer_column: Annotated[str | None, option("NAME", "The answer; of a classifier the label.")] = None,
+    adapter_column: Annotated[str | None, option("NAME", "Train an adapter for each value of this column.")] = None,
     system: Annotated[str | None, option("TEXT", "A system prompt for all rows.")] = None,
 ) -> None:
     """Write a commented recipe for your model and data.
@@ -72,8 +73,9 @@ def init(
     from qvera.config.schema import parse_recipe, read_yaml
     from qvera.training.trainer import check_early
 
-    tree = {"model": model, "data": {"path": data, **_given(eval_path=eval_data, system=system)}, **_given(task=task)}
-    tree["training"] = _given(objective=objective)
+    about_rows = _given(eval_path=eval_data, system=system, adapter_column=adapter_column)
+    tree = {"model": model, "data": {"path": data, **about_rows}, "training": _given(objective=objective)}
+    tree |= _given(task=task)
     recipe = parse_recipe(tree, "the options")
     check_early(recipe)
 
@@ -101,6 +103,8 @@ def init(
             print("                  To train a classifier of these labels: --task sequence-classification")
     if stats.label_rows and (rarest := min(stats.label_rows)) < FEW_ROWS_OF_A_LABEL:
         print(f"few rows          a label has {rarest} of them; some dozens of each are better")
+    elif stats.adapters is not None:
+        print(f"adapters          {stats.adapters.counts}")
     elif stats.train_rows < FEW_ROWS:
         print(f"few rows          a model learns little from {stats.train_rows}; some hundreds are better")
     print(f"look at the rows  qvera preview {named}\nfind a rate       qvera train {named} --find-lr")
@@ -184,7 +188,7 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
     held_out_rows = stats.eval_rows or round(stats.train_rows * held_out)
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
     rows = f"  path: {yaml_text(data.path)}\n  format: {stats.format}"
-    for key in ("eval_path", "columns", "system"):
+    for key in ("eval_path", "columns", "adapter_column", "system"):
         if value := getattr(data, key):
             rows += f"\n  {key}: {yaml_text(value)}"
     if data.format != "image":  # whose tokens are those of its patches
@@ -193,7 +197,8 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         rows += f"\n  eval_fraction: {held_out:.3g}         # held out: the run reports their loss before and after"
     task = "" if stats.labels is None else f"task: {recipe.task}\n"
 
-    trained_rows = max(1, round(stats.train_rows * (1 - held_out)))
+    adapters, of_each = (1, "") if stats.adapters is None else (len(stats.adapters.trained), " of each adapter")
+    trained_rows = max(1, round(stats.train_rows / adapters * (1 - held_out)))
     step_rows = training.global_batch_size // (1 if trained_rows >= MANY_ROWS else 2)
     step_rows = min(step_rows, trained_rows)
     if recipe.training.objective == "kto":  # whose passes have two rows or more
@@ -203,14 +208,14 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
     rate = (measured_rate(adapter.method, hidden_size) if hidden_size else None) or training.learning_rate
     source = f"for a hidden size of {hidden_size} (docs/evaluation.md)" if hidden_size else "the default"
     keys = [
-        f"num_train_epochs: {epochs}         # {epochs * epoch_steps:,} steps of {step_rows} rows",
+        f"num_train_epochs: {epochs}         # {epochs * epoch_steps:,} steps{of_each} of {step_rows} rows",
         f"global_batch_size: {step_rows}",
         f"learning_rate: {rate:g}         # {source}; --find-lr measures it on these rows",
     ]
     is_short = stats.trained_tokens < SHORT_ANSWER_TOKENS * stats.train_rows
     if stats.labels is not None:
         keys.append(f"head_learning_rate: {HEAD_RATE:g}")
-    elif held_out_rows and is_short and data.format != "preference":
+    elif held_out_rows and is_short and data.format != "preference" and stats.adapters is None:
         keys.append(f"exact_match_rows: {min(50, held_out_rows)}         # held-out answers compared")
     if (objective := recipe.training.objective) != training.objective:
         keys.insert(0, f"objective: {objective}")

@@ -106,6 +106,17 @@ def test_a_rate_between_measured_sizes_lies_between_their_rates() -> None:
     assert measured_rate("unknown", 4096) is None
 
 
+def test_the_new_recipe_of_many_adapters_counts_steps_of_each(init: Init, out: Path) -> None:
+    rows = "".join(f"{'anna' if number % 4 else 'ben'},say {number},{number}\n" for number in range(80))
+    said = init(f"customer,prompt,completion\n{rows}", "--adapter-column", "customer")
+    assert "adapters          2: ben (20), anna (60)" in said
+    recipe = load_recipe(out)
+    assert recipe.data.adapter_column == "customer" and recipe.data.eval_fraction == 0.1
+    assert "# 50 steps of each adapter of 8 rows" in out.read_text()
+    out.unlink()
+    assert "no column 'owner'" in init(f"customer,prompt,completion\n{rows}", "--adapter-column", "owner", code=2)
+
+
 def test_a_new_recipe_takes_a_file_of_held_out_rows(init: Init, out: Path, tiny_rows: Path, tmp_path: Path) -> None:
     lines = tiny_rows.read_text().splitlines(keepends=True)
     (tmp_path / "test.jsonl").write_text("".join(lines[:7]))
