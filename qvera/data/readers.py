@@ -341,7 +341,7 @@ def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
                     ) from None
                 detail = "nested too deeply" if isinstance(error, RecursionError) else _TOO_MANY_DIGITS
                 if isinstance(error, json.JSONDecodeError):
-                    detail = f"{error.msg} at column {error.colno}"
+                    detail = f"{error.msg.removesuffix(' at')} at column {error.colno}"
                 raise InputError(
                     f"{source}: not valid JSON: {detail}, in {shortened(line)!r}. Expected one complete JSON object "
                     "on each line; fix or remove the line."
@@ -372,7 +372,7 @@ def _read_json(file: Path) -> Iterator[RawRow]:
                 f"{file}:{error.lineno}: more than one JSON value in the file; it looks like JSON Lines. "
                 "Rename it to .jsonl."
             ) from None
-        where = f"{error.msg} at column {error.colno}"
+        where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise InputError(f"{file}:{error.lineno}: not valid JSON: {where}. Fix it there.") from None
     except ValueError:
         raise InputError(f"{file}: not valid JSON: {_TOO_MANY_DIGITS}. Shorten it, or write it as text.") from None

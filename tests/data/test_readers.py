@@ -100,6 +100,7 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not valid JSON: Expecting value at column 9"),
+        ("a.jsonl", '{"text": "x}', r"a\.jsonl:1: not valid JSON: Unterminated string starting at column 10"),
         ("a.jsonl", '{"text": "x"}\n["x"]\n', r"a\.jsonl:2: expected one JSON object on the line.*got a list"),
         ("a.jsonl", '[{"text": "x"}]\n', r"a\.jsonl:1: .*one JSON list: rename it to \.json"),
         ("a.jsonl", '[\n{"text": "x"}\n]\n', r"a\.jsonl:1: .*looks like plain JSON. Rename it to \.json"),
