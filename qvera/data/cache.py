@@ -49,10 +49,10 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 def tokenized(
     section: DataSection, encoder: Encoder | ImageEncoder, show: Phase, cached: bool = True
 ) -> TokenizedSource:
-    """The rows of one source, from the cache if it has them; else they are tokenized, and cached if possible.
+    """Return the rows of one source from the cache; rows that it lacks are tokenized, and cached if possible.
 
     Args:
-        cached: False: they are mapped from a temporary file that is deleted right away.
+        cached: False: the rows are mapped from a temporary file that is deleted right away, and not cached.
 
     Raises:
         InputError: as `tokenize_source`; or a file of the source changed while it was read.
@@ -65,6 +65,7 @@ def tokenized(
             failed, text = root / f".{sha256}.failed", f"{section.path}: waiting, another process tokenizes these rows."
             try:
                 root.mkdir(parents=True, exist_ok=True)
+                # Taken before the lock: an error of an earlier run does not count, only one from during the wait.
                 failed_before = _stamp(failed)
                 stack.enter_context(ROWS.locked(sha256, functools.cache(lambda: _warn(show, text))))  # said once
             except OSError as error:
@@ -77,6 +78,7 @@ def tokenized(
             )
             stack.enter_context(disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."))
             return tokenize_source(section, encoder, Path(directory), show)
+        # The lock is held now. If another process had it, its entry or its error is there.
         target = root / f"{PREFIX}{sha256}"
         if (found := _open_entry(target, show)) is not None:
             return found
@@ -104,6 +106,8 @@ def _make_entry(
         unfinished.mkdir()
         try:
             source = tokenize_source(section, encoder, unfinished, show)
+            # The key is older than the rows. Were a file changed between the two, the entry would have wrong rows for
+            # ever.
             if source_content(section, hashes) != key["content"]:
                 raise InputError(
                     f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
@@ -113,6 +117,8 @@ def _make_entry(
             for file in sorted(unfinished.glob("*.arrow")):
                 flush(file)
                 files[file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            # The record comes last and the directory is renamed when whole, so a kill leaves no entry that looks
+            # finished.
             record = {
                 "source": section.path,
                 "key": key,
@@ -137,6 +143,7 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     """Everything that decides a source's rows, as JSON; None if they are not cached."""
     by_path = [source_files(section, path) for path, _ in source_paths(section)]
     files = [file for found in by_path for file in found or ()]
+    # A hub dataset (None) has no files to add up here, so it always gets an entry.
     if None not in by_path and sum(file.stat().st_size for file in files) < WORTH_BYTES:
         return None
     suffixes = {file.suffix.lower() for file in files}
@@ -186,7 +193,7 @@ def code_sha256() -> str:
 
 
 def _open_entry(directory: Path, show: Phase) -> TokenizedSource | None:
-    """The entry, if it exists and is undamaged. A damaged one is removed with a warning."""
+    """Open a cache entry; None if there is none. A damaged entry is removed with a warning, and counts as none."""
     if not directory.is_dir():
         return None
     if problem := problem_of(directory, ROWS.hashes):
@@ -202,7 +209,7 @@ def _open_entry(directory: Path, show: Phase) -> TokenizedSource | None:
 
 
 def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
-    """What is wrong with an entry, or None. Without ``hashes``, unchanged files are read again too."""
+    """Say what is wrong with an entry; None if it is whole. Without ``hashes``, unchanged files are read again too."""
     record = try_read_json(directory / RECORD)
     if record is None or not record.keys() >= {"files", "rows", "format", "unused", "template", "counts", "adapters"}:
         return f"{directory / RECORD}: is missing or damaged"

@@ -1,11 +1,14 @@
 """Conversations → the text a model reads, and which characters of it are answers.
 
-Answers are never searched for: a row's text may hold anything, even the template's markers. An answer's content is
-found by rendering a slot in its place, its two ends by rendering the turns up to it and the prompt for it (`_place`).
-That is done once for each shape of conversation, with slots for all contents: this *layout* places the answers of every
-row that it fits, nine times faster, and does templates that write more around an answer once a later turn follows, such
-as Qwen3's. Other rows are done one by one: those with tool calls or empty answers, or whose contents the template
-changes. ``{% generation %}`` blocks go first: only they place an answer that a later turn makes the template rewrite.
+Answers are never searched for: a row's text may hold anything, even the template's markers. Instead, an answer's
+content is found by rendering a slot (a made-up word) in its place. Its two ends are found by rendering the turns up to
+it, and the prompt for it (`_place`). There are three ways, in this order:
+
+- ``{% generation %}`` blocks. Only they place an answer that a later turn makes the template rewrite.
+- A *layout*: all contents of a conversation are replaced by slots at once. This is done once for each shape of
+  conversation, and places the answers of every row that it fits. It is nine times faster than one by one, and it also
+  works for templates that write more around an answer once a later turn follows, such as Qwen3's.
+- Each answer by itself, for rows with tool calls or empty answers, or whose contents the template changes.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ class AnswerSpan:
 
 
 class _Slot(NamedTuple):
-    """The place of a content."""
+    """The place where a layout writes the content of one message."""
 
     literal: str  # the template's text before it
     turn: int
@@ -144,7 +147,7 @@ class ChatTemplate:
         self._written: set[tuple[str, bool]] = set()
 
     def messages(self, turns: list[Turn]) -> list[Message]:
-        """Turns as ``apply_chat_template`` takes them."""
+        """Return turns as the messages that ``apply_chat_template`` takes."""
         out = []
         for turn in turns:
             message = {"role": turn.role, "content": list(turn.parts) or turn.content, **turn.extra}
@@ -168,7 +171,7 @@ class ChatTemplate:
             raise TemplateError(one_line(error)) from None
 
     def in_parts(self, messages: list[Message]) -> list[Message]:
-        """The messages, all in parts where the template writes only such (SmolVLM's, of images and texts)."""
+        """Return messages with contents as lists of parts if the template writes only those (as SmolVLM's does)."""
         if not self._only_parts:
             return messages
         return [
@@ -193,7 +196,7 @@ class ChatTemplate:
         )
 
     def marker_end(self, text: str, start: int, stop: int, last: bool = False) -> int | None:
-        """Where the end-of-turn marker in the template text [start, stop) ends: the first special token there."""
+        """Find where the end-of-turn marker in text [start, stop) ends: the first special token, or the ``last``."""
         # Fine-tuned models exist whose <|im_end|> was added as an ordinary token, hence the second pattern. It only
         # comes second, since <tool_call> and <think> are ordinary added tokens that end nothing.
         for pattern in (self.special, self._added):
@@ -248,6 +251,7 @@ class ChatTemplate:
 
     def _require_written(self, source: str, messages: list[Message], tools: Tools, prompt: bool = False) -> None:
         """Refuse a row with a part that the template does not write: training would not see it."""
+        # A part is written if the text becomes another one when the part is removed, or its texts are changed.
         changes: list[tuple[str, list[Message], Tools]] = [("tools", messages, None)] if tools else []
         for key in ("tool_calls", *REASONING):
             if any(key in message for message in messages):
@@ -259,6 +263,7 @@ class ChatTemplate:
                 part = later if message["role"] == "system" and at else f"turns of the role {message['role']}"
                 other = _with_texts(message, [f"{text}x" for *_, text in pieces])
                 changes.append((part, [*messages[:at], other, *messages[at + 1 :]], tools))
+        # A template that wrote a part once writes it in other rows too, so each part is tried once.
         unseen = [change for change in changes if (change[0], prompt) not in self._written]
         if not unseen:
             return
@@ -334,7 +339,7 @@ def _answer_spans(
 def _generation_blocks(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> dict[int, tuple[int, int]] | None:
-    """The author's own blocks by turn; None unless each assistant turn has one."""
+    """Map each assistant turn to its ``{% generation %}`` block, [start, end); None unless every one has a block."""
     if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.jinja):
         return None
     import jinja2
@@ -360,7 +365,7 @@ def _generation_blocks(
 def _within_block(
     template: ChatTemplate, text: str, turn: int, start: int, end: int, placed: AnswerSpan | None
 ) -> AnswerSpan:
-    """The answer of a block [start, end), with its end of turn. Blocks may leave that out, or hold the heading too."""
+    """Return the answer of a block [start, end). A block may leave out the end of turn, or hold the heading too."""
     header = start
     if placed is not None:
         header = min(placed.header, start)
@@ -420,13 +425,14 @@ def _place(
 def _layout_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan] | None:
-    """The answers by the layout; None if its literals and the row's contents do not make up the text."""
+    """Place the answers by the layout; None if its literals and the row's contents do not make up the text."""
     if any(turn.extra or (turn.role == "assistant" and not turn.content) for turn in conversation.turns):
         return None
     shape = tuple((m["role"], "context" in m, _form(m["content"])) for m in messages)
     key = (shape, repr(conversation.tools) if conversation.tools else None)
     layouts = template.layouts
     if key not in layouts:
+        # A dict keeps the order of insertion, so the first key is the oldest layout.
         if len(layouts) >= _MOST_LAYOUTS:
             layouts.pop(next(iter(layouts)), None)
         layouts[key] = _learn_layout(template, messages, conversation.tools)
@@ -443,6 +449,7 @@ def _layout_spans(
         if slot.answer is not None:
             before, after, marked = slot.answer
             answers.append(AnswerSpan(slot.turn, header, start - before, len(written) + after, marked))
+    # Only a layout that gives the very text of the row is trusted: a template may strip or escape other contents.
     return answers if written + layout[1] == text else None
 
 
@@ -459,6 +466,7 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
         text = template.render(slotted, tools)
     except TemplateError:
         return None
+    # Three groups, so each slot gives four parts: the literal before it, a tab or nothing, the mark, a tab or nothing.
     *parts, closing = re.split(r"(\t?)(QveraSlot\d{4}Zq7)(\t?)", text)
     if parts[2::4] != list(marks):
         return None  # a content is left out, written twice or moved
@@ -480,7 +488,7 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
 def _slow_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
-    """Each answer in the text of the turns up to it. It is left out if the whole text does not begin like that."""
+    """Place each answer in the text of the turns up to it; leave it out if the whole text does not begin with that."""
     answers = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -498,6 +506,7 @@ def _content_place(
     """Where the last message's content is in ``through``, found by rendering a slot instead; None if that fails."""
     *earlier, last = messages
     mark = "QveraSlot"
+    # The slot must be a text that the conversation does not hold.
     while mark in repr(messages) + repr(tools):
         mark += "Z"
     try:

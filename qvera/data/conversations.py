@@ -87,7 +87,7 @@ class Conversation:
     owner: str | None = None
     rejected: Turn | None = None  # the worse answer of a pair; the last turn is the better one
     desirable: bool | None = None  # whether a single judged answer is a good one
-    about: str | None = None  # of a prompt [its last text, the raw row] as JSON; the last turn then is a mere place
+    about: str | None = None  # for a prompt, JSON: [its last text, the raw row]; its last turn is a placeholder
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class LabelledRow:
 
     @property
     def whole(self) -> str:
-        """Both texts, for messages."""
+        """The text, or the two texts of a pair on lines of their own, to show in messages."""
         return str(self.content) if self.text_pair is None else f"{self.content}\n{self.text_pair}"
 
 
@@ -187,7 +187,7 @@ def _usual_columns(row: RawRow, format: str, named: dict[str, str]) -> dict[str,
 
 
 def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()) -> Parsed:
-    """Check one row and turn it into what its format makes of it.
+    """Check one row, and parse it as its format says.
 
     Args:
         system: for rows without a system prompt.
@@ -208,7 +208,7 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_n
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """A row's values by our names of the fields. All methods raise InputError, which names the row."""
+    """Reads and checks a row's values, by our field names. All methods raise InputError, which names the row."""
 
     row: RawRow
     format: RowFormat
@@ -306,7 +306,7 @@ class _Cells:
         return text, parts if images else (), images
 
     def is_messages(self, name: str) -> bool:
-        """Whether a value is a list of messages, maybe as JSON text (as in CSV)."""
+        """Whether a value is a list of messages. CSV files hold such a list as JSON text."""
         value = self.value(name)
         found = _from_json(value)
         if isinstance(value, list) or not isinstance(found, list):
@@ -314,7 +314,7 @@ class _Cells:
         return bool(found) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
 
     def with_system(self, turns: list[Turn]) -> list[Turn]:
-        """The turns, after the row's own system prompt or that of the recipe."""
+        """Put the row's own system prompt, or else the recipe's, before turns that do not begin with one."""
         system = self.text("system", optional=True) or self.system
         return [Turn("system", system), *turns] if system and turns[0].role != "system" else turns
 
@@ -463,6 +463,7 @@ def _parse_prompt(cells: _Cells) -> Conversation:
     if any(turn.images for turn in turns):
         raise InputError(f"{cells.where('prompt')} holds an image; rewards are of answers to text only. Remove it.")
     about = json.dumps([turns[-1].content, cells.row.fields], ensure_ascii=False, default=str)
+    # The placeholder makes the template write the prompt up to where an answer begins.
     turns = [*cells.with_system(turns), Turn("assistant", "-")]
     return Conversation(turns, cells.row.source, cells.tools(), cells.row.owner, about=about)
 
@@ -491,6 +492,7 @@ def _label(cells: _Cells) -> str:
         raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where} must be finite, got {value}. Fix the row.")
+    # A file may hold whole numbers as floats: 1.0 is the label 1.
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not names or label in names:
         return label
@@ -548,7 +550,7 @@ UNRENDERED = tuple(name for name, kind in FORMATS.items() if kind.trains in ("te
 
 
 def read_messages(messages: Sequence[Any], source: str) -> list[Turn]:
-    """Messages as rows hold them → turns. Raises InputError that names ``source``."""
+    """Turn messages, in the form that rows hold them, into turns. Raises InputError that names ``source``."""
     row = RawRow({"messages": list(messages)}, source)
     return _Cells(row, RowFormat("messages", {}, []), None, ()).turns("messages")
 

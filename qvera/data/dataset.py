@@ -68,7 +68,7 @@ class Adapters:
 
     @property
     def counts(self) -> str:
-        """How many adapters there are, and their training rows. Of many, only the fewest and the most rows."""
+        """The number of adapters and their training rows, as text. Of many, only those with fewest and most rows."""
 
         def listed(adapters: Sequence[AdapterRows]) -> str:
             return ", ".join(f"{shown_name(each.name)} ({len(each.train):,})" for each in adapters)
@@ -186,12 +186,12 @@ class DataStats(RowCounts):
 
     @property
     def unused_labels(self) -> bool:
-        """Whether a column that is not read has labels, by its name."""
+        """Whether a column that is not read is named like one of labels."""
         return not {"label", "labels"}.isdisjoint(self.unused_columns)
 
     @property
     def targets_text(self) -> str:
-        """What the loss covers, for messages."""
+        """A phrase that says what the loss covers, for messages."""
         if "prompt" in self.format.split(", "):
             return "the model answers them while it is trained"
         if self.labels is None:
@@ -209,7 +209,7 @@ class DataStats(RowCounts):
 
     @property
     def template(self) -> str:
-        """As `format`."""
+        """The templates of all sources, each once, separated by commas."""
         return ", ".join(dict.fromkeys(source.template for source in self.sources))
 
     @property
@@ -276,6 +276,7 @@ class Datasets:
         """
         if count < 0:
             raise InputError(f"--rows {count}: takes a whole number of rows to show, such as 3.")
+        # Sorted by the first two numbers, rows alternate between the sources (or adapters).
         turns: list[tuple[int, int, int]] = []  # (pass over the source, place within it, place among all rows)
         for number, adapter in enumerate(self.adapters[:count]):
             turns += [(place, number, row) for place, row in enumerate(adapter.train[:count].tolist())]
@@ -322,7 +323,7 @@ def build_datasets(
     Args:
         processor: the base model's tokenizer or image processor.
         cached: False: leave no copy on disk, for somebody else's rows.
-        labels: those of a trained model that is scored; None: the rows say which labels there are.
+        labels: the labels of a trained model that is to be scored; None: they are found in the rows.
         progress_file: gets how many rows are tokenized (`Phase`).
 
     Raises:
@@ -341,6 +342,7 @@ def build_datasets(
     sections = [with_label_names(each) for each in sections]
     with Phase(console or Console(stderr=True), "reading rows", file=progress_file) as show:
         sources = [tokenized(each, encoder, show, cached) for each in sections]
+    # Rows are divided and thinned out before the weights, which may repeat some of them.
     divided = [schedule.divide(section, sections, sources) for schedule in plugins.schedules_of(data=section)]
     part_names, set_aside = next((parts for parts in divided if parts is not None), ([], {}))
     if section.rows_per_label is not None:
@@ -374,6 +376,7 @@ def build_datasets(
     for part in (train, held_out, *set_aside.values()):
         part.processor = processor if isinstance(processor, ImageProcessor) else images_of(processor)
     if section.format in LABELLED:
+        # A part that is set aside is no training data, so its labels are checked like those of held-out rows.
         known, others = sections[0].label_names, set_aside.values()
         stats.labels = labels or labels_of(section, train, held_out, *others, known=known)
         stats.label_rows, stats.eval_label_rows = stats.labels.counts(train), stats.labels.counts(held_out)
@@ -383,9 +386,9 @@ def build_datasets(
 
 
 def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Row numbers of a source of ``count`` rows, int64 and at least one: whole passes, then a part drawn by ``seed``.
+    """Choose the row numbers of a source of ``count`` rows, int64: whole passes, then a part drawn by ``seed``.
 
-    ``number``, the source's place in the mixture, gives each source a draw of its own.
+    At least one row is chosen. ``number``, the source's place in the mixture, gives each source a draw of its own.
     """
     passes = int(weight)
     more = round((weight - passes) * count)
@@ -413,7 +416,7 @@ _SHOWN_ROWS = 2
 _SHOWN_TOKENS = 400
 _BAR_WIDTH = 40
 _REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")
-"""A special token several times, as of an image."""
+"""Matches a special token that is repeated four times or more, as the tokens of an image are."""
 
 
 def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: int | None = None) -> None:
@@ -530,7 +533,7 @@ def data_warnings(stats: DataStats) -> list[str]:
 
 
 def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Trained tokens in ⟦…⟧ and green. In rows of more than 400 tokens the middle of long runs is left out."""
+    """Show a row with its trained tokens in ⟦…⟧ and green. Beyond 400 tokens, the middle of long runs is left out."""
     changes = np.flatnonzero(np.diff(example.trained)) + 1
     runs = np.split(example.input_ids, changes)
     budget = max(_SHOWN_TOKENS // len(runs), 8)

@@ -40,7 +40,7 @@ OTHER_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg")
 """Pictures that Pillow needs a plugin for. They are refused: nobody would miss them if they were left out."""
 _THUMBNAIL_PIXELS = 96
 _MOST_THUMBNAILS = 8
-"""Of a row; each is a few kB."""
+"""Only so many images of a row are shown; each takes a few kB."""
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 """What Pillow's decoders raise on damaged bytes."""
 _STREAM = 2**62
@@ -57,10 +57,10 @@ def require_pillow() -> None:
 
 
 def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
-    """Decode an image (a path or bytes) to 8-bit RGB, turned as its EXIF data says. Of an animation the first frame.
+    """Decode an image (a path or bytes) to 8-bit RGB, rotated as its EXIF data says.
 
-    Transparent pixels stand before white. 16-bit greys are scaled by 1/257. Raises InputError: no such file, no image,
-    damaged, more pixels than Pillow's limit, or pixels of no known range.
+    An animation gives its first frame. Transparent pixels stand before white. 16-bit greys are scaled by 1/257. Raises
+    InputError: no such file, no image, damaged, more pixels than Pillow's limit, or pixels of no known range.
     """
     import pyarrow as pa
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -208,7 +208,7 @@ class ImageTextProcessor:
         return self._load()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what loads the processor, which is not among the data modules."""
+        """Pickle the loaded processor. Its loader stays behind, because it is no part of the data modules."""
         try:
             return {"processor": self.processor}
         except InputError as error:  # a copy still reads rows without images
@@ -226,7 +226,9 @@ class ImageTextProcessor:
         return hashlib.sha256(about.encode()).hexdigest()
 
     def expand(self, text: str, images: Sequence[StoredImage], source: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text with the tokens of each image in its place, and for each place its old end and its new one.
+        """Put the tokens of each image into its place in the text.
+
+        Returns the longer text, and for each place its end before and after.
 
         Raises InputError: the text has more or fewer places than there are images, or an image can't be read.
         """
@@ -259,7 +261,7 @@ class ImageTextProcessor:
             return True
 
     def inputs(self, images: Sequence[StoredImage]) -> dict[str, torch.Tensor]:
-        """What the model takes of the images of a batch, in the order in which they stand in it."""
+        """Return the model's inputs for the images of a batch, which stay in their order."""
         text = self.processor.image_token * len(images)
         found = self.processor(text=[text], images=[in_threads(StoredImage.open, images)], return_tensors="pt")
         return {name: value for name, value in found.items() if name not in ("input_ids", *_OF_TOKENS)}
@@ -274,7 +276,7 @@ def _refuse(reason: str) -> ProcessorMixin:
 
 
 _OF_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids")
-"""What a processor returns for each token."""
+"""Names of the outputs of a processor that have a value for each token."""
 _ATTRIBUTE = "qvera_images"
 
 
@@ -291,7 +293,7 @@ def text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def images_of(tokenizer: Any) -> ImageTextProcessor | None:
-    """What makes images into tokens beside this tokenizer; None for a model of text."""
+    """Return what `give_images` attached to the tokenizer; None for a model of text."""
     return getattr(tokenizer, _ATTRIBUTE, None)
 
 
@@ -306,7 +308,7 @@ class StoredImage:
 
     @property
     def stored(self) -> dict[str, Any]:
-        """As a table of rows has it."""
+        """The image as a table of rows stores it: by its path or its bytes."""
         return {"path" if isinstance(self.content, str) else "bytes": self.content}
 
     def read_bytes(self) -> bytes:
@@ -333,7 +335,7 @@ def pixel_batch(images: Sequence[StoredImage]) -> np.ndarray:
 
 
 def in_threads(function: Callable[[StoredImage], T], images: Sequence[StoredImage]) -> list[T]:
-    """The function of each image. Several threads decode the images."""
+    """Apply a function to each image, in several threads; the results keep the order of the images."""
     threads = min(len(images), len(os.sched_getaffinity(0)))
     if threads < 2:
         return [function(image) for image in images]
@@ -350,7 +352,7 @@ _IMAGE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
 def read_parts(
     value: object, where: str, column: deque[Any], directory: Path
 ) -> tuple[tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
-    """The parts of a message as templates take them, and its images.
+    """Split the content of a message into parts, as templates take them, and find its images.
 
     Args:
         value: text, or OpenAI's content parts.
@@ -388,7 +390,9 @@ def read_parts(
 
 
 def read_image(value: Any, where: str, directory: Path, is_encoded: bool = False) -> str | bytes:
-    """An image's bytes, or its file's path, which starts at ``directory`` if it is relative. ``is_encoded``: by base64.
+    """Return an image's bytes or its file's path. Relative paths start at ``directory``.
+
+    ``is_encoded``: a text is the image in base64, not a path.
 
     Raises InputError: neither, an address of the web, or no base64.
     """

@@ -56,6 +56,7 @@ class LabelledTokenizer(RowTokenizer):
             if len(ids) > limit:
                 counts.truncated_rows += 1
                 counts.truncated_tokens += len(ids) - limit
+                # The tokenizer cuts, because a slice of the ids would lose the special tokens at the end.
                 ids, pair_start = self._ids(row, truncation=True, max_length=limit)
             trained = np.zeros(len(ids), dtype=bool)
             trained[-1:] = True
@@ -64,8 +65,9 @@ class LabelledTokenizer(RowTokenizer):
         return examples, counts
 
     def _ids(self, row: LabelledRow, **options: Any) -> tuple[list[int], int | None]:
-        """The ids, and where the second text begins if the tokenizer gives token types."""
+        """Return the row's ids, and the place where the second text begins if the tokenizer gives token types."""
         tokenizer = self.encoder.tokenizer
+        # The side is a setting of the tokenizer, which others use too, so it is put back.
         side, count = tokenizer.truncation_side, tokenizer.num_special_tokens_to_add
         tokenizer.truncation_side = "left" if self.section.too_long == "cut-start" else "right"
         try:
@@ -79,7 +81,7 @@ class LabelledTokenizer(RowTokenizer):
 
 
 class ImageEncoder:
-    """Takes an `Encoder`'s place for images: one token for each patch."""
+    """Stands in for an `Encoder` where rows are images: each patch counts as one token."""
 
     tokenizer = None
     pad_id = 0
@@ -89,7 +91,7 @@ class ImageEncoder:
         self.patches = patches
 
     def sha256(self) -> str:
-        """Includes the working directory, because rows hold absolute paths and a recipe may hold relative ones."""
+        """Return a key of the encoding. Rows hold absolute paths, so the working directory is a part of it."""
         return f"{self.patches} tokens, from {Path.cwd()}"
 
 
@@ -110,6 +112,7 @@ class ImageReader(RowTokenizer):
         examples = []
         for row in rows:
             image = StoredImage(row.content, row.source)
+            # Decoding finds a damaged image now instead of in the middle of training.
             image.open()
             where = row.content if isinstance(row.content, str) else ""
             examples.append(Example(ids, trained, row.source, _NOTHING, where, row.label, row.owner, images=(image,)))

@@ -138,6 +138,7 @@ def local_files(path: str) -> list[Path] | None:
     if local.exists():
         raise InputError(f"{path}: is a pipe or a device, and rows are read more than once. Save them to a file.")
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not path.lower().endswith(EXTENSIONS)
+    # A name with a dot and without an owner (rows.txt) is a mistyped file rather than a hub dataset.
     if is_id and (path.count("/") == 1 or "." not in path):
         return None
     if local.is_symlink():
@@ -188,6 +189,7 @@ def _image_files(directory: Path) -> list[Path]:
             f"{directory}: holds the splits {train.name} and {held_out.name}, not classes. Set data.path to {train} "
             f"and data.eval_path to {held_out}."
         )
+    # The images of the directory itself, and those of each folder in it.
     beside, *found = (
         [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()]
         for folder in (directory, *folders)
@@ -247,6 +249,7 @@ def adapter_files(path: str) -> list[Path]:
 
 
 def _not_utf8(file: Path) -> InputError:
+    # Read once more as bytes, since the error of a text stream does not tell the line.
     decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
     with file.open("rb") as stream:
         head = stream.peek(2)[:2]
@@ -300,7 +303,7 @@ _TOO_MANY_DIGITS = "a whole number of more than 4,300 digits"
 
 
 def _parse_json(text: str) -> tuple[object, _Repeated]:
-    """A JSON value, and its objects with a repeated key: Python's parser silently takes the last one."""
+    """Parse JSON, and list its objects with a repeated key, of which Python's parser silently takes the last value."""
     repeated: _Repeated = []
 
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -405,7 +408,7 @@ def _say_delimiter(file: Path, delimiter: str) -> None:
 
 
 def _delimiter(file: Path, stream: TextIO, most_characters: int) -> str:
-    """What divides the header into most columns: a comma, or something else, which is said once."""
+    """Find the delimiter that divides the header into most columns. One that is no comma is logged once."""
     if file.suffix.lower() == ".tsv":
         return "\t"
     lines = iter(functools.partial(stream.readline, most_characters), "")
@@ -427,6 +430,7 @@ def _read_csv(file: Path, most_characters: int) -> Iterator[RawRow]:
         try:
             delimiter = _delimiter(file, stream, most_characters)
             for record in (reader := csv.reader(lines, delimiter=delimiter, strict=True)):
+                # csv takes several lines for a quoted field, so the count starts anew only when a record is whole.
                 lines.row_characters = 0
                 if record and not header:
                     header = _csv_header(file, line, record)

@@ -70,7 +70,7 @@ _BATCH_BYTES = 16 * 2**20
 class Example:
     """One tokenized row."""
 
-    input_ids: np.ndarray  # int32 [T]; of an image a 0 for each patch
+    input_ids: np.ndarray  # int32 [T]; for a labelled image a 0 for each patch
     trained: np.ndarray  # bool [T]: the targets, predicted by the logits one place before; never the first token
     source: str  # for messages
     prompt_ids: np.ndarray  # int32 [P], BOS included: what the last turn is generated from; empty if that is no answer
@@ -95,12 +95,12 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        """Number of targets; of a pair, those of both answers."""
+        """The number of targets; a pair counts those of both answers."""
         return int(self.trained.sum()) + (0 if self.rejected_ids is None else len(self.rejected_ids))
 
     @property
     def row_tokens(self) -> list[int]:
-        """Tokens that a forward pass computes, for each of a pair's two rows."""
+        """The tokens that a forward pass computes: of the row, or of each of a pair's two rows."""
         own = len(self.input_ids)
         return [own] if self.rejected_ids is None else [own, self.answer_start + len(self.rejected_ids)]
 
@@ -129,6 +129,7 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     for example in examples:
         label = str(example.desirable) if example.desirable is not None else example.reference
         label = label if example.desirable is not None or example.is_labelled else None
+        # Equal hashes say that two rows have the same input, images included.
         content = np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
         for image in example.images:
             content += image.read_bytes()
@@ -177,7 +178,7 @@ class Rows(Sequence[Example]):
         ids_hash, mask_hash: uint64 [n].
         part_of: int64 [n], the number of each row's part (`plugins.Schedule.divide`), or None.
         processor: makes the pixel values of images; None if there are none.
-        answer_tokens: of prompts, how many tokens an answer may have, which rows count as their own; see `ask`.
+        answer_tokens: where rows are prompts, tokens that an answer may have. Rows count them as their own; see `ask`.
     """
 
     def __init__(self, table: pa.Table | None = None) -> None:
@@ -232,6 +233,7 @@ class Rows(Sequence[Example]):
         images = tuple(StoredImage(content, source, self.processor) for content in contents)
         rejected = self.table["rejected_ids"][number].values
         rejected_ids = None if rejected is None else rejected.to_numpy()
+        # A row that is cut for a plan keeps at least one token of the rejected answer, or it would be no pair.
         if self._max_tokens is not None:
             prompt_ids, prompt_text, reference = prompt_ids[:0], "", None
             if rejected_ids is not None:
@@ -247,7 +249,7 @@ class Rows(Sequence[Example]):
         return bool(pc.any(pc.greater(pc.list_value_length(self.table["images"]), 0)).as_py())
 
     def ask(self, answer_tokens: int) -> None:
-        """Let each row, a prompt, stand for its longest answer too, whose tokens are 0 until it is given."""
+        """Count an answer of ``answer_tokens`` tokens to each row, a prompt. The tokens are 0 until it is generated."""
         self.answer_tokens, prompts = answer_tokens, pc.list_value_length(self.table["prompt_ids"]).to_numpy()
         self.lengths = self.all_tokens = (prompts if self.chosen is None else prompts[self.chosen]) + answer_tokens
         self.trained_tokens = np.full_like(self.lengths, answer_tokens)
@@ -432,6 +434,7 @@ def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np
     arrays = {"cu_seq_lens_q": ends_q}
     if prefix:
         arrays["cu_seq_lens_k"] = ends_k
+        # Keys stand row by row: first the prefix, which is copied for each row, then the row's own tokens.
         at = np.arange(ends_k[-1]) - np.repeat(ends_k[:-1], keys)  # of each key within its row
         first_own = np.repeat(ends_q[:-1], keys) - prefix  # the key at P is the row's first own token
         copied = at < prefix

@@ -62,7 +62,7 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
 
 @dataclass(slots=True)
 class Batches:
-    """Which rows every optimizer step trains on, and their forward passes. Every rank knows all of it."""
+    """Decides which rows each optimizer step trains on, and cuts them into forward passes; the same on every rank."""
 
     lengths: np.ndarray  # int [n], n >= 1; tokens of each row
     global_batch_size: int
@@ -99,9 +99,9 @@ class Batches:
         return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
 
     def stretches(self, steps: int) -> Iterator[Sequence[Sequence[int]]]:
-        """The rows of the first ``steps`` steps, in stretches of lists that `cut` may take as a whole.
+        """Yield the rows of the first ``steps`` steps. Each list of a stretch may be given to `cut` as a whole.
 
-        An order that repeats comes once.
+        Without ``shuffle`` all epochs have the same order, so only the first is yielded.
         """
         size = self.global_batch_size
         for epoch in range(-(-steps // self.per_epoch)):
@@ -113,7 +113,7 @@ class Batches:
                 break
 
     def limit(self, most: int) -> None:
-        """From now on, cut no pass with more rows (of packed rows: more tokens) than this."""
+        """Lower the most rows of a pass (packed rows: the most tokens) to ``most``, for all passes from now on."""
         if self.pack_tokens is None:
             self.pass_rows = min(self.pass_rows, most)
         else:

@@ -80,7 +80,7 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
 
 
 def hub_datasets(section: DataSection) -> list[str]:
-    """Those paths of a recipe's ``data`` that are no local ones; raises as `source_files`."""
+    """Return the paths in a recipe's ``data`` that name hub datasets; raises as `source_files`."""
     files = {path: source_files(section, path) for path, _ in source_paths(section)}
     files |= {part.path: local_files(part.path) for part in section.mixture}
     return [path for path, found in files.items() if found is None]
@@ -101,6 +101,7 @@ def with_label_names(section: DataSection) -> DataSection:
             dataset = load_hub(path, split, section.config_name, section.revision)
             named = (getattr(dataset.features.get(column), "names", None) for column in columns)  # of a ClassLabel
             found.append((path, list(next(filter(None, named), []))))
+    # Without names of the recipe, those of the training rows count, if these come from a hub dataset.
     names, given = section.label_names, "data.label_names or the trained model"
     if not names:
         if not found or found[0][0] != section.path:
@@ -121,7 +122,9 @@ def with_label_names(section: DataSection) -> DataSection:
 
 
 def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
-    """The raw rows of a source, one at a time, each with its ``owner``. ``held_out``: those of ``data.held_out_path``.
+    """Yield the raw rows of a source, each with its ``owner``.
+
+    ``held_out``: read ``data.held_out_path``, not ``data.path``.
 
     Raises InputError: a file or a row can't be read, or a row does not name its owner.
     """
@@ -172,7 +175,7 @@ def _with_owner(row: RawRow, column: str, kind: str) -> RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over a source's raw rows finds."""
+    """The result of one pass over a source's raw rows."""
 
     first: RawRow
     format: RowFormat
@@ -204,6 +207,7 @@ def survey(section: DataSection, held_out: bool = False) -> Survey:
             owner_of.append(numbers.setdefault(name, len(numbers)))
     first, *others = firsts.values()  # readers refuse what holds no rows
     format = detect_format(first, section.format, section.columns)
+    # A format is detected by the columns, so one row of each set of columns is enough.
     for other in others:
         if (name := detect_format(other, section.format, section.columns).name) != format.name:
             raise InputError(
@@ -223,10 +227,10 @@ def members_of(numbers: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which raw rows are trained on and which are held out, for each adapter by itself.
+    """Decide which raw rows are trained on and which are held out, for each adapter by itself.
 
     Args:
-        eval_rows: of ``data.held_out_path``; None: the held-out rows are drawn from ``rows``.
+        eval_rows: the rows of ``data.held_out_path``; None: the held-out rows are drawn from ``rows``.
 
     Returns:
         bool [raw rows of ``data.path``] and bool [raw rows that held-out rows come from].
@@ -244,7 +248,7 @@ def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) ->
 
 
 def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [count]: none if ``fraction`` is 0 or there is one row, else some but never all."""
+    """Draw the rows to hold out, bool [count]: none if ``fraction`` is 0 or there is one row, else some, never all."""
     held = np.zeros(count, dtype=bool)
     if fraction > 0:
         chosen = min(max(1, round(count * fraction)), count - 1)
@@ -389,6 +393,7 @@ def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
         seconds = time.perf_counter() - begun
         if processes > 1 and seconds > MEASURED_SECONDS and seconds * (total / done - 1) > WORTH_SECONDS:
             break
+    # A process that fails is no error: the chunks that it owes are tokenized here instead.
     if processes > 1 and done < total:
         try:
             for chunk in _chunks_by_processes(part, done, processes, total):
@@ -430,6 +435,7 @@ def _chunks_by_processes(part: Part, first: int, processes: int, total: int) -> 
                 assert process.stdout is not None
                 outputs.append(process.stdout)
             for number in range(total - first):
+                # Each process has every n-th chunk, so turns restore the order. A full pipe makes those ahead wait.
                 yield pickle.load(outputs[number % processes])
         # the last two: Python's own start (a sitecustomize) printed something in front of the chunks
         except (OSError, EOFError, pickle.PickleError, TypeError, AttributeError, ValueError, LookupError) as error:
@@ -440,6 +446,7 @@ def work(job: str, number: int, out: IO[bytes]) -> None:
     """Write one process's chunks: ``first + number``, ``first + number + processes``, ..."""
     with open(job, "rb") as file:
         part, sha256, first, processes = pickle.load(file)
+    # A tokenizer that is no longer the same after pickling would make other rows than the parent's.
     if part.tokenizer.encoder.sha256() != sha256:
         raise SystemExit("the tokenizer is another one here")
     for chunk in part.chunks(first + number, processes):

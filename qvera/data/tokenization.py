@@ -102,7 +102,7 @@ class Encoder:
     def expand(
         self, text: str, answers: Sequence[Bounds], images: Sequence[StoredImage], source: str
     ) -> tuple[str, list[Bounds]]:
-        """Put the tokens of each image into its place: the longer text, and where its answers are there now.
+        """Put the tokens of each image into its place. Returns the longer text, and the answers' bounds in it.
 
         Raises InputError as `ImageTextProcessor.expand`.
         """
@@ -128,6 +128,7 @@ class Encoder:
         Returns:
             For each text its ids, and the bounds of its answers in tokens.
         """
+        # Where each text is cut into parts: at its two ends, and where an answer starts.
         edges = []
         for text, bounds in zip(texts, answers, strict=True):
             starts = {start for _, start, _ in bounds} if self.splits else set()
@@ -140,6 +141,7 @@ class Encoder:
         if not encodings:
             rows = zip(texts, answers, batch["input_ids"], strict=True)
             return [(list(ids), self._bounds_by_prefix(text, bounds, ids)) for text, bounds, ids in rows]
+        # Join the parts of each text again. Offsets count from the start of a part, so ``low`` is added to them.
         following = iter(encodings)
         out = []
         for bounds, row_edges in zip(answers, edges, strict=True):
@@ -158,7 +160,7 @@ class Encoder:
         )
 
     def _bounds_by_prefix(self, text: str, answers: Sequence[Bounds], ids: Sequence[int]) -> list[Bounds]:
-        """Tokenizers written in Python have no offsets: count the tokens that a prefix of the text has in common."""
+        """Find bounds without offsets, which Python tokenizers lack: count the tokens that a prefix has in common."""
 
         def tokens_before(at: int) -> int:
             if at >= len(text):
@@ -223,7 +225,7 @@ class RowCounts:
 
 @dataclass(slots=True)
 class TokenizedChunk:
-    """The result for some consecutive raw rows. ``batch`` is None if there are empty rows or an error."""
+    """Some consecutive raw rows, tokenized. ``batch`` is None if there are empty rows or an error."""
 
     batch: pa.RecordBatch | None = None
     counts: RowCounts = field(default_factory=RowCounts)
@@ -233,7 +235,7 @@ class TokenizedChunk:
 
 
 class RowTokenizer:
-    """Raw rows of one format → examples."""
+    """Turns raw rows of one format into examples."""
 
     def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
         self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
@@ -290,6 +292,7 @@ class RowTokenizer:
         """A pair is encoded as two rows. It is left out if either of them is."""
         paired = [row for row in rows if row.rejected is not None]
         others = [replace(row, turns=[*row.turns[:-1], row.rejected]) for row in paired if row.rejected is not None]
+        # One batch for both sides; the rejected ones come last, in the order of their pairs.
         encoded = self._encode([*rows, *others])
         own, rejected = list(itertools.islice(encoded, len(rows))), iter(list(encoded))
         found = []
@@ -365,6 +368,7 @@ class RowTokenizer:
             # behind an answer that is not trained an eos would teach nothing
             is_open = bool(answers) and answers[-1].turn == last and not answers[-1].marked
             append_eos = is_open and (last in wanted or (train_all and row.turns[last].trained is not False))
+            # The prompt and the reference are those of the last turn; ``header`` is of the first trained answer.
             for answer, answer_bounds in zip(answers, bounds, strict=True):
                 opening, start, end = (token + shift for token in answer_bounds)
                 if answer.turn in wanted:
@@ -398,6 +402,7 @@ class RowTokenizer:
         section, counts = self.section, self._counts
         limit, too_long = section.max_length, section.too_long
         source, target, first = section.max_source_length, section.max_target_length, whole.answer_start
+        # First the limits of the prompt and of the answer, then the limit of the whole row.
         keep = np.ones(len(whole.trained), dtype=bool)
         if source is not None and first > source:
             # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
@@ -453,6 +458,6 @@ class RowTokenizer:
 
 
 def _answered(example: Example) -> Example:
-    """The row up to its last target. What a template writes behind an answer is cut off."""
+    """Cut a row after its last target, so that it lacks what a template writes behind an answer."""
     end = int(np.flatnonzero(example.trained)[-1]) + 1
     return replace(example, input_ids=example.input_ids[:end], trained=example.trained[:end])
