@@ -43,6 +43,7 @@ def read_adapter(directory: Path, content: bytes | None = None) -> tuple[QveraCo
     except (SafetensorError, OSError) as error:
         raise unreadable(weights_file, error) from None
     method = method_of(config) if isinstance(config, QveraConfig) else None
+    # a LoRA is stored under PEFT's keys and in PEFT's layout: from here on it has ours
     if method is not None and method.peft_type == "LORA":
         tensors = {_renamed(key, _TO_OURS): tensor for key, tensor in tensors.items()}
         if config.experts != "none":  # type: ignore[union-attr]
@@ -56,6 +57,7 @@ def read_adapter(directory: Path, content: bytes | None = None) -> tuple[QveraCo
             raise InputError(f"{weights_file}: {key} is stored as {tensor.dtype}, expected {expected}.")
         if kind != ("vera_lambda_d" if method is None else "qvera_d"):
             continue
+        # d has one value for each rank, so it shows a config of another adapter
         if isinstance(config, QveraConfig):
             setting, rank = "rank", method_of(config).rank_at(config, LinearSpec(name, config.rank, config.rank))
         else:
@@ -72,7 +74,10 @@ def read_adapter(directory: Path, content: bytes | None = None) -> tuple[QveraCo
 
 
 def read_config(directory: Path) -> QveraConfig | VeraConfig:
-    """The config of an adapter directory: ours (also for a LoRA), or PEFT's for its own VeRA. InputError: neither."""
+    """Return an adapter directory's config: a `QveraConfig`, also for a LoRA, or the `VeraConfig` of PEFT's own VeRA.
+
+    InputError: it is neither.
+    """
     config_file = directory / ADAPTER_CONFIG
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter directory.")
@@ -153,10 +158,12 @@ def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: st
 
 # PEFT's LoRA
 
+# what PEFT's config has no key for: it goes into the header of the weights file
 _LORA_FACTS = (
     "format_version", "projection_seed", "base_fingerprint", "added_tokens", "pad_token", "eos_token", "labels",
     "problem_type",
 )  # fmt: skip
+# keys that mean the same in PEFT's config and in ours
 _LORA_SAME = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "use_rslora",
     "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode",
@@ -166,14 +173,14 @@ _LORA_WITHOUT_EFFECT = {
     "peft_type", "peft_version", "auto_mapping", "fan_in_fan_out", "megatron_core", "runtime_config", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-"""Keys without effect on a trained adapter, or only together with another key, which is refused."""
+"""Keys that do not change what a trained adapter computes, or only together with another key, which is refused."""
 
 _LORA_STARTS = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", False: "default", "eva": "default"}
 """Starts that leave the base weights unchanged. PiSSA, OLoRA, LoftQ and others change them."""
 
 _TO_OURS = {"lora_A.weight": "qvera_A", "lora_B.weight": "qvera_B"}
 _LAST = "down_proj"
-"""The parameter of experts that their module has last."""
+"""The last parameter of a module of experts. PEFT wraps it last, so its LoRA is in the outermost wrapper."""
 _TO_PEFT = {ours: theirs for theirs, ours in _TO_OURS.items()}
 
 
@@ -211,7 +218,7 @@ def _config_of_lora(raw: dict[str, Any], directory: Path) -> QveraConfig:
 
 
 def lora_config(config: QveraConfig) -> LoraConfig:
-    """The config that stock PEFT reads."""
+    """Return the config of a LoRA as stock PEFT reads it."""
     alpha = config.rank if config.alpha is None else config.alpha
     stock = LoraConfig(
         r=config.rank,
@@ -231,6 +238,7 @@ def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, Tensor])
     """Write both files of an adapter for stock PEFT; ``tensors`` have our keys."""
     stock = lora_config(config)
     stock.inference_mode = True
+    # PEFT names experts as parameters and linears as modules; only tensors of experts have three dimensions
     if config.experts != "none":
         names = {key.removeprefix(PREFIX).rpartition(".")[0]: t.dim() for key, t in tensors.items() if ".qvera_" in key}
         stock.target_parameters = sorted(name for name, dimensions in names.items() if dimensions == 3)
@@ -243,6 +251,7 @@ def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, Tensor])
             owner, child, kind = key.rsplit(".", 2)
             # PEFT wraps a module once for each of its parameters, in the order in which it has them
             key = f"{owner}{'.base_layer' if child != _LAST and f'{owner}.{_LAST}.{kind}' in tensors else ''}.{kind}"
+            # PEFT stacks the A of all experts, [E r, n], and interleaves the columns of their B, [m, r E]
             tensor = tensor.flatten(0, 1) if kind == "qvera_A" else tensor.permute(1, 2, 0).flatten(1)
         found[to_peft(key)] = tensor.detach().cpu().contiguous()
     specs = [TensorSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()]
@@ -251,13 +260,17 @@ def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, Tensor])
 
 
 def _of_experts(key: str, tensor: Tensor, config: QveraConfig, file: Path) -> tuple[str, Tensor]:
-    """PEFT's A [E r, n] or B [m, r E] of a layer's experts, with B's experts side by side, as ours with its name."""
+    """Return our key and layout of one tensor of PEFT's; only those of experts change.
+
+    PEFT's A [E r, n] becomes [E, r, n]. Its B [m, r E], whose columns are interleaved, becomes [E, m, r].
+    """
     path, _, kind = key.rpartition(".")
     owner = path.replace(".base_layer", "")
     parts = (target.rpartition(".") for target in config.target_modules or ())
     inside = sorted({child for parent, _, child in parts if parent and owner.endswith(f".{parent}")}, key=_LAST.__eq__)
     if not inside:
         return key, tensor
+    # the first parameter is wrapped first, so the depth of the wrapper says whose LoRA this is
     depth = path.count(".base_layer")
     name = f"{owner}.{inside[max(len(inside) - 1 - depth, 0)]}"
     rank = method_of(config).rank_at(config, LinearSpec(name.removeprefix(PREFIX), 0, 0))
@@ -272,7 +285,7 @@ def _of_experts(key: str, tensor: Tensor, config: QveraConfig, file: Path) -> tu
 
 
 def to_peft(key: str) -> str:
-    """PEFT's key for our key: ``….qvera_A`` → ``….lora_A.weight``. Other keys stay."""
+    """Return PEFT's key for one of ours: ``….lora_A.weight`` for ``….qvera_A``. Other keys stay."""
     return _renamed(key, _TO_PEFT)
 
 

@@ -67,7 +67,7 @@ class VectorLayout:
 
 
 class AdapterShape(NamedTuple):
-    """What all adapters of a bank have in common."""
+    """The settings that all adapters of a bank have in common."""
 
     method: str
     seed: int
@@ -100,7 +100,7 @@ class AdapterShape(NamedTuple):
 def fit_to_bank(
     config: QveraConfig, vectors: Mapping[str, Tensor], specs: Mapping[str, LinearSpec], directory: Path
 ) -> tuple[AdapterShape, Mapping[str, Tensor]]:
-    """The shape of the adapter that was read from ``directory``, and its vectors as a bank of that shape holds them.
+    """Return the shape of the adapter in ``directory``, and its vectors as a bank of that shape holds them.
 
     ``specs`` are the base's linears by name. A LoRA's rank is filled up with zeros to the next power of two, so that
     there are few shapes, and B takes its scale.
@@ -121,6 +121,7 @@ def fit_to_bank(
                 f"{expected.get(key)}."
             )
     if method.peft_type == "LORA":
+        # a bank has one scale; in a file α and the rank, and so the scale, may differ from linear to linear
         scaled = dict(vectors)
         for name in linears:
             pair = {kind: vectors[f"{PREFIX}{name}.{kind}"] for kind in ("qvera_A", "qvera_B")}
@@ -140,11 +141,15 @@ def fit_to_bank(
 def sum_of_loras(
     linears: Sequence[str], parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 ) -> tuple[AdapterShape, Mapping[str, Tensor]]:
-    """Shape and vectors of Σ w_i B_i A_i, whose rank is the sum of the ranks, filled up with zeros; scales are in B."""
+    """Return shape and vectors of the LoRA Σ w_i B_i A_i, whose B has the scales in it.
+
+    Its rank is the sum of the ranks, filled up with zeros to the next power of two.
+    """
     keys = {name: (f"{PREFIX}{name}.qvera_A", f"{PREFIX}{name}.qvera_B") for name in linears}
     needed = {name: sum(part[A].shape[-2] for part in parts) for name, (A, _) in keys.items()}
     rank, vectors = 1 << (max(needed.values(), default=1) - 1).bit_length(), dict[str, Tensor]()
     for name, (A, B) in keys.items():
+        # the A one below the other and the B side by side: their product is the sum of the products
         more = rank - needed[name]
         vectors[A] = nn.functional.pad(torch.cat([part[A] for part in parts], -2), (0, 0, 0, more))
         outward = torch.cat([weight * part[B] for part, weight in zip(parts, weights, strict=True)], -1)
@@ -181,12 +186,14 @@ class AdapterBank:
 
     Attributes:
         slots: their number. If the bank is not trained, slot 0 is zeros, for tokens that use none of its adapters.
-        numbers, trained_numbers: of one adapter; trained tensors come first.
+        numbers: how many numbers one adapter has; those of its trained tensors come first.
+        trained_numbers: how many of them are trained.
         initial: fp32 [numbers], the start of a trained adapter.
         vectors: fp32 [slots, numbers].
         gradients: fp32 [slots, trained_numbers]; backward adds to them.
-        tensors: linear → kind → that tensor of all adapters [slots, ...], a view with a gradient that is a view too.
-        takes_slots: a batch works on the tensors of the slots that it uses, not of all.
+        tensors: linear → kind → that tensor of all adapters [slots, ...]. It is a view of ``vectors``, and its gradient
+            a view of ``gradients``.
+        takes_slots: whether a batch copies out the tensors of the slots that it uses; else it works on those of all.
     """
 
     def __init__(
@@ -196,6 +203,7 @@ class AdapterBank:
         self.slots, self.adapter = slots, adapter
         named = named_vectors(model, adapter)
         trained = {key: vector for key, vector in named.items() if vector.requires_grad}
+        # trained tensors first, so that the gradients are those of the first columns and frozen tensors need none
         if layout is None:
             layout = VectorLayout({key: vector.shape for key, vector in (trained | named).items()})
         self.layout, self.numbers = layout, layout.numbers
@@ -205,6 +213,7 @@ class AdapterBank:
         unused = (slots, self.numbers)
         self.vectors = self.initial.repeat(slots, 1) if trained else torch.zeros(unused, device=self.device)
         self.gradients = torch.zeros(slots, self.trained_numbers, device=self.device)
+        # from now on the ordinary adapter only lends its layers, and is not trained itself
         for vector in named.values():
             vector.requires_grad_(False)
         self._ordinary = named
@@ -217,6 +226,7 @@ class AdapterBank:
                 for kind in module.vectors(adapter):
                     columns = layout.columns[f"{name}.{kind}"]
                     views[kind] = columns.of(self.vectors)
+                    # backward then adds into `gradients` itself, and no gradient has to be gathered
                     if columns.start < self.trained_numbers:
                         views[kind] = nn.Parameter(views[kind])
                         views[kind].grad = columns.of(self.gradients)
@@ -252,7 +262,8 @@ class AdapterBank:
             with mixed.installed(self.layers):
                 yield
             return
-        # one adapter alone: its vectors and gradients are lent to the ordinary adapter
+        # one adapter alone: its vectors and gradients are lent to the ordinary adapter, so that layers take the path of
+        # an adapter by itself
         before = {key: parameter.data for key, parameter in self._ordinary.items()}
         try:
             for key, parameter in self._ordinary.items():
@@ -275,14 +286,14 @@ User: TypeAlias = tuple[AdapterBank, int] | str | None
 
 @dataclass
 class _Part:
-    """The tokens' slots in one bank."""
+    """The slots of one bank that the tokens of a batch use."""
 
     bank: AdapterBank
-    slots: slice | Tensor | None  # that the batch uses; None: all. Only those given as a tensor get gradients
-    count: int  # of these slots
-    index: Tensor | None  # the place of each token's slot among them, or of each row's; None: there is one
-    fixed: bool = False
-    tokens: dict[int, TokenSlots] = field(default_factory=dict)
+    slots: slice | Tensor | None  # the slots that the batch uses; None: all. Only a tensor of slots gets gradients
+    count: int  # how many slots that is
+    index: Tensor | None  # each token's (or row's) place among these slots; None: there is only one slot
+    fixed: bool = False  # see `TokenSlots.fixed`
+    tokens: dict[int, TokenSlots] = field(default_factory=dict)  # by the number of tokens in a pass
 
     def add(self, layer: QveraLinear, x: Tensor, y: Tensor) -> Tensor:
         """Add each token's adapter to y, the output so far. A layer without the bank's adapters returns y."""
@@ -292,12 +303,13 @@ class _Part:
         return self.bank.path(layer, self.bank.adapter, x, y, tensors, self._slots_of(x.shape[:-1].numel()))
 
     def add_experts(self, layer: QveraExperts, x: Tensor, y: Tensor, routing: Routing, of_tokens: bool) -> Tensor:
-        """As `add`, for rows that experts share out: each expert of each slot has its own vectors, or each slot has."""
+        """Add each token's adapter to y, the output so far, for rows that are sorted by expert."""
         tensors, each = self._tensors(layer), self._slots_of(routing.token_count)
         if tensors is None:
             return y
         slots = None if each is None else TokenSlots(each.index[routing.tokens], each.slots)
-        if layer.qvera_settings[self.bank.adapter][1].experts == "each":  # tensors are [slots, experts, ..]
+        # where each expert has vectors of its own, tensors are [slots, experts, ..]: each pair is a slot of the product
+        if layer.qvera_settings[self.bank.adapter][1].experts == "each":
             experts = layer.spec.experts
             index = routing.experts if slots is None else slots.index * experts + routing.experts
             slots = TokenSlots(index, self.count * experts)
@@ -305,7 +317,7 @@ class _Part:
         return self.bank.path(layer, self.bank.adapter, x, y, tensors, slots, routing.tokens if of_tokens else None)
 
     def _tensors(self, layer: QveraLinear) -> dict[str, Tensor] | None:
-        """Those of the slots that the batch uses; None: the bank's adapters have none in this layer."""
+        """Return a layer's tensors for the slots in use; None: the bank's adapters are not on the layer."""
         tensors = self.bank.tensors.get(layer.spec.name)
         if tensors is None or self.slots is None:
             return tensors
@@ -314,11 +326,11 @@ class _Part:
         return {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
 
     def _slots_of(self, total: int) -> TokenSlots | None:
-        """The slots of a pass of so many tokens; None: there is one."""
+        """Return each token's slot in a pass of ``total`` tokens; None: all use the same slot."""
         if self.index is None:
             return None
         if total not in self.tokens:
-            known = len(self.index)
+            known = len(self.index)  # with fewer entries than tokens it has one for each row
             index = self.index if total == known else self.index.repeat_interleave(total // known)
             self.tokens[total] = TokenSlots(index, self.count, fixed=self.fixed)
         return self.tokens[total]
@@ -332,8 +344,8 @@ class MixedForward:
         self._device, self._fixed = device, fixed
         self._parts: list[_Part] = []
         self._ordinary: list[tuple[str, Tensor | None]] = []
-        self._rows: int | None = None  # where rows of one length were named
-        self._tokens: int | None = None  # where tokens were counted
+        self._rows: int | None = None  # rows of the batch, if users were named by row
+        self._tokens: int | None = None  # tokens of the batch, if users were named by runs of tokens
         self._held: dict[tuple[str, int, int], accelerator.HeldTensors] = {}
 
     def use(self, users: Sequence[User], tokens: Sequence[int] | None = None, held: bool = False) -> Hashable:
@@ -345,16 +357,20 @@ class MixedForward:
         self._parts, self._ordinary = [], []
         self._rows, self._tokens = (len(users), None) if tokens is None else (None, sum(tokens))
         banks, keys = dict.fromkeys(user[0] for user in users if isinstance(user, tuple)), list[tuple[str, int, int]]()
+        # one part for each bank: which of its slots the batch uses, and where among them each token's stands
         for bank in sorted(banks, key=lambda bank: bank.adapter):
+            # tokens of other users take slot 0, whose zeros add nothing
             index = np.array([u[1] if isinstance(u, tuple) and u[0] is bank else 0 for u in users], dtype=np.int64)
             arrays, count = {"index": index}, bank.slots
+            # all tokens use one slot: a view is enough, and nothing has to be sent to the device
             if not held and not bank.trained_numbers and (index == index[0]).all():
                 self._parts.append(_Part(bank, slice(int(index[0]), int(index[0]) + 1), 1, None))
                 continue
             if bank.takes_slots:
                 slots, arrays["index"] = np.unique(index, return_inverse=True)
+                # a power of two, so that few shapes come up and a graph of one can be used again
                 count = 1 << (len(slots) - 1).bit_length() if held else len(slots)
-                arrays["slots"] = np.resize(slots, count)  # those that are filled in have no tokens
+                arrays["slots"] = np.resize(slots, count)  # the repeated slots at the end have no tokens
             if tokens is not None:
                 arrays["index"] = np.repeat(arrays["index"], tokens)
             if held:
@@ -365,6 +381,7 @@ class MixedForward:
             else:
                 sent = accelerator.tensors_on(self._device, arrays)
             self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"], self._fixed))
+        # ordinary adapters: the rows that use one, or nothing to send where all do
         for name in dict.fromkeys(user for user in users if isinstance(user, str)):
             rows = np.array([i for i, user in enumerate(users) if user == name], dtype=np.int64)
             everywhere = len(rows) == len(users)
@@ -384,7 +401,7 @@ class MixedForward:
                 layer.mixed = None
 
     def forward_experts(self, layer: QveraExperts, x: Tensor, routing: Routing, of_tokens: bool) -> Tensor:
-        """As `forward`, for rows that are sorted by expert; ValueError: the batch has another number of tokens."""
+        """Compute `forward` for rows that are sorted by expert. ValueError: the batch has another number of tokens."""
         total, known = routing.token_count, self._tokens if self._rows is None else self._rows
         if known and total % known:
             raise ValueError(f"a pass of {known} rows or tokens got {total} tokens")
@@ -397,7 +414,7 @@ class MixedForward:
             if not layer.carries(name):
                 continue
             changed = layer.add_routed(name, x, y, routing, of_tokens)
-            if mine is not None:  # a mask waits for no device
+            if mine is not None:  # a mask, since picking out the tokens would make the host wait for their number
                 rows = routing.tokens // (total // (known or 1))
                 changed = torch.where(torch.isin(rows, mine).unsqueeze(-1), changed, y)
             y = changed
@@ -418,6 +435,7 @@ class MixedForward:
             raise ValueError(f"a pass of {self._tokens} tokens got {total}")
         if layer.merged:
             raise ValueError("adapter_names: adapters are merged into the base weights; unmerge them first.")
+        # a held W serves every row; a held W + ΔW has an adapter in it that other rows do not use
         if layer.holds_inference_weight and not layer._inference_adapters and not torch.is_grad_enabled():
             y = layer.inference_product(x)
         else:

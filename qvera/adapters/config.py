@@ -103,7 +103,7 @@ class QveraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
         self.progress: Callable[[str], None] | None = None
-        """Called with the name of what is being made from the base's weights; not saved."""
+        """A callback that gets the name of each weight of the base while a method decomposes it; not saved."""
         if self.format_version > FORMAT_VERSION:
             raise InputError(
                 f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
@@ -120,6 +120,7 @@ class QveraConfig(PeftConfig):
         if self.magnitude is None:  # as files had it before there was one
             self.magnitude = False
         self._check_values()
+        # the oldest format that has all this adapter needs, so that an older qvera can still read it
         needed = 2 if self.b_groups > 1 or self.input_scale else 1
         needed = 3 if self.method != _DEFAULTS.method or self.magnitude else needed
         needed = LABELS_VERSION if self.labels else needed
@@ -146,11 +147,13 @@ class QveraConfig(PeftConfig):
 
     def check_pair(self, name: str, pair: Pair) -> None:
         """Record a linear's own pair in a fresh config; InputError if an existing one has another."""
+        # a model on the meta device has no weight that a pair could be made from
         if not pair[1].is_meta:
             found, self.pair_numbers = pair_number(pair[1]), self.pair_numbers or {}
             require_same_pairs({name: found}, {name: self.pair_numbers.setdefault(name, found)})
 
     def _check_values(self) -> None:
+        # a recipe's section checks the keys that both have, and its messages name them as the recipe does
         _DEFAULTS.replace(**{name: getattr(self, name) for name in SHARED_KEYS})
         try:
             _DEFAULTS.replace(seed=self.projection_seed)

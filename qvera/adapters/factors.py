@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank r, which is the number of rows of A."""
         return self.A.shape[-2]
 
     @property
@@ -83,16 +83,16 @@ class Factors(NamedTuple):
         return summed.mul_(factor.unsqueeze(1)).sub_(weight)
 
     def outputs(self, part: slice) -> Factors:
-        """Rows of ΔW."""
+        """Return the factors of these rows of ΔW."""
         b, m = (None if v is None else v[..., part] for v in (self.b, self.magnitude))
         return self._replace(B=self.B[part], b=b, magnitude=m)
 
     def inputs(self, part: slice) -> Factors:
-        """Columns of ΔW."""
+        """Return the factors of these columns of ΔW."""
         return self._replace(A=self.A[:, part], a=None if self.a is None else self.a[part])
 
     def expert(self, number: int) -> Factors:
-        """ΔW of one expert, where vectors, or A and B, have a first dimension for the experts of a layer."""
+        """Return the factors of one expert's ΔW; self where the experts of a layer share all factors."""
         if self.A.dim() == 3:
             return self._replace(A=self.A[number], B=self.B[number])
         if self.d is None or self.d.dim() == 1:

@@ -17,7 +17,7 @@ class TrainingHook:
     """
 
     def start(self, training: Any) -> None:
-        """Before the first step of a new run, but not of a resumed one; it may set the vectors.
+        """Prepare before the first step of a new run, but not of a resumed one. It may set the vectors.
 
         Raises:
             InputError: memory does not suffice for it.
@@ -25,32 +25,32 @@ class TrainingHook:
         """
 
     def before_step(self, step: int) -> None:
-        """Before the first forward pass of optimizer step ``step`` (from 1).
+        """Act before the first forward pass of optimizer step ``step`` (from 1).
 
         A vector whose ``requires_grad`` is False now is not stepped. If an attempt takes no step (float16 overflow, out
         of memory), this is called again for the same step: drop what was gathered since the last call.
         """
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
-        """After the vectors were stepped. The gradients of the step's backward passes had the factor ``loss_scale``."""
+        """Act after the vectors were stepped. The step's gradients, in backward, had the factor ``loss_scale``."""
 
     def metrics(self) -> dict[str, Any]:
-        """Additions to the record of the step just taken, in metrics.jsonl."""
+        """Return additions to the record of the step just taken, in metrics.jsonl."""
         return {}
 
     def finish(self, training: Any) -> dict[str, Any]:
-        """After the last step, when the adapter is saved and scored; returns additions to ``result`` in run.json.
+        """Act after the last step, when the adapter is saved and scored; returns additions to ``result`` in run.json.
 
         The model must have the trained vectors again when it returns. It may raise OutOfMemory.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What later steps need from a checkpoint of the step just taken: tensors and JSON values by name."""
+        """Return what a checkpoint of the step just taken has to hold for later steps: tensors, JSON values by name."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, with tensors on the CPU. Called before the vectors are loaded."""
+        """Restore the state that `state_dict` gave, with tensors on the CPU. Called before the vectors are loaded."""
 
 
 class TrainingHooks(TrainingHook):

@@ -42,7 +42,7 @@ def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
 
 
 def spec_of(name: str, base_layer: nn.Module) -> LinearSpec:
-    """A layer that can be adapted as methods see it; TypeError for another one."""
+    """Return the `LinearSpec` of a layer, by which methods know it. TypeError: the layer can't be adapted."""
     if (shape := layer_shape(base_layer)) is None:
         raise TypeError(f"QVERA adapts linear layers, not {type(base_layer).__name__}")
     return LinearSpec(name, *shape, base_layer.spec.experts if isinstance(base_layer, ExpertStack) else 0)
@@ -51,7 +51,7 @@ def spec_of(name: str, base_layer: nn.Module) -> LinearSpec:
 def linear_specs(model: nn.Module) -> dict[str, LinearSpec]:
     """A model's linears and experts that can be adapted, by name."""
     found = {name: spec_of(name, m) for name, m in model.named_modules() if layer_shape(m) is not None}
-    for name, (experts, m, n, is_transposed) in expert_specs(model).items():  # that are parameters still
+    for name, (experts, m, n, is_transposed) in expert_specs(model).items():  # experts that are parameters still
         found[name] = LinearSpec(name, *((m, n) if is_transposed else (n, m)), experts)
     return found
 
@@ -106,6 +106,7 @@ class AdaptedForward:
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """y = W x + ΔW x, summed over the active adapters, in the base layer's output dtype."""
         # with VeRA ΔW = s diag(b) B diag(d) A (equation 2)
+        # without adapters W x is asked for, and a merged weight has ΔW in it
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self.active_names()
@@ -113,6 +114,7 @@ class AdaptedForward:
         held = self._inference_weight is not None and tuple(names) == self._inference_adapters
         if held and names and not torch.is_grad_enabled():
             return self.inference_product(x)
+        # one adapter: base and ΔW in one node, if possible and worth it
         if len(names) == 1 and (joined := self.with_base(names[0], x)) is not None:
             return joined
         base = self.base_layer
@@ -141,10 +143,11 @@ class AdaptedForward:
         return functional.project(inner if a is None else functional.scale_input(inner, a), A.to(dtype))
 
     def with_base(self, adapter: str, x: Tensor) -> Tensor | None:
-        """W x + ΔW x in one autograd node, or None where that can't be, or is not cheaper or less exact.
+        """Return W x + ΔW x from one autograd node; None: this layer and input have to take the normal path.
 
-        A trained pair keeps less that way. VeRA's is one product with W + ΔW (`fused.pays`), and on accelerators else
-        the low-rank path.
+        - A trained pair (LoRA): `trained_linear`, which keeps less for backward.
+        - VeRA: one product with W + ΔW where that is cheaper and as exact (`fused.pays`). Else, on an accelerator, the
+          low-rank path with the frozen product in it (`joined_linear`).
         """
         base, grad = self.base_layer, torch.is_grad_enabled()
         dtype, method = linear.compute_dtype(base, x), self.method(adapter)
@@ -157,6 +160,7 @@ class AdaptedForward:
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
+        # a joined node never calls the base layer, so its hooks would not run; without gradients it saves nothing
         is_called = not grad or base._forward_hooks or base._forward_pre_hooks
         if trains_pair(method):
             if is_called:
@@ -173,12 +177,14 @@ class AdaptedForward:
         builds = self._builds_per_pass if grad else fused.BUILDS_UNHELD
         # evaluations go one way whether W + ΔW is held or not, and so give the same loss in every process
         if not fused.pays(*sizes, dtype, device_type, scaled, builds):
+            # the low-rank path in one node, for accelerators only: there the host's time for a node shows
             if is_called or scaled or x.dtype != dtype or not accelerator.is_accelerator(device_type):
                 return None
             z = self.shared_z(adapter, x, dtype)
             return None if z is None else joined_linear(base, x, z, factors)
         z = None
         if grad and not fused.keeps_input(*sizes, scaled):
+            # z only helps backward to the vectors' gradients: the gradient of x goes through W + ΔW
             with torch.no_grad():
                 z = self.shared_z(adapter, x, dtype)
         return fused.summed_linear(base, x.to(dtype), z, factors, self._training_weight).to(x.dtype)
@@ -205,6 +211,7 @@ class AdaptedForward:
             self._training_weight.drop()
         names = [] if base_only else self.active_names()
         changes = [self.method(name).change for name in names]
+        # one weight can stand for the adapters if no token has a ΔW of its own, and if one that scales W + ΔW is alone
         has_one_weight = Change.PER_TOKEN not in changes and (len(names) == 1 or Change.SCALED not in changes)
         may = has_one_weight and not self.merged and not isinstance(self.base_layer, Conv1D)
         if hold and may and (names or base_only):
@@ -214,7 +221,7 @@ class AdaptedForward:
             self._inference_weight, self._inference_adapters = weight.to(self.held_dtype()), tuple(names)
 
     def held_dtype(self) -> torch.dtype:
-        """The dtype of `cache_merged_weight`."""
+        """The dtype of the weight that `cache_merged_weight` holds."""
         dtype = getattr(self.base_layer, "compute_dtype", None) or self.base_layer.weight.dtype
         return dtype if dtype.is_floating_point else self.int8_dtype()
 
@@ -326,6 +333,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         for name, shape in method.tensors(config, self.spec).items():
             dtype = method.traits(name, config).dtype
             holds_places = not dtype.is_floating_point
+            # the tuple becomes this object's own: a layer names the tensors of its own adapters only
             if not hasattr(self, name):
                 setattr(self, name, VectorDict())
                 if holds_places:  # PEFT asks every tensor of the other list for gradients
@@ -341,6 +349,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         if method.change is Change.SCALED:  # the magnitude starts at the weight's row norms
             pair, A = self.qvera_projection[adapter_name], self.parts(adapter_name).A
             others = (norms for other, norms in self.qvera_frozen.items() if self.qvera_projection[other] is pair)
+            # adapters over the same pair can share norms: W Aᵀ of a smaller rank is a part of that of a larger one
             held = next((norms for norms in others if norms.products.shape[1] >= A.shape[0]), None)
             norms = RowNorms(self.base_layer, A, self.out_features) if held is None else held
             self.qvera_frozen[adapter_name] = norms
@@ -352,6 +361,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters and train them, except what their methods keep frozen. PEFT calls it."""
         super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
+        # PEFT makes every tensor of the active adapters trainable
         for name, (method, config) in self.qvera_settings.items():
             for kind, vector in self.tensors(name).items():
                 if not method.traits(kind, config).is_trained:
@@ -423,7 +433,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return projection.project(x, method.rank_at(config, self.spec), dtype)
 
     def int8_dtype(self) -> torch.dtype:
-        """See `AdaptedForward.int8_dtype`: that of a frozen pair, else `made_in`."""
+        """See `AdaptedForward.int8_dtype`: the dtype of a frozen pair, else `made_in`."""
         return next((pair.A.dtype for pair in self.qvera_projection.values()), self.made_in)
 
     get_delta_weight = AdaptedForward.delta_weight_fp32  # PEFT's name for it
@@ -448,8 +458,8 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             raise ValueError(f"merging {adapter_names} gives NaN or Inf: the adapter or the base weight is broken")
         original = base.weight
         if isinstance(base, quantization.Linear8bit):
-            # a stock forward before qvera moves rows and scales into the layer's state: unmerge needs them on the
-            # weight
+            # a stock forward pass, before qvera had the model, moves rows and scales into the layer's state; unmerge
+            # needs them on the weight
             original.CB, original.SCB = quantization.int8_rows(base)
         if isinstance(base, (quantization.Linear4bit, quantization.Linear8bit)):
             self._install(quantization.requantized(base, merged))
@@ -462,7 +472,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
             )
         else:
             self._install(nn.Parameter(merged.to(original.dtype), requires_grad=original.requires_grad))
-        if self._unmerged_weight is None:
+        if self._unmerged_weight is None:  # of several merges, unmerge goes back to before the first
             self._unmerged_weight = original
         self.merged_adapters.extend(adapter_names)
 
@@ -478,6 +488,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def _install(self, weight: Any) -> None:
         base = self.base_layer
         base.weight = weight
+        # bitsandbytes computes with references of its own to what the weight holds
         if isinstance(base, quantization.Linear4bit):
             base.quant_state = weight.quant_state
         elif isinstance(base, quantization.Linear8bit):

@@ -39,7 +39,7 @@ def method_of(adapter: AdapterSettings) -> Method:
     """The method of an adapter's config or of a recipe's adapter section; InputError if it can't be had."""
     name = adapter.method
     method = _CORE.get(name)
-    if name in plugins.names(_GROUP):  # which may extend one of the core
+    if name in plugins.names(_GROUP):  # a plug-in's method may take the place of the core's
         try:
             found = plugins.load(_GROUP, name)
             method = found() if isinstance(found, type) else found
@@ -60,6 +60,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     section, method = recipe.adapter, method_of(recipe.adapter)
     of_all = {"method", "rank", "targets", "dropout", "seed", "init_from"}
+    # keys that the method does not read; one that is set to its default changes nothing, and is let through
     for key in sorted(section.model_fields_set - of_all - method.keys.keys()):
         if getattr(section, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
             known = (*_CORE.values(), *plugins.load_all(_GROUP))
@@ -68,6 +69,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"adapter.{key}: is read by {', '.join(readers)} only, and adapter.method is {section.method}. Remove "
                 "one of the two."
             )
+    # the recipe's defaults are VeRA's; another method's rank and rate have to be written down
     given = {"adapter": section.model_fields_set, "training": recipe.training.model_fields_set}
     for key, value in method.usual.items() if section.method != Vera.name else ():
         part, _, name = key.partition(".")
@@ -95,13 +97,14 @@ VeRA at 576 (SmolLM2-135M): between 0.03 and 0.1 for E2E, Alpaca, the quickstart
 (GPT-2 large) and 4,096 (Llama 7B): of its paper, arXiv 2310.11454. LoRA: bench/results, and what is usual for a 7B.
 """
 HEAD_RATE = 4e-3
-"""Of a classifier's head beside VeRA, measured at hidden sizes of 384 and 576 (docs/classification.md)."""
+"""The learning rate of a classifier's head beside VeRA, measured at hidden sizes of 384 and 576
+(docs/classification.md)."""
 
 
 def measured_rate(method: str, hidden_size: int) -> float | None:
     """The learning rate for a base of that hidden size; None: none is known for the method.
 
-    It lies on a line between measured ones, both axes logarithmic; outside of them it is that of the nearest size.
+    Between two measured sizes the rate is interpolated, both axes logarithmic. Beyond them it is the nearest size's.
     """
     points = sorted(MEASURED.get(method, {}).items())
     if not points:

@@ -146,13 +146,16 @@ class Method(ABC):
         return adapter.rank
 
     def own_pair(self, adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None) -> Pair | None:
-        """The frozen pair of `Source.OWN`, made from the base layer; without one, from this machine's cache or None."""
+        """Return a linear's own frozen pair (`Source.OWN`), made from its base layer.
+
+        Without a base layer: the pair in this machine's cache, or None.
+        """
         return None
 
     def memory(
         self, adapter: AdapterSettings, spec: LinearSpec, tokens: int, dtype: torch.dtype, on_accelerator: bool
     ) -> LinearBytes:
-        """Memory of one linear in a step, for ``tokens`` in a pass and the compute dtype."""
+        """Return the memory of one linear in a training step, with ``tokens`` tokens a pass and this compute dtype."""
         rank, shapes = self.rank_at(adapter, spec), self.tensors(adapter, spec).values()
         working = spec.out_features * rank * dtype.itemsize + 4 * max(map(math.prod, shapes), default=0)
         casts = self.source is Source.TRAINED and dtype.itemsize < 4
@@ -178,5 +181,6 @@ class Method(ABC):
 
 
 def trains_pair(method: Method) -> bool:
-    """Whether the path is `trained_path`, so that `trained_linear` can hold the frozen product too."""
+    """Whether a method computes by `trained_path`, so that `trained_linear` may take its place."""
+    # a method with an `add` of its own computes something else
     return method.source is Source.TRAINED and type(method).add is Method.add

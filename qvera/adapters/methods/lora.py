@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Lora(Method):
-    """A and B for each linear, with PEFT's starts (``init_lora_weights``)."""
+    """LoRA, with an A and a B for each linear, which start as in PEFT (``init_lora_weights``)."""
 
     name = "lora"
     title = "LoRA"
@@ -52,6 +52,7 @@ class Lora(Method):
         *_, rank, n = self.tensors(adapter, spec)["qvera_A"]
         generator = start_generator(adapter, spec.name)
         if adapter.init_lora_weights == "orthogonal":  # B A = 0 up to rounding, as in PEFT's `orthogonal_init`
+            # A and B must come from the same Q: the calls for the two draw the same numbers, and each keeps one of them
             each = []
             for _ in range(max(spec.experts, 1)):
                 Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
@@ -63,7 +64,7 @@ class Lora(Method):
             return torch.randn(shape, generator=generator) / rank
         if name == "qvera_B" and getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
-        # Kaiming's with a = √5 for A
+        # A as PEFT starts it, Kaiming-uniform with a = √5; B only where ``init_weights`` is False
         return uniform(shape, math.sqrt(1 / (n if name == "qvera_A" else rank)), generator)
 
     def factors(self, adapter: AdapterSettings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
@@ -85,12 +86,13 @@ def _of_pattern(pattern: Mapping[str, float] | None, spec: LinearSpec, default: 
 
 
 def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
-    """A random stream for each name, from the adapter's seed."""
+    """Return the random stream that the adapter's seed gives to a name."""
+    # a stream for each name, so that a linear starts alike whatever else is adapted
     seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
     key = f"{seed}/{name}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Uniform in ±bound."""
+    """Draw fp32 numbers that are uniform on [-bound, bound)."""
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

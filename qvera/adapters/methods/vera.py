@@ -89,7 +89,7 @@ class _WithMagnitude(Vera):
         gram = layer.qvera_projection[adapter_name].gram(factors.rank, layer.in_features)
         factor = factors.magnitude / layer.qvera_frozen[adapter_name].of_sum(factors, gram)
         scaled = functional.scale_input(layer.add_low_rank(adapter_name, x, y, overwrite), factor)
-        bias = layer.base_layer.bias
+        bias = layer.base_layer.bias  # it is in y, and so was scaled too
         return scaled if bias is None else scaled + (bias - bias * factor).to(scaled.dtype)
 
 
@@ -97,7 +97,7 @@ _WITH_MAGNITUDE = _WithMagnitude()
 
 
 class RowNorms(nn.Module):
-    """What norms of W + ΔW are made of: ‖w_i‖² [m] in fp32 or wider and W Aᵀ [m, r] in the compute dtype.
+    """The constants in the norms of W + ΔW: ‖w_i‖² [m] in fp32 or wider, and W Aᵀ [m, r] in the compute dtype.
 
     They are non-persistent buffers, made once from the weight that the layer computes with.
     """
@@ -113,6 +113,7 @@ class RowNorms(nn.Module):
         weight = base_layer.weight
         assert isinstance(weight, nn.Parameter)
         if not weight.is_meta:
+            # by blocks of rows, so that the whole weight is never in fp32
             with torch.no_grad(), gathered([weight]):
                 if isinstance(base_layer, Conv1D):
                     turned = weight.t()
@@ -128,7 +129,10 @@ class RowNorms(nn.Module):
         self._latest: tuple[Tensor, Tensor, Tensor] | None = None
 
     def of_sum(self, factors: Factors, gram: Tensor) -> Tensor:
-        """‖w_i + δ_i‖ [m] in fp32 or wider, without a graph, with 1 for 0 (a pruned row); ``gram`` is A Aᵀ."""
+        """Return the row norms ‖w_i + δ_i‖ [m] in fp32 or wider, without a graph. ``gram`` is A Aᵀ.
+
+        A row of zeros, such as a pruned one, has the norm 1 here: it is divided by.
+        """
         # cached until d or b changes in value, but only on a CPU: elsewhere the comparison waits for the device
         assert factors.vectors is not None
         d, b = (vector.detach() for vector in factors.vectors)
@@ -143,7 +147,7 @@ class RowNorms(nn.Module):
                 C = times_b(factors.B[rows].to(total), b[..., rows].to(total)) * middle
                 crossed = (self.products[rows, :rank].to(total) * C).sum(1)
                 total[rows] = self.squares[rows] + 2 * crossed + ((C @ gram) * C).sum(1)
-            norms = no_zeros(total.clamp_min_(0).sqrt_())
+            norms = no_zeros(total.clamp_min_(0).sqrt_())  # the formula's sum may round to a little below 0
         if holds:
             self._latest = d.clone(), b.clone(), norms
         return norms
@@ -151,7 +155,7 @@ class RowNorms(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowNorms:
         self._latest = None
 
-        def moved(tensor: Tensor) -> Tensor:  # a cast would round what the cast of a weight does not change
+        def moved(tensor: Tensor) -> Tensor:  # casting a model does not change packed weights, nor may it round these
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
@@ -159,6 +163,6 @@ class RowNorms(nn.Module):
 
 
 def held_bytes(rank: int, sizes: Sequence[tuple[int, int]], itemsize: int) -> int:
-    """Bytes of `RowNorms` and A Aᵀ for linears of these (in_features, out_features)."""
+    """Return the bytes of `RowNorms` and of A Aᵀ for linears of these (in_features, out_features)."""
     rows, inputs = sum(m for _, m in sizes), {n for n, _ in sizes}
     return rows * (rank * itemsize + 4) + 4 * rank**2 * len(inputs)
