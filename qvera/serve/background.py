@@ -90,7 +90,10 @@ class Background:
             return False
 
     def run_slice(self) -> bool:
-        """Do the part that `has_part` found. False: it failed, and what it left in the model must be dropped."""
+        """Do the part that `has_part` has found.
+
+        Returns False if it failed. Then what it left behind in the model must be dropped.
+        """
         work, began, went_well = self._work, self.clock(), True
         if work is None:  # taken away since
             return True

@@ -51,13 +51,12 @@ PAGED = "qvera_paged"  # the name of the attention
 Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
 """transformers' mask function: batch, head, positions of queries and keys → which keys a query may see."""
 _KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # each has a test, so it needs no trial
-_TOLERANCES = {4: 1e-3, 2: 0.05}
-"""Bytes per key → allowed difference of logits from those of an ordinary pass, relative to their norm."""
+_TOLERANCES = {4: 1e-3, 2: 0.05}  # bytes per key → largest error of logits, relative to the norm of an ordinary pass's
 
 
 @dataclass
 class _Step:
-    """What all layers' attention needs to know of a step."""
+    """The facts of one step that the attention of every layer reads."""
 
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values [blocks, tokens of a block, kv heads, size]
     write: torch.Tensor  # int64 [tokens]: where keys and values go, as block · tokens of a block + place
@@ -80,7 +79,7 @@ class KernelStep(_Step):
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None, *_: object
     ) -> torch.Tensor:
-        """As `GatheringStep.attend`, in causal order."""
+        """Do as `GatheringStep.attend`, in causal order. `choose_kernel` refuses layers with more needs."""
         return self.kernel.attend(q, *self.put(layer, k, v), self.rows, scale)
 
 
@@ -118,7 +117,7 @@ class GatheringStep(_Step):
                 for x in (keys, values)
             )
             mask = self._mask(number, rule, shared, q.dtype)
-            if softcap is None and sinks is None:
+            if softcap is None and sinks is None:  # sdpa knows neither
                 out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
             else:
                 scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -128,7 +127,7 @@ class GatheringStep(_Step):
                 if sinks is not None:
                     sink = sinks.float().view(1, kv_heads, shared, 1).expand(rows, -1, -1, queries)
                     scores = torch.cat([scores, sink.reshape(rows, kv_heads, -1, 1)], -1)
-                out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
+                out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value  # the sink has no value
             out = out.view(rows, kv_heads, shared, queries, -1).permute(0, 3, 1, 2, 4)
             outputs.append(out.reshape(rows * queries, q.shape[1], -1))
             begin += rows * queries
@@ -137,13 +136,13 @@ class GatheringStep(_Step):
         return torch.cat(outputs)
 
     def _mask(self, number: int, rule: Rule, shared: int, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to a group's scores, [requests, 1, shared · queries, keys]. Most layers share it."""
+        """The mask to add to a group's scores, [requests, 1, shared · queries, keys]. Layers of one rule share it."""
         if (number, rule, shared) not in self.masks:
             table, positions = self.groups[number]
             of_queries = positions.unsqueeze(2)
             tokens = table.shape[1] * next(iter(self.layers.values()))[0].shape[1]
             of_keys = torch.arange(tokens, device=table.device).view(1, 1, -1)
-            seen = rule(0, 0, of_queries, of_keys) & (of_keys <= of_queries)
+            seen = rule(0, 0, of_queries, of_keys) & (of_keys <= of_queries)  # not the blocks that fill a row up
             mask = torch.zeros(seen.shape, dtype=dtype, device=table.device).masked_fill_(~seen, float("-inf"))
             mask = mask.unsqueeze(1).expand(-1, shared, -1, -1).reshape(len(table), 1, -1, mask.shape[2])
             self.masks[number, rule, shared] = mask
@@ -194,10 +193,10 @@ AttentionMaskInterface.register(PAGED, lambda *_, mask_function, **__: mask_func
 
 @dataclass
 class StepOutput:
-    """What a step has computed of its requests."""
+    """The results of one step of the model."""
 
-    drawing: list[Any]  # those that get a token now
-    logits: torch.Tensor  # [drawing, vocabulary], from which it is drawn
+    drawing: list[Any]  # requests that get a token now
+    logits: torch.Tensor  # [drawing, vocabulary], to draw these tokens from
     scored: list[Any]  # the request of each place that is to be scored
     hidden: torch.Tensor | None  # [scored, hidden], last hidden states there
 
@@ -228,9 +227,9 @@ class PagedBatches:
                 # the first ids are often unused tokens, whose logits may be pure rounding error
                 *prompts, [answer] = [[config.vocab_size // n for n in ns] for ns in ((7, 5, 3), (4, 2), (6,))]
                 expected = [] if is_known else [self._ordinary_logits([*prompt, answer]) for prompt in prompts]
-                model.set_attn_implementation(PAGED)
+                model.set_attn_implementation(PAGED)  # `expected` had to be computed before
                 shapes, zero = _Shapes(), torch.zeros(1, dtype=torch.long, device=model.device)
-                self._forward(zero, zero, zero, shapes)
+                self._forward(zero, zero, zero, shapes)  # one token, which shows how each layer calls its attention
                 if model.config._attn_implementation != PAGED or not shapes:
                     raise RuntimeError("its attention is not made for other implementations")
                 self._kernel = choose_kernel(model.device, shapes.values())
@@ -250,10 +249,11 @@ class PagedBatches:
                         for shape in (of.key, of.value)
                     )
                     self._layers[layer] = keys, values
-                self.longest_tokens = min(count * block_tokens, self.longest_tokens)
+                self.longest_tokens = min(count * block_tokens, self.longest_tokens)  # the longest request fits
                 self._blocks = Blocks(count, settings.share_prefixes, block_tokens)
                 self._filler = CachedTokens([0])
                 self._filler.blocks = [count]
+                # a streamed weight is copied to the device at each use
                 is_whole = not any(isinstance(m, torch.nn.Linear) and is_streamed(m) for m in model.modules())
                 if self._kernel is not None and is_whole and accelerator.records_graphs(model.device):
                     self._graphs = StepGraphs(model.device, lambda sent: self._run(sent, 1)[0])
@@ -283,7 +283,7 @@ class PagedBatches:
     def fix_rows(self) -> None:
         """Let each pass compute the same number of tokens from now on (`qvera.serve.invariance`).
 
-        To be called in the layout of answers. RunFailed: with every number, a token's logits depend on its place.
+        Call it in the layout of answers. Raises RunFailed if a token's logits depend on its place with every number.
         """
         linears = [module for module in self._model.modules() if isinstance(module, torch.nn.Linear)]
         widths = sorted({size for linear in linears for size in (linear.in_features, linear.out_features)})
@@ -299,6 +299,7 @@ class PagedBatches:
         )
 
     def _is_same_in_all_places(self, token: int) -> bool:
+        """Whether a pass of the same token in all places gives the same logits everywhere, to the bit."""
         probes = [CachedTokens([token] * 2) for _ in range(self.pass_tokens)]
         for probe in probes:
             probe.blocks, probe.computed = self._filler.blocks, 1
@@ -306,7 +307,7 @@ class PagedBatches:
         return bool((logits == logits[:1]).all())
 
     def passes(self, batch: list[tuple[T, int]]) -> list[list[tuple[T, int]]]:
-        """A step's tokens in parts, each of which `run` computes."""
+        """Split a step into passes for `run`. Run them in order: a request may begin in one and go on in the next."""
         if not self.pass_tokens:
             return [batch]
         parts, room = list[list[tuple[T, int]]](), 0
@@ -320,9 +321,9 @@ class PagedBatches:
         return parts
 
     def held_rows(self, batch: Sequence[tuple[T, int]]) -> int | None:
-        """The tokens of a pass of fixed shapes, which it is filled up to; None: it has none.
+        """The number of tokens that a pass is filled up to; None: it is not filled up.
 
-        That is a step that can be a graph, up to a power of two, or every pass after `fix_rows`.
+        Every pass is after `fix_rows`. Before, steps that can be a graph are filled up to a power of two.
         """
         if self.pass_tokens:
             return self.pass_tokens
@@ -330,7 +331,7 @@ class PagedBatches:
         return power_of_two(len(batch)) if is_repeated else None
 
     def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
-        """Run a step or a part of it; with ``adapters`` one of `held_rows`."""
+        """Run one pass. ``adapters`` is what `ServingBank.use` returned: not None where the pass has `held_rows`."""
         shares: list[tuple[CachedTokens, int]] = list(batch)
         filled = self.pass_tokens or (power_of_two(len(batch)) if adapters is not None else 0)
         shares += [(self._filler, 1)] * (filled - sum(count for _, count in batch))
@@ -340,6 +341,7 @@ class PagedBatches:
         drawing = [i for i, (request, count) in enumerate(shares) if request.computed + count == len(request.tokens)]
         ends = np.cumsum(counts)
         scored = [(request, request.take_unscored(count)) for request, count in batch]
+        # places to be scored, as indices of the tokens of this pass
         places = [
             end - count + np.array(asked) - request.computed
             for (request, asked), count, end in zip(scored, counts, ends, strict=False)
@@ -356,7 +358,7 @@ class PagedBatches:
         # blocks, keys and queries of those that attend by themselves: requests, or tokens
         attending = [(request.blocks, request.computed + count, count) for request, count in shares]
         width, groups = None, list[int]()
-        if self.pass_tokens:
+        if self.pass_tokens:  # one by one: with other company a prompt comes in other pieces
             owners = [request.blocks for request, count in shares for _ in range(count)]
             keys = [place + 1 for place in arrays["positions"].tolist()]
             attending = [(own[: -(-used // size)], used, 1) for own, used in zip(owners, keys, strict=True)]
@@ -388,12 +390,12 @@ class PagedBatches:
         return StepOutput([batch[i][0] for i in drawing], logits[: len(drawing)], of_places, hidden)
 
     def _add_tables(self, arrays: dict[str, np.ndarray], attending: Sequence[tuple[list[int], int, int]]) -> list[int]:
-        """Add a table for each group of requests that attend together; returns the tokens of each group."""
+        """Add a table for each group that attends together to ``arrays``. Returns the number of tokens of each."""
         # neighbours attend together: equal numbers of tokens, and at most twice the first one's blocks
         groups: list[list[tuple[list[int], int]]] = []
         for blocks, _, count in attending:
             is_like = groups and groups[-1][0][1] == count and len(blocks) <= 2 * len(groups[-1][0][0])
-            if is_like and not self.pass_tokens:
+            if is_like and not self.pass_tokens:  # else how many attend together depends on others
                 groups[-1].append((blocks, count))
             else:
                 groups.append([(blocks, count)])
@@ -405,7 +407,7 @@ class PagedBatches:
     def _run(
         self, sent: Mapping[str, torch.Tensor], longest: int, groups: Sequence[int] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`_forward` of a step's tensors; ``longest``: most tokens of a request."""
+        """Run `_forward` on a pass's tensors. ``longest``: the most queries that attend to one row of blocks."""
         step: KernelStep | GatheringStep
         if self._kernel is not None:
             rows = Rows(sent["table"], sent["used"], sent["ends"], sent["ends_k"], longest)
@@ -425,7 +427,7 @@ class PagedBatches:
         step: KernelStep | GatheringStep | _Shapes,
         scored: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the kept places, and hidden states of the scored ones."""
+        """Return logits of the ``kept`` places, and last hidden states of the ``scored`` ones, if any."""
         inputs = {
             "input_ids": ids.unsqueeze(0),
             # without a mask transformers would look for rows in the positions
@@ -528,7 +530,7 @@ class StaticBatches:
         """All rows of the batch, ended ones too, each with the columns of the next step."""
         if self.may_begin():
             rows = list(running)
-            if needs_equal_lengths(self._model):  # the others wait
+            if needs_equal_lengths(self._model):  # the others wait for the next batch
                 rows = [row for row in rows if len(row.tokens) == len(rows[0].tokens)]
             self._rows, self._cache = rows, None
         width = 1 if self._cache is not None else max(len(row.tokens) for row in self._rows)
@@ -559,7 +561,7 @@ class StaticBatches:
         # Qwen's models give an image positions of three axes, and go on behind its largest one
         if self._has_images and hasattr(inner := image_model(self._model), "rope_deltas"):
             positions = None if images else positions + inner.rope_deltas
-        # these have no attention, and take a longer mask for that of the step's tokens
+        # these have no attention: after the prompt they take any mask for one of the step's tokens alone
         is_masked = begins or config.model_type not in ("mamba", "falcon_mamba")
         inputs = {
             "input_ids": ids,
@@ -578,7 +580,7 @@ class StaticBatches:
         else:
             logits = self._model(**inputs, logits_to_keep=1).logits[:, -1]
         scored = [row for row, asked in zip(rows, places, strict=True) for _ in asked]
-        going = [i for i, row in enumerate(rows) if not row.ended]
+        going = [i for i, row in enumerate(rows) if not row.ended]  # ended rows keep their place in the cache
         return StepOutput([rows[i] for i in going], logits[going], scored, hidden)
 
     def end(self, request: CachedTokens) -> None:

@@ -16,16 +16,16 @@ again."""
 
 
 class CachedTokens:
-    """The tokens of a request, and where their keys and values are. ``identity``: of its adapter; "" for the base.
+    """The tokens of a request, and where their keys and values are.
 
-    ``images`` have their places among the tokens.
+    ``identity`` is that of its adapter, and empty for the base. ``images`` have their places among the tokens.
     """
 
     def __init__(self, tokens: Sequence[int], identity: str = "", images: Sequence[StoredImage] = ()) -> None:
         self.tokens, self.identity, self.images = list(tokens), identity, images
         self.blocks: list[int] = []  # in the order of the tokens; empty: it must begin, or begin again
         self.computed = 0  # leading tokens whose keys and values are there
-        self.found: int | None = None  # those that were there when it first began
+        self.found: int | None = None  # leading tokens that were there when it first began
         self.unscored = range(0)  # places whose last hidden states are still asked for
         self.ended = False
         self.parent: int | str = identity
@@ -58,7 +58,7 @@ class Blocks:
     """
 
     def __init__(self, count: int, share: bool, tokens: int = BLOCK_TOKENS) -> None:
-        """``tokens``: of a block."""
+        """Make ``count`` blocks of ``tokens`` tokens each. ``share``: whether requests share equal beginnings."""
         self.count, self.tokens = count, tokens
         self.fresh: list[int] = []  # blocks that changed owner since the last `take_fresh`
         self._share = share
@@ -67,10 +67,10 @@ class Blocks:
 
     def clear(self) -> None:
         """Forget all requests and contents."""
-        self._users = [0] * self.count
+        self._users = [0] * self.count  # how many requests have each block
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.count))
         """Blocks without a user, the next to be taken first. Their contents are still known."""
-        self._block_of: dict[tuple[int | str, tuple[int, ...]], int] = {}
+        self._block_of: dict[tuple[int | str, tuple[int, ...]], int] = {}  # `_key` → a full block of this content
         self._known: dict[int, tuple[tuple[int | str, tuple[int, ...]], int]] = {}  # block → its key, content number
 
     def take_fresh(self) -> list[int]:
@@ -85,6 +85,8 @@ class Blocks:
         """
         running = list(running)
         begun = [request for request in running if request.blocks]
+        # Every begun request needs room for its newest token. Where none is free, the newest of them gives its blocks
+        # back, perhaps the one that asks.
         for request in list(begun):
             while request.blocks and not self._grow(request):
                 self.release(begun.pop())
@@ -115,21 +117,23 @@ class Blocks:
             return
         for number in range(before // self.tokens, request.computed // self.tokens):
             block, key = request.blocks[number], self._key(request, number)
+            # another request may have filled a block with the same tokens first; then that one is found from now on
             if self._block_of.setdefault(key, block) == block and block not in self._known:
                 self._known[block] = key, next(self._content)
             request.parent = self._known[self._block_of[key]][1]
 
     def release(self, request: CachedTokens) -> None:
         """Free a request's blocks. Their contents stay known until the blocks are needed; later blocks go first."""
+        # a block is found by way of those before it, so without the first one the others would be of no use
         for block in reversed(request.blocks):
             self._users[block] -= 1
             if not self._users[block]:
                 self._free[block] = None
-                self._free.move_to_end(block, last=block in self._known)
+                self._free.move_to_end(block, last=block in self._known)  # what nobody can find is taken first
         request.blocks, request.computed, request.parent = [], 0, request.identity
 
     def _find_shared(self, request: CachedTokens) -> list[int]:
-        """The blocks that a request need not compute; its parent becomes the last one."""
+        """Return the blocks that a request need not compute, and set its parent to the content of the last one."""
         shared: list[int] = []
         request.parent = request.identity
         while self._share and (len(shared) + 1) * self.tokens <= request.unneeded:
@@ -141,7 +145,8 @@ class Blocks:
         return shared
 
     def _begin(self, request: CachedTokens, shared: list[int]) -> bool:
-        """Give a request these and more blocks, for all of its tokens; False if they are not free."""
+        """Give a request the ``shared`` blocks and new ones for its other tokens; False if too few are free."""
+        # shared blocks without a user count as free, and are about to be used
         missing = self._needed(request) - len(shared)
         if missing > len(self._free) - sum(not self._users[block] for block in shared):
             return False
@@ -171,5 +176,8 @@ class Blocks:
         return -(-len(request.tokens) // self.tokens)
 
     def _key(self, request: CachedTokens, number: int) -> tuple[int | str, tuple[int, ...]]:
-        """What its next block to be shared, the ``number``-th, is found by."""
+        """The key of a request's ``number``-th block: the content before it, and its own tokens.
+
+        It is right for one block only, the one behind ``request.parent``.
+        """
         return request.parent, tuple(request.tokens[number * self.tokens : (number + 1) * self.tokens])

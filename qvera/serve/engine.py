@@ -141,9 +141,11 @@ class Engine:
         targets = None if request.scoring is None else request.scoring.targets
         biased = [token for token, _ in request.sampling.logit_bias]
         asked = {"prompt": prompt, "scoring.targets": () if targets is None else targets.reshape(-1)}
+        # an id outside of the embedding would fail the step, and with it everybody else's requests
         for name, ids in {**asked, "logit_bias": biased}.items():
             if len(ids) and not 0 <= min(ids) <= max(ids) < self._vocabulary:
                 raise InputError(f"{name}: token ids of this model are 0 to {self._vocabulary - 1:,}.")
+        # asked before the files are read, which takes long, and again afterwards: others may have come meanwhile
         with self._wake:
             self._require_room()
         vectors = None if request.adapter is None else self.bank.read(request.adapter)
@@ -173,7 +175,7 @@ class Engine:
 
         def put() -> None:
             if self._acquire(vectors) is not None:
-                self.bank.release(vectors)
+                self.bank.release(vectors)  # without a user it keeps its slot until another adapter needs it
 
         self._in_thread(put).result()
 
@@ -195,7 +197,7 @@ class Engine:
             self._wake.notify()
 
     def stats(self) -> EngineStats:
-        """The engine's present numbers."""
+        """Return the engine's numbers as they are now."""
         with self._wake:
             return EngineStats(
                 running=len(self.running),
@@ -229,6 +231,7 @@ class Engine:
 
     def _require_room(self) -> None:
         self._require_alive()
+        # as many of the waiting requests as there are free places only wait for the next step
         free = max(0, self.settings.max_running - len(self.running))
         if len(self._waiting) >= self.settings.max_waiting + free:
             raise Busy(f"{len(self._waiting):,} requests wait already")
@@ -241,7 +244,7 @@ class Engine:
         return bool(self._closing or self._waiting or self._tasks or self.running)
 
     def _in_thread(self, task: Callable[[], None]) -> Future[None]:
-        """Queue a task for the engine's thread. Takes the lock itself."""
+        """Queue a task for the engine's thread. Takes the lock itself. The future has the task's error, if any."""
         future: Future[None] = Future()
         with self._wake:
             self._require_alive()
@@ -252,6 +255,7 @@ class Engine:
     # The engine's thread
 
     def _run(self) -> None:
+        """Loop until `close` or an error: tasks, new requests, a step of answers, and a slice of background work."""
         dead = "the engine was closed"
         try:
             with torch.no_grad(), self._layout:
@@ -266,12 +270,13 @@ class Engine:
                     if not closing and self.background.has_part(answering):
                         with self._batches.paused():
                             went_well = self.background.run_slice()
-                        if not went_well:
+                        if not went_well:  # it may have ended in the middle of a forward pass
                             forget_inputs(self.model)
         except BaseException as error:  # whatever it is, nobody may wait for this thread for ever
             _logger.exception("the engine's thread ended")
             dead = f"{type(error).__name__}: {first_line(error)}"
         finally:
+            # under one lock: `submit` refuses from here on, so no request is missing in the lists
             with self._wake:
                 self._dead = dead
                 end = EndEvent("cancelled") if self._closing else EndEvent("error", dead)
@@ -324,6 +329,7 @@ class Engine:
             if slot is None:
                 return
             active.begin(slot, self.bank.device)
+            # together, so that other threads always find it in exactly one of the two
             with self._wake:
                 self._waiting.popleft()
                 self.running[active.request.id] = active
@@ -332,7 +338,7 @@ class Engine:
     def _acquire(self, vectors: HostVectors) -> int | None:
         if not self.bank.needs_layers(vectors) or self.settings.batch_invariant:
             return self.bank.acquire(vectors)
-        # new layers need the layout of answers too
+        # the layout is made for the layers that there are, so it is made anew when some are added
         self._layout.close()
         try:
             return self.bank.acquire(vectors)
@@ -340,7 +346,7 @@ class Engine:
             self._layout.enter_context(generating(self.model, base_only=True))
 
     def step(self) -> list[tuple[ActiveRequest, TokenEvent | None]]:
-        """Run the model once. Returns each request that got a token; None for its event: logits were not finite."""
+        """Compute one step. Returns the requests that got a token; the event is None where none could be drawn."""
         got, apart = list[tuple[ActiveRequest, TokenEvent | None]](), self.settings.batch_invariant
         for batch in self._batches.passes(self._batches.schedule(self.running.values())):
             users = [(request.vectors, request.slot, tokens) for request, tokens in batch]
@@ -351,16 +357,19 @@ class Engine:
                 # as many logits at a time as a step of answers may have
                 most_rows = held_rows if apart and held_rows else self.settings.max_running
                 add_scores(Head.of(self.model), prompts, found.hidden, most_rows, apart)
+            # each running request has a chooser; the condition tells the type checker
             choosers = [chooser for request in found.drawing if (chooser := request.chooser) is not None]
             got += zip(found.drawing, choose_tokens(found.logits, choosers, apart), strict=True)
         return got
 
     def _try_step(self) -> None:
+        """Run a step, send its tokens, and end the requests that are done. A failed step ends all that run."""
         try:
             got = self.step()
         except Exception as error:
             _logger.exception("a step failed")
             self._failures += 1
+            # nothing says which request was at fault, or which keys and values were written
             for active in list(self.running.values()):
                 self._end(active, EndEvent("error", _message(error)))
             if self._failures >= _MOST_FAILURES:
@@ -380,7 +389,7 @@ class Engine:
             if active.scored is not None:  # the first token, so the whole prompt was computed
                 _send(active, active.scored.scores())
                 active.scored = None
-            if active.found and len(active.tokens) == len(active.request.prompt):
+            if active.found and len(active.tokens) == len(active.request.prompt):  # the first token
                 event = replace(event, cached_tokens=active.found)
             stops = event.token in sampling.stop_tokens
             if not stops or sampling.keeps_stop:
@@ -395,6 +404,7 @@ class Engine:
                 self._end(active, EndEvent("stop" if ends else "length"))
 
     def _end(self, active: ActiveRequest, event: EndEvent) -> None:
+        """Take a request out of the batch or the queue, free what it holds, and send its last event."""
         active.ended = True
         with self._wake:
             was_running = self.running.pop(active.request.id, None) is not None
@@ -404,11 +414,11 @@ class Engine:
         self._batches.end(active)
         if was_running and active.vectors is not None:
             self.bank.release(active.vectors)
-        _send(active, event)
+        _send(active, event)  # last: who hears of the end may count on the free place
 
 
 def _send(active: ActiveRequest, event: Event) -> bool:
-    """Pass an event on. False: its receiver failed, which must end no other request."""
+    """Pass an event on. Returns False if its receiver failed, which must end no other request."""
     try:
         active.on_event(event)
     except Exception:

@@ -27,13 +27,13 @@ _logger = logging.getLogger(__name__)
 
 
 class LayerShape(NamedTuple):
-    """What a layer's attention is called with."""
+    """The shapes with which a layer calls its attention."""
 
     heads: int
     key: torch.Size  # [kv heads, size]
     value: torch.Size
     dtype: torch.dtype
-    refused: str | None  # what it needs and torch's kernel has not
+    refused: str | None  # a need that torch's kernel does not meet; None: there is none
 
 
 @dataclass
@@ -65,13 +65,16 @@ def arrays_of(
 
 
 def power_of_two(number: int) -> int:
-    """The next one."""
+    """Return the smallest power of two that is not below a number of at least 1."""
     return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class PagedKernel:
-    """One way to call torch's kernel. Each takes other blocks, so none is called in the place of another."""
+    """One way to call torch's kernel, with the size of blocks that it takes.
+
+    A cache has blocks of one size, so it keeps the way that it was made for.
+    """
 
     block_tokens: int
     is_flash: bool
@@ -82,8 +85,8 @@ class PagedKernel:
         """Causal attention of queries [tokens, heads, size] over [blocks, block_tokens, kv heads, size]."""
         kernel = varlen_kernel()
         assert kernel is not None  # `choose_kernel` has tried it
-        # the last query of a row sees all of its keys; where each row has one, no order is needed, and heads that share
-        # keys read them once
+        # The last query of a row sees all of its keys, so rows of one query need no causal order. Without it, heads
+        # that share keys read them once.
         window = (-1, 0) if rows.longest > 1 else (-1, -1)
         # FlashAttention wants offsets of keys, and in several parts gives wrong rows (pytorch issue 194167)
         ends_k, splits = (rows.ends_k, 1) if self.is_flash else (None, None)
@@ -96,7 +99,7 @@ class PagedKernel:
 def attend_in_blocks(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Rows, scale: float
 ) -> torch.Tensor:
-    """What `PagedKernel.attend` computes, on a CPU, in plain code."""
+    """Compute what `PagedKernel.attend` does, on a CPU and in plain code."""
     used = rows.used.tolist()
     k, v = (
         torch.cat([x[blocks].flatten(0, 1)[:count] for blocks, count in zip(rows.table.long(), used, strict=True)])
@@ -135,10 +138,12 @@ def choose_kernel(device: torch.device, layers: Iterable[LayerShape]) -> PagedKe
 
 
 def _problem_of(way: PagedKernel, device: torch.device, shape: LayerShape) -> str | None:
-    """What is wrong with it in a step of prompts beside answers, and in one of answers alone; None: nothing."""
+    """Say what is wrong with a way in a step of prompts beside answers, or of answers alone; None: nothing is."""
     size, generator = way.block_tokens, torch.Generator().manual_seed(0)
     scale, problem = shape.key[1] ** -0.5, None
+    # keys that end within a block, that fill their blocks, and that begin a block with their last one
     for counts, used in (([1, 3, size + 2], [size + 3, 3, 2 * size + 1]), ([1, 1, 1], [1, 3 * size, size + 1])):
+        # blocks stand in no order, as in a cache that has been used for a while
         tables = torch.randperm(9, generator=generator).view(3, 3).tolist()
         arrays = arrays_of(tables, used, counts, size, unused=9)
         sizes = (sum(counts), shape.heads, shape.key[1]), (10, size, *shape.key), (10, size, *shape.value)
@@ -156,7 +161,7 @@ def _problem_of(way: PagedKernel, device: torch.device, shape: LayerShape) -> st
 
 @dataclass
 class _Repeated:
-    """A step that has run once."""
+    """A shape of steps that has come, and its recording once it has come again."""
 
     held: accelerator.HeldTensors
     replay: Callable[[], None] | None = None
@@ -182,7 +187,7 @@ class StepGraphs:
         self._recorder = accelerator.GraphRecorder(device)
 
     def logits(self, key: Hashable, layers: Hashable, arrays: dict[str, np.ndarray]) -> torch.Tensor:
-        """The step's logits, until the next one.
+        """Return the step's logits, which hold until the next step.
 
         ``key`` is all that its kernels and shapes depend on. Where ``layers`` changes, all recordings are dropped.
         """
@@ -191,13 +196,14 @@ class StepGraphs:
             self._layers, self._recorder = layers, accelerator.GraphRecorder(self._device)
         begins = key not in self._steps
         step = _Repeated(accelerator.HeldTensors(self._device, arrays)) if begins else self._steps.pop(key)
-        self._steps[key] = step
+        self._steps[key] = step  # at the end, so that the first is the least recently used
         if len(self._steps) > _MOST_STEPS:
             del self._steps[next(iter(self._steps))]
         tensors = step.held.fill(arrays)
         if step.replay is None and not step.is_refused:
             try:
                 if begins:
+                    # a step that waits for the device can't be recorded, which is found out before it is tried
                     with accelerator.refusing_waits(self._device):
                         return self._run(tensors)
                 step.replay, step.logits = self._recorder.record(lambda: self._run(tensors))
@@ -205,6 +211,6 @@ class StepGraphs:
                 _logger.warning("a step of answers is not recorded as a graph (%s)", first_line(error))
                 step.is_refused = True
         if step.replay is None:
-            return self._run(tensors)
+            return self._run(tensors)  # from the beginning, if it was refused in the middle
         step.replay()
         return step.logits

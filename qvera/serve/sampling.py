@@ -27,7 +27,7 @@ SMALLEST_TEMPERATURE = 1e-4
 
 
 def generator_of(seed: int | None, device: torch.device) -> torch.Generator:
-    """Random numbers of this seed modulo 2^64, or of a new one."""
+    """Return a generator with this seed modulo 2^64, or with a new seed."""
     # mixed, because on a CPU torch takes the lower 32 bits only
     mixed = np.random.Philox(key=secrets.randbits(64) if seed is None else seed % 2**64).random_raw()
     return torch.Generator(device=device).manual_seed(int(mixed))
@@ -70,7 +70,7 @@ class TokenChooser:
             row.masked_fill_(torch.from_numpy(~self.grammar.allowed(len(row))).to(row.device), -math.inf)
 
     def note(self, token: int) -> None:
-        """Go on by a token that was drawn."""
+        """Take note of a token that was drawn, for penalties and the grammar."""
         if self._counts is not None:
             self._counts[token] += 1
         if self.grammar is not None and token not in self.sampling.stop_tokens:
@@ -84,11 +84,11 @@ def choose_tokens(
 
     Log-probabilities are added where asked for. ``logits`` is not changed. ``apart``: one row after the other.
     """
-    if apart:
+    if apart:  # the split of no rows has a part all the same, so lengths may differ
         return [choose_tokens(row, [chooser])[0] for row, chooser in zip(logits.split(1), choosers, strict=False)]
     logits = logits.float()
     settings = [chooser.sampling for chooser in choosers]
-    finite = torch.isfinite(logits.sum(-1))
+    finite = torch.isfinite(logits.sum(-1))  # nan and inf survive the sum, and no mask of all logits is made
     scores = logits
     if changing := [i for i, chooser in enumerate(choosers) if chooser.changes]:
         scores = logits.clone()
@@ -100,12 +100,12 @@ def choose_tokens(
         cut = [i for i, one in enumerate(settings) if one.temperature > 0 and (one.top_p < 1 or one.top_k)]
         if cut:
             scores[cut] = _likeliest(scores[cut], [settings[i] for i in cut])
-        noise = torch.ones_like(scores)
+        noise = torch.ones_like(scores)  # the log of 1 changes nothing, so greedy rows stay greedy
         for row, chooser in zip(noise, choosers, strict=True):
             if chooser.generator is not None:
                 row.exponential_(generator=chooser.generator)
         scores = scores - noise.log_()
-    tokens = torch.stack([scores.argmax(-1), finite.long()]).tolist()
+    tokens = torch.stack([scores.argmax(-1), finite.long()]).tolist()  # one copy from the device for both
     for i in changing:
         if tokens[1][i]:
             choosers[i].note(tokens[0][i])
@@ -117,7 +117,7 @@ def choose_tokens(
 
 
 def _divisor(sampling: Sampling) -> float:
-    """What logits are divided by."""
+    """Return the number that logits are divided by; 1 for greedy requests."""
     return max(sampling.temperature, SMALLEST_TEMPERATURE) if sampling.temperature > 0 else 1.0
 
 
@@ -126,13 +126,14 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def _likeliest(scores: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor:
-    """Scores, −inf outside the ``top_k`` likeliest tokens, and of these the fewest whose probability reaches ``top_p``.
+    """Return scores that are −inf for all tokens but those to draw from, of which there is at least one.
 
-    A token at least is left.
+    These are the ``top_k`` likeliest tokens, and of these the fewest whose probability together reaches ``top_p``.
     """
     ordered, places = scores.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scores.shape[1], device=scores.device)
     ordered = ordered.masked_fill(rank >= _column([one.top_k or scores.shape[1] for one in settings], rank), -math.inf)
+    # the probability of all likelier tokens; the first token has none, and stays whatever ``top_p`` is
     before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
     before[:, 0] = -1.0
     ordered = ordered.masked_fill(before >= _column([one.top_p for one in settings], scores), -math.inf)
@@ -142,7 +143,7 @@ def _likeliest(scores: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tens
 def _logprobs(
     logits: torch.Tensor, settings: Sequence[Sampling], tokens: Sequence[int]
 ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-    """For rows that asked: row → its token's log-probability, and the most likely tokens with theirs."""
+    """Map each row that asked to its token's log-probability, and to the most likely tokens with theirs."""
     asked = [i for i, one in enumerate(settings) if one.top_logprobs is not None]
     if not asked:
         return {}
@@ -178,14 +179,14 @@ class ScoredPrompt:
         scoring, targets = self._scoring, self._targets[self._added :][: len(logprobs)]
         self._added += len(logprobs)
         top, top_tokens = logprobs.topk(min(scoring.top, logprobs.shape[1]))
-        drawn = top_tokens[:, :0]
+        drawn = top_tokens[:, :0]  # none
         if scoring.draws:
             likely = (logprobs / max(scoring.temperature, SMALLEST_TEMPERATURE)).softmax(-1)
             drawn = torch.multinomial(likely, scoring.draws, replacement=True, generator=self._generator)
         self._found.append([logprobs.gather(1, targets), top_tokens, top, drawn, logprobs.gather(1, drawn)])
 
     def scores(self) -> PromptScores:
-        """Those of all places, at least one, once they were added."""
+        """Return the scores of all places, once `add` has had them. There is at least one place."""
         targets, *others = (torch.cat(parts).cpu().numpy() for parts in zip(*self._found, strict=True))
         return PromptScores(targets[:, 0], targets[:, 1:], *others)
 
@@ -195,8 +196,10 @@ def add_scores(
 ) -> None:
     """Score places of prompts, ``most_rows`` at a time.
 
-    ``hidden``, [n, hidden], are their last hidden states, and ``prompts`` has the prompt of each. ``apart``: products
-    always have ``most_rows``, filled up, and each place is scored by itself.
+    Args:
+        prompts: the prompt of each place, n in all; places of one prompt stand beside each other, in order.
+        hidden: their last hidden states [n, hidden].
+        apart: products always have ``most_rows`` rows, filled up, and each place is scored by itself.
     """
     for begin in range(0, len(prompts), most_rows):
         part = slice(begin, begin + most_rows)

@@ -69,7 +69,7 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
 
 
 class AdaptersInUse(NamedTuple):
-    """What a recorded pass depends on besides the tokens."""
+    """The facts besides its tokens that a recorded pass depends on."""
 
     key: Hashable
     layers: Hashable  # where it changes, layers may have changed
@@ -90,6 +90,7 @@ class _Slots:
         self._unloading: set[str] = set()
 
     def acquire(self, vectors: HostVectors) -> int | None:
+        """See `ServingBank.acquire`."""
         identity = vectors.identity
         if identity not in self.slots:
             if not self._free:
@@ -98,7 +99,7 @@ class _Slots:
                     return None
                 self._free.append(self.slots.pop(unused)[0])
             self.bank.put(self._free[-1], vectors.packed)
-            self.slots[identity] = self._free.pop(), vectors
+            self.slots[identity] = self._free.pop(), vectors  # if `put` fails, the slot stays free
         self.slots.move_to_end(identity)
         self._users[identity] = self._users.get(identity, 0) + 1
         return self.slots[identity][0]
@@ -141,7 +142,7 @@ class ServingBank:
     # Reading, in any thread
 
     def read(self, adapter: ResolvedAdapter) -> HostVectors:
-        """The vectors of an adapter, from memory if a request or a slot holds them, else from its files.
+        """Return the vectors of an adapter, from memory if a request or a slot holds them, else from its files.
 
         Raises:
             InputError: it is damaged, of another base, or can't be served beside others; or parts of a blend differ in
@@ -154,11 +155,16 @@ class ServingBank:
             return known
         shape, vectors = self._blend(adapter)
         packed = shape.layout(self._specs).pack(vectors)
+        # another thread may have read the same adapter meanwhile: all its users share the first one's vectors
         with self._lock:
             return self._read.setdefault(adapter.identity, HostVectors(adapter.identity, shape, packed))
 
     def _blend(self, adapter: ResolvedAdapter) -> tuple[AdapterShape, Mapping[str, torch.Tensor]]:
-        """Shape and vectors of a weighted sum: VeRA's b ⊙ (B (d ⊙ A x)) is linear in b alone, LoRA's have a sum."""
+        """Return shape and vectors of a weighted sum.
+
+        VeRA's b ⊙ (B (d ⊙ A x)) is linear in b alone, so all else has to be equal. LoRAs of the same linears
+        always have a sum, whose rank is that of all together.
+        """
         shapes, parts = zip(*(self._read_part(part) for part in adapter.parts), strict=True)
         if len(parts) == 1 and adapter.parts[0].weight == 1:
             return shapes[0], parts[0]
@@ -225,6 +231,7 @@ class ServingBank:
     @property
     def resident(self) -> int:
         """Number of adapters in slots."""
+        # a copy, as `Engine.stats` asks from any thread while shapes may be added
         return sum(len(slots.slots) for slots in list(self._slots.values()))
 
     @property
@@ -237,14 +244,16 @@ class ServingBank:
     ) -> AdaptersInUse | None:
         """Set the adapters of the next forward pass.
 
-        ``users``: adapter (None: the base), slot and length of each run of neighbouring tokens in the flattened batch;
-        with ``by_rows`` of each row, whatever its length. ``held_rows``: for a pass of fixed shapes over so many
-        tokens, the last of which nobody uses; returns what a graph of it depends on.
+        Args:
+            users: adapter (None: the base), slot and number of tokens of each run of neighbouring tokens in the
+                flattened batch; with ``by_rows``, of each row, whatever its number of tokens.
+            held_rows: tokens of a pass of fixed shapes, which is filled up to them. Then what a graph of the pass
+                depends on is returned.
         """
         slots = [None if vectors is None else (self._slots[vectors.shape].bank, slot) for vectors, slot, _ in users]
         tokens = [tokens for *_, tokens in users]
         if held_rows is not None:
-            more = held_rows - sum(tokens)
+            more = held_rows - sum(tokens)  # tokens that fill the pass up; they run on the base
             key = self._mixed.use([*slots, *[None] * more], [*tokens, *[1] * more], held=True)
             # a new adapter of PEFT's, one of a training too, may change the layers or make A and B anew
             return AdaptersInUse(key, tuple(self._base.adapted.peft_config) if self._base.adapted else ())
